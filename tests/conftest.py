@@ -84,7 +84,7 @@ def build_tiny_bert(num_labels: int = 2, **overrides: object) -> PreTrainedModel
 
 
 def build_tiny_deberta(num_labels: int = 2, **overrides: object) -> PreTrainedModel:
-    """DeBERTa-v2 as v3 uses it: relative positions, shared projections; targets `query_proj`, `key_proj`, `value_proj`."""
+    """DeBERTa-v2 as v3 uses it: relative positions, shared projections; targets `query_proj`, `key_proj`, …"""
     settings = {
         "vocab_size": len(VOCABULARY),
         "hidden_size": 32,
