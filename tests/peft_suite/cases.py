@@ -1,0 +1,142 @@
+"""The registry: which of our configurations PEFT's tests run on. A new method is one line in `METHODS`."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass, field, make_dataclass
+from typing import Any
+
+from peft import PeftConfig
+
+from bayeslora import BLoraConfig
+
+SELECTION_VARIABLE = "BAYESLORA_PEFT_METHODS"
+
+
+@dataclass(frozen=True)
+class Method:
+    """One row of the result table.
+
+    Args:
+        label: name of the row, also the prefix of its test ids.
+        config: the configuration class.
+        options: what is set in every test of the row. `lora_alpha` is small because upstream trains with SGD at a
+            learning rate of 0.5 on inputs of up to 90, and keeps a list of smaller rates for its own classes only.
+        several_active: two adapters on the same layer can be active at once.
+        mixed_batches: rows of one batch can use different adapters.
+    """
+
+    label: str
+    config: type[PeftConfig]
+    options: Mapping[str, Any] = field(default_factory=dict)
+    several_active: bool = True
+    mixed_batches: bool = True
+
+
+METHODS = [
+    Method("blora-q+ra", BLoraConfig, {"mode": "q+ra", "lora_alpha": 4}),
+    Method("blora-q", BLoraConfig, {"mode": "q", "lora_alpha": 4}),
+    Method("blora-ra", BLoraConfig, {"mode": "ra", "lora_alpha": 4}),
+]
+
+MLP = "MLP"
+CUSTOM_MODELS: list[tuple[str, str, dict[str, Any]]] = [
+    ("pattern", MLP, {"target_modules": "lin0"}),
+    ("first layer", MLP, {"target_modules": ["lin0"]}),
+    ("second layer", MLP, {"target_modules": ["lin1"]}),
+    ("both layers", MLP, {"target_modules": ["lin0", "lin1"]}),
+    ("modules_to_save", MLP, {"target_modules": ["lin0"], "modules_to_save": ["lin1"]}),
+    (
+        "exclude_modules, dropout",
+        MLP,
+        {"target_modules": ["lin0", "lin1"], "exclude_modules": ["lin1"], "lora_dropout": 0.1},
+    ),
+    ("transformers Conv1D", "EmbConv1D", {"target_modules": ["conv1d"]}),
+]
+
+_owners: dict[int, str] = {}
+_kept: list[object] = []  # identities are only unique among living objects
+
+
+def _own(method: Method, value: Any) -> Any:
+    _owners[id(value)] = method.label
+    _kept.append(value)
+    return value
+
+
+class Options(dict[str, Any]):
+    """Keyword arguments whose `__name__` makes pytest write the row's label into the test id."""
+
+    def __init__(self, label: str, values: Mapping[str, Any]) -> None:
+        super().__init__(values)
+        self.__name__ = label
+
+
+def options(method: Method, **extra: Any) -> dict[str, Any]:
+    """A fresh set of keyword arguments for one parametrised case of `method`."""
+    return _own(method, Options(method.label, {**method.options, **extra}))
+
+
+def instance(method: Method, **extra: Any) -> PeftConfig:
+    """A configuration object, for the tests that are parametrised over objects."""
+    return _own(method, method.config(**{**method.options, **extra}))
+
+
+def _variant(method: Method) -> type[PeftConfig]:
+    """A subclass with the options as defaults, for the tests that are parametrised over classes."""
+    fields = [(name, type(value), field(default=value)) for name, value in method.options.items()]
+    name = f"{method.config.__name__}[{method.label}]"
+    return _own(method, make_dataclass(name, fields, bases=(method.config,)))
+
+
+def owner(parameters: Mapping[str, Any]) -> str | None:
+    """The row that a parametrised test belongs to; None for upstream's own cases."""
+    labels = {_owners[id(value)] for value in parameters.values() if id(value) in _owners}
+    return labels.pop() if len(labels) == 1 else None
+
+
+def selected() -> list[Method]:
+    """The rows to run: all, or those named in `BAYESLORA_PEFT_METHODS` (commas between)."""
+    names = [name for name in os.environ.get(SELECTION_VARIABLE, "").split(",") if name]
+    unknown = set(names) - {method.label for method in METHODS}
+    if unknown:
+        raise SystemExit(f"unknown method {sorted(unknown)[0]!r}; known: {', '.join(m.label for m in METHODS)}")
+    return [method for method in METHODS if not names or method.label in names]
+
+
+ROWS = selected()
+CLASSES = {method.label: _variant(method) for method in ROWS}
+
+
+def custom_cases() -> list[tuple[str, str, type[PeftConfig], dict[str, Any]]]:
+    return [
+        (f"{m.label} {name}", model, m.config, options(m, **extra))
+        for m in ROWS
+        for name, model, extra in CUSTOM_MODELS
+    ]
+
+
+def several_active_cases() -> list[tuple[str, str, type[PeftConfig], dict[str, Any], dict[str, Any]]]:
+    """Two adapters active at once: on one layer, where the method allows it, and on different layers."""
+    first = {"target_modules": ["lin0"], "init_weights": False}
+    second = {"target_modules": ["lin1"], "init_weights": False}
+    cases = []
+    for m in ROWS:
+        if m.several_active:
+            cases.append((f"{m.label} same layer", m.label, m.config, options(m, **first), options(m, **first)))
+        cases.append((f"{m.label} different layers", m.label, m.config, options(m, **first), options(m, **second)))
+    return cases
+
+
+def task_cases(task_type: str) -> list[tuple[type[PeftConfig], dict[str, Any]]]:
+    """Default targets on a transformer."""
+    return [(m.config, options(m, task_type=task_type, r=8, lora_alpha=32, target_modules=None)) for m in ROWS]
+
+
+def pairs(first: dict[str, Any], second: dict[str, Any]) -> list[tuple[str, PeftConfig, PeftConfig]]:
+    """Two adapters for the tests of mixed batches."""
+    common = {"init_weights": False}
+    return [
+        (m.label, instance(m, **common, **first), instance(m, **common, **second)) for m in ROWS if m.mixed_batches
+    ]

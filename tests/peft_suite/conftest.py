@@ -1,0 +1,81 @@
+"""Collects only our cases of PEFT's tests, and sums the results up by row and by reason of a skip."""
+
+from __future__ import annotations
+
+import os
+import re
+import sys
+from collections import Counter
+from typing import Any
+
+import pytest
+
+from .cache import ENVIRONMENT_VARIABLE, PACKAGE, cache_folder
+
+# The suite is long and needs a download, so it runs only when asked for (run.py sets the variable).
+ACTIVE = ENVIRONMENT_VARIABLE in os.environ
+collect_ignore_glob = [] if ACTIVE else ["test_*.py"]
+
+if ACTIVE:
+    os.environ.setdefault("HF_HUB_OFFLINE", "1")
+    os.environ.setdefault("TRANSFORMERS_OFFLINE", "1")
+    sys.path.insert(0, str(cache_folder()))
+    pytest.register_assert_rewrite(PACKAGE)
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Drop upstream's own cases (LoRA, IA3, ...): they are PEFT's business."""
+    if not ACTIVE:
+        return
+    from .cases import owner
+
+    ours, foreign = [], []
+    for item in items:
+        callspec = getattr(item, "callspec", None)
+        label = owner(callspec.params) if callspec else None
+        if label is None:
+            foreign.append(item)
+        else:
+            item.user_properties += [("row", label), ("suite", item.parent.name if item.parent else "")]
+            ours.append(item)
+    items[:] = ours
+    config.hook.pytest_deselected(items=foreign)
+
+
+def _reason(report: Any) -> str:
+    text = report.longrepr[2] if isinstance(report.longrepr, tuple) else str(report.longrepr)
+    text = text.removeprefix("Skipped: ")
+    return re.sub(r"<class '[\w.]*\.(\w+)'>", r"\1", text)
+
+
+def pytest_terminal_summary(terminalreporter: Any) -> None:
+    """A table of rows, a table of suites, and the skips by reason."""
+    outcomes = ("passed", "failed", "error", "skipped", "xfailed", "xpassed")
+    by_row: Counter[tuple[str, str]] = Counter()
+    by_suite: Counter[tuple[str, str]] = Counter()
+    reasons: Counter[str] = Counter()
+    for outcome in outcomes:
+        for report in terminalreporter.stats.get(outcome, []):
+            properties = dict(getattr(report, "user_properties", []))
+            if "row" not in properties:
+                continue
+            by_row[properties["row"], outcome] += 1
+            by_suite[properties["suite"], outcome] += 1
+            if outcome == "skipped":
+                reasons[_reason(report)] += 1
+    if not by_row:
+        return
+    write = terminalreporter.write_line
+    for title, counts in (("configuration", by_row), ("suite", by_suite)):
+        write("")
+        write(f"| {title} | passed | failed | skipped |")
+        write("|---|---|---|---|")
+        for name in sorted({name for name, _ in counts}):
+            failed = sum(counts[name, outcome] for outcome in ("failed", "error", "xfailed", "xpassed"))
+            write(f"| {name} | {counts[name, 'passed']} | {failed} | {counts[name, 'skipped']} |")
+    write("")
+    write("| skipped | reason upstream gives |")
+    write("|---|---|")
+    for reason, count in reasons.most_common():
+        write(f"| {count} | {reason} |")
