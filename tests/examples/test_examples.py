@@ -1,0 +1,115 @@
+"""Every script in examples/ runs as its docstring says, on models and data made small through its own options."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import math
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from peft import PeftConfig, PeftModel
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
+
+import bayeslora
+
+EXAMPLES = Path(__file__).resolve().parents[2] / "examples"
+GOOD, BAD = ("good", "great", "fine", "warm", "funny"), ("bad", "poor", "dull", "cold", "boring")
+
+Main = Callable[[list[str]], dict[str, float]]
+
+
+def load(name: str) -> Main:
+    """The `main` of an example, which is a script and no module of a package."""
+    spec = importlib.util.spec_from_file_location(f"example_{name}", EXAMPLES / f"{name}.py")
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module.main
+
+
+def test_every_example_has_a_test() -> None:
+    assert {path.stem for path in EXAMPLES.glob("*.py")} == {"trainer", "hand_written_loop", "sft_trainer"}
+
+
+@pytest.fixture
+def review_folder(tmp_path: Path) -> Path:
+    """SST-2 in the layout of `--data-dir`: a word decides the label, so that a few steps can learn it."""
+    folder = tmp_path / "data" / "sst2"
+    folder.mkdir(parents=True)
+    rows = [
+        {"id": i, "text": f"the {thing} was {word}", "label": int(word in GOOD), "label_text": ""}
+        for i, (thing, word) in enumerate((t, w) for t in ("film", "plot", "music", "story") for w in GOOD + BAD)
+    ]
+    for split, times in (("train_sentences", 4), ("train", 4), ("dev", 1), ("test", 1)):
+        (folder / f"{split}.jsonl").write_text("\n".join(json.dumps(row) for row in rows * times) + "\n")
+    return folder.parent
+
+
+def classifier_reloads(folder: Path, base: Path) -> None:
+    """The saved folder is a B-LoRA adapter that PEFT loads on the base model, and that answers."""
+    assert PeftConfig.from_pretrained(folder).peft_type == "BLORA"
+    model = PeftModel.from_pretrained(AutoModelForSequenceClassification.from_pretrained(base), folder).eval()
+    batch = AutoTokenizer.from_pretrained(folder)(["the film was good"], return_tensors="pt")
+    assert math.isclose(bayeslora.predict(model, batch).probabilities.sum().item(), 1.0, abs_tol=1e-6)
+
+
+def small_classification_options(base: Path, data: Path, out: Path) -> list[str]:
+    options = {"model": base, "task": "sst2", "data_dir": data, "output_dir": out, "r": 4, "learning_rate": 0.01}
+    return [token for name, value in options.items() for token in (f"--{name}", str(value))]
+
+
+def test_trainer(tiny_bert_folder: Path, review_folder: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    options = small_classification_options(tiny_bert_folder, review_folder, out)
+    result = load("trainer")([*options, "--max_steps", "40", "--use_cpu", "--disable_tqdm", "true"])
+    assert result["eval_accuracy"] > 0.6
+    assert 0 < result["attention_bops"] < 1
+    classifier_reloads(out, tiny_bert_folder)
+
+
+def test_hand_written_loop(tiny_bert_folder: Path, review_folder: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    options = small_classification_options(tiny_bert_folder, review_folder, out)
+    result = load("hand_written_loop")([*options, "--steps", "40"])
+    assert result["accuracy"] > 0.6
+    assert 0 < result["attention_bops"] < 1
+    classifier_reloads(out, tiny_bert_folder)
+
+
+def sft_options(out: Path, **options: Any) -> list[str]:
+    options = {"output_dir": out, "max_length": 32, **options}
+    named = [token for name, value in options.items() for token in (f"--{name}", str(value))]
+    return [*named, "--use_cpu", "--disable_tqdm", "true"]
+
+
+def test_sft_trainer(tiny_causal_folder: Path, tmp_path: Path) -> None:
+    pytest.importorskip("trl")
+    pairs = tmp_path / "pairs.jsonl"
+    rows = [{"prompt": f"the film was {word}", "completion": " yes" if word in GOOD else " no"} for word in GOOD + BAD]
+    pairs.write_text("\n".join(json.dumps(row) for row in rows * 8) + "\n")
+    out = tmp_path / "out"
+    options = sft_options(out, model=tiny_causal_folder, train_file=pairs, r=4, max_steps=40, learning_rate=0.02)
+    result = load("sft_trainer")(options)
+    assert result["last_loss"] < result["first_loss"]
+    assert PeftConfig.from_pretrained(out).peft_type == "BLORA"
+    model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(tiny_causal_folder), out)
+    prompt = AutoTokenizer.from_pretrained(out)("the film was good", return_tensors="pt")
+    assert model.generate(**prompt, max_new_tokens=2, do_sample=False).shape[1] > prompt["input_ids"].shape[1]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("name", "options"),
+    [
+        ("trainer", ["--rows", "256", "--max_steps", "20", "--use_cpu", "--disable_tqdm", "true"]),
+        ("hand_written_loop", ["--rows", "256", "--steps", "20", "--batch_size", "8"]),
+        ("sft_trainer", ["--rows", "64", "--max_steps", "4", "--per_device_train_batch_size", "2", "--use_cpu"]),
+    ],
+)
+def test_the_defaults_run_on_the_packaged_model_and_data(name: str, options: list[str], tmp_path: Path) -> None:
+    result = load(name)([*options, "--output_dir", str(tmp_path / "out")])
+    assert all(math.isfinite(value) for value in result.values())
+    assert PeftConfig.from_pretrained(tmp_path / "out").peft_type == "BLORA"
