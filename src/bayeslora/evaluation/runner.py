@@ -1,0 +1,198 @@
+"""Tokenize a task, run a model over a split, score it."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from datasets import Dataset
+from datasets.fingerprint import generate_random_fingerprint
+from numpy.typing import NDArray
+from torch import nn
+
+from bayeslora.errors import BayesLoraError
+from bayeslora.evaluation.metrics import classification_scores, regression_scores, reliability_bins, softmax
+from bayeslora.evaluation.tasks import LABEL, Task
+from bayeslora.prediction import Prediction, predict
+
+DEFAULT_MAX_LENGTH = 128
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """A model's scores on a split, and what they were computed from, in the split's order.
+
+    Attributes:
+        scores: by name, the task's headline first.
+        predictions: (n, C) class probabilities, or (n,) values for regression.
+        labels: (n,) class ids or values.
+        reliability: confidence bins as in metrics.json; empty for regression.
+        seconds: wall time of the forward passes.
+    """
+
+    scores: dict[str, float]
+    predictions: NDArray[np.float64]
+    labels: NDArray[Any]
+    reliability: list[dict[str, Any]]
+    seconds: float
+
+
+def encode(task: Task, tokenizer: Any, max_length: int | None = None) -> dict[str, Dataset]:
+    """Tokenize every split of a task: `encode_texts`, with the splits' labels as `label`."""
+    return {name: encode_texts(split, task.text_columns, tokenizer, max_length) for name, split in task.splits.items()}
+
+
+def encode_texts(
+    dataset: Dataset, text_columns: Sequence[str], tokenizer: Any, max_length: int | None = None
+) -> Dataset:
+    """Tokenize texts or pairs: the tokenizer's outputs, not padded, and `label` where the data set has it.
+
+    Args:
+        dataset: has the text columns; columns other than the label are left out.
+        text_columns: one name, or two for pairs; of a pair, the longer text is cut first.
+        tokenizer: of the model.
+        max_length: tokens of an example; by default 128, or less where the tokenizer says that the model takes less.
+
+    Raises:
+        BayesLoraError: a `max_length` that holds no text or is more than the model takes.
+    """
+    length = _max_length(tokenizer, max_length, pair=len(text_columns) == 2)
+
+    def tokenize(batch: dict[str, list[Any]]) -> dict[str, list[Any]]:
+        texts = [batch[name] for name in text_columns]
+        encoded = tokenizer(*texts, truncation=True, max_length=length)
+        return _never_empty(dict(encoded), tokenizer)
+
+    dropped = [column for column in dataset.column_names if column != LABEL]
+    # In memory: nothing is written to the user's cache.
+    return dataset.map(
+        tokenize, batched=True, remove_columns=dropped, keep_in_memory=True, load_from_cache_file=False,
+        new_fingerprint=generate_random_fingerprint(), desc="Tokenizing",
+    )  # fmt: skip
+
+
+def evaluate(model: nn.Module, dataset: Dataset, task: Task, tokenizer: Any, batch_size: int = 64) -> Evaluation:
+    """Score a model on one encoded split with labels.
+
+    Args:
+        model: left in the mode it was in, and on its device.
+        dataset: a split as `encode` returns it.
+        task: decides the scores.
+        tokenizer: pads the batches.
+        batch_size: examples a forward pass; every example is used, and the scores do not depend on it.
+
+    Returns:
+        For classification the task's metrics, `accuracy`, `nll`, `ece` and `brier`; for regression `pearson`,
+        `spearman` and `mse`.
+
+    Raises:
+        BayesLoraError: no labels or no rows in `dataset`, a model of another kind or number of classes than the task,
+            or outputs that are not finite.
+    """
+    if LABEL not in dataset.column_names:
+        raise BayesLoraError(
+            f"the split has no labels (its columns are {', '.join(dataset.column_names)}), "
+            "labels are needed to score a model: use predict_dataset"
+        )
+    labels = np.asarray(dataset[LABEL])
+    start = time.perf_counter()
+    prediction = predict_dataset(model, dataset, tokenizer, batch_size)
+    seconds = time.perf_counter() - start
+    return _scored(task, prediction, labels, seconds)
+
+
+def predict_dataset(model: nn.Module, dataset: Dataset, tokenizer: Any, batch_size: int = 64) -> Prediction:
+    """`predict` over an encoded split: padded per batch, examples of like length together, results in its order.
+
+    Raises:
+        BayesLoraError: no rows, `batch_size` below 1, or a tokenizer that cannot pad.
+    """
+    if batch_size < 1:
+        raise BayesLoraError(f"the batch size is {batch_size}, at least 1 is needed")
+    if not len(dataset):
+        raise BayesLoraError("the split has 0 rows, at least 1 is needed to run a model over")
+    lengths = [len(ids) for ids in dataset["input_ids"]]
+    # Longest first: what does not fit in memory fails at once. Stable, so equal lengths keep their order.
+    order = np.argsort(-np.asarray(lengths), kind="stable")
+    prediction = predict(model, _batches(dataset, order, tokenizer, batch_size))
+    back = torch.from_numpy(np.argsort(order, kind="stable"))
+    return Prediction(**{name: value[back] for name, value in vars(prediction).items()})
+
+
+def compute_metrics_for(task: Task) -> Callable[[Any], dict[str, float]]:
+    """The task's scores as `Trainer(compute_metrics=...)` wants them."""
+
+    def compute_metrics(evaluated: Any) -> dict[str, float]:
+        logits = evaluated.predictions
+        # Some models return hidden states beside the logits.
+        logits = np.asarray(logits[0] if isinstance(logits, tuple) else logits, dtype=np.float64)
+        if task.kind == "regression":
+            return regression_scores(logits.reshape(-1), evaluated.label_ids)
+        return classification_scores(softmax(logits), evaluated.label_ids, task.metrics)
+
+    return compute_metrics
+
+
+def _scored(task: Task, prediction: Prediction, labels: NDArray[Any], seconds: float) -> Evaluation:
+    logits = prediction.logits.numpy()
+    expected = 1 if task.kind == "regression" else len(task.labels)
+    if logits.shape[1] != expected:
+        raise BayesLoraError(
+            f"the model has {logits.shape[1]} outputs, the task {task.name!r} needs {expected}: "
+            f"load the model with num_labels={expected}"
+        )
+    broken = int((~np.isfinite(logits)).any(axis=1).sum())
+    if broken:
+        raise BayesLoraError(
+            f"the model's outputs are not finite for {broken} of {len(logits)} examples: "
+            "train with a smaller learning rate or in float32"
+        )
+    if task.kind == "regression":
+        values = logits[:, 0]
+        return Evaluation(regression_scores(values, labels), values, labels, [], seconds)
+    probabilities = prediction.probabilities.numpy()
+    scores = classification_scores(probabilities, labels, task.metrics)
+    return Evaluation(scores, probabilities, labels, reliability_bins(probabilities, labels), seconds)
+
+
+def _batches(dataset: Dataset, order: np.ndarray, tokenizer: Any, batch_size: int) -> Iterator[dict[str, Any]]:
+    from transformers import DataCollatorWithPadding
+
+    if tokenizer.pad_token is None:
+        raise BayesLoraError(
+            "the tokenizer has no padding token, one is needed to batch texts: "
+            "set tokenizer.pad_token (its eos_token is the usual choice)"
+        )
+    collate = DataCollatorWithPadding(tokenizer)
+    inputs = [name for name in dataset.column_names if name in tokenizer.model_input_names]
+    data = dataset.select_columns(inputs)
+    for start in range(0, len(order), batch_size):
+        columns = data[order[start : start + batch_size].tolist()]
+        rows = [dict(zip(columns, values, strict=True)) for values in zip(*columns.values(), strict=True)]
+        yield dict(collate(rows))
+
+
+def _max_length(tokenizer: Any, max_length: int | None, pair: bool) -> int:
+    # Tokenizers that do not know the model's limit say 1e30.
+    limit = int(min(tokenizer.model_max_length, 10**9))
+    length = min(limit, DEFAULT_MAX_LENGTH) if max_length is None else max_length
+    least = tokenizer.num_special_tokens_to_add(pair=pair) + (2 if pair else 1)
+    if not least <= length <= limit:
+        raise BayesLoraError(f"max_length is {length}, for this model and task it lies between {least} and {limit}")
+    return length
+
+
+def _never_empty(encoded: dict[str, list[Any]], tokenizer: Any) -> dict[str, list[Any]]:
+    """An empty text keeps one token, for tokenizers that add none of their own: a model cannot run on zero."""
+    fillers = (tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id, 0)
+    filler = next(token for token in fillers if token is not None)
+    values = {"input_ids": filler, "attention_mask": 1}
+    for row, ids in enumerate(encoded["input_ids"]):
+        if not ids:
+            for name in encoded:
+                encoded[name][row] = [values.get(name, 0)]
+    return encoded
