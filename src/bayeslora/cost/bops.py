@@ -1,0 +1,83 @@
+"""Bit operations (BOPs): MACs × the widths of the two operands, by scope, and relative to a 32-bit LoRA.
+
+BOPs = Σ MACs · b_weight · b_input (appendix D of the Bayesian-LoRA paper). They are a proxy for energy: a product
+saves what its widths promise only on hardware with a kernel for both of them, and without an input quantizer every
+linear layer keeps one 32-bit operand.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+
+from bayeslora.cost._tree import ModelOrConfig, Tree, as_model, read_tree
+from bayeslora.cost.macs import SCOPES, LayerCost, Operation, described_layers, tree_operations
+
+
+@dataclass(frozen=True)
+class _BaselineLayer:
+    """One layer of the baseline: LoRA at 32 × 32 bits, whatever the model's own adapter is."""
+
+    name: str
+    in_features: int
+    out_features: int
+    rank: int
+    bits: Mapping[str, int] = field(default_factory=dict)
+
+
+def bops_by_scope(operations: Iterable[Operation]) -> dict[str, int]:
+    """Bit operations of one sequence in each scope: adapted, attention, encoder, model."""
+    found = list(operations)
+    return {scope: sum(op.bops for op in found if op.counts_in(scope)) for scope in SCOPES}
+
+
+def macs_by_scope(operations: Iterable[Operation]) -> dict[str, int]:
+    """Multiply-accumulate operations of one sequence in each scope: adapted, attention, encoder, model."""
+    found = list(operations)
+    return {scope: sum(op.macs for op in found if op.counts_in(scope)) for scope in SCOPES}
+
+
+def relative_bops(
+    model: ModelOrConfig,
+    layers: Sequence[LayerCost] | None = None,
+    tokens: int = 128,
+    baseline_rank: int = 16,
+) -> dict[str, float]:
+    """Bit operations as a share of LoRA on query, key and value of the same model at 32 × 32 bits.
+
+    A LoRA of rank `baseline_rank` on all query, key and value projections is exactly 1 in every scope. "adapted"
+    compares the adapted layers with the same layers in the baseline (where those that are no query, key or value
+    projection have no adapter); the other scopes compare all of it, so that adapters on more layers cost more. The
+    paper's headline figures count attention alone: with the feed-forward layers ("encoder") the same run saves about
+    half as much, and every scope is reported for that reason.
+
+    In a model without a recognisable attention module the baseline's adapters are on the adapted layers, and these
+    stand for "attention" (see `bayeslora.cost.operations`). A scope without any operation is 1.0: nothing to save.
+
+    Args:
+        model: a model or a configuration, as in `bayeslora.cost.operations`.
+        layers: the adapted layers, by default `bayeslora.describe(model)`; an empty list is the base model alone.
+        tokens: length of the sequence.
+        baseline_rank: rank r of the baseline.
+
+    Returns:
+        {"adapted", "attention", "encoder", "model"}: shares, 1.0 = the baseline.
+    """
+    built = as_model(model)
+    if layers is None:
+        layers = described_layers(built)
+    tree = read_tree(built)
+    actual = bops_by_scope(tree_operations(tree, tokens, layers))
+    baseline = bops_by_scope(_baseline(tree, tokens, layers, baseline_rank))
+    return {scope: actual[scope] / baseline[scope] if baseline[scope] else 1.0 for scope in SCOPES}
+
+
+def _baseline(tree: Tree, tokens: int, layers: Sequence[LayerCost], rank: int) -> list[Operation]:
+    targets = tree.projections or [layer.name for layer in layers if layer.name in tree.matrices]
+    lora = [
+        _BaselineLayer(name, tree.matrices[name].in_features, tree.matrices[name].out_features, rank)
+        for name in targets
+    ]
+    # Both sides call the same layers adapted, or their shares would compare different layers.
+    marked = [layer.name for layer in layers] or targets
+    return tree_operations(tree.at_full_width(), tokens, lora, marked)

@@ -1,0 +1,246 @@
+"""Multiply-accumulate operations (MACs) of one sequence through a model, product by product, with operand widths.
+
+The bookkeeping is appendix D of the Bayesian-LoRA paper, corrected. With n tokens, e relative positions, and an
+adapted d_out × d_in matrix of rank r:
+
+    base weight       n · d_in · d_out          b_weight × b_in
+    A                 n · r · d_in              b_A × b_in
+    E                 n · r                     b_E × b_A_out
+    B                 n · r · d_out             b_B × b_E_out
+    scores Q Kᵀ       n² · d                    b_Q_out × b_K_out
+    weighted values   n² · d                    32 × b_V_out
+    DeBERTa adds      e · (the rows of each projection that also projects positions)
+    c2p, p2c          n · e · d each            b_Q_out × b_posK_out, b_K_out × b_posQ_out
+
+The paper's LoRA term (2r + 1)·d lacks the token count and assumes d_in = d_out; its extra + 1 and + 3 have no
+product behind them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Literal, Protocol
+
+from bayeslora.cost._tree import Attention, Matrix, ModelOrConfig, Place, Tree, as_model, is_adapted, read_tree
+from bayeslora.errors import BayesLoraError
+
+Scope = Literal["adapted", "attention", "encoder", "model"]
+SCOPES: tuple[Scope, ...] = ("adapted", "attention", "encoder", "model")
+FULL_WIDTH = 32
+
+
+class LayerCost(Protocol):
+    """What the cost of an adapted layer depends on; `bayeslora.describe(model)` gives such objects."""
+
+    @property
+    def name(self) -> str: ...
+    @property
+    def in_features(self) -> int: ...
+    @property
+    def out_features(self) -> int: ...
+    @property
+    def rank(self) -> int: ...
+    @property
+    def bits(self) -> Mapping[str, int]: ...
+
+
+@dataclass(frozen=True)
+class Operation:
+    """One matrix product: its MACs for one sequence, and the widths of its two operands in bits.
+
+    `scope` is the narrowest scope the product counts in: "adapted" for everything an adapted layer does, otherwise its
+    `place`, which is "attention" (query, key, value and position projections, scores, weighted values), "encoder" (the
+    rest of the transformer blocks) or "model" (embeddings' projections, pooler, head, `lm_head`). Each scope holds the
+    narrower places: encoder includes attention, model includes all. An adapted layer counts in "adapted" and in the
+    scopes its place belongs to, so an adapted feed-forward layer never enters "attention".
+    """
+
+    name: str
+    scope: Scope
+    macs: int
+    weight_bits: int = FULL_WIDTH
+    input_bits: int = FULL_WIDTH
+    place: Place = "attention"
+
+    @property
+    def bops(self) -> int:
+        """Bit operations: MACs × the widths of the two operands."""
+        return self.macs * self.weight_bits * self.input_bits
+
+    def counts_in(self, scope: Scope) -> bool:
+        """Whether this product is part of a scope."""
+        if scope == "adapted":
+            return self.scope == "adapted"
+        return SCOPES.index(self.place) <= SCOPES.index(scope)
+
+
+def operations(
+    model_or_config: ModelOrConfig, tokens: int = 128, layers: Sequence[LayerCost] | None = None
+) -> list[Operation]:
+    """List the matrix products of one sequence of `tokens` tokens, from the module tree alone.
+
+    No forward pass is run, and weights may be on the meta device. BERT-like (MiniLM, RoBERTa, ELECTRA, DistilBERT,
+    MPNet, ALBERT), DeBERTa-v2/v3, OPT-, GPT-2- and Llama-like models (Mistral, Qwen2 and 3, Phi, Gemma: grouped
+    queries, gated feed-forward, fused projections) are understood. Every other model has each linear layer counted
+    once a token and no products between activations, and its adapted layers then stand for "attention". Masked and
+    causal scores are counted in full, as eager attention computes them. Not counted: softmax, norms, activations,
+    rotary embeddings, biases, two-dimensional convolutions, and weights held outside a linear layer (fused experts of
+    mixture models). Cross-attention uses the same token count. A pooled head counts for one vector a sequence.
+
+    Widths: an adapted layer's operands have the widths in its description; everything else is 32 bits wide, or the
+    stored width (8, 4) where the base model was loaded quantized. A quantized projection's output keeps its width in
+    scores and weighted values only if nothing but a permutation, a copy (the repeated heads of grouped queries) or one
+    scalar factor lies between, because only then its values are still codes times one step. Rotary embeddings and
+    norms on queries or keys mix values, so those operands count as 32 bits. Softmax weights always count as 32 bits.
+
+    Args:
+        model_or_config: a model (plain, or with PEFT adapters) or a transformers configuration, which is built on the
+            meta device.
+        tokens: length of the sequence, n.
+        layers: the adapted layers; by default those of the model, as `bayeslora.describe` reports them. An empty list
+            gives the base model without adapters.
+
+    Returns:
+        The products, named `<module path>.<weight|A|E|B>`, with `.positions` before the last part where a shared
+        projection is applied to DeBERTa's positions, and `<attention module>.<scores|weighted_values|
+        content_to_position|position_to_content>`. Without adapted layers the query, key and value projections are
+        scope "adapted", so that the scope means the same for every run that is compared.
+
+    Raises:
+        BayesLoraError: `tokens` is no positive whole number, or a layer is not part of the model.
+    """
+    model = as_model(model_or_config)
+    if layers is None:
+        layers = described_layers(model)
+    return tree_operations(read_tree(model), tokens, layers)
+
+
+def described_layers(model_or_config: ModelOrConfig) -> Sequence[LayerCost]:
+    """The adapted layers a model has; none for a configuration or a plain model."""
+    model = as_model(model_or_config)
+    if not any(is_adapted(module) for module in model.modules()):
+        return []
+    from bayeslora import describe
+
+    return describe(model)
+
+
+def tree_operations(
+    tree: Tree, tokens: int, layers: Iterable[LayerCost], adapted: Iterable[str] | None = None
+) -> list[Operation]:
+    """As `operations`, for a tree already read. `adapted` names the layers of scope "adapted", by default `layers`."""
+    if isinstance(tokens, bool) or not isinstance(tokens, int) or tokens < 1:
+        raise BayesLoraError(f"tokens is {tokens!r}, but a cost needs a whole number of at least 1; give a length.")
+    by_name = {layer.name: layer for layer in layers}
+    for layer in by_name.values():
+        _check(tree, layer)
+    marked = set(by_name) if adapted is None else set(adapted)
+    if not marked:
+        marked = set(tree.projections)
+    found = [
+        operation
+        for matrix in tree.matrices.values()
+        for operation in _matrix_operations(tree, matrix, tokens, by_name.get(matrix.name), matrix.name in marked)
+    ]
+    for name in tree.embeddings:
+        if name in by_name:
+            found += _embedding_operations(tree, by_name[name], tokens)
+    for attention in tree.attentions:
+        found += _products(tree, attention, tokens, by_name)
+    return found
+
+
+def _check(tree: Tree, layer: LayerCost) -> None:
+    matrix = tree.matrices.get(layer.name)
+    if matrix is None and layer.name not in tree.embeddings:
+        raise BayesLoraError(
+            f"The model has no linear layer {layer.name!r} to count; describe the layers of this same model."
+        )
+    shape = (matrix.in_features, matrix.out_features) if matrix is not None else tree.embeddings[layer.name]
+    if shape != (layer.in_features, layer.out_features):
+        raise BayesLoraError(
+            f"Layer {layer.name!r} is described as {layer.in_features} → {layer.out_features}, but the model's is "
+            f"{shape[0]} → {shape[1]}; describe the layers of this same model."
+        )
+    if layer.rank < 0:
+        raise BayesLoraError(f"Layer {layer.name!r} has rank {layer.rank}; give 0 or more.")
+
+
+def _width(layer: LayerCost | None, kind: str, default: int = FULL_WIDTH) -> int:
+    return default if layer is None else int(layer.bits.get(kind, default))
+
+
+def _matrix_operations(
+    tree: Tree, matrix: Matrix, tokens: int, layer: LayerCost | None, adapted: bool
+) -> Iterator[Operation]:
+    place = tree.place(matrix.name)
+    if not tree.attentions and adapted:
+        # Without an attention module to find, the adapted layers are what a budget on attention can mean.
+        place = "attention"
+    scope: Scope = "adapted" if adapted else place
+    calls = []
+    if not any(
+        matrix.name in attention.position_projections and matrix.name not in attention.projections
+        for attention in tree.attentions
+    ):
+        calls.append(("", tree.positions(matrix.name, tokens)))
+    for attention in tree.attentions:
+        if matrix.name in attention.position_projections:
+            calls.append((".positions", attention.positions * tree.calls(matrix.name)))
+    for suffix, positions in calls:
+        prefix = matrix.name + suffix
+        input_bits = _width(layer, "in")
+        yield Operation(
+            f"{prefix}.weight",
+            scope,
+            positions * matrix.macs,
+            _width(layer, "weight", matrix.bits),
+            input_bits,
+            place,
+        )
+        if layer is not None:
+            yield Operation(
+                f"{prefix}.A",
+                scope,
+                positions * layer.rank * matrix.in_features,
+                _width(layer, "A"),
+                input_bits,
+                place,
+            )
+            yield from _expansion(prefix, scope, place, positions, layer)
+
+
+def _embedding_operations(tree: Tree, layer: LayerCost, tokens: int) -> Iterator[Operation]:
+    """An adapted embedding: reading rows of the table and of A multiplies nothing."""
+    place = tree.place(layer.name) if tree.attentions else "attention"
+    yield from _expansion(layer.name, "adapted", place, tokens, layer)
+
+
+def _expansion(prefix: str, scope: Scope, place: Place, positions: int, layer: LayerCost) -> Iterator[Operation]:
+    """From the rank up to the output. A plain LoRA has no E; its n · r then stands for its multiplication by α / r."""
+    macs = positions * layer.rank
+    yield Operation(f"{prefix}.E", scope, macs, _width(layer, "E"), _width(layer, "A_out"), place)
+    yield Operation(f"{prefix}.B", scope, macs * layer.out_features, _width(layer, "B"), _width(layer, "E_out"), place)
+
+
+def _products(tree: Tree, attention: Attention, tokens: int, layers: Mapping[str, LayerCost]) -> Iterator[Operation]:
+    def out(name: str, exact: bool) -> int:
+        return _width(layers.get(name), "out") if exact else FULL_WIDTH
+
+    calls = tree.calls(f"{attention.name}.scores")
+    query = out(attention.query, attention.exact_scores)
+    key = out(attention.key, attention.exact_scores)
+    value = out(attention.value, attention.exact_values)
+    squared = calls * tokens * tokens
+    yield Operation(f"{attention.name}.scores", "attention", squared * attention.score_width, query, key)
+    yield Operation(
+        f"{attention.name}.weighted_values", "attention", squared * attention.value_width, FULL_WIDTH, value
+    )
+    between = calls * tokens * attention.positions * attention.score_width
+    for kind, content, positions in (
+        ("content_to_position", query, attention.content_to_position),
+        ("position_to_content", key, attention.position_to_content),
+    ):
+        if positions is not None:
+            yield Operation(f"{attention.name}.{kind}", "attention", between, content, out(positions, True))
