@@ -3,7 +3,14 @@
 from __future__ import annotations
 
 from bayeslora.evaluation.packaged import packaged_model
-from bayeslora.evaluation.runner import Evaluation, compute_metrics_for, encode, encode_texts, evaluate, predict_dataset
+from bayeslora.evaluation.runner import (
+    Evaluation,
+    compute_metrics_for,
+    encode,
+    encode_texts,
+    evaluate,
+    predict_dataset,
+)
 from bayeslora.evaluation.tasks import TASKS, Task, hold_out, load_files, load_task, load_texts
 
 __all__ = [

@@ -37,10 +37,14 @@ class LabelMap:
         Raises:
             BayesLoraError: a label that the training data has not, or that is no number for regression.
         """
+        values = _values(table, column)
         if self.kind == "regression":
-            return [_number(value, table, row) for row, value in enumerate(_values(table, column))]
+            return [_number(value, table, row) for row, value in enumerate(values)]
+        # The training labels decide how labels without a type are read, not what else is in this file.
+        integers = table.untyped and all(isinstance(key, int) for key in self.ids)
         result = []
-        for row, value in enumerate(_values(table, column)):
+        for row, raw in enumerate(values):
+            value = int(raw) if integers and _INTEGER.fullmatch(raw.strip()) else raw
             if value not in self.ids:
                 known = ", ".join(repr(key) for key in list(self.ids)[:20])
                 source = "that were named" if self.named else "of the training data"
@@ -72,7 +76,7 @@ def learn_labels(
         BayesLoraError: labels that are missing, neither all strings nor all integers (nor all numbers), have several
             names, or are all the same.
     """
-    values = _values(table, column)
+    values = _typed(table, _values(table, column))
     if kind is None:
         numbers = all(isinstance(value, (int, float)) for value in values)
         fractions = numbers and any(isinstance(value, float) for value in values)
@@ -87,8 +91,7 @@ def learn_labels(
             "write every label the same way"
         )
     if names:
-        ids = {index if types == {int} else name: index for index, name in enumerate(names)}
-        return LabelMap("classification", list(names), ids, named=True)
+        return LabelMap("classification", list(names), _named_ids(names, values, types == {int}), named=True)
     distinct = sorted(set(values)) if types == {int} else list(dict.fromkeys(values))
     if len(distinct) < 2:
         raise BayesLoraError(f"every label in {table.path} is {distinct[0]!r}, at least 2 classes are needed to train")
@@ -101,7 +104,7 @@ def learn_labels(
 
 
 def _values(table: Table, column: str) -> list[Any]:
-    """The labels; of a file without types, numbers where all of them are numbers."""
+    """The labels as they stand in the file, none of them missing."""
     values = table.columns[column]
     for row, value in enumerate(values):
         if value is None or value == "":
@@ -111,6 +114,11 @@ def _values(table: Table, column: str) -> list[Any]:
                 f"{table.where(row)} has the label {value!r} of type {type(value).__name__}, "
                 "an integer, a string or a number is needed"
             )
+    return values
+
+
+def _typed(table: Table, values: list[Any]) -> list[Any]:
+    """The labels; of a file without types, numbers where all of them are numbers."""
     if table.untyped:
         stripped = [value.strip() for value in values]
         if all(_INTEGER.fullmatch(value) for value in stripped):
@@ -118,6 +126,15 @@ def _values(table: Table, column: str) -> list[Any]:
         if all(_is_number(value) for value in stripped):
             return [float(value) for value in stripped]
     return values
+
+
+def _named_ids(names: Sequence[str], values: list[Any], integers: bool) -> dict[Any, int]:
+    if not integers:
+        return {name: index for index, name in enumerate(names)}
+    # Integers are ids, unless they are the names themselves: grades called "1" to "5".
+    if {str(value) for value in values} <= set(names):
+        return {int(name): index for index, name in enumerate(names) if _INTEGER.fullmatch(name)}
+    return {index: index for index in range(len(names))}
 
 
 def _number(value: Any, table: Table, row: int) -> float:

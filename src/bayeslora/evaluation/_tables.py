@@ -100,8 +100,8 @@ def _records(
     places = []
     for place, record in records:
         if not isinstance(record, dict):
-            seen = type(record).__name__
-            raise BayesLoraError(f"{path}, {place} is a {seen}, an object with named columns is needed")
+            kind = type(record).__name__
+            raise BayesLoraError(f"{path}, {place} is a {kind}, an object with named columns is needed")
         for name in wanted:
             if name not in record:
                 raise _missing(f"{path}, {place}", name, list(record))
@@ -141,8 +141,8 @@ def _csv(path: Path, stream: Iterator[str], wanted: Sequence[str], optional: Seq
 
 def _parquet(path: Path, wanted: Sequence[str], optional: Sequence[str]) -> Table:
     # Imported here: only Parquet needs it, and it is slow to load.
-    import pyarrow
-    import pyarrow.parquet
+    import pyarrow  # type: ignore[import-untyped]
+    import pyarrow.parquet  # type: ignore[import-untyped]
 
     try:
         with pyarrow.parquet.ParquetFile(path) as file:
