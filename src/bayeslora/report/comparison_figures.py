@@ -1,0 +1,112 @@
+"""Figures over several runs: the score against the cost, and reliability diagrams side by side."""
+
+from __future__ import annotations
+
+import math
+import statistics
+import textwrap
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
+from matplotlib.ticker import MaxNLocator
+
+from bayeslora.report import style
+from bayeslora.report.record import ReliabilityBin
+from bayeslora.report.text import score_name
+from bayeslora.report.training_figures import draw_reliability, expected_calibration_error
+
+_MARKERS = "osD^vPX*<>hp"
+
+
+@dataclass(frozen=True)
+class Point:
+    """One run: its setting's label, task, headline metric, score, and attention's relative bit operations (0..1)."""
+
+    label: str
+    task: str
+    metric: str
+    score: float
+    bops: float
+
+
+def score_figure(points: Sequence[Point]) -> Figure | None:
+    """Score against attention's bit operations, a panel a task; single runs small, a setting's mean large.
+
+    Bars show one sample standard deviation over seeds. A run without a cost or score is left out.
+    """
+    points = [p for p in points if math.isfinite(p.score) and math.isfinite(p.bops)]
+    if not points:
+        return None
+    tasks = list(dict.fromkeys(p.task for p in points))
+    labels = list(dict.fromkeys(p.label for p in points))
+    across = min(3, len(tasks))
+    lines = math.ceil(len(tasks) / across)
+    width = style.PAGE_WIDTH if across > 1 else 4.6
+    legend_columns = max(1, min(len(labels), int(width / (0.055 * max(map(len, labels)) + 0.5))))
+    height = 0.2 + 2.6 * lines + 0.2 * math.ceil(len(labels) / legend_columns)
+    looks = {label: (style.CYCLE[i % len(style.CYCLE)], _MARKERS[i % len(_MARKERS)]) for i, label in enumerate(labels)}
+    several = False
+    with style.paper_style():
+        figure = style.new_figure(width, height)
+        all_axes = list(figure.subplots(lines, across, squeeze=False).flat)
+        for axes, task in zip(all_axes, tasks, strict=False):
+            here = [p for p in points if p.task == task]
+            for label in dict.fromkeys(p.label for p in here):
+                color, marker = looks[label]
+                runs = [p for p in here if p.label == label]
+                costs, scores = [100 * p.bops for p in runs], [p.score for p in runs]
+                if len(runs) > 1:
+                    several = True
+                    axes.plot(costs, scores, linestyle="", marker=marker, markersize=3, markeredgewidth=0,
+                              color=color, alpha=0.45)  # fmt: skip
+                axes.errorbar(
+                    statistics.fmean(costs), statistics.fmean(scores),
+                    xerr=statistics.stdev(costs) if len(runs) > 1 else None,
+                    yerr=statistics.stdev(scores) if len(runs) > 1 else None,
+                    color=color, marker=marker, markersize=6.5, linestyle="", elinewidth=1.1, capsize=2.5,
+                    markeredgecolor="white", markeredgewidth=0.6,
+                )  # fmt: skip
+            axes.set_title(task)
+            axes.set_xlabel("attention bit operations, %" + ("" if across > 2 else " of LoRA r = 16, 32 × 32"))
+            axes.set_ylabel(score_name(here[0].metric))
+            axes.set_xlim(0, max(106.0, 106 * max(p.bops for p in here)))
+            axes.margins(y=0.25)
+            axes.yaxis.set_major_locator(MaxNLocator(5, steps=[1, 2, 5, 10]))
+            style.light_grid(axes, "both")
+        for axes in all_axes[len(tasks) :]:
+            axes.set_axis_off()
+        handles = [
+            Line2D([], [], linestyle="", color=color, marker=marker, markersize=6, label=label)
+            for label, (color, marker) in looks.items()
+        ]
+        title = "bars: one standard deviation over seeds" if several else None
+        figure.legend(handles=handles, loc="outside lower center", ncols=legend_columns, handletextpad=0.3,
+                      title=title, title_fontsize=7)  # fmt: skip
+    return figure
+
+
+def reliability_figure(diagrams: Sequence[tuple[str, Sequence[ReliabilityBin]]]) -> Figure | None:
+    """Reliability diagrams side by side on equal axes; ECE of the bins drawn (pooled over seeds) in each title."""
+    drawn = [(label, bins) for label, bins in diagrams if any(b.count for b in bins)]
+    if not drawn:
+        return None
+    across = min(3, len(drawn))
+    lines = math.ceil(len(drawn) / across)
+    with style.paper_style():
+        figure = style.new_figure({1: 3.4, 2: 5.2}.get(across, style.PAGE_WIDTH), 0.45 + 2.55 * lines)
+        all_axes = list(figure.subplots(lines, across, squeeze=False, sharex=True, sharey=True).flat)
+        for position, (axes, (label, bins)) in enumerate(zip(all_axes, drawn, strict=False)):
+            draw_reliability(axes, bins)
+            axes.set_title(f"{textwrap.fill(label, 34)}\nECE {expected_calibration_error(bins):.3f}", fontsize=8)
+            axes.set_xticks([0, 0.5, 1], ["0", "0.5", "1"])
+            axes.set_ylabel("accuracy" if position % across == 0 else "")
+            if position >= len(drawn) - across:
+                axes.set_xlabel("confidence")
+                axes.tick_params(labelbottom=True)
+        for axes in all_axes[len(drawn) :]:
+            axes.set_axis_off()
+        handles, names = all_axes[0].get_legend_handles_labels()
+        figure.legend(handles, names, loc="outside lower center", ncols=2 if across < 3 else 4)
+    return figure

@@ -1,0 +1,271 @@
+"""Figures of the adapter itself: ranks, bit-widths, and what they cost.
+
+Each function returns None where a run has nothing to show.
+"""
+
+from __future__ import annotations
+
+import math
+import statistics
+from collections import defaultdict
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.collections import QuadMesh
+from matplotlib.colors import Colormap, Normalize
+from matplotlib.figure import Figure
+from matplotlib.patches import Patch
+
+from bayeslora.report import style
+from bayeslora.report.names import order_matrices, shortest_labels, stack_labels
+from bayeslora.report.record import LayerRecord, RunRecord
+
+_ATTENTION_INPUTS = ("q", "k", "v", "qkv")
+_SCOPE_TEXT = {
+    "adapted": "adapted matrices",
+    "attention": "attention\n(with scores and values)",
+    "encoder": "encoder: all blocks\n(with feed-forward, output)",
+    "model": "whole model\n(with head)",
+}
+_UNCHANGED: dict[str, Any] = {"facecolor": "#dddddd", "edgecolor": style.GREY, "hatch": "////"}
+
+
+class LayerGrid:
+    """Rows are blocks, columns are matrices; the shape shared by the rank map and the width maps."""
+
+    def __init__(self, layers: Sequence[LayerRecord]) -> None:
+        stacks = stack_labels(layer.address.stack for layer in layers if layer.address.index is not None)
+        order = list(stacks)
+        # A module outside every block (a head) comes last, which is the top of the picture.
+        self.rows: list[tuple[str, int | None]] = sorted(
+            {(x.address.stack if x.address.index is not None else "", x.address.index) for x in layers},
+            key=lambda row: (len(order), 0) if row[1] is None else (order.index(row[0]), row[1]),
+        )
+        self.columns = order_matrices(layer.address.matrix for layer in layers)
+        labels = shortest_labels(self.columns)
+        self.column_labels = [labels[column] for column in self.columns]
+        self.row_labels = [
+            "no block" if index is None else f"{stacks[stack]} {index}".strip() for stack, index in self.rows
+        ]
+        self._cells: dict[tuple[int, int], list[LayerRecord]] = defaultdict(list)
+        row_of = {row: i for i, row in enumerate(self.rows)}
+        column_of = {column: j for j, column in enumerate(self.columns)}
+        for layer in layers:
+            stack = layer.address.stack if layer.address.index is not None else ""
+            self._cells[row_of[(stack, layer.address.index)], column_of[layer.address.matrix]].append(layer)
+
+    def values(self, of: Callable[[LayerRecord], float | None]) -> np.ndarray:
+        """Array [rows, columns]; the mean where several matrices share a cell (experts), NaN where there is none."""
+        grid = np.full((len(self.rows), len(self.columns)), np.nan)
+        for cell, layers in self._cells.items():
+            found = [value for value in map(of, layers) if value is not None]
+            if found:
+                grid[cell] = statistics.fmean(found)
+        return grid
+
+
+def rank_figure(run: RunRecord) -> Figure | None:
+    """Effective rank of each adapted matrix, block × matrix, the first block at the bottom (the paper's Figure 2)."""
+    if not run.layers or not (run.ranks_differ or run.is_quantized):
+        return None
+    grid = LayerGrid(run.layers)
+    ranks = grid.values(lambda layer: layer.rank)
+    highest = max(layer.initial_rank for layer in run.layers)
+    rows, columns = ranks.shape
+    cell_height = _cell_height(rows, 0.24)
+    longest = max(len(label) for label in grid.column_labels)
+    rotate = longest * 0.075 > 0.78
+    cell_width = min(0.78, (style.PAGE_WIDTH - 1.6) / columns)
+    width = min(style.PAGE_WIDTH, max(style.COLUMN_WIDTH, 1.5 + cell_width * columns))
+    rotate = rotate or longest * 0.07 > (width - 1.5) / columns
+    height = 0.95 + cell_height * rows + (0.055 * longest if rotate else 0.0)
+    with style.paper_style():
+        figure = style.new_figure(width, max(height, 1.9))
+        axes = figure.add_subplot()
+        norm = Normalize(0, max(highest, 1))
+        mesh = _cells(axes, ranks, style.rank_colormap(), norm, digits=_digits(ranks), size=_font(cell_height))
+        _label_grid(axes, grid, rotate)
+        axes.set_title("Effective rank", pad=6)
+        bar = figure.colorbar(mesh, ax=axes, pad=0.03, aspect=max(10, rows * 1.6))
+        bar.set_label(f"rank (started at {_range_text([x.initial_rank for x in run.layers])})")
+        bar.set_ticks(_whole_ticks(highest))
+        bar.outline.set_visible(False)  # type: ignore[operator]
+        _note_missing(figure, ranks)
+    return figure
+
+
+def bits_figure(run: RunRecord) -> Figure | None:
+    """Width in bits of each kind of tensor, one panel a matrix (Q, K, V, …), block × kind (the paper's Figure 5)."""
+    if not run.is_quantized:
+        return None
+    grid = LayerGrid(run.layers)
+    by_kind = {kind: grid.values(lambda layer, kind=kind: layer.bits.get(kind)) for kind in run.kinds}  # type: ignore[misc]
+    panels = [np.stack([by_kind[kind][:, j] for kind in run.kinds], axis=1) for j in range(len(grid.columns))]
+    # Few wide panels read better than many narrow ones, and the last line should not hold a single panel.
+    lines = math.ceil(len(panels) / (4 if len(run.kinds) <= 7 else 3))
+    across = math.ceil(len(panels) / lines)
+    rows = len(grid.rows)
+    cell_height = _cell_height(rows * lines, 0.24)
+    width = style.PAGE_WIDTH if across > 1 else style.COLUMN_WIDTH + 0.6
+    height = 0.75 + lines * (0.62 + cell_height * rows)
+    colors, norm = style.width_colormap()
+    with style.paper_style():
+        figure = style.new_figure(width, max(height, 2.0))
+        all_axes = figure.subplots(lines, across, sharey=True, squeeze=False)
+        for position, axes in enumerate(all_axes.flat):
+            if position >= len(panels):
+                axes.set_axis_off()
+                continue
+            panel = panels[position]
+            size = min(_font(cell_height), 6.5)
+            _cells(axes, panel, colors, norm, digits=_digits(panel), size=size)
+            _label_grid(axes, grid, False, [style.KIND_LABELS.get(kind, kind) for kind in run.kinds])
+            axes.tick_params(axis="x", labelsize=7)
+            axes.set_title(grid.column_labels[position], pad=4)
+            if position % across:
+                axes.set_ylabel("")
+                axes.tick_params(labelleft=False)
+        handles = [
+            Patch(facecolor=color, edgecolor=style.GREY, linewidth=0.5, label=f"{bits} bits")
+            for bits, color in style.WIDTH_COLORS.items()
+        ]
+        handles[-1].set_label("32 bits (not quantized)")
+        figure.legend(handles=handles, loc="outside lower center", ncols=5, handlelength=1.2, columnspacing=1.4)
+    return figure
+
+
+def cost_figure(run: RunRecord) -> Figure | None:
+    """Bit operations by scope as a share of the same model under LoRA of rank 16 at 32 × 32 bits.
+
+    A wider scope holds parts nobody adapted. Those cost what they cost before, so their share follows from the shares
+    alone: when scope S consists of a part C of relative cost c and an unchanged rest, S's relative cost is
+    s = c·f + (1 − f), hence C's part of the baseline is f = (1 − s)/(1 − c). The rest, 1 − f, is hatched.
+    """
+    shares = {scope: run.relative_bops[scope] for scope in _SCOPE_TEXT if scope in run.relative_bops}
+    shares = {scope: share for scope, share in shares.items() if math.isfinite(share)}
+    if not shares:
+        return None
+    with style.paper_style():
+        figure = style.new_figure(style.PAGE_WIDTH, 0.95 + 0.48 * len(shares))
+        axes = figure.add_subplot()
+        any_rest = False
+        for position, (scope, share) in enumerate(shares.items()):
+            rest = 100 * unadapted_share(run, scope)
+            changed = 100 * share - rest
+            axes.barh(position, 100, height=0.56, color="none", edgecolor=style.GREY, linewidth=0.6, linestyle=":")
+            axes.barh(position, changed, height=0.56, color=style.BLUE)
+            if rest > 0:
+                any_rest = True
+                axes.barh(position, rest, left=changed, height=0.56, linewidth=0, **_UNCHANGED)
+            label = f"{100 * share:.1f} %"
+            inside = 100 * share > 84
+            axes.text(
+                100 * share + (-1.2 if inside else 1.2), position, label,
+                va="center", ha="right" if inside else "left", fontweight="bold",
+                color=style.INK if rest > 0 or not inside else "white",
+                bbox={"facecolor": "white", "edgecolor": "none", "pad": 1.2} if inside and rest > 0 else None,
+            )  # fmt: skip
+        axes.axvline(100, color=style.INK, linewidth=0.9)
+        axes.set_yticks(range(len(shares)), [_SCOPE_TEXT[scope] for scope in shares])
+        axes.tick_params(axis="y", length=0)
+        axes.spines["left"].set_visible(False)
+        axes.invert_yaxis()
+        axes.set_xlim(0, max(104.0, 100 * max(shares.values()) * 1.06))
+        axes.set_xlabel("bit operations, % of LoRA r = 16 at 32 × 32 bits (same scope)")
+        axes.set_title("Cost by scope")
+        handles = [Patch(facecolor=style.BLUE, label="with the adapter" if run.layers else "no adapter")]
+        if any_rest:
+            handles.append(Patch(**_UNCHANGED, label="not adapted: unchanged"))
+        figure.legend(handles=handles, loc="outside lower center", ncols=2, handlelength=1.6)
+    return figure
+
+
+def unadapted_share(run: RunRecord, scope: str) -> float:
+    """The part of a scope's relative cost (0..1) spent where nothing was adapted; 0 where it cannot be told."""
+    core = _core_scope(run)
+    order = list(_SCOPE_TEXT)
+    if core is None or scope not in run.relative_bops or order.index(scope) <= order.index(core):
+        return 0.0
+    share, inner = run.relative_bops[scope], run.relative_bops[core]
+    if abs(1 - inner) < 1e-6:
+        return 0.0
+    rest = 1 - (1 - share) / (1 - inner)
+    return rest if 0 < rest <= min(1.0, share) else 0.0
+
+
+def has_unadapted_part(run: RunRecord) -> bool:
+    """Whether the cost figure hatches anything."""
+    return any(unadapted_share(run, scope) > 0 for scope in run.relative_bops)
+
+
+def _core_scope(run: RunRecord) -> str | None:
+    """The narrowest scope outside which nothing was adapted; attention's own products change with Q, K and V."""
+    if not run.layers:
+        return None
+    if all(layer.address.role in _ATTENTION_INPUTS for layer in run.layers):
+        core = "attention"
+    elif all(layer.address.index is not None for layer in run.layers):
+        core = "encoder"
+    else:
+        return None
+    return core if core in run.relative_bops else None
+
+
+def _cells(
+    axes: Axes, values: np.ndarray, colors: Colormap, norm: Normalize, digits: int, size: float
+) -> QuadMesh:
+    mesh = axes.pcolormesh(np.ma.masked_invalid(values), cmap=colors, norm=norm, edgecolors="white", linewidth=0.8)
+    for (row, column), value in np.ndenumerate(values):
+        if math.isnan(value):
+            axes.text(column + 0.5, row + 0.5, "·", ha="center", va="center", color=style.GREY, fontsize=size)
+        elif size >= 4.5:
+            color = style.text_color_on(colors(norm(value)))
+            axes.text(
+                column + 0.5, row + 0.46, f"{value:.{digits}f}", ha="center", va="center", color=color, fontsize=size
+            )
+    return mesh
+
+
+def _label_grid(axes: Axes, grid: LayerGrid, rotate: bool, columns: Sequence[str] | None = None) -> None:
+    labels = list(columns) if columns is not None else grid.column_labels
+    axes.set_xticks(np.arange(len(labels)) + 0.5, labels)
+    if rotate:
+        axes.tick_params(axis="x", labelrotation=40)
+        for tick in axes.get_xticklabels():
+            tick.set(rotation_mode="anchor", horizontalalignment="right")
+    axes.set_yticks(np.arange(len(grid.rows)) + 0.5, grid.row_labels)
+    axes.set_ylabel("layer")
+    axes.tick_params(length=0, pad=3)
+    for spine in axes.spines.values():
+        spine.set_visible(False)
+
+
+def _note_missing(figure: Figure, values: np.ndarray) -> None:
+    if np.isnan(values).any():
+        figure.text(0.995, 0.995, "· not adapted", ha="right", va="top", fontsize=7, color=style.GREY)
+
+
+def _cell_height(rows: int, wanted: float) -> float:
+    """Inches a row: ``wanted``, or less so that the figure stays on one page."""
+    return max(0.085, min(wanted, 7.6 / max(rows, 1)))
+
+
+def _font(cell_height: float) -> float:
+    return min(7.5, cell_height * 72 * 0.62)
+
+
+def _digits(values: np.ndarray) -> int:
+    finite = values[np.isfinite(values)]
+    return 0 if np.allclose(finite, np.round(finite)) else 1
+
+
+def _whole_ticks(highest: int) -> list[int]:
+    step = next(s for s in (1, 2, 4, 8, 16, 32, 64, 128, 1024) if highest / s <= 8)
+    return list(range(0, highest + 1, step))
+
+
+def _range_text(values: Sequence[int]) -> str:
+    low, high = min(values), max(values)
+    return str(low) if low == high else f"{low} to {high}"

@@ -1,0 +1,100 @@
+"""Where an adapted matrix sits in the model, read from its module path alone."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+# Roles in the order in which a block uses them; the index of the first match is the sort key. Fused projections come
+# first in the list because "query_key_value" would also match "query". Each pattern is matched against the matrix'
+# path inside its block, e.g. "attention.self.query" or "mlp.c_proj".
+_ROLES: list[tuple[str, str]] = [
+    ("qkv", r"(^|\.)(query_key_value|w?qkv(_proj)?|c_attn|in_proj)$"),
+    ("q", r"(^|\.)(q|wq|q_[a-z_]+|query|query_[a-z]+)$"),
+    ("k", r"(^|\.)(k|wk|k_[a-z_]+|key|key_[a-z]+)$"),
+    ("v", r"(^|\.)(v|wv|v_[a-z_]+|value|value_[a-z]+)$"),
+    ("output", r"(^|\.)(o|o_proj|out_proj|out_lin)$|att(n|ention).*\.(dense|c_proj|proj)$"),
+    ("gate", r"(^|\.)gate(_proj)?$"),
+    ("up", r"(^|\.)(up_proj|fc1|c_fc|lin1|wi|wi_\d|dense_h_to_4h)$|intermediate\.dense$"),
+    ("down", r"(^|\.)(down_proj|fc2|lin2|wo|c_proj|dense_4h_to_h)$|output\.dense$"),
+]
+_COMPILED = [(role, re.compile(pattern, re.IGNORECASE)) for role, pattern in _ROLES]
+_ROLE_ORDER = {role: position for position, (role, _) in enumerate(_ROLES)}
+
+
+@dataclass(frozen=True)
+class Address:
+    """A matrix' place: the stack of blocks it belongs to, the block's number, and its path inside the block.
+
+    ``index`` is None for a module outside any numbered block (a head, an embedding). Numbers after the block's own
+    (the experts of a mixture, T5's sub-layers) are written ``*``, so that all experts' ``up_proj`` share one matrix.
+    """
+
+    stack: str
+    index: int | None
+    matrix: str
+
+    @property
+    def role(self) -> str | None:
+        """One of qkv, q, k, v, output, gate, up, down; None when the name tells nothing."""
+        return matrix_role(self.matrix)
+
+
+def locate(name: str) -> Address:
+    """Split a module path such as ``bert.encoder.layer.0.attention.self.query`` into stack, number and matrix."""
+    parts = name.split(".")
+    for position, part in enumerate(parts):
+        if part.isdecimal() and position + 1 < len(parts):
+            inner = ["*" if p.isdecimal() else p for p in parts[position + 1 :]]
+            return Address(".".join(parts[:position]), int(part), ".".join(inner))
+    return Address("", None, name)
+
+
+def matrix_role(matrix: str) -> str | None:
+    """The role of a matrix in its block, from its path inside the block."""
+    for role, pattern in _COMPILED:
+        if pattern.search(matrix):
+            return role
+    return None
+
+
+def order_matrices(matrices: Iterable[str]) -> list[str]:
+    """Distinct matrices, Q before K before V, then output, gate, up, down; unknown names last, as they first came."""
+    distinct = list(dict.fromkeys(matrices))
+    last = len(_ROLE_ORDER)
+
+    def key(matrix: str) -> tuple[int, int]:
+        role = matrix_role(matrix)
+        return (_ROLE_ORDER[role] if role else last, distinct.index(matrix))
+
+    return sorted(distinct, key=key)
+
+
+def shortest_labels(paths: Iterable[str]) -> dict[str, str]:
+    """For each dotted path the shortest tail that no other path shares (``query``; ``attention.output.dense``)."""
+    distinct = list(dict.fromkeys(paths))
+    labels: dict[str, str] = {}
+    for path in distinct:
+        parts = path.split(".")
+        for length in range(1, len(parts) + 1):
+            tail = parts[-length:]
+            if not any(other != path and other.split(".")[-length:] == tail for other in distinct):
+                break
+        labels[path] = ".".join(parts[-length:]).replace("*.", "")
+    if len(set(labels.values())) < len(labels):
+        return {path: path for path in distinct}
+    return labels
+
+
+def stack_labels(stacks: Iterable[str]) -> dict[str, str]:
+    """For each stack the first part of its path that tells it from the others (``encoder``, ``decoder``)."""
+    distinct = list(dict.fromkeys(stacks))
+    if len(distinct) < 2:
+        return dict.fromkeys(distinct, "")
+    split = [stack.split(".") for stack in distinct]
+    depth = 0
+    while depth < min(len(s) for s in split) - 1 and len({s[depth] for s in split}) == 1:
+        depth += 1
+    labels = {stack: parts[depth] for stack, parts in zip(distinct, split, strict=True)}
+    return labels if len(set(labels.values())) == len(distinct) else {stack: stack for stack in distinct}

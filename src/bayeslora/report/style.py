@@ -1,0 +1,132 @@
+"""One look for every figure: sizes in inches at paper width, readable type, colour-blind-safe colours."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import matplotlib
+from matplotlib.axes import Axes
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.colors import BoundaryNorm, Colormap, LinearSegmentedColormap, ListedColormap, to_rgb
+from matplotlib.figure import Figure
+
+DPI = 200
+PAGE_WIDTH = 7.0
+COLUMN_WIDTH = 3.4
+
+# Okabe and Ito's palette (yellow left out: it vanishes on white).
+INK = "#222222"
+GREY = "#8a8a8a"
+LIGHT = "#ececec"
+BLUE = "#0072b2"
+ORANGE = "#d55e00"
+GREEN = "#009e73"
+PINK = "#cc79a7"
+SKY = "#56b4e9"
+AMBER = "#e69f00"
+OLIVE = "#7a7a1a"
+CYCLE = (BLUE, ORANGE, GREEN, PINK, SKY, AMBER, INK)
+
+# Light to dark, evenly in lightness, so that the order survives a grey-scale print.
+_RAMP = ("#fdfbd0", "#a8dbb5", "#41b3c4", "#2a74b2", "#202c74")
+WIDTH_COLORS = {2: _RAMP[0], 4: _RAMP[1], 8: _RAMP[2], 16: _RAMP[3], 32: _RAMP[4]}
+
+# A weight and its output share a colour; the output is dashed.
+KIND_STYLE: dict[str, tuple[str, str]] = {
+    "weight": (INK, "-"),
+    "out": (INK, "--"),
+    "A": (BLUE, "-"),
+    "A_out": (BLUE, "--"),
+    "E": (ORANGE, "-"),
+    "E_out": (ORANGE, "--"),
+    "B": (GREEN, "-"),
+    "in": (PINK, "--"),
+}
+KIND_LABELS = {
+    "weight": r"$W_0$",
+    "A": r"$A$",
+    "E": r"$E$",
+    "B": r"$B$",
+    "A_out": r"$A_\mathrm{out}$",
+    "E_out": r"$E_\mathrm{out}$",
+    "out": r"$\mathrm{out}$",
+    "in": r"$\mathrm{in}$",
+}
+PHASE_NAMES = {0: "warm-up", 1: "gates learn", 2: "frozen"}
+PHASE_COLORS = {0: "#f6efdf", 1: "#ffffff", 2: "#e6eef5"}
+
+_PARAMETERS: dict[str, Any] = {
+    "font.family": "DejaVu Sans",
+    "font.size": 8.0,
+    "axes.titlesize": 8.5,
+    "axes.titleweight": "bold",
+    "axes.titlelocation": "left",
+    "axes.labelsize": 8.0,
+    "xtick.labelsize": 7.5,
+    "ytick.labelsize": 7.5,
+    "legend.fontsize": 7.5,
+    "legend.frameon": False,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.edgecolor": INK,
+    "axes.labelcolor": INK,
+    "axes.linewidth": 0.7,
+    "text.color": INK,
+    "xtick.color": INK,
+    "ytick.color": INK,
+    "xtick.major.width": 0.7,
+    "ytick.major.width": 0.7,
+    "lines.linewidth": 1.4,
+    "hatch.linewidth": 0.5,
+    "mathtext.fontset": "dejavusans",
+    "figure.facecolor": "white",
+    "savefig.facecolor": "white",
+}
+
+
+@contextmanager
+def paper_style() -> Iterator[None]:
+    """The figures' settings for the length of a ``with`` block; the caller's own settings come back afterwards."""
+    with matplotlib.rc_context():
+        matplotlib.rcdefaults()
+        matplotlib.rcParams.update(_PARAMETERS)  # type: ignore[arg-type]
+        yield
+
+
+def new_figure(width: float, height: float) -> Figure:
+    """An empty figure of ``width`` × ``height`` inches with its own Agg canvas; pyplot's state is never touched."""
+    figure = Figure(figsize=(width, height), dpi=DPI, layout="constrained")
+    FigureCanvasAgg(figure)
+    return figure
+
+
+def png_bytes(figure: Figure) -> bytes:
+    """The figure as PNG of exactly inches × DPI pixels, undated, so that equal data give equal bytes."""
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png", dpi=DPI, metadata={"Software": None})
+    return buffer.getvalue()
+
+
+def rank_colormap() -> Colormap:
+    """The continuous form of the bit-width colours."""
+    return LinearSegmentedColormap.from_list("bayeslora_ranks", list(_RAMP))
+
+
+def width_colormap() -> tuple[ListedColormap, BoundaryNorm]:
+    """Five colours for 2, 4, 8, 16 and 32 bits; a width in between takes the colour of the next one up."""
+    return ListedColormap(list(WIDTH_COLORS.values())), BoundaryNorm([0, 2.5, 4.5, 8.5, 16.5, 64.5], 5)
+
+
+def text_color_on(color: Any) -> str:
+    """Ink or white, whichever is readable on ``color`` (relative luminance)."""
+    red, green, blue = (c / 12.92 if c <= 0.04045 else ((c + 0.055) / 1.055) ** 2.4 for c in to_rgb(color))
+    return INK if 0.2126 * red + 0.7152 * green + 0.0722 * blue > 0.22 else "white"
+
+
+def light_grid(axes: Axes, axis: str = "y") -> None:
+    """Faint lines behind the data, along one axis."""
+    axes.set_axisbelow(True)
+    axes.grid(axis=axis, color=LIGHT, linewidth=0.7)  # type: ignore[arg-type]

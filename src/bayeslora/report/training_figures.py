@@ -1,0 +1,255 @@
+"""Figures of how a run got there: gates, widths and ranks over the steps, the loss, and the calibration it reached."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.ticker import FixedLocator, MaxNLocator, NullLocator, PercentFormatter
+
+from bayeslora.report import style
+from bayeslora.report.names import order_matrices
+from bayeslora.report.record import KINDS, ReliabilityBin, RunRecord
+
+History = Sequence[dict[str, float]]
+
+
+def series(history: History, key: str) -> tuple[list[float], list[float]]:
+    """Steps and values of one logged quantity; for a step logged twice (a resumed run) the later entry counts."""
+    found = {entry["step"]: entry[key] for entry in history if key in entry and "step" in entry}
+    steps = [step for step in sorted(found) if math.isfinite(found[step])]
+    return steps, [found[step] for step in steps]
+
+
+def phase_spans(history: History) -> list[tuple[int, float, float]]:
+    """(phase, first step, last step) in order; a span ends where the next begins."""
+    steps, phases = series(history, "phase")
+    spans: list[tuple[int, float, float]] = []
+    for step, phase in zip(steps, phases, strict=True):
+        if spans and spans[-1][0] == int(phase):
+            spans[-1] = (int(phase), spans[-1][1], step)
+        else:
+            begin = spans[-1][2] if spans else 0.0
+            spans.append((int(phase), begin, step))
+    return spans
+
+
+def gates_figure(run: RunRecord, history: History) -> Figure | None:
+    """Mean width by kind, gate-open probabilities, mean rank and attention's bit operations over the steps."""
+    kinds = [kind for kind in KINDS if series(history, f"bits/{kind}")[0]]
+    gates = [bits for bits in (4, 8, 16, 32) if series(history, f"gates/{bits}")[0]]
+    logged = dict.fromkeys(key for entry in history for key in entry)
+    suffixes = order_matrices(key.removeprefix("rank/") for key in logged if key.startswith("rank/"))
+    panels = []
+    if kinds:
+        panels.append("bits")
+    if gates:
+        panels.append("gates")
+    if series(history, "mean_rank")[0]:
+        panels.append("rank")
+    if series(history, "relative_bops")[0]:
+        panels.append("bops")
+    if not panels or not (kinds or gates):
+        if not run.ranks_differ:
+            return None
+        panels = [panel for panel in panels if panel == "rank"]
+        if not panels:
+            return None
+    lines = math.ceil(len(panels) / 2)
+    with style.paper_style():
+        figure = style.new_figure(style.PAGE_WIDTH, 0.35 + 2.15 * lines)
+        across = 2 if len(panels) > 1 else 1
+        all_axes = list(figure.subplots(lines, across, squeeze=False, sharex=True).flat)
+        for axes, panel in zip(all_axes, panels, strict=False):
+            shade_phases(axes, history)
+            if panel == "bits":
+                _bits_panel(axes, history, kinds)
+            elif panel == "gates":
+                _gate_panel(axes, history, gates)
+            elif panel == "rank":
+                _rank_panel(axes, history, suffixes, run)
+            else:
+                _bops_panel(axes, history)
+            style.light_grid(axes)
+            _step_axis(axes, history)
+        for axes in all_axes[len(panels) :]:
+            axes.set_axis_off()
+        for axes in all_axes[max(0, len(panels) - across) : len(panels)]:
+            axes.set_xlabel("optimizer step")
+            axes.tick_params(labelbottom=True)
+    return figure
+
+
+def loss_figure(run: RunRecord, history: History) -> Figure | None:
+    """Training and evaluation loss (the task's alone) over the steps, and the headline score where it was logged."""
+    train, evaluation = series(history, "loss"), series(history, "eval_loss")
+    score = series(history, f"eval_{run.metric}")
+    if len(train[0]) < 2 and len(evaluation[0]) < 2:
+        return None
+    with_score = len(score[0]) > 1
+    with style.paper_style():
+        figure = style.new_figure(style.PAGE_WIDTH if with_score else style.COLUMN_WIDTH + 0.8, 2.7)
+        all_axes = list(figure.subplots(1, 2 if with_score else 1, squeeze=False).flat)
+        axes = all_axes[0]
+        shade_phases(axes, history)
+        if train[0]:
+            noisy = len(train[0]) >= 30
+            axes.plot(*train, color=style.BLUE, alpha=0.35 if noisy else 1.0, linewidth=0.9 if noisy else 1.4,
+                      label="training" if not noisy else None)  # fmt: skip
+            if noisy:
+                window = max(5, len(train[0]) // 20) | 1
+                axes.plot(train[0], _running_mean(train[1], window), color=style.BLUE,
+                          label=f"training, mean of {window} logs")  # fmt: skip
+        if evaluation[0]:
+            axes.plot(*evaluation, color=style.ORANGE, marker="o", markersize=3.5, clip_on=False, label="evaluation")
+        axes.set_ylabel("loss (nats)" if "nll" in run.scores else "loss")
+        axes.set_title("Loss", pad=12)
+        axes.set_ylim(bottom=min(0.0, axes.get_ylim()[0]))
+        axes.legend(loc="upper center", bbox_to_anchor=(0.5, -0.2), ncols=2, handlelength=1.6, columnspacing=1.2)
+        if with_score:
+            shade_phases(all_axes[1], history)
+            all_axes[1].plot(*score, color=style.GREEN, marker="o", markersize=3.5, clip_on=False)
+            all_axes[1].set_ylabel(run.metric.replace("_", " "))
+            all_axes[1].set_title("Score on the evaluation split", pad=12)
+        for axes in all_axes:
+            style.light_grid(axes)
+            _step_axis(axes, history)
+            axes.set_xlabel("optimizer step")
+    return figure
+
+
+def calibration_figure(run: RunRecord) -> Figure | None:
+    """Reliability diagram over equal-width bins of confidence, with the bins' counts below; ECE in the title."""
+    if not any(b.count for b in run.reliability):
+        return None
+    with style.paper_style():
+        figure = style.new_figure(style.COLUMN_WIDTH + 0.3, 4.3)
+        upper, lower = figure.subplots(2, 1, sharex=True, height_ratios=[3.2, 1])
+        draw_reliability(upper, run.reliability)
+        handles, labels = upper.get_legend_handles_labels()
+        order = sorted(range(len(labels)), key=lambda i: ["acc", "gap", "95 ", "per"].index(labels[i][:3]))
+        upper.legend([handles[i] for i in order], [labels[i] for i in order], loc="upper left", handlelength=1.4)
+        error = run.scores.get("ece", expected_calibration_error(run.reliability))
+        upper.set_title(f"ECE {error:.3f}  ({len(run.reliability)} bins)")
+        lower.bar([b.lower for b in run.reliability], [b.count for b in run.reliability], align="edge",
+                  width=[(b.upper - b.lower) * 0.94 for b in run.reliability], color=style.GREY)  # fmt: skip
+        lower.set_ylabel("examples")
+        lower.set_xlabel("confidence (probability of the predicted class)")
+        lower.yaxis.set_major_locator(MaxNLocator(3, integer=True))
+        style.light_grid(lower)
+        figure.align_ylabels()
+    return figure
+
+
+def draw_reliability(axes: Axes, bins: Sequence[ReliabilityBin]) -> None:
+    """Accuracy by bin of confidence, the gap to the mean confidence, and Wilson's 95 % interval of each accuracy."""
+    filled = [b for b in bins if b.count]
+    left = [b.lower for b in filled]
+    width = [(b.upper - b.lower) * 0.94 for b in filled]
+    axes.bar(left, [b.accuracy for b in filled], width=width, align="edge", color=style.SKY, label="accuracy")
+    axes.bar(left, [b.confidence - b.accuracy for b in filled], bottom=[b.accuracy for b in filled], width=width,
+             align="edge", color=style.ORANGE, alpha=0.28, edgecolor=style.ORANGE, linewidth=0, hatch="////",
+             label="gap to confidence")  # fmt: skip
+    centres = [x + w / 2 for x, w in zip(left, width, strict=True)]
+    low, high = zip(*(wilson_interval(b.accuracy, b.count) for b in filled), strict=True)
+    axes.vlines(centres, low, high, color=style.INK, linewidth=0.9, label="95 % interval")
+    axes.plot([0, 1], [0, 1], color=style.INK, linewidth=0.9, linestyle="--", label="perfect calibration")
+    axes.set_xlim(0, 1)
+    axes.set_ylim(0, 1)
+    axes.set_ylabel("accuracy")
+    style.light_grid(axes)
+
+
+def expected_calibration_error(bins: Sequence[ReliabilityBin]) -> float:
+    """Σ (count/n) |accuracy − confidence| over the bins; NaN when all are empty."""
+    total = sum(b.count for b in bins)
+    return sum(b.count * abs(b.accuracy - b.confidence) for b in bins) / total if total else math.nan
+
+
+def wilson_interval(share: float, count: int, z: float = 1.959964) -> tuple[float, float]:
+    """Wilson's score interval of a proportion: sensible for small bins and for shares of 0 and 1."""
+    centre = (share + z * z / (2 * count)) / (1 + z * z / count)
+    half = z / (1 + z * z / count) * math.sqrt(share * (1 - share) / count + z * z / (4 * count * count))
+    return max(0.0, centre - half), min(1.0, centre + half)
+
+
+def shade_phases(axes: Axes, history: History) -> None:
+    """Tint the warm-up, gate and frozen phases and name them above the axes."""
+    spans = phase_spans(history)
+    if len({phase for phase, _, _ in spans}) < 2:
+        return
+    last = spans[-1][2]
+    for phase, begin, end in spans:
+        axes.axvspan(begin, end, color=style.PHASE_COLORS.get(phase, "white"), linewidth=0, zorder=0)
+        if end - begin > 0.12 * last:
+            axes.text((begin + end) / 2, 1.015, style.PHASE_NAMES.get(phase, str(phase)), ha="center", va="bottom",
+                      transform=axes.get_xaxis_transform(), fontsize=6.5, color=style.GREY)  # fmt: skip
+    for _, begin, _ in spans[1:]:
+        axes.axvline(begin, color=style.GREY, linewidth=0.6, linestyle=":")
+
+
+def _bits_panel(axes: Axes, history: History, kinds: Sequence[str]) -> None:
+    for kind in kinds:
+        color, dashes = style.KIND_STYLE[kind]
+        axes.plot(*series(history, f"bits/{kind}"), color=color, linestyle=dashes, label=style.KIND_LABELS[kind])
+    axes.set_yscale("log", base=2)
+    axes.set_ylim(1.8, 36)
+    axes.yaxis.set_major_locator(FixedLocator([2, 4, 8, 16, 32]))
+    axes.yaxis.set_minor_locator(NullLocator())
+    axes.yaxis.set_major_formatter(lambda value, _: f"{value:.0f}")
+    axes.set_ylabel("mean width (bits)")
+    axes.set_title("Bit-widths", pad=12)
+    axes.legend(loc="center left", bbox_to_anchor=(1.0, 0.5), handlelength=1.8, labelspacing=0.35)
+
+
+def _gate_panel(axes: Axes, history: History, gates: Sequence[int]) -> None:
+    colors = {4: style.SKY, 8: style.GREEN, 16: style.ORANGE, 32: style.INK}
+    for bits in gates:
+        axes.plot(*series(history, f"gates/{bits}"), color=colors[bits], label=f"$z_{{{bits}}}$")
+    axes.set_ylim(-0.03, 1.03)
+    axes.set_ylabel(r"mean $P(z > 0)$")
+    axes.set_title("Gates open", pad=12)
+    axes.legend(loc="center left", bbox_to_anchor=(1.0, 0.5), handlelength=1.8, labelspacing=0.35)
+
+
+def _rank_panel(axes: Axes, history: History, suffixes: Sequence[str], run: RunRecord) -> None:
+    axes.plot(*series(history, "mean_rank"), color=style.INK, linewidth=1.8, label="all")
+    colors = [color for color in style.CYCLE if color != style.INK] + [style.OLIVE]
+    if 1 < len(suffixes) <= len(colors):
+        for suffix, color in zip(suffixes, colors, strict=False):
+            axes.plot(*series(history, f"rank/{suffix}"), color=color, linewidth=1.1, label=suffix)
+    highest = max((layer.initial_rank for layer in run.layers), default=0)
+    axes.set_ylim(0, max([*series(history, "mean_rank")[1], highest]) * 1.06)
+    axes.set_ylabel("mean effective rank")
+    axes.set_title("Ranks", pad=12)
+    axes.legend(loc="center left", bbox_to_anchor=(1.0, 0.5), handlelength=1.4, labelspacing=0.35)
+
+
+def _bops_panel(axes: Axes, history: History) -> None:
+    steps, shares = series(history, "relative_bops")
+    axes.plot(steps, shares, color=style.BLUE, linewidth=1.8)
+    axes.annotate(f"{100 * shares[-1]:.1f} %", (steps[-1], shares[-1]), xytext=(3, 0), textcoords="offset points",
+                  va="center", fontsize=7.5, fontweight="bold", color=style.BLUE, annotation_clip=False)  # fmt: skip
+    axes.set_ylim(0, max(1.05, max(shares) * 1.05))
+    axes.yaxis.set_major_formatter(PercentFormatter(1.0, decimals=0, symbol=" %"))
+    axes.set_ylabel("share of LoRA r = 16, 32 bits")
+    axes.set_title("Bit operations of attention", pad=12)
+
+
+def _step_axis(axes: Axes, history: History) -> None:
+    last = max((entry["step"] for entry in history if "step" in entry), default=1.0)
+    axes.set_xlim(0, last)
+    axes.xaxis.set_major_locator(MaxNLocator(5, integer=True))
+
+
+def _running_mean(values: Sequence[float], window: int) -> list[float]:
+    """Centred mean; the window shrinks at both ends so that the curve spans all steps."""
+    half = window // 2
+    means = []
+    for i in range(len(values)):
+        near = min(half, i, len(values) - 1 - i)
+        part = values[i - near : i + near + 1]
+        means.append(sum(part) / len(part))
+    return means
