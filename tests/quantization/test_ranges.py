@@ -1,0 +1,169 @@
+"""Fitted ranges: known optima for a Gaussian, and never a range that divides by zero."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from bayeslora.quantization import optimal_range, quantize
+from tests.oracles import blora as oracle
+
+repeatable = settings(derandomize=True, deadline=None, database=None, max_examples=40)
+
+DTYPES = [torch.float16, torch.bfloat16, torch.float32, torch.float64]
+
+
+def gaussian(*shape: int, seed: int = 0) -> Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+def rmse(x: Tensor, range: Tensor, bits: int) -> float:
+    """In float64 and through the reference, so that only the range is on trial."""
+    return (oracle.fixed_width(x.double(), range.double(), bits) - x.double()).square().mean().sqrt().item()
+
+
+def least_rmse(x: Tensor, bits: int) -> float:
+    """The best of 1,000 ranges up to one and a half times the largest magnitude.
+
+    No larger range is needed: there, at two bits, the outer level reaches the largest magnitude.
+    """
+    x = x.double()
+    candidates = torch.linspace(0.0015, 1.5, 1000, dtype=torch.float64)[:, None] * x.abs().max()
+    return (oracle.fixed_width(x, candidates, bits) - x).square().mean(1).min().sqrt().item()
+
+
+def least_gaussian_rmse(bits: int) -> tuple[float, float]:
+    """Best range and error for a standard Gaussian, by numerical integration over its density."""
+    x = torch.linspace(-8, 8, 40_001, dtype=torch.float64)
+    density = torch.exp(-(x**2) / 2) / math.sqrt(2 * math.pi) * (x[1] - x[0])
+    error, bound = min(
+        (((oracle.fixed_width(x, bound, bits) - x).square() * density).sum().sqrt().item(), bound.item())
+        for bound in torch.linspace(1.0, 5.0, 401, dtype=torch.float64)
+    )
+    return bound, error
+
+
+@pytest.mark.parametrize(
+    ("bits", "known", "error", "tolerance"), [(2, 1.85, 0.44, 0.15), (4, 2.65, 0.11, 0.15), (8, 3.9, 0.009, 0.3)]
+)
+def test_the_range_of_a_gaussian_is_the_known_optimum(bits: int, known: float, error: float, tolerance: float) -> None:
+    best_range, best_error = least_gaussian_rmse(bits)
+    assert best_range == pytest.approx(known, abs=0.1)
+    assert best_error == pytest.approx(error, rel=0.05)
+    x = gaussian(100_000)
+    found = optimal_range(x, bits)
+    assert found.shape == () and found.dtype == torch.float32
+    assert found.item() == pytest.approx(best_range, abs=tolerance)
+    assert rmse(x, found, bits) == pytest.approx(best_error, rel=0.02)
+
+
+@pytest.mark.parametrize(("bits", "factor"), [(2, 1.8), (4, 1.5), (8, 1.05)])
+def test_the_largest_magnitude_is_a_poor_range_for_a_gaussian_at_low_widths(bits: int, factor: float) -> None:
+    x = gaussian(100_000)
+    absmax = optimal_range(x, bits, method="absmax")
+    assert rmse(x, absmax, bits) > factor * rmse(x, optimal_range(x, bits), bits)
+
+
+def test_the_largest_magnitude_at_two_bits_loses_the_known_85_percent_of_a_gaussian() -> None:
+    x = gaussian(100_000)
+    assert rmse(x, optimal_range(x, 2, method="absmax"), 2) == pytest.approx(0.85, abs=0.05)
+
+
+@repeatable
+@given(st.integers(0, 2**31), st.floats(-6, 6), st.sampled_from([2, 4, 8, 16, 32]), st.sampled_from(["mse", "absmax"]))
+def test_a_range_scales_with_its_tensor(seed: int, exponent: float, bits: int, method: str) -> None:
+    x, scale = gaussian(200, seed=seed), 2.0 ** round(exponent)
+    expected = scale * optimal_range(x, bits, method).item()
+    assert optimal_range(scale * x, bits, method).item() == pytest.approx(expected)
+
+
+@repeatable
+@given(st.integers(0, 2**31), st.integers(1, 40))
+def test_absmax_is_the_largest_magnitude_at_every_width(seed: int, size: int) -> None:
+    x = gaussian(size, seed=seed)
+    for bits in (2, 4, 8, 16, 32):
+        assert optimal_range(x, bits, method="absmax").item() == x.abs().max().item()
+
+
+@settings(derandomize=True, deadline=None, database=None, max_examples=15)
+@given(st.integers(0, 2**31), st.integers(1, 64), st.sampled_from([2, 4, 8]), st.sampled_from([1.0, 3.0]))
+def test_the_range_is_within_a_tenth_of_the_least_error_whatever_the_tensor(
+    seed: int, size: int, bits: int, tail: float
+) -> None:
+    """Small tensors, such as the diagonal of one module, and heavy tails, such as activations with outliers."""
+    x = gaussian(size, seed=seed)
+    x = x.sign() * x.abs() ** tail
+    scale = x.square().mean().sqrt().item()
+    assert rmse(x, optimal_range(x, bits), bits) <= 1.1 * least_rmse(x, bits) + 0.02 * scale
+
+
+def test_equal_magnitudes_are_exact_at_two_bits_with_a_range_of_three_halves() -> None:
+    x = torch.tensor([0.4, -0.4, 0.4, 0.4])
+    assert rmse(x, optimal_range(x, 2), 2) <= 0.02 * 0.4
+
+
+@pytest.mark.parametrize("shape", [(512, 512), (768, 768), (2048, 1024)])
+def test_the_range_of_a_large_matrix_sees_all_of_its_columns(shape: tuple[int, int]) -> None:
+    """Input features differ in scale in a real weight matrix, so a sample must not be a sample of few columns."""
+    x = gaussian(*shape)
+    x[:, :: shape[1] // 128] *= 0.05
+    order = torch.randperm(x.numel(), generator=torch.Generator().manual_seed(0))
+    shuffled = x.reshape(-1)[order]
+    assert rmse(x, optimal_range(x, 4), 4) <= 1.1 * rmse(x, optimal_range(shuffled, 4), 4)
+
+
+@pytest.mark.parametrize("method", ["mse", "absmax"])
+@pytest.mark.parametrize("bits", [2, 4, 8])
+def test_a_range_a_row_is_the_range_of_the_row(method: str, bits: int) -> None:
+    x = gaussian(6, 500) * torch.logspace(-3, 2, 6)[:, None]
+    found = optimal_range(x, bits, method, dim=1)
+    assert found.shape == (6, 1)
+    for row in range(6):
+        assert found[row, 0].item() == pytest.approx(optimal_range(x[row], bits, method).item(), rel=1e-5)
+
+
+def test_ranges_of_rows_beat_one_range_where_rows_differ_in_scale() -> None:
+    x = gaussian(16, 300) * torch.logspace(-2, 0, 16)[:, None]
+    rows, single = optimal_range(x, 4, dim=1), optimal_range(x, 4)
+    relative = [((quantize(x, r, 4) - x).norm(dim=1) / x.norm(dim=1)).mean().item() for r in (rows, single)]
+    assert relative[0] < 0.2 * relative[1]
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("method", ["mse", "absmax"])
+def test_zeros_get_a_small_positive_range_in_every_dtype(dtype: torch.dtype, method: str) -> None:
+    x = torch.zeros(4, 8, dtype=dtype)
+    one, rows = optimal_range(x, 8, method), optimal_range(x, 8, method, dim=1)
+    assert one.shape == () and rows.shape == (4, 1)
+    for found in (one, rows):
+        assert found.dtype == torch.float32
+        assert ((found > 0) & (found < 1e-3)).all()
+
+
+def test_a_row_of_zeros_does_not_disturb_the_others() -> None:
+    x = gaussian(3, 64)
+    x[1] = 0
+    found = optimal_range(x, 4, dim=1)
+    assert torch.isfinite(found).all() and (found > 0).all()
+    assert found[0, 0].item() == pytest.approx(optimal_range(x[0], 4).item(), rel=1e-5)
+
+
+@pytest.mark.parametrize("shape", [(0,), (0, 5), (5, 0)])
+@pytest.mark.parametrize("method", ["mse", "absmax"])
+def test_empty_tensors_get_a_positive_range(shape: tuple[int, ...], method: str) -> None:
+    assert optimal_range(torch.zeros(shape), 8, method).item() > 0
+    if len(shape) == 2:
+        rows = optimal_range(torch.zeros(shape), 8, method, dim=1)
+        assert rows.shape == (shape[0], 1) and (rows > 0).all()
+
+
+def test_a_range_carries_no_gradient_and_leaves_its_tensor_alone() -> None:
+    x = gaussian(64).requires_grad_()
+    before = x.detach().clone()
+    assert not optimal_range(x, 4).requires_grad
+    assert torch.equal(x, before)
