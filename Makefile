@@ -8,7 +8,7 @@
 PYTHON ?= python3
 VENV ?= .venv
 DEMO_DIR ?= runs/demo
-DEMO_ARGS ?=
+DEMO_ARGS ?= --overwrite
 TEST_ARGS ?=
 WORKERS ?= 2
 

@@ -20,8 +20,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, HfArgumentParser, 
 from trl import SFTConfig, SFTTrainer
 
 import bayeslora
-from bayeslora.evaluation import load_task
-from bayeslora.evaluation.packaged import packaged_model
+from bayeslora.evaluation import load_task, packaged_model
 
 
 @dataclass

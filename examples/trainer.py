@@ -24,8 +24,7 @@ from transformers import (
 )
 
 import bayeslora
-from bayeslora.evaluation import compute_metrics_for, encode, load_task
-from bayeslora.evaluation.packaged import packaged_model
+from bayeslora.evaluation import compute_metrics_for, encode, load_task, packaged_model
 
 
 @dataclass

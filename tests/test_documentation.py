@@ -1,0 +1,101 @@
+"""The documentation says what is there: links lead somewhere, commands and options exist, the README's code runs."""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from pathlib import Path
+
+import pytest
+
+import bayeslora
+from bayeslora.cli.main import build_parser
+
+ROOT = Path(__file__).resolve().parents[1]
+PAGES = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/*.md")])
+PAGE_NAMES = [str(page.relative_to(ROOT)) for page in PAGES]
+
+
+def anchor(heading: str) -> str:
+    """The fragment that a Markdown heading is linked by."""
+    return re.sub(r"[^\w\- ]", "", heading.strip().lower()).replace(" ", "-")
+
+
+@pytest.mark.parametrize("page", PAGES, ids=PAGE_NAMES)
+def test_links_lead_to_files_and_headings(page: Path) -> None:
+    for target in re.findall(r"\]\(([^)\s]+)\)", page.read_text(encoding="utf-8")):
+        if target.startswith("https://"):
+            continue
+        name, _, fragment = target.partition("#")
+        linked = page.parent / name if name else page
+        assert linked.exists(), target
+        if fragment:
+            headings = re.findall(r"^#+ (.+)$", linked.read_text(encoding="utf-8"), flags=re.MULTILINE)
+            assert fragment in {anchor(heading) for heading in headings}, target
+
+
+@pytest.mark.parametrize("page", PAGES, ids=PAGE_NAMES)
+def test_make_targets_and_files_exist(page: Path) -> None:
+    text = page.read_text(encoding="utf-8")
+    targets = set(re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(encoding="utf-8"), flags=re.MULTILINE))
+    lines = re.findall(r"^    make ([a-z -]+?)(?:  .*)?$", text, flags=re.MULTILINE) + re.findall(
+        r"`make ([a-z-]+)`", text
+    )
+    assert {name for line in lines for name in line.split()} <= targets
+    for script in re.findall(r"\b((?:examples|tests|benchmarks)/[\w/]+\.py)\b", text):
+        assert (ROOT / script).exists(), script
+
+
+@pytest.mark.parametrize("page", PAGES, ids=PAGE_NAMES)
+def test_commands_and_their_options_exist(page: Path) -> None:
+    text = page.read_text(encoding="utf-8").replace("\\\n", " ")
+    commands = [line for line in re.findall(r"bayeslora ([a-z]+ [^`\n]*--[^`\n]+)", text)]
+    for line in commands:
+        words = line.split()
+        known, rest = build_parser().parse_known_args(words)
+        assert known.command == words[0]
+        if words[0] == "train":
+            from bayeslora.cli.arguments import method_field_hints, parse_open_options, training_field_hints
+
+            fields = {*method_field_hints(bayeslora.BLoraConfig), *training_field_hints()}
+            assert set(parse_open_options(rest)) <= fields, line
+        else:
+            assert not rest, line
+
+
+def test_the_options_of_blora_have_the_defaults_that_its_page_gives() -> None:
+    text = (ROOT / "docs" / "blora.md").read_text(encoding="utf-8")
+    table = text.split("\n## Options\n")[1].split("\n## ")[0]
+    fields = {item.name: item for item in dataclasses.fields(bayeslora.BLoraConfig)}
+    seen = 0
+    for names, default in re.findall(r"^\| (`\w+`(?:, `\w+`)*) \| ([^|]+) \|", table, flags=re.MULTILINE):
+        named = re.findall(r"\w+", names)
+        stated = [default.strip()] if len(named) == 1 else [part.strip() for part in default.split(",")]
+        for name, value in zip(named, stated, strict=True):
+            assert same(value, getattr(bayeslora.BLoraConfig(), name)), name
+            assert name in fields
+            seen += 1
+    assert seen >= 10
+
+
+def same(stated: str, actual: object) -> bool:
+    if stated == "none":
+        return actual is None
+    if isinstance(actual, bool):
+        return stated == str(actual).lower()
+    if isinstance(actual, list):
+        return [float(part) for part in stated.split(",")] == actual
+    if isinstance(actual, (int, float)):
+        return float(stated) == actual
+    return stated.strip("`\"'") == actual
+
+
+@pytest.mark.slow
+def test_the_code_in_the_readme_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    (code,) = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(encoding="utf-8"), flags=re.DOTALL)
+    assert code.count("\n") <= 30
+    shortened = code.replace("num_train_epochs=2", "max_steps=10, use_cpu=True, save_strategy='no', report_to='none'")
+    assert shortened != code
+    exec(compile(shortened, "README.md", "exec"), {"__name__": "readme"})
+    assert (tmp_path / "runs" / "readme" / "adapter" / "adapter_model.safetensors").exists()
