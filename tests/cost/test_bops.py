@@ -12,6 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
+import bayeslora
 from bayeslora.cost import SCOPES, bops_by_scope, build_on_meta, from_config, operations, relative_bops
 from bayeslora.errors import BayesLoraError
 from tests.cost.models import QKV, Layer, adapted, by_name, family_model, tiny_config
@@ -94,7 +95,7 @@ def test_outputs_that_are_only_permuted_keep_their_width(family: str) -> None:
 
 
 def test_deberta_position_products_have_the_widths_of_their_operands() -> None:
-    """c2p is content queries × position keys, p2c content keys × position queries; here both projections are shared."""
+    """c2p is content queries × position keys, p2c content keys × position queries, here by shared projections."""
     query, key = adapted(DEBERTA, ("query_proj",), 3, out=4), adapted(DEBERTA, ("key_proj",), 3, out=16)
     found = by_name(DEBERTA, 6, query + key)
     attention = "encoder.layer.0.attention.self"
@@ -263,8 +264,17 @@ def test_adapters_do_not_change_what_the_base_model_is() -> None:
 
 def test_a_peft_lora_describes_itself() -> None:
     model, plain = wrapped()
-    assert relative_bops(model, tokens=6) == dict.fromkeys(SCOPES, 1.0)
-    assert operations(model, 6) == operations(plain, 6, adapted(plain, ("query", "key", "value"), 16))
+    expected = operations(plain, 6, adapted(plain, ("query", "key", "value"), 16))
+    for same in (model, nn.DataParallel(model), torch.compile(model)):
+        assert relative_bops(same, tokens=6) == dict.fromkeys(SCOPES, 1.0)
+        assert operations(same, 6) == expected
+
+
+def test_a_new_b_lora_of_rank_16_costs_what_lora_costs() -> None:
+    """Before its gates learn nothing is quantized, and every rank is open."""
+    base = transformers.AutoModelForSequenceClassification.from_config(tiny_config("deberta-v2"))
+    config = bayeslora.BLoraConfig(r=16, target_modules=list(QKV["deberta-v2"]))
+    assert relative_bops(peft.get_peft_model(base, config)) == dict.fromkeys(SCOPES, 1.0)
 
 
 def test_a_model_of_seven_billion_parameters_takes_seconds() -> None:

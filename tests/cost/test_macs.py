@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import peft
 import pytest
 import torch
 import transformers
@@ -63,6 +64,15 @@ def test_macs_of_rotary_models_are_what_pytorch_counts(family: str) -> None:
 def test_heads_count_for_as_many_positions_as_they_see(family: str, auto: type) -> None:
     model = real(family, auto)
     assert macs_by_scope(operations(model, 6))["model"] == counted_macs(model, 6)
+
+
+@pytest.mark.parametrize("family", ["bert", "deberta-v2", "llama", "gpt2"])
+def test_macs_with_adapters_are_what_pytorch_counts(family: str) -> None:
+    """All but E, which is no matrix product: in LoRA it is the scaling."""
+    config = peft.LoraConfig(r=3, target_modules=list(QKV[family]), fan_in_fan_out=family == "gpt2")
+    model = peft.get_peft_model(real(family), config)
+    found = [operation for operation in operations(model, 6) if not operation.name.endswith(".E")]
+    assert macs_by_scope(found)["model"] == counted_macs(model, 6)
 
 
 @pytest.mark.parametrize("share_att_key", [True, False])

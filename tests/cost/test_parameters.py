@@ -8,8 +8,10 @@ import torch
 import transformers
 from torch import nn
 
+import bayeslora
 from bayeslora.cost import adapter_matrices, adapter_parameters, build_on_meta, count_parameters
 from bayeslora.errors import BayesLoraError
+from bayeslora.methods import describe
 from tests.cost.models import Layer, adapted, tiny_config
 
 DEBERTA_V3_BASE = transformers.DebertaV2Config(
@@ -103,6 +105,17 @@ def test_what_a_layer_holds_beside_its_matrices_counts_as_adapter() -> None:
     config = peft.AdaLoraConfig(init_r=4, target_r=2, target_modules=["query"], total_step=100)
     adapter = peft.get_peft_model(model, config)
     assert count_parameters(adapter)["adapter"] == 2 * (4 * 64 + 4 + 1)
+
+
+def test_everything_a_b_lora_learns_counts_as_adapter() -> None:
+    model = transformers.AutoModelForSequenceClassification.from_config(tiny_config("bert"))
+    config = bayeslora.BLoraConfig(r=4, target_modules=["query", "value"], task_type="SEQ_CLS")
+    adapter = peft.get_peft_model(model, config)
+    counts, layers = count_parameters(adapter), describe(adapter)
+    assert adapter_matrices(layers) == 4 * 4 * 64
+    assert adapter_matrices(layers) < counts["adapter"] == sum(layer.parameters for layer in layers)
+    assert counts["trainable"] == counts["adapter"] + 32 * 2 + 2
+    assert (counts["trainable"], counts["total"]) == adapter.get_nb_trainable_parameters()
 
 
 def test_shared_tensors_count_once() -> None:

@@ -215,17 +215,21 @@ def unwrapped(module: nn.Module) -> nn.Module:
         module = inner
 
 
-def base_model(model: nn.Module) -> nn.Module:
-    """The model under data-parallel, compiled and PEFT wrappers."""
+def under_wrappers(model: nn.Module) -> nn.Module:
+    """The model under data-parallel and compiled wrappers, with its adapters."""
     while True:
-        if isinstance(model, PeftModel):
-            model = model.get_base_model()
-        elif "_orig_mod" in model._modules:
+        if "_orig_mod" in model._modules:
             model = model.get_submodule("_orig_mod")
         elif list(model._modules) == ["module"] and "Parallel" in type(model).__name__:
             model = model.get_submodule("module")
         else:
             return model
+
+
+def base_model(model: nn.Module) -> nn.Module:
+    """The model under data-parallel, compiled and PEFT wrappers."""
+    model = under_wrappers(model)
+    return under_wrappers(model.get_base_model()) if isinstance(model, PeftModel) else model
 
 
 def walk(module: nn.Module, name: str = "", seen: set[int] | None = None) -> Iterator[tuple[str, nn.Module]]:
@@ -359,13 +363,13 @@ def read_tree(model: nn.Module) -> Tree:
     # GPT-J and CodeGen rotate inside the attention and have no module for it.
     rotary = bool(getattr(config, "rotary_dim", None)) or any("Rotary" in type(m).__name__ for m in modules.values())
     attentions = [
-        found
+        attention
         for name, module in modules.items()
-        if module._modules and (found := _attention_of(name, module, matrices, config, rotary)) is not None
+        if module._modules and (attention := _attention_of(name, module, matrices, config, rotary)) is not None
     ]
     stacks = [name for name, module in modules.items() if isinstance(module, nn.ModuleList)]
     blocks: dict[str, None] = {}
-    for name in (attention.name for attention in attentions):
+    for name in [attention.name for attention in attentions]:
         inside = [stack for stack in stacks if name.startswith(f"{stack}.")]
         if inside:
             stack = min(inside, key=len)

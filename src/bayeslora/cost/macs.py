@@ -22,8 +22,19 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal, Protocol
 
-from bayeslora.cost._tree import Attention, Matrix, ModelOrConfig, Place, Tree, as_model, is_adapted, read_tree
+from bayeslora.cost._tree import (
+    Attention,
+    Matrix,
+    ModelOrConfig,
+    Place,
+    Tree,
+    as_model,
+    is_adapted,
+    read_tree,
+    under_wrappers,
+)
 from bayeslora.errors import BayesLoraError
+from bayeslora.methods import describe
 
 Scope = Literal["adapted", "attention", "encoder", "model"]
 SCOPES: tuple[Scope, ...] = ("adapted", "attention", "encoder", "model")
@@ -118,11 +129,9 @@ def operations(
 
 def described_layers(model_or_config: ModelOrConfig) -> Sequence[LayerCost]:
     """The adapted layers a model has; none for a configuration or a plain model."""
-    model = as_model(model_or_config)
+    model = under_wrappers(as_model(model_or_config))
     if not any(is_adapted(module) for module in model.modules()):
         return []
-    from bayeslora import describe
-
     return describe(model)
 
 
