@@ -1,0 +1,9 @@
+"""`python -m bayeslora`, the same as `bayeslora`."""
+
+from __future__ import annotations
+
+import sys
+
+from bayeslora.cli.main import main
+
+sys.exit(main())

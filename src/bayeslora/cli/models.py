@@ -1,0 +1,273 @@
+"""Base models, their tokenizers, and finished runs, as the commands load them."""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.metadata
+import json
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+
+import torch
+from peft import PeftModel, get_peft_model_state_dict
+from safetensors import SafetensorError, safe_open
+from transformers import (
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+from transformers.utils import logging as transformers_logging
+
+from bayeslora.errors import BayesLoraError
+
+RUN_FILE = "run.json"
+_ADAPTER_FILE = "adapter_model.safetensors"
+_TENSOR_PROBE = 64
+_DEFAULT_LENGTH = 128
+_OFFSET_POSITIONS = {"roberta", "xlm-roberta", "xlm-roberta-xl", "camembert", "longformer", "mpnet"}
+
+
+@dataclass
+class RunInfo:
+    """What a finished run must remember to be loaded again; `run.json` in its folder."""
+
+    method: str
+    model: str
+    task: str
+    kind: str
+    metric: str
+    text_columns: list[str]
+    label_column: str
+    labels: list[str]
+    max_length: int
+    dtype: str
+    base_fingerprint: str
+    base_name: str
+    task_name: str | None = None
+    data_dir: str | None = None
+    files: dict[str, str] = field(default_factory=dict)
+
+    def save(self, folder: Path) -> None:
+        """Write `run.json`."""
+        text = json.dumps(asdict(self), indent=2, ensure_ascii=False)
+        (folder / RUN_FILE).write_text(text + "\n", encoding="utf-8")
+
+    @classmethod
+    def load(cls, folder: Path) -> RunInfo:
+        """Read `run.json`; raises BayesLoraError for a folder that is no finished run."""
+        path = folder / RUN_FILE
+        if not folder.is_dir():
+            raise BayesLoraError(f"{folder} is no folder; name a folder that `bayeslora train` wrote.")
+        if not path.is_file():
+            raise BayesLoraError(f"{folder} holds no {RUN_FILE}; name a folder that `bayeslora train` wrote.")
+        try:
+            return cls(**json.loads(path.read_text(encoding="utf-8")))
+        except (ValueError, TypeError) as error:
+            raise BayesLoraError(f"{path} is damaged ({error}); train again or restore it from a copy.") from error
+
+
+@dataclass
+class BaseModel:
+    """A base model ready to be adapted. `fresh` names modules whose weights the checkpoint did not hold."""
+
+    model: PreTrainedModel
+    fresh: list[str]
+    fingerprint: str
+
+
+def resolve_model(name: str) -> str:
+    """A folder for `name` where it is one or an installed package that holds a model; otherwise `name`, a hub id."""
+    path = Path(name).expanduser()
+    if path.is_dir():
+        if not (path / "config.json").is_file():
+            raise BayesLoraError(
+                f"{name} is no model folder, it holds no config.json; name one saved by Transformers."
+            )
+        return str(path)
+    if path.is_absolute() or name.startswith((".", "~")) or name.count("/") > 1 or path.exists():
+        raise BayesLoraError(f"{name} is no model folder; name an existing folder, a model package or a hub id.")
+    if "/" not in name:
+        try:
+            files = importlib.metadata.files(name) or []
+        except importlib.metadata.PackageNotFoundError:
+            return name
+        for file in files:
+            folder = Path(str(file.locate())).parent
+            if file.name == "config.json" and any(folder.glob("*.safetensors")):
+                return str(folder)
+    return name
+
+
+@contextmanager
+def loading(what: str) -> Iterator[None]:
+    """Turns whatever a loader raises for unusable files into one sentence that names `what`."""
+    transformers_logging.disable_progress_bar()
+    try:
+        yield
+    except BayesLoraError:
+        raise
+    except (OSError, ValueError, KeyError, RuntimeError, ImportError, TypeError, SafetensorError) as error:
+        reason = " ".join(str(error).split())
+        reason = reason if len(reason) <= 160 else reason[:157] + "..."
+        raise BayesLoraError(
+            f"cannot load {what} ({type(error).__name__}: {reason}); check that it is complete and of the right kind."
+        ) from error
+
+
+def load_tokenizer(folder: str, name: str) -> PreTrainedTokenizerBase:
+    """The tokenizer in a folder (or of a hub id); one without a padding token pads with its end-of-text token."""
+    with loading(f"the tokenizer of {name}"):
+        tokenizer = AutoTokenizer.from_pretrained(folder)
+    if tokenizer.pad_token is None:
+        if tokenizer.eos_token is None:
+            raise BayesLoraError(f"the tokenizer of {name} has neither padding nor end token; add one and save it.")
+        tokenizer.pad_token = tokenizer.eos_token
+    return tokenizer
+
+
+def load_base(
+    name: str, tokenizer: PreTrainedTokenizerBase, *, labels: list[str], regression: bool, dtype: str
+) -> BaseModel:
+    """The base model with a classification (or regression) head.
+
+    Weights the checkpoint does not hold are initialised from the global random state; their modules are named in
+    `fresh`, so that a caller can train and save them.
+    """
+    ids = {name: index for index, name in enumerate(labels)}
+    names = {} if regression else {"id2label": dict(enumerate(labels)), "label2id": ids}
+    with loading(f"model {name}"):
+        model, info = AutoModelForSequenceClassification.from_pretrained(
+            resolve_model(name),
+            num_labels=1 if regression else len(labels),
+            problem_type="regression" if regression else "single_label_classification",
+            dtype=getattr(torch, dtype),
+            ignore_mismatched_sizes=True,
+            output_loading_info=True,
+            **names,
+        )
+    if model.config.pad_token_id is None:
+        model.config.pad_token_id = tokenizer.pad_token_id
+    mismatched = {key if isinstance(key, str) else key[0] for key in info["mismatched_keys"]}
+    missing = {*info["missing_keys"], *mismatched}
+    prefix = model.base_model_prefix + "."
+    fresh = sorted({key.removeprefix(prefix).split(".")[0] for key in missing})
+    if len(missing) > len(list(model.parameters())) / 2:
+        raise BayesLoraError(
+            f"the weights in {name} do not fit its config.json ({len(missing)} tensors are missing); "
+            "name a complete model."
+        )
+    if len(tokenizer) > model.get_input_embeddings().num_embeddings:
+        raise BayesLoraError(
+            f"the tokenizer of {name} has {len(tokenizer)} tokens and the model "
+            f"{model.get_input_embeddings().num_embeddings}; name a model with its own tokenizer."
+        )
+    return BaseModel(model, fresh, _fingerprint(model, fresh))
+
+
+def longest_input(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, wanted: int | None) -> int:
+    """The number of tokens inputs are cut to: `wanted`, or 128 where model and tokenizer take as many."""
+    positions = getattr(model.config, "max_position_embeddings", None)
+    # RoBERTa's positions start after its padding id.
+    offset = model.config.pad_token_id + 1 if model.config.model_type in _OFFSET_POSITIONS else 0
+    limit = min(int(min(tokenizer.model_max_length, 10**9)), positions - offset if positions else 10**9)
+    if wanted is not None and wanted > limit:
+        raise BayesLoraError(f"--max-length is {wanted}, but the model takes {limit} tokens; give at most {limit}.")
+    return wanted or min(_DEFAULT_LENGTH, limit)
+
+
+def _fingerprint(model: PreTrainedModel, fresh: list[str]) -> str:
+    """A digest of names, shapes and a probe of each pretrained weight: two checkpoints of one shape differ in it."""
+    digest = hashlib.sha256()
+    prefix = model.base_model_prefix + "."
+    for name, parameter in sorted(model.named_parameters()):
+        if name.removeprefix(prefix).split(".")[0] in fresh or not name.startswith(prefix):
+            continue
+        values = parameter.detach().flatten()
+        probe = values[:: max(1, values.numel() // _TENSOR_PROBE)][:_TENSOR_PROBE].float().cpu()
+        digest.update(f"{name}{tuple(parameter.shape)}".encode())
+        digest.update(probe.numpy().tobytes())
+    return digest.hexdigest()[:16]
+
+
+def load_run(folder: Path, model: str | None = None) -> tuple[torch.nn.Module, PreTrainedTokenizerBase, RunInfo]:
+    """The trained model of a finished run in evaluation mode, its tokenizer, and what it remembers.
+
+    Args:
+        folder: the output folder of `bayeslora train`.
+        model: where the base model is now; by default where it was at training.
+
+    Raises:
+        BayesLoraError: the folder is no run, a file is damaged, or the base model is not the one trained on.
+    """
+    info = RunInfo.load(folder)
+    tokenizer = load_tokenizer(str(folder), str(folder))
+    if info.method == "full":
+        with loading(f"the model in {folder}"):
+            trained = AutoModelForSequenceClassification.from_pretrained(folder, dtype=getattr(torch, info.dtype))
+        return _ready(trained), tokenizer, info
+    _check_adapter_files(folder, info)
+    name = model or info.model
+    with torch.random.fork_rng(devices=[]):
+        base = load_base(
+            name,
+            tokenizer,
+            labels=info.labels,
+            regression=info.kind == "regression",
+            dtype=info.dtype,
+        )
+    if base.fingerprint != info.base_fingerprint:
+        raise BayesLoraError(
+            f"the adapter in {folder} was trained on {info.model}, and the weights of {name} are others; "
+            "name the right one with --model."
+        )
+    with loading(f"the adapter in {folder}"):
+        adapted = PeftModel.from_pretrained(base.model, folder)
+    _check_keys(adapted, folder)
+    return _ready(adapted), tokenizer, info
+
+
+def _ready(model: torch.nn.Module) -> torch.nn.Module:
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    return model.to(device).eval()
+
+
+def _check_adapter_files(folder: Path, info: RunInfo) -> None:
+    path = folder / "adapter_config.json"
+    try:
+        config = json.loads(path.read_text(encoding="utf-8"))
+        base_name = config.get("base_model_name_or_path")
+    except (OSError, ValueError, AttributeError) as error:
+        raise BayesLoraError(f"{path} is missing or damaged; train again or restore it from a copy.") from error
+    if base_name != info.base_name:
+        raise BayesLoraError(
+            f"the adapter in {folder} was made for {base_name}, and the run trained {info.base_name}; "
+            "restore the run's own adapter files."
+        )
+    weights = folder / _ADAPTER_FILE
+    if not weights.is_file():
+        raise BayesLoraError(f"{weights} is missing; train again or restore it from a copy.")
+    try:
+        with safe_open(weights, framework="pt") as file:
+            list(file.keys())
+    except (SafetensorError, OSError) as error:
+        size = os.path.getsize(weights)
+        raise BayesLoraError(
+            f"{weights} ({size} bytes) is damaged or cut short; restore or train it again."
+        ) from error
+
+
+def _check_keys(model: PeftModel, folder: Path) -> None:
+    """An adapter whose tensors did not all find their place would run untrained, silently."""
+    wanted = set(get_peft_model_state_dict(model, save_embedding_layers=False))
+    with safe_open(folder / _ADAPTER_FILE, framework="pt") as file:
+        found = set(file.keys())
+    for keys, verb in ((wanted - found, "lacks"), (found - wanted, "has no place for")):
+        if keys:
+            owner = _ADAPTER_FILE if verb == "lacks" else "the model"
+            raise BayesLoraError(
+                f"the adapter in {folder} does not fit its config: {owner} {verb} {min(keys)}; restore its own files."
+            )

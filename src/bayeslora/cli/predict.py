@@ -1,0 +1,55 @@
+"""`bayeslora predict OUT --input F --output G.jsonl`: one line a row, in order."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+from bayeslora.cli.evaluate import positive_batch, text_columns
+from bayeslora.cli.models import RunInfo, load_run
+from bayeslora.errors import BayesLoraError
+from bayeslora.evaluation import encode_texts, load_texts, predict_dataset
+from bayeslora.prediction import Prediction
+from bayeslora.prediction.predict import _check_samples as check_samples
+
+
+def run(given: dict[str, Any]) -> int:
+    """The command; `given` are the options on the command line."""
+    folder, source, target = Path(given["folder"]), Path(given["input"]), Path(given["output"])
+    batch_size = positive_batch(given)
+    info = RunInfo.load(folder)
+    if target.is_dir() or not target.absolute().parent.is_dir():
+        raise BayesLoraError(f"--output {target} cannot be a file; name a file in an existing folder.")
+    if target.exists() and source.exists() and target.samefile(source):
+        raise BayesLoraError(f"--output {target} is the input file; name another file.")
+    columns = text_columns(given, info)
+    texts = load_texts(source, columns)
+    model, tokenizer, info = load_run(folder, given.get("model"))
+    check_samples(model, given.get("samples", 0))
+    data = encode_texts(texts, columns, tokenizer, info.max_length)
+    prediction = predict_dataset(model, data, tokenizer, batch_size)
+    _write(target, prediction, info)
+    print(f"{target}: {len(prediction)} rows")
+    return 0
+
+
+def _write(target: Path, prediction: Prediction, info: RunInfo) -> None:
+    """Write beside the target, then rename: a reader never sees half of it."""
+    partial = target.with_name(target.name + ".partial")
+    regression = info.kind == "regression"
+    try:
+        with partial.open("w", encoding="utf-8") as file:
+            for row in range(len(prediction)):
+                label = float(prediction.labels[row]) if regression else info.labels[int(prediction.labels[row])]
+                line = {
+                    "label": label,
+                    "probabilities": None if regression else prediction.probabilities[row].tolist(),
+                    "entropy": None if regression else float(prediction.entropy[row]),
+                    "mutual_information": None if regression else float(prediction.mutual_information[row]),
+                }
+                file.write(json.dumps(line, ensure_ascii=False) + "\n")
+        os.replace(partial, target)
+    finally:
+        partial.unlink(missing_ok=True)

@@ -1,0 +1,103 @@
+"""What a trained model is measured by: scores, parameters, bit operations, widths; and the check of its saved copy."""
+
+from __future__ import annotations
+
+import json
+import math
+import platform
+import resource
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import PreTrainedTokenizerBase
+
+from bayeslora.cost import count_parameters, relative_bops
+from bayeslora.evaluation import Task, evaluate, predict_dataset
+from bayeslora.methods import describe
+
+EVALUATION = "validation"
+_PROBE_ROWS = 16
+_RELOAD_TOLERANCE = {"float32": 1e-5, "bfloat16": 5e-2, "float16": 1e-2}
+
+
+def measure(
+    model: nn.Module, data: dict[str, Any], task: Task, tokenizer: PreTrainedTokenizerBase, batch_size: int
+) -> dict[str, Any]:
+    """The measured part of `metrics.json`; `scores` belong to the evaluation split."""
+    layers = describe(model)
+    evaluation = evaluate(model, data[EVALUATION], task, tokenizer, batch_size=batch_size)
+    found: dict[str, Any] = {
+        "metric": task.metric,
+        "scores": evaluation.scores,
+        "samples": 0,
+        "parameters": count_parameters(model),
+        "relative_bops": relative_bops(model, layers),
+        "layers": [layer.to_dict() for layer in layers],
+        "versions": versions(),
+        "reliability": {"bins": evaluation.reliability},
+        "labels": list(task.labels),
+        "peak_memory_bytes": peak_memory(),
+    }
+    if "test" in data:
+        found["scores_test"] = evaluate(model, data["test"], task, tokenizer, batch_size=batch_size).scores
+    return found
+
+
+def versions() -> dict[str, str]:
+    """Versions of what the result depends on."""
+    from importlib.metadata import PackageNotFoundError, version
+
+    found = {"python": platform.python_version()}
+    for name in ("bayeslora", "torch", "transformers", "peft"):
+        try:
+            found[name] = version(name)
+        except PackageNotFoundError:
+            found[name] = "source tree"
+    return found
+
+
+def peak_memory() -> int:
+    """The most memory held so far: on the GPU where there is one, of the process otherwise."""
+    if torch.cuda.is_available():
+        return int(torch.cuda.max_memory_allocated())
+    # Linux counts in kibibytes, macOS in bytes.
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+
+
+def verify_reload(
+    model: nn.Module, dataset: Any, tokenizer: PreTrainedTokenizerBase, load: Callable[[], nn.Module], dtype: str
+) -> None:
+    """Compare the trained model with the one its files give back, on the first rows of a data set.
+
+    Raises:
+        RuntimeError: their outputs differ; the files do not hold what was trained.
+    """
+    rows = dataset.select(range(min(_PROBE_ROWS, len(dataset))))
+    trained, saved = (predict_dataset(m, rows, tokenizer).logits for m in (model, load()))
+    difference = float((trained - saved).abs().max() / trained.abs().max().clamp(min=1.0))
+    if not difference <= _RELOAD_TOLERANCE[dtype]:
+        raise RuntimeError(
+            f"the saved run does not give the trained model's outputs back (relative difference {difference:.2e}, "
+            f"at most {_RELOAD_TOLERANCE[dtype]:.0e} is allowed); please report it together with config.yaml."
+        )
+
+
+def save_json(path: Path, content: Any) -> None:
+    """Write JSON that every parser reads: a number that is not finite becomes null."""
+    text = json.dumps(finite(content), indent=2, ensure_ascii=False, allow_nan=False)
+    path.write_text(text + "\n", encoding="utf-8")
+
+
+def finite(content: Any) -> Any:
+    """`content` with None for every number that is not finite, which JSON cannot hold."""
+    if isinstance(content, float):
+        return content if math.isfinite(content) else None
+    if isinstance(content, dict):
+        return {key: finite(value) for key, value in content.items()}
+    if isinstance(content, (list, tuple)):
+        return [finite(value) for value in content]
+    return content

@@ -1,0 +1,272 @@
+"""`bayeslora train`: one method, one model, one task, one new folder.
+
+Everything is written to `OUT.partial` and renamed to `OUT` when it is complete. An interrupted run leaves its last
+checkpoint there, and `--resume` continues it exactly.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shlex
+import shutil
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+from torch import nn
+from transformers import (
+    DataCollatorWithPadding,
+    PreTrainedTokenizerBase,
+    PrinterCallback,
+    ProgressCallback,
+    Trainer,
+    TrainerCallback,
+    TrainingArguments,
+    set_seed,
+)
+
+from bayeslora.cli.adapt import adapt
+from bayeslora.cli.arguments import TrainPlan, build_plan, first_difference, read_config
+from bayeslora.cli.coercion import option
+from bayeslora.cli.listing import list_options
+from bayeslora.cli.models import BaseModel, RunInfo, load_base, load_run, load_tokenizer, longest_input, resolve_model
+from bayeslora.cli.progress import Clock, Interruption, ProgressBar
+from bayeslora.cli.results import EVALUATION, measure, save_json, verify_reload
+from bayeslora.errors import BayesLoraError
+from bayeslora.evaluation import Task, compute_metrics_for, encode, load_files, load_task
+from bayeslora.export.shrink import shrink
+from bayeslora.methods import tuner_of
+from bayeslora.training import attach
+
+CONFIG_FILE = "config.yaml"
+TRAIN = "train"
+_CHECKPOINTS = "checkpoints"
+
+
+@dataclass
+class Session:
+    """One run as it is set up: what is trained, on what, and where it is written."""
+
+    plan: TrainPlan
+    task: Task
+    tokenizer: PreTrainedTokenizerBase
+    base: BaseModel
+    model: nn.Module
+    data: dict[str, Any]
+    length: int
+    partial: Path
+
+    @property
+    def checkpoints(self) -> Path:
+        return self.partial / _CHECKPOINTS
+
+
+def run(given: dict[str, Any]) -> int:
+    """The command; `given` are the options on the command line."""
+    if given.pop("list_options", False):
+        print(list_options(given.get("method", "blora")))
+        return 0
+    plan = build_plan(given)
+    return train(plan)
+
+
+def train(plan: TrainPlan) -> int:
+    """Train as planned; returns 0, or 130 when interrupted with a checkpoint."""
+    partial = _claim(plan)
+    with Interruption() as interruption, _cleaned_up(plan, partial):
+        session = _prepare(plan, partial)
+        clock = Clock(partial)
+        trainer = _build_trainer(session, [interruption, clock, ProgressBar(plan.options.method)])
+        checkpoint = _last_checkpoint(session.checkpoints) if plan.options.resume else None
+        trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+        seconds = clock.seconds
+        if interruption.requested and trainer.state.global_step < trainer.state.max_steps:
+            raise KeyboardInterrupt
+        metrics = _finish(session, trainer, seconds)
+        clock.discard()
+        if not plan.options.keep_checkpoints:
+            shutil.rmtree(session.checkpoints, ignore_errors=True)
+        os.rename(partial, plan.output_dir)
+    scores = "  ".join(f"{name} {value:.4f}" for name, value in metrics["scores"].items())
+    print(f"{plan.output_dir}: {scores}")
+    return 0
+
+
+def _claim(plan: TrainPlan) -> Path:
+    """The folder to write to, made and marked as this run's; refuses what would overwrite, mix or lose a run."""
+    out = plan.output_dir
+    partial = out.with_name(out.name + ".partial")
+    if out.exists():
+        raise BayesLoraError(f"output folder {out} exists; name a new one or delete it.")
+    if not plan.options.resume:
+        partial.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            partial.mkdir()
+        except FileExistsError:
+            raise BayesLoraError(
+                f"{partial} holds an interrupted run; continue it with --resume or delete it."
+            ) from None
+        (partial / CONFIG_FILE).write_text(_to_yaml(plan.record()), encoding="utf-8")
+        return partial
+    if not (partial / CONFIG_FILE).is_file():
+        raise BayesLoraError(f"there is no interrupted run in {partial}; leave --resume out to start one.")
+    difference = first_difference(read_config(str(partial / CONFIG_FILE)), json.loads(json.dumps(plan.record())))
+    if difference is not None:
+        name, old, new = difference
+        raise BayesLoraError(
+            f"{option(name)} is {new!r}, but the interrupted run in {partial} has {old!r}; "
+            "resume with the same options or start a new run elsewhere."
+        )
+    return partial
+
+
+@contextmanager
+def _cleaned_up(plan: TrainPlan, partial: Path) -> Iterator[None]:
+    """After a failure or an interruption, keep `OUT.partial` only where it can be resumed, and say how.
+
+    A run that is being resumed loses nothing, whatever goes wrong.
+    """
+    try:
+        yield
+    except BaseException as error:
+        kept = _last_checkpoint(partial / _CHECKPOINTS) is not None
+        if not kept and not plan.options.resume:
+            shutil.rmtree(partial, ignore_errors=True)
+        if isinstance(error, KeyboardInterrupt):
+            options = ["--config", str(partial / CONFIG_FILE), "--output-dir", str(plan.output_dir), "--resume"]
+            command = shlex.join(["bayeslora", "train", *options])
+            hint = f"continue with `{command}`" if kept else "nothing was kept"
+            raise KeyboardInterrupt(f"interrupted; {hint}.") from error
+        raise
+
+
+def _last_checkpoint(folder: Path) -> Path | None:
+    """The newest complete checkpoint: the trainer writes `trainer_state.json` last."""
+    complete = []
+    for path in folder.glob("checkpoint-*"):
+        try:
+            state = json.loads((path / "trainer_state.json").read_text(encoding="utf-8"))
+            complete.append((state["global_step"], path))
+        except (OSError, ValueError, KeyError):
+            continue
+    return max(complete)[1] if complete else None
+
+
+def _prepare(plan: TrainPlan, partial: Path) -> Session:
+    options = plan.options
+    # What is read quickly and may be wrong comes first, the model last.
+    if options.task:
+        task = load_task(options.task, options.data_dir)
+    else:
+        assert options.train_file and options.eval_file and options.text_column and options.label_column
+        task = load_files(
+            options.train_file,
+            options.eval_file,
+            options.text_column,
+            options.label_column,
+            test_file=options.test_file,
+            labels=options.labels,
+        )
+    assert options.model is not None
+    tokenizer = load_tokenizer(resolve_model(options.model), options.model)
+    set_seed(plan.seed)
+    base = load_base(
+        options.model,
+        tokenizer,
+        labels=task.labels,
+        regression=task.kind == "regression",
+        dtype=options.dtype,
+    )
+    model = adapt(base, plan.config_class, plan.method_options)
+    length = longest_input(base.model, tokenizer, options.max_length)
+    return Session(plan, task, tokenizer, base, model, encode(task, tokenizer, length), length, partial)
+
+
+def _build_trainer(session: Session, callbacks: list[TrainerCallback]) -> Trainer:
+    settings = {"dataloader_pin_memory": torch.cuda.is_available(), **session.plan.training_options}
+    quiet = bool(settings.pop("disable_tqdm", False))
+    try:
+        arguments = TrainingArguments(output_dir=str(session.checkpoints), disable_tqdm=True, **settings)
+        trainer = Trainer(
+            model=session.model,
+            args=arguments,
+            train_dataset=session.data[TRAIN],
+            eval_dataset=session.data[EVALUATION],
+            data_collator=DataCollatorWithPadding(session.tokenizer),
+            processing_class=session.tokenizer,
+            compute_metrics=compute_metrics_for(session.task),
+            callbacks=[c for c in callbacks if not (quiet and isinstance(c, ProgressBar))],
+        )
+    except BayesLoraError:
+        raise
+    except (ValueError, TypeError, ImportError, NotImplementedError) as error:
+        reason = " ".join(str(error).split())
+        raise BayesLoraError(f"these options make no training ({reason}); change them.") from error
+    for printing in (PrinterCallback, ProgressCallback):
+        trainer.remove_callback(printing)
+    return attach(trainer)
+
+
+def _finish(session: Session, trainer: Trainer, seconds: float) -> dict[str, Any]:
+    """Score, save, check the saved run and describe it, all in `OUT.partial`."""
+    from bayeslora.report import write_model_card, write_report
+
+    plan, task, model = session.plan, session.task, session.model
+    if not all(bool(torch.isfinite(p).all()) for p in model.parameters() if p.requires_grad):
+        raise BayesLoraError("training diverged: a trained weight is not finite; lower --learning-rate.")
+    if tuner_of(model) is not None:
+        shrink(model)
+    started = time.perf_counter()
+    metrics = measure(session.model, session.data, task, session.tokenizer, trainer.args.per_device_eval_batch_size)
+    metrics = {
+        "method": plan.options.method,
+        "task": task.name,
+        "model": plan.options.model,
+        "seed": plan.seed,
+        "steps": trainer.state.global_step,
+        **metrics,
+        "seconds": {"train": seconds, "evaluate": time.perf_counter() - started},
+    }
+    arguments: dict[str, Any] = {} if plan.config_class is None else {"save_embedding_layers": False}
+    model.save_pretrained(session.partial, **arguments)  # type: ignore[operator]
+    session.tokenizer.save_pretrained(session.partial)
+    _run_info(session).save(session.partial)
+    probe = session.data[EVALUATION]
+    verify_reload(model, probe, session.tokenizer, lambda: load_run(session.partial)[0], plan.options.dtype)
+    save_json(session.partial / "metrics.json", metrics)
+    save_json(session.partial / "history.json", trainer.state.log_history)
+    write_report(session.partial)
+    write_model_card(session.partial)
+    return metrics
+
+
+def _run_info(session: Session) -> RunInfo:
+    plan, task = session.plan, session.task
+    record = plan.record()
+    return RunInfo(
+        method=plan.options.method,
+        model=record["model"],
+        task=task.name,
+        kind=task.kind,
+        metric=task.metric,
+        text_columns=list(task.text_columns),
+        label_column=plan.options.label_column or task.label_column,
+        labels=list(task.labels),
+        max_length=session.length,
+        dtype=plan.options.dtype,
+        base_fingerprint=session.base.fingerprint,
+        base_name=str(getattr(session.base.model, "name_or_path", "")),
+        task_name=plan.options.task,
+        data_dir=record.get("data_dir"),
+        files={name: record[name] for name in ("train_file", "eval_file", "test_file") if name in record},
+    )
+
+
+def _to_yaml(record: dict[str, Any]) -> str:
+    return yaml.safe_dump(record, sort_keys=False, allow_unicode=True)
