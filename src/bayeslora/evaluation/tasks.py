@@ -284,7 +284,7 @@ def _hub_tables(name: str, known: _Known) -> dict[str, Table]:
     except Exception as error:  # the hub's clients raise a dozen unrelated types when there is no way to it
         raise BayesLoraError(
             f"{name} could not be had from {_HUB} on the hub ({type(error).__name__}): "
-            f"give --data-dir (data_dir) with {name}/train.jsonl and {name}/dev.jsonl to work without it"
+            f"give --data-dir (data_dir) with {name}/{known.train_files[0]}.jsonl and {name}/dev.jsonl to work without it"
         ) from error
     tables = {}
     for split, data in splits.items():

@@ -2,6 +2,6 @@
 
 from __future__ import annotations
 
-from bayeslora.prediction.predict import Prediction, evaluation_mode, predict
+from bayeslora.prediction.predict import Prediction, check_samples, evaluation_mode, predict
 
-__all__ = ["Prediction", "evaluation_mode", "predict"]
+__all__ = ["Prediction", "check_samples", "evaluation_mode", "predict"]

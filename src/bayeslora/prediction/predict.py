@@ -82,7 +82,7 @@ def predict(
         BayesLoraError: `samples` above 0 for a deterministic adapter, no batch at all, inputs that are no tensors,
             or logits of another shape than (batch, C).
     """
-    _check_samples(model, samples)
+    check_samples(model, samples)
     batches = [loader_or_batch] if isinstance(loader_or_batch, Mapping) else loader_or_batch
     device = _device(model)
     collected: list[Tensor] = []
@@ -108,7 +108,12 @@ def summarize(logits: Tensor) -> Prediction:
     return Prediction(logits, probabilities, probabilities.argmax(dim=-1), entropy, zeros)
 
 
-def _check_samples(model: nn.Module, samples: int) -> None:
+def check_samples(model: nn.Module, samples: int) -> None:
+    """Raise unless `predict` can draw this many samples from the model, before any work is done.
+
+    Raises:
+        BayesLoraError: a negative or fractional number, or any samples of a model without a posterior.
+    """
     if isinstance(samples, bool) or not isinstance(samples, int) or samples < 0:
         raise BayesLoraError(f"samples is {samples!r}, a whole number of at least 0 is needed: 0 uses mean weights")
     if samples > 0:
@@ -117,6 +122,9 @@ def _check_samples(model: nn.Module, samples: int) -> None:
         raise BayesLoraError(
             f"samples is {samples}, but {what} is deterministic and has no posterior to sample from: use samples=0"
         )
+
+
+_check_samples = check_samples
 
 
 def _peft_configs(model: nn.Module) -> list[Any]:
