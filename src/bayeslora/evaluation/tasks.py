@@ -282,9 +282,10 @@ def _hub_tables(name: str, known: _Known) -> dict[str, Table]:
     try:
         splits = datasets.load_dataset(_HUB, name)
     except Exception as error:  # the hub's clients raise a dozen unrelated types when there is no way to it
+        files = f"{name}/{known.train_files[0]}.jsonl and {name}/dev.jsonl"
         raise BayesLoraError(
             f"{name} could not be had from {_HUB} on the hub ({type(error).__name__}): "
-            f"give --data-dir (data_dir) with {name}/{known.train_files[0]}.jsonl and {name}/dev.jsonl to work without it"
+            f"give --data-dir (data_dir), a folder with {files}, to work without it"
         ) from error
     tables = {}
     for split, data in splits.items():
