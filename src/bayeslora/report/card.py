@@ -90,7 +90,13 @@ def _front_matter(run: RunRecord, base: str, task_type: str, adapter: bool) -> s
     if task_type in _PIPELINE_TAGS:
         fields["pipeline_tag"] = _PIPELINE_TAGS[task_type]
     fields["tags"] = list(dict.fromkeys(tags))
-    return str(yaml.safe_dump(fields, sort_keys=False, allow_unicode=True, width=1000)).rstrip()
+    # A line break in a name would let it write lines of its own into the front matter.
+    fields = {k: [_one_line(x) for x in v] if isinstance(v, list) else _one_line(v) for k, v in fields.items()}
+    return str(yaml.safe_dump(fields, sort_keys=False, allow_unicode=True, width=100_000)).rstrip()
+
+
+def _one_line(value: str) -> str:
+    return " ".join(value.split())
 
 
 def _by_matrix(run: RunRecord) -> list[dict[str, Any]]:

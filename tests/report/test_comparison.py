@@ -1,0 +1,143 @@
+"""Runs side by side: which count as seeds of one setting, and what their table says."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+from PIL import Image
+
+from bayeslora.errors import BayesLoraError
+from bayeslora.report import write_comparison
+from bayeslora.report.comparison import group_row, group_runs, mean_and_deviation, pooled_reliability, run_row
+from bayeslora.report.record import read_run
+from tests.report.synthetic import make_metrics, write_run
+
+
+def run(folder: Path, config: str | None = None, **metrics: Any) -> Path:
+    return write_run(folder, make_metrics(**metrics), [], config)
+
+
+def grouped(folders: list[Path]) -> list[tuple[str, list[int | None]]]:
+    """Label and seeds of each setting."""
+    return [(group.label, [r.seed for r in group.runs]) for group in group_runs([read_run(f) for f in folders])]
+
+
+def test_seeds_of_one_setting_become_mean_and_sample_deviation(tmp_path: Path) -> None:
+    folders = [
+        run(tmp_path / f"blora-{seed}", f"r: 8\nseed: {seed}\noutput_dir: runs/{seed}\n", seed=seed, accuracy=accuracy)
+        for seed, accuracy in ((0, 0.80), (1, 0.82), (2, 0.87))
+    ]
+    folders.append(run(tmp_path / "lora", "r: 8\nseed: 0\n", method="lora", accuracy=0.81))
+    table = write_comparison(folders, tmp_path / "out")
+    blora, lora = table["groups"]
+    assert blora["seeds"] == [0, 1, 2] and blora["setting"] == "B-LoRA"
+    # Mean .83; deviations -.03, -.01, .04: sum of squares .0026, over n - 1 = 2.
+    assert blora["score"] == {"mean": pytest.approx(0.83), "sd": pytest.approx(math.sqrt(0.0013)), "n": 3}
+    assert lora["score"] == {"mean": pytest.approx(0.81), "sd": None, "n": 1}
+    assert [row["folder"] for row in table["runs"]] == [str(folder) for folder in folders]
+    text = (tmp_path / "out" / "table.md").read_text(encoding="utf-8")
+    assert "| B-LoRA | rotten_tomatoes | accuracy | 3 | 0.830 ± 0.036 |" in text
+    assert "| LoRA |" in text and "18.4 %" in text
+    assert json.loads((tmp_path / "out" / "table.json").read_text(encoding="utf-8")) == table
+
+
+def test_a_different_option_task_or_length_is_a_different_setting(tmp_path: Path) -> None:
+    folders = [
+        run(tmp_path / "a", "r: 8\nmethod: blora\nseed: 0\n", seed=0),
+        run(tmp_path / "b", "r: 4\nmethod: blora\nseed: 1\n", seed=1),
+        run(tmp_path / "c", "r: 8\nmethod: blora\nseed: 2\n", seed=2, task="mrpc"),
+        run(tmp_path / "d", "r: 8\nmethod: blora\nseed: 3\n", seed=3, steps=99),
+        run(tmp_path / "e", "r: 8\nmethod: blora\nseed: 4\n", seed=4),
+    ]
+    groups = grouped(folders)
+    assert [seeds for _, seeds in groups] == [[0, 4], [1], [2], [3]]
+    labels = [label for label, _ in groups]
+    assert labels == ["B-LoRA (r=8, steps=750)", "B-LoRA (r=4, steps=750)", "B-LoRA", "B-LoRA (r=8, steps=99)"]
+
+
+def test_nested_options_and_spelling_of_the_seed_are_seen_through(tmp_path: Path) -> None:
+    folders = [
+        run(tmp_path / str(seed), f"training:\n  lr: 0.1\n  data-seed: {seed}\noutput-dir: x{seed}\n", seed=seed)
+        for seed in range(2)
+    ]
+    assert grouped(folders) == [("B-LoRA", [0, 1])]
+
+
+def test_a_repeated_seed_is_no_seed_and_is_not_averaged(tmp_path: Path) -> None:
+    folders = [run(tmp_path / name, "r: 8\nseed: 0\n", seed=0) for name in ("first", "second")]
+    assert grouped(folders) == [("B-LoRA (first)", [0]), ("B-LoRA (second)", [0])]
+
+
+def test_without_a_config_the_adapters_own_options_count_but_not_what_it_learned(tmp_path: Path) -> None:
+    folders = []
+    for seed, (r, pattern) in enumerate(((8, {"q": 1}), (8, {"q": 5}), (16, {}))):
+        folders.append(run(tmp_path / str(seed), seed=seed))
+        (folders[-1] / "adapter_config.json").write_text(json.dumps({"r": r, "rank_pattern": pattern}))
+    assert [seeds for _, seeds in grouped(folders)] == [[0, 1], [2]]
+
+
+def test_a_row_holds_the_runs_own_numbers(tmp_path: Path) -> None:
+    metrics = make_metrics()
+    metrics["layers"] = [
+        {"name": f"layer.{i}.query", "rank": rank, "initial_rank": 8, "bits": {"weight": 8, "A": a, "E": 2, "B": 4}}
+        for i, (rank, a) in enumerate(((1, 2), (4, 16)))
+    ]
+    row = run_row(read_run(write_run(tmp_path / "run", metrics, [])))
+    assert row["mean_rank"] == 2.5
+    assert row["adapter_median_bits"] == 3.0  # of 2, 2, 4 and 16, 2, 4; W0's 8 is not the adapter's
+    assert (row["score"], row["metric"], row["attention_bops"]) == (0.842, "accuracy", 0.1843)
+    assert row["trainable_parameters"] == 112_128 and row["train_seconds"] == 251.3
+
+
+def test_full_fine_tuning_has_no_ranks_and_no_adapter_bits(tmp_path: Path) -> None:
+    (group,) = group_runs([read_run(run(tmp_path / "full", method="full"))])
+    row = group_row(group)
+    assert row["mean_rank"] is None and row["adapter_median_bits"] is None and row["score"]["n"] == 1
+
+
+def test_the_figures_are_pngs_and_left_out_where_nothing_can_be_drawn(tmp_path: Path) -> None:
+    drawn = write_comparison([run(tmp_path / "a"), run(tmp_path / "b", method="lora")], tmp_path / "out")
+    assert drawn["figures"] == ["score_bops.png", "reliability.png"]
+    for name in drawn["figures"]:
+        with Image.open(tmp_path / "out" / name) as image:
+            image.load()
+            assert image.width > 600
+    bare = write_comparison([run(tmp_path / "c", relative_bops={}, reliability=None)], tmp_path / "bare")
+    assert bare["figures"] == []
+    assert sorted(path.name for path in (tmp_path / "bare").iterdir()) == ["table.json", "table.md"]
+
+
+def test_reliability_of_seeds_is_pooled_by_count(tmp_path: Path) -> None:
+    def bins(count: int, accuracy: float) -> dict[str, Any]:
+        return {"bins": [{"lower": 0.5, "upper": 1.0, "count": count, "confidence": 0.9, "accuracy": accuracy}]}
+
+    runs = [read_run(run(tmp_path / str(n), reliability=bins(n, accuracy))) for n, accuracy in ((10, 1.0), (30, 0.6))]
+    (pooled,) = pooled_reliability(runs)
+    assert (pooled.count, pooled.accuracy, pooled.confidence) == (40, pytest.approx(0.7), pytest.approx(0.9))
+
+
+def test_one_value_has_no_deviation_and_no_value_no_mean() -> None:
+    assert mean_and_deviation([2.0, 4.0]) == {"mean": 3.0, "sd": pytest.approx(math.sqrt(2)), "n": 2}
+    assert mean_and_deviation([2.0]) == {"mean": 2.0, "sd": None, "n": 1}
+    assert mean_and_deviation([]) is None
+
+
+def test_bad_input_is_one_sentence(tmp_path: Path) -> None:
+    folder = run(tmp_path / "a")
+    with pytest.raises(BayesLoraError, match="0 folders"):
+        write_comparison([], tmp_path / "out")
+    with pytest.raises(BayesLoraError, match="named twice"):
+        write_comparison([folder, tmp_path / "." / "a"], tmp_path / "out")
+    with pytest.raises(BayesLoraError, match=r"cannot read .*metrics\.json"):
+        write_comparison([folder, tmp_path / "nowhere"], tmp_path / "out")
+    broken = run(tmp_path / "broken", config="a: [1\n")
+    with pytest.raises(BayesLoraError, match=r"config\.yaml cannot be read"):
+        write_comparison([broken], tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+    (tmp_path / "file").write_text("")
+    with pytest.raises(BayesLoraError, match="cannot make"):
+        write_comparison([folder], tmp_path / "file")
