@@ -81,6 +81,10 @@ def test_named_labels_fix_the_order_and_allow_classes_without_examples(tmp_path:
     assert task.train_split["label"][:] == [2, 0]
     grades = load(tmp_path, rows_of([5, 3]), labels=["1", "2", "3", "4", "5"])
     assert grades.train_split["label"][:] == [4, 2]
+    with pytest.raises(BayesLoraError, match="line 2 has the label 0, which is none of the labels that were named"):
+        load(tmp_path, rows_of([5, 0]), labels=["1", "2", "3", "4", "5"])
+    spelled = load(tmp_path, rows_of([7, 3], label_text=["b", "a"]), labels=["a", "b", "c"])
+    assert spelled.train_split["label"][:] == [1, 0]
     with pytest.raises(BayesLoraError, match="'d', which is none of the labels that were named"):
         load(tmp_path, rows_of(["d", "a"]), labels=["a", "b", "c"])
     with pytest.raises(BayesLoraError, match="at least 2 different names"):

@@ -69,7 +69,8 @@ def learn_labels(
         table: the training data.
         column: the label's column in `table`.
         names_column: a column of `table` that spells each integer label out.
-        names: class names, where the caller knows them: string labels are looked up in them, integers index them.
+        names: class names, where the caller knows them. String labels are looked up in them; integers too where all
+            the names are integers, through `names_column` where it says otherwise, and else index them.
         kind: decided by the labels when None.
 
     Raises:
@@ -91,7 +92,8 @@ def learn_labels(
             "write every label the same way"
         )
     if names:
-        return LabelMap("classification", list(names), _named_ids(names, values, types == {int}), named=True)
+        spelled = _spelled(table, values, names_column) if types == {int} else {}
+        return LabelMap("classification", list(names), _named_ids(names, values, spelled), named=True)
     distinct = sorted(set(values)) if types == {int} else list(dict.fromkeys(values))
     if len(distinct) < 2:
         raise BayesLoraError(f"every label in {table.path} is {distinct[0]!r}, at least 2 classes are needed to train")
@@ -128,13 +130,15 @@ def _typed(table: Table, values: list[Any]) -> list[Any]:
     return values
 
 
-def _named_ids(names: Sequence[str], values: list[Any], integers: bool) -> dict[Any, int]:
-    if not integers:
+def _named_ids(names: Sequence[str], values: list[Any], spelled: dict[Any, str]) -> dict[Any, int]:
+    if all(isinstance(value, str) for value in values):
         return {name: index for index, name in enumerate(names)}
-    # Integers are ids, unless they are the names themselves: grades called "1" to "5".
-    if {str(value) for value in values} <= set(names):
-        return {int(name): index for index, name in enumerate(names) if _INTEGER.fullmatch(name)}
-    return {index: index for index in range(len(names))}
+    # Integers are ids, unless they are the names themselves (grades called "1" to "5") or the file spells them out.
+    if all(_INTEGER.fullmatch(name) for name in names):
+        return {int(name): index for index, name in enumerate(names)}
+    ids = {index: index for index in range(len(names))}
+    said = {value: names.index(name) for value, name in spelled.items() if name in names}
+    return ids if all(ids.get(value) == index for value, index in said.items()) else said
 
 
 def _number(value: Any, table: Table, row: int) -> float:
