@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+import itertools
 import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -19,6 +21,7 @@ from bayeslora.quantization import (
     codes,
     grid_step,
     hard_concrete,
+    kernels,
     mixture,
     mixture_weights,
     optimal_range,
@@ -515,6 +518,42 @@ def test_large_tensors_have_the_values_and_gradients_of_the_reference(rows: int,
     torch.testing.assert_close(value.double(), expected, rtol=0, atol=2e-6)
     torch.testing.assert_close(grad_x.double(), expected_x)
     torch.testing.assert_close(grad_range.double(), expected_range, rtol=1e-4, atol=5e-3)
+
+
+@pytest.mark.slow
+@needs_compiler
+@pytest.mark.parametrize("bits", WIDTHS)
+def test_a_large_tensor_is_rounded_as_its_pieces_are(bits: int) -> None:
+    """To the last bit, ties included: an output must not depend on the size of the batch it was computed in."""
+    x, bound = torch.cat([draw(40_000), torch.arange(-400, 401) / 300]), torch.tensor(1.37)
+    whole = quantize(x, bound, bits)
+    assert torch.equal(whole, torch.cat([quantize(piece, bound, bits) for piece in x.split(10_000)]))
+    assert torch.equal(quantize(whole, bound, bits), whole)
+
+
+@pytest.mark.slow
+def test_every_set_of_active_widths_stays_within_the_compilers_limit_of_versions(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Beyond eight versions of one function torch.compile gives up on it for good, with no more than a log line."""
+    from torch._dynamo.utils import counters
+
+    torch._dynamo.reset()
+    counters.clear()
+    # Guards and versions are the same for every backend; this one takes milliseconds.
+    monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="eager"))
+    monkeypatch.setattr(kernels, "_compiled", {})
+    x = draw(64, 1 + kernels.FUSE_FROM // 64)
+    choices = {active_widths(z): z for z in itertools.product((0.0, 0.5, 1.0), repeat=4)}
+    for widths, z in choices.items():
+        for shape in ((), (64, 1)):
+            inputs = leaf(x), leaf(torch.full(shape, 2.0)), leaf(mixture_weights(torch.tensor(z)))
+            mixture(*inputs, widths).sum().backward()
+            with torch.no_grad():
+                mixture(*inputs, widths)
+    assert counters["frames"]["ok"] > 0
+    assert not counters["unimplemented"]
+    torch._dynamo.reset()
 
 
 # Algorithm 1
