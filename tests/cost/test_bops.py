@@ -333,3 +333,7 @@ def test_a_path_that_does_not_exist_is_refused(tmp_path) -> None:  # type: ignor
         from_config(tmp_path / "nothing")
     with pytest.raises(BayesLoraError, match="cannot build a BertConfig"):
         operations(tiny_config("bert", num_attention_heads=5), 4)
+    with pytest.raises(BayesLoraError, match="cannot build a BertConfig"):
+        operations(tiny_config("bert", num_attention_heads=0), 4)
+    with pytest.raises(BayesLoraError, match="cannot read the 'bert' configuration"):
+        from_config({"model_type": "bert", "hidden_size": "wide"})

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any, Literal, TypeAlias, cast
 
 import torch
+from huggingface_hub.errors import StrictDataclassError
 from peft import PeftModel
 from torch import nn
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, PretrainedConfig
@@ -69,7 +70,7 @@ def from_config(source: str | Path | dict[str, Any]) -> PretrainedConfig:
         )
     try:
         return AutoConfig.for_model(model_type, **values)
-    except (KeyError, ValueError, TypeError) as error:
+    except (KeyError, ValueError, TypeError, StrictDataclassError) as error:
         reason = " ".join(str(error).split())
         raise BayesLoraError(
             f"transformers cannot read the {model_type!r} configuration in {origin} ({reason}); "
@@ -86,14 +87,14 @@ def build_on_meta(config: PretrainedConfig) -> nn.Module:
     import transformers
 
     architecture = next(iter(getattr(config, "architectures", None) or []), None)
-    named = getattr(transformers, architecture, None) if architecture else None
+    named = getattr(transformers, architecture, None) if isinstance(architecture, str) else None
     decoder = type(config) in MODEL_FOR_CAUSAL_LM_MAPPING and type(config) not in MODEL_FOR_MASKED_LM_MAPPING
     try:
         with torch.device("meta"):
             if named is not None:
                 return named._from_config(config)
             return (AutoModelForCausalLM if decoder else AutoModel).from_config(config)
-    except (ValueError, RuntimeError, TypeError, KeyError, AttributeError) as error:
+    except (ValueError, RuntimeError, TypeError, KeyError, AttributeError, ArithmeticError) as error:
         reason = " ".join(str(error).split())
         raise BayesLoraError(
             f"transformers cannot build a {type(config).__name__} model from these values ({reason}); "
