@@ -1,0 +1,28 @@
+"""Bayesian low-rank adaptation of pretrained transformers, as ordinary PEFT adapters.
+
+Importing this package teaches PEFT the methods; `get_peft_model`, `Trainer`, `save_pretrained` and `from_pretrained` then
+work with them as with LoRA.
+"""
+
+from bayeslora.errors import BayesLoraError
+from bayeslora.export import export, shrink
+from bayeslora.methods import METHODS, BLoraConfig, LayerDescription, describe
+from bayeslora.prediction import Prediction, predict
+from bayeslora.training import BayesLoop, attach, parameter_groups
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "METHODS",
+    "BLoraConfig",
+    "BayesLoop",
+    "BayesLoraError",
+    "LayerDescription",
+    "Prediction",
+    "attach",
+    "describe",
+    "export",
+    "parameter_groups",
+    "predict",
+    "shrink",
+]

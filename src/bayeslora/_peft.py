@@ -1,0 +1,60 @@
+"""PEFT's doors, all in one place: every private name of PEFT that this library uses is imported or patched here."""
+
+from __future__ import annotations
+
+from peft import PeftConfig
+from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
+from peft.tuners._buffer_dict import BufferDict
+from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer, _get_in_out_features, check_adapters_to_merge
+from peft.utils import AuxiliaryTrainingWrapper, PeftType, register_peft_method
+from peft.utils.other import get_pattern_key
+from peft.utils.constants import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING as DEFAULT_TARGET_MODULES
+from peft.utils.quantization_utils import (
+    get_quantization_kwargs,
+    quantization_extra_repr,
+    resolve_quantization_backend,
+)
+
+__all__ = [
+    "DEFAULT_TARGET_MODULES",
+    "AuxiliaryTrainingWrapper",
+    "BaseTuner",
+    "BaseTunerLayer",
+    "BufferDict",
+    "check_adapters_to_merge",
+    "get_in_out_features",
+    "get_pattern_key",
+    "get_quantization_kwargs",
+    "peft_type",
+    "quantization_extra_repr",
+    "register",
+    "resolve_quantization_backend",
+]
+
+get_in_out_features = _get_in_out_features
+
+
+def peft_type(name: str) -> PeftType:
+    """The member `name` (upper case) of PEFT's closed `PeftType` enum, added to it when it is not there yet.
+
+    `register_peft_method` refuses names outside the enum, and transformers reads `peft_type.value`, so a plain string
+    will not do. The member is complete: iteration, look-up by value, pickling and copying work.
+    """
+    name = name.upper()
+    if name in PeftType.__members__:
+        return PeftType[name]
+    member = str.__new__(PeftType, name)
+    member._name_ = member._value_ = name
+    member._sort_order_ = len(PeftType._member_names_)
+    member.__objclass__ = PeftType
+    PeftType._member_names_.append(name)
+    PeftType._member_map_[name] = member
+    PeftType._value2member_map_[name] = member
+    type.__setattr__(PeftType, name, member)  # attribute access: the enum's own look-up is gone since Python 3.12
+    return member
+
+
+def register(name: str, config_class: type[PeftConfig], model_class: type[BaseTuner]) -> None:
+    """Register a method once; importing the package again, or in a forked worker, changes nothing."""
+    if peft_type(name) not in PEFT_TYPE_TO_CONFIG_MAPPING:
+        register_peft_method(name=name, config_cls=config_class, model_cls=model_class, prefix=f"{name}_")

@@ -1,0 +1,191 @@
+"""The layer all methods share: modes, mixed batches, merging and unmerging are written here and nowhere else."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
+
+from bayeslora._peft import (
+    BaseTunerLayer,
+    check_adapters_to_merge,
+    get_in_out_features,
+    quantization_extra_repr,
+    resolve_quantization_backend,
+)
+from bayeslora.methods.description import LayerDescription
+
+
+class Float32Module(nn.Module):
+    """A module whose tensors stay float32 when the model around it is cast.
+
+    Gate logits move by about 1e-3 from values near 6, which bfloat16 cannot represent: cast, they would freeze.
+    """
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Float32Module:
+        def keep_dtype(tensor: Tensor) -> Tensor:
+            moved = fn(tensor)
+            return moved if moved.dtype == tensor.dtype else tensor.to(moved.device)
+
+        return super()._apply(keep_dtype, recurse)
+
+    def cast_parameters(self, dtype: torch.dtype) -> None:
+        """Cast all the same, for a caller who has asked PEFT not to keep adapters in float32."""
+        for parameter in self.parameters():
+            parameter.data = parameter.data.to(dtype)
+
+
+class BayesLayer(nn.Module, BaseTunerLayer):
+    """One adapted linear layer (`nn.Linear`, its 4- and 8-bit forms, or GPT-2's `Conv1D`) with any number of adapters.
+
+    A method implements `add_adapter`, `adapted`, `get_delta_weight` and `describe`; everything tensor-like it keeps sits
+    in dictionaries keyed by adapter name directly on the layer, which is what PEFT saves and loads.
+    """
+
+    def __init__(self, base_layer: nn.Module, **kwargs: Any) -> None:
+        super().__init__()
+        self.base_layer = base_layer
+        self._disable_adapters = False
+        self.merged_adapters: list[str] = []
+        self.cast_input_dtype_enabled = True
+        self.in_features, self.out_features = get_in_out_features(self.get_base_layer())
+        self.quantization_backend = resolve_quantization_backend(self.get_base_layer(), **kwargs)
+        self._weight_backups: dict[str, Tensor] = {}
+
+    # What a method implements -----------------------------------------------------------------------------------
+
+    def add_adapter(self, adapter_name: str, config: Any, rank: int, scaling: float) -> None:
+        """Create the tensors of one adapter of rank `rank` >= 0, whose update is multiplied by `scaling`."""
+        raise NotImplementedError
+
+    def adapted(self, x: Tensor, adapter_names: list[str], *args: Any, **kwargs: Any) -> Tensor:
+        """Output (..., d_out) for `x` (..., d_in) under the named adapters, all of which this layer has."""
+        raise NotImplementedError
+
+    def get_delta_weight(self, adapter_name: str) -> Tensor:
+        """The update of the base weight at the posterior mean, in the base weight's own layout, float32."""
+        raise NotImplementedError
+
+    def describe(self, adapter_name: str, name: str) -> LayerDescription:
+        """Rank, widths and shapes as evaluation and deployment see them."""
+        raise NotImplementedError
+
+    def factors(self, adapter_name: str) -> tuple[Tensor, Tensor, Tensor]:
+        """A (r, d_in), diagonal (r,) and B (d_out, r) at the posterior mean, float32, without the scaling."""
+        raise NotImplementedError
+
+    def shrink(self, adapter_name: str) -> int:
+        """Cut the ranks that contribute nothing out of every tensor, and return the rank that is left."""
+        raise NotImplementedError
+
+    def merged_weight(self, adapter_name: str, weight: Tensor) -> Tensor:
+        """The weight that stands for `weight` and the adapter together."""
+        return weight + self.get_delta_weight(adapter_name).to(weight.device, weight.dtype)
+
+    def needs_backup(self, adapter_name: str) -> bool:
+        """Whether merging replaces the base weight by something that a subtraction cannot undo."""
+        return False
+
+    # Written once -----------------------------------------------------------------------------------------------
+
+    @property
+    def is_transposed(self) -> bool:
+        """Whether the base weight is stored as (d_in, d_out), as `Conv1D` does."""
+        return isinstance(self.get_base_layer(), Conv1D)
+
+    @property
+    def adapter_names(self) -> set[str]:
+        return self._get_available_adapters()
+
+    def update_layer(self, adapter_name: str, config: Any, rank: int, scaling: float) -> None:
+        self.add_adapter(adapter_name, config, rank, scaling)
+        for container in self.children():
+            if isinstance(container, nn.ModuleDict) and adapter_name in container:
+                container[adapter_name].train(self.training)  # PEFT leaves them in train mode inside an eval model
+        self._move_adapter_to_device_of_base_layer(adapter_name)
+        self.set_adapter(self.active_adapters, inference_mode=config.inference_mode)
+
+    def cast_kept_parameters(self, adapter_name: str, dtype: torch.dtype) -> None:
+        """Cast what otherwise stays float32 in the adapter."""
+        for container in self.children():
+            if isinstance(container, nn.ModuleDict) and adapter_name in container:
+                module = container[adapter_name]
+                if isinstance(module, Float32Module):
+                    module.cast_parameters(dtype)
+
+    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        adapter_names = kwargs.pop("adapter_names", None)
+        if adapter_names is not None:
+            return self._mixed(x, adapter_names, *args, **kwargs)
+        if self.disable_adapters:
+            if self.merged:
+                self.unmerge()
+            return self.base_layer(x, *args, **kwargs)
+        active = [name for name in self.active_adapters if name in self.adapter_names]
+        if self.merged or not active:
+            return self.base_layer(x, *args, **kwargs)
+        return self.adapted(x, active, *args, **kwargs)
+
+    def _mixed(self, x: Tensor, adapter_names: Sequence[str], *args: Any, **kwargs: Any) -> Tensor:
+        """One adapter a row of the batch; `"__base__"`, or an adapter this layer does not have, means the base layer."""
+        if len(x) != len(adapter_names):
+            raise ValueError(
+                "Length of `adapter_names` should be the same as the number of inputs, but got "
+                f"{len(adapter_names)} and {len(x)} respectively."
+            )
+        if self.merged:
+            raise ValueError(
+                "Cannot pass `adapter_names` when there are merged adapters, please call `unmerge_adapter` first."
+            )
+        known = set() if self.disable_adapters else self.adapter_names
+        groups: dict[str | None, list[int]] = {}
+        for row, name in enumerate(adapter_names):
+            groups.setdefault(name if name in known else None, []).append(row)
+        out: Tensor | None = None
+        for name, rows in groups.items():
+            part = x[rows]
+            y = self.base_layer(part, *args, **kwargs) if name is None else self.adapted(part, [name], *args, **kwargs)
+            if out is None:
+                out = y.new_empty(len(x), *y.shape[1:])
+            out[rows] = y.to(out.dtype)
+        return self.base_layer(x, *args, **kwargs) if out is None else out
+
+    def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
+        """Fold the named (default: the active) adapters, at their posterior mean, into the base weight."""
+        for name in check_adapters_to_merge(self, adapter_names):
+            if name not in self.adapter_names:
+                continue
+            weight = self.get_base_weight()
+            with torch.no_grad():
+                merged = self.merged_weight(name, weight).contiguous()
+            if safe_merge and not torch.isfinite(merged).all():
+                raise ValueError(f"NaNs detected in the merged weights. The adapter {name} seems to be broken")
+            if self.needs_backup(name):
+                self._weight_backups[name] = weight
+            self.set_base_weight(merged)
+            self.merged_adapters.append(name)
+
+    def unmerge(self) -> None:
+        """Take the merged adapters out of the base weight again."""
+        if not self.merged:
+            warnings.warn("Already unmerged. Nothing to do.", stacklevel=2)
+            return
+        while self.merged_adapters:
+            name = self.merged_adapters.pop()
+            if name not in self.adapter_names:
+                continue
+            weight = self._weight_backups.pop(name, None)
+            if weight is None:
+                weight = self.get_base_weight()
+                weight = weight - self.get_delta_weight(name).to(weight.device, weight.dtype)
+            self.set_base_weight(weight)
+
+    def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
+        return True
+
+    def extra_repr(self) -> str:
+        return quantization_extra_repr(self)

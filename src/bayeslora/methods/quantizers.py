@@ -1,0 +1,233 @@
+"""The quantizers of one adapted layer and its rank gates: their parameters, phases and noise, but no forward pass."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from enum import IntEnum
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from bayeslora.methods.layer import Float32Module
+from bayeslora.quantization import (
+    FLOOR,
+    OPEN_LOGIT,
+    WIDTHS,
+    active_widths,
+    hard_concrete,
+    mixture,
+    mixture_weights,
+    nested_probability,
+    optimal_range,
+    quantize,
+    rank_gates,
+)
+
+GATED_WIDTHS = WIDTHS[1:]
+BASE_WEIGHT = "weight"
+UNQUANTIZED = (WIDTHS[-1],)
+_LOG_LIMIT = 20.0  # keeps a range finite and non-zero whatever an optimizer does to its logarithm
+
+
+class Phase(IntEnum):
+    """Where an adapter is in its training; stored with it, because evaluation depends on it."""
+
+    WARM_UP = 0  # full precision; ranges are being observed
+    LEARN = 1  # gates are sampled and penalised
+    FROZEN = 2  # gates are fixed at their evaluation values, the weights train on
+
+
+class Assignment(NamedTuple):
+    """What each quantizer of a layer does in the current forward pass."""
+
+    ranges: tuple[Tensor, ...]
+    weights: tuple[Tensor, ...] | None
+    widths: tuple[tuple[int, ...], ...]
+
+
+class Progress(Float32Module):
+    """How far one adapter's training has come: its `phase`, and `penalty_scale`, what a budget made of its penalty."""
+
+    phase: Tensor
+    penalty_scale: Tensor
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("phase", torch.tensor(int(Phase.WARM_UP)))
+        self.register_buffer("penalty_scale", torch.tensor(1.0))
+        self._known: tuple[Tensor, int, Phase] | None = None
+
+    @property
+    def current(self) -> Phase:
+        """The phase, read from the device only when it has changed."""
+        if torch.compiler.is_compiling():
+            return self._known[2] if self._known is not None else Phase.WARM_UP
+        if self._known is None or self._known[0] is not self.phase or self._known[1] != self.phase._version:
+            self._known = (self.phase, self.phase._version, Phase(int(self.phase)))
+        return self._known[2]
+
+    @torch.no_grad()
+    def advance(self, phase: Phase) -> None:
+        self.phase.fill_(int(phase))
+        _ = self.current
+
+
+class Quantizers(Float32Module):
+    """Bit gates, ranges and calibration of the `kinds` of tensors of one layer.
+
+    Args:
+        kinds: names of the quantized tensors, in order.
+        shapes: shape of the range of each kind that has one a channel, such as (d_out, 1); the others have one number.
+        initial_logits: starting logits of the gates of 4, 8, 16 and 32 bits.
+
+    Tensors (all float32 whatever the model is cast to): `gates` (kinds, 4) logits; `log_weight_range`, the logarithm
+    of the base weight's range, which stops learning when gates freeze; `log_ranges`, those of the other kinds;
+    `observed` (kinds,), the largest range seen in calibration, 0 where none was.
+    """
+
+    observed: Tensor
+
+    def __init__(self, kinds: tuple[str, ...], shapes: dict[str, tuple[int, int]], initial_logits: Sequence[float]) -> None:
+        super().__init__()
+        self.kinds = kinds
+        self.shapes = [shapes.get(kind, ()) for kind in kinds]
+        self.channels = [math.prod(shape) for shape in self.shapes]
+        self.gates = nn.Parameter(torch.tensor([list(initial_logits)] * len(kinds), dtype=torch.float32))
+        if BASE_WEIGHT in kinds:
+            if kinds[0] != BASE_WEIGHT:
+                raise ValueError(f"the base weight comes first among the quantized tensors, not {kinds}")
+            self.log_weight_range = nn.Parameter(torch.zeros(self.channels[0]))
+        self.log_ranges = nn.Parameter(torch.zeros(sum(self.channels[BASE_WEIGHT in kinds :])))
+        self.register_buffer("observed", torch.zeros(len(kinds)))
+        self.generation = 0  # counts writes to the ranges other than an optimizer's
+        self.noise: Tensor | None = None  # (kinds, 4) uniform, shared by every forward pass of one optimizer step
+        self._widths: tuple[Tensor, int, tuple[int, ...]] | None = None
+        self._active: tuple[Tensor, int, tuple[tuple[int, ...], ...]] | None = None
+
+    def evaluation_widths(self) -> tuple[int, ...]:
+        """Width of each kind with its gates at their evaluation values."""
+        if torch.compiler.is_compiling():
+            return self._widths[2] if self._widths is not None else (WIDTHS[-1],) * len(self.kinds)
+        known = self._widths
+        if known is None or known[0] is not self.gates or known[1] != self.gates._version:
+            widths = tuple(_width(row) for row in self.gates.detach().tolist())
+            known = self._widths = (self.gates, self.gates._version, widths)
+        return known[2]
+
+    # The forward pass --------------------------------------------------------------------------------------------
+
+    def ranges(self) -> tuple[Tensor, ...]:
+        """Positive ranges, one tensor a kind, differentiable: exp of the stored logarithms."""
+        ranges = _exp(self.log_ranges).split(self.channels[BASE_WEIGHT in self.kinds :])
+        return (_exp(self.log_weight_range), *ranges) if BASE_WEIGHT in self.kinds else ranges
+
+    def fixed(self) -> Assignment:
+        """Every tensor at its evaluation width."""
+        widths = self.evaluation_widths()
+        return Assignment(self.ranges(), None, tuple((bits,) for bits in widths))
+
+    def sampled(self) -> Assignment:
+        """Gates drawn with the step's noise, or with fresh noise where no step was announced."""
+        noise = self.noise if self.noise is not None else _uniform(self.gates)
+        gates = hard_concrete(self.gates.float(), noise)
+        return Assignment(self.ranges(), mixture_weights(gates).unbind(), self._active_widths(gates))
+
+    def _active_widths(self, gates: Tensor) -> tuple[tuple[int, ...], ...]:
+        if torch.compiler.is_compiling():  # no branch on values in a traced graph: every term takes part
+            return (WIDTHS,) * len(self.kinds)
+        known = self._active
+        if known is None or known[0] is not self.noise or known[1] != self.gates._version:
+            active = tuple(active_widths(row) for row in gates.detach().tolist())
+            if self.noise is None:
+                return active
+            known = self._active = (self.noise, self.gates._version, active)
+        return known[2]
+
+    def draw(self, noise: Tensor) -> None:
+        """Fix the gates' noise, uniform of shape (kinds, 4), until the next draw."""
+        self.noise = noise.to(self.gates.device).clamp(1e-6, 1 - 1e-6)
+
+    def quantized(self, kind: str, x: Tensor, assignment: Assignment) -> Tensor:
+        """`x` as `assignment` has it; unchanged where `kind` is not quantized in this layer."""
+        if kind not in self.kinds:
+            return x
+        index = self.kinds.index(kind)
+        widths = assignment.widths[index]
+        if widths == UNQUANTIZED:  # 32 bits mean that nothing is rounded, and then nothing is clipped either
+            return x
+        bound = assignment.ranges[index].view(self.shapes[index])
+        if assignment.weights is None:
+            return quantize(x, bound, widths[0])
+        return mixture(x, bound, assignment.weights[index], widths)
+
+    # Calibration -------------------------------------------------------------------------------------------------
+
+    @torch.no_grad()
+    def observe(self, kind: str, x: Tensor, bits: int, method: str) -> None:
+        """Widen the observed range of `kind` to the best range of `x`: the largest over batches, calls and ranks."""
+        index = self.kinds.index(kind)
+        best = optimal_range(x, bits, method)  # type: ignore[arg-type]
+        self.observed[index] = torch.maximum(self.observed[index], best)
+
+    @torch.no_grad()
+    def set_range(self, kind: str, value: Tensor) -> None:
+        """Set the range of `kind` to `value` (its number of channels, or one number for all)."""
+        value = value.reshape(-1).clamp_min(FLOOR).log()
+        self.generation += 1
+        if kind == BASE_WEIGHT:
+            self.log_weight_range.copy_(value)
+            return
+        index = self.kinds.index(kind)
+        start = sum(self.channels[BASE_WEIGHT in self.kinds : index])
+        self.log_ranges[start : start + self.channels[index]] = value.to(self.log_ranges)
+
+    @torch.no_grad()
+    def cut_channels(self, kind: str, keep: Tensor) -> None:
+        """Drop the channels of a per-channel range that `keep` (rows,) does not name; one range for all stays."""
+        index = self.kinds.index(kind)
+        if self.shapes[index] == ():
+            return
+        parts = list(self.log_ranges.detach().split(self.channels[BASE_WEIGHT in self.kinds :]))
+        position = index - (BASE_WEIGHT in self.kinds)
+        parts[position] = parts[position][keep]
+        self.shapes[index] = (int(keep.sum()), 1)
+        self.channels[index] = int(keep.sum())
+        self.log_ranges = nn.Parameter(torch.cat(parts), self.log_ranges.requires_grad)
+
+    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        super()._load_from_state_dict(*args, **kwargs)
+        self.generation += 1
+
+    def penalty_terms(self) -> Tensor:
+        """Nested open probabilities (kinds, 4): the terms of Equation 15, not weighted."""
+        return nested_probability(self.gates)
+
+
+class RankGates(Float32Module):
+    """Logits (r,) of the rank gates of one layer; float32 whatever the model is cast to."""
+
+    def __init__(self, rank: int, initial_logit: float) -> None:
+        super().__init__()
+        self.logits = nn.Parameter(torch.full((rank,), initial_logit, dtype=torch.float32))
+
+    def forward(self) -> Tensor:
+        return rank_gates(self.logits.float())
+
+
+def _width(logits: list[float]) -> int:
+    width = WIDTHS[0]
+    for bits, logit in zip(GATED_WIDTHS, logits, strict=True):
+        if not logit > OPEN_LOGIT:
+            break
+        width = bits
+    return width
+
+
+def _exp(logarithm: Tensor) -> Tensor:
+    return logarithm.float().clamp(-_LOG_LIMIT, _LOG_LIMIT).exp()
+
+
+def _uniform(like: Tensor) -> Tensor:
+    return torch.rand_like(like, dtype=torch.float32).clamp(1e-6, 1 - 1e-6)

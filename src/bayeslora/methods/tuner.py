@@ -1,0 +1,205 @@
+"""The tuner all methods share: which layers, which adapters, which parameters learn how fast."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, ClassVar
+
+from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
+
+from bayeslora._peft import (
+    DEFAULT_TARGET_MODULES,
+    AuxiliaryTrainingWrapper,
+    BaseTuner,
+    BaseTunerLayer,
+    get_pattern_key,
+    get_quantization_kwargs,
+)
+from bayeslora.errors import BayesLoraError
+from bayeslora.methods.description import LayerDescription
+from bayeslora.methods.layer import BayesLayer
+
+ParameterRole = str
+"""What a parameter is for: ``"weights"``, or a method's own such as ``"bit gates"``, each with its own learning rate."""
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """What a method needs to know of the run before it starts.
+
+    Attributes:
+        total_steps: optimizer steps of the whole run.
+        num_examples: N, the number of training examples; None where a method does not need it.
+    """
+
+    total_steps: int
+    num_examples: int | None = None
+
+
+class BayesTuner(BaseTuner):
+    """Base of the methods: a method adds `penalty`, the roles and rates of its parameters, and its phases.
+
+    A training loop calls `begin` once, then around every optimizer step `step_begin`, `penalty` and `step_end`.
+    """
+
+    target_module_mapping = DEFAULT_TARGET_MODULES
+    linear_class: ClassVar[type[BayesLayer]]
+
+    # Creation -----------------------------------------------------------------------------------------------------
+
+    def _create_and_replace(
+        self,
+        peft_config: Any,
+        adapter_name: str,
+        target: nn.Module,
+        target_name: str,
+        parent: nn.Module,
+        current_key: str,
+        parameter_name: str | None = None,
+    ) -> None:
+        rank = peft_config.rank_pattern.get(_key(peft_config.rank_pattern, current_key), peft_config.r)
+        alpha = peft_config.alpha_pattern.get(_key(peft_config.alpha_pattern, current_key), peft_config.lora_alpha)
+        # A rank that was cut keeps the scaling it was trained with, so the configured rank is the divisor.
+        scaling = alpha / (peft_config.r**0.5 if peft_config.use_rslora else peft_config.r)
+        if isinstance(target, BayesLayer):
+            target.update_layer(adapter_name, peft_config, rank, scaling)
+            return
+        base = target.get_base_layer() if isinstance(target, BaseTunerLayer) else target
+        if not isinstance(base, (nn.Linear, Conv1D)) and not hasattr(base, "in_features"):
+            raise BayesLoraError(
+                f"target module {current_key!r} is a {type(base).__name__}, and {type(peft_config).__name__} adapts "
+                "linear layers (torch.nn.Linear, transformers' Conv1D and their 4- and 8-bit forms): choose others"
+            )
+        new = self.linear_class(target, **get_quantization_kwargs(self.model))
+        new.train(self.training)  # one added to a model in eval mode must not sample
+        new._active_adapter = adapter_name
+        new.update_layer(adapter_name, peft_config, rank, scaling)
+        if adapter_name not in self.active_adapters:
+            new.requires_grad_(False)  # a further adapter does not start trainable
+        self._replace_module(parent, target_name, new, target)
+
+    def _cast_adapter_dtype(self, adapter_name: str, autocast_adapter_dtype: bool = True) -> None:
+        super()._cast_adapter_dtype(adapter_name, autocast_adapter_dtype)
+        if autocast_adapter_dtype:
+            return
+        for layer in self.adapted_layers(adapter_name):
+            dtype = layer.get_base_layer().weight.dtype
+            if dtype.is_floating_point:
+                layer.cast_kept_parameters(adapter_name, dtype)
+
+    @contextmanager
+    def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Iterator[None]:
+        """Hand `adapter_names`, one for each row of the batch, to every adapted layer."""
+        names = kwargs.pop("adapter_names", None)
+        if names is None:
+            yield
+            return
+        if self.training:
+            raise ValueError("Cannot pass `adapter_names` when the model is in training mode.")
+        known = set().union(*(layer.adapter_names for layer in self.adapted_layers())) | {"__base__"}
+        if unknown := set(names) - known:
+            raise ValueError(f"Trying to infer with non-existing adapter(s): {', '.join(sorted(unknown))}")
+        beams = kwargs.get("num_beams") or 1
+        repeated = [name for name in names for _ in range(beams)]
+        encoder = self._encoder_modules() if beams > 1 else set()  # an encoder runs before beams are expanded
+        handles = []
+        for module in self.modules():
+            if isinstance(module, (BayesLayer, AuxiliaryTrainingWrapper)):
+                hook = partial(_with_adapter_names, adapter_names=names if module in encoder else repeated)
+                handles.append(module.register_forward_pre_hook(hook, with_kwargs=True))
+        try:
+            yield
+        finally:
+            for handle in handles:
+                handle.remove()
+
+    def _encoder_modules(self) -> set[nn.Module]:
+        """The modules of an encoder-decoder's encoder; empty for other models."""
+        if not getattr(getattr(self.model, "config", None), "is_encoder_decoder", False):
+            return set()
+        return set(self.model.get_encoder().modules())
+
+    # What a method implements -------------------------------------------------------------------------------------
+
+    def penalty(self) -> dict[str, Tensor]:
+        """Named scalar terms to add to the mean loss, functions of the parameters alone; empty where none applies."""
+        return {}
+
+    def role_of(self, parameter_name: str) -> ParameterRole:
+        """The role of one of this method's parameters, by its name in the model."""
+        return "weights"
+
+    def begin(self, schedule: Schedule) -> None:
+        """Fit the method's schedule into the run and check that it can work; raises `BayesLoraError` where it cannot."""
+
+    def rate_of(self, role: ParameterRole, step: int) -> float | None:
+        """Learning rate of `role` in optimizer step `step` (from 0); None leaves it to the optimizer's schedule."""
+        return None
+
+    def step_begin(self, step: int, seed: int) -> None:
+        """Draw what is random in optimizer step `step`, shared by its micro-batches and by all ranks."""
+
+    def step_end(self, step: int) -> None:
+        """Calibrate, allocate or freeze after optimizer step `step`."""
+
+    def statistics(self) -> dict[str, float]:
+        """Numbers worth logging beside the loss."""
+        return {}
+
+    @property
+    def budget(self) -> float | None:
+        """Share of bit operations the method is to reach, where it has such a budget and can still act on it."""
+        return None
+
+    def steer(self, share: float) -> None:
+        """Adapt to `share`, the present share of bit operations, on the way to `budget`."""
+
+    def close_weakest(self) -> bool:
+        """Lower the cost by the least important step there is; False where none is left."""
+        return False
+
+    # Written once -------------------------------------------------------------------------------------------------
+
+    @property
+    def learning_rates(self) -> dict[ParameterRole, float]:
+        """Rates fixed by `begin`, by role."""
+        return self.__dict__.setdefault("_learning_rates", {})
+
+    def adapted_layers(self, adapter_name: str | None = None) -> list[Any]:
+        """The adapted layers, in model order; only those that have `adapter_name` when one is given."""
+        found = [module for module in self.model.modules() if isinstance(module, BayesLayer)]
+        return found if adapter_name is None else [layer for layer in found if adapter_name in layer.adapter_names]
+
+    def _driven_adapter(self) -> str:
+        """The one adapter that a training loop trains."""
+        active = self.active_adapters
+        if len(active) != 1:
+            raise BayesLoraError(f"one adapter can be trained at a time, not {sorted(active)}: call set_adapter with one")
+        return active[0]
+
+    def describe(self, adapter_name: str | None = None) -> list[LayerDescription]:
+        """Every adapted layer as evaluation sees it, in model order."""
+        name = adapter_name or self._driven_adapter()
+        named = [(path, m) for path, m in self.model.named_modules() if isinstance(m, BayesLayer)]
+        return [layer.describe(name, path) for path, layer in named if name in layer.adapter_names]
+
+    def shrink(self, adapter_name: str | None = None) -> dict[str, int]:
+        """Cut the ranks that contribute nothing out of the adapter; returns the rank of each layer by name."""
+        name = adapter_name or self._driven_adapter()
+        named = [(path, m) for path, m in self.model.named_modules() if isinstance(m, BayesLayer)]
+        ranks = {path: layer.shrink(name) for path, layer in named if name in layer.adapter_names}
+        self.peft_config[name].rank_pattern = ranks
+        return ranks
+
+
+def _key(pattern: dict[str, Any], name: str) -> str:
+    return get_pattern_key(pattern.keys(), name)
+
+
+def _with_adapter_names(module: nn.Module, args: Any, kwargs: Any, adapter_names: list[str]) -> tuple[Any, Any]:
+    kwargs["adapter_names"] = adapter_names
+    return args, kwargs

@@ -1,0 +1,55 @@
+"""Ranges fitted to data: where a quantizer starts before its range is learned."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from bayeslora.quantization.quantizer import grid_step
+
+Calibration = Literal["mse", "absmax"]
+
+FLOOR = 1e-6
+"""Smallest range; an all-zero tensor gets this one, so that no step is ever zero."""
+
+_CANDIDATES = torch.logspace(-1.6, 0.0, 64)
+_SAMPLE = 1 << 16
+
+
+@torch.no_grad()
+def optimal_range(x: Tensor, bits: int = 8, method: Calibration = "mse", dim: int | None = None) -> Tensor:
+    r"""Positive float32 range for `x`: the largest magnitude (`absmax`), or the one with least squared error (`mse`).
+
+    The optimum is searched over 64 shares of the largest magnitude, spaced 6% apart, with the error measured on at
+    most 65,536 evenly spaced entries. For a Gaussian it lies near 1.85, 2.65 and 3.9 standard deviations at 2, 4 and
+    8 bits, where the largest magnitude would cost twice to seven times the error.
+
+    Args:
+        x: any shape; empty and all-zero tensors give `FLOOR`.
+        bits: width the error is measured at; at 16 and 32 bits the largest magnitude is the optimum.
+        method: ``"mse"`` or ``"absmax"``.
+        dim: None for one range (0-d); 1 for one range a row of a matrix, of shape [rows, 1].
+    """
+    x = x.detach().float()
+    rows = x.reshape(1, -1) if dim is None else x
+    if rows.numel() == 0:
+        found = rows.new_full((rows.shape[0], 1), FLOOR)
+    else:
+        found = rows.abs().amax(1, keepdim=True).clamp_min(FLOOR)
+        if method == "mse" and bits < 16:
+            found = found * _best_share(rows[:, :: max(1, rows.shape[1] // _SAMPLE)], found, bits)
+    return found.reshape(()) if dim is None else found
+
+
+def _best_share(rows: Tensor, largest: Tensor, bits: int) -> Tensor:
+    """Share of `largest` [rows, 1] with the least squared quantization error in each row."""
+    level = (1 << (bits - 1)) - 1
+    errors = []
+    for share in _CANDIDATES.tolist():
+        step = grid_step(largest * share, bits)
+        error = torch.round(rows / step).clamp_(-level, level).mul_(step).sub_(rows)
+        errors.append(error.square_().sum(1))
+    best = torch.stack(errors).argmin(0)
+    return _CANDIDATES.to(rows.device)[best].unsqueeze(1)

@@ -1,0 +1,120 @@
+"""One call that teaches a `transformers.Trainer` to train a Bayesian adapter."""
+
+from __future__ import annotations
+
+from typing import Any, TypeVar
+
+import torch
+from torch import nn
+from torch.optim import Optimizer
+from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+from bayeslora.errors import BayesLoraError
+from bayeslora.methods.describe import tuner_of
+from bayeslora.training.groups import parameter_groups
+from bayeslora.training.loop import BayesLoop, require_tuner
+
+AnyTrainer = TypeVar("AnyTrainer", bound=Trainer)
+
+
+def attach(trainer: AnyTrainer, num_examples: int | None = None) -> AnyTrainer:
+    """Attach the method of `trainer.model` to `trainer` and return it; works with any Trainer, TRL's included.
+
+    It adds one callback (first in line), gives the optimizer a group for each role of the method's parameters, and adds
+    the method's numbers to what the Trainer logs. The evaluation loss stays the task's alone. A model without one of
+    this library's adapters (plain LoRA, a full model) is left to the Trainer as it is.
+
+    Args:
+        trainer: constructed but not yet trained.
+        num_examples: N, for methods with a divergence; by default the length of the training set.
+
+    Raises:
+        BayesLoraError: under DeepSpeed, which owns the gradients; or if the trainer was given an optimizer that lacks
+            the method's groups.
+    """
+    if tuner_of(trainer.model) is None:
+        return trainer
+    if getattr(trainer, "is_deepspeed_enabled", False):
+        raise BayesLoraError("DeepSpeed keeps gradients to itself, which these methods need: use DDP or FSDP2 instead")
+    if trainer.optimizer is None and trainer.optimizer_cls_and_kwargs is None:
+        trainer.optimizer_cls_and_kwargs = _grouped_optimizer(trainer)
+    callback = BayesCallback(trainer, num_examples)
+    trainer.callback_handler.callbacks.insert(0, callback)
+    _log_statistics(trainer, callback)
+    return trainer
+
+
+class BayesCallback(TrainerCallback):
+    """The Trainer's events, handed to a `BayesLoop`."""
+
+    def __init__(self, trainer: Trainer, num_examples: int | None = None) -> None:
+        self.trainer, self.num_examples = trainer, num_examples
+        self.loop: BayesLoop | None = None
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        dataset = self.trainer.train_dataset
+        length = len(dataset) if hasattr(dataset, "__len__") else None
+        self.loop = BayesLoop(
+            self.trainer.model,
+            _inner(kwargs["optimizer"]),
+            total_steps=state.max_steps,
+            num_examples=self.num_examples or length,
+            seed=args.seed,
+            step=state.global_step,
+        )
+
+    def on_step_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        assert self.loop is not None
+        self.loop.step = state.global_step
+        self.loop.step_begin()
+
+    def on_pre_optimizer_step(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        assert self.loop is not None
+        scaler = getattr(kwargs["optimizer"], "scaler", None)
+        unscaled = scaler is None or (args.max_grad_norm or 0) > 0
+        self.loop.before_optimizer_step(1.0 if unscaled else scaler.get_scale())
+
+    def on_optimizer_step(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        assert self.loop is not None
+        if not getattr(kwargs["optimizer"], "step_was_skipped", False):
+            self.loop.step_end()
+
+
+def _grouped_optimizer(trainer: Trainer) -> tuple[type, dict[str, Any]]:
+    """A factory of the optimizer that the Trainer's arguments ask for, over the method's groups."""
+
+    class GroupedOptimizer:
+        def __call__(self, model: nn.Module, **unused: Any) -> Optimizer:
+            args = trainer.args
+            optimizer_class, options = Trainer.get_optimizer_cls_and_kwargs(args, model)
+            options = {key: value for key, value in options.items() if key not in ("params", "model")}
+            require_tuner(model)
+            return optimizer_class(parameter_groups(model, args.learning_rate, args.weight_decay), **options)
+
+    return GroupedOptimizer, {}
+
+
+def _inner(optimizer: Any) -> Optimizer:
+    """The torch optimizer inside accelerate's wrapper."""
+    return getattr(optimizer, "optimizer", optimizer)
+
+
+def _log_statistics(trainer: Trainer, callback: BayesCallback) -> None:
+    """Add the method's numbers to training logs before any reporter, or the history, sees them."""
+    log = trainer.log
+
+    def log_with_statistics(logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
+        if "loss" in logs and callback.loop is not None:
+            with torch.no_grad():
+                logs.update(callback.loop.statistics())
+        log(logs, *args, **kwargs)
+
+    trainer.log = log_with_statistics  # type: ignore[method-assign]

@@ -1,0 +1,134 @@
+"""What a training loop owes a method, in four calls around the optimizer's step."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from bayeslora.cost import relative_bops
+from bayeslora.errors import BayesLoraError
+from bayeslora.methods.describe import tuner_of
+from bayeslora.methods.tuner import BayesTuner, Schedule
+from bayeslora.training.groups import ROLE
+
+
+class BayesLoop:
+    """Drives the method of `model` through a run of `total_steps` optimizer steps.
+
+    ```python
+    optimizer = torch.optim.AdamW(bayeslora.parameter_groups(model, lr=1e-3))
+    loop = bayeslora.BayesLoop(model, optimizer, total_steps=1000)
+    for batch in batches:
+        loop.step_begin()
+        model(**batch).loss.backward()      # any number of micro-batches
+        loop.before_optimizer_step()        # adds the penalty's gradient, once
+        optimizer.step()
+        loop.step_end()
+        optimizer.zero_grad()
+    ```
+
+    Args:
+        model: a PEFT model with one of this library's methods, possibly wrapped for distributed training.
+        optimizer: over `parameter_groups(model, …)`, so that each role has a group of its own.
+        total_steps: optimizer steps of the whole run.
+        num_examples: N; only methods with a divergence need it.
+        seed: of the noise drawn once a step.
+        step: optimizer steps already taken, when a run is resumed.
+
+    Raises:
+        BayesLoraError: if the model has none of this library's adapters, the optimizer lacks the groups, or the method
+            cannot work in this run (gates that cannot close).
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        optimizer: Optimizer,
+        total_steps: int,
+        num_examples: int | None = None,
+        seed: int = 0,
+        step: int = 0,
+    ) -> None:
+        self.tuner = require_tuner(model)
+        self.model, self.optimizer, self.seed, self.step = model, optimizer, seed, step
+        self.penalties: dict[str, Tensor] = {}
+        self.tuner.begin(Schedule(total_steps, num_examples))
+        self._check_groups()
+        self._share: tuple[object, dict[str, float]] | None = None
+
+    def _check_groups(self) -> None:
+        roles = {group.get(ROLE) for group in self.optimizer.param_groups}
+        if missing := set(self.tuner.learning_rates) - roles:
+            raise BayesLoraError(
+                f"the optimizer has no group for the {', '.join(sorted(missing))}, which need their own learning rate: "
+                "build it from bayeslora.parameter_groups(model, lr=…)"
+            )
+
+    def step_begin(self) -> None:
+        """Before the first micro-batch of an optimizer step: draws the step's noise, sets the rates of gates and ranges."""
+        self.tuner.step_begin(self.step, self.seed)
+        for group in self.optimizer.param_groups:
+            rate = self.tuner.rate_of(group.get(ROLE, "weights"), self.step)
+            if rate is not None:
+                group["lr"] = rate
+
+    def before_optimizer_step(self, scale: float = 1.0) -> None:
+        """After the last backward pass and after clipping: adds `scale` times the penalty's gradient to `.grad`, once.
+
+        The penalty depends on the parameters alone, so this is exact under gradient accumulation and on any number of
+        ranks, where a penalty in the loss would count once for each micro-batch and rank. `scale` is the loss scale of
+        mixed precision when the gradients have not been unscaled yet.
+        """
+        self.penalties = self.tuner.penalty()
+        if not self.penalties:
+            return
+        total = sum(self.penalties.values()) * scale
+        parameters = [p for p in self.tuner.parameters() if p.requires_grad]
+        for parameter, gradient in zip(
+            parameters, torch.autograd.grad(total, parameters, allow_unused=True), strict=True
+        ):
+            if gradient is not None:
+                parameter.grad = gradient if parameter.grad is None else parameter.grad.add_(gradient)
+
+    def step_end(self) -> None:
+        """After the optimizer's step: steers the budget, then calibrates or freezes what is due."""
+        target = self.tuner.budget
+        if target is not None:
+            share = self.relative_bops()["attention"]
+            self.tuner.steer(share)
+            if self._last_chance():
+                while share > target and self.tuner.close_weakest():
+                    share = self.relative_bops()["attention"]
+        self.tuner.step_end(self.step)
+        self.step += 1
+
+    def _last_chance(self) -> bool:
+        """Whether gates freeze after this step, so that what the penalty did not reach is closed now."""
+        return self.tuner.rate_of("bit gates", self.step + 1) == 0.0
+
+    def relative_bops(self) -> dict[str, float]:
+        """Present share of LoRA's bit operations by scope; computed again only when a rank or width has changed."""
+        layers = self.tuner.describe()
+        key = [(layer.rank, *layer.bits.values()) for layer in layers]
+        if self._share is None or self._share[0] != key:
+            self._share = (key, relative_bops(self.model, layers=layers))
+        return self._share[1]
+
+    def statistics(self) -> dict[str, float]:
+        """What to log beside the loss: penalty terms, widths, ranks, bit operations."""
+        values = {f"penalty_{name}": float(value) for name, value in self.penalties.items()}
+        values.update(self.tuner.statistics())
+        values["relative_bops"] = self.relative_bops()["attention"]
+        return values
+
+
+def require_tuner(model: nn.Module) -> BayesTuner:
+    """The tuner of `model`; raises `BayesLoraError` for a model without one of this library's adapters."""
+    tuner = tuner_of(model)
+    if tuner is None:
+        raise BayesLoraError(
+            f"{type(model).__name__} has no adapter of bayeslora to train: wrap it with "
+            "get_peft_model(model, bayeslora.BLoraConfig(…)) first"
+        )
+    return tuner
