@@ -281,7 +281,7 @@ def _fill_defaults(
     training.setdefault("learning_rate", 1e-3 if method_fields else 5e-5)
     training.setdefault("num_train_epochs", 3.0)
     training.setdefault("seed", 0)
-    training.setdefault("report_to", "none")
+    training.setdefault("report_to", ["none"])
     training.setdefault("logging_steps", 0.01)
     training.setdefault("save_strategy", follow)
     training.setdefault("save_steps", training.get("eval_steps") or 0.1)

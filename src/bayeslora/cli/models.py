@@ -87,7 +87,7 @@ def resolve_model(name: str) -> str:
             raise BayesLoraError(
                 f"{name} is no model folder, it holds no config.json; name one saved by Transformers."
             )
-        return str(path)
+        return str(path.resolve())
     if path.is_absolute() or name.startswith((".", "~")) or name.count("/") > 1 or path.exists():
         raise BayesLoraError(f"{name} is no model folder; name an existing folder, a model package or a hub id.")
     if "/" not in name:

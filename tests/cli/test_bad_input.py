@@ -1,0 +1,248 @@
+"""Bad input: one clear line on stderr, status 2, nothing left behind. Each test is one mistake a user can make."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from tests.cli.conftest import Setting, write_jsonl
+from tests.conftest import build_tiny_bert, build_tiny_tokenizer
+
+Refused = Callable[..., str]
+
+
+@pytest.fixture
+def train_refused(setting: Setting, tmp_path: Path, refused: Refused) -> Callable[..., str]:
+    """`train` with good options and some others in their place; also checks that no output folder appears."""
+
+    def call(**changed: object) -> str:
+        options: dict[str, object] = {
+            "method": "blora",
+            "model": setting.model,
+            "train-file": setting.train,
+            "eval-file": setting.dev,
+            "text-column": "text",
+            "max-steps": 30,
+            "output-dir": tmp_path / "new" / "out",
+            **{name.replace("_", "-"): value for name, value in changed.items()},
+        }
+        line = refused("train", *(part for name, value in options.items() for part in (f"--{name}", value)))
+        assert not list(tmp_path.glob("new/*"))
+        return line
+
+    return call
+
+
+def test_a_missing_file(train_refused: Refused, tmp_path: Path) -> None:
+    assert "absent.jsonl" in train_refused(train_file=tmp_path / "absent.jsonl")
+    assert "absent.jsonl" in train_refused(eval_file=tmp_path / "absent.jsonl")
+
+
+def test_a_missing_column(train_refused: Refused) -> None:
+    assert "text, label" in train_refused(text_column="review")
+    assert "'stars'" in train_refused(label_column="stars")
+
+
+def test_a_label_never_seen_in_training(train_refused: Refused, tmp_path: Path) -> None:
+    dev = write_jsonl(tmp_path / "dev.jsonl", [{"text": "good", "label": 1}, {"text": "odd", "label": 7}])
+    line = train_refused(eval_file=dev)
+    assert "line 2" in line
+    assert "7" in line
+
+
+def test_empty_data(train_refused: Refused, tmp_path: Path) -> None:
+    (tmp_path / "empty.jsonl").touch()
+    (tmp_path / "header.csv").write_text("text,label\n")
+    assert "empty.jsonl" in train_refused(train_file=tmp_path / "empty.jsonl")
+    assert "header.csv" in train_refused(eval_file=tmp_path / "header.csv")
+
+
+def test_a_data_file_with_a_broken_line(train_refused: Refused, tmp_path: Path) -> None:
+    (tmp_path / "broken.jsonl").write_text('{"text": "good", "label": 1}\n{"text": "bad", "lab\n')
+    assert "line 2" in train_refused(train_file=tmp_path / "broken.jsonl")
+
+
+def test_a_model_folder_that_is_none(train_refused: Refused, tmp_path: Path) -> None:
+    (tmp_path / "hollow").mkdir()
+    assert "no config.json" in train_refused(model=tmp_path / "hollow")
+    assert "no model folder" in train_refused(model=tmp_path / "absent")
+
+
+def test_a_model_folder_with_cut_weights(train_refused: Refused, setting: Setting, tmp_path: Path) -> None:
+    folder = tmp_path / "cut"
+    shutil.copytree(setting.model, folder)
+    weights = folder / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:1000])
+    assert "cannot load model" in train_refused(model=folder)
+
+
+def test_a_target_module_that_matches_nothing(train_refused: Refused) -> None:
+    line = train_refused(target_modules="query,vallue")
+    assert "'vallue' matches nothing" in line
+    assert "did you mean value" in line
+    assert "matches nothing" in train_refused(target_modules="no.*match")
+
+
+@pytest.mark.parametrize("method", ["blora", "lora"])
+def test_a_rank_below_one(train_refused: Refused, method: str) -> None:
+    assert "--r is 0" in train_refused(method=method, r=0)
+    assert "--r is -2" in train_refused(method=method, r=-2)
+
+
+def test_contradictory_options(train_refused: Refused) -> None:
+    assert "contradicts" in train_refused(task="sst2")
+    assert "target_bops" in train_refused(target_bops=1.5)
+    assert "target_bops" in train_refused(target_bops=0.3, mode="ra")
+    assert "--max-length is 1000" in train_refused(max_length=1000)
+    assert "change them" in train_refused(load_best_model_at_end="true", eval_strategy="epoch", save_strategy="no")
+
+
+def test_an_unknown_option_or_value(train_refused: Refused) -> None:
+    assert "did you mean learning-rate" in train_refused(lerning_rate=0.1)
+    assert "did you mean q" in train_refused(mode="qq")
+
+
+def test_an_output_folder_that_exists(setting: Setting, tmp_path: Path, refused: Refused) -> None:
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "mine.txt").write_text("keep")
+    line = refused("train", "--method", "lora", *setting.options, "--output-dir", tmp_path / "out")
+    assert "exists" in line
+    assert [path.name for path in (tmp_path / "out").iterdir()] == ["mine.txt"]
+
+
+@pytest.fixture
+def copied(runs: dict[str, Path], tmp_path: Path) -> Path:
+    """A finished B-LoRA run to damage."""
+    return Path(shutil.copytree(runs["blora"], tmp_path / "copied"))
+
+
+@pytest.mark.parametrize("kept", [0.5, 0.01, 0.0])
+def test_a_truncated_adapter_file(copied: Path, refused: Refused, kept: float) -> None:
+    weights = copied / "adapter_model.safetensors"
+    content = weights.read_bytes()
+    weights.write_bytes(content[: int(len(content) * kept)])
+    assert "adapter_model.safetensors" in refused("evaluate", copied)
+
+
+def test_an_adapter_file_of_noise_or_none(copied: Path, refused: Refused) -> None:
+    weights = copied / "adapter_model.safetensors"
+    weights.write_bytes(b"\xff" * 5000)
+    assert "damaged" in refused("evaluate", copied)
+    weights.unlink()
+    assert "is missing" in refused("evaluate", copied)
+
+
+def test_damaged_json_of_a_run(copied: Path, refused: Refused) -> None:
+    config = copied / "adapter_config.json"
+    content = config.read_text()
+    config.write_text(content[:20])
+    assert "adapter_config.json" in refused("evaluate", copied)
+    config.write_text(content)
+    (copied / "run.json").write_text("{}")
+    assert "run.json" in refused("evaluate", copied)
+
+
+def test_the_tensors_of_another_adapter(copied: Path, runs: dict[str, Path], refused: Refused) -> None:
+    shutil.copy(runs["lora"] / "adapter_model.safetensors", copied)
+    assert "the adapter in" in refused("evaluate", copied)
+
+
+def test_an_adapter_for_another_base_model(copied: Path, setting: Setting, tmp_path: Path, refused: Refused) -> None:
+    wider, other = tmp_path / "wider", tmp_path / "other"
+    build_tiny_bert(hidden_size=48).save_pretrained(wider)
+    twin = build_tiny_bert()
+    next(iter(twin.base_model.encoder.parameters())).data.add_(0.1)
+    twin.save_pretrained(other)
+    for folder in (wider, other):
+        build_tiny_tokenizer().save_pretrained(folder)
+        assert "was trained on" in refused("evaluate", copied, "--model", folder)
+    config = json.loads((copied / "adapter_config.json").read_text())
+    config["base_model_name_or_path"] = "some/other-model"
+    (copied / "adapter_config.json").write_text(json.dumps(config))
+    assert "some/other-model" in refused("evaluate", copied)
+
+
+def test_a_base_model_that_has_moved(runs: dict[str, Path], tmp_path: Path, refused: Refused) -> None:
+    copied = Path(shutil.copytree(runs["lora"], tmp_path / "copied"))
+    info = json.loads((copied / "run.json").read_text())
+    info["model"] = str(tmp_path / "gone")
+    (copied / "run.json").write_text(json.dumps(info))
+    assert "gone" in refused("evaluate", copied)
+
+
+def test_a_folder_that_is_no_run(tmp_path: Path, refused: Refused) -> None:
+    for command in (
+        ["evaluate"],
+        ["predict", "--input", "a", "--output", "b"],
+        ["export", "--format=lora", "--output-dir=c"],
+    ):
+        assert "run.json" in refused(*command, tmp_path)
+        assert "is no folder" in refused(*command, tmp_path / "absent")
+
+
+def test_samples_of_a_deterministic_adapter(
+    runs: dict[str, Path], setting: Setting, tmp_path: Path, refused: Refused
+) -> None:
+    assert "deterministic" in refused("evaluate", runs["lora"], "--samples", 10)
+    target = tmp_path / "predictions.jsonl"
+    files = ["--input", setting.dev, "--output", target]
+    assert "deterministic" in refused("predict", runs["blora"], *files, "--samples", 10)
+    assert not target.exists()
+
+
+def test_wrong_files_for_evaluate(runs: dict[str, Path], setting: Setting, tmp_path: Path, refused: Refused) -> None:
+    run = runs["lora"]
+    assert "contradicts" in refused("evaluate", run, "--task", "sst2", "--eval-file", setting.dev)
+    assert "--eval-file" in refused("evaluate", run, "--split", "test")
+    assert "no known task" in refused("evaluate", run, "--task", "sst3")
+    assert "2 columns" in refused("evaluate", run, "--eval-file", setting.dev, "--text-column", "a,b")
+    assert "--batch-size" in refused("evaluate", run, "--batch-size", 0)
+    unseen = write_jsonl(tmp_path / "unseen.jsonl", [{"text": "good", "label": 5}])
+    assert "5" in refused("evaluate", run, "--eval-file", unseen)
+
+
+def test_wrong_files_for_predict(runs: dict[str, Path], setting: Setting, tmp_path: Path, refused: Refused) -> None:
+    target = tmp_path / "predictions.jsonl"
+    broken = tmp_path / "broken.jsonl"
+    broken.write_text('{"text": "good"}\n{"text"\n')
+    assert "line 2" in refused("predict", runs["lora"], "--input", broken, "--output", target)
+    nothing = write_jsonl(tmp_path / "nothing.jsonl", [{"text": "good"}, {"text": None}])
+    assert "line 2" in refused("predict", runs["lora"], "--input", nothing, "--output", target)
+    other = write_jsonl(tmp_path / "other.jsonl", [{"review": "good"}])
+    assert "'text'" in refused("predict", runs["lora"], "--input", other, "--output", target)
+    files = ["--input", setting.dev, "--output", tmp_path / "absent" / "predictions.jsonl"]
+    assert "existing folder" in refused("predict", runs["lora"], *files)
+    assert "input file" in refused("predict", runs["lora"], "--input", other, "--output", other)
+    assert not target.exists()
+
+
+def test_wrong_folders_for_compare_and_export(runs: dict[str, Path], tmp_path: Path, refused: Refused) -> None:
+    assert "metrics.json" in refused("compare", tmp_path, "--output-dir", tmp_path / "out")
+    assert "exists" in refused("compare", runs["lora"], "--output-dir", tmp_path)
+    target = ["--output-dir", tmp_path / "out"]
+    assert "not available" in refused("export", runs["lora"], "--format", "packed", *target)
+    assert "fully fine-tuned" in refused("export", runs["full"], "--format", "lora", *target)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_wrong_command_lines(refused: Refused) -> None:
+    assert "no command" in refused()
+    assert "trian" in refused("trian")
+    assert "--input" in refused("predict", "out")
+    assert "--jsno" in refused("evaluate", "out", "--jsno")
+    assert "--samples" in refused("evaluate", "out", "--samples", "many")
+
+
+def test_a_real_process_ends_with_the_line_and_the_status(setting: Setting, tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "bayeslora", "train", *setting.options, "--r", "0", "--output-dir", "out"]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=120, check=False)
+    assert done.returncode == 2, done.stderr
+    assert done.stderr.splitlines()[-1].startswith("bayeslora: --r is 0")
+    assert "Traceback" not in done.stderr
+    assert list(tmp_path.iterdir()) == []
