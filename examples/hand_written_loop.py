@@ -38,6 +38,7 @@ class Arguments:
     batch_size: int = field(default=16, metadata={"help": "rows a micro-batch"})
     accumulation: int = field(default=2, metadata={"help": "micro-batches an optimizer step"})
     learning_rate: float = field(default=1e-3, metadata={"help": "of the adapter's weights and the head"})
+    max_length: int = field(default=128, metadata={"help": "longest input in tokens"})
     rows: int | None = field(default=None, metadata={"help": "use at most this many rows of each split"})
     output_dir: str = field(default="runs/examples/hand_written_loop", metadata={"help": "where the adapter goes"})
     seed: int = 0
@@ -55,7 +56,7 @@ def main(arguments: list[str] | None = None) -> dict[str, float]:
     folder = options.model or packaged_model("minilm")
     tokenizer = AutoTokenizer.from_pretrained(folder)
     task = load_task(options.task, options.data_dir)
-    data = encode(task, tokenizer, max_length=128)
+    data = encode(task, tokenizer, max_length=options.max_length)
     if options.rows is not None:
         data = {name: split.select(range(min(options.rows, len(split)))) for name, split in data.items()}
     collate = DataCollatorWithPadding(tokenizer)
@@ -89,11 +90,11 @@ def main(arguments: list[str] | None = None) -> dict[str, float]:
             rank = sum(layer.rank for layer in layers) / len(layers)
             bits = sum(layer.bits["weight"] for layer in layers) / len(layers)
             print(
-                f"step {step + 1}: loss {float(loss) * options.accumulation:.3f}, rank {rank:.2f}, W0 {bits:.1f} bits"
+                f"step {step + 1}: loss {loss.item() * options.accumulation:.3f}, rank {rank:.2f}, W0 {bits:.1f} bits"
             )
 
     prediction = bayeslora.predict(model, validation)
-    accuracy = float((prediction.labels == torch.tensor(data["validation"]["labels"])).double().mean())
+    accuracy = float((prediction.labels == torch.tensor(data["validation"]["label"])).double().mean())
 
     bayeslora.shrink(model)  # cuts the closed ranks out for real
     model.save_pretrained(options.output_dir)

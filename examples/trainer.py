@@ -35,6 +35,7 @@ class ModelArguments:
     target_modules: str = field(default="query,key,value", metadata={"help": "layers to adapt, commas between"})
     r: int = field(default=8, metadata={"help": "rank to start from"})
     target_bops: float | None = field(default=None, metadata={"help": "budget: share of LoRA's 32-bit attention BOPs"})
+    max_length: int = field(default=128, metadata={"help": "longest input in tokens"})
     rows: int | None = field(default=None, metadata={"help": "use at most this many rows of each split"})
 
 
@@ -57,7 +58,7 @@ def main(arguments: list[str] | None = None) -> dict[str, float]:
     folder = options.model or packaged_model("minilm")
     tokenizer = AutoTokenizer.from_pretrained(folder)
     task = load_task(options.task, options.data_dir)
-    data = encode(task, tokenizer, max_length=128)
+    data = encode(task, tokenizer, max_length=options.max_length)
     if options.rows is not None:
         data = {name: split.select(range(min(options.rows, len(split)))) for name, split in data.items()}
 

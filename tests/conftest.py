@@ -74,7 +74,7 @@ def build_tiny_bert(num_labels: int = 2, **overrides: object) -> PreTrainedModel
         "num_hidden_layers": 2,
         "num_attention_heads": 4,
         "intermediate_size": 64,
-        "max_position_embeddings": 64,
+        "max_position_embeddings": 128,
         "hidden_dropout_prob": 0.0,
         "attention_probs_dropout_prob": 0.0,
         "num_labels": num_labels,
@@ -91,7 +91,7 @@ def build_tiny_deberta(num_labels: int = 2, **overrides: object) -> PreTrainedMo
         "num_hidden_layers": 2,
         "num_attention_heads": 4,
         "intermediate_size": 64,
-        "max_position_embeddings": 64,
+        "max_position_embeddings": 128,
         "hidden_dropout_prob": 0.0,
         "attention_probs_dropout_prob": 0.0,
         "pooler_dropout": 0.0,
@@ -160,7 +160,7 @@ def build_tiny_tokenizer(causal: bool = False) -> PreTrainedTokenizerFast:
         special_tokens=[("[CLS]", VOCABULARY.index("[CLS]")), ("[SEP]", VOCABULARY.index("[SEP]"))],
     )
     return PreTrainedTokenizerFast(
-        tokenizer_object=core, cls_token="[CLS]", sep_token="[SEP]", model_max_length=64, **special
+        tokenizer_object=core, cls_token="[CLS]", sep_token="[SEP]", model_max_length=128, **special
     )
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import json
 import math
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ from peft import PeftConfig, PeftModel
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 
 import bayeslora
+from tests.conftest import build_tiny_bert, build_tiny_tokenizer
 
 EXAMPLES = Path(__file__).resolve().parents[2] / "examples"
 GOOD, BAD = ("good", "great", "fine", "warm", "funny"), ("bad", "poor", "dull", "cold", "boring")
@@ -26,12 +28,22 @@ def load(name: str) -> Main:
     spec = importlib.util.spec_from_file_location(f"example_{name}", EXAMPLES / f"{name}.py")
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module  # dataclasses look their annotations up there
     spec.loader.exec_module(module)
     return module.main
 
 
 def test_every_example_has_a_test() -> None:
     assert {path.stem for path in EXAMPLES.glob("*.py")} == {"trainer", "hand_written_loop", "sft_trainer"}
+
+
+@pytest.fixture(scope="session")
+def lively_bert_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The tiny BERT with initial weights large enough for a few steps to teach it something."""
+    folder = tmp_path_factory.mktemp("lively-bert")
+    build_tiny_bert(initializer_range=0.2).save_pretrained(folder)
+    build_tiny_tokenizer().save_pretrained(folder)
+    return folder
 
 
 @pytest.fixture
@@ -58,25 +70,26 @@ def classifier_reloads(folder: Path, base: Path) -> None:
 
 def small_classification_options(base: Path, data: Path, out: Path) -> list[str]:
     options = {"model": base, "task": "sst2", "data_dir": data, "output_dir": out, "r": 4, "learning_rate": 0.01}
+    options |= {"max_length": 16}
     return [token for name, value in options.items() for token in (f"--{name}", str(value))]
 
 
-def test_trainer(tiny_bert_folder: Path, review_folder: Path, tmp_path: Path) -> None:
+def test_trainer(lively_bert_folder: Path, review_folder: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
-    options = small_classification_options(tiny_bert_folder, review_folder, out)
+    options = small_classification_options(lively_bert_folder, review_folder, out)
     result = load("trainer")([*options, "--max_steps", "40", "--use_cpu", "--disable_tqdm", "true"])
     assert result["eval_accuracy"] > 0.6
     assert 0 < result["attention_bops"] < 1
-    classifier_reloads(out, tiny_bert_folder)
+    classifier_reloads(out, lively_bert_folder)
 
 
-def test_hand_written_loop(tiny_bert_folder: Path, review_folder: Path, tmp_path: Path) -> None:
+def test_hand_written_loop(lively_bert_folder: Path, review_folder: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
-    options = small_classification_options(tiny_bert_folder, review_folder, out)
+    options = small_classification_options(lively_bert_folder, review_folder, out)
     result = load("hand_written_loop")([*options, "--steps", "40"])
     assert result["accuracy"] > 0.6
     assert 0 < result["attention_bops"] < 1
-    classifier_reloads(out, tiny_bert_folder)
+    classifier_reloads(out, lively_bert_folder)
 
 
 def sft_options(out: Path, **options: Any) -> list[str]:
