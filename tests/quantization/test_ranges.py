@@ -6,14 +6,22 @@ import math
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
 from bayeslora.quantization import optimal_range, quantize
 from tests.oracles import blora as oracle
 
-repeatable = settings(derandomize=True, deadline=None, database=None, max_examples=40)
+# The same examples every time, on a busy machine too.
+repeatable = settings(
+    derandomize=True,
+    deadline=None,
+    database=None,
+    max_examples=40,
+    phases=[Phase.explicit, Phase.generate],
+    suppress_health_check=[HealthCheck.too_slow],
+)
 
 DTYPES = [torch.float16, torch.bfloat16, torch.float32, torch.float64]
 
@@ -28,12 +36,12 @@ def rmse(x: Tensor, range: Tensor, bits: int) -> float:
 
 
 def least_rmse(x: Tensor, bits: int) -> float:
-    """The best of 1,000 ranges up to one and a half times the largest magnitude.
+    """The best of 500 ranges up to one and a half times the largest magnitude.
 
     No larger range is needed: there, at two bits, the outer level reaches the largest magnitude.
     """
     x = x.double()
-    candidates = torch.linspace(0.0015, 1.5, 1000, dtype=torch.float64)[:, None] * x.abs().max()
+    candidates = torch.linspace(0.003, 1.5, 500, dtype=torch.float64)[:, None] * x.abs().max()
     return (oracle.fixed_width(x, candidates, bits) - x).square().mean(1).min().sqrt().item()
 
 
@@ -90,7 +98,7 @@ def test_absmax_is_the_largest_magnitude_at_every_width(seed: int, size: int) ->
         assert optimal_range(x, bits, method="absmax").item() == x.abs().max().item()
 
 
-@settings(derandomize=True, deadline=None, database=None, max_examples=15)
+@settings(repeatable, max_examples=15)
 @given(st.integers(0, 2**31), st.integers(1, 64), st.sampled_from([2, 4, 8]), st.sampled_from([1.0, 3.0]))
 def test_the_range_is_within_a_tenth_of_the_least_error_whatever_the_tensor(
     seed: int, size: int, bits: int, tail: float
