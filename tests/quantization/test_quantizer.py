@@ -506,12 +506,10 @@ def test_compiled_values_and_gradients_equal_eager_mode() -> None:
     assert_compiled_equals_eager("inductor")
 
 
-@pytest.mark.slow
-@needs_compiler
 @pytest.mark.parametrize("rows", [1, 256])
 @pytest.mark.parametrize("widths", [(4,), (2, 4), WIDTHS])
 def test_large_tensors_have_the_values_and_gradients_of_the_reference(rows: int, widths: tuple[int, ...]) -> None:
-    """Large enough for the loops that a compiler fuses."""
+    """Of the size of a real weight matrix, a range a tensor or a range a row, with one, two or all widths."""
     bounds = torch.linspace(0.5, 2.0, rows)[:, None]
     x = between_ties(bounds, 256, 256, seed=0)
     z = torch.tensor([0.6 if bits in widths[1:] else float(bits in widths[:1]) for bits in WIDTHS[1:]])
@@ -525,8 +523,6 @@ def test_large_tensors_have_the_values_and_gradients_of_the_reference(rows: int,
     torch.testing.assert_close(grad_range.double(), expected_range, rtol=1e-4, atol=5e-3)
 
 
-@pytest.mark.slow
-@needs_compiler
 @pytest.mark.parametrize("bits", WIDTHS)
 def test_a_large_tensor_is_rounded_as_its_pieces_are(bits: int) -> None:
     """To the last bit, ties included: an output must not depend on the size of the batch it was computed in."""
