@@ -201,8 +201,10 @@ class BLoraModel(BayesTuner):
                 f"{schedule.total_steps} training steps leave {max(steps, 0)} for the gates of B-LoRA: "
                 "train longer, or lower warmup_fraction and freeze_fraction"
             )
-        self.learning_rates["ranges"] = self.learning_rates["weight ranges"] = config.range_learning_rate
         if config.learns_bits:
+            self.learning_rates["ranges"] = config.range_learning_rate
+            if any(layer.has_plain_weight for layer in self.adapted_layers(name)):
+                self.learning_rates["weight ranges"] = config.range_learning_rate
             self._set_gate_rate("bit gates", steps, max(config.initial_bit_logits) - OPEN_LOGIT)
         if config.learns_ranks:
             # The last rank closes when the product of all gates falls to a half, the second only at a logit of 0.

@@ -42,7 +42,7 @@ class BLoraLayer(BayesLayer):
         self.initial_rank: dict[str, int] = {}
         self.configs: dict[str, BLoraConfig] = {}
         self.driven: set[str] = set()  # adapters whose calibration a training loop ends
-        self._fixed_weight: tuple[Any, ...] | None = None
+        self._fixed_weight: tuple[tuple[Any, ...], Tensor] | None = None
 
     def add_adapter(self, adapter_name: str, config: BLoraConfig, rank: int, scaling: float) -> None:
         self.configs[adapter_name] = config
@@ -62,7 +62,7 @@ class BLoraLayer(BayesLayer):
             self.blora_quantizers[adapter_name] = self._make_quantizers(config, rank)
 
     def _make_quantizers(self, config: BLoraConfig, rank: int) -> Quantizers:
-        kinds = [BASE_WEIGHT] if self._has_plain_weight else []
+        kinds = [BASE_WEIGHT] if self.has_plain_weight else []
         kinds += ["in"] if config.quantize_input else []
         kinds += [kind for kind in KINDS if kind != BASE_WEIGHT]
         shapes = {}
@@ -75,7 +75,7 @@ class BLoraLayer(BayesLayer):
         return Quantizers(tuple(kinds), shapes, config.initial_bit_logits)
 
     @property
-    def _has_plain_weight(self) -> bool:
+    def has_plain_weight(self) -> bool:
         """Whether W0 is an ordinary matrix; a base loaded in 4 or 8 bits keeps the width it has."""
         forward = type(self.get_base_layer()).forward
         return self.quantization_backend is None and forward in (nn.Linear.forward, Conv1D.forward)
@@ -102,7 +102,7 @@ class BLoraLayer(BayesLayer):
         quantized = self._quantization(name, x, *args, **kwargs)
         x = quantized("in", x)
         base = self.get_base_layer()
-        if quantized is _identity or not self._has_plain_weight:
+        if quantized is _identity or not self.has_plain_weight:
             result = self.base_layer(x, *args, **kwargs)
         else:
             weight = quantized(BASE_WEIGHT, base.weight)
@@ -133,27 +133,24 @@ class BLoraLayer(BayesLayer):
             if name in self.driven or self.configs[name].warmup_fraction > 0:
                 return self._observer(name)
             self._calibrate_on(name, x, *args, **kwargs)
-        if self.training and self.blora_progress[name].current == Phase.LEARN:
+        frozen = self.blora_progress[name].current == Phase.FROZEN
+        if self.training and not frozen:
             assignment = quantizers.sampled()
         else:
-            assignment = quantizers.fixed()
-            if self._has_plain_weight:
-                weight = self._cached_weight(name, assignment)
-                return lambda kind, t: weight if kind == BASE_WEIGHT else quantizers.quantized(kind, t, assignment)
-        return lambda kind, tensor: quantizers.quantized(kind, tensor, assignment)
+            assignment = quantizers.fixed(frozen)
+        if not frozen or not self.has_plain_weight:
+            return lambda kind, tensor: quantizers.quantized(kind, tensor, assignment)
+        weight = self._frozen_weight(name, assignment)
+        return lambda kind, tensor: weight if kind == BASE_WEIGHT else quantizers.quantized(kind, tensor, assignment)
 
-    def _cached_weight(self, name: str, assignment: Assignment) -> Tensor:
-        """W0 at its evaluation width, computed again only when it, its range or its width has changed."""
+    def _frozen_weight(self, name: str, assignment: Assignment) -> Tensor:
+        """W0 at its final width: computed once, for neither it nor its range changes any more."""
         quantizers, weight = self.blora_quantizers[name], self.get_base_layer().weight
-        frozen = self.blora_progress[name].current == Phase.FROZEN
-        version = quantizers.generation if frozen else quantizers.log_weight_range._version
-        key = (name, assignment.widths[0], version, weight._version)
-        known = self._fixed_weight
-        if known is None or known[0] != key or known[1] is not weight or known[2] is not quantizers.log_weight_range:
+        key = (name, quantizers.version, weight._version, weight.data_ptr(), weight.dtype)
+        if self._fixed_weight is None or self._fixed_weight[0] != key:
             with torch.no_grad():
-                value = quantizers.quantized(BASE_WEIGHT, weight, assignment).detach()
-            known = self._fixed_weight = (key, weight, quantizers.log_weight_range, value)
-        return known[3]
+                self._fixed_weight = (key, quantizers.quantized(BASE_WEIGHT, weight, assignment).detach())
+        return self._fixed_weight[1]
 
     def _apply(self, fn: Any, recurse: bool = True) -> Any:
         self._fixed_weight = None
@@ -284,6 +281,8 @@ class BLoraLayer(BayesLayer):
             gates.logits = nn.Parameter(gates.logits.detach()[keep].contiguous(), gates.logits.requires_grad)
         if adapter_name in self.blora_quantizers:
             self.blora_quantizers[adapter_name].cut_channels("A", keep)
+        if self.blora_progress[adapter_name].current == Phase.LEARN:
+            self.blora_progress[adapter_name].advance(Phase.FROZEN)  # what has been cut cannot learn its rank any more
         return int(keep.sum())
 
     def describe(self, adapter_name: str, name: str) -> LayerDescription:

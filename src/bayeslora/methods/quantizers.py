@@ -103,18 +103,12 @@ class Quantizers(Float32Module):
         self.register_buffer("observed", torch.zeros(len(kinds)))
         self.generation = 0  # counts writes to the ranges other than an optimizer's
         self.noise: Tensor | None = None  # (kinds, 4) uniform, shared by every forward pass of one optimizer step
-        self._widths: tuple[Tensor, int, tuple[int, ...]] | None = None
+        self._frozen_widths: tuple[tuple[int, ...], tuple[int, ...]] | None = None
         self._active: tuple[Tensor, int, tuple[tuple[int, ...], ...]] | None = None
 
     def evaluation_widths(self) -> tuple[int, ...]:
         """Width of each kind with its gates at their evaluation values."""
-        if torch.compiler.is_compiling():
-            return self._widths[2] if self._widths is not None else (WIDTHS[-1],) * len(self.kinds)
-        known = self._widths
-        if known is None or known[0] is not self.gates or known[1] != self.gates._version:
-            widths = tuple(_width(row) for row in self.gates.detach().tolist())
-            known = self._widths = (self.gates, self.gates._version, widths)
-        return known[2]
+        return tuple(_width(row) for row in self.gates.detach().tolist())
 
     # The forward pass --------------------------------------------------------------------------------------------
 
@@ -123,10 +117,24 @@ class Quantizers(Float32Module):
         ranges = _exp(self.log_ranges).split(self.channels[BASE_WEIGHT in self.kinds :])
         return (_exp(self.log_weight_range), *ranges) if BASE_WEIGHT in self.kinds else ranges
 
-    def fixed(self) -> Assignment:
-        """Every tensor at its evaluation width."""
-        widths = self.evaluation_widths()
+    def fixed(self, frozen: bool = False) -> Assignment:
+        """Every tensor at its evaluation width; when gates are `frozen` the widths are read from the device only once."""
+        if not frozen:
+            widths = self.evaluation_widths()
+        elif torch.compiler.is_compiling() and self._frozen_widths is not None:
+            widths = self._frozen_widths[1]
+        else:
+            # No cache while gates learn: fused optimizers write to parameters without raising their version.
+            if self._frozen_widths is None or self._frozen_widths[0] != self.version:
+                self._frozen_widths = (self.version, self.evaluation_widths())
+            widths = self._frozen_widths[1]
         return Assignment(self.ranges(), None, tuple((bits,) for bits in widths))
+
+    @property
+    def version(self) -> tuple[int, ...]:
+        """Changes with every write to the gates, or to the base weight's range, but an optimizer's."""
+        learned = [self.gates, self.log_weight_range] if BASE_WEIGHT in self.kinds else [self.gates]
+        return (self.generation, *(p._version for p in learned), *(id(p) for p in learned))
 
     def sampled(self) -> Assignment:
         """Gates drawn with the step's noise, or with fresh noise where no step was announced."""
