@@ -9,6 +9,7 @@ from collections import Counter
 from typing import Any
 
 import pytest
+import torch
 
 from .cache import ENVIRONMENT_VARIABLE, PACKAGE, cache_folder
 
@@ -21,6 +22,12 @@ if ACTIVE:
     os.environ.setdefault("TRANSFORMERS_OFFLINE", "1")
     sys.path.insert(0, str(cache_folder()))
     pytest.register_assert_rewrite(PACKAGE)
+
+
+@pytest.fixture(autouse=True)
+def fixed_seed() -> None:
+    """The same draws whichever worker runs a test, and in whatever order."""
+    torch.manual_seed(0)
 
 
 @pytest.hookimpl(tryfirst=True)

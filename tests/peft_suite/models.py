@@ -1,8 +1,8 @@
 """Small random models on disk, in place of the hub models that PEFT's tests download.
 
-Two choices matter. Weights are large (standard deviation 0.5), because upstream asserts that adapters *change* outputs,
-and with the usual 0.02 two layers of width 16 say almost the same thing whatever one does to them. And folder names
-avoid the words upstream reads as an architecture (see `cache.TELLING_WORDS`).
+Two choices matter. Weights are large (standard deviation 0.5), because upstream asserts that adapters *change*
+outputs, and with the usual 0.02 two layers of width 16 say almost the same thing whatever one does to them. And folder
+names avoid the words upstream reads as an architecture (see `cache.TELLING_WORDS`).
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""PEFT's tests of custom models, decoders, encoder-decoders, feature extraction, classification and question answering.
+"""PEFT's tests of custom models, decoders, encoder-decoders, feature extraction, classification and QA.
 
 The classes are upstream's; only what they are parametrised over is ours.
 """

@@ -1,7 +1,7 @@
 """PEFT's tests of configuration classes.
 
-Upstream keeps the classes in a tuple, so the marks are replaced. Its one hub repository, a LoRA adapter, is replaced by
-a local folder with such an adapter's configuration.
+Upstream keeps the classes in a tuple, so the marks are replaced. Its one hub repository, a LoRA adapter, is replaced
+by a local folder with such an adapter's configuration.
 """
 
 from __future__ import annotations

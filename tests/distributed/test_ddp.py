@@ -1,0 +1,85 @@
+"""Two ranks, or four micro-batches, compute the update of one process that sees the whole batch."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.multiprocessing as mp
+
+from tests.distributed import worker
+from tests.distributed.worker import BIT_PENALTY, RANK_PENALTY, STEPS, Run
+
+MODES = ("q+ra", "q", "ra")
+
+
+def _run(run: Run, folder: Path) -> list[dict[str, Any]]:
+    if run.ranks == 1:
+        return [worker.train(run, 0)]
+    mp.spawn(worker.main, args=(run, str(folder)), nprocs=run.ranks)
+    return [torch.load(folder / f"{rank}.pt") for rank in range(run.ranks)]
+
+
+@pytest.fixture(scope="module", params=MODES)
+def reference(request: pytest.FixtureRequest) -> tuple[str, dict[str, Any]]:
+    return request.param, worker.train(Run(1, 1, request.param), 0)
+
+
+def _assert_same_update(results: list[dict[str, Any]], expected: dict[str, Any]) -> None:
+    for result in results:
+        assert result["parameters"].keys() == expected["parameters"].keys()
+        for name, value in expected["parameters"].items():
+            torch.testing.assert_close(result["parameters"][name], value, atol=2e-5, rtol=1e-4, msg=name)
+
+
+def test_the_reference_run_moves_gates_and_weights(reference: tuple[str, dict[str, Any]]) -> None:
+    _, expected = reference
+    first, last = expected["logits"][0], expected["logits"][-1]
+    assert all((last[name] - first[name]).abs().max() > 1e-2 for name in first)
+    assert all(value.isfinite().all() for value in expected["parameters"].values())
+
+
+def test_four_micro_batches_give_the_update_of_one_batch(reference: tuple[str, dict[str, Any]]) -> None:
+    mode, expected = reference
+    _assert_same_update([worker.train(Run(1, 4, mode), 0)], expected)
+
+
+@pytest.mark.parametrize("accumulation", [1, 4])
+def test_two_ranks_give_the_update_of_one_process(
+    reference: tuple[str, dict[str, Any]], accumulation: int, tmp_path: Path
+) -> None:
+    mode, expected = reference
+    results = _run(Run(2, accumulation, mode), tmp_path)
+    _assert_same_update(results, expected)
+
+    first, second = results
+    for name, value in first["parameters"].items():
+        torch.testing.assert_close(second["parameters"][name], value, atol=0, rtol=0, msg=f"{name} differs by rank")
+    for step in range(STEPS):
+        for ours, theirs, alone in zip(
+            first["noise"][step], second["noise"][step], expected["noise"][step], strict=True
+        ):
+            assert torch.equal(ours, theirs) and torch.equal(ours, alone)
+    for result in results:
+        _assert_penalty_counted_once(result)
+
+
+def _assert_penalty_counted_once(result: dict[str, Any]) -> None:
+    """What was added to the gates' gradient is that of the penalty written out here, once, and 0 outside its phase."""
+    added = 0
+    for logits, gradients in zip(result["logits"], result["penalty_gradients"], strict=True):
+        if not any(gradient.any() for gradient in gradients.values()):
+            continue
+        added += 1
+        for name, value in logits.items():
+            value = value.clone().requires_grad_()
+            if name.endswith(".gates"):
+                shift = (2 / 3) * torch.log(torch.tensor(0.1 / 1.1))
+                penalty = BIT_PENALTY * torch.sigmoid(value - shift).cumprod(-1).sum()
+            else:
+                penalty = RANK_PENALTY * torch.sigmoid(value[1:]).cumprod(0).sum()
+            penalty.backward()
+            torch.testing.assert_close(gradients[name], value.grad, atol=1e-6, rtol=1e-4, msg=name)
+    assert added == STEPS // 2  # a quarter warms up, a quarter is frozen

@@ -1,0 +1,111 @@
+"""What each process of the distributed tests runs: a hand-written loop over a tiny model, everything recorded."""
+
+from __future__ import annotations
+
+from contextlib import nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from peft import get_peft_model
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+from bayeslora import BayesLoop, BLoraConfig, parameter_groups
+
+STEPS = 8
+BATCH = 16
+BIT_PENALTY = 0.3
+RANK_PENALTY = 1.0
+
+
+@dataclass(frozen=True)
+class Run:
+    """One way to compute the same update: `BATCH` examples over ranks and micro-batches."""
+
+    ranks: int
+    accumulation: int
+    mode: str
+
+
+class Tiny(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.lin0 = nn.Linear(6, 10)
+        self.lin1 = nn.Linear(10, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.lin1(torch.tanh(self.lin0(x)))
+
+
+def _model(mode: str) -> nn.Module:
+    torch.manual_seed(0)
+    config = BLoraConfig(
+        r=4,
+        lora_alpha=4,
+        target_modules=["lin0", "lin1"],
+        mode=mode,
+        # The largest magnitude of two halves is that of the whole; the best range in least squares is not.
+        calibration="absmax",
+        bit_penalty=BIT_PENALTY,
+        rank_penalty=RANK_PENALTY,
+        warmup_fraction=0.25,
+        freeze_fraction=0.25,
+        init_weights=False,
+    )
+    return get_peft_model(Tiny(), config).train()
+
+
+def _gates(model: nn.Module) -> dict[str, nn.Parameter]:
+    return {name: p for name, p in model.named_parameters() if name.endswith((".gates", "blora_rank.default.logits"))}
+
+
+def train(run: Run, rank: int) -> dict[str, Any]:
+    """Train `STEPS` optimizer steps on the share of `rank`; returns parameters, gate samples and penalty gradients."""
+    model = _model(run.mode)
+    inputs = torch.randn(STEPS, BATCH, 6)
+    targets = torch.randint(0, 3, (STEPS, BATCH))
+    torch.manual_seed(1000 + rank)  # what is equal on all ranks must not be equal by luck
+    wrapped = DistributedDataParallel(model) if run.ranks > 1 else model
+    # Plain gradient descent: Adam would turn the rounding of a tiny gradient into a whole step.
+    optimizer = torch.optim.SGD(parameter_groups(wrapped, lr=0.05), lr=0.05)
+    loop = BayesLoop(wrapped, optimizer, total_steps=STEPS)
+    micro = BATCH // (run.ranks * run.accumulation)
+    noise, penalty_gradients, logits = [], [], []
+    for step in range(STEPS):
+        loop.step_begin()
+        for index in range(run.accumulation):
+            start = (index * run.ranks + rank) * micro
+            rows = slice(start, start + micro)
+            last = index == run.accumulation - 1
+            with nullcontext() if last or run.ranks == 1 else wrapped.no_sync():
+                loss = nn.functional.cross_entropy(wrapped(inputs[step, rows]), targets[step, rows])
+                (loss / run.accumulation).backward()
+        gates = _gates(model)
+        before = {name: torch.zeros_like(p) if p.grad is None else p.grad.clone() for name, p in gates.items()}
+        logits.append({name: p.detach().clone() for name, p in gates.items()})
+        loop.before_optimizer_step()
+        penalty_gradients.append(
+            {n: (torch.zeros_like(p) if p.grad is None else p.grad) - before[n] for n, p in gates.items()}
+        )
+        optimizer.step()
+        loop.step_end()
+        optimizer.zero_grad()
+        noise.append([m.noise for m in model.modules() if getattr(m, "noise", None) is not None])
+    return {
+        "parameters": {name: p.detach() for name, p in model.named_parameters() if p.requires_grad},
+        "noise": noise,
+        "logits": logits,
+        "penalty_gradients": penalty_gradients,
+    }
+
+
+def main(rank: int, run: Run, folder: str) -> None:
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=run.ranks)
+    try:
+        torch.save(train(run, rank), Path(folder) / f"{rank}.pt")
+    finally:
+        dist.destroy_process_group()
