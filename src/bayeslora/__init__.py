@@ -1,7 +1,7 @@
 """Bayesian low-rank adaptation of pretrained transformers, as ordinary PEFT adapters.
 
-Importing this package teaches PEFT the methods; `get_peft_model`, `Trainer`, `save_pretrained` and `from_pretrained` then
-work with them as with LoRA.
+Importing this package teaches PEFT the methods; `get_peft_model`, `Trainer`, `save_pretrained` and `from_pretrained`
+then work with them as with LoRA.
 """
 
 from bayeslora.errors import BayesLoraError

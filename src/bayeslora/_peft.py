@@ -7,8 +7,8 @@ from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
 from peft.tuners._buffer_dict import BufferDict
 from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer, _get_in_out_features, check_adapters_to_merge
 from peft.utils import AuxiliaryTrainingWrapper, PeftType, register_peft_method
-from peft.utils.other import get_pattern_key
 from peft.utils.constants import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING as DEFAULT_TARGET_MODULES
+from peft.utils.other import get_pattern_key
 from peft.utils.quantization_utils import (
     get_quantization_kwargs,
     quantization_extra_repr,
@@ -45,8 +45,8 @@ def peft_type(name: str) -> PeftType:
         return PeftType[name]
     member = str.__new__(PeftType, name)
     member._name_ = member._value_ = name
-    member._sort_order_ = len(PeftType._member_names_)
-    member.__objclass__ = PeftType
+    member._sort_order_ = len(PeftType._member_names_)  # type: ignore[attr-defined]
+    member.__objclass__ = PeftType  # type: ignore[attr-defined]
     PeftType._member_names_.append(name)
     PeftType._member_map_[name] = member
     PeftType._value2member_map_[name] = member

@@ -66,20 +66,21 @@ def export_lora(
     folder = Path(path)
     folder.mkdir(parents=True, exist_ok=True)
     save_file(_state_dict(model, name, factors), folder / "adapter_model.safetensors", metadata={"format": "pt"})
-    _config(tuner, name, layers, factors).save_pretrained(folder)
+    _config(tuner, name, layers, factors).save_pretrained(str(folder))
     measured = _measure(model, layers, factors, name, batch)
     return {**measured, "ranks": {key: len(a) for key, (a, _) in factors.items()}}
 
 
 def _named_layers(tuner: BayesTuner, name: str) -> dict[str, BayesLayer]:
-    found = {path: m for path, m in tuner.model.named_modules() if isinstance(m, BayesLayer) and name in m.adapter_names}
+    named = [(path, m) for path, m in tuner.model.named_modules() if isinstance(m, BayesLayer)]
+    found = {path: layer for path, layer in named if name in layer.adapter_names}
     if not found:
         raise BayesLoraError(f"the model has no adapter {name!r}: name one of its adapters")
     return found
 
 
 def _lora_factors(layer: BayesLayer, name: str) -> tuple[Tensor, Tensor]:
-    """`lora_A` (r, d_in) and `lora_B` (d_out, r) without the ranks that contribute nothing; one of zeros if none does."""
+    """`lora_A` (r, d_in) and `lora_B` (d_out, r) without ranks that contribute nothing; one of zeros if none does."""
     a, diagonal, b = layer.factors(name)
     kept = diagonal != 0
     a, b = (diagonal.unsqueeze(1) * a)[kept], b[:, kept]
@@ -113,7 +114,7 @@ def _config(
     alpha = scalings[next(iter(layers))] * default
     return LoraConfig(
         r=default,
-        lora_alpha=alpha,
+        lora_alpha=alpha,  # type: ignore[arg-type]  # a float scales just as well
         rank_pattern={path: rank for path, rank in ranks.items() if rank != default},
         alpha_pattern={path: scalings[path] * r for path, r in ranks.items() if scalings[path] * r != alpha},
         fan_in_fan_out=any(layer.is_transposed for layer in layers.values()),
@@ -151,9 +152,7 @@ def _measure(
 
 
 @contextmanager
-def _as_lora(
-    layers: dict[str, BayesLayer], factors: dict[str, tuple[Tensor, Tensor]], name: str
-) -> Iterator[None]:
+def _as_lora(layers: dict[str, BayesLayer], factors: dict[str, tuple[Tensor, Tensor]], name: str) -> Iterator[None]:
     """Inside, every adapted layer computes what plain LoRA on the raw base weight would."""
 
     def replace(path: str) -> Any:

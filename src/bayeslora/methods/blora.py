@@ -3,21 +3,22 @@ r"""B-LoRA: ranks and bit-widths learned by Bayesian gates during fine-tuning (B
 $$ y = Q_{out}\bigl( Q_w(W_0) x + b + s\, Q_b(B)\, Q_E\bigl( (Q_e(E) \circ G) \circ Q_A(Q_a(A) x) \bigr) \bigr) $$
 
 with $s = \alpha / r$, which the paper's algorithm leaves out together with the bias and dropout. $E$ (r,) is the
-diagonal of an SVD-like form, $G$ its rank gates, and every $Q$ a quantizer with a range and gates of its own. The loss is
-the mean negative log-likelihood plus $\lambda_q \sum_k R_k + \lambda_r \sum_k R^{rank}_k$ (Equation 15, whose sign is
-that of a log-likelihood to be maximised). That is an expected-L0 penalty, not the divergence of the stated prior, which
-at the paper's $\lambda = 1$ would be smallest at an open probability of 1/e.
+diagonal of an SVD-like form, $G$ its rank gates, and every $Q$ a quantizer with a range and gates of its own. The
+loss is the mean negative log-likelihood plus $\lambda_q \sum_k R_k + \lambda_r \sum_k R^{rank}_k$ (Equation 15, whose
+sign is that of a log-likelihood to be maximised). That is an expected-L0 penalty, not the divergence of the stated
+prior, which at the paper's $\lambda = 1$ would be smallest at an open probability of 1/e.
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Literal, cast
 
 import torch
 from peft import PeftConfig
-from torch import Tensor, nn
+from torch import Tensor
 
 from bayeslora._peft import peft_type
 from bayeslora.errors import BayesLoraError
@@ -92,7 +93,7 @@ class BLoraConfig(PeftConfig):
             if isinstance(getattr(self, name), list):
                 setattr(self, name, set(getattr(self, name)))
         if self.layers_pattern and self.layers_to_transform is None:
-            raise BayesLoraError("layers_pattern needs layers_to_transform: name the layer indices, or drop the pattern")
+            raise BayesLoraError("layers_pattern needs layers_to_transform: name the indices, or drop the pattern")
         self._check_numbers()
 
     def _check_numbers(self) -> None:
@@ -119,7 +120,9 @@ class BLoraConfig(PeftConfig):
         if self.quantize_input and self.mode == "ra":
             raise BayesLoraError("quantize_input needs learned bit-widths: use mode 'q' or 'q+ra'")
         if len(self.initial_bit_logits) != len(GATED_WIDTHS):
-            raise BayesLoraError(f"initial_bit_logits has {len(self.initial_bit_logits)} numbers, wanted 4 (4 to 32 bits)")
+            raise BayesLoraError(
+                f"initial_bit_logits has {len(self.initial_bit_logits)} numbers: give 4, for 4, 8, 16 and 32 bits"
+            )
         shares = (self.warmup_fraction, self.freeze_fraction)
         if min(shares) < 0 or sum(shares) >= 1:
             raise BayesLoraError(
@@ -143,44 +146,45 @@ class BLoraModel(BayesTuner):
     tuner_layer_cls = BLoraLayer
     linear_class = Linear
 
+    def config_of(self, name: str) -> BLoraConfig:
+        return cast(BLoraConfig, self.peft_config[name])
+
     # Penalty ------------------------------------------------------------------------------------------------------
 
     def penalty(self) -> dict[str, Tensor]:
-        r"""$\lambda_q \sum_k R_k$ (`bits`) and $\lambda_r \sum_k R^{rank}_k$ (`rank`) of the adapters whose gates learn."""
+        r"""$\lambda_q \sum_k R_k$ (`bits`) and $\lambda_r \sum_k R^{rank}_k$ (`rank`), while gates learn."""
         terms: dict[str, Tensor] = {}
-        for name in self.active_adapters:
-            layers = self._learning(name)
-            if not layers:
-                continue
-            config = self.peft_config[name]
+        name = self._driven_adapter()
+        if layers := self._learning(name):
+            config = self.config_of(name)
             if config.learns_bits:
-                terms["bits"] = terms.get("bits", 0) + self._bit_penalty(name, layers)
+                terms["bits"] = self._bit_penalty(name, layers)
             if config.learns_ranks:
-                logits = [layer.blora_rank[name].logits for layer in layers]
-                opened = sum(rank_probability(row).sum() for row in _stacked(logits))
-                terms["rank"] = terms.get("rank", 0) + config.rank_penalty * opened
+                logits = _stacked([layer.rank_gates(name).logits for layer in layers])
+                opened = torch.stack([rank_probability(rows).sum() for rows in logits]).sum()
+                terms["rank"] = config.rank_penalty * opened
         return terms
 
     def _bit_penalty(self, name: str, layers: list[BLoraLayer]) -> Tensor:
-        config = self.peft_config[name]
-        gates = torch.cat([layer.blora_quantizers[name].gates for layer in layers])
+        config = self.config_of(name)
+        gates = torch.cat([layer.quantizers(name).gates for layer in layers])
         terms = nested_probability(gates)
         if config.bit_weighting != "const":
             terms = terms * torch.tensor(GATED_WIDTHS, dtype=terms.dtype, device=terms.device)
         if config.bit_weighting == "bops":
             macs = torch.tensor([m for layer in layers for m in _quantizer_macs(layer, name)], device=terms.device)
             terms = terms * (macs / macs.max()).unsqueeze(1)
-        return config.bit_penalty * layers[0].blora_progress[name].penalty_scale * terms.sum()
+        return config.bit_penalty * layers[0].progress(name).penalty_scale * terms.sum()
 
     def _learning(self, name: str) -> list[BLoraLayer]:
-        return [layer for layer in self.adapted_layers(name) if layer.blora_progress[name].current == Phase.LEARN]
+        return [layer for layer in self.adapted_layers(name) if layer.progress(name).current == Phase.LEARN]
 
     # Parameters ---------------------------------------------------------------------------------------------------
 
     def role_of(self, parameter_name: str) -> ParameterRole:
         if ".blora_rank." in parameter_name:
             return "rank gates"
-        if not (".blora_quantizers." in parameter_name):
+        if ".blora_quantizers." not in parameter_name:
             return "weights"
         if parameter_name.endswith(".gates"):
             return "bit gates"
@@ -191,7 +195,7 @@ class BLoraModel(BayesTuner):
     def begin(self, schedule: Schedule) -> None:
         """Fit the phases into `schedule.total_steps` and check that the gates can close; raises `BayesLoraError`."""
         name = self._driven_adapter()
-        config = self.peft_config[name]
+        config = self.config_of(name)
         self.learning_rates.clear()
         self.warm_up_end = max(1, math.ceil(config.warmup_fraction * schedule.total_steps))
         self.frozen_from = schedule.total_steps - math.floor(config.freeze_fraction * schedule.total_steps)
@@ -218,8 +222,8 @@ class BLoraModel(BayesTuner):
             layer.driven.add(name)
 
     def _set_gate_rate(self, role: ParameterRole, steps: int, travel: float) -> None:
-        """Gates move by at most about one learning rate a step (Adam normalises the penalty), so it decides if they close."""
-        chosen = self.peft_config[self._driven_adapter()].gate_learning_rate
+        """Gates move by about one rate a step at most (Adam normalises the penalty): it decides if they close."""
+        chosen = self.config_of(self._driven_adapter()).gate_learning_rate
         if chosen is not None and chosen * steps < travel:
             raise BayesLoraError(
                 f"{role} cannot close: {steps} steps at gate_learning_rate {chosen} move a logit by about "
@@ -228,34 +232,36 @@ class BLoraModel(BayesTuner):
         self.learning_rates[role] = chosen if chosen is not None else GATE_TRAVEL * travel / steps
 
     def step_begin(self, step: int, seed: int) -> None:
-        """Draw the gates' noise for optimizer step `step` (from 0), the same on every rank and for every micro-batch."""
+        """Draw the gates' noise of optimizer step `step`, the same on every rank and for every micro-batch."""
         name = self._driven_adapter()
-        learning = self._learning(name) if self.peft_config[name].learns_bits else []
+        learning = self._learning(name) if self.config_of(name).learns_bits else []
         if not learning:
             return
         generator = torch.Generator().manual_seed((seed * 1_000_003 + step) % (1 << 63))
         for layer in learning:
-            quantizers = layer.blora_quantizers[name]
+            quantizers = layer.quantizers(name)
             quantizers.draw(torch.rand(quantizers.gates.shape, generator=generator))
 
     def rate_of(self, role: ParameterRole, step: int) -> float | None:
+        if role not in self.learning_rates:
+            return None
         if step < self.warm_up_end or (step >= self.frozen_from and role != "ranges"):
             return 0.0
-        return self.learning_rates.get(role)
+        return self.learning_rates[role]
 
     def step_end(self, step: int) -> None:
         """Move to the next phase after optimizer step `step` (from 0) where it is due."""
         name = self._driven_adapter()
         layers = self.adapted_layers(name)
-        phase = layers[0].blora_progress[name].current
+        phase = layers[0].progress(name).current
         if phase == Phase.WARM_UP and step + 1 >= self.warm_up_end:
-            if self.peft_config[name].learns_bits:
-                _share_observations([layer.blora_quantizers[name].observed for layer in layers])
+            if self.config_of(name).learns_bits:
+                _share_observations([layer.quantizers(name).observed for layer in layers])
             for layer in layers:
                 layer.start_learning(name)
         elif phase == Phase.LEARN and step + 1 >= self.frozen_from:
             for layer in layers:
-                layer.blora_progress[name].advance(Phase.FROZEN)
+                layer.progress(name).advance(Phase.FROZEN)
 
     # Budget -------------------------------------------------------------------------------------------------------
 
@@ -263,16 +269,18 @@ class BLoraModel(BayesTuner):
     def budget(self) -> float | None:
         """The share of bit operations to reach, while it still can be: None outside the gates' phase."""
         name = self._driven_adapter()
-        return self.peft_config[name].target_bops if self._learning(name) else None
+        return self.config_of(name).target_bops if self._learning(name) else None
 
     @torch.no_grad()
     def steer(self, share: float) -> None:
         """Raise the bit penalty while `share` of the bit operations is over budget, lower it below (dual ascent)."""
         name = self._driven_adapter()
-        target = self.peft_config[name].target_bops
+        target = self.config_of(name).target_bops
+        if target is None:
+            return
         factor = math.exp(max(-BUDGET_RATE, min(BUDGET_RATE, BUDGET_RATE * (share / target - 1) * 4)))
         for layer in self.adapted_layers(name):
-            scale = layer.blora_progress[name].penalty_scale
+            scale = layer.progress(name).penalty_scale
             scale.mul_(factor).clamp_(1e-3, 1e3)
 
     @torch.no_grad()
@@ -281,7 +289,7 @@ class BLoraModel(BayesTuner):
         name = self._driven_adapter()
         weakest: tuple[float, Tensor, tuple[int, int]] | None = None
         for layer in self._learning(name):
-            gates = layer.blora_quantizers[name].gates
+            gates = layer.quantizers(name).gates
             for row, logits in enumerate(gates.tolist()):
                 opened = [logit > OPEN_LOGIT for logit in logits]
                 last = (opened.index(False) if False in opened else len(opened)) - 1
@@ -297,15 +305,15 @@ class BLoraModel(BayesTuner):
     def statistics(self) -> dict[str, float]:
         """What is logged beside the loss: phase, mean widths and open probabilities, mean ranks."""
         name = self._driven_adapter()
-        layers, config = self.adapted_layers(name), self.peft_config[name]
-        values = {"phase": float(layers[0].blora_progress[name].current)}
+        layers, config = self.adapted_layers(name), self.config_of(name)
+        values = {"phase": float(layers[0].progress(name).current)}
         described = self.describe(name)
         if config.learns_bits:
             kinds = [kind for kind in described[0].bits]
             by_kind = {kind: sum(d.bits[kind] for d in described) / len(described) for kind in kinds}
             values["mean_bits"] = sum(by_kind.values()) / len(by_kind)
             values.update({f"bits/{kind}": bits for kind, bits in by_kind.items()})
-            gates = torch.cat([layer.blora_quantizers[name].gates.detach() for layer in layers])
+            gates = torch.cat([layer.quantizers(name).gates.detach() for layer in layers])
             opened = open_probability(gates).mean(0).tolist()
             values.update({f"gates/{bits}": p for bits, p in zip(GATED_WIDTHS, opened, strict=True)})
         values["mean_rank"] = sum(d.rank for d in described) / len(described)
@@ -333,7 +341,7 @@ def _all_open(logit: float, rank: int) -> float:
     return (1 / (1 + math.exp(-logit))) ** (rank - 1)
 
 
-def _stacked(logits: list[Tensor]) -> list[Tensor]:
+def _stacked(logits: Sequence[Tensor]) -> list[Tensor]:
     """Rows of equal length stacked into matrices, so that the penalty is a few operations instead of a few a layer."""
     by_length: dict[int, list[Tensor]] = {}
     for row in logits:
@@ -346,7 +354,7 @@ def _quantizer_macs(layer: BLoraLayer, name: str) -> list[float]:
     d_in, d_out, rank = layer.in_features, layer.out_features, layer.initial_rank[name]
     macs = {"weight": d_in * d_out, "in": d_in * d_out, "A": rank * d_in, "E": rank, "B": rank * d_out}
     macs |= {"A_out": rank, "E_out": rank * d_out, "out": d_out * d_out}
-    return [float(macs[kind]) for kind in layer.blora_quantizers[name].kinds]
+    return [float(macs[kind]) for kind in layer.quantizers(name).kinds]
 
 
 def _share_observations(observed: list[Tensor]) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -61,6 +61,15 @@ class BLoraLayer(BayesLayer):
         if config.learns_bits:
             self.blora_quantizers[adapter_name] = self._make_quantizers(config, rank)
 
+    def quantizers(self, name: str) -> Quantizers:
+        return cast(Quantizers, self.blora_quantizers[name])
+
+    def rank_gates(self, name: str) -> RankGates:
+        return cast(RankGates, self.blora_rank[name])
+
+    def progress(self, name: str) -> Progress:
+        return cast(Progress, self.blora_progress[name])
+
     def _make_quantizers(self, config: BLoraConfig, rank: int) -> Quantizers:
         kinds = [BASE_WEIGHT] if self.has_plain_weight else []
         kinds += ["in"] if config.quantize_input else []
@@ -96,17 +105,16 @@ class BLoraLayer(BayesLayer):
         return result
 
     def is_quantizing(self, name: str) -> bool:
-        return name in self.blora_quantizers and self.blora_progress[name].current != Phase.WARM_UP
+        return name in self.blora_quantizers and self.progress(name).current != Phase.WARM_UP
 
     def _adapted_by(self, name: str, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         quantized = self._quantization(name, x, *args, **kwargs)
         x = quantized("in", x)
-        base = self.get_base_layer()
         if quantized is _identity or not self.has_plain_weight:
             result = self.base_layer(x, *args, **kwargs)
         else:
-            weight = quantized(BASE_WEIGHT, base.weight)
-            result = F.linear(x, weight.T if self.is_transposed else weight, base.bias)
+            weight = quantized(BASE_WEIGHT, self.weight)
+            result = F.linear(x, weight.T if self.is_transposed else weight, self.bias)
         hidden = self._low_rank(name, x, quantized)
         result = _add_update(result, hidden, quantized("B", self.blora_B[name]), self.scaling[name])
         return quantized("out", result)
@@ -116,7 +124,7 @@ class BLoraLayer(BayesLayer):
         x = self.blora_dropout[name](self._cast_input_dtype(x, self.blora_A[name].dtype))
         diagonal = quantized("E", self.blora_E[name])
         if name in self.blora_rank:
-            diagonal = diagonal * self.blora_rank[name]().to(diagonal.dtype)
+            diagonal = diagonal * self.rank_gates(name)().to(diagonal.dtype)
         if self.training and torch.distributed.is_available() and torch.distributed.is_initialized():
             diagonal = diagonal + self._anchor(name)
         hidden = quantized("A_out", F.linear(x, quantized("A", self.blora_A[name])))
@@ -126,14 +134,14 @@ class BLoraLayer(BayesLayer):
         """What happens to each tensor in this pass: nothing, being observed, or being quantized."""
         if name not in self.blora_quantizers:
             return _identity
-        quantizers, phase = self.blora_quantizers[name], self.blora_progress[name].current
+        quantizers, phase = self.quantizers(name), self.progress(name).current
         if phase == Phase.WARM_UP:
             if not self.training:
                 return _identity
             if name in self.driven or self.configs[name].warmup_fraction > 0:
                 return self._observer(name)
             self._calibrate_on(name, x, *args, **kwargs)
-        frozen = self.blora_progress[name].current == Phase.FROZEN
+        frozen = self.progress(name).current == Phase.FROZEN
         if self.training and not frozen:
             assignment = quantizers.sampled()
         else:
@@ -145,7 +153,7 @@ class BLoraLayer(BayesLayer):
 
     def _frozen_weight(self, name: str, assignment: Assignment) -> Tensor:
         """W0 at its final width: computed once, for neither it nor its range changes any more."""
-        quantizers, weight = self.blora_quantizers[name], self.get_base_layer().weight
+        quantizers, weight = self.quantizers(name), self.weight
         key = (name, quantizers.version, weight._version, weight.data_ptr(), weight.dtype)
         if self._fixed_weight is None or self._fixed_weight[0] != key:
             with torch.no_grad():
@@ -164,7 +172,7 @@ class BLoraLayer(BayesLayer):
     # Calibration --------------------------------------------------------------------------------------------------
 
     def _observer(self, name: str) -> Callable[[str, Tensor], Tensor]:
-        quantizers, method = self.blora_quantizers[name], self.configs[name].calibration
+        quantizers, method = self.quantizers(name), self.configs[name].calibration
 
         def observe(kind: str, tensor: Tensor) -> Tensor:
             if kind in ACTIVATIONS and kind in quantizers.kinds:
@@ -185,17 +193,17 @@ class BLoraLayer(BayesLayer):
     def start_learning(self, name: str) -> None:
         """Set every range from what was observed, or from the tensor itself, and let the gates learn."""
         if name in self.blora_quantizers:
-            quantizers = self.blora_quantizers[name]
+            quantizers = self.quantizers(name)
             for kind, observed in zip(quantizers.kinds, quantizers.observed.tolist(), strict=True):
                 if kind in ACTIVATIONS:
                     # A layer that no batch has reached keeps a range wide enough to clip nothing it is likely to see.
                     quantizers.set_range(kind, torch.tensor(observed if observed > 0 else 10.0))
                 else:
                     quantizers.set_range(kind, self._weight_range(name, kind))
-        self.blora_progress[name].advance(Phase.LEARN)
+        self.progress(name).advance(Phase.LEARN)
 
     def _weight_range(self, name: str, kind: str) -> Tensor:
-        tensor = self.get_base_layer().weight if kind == BASE_WEIGHT else getattr(self, f"blora_{kind}")[name]
+        tensor = self.weight if kind == BASE_WEIGHT else getattr(self, f"blora_{kind}")[name]
         config = self.configs[name]
         if kind != BASE_WEIGHT and not tensor.any():
             # A factor that is still zero has no scale of its own; it will grow to about that of A's initial values.
@@ -211,7 +219,7 @@ class BLoraLayer(BayesLayer):
     def _as_deployed(self, name: str, kind: str, tensor: Tensor) -> Tensor:
         if not self.is_quantizing(name):
             return tensor.float()
-        quantizers = self.blora_quantizers[name]
+        quantizers = self.quantizers(name)
         return quantizers.quantized(kind, tensor.float(), quantizers.fixed())
 
     @torch.no_grad()
@@ -219,7 +227,7 @@ class BLoraLayer(BayesLayer):
         """A (r, d_in), gated E (r,) and B (d_out, r) as evaluation uses them, float32."""
         diagonal = self._as_deployed(name, "E", self.blora_E[name])
         if name in self.blora_rank:
-            diagonal = diagonal * self.blora_rank[name]()
+            diagonal = diagonal * self.rank_gates(name)()
         a = self._as_deployed(name, "A", self.blora_A[name])
         return a, diagonal, self._as_deployed(name, "B", self.blora_B[name])
 
@@ -257,7 +265,7 @@ class BLoraLayer(BayesLayer):
         if self.configs[adapter_name].quantize_input:
             widths["in"] = WIDTHS[-1]
         if self.is_quantizing(adapter_name):
-            quantizers = self.blora_quantizers[adapter_name]
+            quantizers = self.quantizers(adapter_name)
             widths.update(zip(quantizers.kinds, quantizers.evaluation_widths(), strict=True))
         return widths
 
@@ -267,7 +275,7 @@ class BLoraLayer(BayesLayer):
 
     @torch.no_grad()
     def shrink(self, adapter_name: str) -> int:
-        """Cut the ranks that contribute nothing out of every tensor; ranges and scaling stay. Returns the rank left."""
+        """Cut the ranks that contribute nothing out of every tensor; ranges and scaling stay."""
         keep = self.kept(adapter_name)
         for container, take in (
             (self.blora_A, lambda t: t[keep]),
@@ -277,12 +285,12 @@ class BLoraLayer(BayesLayer):
             old = container[adapter_name]
             container[adapter_name] = nn.Parameter(take(old.detach()).contiguous(), requires_grad=old.requires_grad)
         if adapter_name in self.blora_rank:
-            gates = self.blora_rank[adapter_name]
+            gates = self.rank_gates(adapter_name)
             gates.logits = nn.Parameter(gates.logits.detach()[keep].contiguous(), gates.logits.requires_grad)
         if adapter_name in self.blora_quantizers:
-            self.blora_quantizers[adapter_name].cut_channels("A", keep)
-        if self.blora_progress[adapter_name].current == Phase.LEARN:
-            self.blora_progress[adapter_name].advance(Phase.FROZEN)  # what has been cut cannot learn its rank any more
+            self.quantizers(adapter_name).cut_channels("A", keep)
+        if self.progress(adapter_name).current == Phase.LEARN:
+            self.progress(adapter_name).advance(Phase.FROZEN)  # what has been cut cannot learn its rank any more
         return int(keep.sum())
 
     def describe(self, adapter_name: str, name: str) -> LayerDescription:

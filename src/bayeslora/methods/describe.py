@@ -44,5 +44,5 @@ def describe(model: nn.Module, adapter_name: str | None = None) -> list[LayerDes
 def _describe_lora(path: str, layer: LoraLayer, adapter_name: str | None) -> LayerDescription:
     name = adapter_name or layer.active_adapters[0]
     rank = layer.r.get(name, 0)
-    parameters = rank * (layer.in_features + layer.out_features)
-    return LayerDescription(path, layer.in_features, layer.out_features, rank, rank, parameters)
+    d_in, d_out = int(layer.in_features or 0), int(layer.out_features or 0)
+    return LayerDescription(path, d_in, d_out, rank, rank, parameters=rank * (d_in + d_out))

@@ -42,8 +42,8 @@ class Float32Module(nn.Module):
 class BayesLayer(nn.Module, BaseTunerLayer):
     """One adapted linear layer (`nn.Linear`, its 4- and 8-bit forms, or GPT-2's `Conv1D`) with any number of adapters.
 
-    A method implements `add_adapter`, `adapted`, `get_delta_weight` and `describe`; everything tensor-like it keeps sits
-    in dictionaries keyed by adapter name directly on the layer, which is what PEFT saves and loads.
+    A method implements `add_adapter`, `adapted`, `get_delta_weight`, `factors`, `shrink` and `describe`. Everything
+    tensor-like it keeps sits in dictionaries keyed by adapter name directly on the layer: what PEFT saves and loads.
     """
 
     def __init__(self, base_layer: nn.Module, **kwargs: Any) -> None:
@@ -52,9 +52,12 @@ class BayesLayer(nn.Module, BaseTunerLayer):
         self._disable_adapters = False
         self.merged_adapters: list[str] = []
         self.cast_input_dtype_enabled = True
-        self.in_features, self.out_features = get_in_out_features(self.get_base_layer())
+        d_in, d_out = get_in_out_features(self.get_base_layer())
+        self.in_features, self.out_features = int(d_in), int(d_out)
         self.quantization_backend = resolve_quantization_backend(self.get_base_layer(), **kwargs)
         self._weight_backups: dict[str, Tensor] = {}
+
+    scaling: dict[str, float]
 
     # What a method implements -----------------------------------------------------------------------------------
 
@@ -131,7 +134,7 @@ class BayesLayer(nn.Module, BaseTunerLayer):
         return self.adapted(x, active, *args, **kwargs)
 
     def _mixed(self, x: Tensor, adapter_names: Sequence[str], *args: Any, **kwargs: Any) -> Tensor:
-        """One adapter a row of the batch; `"__base__"`, or an adapter this layer does not have, means the base layer."""
+        """One adapter a row; `"__base__"`, or an adapter that this layer does not have, means the base layer."""
         if len(x) != len(adapter_names):
             raise ValueError(
                 "Length of `adapter_names` should be the same as the number of inputs, but got "
@@ -146,9 +149,12 @@ class BayesLayer(nn.Module, BaseTunerLayer):
         for row, name in enumerate(adapter_names):
             groups.setdefault(name if name in known else None, []).append(row)
         out: Tensor | None = None
-        for name, rows in groups.items():
+        for known_name, rows in groups.items():
             part = x[rows]
-            y = self.base_layer(part, *args, **kwargs) if name is None else self.adapted(part, [name], *args, **kwargs)
+            if known_name is None:
+                y = self.base_layer(part, *args, **kwargs)
+            else:
+                y = self.adapted(part, [known_name], *args, **kwargs)
             if out is None:
                 out = y.new_empty(len(x), *y.shape[1:])
             out[rows] = y.to(out.dtype)

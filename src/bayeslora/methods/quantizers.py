@@ -89,10 +89,12 @@ class Quantizers(Float32Module):
 
     observed: Tensor
 
-    def __init__(self, kinds: tuple[str, ...], shapes: dict[str, tuple[int, int]], initial_logits: Sequence[float]) -> None:
+    def __init__(
+        self, kinds: tuple[str, ...], shapes: dict[str, tuple[int, int]], initial_logits: Sequence[float]
+    ) -> None:
         super().__init__()
         self.kinds = kinds
-        self.shapes = [shapes.get(kind, ()) for kind in kinds]
+        self.shapes: list[tuple[int, ...]] = [shapes.get(kind, ()) for kind in kinds]
         self.channels = [math.prod(shape) for shape in self.shapes]
         self.gates = nn.Parameter(torch.tensor([list(initial_logits)] * len(kinds), dtype=torch.float32))
         if BASE_WEIGHT in kinds:
@@ -118,7 +120,7 @@ class Quantizers(Float32Module):
         return (_exp(self.log_weight_range), *ranges) if BASE_WEIGHT in self.kinds else ranges
 
     def fixed(self, frozen: bool = False) -> Assignment:
-        """Every tensor at its evaluation width; when gates are `frozen` the widths are read from the device only once."""
+        """Every tensor at its evaluation width; with `frozen` gates the widths are read from the device once."""
         if not frozen:
             widths = self.evaluation_widths()
         elif torch.compiler.is_compiling() and self._frozen_widths is not None:

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, ClassVar
+from typing import Any, ClassVar, cast
 
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
@@ -24,7 +24,7 @@ from bayeslora.methods.description import LayerDescription
 from bayeslora.methods.layer import BayesLayer
 
 ParameterRole = str
-"""What a parameter is for: ``"weights"``, or a method's own such as ``"bit gates"``, each with its own learning rate."""
+"""What a parameter is for: ``"weights"``, or a method's own such as ``"bit gates"``, with its own learning rate."""
 
 
 @dataclass(frozen=True)
@@ -46,7 +46,7 @@ class BayesTuner(BaseTuner):
     A training loop calls `begin` once, then around every optimizer step `step_begin`, `penalty` and `step_end`.
     """
 
-    target_module_mapping = DEFAULT_TARGET_MODULES
+    target_module_mapping: dict[str, list[str]] = cast(Any, DEFAULT_TARGET_MODULES)
     linear_class: ClassVar[type[BayesLayer]]
 
     # Creation -----------------------------------------------------------------------------------------------------
@@ -134,7 +134,7 @@ class BayesTuner(BaseTuner):
         return "weights"
 
     def begin(self, schedule: Schedule) -> None:
-        """Fit the method's schedule into the run and check that it can work; raises `BayesLoraError` where it cannot."""
+        """Fit the method's schedule into the run; raises `BayesLoraError` where it cannot work."""
 
     def rate_of(self, role: ParameterRole, step: int) -> float | None:
         """Learning rate of `role` in optimizer step `step` (from 0); None leaves it to the optimizer's schedule."""
@@ -178,7 +178,7 @@ class BayesTuner(BaseTuner):
         """The one adapter that a training loop trains."""
         active = self.active_adapters
         if len(active) != 1:
-            raise BayesLoraError(f"one adapter can be trained at a time, not {sorted(active)}: call set_adapter with one")
+            raise BayesLoraError(f"one adapter is trained at a time, not {sorted(active)}: call set_adapter with one")
         return active[0]
 
     def describe(self, adapter_name: str | None = None) -> list[LayerDescription]:
@@ -192,12 +192,12 @@ class BayesTuner(BaseTuner):
         name = adapter_name or self._driven_adapter()
         named = [(path, m) for path, m in self.model.named_modules() if isinstance(m, BayesLayer)]
         ranks = {path: layer.shrink(name) for path, layer in named if name in layer.adapter_names}
-        self.peft_config[name].rank_pattern = ranks
+        cast(Any, self.peft_config[name]).rank_pattern = ranks
         return ranks
 
 
 def _key(pattern: dict[str, Any], name: str) -> str:
-    return get_pattern_key(pattern.keys(), name)
+    return get_pattern_key(list(pattern), name)
 
 
 def _with_adapter_names(module: nn.Module, args: Any, kwargs: Any, adapter_names: list[str]) -> tuple[Any, Any]:

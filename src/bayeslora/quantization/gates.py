@@ -3,7 +3,7 @@ r"""Hard-concrete bit gates and straight-through rank gates.
 A bit gate is a Bernoulli variable relaxed to the hard-concrete distribution (Louizos et al., 2018), as Bayesian Bits
 (van Baalen et al., 2020) uses it: with $u \sim U(0, 1)$ and a logit $\phi$,
 
-$$ z = \mathrm{clamp}\bigl((\zeta_1 - \zeta_2)\,\sigma((\log u - \log(1 - u) + \phi) / \tau) + \zeta_2,\; 0,\; 1\bigr). $$
+$$ z = \mathrm{clamp}((\zeta_1 - \zeta_2)\,\sigma((\log u - \log(1 - u) + \phi) / \tau) + \zeta_2, 0, 1). $$
 
 Algorithm 2 of the Bayesian-LoRA paper prints the divisor as `b` (line 6) and as $\beta$ (line 9); both stand for the
 temperature $\tau$. Equation 9's $\sigma(\phi)$ stands for $P(z > 0) = \sigma(\phi - \tau \log(-\zeta_2 / \zeta_1))$.
@@ -52,7 +52,7 @@ def nested_probability(logits: Tensor) -> Tensor:
 
 
 def rank_gates(logits: Tensor) -> Tensor:
-    r"""$G_1 = 1$, $G_i = \mathrm{round}(\prod_{j=2}^{i} \sigma(\xi_j))$ for `logits` $\xi$ of shape (r,): Algorithm 1, line 2.
+    r"""$G_1 = 1$, $G_i = \mathrm{round}(\prod_{j=2}^{i} \sigma(\xi_j))$ for `logits` $\xi$ (r,): Algorithm 1, line 2.
 
     The rounding passes gradients straight through. The result never increases along the rank, so pruning takes from
     the tail. `logits[0]` has no effect (the paper's $\xi_1$ does not exist: every module starts at rank one), and
@@ -64,6 +64,6 @@ def rank_gates(logits: Tensor) -> Tensor:
 
 
 def rank_probability(logits: Tensor) -> Tensor:
-    r"""$\prod_{j=2}^{i} \sigma(\xi_j)$ for `logits` of shape (..., r), with 1 in the first place: the rank penalty's terms."""
+    r"""$\prod_{j=2}^{i} \sigma(\xi_j)$ for `logits` (..., r), with 1 in the first place: the rank penalty's terms."""
     open_ = torch.sigmoid(logits[..., 1:]).cumprod(-1)
     return torch.cat([torch.ones_like(logits[..., :1]), open_], dim=-1)

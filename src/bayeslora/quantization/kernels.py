@@ -1,10 +1,10 @@
 r"""The loops over large tensors behind the quantizer, written for few passes over memory.
 
-Inside the range $\partial Q_b / \partial \beta = (\mathrm{round}(x / s_b) - x / s_b)\, s_b / \beta = (Q_b(x) - x) / \beta$, and
-outside it is $\mathrm{sign}(x) = \mathrm{clamp}(x) / \beta$. With $\bar{g}$ the gradient of $x$, which is the incoming $g$
-inside and 0 outside, the gradient of the range is therefore
+Inside the range $\partial Q_b / \partial \beta = (\mathrm{round}(x / s_b) - x / s_b)\, s_b / \beta$, which is
+$(Q_b(x) - x) / \beta$, and outside it is $\mathrm{sign}(x) = \mathrm{clamp}(x) / \beta$. With $\bar{g}$ the gradient
+of $x$, which is the incoming $g$ inside and 0 outside, the gradient of the range is therefore
 
-$$ \frac{1}{\beta} \Bigl( \sum_b w_b \langle \bar{g}, Q_b(x) - x \rangle + \langle g - \bar{g}, \mathrm{clamp}(x) \rangle \Bigr): $$
+$$ (\sum_b w_b \langle \bar{g}, Q_b(x) - x \rangle + \langle g - \bar{g}, \mathrm{clamp}(x) \rangle) / \beta: $$
 
 inner products and no masks. All tensors are float32; a range is 0-d for a flat `x`, or broadcasts to a matrix.
 """

@@ -76,14 +76,14 @@ def quantize_mixture(x: Tensor, range: Tensor, gates: Tensor) -> Tensor:  # noqa
     r"""$\sum_b w_b Q_b(x)$ for `gates` $(z_4, z_8, z_{16}, z_{32})$, differentiable in `x`, `range` and `gates`.
 
     $\partial x_q / \partial x$ is 1 inside the range and 0 outside; $\partial x_q / \partial \beta$ is
-    $\mathrm{sign}(x)$ on clipped entries and $\sum_b w_b (\mathrm{round}(x/s_b) - x/s_b)\, \partial s_b / \partial \beta$
-    inside.
+    $\mathrm{sign}(x)$ on clipped entries, and inside it is
+    $\sum_b w_b (\mathrm{round}(x/s_b) - x/s_b)\, \partial s_b / \partial \beta$.
     """
     return mixture(x, range, mixture_weights(gates.float()), WIDTHS)
 
 
 def mixture(x: Tensor, range: Tensor, weights: Tensor, widths: tuple[int, ...]) -> Tensor:  # noqa: A002
-    r"""$\sum_b w_b Q_b(x)$ for `weights` (5,) that sum to one, of which only those of `widths` are known to be non-zero.
+    r"""$\sum_b w_b Q_b(x)$ for `weights` (5,) that sum to one and are zero outside `widths`.
 
     Saves only `x`, `range` and `weights` for the backward pass and recomputes the rest. Weights outside `widths` get
     a zero gradient; `active_widths` says when that is exact.
@@ -105,8 +105,8 @@ def _terms(weights: Tensor, widths: tuple[int, ...]) -> list[tuple[Tensor | None
 def _traced(x: Tensor, range: Tensor, weights: Tensor, widths: tuple[int, ...]) -> Tensor:  # noqa: A002
     """The same function in differentiable operations, for a compiler that fuses forward and backward itself."""
     value, bound = x.float(), range.float()
-    clipped = torch.minimum(torch.maximum(value, -bound), bound)
     inside = value.abs() <= bound
+    clipped = torch.where(inside, value, value.sign() * bound)
     out = torch.zeros_like(value)
     for bits in widths:
         weight = weights[WIDTHS.index(bits)].float()

@@ -14,16 +14,17 @@ Calibration = Literal["mse", "absmax"]
 FLOOR = 1e-6
 """Smallest range; an all-zero tensor gets this one, so that no step is ever zero."""
 
-_CANDIDATES = torch.logspace(-1.6, 0.0, 64)
-_SAMPLE = 1 << 16
+# Beyond the largest magnitude too: the top level lies below the range, at 2/3 of it for two bits.
+_CANDIDATES = torch.logspace(-1.6, 0.1761, 80)
+_SAMPLE = 65_521
 
 
 @torch.no_grad()
 def optimal_range(x: Tensor, bits: int = 8, method: Calibration = "mse", dim: int | None = None) -> Tensor:
     r"""Positive float32 range for `x`: the largest magnitude (`absmax`), or the one with least squared error (`mse`).
 
-    The optimum is searched over 64 shares of the largest magnitude, spaced 6% apart, with the error measured on at
-    most 65,536 evenly spaced entries. For a Gaussian it lies near 1.85, 2.65 and 3.9 standard deviations at 2, 4 and
+    The optimum is searched over 80 multiples of the largest magnitude, up to 1.5 and spaced 5% apart, with the error
+    measured on at most 65,521 evenly spaced entries. For a Gaussian it lies near 1.85, 2.65 and 3.9 standard deviations at 2, 4 and
     8 bits, where the largest magnitude would cost twice to seven times the error.
 
     Args:
@@ -39,8 +40,14 @@ def optimal_range(x: Tensor, bits: int = 8, method: Calibration = "mse", dim: in
     else:
         found = rows.abs().amax(1, keepdim=True).clamp_min(FLOOR)
         if method == "mse" and bits < 16:
-            found = found * _best_share(rows[:, :: max(1, rows.shape[1] // _SAMPLE)], found, bits)
+            found = found * _best_share(_spread(rows), found, bits)
     return found.reshape(()) if dim is None else found
+
+
+def _spread(rows: Tensor) -> Tensor:
+    """At most `_SAMPLE` columns; a prime number of them, so that a flattened matrix is not sampled in few columns."""
+    size = rows.shape[1]
+    return rows if size <= _SAMPLE else rows[:, torch.arange(_SAMPLE, device=rows.device) * size // _SAMPLE]
 
 
 def _best_share(rows: Tensor, largest: Tensor, bits: int) -> Tensor:

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Any, TypeVar
+from collections.abc import Sized
+from typing import Any, TypeVar, cast
 
 import torch
 from torch import nn
 from torch.optim import Optimizer
-from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers import PreTrainedModel, Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from bayeslora.errors import BayesLoraError
 from bayeslora.methods.describe import tuner_of
@@ -20,9 +21,9 @@ AnyTrainer = TypeVar("AnyTrainer", bound=Trainer)
 def attach(trainer: AnyTrainer, num_examples: int | None = None) -> AnyTrainer:
     """Attach the method of `trainer.model` to `trainer` and return it; works with any Trainer, TRL's included.
 
-    It adds one callback (first in line), gives the optimizer a group for each role of the method's parameters, and adds
-    the method's numbers to what the Trainer logs. The evaluation loss stays the task's alone. A model without one of
-    this library's adapters (plain LoRA, a full model) is left to the Trainer as it is.
+    It adds one callback (first in line), gives the optimizer a group for each role of the method's parameters, and
+    adds the method's numbers to what the Trainer logs. The evaluation loss stays the task's alone. A model without one
+    of this library's adapters (plain LoRA, a full model) is left to the Trainer as it is.
 
     Args:
         trainer: constructed but not yet trained.
@@ -32,7 +33,7 @@ def attach(trainer: AnyTrainer, num_examples: int | None = None) -> AnyTrainer:
         BayesLoraError: under DeepSpeed, which owns the gradients; or if the trainer was given an optimizer that lacks
             the method's groups.
     """
-    if tuner_of(trainer.model) is None:
+    if trainer.model is None or tuner_of(trainer.model) is None:
         return trainer
     if getattr(trainer, "is_deepspeed_enabled", False):
         raise BayesLoraError("DeepSpeed keeps gradients to itself, which these methods need: use DDP or FSDP2 instead")
@@ -55,7 +56,8 @@ class BayesCallback(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         dataset = self.trainer.train_dataset
-        length = len(dataset) if hasattr(dataset, "__len__") else None
+        length = len(dataset) if isinstance(dataset, Sized) else None
+        assert self.trainer.model is not None
         self.loop = BayesLoop(
             self.trainer.model,
             _inner(kwargs["optimizer"]),
@@ -77,8 +79,8 @@ class BayesCallback(TrainerCallback):
     ) -> None:
         assert self.loop is not None
         scaler = getattr(kwargs["optimizer"], "scaler", None)
-        unscaled = scaler is None or (args.max_grad_norm or 0) > 0
-        self.loop.before_optimizer_step(1.0 if unscaled else scaler.get_scale())
+        clipped = (args.max_grad_norm or 0) > 0  # clipping has unscaled the gradients already
+        self.loop.before_optimizer_step(1.0 if scaler is None or clipped else scaler.get_scale())
 
     def on_optimizer_step(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -94,7 +96,7 @@ def _grouped_optimizer(trainer: Trainer) -> tuple[type, dict[str, Any]]:
     class GroupedOptimizer:
         def __call__(self, model: nn.Module, **unused: Any) -> Optimizer:
             args = trainer.args
-            optimizer_class, options = Trainer.get_optimizer_cls_and_kwargs(args, model)
+            optimizer_class, options = Trainer.get_optimizer_cls_and_kwargs(args, cast(PreTrainedModel, model))
             options = {key: value for key, value in options.items() if key not in ("params", "model")}
             require_tuner(model)
             return optimizer_class(parameter_groups(model, args.learning_rate, args.weight_decay), **options)

@@ -1,4 +1,4 @@
-"""Optimizer groups: every role of a method's parameters with its own learning rate, and no decay where it would harm."""
+"""Optimizer groups: every role of parameters with its own learning rate, and no decay where it would harm."""
 
 from __future__ import annotations
 

@@ -61,12 +61,12 @@ class BayesLoop:
         roles = {group.get(ROLE) for group in self.optimizer.param_groups}
         if missing := set(self.tuner.learning_rates) - roles:
             raise BayesLoraError(
-                f"the optimizer has no group for the {', '.join(sorted(missing))}, which need their own learning rate: "
+                f"the optimizer has no group for the {', '.join(sorted(missing))}, which need a rate of their own: "
                 "build it from bayeslora.parameter_groups(model, lr=…)"
             )
 
     def step_begin(self) -> None:
-        """Before the first micro-batch of an optimizer step: draws the step's noise, sets the rates of gates and ranges."""
+        """Before the first micro-batch of an optimizer step: draws its noise, sets the rates of gates and ranges."""
         self.tuner.step_begin(self.step, self.seed)
         for group in self.optimizer.param_groups:
             rate = self.tuner.rate_of(group.get(ROLE, "weights"), self.step)
@@ -83,7 +83,7 @@ class BayesLoop:
         self.penalties = self.tuner.penalty()
         if not self.penalties:
             return
-        total = sum(self.penalties.values()) * scale
+        total = torch.stack(list(self.penalties.values())).sum() * scale
         parameters = [p for p in self.tuner.parameters() if p.requires_grad]
         for parameter, gradient in zip(
             parameters, torch.autograd.grad(total, parameters, allow_unused=True), strict=True
