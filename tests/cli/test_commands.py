@@ -74,7 +74,7 @@ def test_labels_that_do_not_count_from_zero_keep_their_meaning(
     dev = write_jsonl(tmp_path / "dev.jsonl", rows)
     out = tmp_path / "out"
     files = ["--train-file", str(train), "--eval-file", str(dev), "--text-column", "text"]
-    options = [*files, "--max-steps", "12", "--learning-rate", "0.01", "--output-dir", str(out)]
+    options = [*files, "--max-steps", "40", "--learning-rate", "0.003", "--output-dir", str(out)]
     assert main(["train", "--method", "full", "--model", str(setting.model), *options]) == 0
     trained = json.loads((out / "metrics.json").read_text())
     assert trained["labels"] == ["2", "5"]

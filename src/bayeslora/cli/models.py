@@ -11,6 +11,7 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
+import datasets
 import torch
 from peft import PeftModel, get_peft_model_state_dict
 from safetensors import SafetensorError, safe_open
@@ -102,10 +103,15 @@ def resolve_model(name: str) -> str:
     return name
 
 
+def hush() -> None:
+    """No progress bars of the loaders: the one bar a user sees is that of training."""
+    transformers_logging.disable_progress_bar()
+    datasets.disable_progress_bars()
+
+
 @contextmanager
 def loading(what: str) -> Iterator[None]:
     """Turns whatever a loader raises for unusable files into one sentence that names `what`."""
-    transformers_logging.disable_progress_bar()
     try:
         yield
     except BayesLoraError:
@@ -203,6 +209,7 @@ def load_run(folder: Path, model: str | None = None) -> tuple[torch.nn.Module, P
     Raises:
         BayesLoraError: the folder is no run, a file is damaged, or the base model is not the one trained on.
     """
+    hush()
     info = RunInfo.load(folder)
     tokenizer = load_tokenizer(str(folder), str(folder))
     if info.method == "full":

@@ -35,7 +35,16 @@ from bayeslora.cli.adapt import adapt
 from bayeslora.cli.arguments import TrainPlan, build_plan, first_difference, read_config
 from bayeslora.cli.coercion import option
 from bayeslora.cli.listing import list_options
-from bayeslora.cli.models import BaseModel, RunInfo, load_base, load_run, load_tokenizer, longest_input, resolve_model
+from bayeslora.cli.models import (
+    BaseModel,
+    RunInfo,
+    hush,
+    load_base,
+    load_run,
+    load_tokenizer,
+    longest_input,
+    resolve_model,
+)
 from bayeslora.cli.progress import Clock, Interruption, ProgressBar
 from bayeslora.cli.results import EVALUATION, measure, save_json, verify_reload
 from bayeslora.errors import BayesLoraError
@@ -159,6 +168,7 @@ def _last_checkpoint(folder: Path) -> Path | None:
 
 
 def _prepare(plan: TrainPlan, partial: Path) -> Session:
+    hush()
     options = plan.options
     # What is read quickly and may be wrong comes first, the model last.
     if options.task:
