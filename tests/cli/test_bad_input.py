@@ -241,7 +241,7 @@ def test_wrong_command_lines(refused: Refused) -> None:
 
 def test_a_real_process_ends_with_the_line_and_the_status(setting: Setting, tmp_path: Path) -> None:
     command = [sys.executable, "-m", "bayeslora", "train", *setting.options, "--r", "0", "--output-dir", "out"]
-    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=120, check=False)
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=300, check=False)
     assert done.returncode == 2, done.stderr
     assert done.stderr.splitlines()[-1].startswith("bayeslora: --r is 0")
     assert "Traceback" not in done.stderr

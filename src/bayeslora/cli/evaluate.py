@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
-import re
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +11,7 @@ from bayeslora.cli.models import RunInfo, load_run
 from bayeslora.cli.results import EVALUATION, finite
 from bayeslora.errors import BayesLoraError
 from bayeslora.evaluation import Task, encode_texts, evaluate, load_files, load_task
-from bayeslora.prediction.predict import _check_samples as check_samples
+from bayeslora.prediction import check_samples
 
 
 def run(given: dict[str, Any]) -> int:
@@ -84,7 +82,7 @@ def _task(given: dict[str, Any], info: RunInfo) -> tuple[Task, str]:
     for name in ("text_column", "label_column"):
         if name in given:
             raise BayesLoraError(f"--{name.replace('_', '-')} is of use only with --eval-file; leave it out.")
-    name = given.get("task", info.task_name)
+    name = str(given.get("task", info.task_name))
     task = load_task(name, given.get("data_dir", info.data_dir if name == info.task_name else None))
     if list(task.labels) != info.labels:
         raise BayesLoraError(
@@ -100,18 +98,5 @@ def _task(given: dict[str, Any], info: RunInfo) -> tuple[Task, str]:
 def _from_file(given: dict[str, Any], info: RunInfo, path: str) -> tuple[Task, str]:
     """The rows of a file, their labels as the ids the run was trained with."""
     columns, label_column = text_columns(given, info), given.get("label_column", info.label_column)
-    numbered = all(re.fullmatch(r"-?\d+", name) for name in info.labels)
-    if not numbered or info.labels == [str(number) for number in range(len(info.labels))]:
-        kind = "regression" if info.kind == "regression" else "classification"
-        return load_files(path, path, columns, label_column, labels=info.labels or None, kind=kind), EVALUATION
-    # Integer labels that do not count from 0 (ratings 1 to 5) are class names to the run and not its ids.
-    task = load_files(path, path, columns, label_column, kind="classification")
-    unseen = [name for name in task.labels if name not in info.labels]
-    if unseen:
-        known = ", ".join(info.labels)
-        raise BayesLoraError(f"{path} has the label {unseen[0]}, but the run knows {known}; correct it.")
-    ids = [info.labels.index(name) for name in task.labels]
-    rows = task.splits[EVALUATION]
-    column = task.label_column
-    rows = rows.remove_columns(column).add_column(column, [ids[label] for label in rows[column]])
-    return dataclasses.replace(task, labels=list(info.labels), splits={EVALUATION: rows}), EVALUATION
+    # The file stands for the training data too: with the class names given, nothing is learned from it.
+    return load_files(path, path, columns, label_column, labels=info.labels or None, kind=info.kind), EVALUATION

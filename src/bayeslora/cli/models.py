@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from typing import Literal
 
 import datasets
 import torch
@@ -39,7 +40,7 @@ class RunInfo:
     method: str
     model: str
     task: str
-    kind: str
+    kind: Literal["classification", "regression"]
     metric: str
     text_columns: list[str]
     label_column: str

@@ -11,8 +11,7 @@ from bayeslora.cli.evaluate import positive_batch, text_columns
 from bayeslora.cli.models import RunInfo, load_run
 from bayeslora.errors import BayesLoraError
 from bayeslora.evaluation import encode_texts, load_texts, predict_dataset
-from bayeslora.prediction import Prediction
-from bayeslora.prediction.predict import _check_samples as check_samples
+from bayeslora.prediction import Prediction, check_samples
 
 
 def run(given: dict[str, Any]) -> int:
