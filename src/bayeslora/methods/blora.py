@@ -56,7 +56,7 @@ class BLoraConfig(PeftConfig):
     )
     per_channel: bool = field(default=False, metadata={"help": "One range an output channel for W0 and for A."})
     bit_penalty: float = field(default=1e-3, metadata={"help": "lambda_q, the weight of the bit penalty."})
-    rank_penalty: float = field(default=1e-3, metadata={"help": "lambda_r, the weight of the rank penalty."})
+    rank_penalty: float = field(default=3e-4, metadata={"help": "lambda_r, the weight of the rank penalty."})
     bit_weighting: Literal["const", "bits", "bops"] = field(
         default="const", metadata={"help": "Weight of the gate of b bits: 1, b, or b x MACs relative to the largest."}
     )
@@ -73,10 +73,10 @@ class BLoraConfig(PeftConfig):
         default="mse", metadata={"help": "Initial ranges: least squared error, or largest magnitude."}
     )
     warmup_fraction: float = field(
-        default=0.1, metadata={"help": "Share of the steps in full precision while ranges are observed."}
+        default=0.15, metadata={"help": "Share of the steps in full precision while ranges are observed."}
     )
     freeze_fraction: float = field(
-        default=0.4, metadata={"help": "Share of the steps, at the end, that train under frozen gates."}
+        default=0.35, metadata={"help": "Share of the steps, at the end, that train under frozen gates."}
     )
     gate_learning_rate: float | None = field(
         default=None, metadata={"help": "Constant rate of the gates; by default derived from the number of steps."}
@@ -245,9 +245,7 @@ class BLoraModel(BayesTuner):
     def rate_of(self, role: ParameterRole, step: int) -> float | None:
         if role not in self.learning_rates:
             return None
-        if step < self.warm_up_end or (step >= self.frozen_from and role != "ranges"):
-            return 0.0
-        return self.learning_rates[role]
+        return self.learning_rates[role] if self.warm_up_end <= step < self.frozen_from else 0.0
 
     def step_end(self, step: int) -> None:
         """Move to the next phase after optimizer step `step` (from 0) where it is due."""

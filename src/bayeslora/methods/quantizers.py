@@ -36,7 +36,7 @@ class Phase(IntEnum):
 
     WARM_UP = 0  # full precision; ranges are being observed
     LEARN = 1  # gates are sampled and penalised
-    FROZEN = 2  # gates are fixed at their evaluation values, the weights train on
+    FROZEN = 2  # gates are fixed at their evaluation values, ranges where they are; the weights train on
 
 
 class Assignment(NamedTuple):
@@ -130,7 +130,8 @@ class Quantizers(Float32Module):
             if self._frozen_widths is None or self._frozen_widths[0] != self.version:
                 self._frozen_widths = (self.version, self.evaluation_widths())
             widths = self._frozen_widths[1]
-        return Assignment(self.ranges(), None, tuple((bits,) for bits in widths))
+        ranges = tuple(bound.detach() for bound in self.ranges()) if frozen else self.ranges()
+        return Assignment(ranges, None, tuple((bits,) for bits in widths))
 
     @property
     def version(self) -> tuple[int, ...]:

@@ -18,7 +18,7 @@ from torch import Tensor
 def round_to_grid(x: Tensor, bound: Tensor, level: int) -> Tensor:
     """`x` on the grid with codes from `-level` to `level` = 2^(bits - 1) - 1 over the range `bound`."""
     step = bound / (level + 0.5)  # 2 * bound / (2^bits - 1)
-    return (x / step).round_().clamp_(-level, level).mul_(step)
+    return torch.div(x, step).round_().clamp_(-level, level).mul_(step)
 
 
 def clip(x: Tensor, bound: Tensor) -> Tensor:

@@ -24,8 +24,8 @@ def optimal_range(x: Tensor, bits: int = 8, method: Calibration = "mse", dim: in
     r"""Positive float32 range for `x`: the largest magnitude (`absmax`), or the one with least squared error (`mse`).
 
     The optimum is searched over 80 multiples of the largest magnitude, up to 1.5 and spaced 5% apart, with the error
-    measured on at most 65,521 evenly spaced entries. For a Gaussian it lies near 1.85, 2.65 and 3.9 standard deviations at 2, 4 and
-    8 bits, where the largest magnitude would cost twice to seven times the error.
+    measured on at most 65,521 evenly spaced entries. For a Gaussian it lies near 1.85, 2.65 and 3.9 standard
+    deviations at 2, 4 and 8 bits, where the largest magnitude would cost about twice the error at the low widths.
 
     Args:
         x: any shape; empty and all-zero tensors give `FLOOR`.

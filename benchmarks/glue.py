@@ -1,0 +1,171 @@
+"""B-LoRA against LoRA on GLUE tasks: the same steps, data, seeds and learning rate, one JSON file a run.
+
+    python benchmarks/glue.py --data-dir DATA                            # every missing run, then the table
+    python benchmarks/glue.py --data-dir DATA --tasks cola --seeds 0 1   # some of them
+    python benchmarks/glue.py --table                                    # only the table, from the files there are
+
+Runs whose file exists in benchmarks/results/glue are skipped, so an interrupted benchmark goes on where it stopped, and
+several processes can share the work: a run is claimed by a lock file while it is under way. The score is the task's own
+metric on all held-out rows (the development and, where it has labels, the test split), looked at once, after training.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import statistics
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from datasets import concatenate_datasets
+from peft import LoraConfig, PeftConfig, get_peft_model
+from transformers import (
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    DataCollatorWithPadding,
+    Trainer,
+    TrainingArguments,
+    set_seed,
+)
+
+import bayeslora
+from bayeslora.cost import count_parameters, relative_bops
+from bayeslora.evaluation import encode, evaluate, load_task, packaged_model
+
+RESULTS = Path(__file__).parent / "results" / "glue"
+STEPS = {"mrpc": 300, "cola": 500, "sst2": 320}
+LEARNING_RATE = {"mrpc": 2e-3, "cola": 3e-3, "sst2": 1e-3}
+TRAINED = {"r": 8, "lora_alpha": 16, "target_modules": ["query", "key", "value"], "task_type": "SEQ_CLS"}
+
+
+def configuration(method: str) -> PeftConfig:
+    if method == "lora":
+        return LoraConfig(**TRAINED)
+    return bayeslora.BLoraConfig(mode=method.removeprefix("blora-"), **TRAINED)
+
+
+def run(task_name: str, method: str, seed: int, data_dir: Path) -> dict[str, Any]:
+    """Train and score one run; returns what its file holds."""
+    set_seed(seed)
+    task = load_task(task_name, data_dir)
+    tokenizer = AutoTokenizer.from_pretrained(packaged_model("minilm"))
+    encoded = encode(task, tokenizer, 128)
+    base = AutoModelForSequenceClassification.from_pretrained(packaged_model("minilm"), num_labels=len(task.labels))
+    model = get_peft_model(base, configuration(method))
+    parameters = count_parameters(model)
+    steps = STEPS[task_name]
+    with tempfile.TemporaryDirectory() as scratch:
+        arguments = TrainingArguments(
+            scratch,
+            max_steps=steps,
+            per_device_train_batch_size=32,
+            learning_rate=LEARNING_RATE[task_name],
+            warmup_steps=round(0.06 * steps),
+            bf16=True,
+            train_sampling_strategy="group_by_length",
+            use_cpu=not torch.cuda.is_available(),
+            seed=seed,
+            logging_steps=20,
+            save_strategy="no",
+            report_to=[],
+            disable_tqdm=True,
+        )
+        collator = DataCollatorWithPadding(tokenizer)
+        trainer = Trainer(model, arguments, train_dataset=encoded["train"], data_collator=collator)
+        bayeslora.attach(trainer)
+        start = time.perf_counter()
+        trainer.train()
+        seconds = time.perf_counter() - start
+    held_out = concatenate_datasets([encoded[split] for split in ("validation", "test") if split in encoded])
+    ranks = bayeslora.shrink(model)
+    scores = evaluate(model, held_out, task, tokenizer, batch_size=64).scores
+    layers = bayeslora.describe(model)
+    return {
+        "task": task_name,
+        "method": method,
+        "seed": seed,
+        "steps": steps,
+        "learning_rate": LEARNING_RATE[task_name],
+        "metric": task.metric,
+        "held_out": len(held_out),
+        "scores": scores,
+        "parameters": parameters,
+        "relative_bops": relative_bops(model, layers=layers),
+        "median_adapter_bits": statistics.median(layer.bits[kind] for layer in layers for kind in "AEB"),
+        "mean_rank": statistics.mean(ranks.values()) if ranks else 8,
+        "layers": [layer.to_dict() for layer in layers],
+        "history": trainer.state.log_history,
+        "seconds": seconds,
+        "versions": {"torch": torch.__version__, "bayeslora": bayeslora.__version__},
+    }
+
+
+def claim(path: Path) -> bool:
+    """Whether this process may do the run of `path`: nobody has, and nobody is."""
+    if path.exists():
+        return False
+    try:
+        os.close(os.open(path.with_suffix(".lock"), os.O_CREAT | os.O_EXCL))
+    except FileExistsError:
+        return False
+    return True
+
+
+def table() -> str:
+    """Mean and sample standard deviation over seeds, for every task and method that has files."""
+    runs: dict[tuple[str, str], list[dict[str, Any]]] = {}
+    for path in sorted(RESULTS.glob("*.json")):
+        found = json.loads(path.read_text(encoding="utf-8"))
+        runs.setdefault((found["task"], found["method"]), []).append(found)
+    lines = [
+        "| task | method | metric | score | seeds | steps | attention BOPs | median adapter bits | mean rank |",
+        "|---|---|---|---|---|---|---|---|---|",
+    ]
+    for (task, method), found in sorted(runs.items(), key=lambda item: (item[0][0], item[0][1] != "lora", item[0][1])):
+        scores = [100 * each["scores"][each["metric"]] for each in found]
+        spread = statistics.stdev(scores) if len(scores) > 1 else float("nan")
+        mean = {
+            key: statistics.mean(each[key] for each in found) for key in ("median_adapter_bits", "mean_rank", "steps")
+        }
+        bops = 100 * statistics.mean(each["relative_bops"]["attention"] for each in found)
+        lines.append(
+            f"| {task} | {method} | {found[0]['metric']} | {statistics.mean(scores):.2f} ± {spread:.2f} | {len(scores)} "
+            f"| {mean['steps']:.0f} | {bops:.1f}% | {mean['median_adapter_bits']:.1f} | {mean['mean_rank']:.1f} |"
+        )
+    return "\n".join(lines) + "\n"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data-dir", type=Path)
+    parser.add_argument("--tasks", nargs="+", default=list(STEPS), choices=list(STEPS))
+    parser.add_argument("--methods", nargs="+", default=["lora", "blora-q+ra"])
+    parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
+    parser.add_argument("--threads", type=int)
+    parser.add_argument("--table", action="store_true", help="only write the table")
+    given = parser.parse_args()
+    if given.threads:
+        torch.set_num_threads(given.threads)
+    RESULTS.mkdir(parents=True, exist_ok=True)
+    wanted = [(t, m, s) for s in given.seeds for t in given.tasks for m in given.methods]
+    for task, method, seed in [] if given.table else wanted:
+        path = RESULTS / f"{task}-{method}-{seed}.json"
+        if not claim(path):
+            continue
+        try:
+            found = run(task, method, seed, given.data_dir)
+            beside = path.with_suffix(".partial")
+            beside.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
+            beside.rename(path)
+        finally:
+            path.with_suffix(".lock").unlink()
+    (RESULTS / "table.md").write_text(table(), encoding="utf-8")
+    print(table())
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,209 @@
+"""Time and memory of one training step of B-LoRA against PEFT's LoRA, interleaved in one process.
+
+    python benchmarks/train_step.py                                  # packaged MiniLM, 32 x 64 tokens, r = 8 on q, k, v
+    python benchmarks/train_step.py --rounds 40 --output benchmarks/results/train_step.json
+
+Each round takes one step of every variant in turn, so that a drift of the machine's speed touches all alike; the figures
+are medians over rounds and medians of the ratio round by round. Memory is the growth of the process's peak over one
+step, measured in a process of its own for each variant. Variants:
+
+    lora            PEFT's LoRA
+    blora-learning  B-LoRA q + ra while gates learn, with what `BayesLoop` does around the step
+    blora-frozen    B-LoRA q + ra with gates frozen
+    residual        the original residual form of the quantizer in plain autograd: the baseline to beat
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import json
+import platform
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from peft import LoraConfig, get_peft_model
+from torch import Tensor
+from transformers import AutoModelForSequenceClassification
+
+import bayeslora
+from bayeslora.evaluation import packaged_model
+from bayeslora.methods.quantizers import Assignment, Phase, Quantizers
+from bayeslora.quantization import WIDTHS, grid_step, mixture_weights
+
+VARIANTS = ("lora", "blora-learning", "blora-frozen", "residual")
+
+
+def residual_form(x: Tensor, bound: Tensor, gates: Tensor) -> Tensor:
+    """Algorithm 2 as printed: a running residual, one rounding for every width, everything kept by autograd."""
+
+    def rounded(value: Tensor) -> Tensor:
+        return value + (torch.round(value) - value).detach()
+
+    clipped = torch.clamp(x, -bound * (1 - 1e-7), bound * (1 - 1e-7))
+    step = grid_step(bound, WIDTHS[0])
+    total = step * rounded(clipped / step)
+    residuals, running = [], total
+    for bits in WIDTHS[1:]:
+        step = step / ((1 << (bits // 2)) + 1)
+        residuals.append(step * rounded((clipped - running) / step))
+        running = running + residuals[-1]
+    inner: Tensor | float = 0.0
+    for gate, residual in zip(reversed(gates.unbind()), reversed(residuals), strict=True):
+        inner = gate * (residual + inner)
+    return total + inner
+
+
+def residual_quantized(self: Quantizers, kind: str, x: Tensor, assignment: Assignment) -> Tensor:
+    if kind not in self.kinds or assignment.weights is None:
+        return x
+    index = self.kinds.index(kind)
+    reached = assignment.weights[index].flip(0).cumsum(0).flip(0)  # gates from the mixture's weights
+    gates = reached[1:] / reached[:-1].clamp_min(1e-12)
+    return residual_form(x, assignment.ranges[index], gates)
+
+
+def make_step(variant: str, batch_size: int, length: int) -> Callable[[], None]:
+    """One training step of `variant`, forward to zero_grad, ready to be called again and again."""
+    torch.manual_seed(0)
+    base = AutoModelForSequenceClassification.from_pretrained(packaged_model("minilm"), num_labels=2)
+    shared = {"r": 8, "lora_alpha": 16, "target_modules": ["query", "key", "value"], "task_type": "SEQ_CLS"}
+    config = LoraConfig(**shared) if variant == "lora" else bayeslora.BLoraConfig(**shared)
+    model = get_peft_model(base, config).train()
+    optimizer = torch.optim.AdamW(bayeslora.parameter_groups(model, lr=1e-4), fused=True)
+    generator = torch.Generator().manual_seed(0)
+    ids = torch.randint(1000, 20000, (batch_size, length), generator=generator)
+    labels = torch.randint(0, 2, (batch_size,), generator=generator)
+    mask = torch.ones_like(ids)
+    loop = None if variant == "lora" else bayeslora.BayesLoop(model, optimizer, total_steps=10_000)
+
+    def step() -> None:
+        if loop is not None:
+            loop.step_begin()
+        model(input_ids=ids, attention_mask=mask, labels=labels).loss.backward()
+        if loop is not None:
+            loop.before_optimizer_step()
+        optimizer.step()
+        if loop is not None:
+            loop.step_end()
+        optimizer.zero_grad()
+
+    if loop is not None:
+        for _ in range(2):  # ranges are observed
+            step()
+        loop.step = loop.tuner.warm_up_end - 1
+        step()
+        spread_gates(loop)
+        if variant == "blora-frozen":
+            loop.step = loop.tuner.frozen_from - 1
+            step()
+        expected = Phase.FROZEN if variant == "blora-frozen" else Phase.LEARN
+        assert {layer.progress("default").current for layer in loop.tuner.adapted_layers()} == {expected}
+    if variant == "residual":
+        Quantizers.quantized = residual_quantized  # type: ignore[method-assign]
+    step()
+    return step
+
+
+def spread_gates(loop: bayeslora.BayesLoop) -> None:
+    """Gates as they stand in the middle of a run: 16 and 32 bits closed, 8 and 4 bits undecided."""
+    with torch.no_grad():
+        for layer in loop.tuner.adapted_layers():
+            layer.quantizers("default").gates.copy_(torch.tensor([2.0, 0.5, -3.0, -4.0]).expand(7, 4))
+
+
+def with_own_quantizer(variant: str, step: Callable[[], None]) -> Callable[[], None]:
+    """The residual baseline replaces the quantizer, and only while its own step runs."""
+    ours = Quantizers.quantized
+
+    def run() -> None:
+        Quantizers.quantized = residual_quantized if variant == "residual" else ORIGINAL  # type: ignore[method-assign]
+        step()
+        Quantizers.quantized = ours  # type: ignore[method-assign]
+
+    return run
+
+
+ORIGINAL = Quantizers.quantized
+
+
+def peak_of_one_step(variant: str, batch_size: int, length: int) -> int:
+    """Bytes by which the peak of this process grows over one step."""
+    step = make_step(variant, batch_size, length)
+    step()
+    gc.collect()
+    Path("/proc/self/clear_refs").write_text("5")  # resets the high-water mark
+    before = _status("VmRSS")
+    step()
+    return _status("VmHWM") - before
+
+
+def _status(key: str) -> int:
+    for line in Path("/proc/self/status").read_text().splitlines():
+        if line.startswith(key + ":"):
+            return int(line.split()[1]) * 1024
+    raise KeyError(key)
+
+
+def memory(variant: str, batch_size: int, length: int) -> int:
+    arguments = ["--memory-of", variant, "--batch-size", str(batch_size), "--length", str(length)]
+    done = subprocess.run([sys.executable, __file__, *arguments], check=True, capture_output=True, text=True)
+    return int(done.stdout.strip().splitlines()[-1])
+
+
+def measure(rounds: int, batch_size: int, length: int) -> dict[str, object]:
+    steps = {}
+    for variant in VARIANTS:
+        steps[variant] = with_own_quantizer(variant, make_step(variant, batch_size, length))
+        Quantizers.quantized = ORIGINAL  # type: ignore[method-assign]
+    seconds: dict[str, list[float]] = {variant: [] for variant in VARIANTS}
+    for _ in range(rounds):
+        for variant, step in steps.items():
+            start = time.perf_counter()
+            step()
+            seconds[variant].append(time.perf_counter() - start)
+    peaks = {variant: memory(variant, batch_size, length) for variant in VARIANTS}
+    ratio = {v: [a / b for a, b in zip(seconds[v], seconds["lora"], strict=True)] for v in VARIANTS}
+    return {
+        "batch": [batch_size, length],
+        "rounds": rounds,
+        "threads": torch.get_num_threads(),
+        "versions": {"torch": torch.__version__, "python": platform.python_version()},
+        "machine": platform.machine(),
+        "variants": {
+            v: {
+                "seconds": round(statistics.median(seconds[v]), 4),
+                "time_ratio": round(statistics.median(ratio[v]), 3),
+                "peak_bytes": peaks[v],
+                "peak_ratio": round(peaks[v] / peaks["lora"], 3),
+            }
+            for v in VARIANTS
+        },
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rounds", type=int, default=20)
+    parser.add_argument("--batch-size", type=int, default=32)
+    parser.add_argument("--length", type=int, default=64)
+    parser.add_argument("--output", type=Path)
+    parser.add_argument("--memory-of", choices=VARIANTS, help=argparse.SUPPRESS)
+    given = parser.parse_args()
+    if given.memory_of:
+        print(peak_of_one_step(given.memory_of, given.batch_size, given.length))
+        return
+    result = measure(given.rounds, given.batch_size, given.length)
+    text = json.dumps(result, indent=2)
+    print(text)
+    if given.output:
+        given.output.write_text(text + "\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
