@@ -37,11 +37,11 @@ class Method:
 
 
 # Upstream trains with SGD at a learning rate of 0.5 on inputs of up to 90; its own classes have smaller rates by name.
-# Hence a small `lora_alpha`, and ranges that start wide. It attaches nothing to the loop and wants a gradient on every
-# parameter from the first step on. Hence no warm-up (the first training batch calibrates), and gates that are seldom
-# drawn as exactly 0 or 1, where they have no gradient. In evaluation all of them are open, so merging stays exact.
+# It attaches nothing to the loop and wants every parameter to move in the first steps. Hence no warm-up (the first
+# training batch calibrates), ranges that start wide (clipped outputs pass no gradient on), and gates near the middle.
+# In evaluation all gates are open, so merging stays exact.
 TRAINABLE_AT_ONCE = {
-    "lora_alpha": 1,
+    "lora_alpha": 8,
     "calibration": "absmax",
     "warmup_fraction": 0.0,
     "initial_bit_logits": [1.0, 1.0, 1.0, 1.0],
