@@ -1,0 +1,410 @@
+"""A `transformers.Trainer` with one call more: same penalty, logs, exact resume, best model, mixed precision."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from peft import LoraConfig, get_peft_model
+from safetensors.torch import load_file
+from torch import Tensor, nn
+from torch.utils.data import Dataset
+from transformers import EvalPrediction, PreTrainedModel, Trainer, TrainerCallback, TrainingArguments
+
+import bayeslora
+from bayeslora import BayesLoraError, BLoraConfig, describe
+from bayeslora.cost import relative_bops
+from tests.conftest import VOCABULARY, build_tiny_bert
+from tests.methods.reference import FROZEN, LEARN, WARM_UP, layers_of
+from tests.oracles import blora as oracle
+
+KINDS = ("weight", "A", "E", "B", "A_out", "E_out", "out")
+LOGGED = {
+    *("loss", "learning_rate", "step", "phase", "mean_bits", "mean_rank", "relative_bops"),
+    *(f"bits/{kind}" for kind in KINDS),
+    *(f"gates/{bits}" for bits in (4, 8, 16, 32)),
+    *(f"rank/{name}" for name in ("query", "value")),
+}
+
+
+class Rows(Dataset):
+    """Sentences of equal length, to be told apart by whether the first word is of the vocabulary's first half."""
+
+    def __init__(self, length: int = 32) -> None:
+        generator = torch.Generator().manual_seed(0)
+        self.tokens = torch.randint(5, len(VOCABULARY), (length, 6), generator=generator)
+
+    def __len__(self) -> int:
+        return len(self.tokens)
+
+    def __getitem__(self, index: int) -> dict[str, Tensor]:
+        row = self.tokens[index]
+        return {"input_ids": row, "labels": (row[0] < len(VOCABULARY) // 2).long()}
+
+
+def _model(base: PreTrainedModel | None = None, **options: Any) -> nn.Module:
+    torch.manual_seed(0)
+    settings = {
+        "r": 4,
+        "target_modules": ["query", "value"],
+        "task_type": "SEQ_CLS",
+        "warmup_fraction": 0.3,
+        "freeze_fraction": 0.3,
+        **options,
+    }
+    return get_peft_model(base or build_tiny_bert(), BLoraConfig(**settings))
+
+
+def _trainer(model: nn.Module, folder: Path, attached: bool = True, **options: Any) -> Trainer:
+    special = {
+        k: options.pop(k) for k in ("callbacks", "compute_metrics", "compute_loss_func", "optimizers") if k in options
+    }
+    settings = {
+        "output_dir": str(folder),
+        "max_steps": 12,
+        "per_device_train_batch_size": 8,
+        "per_device_eval_batch_size": 32,
+        "learning_rate": 5e-3,
+        "lr_scheduler_type": "constant",
+        "logging_steps": 1,
+        "save_strategy": "no",
+        "report_to": [],
+        "disable_tqdm": True,
+        "use_cpu": True,
+        "seed": 1,
+        **options,
+    }
+    trainer = Trainer(
+        model=model, args=TrainingArguments(**settings), train_dataset=Rows(), eval_dataset=Rows(), **special
+    )
+    return bayeslora.attach(trainer) if attached else trainer
+
+
+def _phase(model: nn.Module) -> int:
+    return int(layers_of(model)[0].blora_progress["default"].phase)
+
+
+def _training_logs(trainer: Trainer) -> list[dict[str, float]]:
+    return [entry for entry in trainer.state.log_history if "loss" in entry]
+
+
+# Training and its log -------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory: pytest.TempPathFactory) -> tuple[Trainer, list[dict[str, float]]]:
+    """One run through all phases, and what a reporter saw of it."""
+    seen: list[dict[str, float]] = []
+
+    class Reporter(TrainerCallback):
+        def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, float], **kwargs: Any) -> None:
+            seen.append(dict(logs))
+
+    trainer = _trainer(
+        _model(bit_penalty=50.0, rank_penalty=50.0),
+        tmp_path_factory.mktemp("run"),
+        callbacks=[Reporter()],
+        eval_strategy="steps",
+        eval_steps=4,
+    )
+    trainer.train()
+    return trainer, seen
+
+
+def test_attaching_returns_the_trainer_and_training_passes_through_all_phases(trained: Any) -> None:
+    trainer, _ = trained
+    assert [entry["phase"] for entry in _training_logs(trainer)] == [0.0] * 3 + [1.0] * 5 + [2.0] * 4
+    assert _phase(trainer.model) == int(FROZEN)
+
+
+def test_every_number_reaches_the_history_and_the_reporters(trained: Any) -> None:
+    trainer, seen = trained
+    history = _training_logs(trainer)
+    assert len(history) == 12
+    for entry in history:
+        assert LOGGED <= set(entry)
+    learning = [entry for entry in history if "penalty_bits" in entry and entry["penalty_bits"] > 0]
+    assert len(learning) == 5 and all("penalty_rank" in entry for entry in learning)
+    reported = [entry for entry in seen if "loss" in entry]
+    assert len(reported) == 12
+    for theirs, ours in zip(reported, history, strict=True):
+        assert all(theirs[name] == ours[name] for name in LOGGED - {"step"})
+    last = history[-1]
+    described = describe(trainer.model)
+    assert last["mean_rank"] == sum(layer.rank for layer in described) / len(described)
+    assert last["relative_bops"] == pytest.approx(relative_bops(trainer.model)["attention"])
+
+
+def test_the_penalty_keys_are_in_every_line_of_the_log(trained: Any) -> None:
+    """A reporter that fixes its columns on the first line must not lose them."""
+    trainer, _ = trained
+    assert all({"penalty_bits", "penalty_rank"} <= set(entry) for entry in _training_logs(trainer))
+
+
+def test_neither_the_training_loss_nor_the_evaluation_loss_has_the_penalty_in_it(trained: Any) -> None:
+    trainer, _ = trained
+    assert max(entry.get("penalty_bits", 0.0) for entry in _training_logs(trainer)) > 1000
+    losses = [entry["loss"] for entry in _training_logs(trainer)]
+    losses += [entry["eval_loss"] for entry in trainer.state.log_history if "eval_loss" in entry]
+    assert len(losses) == 15 and max(losses) < 5
+    rows = [Rows()[i] for i in range(len(Rows()))]
+    tokens, labels = (torch.stack([row[key] for row in rows]) for key in ("input_ids", "labels"))
+    with torch.no_grad():
+        expected = nn.functional.cross_entropy(trainer.model.eval()(input_ids=tokens).logits, labels).item()
+    assert trainer.evaluate()["eval_loss"] == pytest.approx(expected, rel=1e-5)
+
+
+def test_evaluation_lines_are_the_tasks_alone(trained: Any) -> None:
+    trainer, _ = trained
+    lines = [entry for entry in trainer.state.log_history if "eval_loss" in entry]
+    assert lines and not any("penalty_bits" in entry or "mean_bits" in entry for entry in lines)
+
+
+def test_it_learns(tmp_path: Path) -> None:
+    base = build_tiny_bert(initializer_range=0.3)  # features that differ from word to word, as a trained model's do
+    trainer = _trainer(_model(base), tmp_path, max_steps=40, learning_rate=1e-2)
+    trainer.train()
+    losses = [entry["loss"] for entry in _training_logs(trainer)]
+    assert sum(losses[-5:]) < 0.5 * sum(losses[:5])
+
+
+# Penalty and accumulation ---------------------------------------------------------------------------------------
+
+
+class GateGradients(TrainerCallback):
+    """What the optimizer is given for the gates, and what the reference says it should be, in each step."""
+
+    def __init__(self, model: nn.Module, bits: float, ranks: float) -> None:
+        self.model, self.bits, self.ranks = model, bits, ranks
+        self.pairs: list[tuple[Tensor, Tensor]] = []
+
+    def on_pre_optimizer_step(self, *args: Any, **kwargs: Any) -> None:
+        if _phase(self.model) != int(LEARN):
+            return
+        layers = layers_of(self.model)
+        gates = [layer.blora_quantizers["default"].gates for layer in layers]
+        logits = [layer.blora_rank["default"].logits for layer in layers]
+        penalty = self.bits * oracle.bit_penalty(torch.cat(gates), torch.ones(len(torch.cat(gates)), 4))
+        penalty = penalty + self.ranks * sum(oracle.rank_penalty(row) for row in logits)
+        expected = torch.autograd.grad(penalty, [*gates, *logits])
+        self.pairs += [(p.grad.clone(), e) for p, e in zip([*gates, *logits], expected, strict=True)]
+
+
+@pytest.mark.parametrize("accumulation", [1, 4])
+def test_the_optimizer_gets_the_penaltys_gradient_once_and_not_clipped_with_the_tasks(
+    accumulation: int, tmp_path: Path
+) -> None:
+    model = _model(bit_penalty=30.0, rank_penalty=7.0)
+    spy = GateGradients(model, 30.0, 7.0)
+
+    def no_task(outputs: Any, labels: Tensor, num_items_in_batch: Any = None) -> Tensor:
+        return outputs["logits"].sum() * 0
+
+    trainer = _trainer(
+        model,
+        tmp_path,
+        callbacks=[spy],
+        compute_loss_func=no_task,
+        per_device_train_batch_size=8 // accumulation,
+        gradient_accumulation_steps=accumulation,
+    )
+    trainer.train()
+    assert len(spy.pairs) == 5 * 2 * len(layers_of(model))
+    for actual, expected in spy.pairs:
+        torch.testing.assert_close(actual, expected, atol=1e-5, rtol=1e-5)
+    assert max(expected.norm() for _, expected in spy.pairs) > 1.0  # a global clip at 1 would have shown
+
+
+def test_accumulation_gives_the_update_of_one_batch(tmp_path: Path) -> None:
+    states = []
+    for accumulation in (1, 4):
+        model = _model(calibration="absmax", init_weights=False)
+        trainer = _trainer(
+            model,
+            tmp_path,
+            optim="sgd",  # Adam divides by gradients that may be no more than rounding
+            learning_rate=0.1,
+            per_device_train_batch_size=8 // accumulation,
+            gradient_accumulation_steps=accumulation,
+        )
+        trainer.train()
+        states.append({name: p.detach() for name, p in model.named_parameters() if p.requires_grad})
+    for name, value in states[0].items():
+        torch.testing.assert_close(states[1][name], value, atol=5e-5, rtol=1e-3, msg=name)
+
+
+# Checkpoints ----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("options", [{}, {"target_bops": 0.3, "bit_weighting": "bops"}], ids=["penalty", "budget"])
+def test_a_run_resumed_in_any_phase_ends_bit_for_bit_where_the_uninterrupted_one_does(
+    options: dict[str, Any], tmp_path: Path
+) -> None:
+    schedule = {"save_strategy": "steps", "save_steps": 2, "lr_scheduler_type": "linear"}
+    trainer = _trainer(_model(**options), tmp_path / "whole", **schedule)
+    trainer.train()
+    expected = {name: value.clone() for name, value in trainer.model.state_dict().items()}
+    if options:
+        assert relative_bops(trainer.model)["attention"] <= 0.3
+    for step, phase in ((2, WARM_UP), (6, LEARN), (10, FROZEN)):
+        resumed = _trainer(_model(**options), tmp_path / str(step), **schedule)
+        seen: list[int] = []
+
+        class First(TrainerCallback):
+            def on_step_begin(self, *args: Any, seen: Any = seen, model: Any = resumed.model, **kwargs: Any) -> None:
+                seen.append(_phase(model))
+
+        resumed.add_callback(First())
+        resumed.train(resume_from_checkpoint=str(tmp_path / "whole" / f"checkpoint-{step}"))
+        assert seen[0] == int(phase) and len(seen) == 12 - step
+        for name, value in resumed.model.state_dict().items():
+            assert torch.equal(value, expected[name]), f"resumed at {step}: {name}"
+        assert _training_logs(resumed)[-1]["loss"] == _training_logs(trainer)[-1]["loss"]
+
+
+def test_the_best_checkpoint_is_loaded_at_the_end_with_its_phase_and_its_widths(tmp_path: Path) -> None:
+    scores = iter([0.1, 0.2, 0.9, 0.3, 0.2, 0.1])  # best after step 6, while gates learn
+
+    def metrics(prediction: EvalPrediction) -> dict[str, float]:
+        return {"score": next(scores)}
+
+    trainer = _trainer(
+        _model(),
+        tmp_path,
+        compute_metrics=metrics,
+        eval_strategy="steps",
+        eval_steps=2,
+        save_strategy="steps",
+        save_steps=2,
+        load_best_model_at_end=True,
+        metric_for_best_model="score",
+    )
+    trainer.train()
+    assert trainer.state.best_model_checkpoint.endswith("checkpoint-6")
+    saved = load_file(tmp_path / "checkpoint-6" / "adapter_model.safetensors")
+    ours = {name.replace(".default", ""): value for name, value in trainer.model.state_dict().items()}
+    compared = [name for name in saved if name in ours]
+    assert len(compared) >= len(saved) - 2 and all(torch.equal(saved[name], ours[name]) for name in compared)
+    assert _phase(trainer.model) == int(LEARN)
+    tokens = Rows().tokens
+    again = bayeslora_reload(tmp_path / "checkpoint-6")
+    with torch.no_grad():
+        torch.testing.assert_close(
+            trainer.model.eval()(input_ids=tokens).logits, again(input_ids=tokens).logits, atol=1e-6, rtol=0
+        )
+
+
+def bayeslora_reload(folder: Path) -> nn.Module:
+    from peft import PeftModel
+
+    return PeftModel.from_pretrained(build_tiny_bert(), folder).eval()
+
+
+# Mixed precision, checkpointing, other optimizers ---------------------------------------------------------------
+
+
+@pytest.mark.parametrize("how", ["autocast", "weights"])
+def test_bfloat16_training_runs_and_moves_gates_and_weights(how: str, tmp_path: Path) -> None:
+    model = _model()
+    if how == "weights":
+        model = model.to(torch.bfloat16)
+    before = {name: p.detach().clone() for name, p in model.named_parameters() if p.requires_grad}
+    trainer = _trainer(model, tmp_path, bf16=how == "autocast")
+    trainer.train()
+    assert _phase(model) == int(FROZEN)
+    for name, p in model.named_parameters():
+        if p.requires_grad:
+            assert p.isfinite().all(), name
+            assert not torch.equal(p, before[name]), name
+    assert all(layer.blora_quantizers["default"].gates.dtype == torch.float32 for layer in layers_of(model))
+    assert all(torch.tensor(entry["loss"]).isfinite() for entry in _training_logs(trainer))
+
+
+def test_gradient_checkpointing_trains_to_the_same_weights(tmp_path: Path) -> None:
+    states = []
+    for checkpointing in (False, True):
+        model = _model()
+        options = {"gradient_checkpointing_kwargs": {"use_reentrant": False}} if checkpointing else {}
+        trainer = _trainer(model, tmp_path, gradient_checkpointing=checkpointing, **options)
+        trainer.train()
+        states.append({name: p.detach() for name, p in model.named_parameters() if p.requires_grad})
+    for name, value in states[0].items():
+        torch.testing.assert_close(states[1][name], value, atol=1e-5, rtol=1e-4, msg=name)
+
+
+@pytest.mark.parametrize("name", ["adamw_torch_fused", "adamw_torch", "sgd", "adafactor"])
+def test_the_optimizer_is_the_one_the_arguments_ask_for_over_the_methods_groups(name: str, tmp_path: Path) -> None:
+    trainer = _trainer(_model(), tmp_path, optim=name, weight_decay=0.1)
+    optimizer = trainer.create_optimizer()
+    plain = _trainer(build_tiny_bert(), tmp_path, attached=False, optim=name).create_optimizer()
+    assert type(optimizer) is type(plain)
+    roles = {
+        group["bayeslora_role"]: group["weight_decay"] for group in optimizer.param_groups if not group["weight_decay"]
+    }
+    assert set(roles) == {"weights", "bit gates", "rank gates", "ranges", "weight ranges"}
+    assert {g["weight_decay"] for g in optimizer.param_groups if g["bayeslora_role"] == "weights"} == {0.0, 0.1}
+    trained = sum(p.numel() for p in trainer.model.parameters() if p.requires_grad)
+    assert sum(p.numel() for group in optimizer.param_groups for p in group["params"]) == trained
+
+
+# What it leaves alone and what it refuses -----------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("adapted", [True, False])
+def test_other_models_train_as_without_it(adapted: bool, tmp_path: Path) -> None:
+    losses = []
+    for attached in (True, False):
+        model: nn.Module = build_tiny_bert()
+        if adapted:
+            torch.manual_seed(0)
+            model = get_peft_model(model, LoraConfig(r=2, target_modules=["query"], task_type="SEQ_CLS"))
+        trainer = _trainer(model, tmp_path, attached=attached, max_steps=3)
+        trainer.train()
+        losses.append([entry["loss"] for entry in _training_logs(trainer)])
+        assert not any("mean_bits" in entry for entry in _training_logs(trainer))
+    assert losses[0] == losses[1]
+
+
+def test_deepspeed_is_refused(tmp_path: Path) -> None:
+    trainer = _trainer(_model(), tmp_path, attached=False)
+    trainer.is_deepspeed_enabled = True
+    with pytest.raises(BayesLoraError, match="DeepSpeed keeps gradients to itself.*use DDP or FSDP2 instead"):
+        bayeslora.attach(trainer)
+
+
+def test_a_callers_optimizer_without_the_groups_is_refused_and_with_them_is_kept(tmp_path: Path) -> None:
+    model = _model()
+    trainer = _trainer(model, tmp_path, optimizers=(torch.optim.AdamW(model.parameters()), None))
+    with pytest.raises(BayesLoraError, match="no group for the bit gates.*parameter_groups"):
+        trainer.train()
+    optimizer = torch.optim.AdamW(bayeslora.parameter_groups(model, lr=1e-3))
+    trainer = _trainer(model, tmp_path, optimizers=(optimizer, None))
+    trainer.train()
+    assert _phase(model) == int(FROZEN)
+
+
+@pytest.mark.parametrize(
+    ("options", "steps", "message"),
+    [({}, 2, "train longer"), ({"gate_learning_rate": 1e-5}, 12, "cannot close")],
+)
+def test_a_run_in_which_gates_cannot_move_does_not_start(
+    options: dict[str, Any], steps: int, message: str, tmp_path: Path
+) -> None:
+    model = _model(**options)
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    with pytest.raises(BayesLoraError, match=message):
+        _trainer(model, tmp_path, max_steps=steps).train()
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+
+
+def test_a_model_saved_by_the_trainer_is_a_peft_adapter(
+    trained: Any, tmp_path: Path, tiny_bert: PreTrainedModel
+) -> None:
+    trainer, _ = trained
+    trainer.save_model(str(tmp_path))
+    tokens = Rows().tokens
+    with torch.no_grad():
+        expected = trainer.model.eval()(input_ids=tokens).logits
+        torch.testing.assert_close(bayeslora_reload(tmp_path)(input_ids=tokens).logits, expected, atol=1e-6, rtol=0)
