@@ -4,6 +4,7 @@ Importing this package teaches PEFT the methods; `get_peft_model`, `Trainer`, `s
 then work with them as with LoRA.
 """
 
+from bayeslora import _peft as _peft  # first, because it keeps the import quiet
 from bayeslora.errors import BayesLoraError
 from bayeslora.export import export, shrink
 from bayeslora.methods import METHODS, BLoraConfig, LayerDescription, describe

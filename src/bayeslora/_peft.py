@@ -2,18 +2,27 @@
 
 from __future__ import annotations
 
-from peft import PeftConfig
-from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
-from peft.tuners._buffer_dict import BufferDict
-from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer, _get_in_out_features, check_adapters_to_merge
-from peft.utils import AuxiliaryTrainingWrapper, PeftType, register_peft_method
-from peft.utils.constants import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING as DEFAULT_TARGET_MODULES
-from peft.utils.other import get_pattern_key
-from peft.utils.quantization_utils import (
-    get_quantization_kwargs,
-    quantization_extra_repr,
-    resolve_quantization_backend,
-)
+import logging
+
+_disabled = logging.root.manager.disable
+logging.disable(
+    logging.WARNING
+)  # what optional back ends lack is not news to users here
+try:
+    from peft import PeftConfig
+    from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
+    from peft.tuners._buffer_dict import BufferDict
+    from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer, _get_in_out_features, check_adapters_to_merge
+    from peft.utils import AuxiliaryTrainingWrapper, PeftType, register_peft_method
+    from peft.utils.constants import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING as DEFAULT_TARGET_MODULES
+    from peft.utils.other import get_pattern_key
+    from peft.utils.quantization_utils import (
+        get_quantization_kwargs,
+        quantization_extra_repr,
+        resolve_quantization_backend,
+    )
+finally:
+    logging.disable(_disabled)
 
 __all__ = [
     "DEFAULT_TARGET_MODULES",

@@ -138,13 +138,18 @@ def _measure(
     device = next(model.parameters()).device
     inputs = {key: value.to(device) for key, value in inputs.items() if key not in ("labels", "label")}
     was_training = model.training
+    active = {path: layer._active_adapter for path, layer in layers.items()}
     model.eval()
     try:
+        for layer in layers.values():
+            layer._active_adapter = [name]
         ours = _output(model(**inputs))
         with _as_lora(layers, factors, name):
             exported = _output(model(**inputs))
     finally:
         model.train(was_training)
+        for path, layer in layers.items():
+            layer._active_adapter = active[path]
     return {
         "max_output_error": float((ours - exported).abs().max()),
         "max_output": float(ours.abs().max()),

@@ -55,8 +55,8 @@ class BLoraConfig(PeftConfig):
         default=False, metadata={"help": "Also quantize the layer's input, which integer kernels need."}
     )
     per_channel: bool = field(default=False, metadata={"help": "One range an output channel for W0 and for A."})
-    bit_penalty: float = field(default=1e-3, metadata={"help": "lambda_q, the weight of the bit penalty."})
-    rank_penalty: float = field(default=3e-4, metadata={"help": "lambda_r, the weight of the rank penalty."})
+    bit_penalty: float = field(default=5e-4, metadata={"help": "lambda_q, the weight of the bit penalty."})
+    rank_penalty: float = field(default=1e-4, metadata={"help": "lambda_r, the weight of the rank penalty."})
     bit_weighting: Literal["const", "bits", "bops"] = field(
         default="const", metadata={"help": "Weight of the gate of b bits: 1, b, or b x MACs relative to the largest."}
     )
@@ -73,10 +73,10 @@ class BLoraConfig(PeftConfig):
         default="mse", metadata={"help": "Initial ranges: least squared error, or largest magnitude."}
     )
     warmup_fraction: float = field(
-        default=0.15, metadata={"help": "Share of the steps in full precision while ranges are observed."}
+        default=0.2, metadata={"help": "Share of the steps in full precision while ranges are observed."}
     )
     freeze_fraction: float = field(
-        default=0.35, metadata={"help": "Share of the steps, at the end, that train under frozen gates."}
+        default=0.3, metadata={"help": "Share of the steps, at the end, that train under frozen gates."}
     )
     gate_learning_rate: float | None = field(
         default=None, metadata={"help": "Constant rate of the gates; by default derived from the number of steps."}
@@ -150,6 +150,11 @@ class BLoraModel(BayesTuner):
         return cast(BLoraConfig, self.peft_config[name])
 
     # Penalty ------------------------------------------------------------------------------------------------------
+
+    @property
+    def penalty_names(self) -> tuple[str, ...]:
+        config = self.config_of(self._driven_adapter())
+        return ("bits",) * config.learns_bits + ("rank",) * config.learns_ranks
 
     def penalty(self) -> dict[str, Tensor]:
         r"""$\lambda_q \sum_k R_k$ (`bits`) and $\lambda_r \sum_k R^{rank}_k$ (`rank`), while gates learn."""
@@ -320,12 +325,6 @@ class BLoraModel(BayesTuner):
             by_suffix.setdefault(layer.name.rpartition(".")[2], []).append(layer.rank)
         values.update({f"rank/{suffix}": sum(ranks) / len(ranks) for suffix, ranks in by_suffix.items()})
         return values
-
-    def _check_merge_allowed(self) -> None:
-        super()._check_merge_allowed()
-        for name in self.active_adapters:
-            for layer in self.adapted_layers(name):
-                layer.check_merge(name)
 
 
 GATE_TRAVEL = 2.0

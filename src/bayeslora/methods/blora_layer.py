@@ -15,7 +15,7 @@ from bayeslora.errors import BayesLoraError
 from bayeslora.methods.description import KINDS, LayerDescription
 from bayeslora.methods.layer import BayesLayer
 from bayeslora.methods.quantizers import BASE_WEIGHT, Assignment, Phase, Progress, Quantizers, RankGates
-from bayeslora.quantization import WIDTHS, optimal_range
+from bayeslora.quantization import WIDTHS, linear, optimal_range
 
 if TYPE_CHECKING:
     from bayeslora.methods.blora import BLoraConfig
@@ -114,7 +114,7 @@ class BLoraLayer(BayesLayer):
             result = self.base_layer(x, *args, **kwargs)
         else:
             weight = quantized(BASE_WEIGHT, self.weight)
-            result = F.linear(x, weight.T if self.is_transposed else weight, self.bias)
+            result = linear(x, weight.T if self.is_transposed else weight, self.bias)
         hidden = self._low_rank(name, x, quantized)
         result = _add_update(result, hidden, quantized("B", self.blora_B[name]), self.scaling[name])
         return quantized("out", result)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -53,7 +53,7 @@ class BayesLayer(nn.Module, BaseTunerLayer):
         self.merged_adapters: list[str] = []
         self.cast_input_dtype_enabled = True
         d_in, d_out = get_in_out_features(self.get_base_layer())
-        self.in_features, self.out_features = int(d_in), int(d_out)
+        self.in_features, self.out_features = cast(int, d_in), cast(int, d_out)
         self.quantization_backend = resolve_quantization_backend(self.get_base_layer(), **kwargs)
         self._weight_backups: dict[str, Tensor] = {}
 
@@ -88,6 +88,9 @@ class BayesLayer(nn.Module, BaseTunerLayer):
     def merged_weight(self, adapter_name: str, weight: Tensor) -> Tensor:
         """The weight that stands for `weight` and the adapter together."""
         return weight + self.get_delta_weight(adapter_name).to(weight.device, weight.dtype)
+
+    def check_merge(self, adapter_name: str) -> None:
+        """Raise `BayesLoraError` where no weight can stand for the adapter."""
 
     def needs_backup(self, adapter_name: str) -> bool:
         """Whether merging replaces the base weight by something that a subtraction cannot undo."""

@@ -123,11 +123,32 @@ class BayesTuner(BaseTuner):
             return set()
         return set(self.model.get_encoder().modules())
 
+    def merge_adapter(self, adapter_names: list[str] | None = None, safe_merge: bool = False) -> None:
+        self.check_merge(adapter_names)
+        super().merge_adapter(adapter_names=adapter_names, safe_merge=safe_merge)
+
+    def merge_and_unload(
+        self, progressbar: bool = False, safe_merge: bool = False, adapter_names: list[str] | None = None
+    ) -> nn.Module:
+        self.check_merge(adapter_names)
+        return super().merge_and_unload(progressbar, safe_merge, adapter_names)
+
+    def check_merge(self, adapter_names: list[str] | None) -> None:
+        """Refuse, before any layer is touched, a merge that a layer would refuse."""
+        for name in adapter_names or self.active_adapters:
+            for layer in self.adapted_layers(name):
+                layer.check_merge(name)
+
     # What a method implements -------------------------------------------------------------------------------------
 
     def penalty(self) -> dict[str, Tensor]:
         """Named scalar terms to add to the mean loss, functions of the parameters alone; empty where none applies."""
         return {}
+
+    @property
+    def penalty_names(self) -> tuple[str, ...]:
+        """The terms that `penalty` can have in this configuration, whether or not they apply at the moment."""
+        return ()
 
     def role_of(self, parameter_name: str) -> ParameterRole:
         """The role of one of this method's parameters, by its name in the model."""

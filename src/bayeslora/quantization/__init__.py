@@ -12,6 +12,7 @@ from bayeslora.quantization.gates import (
     rank_gates,
     rank_probability,
 )
+from bayeslora.quantization.linear import linear
 from bayeslora.quantization.quantizer import (
     WIDTHS,
     active_widths,
@@ -37,6 +38,7 @@ __all__ = [
     "evaluation_gates",
     "grid_step",
     "hard_concrete",
+    "linear",
     "mixture",
     "mixture_weights",
     "nested_probability",

@@ -143,7 +143,8 @@ class _Mixture(torch.autograd.Function):
             grad_range = grad_range.view(range_.shape).to(range_.dtype)
             grad_weights = torch.zeros_like(weights)
             if len(ctx.widths) > 1:
-                grad_weights[[WIDTHS.index(bits) for bits in ctx.widths]] = torch.stack(of_terms).to(weights.dtype)
+                for bits, value in zip(ctx.widths, of_terms, strict=True):
+                    grad_weights[WIDTHS.index(bits)] = value.sum() if isinstance(value, Tensor) else value
         else:
             grad_x = kernels.input_gradient(grad, flat, bound)
         return (

@@ -80,10 +80,11 @@ class BayesLoop:
         ranks, where a penalty in the loss would count once for each micro-batch and rank. `scale` is the loss scale of
         mixed precision when the gradients have not been unscaled yet.
         """
-        self.penalties = self.tuner.penalty()
-        if not self.penalties:
+        penalties = self.tuner.penalty()
+        self.penalties = {name: value.detach() for name, value in penalties.items()}
+        if not penalties:
             return
-        total = torch.stack(list(self.penalties.values())).sum() * scale
+        total = torch.stack(list(penalties.values())).sum() * scale
         parameters = [p for p in self.tuner.parameters() if p.requires_grad]
         for parameter, gradient in zip(
             parameters, torch.autograd.grad(total, parameters, allow_unused=True), strict=True
@@ -117,7 +118,7 @@ class BayesLoop:
 
     def statistics(self) -> dict[str, float]:
         """What to log beside the loss: penalty terms, widths, ranks, bit operations."""
-        values = {f"penalty_{name}": float(value) for name, value in self.penalties.items()}
+        values = {f"penalty_{name}": float(self.penalties.get(name, 0.0)) for name in self.tuner.penalty_names}
         values.update(self.tuner.statistics())
         values["relative_bops"] = self.relative_bops()["attention"]
         return values
