@@ -68,7 +68,8 @@ CUSTOM_MODELS: list[tuple[str, str, dict[str, Any]]] = [
         MLP,
         {"target_modules": ["lin0", "lin1"], "exclude_modules": ["lin1"], "lora_dropout": 0.1},
     ),
-    ("transformers Conv1D", "EmbConv1D", {"target_modules": ["conv1d"]}),
+    # One output of a few small numbers: at the usual scale the rank gates' gradient is below what upstream can see.
+    ("transformers Conv1D", "EmbConv1D", {"target_modules": ["conv1d"], "lora_alpha": 32}),
 ]
 
 _owners: dict[int, str] = {}

@@ -33,7 +33,7 @@ def fixed_seed() -> None:
 # These ask for a gradient on every parameter in every pass, or compare the gradients of two passes. A training loop
 # announces a step and the gates keep its sample; upstream's loops announce nothing, and a gate drawn as exactly 0 or 1
 # has no gradient. So here each gate takes its median.
-NEED_ALL_GRADIENTS = ("gradient_checkpointing", "test_only_params_are_updated")
+NEED_ALL_GRADIENTS = ("test_training", "test_only_params_are_updated")
 
 
 @pytest.fixture(autouse=True)
