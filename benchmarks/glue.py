@@ -4,9 +4,10 @@
     python benchmarks/glue.py --data-dir DATA --tasks cola --seeds 0 1   # some of them
     python benchmarks/glue.py --table                                    # only the table, from the files there are
 
-Runs whose file exists in benchmarks/results/glue are skipped, so an interrupted benchmark goes on where it stopped, and
-several processes can share the work: a run is claimed by a lock file while it is under way. The score is the task's own
-metric on all held-out rows (the development and, where it has labels, the test split), looked at once, after training.
+Runs whose file exists in benchmarks/results/glue are skipped: an interrupted benchmark goes on where it stopped,
+and several processes can share the work: a run under way is claimed by a lock file. The score is the task's
+own metric on all held-out rows (the development and, where it has labels, the test split), looked at once, after
+training.
 """
 
 from __future__ import annotations
@@ -133,7 +134,8 @@ def table() -> str:
         }
         bops = 100 * statistics.mean(each["relative_bops"]["attention"] for each in found)
         lines.append(
-            f"| {task} | {method} | {found[0]['metric']} | {statistics.mean(scores):.2f} ± {spread:.2f} | {len(scores)} "
+            f"| {task} | {method} | {found[0]['metric']} | {statistics.mean(scores):.2f} ± {spread:.2f} "
+            f"| {len(scores)} "
             f"| {mean['steps']:.0f} | {bops:.1f}% | {mean['median_adapter_bits']:.1f} | {mean['mean_rank']:.1f} |"
         )
     return "\n".join(lines) + "\n"

@@ -1,14 +1,15 @@
 """Time and memory of one training step of B-LoRA against PEFT's LoRA, interleaved in one process.
 
-    python benchmarks/train_step.py                                  # packaged MiniLM, 32 x 64 tokens, r = 8 on q, k, v
+    python benchmarks/train_step.py              # packaged MiniLM, 32 x 64 tokens, r = 8 on q, k, v
     python benchmarks/train_step.py --rounds 40 --output benchmarks/results/train_step.json
 
-Each round takes one step of every variant in turn, so that a drift of the machine's speed touches all alike; the figures
-are medians over rounds and medians of the ratio round by round. Memory is the growth of the process's peak over one
-step, measured in a process of its own for each variant. Variants:
+Each round takes one step of every variant in turn, so a drift of the machine's speed touches all alike; the
+figures are medians over rounds and medians of the ratio round by round. Memory is the growth of the process's peak over
+one step, measured in a process of its own for each variant. Variants:
 
     lora            PEFT's LoRA
-    blora-learning  B-LoRA q + ra while gates learn, with what `BayesLoop` does around the step
+    blora-learning  B-LoRA q + ra in the middle of the gates' phase, with what `BayesLoop` does around the step
+    blora-start     the same at the phase's first step, when the gates of 16 and 32 bits are undecided
     blora-frozen    B-LoRA q + ra with gates frozen
     residual        the original residual form of the quantizer in plain autograd: the baseline to beat
 """
@@ -18,6 +19,7 @@ from __future__ import annotations
 import argparse
 import gc
 import json
+import os
 import platform
 import statistics
 import subprocess
@@ -34,9 +36,9 @@ from transformers import AutoModelForSequenceClassification
 import bayeslora
 from bayeslora.evaluation import packaged_model
 from bayeslora.methods.quantizers import Assignment, Phase, Quantizers
-from bayeslora.quantization import WIDTHS, grid_step, mixture_weights
+from bayeslora.quantization import WIDTHS, grid_step
 
-VARIANTS = ("lora", "blora-learning", "blora-frozen", "residual")
+VARIANTS = ("lora", "blora-learning", "blora-start", "blora-frozen", "residual")
 
 
 def residual_form(x: Tensor, bound: Tensor, gates: Tensor) -> Tensor:
@@ -98,38 +100,40 @@ def make_step(variant: str, batch_size: int, length: int) -> Callable[[], None]:
             step()
         loop.step = loop.tuner.warm_up_end - 1
         step()
-        spread_gates(loop)
+        if variant != "blora-start":
+            spread_gates(loop)
         if variant == "blora-frozen":
             loop.step = loop.tuner.frozen_from - 1
             step()
         expected = Phase.FROZEN if variant == "blora-frozen" else Phase.LEARN
         assert {layer.progress("default").current for layer in loop.tuner.adapted_layers()} == {expected}
-    if variant == "residual":
-        Quantizers.quantized = residual_quantized  # type: ignore[method-assign]
-    step()
-    return step
+    return with_own_quantizer(variant, step)
 
 
 def spread_gates(loop: bayeslora.BayesLoop) -> None:
-    """Gates as they stand in the middle of a run: 16 and 32 bits closed, 8 and 4 bits undecided."""
+    """Gates as they stand in the middle of a run: 16 and 32 bits closed, 4 and 8 undecided, more so in the adapter."""
+    wide, narrow = [3.0, 2.0, -4.0, -4.0], [1.0, -1.0, -4.0, -4.0]
     with torch.no_grad():
         for layer in loop.tuner.adapted_layers():
-            layer.quantizers("default").gates.copy_(torch.tensor([2.0, 0.5, -3.0, -4.0]).expand(7, 4))
+            quantizers = layer.quantizers("default")
+            rows = [wide if kind in ("weight", "out") else narrow for kind in quantizers.kinds]
+            quantizers.gates.copy_(torch.tensor(rows))
 
 
 def with_own_quantizer(variant: str, step: Callable[[], None]) -> Callable[[], None]:
     """The residual baseline replaces the quantizer, and only while its own step runs."""
+    if variant != "residual":
+        return step
     ours = Quantizers.quantized
 
     def run() -> None:
-        Quantizers.quantized = residual_quantized if variant == "residual" else ORIGINAL  # type: ignore[method-assign]
-        step()
-        Quantizers.quantized = ours  # type: ignore[method-assign]
+        Quantizers.quantized = residual_quantized  # type: ignore[method-assign]
+        try:
+            step()
+        finally:
+            Quantizers.quantized = ours  # type: ignore[method-assign]
 
     return run
-
-
-ORIGINAL = Quantizers.quantized
 
 
 def peak_of_one_step(variant: str, batch_size: int, length: int) -> int:
@@ -152,15 +156,17 @@ def _status(key: str) -> int:
 
 def memory(variant: str, batch_size: int, length: int) -> int:
     arguments = ["--memory-of", variant, "--batch-size", str(batch_size), "--length", str(length)]
-    done = subprocess.run([sys.executable, __file__, *arguments], check=True, capture_output=True, text=True)
+    # Without these the allocator keeps freed memory, and a peak within what it kept would not show.
+    environment = {**os.environ, "MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536"}
+    command = [sys.executable, __file__, *arguments]
+    done = subprocess.run(command, check=True, capture_output=True, text=True, env=environment)
     return int(done.stdout.strip().splitlines()[-1])
 
 
 def measure(rounds: int, batch_size: int, length: int) -> dict[str, object]:
-    steps = {}
-    for variant in VARIANTS:
-        steps[variant] = with_own_quantizer(variant, make_step(variant, batch_size, length))
-        Quantizers.quantized = ORIGINAL  # type: ignore[method-assign]
+    steps = {variant: make_step(variant, batch_size, length) for variant in VARIANTS}
+    for step in steps.values():
+        step()
     seconds: dict[str, list[float]] = {variant: [] for variant in VARIANTS}
     for _ in range(rounds):
         for variant, step in steps.items():
