@@ -50,7 +50,9 @@ def test_pairs_are_encoded_together_and_the_longer_is_cut() -> None:
     assert len(predict_dataset(model, encode(task, tokenizer)["train"], tokenizer)) == 1
 
 
-def test_the_default_length_is_the_models_but_at_most_128(tiny_tokenizer: Any) -> None:
+def test_the_default_length_is_the_models_but_at_most_128() -> None:
+    tiny_tokenizer = build_tiny_tokenizer()
+    tiny_tokenizer.model_max_length = 64
     task = make_task(["good " * 300, "bad"], [0, 1])
     assert len(encode(task, tiny_tokenizer)["train"][0]["input_ids"]) == 64
     assert len(encode(task, build_tiny_tokenizer(causal=True))["train"][0]["input_ids"]) == 128

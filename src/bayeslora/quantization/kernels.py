@@ -57,7 +57,7 @@ def mixture_gradients(
             grad_weights.append(outside)
             continue
         step = _step(bound, level)
-        error = torch.div(x, step).round_().mul_(step).sub_(x)  # beyond the range grad_x is zero: no need to clamp
+        error = torch.div(x, step).round_().clamp_(-level, level).mul_(step).sub_(x)
         inside = _inner(grad_x, error, bound)
         grad_bound = grad_bound + (inside if weight is None else _number(weight) * inside)
         grad_weights.append(inside + outside * (level / (level + 0.5)))
