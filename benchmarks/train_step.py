@@ -4,8 +4,8 @@
     python benchmarks/train_step.py --rounds 40 --output benchmarks/results/train_step.json
 
 Each round takes one step of every variant in turn, so a drift of the machine's speed touches all alike; the
-figures are medians over rounds and medians of the ratio round by round. Memory is the growth of the process's peak over
-one step, measured in a process of its own for each variant. Variants:
+figures are medians over rounds and medians of the ratio round by round. Memory is the growth of the peak over one
+step, in a process of its own for each variant. Variants:
 
     lora            PEFT's LoRA
     blora-learning  B-LoRA q + ra in the middle of the gates' phase, with what `BayesLoop` does around the step

@@ -18,7 +18,7 @@ SHARED: dict[str, Any] = {
     "r": 8,
     "lora_alpha": 16,
     "max_length": 64,
-    "max_steps": 400,
+    "max_steps": 300,
     "train_sampling_strategy": "group_by_length",
     "per_device_train_batch_size": 32,
     "learning_rate": 1e-3,

@@ -250,7 +250,10 @@ class BLoraModel(BayesTuner):
     def rate_of(self, role: ParameterRole, step: int) -> float | None:
         if role not in self.learning_rates:
             return None
-        return self.learning_rates[role] if self.warm_up_end <= step < self.frozen_from else 0.0
+        learning = self.warm_up_end <= step < self.frozen_from
+        if role == "bit gates" and self.within_budget:
+            learning = False  # a smaller penalty would not do: Adam divides its size out again
+        return self.learning_rates[role] if learning else 0.0
 
     def step_end(self, step: int) -> None:
         """Move to the next phase after optimizer step `step` (from 0) where it is due."""

@@ -46,6 +46,9 @@ class BayesTuner(BaseTuner):
     A training loop calls `begin` once, then around every optimizer step `step_begin`, `penalty` and `step_end`.
     """
 
+    within_budget = False
+    """Whether the present cost is below `budget`, so that nothing needs to become cheaper in this step."""
+
     target_module_mapping: dict[str, list[str]] = cast(Any, DEFAULT_TARGET_MODULES)
     linear_class: ClassVar[type[BayesLayer]]
 

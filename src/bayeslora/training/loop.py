@@ -67,6 +67,8 @@ class BayesLoop:
 
     def step_begin(self) -> None:
         """Before the first micro-batch of an optimizer step: draws its noise, sets the rates of gates and ranges."""
+        target = self.tuner.budget
+        self.tuner.within_budget = target is not None and self.relative_bops()["attention"] <= target
         self.tuner.step_begin(self.step, self.seed)
         for group in self.optimizer.param_groups:
             rate = self.tuner.rate_of(group.get(ROLE, "weights"), self.step)
