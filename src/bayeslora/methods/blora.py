@@ -260,11 +260,12 @@ class BLoraModel(BayesTuner):
         name = self._driven_adapter()
         layers = self.adapted_layers(name)
         phase = layers[0].progress(name).current
-        if phase == Phase.WARM_UP and step + 1 >= self.warm_up_end:
-            if self.config_of(name).learns_bits:
+        if phase == Phase.WARM_UP:
+            if self.config_of(name).learns_bits:  # every step: DDP overwrites other ranks' buffers with the first's
                 _share_observations([layer.quantizers(name).observed for layer in layers])
-            for layer in layers:
-                layer.start_learning(name)
+            if step + 1 >= self.warm_up_end:
+                for layer in layers:
+                    layer.start_learning(name)
         elif phase == Phase.LEARN and step + 1 >= self.frozen_from:
             for layer in layers:
                 layer.progress(name).advance(Phase.FROZEN)
