@@ -213,6 +213,9 @@ def _build_trainer(session: Session, callbacks: list[TrainerCallback]) -> Traine
             compute_metrics=compute_metrics_for(session.task),
             callbacks=[c for c in callbacks if not (quiet and isinstance(c, ProgressBar))],
         )
+        # A classifier's loss is a mean over the batch: without this the Trainer takes it for one over all
+        # micro-batches and ranks, and multiplies the task's gradient, but not the penalty's, by their number.
+        trainer.model_accepts_loss_kwargs = False
     except BayesLoraError:
         raise
     except (ValueError, TypeError, ImportError, NotImplementedError) as error:
