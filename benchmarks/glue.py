@@ -3,11 +3,13 @@
     python benchmarks/glue.py --data-dir DATA                            # every missing run, then the table
     python benchmarks/glue.py --data-dir DATA --tasks cola --seeds 0 1   # some of them
     python benchmarks/glue.py --table                                    # only the table, from the files there are
+    python benchmarks/glue.py --data-dir DATA --select --tasks mrpc --set bit_penalty=2e-4   # to choose settings
 
 Runs whose file exists in benchmarks/results/glue are skipped: an interrupted benchmark goes on where it stopped,
 and several processes can share the work: a run under way is claimed by a lock file. The score is the task's
 own metric on all held-out rows (the development and, where it has labels, the test split), looked at once, after
-training.
+training. With `--select` a fifth of the training rows is held out, nothing else is scored, and the files go to
+benchmarks/results/glue-selection: what the defaults were chosen on.
 """
 
 from __future__ import annotations
@@ -35,28 +37,33 @@ from transformers import (
 
 import bayeslora
 from bayeslora.cost import count_parameters, relative_bops
-from bayeslora.evaluation import encode, evaluate, load_task, packaged_model
+from bayeslora.evaluation import encode, evaluate, hold_out, load_task, packaged_model
 
 RESULTS = Path(__file__).parent / "results" / "glue"
-STEPS = {"mrpc": 230, "cola": 1300, "sst2": 260}
-LEARNING_RATE = {"mrpc": 2e-3, "cola": 1e-3, "sst2": 1e-3}
+SELECTION = RESULTS.with_name("glue-selection")
+STEPS = {"mrpc": 460, "cola": 800, "sst2": 300}
+LEARNING_RATE = {"mrpc": 1e-3, "cola": 2e-3, "sst2": 1e-3}
 TRAINED = {"r": 8, "lora_alpha": 16, "target_modules": ["query", "key", "value"], "task_type": "SEQ_CLS"}
 
 
-def configuration(method: str) -> PeftConfig:
+def configuration(method: str, options: dict[str, Any]) -> PeftConfig:
     if method == "lora":
         return LoraConfig(**TRAINED)
-    return bayeslora.BLoraConfig(mode=method.removeprefix("blora-"), **TRAINED)
+    return bayeslora.BLoraConfig(mode=method.removeprefix("blora-"), **TRAINED, **options)
 
 
-def run(task_name: str, method: str, seed: int, data_dir: Path) -> dict[str, Any]:
-    """Train and score one run; returns what its file holds."""
+def run(
+    task_name: str, method: str, seed: int, data_dir: Path, options: dict[str, Any], select: bool = False
+) -> dict[str, Any]:
+    """Train and score one run with `options` in B-LoRA's configuration; returns what its file holds."""
     set_seed(seed)
     task = load_task(task_name, data_dir)
+    if select:
+        task = hold_out(task, 0.2)
     tokenizer = AutoTokenizer.from_pretrained(packaged_model("minilm"))
     encoded = encode(task, tokenizer, 128)
     base = AutoModelForSequenceClassification.from_pretrained(packaged_model("minilm"), num_labels=len(task.labels))
-    model = get_peft_model(base, configuration(method))
+    model = get_peft_model(base, configuration(method, options))
     parameters = count_parameters(model)
     steps = STEPS[task_name]
     with tempfile.TemporaryDirectory() as scratch:
@@ -81,13 +88,15 @@ def run(task_name: str, method: str, seed: int, data_dir: Path) -> dict[str, Any
         start = time.perf_counter()
         trainer.train()
         seconds = time.perf_counter() - start
-    held_out = concatenate_datasets([encoded[split] for split in ("validation", "test") if split in encoded])
+    scored = ["selection"] if select else [split for split in ("validation", "test") if split in encoded]
+    held_out = concatenate_datasets([encoded[split] for split in scored])
     ranks = bayeslora.shrink(model)
     scores = evaluate(model, held_out, task, tokenizer, batch_size=64).scores
     layers = bayeslora.describe(model)
     return {
         "task": task_name,
         "method": method,
+        "options": options,
         "seed": seed,
         "steps": steps,
         "learning_rate": LEARNING_RATE[task_name],
@@ -148,23 +157,32 @@ def main() -> None:
     parser.add_argument("--methods", nargs="+", default=["lora", "blora-q+ra"])
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
     parser.add_argument("--threads", type=int)
+    parser.add_argument("--select", action="store_true", help="hold rows of train out, and score on them alone")
+    parser.add_argument("--set", nargs="+", default=[], metavar="FIELD=JSON", help="B-LoRA's configuration")
     parser.add_argument("--table", action="store_true", help="only write the table")
     given = parser.parse_args()
     if given.threads:
         torch.set_num_threads(given.threads)
-    RESULTS.mkdir(parents=True, exist_ok=True)
+    if given.set and not given.select:
+        parser.error("--set belongs to --select: the benchmark itself runs the defaults")
+    options = {name: json.loads(value) for name, value in (item.split("=", 1) for item in given.set)}
+    results = SELECTION if given.select else RESULTS
+    results.mkdir(parents=True, exist_ok=True)
     wanted = [(t, m, s) for s in given.seeds for t in given.tasks for m in given.methods]
     for task, method, seed in [] if given.table else wanted:
-        path = RESULTS / f"{task}-{method}-{seed}.json"
+        changed = "".join(f"-{name}={value}" for name, value in options.items()) if method != "lora" else ""
+        path = results / f"{task}-{method}{changed.replace(' ', '')}-{seed}.json"
         if not claim(path):
             continue
         try:
-            found = run(task, method, seed, given.data_dir)
+            found = run(task, method, seed, given.data_dir, options, given.select)
             beside = path.with_suffix(".partial")
             beside.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
             beside.rename(path)
         finally:
             path.with_suffix(".lock").unlink()
+    if given.select:
+        return
     (RESULTS / "table.md").write_text(table(), encoding="utf-8")
     print(table())
 

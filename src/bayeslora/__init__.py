@@ -7,7 +7,16 @@ then work with them as with LoRA.
 from bayeslora import _peft as _peft  # first, because it keeps the import quiet
 from bayeslora.errors import BayesLoraError
 from bayeslora.export import export, shrink
-from bayeslora.methods import METHODS, BLoraConfig, LayerDescription, describe
+from bayeslora.methods import (
+    METHODS,
+    BlobConfig,
+    BLoraConfig,
+    LayerDescription,
+    MeLoraConfig,
+    describe,
+    posterior_mean,
+    sampling,
+)
 from bayeslora.prediction import Prediction, predict
 from bayeslora.training import BayesLoop, attach, parameter_groups
 
@@ -18,12 +27,16 @@ __all__ = [
     "BLoraConfig",
     "BayesLoop",
     "BayesLoraError",
+    "BlobConfig",
     "LayerDescription",
+    "MeLoraConfig",
     "Prediction",
     "attach",
     "describe",
     "export",
     "parameter_groups",
+    "posterior_mean",
     "predict",
+    "sampling",
     "shrink",
 ]

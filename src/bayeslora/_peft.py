@@ -5,9 +5,7 @@ from __future__ import annotations
 import logging
 
 _disabled = logging.root.manager.disable
-logging.disable(
-    logging.WARNING
-)  # what optional back ends lack is not news to users here
+logging.disable(logging.WARNING)  # what optional back ends lack is not news to users here
 try:
     from peft import PeftConfig
     from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING

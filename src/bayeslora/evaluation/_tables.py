@@ -92,9 +92,7 @@ def _json_records(path: Path, text: str) -> Iterator[tuple[str, Any]]:
             ) from None
 
 
-def _records(
-    path: Path, records: Iterator[tuple[str, Any]], wanted: Sequence[str], optional: Sequence[str]
-) -> Table:
+def _records(path: Path, records: Iterator[tuple[str, Any]], wanted: Sequence[str], optional: Sequence[str]) -> Table:
     columns: dict[str, list[Any]] = {name: [] for name in (*wanted, *optional)}
     seen: set[str] = set()
     places = []

@@ -13,10 +13,13 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from bayeslora.errors import BayesLoraError
-
-Array = NDArray[np.float64]
-BINS = 15
-"""Number of equal-width confidence bins of the expected calibration error."""
+from bayeslora.evaluation._arrays import BINS, Array, aligned, class_arrays
+from bayeslora.evaluation.uncertainty import (
+    adaptive_calibration_error,
+    area_under_risk_coverage,
+    bin_index,
+    classwise_calibration_error,
+)
 
 
 def softmax(logits: ArrayLike) -> Array:
@@ -28,13 +31,13 @@ def softmax(logits: ArrayLike) -> Array:
 
 def accuracy(predicted: ArrayLike, labels: ArrayLike) -> float:
     """Share of examples whose predicted class id is the label."""
-    predicted, labels = _aligned(predicted, labels)
+    predicted, labels = aligned(predicted, labels)
     return float(np.mean(predicted == labels))
 
 
 def confusion_matrix(predicted: ArrayLike, labels: ArrayLike, classes: int) -> NDArray[np.int64]:
     """(C, C) counts: row = true class, column = predicted class."""
-    predicted, labels = _aligned(predicted, labels)
+    predicted, labels = aligned(predicted, labels)
     matrix = np.zeros((classes, classes), dtype=np.int64)
     np.add.at(matrix, (labels.astype(np.int64), predicted.astype(np.int64)), 1)
     return matrix
@@ -47,9 +50,9 @@ def matthews_correlation(predicted: ArrayLike, labels: ArrayLike) -> float:
 
     with the confusion matrix $c$, $t_k$ examples of class $k$ and $p_k$ predictions of class $k$.
     """
-    predicted, labels = _aligned(predicted, labels)
-    classes = 1 + int(max(predicted.max(), labels.max()))
-    matrix = confusion_matrix(predicted, labels, classes).astype(np.float64)
+    predicted, labels = aligned(predicted, labels)
+    count = 1 + int(max(predicted.max(), labels.max()))
+    matrix = confusion_matrix(predicted, labels, count).astype(np.float64)
     true, guessed, n = matrix.sum(axis=1), matrix.sum(axis=0), matrix.sum()
     spread = np.sqrt(n**2 - guessed @ guessed) * np.sqrt(n**2 - true @ true)
     return float((n * np.trace(matrix) - true @ guessed) / spread) if spread > 0 else 0.0
@@ -57,7 +60,7 @@ def matthews_correlation(predicted: ArrayLike, labels: ArrayLike) -> float:
 
 def f1(predicted: ArrayLike, labels: ArrayLike, positive: int = 1) -> float:
     """Harmonic mean of precision and recall of one class; 0 when it is neither present nor predicted."""
-    predicted, labels = _aligned(predicted, labels)
+    predicted, labels = aligned(predicted, labels)
     hits = float(np.sum((predicted == positive) & (labels == positive)))
     total = float(np.sum(predicted == positive) + np.sum(labels == positive))
     return 2 * hits / total if total else 0.0
@@ -65,7 +68,7 @@ def f1(predicted: ArrayLike, labels: ArrayLike, positive: int = 1) -> float:
 
 def pearson(predicted: ArrayLike, values: ArrayLike) -> float:
     """Pearson's correlation; 0 when either side is constant, where the ratio is undefined."""
-    predicted, values = _aligned(predicted, values)
+    predicted, values = aligned(predicted, values)
     if np.ptp(predicted) == 0 or np.ptp(values) == 0:
         return 0.0
     a, b = predicted - predicted.mean(), values - values.mean()
@@ -76,7 +79,7 @@ def pearson(predicted: ArrayLike, values: ArrayLike) -> float:
 
 def spearman(predicted: ArrayLike, values: ArrayLike) -> float:
     """Spearman's rank correlation: Pearson's of the ranks, where ties share their mean rank."""
-    predicted, values = _aligned(predicted, values)
+    predicted, values = aligned(predicted, values)
     return pearson(_ranks(predicted), _ranks(values))
 
 
@@ -90,14 +93,14 @@ CLASSIFICATION_METRICS: dict[str, Callable[[ArrayLike, ArrayLike], float]] = {
 
 def negative_log_likelihood(probabilities: ArrayLike, labels: ArrayLike) -> float:
     r"""Mean over examples of $-\log p(\text{label})$, in nats; probability 0 counts as the smallest float64."""
-    chosen, labels = _classes(probabilities, labels)
+    chosen, labels = class_arrays(probabilities, labels)
     picked = chosen[np.arange(len(labels)), labels]
     return float(-np.mean(np.log(np.maximum(picked, np.finfo(np.float64).tiny))))
 
 
 def brier(probabilities: ArrayLike, labels: ArrayLike) -> float:
     r"""Brier score, $\frac1n \sum_i \sum_k (p_{ik} - [k = y_i])^2$: 0 to 2, summed over classes (Brier, 1950)."""
-    chosen, labels = _classes(probabilities, labels)
+    chosen, labels = class_arrays(probabilities, labels)
     errors = chosen.copy()
     errors[np.arange(len(labels)), labels] -= 1.0
     return float(np.mean(np.sum(errors**2, axis=1)))
@@ -109,12 +112,11 @@ def reliability_bins(probabilities: ArrayLike, labels: ArrayLike, bins: int = BI
     Returns:
         One dict a bin: `lower`, `upper`, `count`, and mean `confidence` and `accuracy`, None in an empty bin.
     """
-    chosen, labels = _classes(probabilities, labels)
+    chosen, labels = class_arrays(probabilities, labels)
     confidence = chosen.max(axis=1)
     correct = (chosen.argmax(axis=1) == labels).astype(np.float64)
     edges = np.linspace(0.0, 1.0, bins + 1)
-    # The probabilities of a row may sum to 1 + 1e-16, and their maximum be that too.
-    index = np.clip(np.searchsorted(edges, confidence, side="left") - 1, 0, bins - 1)
+    index = bin_index(confidence, bins)
     result: list[dict[str, Any]] = []
     for position in range(bins):
         inside = index == position
@@ -150,9 +152,10 @@ def classification_scores(
             among the scores.
 
     Returns:
-        The metrics, `accuracy`, `nll`, `ece` and `brier`.
+        The metrics, `accuracy`, `nll`, `ece`, `adaptive_ece`, `classwise_ece`, `brier` and `aurc` (of the predicted
+        class's probability).
     """
-    chosen, labels = _classes(probabilities, labels)
+    chosen, labels = class_arrays(probabilities, labels)
     predicted = chosen.argmax(axis=1)
     unknown = [name for name in metrics if name not in CLASSIFICATION_METRICS]
     if unknown:
@@ -161,13 +164,16 @@ def classification_scores(
     scores = {name: CLASSIFICATION_METRICS[name](predicted, labels) for name in (*metrics, "accuracy")}
     scores["nll"] = negative_log_likelihood(chosen, labels)
     scores["ece"] = expected_calibration_error(chosen, labels)
+    scores["adaptive_ece"] = adaptive_calibration_error(chosen, labels)
+    scores["classwise_ece"] = classwise_calibration_error(chosen, labels)
     scores["brier"] = brier(chosen, labels)
+    scores["aurc"] = area_under_risk_coverage(-chosen.max(axis=1), predicted != labels)
     return scores
 
 
 def regression_scores(predicted: ArrayLike, values: ArrayLike) -> dict[str, float]:
     """`pearson`, `spearman` and the mean squared error `mse`."""
-    predicted, values = _aligned(predicted, values)
+    predicted, values = aligned(predicted, values)
     return {
         "pearson": pearson(predicted, values),
         "spearman": spearman(predicted, values),
@@ -179,26 +185,3 @@ def _ranks(values: Array) -> Array:
     _, inverse, counts = np.unique(values, return_inverse=True, return_counts=True)
     last = np.cumsum(counts)
     return np.asarray((last - (counts - 1) / 2)[inverse])
-
-
-def _aligned(predicted: ArrayLike, labels: ArrayLike) -> tuple[Array, Array]:
-    a = np.asarray(predicted, dtype=np.float64).reshape(-1)
-    b = np.asarray(labels, dtype=np.float64).reshape(-1)
-    if len(a) != len(b) or not len(a):
-        raise BayesLoraError(f"{len(a)} predictions for {len(b)} labels: one each is needed, and at least one")
-    return a, b
-
-
-def _classes(probabilities: ArrayLike, labels: ArrayLike) -> tuple[Array, NDArray[np.int64]]:
-    chosen = np.asarray(probabilities, dtype=np.float64)
-    ids = np.asarray(labels).astype(np.int64).reshape(-1)
-    if chosen.ndim != 2 or len(chosen) != len(ids) or not len(ids):
-        raise BayesLoraError(
-            f"probabilities of shape {chosen.shape} for {len(ids)} labels: (n, classes) for n labels is needed"
-        )
-    if ids.min() < 0 or ids.max() >= chosen.shape[1]:
-        raise BayesLoraError(
-            f"label ids run from {ids.min()} to {ids.max()}, but the model has {chosen.shape[1]} classes: "
-            "use the labels the model was trained with"
-        )
-    return chosen, ids

@@ -17,37 +17,22 @@ from dataclasses import dataclass, field
 from typing import Literal, cast
 
 import torch
-from peft import PeftConfig
 from torch import Tensor
 
-from bayeslora._peft import peft_type
 from bayeslora.errors import BayesLoraError
 from bayeslora.methods.blora_layer import BLoraLayer, Linear
+from bayeslora.methods.config import AdapterConfig
 from bayeslora.methods.quantizers import GATED_WIDTHS, Phase
 from bayeslora.methods.tuner import BayesTuner, ParameterRole, Schedule
 from bayeslora.quantization import OPEN_LOGIT, nested_probability, open_probability, rank_probability
 
 
 @dataclass
-class BLoraConfig(PeftConfig):
-    """Configuration of B-LoRA; fields shared with `peft.LoraConfig` keep its names and meaning.
+class BLoraConfig(AdapterConfig):
+    """Configuration of B-LoRA, on top of the fields shared with `peft.LoraConfig`."""
 
-    Raises `BayesLoraError` for values that cannot work.
-    """
+    method = "blora"
 
-    r: int = field(default=8, metadata={"help": "Initial rank; rank gates only ever lower it."})
-    lora_alpha: int = field(default=8, metadata={"help": "The update is scaled by lora_alpha / r."})
-    lora_dropout: float = field(default=0.0, metadata={"help": "Dropout on the adapter's input."})
-    target_modules: list[str] | str | None = field(default=None, metadata={"help": "Names or regex of the layers."})
-    exclude_modules: list[str] | str | None = field(default=None, metadata={"help": "Names or regex to leave out."})
-    modules_to_save: list[str] | None = field(default=None, metadata={"help": "Further modules to train and save."})
-    layers_to_transform: list[int] | int | None = field(default=None, metadata={"help": "Indices of the layers."})
-    layers_pattern: list[str] | str | None = field(default=None, metadata={"help": "Name of the layers' list."})
-    bias: str = field(default="none", metadata={"help": "Biases to train: 'none' or 'all'."})
-    use_rslora: bool = field(default=False, metadata={"help": "Scale by lora_alpha / sqrt(r) instead."})
-    init_weights: bool = field(default=True, metadata={"help": "False starts from a random, non-zero update."})
-    rank_pattern: dict[str, int] = field(default_factory=dict, metadata={"help": "Rank by layer name; may be 0."})
-    alpha_pattern: dict[str, int] = field(default_factory=dict, metadata={"help": "lora_alpha by layer name."})
     mode: Literal["q+ra", "q", "ra"] = field(
         default="q+ra", metadata={"help": "Learn bit-widths and ranks (q+ra), only bit-widths (q) or only ranks (ra)."}
     )
@@ -88,27 +73,9 @@ class BLoraConfig(PeftConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        self.peft_type = peft_type("BLORA")
-        for name in ("target_modules", "exclude_modules"):
-            if isinstance(getattr(self, name), list):
-                setattr(self, name, set(getattr(self, name)))
-        if self.layers_pattern and self.layers_to_transform is None:
-            raise BayesLoraError("layers_pattern needs layers_to_transform: name the indices, or drop the pattern")
-        self._check_numbers()
-
-    def _check_numbers(self) -> None:
-        if self.r <= 0:
-            raise BayesLoraError(f"r must be at least 1, not {self.r}: give the initial rank")
-        if self.mode not in ("q+ra", "q", "ra"):
-            raise BayesLoraError(f"mode must be 'q+ra', 'q' or 'ra', not {self.mode!r}")
-        if self.bit_weighting not in ("const", "bits", "bops"):
-            raise BayesLoraError(f"bit_weighting must be 'const', 'bits' or 'bops', not {self.bit_weighting!r}")
-        if self.calibration not in ("mse", "absmax"):
-            raise BayesLoraError(f"calibration must be 'mse' or 'absmax', not {self.calibration!r}")
-        if self.bias not in ("none", "all"):
-            raise BayesLoraError(f"bias must be 'none' or 'all', not {self.bias!r}")
-        if not 0 <= self.lora_dropout < 1:
-            raise BayesLoraError(f"lora_dropout must lie in [0, 1), not {self.lora_dropout}")
+        self._require("mode", ("q+ra", "q", "ra"))
+        self._require("bit_weighting", ("const", "bits", "bops"))
+        self._require("calibration", ("mse", "absmax"))
         if self.bit_penalty < 0 or self.rank_penalty < 0:
             raise BayesLoraError(
                 f"penalties must not be negative, not bit_penalty={self.bit_penalty}, rank_penalty={self.rank_penalty}"

@@ -13,7 +13,7 @@ from transformers.pytorch_utils import Conv1D
 
 from bayeslora.errors import BayesLoraError
 from bayeslora.methods.description import KINDS, LayerDescription
-from bayeslora.methods.layer import BayesLayer
+from bayeslora.methods.layer import BayesLayer, add_update, base_width
 from bayeslora.methods.quantizers import BASE_WEIGHT, Assignment, Phase, Progress, Quantizers, RankGates
 from bayeslora.quantization import WIDTHS, linear, optimal_range
 
@@ -116,7 +116,7 @@ class BLoraLayer(BayesLayer):
             weight = quantized(BASE_WEIGHT, self.weight)
             result = linear(x, weight.T if self.is_transposed else weight, self.bias)
         hidden = self._low_rank(name, x, quantized)
-        result = _add_update(result, hidden, quantized("B", self.blora_B[name]), self.scaling[name])
+        result = add_update(result, hidden, quantized("B", self.blora_B[name]), self.scaling[name])
         return quantized("out", result)
 
     def _low_rank(self, name: str, x: Tensor, quantized: Callable[[str, Tensor], Tensor]) -> Tensor:
@@ -314,16 +314,6 @@ class Linear(BLoraLayer):
     """The name PEFT's `all-linear` recognises an adapted layer by."""
 
 
-def base_width(layer: nn.Module, is_quantized: bool) -> int:
-    """Bits of the stored base weight: 4 or 8 where it was loaded so, otherwise 32."""
-    if not is_quantized:
-        return WIDTHS[-1]
-    described = f"{type(layer).__name__} {type(getattr(layer, 'weight', None)).__name__}".lower()
-    if "4bit" in described or "int4" in described or getattr(layer, "nbits", None) == 4:
-        return 4
-    return 8
-
-
 def _identity(kind: str, tensor: Tensor) -> Tensor:
     return tensor
 
@@ -331,11 +321,3 @@ def _identity(kind: str, tensor: Tensor) -> Tensor:
 def _calibration_bits(kind: str) -> int:
     """Width at which a range starts out best: where its tensor is likely to end."""
     return 8 if kind in (BASE_WEIGHT, "in", "out") else 4
-
-
-def _add_update(result: Tensor, hidden: Tensor, b: Tensor, scaling: float) -> Tensor:
-    """`result + scaling * hidden @ b.T`, in one pass over `result` where the types agree."""
-    if result.dtype == hidden.dtype == b.dtype:
-        flat = torch.addmm(result.flatten(0, -2), hidden.flatten(0, -2), b.T, alpha=scaling)
-        return flat.view(result.shape)
-    return result + (F.linear(hidden, b) * scaling).to(result.dtype)

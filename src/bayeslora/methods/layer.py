@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 from typing import Any, cast
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
@@ -198,3 +199,24 @@ class BayesLayer(nn.Module, BaseTunerLayer):
 
     def extra_repr(self) -> str:
         return quantization_extra_repr(self)
+
+
+_UNQUANTIZED = 32
+
+
+def base_width(layer: nn.Module, is_quantized: bool) -> int:
+    """Bits of the stored base weight: 4 or 8 where it was loaded so, otherwise 32."""
+    if not is_quantized:
+        return _UNQUANTIZED
+    described = f"{type(layer).__name__} {type(getattr(layer, 'weight', None)).__name__}".lower()
+    if "4bit" in described or "int4" in described or getattr(layer, "nbits", None) == 4:
+        return 4
+    return 8
+
+
+def add_update(result: Tensor, hidden: Tensor, b: Tensor, scaling: float) -> Tensor:
+    """`result + scaling * hidden @ b.T`, in one pass over `result` where the types agree."""
+    if result.dtype == hidden.dtype == b.dtype:
+        flat = torch.addmm(result.flatten(0, -2), hidden.flatten(0, -2), b.T, alpha=scaling)
+        return flat.view(result.shape)
+    return result + (F.linear(hidden, b) * scaling).to(result.dtype)

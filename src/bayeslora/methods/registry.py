@@ -5,10 +5,12 @@ from __future__ import annotations
 from peft import PeftConfig
 
 from bayeslora._peft import BaseTuner, register
+from bayeslora.methods.blob import BlobConfig, BlobModel
 from bayeslora.methods.blora import BLoraConfig, BLoraModel
+from bayeslora.methods.melora import MeLoraConfig, MeLoraModel
 
-METHODS: dict[str, type[PeftConfig]] = {"blora": BLoraConfig}
-_MODELS: dict[str, type[BaseTuner]] = {"blora": BLoraModel}
+METHODS: dict[str, type[PeftConfig]] = {"blora": BLoraConfig, "melora": MeLoraConfig, "blob": BlobConfig}
+_MODELS: dict[str, type[BaseTuner]] = {"blora": BLoraModel, "melora": MeLoraModel, "blob": BlobModel}
 
 for _name, _config in METHODS.items():
     register(_name, _config, _MODELS[_name])

@@ -157,6 +157,15 @@ class BayesTuner(BaseTuner):
         """The role of one of this method's parameters, by its name in the model."""
         return "weights"
 
+    def rate_factor(self, role: ParameterRole) -> float:
+        """Learning rate of `role` as a multiple of the weights', where it follows the same schedule."""
+        return 1.0
+
+    @property
+    def num_examples(self) -> int | None:
+        """N where the configuration states it."""
+        return None
+
     def begin(self, schedule: Schedule) -> None:
         """Fit the method's schedule into the run; raises `BayesLoraError` where it cannot work."""
 

@@ -213,9 +213,7 @@ def _core_scope(run: RunRecord) -> str | None:
     return core if core in run.relative_bops else None
 
 
-def _cells(
-    axes: Axes, values: np.ndarray, colors: Colormap, norm: Normalize, digits: int, size: float
-) -> QuadMesh:
+def _cells(axes: Axes, values: np.ndarray, colors: Colormap, norm: Normalize, digits: int, size: float) -> QuadMesh:
     mesh = axes.pcolormesh(np.ma.masked_invalid(values), cmap=colors, norm=norm, edgecolors="white", linewidth=0.8)
     for (row, column), value in np.ndenumerate(values):
         if math.isnan(value):

@@ -6,6 +6,7 @@ from collections.abc import Sized
 from typing import Any, TypeVar, cast
 
 import torch
+from peft import TaskType
 from torch import nn
 from torch.optim import Optimizer
 from transformers import PreTrainedModel, Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
@@ -27,11 +28,13 @@ def attach(trainer: AnyTrainer, num_examples: int | None = None) -> AnyTrainer:
 
     Args:
         trainer: constructed but not yet trained.
-        num_examples: N, for methods with a divergence; by default the length of the training set.
+        num_examples: N, for methods with a divergence: the number of terms that the loss is a mean of over the whole
+            training set. By default what the configuration says, or else the length of the training set; a language
+            model's loss is a mean over tokens, so there it has to be given.
 
     Raises:
-        BayesLoraError: under DeepSpeed, which owns the gradients; or if the trainer was given an optimizer that lacks
-            the method's groups.
+        BayesLoraError: under DeepSpeed, which owns the gradients; if the trainer was given an optimizer that lacks the
+            method's groups; or if N contradicts the configuration.
     """
     if trainer.model is None or tuner_of(trainer.model) is None:
         return trainer
@@ -39,6 +42,11 @@ def attach(trainer: AnyTrainer, num_examples: int | None = None) -> AnyTrainer:
         raise BayesLoraError("DeepSpeed keeps gradients to itself, which these methods need: use DDP or FSDP2 instead")
     if trainer.optimizer is None and trainer.optimizer_cls_and_kwargs is None:
         trainer.optimizer_cls_and_kwargs = _grouped_optimizer(trainer)
+    stated = require_tuner(trainer.model).num_examples
+    if stated is not None and num_examples not in (None, stated):
+        raise BayesLoraError(
+            f"num_examples is {num_examples}, but the adapter's config says {stated}: drop one of them"
+        )
     callback = BayesCallback(trainer, num_examples)
     trainer.callback_handler.callbacks.insert(0, callback)
     _log_statistics(trainer, callback)
@@ -55,17 +63,24 @@ class BayesCallback(TrainerCallback):
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        dataset = self.trainer.train_dataset
-        length = len(dataset) if isinstance(dataset, Sized) else None
         assert self.trainer.model is not None
         self.loop = BayesLoop(
             self.trainer.model,
             _inner(kwargs["optimizer"]),
             total_steps=state.max_steps,
-            num_examples=self.num_examples or length,
+            num_examples=self.num_examples or self._length(),
             seed=args.seed,
             step=state.global_step,
         )
+
+    def _length(self) -> int | None:
+        """The number of training examples, where each of them is one term of the loss."""
+        assert self.trainer.model is not None
+        dataset, tuner = self.trainer.train_dataset, require_tuner(self.trainer.model)
+        task = tuner.peft_config[tuner.active_adapters[0]].task_type
+        if task in (TaskType.CAUSAL_LM, TaskType.SEQ_2_SEQ_LM) or not isinstance(dataset, Sized):
+            return None
+        return len(dataset)
 
     def on_step_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any

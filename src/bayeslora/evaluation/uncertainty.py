@@ -1,0 +1,218 @@
+r"""Scores of how well a model knows what it does not know, in plain NumPy and float64.
+
+Calibration asks whether confidence is a probability, selective prediction whether the model is unsure where it is
+wrong, detection whether it is unsure about inputs unlike those it was trained on. Examples that tie are never put in
+an order: every score depends on the set of examples alone, and says how it treats ties.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+from numpy.typing import ArrayLike
+
+from bayeslora.errors import BayesLoraError
+from bayeslora.evaluation._arrays import BINS, Array, aligned, class_arrays
+
+HISTOGRAM_BINS = 30
+CURVE_POINTS = 100
+UNCERTAINTIES = ("max_probability", "entropy", "mutual_information")
+"""Names of the measures of uncertainty that detection is scored with, see `uncertainties`."""
+
+
+def uncertainties(probabilities: ArrayLike, entropy: ArrayLike, mutual_information: ArrayLike) -> dict[str, Array]:
+    """What a classifier says about how unsure it is, larger = less sure, (n,) each.
+
+    Args:
+        probabilities: (n, C).
+        entropy: (n,) of the same predictions, in nats.
+        mutual_information: (n,), in nats.
+
+    Returns:
+        `max_probability`, negated as 1 - max p; `entropy`; `mutual_information`, which is left out where it is 0 for
+        every example: a model with one set of weights does not disagree with itself.
+    """
+    found = {
+        "max_probability": 1.0 - np.asarray(probabilities, dtype=np.float64).max(axis=1),
+        "entropy": np.asarray(entropy, dtype=np.float64),
+    }
+    information = np.asarray(mutual_information, dtype=np.float64)
+    if np.any(information != 0):
+        found["mutual_information"] = information
+    return found
+
+
+def adaptive_calibration_error(probabilities: ArrayLike, labels: ArrayLike, bins: int = BINS) -> float:
+    r"""Calibration error over bins of equal mass, $\frac1B \sum_b |\text{acc}_b - \text{conf}_b|$.
+
+    Examples are sorted by the predicted class's probability and cut into B bins of n/B examples (Nixon et al., 2019,
+    arXiv:1904.01685, for the predicted class alone), so that a model whose confidences crowd near 1 is still looked at
+    in B places. Where a cut falls inside an example, or inside a group of examples with the same confidence, each side
+    takes its share of the group's mean: no order among ties, and B bins of exactly equal mass for every n. Fewer than
+    B examples make a bin each.
+    """
+    chosen, labels = class_arrays(probabilities, labels)
+    confidence = chosen.max(axis=1)
+    gap = (chosen.argmax(axis=1) == labels) - confidence
+    count, total = _cumulative(confidence, gap)
+    n = len(gap)
+    cuts = np.linspace(0, n, min(bins, n) + 1)
+    return float(np.abs(np.diff(np.interp(cuts, count, total))).sum() / n)
+
+
+def classwise_calibration_error(probabilities: ArrayLike, labels: ArrayLike, bins: int = BINS) -> float:
+    r"""Calibration error of every class's probability, averaged over classes (Kull et al., 2019, arXiv:1910.12656).
+
+    $$ \frac1C \sum_k \sum_b \frac{n_{bk}}{n} \bigl| \text{share of class } k - \text{mean } p_k \bigr| $$
+
+    over equal-width bins (lower, upper] of $p_k$, with 0 in the lowest. Unlike the expected calibration error it sees
+    the probabilities of the classes that were not predicted.
+    """
+    chosen, labels = class_arrays(probabilities, labels)
+    n, count = chosen.shape
+    gaps = -chosen
+    gaps[np.arange(n), labels] += 1.0
+    index = bin_index(chosen, bins) + bins * np.arange(count)
+    sums = np.bincount(index.reshape(-1), weights=gaps.reshape(-1), minlength=bins * count)
+    return float(np.abs(sums).sum() / (n * count))
+
+
+def bin_index(values: Array, bins: int) -> np.ndarray:
+    """Which of the equal-width bins (lower, upper] of [0, 1] each value lies in; 0 lies in the first."""
+    edges = np.linspace(0.0, 1.0, bins + 1)
+    # The probabilities of a row may sum to 1 + 1e-16, and their maximum be that too.
+    return np.clip(np.searchsorted(edges, values, side="left") - 1, 0, bins - 1)
+
+
+def area_under_risk_coverage(uncertainty: ArrayLike, wrong: ArrayLike) -> float:
+    r"""AURC, $\frac1n \sum_{i=1}^n \frac1i \sum_{j \le i} e_{(j)}$: 0 is best, the error rate is what chance gives.
+
+    The mean, over the numbers i of examples a model might be asked to answer, of the error rate among the i it is
+    surest of (Geifman and El-Yaniv, 2018, arXiv:1805.08206). It holds both the error rate and the order of the
+    examples; `excess_area` leaves the first out. Ties: among examples of equal uncertainty every order is equally
+    likely and the expectation is taken, so a constant uncertainty has the error rate as its area.
+
+    Args:
+        uncertainty: (n,) larger = less sure.
+        wrong: (n,) 1 for an error and 0 otherwise, or any loss.
+    """
+    return float(np.mean(_risks(uncertainty, wrong)))
+
+
+def excess_area(uncertainty: ArrayLike, wrong: ArrayLike) -> float:
+    """E-AURC: the area minus that of the best order of the same losses, to compare methods of unlike accuracy by."""
+    _, losses = aligned(uncertainty, wrong)
+    return area_under_risk_coverage(uncertainty, wrong) - area_under_risk_coverage(losses, losses)
+
+
+def risk_coverage_curve(
+    uncertainty: ArrayLike, wrong: ArrayLike, points: int = CURVE_POINTS
+) -> dict[str, list[float]]:
+    """Error rate among the share of examples a model is surest of, on an even grid of shares.
+
+    Returns:
+        `coverage` (1/points, …, 1) and `risk`, lists of `points` numbers, as metrics.json holds them. Ties as in `area_under_risk_coverage`; a
+        coverage that ends inside an example counts its part.
+    """
+    scores, losses = aligned(uncertainty, wrong)
+    count, total = _cumulative(scores, losses)
+    coverage = np.arange(1, points + 1) / points
+    answered = coverage * len(losses)
+    return {"coverage": coverage.tolist(), "risk": (np.interp(answered, count, total) / answered).tolist()}
+
+
+def detection_scores(inside: ArrayLike, outside: ArrayLike) -> dict[str, float]:
+    r"""How well an uncertainty tells out-of-distribution examples (the positives) from in-distribution ones.
+
+    Args:
+        inside: (n,) uncertainty of in-distribution examples, larger = less sure.
+        outside: (m,) uncertainty of out-of-distribution examples.
+
+    Returns:
+        `auroc`: the probability that an outside example is less sure than an inside one, a tie counting one half.
+        `aupr`: average precision, $\sum_t (R_t - R_{t-1}) P_t$ over the distinct thresholds, so examples that tie
+        are flagged together; chance gives m / (n + m), so it compares only at equal n and m.
+        `fpr95`: the share of inside examples flagged at the highest threshold that flags at least 95 % of the outside
+        ones (Hendrycks et al., 2019, arXiv:1812.04606, who also count the outside as positive); ties are flagged.
+
+    Raises:
+        BayesLoraError: no example on one side, or a value that is not finite.
+    """
+    negative, positive = _side(inside, "in-distribution"), _side(outside, "out-of-distribution")
+    n, m = len(negative), len(positive)
+    values, index = np.unique(np.concatenate([negative, positive]), return_inverse=True)
+    # From the least sure down: what each threshold flags.
+    false = np.cumsum(np.bincount(index[:n], minlength=len(values))[::-1]).astype(np.float64)
+    true = np.cumsum(np.bincount(index[n:], minlength=len(values))[::-1]).astype(np.float64)
+    false_step, true_step = np.diff(false, prepend=0.0), np.diff(true, prepend=0.0)
+    pairs = np.sum(true_step * (n - false + false_step / 2))
+    enough = int(np.argmax(true >= math.ceil(0.95 * m - 1e-9)))
+    return {
+        "auroc": float(pairs / (n * m)),
+        "aupr": float(np.sum(true_step * true / (true + false)) / m),
+        "fpr95": float(false[enough] / n),
+    }
+
+
+def detection(inside: Mapping[str, Array], outside: Mapping[str, Array]) -> dict[str, dict[str, float]]:
+    """`detection_scores` by measure of uncertainty, for those (of `uncertainties`) that both sides have."""
+    return {name: detection_scores(inside[name], outside[name]) for name in inside if name in outside}
+
+
+def histograms(groups: Mapping[str, Mapping[str, Array]], classes: int) -> dict[str, dict[str, Any]]:
+    """Counts of entropy and mutual information by group of examples, on shared bins, as metrics.json holds them.
+
+    Args:
+        groups: `uncertainties` by name of a group, such as `correct`, `wrong` and `ood`.
+        classes: C; no entropy is above log C, where the bins end. Those of mutual information, which is often far
+            smaller, end at the first of log C, log C / 2, log C / 4, … that still holds every value.
+
+    Returns:
+        By measure, `edges` (31 numbers, in nats) and a list of 30 counts for each group.
+    """
+    found: dict[str, dict[str, Any]] = {}
+    for name in ("entropy", "mutual_information"):
+        members = {group: values[name] for group, values in groups.items() if name in values}
+        if not members:
+            continue
+        top = math.log(max(classes, 2))
+        if name == "mutual_information":
+            highest = max((float(values.max()) for values in members.values() if len(values)), default=0.0)
+            while 0 < highest <= top / 2:
+                top /= 2
+        edges = np.linspace(0.0, top, HISTOGRAM_BINS + 1)
+        counts = {g: np.histogram(np.clip(values, 0.0, top), edges)[0].tolist() for g, values in members.items()}
+        found[name] = {"edges": edges.tolist(), **counts}
+    return found
+
+
+def _risks(uncertainty: ArrayLike, wrong: ArrayLike) -> Array:
+    """Expected loss among the i surest examples, i = 1..n."""
+    scores, losses = aligned(uncertainty, wrong)
+    count, total = _cumulative(scores, losses)
+    answered = np.arange(1, len(losses) + 1)
+    return np.asarray(np.interp(answered, count, total) / answered)
+
+
+def _cumulative(keys: Array, values: Array) -> tuple[Array, Array]:
+    """Cumulative count and sum of `values` after each distinct key in rising order, both from 0.
+
+    Between two keys the sum is read off by linear interpolation: its expectation over the orders of the tied examples.
+    """
+    if not np.isfinite(keys).all():
+        raise BayesLoraError(f"{int((~np.isfinite(keys)).sum())} of {len(keys)} uncertainties are not finite numbers")
+    _, index, sizes = np.unique(keys, return_inverse=True, return_counts=True)
+    sums = np.bincount(index, weights=values)
+    return np.concatenate([[0.0], np.cumsum(sizes)]), np.concatenate([[0.0], np.cumsum(sums)])
+
+
+def _side(scores: ArrayLike, name: str) -> Array:
+    values = np.asarray(scores, dtype=np.float64).reshape(-1)
+    if not len(values) or not np.isfinite(values).all():
+        broken = int((~np.isfinite(values)).sum())
+        seen = f"{broken} of {len(values)} are not finite" if len(values) else "there are 0"
+        raise BayesLoraError(f"of the {name} uncertainties {seen}, at least 1 and only finite numbers are needed")
+    return values

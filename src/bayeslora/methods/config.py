@@ -1,0 +1,52 @@
+"""What every method's configuration has in common with `peft.LoraConfig`, under the same names."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import ClassVar
+
+from peft import PeftConfig
+
+from bayeslora._peft import peft_type
+from bayeslora.errors import BayesLoraError
+
+
+@dataclass
+class AdapterConfig(PeftConfig):
+    """Fields shared with `peft.LoraConfig`; raises `BayesLoraError` for values that cannot work."""
+
+    method: ClassVar[str]
+
+    r: int = field(default=8, metadata={"help": "Rank; the initial one where the method learns it."})
+    lora_alpha: int = field(default=8, metadata={"help": "The update is scaled by lora_alpha / r."})
+    lora_dropout: float = field(default=0.0, metadata={"help": "Dropout on the adapter's input."})
+    target_modules: list[str] | str | None = field(default=None, metadata={"help": "Names or regex of the layers."})
+    exclude_modules: list[str] | str | None = field(default=None, metadata={"help": "Names or regex to leave out."})
+    modules_to_save: list[str] | None = field(default=None, metadata={"help": "Further modules to train and save."})
+    layers_to_transform: list[int] | int | None = field(default=None, metadata={"help": "Indices of the layers."})
+    layers_pattern: list[str] | str | None = field(default=None, metadata={"help": "Name of the layers' list."})
+    bias: str = field(default="none", metadata={"help": "Biases to train: 'none' or 'all'."})
+    use_rslora: bool = field(default=False, metadata={"help": "Scale by lora_alpha / sqrt(r) instead."})
+    init_weights: bool = field(default=True, metadata={"help": "False starts from a random, non-zero update."})
+    rank_pattern: dict[str, int] = field(default_factory=dict, metadata={"help": "Rank by layer name; may be 0."})
+    alpha_pattern: dict[str, int] = field(default_factory=dict, metadata={"help": "lora_alpha by layer name."})
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.peft_type = peft_type(self.method)
+        for name in ("target_modules", "exclude_modules"):
+            if isinstance(getattr(self, name), list):
+                setattr(self, name, set(getattr(self, name)))
+        if self.layers_pattern and self.layers_to_transform is None:
+            raise BayesLoraError("layers_pattern needs layers_to_transform: name the indices, or drop the pattern")
+        if self.r <= 0:
+            raise BayesLoraError(f"r must be at least 1, not {self.r}: give the initial rank")
+        if not 0 <= self.lora_dropout < 1:
+            raise BayesLoraError(f"lora_dropout must lie in [0, 1), not {self.lora_dropout}")
+        self._require("bias", ("none", "all"))
+
+    def _require(self, name: str, allowed: tuple[str, ...]) -> None:
+        value = getattr(self, name)
+        if value not in allowed:
+            listed = ", ".join(repr(each) for each in allowed[:-1])
+            raise BayesLoraError(f"{name} must be {listed} or {allowed[-1]!r}, not {value!r}")

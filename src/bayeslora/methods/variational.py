@@ -1,0 +1,211 @@
+r"""What the variational methods share: a Gaussian inside each layer, its noise, and one evidence lower bound.
+
+The loss is the mean negative log-likelihood plus $\frac{\beta}{N} \sum_{layers} \mathrm{KL}(q \| p)$, with N the
+number of training examples and a linear warm-up of $\beta$. A layer draws fresh noise while it trains, uses the
+posterior mean in evaluation, when merged and when it is described, and follows `bayeslora.sampling` wherever that is
+in force.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any, ClassVar, cast
+
+import torch
+from torch import Tensor, nn
+
+from bayeslora.errors import BayesLoraError
+from bayeslora.methods.config import AdapterConfig
+from bayeslora.methods.description import LayerDescription
+from bayeslora.methods.layer import BayesLayer, add_update, base_width
+from bayeslora.methods.tuner import BayesTuner, ParameterRole, Schedule
+from bayeslora.posterior import SCOPES, Noise, Scope, kl_divergence
+
+
+@dataclass
+class VariationalConfig(AdapterConfig):
+    """Fields of every method with a Gaussian posterior."""
+
+    num_examples: int | None = field(
+        default=None, metadata={"help": "N, the training examples that the divergence is divided by."}
+    )
+    kl_weight: float = field(default=1.0, metadata={"help": "beta, the weight of the divergence; 1 is the bound."})
+    kl_warmup: float = field(default=0.1, metadata={"help": "Share of the steps in which beta rises from 0."})
+    prior_std: float = field(default=0.2, metadata={"help": "Standard deviation of the prior."})
+    noise_scope: Scope = field(
+        default="example", metadata={"help": "What shares a draw in training: 'example', 'token' or 'batch'."}
+    )
+    antithetic: bool = field(default=False, metadata={"help": "Draw noise in pairs of opposite sign in training."})
+    variance_lr_factor: float = field(
+        default=5.0, metadata={"help": "Learning rate of the variances as a multiple of the weights'."}
+    )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self._require("noise_scope", SCOPES)
+        if self.num_examples is not None and self.num_examples < 1:
+            raise BayesLoraError(f"num_examples must be at least 1, not {self.num_examples}: give the training set's")
+        if self.kl_weight < 0:
+            raise BayesLoraError(f"kl_weight must not be negative, not {self.kl_weight}")
+        if not 0 <= self.kl_warmup < 1:
+            raise BayesLoraError(f"kl_warmup is a share of the steps in [0, 1), not {self.kl_warmup}")
+        if self.prior_std <= 0:
+            raise BayesLoraError(f"prior_std must be positive, not {self.prior_std}")
+        if self.variance_lr_factor < 0:
+            raise BayesLoraError(f"variance_lr_factor must not be negative, not {self.variance_lr_factor}")
+        if self.antithetic and self.noise_scope != "example":
+            raise BayesLoraError(f"antithetic noise needs noise_scope 'example', not {self.noise_scope!r}")
+
+
+class VariationalLayer(BayesLayer):
+    """A layer whose update depends on one Gaussian matrix; a method says which."""
+
+    matrix_B: ClassVar[str]
+    """Name of the container of B (d_out, r)."""
+
+    other_param_names: tuple[str, ...] = ("variational_dropout", "scaling", "configs")
+
+    def __init__(self, base_layer: nn.Module, **kwargs: Any) -> None:
+        super().__init__(base_layer, **kwargs)
+        self.variational_dropout = nn.ModuleDict()
+        self.scaling: dict[str, float] = {}
+        self.configs: dict[str, Any] = {}
+        self.noise: Noise | None = None
+        self.is_controlled = False  # whether `noise` (None: the mean) stands for what the mode would choose
+        self._fresh: dict[str, Noise] = {}
+
+    # What a method implements -------------------------------------------------------------------------------------
+
+    def hidden(self, name: str, x: Tensor, noise: Noise | None) -> Tensor:
+        """(..., r): the update's path up to, and without, B, for `x` (..., d_in); None: at the posterior mean."""
+        raise NotImplementedError
+
+    def posterior(self, name: str) -> tuple[Tensor, Tensor, Tensor | float]:
+        """Mean and standard deviation of the Gaussian matrix, of one shape, and the prior's mean."""
+        raise NotImplementedError
+
+    def drawn_A(self, name: str, noise: Noise) -> Tensor:
+        """The first factor (r, d_in) under the first draw of `noise`, float32."""
+        raise NotImplementedError
+
+    # Written once -------------------------------------------------------------------------------------------------
+
+    def add_common(self, adapter_name: str, config: VariationalConfig, scaling: float) -> None:
+        """What every variational adapter keeps beside its tensors."""
+        self.configs[adapter_name], self.scaling[adapter_name] = config, scaling
+        dropout = nn.Dropout(config.lora_dropout) if config.lora_dropout else nn.Identity()
+        self.variational_dropout[adapter_name] = dropout
+        self._fresh[adapter_name] = Noise(config.noise_scope, antithetic=config.antithetic)
+
+    def noise_of(self, name: str) -> Noise | None:
+        """The noise of the current forward pass under adapter `name`; None is the posterior mean."""
+        if self.is_controlled:
+            return self.noise
+        return self._fresh[name] if self.training else None
+
+    def adapted(self, x: Tensor, adapter_names: list[str], *args: Any, **kwargs: Any) -> Tensor:
+        result = self.base_layer(x, *args, **kwargs)
+        for name in adapter_names:
+            b = self.B(name)
+            inner = self.variational_dropout[name](self._cast_input_dtype(x, b.dtype))
+            hidden = self.hidden(name, inner, self.noise_of(name))
+            result = add_update(result, hidden, b, self.scaling[name])
+        return result
+
+    def B(self, name: str) -> Tensor:  # noqa: N802 - the field's name
+        """The second factor (d_out, r)."""
+        return cast(Tensor, getattr(self, self.matrix_B)[name])
+
+    def get_delta_weight(self, adapter_name: str) -> Tensor:
+        a, _, b = self.factors(adapter_name)
+        delta = b @ a * self.scaling[adapter_name]
+        return delta.T if self.is_transposed else delta
+
+    def shrink(self, adapter_name: str) -> int:
+        return int(self.B(adapter_name).shape[1])  # every rank contributes
+
+    def describe(self, adapter_name: str, name: str) -> LayerDescription:
+        rank = int(self.B(adapter_name).shape[1])
+        count = sum(getattr(self, each)[adapter_name].numel() for each in self.adapter_layer_names)
+        described = LayerDescription(name, self.in_features, self.out_features, rank, rank, count)
+        described.bits["weight"] = base_width(self.get_base_layer(), self.quantization_backend is not None)
+        return described
+
+
+class VariationalModel(BayesTuner):
+    """A variational method over a whole model: its divergence and the schedule of its weight."""
+
+    warmth = 1.0
+    """Share of `kl_weight` in force in the current step."""
+
+    roles: ClassVar[dict[str, ParameterRole]]
+    """Role of a parameter by the name of its container."""
+
+    penalty_names = ("kl",)
+
+    def config_of(self, name: str) -> VariationalConfig:
+        return cast(VariationalConfig, self.peft_config[name])
+
+    def kl(self) -> Tensor:
+        """KL divergence of the driven adapter's posterior from its prior, summed over layers, in nats."""
+        name = self._driven_adapter()
+        parts = [layer.posterior(name) for layer in self.adapted_layers(name)]
+        # One pass over all layers' entries instead of a few operations a layer.
+        means = torch.cat([(mean.float() - prior).flatten() for mean, _, prior in parts])
+        stds = torch.cat([std.flatten() for _, std, _ in parts])
+        return kl_divergence(means, stds, 0.0, self.config_of(name).prior_std)
+
+    def penalty(self) -> dict[str, Tensor]:
+        r"""$\beta / N$ times the divergence (`kl`), at the warm-up's present share."""
+        config = self.config_of(self._driven_adapter())
+        if not config.num_examples:
+            raise BayesLoraError("N, the number of training examples, is not known: give num_examples in the config")
+        return {"kl": self.kl() * (config.kl_weight * self.warmth / config.num_examples)}
+
+    def role_of(self, parameter_name: str) -> ParameterRole:
+        return next((role for container, role in self.roles.items() if f".{container}." in parameter_name), "weights")
+
+    def rate_factor(self, role: ParameterRole) -> float:
+        return self.config_of(self._driven_adapter()).variance_lr_factor if role == "variances" else 1.0
+
+    @property
+    def num_examples(self) -> int | None:
+        return self.config_of(self._driven_adapter()).num_examples
+
+    def begin(self, schedule: Schedule) -> None:
+        """Fix N and the length of the warm-up; raises `BayesLoraError` where N is not known."""
+        config = self.config_of(self._driven_adapter())
+        if config.num_examples is None:
+            if schedule.num_examples is None:
+                raise BayesLoraError(
+                    "N, the number of training examples that the divergence is divided by, is not known (a language "
+                    "model's loss is a mean over tokens): give num_examples in the config, to attach or to BayesLoop"
+                )
+            config.num_examples = schedule.num_examples
+        self.warm_up_steps = round(config.kl_warmup * schedule.total_steps)
+        self.total_steps = schedule.total_steps
+        self.warmth = 1.0
+
+    def step_begin(self, step: int, seed: int) -> None:
+        self.warmth = min(1.0, (step + 1) / (self.warm_up_steps + 1))
+
+    @torch.no_grad()
+    def statistics(self) -> dict[str, float]:
+        """What is logged beside the loss: the divergence in nats, its weight's share, mean scale, signal to noise."""
+        name = self._driven_adapter()
+        parts = [layer.posterior(name) for layer in self.adapted_layers(name)]
+        means = torch.cat([mean.float().flatten() for mean, _, _ in parts])
+        stds = torch.cat([std.flatten() for _, std, _ in parts])
+        return {
+            "kl": float(self.kl()),
+            "kl_warmup": self.warmth,
+            "posterior_std": float(stds.mean()),
+            "signal_to_noise": float((means.abs() / stds).median()),
+        }
+
+
+def per_group(x: Tensor, groups: int, apply: Callable[[Tensor], Tensor]) -> Tensor:
+    """`apply` on `x` (rows, ..., d) seen as (groups, rows x ... / groups, d), and back to (rows, ..., d')."""
+    out = apply(x.reshape(groups, -1, x.shape[-1]))
+    return out.view(*x.shape[:-1], out.shape[-1])
