@@ -22,7 +22,8 @@ def test_binary_scores_of_four_examples_by_hand() -> None:
     probabilities = [[0.9, 0.1], [0.2, 0.8], [0.6, 0.4], [0.3, 0.7]]
     labels = [0, 1, 1, 1]
     scores = metrics.classification_scores(probabilities, labels, ("accuracy", "f1", "matthews_correlation"))
-    assert list(scores) == ["accuracy", "f1", "matthews_correlation", "nll", "ece", "brier"]
+    calibration = ["nll", "ece", "adaptive_ece", "classwise_ece", "brier", "aurc"]
+    assert list(scores) == ["accuracy", "f1", "matthews_correlation", *calibration]
     assert scores["accuracy"] == 0.75
     assert scores["f1"] == pytest.approx(2 * 2 / (2 + 3))
     # True positives 2, true negatives 1, false positives 0, false negatives 1.
@@ -31,6 +32,10 @@ def test_binary_scores_of_four_examples_by_hand() -> None:
     assert scores["brier"] == pytest.approx(2 * (0.1**2 + 0.2**2 + 0.6**2 + 0.3**2) / 4)
     # Each example is alone in its bin, so each contributes |correct - confidence|.
     assert scores["ece"] == pytest.approx((0.1 + 0.2 + 0.6 + 0.3) / 4)
+    assert scores["adaptive_ece"] == pytest.approx(scores["ece"])
+    assert scores["classwise_ece"] == pytest.approx(scores["ece"])
+    # The one error is the least confident of the four: risks 0, 0, 0, 1/4.
+    assert scores["aurc"] == pytest.approx(1 / 16)
 
 
 def test_three_classes_by_hand() -> None:
@@ -51,14 +56,17 @@ def test_a_uniform_prediction_has_the_entropy_of_chance() -> None:
     assert scores["nll"] == pytest.approx(math.log(5))
     assert scores["brier"] == pytest.approx(0.8)
     assert scores["ece"] == pytest.approx(0.0, abs=1e-12)
+    # All tie, so no order helps: the error rate of always saying the first class.
+    assert scores["aurc"] == pytest.approx(0.8)
 
 
 def test_a_certain_prediction_scores_zero_when_right_and_finitely_badly_when_wrong() -> None:
     certain = np.eye(2)[[0, 1, 1]]
     right = metrics.classification_scores(certain, [0, 1, 1])
-    assert (right["nll"], right["ece"], right["brier"]) == (0.0, 0.0, 0.0)
+    assert [right[name] for name in ("nll", "ece", "adaptive_ece", "classwise_ece", "brier", "aurc")] == [0.0] * 6
     wrong = metrics.classification_scores(certain, [1, 0, 0])
-    assert (wrong["ece"], wrong["brier"]) == (1.0, 2.0)
+    assert (wrong["ece"], wrong["adaptive_ece"], wrong["classwise_ece"]) == (1.0, 1.0, 1.0)
+    assert (wrong["brier"], wrong["aurc"]) == (2.0, 1.0)
     assert 500 < wrong["nll"] < math.inf
 
 

@@ -114,8 +114,8 @@ def risk_coverage_curve(
     """Error rate among the share of examples a model is surest of, on an even grid of shares.
 
     Returns:
-        `coverage` (1/points, …, 1) and `risk`, lists of `points` numbers, as metrics.json holds them. Ties as in `area_under_risk_coverage`; a
-        coverage that ends inside an example counts its part.
+        `coverage` (1/points, …, 1) and `risk`, lists of `points` numbers, as metrics.json holds them. Ties as in
+        `area_under_risk_coverage`; a coverage that ends inside an example counts its part.
     """
     scores, losses = aligned(uncertainty, wrong)
     count, total = _cumulative(scores, losses)
