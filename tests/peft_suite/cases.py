@@ -11,7 +11,7 @@ from typing import Any
 
 from peft import PeftConfig
 
-from bayeslora import BLoraConfig
+from bayeslora import BlobConfig, BLoraConfig, MeLoraConfig
 
 SELECTION_VARIABLE = "BAYESLORA_PEFT_METHODS"
 
@@ -54,6 +54,9 @@ METHODS = [
     Method("blora-q+ra", BLoraConfig, {"mode": "q+ra", **TRAINABLE_AT_ONCE}, same_layer=NOT_CALIBRATED),
     Method("blora-q", BLoraConfig, {"mode": "q", **TRAINABLE_AT_ONCE}, same_layer=NOT_CALIBRATED),
     Method("blora-ra", BLoraConfig, {"mode": "ra", **TRAINABLE_AT_ONCE}),
+    Method("melora", MeLoraConfig, {"lora_alpha": 8}),
+    Method("melora-diagonal", MeLoraConfig, {"core": "diagonal", "lora_alpha": 8}),
+    Method("blob", BlobConfig, {"lora_alpha": 8}),
 ]
 
 MLP = "MLP"

@@ -32,15 +32,20 @@ def fixed_seed() -> None:
 
 # These ask for a gradient on every parameter in every pass, or compare the gradients of two passes. A training loop
 # announces a step and the gates keep its sample; upstream's loops announce nothing, and a gate drawn as exactly 0 or 1
-# has no gradient. So here each gate takes its median.
+# has no gradient. So here each gate takes its median, and a variational layer's noise is the same in every pass.
 NEED_ALL_GRADIENTS = ("test_training", "test_only_params_are_updated")
 
 
 @pytest.fixture(autouse=True)
-def steady_gates(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    """One sample of the gates, strictly between 0 and 1, for the tests in `NEED_ALL_GRADIENTS`."""
+def steady_samples(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One sample of gates, strictly between 0 and 1, and of weights for the tests in `NEED_ALL_GRADIENTS`."""
     if any(part in request.node.name for part in NEED_ALL_GRADIENTS):
         monkeypatch.setattr("bayeslora.methods.quantizers._uniform", _median)
+        monkeypatch.setattr("bayeslora.posterior.noise.rank_generator", _always_the_same)
+
+
+def _always_the_same(device: torch.device) -> torch.Generator:
+    return torch.Generator(device).manual_seed(0)
 
 
 def _median(like: torch.Tensor) -> torch.Tensor:
