@@ -109,6 +109,10 @@ def build_parser() -> argparse.ArgumentParser:
     evaluate.add_argument("--text-column", metavar="A[,B]", help="the text's column or columns (the run's own)")
     evaluate.add_argument("--label-column", metavar="NAME", help="the label's column (the run's own)")
     evaluate.add_argument("--split", metavar="NAME", help="split of the task to score on (its evaluation split)")
+    evaluate.add_argument("--ood", action="store_true", help="detect the task's own out-of-distribution texts too")
+    evaluate.add_argument("--ood-file", metavar="FILE", help="out-of-distribution texts to detect instead")
+    evaluate.add_argument("--ood-text-column", metavar="A[,B]", help="their column or columns (the run's own)")
+    evaluate.add_argument("--output-dir", metavar="DIR", help="new folder for scores and figures, for `compare` too")
     evaluate.add_argument("--json", action="store_true", help="print JSON instead of a table")
 
     predict = add("predict", "label the rows of a file, one line a row, in order")
@@ -118,7 +122,7 @@ def build_parser() -> argparse.ArgumentParser:
     predict.add_argument("--text-column", metavar="A[,B]", help="the text's column or columns (the run's own)")
 
     compare = add("compare", "a table and figures of several finished runs")
-    compare.add_argument("folders", nargs="+", metavar="OUT", help="output folders of `bayeslora train`")
+    compare.add_argument("folders", nargs="+", metavar="OUT", help="output folders of `train` or of `evaluate`")
     compare.add_argument("--output-dir", metavar="DIR", required=True, help="new folder for table and figures")
     compare.add_argument("--json", action="store_true", help="print the table as JSON")
 
@@ -149,6 +153,7 @@ def _add_run(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("folder", metavar="OUT", help="output folder of `bayeslora train`")
     parser.add_argument("--model", metavar="FOLDER_OR_ID", help="the base model, where it is no longer at its place")
     parser.add_argument("--samples", metavar="N", type=int, help="Monte-Carlo samples of a stochastic adapter (0)")
+    parser.add_argument("--seed", metavar="N", type=int, help="seed of the samples (0)")
     parser.add_argument("--batch-size", metavar="N", type=int, help="rows at a time (64)")
 
 
