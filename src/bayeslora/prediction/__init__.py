@@ -2,6 +2,26 @@
 
 from __future__ import annotations
 
-from bayeslora.prediction.predict import Prediction, check_samples, evaluation_mode, predict
+from bayeslora.prediction.predict import (
+    Logits,
+    Predictor,
+    Sampler,
+    as_predictor,
+    check_samples,
+    evaluation_mode,
+    predict,
+    sampled_logits,
+)
+from bayeslora.prediction.result import Prediction
 
-__all__ = ["Prediction", "check_samples", "evaluation_mode", "predict"]
+__all__ = [
+    "Logits",
+    "Prediction",
+    "Predictor",
+    "Sampler",
+    "as_predictor",
+    "check_samples",
+    "evaluation_mode",
+    "predict",
+    "sampled_logits",
+]

@@ -1,0 +1,215 @@
+"""Several draws of the weights in one forward pass, and what no draw changes computed once.
+
+The inputs are repeated draw by draw: with S draws and B rows, rows 0 … B - 1 are the batch under the first draw, the
+next B under the second, and so on. What comes before the first layer that draws weights is the same for all of them:
+one pass over the B rows runs up to that layer and keeps the outputs of the embeddings and of the blocks it has passed;
+the pass over S · B rows takes those, repeated, in their place.
+
+Both are only ever a matter of speed. A model whose layers mix rows, or change their number, cannot be folded, and the
+draws are then taken one at a time; a model that does not run with repeated outputs runs in full.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from bayeslora.methods.sampling import sampling, stochastic_layers
+from bayeslora.posterior import UnfoldableError
+
+Read = Callable[[nn.Module, Mapping[str, Tensor]], Tensor]
+"""From a model and a batch of B rows to (B, C) logits."""
+
+MAX_ROWS = 512
+"""Rows of one forward pass, unless the batch itself has more: bounds the memory that folding takes."""
+
+
+class Folding:
+    """Logits of a model under several draws of its weights; remembers between batches what the model can do.
+
+    Args:
+        model: with a posterior, in evaluation mode.
+        read: turns the model and a batch into logits.
+        seed, antithetic: of the draws; draw d is the same whatever is drawn with it.
+    """
+
+    def __init__(self, model: nn.Module, read: Read, seed: int, antithetic: bool = False) -> None:
+        self.model, self.read, self.seed, self.antithetic = model, read, seed, antithetic
+        self.layers = stochastic_layers(model)
+        # Experts see the tokens routed to them, in whatever number: their rows say nothing about draws.
+        self.foldable = not any("expert" in path for path in self.layers)
+        self.shareable = True
+
+    def logits(self, batch: Mapping[str, Tensor], draws: Sequence[int]) -> Tensor:
+        """(S, B, C) logits under the `draws`, in their order."""
+        prefix = self._prefix(batch)
+        rows, parts, start = row_count(batch), [], 0
+        while start < len(draws):
+            size = max(1, MAX_ROWS // rows) if self.foldable else 1
+            chosen = draws[start : start + size]
+            try:
+                parts.append(self._pass(batch, chosen, prefix))
+            except UnfoldableError:
+                if len(chosen) == 1:
+                    raise
+                self.foldable = False
+                continue
+            start += len(chosen)
+        return torch.cat(parts)
+
+    def _pass(self, batch: Mapping[str, Tensor], draws: Sequence[int], prefix: Prefix | None) -> Tensor:
+        if prefix is not None and self.shareable:
+            try:
+                with prefix.replayed(len(draws)):
+                    return self._run(batch, draws)
+            except UnfoldableError:
+                raise
+            except (
+                Exception
+            ):  # whatever a model does with outputs it did not expect; without them it says what is wrong
+                self.shareable = False
+        return self._run(batch, draws)
+
+    def _run(self, batch: Mapping[str, Tensor], draws: Sequence[int]) -> Tensor:
+        rows, times = row_count(batch), len(draws)
+        folded = {name: repeat_rows(value, rows, times) for name, value in batch.items()}
+        with sampling(self.model, "batch", self.seed, draws, self.antithetic), self._guarded(rows * times, times):
+            logits = self.read(self.model, folded)
+        if len(logits) != rows * times:
+            raise UnfoldableError(f"the model gave {len(logits)} rows of logits for {rows * times} rows of inputs")
+        return logits.view(times, rows, -1)
+
+    @contextmanager
+    def _guarded(self, rows: int, times: int) -> Iterator[None]:
+        """Raise `UnfoldableError` where a stochastic layer sees something that is not the repeated batch."""
+
+        def check(_layer: nn.Module, args: tuple[Any, ...]) -> None:
+            if args[0].ndim < 2 or args[0].shape[0] % rows:
+                raise UnfoldableError(f"a layer sees {args[0].shape[0]} rows where the batch has {rows}")
+
+        with ExitStack() as hooks:
+            if times > 1:
+                for layer in self.layers.values():
+                    hooks.callback(layer.register_forward_pre_hook(check).remove)
+            yield
+
+    def _prefix(self, batch: Mapping[str, Tensor]) -> Prefix | None:
+        """What comes before the first stochastic layer, where that is worth keeping."""
+        if not self.shareable:
+            return None
+        prefix = Prefix(self.model, list(self.layers.values()))
+        prefix.capture(lambda: self.read(self.model, batch))
+        self.shareable = prefix.holds_blocks
+        return prefix if self.shareable else None
+
+
+class _Reached(Exception):
+    """The first stochastic layer is about to run."""
+
+
+class Prefix:
+    """The outputs of the modules that finish before the first stochastic layer is reached.
+
+    Kept are the blocks of the model's `ModuleList`s, and other modules outside of them whose output is one tensor with
+    a row for each row of the batch (embeddings), each at the highest level that has finished.
+    """
+
+    def __init__(self, model: nn.Module, layers: Sequence[nn.Module]) -> None:
+        self.model, self.layers = model, layers
+        self.rows = 0
+        self._finished: list[tuple[nn.Module, Any]] = []
+        self._open: list[tuple[nn.Module, int]] = []
+        self._blocks = {
+            block for module in model.modules() if isinstance(module, nn.ModuleList) for block in module.children()
+        }
+
+    @property
+    def holds_blocks(self) -> bool:
+        return any(module in self._blocks for module, _ in self._finished)
+
+    def capture(self, run: Callable[[], Any]) -> None:
+        """Run the model up to its first stochastic layer."""
+
+        def enter(module: nn.Module, _args: Any) -> None:
+            self._open.append((module, len(self._finished)))
+
+        def leave(module: nn.Module, _args: Any, output: Any) -> None:
+            _, first = self._open.pop()
+            del self._finished[first:]  # its own parts: kept is the highest level
+            self._finished.append((module, output))
+
+        def reach(_module: nn.Module, args: tuple[Any, ...]) -> None:
+            self.rows = args[0].shape[0]
+            raise _Reached
+
+        with ExitStack() as hooks:
+            for module in self.model.modules():
+                hooks.callback(module.register_forward_pre_hook(enter, prepend=True).remove)
+                hooks.callback(module.register_forward_hook(leave).remove)
+            for layer in self.layers:
+                hooks.callback(layer.register_forward_pre_hook(reach).remove)
+            try:
+                run()
+            except _Reached:
+                pass
+        within = {id(part) for module, _ in self._open if module in self._blocks for part in module.modules()}
+        self._finished = [
+            (module, output)
+            for module, output in self._finished
+            if id(module) not in within and (module in self._blocks or self._has_rows(output))
+        ]
+
+    def _has_rows(self, output: Any) -> bool:
+        return isinstance(output, Tensor) and output.ndim >= 3 and output.shape[0] == self.rows
+
+    @contextmanager
+    def replayed(self, times: int) -> Iterator[None]:
+        """Inside, each kept module returns what it returned, repeated, instead of computing it."""
+        queues: dict[nn.Module, deque[Any]] = {}
+        for module, output in self._finished:
+            queues.setdefault(module, deque()).append(output)
+        with ExitStack() as restored:
+            for module, outputs in queues.items():
+                restored.callback(_set_forward, module, module.__dict__.get("forward"))
+                module.forward = self._replay(module.forward, outputs, times)  # type: ignore[method-assign]
+            yield
+
+    def _replay(self, forward: Callable[..., Any], outputs: deque[Any], times: int) -> Callable[..., Any]:
+        def replayed(*args: Any, **kwargs: Any) -> Any:
+            # A module called more often than it was before the first stochastic layer computes the further calls.
+            return repeat_rows(outputs.popleft(), self.rows, times) if outputs else forward(*args, **kwargs)
+
+        return replayed
+
+
+def _set_forward(module: nn.Module, forward: Callable[..., Any] | None) -> None:
+    """Back to the instance's own `forward`, or, for None, to its class's."""
+    del module.__dict__["forward"]
+    if forward is not None:
+        module.forward = forward  # type: ignore[method-assign]
+
+
+def row_count(batch: Mapping[str, Tensor]) -> int:
+    """B, the rows of a batch: those of its first tensor that has any dimension."""
+    return next((len(value) for value in batch.values() if value.ndim), 1)
+
+
+def repeat_rows(value: Any, rows: int, times: int) -> Any:
+    """`value` with every tensor of `rows` rows in it, in tuples, lists and mappings too, repeated `times` times."""
+    if times == 1:
+        return value
+    if isinstance(value, Tensor):
+        return value.repeat(times, *[1] * (value.ndim - 1)) if value.ndim and len(value) == rows else value
+    if isinstance(value, tuple) and hasattr(value, "_fields"):
+        return type(value)(*(repeat_rows(each, rows, times) for each in value))
+    if isinstance(value, (tuple, list)):
+        return type(value)(repeat_rows(each, rows, times) for each in value)
+    if isinstance(value, Mapping):
+        repeated = {key: repeat_rows(each, rows, times) for key, each in value.items()}
+        return repeated if type(value) is dict else type(value)(repeated)  # type: ignore[call-arg]
+    return value
