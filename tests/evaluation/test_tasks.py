@@ -14,6 +14,7 @@ from datasets import Dataset
 
 from bayeslora.errors import BayesLoraError
 from bayeslora.evaluation import TASKS, Task, hold_out, load_files, load_task, load_texts
+from bayeslora.evaluation.tasks import load_choices
 
 
 def jsonl(path: Path, rows: list[Any]) -> Path:
@@ -165,9 +166,7 @@ def test_a_missing_column_names_those_there_are(tmp_path: Path) -> None:
         ("a", "", r"ends in 'no extension'"),
     ],
 )
-def test_a_corrupt_or_empty_file_is_named_with_its_line(
-    tmp_path: Path, name: str, content: str, message: str
-) -> None:
+def test_a_corrupt_or_empty_file_is_named_with_its_line(tmp_path: Path, name: str, content: str, message: str) -> None:
     file = tmp_path / name
     file.write_text(content)
     with pytest.raises(BayesLoraError, match=message) as caught:
@@ -245,6 +244,86 @@ def test_unknown_tasks_missing_folders_and_the_hub_offline_say_the_way_out(tmp_p
         load_task("rte", tmp_path)
     with pytest.raises(BayesLoraError, match="rte could not be had from nyu-mll/glue on the hub .*give --data-dir"):
         load_task("rte")
+
+
+def items_of(answers: list[Any], choices: int = 3, **more: Any) -> list[dict[str, Any]]:
+    names = [f"choice {i}" for i in range(choices)]
+    return [
+        {"id": f"q{i}-1", "question": f"why {i}?", "choices": names, "answer": a, **more}
+        for i, a in enumerate(answers)
+    ]
+
+
+def test_multiple_choice_tasks_come_from_a_data_folder(tmp_path: Path) -> None:
+    jsonl(tmp_path / "arc_easy" / "train.jsonl", items_of([0, 2]) + items_of([4], choices=5))
+    jsonl(tmp_path / "arc_easy" / "dev.jsonl", items_of([1]))
+    task = load_task("arc_easy", tmp_path)
+    assert (task.kind, task.metric, task.labels) == ("multiple_choice", "accuracy", list("ABCDE"))
+    assert task.text_columns == ("question", "choices") and set(task.splits) == {"train", "validation"}
+    assert task.train_split["label"][:] == [0, 2, 4]
+    assert task.train_split["choices"][2] == [f"choice {i}" for i in range(5)]
+    held = hold_out(task, 0.34)
+    assert len(held.splits["selection"]) == 1
+    # Nothing to train on, and examples for prompts by subject.
+    jsonl(tmp_path / "mmlu" / "dev.jsonl", items_of([1, 0], subject="law"))
+    jsonl(tmp_path / "mmlu" / "test.jsonl", items_of([2], subject="law"))
+    mmlu = load_task("mmlu", tmp_path)
+    assert set(mmlu.splits) == {"few_shot", "test"} and mmlu.splits["test"]["subject"][:] == ["law"]
+    assert mmlu.labels == list("ABC")
+    (tmp_path / "mmlu" / "test.jsonl").unlink()
+    with pytest.raises(BayesLoraError, match="test.jsonl does not exist"):
+        load_task("mmlu", tmp_path)
+    with pytest.raises(BayesLoraError, match="openbookqa is read from files: give --data-dir"):
+        load_task("openbookqa")
+
+
+def test_the_choices_of_winogrande_go_on_with_the_sentence(tmp_path: Path) -> None:
+    def rows(*names: str) -> list[dict[str, Any]]:
+        sentence = "Ann beat Eve because _ was faster ."
+        return [{"id": name, "question": sentence, "choices": ["Ann", "Eve"], "answer": 0} for name in names]
+
+    for size, count in (("xs", 1), ("s", 2), ("m", 3)):
+        jsonl(tmp_path / "winogrande" / f"train_{size}.jsonl", rows(*[f"H{i // 2}-{i % 2}" for i in range(2 * count)]))
+    jsonl(tmp_path / "winogrande" / "dev.jsonl", rows("D-1"))
+    task = load_task("winogrande", tmp_path)
+    assert len(task.train_split) == 4 and task.labels == ["A", "B"]
+    assert task.train_split["question"][0] == "Ann beat Eve because"
+    assert task.train_split["choices"][0] == ["Ann was faster .", "Eve was faster ."]
+    # The two sentences of a pair are told apart by one word: they stay together.
+    held = hold_out(task, 0.5)
+    assert len(set(held.splits["train"]["group"]) | set(held.splits["selection"]["group"])) == 2
+    assert not set(held.splits["train"]["group"]) & set(held.splits["selection"]["group"])
+    assert len(load_task("winogrande", tmp_path, train_split="train_m").train_split) == 6
+    with pytest.raises(BayesLoraError, match="no training split 'train_l': its training splits are train_s, train_xs"):
+        load_task("winogrande", tmp_path, train_split="train_l")
+    with pytest.raises(BayesLoraError, match="rte has one training split, but 'train_s' was asked for"):
+        load_task("rte", tmp_path, train_split="train_s")
+    file = jsonl(tmp_path / "new.jsonl", [{"question": "He said _ left", "choices": ["Al", "Bo"]}])
+    assert load_choices(file, task_name="winogrande")["choices"][0] == ["Al left", "Bo left"]
+    assert load_choices(file)["question"][0] == "He said _ left"
+    jsonl(tmp_path / "winogrande" / "dev.jsonl", items_of([1]))
+    with pytest.raises(BayesLoraError, match="dev.jsonl, line 1 has 0 gaps '_' in its question, one is needed"):
+        load_task("winogrande", tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"choices": ["only"]}, "line 1 has 1 choices, 2 to 5 are needed"),
+        ({"choices": list("abcdef")}, "line 1 has 6 choices"),
+        ({"choices": "ab"}, "line 1 has no list of strings in column 'choices'"),
+        ({"choices": ["a", 2]}, "line 1 has no list of strings"),
+        ({"question": None}, "line 1 has no text in column 'question'"),
+        ({"answer": 3}, r"line 1 has the answer 3, the index of one of its 3 choices is needed \(0 to 2\)"),
+        ({"answer": "A"}, "line 1 has the answer 'A'"),
+        ({"answer": True}, "line 1 has the answer True"),
+    ],
+)
+def test_what_is_no_multiple_choice_item_is_refused(tmp_path: Path, change: dict[str, Any], message: str) -> None:
+    for split in ("train", "dev"):
+        jsonl(tmp_path / "openbookqa" / f"{split}.jsonl", [{**items_of([0])[0], **change}])
+    with pytest.raises(BayesLoraError, match=message):
+        load_task("openbookqa", tmp_path)
 
 
 def task_with(labels: list[Any], kind: Any = "classification", group: list[str] | None = None) -> Task:

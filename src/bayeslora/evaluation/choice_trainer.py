@@ -1,0 +1,70 @@
+"""The Trainer for multiple choice: its loss is over the choices of an item, whatever kind of model scores them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+import torch.nn.functional as functional
+from torch import Tensor, nn
+from transformers import Trainer
+
+from bayeslora.errors import BayesLoraError
+from bayeslora.evaluation.multiple_choice import ClassLogits
+
+
+class ChoiceTrainer(Trainer):
+    """A Trainer whose loss is the mean cross entropy of `class_logits(model, batch)` against `labels`, and whose
+    predictions are these (n, C) logits, with minus infinity for absent choices.
+
+    A subclass, because `Trainer(compute_loss_func=…)` sees neither which choices an item has nor the loss's own
+    denominator: the Trainer counts labels over micro-batches, and a mean over items would be scaled wrongly. The model
+    stays an ordinary (PEFT) model, saved and loaded as always; `bayeslora.attach` takes this Trainer as any other.
+
+    ```python
+    scoring = choice_scoring(data["train"], tokenizer)
+    trainer = ChoiceTrainer(
+        class_logits=scoring.logits, data_collator=scoring.collate, model=model, args=args, train_dataset=data["train"]
+    )
+    bayeslora.attach(trainer, num_examples=len(data["train"]))      # one term of the loss an item
+    ```
+
+    Args:
+        class_logits: from a batch to (B, C), such as `LetterLogits` or `PairLogits`.
+
+    Raises:
+        BayesLoraError: label smoothing, which would give probability to absent choices.
+    """
+
+    def __init__(self, *args: Any, class_logits: ClassLogits, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        if self.args.label_smoothing_factor:
+            raise BayesLoraError(
+                f"label_smoothing_factor is {self.args.label_smoothing_factor}, which would ask for choices that an "
+                "item does not have: leave it at 0"
+            )
+        self.class_logits = class_logits
+        # The mask of absent choices is no argument of any model's forward; labels may not be one of this model's.
+        self.args.remove_unused_columns = False
+        self.label_names = ["labels"]
+        # The loss is a mean over its own batch: the Trainer divides it by the number of micro-batches.
+        self.model_accepts_loss_kwargs = False
+
+    def compute_loss(
+        self,
+        model: nn.Module,
+        inputs: Mapping[str, Tensor],
+        return_outputs: bool = False,
+        num_items_in_batch: Any = None,
+    ) -> Any:
+        """The mean cross entropy over the items of a batch, and on request `{"logits": (B, C)}`."""
+        batch = {name: value for name, value in inputs.items() if name != "labels"}
+        logits = self.class_logits(model, batch)
+        labels = inputs["labels"].to(logits.device)
+        if not torch.isfinite(logits.detach().gather(1, labels[:, None])).all():
+            raise BayesLoraError(
+                "the logit of a right answer is not finite: train with a smaller learning rate or in float32"
+            )
+        loss = functional.cross_entropy(logits, labels)
+        return (loss, {"logits": logits}) if return_outputs else loss

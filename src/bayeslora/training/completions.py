@@ -1,0 +1,64 @@
+"""Prompts and completions for fine-tuning a model to write: the loss counts the completion alone."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from bayeslora.errors import BayesLoraError
+
+IGNORED = -100
+"""The label of a token that the loss leaves out."""
+
+
+def prompt_masked(prompt: str, completion: str, tokenizer: Any, max_length: int | None = None) -> dict[str, list[int]]:
+    """A prompt with its completion as one sequence, labelled so that only the completion is learned.
+
+    Prompt and completion are tokenized apart and then joined, so that the prompt's tokens are those that `generate`
+    will see. A completion that begins a new word should begin with a space. The end-of-text token follows the
+    completion and is learned with it, so that the model learns to stop.
+
+    For batches, `transformers.DataCollatorForSeq2Seq(tokenizer, label_pad_token_id=-100)` pads the labels too. TRL's
+    `SFTTrainer` takes these rows as they are and packs them with `packing=True`.
+
+    Args:
+        prompt: what is given; may be empty.
+        completion: what is to be written.
+        tokenizer: of the model.
+        max_length: tokens of the whole sequence. Of a longer one the prompt's beginning is cut (what stands closest to
+            the completion matters most), after what the tokenizer puts before every text; the completion never is.
+
+    Returns:
+        `input_ids`, `attention_mask` and `labels`, of one length; `labels` is -100 over the prompt.
+
+    Raises:
+        BayesLoraError: an empty completion, or one that alone is longer than `max_length`.
+    """
+    written = list(tokenizer(completion, add_special_tokens=False)["input_ids"])
+    if not written:
+        raise BayesLoraError("the completion is empty, at least one token is needed to learn from: drop the row")
+    if tokenizer.eos_token_id is not None:
+        written.append(int(tokenizer.eos_token_id))
+    given = list(tokenizer(prompt, add_special_tokens=False)["input_ids"])
+    start = _opening(tokenizer)
+    if max_length is not None:
+        room = max_length - len(start) - len(written)
+        if room < 0:
+            raise BayesLoraError(
+                f"the completion {completion[:40]!r} needs {len(start) + len(written)} tokens, max_length is "
+                f"{max_length}: completions are not cut, raise max_length or drop the row"
+            )
+        given = given[len(given) - min(room, len(given)) :]
+    ids = [*start, *given, *written]
+    masked = len(ids) - len(written)
+    return {"input_ids": ids, "attention_mask": [1] * len(ids), "labels": [IGNORED] * masked + written}
+
+
+def _opening(tokenizer: Any) -> list[int]:
+    """What the tokenizer puts before a text, such as a beginning-of-text token."""
+    encoded = tokenizer("a", return_special_tokens_mask=True)
+    opening: list[int] = []
+    for token, special in zip(encoded["input_ids"], encoded["special_tokens_mask"], strict=True):
+        if not special:
+            break
+        opening.append(int(token))
+    return opening
