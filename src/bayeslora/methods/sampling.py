@@ -43,9 +43,14 @@ def sampling(
         antithetic: draws in pairs of opposite noise.
 
     Raises:
-        BayesLoraError: for a model without a posterior, an unknown scope, or draws that do not fit it.
+        BayesLoraError: for a model without a posterior, or with its mean merged into the base weights; for an unknown
+            scope, or draws that do not fit it.
     """
     numbers = range(draws) if isinstance(draws, int) else draws
+    if any(layer.merged for layer in stochastic_layers(model).values()):
+        raise BayesLoraError(
+            "the adapter is merged into the base weights, where only its posterior mean is: call unmerge_adapter first"
+        )
     if not has_posterior(model):
         raise BayesLoraError(
             f"{type(model).__name__} has no posterior to draw from, its adapter is deterministic: use one of "

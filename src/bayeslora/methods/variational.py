@@ -8,6 +8,8 @@ in force.
 
 from __future__ import annotations
 
+import copy
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, cast
@@ -64,13 +66,12 @@ class VariationalLayer(BayesLayer):
     matrix_B: ClassVar[str]
     """Name of the container of B (d_out, r)."""
 
-    other_param_names: tuple[str, ...] = ("variational_dropout", "scaling", "configs")
+    other_param_names: tuple[str, ...] = ("variational_dropout", "scaling", "_fresh")
 
     def __init__(self, base_layer: nn.Module, **kwargs: Any) -> None:
         super().__init__(base_layer, **kwargs)
         self.variational_dropout = nn.ModuleDict()
         self.scaling: dict[str, float] = {}
-        self.configs: dict[str, Any] = {}
         self.noise: Noise | None = None
         self.is_controlled = False  # whether `noise` (None: the mean) stands for what the mode would choose
         self._fresh: dict[str, Noise] = {}
@@ -93,23 +94,23 @@ class VariationalLayer(BayesLayer):
 
     def add_common(self, adapter_name: str, config: VariationalConfig, scaling: float) -> None:
         """What every variational adapter keeps beside its tensors."""
-        self.configs[adapter_name], self.scaling[adapter_name] = config, scaling
+        self.scaling[adapter_name] = scaling
         dropout = nn.Dropout(config.lora_dropout) if config.lora_dropout else nn.Identity()
         self.variational_dropout[adapter_name] = dropout
         self._fresh[adapter_name] = Noise(config.noise_scope, antithetic=config.antithetic)
 
-    def noise_of(self, name: str) -> Noise | None:
-        """The noise of the current forward pass under adapter `name`; None is the posterior mean."""
+    def noise_of(self, name: str, position: int = 0) -> Noise | None:
+        """The noise of this forward pass under `name`, at `position` among the active ones; None is the mean."""
         if self.is_controlled:
-            return self.noise
+            return None if self.noise is None else self.noise.beside(position)
         return self._fresh[name] if self.training else None
 
     def adapted(self, x: Tensor, adapter_names: list[str], *args: Any, **kwargs: Any) -> Tensor:
         result = self.base_layer(x, *args, **kwargs)
-        for name in adapter_names:
+        for position, name in enumerate(adapter_names):
             b = self.B(name)
             inner = self.variational_dropout[name](self._cast_input_dtype(x, b.dtype))
-            hidden = self.hidden(name, inner, self.noise_of(name))
+            hidden = self.hidden(name, inner, self.noise_of(name, position))
             result = add_update(result, hidden, b, self.scaling[name])
         return result
 
@@ -152,9 +153,9 @@ class VariationalModel(BayesTuner):
         name = self._driven_adapter()
         parts = [layer.posterior(name) for layer in self.adapted_layers(name)]
         # One pass over all layers' entries instead of a few operations a layer.
-        means = torch.cat([(mean.float() - prior).flatten() for mean, _, prior in parts])
-        stds = torch.cat([std.flatten() for _, std, _ in parts])
-        return kl_divergence(means, stds, 0.0, self.config_of(name).prior_std)
+        offsets = _gathered([mean.float() - prior for mean, _, prior in parts])
+        stds = _gathered([std for _, std, _ in parts])
+        return kl_divergence(offsets, stds, 0.0, self.config_of(name).prior_std)
 
     def penalty(self) -> dict[str, Tensor]:
         r"""$\beta / N$ times the divergence (`kl`), at the warm-up's present share."""
@@ -174,18 +175,27 @@ class VariationalModel(BayesTuner):
         return self.config_of(self._driven_adapter()).num_examples
 
     def begin(self, schedule: Schedule) -> None:
-        """Fix N and the length of the warm-up; raises `BayesLoraError` where N is not known."""
+        """Fix N and the length of the warm-up; raises `BayesLoraError` where N is unknown or given in two ways."""
         config = self.config_of(self._driven_adapter())
-        if config.num_examples is None:
-            if schedule.num_examples is None:
-                raise BayesLoraError(
-                    "N, the number of training examples that the divergence is divided by, is not known (a language "
-                    "model's loss is a mean over tokens): give num_examples in the config, to attach or to BayesLoop"
-                )
-            config.num_examples = schedule.num_examples
+        if "kl" in self.penalty_names:
+            self._fix_num_examples(config, schedule.num_examples)
         self.warm_up_steps = round(config.kl_warmup * schedule.total_steps)
         self.total_steps = schedule.total_steps
         self.warmth = 1.0
+
+    def _fix_num_examples(self, config: VariationalConfig, given: int | None) -> None:
+        stated = config.num_examples
+        if stated is None and given is None:
+            raise BayesLoraError(
+                "N, the number of training examples that the divergence is divided by, is not known (a language "
+                "model's loss is a mean over tokens): give num_examples in the config, to attach or to BayesLoop"
+            )
+        if stated is not None and given not in (None, stated):
+            raise BayesLoraError(f"num_examples is {given}, but the adapter's config says {stated}: drop one of them")
+        if stated is None:
+            known = copy.copy(config)  # the caller's may go on to serve another training set
+            known.num_examples = given
+            self.peft_config[self._driven_adapter()] = known
 
     def step_begin(self, step: int, seed: int) -> None:
         self.warmth = min(1.0, (step + 1) / (self.warm_up_steps + 1))
@@ -195,8 +205,9 @@ class VariationalModel(BayesTuner):
         """What is logged beside the loss: the divergence in nats, its weight's share, mean scale, signal to noise."""
         name = self._driven_adapter()
         parts = [layer.posterior(name) for layer in self.adapted_layers(name)]
-        means = torch.cat([mean.float().flatten() for mean, _, _ in parts])
-        stds = torch.cat([std.flatten() for _, std, _ in parts])
+        means, stds = (_gathered([part[index] for part in parts]) for index in (0, 1))
+        if not len(stds):
+            return {"kl": 0.0, "kl_warmup": self.warmth}
         return {
             "kl": float(self.kl()),
             "kl_warmup": self.warmth,
@@ -205,7 +216,13 @@ class VariationalModel(BayesTuner):
         }
 
 
+def _gathered(tensors: list[Tensor]) -> Tensor:
+    """All entries in one float32 vector, on the first one's device: a model's layers may sit on several."""
+    return torch.cat([tensor.float().flatten().to(tensors[0].device) for tensor in tensors])
+
+
 def per_group(x: Tensor, groups: int, apply: Callable[[Tensor], Tensor]) -> Tensor:
     """`apply` on `x` (rows, ..., d) seen as (groups, rows x ... / groups, d), and back to (rows, ..., d')."""
-    out = apply(x.reshape(groups, -1, x.shape[-1]))
-    return out.view(*x.shape[:-1], out.shape[-1])
+    share = math.prod(x.shape[:-1]) // max(1, groups)  # not -1, which an empty batch leaves open
+    out = apply(x.reshape(groups, share, x.shape[-1]))
+    return out.reshape(*x.shape[:-1], out.shape[-1])

@@ -8,14 +8,16 @@ A *scope* says what shares one draw of the weights:
 
 Fresh numbers come from torch's default generators, which gradient checkpointing restores when it recomputes a forward
 pass, and exact resumption saves. Distributed ranks are commonly seeded alike, so the rank is mixed in: each rank sees
-noise of its own. Seeded numbers depend on the seed, the layer and the draw alone: not on the device, the batch, the
-rank, or on which draws were taken together.
+noise of its own (a compiled forward pass does not mix it in: seed the ranks differently there). Seeded numbers depend
+on the seed, the layer and the draw, or with scope `example` the row's position, alone: not on the device, the size of
+the batch, the rank, or on which draws were taken together.
 """
 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+import math
+from collections.abc import Callable, Sequence
 from typing import Literal, get_args
 
 import torch
@@ -25,6 +27,8 @@ from bayeslora.errors import BayesLoraError
 
 Scope = Literal["example", "token", "batch"]
 SCOPES: tuple[str, ...] = get_args(Scope)
+_BLOCK = 16
+"""torch's CPU generator makes normal numbers in blocks of this many, and does not start at a block in short tensors."""
 
 
 class UnfoldableError(BayesLoraError):
@@ -40,10 +44,12 @@ class Noise:
         key: name of the layer, so that layers differ under one seed.
         draws: numbers of the weight draws that a batch holds, for scope `batch`: with D draws and N rows, row i uses
             draw i // (N / D).
-        antithetic: draws come in pairs of opposite noise, which cancels what is odd in it from every average.
+        antithetic: draws come in pairs of opposite noise, which cancels what is odd in it from every average: seeded
+            draws 2k and 2k + 1, otherwise the two halves of the rows (`example`) or of the draws.
 
     Raises:
-        BayesLoraError: an unknown scope, no draw at all, or several draws with another scope than `batch`.
+        BayesLoraError: an unknown scope, no draw at all, several draws with another scope than `batch`, or antithetic
+            noise for tokens.
     """
 
     def __init__(
@@ -60,8 +66,18 @@ class Noise:
             raise BayesLoraError("0 draws of the weights are asked for, at least 1 is needed")
         if len(draws) > 1 and scope != "batch":
             raise BayesLoraError(f"{len(draws)} draws in one batch need scope 'batch', not {scope!r}")
+        if antithetic and scope == "token":
+            raise BayesLoraError(
+                "antithetic noise needs scope 'example' or 'batch', not 'token': tokens have no pairs"
+            )
         self.scope, self.seed, self.key, self.draws, self.antithetic = scope, seed, key, draws, antithetic
         self._kept: dict[tuple[object, ...], Tensor] = {}
+
+    def beside(self, position: int) -> Noise:
+        """The noise of the adapter at `position` among those active on the layer: independent of the first one's."""
+        if position == 0 or self.seed is None:
+            return self
+        return Noise(self.scope, self.seed, f"{self.key}+{position}", self.draws, self.antithetic)
 
     def groups(self, rows: int) -> int:
         """How many draws `rows` rows need: groups of equal size, in order."""
@@ -76,13 +92,15 @@ class Noise:
     def normal(self, groups: int, shape: Sequence[int], device: torch.device) -> Tensor:
         """Standard normal (groups, *shape), float32: one entry for each draw of the weights."""
         if self.seed is None:
-            return self._fresh(groups, shape, device)
+            generator = rank_generator(device)
+            return self._paired(groups, lambda count: torch.randn(count, *shape, device=device, generator=generator))
         if self.scope != "batch":
-            return self._seeded("", groups, shape).to(device)
-        key = (groups, tuple(shape), device)
+            return self._paired(groups, lambda count: self._seeded("", count, shape)).to(device)
+        key = (tuple(shape), device)
         if key not in self._kept:
-            drawn = torch.cat([self._of_draw(draw, shape) for draw in self.draws])
-            self._kept = {key: drawn.to(device)}
+            with torch.inference_mode(False):  # kept numbers may meet autograd in a later pass
+                drawn = torch.cat([self._of_draw(draw, shape) for draw in self.draws])
+                self._kept = {key: drawn.to(device)}
         return self._kept[key]
 
     def normal_per_token(self, shape: Sequence[int], device: torch.device) -> Tensor:
@@ -94,15 +112,17 @@ class Noise:
     def signs(self, shape: Sequence[int], device: torch.device, name: str) -> Tensor:
         """Random signs -1 and 1 of `shape`, float32; `name` tells those of one layer apart."""
         if self.seed is None:
-            drawn = torch.randint(0, 2, tuple(shape), device=device, generator=rank_generator(device))
+            generator, where = rank_generator(device), device
         else:
-            drawn = torch.randint(0, 2, tuple(shape), generator=self._generator(name)).to(device)
-        return drawn.float().mul_(2).sub_(1)
+            generator, where = self._generator(name), torch.device("cpu")
+        drawn = torch.randint(0, 2, tuple(shape), dtype=torch.float32, device=where, generator=generator)
+        return drawn.mul_(2).sub_(1).to(device)
 
-    def _fresh(self, groups: int, shape: Sequence[int], device: torch.device) -> Tensor:
-        half = (groups + 1) // 2 if self.antithetic else groups
-        drawn = torch.randn(half, *shape, device=device, generator=rank_generator(device))
-        return torch.cat([drawn, -drawn])[:groups] if self.antithetic else drawn
+    def _paired(self, count: int, draw: Callable[[int], Tensor]) -> Tensor:
+        if not self.antithetic:
+            return draw(count)
+        drawn = draw((count + 1) // 2)
+        return torch.cat([drawn, -drawn])[:count]
 
     def _of_draw(self, draw: int, shape: Sequence[int]) -> Tensor:
         if not self.antithetic:
@@ -111,7 +131,10 @@ class Noise:
         return -drawn if draw % 2 else drawn
 
     def _seeded(self, name: str, count: int, shape: Sequence[int]) -> Tensor:
-        return torch.randn(count, *shape, generator=self._generator(name))
+        """(count, *shape), of which the first entries are the same for every `count`."""
+        size = math.prod(shape)
+        padded = -(-size // _BLOCK) * _BLOCK
+        return torch.randn(count, padded, generator=self._generator(name))[:, :size].reshape(count, *shape)
 
     def _generator(self, name: str) -> torch.Generator:
         """On the CPU whatever the device, so that a seed means the same numbers everywhere."""

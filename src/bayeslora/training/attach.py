@@ -18,6 +18,9 @@ from bayeslora.training.loop import BayesLoop, require_tuner
 
 AnyTrainer = TypeVar("AnyTrainer", bound=Trainer)
 
+_LOSS_BY_TOKEN = (TaskType.CAUSAL_LM, TaskType.SEQ_2_SEQ_LM, TaskType.TOKEN_CLS)
+_NAMES_BY_TOKEN = ("ForMaskedLM", "ForTokenClassification")
+
 
 def attach(trainer: AnyTrainer, num_examples: int | None = None) -> AnyTrainer:
     """Attach the method of `trainer.model` to `trainer` and return it; works with any Trainer, TRL's included.
@@ -29,8 +32,8 @@ def attach(trainer: AnyTrainer, num_examples: int | None = None) -> AnyTrainer:
     Args:
         trainer: constructed but not yet trained.
         num_examples: N, for methods with a divergence: the number of terms that the loss is a mean of over the whole
-            training set. By default what the configuration says, or else the length of the training set; a language
-            model's loss is a mean over tokens, so there it has to be given.
+            training set. By default what the configuration says, or else the length of the training set; the loss of
+            a language model, or of a token classifier, is a mean over tokens, so there it has to be given.
 
     Raises:
         BayesLoraError: under DeepSpeed, which owns the gradients; if the trainer was given an optimizer that lacks the
@@ -68,7 +71,7 @@ class BayesCallback(TrainerCallback):
             self.trainer.model,
             _inner(kwargs["optimizer"]),
             total_steps=state.max_steps,
-            num_examples=self.num_examples or self._length(),
+            num_examples=self.num_examples or require_tuner(self.trainer.model).num_examples or self._length(),
             seed=args.seed,
             step=state.global_step,
         )
@@ -78,7 +81,9 @@ class BayesCallback(TrainerCallback):
         assert self.trainer.model is not None
         dataset, tuner = self.trainer.train_dataset, require_tuner(self.trainer.model)
         task = tuner.peft_config[tuner.active_adapters[0]].task_type
-        if task in (TaskType.CAUSAL_LM, TaskType.SEQ_2_SEQ_LM) or not isinstance(dataset, Sized):
+        generates = getattr(tuner.model, "can_generate", None)
+        by_token = task in _LOSS_BY_TOKEN or type(tuner.model).__name__.endswith(_NAMES_BY_TOKEN)
+        if by_token or (generates is not None and generates()) or not isinstance(dataset, Sized):
             return None
         return len(dataset)
 

@@ -59,10 +59,11 @@ class BayesLoop:
 
     def _check_groups(self) -> None:
         roles = {group.get(ROLE) for group in self.optimizer.param_groups}
-        if missing := set(self.tuner.learning_rates) - roles:
+        trained = {self.tuner.role_of(name) for name, p in self.tuner.named_parameters() if p.requires_grad}
+        if missing := (trained | set(self.tuner.learning_rates)) - roles - {"weights"}:
             raise BayesLoraError(
-                f"the optimizer has no group for the {', '.join(sorted(missing))}, which need a rate of their own: "
-                "build it from bayeslora.parameter_groups(model, lr=…)"
+                f"the optimizer has no group for the {', '.join(sorted(missing))}, which need a rate or decay of "
+                "their own: build it from bayeslora.parameter_groups(model, lr=…)"
             )
 
     def step_begin(self) -> None:
@@ -100,15 +101,11 @@ class BayesLoop:
         if target is not None:
             share = self.relative_bops()["attention"]
             self.tuner.steer(share)
-            if self._last_chance():
+            if self.tuner.ends_learning(self.step):
                 while share > target and self.tuner.close_weakest():
                     share = self.relative_bops()["attention"]
         self.tuner.step_end(self.step)
         self.step += 1
-
-    def _last_chance(self) -> bool:
-        """Whether gates freeze after this step, so that what the penalty did not reach is closed now."""
-        return self.tuner.rate_of("bit gates", self.step + 1) == 0.0
 
     def relative_bops(self) -> dict[str, float]:
         """Present share of LoRA's bit operations by scope; computed again only when a rank or width has changed."""
