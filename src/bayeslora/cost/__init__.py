@@ -1,4 +1,4 @@
-"""What a model costs: multiply-accumulates, bit operations by scope, parameters. Shapes are enough; nothing is run."""
+"""What a model costs: multiply-accumulates, bit operations by scope, parameters, memory; from shapes alone."""
 
 from __future__ import annotations
 
@@ -6,19 +6,24 @@ from bayeslora.cost._tree import build_on_meta, from_config
 from bayeslora.cost.bops import bops_by_scope, macs_by_scope, relative_bops
 from bayeslora.cost.macs import SCOPES, LayerCost, Operation, Scope, operations
 from bayeslora.cost.parameters import adapter_matrices, adapter_parameters, count_parameters
+from bayeslora.cost.plan import TASK_TYPES, Plan, build_for_task, plan
 
 __all__ = [
     "SCOPES",
+    "TASK_TYPES",
     "LayerCost",
     "Operation",
+    "Plan",
     "Scope",
     "adapter_matrices",
     "adapter_parameters",
     "bops_by_scope",
+    "build_for_task",
     "build_on_meta",
     "count_parameters",
     "from_config",
     "macs_by_scope",
     "operations",
+    "plan",
     "relative_bops",
 ]

@@ -1,0 +1,275 @@
+"""What fine-tuning will cost, before there are weights: parameters, memory, bytes on disk, bit operations.
+
+The model is built on the meta device from its configuration and gets its adapters there, so that a model of any size
+takes seconds and no memory, and every number is counted on the real modules instead of derived for each method.
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Literal, TypeAlias, cast, get_args
+
+import torch
+from peft import PeftConfig, PeftModel, get_peft_model, get_peft_model_state_dict
+from torch import Tensor, nn
+from transformers import PretrainedConfig
+from transformers.models.auto.modeling_auto import (
+    MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
+    MODEL_FOR_MASKED_LM_MAPPING_NAMES,
+    MODEL_FOR_QUESTION_ANSWERING_MAPPING_NAMES,
+    MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES,
+    MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES,
+    MODEL_FOR_TOKEN_CLASSIFICATION_MAPPING_NAMES,
+    MODEL_MAPPING_NAMES,
+)
+
+from bayeslora._peft import get_pattern_key
+from bayeslora.cost._activations import Device, activation_bytes
+from bayeslora.cost._tree import build_on_meta, from_config, is_adapted, matrix_of, unwrapped
+from bayeslora.cost.bops import macs_by_scope, relative_bops
+from bayeslora.cost.macs import operations
+from bayeslora.cost.parameters import _own, count_parameters
+from bayeslora.errors import BayesLoraError
+from bayeslora.methods import LayerDescription
+
+Dtype: TypeAlias = Literal["float32", "bfloat16", "float16"]
+
+# PEFT's task types, with the end of the class names that stand for each and the classes by model type.
+_TASKS: dict[str, tuple[tuple[str, ...], Mapping[str, Any]]] = {
+    "SEQ_CLS": (("ForSequenceClassification",), MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES),
+    "CAUSAL_LM": (("ForCausalLM", "LMHeadModel"), MODEL_FOR_CAUSAL_LM_MAPPING_NAMES),
+    "TOKEN_CLS": (("ForTokenClassification",), MODEL_FOR_TOKEN_CLASSIFICATION_MAPPING_NAMES),
+    "QUESTION_ANS": (("ForQuestionAnswering",), MODEL_FOR_QUESTION_ANSWERING_MAPPING_NAMES),
+    "SEQ_2_SEQ_LM": (("ForConditionalGeneration",), MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES),
+    "FEATURE_EXTRACTION": (("Model",), MODEL_MAPPING_NAMES),
+}
+TASK_TYPES = tuple(_TASKS)
+_NEW_HEADS = ("SEQ_CLS", "TOKEN_CLS", "QUESTION_ANS")
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What one training run will cost. All sizes are in bytes; an optimizer step sees one batch.
+
+    Attributes:
+        model: class name of the model.
+        task_type: PEFT's name of what the model is trained for, None for a model without a head.
+        batch_size, tokens, dtype: what was planned for; `dtype` is the base model's, adapters train in float32.
+        parameters: {"trainable", "adapter", "total"}, as `count_parameters` counts them.
+        relative_bops: bit operations by scope as a share of LoRA r = 16 at 32 × 32 bits, at the configured rank and
+            32 bits: where training starts, so what a method learns to save comes off these.
+        macs: multiply-accumulate operations of one sequence by scope, forward only.
+        bytes: {"weights", "gradients", "optimizer", "activations", "training", "file", "file_16bit"}: AdamW keeps two
+            numbers of the parameter's own type for every trained one; `activations` is an estimate of what autograd
+            keeps of one batch, None where the model cannot be run without values; `training` sums the first four;
+            `file` is what `save_pretrained` writes (the adapter, or the whole model without one).
+        layers: the adapted layers.
+        notes: what is not known and why, one sentence each.
+    """
+
+    model: str
+    task_type: str | None
+    batch_size: int
+    tokens: int
+    dtype: str
+    parameters: dict[str, int]
+    relative_bops: dict[str, float]
+    macs: dict[str, int]
+    bytes: dict[str, int | None]
+    layers: list[LayerDescription]
+    notes: list[str]
+
+    def to_dict(self) -> dict[str, Any]:
+        """The plan under the keys of `metrics.json`, as far as there are any."""
+        return asdict(self)
+
+
+def plan(
+    model: str | Path | dict[str, Any] | PretrainedConfig,
+    method: PeftConfig | None,
+    *,
+    task_type: str | None = None,
+    batch_size: int = 32,
+    tokens: int = 128,
+    dtype: Dtype = "float32",
+    device: Device = "cpu",
+) -> Plan:
+    """What training `model` with `method` will cost, found on the meta device.
+
+    Args:
+        model: a configuration, or what `from_config` reads one from: a model folder, a `config.json`, a dictionary.
+        method: the configuration of an adapter, one of this library's or of PEFT's; None trains every weight.
+        task_type: one of `TASK_TYPES`; by default the method's own, then that of the configuration's first
+            `architectures` entry, then "CAUSAL_LM" for a decoder.
+        batch_size, tokens: rows of a batch and tokens of each row.
+        dtype: type of the base model's weights.
+        device: whose kernels the activations are estimated for, "cpu" or "cuda"; of interest only with dropout.
+
+    Raises:
+        BayesLoraError: the configuration cannot be read or built, no adapter of this kind fits the model, or a number
+            is not positive.
+    """
+    for name, value in (("batch_size", batch_size), ("tokens", tokens)):
+        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+            raise BayesLoraError(f"{name} is {value!r}, but a step needs a whole number of at least 1; give another.")
+    if dtype not in get_args(Dtype):
+        raise BayesLoraError(f"dtype is {dtype!r}; give one of {', '.join(get_args(Dtype))}.")
+    if device not in get_args(Device):
+        raise BayesLoraError(f"device is {device!r}; give one of {', '.join(get_args(Device))}.")
+    config = copy.deepcopy(model) if isinstance(model, PretrainedConfig) else from_config(model)
+    limit = getattr(config, "max_position_embeddings", None)
+    if isinstance(limit, int) and 0 < limit < tokens:
+        raise BayesLoraError(f"tokens is {tokens}, but the model takes {limit}; give at most {limit}.")
+    wanted = task_type or (str(getattr(method, "task_type", None) or "").rpartition(".")[2] or None)
+    built, found, heads = build_for_task(config, wanted)
+    name = type(built).__name__
+    built = built.to(getattr(torch, dtype))
+    adapted = built if method is None else _wrapped(built, method, found, heads)
+    layers = [] if method is None else _layers(cast(PeftModel, adapted))
+    parameters = count_parameters(adapted)
+    sizes = _sizes(adapted)
+    # Bit operations and MACs before the pass that uses the model up.
+    costs = relative_bops(adapted, layers, tokens), macs_by_scope(operations(adapted, tokens, layers))
+    notes: list[str] = []
+    try:
+        sizes["activations"] = activation_bytes(adapted, layers, batch_size, tokens, device)
+        sizes["training"] = sum(cast(int, sizes[key]) for key in ("weights", "gradients", "optimizer", "activations"))
+    except (RuntimeError, ValueError, TypeError, AttributeError, NotImplementedError, IndexError, KeyError) as error:
+        reason = " ".join(str(error).split())
+        notes.append(f"activations are not known: {name} does not run without values ({reason[:160]}).")
+    return Plan(name, found, batch_size, tokens, dtype, parameters, *costs, sizes, layers, notes)
+
+
+def build_for_task(config: PretrainedConfig, task_type: str | None = None) -> tuple[nn.Module, str | None, list[str]]:
+    """The model of a configuration on the meta device under the head of a task.
+
+    Returns:
+        The model, the task type (None where the model has no head), and the modules that the configuration's own
+        checkpoint does not hold, so that they are trained and saved with an adapter.
+
+    Raises:
+        BayesLoraError: an unknown task type, or one that this architecture has no class for.
+    """
+    own = next(iter(getattr(config, "architectures", None) or []), None)
+    if task_type is None:
+        task_type = _default_task(config.model_type, own)
+    elif task_type not in TASK_TYPES:
+        raise BayesLoraError(f"task type {task_type!r} is unknown; choose from {', '.join(TASK_TYPES)}.")
+    if task_type is not None and _task_of(own) != task_type:
+        config.architectures = [_class_for(config.model_type, task_type)]
+    if task_type == "SEQ_CLS":
+        if getattr(config, "problem_type", None) is None:
+            config.problem_type = "regression" if config.num_labels == 1 else "single_label_classification"
+        if getattr(config, "pad_token_id", None) is None:
+            config.pad_token_id = 0  # a classifier on a decoder finds the last token by it
+    model = build_on_meta(config)
+    heads: list[str] = []
+    if task_type in _NEW_HEADS and config.architectures != [own]:
+        prefix = getattr(model, "base_model_prefix", "")
+        heads = [name for name, child in model.named_children() if name != prefix and list(child.parameters())]
+    return model, task_type, heads
+
+
+def _task_of(class_name: str | None) -> str | None:
+    """The task that a class is named after; "FEATURE_EXTRACTION" for one without a head."""
+    return next((task for task, (ends, _) in _TASKS.items() if str(class_name).endswith(ends)), None)
+
+
+def _default_task(model_type: str, class_name: str | None) -> str | None:
+    named = _task_of(class_name)
+    if class_name is not None and named != "FEATURE_EXTRACTION":
+        return named
+    decoder = model_type in _TASKS["CAUSAL_LM"][1] and model_type not in MODEL_FOR_MASKED_LM_MAPPING_NAMES
+    return "CAUSAL_LM" if decoder else None
+
+
+def _class_for(model_type: str, task_type: str) -> str:
+    found = _TASKS[task_type][1].get(model_type)
+    if not found:
+        raise BayesLoraError(
+            f"transformers has no {model_type} model for task type {task_type}; choose another task type."
+        )
+    return found if isinstance(found, str) else str(found[0])
+
+
+def _wrapped(model: nn.Module, method: PeftConfig, task_type: str | None, heads: list[str]) -> nn.Module:
+    config = cast(Any, copy.deepcopy(method))
+    config.task_type = task_type
+    if heads:
+        config.modules_to_save = sorted({*(getattr(config, "modules_to_save", None) or ()), *heads})
+    try:
+        with torch.random.fork_rng(devices=[]):  # a plan leaves the caller's random numbers alone
+            return get_peft_model(cast(Any, model), config)
+    except BayesLoraError:
+        raise
+    except (ValueError, TypeError, NotImplementedError, KeyError) as error:
+        reason = " ".join(str(error).split())
+        raise BayesLoraError(
+            f"these options make no {type(method).__name__} for {type(model).__name__} ({reason}); change them."
+        ) from error
+
+
+def _layers(model: PeftModel) -> list[LayerDescription]:
+    """The adapted layers as configured: what `describe` says before anything has been learned."""
+    config = cast(Any, model.peft_config[model.active_adapter])
+    patterns: dict[str, int] = getattr(config, "rank_pattern", None) or {}
+    found = []
+    for name, module in model.get_base_model().named_modules():
+        if not is_adapted(module):
+            continue
+        base = unwrapped(module)
+        if isinstance(base, nn.Embedding):
+            shape = base.num_embeddings, base.embedding_dim
+        else:
+            matrix = matrix_of(name, base)
+            if matrix is None:
+                continue
+            shape = matrix.in_features, matrix.out_features
+        rank = patterns.get(get_pattern_key(list(patterns), name), getattr(config, "r", 0))
+        count = sum(parameter.numel() for parameter in _own(module))
+        found.append(LayerDescription(name, *shape, rank, rank, count))
+    return found
+
+
+def _sizes(model: nn.Module) -> dict[str, int | None]:
+    parameters = list(model.parameters())  # shared ones once
+    gradients = sum(p.numel() * p.element_size() for p in parameters if p.requires_grad)
+    file, narrow = (sum(_file_bytes(model, half)) for half in (False, True))
+    return {
+        "weights": sum(p.numel() * p.element_size() for p in parameters),
+        "gradients": gradients,
+        "optimizer": 2 * gradients,
+        "activations": None,
+        "training": None,
+        "file": file,
+        "file_16bit": narrow,
+    }
+
+
+def _file_bytes(model: nn.Module, half: bool) -> Iterator[int]:
+    """The parts of the safetensors file: length of the header, the header padded to 8 bytes, the tensors."""
+    tensors = _saved_tensors(model)
+    width = {name: 2 if half and t.is_floating_point() else t.element_size() for name, t in tensors.items()}
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    end = 0
+    for name in sorted(tensors, key=lambda name: (-width[name], name)):
+        start, end = end, end + tensors[name].numel() * width[name]
+        dtype = f"{'F' if tensors[name].is_floating_point() else 'I'}{8 * width[name]}"
+        header[name] = {"dtype": dtype, "shape": list(tensors[name].shape), "data_offsets": [start, end]}
+    yield 8
+    yield -(-len(json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()) // 8) * 8
+    yield end
+
+
+def _saved_tensors(model: nn.Module) -> dict[str, Tensor]:
+    if isinstance(model, PeftModel):
+        # An adapted embedding or output layer is not saved as a whole beside its adapter.
+        return get_peft_model_state_dict(model, save_embedding_layers=False)
+    distinct: dict[int, tuple[str, Tensor]] = {}
+    for name, tensor in model.state_dict(keep_vars=True).items():
+        distinct.setdefault(id(tensor), (name, tensor))
+    return dict(distinct.values())
