@@ -77,6 +77,13 @@ class RunOptions:
     dtype: typing.Literal["float32", "bfloat16", "float16"] = field(
         default="float32", metadata={"help": "type the base model is loaded in (float32)", "metavar": "TYPE"}
     )
+    samples: int = field(
+        default=0,
+        metadata={
+            "help": "Monte-Carlo samples of a stochastic adapter for the final scores (0: its mean)",
+            "metavar": "N",
+        },
+    )
     resume: bool = field(default=False, metadata={"help": "continue the interrupted run in OUT.partial"})
     keep_checkpoints: bool = field(default=False, metadata={"help": "keep the last checkpoints in OUT/checkpoints"})
 

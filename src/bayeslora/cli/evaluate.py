@@ -1,16 +1,20 @@
-"""`bayeslora evaluate OUT`: the scores of a finished run; nothing is written."""
+"""`bayeslora evaluate OUT`: the scores of a finished run, which stays as it is."""
 
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
-from bayeslora.cli.coercion import coerce
+from bayeslora.cli.choices import encoded_for
+from bayeslora.cli.folders import new_folder
+from bayeslora.cli.inputs import positive_batch, text_columns
 from bayeslora.cli.models import RunInfo, load_run
-from bayeslora.cli.results import EVALUATION, finite
+from bayeslora.cli.ood import detected, detection_lines, outside_texts
+from bayeslora.cli.results import EVALUATION, described, finite, save_json, scored
 from bayeslora.errors import BayesLoraError
-from bayeslora.evaluation import Task, encode_texts, evaluate, load_files, load_task
+from bayeslora.evaluation import Task, encode_texts, evaluate, load_files, load_task, predict_dataset
 from bayeslora.prediction import check_samples
 
 
@@ -19,53 +23,73 @@ def run(given: dict[str, Any]) -> int:
     folder = Path(given["folder"])
     batch_size = positive_batch(given)
     info = RunInfo.load(folder)
+    target = _target(given)
     task, split = _task(given, info)
+    outside = outside_texts(given, info, task)
     model, tokenizer, info = load_run(folder, given.get("model"))
-    samples = given.get("samples", 0)
+    samples, seed = given.get("samples", 0), given.get("seed", 0)
     check_samples(model, samples)
-    data = encode_texts(task.splits[split], task.text_columns, tokenizer, info.max_length)
-    evaluation = evaluate(model, data, task, tokenizer, batch_size=batch_size)
+    data = encoded_for(task.splits[split], task, tokenizer, info)
+    evaluation = evaluate(model, data, task, tokenizer, batch_size, samples, seed)
     found = {
         "folder": str(folder),
         "method": info.method,
         "task": task.name,
         "split": split,
         "rows": len(data),
-        "samples": samples,
+        "seed": seed,
         "metric": task.metric,
-        "scores": evaluation.scores,
-        "reliability": {"bins": evaluation.reliability},
+        **scored(evaluation),
         "seconds": evaluation.seconds,
     }
+    if outside is not None:
+        texts = encode_texts(outside.texts, outside.columns, tokenizer, info.max_length)
+        prediction = predict_dataset(model, texts, tokenizer, batch_size, samples, seed)
+        found["uncertainty"] = evaluation.histograms(prediction)
+        found["ood"] = detected(outside, evaluation, prediction)
+    if target is not None:
+        _write(target, folder, found, described(model), info)
     if given.get("json"):
         print(json.dumps(finite(found), indent=2, ensure_ascii=False))
         return 0
-    print(f"{folder} on {task.name} ({split}, {found['rows']} rows)")
+    drawn = f", {samples} samples" if samples else ""
+    print(f"{folder} on {task.name} ({split}, {found['rows']} rows{drawn})")
     width = max(len(name) for name in evaluation.scores)
     for name, value in evaluation.scores.items():
         print(f"  {name:<{width}}  {value:.4f}")
+    if "ood" in found:
+        print("\n".join(detection_lines(found["ood"])))
     return 0
 
 
-def positive_batch(given: dict[str, Any]) -> int:
-    """`--batch-size`, 64 by default."""
-    size = int(given.get("batch_size", 64))
-    if size < 1:
-        raise BayesLoraError(f"--batch-size is {size}; give at least 1.")
-    return size
+def _target(given: dict[str, Any]) -> Path | None:
+    """`--output-dir`, refused before any work is done where it exists."""
+    if "output_dir" not in given:
+        return None
+    target = Path(given["output_dir"])
+    if target.exists():
+        raise BayesLoraError(f"output folder {target} exists; name a new one or delete it.")
+    return target
 
 
-def text_columns(given: dict[str, Any], info: RunInfo) -> list[str]:
-    """`--text-column`, by default the columns the run was trained on; as many as those."""
-    if "text_column" not in given:
-        return info.text_columns
-    columns = coerce("text_column", given["text_column"], list[str])
-    if len(columns) != len(info.text_columns):
-        raise BayesLoraError(
-            f"--text-column names {len(columns)} columns, but the run was trained on {len(info.text_columns)}; "
-            "name as many."
-        )
-    return list(columns)
+def _write(target: Path, folder: Path, found: dict[str, Any], model: dict[str, Any], info: RunInfo) -> None:
+    """The scores as a folder that `compare` reads like the run's own: its facts, with these scores in their place."""
+    from bayeslora.report import write_figures
+
+    trained: dict[str, Any] = {"method": info.method, "model": info.model, "labels": info.labels, **model}
+    if (folder / "metrics.json").is_file():
+        trained |= json.loads((folder / "metrics.json").read_text(encoding="utf-8"))
+    seconds = {**trained.get("seconds", {}), "evaluate": found["seconds"]}
+    own = {name: value for name, value in found.items() if name not in ("folder", "seed")}
+    metrics = {**trained, **own, "seconds": seconds, "evaluated": {"folder": str(folder), "seed": found["seed"]}}
+    for name in ("scores_test", "confusion"):
+        metrics.pop(name, None)
+    with new_folder(target) as partial:
+        save_json(partial / "metrics.json", metrics)
+        for name in ("config.yaml", "adapter_config.json"):
+            if (folder / name).is_file():
+                shutil.copy(folder / name, partial)
+        write_figures(partial)
 
 
 def _task(given: dict[str, Any], info: RunInfo) -> tuple[Task, str]:
@@ -83,8 +107,13 @@ def _task(given: dict[str, Any], info: RunInfo) -> tuple[Task, str]:
         if name in given:
             raise BayesLoraError(f"--{name.replace('_', '-')} is of use only with --eval-file; leave it out.")
     name = str(given.get("task", info.task_name))
-    task = load_task(name, given.get("data_dir", info.data_dir if name == info.task_name else None))
-    if list(task.labels) != info.labels:
+    own = name == info.task_name
+    task = load_task(
+        name, given.get("data_dir", info.data_dir if own else None), train_split=info.train_split if own else None
+    )
+    # Letters are the same for every multiple-choice task, and an item says how many of them it has.
+    fits = task.kind == info.kind and (task.kind == "multiple_choice" or list(task.labels) == info.labels)
+    if not fits:
         raise BayesLoraError(
             f"task {name} has labels {', '.join(task.labels) or 'none'}, but the run was trained on "
             f"{', '.join(info.labels) or 'numbers'}; name a task with the same labels."

@@ -7,7 +7,7 @@ import os
 from pathlib import Path
 from typing import Any
 
-from bayeslora.cli.evaluate import positive_batch, text_columns
+from bayeslora.cli.inputs import positive_batch, text_columns
 from bayeslora.cli.models import RunInfo, load_run
 from bayeslora.errors import BayesLoraError
 from bayeslora.evaluation import encode_texts, load_texts, predict_dataset
@@ -26,12 +26,22 @@ def run(given: dict[str, Any]) -> int:
     columns = text_columns(given, info)
     texts = load_texts(source, columns)
     model, tokenizer, info = load_run(folder, given.get("model"))
-    check_samples(model, given.get("samples", 0))
+    samples = given.get("samples", 0)
+    check_samples(model, samples)
     data = encode_texts(texts, columns, tokenizer, info.max_length)
-    prediction = predict_dataset(model, data, tokenizer, batch_size)
+    prediction = predict_dataset(model, data, tokenizer, batch_size, samples, given.get("seed", 0))
     _write(target, prediction, info)
     print(f"{target}: {len(prediction)} rows")
     return 0
+
+
+def _uncertainty(prediction: Prediction, row: int, regression: bool) -> dict[str, Any]:
+    """How sure a row's prediction is: a classifier's in nats, a regression's spread over the samples."""
+    entropies = ("entropy", "expected_entropy", "mutual_information")
+    if regression:
+        return {"probabilities": None, **dict.fromkeys(entropies), "std": float(prediction.std[row])}
+    values = {name: float(getattr(prediction, name)[row]) for name in entropies}
+    return {"probabilities": prediction.probabilities[row].tolist(), **values}
 
 
 def _write(target: Path, prediction: Prediction, info: RunInfo) -> None:
@@ -42,12 +52,7 @@ def _write(target: Path, prediction: Prediction, info: RunInfo) -> None:
         with partial.open("w", encoding="utf-8") as file:
             for row in range(len(prediction)):
                 label = float(prediction.labels[row]) if regression else info.labels[int(prediction.labels[row])]
-                line = {
-                    "label": label,
-                    "probabilities": None if regression else prediction.probabilities[row].tolist(),
-                    "entropy": None if regression else float(prediction.entropy[row]),
-                    "mutual_information": None if regression else float(prediction.mutual_information[row]),
-                }
+                line = {"label": label, **_uncertainty(prediction, row, regression)}
                 file.write(json.dumps(line, ensure_ascii=False) + "\n")
         os.replace(partial, target)
     finally:

@@ -16,7 +16,7 @@ from torch import nn
 from transformers import PreTrainedTokenizerBase
 
 from bayeslora.cost import count_parameters, relative_bops
-from bayeslora.evaluation import Task, evaluate, predict_dataset
+from bayeslora.evaluation import Evaluation, Task, evaluate, predict_dataset
 from bayeslora.methods import describe
 
 EVALUATION = "validation"
@@ -25,26 +25,42 @@ _RELOAD_TOLERANCE = {"float32": 1e-5, "bfloat16": 5e-2, "float16": 1e-2}
 
 
 def measure(
-    model: nn.Module, data: dict[str, Any], task: Task, tokenizer: PreTrainedTokenizerBase, batch_size: int
+    model: nn.Module,
+    data: dict[str, Any],
+    task: Task,
+    tokenizer: PreTrainedTokenizerBase,
+    batch_size: int,
+    samples: int = 0,
 ) -> dict[str, Any]:
     """The measured part of `metrics.json`; `scores` belong to the evaluation split."""
-    layers = describe(model)
-    evaluation = evaluate(model, data[EVALUATION], task, tokenizer, batch_size=batch_size)
-    found: dict[str, Any] = {
-        "metric": task.metric,
+    evaluation = evaluate(model, data[EVALUATION], task, tokenizer, batch_size, samples)
+    found = {"metric": task.metric, **scored(evaluation), **described(model), "labels": list(task.labels)}
+    if "test" in data:
+        found["scores_test"] = evaluate(model, data["test"], task, tokenizer, batch_size, samples).scores
+    return found
+
+
+def scored(evaluation: Evaluation) -> dict[str, Any]:
+    """What `metrics.json` says of a model's predictions on a split."""
+    return {
         "scores": evaluation.scores,
-        "samples": 0,
+        "samples": evaluation.samples,
+        "reliability": {"bins": evaluation.reliability},
+        "risk_coverage": evaluation.risk_coverage,
+        "uncertainty": evaluation.histograms(),
+    }
+
+
+def described(model: nn.Module) -> dict[str, Any]:
+    """What `metrics.json` says of the model itself, and of what ran it."""
+    layers = describe(model)
+    return {
         "parameters": count_parameters(model),
         "relative_bops": relative_bops(model, layers),
         "layers": [layer.to_dict() for layer in layers],
         "versions": versions(),
-        "reliability": {"bins": evaluation.reliability},
-        "labels": list(task.labels),
         "peak_memory_bytes": peak_memory(),
     }
-    if "test" in data:
-        found["scores_test"] = evaluate(model, data["test"], task, tokenizer, batch_size=batch_size).scores
-    return found
 
 
 def versions() -> dict[str, str]:

@@ -51,6 +51,7 @@ from bayeslora.errors import BayesLoraError
 from bayeslora.evaluation import Task, compute_metrics_for, encode, load_files, load_task
 from bayeslora.export.shrink import shrink
 from bayeslora.methods import tuner_of
+from bayeslora.prediction import check_samples
 from bayeslora.training import attach
 
 CONFIG_FILE = "config.yaml"
@@ -194,6 +195,7 @@ def _prepare(plan: TrainPlan, partial: Path) -> Session:
         dtype=options.dtype,
     )
     model = adapt(base, plan.config_class, plan.method_options)
+    check_samples(model, options.samples)
     length = longest_input(base.model, tokenizer, options.max_length)
     return Session(plan, task, tokenizer, base, model, encode(task, tokenizer, length), length, partial)
 
@@ -236,7 +238,8 @@ def _finish(session: Session, trainer: Trainer, seconds: float) -> dict[str, Any
     if tuner_of(model) is not None:
         shrink(model)
     started = time.perf_counter()
-    metrics = measure(session.model, session.data, task, session.tokenizer, trainer.args.per_device_eval_batch_size)
+    batch_size = trainer.args.per_device_eval_batch_size
+    metrics = measure(model, session.data, task, session.tokenizer, batch_size, plan.options.samples)
     metrics = {
         "method": plan.options.method,
         "task": task.name,

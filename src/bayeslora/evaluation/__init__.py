@@ -10,6 +10,7 @@ from bayeslora.evaluation.runner import (
     encode_texts,
     evaluate,
     predict_dataset,
+    uncertainties_of,
 )
 from bayeslora.evaluation.tasks import TASKS, Task, hold_out, load_files, load_task, load_texts
 
@@ -27,4 +28,5 @@ __all__ = [
     "load_texts",
     "packaged_model",
     "predict_dataset",
+    "uncertainties_of",
 ]

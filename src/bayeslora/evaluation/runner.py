@@ -16,8 +16,10 @@ from torch import nn
 
 from bayeslora.errors import BayesLoraError
 from bayeslora.evaluation.metrics import classification_scores, regression_scores, reliability_bins, softmax
+from bayeslora.evaluation.multiple_choice import Collate, choice_scoring, is_multiple_choice, row_lengths
 from bayeslora.evaluation.tasks import LABEL, Task
-from bayeslora.prediction import Prediction, predict
+from bayeslora.evaluation.uncertainty import histograms, risk_coverage_curve, uncertainties
+from bayeslora.prediction import Prediction, Predictor, predict
 
 DEFAULT_MAX_LENGTH = 128
 
@@ -28,10 +30,13 @@ class Evaluation:
 
     Attributes:
         scores: by name, the task's headline first.
-        predictions: (n, C) class probabilities, or (n,) values for regression.
+        predictions: (n, C) class probabilities, averaged over samples; (n,) values for regression.
         labels: (n,) class ids or values.
         reliability: confidence bins as in metrics.json; empty for regression.
         seconds: wall time of the forward passes.
+        entropy: (n,) of the predictions, in nats; 0 for regression.
+        mutual_information: (n,) the part of the entropy that the samples disagree about, in nats; 0 without samples.
+        samples: of the posterior, drawn for each prediction; 0 is the posterior mean.
     """
 
     scores: dict[str, float]
@@ -39,6 +44,48 @@ class Evaluation:
     labels: NDArray[Any]
     reliability: list[dict[str, Any]]
     seconds: float
+    entropy: NDArray[np.float64]
+    mutual_information: NDArray[np.float64]
+    samples: int = 0
+
+    @property
+    def expected_entropy(self) -> NDArray[np.float64]:
+        """(n,) mean entropy of each sample's own prediction: what knowing the weights would leave."""
+        return self.entropy - self.mutual_information
+
+    @property
+    def uncertainties(self) -> dict[str, NDArray[np.float64]]:
+        """(n,) each, larger = less sure; see `uncertainty.uncertainties`. None for regression."""
+        if self.predictions.ndim == 1:
+            return {}
+        return uncertainties(self.predictions, self.entropy, self.mutual_information)
+
+    @property
+    def risk_coverage(self) -> dict[str, list[float]]:
+        """Error rate by share of examples answered, the most confident first, as in metrics.json."""
+        if self.predictions.ndim == 1:
+            return {}
+        return risk_coverage_curve(self.uncertainties["max_probability"], ~self._correct)
+
+    def histograms(self, outside: Prediction | None = None) -> dict[str, dict[str, Any]]:
+        """Entropy and mutual information of `correct` and `wrong` predictions, and of `ood` ones, as in metrics.json.
+
+        Args:
+            outside: predictions for out-of-distribution inputs by the same model with the same samples.
+        """
+        if self.predictions.ndim == 1:
+            return {}
+        groups = {
+            name: {measure: values[rows] for measure, values in self.uncertainties.items()}
+            for name, rows in (("correct", self._correct), ("wrong", ~self._correct))
+        }
+        if outside is not None:
+            groups["ood"] = uncertainties_of(outside)
+        return histograms(groups, self.predictions.shape[1])
+
+    @property
+    def _correct(self) -> NDArray[np.bool_]:
+        return np.asarray(self.predictions.argmax(axis=1) == self.labels)
 
 
 def encode(task: Task, tokenizer: Any, max_length: int | None = None) -> dict[str, Dataset]:
@@ -75,23 +122,35 @@ def encode_texts(
     )  # fmt: skip
 
 
-def evaluate(model: nn.Module, dataset: Dataset, task: Task, tokenizer: Any, batch_size: int = 64) -> Evaluation:
+def evaluate(
+    model: nn.Module | Predictor,
+    dataset: Dataset,
+    task: Task,
+    tokenizer: Any,
+    batch_size: int = 64,
+    samples: int = 0,
+    seed: int = 0,
+    antithetic: bool = False,
+) -> Evaluation:
     """Score a model on one encoded split with labels.
 
     Args:
-        model: left in the mode it was in, and on its device.
+        model: a model, left in the mode it was in and on its device; or a predictor around one, as `predict` takes it.
         dataset: a split as `encode` returns it.
         task: decides the scores.
         tokenizer: pads the batches.
         batch_size: examples a forward pass; every example is used, and the scores do not depend on it.
+        samples: of the posterior; probabilities are averaged over them. 0 uses the posterior mean.
+        seed: of the samples; the same seed gives the same scores.
+        antithetic: draw the samples in pairs of opposite noise.
 
     Returns:
-        For classification the task's metrics, `accuracy`, `nll`, `ece` and `brier`; for regression `pearson`,
-        `spearman` and `mse`.
+        For classification the task's metrics, `accuracy`, `nll`, `ece`, `adaptive_ece`, `classwise_ece`, `brier` and
+        `aurc`; for regression `pearson`, `spearman` and `mse`.
 
     Raises:
         BayesLoraError: no labels or no rows in `dataset`, a model of another kind or number of classes than the task,
-            or outputs that are not finite.
+            outputs that are not finite, or samples of a model without a posterior.
     """
     if LABEL not in dataset.column_names:
         raise BayesLoraError(
@@ -100,27 +159,45 @@ def evaluate(model: nn.Module, dataset: Dataset, task: Task, tokenizer: Any, bat
         )
     labels = np.asarray(dataset[LABEL])
     start = time.perf_counter()
-    prediction = predict_dataset(model, dataset, tokenizer, batch_size)
+    prediction = predict_dataset(model, dataset, tokenizer, batch_size, samples, seed, antithetic)
     seconds = time.perf_counter() - start
-    return _scored(task, prediction, labels, seconds)
+    return _scored(task, prediction, labels, seconds, samples)
 
 
-def predict_dataset(model: nn.Module, dataset: Dataset, tokenizer: Any, batch_size: int = 64) -> Prediction:
+def predict_dataset(
+    model: nn.Module | Predictor,
+    dataset: Dataset,
+    tokenizer: Any,
+    batch_size: int = 64,
+    samples: int = 0,
+    seed: int = 0,
+    antithetic: bool = False,
+) -> Prediction:
     """`predict` over an encoded split: padded per batch, examples of like length together, results in its order.
 
     Raises:
-        BayesLoraError: no rows, `batch_size` below 1, or a tokenizer that cannot pad.
+        BayesLoraError: no rows, `batch_size` below 1, a tokenizer that cannot pad, or samples of a model without a
+            posterior.
     """
     if batch_size < 1:
         raise BayesLoraError(f"the batch size is {batch_size}, at least 1 is needed")
     if not len(dataset):
         raise BayesLoraError("the split has 0 rows, at least 1 is needed to run a model over")
-    lengths = [len(ids) for ids in dataset["input_ids"]]
+    scoring = choice_scoring(dataset, tokenizer) if is_multiple_choice(dataset) else None
     # Longest first: what does not fit in memory fails at once. Stable, so equal lengths keep their order.
-    order = np.argsort(-np.asarray(lengths), kind="stable")
-    prediction = predict(model, _batches(dataset, order, tokenizer, batch_size))
+    order = np.argsort(-np.asarray(row_lengths(dataset)), kind="stable")
+    batches = _batches(dataset, order, tokenizer, batch_size, scoring.collate if scoring else None)
+    logits = scoring.logits if scoring else None
+    prediction = predict(model, batches, samples, seed, antithetic=antithetic, logits=logits)
     back = torch.from_numpy(np.argsort(order, kind="stable"))
-    return Prediction(**{name: value[back] for name, value in vars(prediction).items()})
+    return Prediction(**{name: _reordered(name, value, back) for name, value in vars(prediction).items()})
+
+
+def uncertainties_of(prediction: Prediction) -> dict[str, NDArray[np.float64]]:
+    """The measures of uncertainty of a classifier's predictions; see `uncertainty.uncertainties`."""
+    return uncertainties(
+        prediction.probabilities.numpy(), prediction.entropy.numpy(), prediction.mutual_information.numpy()
+    )
 
 
 def compute_metrics_for(task: Task) -> Callable[[Any], dict[str, float]]:
@@ -137,29 +214,46 @@ def compute_metrics_for(task: Task) -> Callable[[Any], dict[str, float]]:
     return compute_metrics
 
 
-def _scored(task: Task, prediction: Prediction, labels: NDArray[Any], seconds: float) -> Evaluation:
-    logits = prediction.logits.numpy()
-    expected = 1 if task.kind == "regression" else len(task.labels)
-    if logits.shape[1] != expected:
+def _reordered(name: str, value: Any, back: torch.Tensor) -> Any:
+    """One field of a prediction with its examples in another order; those of single samples have them in dim 1."""
+    if value is None:
+        return None
+    return value[:, back] if name.startswith("sample_") else value[back]
+
+
+def _scored(task: Task, prediction: Prediction, labels: NDArray[Any], seconds: float, samples: int) -> Evaluation:
+    outputs, expected = prediction.logits.shape[1], 1 if task.kind == "regression" else len(task.labels)
+    if outputs != expected:
         raise BayesLoraError(
-            f"the model has {logits.shape[1]} outputs, the task {task.name!r} needs {expected}: "
+            f"the model has {outputs} outputs, the task {task.name!r} needs {expected}: "
             f"load the model with num_labels={expected}"
         )
-    broken = int((~np.isfinite(logits)).any(axis=1).sum())
+    # Not the logits: a class may be ruled out by one of minus infinity.
+    predicted = prediction.labels[:, None].double() if task.kind == "regression" else prediction.probabilities
+    broken = int((~torch.isfinite(predicted)).any(dim=1).sum())
     if broken:
         raise BayesLoraError(
-            f"the model's outputs are not finite for {broken} of {len(logits)} examples: "
+            f"the model's outputs are not finite for {broken} of {len(predicted)} examples: "
             "train with a smaller learning rate or in float32"
         )
+    found: dict[str, Any] = {
+        "labels": labels,
+        "seconds": seconds,
+        "entropy": prediction.entropy.numpy(),
+        "mutual_information": prediction.mutual_information.numpy(),
+        "samples": samples,
+    }
     if task.kind == "regression":
-        values = logits[:, 0]
-        return Evaluation(regression_scores(values, labels), values, labels, [], seconds)
-    probabilities = prediction.probabilities.numpy()
+        values = predicted[:, 0].numpy()
+        return Evaluation(regression_scores(values, labels), values, reliability=[], **found)
+    probabilities = predicted.numpy()
     scores = classification_scores(probabilities, labels, task.metrics)
-    return Evaluation(scores, probabilities, labels, reliability_bins(probabilities, labels), seconds)
+    return Evaluation(scores, probabilities, reliability=reliability_bins(probabilities, labels), **found)
 
 
-def _batches(dataset: Dataset, order: np.ndarray, tokenizer: Any, batch_size: int) -> Iterator[dict[str, Any]]:
+def _batches(
+    dataset: Dataset, order: np.ndarray, tokenizer: Any, batch_size: int, collate: Collate | None
+) -> Iterator[dict[str, Any]]:
     from transformers import DataCollatorWithPadding
 
     if tokenizer.pad_token is None:
@@ -167,13 +261,12 @@ def _batches(dataset: Dataset, order: np.ndarray, tokenizer: Any, batch_size: in
             "the tokenizer has no padding token, one is needed to batch texts: "
             "set tokenizer.pad_token (its eos_token is the usual choice)"
         )
-    collate = DataCollatorWithPadding(tokenizer)
-    inputs = [name for name in dataset.column_names if name in tokenizer.model_input_names]
+    inputs = [name for name in dataset.column_names if name in tokenizer.model_input_names or collate]
     data = dataset.select_columns(inputs)
     for start in range(0, len(order), batch_size):
         columns = data[order[start : start + batch_size].tolist()]
         rows = [dict(zip(columns, values, strict=True)) for values in zip(*columns.values(), strict=True)]
-        yield dict(collate(rows))
+        yield dict((collate or DataCollatorWithPadding(tokenizer))(rows))
 
 
 def _max_length(tokenizer: Any, max_length: int | None, pair: bool) -> int:

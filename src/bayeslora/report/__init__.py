@@ -8,6 +8,6 @@ from __future__ import annotations
 
 from bayeslora.report.card import write_model_card
 from bayeslora.report.comparison import write_comparison
-from bayeslora.report.page import write_report
+from bayeslora.report.page import write_figures, write_report
 
-__all__ = ["write_comparison", "write_model_card", "write_report"]
+__all__ = ["write_comparison", "write_figures", "write_model_card", "write_report"]

@@ -1,4 +1,4 @@
-"""Several runs side by side: one row a run, seeds of the same setting as mean ± standard deviation, two figures."""
+"""Several runs side by side: one row a run, seeds of the same setting as mean ± standard deviation, and figures."""
 
 from __future__ import annotations
 
@@ -6,20 +6,24 @@ import json
 import math
 import statistics
 from collections import defaultdict
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from bayeslora.errors import BayesLoraError
 from bayeslora.report import text
-from bayeslora.report.record import ReliabilityBin, RunRecord, read_run, write_bytes
+from bayeslora.report.comparison_table import markdown
+from bayeslora.report.record import Histogram, ReliabilityBin, RunRecord, read_run, write_bytes
+
+if TYPE_CHECKING:
+    from bayeslora.report.uncertainty_figures import Detection, Selection
 
 # What may differ between runs of one setting: the seed, and where and how verbosely things are written.
 _NOT_OPTIONS = frozenset(
     "seed data_seed output_dir overwrite_output_dir overwrite logging_dir run_name report_to resume_from_checkpoint "
     "resume logging_steps logging_strategy logging_first_step disable_tqdm log_level save_total_limit hub_model_id "
-    "push_to_hub json".split()
+    "push_to_hub json samples".split()
 )
 # The result of training, not an option; only read where a folder has no config.yaml.
 _LEARNED = frozenset({"rank_pattern", "alpha_pattern", "inference_mode", "peft_version"})
@@ -33,16 +37,24 @@ class Group:
     runs: list[RunRecord]
     options: dict[str, Any]
 
+    @property
+    def where(self) -> str:
+        """Task and split."""
+        return self.runs[0].where
+
 
 def write_comparison(folders: Sequence[Path], output_dir: Path) -> dict[str, Any]:
-    """Compare finished runs: writes ``table.json``, ``table.md``, ``score_bops.png`` and ``reliability.png``.
+    """Compare finished runs: writes ``table.json``, ``table.md`` and figures.
 
-    Runs whose method, model, task, steps, samples and options (``config.yaml`` without the seed and output paths)
+    The figures are ``score_bops.png``, ``reliability.png``, ``risk_coverage.png`` and, of runs that were scored on
+    out-of-distribution inputs, ``uncertainty.png`` and ``ood.png``; one without data is left out.
+
+    Runs whose method, model, task, split, steps, samples and options (``config.yaml`` without seed and output paths)
     agree form a group, reported as mean ± sample standard deviation (n − 1) over its distinct seeds. Runs that agree
     in the seed as well are repeats, not seeds: they are never averaged and stand alone.
 
     Args:
-        folders: output folders of ``bayeslora train``, in the order the rows should have.
+        folders: output folders of ``bayeslora train`` or ``bayeslora evaluate``, in the order the rows should have.
         output_dir: where the files go; made when it is missing.
 
     Returns:
@@ -78,7 +90,7 @@ def write_comparison(folders: Sequence[Path], output_dir: Path) -> dict[str, Any
     for name, png in figures.items():
         write_bytes(target / f"{name}.png", png)
     write_bytes(target / "table.json", (json.dumps(table, indent=2, ensure_ascii=False) + "\n").encode())
-    write_bytes(target / "table.md", _markdown(table).encode())
+    write_bytes(target / "table.md", markdown(table).encode())
     return table
 
 
@@ -87,7 +99,7 @@ def group_runs(runs: Sequence[RunRecord]) -> list[Group]:
     by_setting: dict[str, list[tuple[RunRecord, dict[str, Any]]]] = defaultdict(list)
     for run in runs:
         options = _options(run.folder)
-        key = [run.method, run.model, run.task, run.steps, run.samples, options]
+        key = [run.method, run.model, run.where, run.steps, run.samples, options]
         by_setting[json.dumps(key, sort_keys=True, default=str)].append((run, options))
     settings: list[tuple[list[RunRecord], dict[str, Any]]] = []
     for members in by_setting.values():
@@ -111,6 +123,8 @@ def run_row(run: RunRecord) -> dict[str, Any]:
         "steps": run.steps,
         "samples": run.samples,
         "metric": run.metric,
+        "where": run.where,
+        "ood": run.ood_name or None,
     }
     return row | run_numbers(run)
 
@@ -121,6 +135,7 @@ def run_numbers(run: RunRecord) -> dict[str, float | None]:
     for name in ("accuracy", "ece", "nll"):
         numbers[name] = run.scores.get(name)
     numbers |= {name: value for name, value in run.scores.items() if name not in numbers}
+    numbers |= {f"ood_{m}_{name}": value for m, scores in run.ood.items() for name, value in scores.items()}
     numbers["trainable_parameters"] = run.parameters.get("trainable")
     numbers["adapter_median_bits"] = run.median_adapter_bits
     numbers["mean_rank"] = run.mean_rank
@@ -142,6 +157,8 @@ def group_row(group: Group) -> dict[str, Any]:
         "steps": first.steps,
         "samples": first.samples,
         "metric": first.metric,
+        "where": first.where,
+        "ood": first.ood_name or None,
         "seeds": [run.seed for run in group.runs],
         "folders": [str(run.folder) for run in group.runs],
         "options": group.options,
@@ -204,11 +221,12 @@ def _without(options: dict[str, Any], dropped: frozenset[str]) -> dict[str, Any]
 
 
 def _labelled(settings: list[tuple[list[RunRecord], dict[str, Any]]]) -> list[Group]:
-    """Name each setting by its method and, where that is not enough, by the options that tell them apart."""
+    """Name each setting by its method and samples and, where that is not enough, by the options that differ."""
+    names = _names([runs[0] for runs, _ in settings])
+    labels = list(names)
     by_base: dict[tuple[str, str], list[int]] = defaultdict(list)
     for position, (runs, _) in enumerate(settings):
-        by_base[runs[0].method, runs[0].task].append(position)
-    labels = [text.method_name(runs[0].method) for runs, _ in settings]
+        by_base[names[position], runs[0].where].append(position)
     for positions in by_base.values():
         if len(positions) < 2:
             continue
@@ -222,12 +240,22 @@ def _labelled(settings: list[tuple[list[RunRecord], dict[str, Any]]]) -> list[Gr
             labels[i] += f" ({', '.join(words)})"
         if len({labels[i] for i in positions}) < len(positions):
             for i in positions:
-                labels[i] = f"{text.method_name(settings[i][0][0].method)} ({settings[i][0][0].folder})"
+                labels[i] = f"{names[i]} ({settings[i][0][0].folder})"
     return [Group(label, runs, options) for label, (runs, options) in zip(labels, settings, strict=True)]
 
 
+def _names(runs: Sequence[RunRecord]) -> list[str]:
+    """A method with its number of samples; without any it is the mean, if the same method was sampled elsewhere."""
+    sampled = {run.method for run in runs if run.samples}
+    names = []
+    for run in runs:
+        how = f", {run.samples} sample{'s' if run.samples > 1 else ''}" if run.samples else ", mean"
+        names.append(text.method_name(run.method) + (how if run.method in sampled else ""))
+    return names
+
+
 def _run_options(run: RunRecord) -> dict[str, Any]:
-    return {"steps": run.steps, "samples": run.samples, "model": Path(run.model).name}
+    return {"steps": run.steps, "model": Path(run.model).name}
 
 
 def _flatten(options: dict[str, Any], prefix: str = "") -> dict[str, Any]:
@@ -238,78 +266,62 @@ def _flatten(options: dict[str, Any], prefix: str = "") -> dict[str, Any]:
 
 
 def _figures(groups: Sequence[Group]) -> dict[str, bytes | None]:
-    from bayeslora.report import comparison_figures
+    from bayeslora.report import comparison_figures, uncertainty_figures
     from bayeslora.report.style import png_bytes
 
     points = [
         comparison_figures.Point(
-            group.label, run.task, run.metric, run.score, run.relative_bops.get("attention", math.nan)
+            group.label, run.where, run.metric, run.score, run.relative_bops.get("attention", math.nan)
         )
         for group in groups
         for run in group.runs
     ]
-    tasks = {group.runs[0].task for group in groups}
-    diagrams = [
-        (f"{g.label} on {g.runs[0].task}" if len(tasks) > 1 else g.label, pooled_reliability(g.runs)) for g in groups
-    ]
+    several = len({group.where for group in groups}) > 1
+    titled = [(f"{group.label} on {group.where}" if several else group.label, group.runs) for group in groups]
     drawn = {
         "score_bops": comparison_figures.score_figure(points),
-        "reliability": comparison_figures.reliability_figure(diagrams),
+        "reliability": comparison_figures.reliability_figure(
+            [(label, pooled_reliability(runs)) for label, runs in titled]
+        ),
+        "risk_coverage": uncertainty_figures.risk_coverage_figure([_selection(group) for group in groups]),
+        "uncertainty": uncertainty_figures.histograms_figure(
+            [panel for label, runs in titled if any(run.ood for run in runs) for panel in _histograms(label, runs)]
+        ),
+        "ood": uncertainty_figures.detection_figure([_detection(group) for group in groups]),
     }
     return {name: None if figure is None else png_bytes(figure) for name, figure in drawn.items()}
 
 
-_COLUMNS: list[tuple[str, str, Callable[[float | None], str]]] = [
-    ("score", "score", text.number),
-    ("ece", "ECE", text.number),
-    ("nll", "NLL", text.number),
-    ("trainable_parameters", "trainable", text.count),
-    ("adapter_median_bits", "A, E, B bits (median)", text.compact),
-    ("mean_rank", "mean rank", text.compact),
-    ("attention_bops", "attention BOPs", text.percent),
-    ("encoder_bops", "encoder BOPs", text.percent),
-    ("train_seconds", "seconds", text.compact),
-]
-# A count that is the same for every seed needs no "± 0"; a score that is, does.
-_ALWAYS_SPREAD = ("score", "ece", "nll")
+def _selection(group: Group) -> Selection:
+    from bayeslora.report.uncertainty_figures import Selection, mean_curve
+
+    areas = [run.scores["aurc"] for run in group.runs if "aurc" in run.scores]
+    curve = mean_curve([run.risk_coverage for run in group.runs])
+    return Selection(group.label, group.where, curve, statistics.fmean(areas) if areas else None)
 
 
-def _markdown(table: dict[str, Any]) -> str:
-    titles = [title for _, title, _ in _COLUMNS]
-    lines: list[str] = []
-    if any(len(group["seeds"]) > 1 for group in table["groups"]):
-        lines += ["## Mean ± standard deviation over seeds", ""]
-        lines += _table_head(["method", "task", "metric", "seeds", *titles], 3)
-        for group in table["groups"]:
-            cells = [group["setting"], group["task"], text.score_name(group["metric"]), str(len(group["seeds"]))]
-            cells += [_spread(name, group.get(name), shown) for name, _, shown in _COLUMNS]
-            lines.append(_table_row(cells))
-        lines += ["", "## Every run", ""]
-    lines += _table_head(["method", "task", "metric", "seed", *titles, "folder"], 3)
-    for run in table["runs"]:
-        cells = [run["setting"], run["task"], text.score_name(run["metric"])]
-        cells.append("–" if run["seed"] is None else str(run["seed"]))
-        cells += [shown(run.get(name)) for name, _, shown in _COLUMNS]
-        lines.append(_table_row([*cells, run["folder"]]))
-    lines += ["", "BOPs: bit operations, as a share of the same scope of the same model under LoRA r = 16 at 32 bits."]
-    return "\n".join([*lines, ""])
+def _detection(group: Group) -> Detection:
+    from bayeslora.report.uncertainty_figures import Detection
+
+    found: dict[str, list[float]] = defaultdict(list)
+    for run in group.runs:
+        for measure, scores in run.ood.items():
+            if "auroc" in scores:
+                found[measure].append(scores["auroc"])
+    return Detection(group.label, group.where, dict(found))
 
 
-def _spread(name: str, number: dict[str, Any] | None, shown: Callable[[float | None], str]) -> str:
-    if number is None:
-        return "–"
-    mean = shown(number["mean"])
-    if number["sd"] is None or (not number["sd"] and name not in _ALWAYS_SPREAD):
-        return mean
-    return f"{mean.removesuffix(' %')} ± {shown(number['sd'])}"
+def _histograms(label: str, runs: Sequence[RunRecord]) -> list[tuple[str, str, Histogram, float | None]]:
+    """One panel a measure of uncertainty that a setting's runs have: counts pooled, AUROC averaged over seeds."""
+    from bayeslora.report.uncertainty_figures import pooled_histogram
 
-
-def _table_head(titles: Sequence[str], left: int) -> list[str]:
-    return [_table_row(titles), "|" + "|".join("---" if i < left else "---:" for i in range(len(titles))) + "|"]
-
-
-def _table_row(cells: Sequence[str]) -> str:
-    return "| " + " | ".join(text.markdown_text(cell) for cell in cells) + " |"
+    panels = []
+    for measure in dict.fromkeys(measure for run in runs for measure in run.histograms):
+        pooled = pooled_histogram([run.histograms[measure] for run in runs if measure in run.histograms])
+        areas = [run.ood[measure]["auroc"] for run in runs if "auroc" in run.ood.get(measure, {})]
+        if pooled is not None:
+            panels.append((label, measure, pooled, statistics.fmean(areas) if areas else None))
+    return panels
 
 
 def _finite(value: Any) -> Any:

@@ -23,6 +23,8 @@ _TITLES = {
     "gates": "Gates over training",
     "cost": "Cost",
     "calibration": "Calibration",
+    "selective": "Selective prediction",
+    "uncertainty": "Uncertainty",
     "loss": "Loss",
 }
 
@@ -54,8 +56,8 @@ def write_report(output_dir: Path) -> list[Path]:
         output_dir: the output folder of ``bayeslora train``.
 
     Returns:
-        The files written: the PNGs (``ranks``, ``bits``, ``gates``, ``cost``, ``calibration``, ``loss``), then
-        ``report.html``.
+        The files written: the PNGs (``ranks``, ``bits``, ``gates``, ``cost``, ``calibration``, ``selective``,
+        ``uncertainty``, ``loss``), then ``report.html``.
 
     Raises:
         BayesLoraError: a file is missing or not what the contract says.
@@ -68,6 +70,17 @@ def write_report(output_dir: Path) -> list[Path]:
     for stale in set(_TITLES) - {picture.name for picture in pictures}:
         (folder / f"{stale}.png").unlink(missing_ok=True)
     return [*written, write_bytes(folder / REPORT_NAME, html.encode("utf-8"))]
+
+
+def write_figures(folder: Path) -> list[Path]:
+    """Draw ``calibration``, ``selective`` and ``uncertainty`` alone, from a ``metrics.json`` that may lack a history.
+
+    Raises:
+        BayesLoraError: the file is missing or not what the contract says.
+    """
+    run = read_run(Path(folder))
+    pictures = [_picture(name, figure, run) for name, figure in _score_figures(run).items() if figure is not None]
+    return [write_bytes(Path(folder) / f"{picture.name}.png", picture.png) for picture in pictures]
 
 
 @cache
@@ -99,10 +112,21 @@ def _pictures(run: RunRecord, history: list[dict[str, float]]) -> list[Picture]:
         "bits": figures.bits_figure(run),
         "gates": training_figures.gates_figure(run, history),
         "cost": figures.cost_figure(run),
-        "calibration": training_figures.calibration_figure(run),
+        **_score_figures(run),
         "loss": training_figures.loss_figure(run, history),
     }
     return [_picture(name, figure, run) for name, figure in drawn.items() if figure is not None]
+
+
+def _score_figures(run: RunRecord) -> dict[str, Figure | None]:
+    """The figures of a run's predictions."""
+    from bayeslora.report import training_figures, uncertainty_figures
+
+    return {
+        "calibration": training_figures.calibration_figure(run),
+        "selective": uncertainty_figures.selective_figure(run),
+        "uncertainty": uncertainty_figures.uncertainty_figure(run),
+    }
 
 
 def _picture(name: str, figure: Figure, run: RunRecord) -> Picture:
@@ -154,6 +178,22 @@ def _words(name: str, run: RunRecord) -> tuple[str, str]:
             "hatched, the gap to the mean confidence. Bottom: examples in each bin. ECE is the gap averaged over "
             "examples.",
             "Reliability diagram with a histogram of confidences.",
+        )
+    if name == "selective":
+        return (
+            "Error rate when only the examples the model is most confident about are answered, by their share. The "
+            "dashed line is what any other order would give on average. AURC is the mean height of the curve.",
+            "Curve of the error rate by the share of examples answered.",
+        )
+    if name == "uncertainty":
+        foreign = (
+            f" Dashed: {run.ood_name}; AUROC is that of telling them from the evaluation split." if run.ood else ""
+        )
+        return (
+            "How unsure the model is of predictions that are right and of those that are wrong, each as shares of its "
+            "own number. Mutual information is the part of the entropy that the samples of the weights disagree "
+            f"about.{foreign}",
+            "Histograms of uncertainty for right and wrong predictions" + (" and foreign inputs." if run.ood else "."),
         )
     return (
         "The task's loss alone, without the penalties on bits and ranks.",

@@ -46,10 +46,20 @@ class ReliabilityBin:
 
 
 @dataclass(frozen=True)
+class Histogram:
+    """Counts of one measure of uncertainty on shared bins, by group: ``correct``, ``wrong``, and ``ood`` if known."""
+
+    edges: list[float]
+    counts: dict[str, list[int]]
+
+
+@dataclass(frozen=True)
 class RunRecord:
     """Everything a report needs to know of a run. Scores and shares are plain fractions, not per cent.
 
     ``scores`` are those of the evaluation split, ``test_scores`` those of a separate test split where there was one.
+    ``risk_coverage`` holds (share answered, error rate among them), ``ood`` the detection scores by measure of
+    uncertainty and ``ood_name`` what was detected.
     """
 
     folder: Path
@@ -71,6 +81,16 @@ class RunRecord:
     samples: int = 0
     peak_memory_bytes: int | None = None
     test_scores: dict[str, float] = field(default_factory=dict)
+    split: str | None = None
+    risk_coverage: list[tuple[float, float]] = field(default_factory=list)
+    histograms: dict[str, Histogram] = field(default_factory=dict)
+    ood: dict[str, dict[str, float]] = field(default_factory=dict)
+    ood_name: str = ""
+
+    @property
+    def where(self) -> str:
+        """The task, with the split where it is not the evaluation split that a run is scored on."""
+        return self.task if self.split in (None, "validation") else f"{self.task}, {self.split}"
 
     @property
     def score(self) -> float:
@@ -115,6 +135,8 @@ def read_run(folder: Path) -> RunRecord:
     if not scores:
         raise BayesLoraError(f"{path}: 'scores' is empty, at least one score is needed; run `bayeslora train` again.")
     task = _text(path, raw, "task")
+    ood = _mapping(path, raw, "ood")
+    ood_scores = _mapping(path, ood, "scores")
     return RunRecord(
         folder=Path(folder),
         method=_text(path, raw, "method"),
@@ -135,6 +157,11 @@ def read_run(folder: Path) -> RunRecord:
         samples=_integer(path, raw, "samples") or 0,
         peak_memory_bytes=_integer(path, raw, "peak_memory_bytes"),
         test_scores=_numbers(path, raw, "scores_test"),
+        split=_text(path, raw, "split") if raw.get("split") is not None else None,
+        risk_coverage=_curve(path, _mapping(path, raw, "risk_coverage")),
+        histograms=_histograms(path, raw),
+        ood={name: _numbers(path, ood_scores, name) for name in ood_scores},
+        ood_name=_text(path, ood, "name") if ood else "",
     )
 
 
@@ -276,6 +303,32 @@ def _reliability(path: Path, raw: dict[str, Any]) -> list[ReliabilityBin]:
             numbers[name] = float(number)
         bins.append(ReliabilityBin(count=int(count), **numbers))
     return bins
+
+
+def _curve(path: Path, raw: dict[str, Any]) -> list[tuple[float, float]]:
+    coverage, risk = _floats(path, raw, "coverage"), _floats(path, raw, "risk")
+    if len(coverage) != len(risk):
+        raise _wrong(path, "'risk_coverage'", raw, "one risk for each coverage")
+    return list(zip(coverage, risk, strict=True))
+
+
+def _histograms(path: Path, raw: dict[str, Any]) -> dict[str, Histogram]:
+    found = {}
+    for measure in _mapping(path, raw, "uncertainty"):
+        entry = _mapping(path, raw["uncertainty"], measure)
+        edges = _floats(path, entry, "edges")
+        counts = {str(g): [int(n) for n in _floats(path, entry, g)] for g in entry if g != "edges"}
+        if any(len(numbers) != len(edges) - 1 for numbers in counts.values()):
+            raise _wrong(path, f"'uncertainty.{measure}'", entry, "one count for each bin between two edges")
+        found[str(measure)] = Histogram(edges, counts)
+    return found
+
+
+def _floats(path: Path, raw: dict[str, Any], key: str) -> list[float]:
+    values = _sequence(path, raw, key)
+    if not all(_is_number(value) and math.isfinite(value) for value in values):
+        raise _wrong(path, f"'{key}'", values, "a list of numbers")
+    return [float(value) for value in values]
 
 
 def _confusion(path: Path, raw: dict[str, Any]) -> list[list[int]]:

@@ -10,10 +10,12 @@ from bayeslora.report.record import RunRecord
 METHOD_NAMES = {"blora": "B-LoRA", "lora": "LoRA", "full": "full fine-tuning", "melora": "Me-LoRA", "blob": "BLoB"}
 METHOD_NAMES |= {"adalora": "AdaLoRA", "dylora": "DyLoRA"}
 _SCORE_NAMES = {
-    "nll": "NLL (nats)", "ece": "ECE", "adaptive_ece": "adaptive ECE", "brier": "Brier score", "f1": "F1",
+    "nll": "NLL (nats)", "ece": "ECE", "adaptive_ece": "adaptive ECE", "classwise_ece": "class-wise ECE",
+    "brier": "Brier score", "f1": "F1",
     "matthews_correlation": "Matthews correlation", "pearson": "Pearson correlation",
     "spearman": "Spearman correlation", "auroc": "AUROC", "aurc": "AURC", "mse": "MSE",
 }  # fmt: skip
+_MEASURE_NAMES = {"max_probability": "1 − max probability", "mutual_information": "mutual information"}
 
 
 def method_name(method: str) -> str:
@@ -24,6 +26,11 @@ def method_name(method: str) -> str:
 def score_name(name: str) -> str:
     """A score's name in prose."""
     return _SCORE_NAMES.get(name, name.replace("_", " "))
+
+
+def measure_name(measure: str) -> str:
+    """A measure of uncertainty in prose."""
+    return _MEASURE_NAMES.get(measure, measure.replace("_", " "))
 
 
 def number(value: float | None, digits: int = 3) -> str:

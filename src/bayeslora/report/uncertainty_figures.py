@@ -1,0 +1,280 @@
+"""Figures of what runs say about their own uncertainty: risk by coverage, histograms, detection of foreign inputs.
+
+Those of one run and those of several share their panels. A function returns None where there is nothing to draw.
+"""
+
+from __future__ import annotations
+
+import math
+import statistics
+import textwrap
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
+from matplotlib.patches import Patch
+from matplotlib.ticker import MaxNLocator, PercentFormatter
+
+from bayeslora.report import style
+from bayeslora.report.record import Histogram, RunRecord
+from bayeslora.report.text import measure_name
+
+Curve = Sequence[tuple[float, float]]
+_GROUPS = {"correct": "right", "wrong": "wrong", "ood": "out of distribution"}
+_MARKERS = {"max_probability": "o", "entropy": "s", "mutual_information": "D"}
+_COLORS = {"max_probability": style.BLUE, "entropy": style.ORANGE, "mutual_information": style.GREEN}
+_LINES = ("-", "--", "-.", ":")
+
+
+@dataclass(frozen=True)
+class Selection:
+    """One setting's curve: (share answered, error rate among them), averaged over seeds, and its mean AURC."""
+
+    label: str
+    task: str
+    curve: Curve
+    area: float | None
+
+
+@dataclass(frozen=True)
+class Detection:
+    """One setting's detection of foreign inputs: AUROC of each seed by measure of uncertainty."""
+
+    label: str
+    task: str
+    auroc: dict[str, list[float]]
+
+
+def selective_figure(run: RunRecord) -> Figure | None:
+    """Error rate among the examples a run is surest of, by their share; AURC in the title."""
+    if not run.risk_coverage:
+        return None
+    with style.paper_style():
+        figure = style.new_figure(style.COLUMN_WIDTH + 0.3, 2.9)
+        axes = figure.add_subplot()
+        _curve(axes, run.risk_coverage, style.BLUE, "-", "most confident first")
+        final = run.risk_coverage[-1][1]
+        axes.axhline(final, color=style.INK, linewidth=0.9, linestyle="--", label="in any order")
+        _selection_axes(axes, final)
+        area = run.scores.get("aurc")
+        axes.set_title("Selective prediction" if area is None else f"AURC {area:.4f}")
+        axes.legend(loc="upper center", bbox_to_anchor=(0.5, -0.2), ncols=2, handlelength=1.8)
+    return figure
+
+
+def uncertainty_figure(run: RunRecord) -> Figure | None:
+    """How unsure a run is where it is right, where it is wrong and, where that was tried, on foreign inputs."""
+    panels = [
+        (_with_auroc(measure_name(m), run.ood.get(m, {}).get("auroc")), m, h)
+        for m, h in run.histograms.items()
+        if _filled(h)
+    ]
+    return _histogram_figure([panels], across=len(panels))
+
+
+def histograms_figure(panels: Sequence[tuple[str, str, Histogram, float | None]]) -> Figure | None:
+    """(label, measure, histogram, AUROC) of several settings: a block of panels for each measure of uncertainty."""
+    panels = [panel for panel in panels if _filled(panel[2])]
+    measures = list(dict.fromkeys(measure for _, measure, _, _ in panels))
+    blocks = [
+        [
+            (f"{textwrap.fill(label, 24)}\n{_with_auroc('', auroc)}".rstrip(), m, h)
+            for label, m, h, auroc in panels
+            if m == measure
+        ]
+        for measure in measures
+    ]
+    most = max(map(len, blocks), default=0)
+    return _histogram_figure(blocks, across=4 if most in (4, 7, 8) else min(3, most))
+
+
+def risk_coverage_figure(selections: Sequence[Selection]) -> Figure | None:
+    """Risk-coverage curves of several settings on common axes, a panel a task."""
+    drawn = [s for s in selections if s.curve]
+    if not drawn:
+        return None
+    tasks = list(dict.fromkeys(s.task for s in drawn))
+    across = min(2, len(tasks))
+    lines = math.ceil(len(tasks) / across)
+    longest = max(sum(s.task == task for s in drawn) for task in tasks)
+    with style.paper_style():
+        width = style.PAGE_WIDTH if across > 1 else 4.6
+        figure = style.new_figure(width, lines * (2.5 + 0.16 * longest))
+        all_axes = list(figure.subplots(lines, across, squeeze=False).flat)
+        looks = {label: i for i, label in enumerate(dict.fromkeys(s.label for s in drawn))}
+        for axes, task in zip(all_axes, tasks, strict=False):
+            here = [s for s in drawn if s.task == task]
+            for s in here:
+                i = looks[s.label]
+                # Curves may lie on one another: whatever is below shows between the dashes.
+                dashes = _LINES[i % len(_LINES)]
+                label = s.label if s.area is None else f"{s.label}: AURC {s.area:.4f}"
+                _curve(axes, s.curve, style.CYCLE[i % len(style.CYCLE)], dashes, label)
+            _selection_axes(axes, max(s.curve[-1][1] for s in here))
+            axes.set_title(task)
+            axes.legend(loc="upper center", bbox_to_anchor=(0.5, -0.22), handlelength=1.8, labelspacing=0.3)
+        for axes in all_axes[len(tasks) :]:
+            axes.set_axis_off()
+    return figure
+
+
+def detection_figure(found: Sequence[Detection]) -> Figure | None:
+    """AUROC of telling foreign inputs by each measure of uncertainty, a line a setting, a panel a task.
+
+    Small marks are seeds, the large one their mean, bars one sample standard deviation.
+    """
+    drawn = [d for d in found if d.auroc]
+    if not drawn:
+        return None
+    tasks = list(dict.fromkeys(d.task for d in drawn))
+    rows = [[d for d in drawn if d.task == task] for task in tasks]
+    measures = [m for m in _MARKERS if any(m in d.auroc for d in drawn)]
+    values = [value for d in drawn for values in d.auroc.values() for value in values]
+    with style.paper_style():
+        height = 0.75 + sum(0.35 + 0.34 * len(row) for row in rows)
+        figure = style.new_figure(style.PAGE_WIDTH * 0.8, max(height, 1.7))
+        ratios = [len(row) + 0.8 for row in rows]
+        all_axes = figure.subplots(len(tasks), 1, squeeze=False, sharex=True, height_ratios=ratios)[:, 0]
+        for axes, task, row in zip(all_axes, tasks, rows, strict=True):
+            for position, setting in enumerate(row):
+                for offset, measure in enumerate(measures):
+                    _marks(axes, setting.auroc.get(measure, []), position + 0.2 * (offset - (len(measures) - 1) / 2),
+                           measure)  # fmt: skip
+            axes.set_yticks(range(len(row)), [textwrap.fill(d.label, 40) for d in row])
+            axes.set_ylim(len(row) - 0.5, -0.5)
+            axes.tick_params(axis="y", length=0)
+            axes.axvline(0.5, color=style.INK, linewidth=0.9, linestyle="--")
+            axes.set_title(task)
+            style.light_grid(axes, "x")
+        all_axes[-1].set_xlim(max(0.0, min(0.48, *values) - 0.02), 1.0)
+        all_axes[-1].set_xlabel("AUROC (0.5: chance)")
+        handles = [
+            Line2D([], [], linestyle="", color=_COLORS[m], marker=_MARKERS[m], markersize=6, label=measure_name(m))
+            for m in measures
+        ]
+        figure.legend(handles=handles, loc="outside lower center", ncols=3, handletextpad=0.3)
+    return figure
+
+
+def mean_curve(curves: Sequence[Curve]) -> list[tuple[float, float]]:
+    """The mean over seeds at each coverage; the first curve alone where their coverages differ."""
+    curves = [curve for curve in curves if curve]
+    if not curves:
+        return []
+    coverages = [[x for x, _ in curve] for curve in curves]
+    if any(coverage != coverages[0] for coverage in coverages):
+        return list(curves[0])
+    risks = [statistics.fmean(y for _, y in column) for column in zip(*curves, strict=True)]
+    return list(zip(coverages[0], risks, strict=True))
+
+
+def pooled_histogram(histograms: Sequence[Histogram]) -> Histogram | None:
+    """Counts of several seeds added up, for the groups that all have; the first alone where the edges differ."""
+    if not histograms:
+        return None
+    first = histograms[0]
+    if any(h.edges != first.edges for h in histograms):
+        return first
+    groups = [g for g in first.counts if all(g in h.counts for h in histograms)]
+    return Histogram(
+        first.edges,
+        {g: [sum(column) for column in zip(*(h.counts[g] for h in histograms), strict=True)] for g in groups},
+    )
+
+
+def _histogram_figure(blocks: Sequence[Sequence[tuple[str, str, Histogram]]], across: int) -> Figure | None:
+    """Blocks of (title, measure, histogram), each starting a line of its own."""
+    if not any(blocks):
+        return None
+    lines = [math.ceil(len(block) / across) for block in blocks]
+    with style.paper_style():
+        width = {1: style.COLUMN_WIDTH + 0.3, 2: 5.6}.get(across, style.PAGE_WIDTH)
+        figure = style.new_figure(width, 0.35 + (2.1 if across < 3 else 1.95) * sum(lines))
+        grid = figure.subplots(sum(lines), across, squeeze=False)
+        for axes in grid.flat:
+            axes.set_axis_off()
+        for number, block in enumerate(blocks):
+            for position, (title, measure, histogram) in enumerate(block):
+                axes = grid[sum(lines[:number]) + position // across, position % across]
+                axes.set_axis_on()
+                _histogram(axes, histogram)
+                axes.set_title(title, fontsize=8 if across > 2 else None)
+                axes.set_xlabel(f"{measure_name(measure)} (nats)")
+                axes.set_ylabel("share of examples" if position % across == 0 else "")
+        shown = [histogram for block in blocks for _, _, histogram in block]
+        present = [group for group in _GROUPS if any(sum(h.counts.get(group, [])) for h in shown)]
+        handles = [_group_look(group) for group in present]
+        figure.legend(handles=handles, loc="outside lower center", ncols=3, handlelength=1.6)
+    return figure
+
+
+def _filled(histogram: Histogram) -> bool:
+    return any(sum(counts) for counts in histogram.counts.values())
+
+
+def _histogram(axes: Axes, histogram: Histogram) -> None:
+    """Each group as shares of itself, or the few errors would vanish beside the many right answers."""
+    edges = histogram.edges
+    for group in _GROUPS:
+        counts = histogram.counts.get(group, [])
+        total = sum(counts)
+        if not total:
+            continue
+        shares = [count / total for count in counts]
+        if group == "correct":
+            axes.stairs(shares, edges, fill=True, color=style.SKY, alpha=0.75)
+        else:
+            axes.stairs(shares, edges, color=style.ORANGE if group == "wrong" else style.INK, linewidth=1.4,
+                        linestyle="-" if group == "wrong" else (0, (3, 1.2)))  # fmt: skip
+    # Up to the last bin that any group has more than a few examples in; beyond it there is only white.
+    last = max(i for i in range(len(edges) - 1) if any(c[i] > 0.002 * sum(c) for c in histogram.counts.values()))
+    right = edges[last + 1]
+    axes.set_xlim(edges[0] - 0.01 * right, 1.01 * right)
+    axes.set_ylim(bottom=0)
+    axes.xaxis.set_major_locator(MaxNLocator(4, steps=[1, 2, 5, 10]))
+    axes.yaxis.set_major_locator(MaxNLocator(4))
+    axes.yaxis.set_major_formatter(lambda value, _: f"{100 * value:.3g} %")
+    style.light_grid(axes)
+
+
+def _group_look(group: str) -> Patch | Line2D:
+    if group == "correct":
+        return Patch(facecolor=style.SKY, alpha=0.75, label=_GROUPS[group])
+    dashes = "-" if group == "wrong" else (0, (3, 1.2))
+    color = style.ORANGE if group == "wrong" else style.INK
+    return Line2D([], [], color=color, linestyle=dashes, label=_GROUPS[group])  # type: ignore[arg-type]
+
+
+def _curve(axes: Axes, curve: Curve, color: str, dashes: object, label: str) -> None:
+    axes.plot([x for x, _ in curve], [y for _, y in curve], color=color, linestyle=dashes, label=label)
+
+
+def _selection_axes(axes: Axes, final: float) -> None:
+    axes.set_xlim(0, 1)
+    axes.set_ylim(0, max(axes.get_ylim()[1], final * 1.15, 0.01))
+    axes.xaxis.set_major_formatter(PercentFormatter(1.0, decimals=0, symbol=" %"))
+    axes.yaxis.set_major_locator(MaxNLocator(5, steps=[1, 2, 5, 10]))
+    axes.yaxis.set_major_formatter(lambda value, _: f"{100 * value:.3g} %")
+    axes.set_xlabel("coverage: share of examples answered")
+    axes.set_ylabel("error rate among them")
+    style.light_grid(axes)
+
+
+def _marks(axes: Axes, values: Sequence[float], height: float, measure: str) -> None:
+    if not values:
+        return
+    color, marker = _COLORS[measure], _MARKERS[measure]
+    if len(values) > 1:
+        axes.plot(values, [height] * len(values), linestyle="", marker=marker, markersize=2.5, markeredgewidth=0,
+                  color=color, alpha=0.45)  # fmt: skip
+    deviation = statistics.stdev(values) if len(values) > 1 else None
+    axes.errorbar(statistics.fmean(values), height, xerr=deviation, color=color, marker=marker, markersize=5.5,
+                  linestyle="", elinewidth=1.1, capsize=2.5, markeredgecolor="white", markeredgewidth=0.6)  # fmt: skip
+
+
+def _with_auroc(title: str, auroc: float | None) -> str:
+    words = [title] if title else []
+    words += [] if auroc is None else [f"AUROC {auroc:.3f}"]
+    return ", ".join(words)
