@@ -10,11 +10,23 @@ import numpy as np
 import pytest
 import torch
 from datasets import Dataset
+from peft import get_peft_model
 from torch import nn
 from transformers import AutoTokenizer
 
+import bayeslora
 from bayeslora.errors import BayesLoraError
-from bayeslora.evaluation import Task, compute_metrics_for, encode, evaluate, metrics, packaged_model, predict_dataset
+from bayeslora.evaluation import (
+    Task,
+    compute_metrics_for,
+    encode,
+    evaluate,
+    metrics,
+    packaged_model,
+    predict_dataset,
+    uncertainties_of,
+)
+from bayeslora.prediction import as_predictor
 from tests.conftest import build_tiny_bert, build_tiny_gpt2, build_tiny_tokenizer
 
 TEXTS = ["good film", "", "a very very dull story with no ending", "bad", "the cat sat on the mat", "fine", "no joke"]
@@ -123,6 +135,100 @@ def test_a_model_that_does_not_fit_the_task_is_refused(tiny_tokenizer: Any) -> N
         evaluate(build_tiny_bert(), data.select([]), task, tiny_tokenizer)
     with pytest.raises(BayesLoraError, match="the batch size is 0"):
         evaluate(build_tiny_bert(), data, task, tiny_tokenizer, 0)
+
+
+def melora(num_labels: int = 2, **settings: Any) -> nn.Module:
+    """Me-LoRA with noise large enough to be seen, on a tiny BERT with a large head."""
+    config = bayeslora.MeLoraConfig(
+        r=4, target_modules=["query", "value"], initial_std=1.0, init_weights=False, task_type="SEQ_CLS", **settings
+    )
+    base = build_tiny_bert(num_labels=num_labels)
+    with torch.no_grad():
+        base.classifier.weight.mul_(30)
+    return get_peft_model(base, config).eval()
+
+
+def test_samples_are_replayed_by_their_seed_for_every_batch_size_and_order(tiny_tokenizer: Any) -> None:
+    model, task = melora(), make_task()
+    data = encode(task, tiny_tokenizer)["validation"]
+    found = evaluate(model, data, task, tiny_tokenizer, 3, samples=5, seed=7)
+    same = evaluate(model, data, task, tiny_tokenizer, 64, samples=5, seed=7)
+    np.testing.assert_allclose(found.predictions, same.predictions, atol=1e-6)
+    np.testing.assert_allclose(found.mutual_information, same.mutual_information, atol=1e-6)
+    alone = evaluate(model, data.select([4]), task, tiny_tokenizer, samples=5, seed=7)
+    np.testing.assert_allclose(found.predictions[4], alone.predictions[0], atol=1e-6)
+    assert found.samples == 5 and found.scores == metrics.classification_scores(found.predictions, LABELS)
+    other = evaluate(model, data, task, tiny_tokenizer, samples=5, seed=8)
+    assert np.abs(other.predictions - found.predictions).max() > 1e-3
+    pairs = evaluate(model, data, task, tiny_tokenizer, samples=4, seed=7, antithetic=True)
+    assert np.abs(pairs.predictions - evaluate(model, data, task, tiny_tokenizer, samples=4, seed=7).predictions).any()
+
+
+def test_entropies_are_those_of_the_samples(tiny_tokenizer: Any) -> None:
+    model, task = melora(), make_task()
+    data = encode(task, tiny_tokenizer)["validation"]
+    found = evaluate(model, data, task, tiny_tokenizer, samples=4)
+    for row, sequence in enumerate(data["input_ids"]):
+        inputs = {"input_ids": torch.tensor([sequence])}
+        each = bayeslora.predict(model, inputs, samples=4, per_sample=True).sample_probabilities[:, 0].numpy()
+        np.testing.assert_allclose(found.predictions[row], each.mean(axis=0), atol=1e-6)
+        expected = -(each * np.log(each)).sum(axis=1).mean()
+        assert found.expected_entropy[row] == pytest.approx(expected, abs=1e-5)
+        entropy = -(found.predictions[row] * np.log(found.predictions[row])).sum()
+        assert found.entropy[row] == pytest.approx(entropy)
+    assert (found.mutual_information > 1e-6).all()
+    assert list(found.uncertainties) == ["max_probability", "entropy", "mutual_information"]
+
+
+def test_without_samples_the_mean_is_scored_and_nothing_disagrees(tiny_tokenizer: Any) -> None:
+    model, task = melora(), make_task()
+    data = encode(task, tiny_tokenizer)["validation"]
+    found = evaluate(model, data, task, tiny_tokenizer)
+    with bayeslora.posterior_mean(model):
+        mean = predict_dataset(model, data, tiny_tokenizer).probabilities.numpy()
+    np.testing.assert_array_equal(found.predictions, mean)
+    assert not found.mutual_information.any() and (found.expected_entropy == found.entropy).all()
+    assert list(found.uncertainties) == ["max_probability", "entropy"]
+
+
+def test_a_predictor_takes_the_place_of_a_model(tiny_tokenizer: Any) -> None:
+    model, task = melora(), make_task()
+    data = encode(task, tiny_tokenizer)["validation"]
+    through = evaluate(as_predictor(model), data, task, tiny_tokenizer, samples=3)
+    assert through.scores == evaluate(model, data, task, tiny_tokenizer, samples=3).scores
+
+
+def test_samples_of_a_deterministic_model_are_refused(tiny_bert: Any, tiny_tokenizer: Any) -> None:
+    task = make_task()
+    data = encode(task, tiny_tokenizer)["validation"]
+    with pytest.raises(BayesLoraError, match="deterministic and has no posterior"):
+        evaluate(tiny_bert, data, task, tiny_tokenizer, samples=2)
+
+
+def test_a_sampled_regression_is_scored_by_its_mean_value(tiny_tokenizer: Any) -> None:
+    task = make_task(labels=[0.5, 1.0, 2.5, 0.0, 5.0, 1.5, 3.0], kind="regression")
+    model = melora(num_labels=1)
+    data = encode(task, tiny_tokenizer)["validation"]
+    found = evaluate(model, data, task, tiny_tokenizer, samples=3)
+    inputs = {"input_ids": torch.tensor([data["input_ids"][2]])}
+    each = bayeslora.predict(model, inputs, samples=3, per_sample=True).sample_values
+    assert found.predictions[2] == pytest.approx(float(each.mean()), abs=1e-5)
+    assert found.uncertainties == found.risk_coverage == found.histograms() == {}
+
+
+def test_histograms_hold_every_example_once_and_foreign_ones_apart(tiny_tokenizer: Any) -> None:
+    model, task = melora(), make_task()
+    encoded = encode(task, tiny_tokenizer)
+    found = evaluate(model, encoded["validation"], task, tiny_tokenizer, samples=3)
+    outside = predict_dataset(model, encoded["ood"].select([1, 2, 3]), tiny_tokenizer, samples=3)
+    counts = found.histograms(outside)
+    for measure in ("entropy", "mutual_information"):
+        assert sum(counts[measure]["correct"]) == round(found.scores["accuracy"] * len(LABELS))
+        assert sum(counts[measure]["correct"]) + sum(counts[measure]["wrong"]) == len(LABELS)
+        assert sum(counts[measure]["ood"]) == 3
+    assert list(uncertainties_of(outside)) == list(found.uncertainties)
+    assert found.risk_coverage["risk"][-1] == pytest.approx(1 - found.scores["accuracy"])
+    assert np.mean(found.risk_coverage["risk"]) == pytest.approx(found.scores["aurc"], abs=0.08)
 
 
 def test_empty_texts_work_with_a_tokenizer_that_adds_nothing() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -190,7 +191,10 @@ def predict_dataset(
     logits = scoring.logits if scoring else None
     prediction = predict(model, batches, samples, seed, antithetic=antithetic, logits=logits)
     back = torch.from_numpy(np.argsort(order, kind="stable"))
-    return Prediction(**{name: _reordered(name, value, back) for name, value in vars(prediction).items()})
+    # Outputs of single samples were not asked for and are None.
+    return dataclasses.replace(
+        prediction, **{name: value[back] for name, value in vars(prediction).items() if value is not None}
+    )
 
 
 def uncertainties_of(prediction: Prediction) -> dict[str, NDArray[np.float64]]:
@@ -212,13 +216,6 @@ def compute_metrics_for(task: Task) -> Callable[[Any], dict[str, float]]:
         return classification_scores(softmax(logits), evaluated.label_ids, task.metrics)
 
     return compute_metrics
-
-
-def _reordered(name: str, value: Any, back: torch.Tensor) -> Any:
-    """One field of a prediction with its examples in another order; those of single samples have them in dim 1."""
-    if value is None:
-        return None
-    return value[:, back] if name.startswith("sample_") else value[back]
 
 
 def _scored(task: Task, prediction: Prediction, labels: NDArray[Any], seconds: float, samples: int) -> Evaluation:
