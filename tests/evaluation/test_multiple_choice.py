@@ -78,6 +78,13 @@ def test_examples_are_the_first_rows_that_are_not_the_item_itself() -> None:
         examples_for(rows, pool, -1)
 
 
+def test_the_twin_of_an_item_is_no_example_for_it() -> None:
+    rows = [{**row, "group": str(index // 2)} for index, row in enumerate(items(6))]
+    shown = examples_for(rows, Dataset.from_list(rows), 2)
+    assert shown[0] == shown[1] == [rows[2], rows[4]]
+    assert shown[5] == [rows[0], rows[2]]
+
+
 def test_examples_have_the_items_subject() -> None:
     rows = [{**row, "subject": ("law", "art")[index % 2]} for index, row in enumerate(items(8))]
     shown = examples_for(rows[:2], Dataset.from_list(rows), 2)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from typing import Any
 
-from peft import PeftConfig, TaskType, get_peft_model
+from peft import PeftConfig, get_peft_model
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
@@ -43,7 +43,7 @@ def adapt(base: BaseModel, config_class: type[PeftConfig] | None, options: dict[
         options["target_modules"] = targets
     options["modules_to_save"] = sorted({*(options.get("modules_to_save") or ()), *base.fresh}) or None
     try:
-        return get_peft_model(base.model, config_class(task_type=TaskType.SEQ_CLS, **options))
+        return get_peft_model(base.model, config_class(task_type=base.task_type, **options))
     except BayesLoraError:
         raise
     except (ValueError, TypeError, NotImplementedError) as error:

@@ -49,11 +49,21 @@ class RunOptions:
         metadata={"help": "folder, installed model package or hub id of the base model", "metavar": "FOLDER_OR_ID"},
     )
     task: str | None = field(
-        default=None, metadata={"help": "sst2, cola, mrpc, rte, stsb or rotten_tomatoes", "metavar": "NAME"}
+        default=None,
+        metadata={
+            "help": "sst2, cola, mrpc, rte, stsb, rotten_tomatoes, winogrande, arc_easy or openbookqa",
+            "metavar": "NAME",
+        },
     )
     data_dir: str | None = field(
         default=None,
         metadata={"help": "folder with <task>/<split>.jsonl; without it, the hub's data set", "metavar": "DIR"},
+    )
+    train_split: str | None = field(
+        default=None, metadata={"help": "train_xs, train_s (the default) or train_m of winogrande", "metavar": "NAME"}
+    )
+    few_shot: int = field(
+        default=0, metadata={"help": "training rows shown before each question of a prompt (0)", "metavar": "K"}
     )
     train_file: str | None = field(
         default=None, metadata={"help": "training rows (.jsonl, .json, .csv, .parquet)", "metavar": "FILE"}
@@ -254,6 +264,8 @@ def _check(options: RunOptions, method_options: dict[str, Any]) -> None:
                     f"{option(name)} contradicts --task {options.task}, whose columns are known; leave it out."
                 )
     else:
+        if options.train_split:
+            raise BayesLoraError("--train-split is of use only with --task; leave it out.")
         if options.data_dir:
             raise BayesLoraError(
                 "--data-dir is of use only with --task; add it, or give --train-file and --eval-file."
@@ -265,6 +277,8 @@ def _check(options: RunOptions, method_options: dict[str, Any]) -> None:
             raise BayesLoraError("--text-column is missing; name the column (or two, a,b) that holds the text.")
         if len(options.text_column) > 2:
             raise BayesLoraError(f"--text-column names {len(options.text_column)} columns; name one or two.")
+    if options.few_shot < 0:
+        raise BayesLoraError(f"--few-shot is {options.few_shot}; give 0 or more.")
     if options.max_length is not None and options.max_length < 1:
         raise BayesLoraError(f"--max-length is {options.max_length}; give at least 1 token.")
     rank = method_options.get("r")

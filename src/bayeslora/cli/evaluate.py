@@ -7,7 +7,7 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-from bayeslora.cli.choices import encoded_for
+from bayeslora.cli.choices import choice_rows, encoded_for
 from bayeslora.cli.folders import new_folder
 from bayeslora.cli.inputs import positive_batch, text_columns
 from bayeslora.cli.models import RunInfo, load_run
@@ -126,6 +126,11 @@ def _task(given: dict[str, Any], info: RunInfo) -> tuple[Task, str]:
 
 def _from_file(given: dict[str, Any], info: RunInfo, path: str) -> tuple[Task, str]:
     """The rows of a file, their labels as the ids the run was trained with."""
+    if info.kind == "multiple_choice":
+        for name in ("text_column", "label_column"):
+            if name in given:
+                raise BayesLoraError(f"--{name.replace('_', '-')} is of no use for multiple choice; leave it out.")
+        return choice_rows(Path(path), info, answers=True), EVALUATION
     columns, label_column = text_columns(given, info), given.get("label_column", info.label_column)
     # The file stands for the training data too: with the class names given, nothing is learned from it.
     return load_files(path, path, columns, label_column, labels=info.labels or None, kind=info.kind), EVALUATION

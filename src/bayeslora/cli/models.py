@@ -10,27 +10,44 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import datasets
 import torch
-from peft import PeftModel, get_peft_model_state_dict
+from peft import PeftModel, TaskType, get_peft_model_state_dict
 from safetensors import SafetensorError, safe_open
 from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForMultipleChoice,
     AutoModelForSequenceClassification,
     AutoTokenizer,
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_FOR_MASKED_LM_MAPPING
 from transformers.utils import logging as transformers_logging
 
 from bayeslora.errors import BayesLoraError
+from bayeslora.evaluation.multiple_choice import DEFAULT_PROMPT_LENGTH
 
 RUN_FILE = "run.json"
 _ADAPTER_FILE = "adapter_model.safetensors"
 _TENSOR_PROBE = 64
 _DEFAULT_LENGTH = 128
+_GGUF = ".gguf"
 _OFFSET_POSITIONS = {"roberta", "xlm-roberta", "xlm-roberta-xl", "camembert", "longformer", "mpnet"}
+
+Head = Literal["sequence", "choices", "letters"]
+"""What turns a model's states into class logits: a classifier (or regressor) over a text or a pair, a scorer of pairs
+of question and choice, or the language model's own head at the letters of the choices."""
+_AUTO_CLASSES = {
+    "sequence": AutoModelForSequenceClassification,
+    "choices": AutoModelForMultipleChoice,
+    "letters": AutoModelForCausalLM,
+}
+# PEFT has no type for multiple choice; without one it wraps the model as it is.
+_TASK_TYPES = {"sequence": TaskType.SEQ_CLS, "choices": None, "letters": TaskType.CAUSAL_LM}
 
 
 @dataclass
@@ -40,7 +57,7 @@ class RunInfo:
     method: str
     model: str
     task: str
-    kind: Literal["classification", "regression"]
+    kind: Literal["classification", "regression", "multiple_choice"]
     metric: str
     text_columns: list[str]
     label_column: str
@@ -51,6 +68,9 @@ class RunInfo:
     base_name: str
     task_name: str | None = None
     data_dir: str | None = None
+    head: Head = "sequence"
+    train_split: str | None = None
+    few_shot: int = 0
     files: dict[str, str] = field(default_factory=dict)
 
     def save(self, folder: Path) -> None:
@@ -79,11 +99,14 @@ class BaseModel:
     model: PreTrainedModel
     fresh: list[str]
     fingerprint: str
+    task_type: TaskType | None
 
 
 def resolve_model(name: str) -> str:
-    """A folder for `name` where it is one or an installed package that holds a model; otherwise `name`, a hub id."""
+    """Where `name` is: a model folder, a GGUF file, either of them in an installed package, or else a hub id."""
     path = Path(name).expanduser()
+    if path.suffix == _GGUF and path.is_file():
+        return str(path.resolve())
     if path.is_dir():
         if not (path / "config.json").is_file():
             raise BayesLoraError(
@@ -101,7 +124,28 @@ def resolve_model(name: str) -> str:
             folder = Path(str(file.locate())).parent
             if file.name == "config.json" and any(folder.glob("*.safetensors")):
                 return str(folder)
+            if file.suffix == _GGUF:
+                return str(file.locate())
     return name
+
+
+def head_for(kind: str, resolved: str, name: str) -> Head:
+    """How a model, resolved from `name`, answers a task of this kind: as a language model where it is no encoder."""
+    if kind != "multiple_choice":
+        return "sequence"
+    if resolved.endswith(_GGUF):  # always a language model, and slow to read
+        return "letters"
+    with loading(f"the configuration of {name}"):
+        config = type(AutoConfig.from_pretrained(resolved))
+    causal = config in MODEL_FOR_CAUSAL_LM_MAPPING and config not in MODEL_FOR_MASKED_LM_MAPPING
+    return "letters" if causal else "choices"
+
+
+def _source(resolved: str) -> dict[str, Any]:
+    """The arguments of `from_pretrained` for what `resolve_model` returned."""
+    if not resolved.endswith(_GGUF):
+        return {"pretrained_model_name_or_path": resolved}
+    return {"pretrained_model_name_or_path": str(Path(resolved).parent), "gguf_file": Path(resolved).name}
 
 
 def hush() -> None:
@@ -126,9 +170,9 @@ def loading(what: str) -> Iterator[None]:
 
 
 def load_tokenizer(folder: str, name: str) -> PreTrainedTokenizerBase:
-    """The tokenizer in a folder (or of a hub id); one without a padding token pads with its end-of-text token."""
+    """The tokenizer of a folder, GGUF file or hub id; one without a padding token pads with its end-of-text token."""
     with loading(f"the tokenizer of {name}"):
-        tokenizer = AutoTokenizer.from_pretrained(folder)
+        tokenizer = AutoTokenizer.from_pretrained(**_source(folder))
     if tokenizer.pad_token is None:
         if tokenizer.eos_token is None:
             raise BayesLoraError(f"the tokenizer of {name} has neither padding nor end token; add one and save it.")
@@ -137,24 +181,26 @@ def load_tokenizer(folder: str, name: str) -> PreTrainedTokenizerBase:
 
 
 def load_base(
-    name: str, tokenizer: PreTrainedTokenizerBase, *, labels: list[str], regression: bool, dtype: str
+    name: str,
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    labels: list[str],
+    regression: bool,
+    dtype: str,
+    head: Head = "sequence",
 ) -> BaseModel:
-    """The base model with a classification (or regression) head.
+    """The base model with the head that the task needs; `labels` and `regression` are for a sequence classifier.
 
     Weights the checkpoint does not hold are initialised from the global random state; their modules are named in
     `fresh`, so that a caller can train and save them.
     """
-    ids = {name: index for index, name in enumerate(labels)}
-    names = {} if regression else {"id2label": dict(enumerate(labels)), "label2id": ids}
     with loading(f"model {name}"):
-        model, info = AutoModelForSequenceClassification.from_pretrained(
-            resolve_model(name),
-            num_labels=1 if regression else len(labels),
-            problem_type="regression" if regression else "single_label_classification",
+        model, info = _AUTO_CLASSES[head].from_pretrained(
+            **_source(resolve_model(name)),
             dtype=getattr(torch, dtype),
             ignore_mismatched_sizes=True,
             output_loading_info=True,
-            **names,
+            **(_classes(labels, regression) if head == "sequence" else {}),
         )
     if model.config.pad_token_id is None:
         model.config.pad_token_id = tokenizer.pad_token_id
@@ -172,18 +218,30 @@ def load_base(
             f"the tokenizer of {name} has {len(tokenizer)} tokens and the model "
             f"{model.get_input_embeddings().num_embeddings}; name a model with its own tokenizer."
         )
-    return BaseModel(model, fresh, _fingerprint(model, fresh))
+    return BaseModel(model, fresh, _fingerprint(model, fresh), _TASK_TYPES[head])
 
 
-def longest_input(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, wanted: int | None) -> int:
-    """The number of tokens inputs are cut to: `wanted`, or 128 where model and tokenizer take as many."""
+def _classes(labels: list[str], regression: bool) -> dict[str, Any]:
+    if regression:
+        return {"num_labels": 1, "problem_type": "regression"}
+    ids = {name: index for index, name in enumerate(labels)}
+    names = {"id2label": dict(enumerate(labels)), "label2id": ids}
+    return {"num_labels": len(labels), "problem_type": "single_label_classification", **names}
+
+
+def longest_input(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, wanted: int | None, head: Head = "sequence"
+) -> int:
+    """The number of tokens of the longest input: `wanted`, or 128 (2,048 for prompts, which are not cut), or less
+    where model and tokenizer do not take as many."""
+    default = DEFAULT_PROMPT_LENGTH if head == "letters" else _DEFAULT_LENGTH
     positions = getattr(model.config, "max_position_embeddings", None)
     # RoBERTa's positions start after its padding id.
     offset = model.config.pad_token_id + 1 if model.config.model_type in _OFFSET_POSITIONS else 0
     limit = min(int(min(tokenizer.model_max_length, 10**9)), positions - offset if positions else 10**9)
     if wanted is not None and wanted > limit:
         raise BayesLoraError(f"--max-length is {wanted}, but the model takes {limit} tokens; give at most {limit}.")
-    return wanted or min(_DEFAULT_LENGTH, limit)
+    return wanted or min(default, limit)
 
 
 def _fingerprint(model: PreTrainedModel, fresh: list[str]) -> str:
@@ -215,7 +273,7 @@ def load_run(folder: Path, model: str | None = None) -> tuple[torch.nn.Module, P
     tokenizer = load_tokenizer(str(folder), str(folder))
     if info.method == "full":
         with loading(f"the model in {folder}"):
-            trained = AutoModelForSequenceClassification.from_pretrained(folder, dtype=getattr(torch, info.dtype))
+            trained = _AUTO_CLASSES[info.head].from_pretrained(folder, dtype=getattr(torch, info.dtype))
         return _ready(trained), tokenizer, info
     _check_adapter_files(folder, info)
     name = model or info.model
@@ -226,6 +284,7 @@ def load_run(folder: Path, model: str | None = None) -> tuple[torch.nn.Module, P
             labels=info.labels,
             regression=info.kind == "regression",
             dtype=info.dtype,
+            head=info.head,
         )
     if base.fingerprint != info.base_fingerprint:
         raise BayesLoraError(

@@ -7,10 +7,11 @@ import os
 from pathlib import Path
 from typing import Any
 
-from bayeslora.cli.inputs import positive_batch, text_columns
+from bayeslora.cli.choices import encoded_for, rows_to_predict
+from bayeslora.cli.inputs import positive_batch
 from bayeslora.cli.models import RunInfo, load_run
 from bayeslora.errors import BayesLoraError
-from bayeslora.evaluation import encode_texts, load_texts, predict_dataset
+from bayeslora.evaluation import predict_dataset
 from bayeslora.prediction import Prediction, check_samples
 
 
@@ -23,12 +24,11 @@ def run(given: dict[str, Any]) -> int:
         raise BayesLoraError(f"--output {target} cannot be a file; name a file in an existing folder.")
     if target.exists() and source.exists() and target.samefile(source):
         raise BayesLoraError(f"--output {target} is the input file; name another file.")
-    columns = text_columns(given, info)
-    texts = load_texts(source, columns)
+    task = rows_to_predict(given, info, source)
     model, tokenizer, info = load_run(folder, given.get("model"))
     samples = given.get("samples", 0)
     check_samples(model, samples)
-    data = encode_texts(texts, columns, tokenizer, info.max_length)
+    data = encoded_for(task.eval_split, task, tokenizer, info)
     prediction = predict_dataset(model, data, tokenizer, batch_size, samples, given.get("seed", 0))
     _write(target, prediction, info)
     print(f"{target}: {len(prediction)} rows")

@@ -6,12 +6,13 @@ checkpoint there, and `--resume` continues it exactly.
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 import shlex
 import shutil
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -33,11 +34,14 @@ from transformers import (
 
 from bayeslora.cli.adapt import adapt
 from bayeslora.cli.arguments import TrainPlan, build_plan, first_difference, read_config
+from bayeslora.cli.choices import encoded
 from bayeslora.cli.coercion import option
 from bayeslora.cli.listing import list_options
 from bayeslora.cli.models import (
     BaseModel,
+    Head,
     RunInfo,
+    head_for,
     hush,
     load_base,
     load_run,
@@ -48,7 +52,9 @@ from bayeslora.cli.models import (
 from bayeslora.cli.progress import Clock, Interruption, ProgressBar
 from bayeslora.cli.results import EVALUATION, measure, save_json, verify_reload
 from bayeslora.errors import BayesLoraError
-from bayeslora.evaluation import Task, compute_metrics_for, encode, load_files, load_task
+from bayeslora.evaluation import Task, compute_metrics_for, load_files, load_task
+from bayeslora.evaluation.choice_trainer import ChoiceTrainer
+from bayeslora.evaluation.multiple_choice import choice_scoring
 from bayeslora.export.shrink import shrink
 from bayeslora.methods import tuner_of
 from bayeslora.prediction import check_samples
@@ -70,6 +76,7 @@ class Session:
     model: nn.Module
     data: dict[str, Any]
     length: int
+    head: Head
     partial: Path
 
     @property
@@ -173,7 +180,9 @@ def _prepare(plan: TrainPlan, partial: Path) -> Session:
     options = plan.options
     # What is read quickly and may be wrong comes first, the model last.
     if options.task:
-        task = load_task(options.task, options.data_dir)
+        task = load_task(options.task, options.data_dir, train_split=options.train_split)
+        if TRAIN not in task.splits:
+            raise BayesLoraError(f"{task.name} has no training data; train on another task and evaluate on this one.")
     else:
         assert options.train_file and options.eval_file and options.text_column and options.label_column
         task = load_files(
@@ -185,7 +194,9 @@ def _prepare(plan: TrainPlan, partial: Path) -> Session:
             labels=options.labels,
         )
     assert options.model is not None
-    tokenizer = load_tokenizer(resolve_model(options.model), options.model)
+    resolved = resolve_model(options.model)
+    tokenizer = load_tokenizer(resolved, options.model)
+    head = head_for(task.kind, resolved, options.model)
     set_seed(plan.seed)
     base = load_base(
         options.model,
@@ -193,11 +204,15 @@ def _prepare(plan: TrainPlan, partial: Path) -> Session:
         labels=task.labels,
         regression=task.kind == "regression",
         dtype=options.dtype,
+        head=head,
     )
     model = adapt(base, plan.config_class, plan.method_options)
     check_samples(model, options.samples)
-    length = longest_input(base.model, tokenizer, options.max_length)
-    return Session(plan, task, tokenizer, base, model, encode(task, tokenizer, length), length, partial)
+    length = longest_input(base.model, tokenizer, options.max_length, head)
+    data = {
+        name: encoded(split, task, tokenizer, head, length, options.few_shot) for name, split in task.splits.items()
+    }
+    return Session(plan, task, tokenizer, base, model, data, length, head, partial)
 
 
 def _build_trainer(session: Session, callbacks: list[TrainerCallback]) -> Trainer:
@@ -205,12 +220,11 @@ def _build_trainer(session: Session, callbacks: list[TrainerCallback]) -> Traine
     quiet = bool(settings.pop("disable_tqdm", False))
     try:
         arguments = TrainingArguments(output_dir=str(session.checkpoints), disable_tqdm=True, **settings)
-        trainer = Trainer(
+        trainer = _trainer_class(session)(
             model=session.model,
             args=arguments,
             train_dataset=session.data[TRAIN],
             eval_dataset=session.data[EVALUATION],
-            data_collator=DataCollatorWithPadding(session.tokenizer),
             processing_class=session.tokenizer,
             compute_metrics=compute_metrics_for(session.task),
             callbacks=[c for c in callbacks if not (quiet and isinstance(c, ProgressBar))],
@@ -225,7 +239,15 @@ def _build_trainer(session: Session, callbacks: list[TrainerCallback]) -> Traine
         raise BayesLoraError(f"these options make no training ({reason}); change them.") from error
     for printing in (PrinterCallback, ProgressCallback):
         trainer.remove_callback(printing)
-    return attach(trainer)
+    return attach(trainer, num_examples=len(session.data[TRAIN]))
+
+
+def _trainer_class(session: Session) -> Callable[..., Trainer]:
+    """The Trainer of the task's kind, which knows how its rows are collated."""
+    if session.task.kind == "multiple_choice":
+        scoring = choice_scoring(session.data[TRAIN], session.tokenizer)
+        return functools.partial(ChoiceTrainer, class_logits=scoring.logits, data_collator=scoring.collate)
+    return functools.partial(Trainer, data_collator=DataCollatorWithPadding(session.tokenizer))
 
 
 def _finish(session: Session, trainer: Trainer, seconds: float) -> dict[str, Any]:
@@ -280,6 +302,9 @@ def _run_info(session: Session) -> RunInfo:
         base_name=str(getattr(session.base.model, "name_or_path", "")),
         task_name=plan.options.task,
         data_dir=record.get("data_dir"),
+        head=session.head,
+        train_split=plan.options.train_split,
+        few_shot=plan.options.few_shot,
         files={name: record[name] for name in ("train_file", "eval_file", "test_file") if name in record},
     )
 

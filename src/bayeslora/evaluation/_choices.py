@@ -10,6 +10,8 @@ from bayeslora.errors import BayesLoraError
 from bayeslora.evaluation._tables import Table
 
 QUESTION, CHOICES, ANSWER, SUBJECT, LABEL = "question", "choices", "answer", "subject", "label"
+GROUP = "group"
+"""Column of items that belong together and must not be told apart by a split."""
 LETTERS = ("A", "B", "C", "D", "E")
 """What choices are called, in their order; an item has at most as many."""
 GAP = "_"
@@ -60,7 +62,7 @@ def choice_columns(table: Table, *, gap: bool = False, labelled: bool = True) ->
         filled = [_fill(table, row, *item) for row, item in enumerate(zip(questions, choices, strict=True))]
         columns = {QUESTION: [stem for stem, _ in filled], CHOICES: [endings for _, endings in filled]}
         if "id" in table.columns:
-            columns["group"] = [str(name).rpartition("-")[0] or str(name) for name in table.columns["id"]]
+            columns[GROUP] = [str(name).rpartition("-")[0] or str(name) for name in table.columns["id"]]
     if labelled:
         answers = enumerate(zip(table.columns[ANSWER], choices, strict=True))
         columns[LABEL] = [_answer(table, row, answer, options) for row, (answer, options) in answers]

@@ -9,7 +9,7 @@ import numpy as np
 from datasets import Dataset
 
 from bayeslora.errors import BayesLoraError
-from bayeslora.evaluation._choices import CHOICES, LABEL, QUESTION, SUBJECT
+from bayeslora.evaluation._choices import CHOICES, GROUP, LABEL, QUESTION, SUBJECT
 from bayeslora.evaluation.tasks import Task
 
 Row = Mapping[str, Any]
@@ -21,7 +21,8 @@ def few_shot_pool(task: Task) -> Dataset:
 
 
 def examples_for(rows: Sequence[Row], pool: Dataset | None, count: int, seed: int | None = None) -> list[list[Row]]:
-    """For each row the first `count` rows of `pool` (of its subject, where it has one) that are not the row itself.
+    """For each row the first `count` rows of `pool` (of its subject, where it has one) that are not the row itself
+    or its twin.
 
     Args:
         rows: items with `question`, `choices`, and maybe `subject`.
@@ -62,4 +63,7 @@ def examples_for(rows: Sequence[Row], pool: Dataset | None, count: int, seed: in
 
 
 def _same(one: Row, other: Row) -> bool:
+    """The same item, or its twin (of one group), whose answer would give this one's away."""
+    if one.get(GROUP) is not None and one[GROUP] == other.get(GROUP):
+        return True
     return bool(one[QUESTION] == other[QUESTION] and one[CHOICES] == other[CHOICES])

@@ -300,6 +300,11 @@ def choice_scoring(dataset: Dataset, tokenizer: Any) -> ChoiceScoring:
     return ChoiceScoring(PromptCollator(tokenizer), LetterLogits(tuple(letter_ids(tokenizer, len(first[PRESENT])))))
 
 
+def row_lengths(dataset: Dataset) -> list[int]:
+    """Tokens of each row of an encoded data set; of a row of pairs, those of the longest pair."""
+    return [max(map(len, ids)) if ids and isinstance(ids[0], list) else len(ids) for ids in dataset["input_ids"]]
+
+
 def _check_classes(rows: Sequence[Row], classes: int) -> None:
     most = max((len(row[CHOICES]) for row in rows), default=0)
     if not 2 <= classes <= len(LETTERS) or most > classes:

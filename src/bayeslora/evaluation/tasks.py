@@ -17,6 +17,7 @@ from bayeslora.evaluation._choices import (
     ANSWER,
     CHOICE_FILES,
     CHOICES,
+    GROUP,
     LETTERS,
     QUESTION,
     SUBJECT,
@@ -290,19 +291,20 @@ def _check_columns(columns: tuple[str, ...], label_column: str | None = None) ->
         raise BayesLoraError(f"a text column is called {LABEL!r}, which is kept for the label: rename it in the files")
 
 
-def load_choices(file: str | Path, *, task_name: str | None = None) -> Dataset:
-    """Multiple-choice rows without answers, to predict on: columns `question` and `choices` of a data file.
+def load_choices(file: str | Path, *, task_name: str | None = None, answers: bool = False) -> Dataset:
+    """Multiple-choice rows of a data file: columns `question`, `choices`, and `subject` where the file has it.
 
     Args:
         file: `.jsonl`, `.json` or `.parquet`.
         task_name: the task whose form the rows have; for `winogrande`, questions are cut at their gap `_`.
+        answers: read the column `answer`, too, as `label`; without it the rows are to predict on.
 
     Raises:
         BayesLoraError: for whatever is wrong with the file, with its name and line.
     """
     gap = task_name in CHOICE_FILES and CHOICE_FILES[task_name].gap
-    table = read_table(file, (QUESTION, CHOICES), (SUBJECT,))
-    return Dataset.from_dict(choice_columns(table, gap=gap, labelled=False))
+    table = read_table(file, (QUESTION, CHOICES, ANSWER) if answers else (QUESTION, CHOICES), (SUBJECT,))
+    return Dataset.from_dict(choice_columns(table, gap=gap, labelled=answers))
 
 
 def _choice_task(name: str, known: ChoiceFiles, data_dir: str | Path | None, train_split: str | None) -> Task:
@@ -329,7 +331,7 @@ def _choice_task(name: str, known: ChoiceFiles, data_dir: str | Path | None, tra
         labels=list(LETTERS[:most]),
         metric="accuracy",
         splits=splits,
-        group_column="group" if "train" in splits and "group" in splits["train"].column_names else None,
+        group_column=GROUP if "train" in splits and GROUP in splits["train"].column_names else None,
     )
 
 

@@ -1,0 +1,157 @@
+"""Multiple choice through the commands: with a language model and with an encoder."""
+
+from __future__ import annotations
+
+import json
+import random
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from bayeslora.cli.main import main
+from tests.cli.conftest import write_jsonl
+from tests.evaluation.choice_items import items
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """arc_easy with up to 4 choices, openbookqa with up to 3, mmlu, winogrande."""
+    folder = tmp_path_factory.mktemp("data")
+
+    def rows(count: int, seed: int, most: int, **more: Any) -> list[dict[str, Any]]:
+        made = items(count, seed, most)
+        return [{"id": f"q{i}-1", "answer": row.pop("label"), **row, **more} for i, row in enumerate(made)]
+
+    for task, most in (("arc_easy", 4), ("openbookqa", 3)):
+        for seed, (split, count) in enumerate({"train": 24, "dev": 12}.items()):
+            (folder / task).mkdir(exist_ok=True)
+            write_jsonl(folder / task / f"{split}.jsonl", rows(count, seed, most))
+    (folder / "mmlu").mkdir()
+    write_jsonl(folder / "mmlu" / "dev.jsonl", rows(5, 2, 4, subject="law"))
+    write_jsonl(folder / "mmlu" / "test.jsonl", rows(8, 3, 4, subject="law"))
+    (folder / "winogrande").mkdir()
+    generator = random.Random(0)
+    for name, count in (("train_xs", 6), ("train_s", 12), ("dev", 6)):
+        sentences = [
+            {
+                "id": f"{i // 2}-{i % 2}",
+                "question": f"the cat sat {i // 2} with the dog because _ was {'tired' if i % 2 else 'cold'} .",
+                "choices": ["cat", "dog"],
+                "answer": generator.randrange(2),
+            }
+            for i in range(count)
+        ]
+        write_jsonl(folder / "winogrande" / f"{name}.jsonl", sentences)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def runs(
+    tmp_path_factory: pytest.TempPathFactory, data: Path, tiny_causal_folder: Path, tiny_bert_folder: Path
+) -> dict[str, Path]:
+    folder = tmp_path_factory.mktemp("runs")
+    for name, model, method in (("letters", tiny_causal_folder, "melora"), ("choices", tiny_bert_folder, "lora")):
+        options = ["--task", "arc_easy", "--data-dir", data, "--max-steps", "6", "--learning-rate", "0.01"]
+        command = ["train", "--method", method, "--model", model, *options, "--output-dir", folder / name]
+        assert main([str(word) for word in command]) == 0
+    return {path.name: path for path in folder.iterdir()}
+
+
+@pytest.mark.parametrize("head", ["letters", "choices"])
+def test_a_run_is_scored_over_the_choices(runs: dict[str, Path], head: str) -> None:
+    metrics = json.loads((runs[head] / "metrics.json").read_text())
+    assert metrics["labels"] == list("ABCD") and metrics["metric"] == "accuracy"
+    assert {"accuracy", "nll", "ece", "brier"} <= set(metrics["scores"])
+    assert sum(row["count"] for row in metrics["reliability"]["bins"]) == 12
+    info = json.loads((runs[head] / "run.json").read_text())
+    assert (info["kind"], info["head"]) == ("multiple_choice", head)
+    config = json.loads((runs[head] / "adapter_config.json").read_text())
+    assert config["task_type"] == ("CAUSAL_LM" if head == "letters" else None)
+
+
+@pytest.mark.parametrize("head", ["letters", "choices"])
+def test_evaluate_gives_the_runs_own_scores(
+    runs: dict[str, Path], head: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["evaluate", str(runs[head]), "--json", "--batch-size", "5"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    expected = json.loads((runs[head] / "metrics.json").read_text())["scores"]
+    assert found["scores"] == pytest.approx(expected, abs=1e-5)
+
+
+def test_a_run_answers_another_tasks_questions(
+    runs: dict[str, Path], data: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for task, split, rows in (("openbookqa", "validation", 12), ("mmlu", "test", 8)):
+        options = ["--task", task, "--data-dir", str(data), "--split", split, "--json", "--samples", "3"]
+        assert main(["evaluate", str(runs["letters"]), *options]) == 0
+        found = json.loads(capsys.readouterr().out)
+        assert (found["task"], found["rows"], found["samples"]) == (task, rows, 3)
+        assert 0 <= found["scores"]["accuracy"] <= 1
+
+
+@pytest.mark.parametrize("head", ["letters", "choices"])
+def test_predict_answers_rows_of_a_file_in_order(runs: dict[str, Path], head: str, data: Path, tmp_path: Path) -> None:
+    source, target = data / "arc_easy" / "dev.jsonl", tmp_path / "answers.jsonl"
+    assert main(["predict", str(runs[head]), "--input", str(source), "--output", str(target)]) == 0
+    questions = [json.loads(line) for line in source.read_text().splitlines()]
+    lines = [json.loads(line) for line in target.read_text().splitlines()]
+    assert len(lines) == len(questions) == 12
+    for question, line in zip(questions, lines, strict=True):
+        there = len(question["choices"])
+        assert line["label"] in "ABCD"[:there]
+        assert line["probabilities"][there:] == [0.0] * (4 - there)
+        assert sum(line["probabilities"]) == pytest.approx(1.0)
+    hits = [line["label"] == "ABCD"[question["answer"]] for question, line in zip(questions, lines, strict=True)]
+    expected = json.loads((runs[head] / "metrics.json").read_text())["scores"]["accuracy"]
+    assert sum(hits) / 12 == pytest.approx(expected)
+
+
+def test_a_file_of_items_is_scored_like_the_task(
+    runs: dict[str, Path], data: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = str(data / "arc_easy" / "dev.jsonl")
+    assert main(["evaluate", str(runs["letters"]), "--eval-file", file, "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    expected = json.loads((runs["letters"] / "metrics.json").read_text())["scores"]
+    assert found["scores"] == pytest.approx(expected, abs=1e-5)
+
+
+def test_winogrande_takes_the_training_split_that_is_named_and_examples_for_its_prompts(
+    data: Path, tiny_causal_folder: Path, tmp_path: Path
+) -> None:
+    out = tmp_path / "out"
+    options = ["--task", "winogrande", "--train-split", "train_xs", "--few-shot", "2", "--max-steps", "2"]
+    where = ["--model", str(tiny_causal_folder), "--data-dir", str(data), "--output-dir", str(out)]
+    assert main(["train", "--method", "lora", *where, *options]) == 0
+    recorded = yaml.safe_load((out / "config.yaml").read_text())
+    assert (recorded["train_split"], recorded["few_shot"]) == ("train_xs", 2)
+    assert json.loads((out / "metrics.json").read_text())["labels"] == ["A", "B"]
+    rows = [{"question": "the cat ran from the dog because _ was bad .", "choices": ["cat", "dog"]}]
+    target = tmp_path / "answers.jsonl"
+    source = write_jsonl(tmp_path / "in.jsonl", rows)
+    assert main(["predict", str(out), "--input", str(source), "--output", str(target)]) == 0
+    assert len(json.loads(target.read_text())["probabilities"]) == 2
+
+
+def test_what_does_not_fit_is_refused_in_one_line(
+    runs: dict[str, Path], data: Path, tiny_bert_folder: Path, tmp_path: Path, refused: Callable[..., str]
+) -> None:
+    def train(*options: Any) -> str:
+        where = ["--model", tiny_bert_folder, "--output-dir", tmp_path / "out"]
+        return refused("train", "--method", "lora", *where, *options)
+
+    assert "has no training data" in train("--task", "mmlu", "--data-dir", data)
+    assert "--few-shot is 1" in train("--task", "arc_easy", "--data-dir", data, "--few-shot", "1")
+    assert "--few-shot is -1" in train("--task", "arc_easy", "--data-dir", data, "--few-shot", "-1")
+    assert "no training split 'train_l'" in train(
+        "--task", "winogrande", "--data-dir", data, "--train-split", "train_l"
+    )
+    assert "give --data-dir" in train("--task", "arc_easy")
+    assert not (tmp_path / "out").exists() and not (tmp_path / "out.partial").exists()
+    many = write_jsonl(tmp_path / "many.jsonl", [{"question": "who", "choices": list("abcde")}])
+    line = refused("predict", runs["letters"], "--input", many, "--output", tmp_path / "x.jsonl")
+    assert "a row with 5 choices, but the run was trained on at most 4" in line
