@@ -75,7 +75,7 @@ def test_local_reparametrization_has_the_mean_and_variance_of_drawn_weights() ->
 
 
 def test_rows_of_a_local_draw_are_independent_where_those_of_one_weight_are_not() -> None:
-    """What the page on noise scopes warns of: equal rows get equal outputs from one weight, different ones from this."""
+    """Equal rows get equal outputs from one weight, and different ones from this."""
     z, std = torch.ones(2, 3), torch.ones(1, 3)
     noise = torch.randn(20_000, 2, 1)
     u = local_reparametrization(z, torch.zeros(1, 3), std, noise[0])

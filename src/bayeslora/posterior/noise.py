@@ -28,7 +28,7 @@ from bayeslora.errors import BayesLoraError
 Scope = Literal["example", "token", "batch"]
 SCOPES: tuple[str, ...] = get_args(Scope)
 _BLOCK = 16
-"""torch's CPU generator makes normal numbers in blocks of this many, and does not start at a block in short tensors."""
+"""torch's CPU generator makes normal numbers in blocks of this many, and those of a part of a block differently."""
 
 
 class UnfoldableError(BayesLoraError):

@@ -1,0 +1,191 @@
+"""Me-LoRA: each noise scope against weights that are written out, its numbers, its start and its options."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from peft import LoraConfig, PeftConfig, get_peft_model
+from torch import Tensor
+from transformers import PreTrainedModel
+
+import bayeslora
+from bayeslora import BayesLoraError, MeLoraConfig, describe, parameter_groups
+from bayeslora.posterior import Noise, standard_deviation
+from tests.methods.reference import D_IN, D_OUT, RANK, Tiny, layers_of, seeded
+from tests.methods.variational_models import CPU, X, config, melora_adapter, noise_shape, oracle, tiny
+from tests.oracles import melora
+
+CORES = ("melora", "melora-diagonal")
+
+
+def _close(actual: Tensor, expected: Tensor, **kwargs: Any) -> None:
+    torch.testing.assert_close(actual, expected, **{"atol": 1e-5, "rtol": 1e-5, **kwargs})
+
+
+# Token scope, the only one whose draw is not a weight ----------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", ["linear", "conv1d"])
+@pytest.mark.parametrize("core", CORES)
+def test_a_draw_for_each_token_equals_the_reference(core: str, kind: str) -> None:
+    layer = layers_of(model := tiny(core, kind))[0]
+    noise = Noise("token", 3, "first").normal_per_token((3, 5, RANK), CPU)
+    weight = layer.base_layer.weight.T if kind == "conv1d" else layer.base_layer.weight
+    expected = melora.token_forward(X, weight.detach(), layer.base_layer.bias, melora_adapter(layer), noise)
+    with bayeslora.sampling(model, "token", seed=3):
+        _close(layer(X), expected)
+
+
+@pytest.mark.parametrize("core", CORES)
+def test_tokens_and_examples_have_the_mean_and_variance_of_drawn_weights(core: str) -> None:
+    layer = layers_of(tiny(core))[0]
+    adapter, base = melora_adapter(layer), layer.base_layer.weight.detach()
+    x, draws = X[:1, :1], 20_000
+    eps = torch.randn(draws, *noise_shape(layer))
+    cores = adapter.M + adapter.omega * eps
+    u = (cores @ (adapter.A @ x[0, 0])) if cores.ndim == 3 else cores * (adapter.A @ x[0, 0])
+    by_weight = x[0, 0] @ base.T + layer.base_layer.bias + adapter.scaling * u @ adapter.B.T
+    deviation = by_weight.std(0)
+    for scope in ("token", "example"):
+        layer.noise, layer.is_controlled = Noise(scope), True
+        with torch.no_grad():
+            drawn = layer(x.expand(draws, 1, D_IN))[:, 0]
+        assert ((drawn.mean(0) - by_weight.mean(0)) / deviation).abs().max() < 0.05
+        assert (drawn.var(0) / deviation**2 - 1).abs().max() < 0.1
+        covariance = torch.corrcoef(drawn.T) - torch.corrcoef(by_weight.T)
+        assert covariance.abs().max() < 0.08
+
+
+# Divergence and numbers ----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("core", CORES)
+def test_the_divergence_is_the_references_sum_over_layers(core: str) -> None:
+    model = tiny(core, prior_std=0.3, kl_weight=2.0, num_examples=40)
+    expected = sum(melora.kl(melora_adapter(layer), 0.3) for layer in layers_of(model))
+    assert model.base_model.kl().item() == pytest.approx(expected, rel=1e-4)
+    assert model.base_model.penalty()["kl"].item() == pytest.approx(2.0 / 40 * expected, rel=1e-4)
+
+
+@pytest.mark.parametrize("core", CORES)
+def test_at_the_start_the_means_are_at_the_prior_and_the_divergence_is_that_of_the_scales(core: str) -> None:
+    model = get_peft_model(Tiny(), config(core, prior_std=0.07, initial_std=0.07))
+    assert model.base_model.kl().item() == pytest.approx(0.0, abs=1e-3)
+    for layer in layers_of(model):
+        _close(standard_deviation(layer.melora_rho["default"]), torch.full(noise_shape(layer), 0.07))
+
+
+@pytest.mark.parametrize("core", CORES)
+def test_every_draw_of_a_new_adapter_is_the_base_model_and_its_gradients_are_loras(core: str) -> None:
+    base = seeded(Tiny)
+    expected = base(X)
+    model = get_peft_model(seeded(Tiny), config(core)).train()
+    lora = get_peft_model(seeded(Tiny), LoraConfig(r=RANK, lora_alpha=6, target_modules=["first", "second"]))
+    for _ in range(3):
+        assert torch.equal(model(X), expected)
+    for ours, theirs in zip(
+        layers_of(model), (lora.base_model.model.first, lora.base_model.model.second), strict=True
+    ):
+        ours.melora_A["default"].data.copy_(theirs.lora_A["default"].weight.data)
+    with bayeslora.posterior_mean(model):
+        model(X).square().sum().backward()
+    lora(X).square().sum().backward()
+    for ours, theirs in zip(
+        layers_of(model), (lora.base_model.model.first, lora.base_model.model.second), strict=True
+    ):
+        gradient = theirs.lora_B["default"].weight.grad
+        assert gradient.abs().max() > 0.1
+        _close(ours.melora_B["default"].grad, gradient, atol=1e-4)
+
+
+@pytest.mark.parametrize("core", CORES)
+@pytest.mark.parametrize("rank", [1, 3, 8])
+def test_the_parameter_count_is_the_abstracts(core: str, rank: int) -> None:
+    model = get_peft_model(Tiny(), config(core, r=rank))
+    first, second = describe(model)
+    diagonal = core == "melora-diagonal"
+    assert first.parameters == melora.parameters(D_IN, D_OUT, rank, diagonal)
+    assert second.parameters == melora.parameters(D_OUT, D_OUT, rank, diagonal)
+    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    assert trained == first.parameters + second.parameters
+    assert [first.rank, first.initial_rank] == [rank, rank] and set(first.bits.values()) == {32}
+
+
+def test_the_published_counts_of_7b_and_13b_come_out() -> None:
+    for width, layers, vocabulary, expected in ((4096, 32, 32000, 4_491_392), (5120, 40, 32000, 6_860_928)):
+        count = 2 * layers * melora.parameters(width, width, 8) + melora.parameters(width, vocabulary, 8)
+        assert count == expected
+
+
+# Groups, options, files ----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("core", CORES)
+def test_variances_have_their_rate_and_only_the_two_factors_decay(core: str) -> None:
+    model = tiny(core, variance_lr_factor=7.0, modules_to_save=["head"])
+    names = {id(p): name.replace("base_model.model.", "") for name, p in model.named_parameters()}
+    found = {}
+    for group in parameter_groups(model, lr=0.01, weight_decay=0.1):
+        for p in group["params"]:
+            found[names[id(p)]] = (group["bayeslora_role"], round(group["lr"], 6), group["weight_decay"])
+    expected = {
+        "head.modules_to_save.default.weight": ("weights", 0.01, 0.1),
+        "head.modules_to_save.default.bias": ("weights", 0.01, 0.0),
+    }
+    for layer in ("first", "second"):
+        expected |= {
+            f"{layer}.melora_A.default": ("weights", 0.01, 0.1),
+            f"{layer}.melora_B.default": ("weights", 0.01, 0.1),
+            f"{layer}.melora_M.default": ("means", 0.01, 0.0),
+            f"{layer}.melora_rho.default": ("variances", 0.07, 0.0),
+        }
+    assert found == expected
+
+
+BAD_OPTIONS: list[tuple[dict[str, Any], str]] = [
+    ({"core": "x"}, "core must be 'full' or 'diagonal', not 'x'"),
+    ({"initial_std": 0.0}, "initial_std must be positive, not 0.0: without noise use plain LoRA"),
+    ({"prior_std": 0.0}, "prior_std must be positive, not 0.0"),
+    ({"kl_weight": -1.0}, "kl_weight must not be negative, not -1.0"),
+    ({"kl_warmup": 1.0}, r"kl_warmup is a share of the steps in \[0, 1\), not 1.0"),
+    ({"num_examples": 0}, "num_examples must be at least 1, not 0"),
+    ({"noise_scope": "row"}, "noise_scope must be 'example', 'token' or 'batch', not 'row'"),
+    ({"variance_lr_factor": -1.0}, "variance_lr_factor must not be negative, not -1.0"),
+    ({"noise_scope": "batch", "antithetic": True}, "antithetic noise needs noise_scope 'example', not 'batch'"),
+    ({"r": 0}, "r must be at least 1, not 0"),
+]
+
+
+@pytest.mark.parametrize(("options", "message"), BAD_OPTIONS, ids=[str(options) for options, _ in BAD_OPTIONS])
+def test_options_that_cannot_work_are_one_sentence(options: dict[str, Any], message: str) -> None:
+    with pytest.raises(BayesLoraError, match=message) as caught:
+        MeLoraConfig(**{"target_modules": ["first"], **options})
+    assert "\n" not in str(caught.value)
+
+
+def test_the_configuration_survives_a_file(tmp_path: Any) -> None:
+    options = config("melora-diagonal", prior_std=0.3, kl_weight=0.5, noise_scope="token", num_examples=123)
+    options.save_pretrained(tmp_path)
+    again = PeftConfig.from_pretrained(tmp_path)
+    assert type(again) is MeLoraConfig and again.to_dict() == options.to_dict()
+
+
+def test_gpt2_and_bert_adapt_through_all_doors(tiny_gpt2: PreTrainedModel, tiny_bert: PreTrainedModel) -> None:
+    tokens = torch.arange(12).view(2, 6)
+    for base, target in ((tiny_gpt2, ["c_attn"]), (tiny_bert, ["query", "key", "value"])):
+        expected = base(input_ids=tokens).logits
+        model = get_peft_model(base, MeLoraConfig(r=4, target_modules=target)).eval()
+        _close(model(input_ids=tokens).logits, expected)
+        for layer in layers_of(model):
+            layer.melora_B["default"].data.normal_()
+        model.train()
+        assert not torch.equal(model(input_ids=tokens).logits, model(input_ids=tokens).logits)
+        model(input_ids=tokens).logits.sum().backward()
+        layer = layers_of(model)[0]
+        assert layer.melora_rho["default"].grad.abs().sum() > 0
+        x = torch.randn(2, 3, layer.in_features)
+        _close(layer.eval()(x), oracle(layer, x, [None, None]), atol=1e-4)
+        with model.disable_adapter():
+            assert torch.equal(model(input_ids=tokens).logits, expected)
