@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,10 +12,10 @@ from bayeslora.cli.choices import choice_rows, encoded_for
 from bayeslora.cli.folders import new_folder
 from bayeslora.cli.inputs import positive_batch, text_columns
 from bayeslora.cli.models import RunInfo, load_run
-from bayeslora.cli.ood import detected, detection_lines, outside_texts
+from bayeslora.cli.ood import detected, detection_lines, outside_rows
 from bayeslora.cli.results import EVALUATION, described, finite, save_json, scored
 from bayeslora.errors import BayesLoraError
-from bayeslora.evaluation import Task, encode_texts, evaluate, load_files, load_task, predict_dataset
+from bayeslora.evaluation import Task, evaluate, load_files, load_task, predict_dataset
 from bayeslora.prediction import check_samples
 
 
@@ -25,7 +26,7 @@ def run(given: dict[str, Any]) -> int:
     info = RunInfo.load(folder)
     target = _target(given)
     task, split = _task(given, info)
-    outside = outside_texts(given, info, task)
+    outside = outside_rows(given, info, task)
     model, tokenizer, info = load_run(folder, given.get("model"))
     samples, seed = given.get("samples", 0), given.get("seed", 0)
     check_samples(model, samples)
@@ -43,8 +44,8 @@ def run(given: dict[str, Any]) -> int:
         "seconds": evaluation.seconds,
     }
     if outside is not None:
-        texts = encode_texts(outside.texts, outside.columns, tokenizer, info.max_length)
-        prediction = predict_dataset(model, texts, tokenizer, batch_size, samples, seed)
+        foreign = encoded_for(outside.rows, outside.task, tokenizer, info)
+        prediction = predict_dataset(model, foreign, tokenizer, batch_size, samples, seed)
         found["uncertainty"] = evaluation.histograms(prediction)
         found["ood"] = detected(outside, evaluation, prediction)
     if target is not None:
@@ -102,7 +103,9 @@ def _task(given: dict[str, Any], info: RunInfo) -> tuple[Task, str]:
     if "task" not in given and info.task_name is None:
         if "data_dir" in given or "split" in given:
             raise BayesLoraError("the run was trained on files, which have no named splits; give --eval-file.")
-        return _from_file(given, info, info.files["eval_file"])
+        task, split = _from_file(given, info, info.files["eval_file"])
+        # The run's own rows, under the name that the run gives them.
+        return replace(task, name=info.task), split
     for name in ("text_column", "label_column"):
         if name in given:
             raise BayesLoraError(f"--{name.replace('_', '-')} is of use only with --eval-file; leave it out.")

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 from datasets import Dataset
 
+from bayeslora.cli.choices import choice_rows
 from bayeslora.cli.inputs import text_columns
 from bayeslora.cli.models import RunInfo
 from bayeslora.errors import BayesLoraError
@@ -21,15 +23,15 @@ _SOURCE = "source"
 
 @dataclass(frozen=True)
 class Outside:
-    """Texts unlike those a run was trained on; `sources` names a kind for each where there are several."""
+    """Rows unlike those a run was trained on, in the form of `task`; `sources` names a kind for each of them."""
 
     name: str
-    texts: Dataset
-    columns: list[str]
+    rows: Dataset
+    task: Task
     sources: list[str]
 
 
-def outside_texts(given: dict[str, Any], info: RunInfo, task: Task) -> Outside | None:
+def outside_rows(given: dict[str, Any], info: RunInfo, task: Task) -> Outside | None:
     """What `--ood` or `--ood-file` asks for; None where neither is given.
 
     Raises:
@@ -44,16 +46,25 @@ def outside_texts(given: dict[str, Any], info: RunInfo, task: Task) -> Outside |
             "the run predicts numbers, and detection needs the uncertainty of classes; leave --ood and --ood-file out."
         )
     if "ood" not in given:
-        columns = text_columns(given, info, "ood_text_column")
-        return Outside(str(given["ood_file"]), load_texts(given["ood_file"], columns), columns, [])
+        return _from_file(given, info, task, Path(given["ood_file"]))
     for name in ("ood_file", "ood_text_column"):
         if name in given:
             raise BayesLoraError(f"--{name.replace('_', '-')} contradicts --ood; give one of them.")
     if SPLIT not in task.splits:
         raise BayesLoraError(f"task {task.name} has no out-of-distribution split; give such texts with --ood-file.")
-    texts = task.splits[SPLIT]
-    sources = list(texts[_SOURCE]) if _SOURCE in texts.column_names else []
-    return Outside(f"{task.name} {SPLIT}", texts, list(task.text_columns), sources)
+    rows = task.splits[SPLIT]
+    sources = list(rows[_SOURCE]) if _SOURCE in rows.column_names else []
+    return Outside(f"{task.name} {SPLIT}", rows, task, sources)
+
+
+def _from_file(given: dict[str, Any], info: RunInfo, task: Task, file: Path) -> Outside:
+    if info.kind == "multiple_choice":
+        if "ood_text_column" in given:
+            raise BayesLoraError("--ood-text-column is of no use for multiple choice; leave it out.")
+        items = choice_rows(file, info)
+        return Outside(str(file), items.eval_split, items, [])
+    columns = text_columns(given, info, "ood_text_column")
+    return Outside(str(file), load_texts(file, columns), replace(task, text_columns=tuple(columns)), [])
 
 
 def detected(outside: Outside, evaluation: Evaluation, prediction: Prediction) -> dict[str, Any]:
@@ -61,7 +72,7 @@ def detected(outside: Outside, evaluation: Evaluation, prediction: Prediction) -
     inside, found = evaluation.uncertainties, uncertainties_of(prediction)
     block: dict[str, Any] = {
         "name": outside.name,
-        "rows": len(outside.texts),
+        "rows": len(outside.rows),
         "rows_in": len(evaluation.labels),
         "scores": detection(inside, found),
     }
