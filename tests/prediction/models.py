@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 import torch
@@ -18,6 +19,7 @@ from transformers import (
 
 import bayeslora
 from bayeslora.methods.sampling import stochastic_layers
+from bayeslora.posterior import Noise
 from tests.conftest import build_tiny_bert, build_tiny_deberta
 
 DECODER: dict[str, Any] = {
@@ -83,3 +85,15 @@ def inputs(rows: int = 4, length: int = 7, vocabulary: int = 60) -> dict[str, Te
         cut = length - row % 3
         ids[row, cut:], mask[row, cut:] = 0, 0
     return {"input_ids": ids, "attention_mask": mask}
+
+
+def merged_draw(model: nn.Module, seed: int, draw: int) -> nn.Module:
+    """The base model with weight draw number `draw` in its weights: nothing random, no adapter, no hooks."""
+    merged = copy.deepcopy(model)
+    with torch.no_grad():
+        for path, layer in stochastic_layers(merged).items():
+            drawn = layer.drawn_A("default", Noise("batch", seed, path, [draw]))
+            delta = layer.scaling["default"] * layer.B("default") @ drawn
+            layer.base_layer.weight.add_(delta.T if layer.is_transposed else delta)
+            layer.B("default").zero_()
+    return merged.unload()

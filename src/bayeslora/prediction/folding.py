@@ -3,7 +3,8 @@
 The inputs are repeated draw by draw: with S draws and B rows, rows 0 … B - 1 are the batch under the first draw, the
 next B under the second, and so on. What comes before the first layer that draws weights is the same for all of them:
 one pass over the B rows runs up to that layer and keeps the outputs of the embeddings and of the blocks it has passed;
-the pass over S · B rows takes those, repeated, in their place.
+the pass over S · B rows takes those, repeated, in their place. Layers that are given what the first one was given
+multiply it by their base weight only once.
 
 Both are only ever a matter of speed. A model whose layers mix rows, or change their number, cannot be folded, and the
 draws are then taken one at a time; a model that does not run with repeated outputs runs in full.
@@ -25,8 +26,10 @@ from bayeslora.posterior import UnfoldableError
 Read = Callable[[nn.Module, Mapping[str, Tensor]], Tensor]
 """From a model and a batch of B rows to (B, C) logits."""
 
-MAX_ROWS = 512
-"""Rows of one forward pass, unless the batch itself has more: bounds the memory that folding takes."""
+MAX_ELEMENTS = {"cpu": 2048}
+"""Input elements (tokens) of a folded pass, by kind of device: more would not fit a CPU's caches, and be slower."""
+_MAX_ELEMENTS = 65536
+"""On other devices, where memory is the limit."""
 
 
 class Folding:
@@ -48,9 +51,9 @@ class Folding:
     def logits(self, batch: Mapping[str, Tensor], draws: Sequence[int]) -> Tensor:
         """(S, B, C) logits under the `draws`, in their order."""
         prefix = self._prefix(batch)
-        rows, parts, start = row_count(batch), [], 0
+        parts, start = [], 0
         while start < len(draws):
-            size = max(1, MAX_ROWS // rows) if self.foldable else 1
+            size = self._draws_per_pass(batch) if self.foldable else 1
             chosen = draws[start : start + size]
             try:
                 parts.append(self._pass(batch, chosen, prefix))
@@ -61,6 +64,11 @@ class Folding:
                 continue
             start += len(chosen)
         return torch.cat(parts)
+
+    @staticmethod
+    def _draws_per_pass(batch: Mapping[str, Tensor]) -> int:
+        largest = max(batch.values(), key=Tensor.numel)
+        return max(1, MAX_ELEMENTS.get(largest.device.type, _MAX_ELEMENTS) // max(1, largest.numel()))
 
     def _pass(self, batch: Mapping[str, Tensor], draws: Sequence[int], prefix: Prefix | None) -> Tensor:
         if prefix is not None and self.shareable:
@@ -77,7 +85,7 @@ class Folding:
 
     def _run(self, batch: Mapping[str, Tensor], draws: Sequence[int]) -> Tensor:
         rows, times = row_count(batch), len(draws)
-        folded = {name: repeat_rows(value, rows, times) for name, value in batch.items()}
+        folded = batch if times == 1 else repeat_rows(dict(batch), rows, times)
         with sampling(self.model, "batch", self.seed, draws, self.antithetic), self._guarded(rows * times, times):
             logits = self.read(self.model, folded)
         if len(logits) != rows * times:
@@ -122,6 +130,8 @@ class Prefix:
     def __init__(self, model: nn.Module, layers: Sequence[nn.Module]) -> None:
         self.model, self.layers = model, layers
         self.rows = 0
+        self._input: Tensor | None = None
+        self._products: dict[nn.Module, Any] = {}
         self._finished: list[tuple[nn.Module, Any]] = []
         self._open: list[tuple[nn.Module, int]] = []
         self._blocks = {
@@ -144,7 +154,7 @@ class Prefix:
             self._finished.append((module, output))
 
         def reach(_module: nn.Module, args: tuple[Any, ...]) -> None:
-            self.rows = args[0].shape[0]
+            self.rows, self._input = args[0].shape[0], args[0]
             raise _Reached
 
         with ExitStack() as hooks:
@@ -177,6 +187,10 @@ class Prefix:
             for module, outputs in queues.items():
                 restored.callback(_set_forward, module, module.__dict__.get("forward"))
                 module.forward = self._replay(module.forward, outputs, times)  # type: ignore[method-assign]
+            for layer in self.layers:
+                base: Any = layer.base_layer
+                restored.callback(_set_forward, base, base.__dict__.get("forward"))
+                base.forward = self._multiply_once(base, base.forward, times)
             yield
 
     def _replay(self, forward: Callable[..., Any], outputs: deque[Any], times: int) -> Callable[..., Any]:
@@ -185,6 +199,20 @@ class Prefix:
             return repeat_rows(outputs.popleft(), self.rows, times) if outputs else forward(*args, **kwargs)
 
         return replayed
+
+    def _multiply_once(self, base: Any, forward: Callable[..., Any], times: int) -> Callable[..., Any]:
+        known = self._input
+
+        def product(x: Tensor, *args: Any, **kwargs: Any) -> Any:
+            if known is None or args or kwargs or x.shape[0] != len(known) * times:
+                return forward(x, *args, **kwargs)
+            if not all(torch.equal(part, known) for part in x.split(len(known))):
+                return forward(x)
+            if base not in self._products:
+                self._products[base] = forward(known)
+            return repeat_rows(self._products[base], len(known), times)
+
+        return product
 
 
 def _set_forward(module: nn.Module, forward: Callable[..., Any] | None) -> None:
@@ -200,9 +228,7 @@ def row_count(batch: Mapping[str, Tensor]) -> int:
 
 
 def repeat_rows(value: Any, rows: int, times: int) -> Any:
-    """`value` with every tensor of `rows` rows in it, in tuples, lists and mappings too, repeated `times` times."""
-    if times == 1:
-        return value
+    """A copy of `value` with each tensor of `rows` rows in it, in tuples, lists and mappings too, `times` times."""
     if isinstance(value, Tensor):
         return value.repeat(times, *[1] * (value.ndim - 1)) if value.ndim and len(value) == rows else value
     if isinstance(value, tuple) and hasattr(value, "_fields"):

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from bayeslora.errors import BayesLoraError
 from bayeslora.methods.sampling import has_posterior, posterior_mean
+from bayeslora.prediction.first_token import first_token_only
 from bayeslora.prediction.folding import Folding
 from bayeslora.prediction.result import Prediction, summarize, summarize_samples
 
@@ -72,7 +73,12 @@ class Posterior:
         if samples == 0:
             return self._mean(read)
         folding = Folding(self.model, read, seed, antithetic)
-        return lambda batch: folding.logits(batch, range(samples))
+
+        def draws(batch: Mapping[str, Tensor]) -> Tensor:
+            with first_token_only(self.model):
+                return folding.logits(batch, range(samples))
+
+        return draws
 
     def _mean(self, read: Logits) -> Sampler:
         def mean(batch: Mapping[str, Tensor]) -> Tensor:
@@ -110,7 +116,8 @@ def predict(
         antithetic: draws in pairs of opposite noise.
         logits: from the model and a batch to class logits (batch, C), for models that do not give them as they are,
             such as language models that choose among answers. A logit of -inf is a class the row does not have. It
-            is called on batches whose rows are repeated, as often as fit.
+            is called on batches whose rows are repeated, as often as fit, and must work from the model's logits:
+            hidden states of a classifier's last block may be there for the first token only.
 
     Raises:
         BayesLoraError: `samples` above 0 for a deterministic adapter, no batch at all, inputs that are no tensors,

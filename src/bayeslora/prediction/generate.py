@@ -1,0 +1,245 @@
+r"""Text generated under draws of the weights, and how sure the model is of it.
+
+Each sequence comes from one draw, the same for all of its tokens and for the keys and values that the cache keeps, so
+it is what one model of the posterior says. For a token $t$ of a sequence from draw $s$, with $p_d$ the probabilities
+of the next token under draw $d$ given the tokens before it:
+
+- `token_entropy`: $H(p_s)$, how open that one model thinks the token is;
+- `predictive_entropy`: $H(\bar p)$ of the mean over all draws, and `mutual_information`, its part
+  $H(\bar p) - \frac1S \sum_d H(p_d)$ that the draws disagree about (see `Prediction`).
+
+For a sequence $y$, `log_probability` is $\log p_s(y)$ under its own draw, `mixture_log_probability` is
+$\log \frac1S \sum_d p_d(y)$, and `log_probability_std` the standard deviation of $\log p_d(y)$ over the draws.
+"""
+
+from __future__ import annotations
+
+import inspect
+import math
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from bayeslora.errors import BayesLoraError
+from bayeslora.methods.sampling import posterior_mean, sampling
+from bayeslora.posterior import UnfoldableError
+from bayeslora.prediction.folding import repeat_rows
+from bayeslora.prediction.predict import check_samples, evaluation_mode
+
+_MAX_NUMBERS = 2**25
+"""Probabilities (rows x tokens x vocabulary) held at a time when sequences are scored: 128 MiB in float32."""
+
+
+@dataclass(frozen=True)
+class Generation:
+    """Sequences for n = rows x `num_return_sequences` prompts under S draws, on the model's device.
+
+    Attributes:
+        sequences: (S, n, L) token ids as `model.generate` returns them, prompts included for decoder-only models;
+            [s, i] was generated under draw s; shorter ones are padded on the right.
+        tokens: (S, n, G) the generated part only.
+        mask: (S, n, G) which of `tokens` count: all up to the end-of-sequence token, which is included.
+        token_entropy: (S, n, G) in nats, float32, 0 where `mask` is not set; so are the other (S, n, G) tensors.
+        log_probability: (S, n) of the sequence under its own draw, in nats.
+        predictive_entropy, mutual_information: (S, n, G); None without `uncertainty`.
+        mixture_log_probability, log_probability_std: (S, n); None without `uncertainty`.
+    """
+
+    sequences: Tensor
+    tokens: Tensor
+    mask: Tensor
+    token_entropy: Tensor
+    log_probability: Tensor
+    predictive_entropy: Tensor | None = None
+    mutual_information: Tensor | None = None
+    mixture_log_probability: Tensor | None = None
+    log_probability_std: Tensor | None = None
+
+
+def generate(
+    model: nn.Module,
+    input_ids: Tensor,
+    attention_mask: Tensor | None = None,
+    *,
+    samples: int,
+    seed: int = 0,
+    uncertainty: bool = True,
+    antithetic: bool = False,
+    **generate_kwargs: Any,
+) -> Generation:
+    """Generate for every prompt under each of `samples` draws of the weights.
+
+    Runs in evaluation mode without gradients; torch's random state is what it was before. Draw d is the same function
+    as draw d of `predict` with the same seed.
+
+    Args:
+        model: a causal or encoder-decoder language model with an adapter that has a posterior.
+        input_ids, attention_mask: (B, T) prompts; padded on the left for decoder-only models, as always.
+        samples: S, the draws of the weights; 0 generates once with the mean weights, for any model.
+        seed: of the draws and of `do_sample`.
+        uncertainty: score each sequence under all draws, not only its own, which takes S passes over all of them.
+        antithetic: draws in pairs of opposite noise.
+        generate_kwargs: for `model.generate`: `max_new_tokens`, `num_beams`, `do_sample`, … Entropies and
+            probabilities are the model's own, before any temperature or other processing.
+
+    Raises:
+        BayesLoraError: samples of a model without a posterior, inputs that are not (B, T), or an option that returns
+            something else than sequences.
+    """
+    check_samples(model, samples)
+    if input_ids.ndim != 2 or not input_ids.numel():
+        raise BayesLoraError(f"input_ids have shape {tuple(input_ids.shape)}, (prompts, tokens) is needed")
+    if generate_kwargs.pop("return_dict_in_generate", False):
+        raise BayesLoraError("return_dict_in_generate is True, which generate has no use for: it returns a Generation")
+    device = next(model.parameters()).device
+    prompts = {"input_ids": input_ids.to(device)}
+    prompts["attention_mask"] = torch.ones_like(prompts["input_ids"]) if attention_mask is None else attention_mask
+    prompts["attention_mask"] = prompts["attention_mask"].to(device)
+    run = _Run(model, prompts, max(1, samples), None if samples == 0 else seed, antithetic)
+    with evaluation_mode(model), torch.inference_mode(), _seeded(seed, device):
+        sequences = run.generated(generate_kwargs)
+        found = run.scored(sequences, uncertainty)
+    return Generation(**{name: value.clone() for name, value in found.items()})
+
+
+class _Run:
+    """One call: the model, B prompts, S draws (or, without a seed, the mean weights)."""
+
+    def __init__(
+        self, model: nn.Module, prompts: dict[str, Tensor], samples: int, seed: int | None, antithetic: bool
+    ) -> None:
+        self.model, self.prompts, self.samples, self.seed, self.antithetic = model, prompts, samples, seed, antithetic
+        base: Any = model.get_base_model() if hasattr(model, "get_base_model") else model  # type: ignore[operator]
+        config = base.config
+        self.encodes = bool(getattr(config, "is_encoder_decoder", False))
+        self.settings = getattr(base, "generation_config", None) or config
+        self.takes_positions = "position_ids" in inspect.signature(base.forward).parameters
+
+    @contextmanager
+    def _weights(self, draws: range) -> Iterator[None]:
+        if self.seed is None:
+            with posterior_mean(self.model):
+                yield
+        else:
+            with sampling(self.model, "batch", self.seed, draws, self.antithetic):
+                yield
+
+    def generated(self, options: dict[str, Any]) -> Tensor:
+        """(S, n, L) sequences."""
+        self.end = _ids(options.get("eos_token_id", getattr(self.settings, "eos_token_id", None)))
+        padding = options.get("pad_token_id", getattr(self.settings, "pad_token_id", None))
+        if padding is None:
+            padding = self.end[0] if self.end else 0
+        options = {**options, "pad_token_id": padding}
+        try:
+            parts = [self._generate(range(self.samples), options)]
+        except UnfoldableError:
+            parts = [self._generate(range(draw, draw + 1), options) for draw in range(self.samples)]
+        longest = max(part.shape[1] for part in parts)
+        padded = [nn.functional.pad(part, (0, longest - part.shape[1]), value=padding) for part in parts]
+        return torch.cat(padded).view(self.samples, -1, longest)
+
+    def _generate(self, draws: range, options: dict[str, Any]) -> Tensor:
+        rows = len(self.prompts["input_ids"])
+        folded = repeat_rows(self.prompts, rows, len(draws))
+        with self._weights(draws):
+            sequences: Tensor = self.model.generate(**folded, **options)  # type: ignore[operator]
+        return sequences
+
+    def scored(self, sequences: Tensor, uncertainty: bool) -> dict[str, Tensor]:
+        """The fields of a `Generation`."""
+        samples, count, length = sequences.shape
+        start = 1 if self.encodes else self.prompts["input_ids"].shape[1]
+        tokens = sequences[..., start:]
+        mask = _until_end(tokens, self.end)
+        rows, valid = sequences.flatten(0, 1), mask.flatten(0, 1)
+        own = torch.arange(samples, device=rows.device).repeat_interleave(count)
+        sizes = getattr(self.model, "config", None)
+        vocabulary = int(getattr(getattr(sizes, "get_text_config", lambda: sizes)(), "vocab_size", 2**15))
+        step = max(1, _MAX_NUMBERS // (max(1, length) * vocabulary))
+        parts = [
+            self._score(
+                rows[at : at + step], valid[at : at + step], own[at : at + step], at, count, start, uncertainty
+            )
+            for at in range(0, len(rows), step)
+        ]
+        found = {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
+        shaped = {name: value.view(samples, count, *value.shape[1:]) for name, value in found.items()}
+        return {"sequences": sequences, "tokens": tokens, "mask": mask, **shaped}
+
+    def _score(
+        self, rows: Tensor, mask: Tensor, own: Tensor, at: int, count: int, start: int, uncertainty: bool
+    ) -> dict[str, Tensor]:
+        """Entropies (rows, G) and log-probabilities (rows,) of some of the sequences; `own` is the draw of each."""
+        targets = rows[:, start:]
+        # Row at + i of all S * count sequences answers prompt ((at + i) % count) // (sequences a prompt).
+        index = (torch.arange(at, at + len(rows), device=rows.device) % count) // (
+            count // len(self.prompts["input_ids"])
+        )
+        entropy, log_probability = (
+            torch.zeros(mask.shape, device=rows.device),
+            torch.zeros(len(rows), device=rows.device),
+        )
+        mean, expected, of_draws = torch.zeros(()), torch.zeros(()), []
+        for draw in range(self.samples):
+            if not uncertainty and not bool((own == draw).any()):
+                continue
+            with self._weights(range(draw, draw + 1)):
+                log_p = self._logits(rows, mask, index, start).float().log_softmax(dim=-1)
+            p = log_p.exp()
+            entropy_here = torch.special.entr(p).sum(dim=-1) * mask
+            chosen = (log_p.gather(-1, targets.unsqueeze(-1)).squeeze(-1) * mask).sum(dim=-1)
+            mine = own == draw
+            entropy[mine], log_probability[mine] = entropy_here[mine], chosen[mine]
+            if uncertainty:
+                mean, expected = (
+                    mean.to(p.device) + p / self.samples,
+                    expected.to(p.device) + entropy_here / self.samples,
+                )
+                of_draws.append(chosen)
+        found = {"token_entropy": entropy, "log_probability": log_probability}
+        if uncertainty:
+            total = torch.special.entr(mean).sum(dim=-1) * mask
+            stacked = torch.stack(of_draws)
+            found["predictive_entropy"] = total
+            found["mutual_information"] = (total - expected).clamp_min(0)
+            found["mixture_log_probability"] = stacked.logsumexp(dim=0) - math.log(self.samples)
+            found["log_probability_std"] = stacked.std(dim=0, correction=0)
+        return found
+
+    def _logits(self, rows: Tensor, mask: Tensor, index: Tensor, start: int) -> Tensor:
+        """(rows, G, V): the logits that each generated token was chosen from."""
+        prompt_mask = self.prompts["attention_mask"][index]
+        if self.encodes:
+            ids = self.prompts["input_ids"][index]
+            output = self.model(input_ids=ids, attention_mask=prompt_mask, decoder_input_ids=rows[:, :-1])
+            return output.logits
+        whole = torch.cat([prompt_mask, mask.to(prompt_mask.dtype)], dim=1)[:, :-1]
+        positions = {"position_ids": (whole.cumsum(dim=1) - 1).clamp_min(0)} if self.takes_positions else {}
+        output = self.model(input_ids=rows[:, :-1], attention_mask=whole, **positions)
+        return output.logits[:, start - 1 :]
+
+
+def _until_end(tokens: Tensor, end: list[int]) -> Tensor:
+    """Tokens up to the first of the ids in `end`, which is included."""
+    is_end = torch.isin(tokens, torch.tensor(end, device=tokens.device, dtype=tokens.dtype))
+    return is_end.long().cumsum(dim=-1) - is_end.long() == 0
+
+
+def _ids(value: Any) -> list[int]:
+    if value is None:
+        return []
+    return [int(each) for each in value] if isinstance(value, (list, tuple, Tensor)) and len(value) else [int(value)]
+
+
+@contextmanager
+def _seeded(seed: int, device: torch.device) -> Iterator[None]:
+    """torch's random state follows from the seed inside, and is what it was before outside."""
+    devices = [device] if device.type == "cuda" else []
+    with torch.random.fork_rng(devices=devices):
+        torch.manual_seed(seed)
+        yield
