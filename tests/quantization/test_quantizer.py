@@ -309,7 +309,7 @@ def test_per_channel_ranges_equal_a_range_for_each_row(seed: int, z: list[float]
         x_row, r_row, z_row = leaf(x[row]), leaf(bounds[row, 0]), leaf(z)
         alone = quantize_mixture(x_row, r_row, z_row)
         gx, gr, gz = torch.autograd.grad(alone, [x_row, r_row, z_row], upstream[row])
-        assert torch.equal(together[row], alone)
+        torch.testing.assert_close(together[row], alone, rtol=1e-6, atol=1e-7)  # the order of the sum may differ
         assert torch.equal(grad_x[row], gx)
         torch.testing.assert_close(grad_r[row, 0], gr, rtol=1e-5, atol=1e-6)
         total += gz

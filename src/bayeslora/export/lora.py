@@ -72,8 +72,7 @@ def export_lora(
 
 
 def _named_layers(tuner: BayesTuner, name: str) -> dict[str, BayesLayer]:
-    named = [(path, m) for path, m in tuner.model.named_modules() if isinstance(m, BayesLayer)]
-    found = {path: layer for path, layer in named if name in layer.adapter_names}
+    found = tuner.named_layers(name)
     if not found:
         raise BayesLoraError(f"the model has no adapter {name!r}: name one of its adapters")
     return found

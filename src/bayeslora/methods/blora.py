@@ -40,7 +40,7 @@ class BLoraConfig(AdapterConfig):
         default=False, metadata={"help": "Also quantize the layer's input, which integer kernels need."}
     )
     per_channel: bool = field(default=False, metadata={"help": "One range an output channel for W0 and for A."})
-    bit_penalty: float = field(default=5e-4, metadata={"help": "lambda_q, the weight of the bit penalty."})
+    bit_penalty: float = field(default=2e-4, metadata={"help": "lambda_q, the weight of the bit penalty."})
     rank_penalty: float = field(default=1e-4, metadata={"help": "lambda_r, the weight of the rank penalty."})
     bit_weighting: Literal["const", "bits", "bops"] = field(
         default="const", metadata={"help": "Weight of the gate of b bits: 1, b, or b x MACs relative to the largest."}
@@ -233,7 +233,7 @@ class BLoraModel(BayesTuner):
             if step + 1 >= self.warm_up_end:
                 for layer in layers:
                     layer.start_learning(name)
-        elif phase == Phase.LEARN and step + 1 >= self.frozen_from:
+        elif phase == Phase.LEARN and self.ends_learning(step):
             for layer in layers:
                 layer.progress(name).advance(Phase.FROZEN)
 
@@ -256,6 +256,9 @@ class BLoraModel(BayesTuner):
         for layer in self.adapted_layers(name):
             scale = layer.progress(name).penalty_scale
             scale.mul_(factor).clamp_(1e-3, 1e3)
+
+    def ends_learning(self, step: int) -> bool:
+        return step + 1 >= self.frozen_from
 
     @torch.no_grad()
     def close_weakest(self) -> bool:

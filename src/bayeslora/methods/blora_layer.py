@@ -112,12 +112,13 @@ class BLoraLayer(BayesLayer):
         x = quantized("in", x)
         if quantized is _identity or not self.has_plain_weight:
             result = self.base_layer(x, *args, **kwargs)
-        else:
-            weight = quantized(BASE_WEIGHT, self.weight)
-            result = linear(x, weight.T if self.is_transposed else weight, self.bias)
-        hidden = self._low_rank(name, x, quantized)
-        result = add_update(result, hidden, quantized("B", self.blora_B[name]), self.scaling[name])
-        return quantized("out", result)
+            update = self._low_rank(name, x, quantized), quantized("B", self.blora_B[name]), self.scaling[name]
+            return quantized("out", add_update(result, *update))
+        weight = quantized(BASE_WEIGHT, self.weight)
+        rows = x.reshape(-1, x.shape[-1])
+        result = linear(rows, weight.T if self.is_transposed else weight, self.bias)
+        update = self._low_rank(name, rows, quantized), quantized("B", self.blora_B[name]), self.scaling[name]
+        return quantized("out", add_update(result, *update, in_place=True)).view(*x.shape[:-1], -1)
 
     def _low_rank(self, name: str, x: Tensor, quantized: Callable[[str, Tensor], Tensor]) -> Tensor:
         """(..., r): the update's path up to, and without, its last factor."""

@@ -214,9 +214,14 @@ def base_width(layer: nn.Module, is_quantized: bool) -> int:
     return 8
 
 
-def add_update(result: Tensor, hidden: Tensor, b: Tensor, scaling: float) -> Tensor:
-    """`result + scaling * hidden @ b.T`, in one pass over `result` where the types agree."""
-    if result.dtype == hidden.dtype == b.dtype:
-        flat = torch.addmm(result.flatten(0, -2), hidden.flatten(0, -2), b.T, alpha=scaling)
-        return flat.view(result.shape)
-    return result + (F.linear(hidden, b) * scaling).to(result.dtype)
+def add_update(result: Tensor, hidden: Tensor, b: Tensor, scaling: float, in_place: bool = False) -> Tensor:
+    """`result + scaling * hidden @ b.T`, in one pass over `result` where the types agree.
+
+    `in_place` says that `result` is a matrix which nobody else holds.
+    """
+    if not result.dtype == hidden.dtype == b.dtype:
+        return result + (F.linear(hidden, b) * scaling).to(result.dtype)
+    if in_place:
+        return result.addmm_(hidden, b.T, alpha=scaling)
+    flat = torch.addmm(result.flatten(0, -2), hidden.flatten(0, -2), b.T, alpha=scaling)
+    return flat.view(result.shape)

@@ -134,6 +134,7 @@ class BayesTuner(BaseTuner):
         self, progressbar: bool = False, safe_merge: bool = False, adapter_names: list[str] | None = None
     ) -> nn.Module:
         self.check_merge(adapter_names)
+        self.__dict__.pop("_named_layers", None)
         return super().merge_and_unload(progressbar, safe_merge, adapter_names)
 
     def check_merge(self, adapter_names: list[str] | None) -> None:
@@ -191,6 +192,10 @@ class BayesTuner(BaseTuner):
     def steer(self, share: float) -> None:
         """Adapt to `share`, the present share of bit operations, on the way to `budget`."""
 
+    def ends_learning(self, step: int) -> bool:
+        """Whether what `budget` limits is fixed after optimizer step `step`: the last chance to reach it."""
+        return False
+
     def close_weakest(self) -> bool:
         """Lower the cost by the least important step there is; False where none is left."""
         return False
@@ -202,10 +207,29 @@ class BayesTuner(BaseTuner):
         """Rates fixed by `begin`, by role."""
         return self.__dict__.setdefault("_learning_rates", {})
 
+    def named_layers(self, adapter_name: str | None = None) -> dict[str, Any]:
+        """The adapted layers by their path in the base model, in its order; only those that have `adapter_name`.
+
+        A training loop asks several times a step, so the tree is walked once for every change of it.
+        """
+        known: dict[str, Any] | None = self.__dict__.get("_named_layers")
+        if known is None:
+            known = {path: m for path, m in self.model.named_modules() if isinstance(m, BayesLayer)}
+            self.__dict__["_named_layers"] = known
+        return {path: m for path, m in known.items() if adapter_name is None or adapter_name in m.adapter_names}
+
     def adapted_layers(self, adapter_name: str | None = None) -> list[Any]:
         """The adapted layers, in model order; only those that have `adapter_name` when one is given."""
-        found = [module for module in self.model.modules() if isinstance(module, BayesLayer)]
-        return found if adapter_name is None else [layer for layer in found if adapter_name in layer.adapter_names]
+        return list(self.named_layers(adapter_name).values())
+
+    def inject_adapter(self, *args: Any, **kwargs: Any) -> None:
+        self.__dict__.pop("_named_layers", None)
+        super().inject_adapter(*args, **kwargs)
+        self.__dict__.pop("_named_layers", None)
+
+    def unload(self) -> nn.Module:
+        self.__dict__.pop("_named_layers", None)
+        return super().unload()
 
     def _driven_adapter(self) -> str:
         """The one adapter that a training loop trains."""
@@ -217,14 +241,12 @@ class BayesTuner(BaseTuner):
     def describe(self, adapter_name: str | None = None) -> list[LayerDescription]:
         """Every adapted layer as evaluation sees it, in model order."""
         name = adapter_name or self._driven_adapter()
-        named = [(path, m) for path, m in self.model.named_modules() if isinstance(m, BayesLayer)]
-        return [layer.describe(name, path) for path, layer in named if name in layer.adapter_names]
+        return [layer.describe(name, path) for path, layer in self.named_layers(name).items()]
 
     def shrink(self, adapter_name: str | None = None) -> dict[str, int]:
         """Cut the ranks that contribute nothing out of the adapter; returns the rank of each layer by name."""
         name = adapter_name or self._driven_adapter()
-        named = [(path, m) for path, m in self.model.named_modules() if isinstance(m, BayesLayer)]
-        ranks = {path: layer.shrink(name) for path, layer in named if name in layer.adapter_names}
+        ranks = {path: layer.shrink(name) for path, layer in self.named_layers(name).items()}
         cast(Any, self.peft_config[name]).rank_pattern = ranks
         return ranks
 

@@ -93,12 +93,12 @@ def mixture(x: Tensor, range: Tensor, weights: Tensor, widths: tuple[int, ...]) 
     return _Mixture.apply(x, range, weights, widths)
 
 
-def _terms(weights: Tensor, widths: tuple[int, ...]) -> list[tuple[Tensor | None, int | None]]:
+def _terms(weights: Tensor, widths: tuple[int, ...]) -> kernels.Terms:
     """Weight and largest code of each active width, as the kernels take them; a single width has weight one."""
     levels = [None if bits == _IDENTITY else (1 << (bits - 1)) - 1 for bits in widths]
     if len(widths) == 1:
         return [(None, levels[0])]
-    rows = weights.float()
+    rows = weights.tolist() if weights.device.type == "cpu" else weights.float()
     return [(rows[WIDTHS.index(bits)], level) for bits, level in zip(widths, levels, strict=True)]
 
 
@@ -138,13 +138,9 @@ class _Mixture(torch.autograd.Function):
         grad = grad.reshape(flat.shape).float()
         grad_range = grad_weights = None
         if need_range or need_weights:
-            terms = _terms(weights, ctx.widths)
-            grad_x, grad_range, of_terms = kernels.mixture_gradients(grad, flat, bound, terms)
-            grad_range = grad_range.view(range_.shape).to(range_.dtype)
-            grad_weights = torch.zeros_like(weights)
-            if len(ctx.widths) > 1:
-                for bits, value in zip(ctx.widths, of_terms, strict=True):
-                    grad_weights[WIDTHS.index(bits)] = value.sum() if isinstance(value, Tensor) else value
+            grad_x, of_range, of_terms = kernels.mixture_gradients(grad, flat, bound, _terms(weights, ctx.widths))
+            grad_range = _like(range_, of_range)
+            grad_weights = _scattered(weights, ctx.widths, of_terms)
         else:
             grad_x = kernels.input_gradient(grad, flat, bound)
         return (
@@ -155,8 +151,30 @@ class _Mixture(torch.autograd.Function):
         )
 
 
-def _flatten(x: Tensor, range: Tensor) -> tuple[Tensor, Tensor]:  # noqa: A002
+def _like(tensor: Tensor, value: kernels.Number) -> Tensor:
+    """`value` in the shape and type of `tensor`."""
+    return (
+        value.view(tensor.shape).to(tensor.dtype)
+        if isinstance(value, Tensor)
+        else tensor.new_full((), value).view(tensor.shape)
+    )
+
+
+def _scattered(weights: Tensor, widths: tuple[int, ...], gradients: list[kernels.Number]) -> Tensor:
+    """The gradients of the active widths' weights among zeros; of a single width, whose weight is one, none."""
+    if len(widths) == 1:
+        return torch.zeros_like(weights)
+    if all(isinstance(value, float) for value in gradients):
+        by_width = dict(zip(widths, gradients, strict=True))
+        return weights.new_tensor([by_width.get(bits, 0.0) for bits in WIDTHS])
+    scattered = torch.zeros_like(weights)
+    for bits, value in zip(widths, gradients, strict=True):
+        scattered[WIDTHS.index(bits)] = value.sum() if isinstance(value, Tensor) else value
+    return scattered
+
+
+def _flatten(x: Tensor, range: Tensor) -> tuple[Tensor, kernels.Number]:  # noqa: A002
     """`x` as float32, one-dimensional where the range is one number, with a range that broadcasts to it."""
-    if range.numel() == 1:
-        return x.reshape(-1).float(), range.reshape(()).float()
-    return x.float(), range.float()
+    if range.numel() != 1:
+        return x.float(), range.float()
+    return x.reshape(-1).float(), range.float().item() if range.device.type == "cpu" else range.reshape(()).float()
