@@ -58,7 +58,7 @@ def setting(tmp_path_factory: pytest.TempPathFactory, tiny_bert_folder: Path) ->
 def runs(tmp_path_factory: pytest.TempPathFactory, setting: Setting) -> dict[str, Path]:
     """One finished run a method; read them, do not write into them."""
     folder = tmp_path_factory.mktemp("runs")
-    for method in ("lora", "blora", "full"):
+    for method in ("lora", "blora", "full", "melora"):
         steps = ["--max-steps", "30" if method == "blora" else "6", "--learning-rate", "0.01"]
         assert main(["train", "--method", method, *setting.options, *steps, "--output-dir", str(folder / method)]) == 0
     return {path.name: path for path in folder.iterdir()}

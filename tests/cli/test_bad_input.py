@@ -207,6 +207,25 @@ def test_wrong_files_for_evaluate(runs: dict[str, Path], setting: Setting, tmp_p
     assert "5" in refused("evaluate", run, "--eval-file", unseen)
 
 
+def test_wrong_files_for_detection(runs: dict[str, Path], setting: Setting, tmp_path: Path, refused: Refused) -> None:
+    run = runs["melora"]
+    assert "contradicts --ood" in refused("evaluate", run, "--ood", "--ood-file", setting.dev)
+    assert "no out-of-distribution split" in refused("evaluate", run, "--ood")
+    assert "only with --ood-file" in refused("evaluate", run, "--ood-text-column", "text")
+    line = refused("evaluate", run, "--ood-file", setting.dev, "--ood-text-column", "a,b")
+    assert "--ood-text-column names 2 columns" in line
+    other = write_jsonl(tmp_path / "other.jsonl", [{"words": "good"}])
+    assert "'text'" in refused("evaluate", run, "--ood-file", other)
+    assert "exists" in refused("evaluate", run, "--output-dir", tmp_path)
+    assert "samples is -1" in refused("evaluate", run, "--samples", -1)
+
+
+def test_samples_are_refused_before_training(setting: Setting, tmp_path: Path, refused: Refused) -> None:
+    out = tmp_path / "out"
+    line = refused("train", "--method", "lora", *setting.options, "--samples", 10, "--output-dir", out)
+    assert "deterministic" in line and list(tmp_path.iterdir()) == []
+
+
 def test_wrong_files_for_predict(runs: dict[str, Path], setting: Setting, tmp_path: Path, refused: Refused) -> None:
     target = tmp_path / "predictions.jsonl"
     broken = tmp_path / "broken.jsonl"

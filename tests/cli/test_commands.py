@@ -112,14 +112,129 @@ def test_predict_writes_a_line_a_row_in_order(
         assert alone["label"] == lines[index]["label"]
         assert alone["probabilities"] == pytest.approx(lines[index]["probabilities"], abs=1e-5)
     for line in lines:
-        assert set(line) == {"label", "probabilities", "entropy", "mutual_information"}
+        assert list(line) == ["label", "probabilities", "entropy", "expected_entropy", "mutual_information"]
         assert sum(line["probabilities"]) == pytest.approx(1.0)
         assert line["label"] == ("0", "1")[line["probabilities"].index(max(line["probabilities"]))]
         assert 0 <= line["entropy"] <= 0.6932
-        assert line["mutual_information"] == 0
+        assert line["mutual_information"] == 0 and line["expected_entropy"] == line["entropy"]
     assert sorted(path.name for path in tmp_path.iterdir()) == sorted(
         [source.name, "predictions.jsonl", "single.jsonl"]
     )
+
+
+def foreign(path: Path) -> Path:
+    rows = [{"words": f"who what when {'hello world ' * (i % 4)}question"} for i in range(12)]
+    return write_jsonl(path, rows)
+
+
+def test_evaluate_samples_a_posterior_and_detects_foreign_texts(
+    runs: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = foreign(tmp_path / "foreign.jsonl")
+    options = ["evaluate", runs["melora"], "--ood-file", file, "--ood-text-column", "words"]
+    found = _json(capsys, *options, "--samples", 4, "--json")
+    assert found["samples"] == 4 and found["seed"] == 0
+    assert found["ood"]["rows"] == 12 and found["ood"]["rows_in"] == 20
+    assert list(found["ood"]["scores"]) == ["max_probability", "entropy", "mutual_information"]
+    for scores in found["ood"]["scores"].values():
+        assert list(scores) == ["auroc", "aupr", "fpr95"] and all(0 <= value <= 1 for value in scores.values())
+    for histogram in found["uncertainty"].values():
+        assert sum(histogram["correct"]) + sum(histogram["wrong"]) == 20 and sum(histogram["ood"]) == 12
+    assert found["risk_coverage"]["risk"][-1] == pytest.approx(1 - found["scores"]["accuracy"])
+    again = _json(capsys, *options, "--samples", 4, "--batch-size", 7, "--json")
+    assert again["scores"] == pytest.approx(found["scores"], abs=1e-5)
+    assert again["ood"]["scores"]["mutual_information"]["auroc"] == pytest.approx(
+        found["ood"]["scores"]["mutual_information"]["auroc"], abs=0.02
+    )
+    other = _json(capsys, *options, "--samples", 4, "--seed", 1, "--json")
+    assert other["scores"]["nll"] != found["scores"]["nll"]
+    mean = _json(capsys, *options, "--json")
+    assert mean["samples"] == 0 and list(mean["ood"]["scores"]) == ["max_probability", "entropy"]
+
+
+def test_evaluate_prints_a_line_for_each_measure_of_uncertainty(
+    runs: dict[str, Path], setting: Setting, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    # The run's own column is the default.
+    assert main(["evaluate", str(runs["melora"]), "--samples", "3", "--ood-file", str(setting.train)]) == 0
+    printed = capsys.readouterr().out
+    assert (
+        "(validation, 20 rows, 3 samples)" in printed and f"out of distribution: {setting.train} (64 rows)" in printed
+    )
+    lines = [line.split() for line in printed.splitlines()]
+    assert ["AUROC", "AUPR", "FPR95"] in lines
+    (line,) = [line for line in lines if line[0] == "mutual_information"]
+    assert len(line) == 4 and all(0 <= float(value) <= 1 for value in line[1:])
+
+
+def test_evaluations_are_folders_that_compare_sets_beside_the_run(
+    runs: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file, sampled, plain = foreign(tmp_path / "foreign.jsonl"), tmp_path / "sampled", tmp_path / "plain"
+    ood = ["--ood-file", file, "--ood-text-column", "words"]
+    before = _files(runs["melora"])
+    found = _json(capsys, "evaluate", runs["melora"], "--samples", 3, *ood, "--output-dir", sampled, "--json")
+    assert main([str(word) for word in ("evaluate", runs["lora"], *ood, "--output-dir", plain)]) == 0
+    assert _files(runs["melora"]) == before
+    names = [
+        "adapter_config.json",
+        "calibration.png",
+        "config.yaml",
+        "metrics.json",
+        "selective.png",
+        "uncertainty.png",
+    ]
+    assert sorted(path.name for path in sampled.iterdir()) == names
+    metrics = json.loads((sampled / "metrics.json").read_text())
+    trained = json.loads((runs["melora"] / "metrics.json").read_text())
+    assert metrics["scores"] == found["scores"] and metrics["ood"] == found["ood"] and metrics["samples"] == 3
+    for name in ("method", "task", "model", "seed", "steps", "parameters", "layers", "labels"):
+        assert metrics[name] == trained[name]
+    assert metrics["evaluated"] == {"folder": str(runs["melora"]), "seed": 0}
+    capsys.readouterr()
+    table = _json(capsys, "compare", plain, runs["melora"], sampled, "--output-dir", tmp_path / "both", "--json")
+    assert [group["setting"] for group in table["groups"]] == ["LoRA", "Me-LoRA, mean", "Me-LoRA, 3 samples"]
+    figures = ["reliability.png", "risk_coverage.png", "uncertainty.png", "ood.png"]
+    assert [name for name in table["figures"] if name != "score_bops.png"] == figures
+    row = table["runs"][2]
+    assert row["ood_mutual_information_auroc"] == found["ood"]["scores"]["mutual_information"]["auroc"]
+    for name in ("nll", "ece", "adaptive_ece", "classwise_ece", "brier", "aurc"):
+        assert row[name] == found["scores"][name]
+
+
+def test_training_is_scored_with_the_samples_it_is_told_to(
+    runs: dict[str, Path], setting: Setting, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "out"
+    options = ["--max-steps", "6", "--learning-rate", "0.01", "--samples", "3", "--output-dir", str(out)]
+    assert main(["train", "--method", "melora", *setting.options, *options]) == 0
+    metrics = json.loads((out / "metrics.json").read_text())
+    assert metrics["samples"] == 3 and yaml.safe_load((out / "config.yaml").read_text())["samples"] == 3
+    assert sum(metrics["uncertainty"]["mutual_information"]["correct"]) > 0
+    assert {"adaptive_ece", "classwise_ece", "aurc"} <= set(metrics["scores"])
+    found = _json(capsys, "evaluate", out, "--samples", 3, "--json")
+    assert found["scores"] == pytest.approx(metrics["scores"], abs=1e-5)
+    # The same options with samples left out train the same adapter and score its mean.
+    assert _json(capsys, "evaluate", out, "--json")["scores"] == pytest.approx(
+        json.loads((runs["melora"] / "metrics.json").read_text())["scores"], abs=1e-4
+    )
+
+
+def test_predict_with_samples_says_what_the_weights_leave_open(
+    runs: dict[str, Path], setting: Setting, tmp_path: Path
+) -> None:
+    target = tmp_path / "predictions.jsonl"
+    command = ["predict", str(runs["melora"]), "--input", str(setting.dev), "--output", str(target), "--samples", "4"]
+    found = []
+    for more in ([], ["--batch-size", "3"], ["--seed", "1"]):
+        assert main([*command, *more]) == 0
+        found.append([json.loads(line) for line in target.read_text().splitlines()])
+    first, same, other = found
+    for line, again in zip(first, same, strict=True):
+        assert line["probabilities"] == pytest.approx(again["probabilities"], abs=1e-5)
+        assert line["expected_entropy"] + line["mutual_information"] == pytest.approx(line["entropy"])
+        assert line["mutual_information"] > 0
+    assert [line["probabilities"] for line in first] != [line["probabilities"] for line in other]
 
 
 def test_compare_prints_and_writes_a_table(
