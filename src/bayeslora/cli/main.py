@@ -61,7 +61,7 @@ def _run(argv: list[str]) -> int:
         raise BayesLoraError("no command given; `bayeslora --help` lists them.")
     given = vars(known)
     command = given.pop("command")
-    if command == "train":
+    if command in ("train", "plan"):
         given.update(_train_options(rest, given))
     elif rest:
         raise BayesLoraError(f"unknown argument {rest[0]!r}; `bayeslora {command} --help` shows what it takes.")
@@ -133,6 +133,15 @@ def build_parser() -> argparse.ArgumentParser:
     export.add_argument("--model", metavar="FOLDER_OR_ID", help="the base model, where it is no longer at its place")
     export.add_argument("--json", action="store_true", help="print what was measured as JSON")
 
+    _add_plan(
+        add(
+            "plan",
+            "parameters, memory, file size and operations of a training run, from a model's config.json alone",
+            "Any field of the method's config is an option too: --r 8 --target-modules q_proj,v_proj,lm_head. "
+            "`bayeslora train --method NAME --list-options` lists them.",
+        )
+    )
+
     demo = add("demo", "LoRA and B-LoRA on the packaged model and data, side by side")
     demo.add_argument("--output-dir", metavar="DIR", help="folder for the runs (runs/demo)")
     demo.add_argument("--max-steps", metavar="N", type=int, help="training steps of each run")
@@ -147,6 +156,18 @@ def _add_train(parser: argparse.ArgumentParser) -> None:
         else:
             parser.add_argument(option(item.name), metavar=item.metadata["metavar"], help=item.metadata["help"])
     parser.add_argument("--list-options", action="store_true", help="list every option with its type, then stop")
+
+
+def _add_plan(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--model", metavar="FOLDER_OR_CONFIG", help="model folder, its config.json, or a hub id")
+    parser.add_argument("--method", metavar="NAME", help="the method, or lora or full (blora)")
+    parser.add_argument("--task-type", metavar="NAME", help="causal_lm, seq_cls, … (what the config.json says)")
+    parser.add_argument("--num-labels", metavar="N", help="classes of a classifier's head (the config.json's)")
+    parser.add_argument("--batch-size", metavar="N", help="rows of a step (32)")
+    parser.add_argument("--tokens", metavar="N", help="tokens of a row (128)")
+    parser.add_argument("--dtype", metavar="TYPE", help="type the base model is loaded in (float32)")
+    parser.add_argument("--device", metavar="NAME", help="cpu or cuda: whose kernels keep the activations (cpu)")
+    parser.add_argument("--json", action="store_true", help="print JSON, under the keys of metrics.json")
 
 
 def _add_run(parser: argparse.ArgumentParser) -> None:
