@@ -17,7 +17,16 @@ from bayeslora.methods import (
     posterior_mean,
     sampling,
 )
-from bayeslora.prediction import Prediction, predict
+from bayeslora.prediction import (
+    DeepEnsemble,
+    Generation,
+    MCDropout,
+    Prediction,
+    TemperatureScaling,
+    bayesianize,
+    generate,
+    predict,
+)
 from bayeslora.training import BayesLoop, attach, parameter_groups
 
 __version__ = "0.1.0"
@@ -28,12 +37,18 @@ __all__ = [
     "BayesLoop",
     "BayesLoraError",
     "BlobConfig",
+    "DeepEnsemble",
+    "Generation",
     "LayerDescription",
+    "MCDropout",
     "MeLoraConfig",
     "Prediction",
+    "TemperatureScaling",
     "attach",
+    "bayesianize",
     "describe",
     "export",
+    "generate",
     "parameter_groups",
     "posterior_mean",
     "predict",

@@ -50,7 +50,9 @@ def classifier(family: str, layers: int = 3, num_labels: int = 3) -> nn.Module:
         model = Qwen2ForSequenceClassification(Qwen2Config(**DECODER, **shape))
     else:
         sizes = {"n_layer": layers, "n_embd": 32, "n_head": 4, "n_positions": 64, "vocab_size": 60}
-        model = GPT2ForSequenceClassification(GPT2Config(pad_token_id=0, num_labels=num_labels, **sizes))
+        model = GPT2ForSequenceClassification(
+            GPT2Config(pad_token_id=0, bos_token_id=2, eos_token_id=3, num_labels=num_labels, **sizes)
+        )
     return model.eval()
 
 

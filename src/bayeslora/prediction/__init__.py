@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from bayeslora.prediction.ensemble import DeepEnsemble
+from bayeslora.prediction.generate import Generation, generate
+from bayeslora.prediction.posthoc import MCDropout, TemperatureScaling
 from bayeslora.prediction.predict import (
     Logits,
     Predictor,
@@ -13,15 +16,22 @@ from bayeslora.prediction.predict import (
     sampled_logits,
 )
 from bayeslora.prediction.result import Prediction
+from bayeslora.prediction.tfb import bayesianize
 
 __all__ = [
+    "DeepEnsemble",
+    "Generation",
     "Logits",
+    "MCDropout",
     "Prediction",
     "Predictor",
     "Sampler",
+    "TemperatureScaling",
     "as_predictor",
+    "bayesianize",
     "check_samples",
     "evaluation_mode",
+    "generate",
     "predict",
     "sampled_logits",
 ]
