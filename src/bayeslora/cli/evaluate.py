@@ -11,9 +11,10 @@ from typing import Any
 from bayeslora.cli.choices import choice_rows, encoded_for
 from bayeslora.cli.folders import new_folder
 from bayeslora.cli.inputs import positive_batch, text_columns
-from bayeslora.cli.models import RunInfo, load_run
+from bayeslora.cli.models import RunInfo
 from bayeslora.cli.ood import detected, detection_lines, outside_rows
 from bayeslora.cli.results import EVALUATION, described, finite, save_json, scored
+from bayeslora.cli.untrained import load, run_info
 from bayeslora.errors import BayesLoraError
 from bayeslora.evaluation import Task, evaluate, load_files, load_task, predict_dataset
 from bayeslora.prediction import check_samples
@@ -23,11 +24,11 @@ def run(given: dict[str, Any]) -> int:
     """The command; `given` are the options on the command line."""
     folder = Path(given["folder"])
     batch_size = positive_batch(given)
-    info = RunInfo.load(folder)
+    info = run_info(given)
     target = _target(given)
     task, split = _task(given, info)
     outside = outside_rows(given, info, task)
-    model, tokenizer, info = load_run(folder, given.get("model"))
+    model, tokenizer, info = load(given, info)
     samples, seed = given.get("samples", 0), given.get("seed", 0)
     check_samples(model, samples)
     data = encoded_for(task.splits[split], task, tokenizer, info)

@@ -113,6 +113,7 @@ def build_parser() -> argparse.ArgumentParser:
     evaluate.add_argument("--ood-file", metavar="FILE", help="out-of-distribution texts to detect instead")
     evaluate.add_argument("--ood-text-column", metavar="A[,B]", help="their column or columns (the run's own)")
     evaluate.add_argument("--output-dir", metavar="DIR", help="new folder for scores and figures, for `compare` too")
+    evaluate.add_argument("--few-shot", metavar="K", type=int, help="examples in each prompt (as trained; 0)")
     evaluate.add_argument("--json", action="store_true", help="print JSON instead of a table")
 
     predict = add("predict", "label the rows of a file, one line a row, in order")

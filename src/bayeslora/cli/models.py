@@ -274,7 +274,7 @@ def load_run(folder: Path, model: str | None = None) -> tuple[torch.nn.Module, P
     if info.method == "full":
         with loading(f"the model in {folder}"):
             trained = _AUTO_CLASSES[info.head].from_pretrained(folder, dtype=getattr(torch, info.dtype))
-        return _ready(trained), tokenizer, info
+        return ready(trained), tokenizer, info
     _check_adapter_files(folder, info)
     name = model or info.model
     with torch.random.fork_rng(devices=[]):
@@ -294,10 +294,11 @@ def load_run(folder: Path, model: str | None = None) -> tuple[torch.nn.Module, P
     with loading(f"the adapter in {folder}"):
         adapted = PeftModel.from_pretrained(base.model, folder)
     _check_keys(adapted, folder)
-    return _ready(adapted), tokenizer, info
+    return ready(adapted), tokenizer, info
 
 
-def _ready(model: torch.nn.Module) -> torch.nn.Module:
+def ready(model: torch.nn.Module) -> torch.nn.Module:
+    """The model in evaluation mode, on the GPU where there is one."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
     return model.to(device).eval()
 

@@ -239,7 +239,9 @@ def _build_trainer(session: Session, callbacks: list[TrainerCallback]) -> Traine
         raise BayesLoraError(f"these options make no training ({reason}); change them.") from error
     for printing in (PrinterCallback, ProgressCallback):
         trainer.remove_callback(printing)
-    return attach(trainer, num_examples=len(session.data[TRAIN]))
+    # One term of the loss an example, whatever the model: a language model's N is not its number of tokens here.
+    stated = session.plan.method_options.get("num_examples")
+    return attach(trainer, num_examples=len(session.data[TRAIN]) if stated is None else stated)
 
 
 def _trainer_class(session: Session) -> Callable[..., Trainer]:
