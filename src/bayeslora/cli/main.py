@@ -143,7 +143,7 @@ def build_parser() -> argparse.ArgumentParser:
         )
     )
 
-    demo = add("demo", "LoRA and B-LoRA on the packaged model and data, side by side")
+    demo = add("demo", "LoRA, B-LoRA and Me-LoRA on the packaged model and data, side by side")
     demo.add_argument("--output-dir", metavar="DIR", help="folder for the runs (runs/demo)")
     demo.add_argument("--max-steps", metavar="N", type=int, help="training steps of each run")
     demo.add_argument("--overwrite", action="store_true", help="replace an earlier demo in that folder")

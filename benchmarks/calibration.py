@@ -1,0 +1,198 @@
+"""How far probabilities can be trusted after fine-tuning: Me-LoRA and BLoB against LoRA and what is put on top of it.
+
+    python benchmarks/calibration.py --data-dir DATA                             # every missing run, then the table
+    python benchmarks/calibration.py --data-dir DATA --tasks mrpc --seeds 0      # some of them
+    python benchmarks/calibration.py --table                                     # only the table
+    python benchmarks/calibration.py --data-dir DATA --select --set prior_std=0.1    # to choose Me-LoRA's settings
+
+Three adapters are trained for each task and seed, with the same layers, steps, learning rate and data (90% of train):
+LoRA with dropout 0.1, BLoB and Me-LoRA. Rows of the table that need no training of their own are read off them: LoRA
+with a temperature fitted on the other 10% of train, Monte-Carlo dropout, and the ensemble of the seeds' LoRA adapters.
+One JSON file a run in benchmarks/results/calibration; runs whose file exists are skipped, and several processes share
+the work. Scores are of the test split where it has labels, otherwise of the development split, looked at once. With
+`--select` 30% of train are held out and nothing else is scored; files go to benchmarks/results/calibration-selection.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from datasets import Dataset
+from harness import Training, classifier, fine_tune, language_model, once
+from peft import LoraConfig, PeftConfig
+from torch import nn
+from torch.utils.data import DataLoader
+from transformers import DataCollatorWithPadding, set_seed
+
+import bayeslora
+from bayeslora.evaluation import choice_scoring, evaluate, hold_out, load_task
+from bayeslora.evaluation.metrics import classification_scores
+from bayeslora.prediction import MCDropout, Predictor, TemperatureScaling
+
+RESULTS = Path(__file__).parent / "results" / "calibration"
+SELECTION = RESULTS.with_name("calibration-selection")
+SAMPLES = 10
+LANGUAGE = ("winogrande", "arc_easy")
+TRAINING = {
+    "mrpc": Training(steps=620, learning_rate=2e-3, max_length=96),
+    "rte": Training(steps=350, learning_rate=2e-3, max_length=96),
+    "cola": Training(steps=960, max_length=64),
+    "winogrande": Training(steps=216, learning_rate=5e-4, batch_size=8),
+    "arc_easy": Training(steps=250, learning_rate=5e-4, batch_size=8),
+}
+ATTENTION = ["query", "key", "value"]
+TARGETS = {"mrpc": ATTENTION, "rte": ATTENTION, "cola": [*ATTENTION, "dense"]}
+ROWS = {
+    "lora": "LoRA",
+    "temperature": "LoRA + temperature",
+    "dropout": f"MC dropout, {SAMPLES} samples",
+    "ensemble": "ensemble of the seeds",
+    "blob-mean": "BLoB, mean",
+    "blob": f"BLoB, {SAMPLES} samples",
+    "melora-mean": "Me-LoRA, mean",
+    "melora": f"Me-LoRA, {SAMPLES} samples",
+}
+SCORES = ("accuracy", "ece", "nll", "brier", "aurc")
+
+
+def configuration(method: str, task: str, options: dict[str, Any]) -> PeftConfig:
+    shared = {"r": 8, "lora_alpha": 16}
+    if task in LANGUAGE:
+        shared |= {"target_modules": ["q_proj", "v_proj"], "task_type": "CAUSAL_LM"}
+    else:
+        shared |= {"target_modules": TARGETS[task], "task_type": "SEQ_CLS"}
+    if method == "lora":
+        return LoraConfig(lora_dropout=0.1, **shared)
+    return bayeslora.METHODS[method](**shared, **options)
+
+
+def run(
+    method: str, task_name: str, seed: int, data_dir: Path, options: dict[str, Any], select: bool
+) -> dict[str, Any]:
+    """Train one adapter and score it in every form; returns what its file holds."""
+    training = TRAINING[task_name]
+    set_seed(seed)
+    task = hold_out(load_task(task_name, data_dir), 0.3 if select else 0.1)
+    base, tokenizer, encoded = (language_model if task_name in LANGUAGE else classifier)(task, training)
+    config = configuration(method, task_name, options)
+    model, trained = fine_tune(base, tokenizer, encoded["train"], config, training, seed)
+    labelled = "test" if "test" in encoded and task_name != "arc_easy" else "validation"
+    rows = encoded["selection" if select else labelled]
+    found: dict[str, Any] = {}
+    for name, predictor, samples in forms(method, model, encoded["selection"], tokenizer):
+        scored = evaluate(predictor, rows, task, tokenizer, 64, samples, seed)
+        found[name] = {"scores": scored.scores, "probabilities": scored.predictions.round(5).tolist()}
+    return {
+        "task": task_name,
+        "method": method,
+        "seed": seed,
+        "options": options,
+        "training": vars(training),
+        "metric": task.metric,
+        "split": "selection" if select else labelled,
+        "labels": list(rows["label"]),
+        "forms": found,
+        **trained,
+    }
+
+
+def forms(
+    method: str, model: nn.Module, selection: Dataset, tokenizer: Any
+) -> Iterable[tuple[str, nn.Module | Predictor, int]]:
+    """Names of the table's rows that one adapter fills, what predicts there, and with how many samples."""
+    if method != "lora":
+        yield f"{method}-mean", model, 0
+        yield method, model, SAMPLES
+        return
+    yield "lora", model, 0
+    if "choice_mask" in selection.column_names:
+        scoring = choice_scoring(selection, tokenizer)
+        loader = DataLoader(selection, 64, collate_fn=scoring.collate)  # type: ignore[arg-type]
+        yield "temperature", TemperatureScaling.fit(model, loader, logits=scoring.logits), 0
+    else:
+        loader = DataLoader(selection, 64, collate_fn=DataCollatorWithPadding(tokenizer))  # type: ignore[arg-type]
+        yield "temperature", TemperatureScaling.fit(model, loader), 0
+    yield "dropout", MCDropout(model), SAMPLES
+
+
+def ensembles(runs: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """For every task with several LoRA runs, the scores of their averaged probabilities."""
+    found = []
+    for task in sorted({each["task"] for each in runs}):
+        members = [each for each in runs if each["task"] == task and each["method"] == "lora"]
+        if len(members) > 1:
+            mean = np.mean([each["forms"]["lora"]["probabilities"] for each in members], axis=0)
+            mean /= mean.sum(axis=1, keepdims=True)  # rounded in the files
+            metrics = (members[0]["metric"],)
+            scores = classification_scores(mean, np.asarray(members[0]["labels"]), metrics)
+            parameters = {"adapter": sum(each["parameters"]["adapter"] for each in members)}
+            form = {"ensemble": {"scores": scores}}
+            found.append({**members[0], "forms": form, "parameters": parameters, "members": len(members)})
+    return found
+
+
+def table() -> str:
+    """Mean and sample standard deviation over seeds, a part for each task."""
+    runs = [json.loads(path.read_text(encoding="utf-8")) for path in sorted(RESULTS.glob("*.json"))]
+    rows: dict[tuple[str, str], list[dict[str, Any]]] = {}
+    for each in [*runs, *ensembles(runs)]:
+        for name in each["forms"]:
+            rows.setdefault((each["task"], name), []).append(each)
+    parts = []
+    for task in [name for name in TRAINING if any(name == key[0] for key in rows)]:
+        metric = next(found[0]["metric"] for key, found in rows.items() if key[0] == task)
+        columns = list(dict.fromkeys([metric, *SCORES]))
+        parts.append(f"### {task}, {TRAINING[task].steps} steps\n")
+        parts.append(f"| method | adapter parameters | seeds | {' | '.join(columns)} |")
+        parts.append("|" + "---|" * (3 + len(columns)))
+        for name, title in ROWS.items():
+            if found := rows.get((task, name)):
+                cells = [cell([each["forms"][name]["scores"][column] for each in found]) for column in columns]
+                count = found[0].get("members", len(found))
+                size = statistics.mean(each["parameters"]["adapter"] for each in found)
+                parts.append(f"| {title} | {size:,.0f} | {count} | {' | '.join(cells)} |")
+        parts.append("")
+    return "\n".join(parts)
+
+
+def cell(values: list[float]) -> str:
+    mean = statistics.mean(values)
+    return f"{mean:.3f} ± {statistics.stdev(values):.3f}" if len(values) > 1 else f"{mean:.3f}"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data-dir", type=Path)
+    parser.add_argument("--tasks", nargs="+", default=list(TRAINING), choices=list(TRAINING))
+    parser.add_argument("--methods", nargs="+", default=["lora", "melora", "blob"])
+    parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
+    parser.add_argument("--threads", type=int)
+    parser.add_argument("--select", action="store_true", help="score on the rows held out of train alone")
+    parser.add_argument("--set", nargs="+", default=[], metavar="FIELD=JSON", help="the configuration, with --select")
+    parser.add_argument("--table", action="store_true", help="only write the table")
+    given = parser.parse_args()
+    if given.set and not given.select:
+        parser.error("--set belongs to --select: the benchmark itself runs the defaults")
+    if given.threads:
+        torch.set_num_threads(given.threads)
+    options = {name: json.loads(value) for name, value in (item.split("=", 1) for item in given.set)}
+    changed = "".join(f"-{name}={value}" for name, value in options.items())
+    wanted = [(t, m, s) for s in given.seeds for t in given.tasks for m in given.methods]
+    for task, method, seed in [] if given.table else wanted:
+        path = (SELECTION if given.select else RESULTS) / f"{task}-{method}{changed}-{seed}.json"
+        once(path, lambda m=method, t=task, s=seed: run(m, t, s, given.data_dir, options, given.select))
+    if not given.select:
+        RESULTS.mkdir(parents=True, exist_ok=True)
+        (RESULTS / "table.md").write_text(table(), encoding="utf-8")
+        print(table())
+
+
+if __name__ == "__main__":
+    main()
