@@ -20,6 +20,7 @@ from bayeslora.methods import (
 from bayeslora.prediction import (
     DeepEnsemble,
     Generation,
+    LaplacePredictor,
     MCDropout,
     Prediction,
     TemperatureScaling,
@@ -39,6 +40,7 @@ __all__ = [
     "BlobConfig",
     "DeepEnsemble",
     "Generation",
+    "LaplacePredictor",
     "LayerDescription",
     "MCDropout",
     "MeLoraConfig",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from bayeslora.prediction.ensemble import DeepEnsemble
 from bayeslora.prediction.generate import Generation, generate
+from bayeslora.prediction.laplace import LaplacePredictor
 from bayeslora.prediction.posthoc import MCDropout, TemperatureScaling
 from bayeslora.prediction.predict import (
     Logits,
@@ -21,6 +22,7 @@ from bayeslora.prediction.tfb import bayesianize
 __all__ = [
     "DeepEnsemble",
     "Generation",
+    "LaplacePredictor",
     "Logits",
     "MCDropout",
     "Prediction",
