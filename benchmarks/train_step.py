@@ -1,4 +1,4 @@
-"""Time and memory of one training step of B-LoRA against PEFT's LoRA, interleaved in one process.
+"""Time and memory of one training step of each method against PEFT's LoRA, interleaved in one process.
 
     python benchmarks/train_step.py              # packaged MiniLM, 32 x 64 tokens, r = 8 on q, k, v
     python benchmarks/train_step.py --rounds 40 --output benchmarks/results/train_step.json
@@ -12,6 +12,8 @@ step, in a process of its own for each variant. Variants:
     blora-start     the same at the phase's first step, when the gates of 16 and 32 bits are undecided
     blora-frozen    B-LoRA q + ra with gates frozen
     residual        the original residual form of the quantizer in plain autograd: the baseline to beat
+    melora          Me-LoRA, one core for each sequence
+    blob            BLoB with flipout
 """
 
 from __future__ import annotations
@@ -27,9 +29,10 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
-from peft import LoraConfig, get_peft_model
+from peft import LoraConfig, PeftConfig, get_peft_model
 from torch import Tensor
 from transformers import AutoModelForSequenceClassification
 
@@ -38,7 +41,9 @@ from bayeslora.evaluation import packaged_model
 from bayeslora.methods.quantizers import Assignment, Phase, Quantizers
 from bayeslora.quantization import WIDTHS, grid_step
 
-VARIANTS = ("lora", "blora-learning", "blora-start", "blora-frozen", "residual")
+VARIANTS = ("lora", "blora-learning", "blora-start", "blora-frozen", "residual", "melora", "blob")
+
+VARIATIONAL = ("melora", "blob")
 
 
 def residual_form(x: Tensor, bound: Tensor, gates: Tensor) -> Tensor:
@@ -70,13 +75,20 @@ def residual_quantized(self: Quantizers, kind: str, x: Tensor, assignment: Assig
     return residual_form(x, assignment.ranges[index], gates)
 
 
+def configuration(variant: str, shared: dict[str, Any]) -> PeftConfig:
+    if variant == "lora":
+        return LoraConfig(**shared)
+    if variant in VARIATIONAL:
+        return bayeslora.METHODS[variant](num_examples=10_000, **shared)
+    return bayeslora.BLoraConfig(**shared)
+
+
 def make_step(variant: str, batch_size: int, length: int) -> Callable[[], None]:
     """One training step of `variant`, forward to zero_grad, ready to be called again and again."""
     torch.manual_seed(0)
     base = AutoModelForSequenceClassification.from_pretrained(packaged_model("minilm"), num_labels=2)
     shared = {"r": 8, "lora_alpha": 16, "target_modules": ["query", "key", "value"], "task_type": "SEQ_CLS"}
-    config = LoraConfig(**shared) if variant == "lora" else bayeslora.BLoraConfig(**shared)
-    model = get_peft_model(base, config).train()
+    model = get_peft_model(base, configuration(variant, shared)).train()
     optimizer = torch.optim.AdamW(bayeslora.parameter_groups(model, lr=1e-4), fused=True)
     generator = torch.Generator().manual_seed(0)
     ids = torch.randint(1000, 20000, (batch_size, length), generator=generator)
@@ -95,7 +107,7 @@ def make_step(variant: str, batch_size: int, length: int) -> Callable[[], None]:
             loop.step_end()
         optimizer.zero_grad()
 
-    if loop is not None:
+    if loop is not None and variant not in VARIATIONAL:
         for _ in range(2):  # ranges are observed
             step()
         loop.step = loop.tuner.warm_up_end - 1
