@@ -30,6 +30,7 @@ from transformers.utils import logging as transformers_logging
 
 from bayeslora.errors import BayesLoraError
 from bayeslora.evaluation.multiple_choice import DEFAULT_PROMPT_LENGTH
+from bayeslora.evaluation.packaged import as_dense, gguf_options
 
 RUN_FILE = "run.json"
 _ADAPTER_FILE = "adapter_model.safetensors"
@@ -148,6 +149,10 @@ def _source(resolved: str) -> dict[str, Any]:
     return {"pretrained_model_name_or_path": str(Path(resolved).parent), "gguf_file": Path(resolved).name}
 
 
+def _weights(resolved: str) -> dict[str, Any]:
+    return {**_source(resolved), **(gguf_options() if resolved.endswith(_GGUF) else {})}
+
+
 def hush() -> None:
     """No progress bars of the loaders: the one bar a user sees is that of training."""
     transformers_logging.disable_progress_bar()
@@ -194,14 +199,17 @@ def load_base(
     Weights the checkpoint does not hold are initialised from the global random state; their modules are named in
     `fresh`, so that a caller can train and save them.
     """
+    resolved = resolve_model(name)
     with loading(f"model {name}"):
         model, info = _AUTO_CLASSES[head].from_pretrained(
-            **_source(resolve_model(name)),
+            **_weights(resolved),
             dtype=getattr(torch, dtype),
             ignore_mismatched_sizes=True,
             output_loading_info=True,
             **(_classes(labels, regression) if head == "sequence" else {}),
         )
+    if resolved.endswith(_GGUF):
+        as_dense(model)
     if model.config.pad_token_id is None:
         model.config.pad_token_id = tokenizer.pad_token_id
     mismatched = {key if isinstance(key, str) else key[0] for key in info["mismatched_keys"]}

@@ -96,11 +96,29 @@ def unpack_model(name: str, folder: str | Path) -> Path:
     partial.mkdir(parents=True)
     try:
         AutoTokenizer.from_pretrained(**where).save_pretrained(partial)
-        AutoModelForCausalLM.from_pretrained(**where, dtype=torch.float32).save_pretrained(partial)
+        model = AutoModelForCausalLM.from_pretrained(**where, **gguf_options(), dtype=torch.float32)
+        as_dense(model).save_pretrained(partial)
         os.rename(partial, folder)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
     return folder
+
+
+def gguf_options() -> dict[str, Any]:
+    """What `from_pretrained` takes to unpack the weights of a GGUF file, which it otherwise may keep in blocks."""
+    try:
+        from transformers import GgufConfig
+    except ImportError:  # a transformers that always unpacks them
+        return {}
+    return {"quantization_config": GgufConfig(dequantize=True)}
+
+
+def as_dense(model: Any) -> Any:
+    """A model whose weights were unpacked, no longer marked as quantized: it can be trained and saved as any other."""
+    quantizer = getattr(model, "hf_quantizer", None)
+    if quantizer is not None:
+        quantizer.remove_quantization_config(model)
+    return model
 
 
 def packaged_file(package: str, ending: str) -> Path:
