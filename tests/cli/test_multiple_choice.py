@@ -70,6 +70,8 @@ def test_a_run_is_scored_over_the_choices(runs: dict[str, Path], head: str) -> N
     assert (info["kind"], info["head"]) == ("multiple_choice", head)
     config = json.loads((runs[head] / "adapter_config.json").read_text())
     assert config["task_type"] == ("CAUSAL_LM" if head == "letters" else None)
+    auto_class = "AutoModelForCausalLM" if head == "letters" else "AutoModelForMultipleChoice"
+    assert f"base = {auto_class}.from_pretrained(name)\n" in (runs[head] / "README.md").read_text()
 
 
 @pytest.mark.parametrize("head", ["letters", "choices"])

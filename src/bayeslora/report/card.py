@@ -22,6 +22,7 @@ _AUTO_CLASSES = {
     "TOKEN_CLS": "AutoModelForTokenClassification",
     "QUESTION_ANS": "AutoModelForQuestionAnswering",
     "FEATURE_EXTRACTION": "AutoModel",
+    "MULTIPLE_CHOICE": "AutoModelForMultipleChoice",
 }
 _PIPELINE_TAGS = {
     "SEQ_CLS": "text-classification",
@@ -30,6 +31,7 @@ _PIPELINE_TAGS = {
     "TOKEN_CLS": "token-classification",
     "QUESTION_ANS": "question-answering",
     "FEATURE_EXTRACTION": "feature-extraction",
+    "MULTIPLE_CHOICE": "multiple-choice",
 }
 # Methods that PEFT knows by itself; every other one needs `import bayeslora` before its folder can be read.
 _PLAIN_PEFT = frozenset({"lora"})
@@ -48,7 +50,7 @@ def write_model_card(output_dir: Path) -> Path:
     folder = Path(output_dir)
     run = read_run(folder)
     config = _adapter_config(folder)
-    task_type = str(config.get("task_type") or "SEQ_CLS")
+    task_type = _task_type(config)
     base = str(config.get("base_model_name_or_path") or run.model)
     adapter = run.method != "full"
     context = {
@@ -60,7 +62,8 @@ def write_model_card(output_dir: Path) -> Path:
         "auto_class": _AUTO_CLASSES.get(task_type, "AutoModel"),
         "with_labels": task_type in ("SEQ_CLS", "TOKEN_CLS") and bool(run.labels),
         "regression": task_type == "SEQ_CLS" and not run.labels,
-        "causal": task_type in ("CAUSAL_LM", "SEQ_2_SEQ_LM"),
+        # One text a batch is what a classifier takes; these take a prompt, or a pair for each choice.
+        "causal": task_type in ("CAUSAL_LM", "SEQ_2_SEQ_LM", "MULTIPLE_CHOICE"),
         "table": _by_matrix(run),
         "kinds": run.kinds if run.is_quantized else [],
         "literal": lambda value: json.dumps(value, ensure_ascii=False),
@@ -80,6 +83,14 @@ def _adapter_config(folder: Path) -> dict[str, Any]:
     if not isinstance(config, dict):
         raise BayesLoraError(f"{path} holds a {type(config).__name__}, not an object; save the adapter again.")
     return config
+
+
+def _task_type(config: dict[str, Any]) -> str:
+    """PEFT's name of the task; for multiple choice, which it has none for, ours."""
+    mapping = config.get("auto_mapping") or {}
+    if not config.get("task_type") and str(mapping.get("base_model_class", "")).endswith("ForMultipleChoice"):
+        return "MULTIPLE_CHOICE"
+    return str(config.get("task_type") or "SEQ_CLS")
 
 
 def _front_matter(run: RunRecord, base: str, task_type: str, adapter: bool) -> str:
