@@ -103,6 +103,19 @@ def test_a_model_that_multiplies_something_else_than_the_batch_takes_draws_one_a
     torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
 
 
+@torch.no_grad()
+def test_several_rows_of_a_batch_may_make_one_example() -> None:
+    model = noisy(classifier("bert", num_labels=1), TARGETS["bert"], layers_to_transform=[1, 2])
+
+    def pairs(model: nn.Module, batch: Mapping[str, Tensor]) -> Tensor:
+        return read(model, batch).view(-1, 2)
+
+    found = Folding(model, pairs, seed=0).logits(inputs(rows=6), range(3))
+    expected = torch.stack([pairs(merged_draw(model, 0, draw), inputs(rows=6)) for draw in range(3)])
+    assert found.shape == (3, 3, 2)
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
+
+
 class Mixing(nn.Module):
     """Blocks that look at the number of rows, as repeated outputs of the blocks before do not expect."""
 

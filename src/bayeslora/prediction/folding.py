@@ -88,9 +88,10 @@ class Folding:
         folded = batch if times == 1 else repeat_rows(dict(batch), rows, times)
         with sampling(self.model, "batch", self.seed, draws, self.antithetic), self._guarded(rows * times, times):
             logits = self.read(self.model, folded)
-        if len(logits) != rows * times:
+        # Fewer rows (several of a batch make one example) may be in any order; of one draw they need no telling apart.
+        if times > 1 and len(logits) != rows * times:
             raise UnfoldableError(f"the model gave {len(logits)} rows of logits for {rows * times} rows of inputs")
-        return logits.view(times, rows, -1)
+        return logits.view(times, -1, logits.shape[-1])
 
     @contextmanager
     def _guarded(self, rows: int, times: int) -> Iterator[None]:
