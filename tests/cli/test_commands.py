@@ -292,7 +292,15 @@ def test_the_demo_ends_with_a_table_and_can_be_repeated(tmp_path: Path, capsys: 
     options = ["demo", "--output-dir", str(tmp_path), "--max-steps", "20"]
     assert main(options) == 0
     printed = capsys.readouterr().out
-    for word in ("accuracy", "attention BOPs", "median bits", "mean rank", "unsure about", "reliability.png", "report.html"):
+    for word in (
+        "accuracy",
+        "attention BOPs",
+        "median bits",
+        "mean rank",
+        "unsure about",
+        "reliability.png",
+        "report.html",
+    ):
         assert word in printed
     assert {"lora", "blora", "melora", "compare"} == {path.name for path in tmp_path.iterdir()}
     assert main([*options, "--overwrite"]) == 0
