@@ -1,4 +1,4 @@
-"""The commands: `bayeslora train | evaluate | predict | compare | export | demo`.
+"""The commands: `bayeslora train | evaluate | predict | compare | export | plan | demo`.
 
 `main.py` parses and dispatches without importing torch; each command is one module, imported when it is asked for.
 """

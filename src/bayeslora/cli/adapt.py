@@ -39,7 +39,7 @@ def adapt(base: BaseModel, config_class: type[PeftConfig] | None, options: dict[
     if targets is None:
         targets = default_targets(base.model)
     if targets is not None:
-        _check_targets(base.model, targets)
+        check_targets(base.model, targets)
         options["target_modules"] = targets
     options["modules_to_save"] = sorted({*(options.get("modules_to_save") or ()), *base.fresh}) or None
     try:
@@ -61,7 +61,7 @@ def default_targets(model: nn.Module) -> list[str] | None:
     return None
 
 
-def _check_targets(model: nn.Module, targets: list[str] | str) -> None:
+def check_targets(model: nn.Module, targets: list[str] | str) -> None:
     """PEFT accepts a list of which one entry matches; a misspelt second one would silently get no adapter."""
     if targets == "all-linear":
         return

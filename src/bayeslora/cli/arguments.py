@@ -34,6 +34,9 @@ _METHOD_FIELDS_SET_HERE = {
 }
 _TRAINING_FIELDS_SET_HERE = {"output_dir": "--output-dir", "resume_from_checkpoint": "--resume"}
 # Options that say where and how to run, not what: left out of config.yaml, free to differ on --resume.
+METHOD_DEFAULTS = {"r": 8, "lora_alpha": 16, "lora_dropout": 0.0}
+"""What the commands choose for every method that has these fields."""
+
 _NOT_RECORDED = {"output_dir", "config", "resume", "keep_checkpoints"}
 _MACHINE_FIELDS = {"disable_tqdm", "dataloader_pin_memory"}
 _PATH_OPTIONS = ("data_dir", "train_file", "eval_file", "test_file")
@@ -292,7 +295,7 @@ def _fill_defaults(
     """One set of defaults for all adapter methods, so that two runs differ in nothing but `--method`."""
     if options.task is None and options.label_column is None:
         options.label_column = "label"
-    for name, value in {"r": 8, "lora_alpha": 16, "lora_dropout": 0.0}.items():
+    for name, value in METHOD_DEFAULTS.items():
         if name in method_fields:
             method_options.setdefault(name, value)
     evaluation = training.get("eval_strategy", "no")

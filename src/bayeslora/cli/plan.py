@@ -11,16 +11,14 @@ from typing import Any, Literal
 from peft import PeftConfig
 from transformers import AutoConfig, PretrainedConfig
 
-from bayeslora.cli.adapt import _check_targets, default_targets
-from bayeslora.cli.arguments import method_field_hints
+from bayeslora.cli.adapt import check_targets, default_targets
+from bayeslora.cli.arguments import METHOD_DEFAULTS, method_field_hints
 from bayeslora.cli.coercion import close_matches, coerce, option
 from bayeslora.cli.models import hush, loading, resolve_model
 from bayeslora.cli.registry import method_config_class, method_names
 from bayeslora.cost import TASK_TYPES, Plan, build_for_task, from_config, plan
 from bayeslora.errors import BayesLoraError
 
-# The adapters' defaults of `bayeslora train`.
-_METHOD_DEFAULTS = {"r": 8, "lora_alpha": 16, "lora_dropout": 0.0}
 _UNITS = ((10**12, "TB"), (10**9, "GB"), (10**6, "MB"), (10**3, "kB"), (1, "bytes"))
 
 
@@ -91,7 +89,7 @@ def _resolve(given: dict[str, Any]) -> tuple[PlanOptions, dict[str, Any], type[P
     options = PlanOptions(**{name: coerce(name, given[name], hints[name]) for name in hints if name in given})
     config_class = method_config_class(options.method)
     fields = method_field_hints(config_class)
-    method_options = {name: value for name, value in _METHOD_DEFAULTS.items() if name in fields}
+    method_options = {name: value for name, value in METHOD_DEFAULTS.items() if name in fields}
     for name, value in given.items():
         if name in hints:
             continue
@@ -135,7 +133,7 @@ def _method_config(
     model, _, _ = build_for_task(type(config).from_dict(config.to_dict()), task_type)
     targets = options.get("target_modules") or default_targets(model)
     if targets is not None:
-        _check_targets(model, targets)
+        check_targets(model, targets)
         options = {**options, "target_modules": targets}
     try:
         return config_class(**options)
