@@ -9,9 +9,7 @@ from pathlib import Path
 from typing import Any
 
 MINILM = [f"bert.encoder.layer.{i}.attention.self.{m}" for i in range(6) for m in ("query", "key", "value")]
-DEBERTA = [
-    f"deberta.encoder.layer.{i}.attention.self.{m}_proj" for i in range(12) for m in ("query", "key", "value")
-]
+DEBERTA = [f"deberta.encoder.layer.{i}.attention.self.{m}_proj" for i in range(12) for m in ("query", "key", "value")]
 LLAMA = [
     f"model.layers.{i}.{m}"
     for i in range(30)
@@ -40,8 +38,13 @@ def make_layers(names: list[str], rank: int, quantized: bool, seed: int) -> list
             }  # fmt: skip
         layers.append(
             {
-                "name": name, "rank": kept if quantized else rank, "initial_rank": rank, "bits": bits,
-                "in_features": 384, "out_features": 384, "parameters": rank * 769,
+                "name": name,
+                "rank": kept if quantized else rank,
+                "initial_rank": rank,
+                "bits": bits,
+                "in_features": 384,
+                "out_features": 384,
+                "parameters": rank * 769,
             }  # fmt: skip
         )
     return layers

@@ -29,7 +29,11 @@ SHARED: dict[str, Any] = {
     "seed": 0,
 }
 SAMPLES = 10
-METHODS: dict[str, dict[str, Any]] = {"lora": {}, "blora": {"mode": "q+ra", "bit_penalty": 5e-4}, "melora": {"samples": SAMPLES}}
+METHODS: dict[str, dict[str, Any]] = {
+    "lora": {},
+    "blora": {"mode": "q+ra", "bit_penalty": 5e-4},
+    "melora": {"samples": SAMPLES},
+}
 _SHOWN = 3
 _ASKED = 500
 _DEFAULT_DIR = "runs/demo"
