@@ -33,10 +33,10 @@ _METHOD_FIELDS_SET_HERE = {
     "runtime_config",
 }
 _TRAINING_FIELDS_SET_HERE = {"output_dir": "--output-dir", "resume_from_checkpoint": "--resume"}
-# Options that say where and how to run, not what: left out of config.yaml, free to differ on --resume.
 METHOD_DEFAULTS = {"r": 8, "lora_alpha": 16, "lora_dropout": 0.0}
 """What the commands choose for every method that has these fields."""
 
+# Options that say where and how to run, not what: left out of config.yaml, free to differ on --resume.
 _NOT_RECORDED = {"output_dir", "config", "resume", "keep_checkpoints"}
 _MACHINE_FIELDS = {"disable_tqdm", "dataloader_pin_memory"}
 _PATH_OPTIONS = ("data_dir", "train_file", "eval_file", "test_file")
@@ -163,7 +163,8 @@ def build_plan(given: dict[str, Any]) -> TrainPlan:
         elif name in training_fields:
             training_options[name] = coerce(name, value, training_fields[name])
         else:
-            raise _unknown(name, options.method, {*own_fields, *method_fields, *training_fields})
+            where = f"`bayeslora train --method {options.method} --list-options` lists them all"
+            raise unknown_option(name, options.method, {*own_fields, *method_fields, *training_fields}, where)
     _check(options, method_options)
     _fill_defaults(options, method_fields, method_options, training_options)
     return TrainPlan(options, method_options, training_options, config_class)
@@ -237,7 +238,8 @@ def _fields(cls: type) -> list[tuple[dataclasses.Field[Any], Any]]:
     return [(f, hints[f.name]) for f in dataclasses.fields(cls) if f.init]
 
 
-def _unknown(name: str, method: str, known: set[str]) -> BayesLoraError:
+def unknown_option(name: str, method: str, known: set[str], where: str) -> BayesLoraError:
+    """The error for an option that `method` does not have; `where` says which command lists those there are."""
     from bayeslora.cli.registry import method_config_class, method_names
 
     owners = [other for other in method_names() if name in method_field_hints(method_config_class(other))]
@@ -247,9 +249,7 @@ def _unknown(name: str, method: str, known: set[str]) -> BayesLoraError:
             "leave it out or change the method."
         )
     near = close_matches(name, known).replace("_", "-")
-    return BayesLoraError(
-        f"unknown option {option(name)}{near}; `bayeslora train --method {method} --list-options` lists them all."
-    )
+    return BayesLoraError(f"unknown option {option(name)}{near}; {where}.")
 
 
 def _check(options: RunOptions, method_options: dict[str, Any]) -> None:

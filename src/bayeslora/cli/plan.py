@@ -12,10 +12,10 @@ from peft import PeftConfig
 from transformers import AutoConfig, PretrainedConfig
 
 from bayeslora.cli.adapt import check_targets, default_targets
-from bayeslora.cli.arguments import METHOD_DEFAULTS, method_field_hints
+from bayeslora.cli.arguments import METHOD_DEFAULTS, method_field_hints, unknown_option
 from bayeslora.cli.coercion import close_matches, coerce, option
 from bayeslora.cli.models import hush, loading, resolve_model
-from bayeslora.cli.registry import method_config_class, method_names
+from bayeslora.cli.registry import method_config_class
 from bayeslora.cost import TASK_TYPES, Plan, build_for_task, from_config, plan
 from bayeslora.errors import BayesLoraError
 
@@ -94,7 +94,11 @@ def _resolve(given: dict[str, Any]) -> tuple[PlanOptions, dict[str, Any], type[P
         if name in hints:
             continue
         if name not in fields:
-            raise _unknown(name, options.method, {*hints, *fields})
+            where = (
+                "`bayeslora plan --help` shows its own options, and "
+                f"`bayeslora train --method {options.method} --list-options` those of the method"
+            )
+            raise unknown_option(name, options.method, {*hints, *fields}, where)
         method_options[name] = coerce(name, value, fields[name])
     rank = method_options.get("r")
     if isinstance(rank, int) and rank < 1:
@@ -110,20 +114,6 @@ def _resolve(given: dict[str, Any]) -> tuple[PlanOptions, dict[str, Any], type[P
             f"choose from {', '.join(known)}."
         )
     return options, method_options, config_class
-
-
-def _unknown(name: str, method: str, known: set[str]) -> BayesLoraError:
-    owners = [other for other in method_names() if name in method_field_hints(method_config_class(other))]
-    if owners:
-        return BayesLoraError(
-            f"{option(name)} belongs to --method {' and '.join(owners)}, not to {method}; "
-            "leave it out or change the method."
-        )
-    near = close_matches(name, known).replace("_", "-")
-    return BayesLoraError(
-        f"unknown option {option(name)}{near}; `bayeslora plan --help` shows its own options, and "
-        f"`bayeslora train --method {method} --list-options` those of the method."
-    )
 
 
 def _method_config(
