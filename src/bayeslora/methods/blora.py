@@ -206,6 +206,10 @@ class BLoraModel(BayesTuner):
     def step_begin(self, step: int, seed: int) -> None:
         """Draw the gates' noise of optimizer step `step`, the same on every rank and for every micro-batch."""
         name = self._driven_adapter()
+        if step <= self.warm_up_end:
+            skips = step < self.warm_up_end and step % math.ceil(self.warm_up_end / OBSERVED_STEPS) > 0
+            for layer in self.adapted_layers(name):
+                layer.observes = not skips
         learning = self._learning(name) if self.config_of(name).learns_bits else []
         if not learning:
             return
@@ -303,6 +307,9 @@ class BLoraModel(BayesTuner):
 
 GATE_TRAVEL = 2.0
 """How many times the distance to closing a gate may move in its phase, at the learning rate derived from the steps."""
+
+OBSERVED_STEPS = 32
+"""Most steps of the warm-up in which activations are observed: a search for the best range costs about a step."""
 
 BUDGET_RATE = 0.1
 """Largest change of the penalty's logarithm in one step of the budget's dual ascent."""

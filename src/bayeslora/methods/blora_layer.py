@@ -42,6 +42,7 @@ class BLoraLayer(BayesLayer):
         self.initial_rank: dict[str, int] = {}
         self.configs: dict[str, BLoraConfig] = {}
         self.driven: set[str] = set()  # adapters whose calibration a training loop ends
+        self.observes = True  # whether this step's activations count for their ranges
         self._fixed_weight: tuple[tuple[Any, ...], Tensor] | None = None
 
     def add_adapter(self, adapter_name: str, config: BLoraConfig, rank: int, scaling: float) -> None:
@@ -140,7 +141,7 @@ class BLoraLayer(BayesLayer):
             if not self.training:
                 return _identity
             if name in self.driven or self.configs[name].warmup_fraction > 0:
-                return self._observer(name)
+                return self._observer(name) if self.observes else _identity
             self._calibrate_on(name, x, *args, **kwargs)
         frozen = self.progress(name).current == Phase.FROZEN
         if self.training and not frozen:

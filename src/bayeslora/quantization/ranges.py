@@ -18,6 +18,7 @@ FLOOR = 1e-6
 _COARSE = torch.logspace(-1.6, 0.1761, 80)
 _FINE = torch.linspace(0.95, 1.05, 41)
 _SAMPLE = 65_521
+_BINS = 2048  # 16 to a step of 8 bits; counts of them stand for a large tensor
 
 
 @torch.no_grad()
@@ -25,9 +26,9 @@ def optimal_range(x: Tensor, bits: int = 8, method: Calibration = "mse", dim: in
     r"""Positive float32 range for `x`: the largest magnitude (`absmax`), or the one with least squared error (`mse`).
 
     The optimum is searched over 80 multiples of the largest magnitude, up to 1.5 and spaced 5% apart, and again in
-    steps of a quarter percent around the best, with the error measured on at most 65,521 evenly spaced entries. For a
-    Gaussian it lies near 1.85, 2.65 and 3.9 standard deviations at 2, 4 and 8 bits, where the largest magnitude would
-    cost about twice the error at the low widths.
+    steps of a quarter percent around the best. One range's error is measured on a histogram of all magnitudes (2,048
+    bins), a row's on at most 65,521 evenly spaced entries. For a Gaussian it lies near 1.85, 2.65 and 3.9 standard
+    deviations at 2, 4 and 8 bits, where the largest magnitude would cost about twice the error at the low widths.
 
     Args:
         x: any shape; empty and all-zero tensors give `FLOOR`.
@@ -42,9 +43,10 @@ def optimal_range(x: Tensor, bits: int = 8, method: Calibration = "mse", dim: in
     else:
         found = rows.abs().amax(1, keepdim=True).clamp_min(FLOOR)
         if method == "mse" and bits < 16:
-            sample = _spread(rows)
+            counted = rows.numel() > _BINS and dim is None
+            sample, counts = _histogram(rows, found) if counted else (_spread(rows), None)
             for shares in (_COARSE, _FINE):
-                found = found * _best_share(sample, found, bits, shares.to(rows.device))
+                found = found * _best_share(sample, counts, found, bits, shares.to(rows.device))
     return found.reshape(()) if dim is None else found
 
 
@@ -54,9 +56,22 @@ def _spread(rows: Tensor) -> Tensor:
     return rows if size <= _SAMPLE else rows[:, torch.arange(_SAMPLE, device=rows.device) * size // _SAMPLE]
 
 
-def _best_share(rows: Tensor, largest: Tensor, bits: int, shares: Tensor) -> Tensor:
-    """The one of `shares` of `largest` [rows, 1] with the least squared quantization error in each row."""
+def _histogram(rows: Tensor, largest: Tensor) -> tuple[Tensor, Tensor]:
+    """Centres and counts [_BINS] of the magnitudes: quantization is symmetric, so that signs do not matter."""
+    counts = torch.histc(rows.abs(), _BINS, 0.0, float(largest))
+    return (torch.arange(_BINS, device=rows.device) + 0.5) * (largest / _BINS), counts
+
+
+def _best_share(rows: Tensor, counts: Tensor | None, largest: Tensor, bits: int, shares: Tensor) -> Tensor:
+    """The one of `shares` of `largest` [rows, 1] with the least squared quantization error in each row.
+
+    With `counts` there is one row of values, each of which stands for so many.
+    """
     level = (1 << (bits - 1)) - 1
+    if counts is not None:
+        steps = grid_step(largest * shares.unsqueeze(1), bits)
+        error = torch.round(rows / steps).clamp_(max=level).mul_(steps).sub_(rows)
+        return shares[(error.square_() @ counts).argmin()]
     errors = []
     for share in shares.tolist():
         step = grid_step(largest * share, bits)
