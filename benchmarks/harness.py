@@ -39,6 +39,8 @@ from bayeslora.evaluation import (
 
 # The base model's own dropout takes a quarter of a step on a CPU; no method has it in these benchmarks.
 NO_DROPOUT = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
+# torch's fused attention spends more than half of a bfloat16 training step on a CPU in its backward pass.
+ATTENTION = {"attn_implementation": "eager"}
 
 
 @dataclass(frozen=True)
@@ -55,7 +57,9 @@ def classifier(task: Task, training: Training) -> tuple[PreTrainedModel, PreTrai
     """The packaged encoder with a new head, its tokenizer, and the encoded splits."""
     folder = packaged_model("minilm")
     tokenizer = AutoTokenizer.from_pretrained(folder)
-    model = AutoModelForSequenceClassification.from_pretrained(folder, num_labels=len(task.labels), **NO_DROPOUT)
+    model = AutoModelForSequenceClassification.from_pretrained(
+        folder, num_labels=len(task.labels), **NO_DROPOUT, **ATTENTION
+    )
     return model, tokenizer, encode(task, tokenizer, training.max_length)
 
 
@@ -65,7 +69,7 @@ def language_model(
     """The packaged language model, its tokenizer, and the splits as prompts that ask for a letter."""
     folder = unpack_model("smollm2", Path(tempfile.gettempdir()) / "bayeslora-smollm2")
     tokenizer = AutoTokenizer.from_pretrained(folder)
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, **ATTENTION)
     classes = len(task.labels)
     encoded = {
         name: encode_prompts(split, tokenizer, classes=classes, max_length=training.max_length)
