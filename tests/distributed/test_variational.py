@@ -34,6 +34,13 @@ def test_a_seed_gives_one_function_on_one_rank_and_on_two(ranks: Any) -> None:
         assert torch.equal(first[name], second[name]) and torch.equal(first[name], alone[name])
 
 
+def test_ranks_that_share_the_rows_predict_what_one_process_does(ranks: Any) -> None:
+    first, second, alone = (found["predicted"] for found in ranks)
+    assert alone.shape[1] == 10 and not torch.allclose(alone[0], alone[1], atol=1e-3)  # draws differ
+    torch.testing.assert_close(first, alone[:, 0::2], atol=1e-6, rtol=1e-5)
+    torch.testing.assert_close(second, alone[:, 1::2], atol=1e-6, rtol=1e-5)
+
+
 def test_checkpointing_recomputes_the_ranks_own_noise(ranks: Any) -> None:
     for rank in ranks:
         plain, *checkpointed = rank["checkpointed"]

@@ -34,10 +34,27 @@ def results(method: str, rank: int, ranks: int) -> dict[str, Any]:
         "replayed": replayed,
         "seeded": seeded,
         "seeded_examples": sampled(model, X, scope="example", seed=4),
+        "predicted": _predicted(model, rank, ranks),
         "checkpointed": [_gradients(model, reentrant) for reentrant in (None, True, False)],
         "penalty_gradients": _penalty_gradients(model, ranks),
         "trained": _trained(method, rank, ranks),
     }
+
+
+def _predicted(model: nn.Module, rank: int, ranks: int) -> Tensor:
+    """Every sample's probabilities for this rank's rows: each `ranks`-th, in batches of its own."""
+    wrapped = DistributedDataParallel(model, find_unused_parameters=True) if ranks > 1 else model
+    rows = torch.randn(10, *X.shape[1:], generator=torch.Generator().manual_seed(6))[rank::ranks]
+    found = bayeslora.predict(
+        wrapped,
+        [{"x": batch} for batch in rows.split(3)],
+        samples=4,
+        seed=7,
+        per_sample=True,
+        logits=lambda module, batch: module(batch["x"]).mean(1),
+    )
+    assert found.sample_probabilities is not None
+    return found.sample_probabilities
 
 
 def _gradients(model: nn.Module, reentrant: bool | None) -> dict[str, Tensor]:
