@@ -40,8 +40,8 @@ class BLoraConfig(AdapterConfig):
         default=False, metadata={"help": "Also quantize the layer's input, which integer kernels need."}
     )
     per_channel: bool = field(default=False, metadata={"help": "One range an output channel for W0 and for A."})
-    bit_penalty: float = field(default=2e-4, metadata={"help": "lambda_q, the weight of the bit penalty."})
-    rank_penalty: float = field(default=1e-4, metadata={"help": "lambda_r, the weight of the rank penalty."})
+    bit_penalty: float = field(default=5e-5, metadata={"help": "lambda_q, the weight of the bit penalty."})
+    rank_penalty: float = field(default=1e-5, metadata={"help": "lambda_r, the weight of the rank penalty."})
     bit_weighting: Literal["const", "bits", "bops"] = field(
         default="const", metadata={"help": "Weight of the gate of b bits: 1, b, or b x MACs relative to the largest."}
     )
@@ -61,12 +61,12 @@ class BLoraConfig(AdapterConfig):
         default=0.2, metadata={"help": "Share of the steps in full precision while ranges are observed."}
     )
     freeze_fraction: float = field(
-        default=0.3, metadata={"help": "Share of the steps, at the end, that train under frozen gates."}
+        default=0.6, metadata={"help": "Share of the steps, at the end, that train under frozen gates."}
     )
     gate_learning_rate: float | None = field(
         default=None, metadata={"help": "Constant rate of the gates; by default derived from the number of steps."}
     )
-    range_learning_rate: float = field(default=1e-3, metadata={"help": "Rate of the ranges' logarithms."})
+    range_learning_rate: float = field(default=1e-2, metadata={"help": "Rate of the ranges' logarithms."})
     allow_inexact_merge: bool = field(
         default=False, metadata={"help": "Merge although quantized activations cannot be folded into a weight."}
     )
@@ -112,6 +112,8 @@ class BLoraModel(BayesTuner):
     prefix = "blora_"
     tuner_layer_cls = BLoraLayer
     linear_class = Linear
+    warm_up_end = 0
+    """First step after the warm-up; like `frozen_from`, known once `begin` has seen the schedule."""
 
     def config_of(self, name: str) -> BLoraConfig:
         return cast(BLoraConfig, self.peft_config[name])
