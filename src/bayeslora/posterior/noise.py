@@ -99,8 +99,8 @@ class Noise:
         key = (tuple(shape), device)
         if key not in self._kept:
             with torch.inference_mode(False):  # kept numbers may meet autograd in a later pass
-                drawn = torch.cat([self._of_draw(draw, shape) for draw in self.draws])
-                self._kept = {key: drawn.to(device)}
+                drawn = [self._of_draw(draw, shape) for draw in self.draws]
+                self._kept = {key: (torch.cat(drawn) if len(drawn) > 1 else drawn[0]).to(device)}
         return self._kept[key]
 
     def normal_per_token(self, shape: Sequence[int], device: torch.device) -> Tensor:

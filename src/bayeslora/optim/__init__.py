@@ -1,0 +1,8 @@
+"""Optimizers that learn a posterior over the weights they train, and that posterior on disk."""
+
+from __future__ import annotations
+
+from bayeslora.optim.ivon import IVON
+from bayeslora.optim.saved import POSTERIOR_FILE, NamedPosterior, SavedPosterior, posterior_of, save_posterior
+
+__all__ = ["IVON", "POSTERIOR_FILE", "NamedPosterior", "SavedPosterior", "posterior_of", "save_posterior"]

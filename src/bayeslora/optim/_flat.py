@@ -1,0 +1,284 @@
+"""Parameters of one optimizer group side by side in flat buffers, so that a step is a few operations on long vectors.
+
+The state of a parameter (`momentum`, `hessian`, …) is a view of a flat buffer. An update runs on whole buffers where
+every parameter takes part, and on the slices of those that do otherwise; both are the same lines of code, over a list
+of one tensor or of many.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor, Replicate
+
+from bayeslora.errors import BayesLoraError
+from bayeslora.posterior import Noise
+
+_ALIGNED = 16
+"""Parameters start at multiples of this many elements; what lies between them takes part and is never read."""
+_PIECE = 16384
+"""Elements that a CPU works on at a time: several operations on what stays in its cache."""
+_LOW = (torch.bfloat16, torch.float16)
+
+
+class FlatGroup:
+    """Those parameters of an optimizer group that share a device and a type.
+
+    Args:
+        parameters: in the group's order.
+        group: the optimizer's group, whose options are read at every step.
+        state: the optimizer's state; entries that are there are taken over, missing ones are made.
+    """
+
+    def __init__(self, parameters: Sequence[nn.Parameter], group: dict[str, Any], state: Any) -> None:
+        self.parameters, self.group = list(parameters), group
+        first = self.parameters[0]
+        self.device = first.device
+        self.dtype = torch.float64 if first.dtype == torch.float64 else torch.float32
+        self.low_precision = first.dtype in _LOW
+        self.sizes = [local(p).numel() for p in self.parameters]
+        self.starts, self.length = aligned(self.sizes)
+        self.hessian = self._buffer("hessian", state, float(group["hess_init"]))
+        self.momentum = self._buffer("momentum", state, 0.0)
+        self.steps = torch.zeros(len(self.parameters))
+        for index, parameter in enumerate(self.parameters):
+            if "step" in state[parameter]:
+                self.steps[index] = float(state[parameter]["step"])
+            state[parameter]["step"] = self.steps[index]
+        # Weights of a low precision have their mean in full precision, which is state; of others it is the parameter.
+        fresh = {index for index, p in enumerate(self.parameters) if "mean" not in state[p]}
+        self.mean = self._buffer("mean", state, 0.0) if self.low_precision else self._zeros()
+        for index, parameter in enumerate(self.parameters):
+            if self.low_precision and index in fresh:
+                self._view(self.mean, index).copy_(local(parameter.detach()))
+        self.perturbation, self.gradient, self.scratch = self._zeros(), self._zeros(), self._zeros()
+        self._cut = {id(t): self._all_views(t) for t in (self.mean, self.gradient, self.scratch)}
+        self.paired: Tensor | None = None
+        self.drawn: list[int] = []
+        self.active: list[int] = []
+
+    def _zeros(self) -> Tensor:
+        return torch.zeros(self.length, dtype=self.dtype, device=self.device)
+
+    def _buffer(self, name: str, state: Any, initial: float) -> Tensor:
+        """A flat buffer of which each parameter's state `name` becomes a view."""
+        flat = torch.full((self.length,), initial, dtype=self.dtype, device=self.device)
+        for index, parameter in enumerate(self.parameters):
+            view = self._view(flat, index)
+            if name in state[parameter]:
+                view.copy_(local(state[parameter][name]))
+            state[parameter][name] = _like(parameter, view)
+        return flat
+
+    def _view(self, flat: Tensor, index: int) -> Tensor:
+        start, shape = self.starts[index], local(self.parameters[index]).shape
+        return flat[start : start + self.sizes[index]].view(shape)
+
+    def _all_views(self, flat: Tensor) -> list[Tensor]:
+        return [self._view(flat, index) for index in range(len(self.parameters))]
+
+    def _views(self, flat: Tensor, indices: Sequence[int]) -> list[Tensor]:
+        """The parameters' parts of a buffer that lasts; made once, as making them takes longer than copying."""
+        views = self._cut[id(flat)]
+        return views if len(indices) == len(views) else [views[index] for index in indices]
+
+    def _weights(self, indices: Sequence[int]) -> list[Tensor]:
+        return [local(self.parameters[index]) for index in indices]
+
+    def _pieces(self, indices: Sequence[int], together: bool = True) -> list[slice]:
+        """What an operation runs over: the parameters one by one, or all of them in lengths that suit the cache."""
+        if len(indices) < len(self.parameters) or not together:
+            return [slice(self.starts[i], self.starts[i] + self.sizes[i]) for i in indices]
+        length = _PIECE if self.device.type == "cpu" else max(1, self.length)
+        return [slice(start, start + length) for start in range(0, self.length, length)]
+
+    # One step -----------------------------------------------------------------------------------------------------
+
+    def read_mean(self) -> None:
+        """Take over the parameters as they are, whoever changed them since the last step."""
+        indices = range(len(self.parameters))
+        weights, means = self._weights(indices), self._views(self.mean, indices)
+        if not self.low_precision:
+            torch._foreach_copy_(means, weights)
+            return
+        for weight, mean in zip(weights, means, strict=True):
+            mean.copy_(self._mean_behind(weight, mean))
+
+    def _mean_behind(self, weight: Tensor, mean: Tensor) -> Tensor:
+        """The mean of a weight that is not drawn: itself, or in more digits where it is the known mean rounded."""
+        known = mean.to(weight.dtype) == weight
+        return torch.where(known, mean, weight.to(mean.dtype)) if self.low_precision else weight
+
+    def draw(self, source: Noise) -> None:
+        """Set the parameters to the mean plus the posterior's deviation times standard normal numbers.
+
+        A frozen parameter stays as it is, but has its share of the numbers.
+        """
+        noise = self._noise(source)
+        for piece in self._pieces(range(len(self.parameters))):
+            drawn, moved = self.scratch[piece], self.perturbation[piece]
+            deviation = torch.add(self.hessian[piece], self.group["weight_decay"], out=drawn)
+            torch.mul(noise[piece], deviation.mul_(self.group["ess"]).rsqrt_(), out=moved)
+            torch.add(self.mean[piece], moved, out=drawn)
+        self.drawn = [index for index, p in enumerate(self.parameters) if p.requires_grad]
+        if self.drawn:
+            torch._foreach_copy_(self._weights(self.drawn), self._views(self.scratch, self.drawn))
+
+    def _noise(self, source: Noise) -> Tensor:
+        if not isinstance(self.parameters[0], DTensor):
+            return source.normal(1, (self.length,), self.device)[0].to(self.dtype)
+        # Every rank draws for the whole parameters and keeps its shards, so that sharding does not change a draw.
+        starts, length = aligned([p.numel() for p in self.parameters])
+        whole, flat = source.normal(1, (length,), self.device)[0], self._zeros()
+        for index, (parameter, start) in enumerate(zip(self.parameters, starts, strict=True)):
+            part = whole[start : start + parameter.numel()].view(parameter.shape)
+            self._view(flat, index).copy_(local_like(parameter, part))
+        return flat
+
+    def put_mean(self) -> None:
+        """Set the drawn parameters back to the mean; float32 and float64 bit for bit to what they were."""
+        if self.drawn:
+            torch._foreach_copy_(self._weights(self.drawn), self._views(self.mean, self.drawn))
+        self.drawn = []
+
+    def pair(self, scale: float, first: bool, last: bool) -> None:
+        """Add the parameters' gradients, divided by `scale`, and their products with the draw's noise."""
+        found = [index for index in self.drawn if self.parameters[index].grad is not None]
+        self.active = found if first else sorted({*self.active, *found})
+        into = self.gradient if first else self.scratch
+        if len(found) < len(self.parameters):
+            into.zero_()
+        if found:
+            gradients = [self._gradient_of(index) for index in found]
+            torch._foreach_copy_(self._views(into, found), gradients)
+        if scale != 1.0:
+            into.div_(scale)
+        if first:
+            # The draw is over when its only gradient has been paired, so its buffer can take the product.
+            self.paired = self.perturbation.mul_(into) if last else self.perturbation * into
+            return
+        assert self.paired is not None
+        self.gradient.add_(into)
+        self.paired.addcmul_(self.perturbation, into)
+
+    def _gradient_of(self, index: int) -> Tensor:
+        parameter = self.parameters[index]
+        gradient = parameter.grad
+        assert gradient is not None
+        if gradient.is_sparse:
+            raise BayesLoraError(
+                "a parameter has a sparse gradient, IVON needs dense ones: build the embedding with sparse=False"
+            )
+        if isinstance(parameter, DTensor) and isinstance(gradient, DTensor):
+            if gradient.placements != parameter.placements:
+                gradient = gradient.redistribute(placements=parameter.placements)
+        return local(gradient)
+
+    def hand_back(self, divisor: float | None) -> None:
+        """Take this draw's gradients out of `.grad`; with a divisor put the paired ones, divided by it, in."""
+        for index in self.drawn:
+            self.parameters[index].grad = None
+        if divisor is None:
+            return
+        for index in self.active:
+            parameter = self.parameters[index]
+            mean = (self._view(self.gradient, index) / divisor).to(parameter.dtype)
+            parameter.grad = _like(parameter, mean)
+
+    def posterior(self, index: int, is_drawn: bool) -> tuple[Tensor, Tensor]:
+        """Mean and standard deviation of one parameter."""
+        parameter, mean = self.parameters[index], self._view(self.mean, index)
+        if not is_drawn:
+            mean = self._mean_behind(local(parameter.detach()), mean)
+        precision = (self._view(self.hessian, index) + self.group["weight_decay"]) * self.group["ess"]
+        return _like(parameter, mean.clone()), _like(parameter, precision.rsqrt())
+
+    def update(self, samples: int) -> None:
+        """The step itself, from what `samples` draws have been paired; then the parameters are the new mean."""
+        if not self.active:
+            self.put_mean()
+            return
+        assert self.paired is not None
+        options, active = self.group, self.active
+        (beta1, beta2), decay, clip = options["betas"], options["weight_decay"], options["clip_radius"]
+        rate = float(options["lr"]) * (options["hess_init"] + decay if options["rescale_lr"] else 1.0)
+        counts = self._count(active)
+        pieces = self._pieces(active, together=len(set(counts)) == 1)
+        corrections = [1 - beta1**count for count in counts]
+        if len(set(counts)) == 1:
+            corrections = corrections[:1] * len(pieces)
+        for piece, correction in zip(pieces, corrections, strict=True):
+            mean, hessian, momentum = self.mean[piece], self.hessian[piece], self.momentum[piece]
+            gradient, difference, scratch = self.gradient[piece], self.paired[piece], self.scratch[piece]
+            # theta - m is the deviation times the noise, so that g (theta - m) / sigma^2 is ess (h + delta) times
+            # what was paired.
+            torch.add(hessian, decay, out=scratch)
+            torch.sub(hessian, difference.mul_(scratch), alpha=options["ess"] / samples, out=difference)
+            hessian.add_(difference, alpha=beta2 - 1)
+            hessian.addcdiv_(difference.mul_(difference), scratch, value=0.5 * (1 - beta2) ** 2)
+            if samples > 1:
+                gradient.div_(samples)
+            momentum.lerp_(gradient, 1 - beta1)
+            # The bias correction is moved out of the bracket, which saves a pass.
+            newton = torch.add(momentum, mean, alpha=decay * correction, out=gradient)
+            newton.div_(torch.add(hessian, decay, out=scratch))
+            if clip < math.inf:
+                newton.clamp_(-clip * correction, clip * correction)
+            mean.add_(newton, alpha=-rate / correction)
+        self.drawn = sorted({*self.drawn, *active})
+        self.put_mean()
+        self.forget()
+
+    def forget(self) -> None:
+        """Drop what has been paired."""
+        self.active, self.paired = [], None
+
+    def _count(self, active: Sequence[int]) -> list[float]:
+        """The parameters' own numbers of steps, this one included."""
+        if len(active) == len(self.parameters):
+            self.steps.add_(1)
+        else:
+            self.steps[torch.tensor(active)] += 1
+        counts = self.steps.tolist()
+        return [counts[index] for index in active]
+
+
+def local(tensor: Tensor) -> Tensor:
+    """This rank's part of a distributed tensor, sharing its memory; any other tensor itself."""
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
+def aligned(sizes: Sequence[int]) -> tuple[list[int], int]:
+    """Where parts of these sizes begin in a flat buffer, and its length."""
+    starts, position = [], 0
+    for size in sizes:
+        starts.append(position)
+        position += -(-size // _ALIGNED) * _ALIGNED
+    return starts, position
+
+
+def _like(parameter: Tensor, part: Tensor) -> Tensor:
+    """`part` as the local part of a tensor that is distributed like `parameter`."""
+    if not isinstance(parameter, DTensor):
+        return part
+    return DTensor.from_local(
+        part,
+        parameter.device_mesh,
+        parameter.placements,
+        run_check=False,
+        shape=parameter.shape,
+        stride=parameter.stride(),
+    )
+
+
+def local_like(parameter: Tensor, whole: Tensor) -> Tensor:
+    """The part of `whole`, which all ranks hold alike, that this rank has of `parameter`, on its device."""
+    whole = whole.to(parameter.device)
+    if not isinstance(parameter, DTensor) or isinstance(whole, DTensor):
+        return local(whole)
+    replicated = DTensor.from_local(whole, parameter.device_mesh, [Replicate()] * parameter.device_mesh.ndim)
+    return local(replicated.redistribute(placements=parameter.placements))  # each rank cuts: nothing is sent

@@ -1,0 +1,364 @@
+r"""IVON: a Gaussian posterior over the weights for the price of Adam (Shen et al., 2024, arXiv:2402.17641).
+
+Written from the equations. The posterior is $q = N(m, \sigma^2)$ element by element, $\sigma^2 = 1 / (\lambda (h +
+\delta))$, where $\lambda$ is the effective sample size `ess` and $\delta$ the prior's precision divided by it,
+`weight_decay`. In step t, with $\theta = m + \sigma \epsilon$ and $\hat g = \nabla \ell(\theta)$,
+
+$$ \hat h = \hat g \, (\theta - m) / \sigma^2, \qquad g \leftarrow \beta_1 g + (1 - \beta_1) \hat g, $$
+$$ h \leftarrow \beta_2 h + (1 - \beta_2) \hat h + \tfrac12 (1 - \beta_2)^2 (h - \hat h)^2 / (h + \delta), $$
+$$ m \leftarrow m - \alpha \, \mathrm{clip}\big( (g / (1 - \beta_1^t) + \delta m) / (h + \delta), \pm \xi \big). $$
+
+With S Monte-Carlo samples, $\hat g$ and $\hat h$ are means over S draws, each gradient times its own noise. $\alpha$
+is the learning rate, times $h_0 + \delta$ with `rescale_lr`, so that the first steps have its size whatever $h_0$ is.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from bayeslora.errors import BayesLoraError
+from bayeslora.optim._draws import Gaussian, drawn_weights
+from bayeslora.optim._flat import FlatGroup
+from bayeslora.posterior import Noise
+
+
+class IVON(Optimizer):
+    """Variational online Newton: trains the mean of a Gaussian over the weights, and learns its variance on the way.
+
+    A step is: `sample()`, backward pass, `step()`. Between the first two and the last the weights are a draw from the
+    posterior; after the last, always, their mean. With `mc_samples` above 1, `sample()`, backward pass and `pair()`
+    are repeated that often before `step()`; a closure given to `step` is called for every sample.
+
+    ```python
+    optimizer = bayeslora.IVON(parameters, lr=0.1, ess=len(train_set))
+    for batch in batches:
+        optimizer.sample()
+        loss(model, batch).backward()       # any number of micro-batches
+        optimizer.step()
+        optimizer.zero_grad()
+    ```
+
+    A draw depends on the seed, the step, the sample and the position of the parameter among the optimizer's alone, so
+    all micro-batches and all ranks of a step share it, and gradients can be summed and averaged over them as usual. It
+    is drawn on the CPU whatever the device, which makes it the same everywhere. Gradients are read in `step` (or
+    `pair`), so clipping or unscaling them before scales what the Hessian is estimated from, too.
+
+    The state of a parameter p, `state[p]`, holds `step`, `momentum` (g) and `hessian` (h), and for a parameter of 16
+    bits `mean` (m); float32, or float64 for a parameter of 64 bits. The tensors are views of longer ones: change them
+    in place.
+
+    Args:
+        params: parameters or groups. Parameters that do not require gradients are never drawn, those without a
+            gradient in a step are not updated in it.
+        lr: learning rate; much larger than Adam's, as no square root is taken: 0.1 to 2 is usual with `rescale_lr`.
+        ess: effective sample size λ: the number of training examples for a loss that is their mean. More makes a
+            narrower posterior.
+        hess_init: h at the start, above 0. Where h moves slowly it sets σ.
+        betas: β1 and β2 of the averages of the gradient and of the Hessian.
+        weight_decay: δ, prior precision over λ; decays the mean.
+        clip_radius: ξ, the largest change of an element in units of the learning rate.
+        mc_samples: S, draws a step.
+        rescale_lr: multiply the learning rate by `hess_init + weight_decay`.
+        seed: of the draws; must be the same on all ranks.
+        max_grad_norm: norm that each sample's gradient, over all groups, is clipped to before it is paired with its
+            noise; None clips nothing.
+
+    Raises:
+        BayesLoraError: an option out of its range.
+    """
+
+    def __init__(
+        self,
+        params: Iterable[Any],
+        lr: float,
+        ess: float,
+        hess_init: float = 1.0,
+        betas: tuple[float, float] = (0.9, 0.99999),
+        weight_decay: float = 1e-4,
+        clip_radius: float = math.inf,
+        mc_samples: int = 1,
+        rescale_lr: bool = True,
+        seed: int = 0,
+        max_grad_norm: float | None = None,
+    ) -> None:
+        if isinstance(mc_samples, bool) or not isinstance(mc_samples, int) or mc_samples < 1:
+            raise BayesLoraError(f"mc_samples is {mc_samples!r}, a whole number of at least 1 is needed")
+        if max_grad_norm is not None and not max_grad_norm > 0:
+            raise BayesLoraError(f"max_grad_norm is {max_grad_norm}, above 0 is needed: None clips nothing")
+        self.mc_samples, self.seed, self.max_grad_norm = mc_samples, int(seed), max_grad_norm
+        self._start()
+        defaults = {
+            "lr": lr,
+            "ess": ess,
+            "hess_init": hess_init,
+            "betas": betas,
+            "weight_decay": weight_decay,
+            "clip_radius": clip_radius,
+            "rescale_lr": rescale_lr,
+        }
+        super().__init__(params, defaults)
+
+    def _start(self) -> None:
+        self._flat: list[FlatGroup] | None = None
+        self._known: dict[int, tuple[FlatGroup, int]] = {}
+        self._is_drawn = False
+        self._paired = 0
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Add a group, whose options may differ from the others'; see `torch.optim.Optimizer.add_param_group`."""
+        if self._is_drawn:
+            raise BayesLoraError("the weights are a draw, groups are added at the mean: call restore() first")
+        super().add_param_group(param_group)
+        _check_group(self.param_groups[-1])
+        self._flat, self._known = None, {}
+
+    @property
+    def steps_taken(self) -> int:
+        """Optimizer steps so far: the largest count of any parameter; continues after `load_state_dict`."""
+        return int(max((float(flat.steps.max()) for flat in self._flattened()), default=0.0))
+
+    @property
+    def is_drawn(self) -> bool:
+        """Whether the weights are a draw at the moment, and not the mean."""
+        return self._is_drawn
+
+    # A step -------------------------------------------------------------------------------------------------------
+
+    @torch.no_grad()
+    def sample(self, step: int | None = None) -> None:
+        """Set the weights to the next draw of this step; one that has not been paired yet is replaced.
+
+        Args:
+            step: which step's noise; by default the number of steps taken.
+        """
+        self._put_mean()
+        if self._paired >= self.mc_samples:
+            self.restore()  # of a step that was skipped, as mixed precision does
+        number = self.steps_taken if step is None else step
+        self._is_drawn = True
+        try:
+            for index, flat in enumerate(self._flattened()):
+                flat.read_mean()
+                flat.draw(Noise("batch", self.seed, f"ivon/{number}/{index}", draws=[self._paired]))
+        except BaseException:
+            self.restore()
+            raise
+
+    @torch.no_grad()
+    def pair(self, scale: float = 1.0) -> None:
+        """Pair the gradients of the present draw with its noise, and set the weights back to the mean.
+
+        Needed for each of several samples; for a single one `step` does it. Each sample's gradients are taken out of
+        `.grad`; after the last, `.grad` is the mean over the samples (to look at: `step` no longer reads it).
+
+        Args:
+            scale: what the loss was multiplied by, under mixed precision, where the gradients still have that factor.
+
+        Raises:
+            BayesLoraError: the weights are not a draw.
+        """
+        self._pair(scale)
+        self._put_mean()
+
+    def _pair(self, scale: float = 1.0) -> None:
+        if not self._is_drawn:
+            raise BayesLoraError("the weights are the mean, a draw is needed to pair with: call sample() first")
+        if self.max_grad_norm is not None:
+            gradients = [p for p in self._parameters() if p.requires_grad and p.grad is not None]
+            nn.utils.clip_grad_norm_(gradients, self.max_grad_norm * scale)
+        last = self._paired == self.mc_samples - 1
+        for flat in self._flattened():
+            flat.pair(scale, first=self._paired == 0, last=last and self._paired == 0)
+        if self.mc_samples > 1:
+            for flat in self._flattened():
+                flat.hand_back(self.mc_samples / scale if last else None)
+        self._paired += 1
+        self._is_drawn = False
+
+    def restore(self) -> None:
+        """Set the weights back to the mean, and forget what was drawn and paired since the last step."""
+        self._put_mean()
+        for flat in self._flat or ():
+            flat.forget()
+        self._paired = 0
+
+    @torch.no_grad()
+    def _put_mean(self) -> None:
+        for flat in self._flat or ():
+            flat.put_mean()
+        self._is_drawn = False
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:  # type: ignore[override]
+        """Update mean and Hessian from the gradients of this step's draws; the weights are the new mean afterwards.
+
+        Args:
+            closure: clears the gradients, computes the loss, calls backward and returns the loss; called once for
+                each sample, with the weights drawn. Whatever it raises leaves the weights at the mean.
+
+        Returns:
+            None, or the mean of what the closure returned.
+
+        Raises:
+            BayesLoraError: without a closure, when fewer than `mc_samples` draws were made and paired.
+        """
+        loss = self._losses(closure) if closure is not None else None
+        if self._is_drawn:
+            self._pair()
+        if self._paired != self.mc_samples:
+            if self._paired == 0 and not any(float(group["lr"]) for group in self.param_groups):
+                self._flattened()  # how torch.distributed.checkpoint has an optimizer make its state
+                return loss
+            made = self._paired
+            self.restore()
+            raise BayesLoraError(
+                f"{made} of {self.mc_samples} draws of the weights were made and paired in this step: call sample() "
+                "before the forward pass (and pair() after each backward pass where there are several), give step() "
+                "a closure, or let bayeslora.attach(trainer) do it"
+            )
+        for flat in self._flattened():
+            flat.update(self.mc_samples)
+        self._paired = 0
+        return loss
+
+    def _losses(self, closure: Callable[[], Any]) -> Any:
+        losses = []
+        self.restore()
+        try:
+            for _ in range(self.mc_samples):
+                self.sample()
+                with torch.enable_grad():
+                    losses.append(closure())
+                self.pair()
+        except BaseException:
+            self.restore()
+            raise
+        return None if losses[0] is None else sum(losses) / len(losses)
+
+    # The posterior ------------------------------------------------------------------------------------------------
+
+    @torch.no_grad()
+    def posterior(self, parameter: Tensor) -> tuple[Tensor, Tensor]:
+        """Mean and standard deviation of one parameter, of its shape, in the precision of its state.
+
+        Raises:
+            BayesLoraError: the optimizer does not have the parameter.
+        """
+        place = self._places().get(id(parameter))
+        if place is not None:
+            return place[0].posterior(place[1], self._is_drawn)
+        raise BayesLoraError(
+            f"a parameter of shape {tuple(parameter.shape)} is not one of the optimizer's, which a posterior is known "
+            "of: ask for one that was given to IVON"
+        )
+
+    @contextmanager
+    def sampled(self, seed: int = 0, draw: int = 0, antithetic: bool = False) -> Iterator[None]:
+        """Inside, the weights are a draw from the posterior for prediction; outside, bit for bit what they were.
+
+        Args:
+            seed: of the draws, apart from that of training.
+            draw: which one; the same seed and number give the same weights, in later processes too.
+            antithetic: draws 2k and 2k + 1 have opposite noise.
+
+        Raises:
+            BayesLoraError: in the middle of a training step.
+        """
+        if self._is_drawn:
+            raise BayesLoraError(
+                "the weights are a draw of a training step, prediction starts from the mean: call step() or restore()"
+            )
+        # Every parameter takes its share of the noise, so that a frozen one does not change the others'.
+        with drawn_weights(self.posteriors(), seed, draw, antithetic):
+            yield
+
+    def posteriors(self) -> list[Gaussian]:
+        """The posterior of every parameter, in the optimizer's order."""
+        known = self._places()
+        found = []
+        for parameter in self._parameters():
+            flat, index = known[id(parameter)]
+            mean, deviation = flat.posterior(index, self._is_drawn)
+            size = parameter.numel()
+            found.append(Gaussian(size, parameter, mean, deviation) if parameter.requires_grad else Gaussian(size))
+        return found
+
+    # State --------------------------------------------------------------------------------------------------------
+
+    def _parameters(self) -> Iterator[nn.Parameter]:
+        for group in self.param_groups:
+            yield from group["params"]
+
+    def _flattened(self) -> list[FlatGroup]:
+        if self._flat is None:
+            with torch.inference_mode(False), torch.no_grad():  # the state outlives a prediction that is first to ask
+                self._flat = [
+                    FlatGroup(parameters, group, self.state)
+                    for group in self.param_groups
+                    for parameters in _alike(group["params"])
+                ]
+        return self._flat
+
+    def _places(self) -> dict[int, tuple[FlatGroup, int]]:
+        """Where each parameter is, by its identity."""
+        flattened = self._flattened()
+        if not self._known:
+            self._known = {id(p): (flat, index) for flat in flattened for index, p in enumerate(flat.parameters)}
+        return self._known
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Continue exactly where `state_dict` was made; its precision is kept, for parameters of 16 bits too."""
+        if self._is_drawn:
+            self.restore()
+        super().load_state_dict(state_dict)
+        # Torch has cast every tensor but `step` to the parameter's type.
+        ids = [number for group in state_dict["param_groups"] for number in group["params"]]
+        for number, parameter in zip(ids, self._parameters(), strict=True):
+            for name, value in state_dict["state"].get(number, {}).items():
+                if isinstance(value, Tensor) and self.state[parameter][name].dtype != value.dtype:
+                    self.state[parameter][name] = value.to(parameter.device)
+
+    def __getstate__(self) -> dict[str, Any]:
+        own = {"mc_samples": self.mc_samples, "seed": self.seed, "max_grad_norm": self.max_grad_norm}
+        return {**super().__getstate__(), **own}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self._start()
+        super().__setstate__(state)
+
+
+def _alike(parameters: list[nn.Parameter]) -> list[list[nn.Parameter]]:
+    """The parameters in order, divided by device, type and whether they are distributed tensors."""
+    divided: dict[tuple[Any, ...], list[nn.Parameter]] = {}
+    for parameter in parameters:
+        divided.setdefault((parameter.device, parameter.dtype, hasattr(parameter, "device_mesh")), []).append(
+            parameter
+        )
+    return list(divided.values())
+
+
+def _check_group(group: dict[str, Any]) -> None:
+    def check(name: str, holds: bool, wanted: str) -> None:
+        if not holds:
+            raise BayesLoraError(f"{name} is {group[name]!r}, {wanted} is needed")
+
+    check("lr", float(group["lr"]) >= 0, "a number of at least 0")
+    check("ess", 0 < group["ess"] < math.inf, "a finite number above 0 (the number of training examples)")
+    check("hess_init", group["hess_init"] > 0, "a number above 0")
+    check("betas", all(0 <= beta < 1 for beta in group["betas"]), "two numbers from 0 to below 1")
+    check("weight_decay", group["weight_decay"] >= 0, "a number of at least 0")
+    check("clip_radius", group["clip_radius"] > 0, "a number above 0 (infinity clips nothing)")
+    for parameter in group["params"]:
+        if not parameter.is_floating_point():
+            raise BayesLoraError(f"a parameter is {parameter.dtype}, floating-point numbers are needed: leave it out")
+        if type(parameter).__name__ == "FlatParameter":
+            raise BayesLoraError(
+                "a parameter is FSDP1's FlatParameter, of which ranks cannot tell their parts' noise apart: use FSDP2"
+            )
