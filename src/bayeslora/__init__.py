@@ -17,6 +17,7 @@ from bayeslora.methods import (
     posterior_mean,
     sampling,
 )
+from bayeslora.optim import IVON, save_posterior
 from bayeslora.prediction import (
     DeepEnsemble,
     Generation,
@@ -24,8 +25,10 @@ from bayeslora.prediction import (
     MCDropout,
     Prediction,
     TemperatureScaling,
+    WeightPosterior,
     bayesianize,
     generate,
+    load_posterior,
     predict,
 )
 from bayeslora.training import BayesLoop, attach, parameter_groups
@@ -33,6 +36,7 @@ from bayeslora.training import BayesLoop, attach, parameter_groups
 __version__ = "0.1.0"
 
 __all__ = [
+    "IVON",
     "METHODS",
     "BLoraConfig",
     "BayesLoop",
@@ -46,14 +50,17 @@ __all__ = [
     "MeLoraConfig",
     "Prediction",
     "TemperatureScaling",
+    "WeightPosterior",
     "attach",
     "bayesianize",
     "describe",
     "export",
     "generate",
+    "load_posterior",
     "parameter_groups",
     "posterior_mean",
     "predict",
     "sampling",
+    "save_posterior",
     "shrink",
 ]

@@ -28,8 +28,8 @@ from bayeslora.optim.ivon import IVON
 
 POSTERIOR_FILE = "posterior.safetensors"
 _ORDER = "order"
-_WRAPPERS = ("module", "_orig_mod", "_fsdp_wrapped_module")
-"""Names that distributed training and compilation put into those of parameters."""
+_WRAPPERS = ("module", "_orig_mod", "_fsdp_wrapped_module", "modules_to_save")
+"""Names that distributed training, compilation and PEFT put into those of parameters, and that PEFT does not save."""
 
 
 def posterior_of(optimizer: Optimizer) -> IVON:

@@ -18,6 +18,7 @@ from bayeslora.prediction.predict import (
 )
 from bayeslora.prediction.result import Prediction
 from bayeslora.prediction.tfb import bayesianize
+from bayeslora.prediction.weights import WeightPosterior, load_posterior
 
 __all__ = [
     "DeepEnsemble",
@@ -29,11 +30,13 @@ __all__ = [
     "Predictor",
     "Sampler",
     "TemperatureScaling",
+    "WeightPosterior",
     "as_predictor",
     "bayesianize",
     "check_samples",
     "evaluation_mode",
     "generate",
+    "load_posterior",
     "predict",
     "sampled_logits",
 ]

@@ -98,6 +98,7 @@ def predict(
     per_sample: bool = False,
     antithetic: bool = False,
     logits: Logits | None = None,
+    optimizer: object | None = None,
 ) -> Prediction:
     """Class probabilities (or regression values) and their uncertainty, for a batch or a loader of batches.
 
@@ -118,12 +119,14 @@ def predict(
             such as language models that choose among answers. A logit of -inf is a class the row does not have. It
             is called on batches whose rows are repeated, as often as fit, and must work from the model's logits:
             hidden states of a classifier's last block may be there for the first token only.
+        optimizer: an `IVON` that has trained the model, to draw from its posterior. One that was saved is a predictor
+            of its own: give `load_posterior(model, folder)` for `model`.
 
     Raises:
-        BayesLoraError: `samples` above 0 for a deterministic adapter, no batch at all, inputs that are no tensors,
-            or logits of another shape than (batch, C).
+        BayesLoraError: `samples` above 0 for a deterministic adapter, an optimizer without a posterior, no batch at
+            all, inputs that are no tensors, or logits of another shape than (batch, C).
     """
-    predictor = as_predictor(model)
+    predictor = as_predictor(model) if optimizer is None else _drawn_by(optimizer, model)
     check_samples(predictor, samples)
     if isinstance(seed, bool) or not isinstance(seed, int):
         raise BayesLoraError(f"the seed is {seed!r}, a whole number is needed")
@@ -179,6 +182,17 @@ def check_samples(model: nn.Module | Predictor, samples: int) -> None:
     if isinstance(samples, bool) or not isinstance(samples, int) or samples < 0:
         raise BayesLoraError(f"samples is {samples!r}, a whole number of at least 0 is needed: 0 uses mean weights")
     as_predictor(model).check_samples(samples)
+
+
+def _drawn_by(optimizer: object, model: nn.Module | Predictor) -> Predictor:
+    from bayeslora.prediction.weights import WeightPosterior  # which is a predictor, as defined here
+
+    if not isinstance(model, nn.Module):
+        raise BayesLoraError(
+            f"an optimizer is given beside a {type(model).__name__}, it draws the weights of a model: give the model, "
+            "or build the predictor around bayeslora.WeightPosterior(model, optimizer)"
+        )
+    return WeightPosterior(model, optimizer)
 
 
 @contextmanager

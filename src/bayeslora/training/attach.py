@@ -2,90 +2,126 @@
 
 from __future__ import annotations
 
-from collections.abc import Sized
+from pathlib import Path
 from typing import Any, TypeVar, cast
 
 import torch
-from peft import TaskType
 from torch import nn
 from torch.optim import Optimizer
 from transformers import PreTrainedModel, Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from bayeslora.errors import BayesLoraError
 from bayeslora.methods.describe import tuner_of
+from bayeslora.optim import IVON, save_posterior
 from bayeslora.training.groups import parameter_groups
+from bayeslora.training.ivon import (
+    IvonLoop,
+    OptimizerFactory,
+    check_trainer,
+    factory_of,
+    posterior_optimizer,
+    restore_after_training,
+    training_examples,
+    uses_ivon,
+)
 from bayeslora.training.loop import BayesLoop, require_tuner
 
 AnyTrainer = TypeVar("AnyTrainer", bound=Trainer)
 
-_LOSS_BY_TOKEN = (TaskType.CAUSAL_LM, TaskType.SEQ_2_SEQ_LM, TaskType.TOKEN_CLS)
-_NAMES_BY_TOKEN = ("ForMaskedLM", "ForTokenClassification")
 
-
-def attach(trainer: AnyTrainer, num_examples: int | None = None) -> AnyTrainer:
+def attach(
+    trainer: AnyTrainer, num_examples: int | None = None, optimizer: str | OptimizerFactory | None = None
+) -> AnyTrainer:
     """Attach the method of `trainer.model` to `trainer` and return it; works with any Trainer, TRL's included.
 
     It adds one callback (first in line), gives the optimizer a group for each role of the method's parameters, and
     adds the method's numbers to what the Trainer logs. The evaluation loss stays the task's alone. A model without one
-    of this library's adapters (plain LoRA, a full model) is left to the Trainer as it is.
+    of this library's adapters (plain LoRA, a full model) is left to the Trainer as it is, unless IVON trains it.
+
+    With IVON the weights are a draw from the posterior from the first micro-batch of an optimizer step to its end, and
+    the mean at any other time: whenever the Trainer evaluates, saves, logs or stops, for whatever reason. Checkpoints
+    hold the posterior in `posterior.safetensors`.
 
     Args:
         trainer: constructed but not yet trained.
         num_examples: N, for methods with a divergence: the number of terms that the loss is a mean of over the whole
             training set. By default what the configuration says, or else the length of the training set; the loss of
             a language model, or of a token classifier, is a mean over tokens, so there it has to be given.
+        optimizer: `"ivon"`, or `functools.partial(bayeslora.IVON, hess_init=…, …)`, to train with IVON; learning rate,
+            weight decay and seed are those of the Trainer's arguments, and `ess` is N, each unless the partial has
+            it. None leaves the choice to the Trainer's arguments.
 
     Raises:
         BayesLoraError: under DeepSpeed, which owns the gradients; if the trainer was given an optimizer that lacks the
-            method's groups; or if N contradicts the configuration.
+            method's groups, or one beside `optimizer`; if N contradicts the configuration; for IVON under FSDP1, with
+            several Monte-Carlo samples, or for an adapter with other parameters than weights.
     """
-    if trainer.model is None or tuner_of(trainer.model) is None:
+    by_ivon = optimizer is not None or uses_ivon(trainer)
+    if trainer.model is None or (tuner_of(trainer.model) is None and not by_ivon):
         return trainer
     if getattr(trainer, "is_deepspeed_enabled", False):
         raise BayesLoraError("DeepSpeed keeps gradients to itself, which these methods need: use DDP or FSDP2 instead")
-    if trainer.optimizer is None and trainer.optimizer_cls_and_kwargs is None:
+    free = trainer.optimizer is None and trainer.optimizer_cls_and_kwargs is None
+    if optimizer is not None:
+        if not free:
+            raise BayesLoraError("the trainer has an optimizer, and attach is given another one: drop one of them")
+        trainer.optimizer_cls_and_kwargs = posterior_optimizer(trainer, factory_of(optimizer), num_examples)
+    elif free:
         trainer.optimizer_cls_and_kwargs = _grouped_optimizer(trainer)
-    stated = require_tuner(trainer.model).num_examples
+    if by_ivon and trainer.is_fsdp_enabled and not getattr(trainer.accelerator, "is_fsdp2", False):
+        raise BayesLoraError("FSDP1 hides which weights a rank has, which IVON's noise needs: use FSDP2 or DDP")
+    tuner = tuner_of(trainer.model)
+    stated = None if tuner is None else tuner.num_examples
     if stated is not None and num_examples not in (None, stated):
         raise BayesLoraError(
             f"num_examples is {num_examples}, but the adapter's config says {stated}: drop one of them"
         )
     callback = BayesCallback(trainer, num_examples)
     trainer.callback_handler.callbacks.insert(0, callback)
+    if by_ivon:
+        restore_after_training(trainer, callback.restore)
     _log_statistics(trainer, callback)
     return trainer
 
 
 class BayesCallback(TrainerCallback):
-    """The Trainer's events, handed to a `BayesLoop`."""
+    """The Trainer's events, handed to a `BayesLoop`, or to an `IvonLoop` where IVON is all that there is."""
 
     def __init__(self, trainer: Trainer, num_examples: int | None = None) -> None:
         self.trainer, self.num_examples = trainer, num_examples
-        self.loop: BayesLoop | None = None
+        self.loop: BayesLoop | IvonLoop | None = None
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        assert self.trainer.model is not None
+        model, optimizer = self.trainer.model, _inner(kwargs["optimizer"])
+        assert model is not None
+        tuner = tuner_of(model)
+        if isinstance(optimizer, IVON):
+            check_trainer(optimizer)
+            if tuner is None:
+                self.loop = IvonLoop(optimizer, state.global_step)
+                return
         self.loop = BayesLoop(
-            self.trainer.model,
-            _inner(kwargs["optimizer"]),
+            model,
+            optimizer,
             total_steps=state.max_steps,
-            num_examples=self.num_examples or require_tuner(self.trainer.model).num_examples or self._length(),
+            num_examples=self.num_examples or require_tuner(model).num_examples or training_examples(self.trainer),
             seed=args.seed,
             step=state.global_step,
         )
 
-    def _length(self) -> int | None:
-        """The number of training examples, where each of them is one term of the loss."""
-        assert self.trainer.model is not None
-        dataset, tuner = self.trainer.train_dataset, require_tuner(self.trainer.model)
-        task = tuner.peft_config[tuner.active_adapters[0]].task_type
-        generates = getattr(tuner.model, "can_generate", None)
-        by_token = task in _LOSS_BY_TOKEN or type(tuner.model).__name__.endswith(_NAMES_BY_TOKEN)
-        if by_token or (generates is not None and generates()) or not isinstance(dataset, Sized):
-            return None
-        return len(dataset)
+    def restore(self) -> None:
+        """Set the weights to the mean where an interrupted or skipped step has left IVON's draw."""
+        if self.loop is not None and isinstance(self.loop.optimizer, IVON):
+            self.loop.optimizer.restore()
+
+    def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        if self.loop is not None and isinstance(self.loop.optimizer, IVON):
+            assert self.trainer.model is not None and args.output_dir is not None
+            folder = Path(args.output_dir) / f"{PREFIX_CHECKPOINT_DIR}-{state.global_step}"
+            save_posterior(self.trainer.model, self.loop.optimizer, folder)
 
     def on_step_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -106,7 +142,9 @@ class BayesCallback(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         assert self.loop is not None
-        if not getattr(kwargs["optimizer"], "step_was_skipped", False):
+        if getattr(kwargs["optimizer"], "step_was_skipped", False):
+            self.restore()
+        else:
             self.loop.step_end()
 
 

@@ -10,7 +10,9 @@ from bayeslora.cost import relative_bops
 from bayeslora.errors import BayesLoraError
 from bayeslora.methods.describe import tuner_of
 from bayeslora.methods.tuner import BayesTuner, Schedule
+from bayeslora.optim import IVON
 from bayeslora.training.groups import ROLE
+from bayeslora.training.ivon import check_ivon, posterior_statistics
 
 
 class BayesLoop:
@@ -52,6 +54,8 @@ class BayesLoop:
     ) -> None:
         self.tuner = require_tuner(model)
         self.model, self.optimizer, self.seed, self.step = model, optimizer, seed, step
+        if isinstance(optimizer, IVON):
+            check_ivon(self.tuner)
         self.penalties: dict[str, Tensor] = {}
         self.tuner.begin(Schedule(total_steps, num_examples))
         self._check_groups()
@@ -75,6 +79,8 @@ class BayesLoop:
             rate = self.tuner.rate_of(group.get(ROLE, "weights"), self.step)
             if rate is not None:
                 group["lr"] = rate
+        if isinstance(self.optimizer, IVON):
+            self.optimizer.sample(self.step)  # its step pairs the gradients with this noise, and ends at the mean
 
     def before_optimizer_step(self, scale: float = 1.0) -> None:
         """After the last backward pass and after clipping: adds `scale` times the penalty's gradient to `.grad`, once.
@@ -120,6 +126,8 @@ class BayesLoop:
         values = {f"penalty_{name}": float(self.penalties.get(name, 0.0)) for name in self.tuner.penalty_names}
         values.update(self.tuner.statistics())
         values["relative_bops"] = self.relative_bops()["attention"]
+        if isinstance(self.optimizer, IVON):
+            values.update(posterior_statistics(self.optimizer))
         return values
 
 
