@@ -9,12 +9,16 @@ from bayeslora.errors import BayesLoraError
 from bayeslora.export import export, shrink
 from bayeslora.methods import (
     METHODS,
+    AdaLoraConfig,
     BlobConfig,
     BLoraConfig,
+    DyLoraConfig,
     LayerDescription,
     MeLoraConfig,
+    at_rank,
     describe,
     posterior_mean,
+    rank_curve,
     sampling,
 )
 from bayeslora.optim import IVON, save_posterior
@@ -38,11 +42,13 @@ __version__ = "0.1.0"
 __all__ = [
     "IVON",
     "METHODS",
+    "AdaLoraConfig",
     "BLoraConfig",
     "BayesLoop",
     "BayesLoraError",
     "BlobConfig",
     "DeepEnsemble",
+    "DyLoraConfig",
     "Generation",
     "LaplacePredictor",
     "LayerDescription",
@@ -51,6 +57,7 @@ __all__ = [
     "Prediction",
     "TemperatureScaling",
     "WeightPosterior",
+    "at_rank",
     "attach",
     "bayesianize",
     "describe",
@@ -60,6 +67,7 @@ __all__ = [
     "parameter_groups",
     "posterior_mean",
     "predict",
+    "rank_curve",
     "sampling",
     "save_posterior",
     "shrink",

@@ -11,7 +11,7 @@ from typing import Any
 
 from peft import PeftConfig
 
-from bayeslora import BlobConfig, BLoraConfig, MeLoraConfig
+from bayeslora import AdaLoraConfig, BlobConfig, BLoraConfig, DyLoraConfig, MeLoraConfig
 
 SELECTION_VARIABLE = "BAYESLORA_PEFT_METHODS"
 
@@ -57,6 +57,8 @@ METHODS = [
     Method("melora", MeLoraConfig, {"lora_alpha": 8}),
     Method("melora-diagonal", MeLoraConfig, {"core": "diagonal", "lora_alpha": 8}),
     Method("blob", BlobConfig, {"lora_alpha": 8}),
+    Method("bayes_adalora", AdaLoraConfig, {"lora_alpha": 8, "init_r": 8, "target_r": 4}),
+    Method("dylora", DyLoraConfig, {"lora_alpha": 8}),
 ]
 
 MLP = "MLP"
@@ -95,7 +97,10 @@ class Options(dict[str, Any]):
 
 def options(method: Method, **extra: Any) -> dict[str, Any]:
     """A fresh set of keyword arguments for one parametrised case of `method`."""
-    return _own(method, Options(method.label, {**method.options, **extra}))
+    given = {**method.options, **extra}
+    if "init_r" in given and "r" in given:
+        given["init_r"] = given.pop("r")
+    return _own(method, Options(method.label, given))
 
 
 def instance(method: Method, **extra: Any) -> PeftConfig:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -21,13 +22,17 @@ def run(given: dict[str, Any]) -> int:
     from bayeslora.cli.models import RunInfo, load_run
 
     source, target = Path(given["folder"]), Path(given["output_dir"])
-    if RunInfo.load(source).method == "full":
+    method, rank = RunInfo.load(source).method, given.get("rank")
+    if method == "full":
         raise BayesLoraError(f"{source} is a fully fine-tuned model without an adapter; use it as it is.")
+    if rank is not None and method != "dylora":
+        raise BayesLoraError(f"--rank is {rank}, but {source} was trained with {method}; leave it out.")
     with new_folder(target) as partial:
         import bayeslora
 
         model, tokenizer, info = load_run(source, given.get("model"))
-        measured = bayeslora.export(model, partial, format=given["format"])
+        with bayeslora.at_rank(model, rank) if rank is not None else nullcontext():
+            measured = bayeslora.export(model, partial, format=given["format"])
         tokenizer.save_pretrained(partial)
         config = json.loads((partial / "adapter_config.json").read_text(encoding="utf-8"))
         # With it `evaluate` and `predict` work on the export as on the run.

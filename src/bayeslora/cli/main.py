@@ -131,6 +131,7 @@ def build_parser() -> argparse.ArgumentParser:
     export.add_argument("folder", metavar="OUT", help="output folder of `bayeslora train`")
     export.add_argument("--format", metavar="NAME", required=True, help="lora: a plain LoRA adapter")
     export.add_argument("--output-dir", metavar="DIR", required=True, help="new folder for the export")
+    export.add_argument("--rank", metavar="K", type=int, help="rank to cut out of a run of dylora (all)")
     export.add_argument("--model", metavar="FOLDER_OR_ID", help="the base model, where it is no longer at its place")
     export.add_argument("--json", action="store_true", help="print what was measured as JSON")
 

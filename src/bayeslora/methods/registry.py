@@ -5,12 +5,26 @@ from __future__ import annotations
 from peft import PeftConfig
 
 from bayeslora._peft import BaseTuner, register
+from bayeslora.methods.adalora import AdaLoraConfig, AdaLoraModel
 from bayeslora.methods.blob import BlobConfig, BlobModel
 from bayeslora.methods.blora import BLoraConfig, BLoraModel
+from bayeslora.methods.dylora import DyLoraConfig, DyLoraModel
 from bayeslora.methods.melora import MeLoraConfig, MeLoraModel
 
-METHODS: dict[str, type[PeftConfig]] = {"blora": BLoraConfig, "melora": MeLoraConfig, "blob": BlobConfig}
-_MODELS: dict[str, type[BaseTuner]] = {"blora": BLoraModel, "melora": MeLoraModel, "blob": BlobModel}
+METHODS: dict[str, type[PeftConfig]] = {
+    "blora": BLoraConfig,
+    "melora": MeLoraConfig,
+    "blob": BlobConfig,
+    "bayes_adalora": AdaLoraConfig,
+    "dylora": DyLoraConfig,
+}
+_MODELS: dict[str, type[BaseTuner]] = {
+    "blora": BLoraModel,
+    "melora": MeLoraModel,
+    "blob": BlobModel,
+    "bayes_adalora": AdaLoraModel,
+    "dylora": DyLoraModel,
+}
 
 for _name, _config in METHODS.items():
     register(_name, _config, _MODELS[_name])

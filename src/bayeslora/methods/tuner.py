@@ -9,6 +9,7 @@ from functools import partial
 from typing import Any, ClassVar, cast
 
 from torch import Tensor, nn
+from torch.optim import Optimizer
 from transformers.pytorch_utils import Conv1D
 
 from bayeslora._peft import (
@@ -34,16 +35,19 @@ class Schedule:
     Attributes:
         total_steps: optimizer steps of the whole run.
         num_examples: N, the number of training examples; None where a method does not need it.
+        has_posterior: whether the optimizer keeps a Gaussian of every weight, `optimizer.posterior(p) -> (mean, std)`.
     """
 
     total_steps: int
     num_examples: int | None = None
+    has_posterior: bool = False
 
 
 class BayesTuner(BaseTuner):
     """Base of the methods: a method adds `penalty`, the roles and rates of its parameters, and its phases.
 
-    A training loop calls `begin` once, then around every optimizer step `step_begin`, `penalty` and `step_end`.
+    A training loop calls `begin` once, then around every optimizer step `step_begin`, `penalty` and `observe` before
+    it, `allocate` and `step_end` after it.
     """
 
     within_budget = False
@@ -177,8 +181,14 @@ class BayesTuner(BaseTuner):
     def step_begin(self, step: int, seed: int) -> None:
         """Draw what is random in optimizer step `step`, shared by its micro-batches and by all ranks."""
 
+    def observe(self, step: int, optimizer: Optimizer, scale: float = 1.0) -> None:
+        """See the final gradients of optimizer step `step` (times `scale`) beside the weights they were taken at."""
+
+    def allocate(self, step: int, optimizer: Optimizer) -> None:
+        """Divide a budget among the layers after optimizer step `step`; `optimizer` has the weights' statistics."""
+
     def step_end(self, step: int) -> None:
-        """Calibrate, allocate or freeze after optimizer step `step`."""
+        """Calibrate or freeze after optimizer step `step`."""
 
     def statistics(self) -> dict[str, float]:
         """Numbers worth logging beside the loss."""

@@ -8,7 +8,7 @@ import re
 from bayeslora.report.record import RunRecord
 
 METHOD_NAMES = {"blora": "B-LoRA", "lora": "LoRA", "full": "full fine-tuning", "melora": "Me-LoRA", "blob": "BLoB"}
-METHOD_NAMES |= {"adalora": "AdaLoRA", "dylora": "DyLoRA"}
+METHOD_NAMES |= {"adalora": "AdaLoRA", "bayes_adalora": "Bayesian AdaLoRA", "dylora": "DyLoRA"}
 _SCORE_NAMES = {
     "nll": "NLL (nats)", "ece": "ECE", "adaptive_ece": "adaptive ECE", "classwise_ece": "class-wise ECE",
     "brier": "Brier score", "f1": "F1",

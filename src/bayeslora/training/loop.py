@@ -57,7 +57,7 @@ class BayesLoop:
         if isinstance(optimizer, IVON):
             check_ivon(self.tuner)
         self.penalties: dict[str, Tensor] = {}
-        self.tuner.begin(Schedule(total_steps, num_examples))
+        self.tuner.begin(Schedule(total_steps, num_examples, has_posterior=hasattr(optimizer, "posterior")))
         self._check_groups()
         self._share: tuple[object, dict[str, float]] | None = None
 
@@ -91,8 +91,11 @@ class BayesLoop:
         """
         penalties = self.tuner.penalty()
         self.penalties = {name: value.detach() for name, value in penalties.items()}
-        if not penalties:
-            return
+        if penalties:
+            self._add_gradient(penalties, scale)
+        self.tuner.observe(self.step, self.optimizer, scale)
+
+    def _add_gradient(self, penalties: dict[str, Tensor], scale: float) -> None:
         total = torch.stack(list(penalties.values())).sum() * scale
         parameters = [p for p in self.tuner.parameters() if p.requires_grad]
         for parameter, gradient in zip(
@@ -102,7 +105,7 @@ class BayesLoop:
                 parameter.grad = gradient if parameter.grad is None else parameter.grad.add_(gradient)
 
     def step_end(self) -> None:
-        """After the optimizer's step: steers the budget, then calibrates or freezes what is due."""
+        """After the optimizer's step: steers the budget, then allocates ranks, calibrates or freezes what is due."""
         target = self.tuner.budget
         if target is not None:
             share = self.relative_bops()["attention"]
@@ -110,6 +113,7 @@ class BayesLoop:
             if self.tuner.ends_learning(self.step):
                 while share > target and self.tuner.close_weakest():
                     share = self.relative_bops()["attention"]
+        self.tuner.allocate(self.step, self.optimizer)
         self.tuner.step_end(self.step)
         self.step += 1
 

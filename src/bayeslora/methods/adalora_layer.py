@@ -1,0 +1,117 @@
+"""The layer of AdaLoRA: its tensors, its forward pass, what of it is deployed. The method itself is in `adalora`."""
+
+from __future__ import annotations
+
+import math
+from typing import TYPE_CHECKING, Any, cast
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from bayeslora._peft import BufferDict
+from bayeslora.methods.description import LayerDescription
+from bayeslora.methods.layer import BayesLayer, add_update, base_width
+
+if TYPE_CHECKING:
+    from bayeslora.methods.adalora import AdaLoraConfig
+
+
+class AdaLoraLayer(BayesLayer):
+    """One linear layer under AdaLoRA.
+
+    Tensors of an adapter: `bayes_adalora_A` (r, d_in), `bayes_adalora_E` (r,), `bayes_adalora_B` (d_out, r).
+    `adalora_mask` (r,) is 1 for the ranks that the last allocation kept and 0 for the others; absent before it.
+    """
+
+    adapter_layer_names = ("bayes_adalora_A", "bayes_adalora_E", "bayes_adalora_B")
+    other_param_names = ("adalora_dropout", "adalora_mask", "scaling", "initial_rank")
+
+    def __init__(self, base_layer: nn.Module, **kwargs: Any) -> None:
+        super().__init__(base_layer, **kwargs)
+        self.bayes_adalora_A, self.bayes_adalora_E = nn.ParameterDict(), nn.ParameterDict()
+        self.bayes_adalora_B = nn.ParameterDict()
+        self.adalora_dropout = nn.ModuleDict()
+        self.adalora_mask = BufferDict(persistent=False)
+        self.scaling: dict[str, float] = {}
+        self.initial_rank: dict[str, int] = {}
+        self.register_load_state_dict_post_hook(_drop_contradicted_masks)
+
+    def add_adapter(self, adapter_name: str, config: AdaLoraConfig, rank: int, scaling: float) -> None:
+        self.scaling[adapter_name], self.initial_rank[adapter_name] = scaling, config.r
+        self.bayes_adalora_A[adapter_name] = nn.Parameter(torch.empty(rank, self.in_features))
+        self.bayes_adalora_E[adapter_name] = nn.Parameter(torch.full((rank,), float(not config.init_weights)))
+        self.bayes_adalora_B[adapter_name] = nn.Parameter(torch.empty(self.out_features, rank))
+        for container in (self.bayes_adalora_A, self.bayes_adalora_B):
+            if rank and config.init_weights:
+                nn.init.normal_(container[adapter_name], std=0.02)
+            elif rank:
+                nn.init.kaiming_uniform_(container[adapter_name], a=math.sqrt(5))
+        self.adalora_dropout[adapter_name] = nn.Dropout(config.lora_dropout) if config.lora_dropout else nn.Identity()
+
+    def triplets(self, name: str) -> tuple[nn.Parameter, nn.Parameter, nn.Parameter]:
+        """A (r, d_in), E (r,) and B (d_out, r)."""
+        return self.bayes_adalora_A[name], self.bayes_adalora_E[name], self.bayes_adalora_B[name]
+
+    def diagonal(self, name: str) -> Tensor:
+        """E (r,) without the ranks that were cut: they stay cut where noise is added to the weights."""
+        e = self.bayes_adalora_E[name]
+        return e * self.adalora_mask[name] if name in self.adalora_mask else e
+
+    def adapted(self, x: Tensor, adapter_names: list[str], *args: Any, **kwargs: Any) -> Tensor:
+        result = self.base_layer(x, *args, **kwargs)
+        for name in adapter_names:
+            a, _, b = self.triplets(name)
+            inner = self.adalora_dropout[name](self._cast_input_dtype(x, a.dtype))
+            hidden = F.linear(inner, a * self.diagonal(name).unsqueeze(1))
+            result = add_update(result, hidden, b, self.scaling[name])
+        return result
+
+    def factors(self, adapter_name: str) -> tuple[Tensor, Tensor, Tensor]:
+        a, _, b = self.triplets(adapter_name)
+        return a.float(), self.diagonal(adapter_name).float(), b.float()
+
+    def get_delta_weight(self, adapter_name: str) -> Tensor:
+        a, diagonal, b = self.factors(adapter_name)
+        delta = (b * diagonal) @ a * self.scaling[adapter_name]
+        return delta.T if self.is_transposed else delta
+
+    def kept(self, adapter_name: str) -> Tensor:
+        """Boolean mask (r,) of the ranks that contribute."""
+        return self.diagonal(adapter_name).detach() != 0
+
+    @torch.no_grad()
+    def shrink(self, adapter_name: str) -> int:
+        """Cut the ranks whose entry of E is zero out of every tensor; the scaling stays."""
+        keep = self.kept(adapter_name)
+        for container, take in (
+            (self.bayes_adalora_A, lambda t: t[keep]),
+            (self.bayes_adalora_E, lambda t: t[keep]),
+            (self.bayes_adalora_B, lambda t: t[:, keep]),
+        ):
+            old = container[adapter_name]
+            container[adapter_name] = nn.Parameter(take(old.detach()).contiguous(), requires_grad=old.requires_grad)
+        if adapter_name in self.adalora_mask:
+            del self.adalora_mask[adapter_name]
+        return int(keep.sum())
+
+    def describe(self, adapter_name: str, name: str) -> LayerDescription:
+        rank = int(self.kept(adapter_name).sum())
+        count = sum(tensor.numel() for tensor in self.triplets(adapter_name))
+        first = self.initial_rank[adapter_name]
+        described = LayerDescription(name, self.in_features, self.out_features, rank, first, count)
+        described.bits["weight"] = base_width(self.get_base_layer(), self.quantization_backend is not None)
+        return described
+
+
+class Linear(AdaLoraLayer):
+    """The name PEFT's `all-linear` recognises an adapted layer by."""
+
+
+def _drop_contradicted_masks(layer: nn.Module, keys: Any) -> None:
+    """Weights from before the last allocation, such as a best checkpoint's, still have the ranks it cut."""
+    layer = cast(AdaLoraLayer, layer)
+    for name in list(layer.adalora_mask):
+        e, mask = layer.bayes_adalora_E[name], layer.adalora_mask[name]
+        if e.shape != mask.shape or bool((e[mask == 0] != 0).any()):
+            del layer.adalora_mask[name]
