@@ -31,7 +31,7 @@ SHARED: dict[str, Any] = {
 SAMPLES = 10
 METHODS: dict[str, dict[str, Any]] = {
     "lora": {},
-    "blora": {"mode": "q+ra", "bit_penalty": 5e-4},
+    "blora": {"mode": "q+ra", "bit_penalty": 5e-4, "rank_penalty": 1e-4},
     "melora": {"samples": SAMPLES},
 }
 _SHOWN = 3
