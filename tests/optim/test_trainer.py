@@ -162,7 +162,7 @@ def test_a_step_that_the_loss_scaler_skips_leaves_the_mean(tmp_path: Path) -> No
     assert all(torch.equal(value, before[name]) for name, value in _trained(trainer.model).items())
 
 
-def test_a_loop_of_ones_own_draws_for_a_method_of_this_library_and_refuses_what_ivon_does_not_fit() -> None:
+def test_a_method_whose_parameters_have_rates_made_for_adam_is_refused() -> None:
     refused = bayeslora.MeLoraConfig(r=2, target_modules=["query"], task_type="SEQ_CLS", num_examples=16)
     model = _model(refused)
     optimizer = IVON(bayeslora.parameter_groups(model, lr=0.1), lr=0.1, ess=16)

@@ -97,8 +97,36 @@ class RunOptions:
             "metavar": "N",
         },
     )
+    optim: str | None = field(
+        default=None,
+        metadata={"help": "ivon, or one of TrainingArguments (adamw_torch_fused)", "metavar": "NAME"},
+    )
     resume: bool = field(default=False, metadata={"help": "continue the interrupted run in OUT.partial"})
     keep_checkpoints: bool = field(default=False, metadata={"help": "keep the last checkpoints in OUT/checkpoints"})
+
+
+IVON = "ivon"
+_IVON_PREFIX = "ivon_"
+
+
+@dataclass
+class IvonOptions:
+    """The options of `--optim ivon`; its learning rate and weight decay are those of `TrainingArguments`."""
+
+    ivon_ess: float | None = None
+    """λ, the effective sample size; by default the number of training examples."""
+    ivon_hess_init: float = 1.0
+    """h at the start; with the default β2 it hardly moves, and sets the posterior's width."""
+    ivon_beta1: float = 0.9
+    ivon_beta2: float = 0.99999
+    ivon_clip_radius: float = 1e-3
+    """ξ, the largest change of a weight in a step, in units of the learning rate."""
+
+    def keywords(self) -> dict[str, Any]:
+        """What `bayeslora.IVON` is given by name."""
+        values = {f.name.removeprefix(_IVON_PREFIX): getattr(self, f.name) for f in dataclasses.fields(self)}
+        values["betas"] = (values.pop("beta1"), values.pop("beta2"))
+        return {name: value for name, value in values.items() if value is not None}
 
 
 @dataclass
@@ -109,6 +137,7 @@ class TrainPlan:
     method_options: dict[str, Any]
     training_options: dict[str, Any]
     config_class: type[PeftConfig] | None
+    ivon: IvonOptions | None = None
 
     @property
     def output_dir(self) -> Path:
@@ -130,7 +159,9 @@ class TrainPlan:
             if name in own and os.path.exists(own[name]):
                 own[name] = os.path.abspath(own[name])
         training = {name: value for name, value in self.training_options.items() if name not in _MACHINE_FIELDS}
-        return {**own, **self.method_options, **training}
+        ivon = {} if self.ivon is None else dataclasses.asdict(self.ivon)
+        optimizer = {name: value for name, value in ivon.items() if value is not None}
+        return {**own, **optimizer, **self.method_options, **training}
 
 
 def build_plan(given: dict[str, Any]) -> TrainPlan:
@@ -153,21 +184,31 @@ def build_plan(given: dict[str, Any]) -> TrainPlan:
     training_fields = training_field_hints()
     method_options: dict[str, Any] = {}
     training_options: dict[str, Any] = {}
+    if options.optim not in (None, IVON):  # the trainer knows the others
+        training_options["optim"], options.optim = options.optim, None
+    ivon_fields = ivon_field_hints()
+    ivon_options: dict[str, Any] = {}
     for name, value in values.items():
         if name in own_fields:
             continue
         if name in _TRAINING_FIELDS_SET_HERE:
             raise BayesLoraError(f"{option(name)} cannot be set; use {_TRAINING_FIELDS_SET_HERE[name]}.")
-        if name in method_fields:
+        if name in ivon_fields:
+            if options.optim != IVON:
+                raise BayesLoraError(f"{option(name)} is of use only with --optim ivon; add it or leave this out.")
+            ivon_options[name] = coerce(name, value, ivon_fields[name])
+        elif name in method_fields:
             method_options[name] = coerce(name, value, method_fields[name])
         elif name in training_fields:
             training_options[name] = coerce(name, value, training_fields[name])
         else:
             where = f"`bayeslora train --method {options.method} --list-options` lists them all"
-            raise unknown_option(name, options.method, {*own_fields, *method_fields, *training_fields}, where)
+            known = {*own_fields, *ivon_fields, *method_fields, *training_fields}
+            raise unknown_option(name, options.method, known, where)
     _check(options, method_options)
     _fill_defaults(options, method_fields, method_options, training_options)
-    return TrainPlan(options, method_options, training_options, config_class)
+    ivon = IvonOptions(**ivon_options) if options.optim == IVON else None
+    return TrainPlan(options, method_options, training_options, config_class, ivon)
 
 
 def read_config(path: str) -> dict[str, Any]:
@@ -224,6 +265,11 @@ def method_field_hints(config_class: type[PeftConfig] | None) -> dict[str, Any]:
     if config_class is None:
         return {}
     return {f.name: hint for f, hint in _fields(config_class) if f.name not in _METHOD_FIELDS_SET_HERE}
+
+
+def ivon_field_hints() -> dict[str, Any]:
+    """Name → type hint of the options of `--optim ivon`."""
+    return {f.name: hint for f, hint in _fields(IvonOptions)}
 
 
 def training_field_hints() -> dict[str, Any]:
@@ -302,6 +348,11 @@ def _fill_defaults(
     follow = evaluation if evaluation != "no" and training.get("load_best_model_at_end") else "steps"
     training.setdefault("per_device_train_batch_size", 32)
     training.setdefault("per_device_eval_batch_size", 64)
+    if options.optim == IVON:
+        # A rate of another kind: no square root is taken. Clipping the whole gradient would bias the Hessian, and
+        # the clip radius bounds a step already.
+        training.setdefault("learning_rate", 0.4)
+        training.setdefault("max_grad_norm", 0.0)
     training.setdefault("learning_rate", 1e-3 if method_fields else 5e-5)
     training.setdefault("num_train_epochs", 3.0)
     training.setdefault("seed", 0)

@@ -11,7 +11,7 @@ from typing import Any
 from bayeslora.cli.choices import choice_rows, encoded_for
 from bayeslora.cli.folders import new_folder
 from bayeslora.cli.inputs import positive_batch, text_columns
-from bayeslora.cli.models import RunInfo
+from bayeslora.cli.models import RunInfo, with_posterior
 from bayeslora.cli.ood import detected, detection_lines, outside_rows
 from bayeslora.cli.results import EVALUATION, described, finite, save_json, scored
 from bayeslora.cli.untrained import load, run_info
@@ -30,9 +30,10 @@ def run(given: dict[str, Any]) -> int:
     outside = outside_rows(given, info, task)
     model, tokenizer, info = load(given, info)
     samples, seed = given.get("samples", 0), given.get("seed", 0)
-    check_samples(model, samples)
+    predictor = with_posterior(model, folder)
+    check_samples(predictor, samples)
     data = encoded_for(task.splits[split], task, tokenizer, info)
-    evaluation = evaluate(model, data, task, tokenizer, batch_size, samples, seed)
+    evaluation = evaluate(predictor, data, task, tokenizer, batch_size, samples, seed)
     found = {
         "folder": str(folder),
         "method": info.method,
@@ -46,7 +47,7 @@ def run(given: dict[str, Any]) -> int:
     }
     if outside is not None:
         foreign = encoded_for(outside.rows, outside.task, tokenizer, info)
-        prediction = predict_dataset(model, foreign, tokenizer, batch_size, samples, seed)
+        prediction = predict_dataset(predictor, foreign, tokenizer, batch_size, samples, seed)
         found["uncertainty"] = evaluation.histograms(prediction)
         found["ood"] = detected(outside, evaluation, prediction)
     if target is not None:

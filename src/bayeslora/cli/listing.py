@@ -9,7 +9,7 @@ from typing import Any
 
 from transformers import TrainingArguments
 
-from bayeslora.cli.arguments import RunOptions, method_field_hints, training_field_hints
+from bayeslora.cli.arguments import IvonOptions, RunOptions, ivon_field_hints, method_field_hints, training_field_hints
 from bayeslora.cli.coercion import option
 from bayeslora.cli.registry import method_config_class
 
@@ -20,6 +20,7 @@ def list_options(method: str) -> str:
     own = {f.name: f.type for f in dataclasses.fields(RunOptions)}
     groups: list[tuple[str, type | None, dict[str, Any]]] = [
         ("options of the command", RunOptions, own),
+        ("options of --optim ivon", IvonOptions, ivon_field_hints()),
         (f"options of {method}", config_class, method_field_hints(config_class)),
         ("options of the trainer (transformers.TrainingArguments)", TrainingArguments, training_field_hints()),
     ]

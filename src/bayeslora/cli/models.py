@@ -32,6 +32,8 @@ from transformers.utils import logging as transformers_logging
 from bayeslora.errors import BayesLoraError
 from bayeslora.evaluation.multiple_choice import DEFAULT_PROMPT_LENGTH
 from bayeslora.evaluation.packaged import as_dense, gguf_options
+from bayeslora.optim import POSTERIOR_FILE
+from bayeslora.prediction import WeightPosterior, load_posterior
 
 RUN_FILE = "run.json"
 _ADAPTER_FILE = "adapter_model.safetensors"
@@ -306,6 +308,11 @@ def load_run(folder: Path, model: str | None = None) -> tuple[torch.nn.Module, P
         adapted = PeftModel.from_pretrained(base.model, folder)
     _check_keys(adapted, folder)
     return ready(adapted), tokenizer, info
+
+
+def with_posterior(model: torch.nn.Module, folder: Path) -> torch.nn.Module | WeightPosterior:
+    """The model of a run as something to predict with: with its weights' posterior where the run has saved one."""
+    return load_posterior(model, folder) if (folder / POSTERIOR_FILE).is_file() else model
 
 
 def ready(model: torch.nn.Module) -> torch.nn.Module:

@@ -9,7 +9,7 @@ from typing import Any
 
 from bayeslora.cli.choices import encoded_for, rows_to_predict
 from bayeslora.cli.inputs import positive_batch
-from bayeslora.cli.models import RunInfo, load_run
+from bayeslora.cli.models import RunInfo, load_run, with_posterior
 from bayeslora.errors import BayesLoraError
 from bayeslora.evaluation import predict_dataset
 from bayeslora.prediction import Prediction, check_samples
@@ -27,9 +27,10 @@ def run(given: dict[str, Any]) -> int:
     task = rows_to_predict(given, info, source)
     model, tokenizer, info = load_run(folder, given.get("model"))
     samples = given.get("samples", 0)
-    check_samples(model, samples)
+    predictor = with_posterior(model, folder)
+    check_samples(predictor, samples)
     data = encoded_for(task.eval_split, task, tokenizer, info)
-    prediction = predict_dataset(model, data, tokenizer, batch_size, samples, given.get("seed", 0))
+    prediction = predict_dataset(predictor, data, tokenizer, batch_size, samples, given.get("seed", 0))
     _write(target, prediction, info)
     print(f"{target}: {len(prediction)} rows")
     return 0

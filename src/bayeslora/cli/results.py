@@ -18,6 +18,7 @@ from transformers import PreTrainedTokenizerBase
 from bayeslora.cost import count_parameters, relative_bops
 from bayeslora.evaluation import Evaluation, Task, evaluate, predict_dataset
 from bayeslora.methods import describe
+from bayeslora.prediction import Predictor
 
 EVALUATION = "validation"
 _PROBE_ROWS = 16
@@ -31,12 +32,17 @@ def measure(
     tokenizer: PreTrainedTokenizerBase,
     batch_size: int,
     samples: int = 0,
+    predictor: Predictor | None = None,
 ) -> dict[str, Any]:
-    """The measured part of `metrics.json`; `scores` belong to the evaluation split."""
-    evaluation = evaluate(model, data[EVALUATION], task, tokenizer, batch_size, samples)
+    """The measured part of `metrics.json`; `scores` belong to the evaluation split.
+
+    They are those of `predictor`, where there is one around the model.
+    """
+    scored_model = predictor or model
+    evaluation = evaluate(scored_model, data[EVALUATION], task, tokenizer, batch_size, samples)
     found = {"metric": task.metric, **scored(evaluation), **described(model), "labels": list(task.labels)}
     if "test" in data:
-        found["scores_test"] = evaluate(model, data["test"], task, tokenizer, batch_size, samples).scores
+        found["scores_test"] = evaluate(scored_model, data["test"], task, tokenizer, batch_size, samples).scores
     return found
 
 

@@ -57,7 +57,8 @@ from bayeslora.evaluation.choice_trainer import ChoiceTrainer
 from bayeslora.evaluation.multiple_choice import choice_scoring
 from bayeslora.export.shrink import shrink
 from bayeslora.methods import tuner_of
-from bayeslora.prediction import check_samples
+from bayeslora.optim import IVON, NamedPosterior
+from bayeslora.prediction import check_samples, load_posterior
 from bayeslora.training import attach
 
 CONFIG_FILE = "config.yaml"
@@ -207,7 +208,8 @@ def _prepare(plan: TrainPlan, partial: Path) -> Session:
         head=head,
     )
     model = adapt(base, plan.config_class, plan.method_options)
-    check_samples(model, options.samples)
+    if plan.ivon is None:
+        check_samples(model, options.samples)
     length = longest_input(base.model, tokenizer, options.max_length, head)
     data = {
         name: encoded(split, task, tokenizer, head, length, options.few_shot) for name, split in task.splits.items()
@@ -229,6 +231,9 @@ def _build_trainer(session: Session, callbacks: list[TrainerCallback]) -> Traine
             compute_metrics=compute_metrics_for(session.task),
             callbacks=[c for c in callbacks if not (quiet and isinstance(c, ProgressBar))],
         )
+        if arguments.bf16 and arguments.device.type == "cpu":
+            # Torch's fused attention has a backward pass for bfloat16 on a CPU that takes four times as long.
+            session.base.model.set_attn_implementation("eager")
         # A classifier's loss is a mean over the batch: without this the Trainer takes it for one over all
         # micro-batches and ranks, and multiplies the task's gradient, but not the penalty's, by their number.
         trainer.model_accepts_loss_kwargs = False
@@ -241,7 +246,9 @@ def _build_trainer(session: Session, callbacks: list[TrainerCallback]) -> Traine
         trainer.remove_callback(printing)
     # One term of the loss an example, whatever the model: a language model's N is not its number of tokens here.
     stated = session.plan.method_options.get("num_examples")
-    return attach(trainer, num_examples=len(session.data[TRAIN]) if stated is None else stated)
+    ivon = session.plan.ivon
+    optimizer = None if ivon is None else functools.partial(IVON, **ivon.keywords())
+    return attach(trainer, len(session.data[TRAIN]) if stated is None else stated, optimizer)
 
 
 def _trainer_class(session: Session) -> Callable[..., Trainer]:
@@ -259,11 +266,14 @@ def _finish(session: Session, trainer: Trainer, seconds: float) -> dict[str, Any
     plan, task, model = session.plan, session.task, session.model
     if not all(bool(torch.isfinite(p).all()) for p in model.parameters() if p.requires_grad):
         raise BayesLoraError("training diverged: a trained weight is not finite; lower --learning-rate.")
-    if tuner_of(model) is not None:
-        shrink(model)
+    posterior = _posterior(trainer) if plan.ivon is not None else None
+    _cut_ranks(model, posterior)
+    if posterior is not None:
+        posterior.save(session.partial)
+    predictor = None if posterior is None else load_posterior(model, session.partial)
     started = time.perf_counter()
     batch_size = trainer.args.per_device_eval_batch_size
-    metrics = measure(model, session.data, task, session.tokenizer, batch_size, plan.options.samples)
+    metrics = measure(model, session.data, task, session.tokenizer, batch_size, plan.options.samples, predictor)
     metrics = {
         "method": plan.options.method,
         "task": task.name,
@@ -284,6 +294,26 @@ def _finish(session: Session, trainer: Trainer, seconds: float) -> dict[str, Any
     write_report(session.partial)
     write_model_card(session.partial)
     return metrics
+
+
+def _posterior(trainer: Trainer) -> NamedPosterior:
+    """What IVON has learned; the best checkpoint's where its weights have been loaded back."""
+    if trainer.args.load_best_model_at_end and trainer.state.best_model_checkpoint:
+        return NamedPosterior.read(trainer.state.best_model_checkpoint)
+    assert trainer.model is not None and trainer.optimizer is not None
+    return NamedPosterior.of(trainer.model, trainer.optimizer)
+
+
+def _cut_ranks(model: nn.Module, posterior: NamedPosterior | None) -> None:
+    """Cut the ranks that contribute nothing out of the adapter, and out of its posterior where there is one."""
+    tuner = tuner_of(model)
+    if tuner is None:
+        return
+    name = tuner.active_adapters[0]
+    kept = {} if posterior is None else {path: layer.kept(name) for path, layer in tuner.named_layers(name).items()}
+    shrink(model)
+    if posterior is not None:
+        posterior.cut(model, kept)
 
 
 def _run_info(session: Session) -> RunInfo:
