@@ -97,10 +97,6 @@ class RunOptions:
             "metavar": "N",
         },
     )
-    optim: str | None = field(
-        default=None,
-        metadata={"help": "ivon, or one of TrainingArguments (adamw_torch_fused)", "metavar": "NAME"},
-    )
     resume: bool = field(default=False, metadata={"help": "continue the interrupted run in OUT.partial"})
     keep_checkpoints: bool = field(default=False, metadata={"help": "keep the last checkpoints in OUT/checkpoints"})
 
@@ -159,7 +155,7 @@ class TrainPlan:
             if name in own and os.path.exists(own[name]):
                 own[name] = os.path.abspath(own[name])
         training = {name: value for name, value in self.training_options.items() if name not in _MACHINE_FIELDS}
-        ivon = {} if self.ivon is None else dataclasses.asdict(self.ivon)
+        ivon = {} if self.ivon is None else {"optim": IVON, **dataclasses.asdict(self.ivon)}
         optimizer = {name: value for name, value in ivon.items() if value is not None}
         return {**own, **optimizer, **self.method_options, **training}
 
@@ -184,17 +180,16 @@ def build_plan(given: dict[str, Any]) -> TrainPlan:
     training_fields = training_field_hints()
     method_options: dict[str, Any] = {}
     training_options: dict[str, Any] = {}
-    if options.optim not in (None, IVON):  # the trainer knows the others
-        training_options["optim"], options.optim = options.optim, None
+    by_ivon = values.get("optim") == IVON  # the trainer knows the others
     ivon_fields = ivon_field_hints()
     ivon_options: dict[str, Any] = {}
     for name, value in values.items():
-        if name in own_fields:
+        if name in own_fields or (by_ivon and name == "optim"):
             continue
         if name in _TRAINING_FIELDS_SET_HERE:
             raise BayesLoraError(f"{option(name)} cannot be set; use {_TRAINING_FIELDS_SET_HERE[name]}.")
         if name in ivon_fields:
-            if options.optim != IVON:
+            if not by_ivon:
                 raise BayesLoraError(f"{option(name)} is of use only with --optim ivon; add it or leave this out.")
             ivon_options[name] = coerce(name, value, ivon_fields[name])
         elif name in method_fields:
@@ -206,8 +201,8 @@ def build_plan(given: dict[str, Any]) -> TrainPlan:
             known = {*own_fields, *ivon_fields, *method_fields, *training_fields}
             raise unknown_option(name, options.method, known, where)
     _check(options, method_options)
-    _fill_defaults(options, method_fields, method_options, training_options)
-    ivon = IvonOptions(**ivon_options) if options.optim == IVON else None
+    _fill_defaults(options, method_fields, method_options, training_options, by_ivon)
+    ivon = IvonOptions(**ivon_options) if by_ivon else None
     return TrainPlan(options, method_options, training_options, config_class, ivon)
 
 
@@ -336,7 +331,11 @@ def _check(options: RunOptions, method_options: dict[str, Any]) -> None:
 
 
 def _fill_defaults(
-    options: RunOptions, method_fields: dict[str, Any], method_options: dict[str, Any], training: dict[str, Any]
+    options: RunOptions,
+    method_fields: dict[str, Any],
+    method_options: dict[str, Any],
+    training: dict[str, Any],
+    by_ivon: bool,
 ) -> None:
     """One set of defaults for all adapter methods, so that two runs differ in nothing but `--method`."""
     if options.task is None and options.label_column is None:
@@ -348,7 +347,7 @@ def _fill_defaults(
     follow = evaluation if evaluation != "no" and training.get("load_best_model_at_end") else "steps"
     training.setdefault("per_device_train_batch_size", 32)
     training.setdefault("per_device_eval_batch_size", 64)
-    if options.optim == IVON:
+    if by_ivon:
         # A rate of another kind: no square root is taken. Clipping the whole gradient would bias the Hessian, and
         # the clip radius bounds a step already.
         training.setdefault("learning_rate", 0.4)
