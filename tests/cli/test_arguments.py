@@ -124,7 +124,7 @@ def test_no_option_has_two_meanings(method: str) -> None:
         ({"r": "-3"}, "--r is -3"),
         ({"lora_alfa": "16"}, "did you mean lora-alpha"),
         ({"method": "lora", "target_bops": "0.3"}, "belongs to --method blora"),
-        ({"method": "full", "r": "8"}, "belongs to --method blora and melora and blob and lora"),
+        ({"method": "full", "r": "8"}, "belongs to --method blora, melora, blob"),
         ({"method": "bloora"}, "did you mean blora"),
         ({"task": "sst2"}, "--task sst2 contradicts --train-file"),
         ({"text_column": None}, "--text-column is missing"),

@@ -286,7 +286,7 @@ def unknown_option(name: str, method: str, known: set[str], where: str) -> Bayes
     owners = [other for other in method_names() if name in method_field_hints(method_config_class(other))]
     if owners:
         return BayesLoraError(
-            f"{option(name)} belongs to --method {' and '.join(owners)}, not to {method}; "
+            f"{option(name)} belongs to --method {', '.join(owners)}, not to {method}; "
             "leave it out or change the method."
         )
     near = close_matches(name, known).replace("_", "-")
