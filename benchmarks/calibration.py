@@ -41,11 +41,11 @@ SELECTION = RESULTS.with_name("calibration-selection")
 SAMPLES = 10
 LANGUAGE = ("winogrande", "arc_easy")
 TRAINING = {
-    "mrpc": Training(steps=620, learning_rate=2e-3, max_length=96),
-    "rte": Training(steps=350, learning_rate=2e-3, max_length=96),
-    "cola": Training(steps=960, max_length=64),
-    "winogrande": Training(steps=216, learning_rate=5e-4, batch_size=8),
-    "arc_easy": Training(steps=250, learning_rate=5e-4, batch_size=8),
+    "mrpc": Training(steps=345, learning_rate=2e-3, max_length=96),
+    "rte": Training(steps=200, learning_rate=2e-3, max_length=96),
+    "cola": Training(steps=640, learning_rate=5e-4, max_length=64),
+    "winogrande": Training(steps=144, learning_rate=5e-4, batch_size=8),
+    "arc_easy": Training(steps=160, learning_rate=5e-4, batch_size=8, max_length=256),
 }
 ATTENTION = ["query", "key", "value"]
 TARGETS = {"mrpc": ATTENTION, "rte": ATTENTION, "cola": [*ATTENTION, "dense"]}
