@@ -97,15 +97,20 @@ class Options(dict[str, Any]):
 
 def options(method: Method, **extra: Any) -> dict[str, Any]:
     """A fresh set of keyword arguments for one parametrised case of `method`."""
-    given = {**method.options, **extra}
-    if "init_r" in given and "r" in given:
-        given["init_r"] = given.pop("r")
-    return _own(method, Options(method.label, given))
+    return _own(method, Options(method.label, _in_its_words(method, extra)))
 
 
 def instance(method: Method, **extra: Any) -> PeftConfig:
     """A configuration object, for the tests that are parametrised over objects."""
-    return _own(method, method.config(**{**method.options, **extra}))
+    return _own(method, method.config(**_in_its_words(method, extra)))
+
+
+def _in_its_words(method: Method, extra: Mapping[str, Any]) -> dict[str, Any]:
+    """The method's options and `extra`, with a rank under the name that the method has for it."""
+    given = {**method.options, **extra}
+    if "init_r" in given and "r" in given:
+        given["init_r"] = given.pop("r")
+    return given
 
 
 def _variant(method: Method) -> type[PeftConfig]:
