@@ -32,7 +32,7 @@ from bayeslora.evaluation import evaluate, hold_out, load_task
 
 RESULTS = Path(__file__).parent / "results" / "glue"
 SELECTION = RESULTS.with_name("glue-selection")
-TRAINING = {"mrpc": Training(345), "cola": Training(640, 5e-4), "sst2": Training(260)}
+TRAINING = {"mrpc": Training(345), "cola": Training(960, 5e-4), "sst2": Training(260)}
 ATTENTION = ["query", "key", "value"]
 # With attention alone, this encoder of sentence meanings has learned next to nothing of grammar after 800 steps.
 TARGETS = {"mrpc": ATTENTION, "cola": [*ATTENTION, "dense"], "sst2": ATTENTION}
