@@ -115,10 +115,10 @@ def forms(
     if "choice_mask" in selection.column_names:
         scoring = choice_scoring(selection, tokenizer)
         loader = DataLoader(selection, 64, collate_fn=scoring.collate)  # type: ignore[arg-type]
-        yield "temperature", TemperatureScaling.fit(model, loader, logits=scoring.logits), 0
+        yield "temperature", TemperatureScaling(model).fit(loader, logits=scoring.logits), 0
     else:
         loader = DataLoader(selection, 64, collate_fn=DataCollatorWithPadding(tokenizer))  # type: ignore[arg-type]
-        yield "temperature", TemperatureScaling.fit(model, loader), 0
+        yield "temperature", TemperatureScaling(model).fit(loader), 0
     yield "dropout", MCDropout(model), SAMPLES
 
 
