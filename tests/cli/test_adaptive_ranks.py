@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from peft import PeftModel
+from safetensors.torch import load_file
 
 from bayeslora import at_rank
 from bayeslora.cli.main import main
@@ -62,3 +63,23 @@ def test_a_rank_is_cut_out_by_export(runs: dict[str, Path], tmp_path: Path, refu
     assert "rank 9 is not among the ranks 1 to 4" in refused("export", runs["dylora"], "--rank", "9", *lost)
     assert "was trained with bayes_adalora" in refused("export", runs["bayes_adalora"], "--rank", "2", *lost)
     assert not (tmp_path / "x").exists()
+
+
+@pytest.mark.parametrize(
+    ("method", "options"),
+    [("dylora", ["--r", "4"]), ("bayes_adalora", ["--init-r", "4", "--target-r", "2"])],
+)
+def test_ivon_trains_them_and_its_posterior_follows_the_ranks(
+    method: str, options: list[str], setting: Setting, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run, out = tmp_path / "run", ["--output-dir", str(tmp_path / "run")]
+    ivon = ["--optim", "ivon", "--ivon-ess", "5", "--max-steps", "12", "--samples", "2"]
+    assert main(["train", "--method", method, *ivon, *options, *setting.options, *out]) == 0
+    layers = json.loads((run / "metrics.json").read_text(encoding="utf-8"))["layers"]
+    deviations = load_file(run / "posterior.safetensors")
+    for layer in layers:
+        (name,) = (key for key in deviations if layer["name"] in key and key.endswith("_A"))
+        assert len(deviations[name]) == layer["rank"]
+    capsys.readouterr()
+    assert main(["evaluate", str(run), "--samples", "2", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["samples"] == 2

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from bayeslora._peft import BufferDict
 from bayeslora.methods.description import LayerDescription
-from bayeslora.methods.layer import BayesLayer, add_update, base_width
+from bayeslora.methods.layer import BayesLayer, add_update
 
 if TYPE_CHECKING:
     from bayeslora.methods.adalora import AdaLoraConfig
@@ -71,26 +71,13 @@ class AdaLoraLayer(BayesLayer):
         a, _, b = self.triplets(adapter_name)
         return a.float(), self.diagonal(adapter_name).float(), b.float()
 
-    def get_delta_weight(self, adapter_name: str) -> Tensor:
-        a, diagonal, b = self.factors(adapter_name)
-        delta = (b * diagonal) @ a * self.scaling[adapter_name]
-        return delta.T if self.is_transposed else delta
-
-    def kept(self, adapter_name: str) -> Tensor:
-        """Boolean mask (r,) of the ranks that contribute."""
-        return self.diagonal(adapter_name).detach() != 0
-
     @torch.no_grad()
     def shrink(self, adapter_name: str) -> int:
         """Cut the ranks whose entry of E is zero out of every tensor; the scaling stays."""
         keep = self.kept(adapter_name)
-        for container, take in (
-            (self.bayes_adalora_A, lambda t: t[keep]),
-            (self.bayes_adalora_E, lambda t: t[keep]),
-            (self.bayes_adalora_B, lambda t: t[:, keep]),
-        ):
-            old = container[adapter_name]
-            container[adapter_name] = nn.Parameter(take(old.detach()).contiguous(), requires_grad=old.requires_grad)
+        self.cut(self.bayes_adalora_A, adapter_name, keep)
+        self.cut(self.bayes_adalora_E, adapter_name, keep)
+        self.cut(self.bayes_adalora_B, adapter_name, (slice(None), keep))
         if adapter_name in self.adalora_mask:
             del self.adalora_mask[adapter_name]
         return int(keep.sum())
@@ -100,7 +87,7 @@ class AdaLoraLayer(BayesLayer):
         count = sum(tensor.numel() for tensor in self.triplets(adapter_name))
         first = self.initial_rank[adapter_name]
         described = LayerDescription(name, self.in_features, self.out_features, rank, first, count)
-        described.bits["weight"] = base_width(self.get_base_layer(), self.quantization_backend is not None)
+        described.bits["weight"] = self.base_width
         return described
 
 

@@ -23,7 +23,7 @@ from bayeslora.errors import BayesLoraError
 from bayeslora.methods.blora_layer import BLoraLayer, Linear
 from bayeslora.methods.config import AdapterConfig
 from bayeslora.methods.quantizers import GATED_WIDTHS, Phase
-from bayeslora.methods.tuner import BayesTuner, ParameterRole, Schedule
+from bayeslora.methods.tuner import BayesTuner, ParameterRole, Schedule, step_generator
 from bayeslora.quantization import OPEN_LOGIT, nested_probability, open_probability, rank_probability
 
 
@@ -215,7 +215,7 @@ class BLoraModel(BayesTuner):
         learning = self._learning(name) if self.config_of(name).learns_bits else []
         if not learning:
             return
-        generator = torch.Generator().manual_seed((seed * 1_000_003 + step) % (1 << 63))
+        generator = step_generator(seed, step)
         for layer in learning:
             quantizers = layer.quantizers(name)
             quantizers.draw(torch.rand(quantizers.gates.shape, generator=generator))

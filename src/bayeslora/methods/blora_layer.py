@@ -13,7 +13,7 @@ from transformers.pytorch_utils import Conv1D
 
 from bayeslora.errors import BayesLoraError
 from bayeslora.methods.description import KINDS, LayerDescription
-from bayeslora.methods.layer import BayesLayer, add_update, base_width
+from bayeslora.methods.layer import BayesLayer, add_update
 from bayeslora.methods.quantizers import BASE_WEIGHT, Assignment, Phase, Progress, Quantizers, RankGates
 from bayeslora.quantization import WIDTHS, linear, optimal_range
 
@@ -233,11 +233,6 @@ class BLoraLayer(BayesLayer):
         a = self._as_deployed(name, "A", self.blora_A[name])
         return a, diagonal, self._as_deployed(name, "B", self.blora_B[name])
 
-    def get_delta_weight(self, adapter_name: str) -> Tensor:
-        a, diagonal, b = self.factors(adapter_name)
-        delta = (b * diagonal) @ a * self.scaling[adapter_name]
-        return delta.T if self.is_transposed else delta
-
     def merged_weight(self, adapter_name: str, weight: Tensor) -> Tensor:
         if self.is_quantizing(adapter_name):
             self.check_merge(adapter_name)
@@ -263,7 +258,7 @@ class BLoraLayer(BayesLayer):
     def widths(self, adapter_name: str) -> dict[str, int]:
         """Evaluation width of every tensor, 32 where it is not quantized."""
         widths = dict.fromkeys(KINDS, WIDTHS[-1])
-        widths[BASE_WEIGHT] = base_width(self.get_base_layer(), self.quantization_backend is not None)
+        widths[BASE_WEIGHT] = self.base_width
         if self.configs[adapter_name].quantize_input:
             widths["in"] = WIDTHS[-1]
         if self.is_quantizing(adapter_name):
@@ -271,21 +266,13 @@ class BLoraLayer(BayesLayer):
             widths.update(zip(quantizers.kinds, quantizers.evaluation_widths(), strict=True))
         return widths
 
-    def kept(self, adapter_name: str) -> Tensor:
-        """Boolean mask (r,) of the ranks that contribute: gate open and diagonal entry not zero."""
-        return self.factors(adapter_name)[1] != 0
-
     @torch.no_grad()
     def shrink(self, adapter_name: str) -> int:
         """Cut the ranks that contribute nothing out of every tensor; ranges and scaling stay."""
         keep = self.kept(adapter_name)
-        for container, take in (
-            (self.blora_A, lambda t: t[keep]),
-            (self.blora_E, lambda t: t[keep]),
-            (self.blora_B, lambda t: t[:, keep]),
-        ):
-            old = container[adapter_name]
-            container[adapter_name] = nn.Parameter(take(old.detach()).contiguous(), requires_grad=old.requires_grad)
+        self.cut(self.blora_A, adapter_name, keep)
+        self.cut(self.blora_E, adapter_name, keep)
+        self.cut(self.blora_B, adapter_name, (slice(None), keep))
         if adapter_name in self.blora_rank:
             gates = self.rank_gates(adapter_name)
             gates.logits = nn.Parameter(gates.logits.detach()[keep].contiguous(), gates.logits.requires_grad)

@@ -24,8 +24,8 @@ from bayeslora.errors import BayesLoraError
 from bayeslora.methods.config import AdapterConfig
 from bayeslora.methods.describe import tuner_of
 from bayeslora.methods.description import LayerDescription
-from bayeslora.methods.layer import BayesLayer, add_update, base_width
-from bayeslora.methods.tuner import BayesTuner, Schedule
+from bayeslora.methods.layer import BayesLayer, add_update
+from bayeslora.methods.tuner import BayesTuner, Schedule, step_generator
 
 
 @dataclass
@@ -104,18 +104,12 @@ class DyLoraLayer(BayesLayer):
         a = self.dylora_A[adapter_name][:rank].float()
         return a, a.new_ones(len(a)), self.dylora_B[adapter_name][:, :rank].float()
 
-    def get_delta_weight(self, adapter_name: str) -> Tensor:
-        a, _, b = self.factors(adapter_name)
-        delta = b @ a * self.scaling[adapter_name]
-        return delta.T if self.is_transposed else delta
-
     @torch.no_grad()
     def shrink(self, adapter_name: str) -> int:
         """Cut what lies beyond evaluation's rank out of both matrices, and return the rank that is left."""
         rank = self.rank[adapter_name]
-        for container, take in ((self.dylora_A, lambda t: t[:rank]), (self.dylora_B, lambda t: t[:, :rank])):
-            old = container[adapter_name]
-            container[adapter_name] = nn.Parameter(take(old.detach()).contiguous(), requires_grad=old.requires_grad)
+        self.cut(self.dylora_A, adapter_name, slice(rank))
+        self.cut(self.dylora_B, adapter_name, (slice(None), slice(rank)))
         self.sampled.pop(adapter_name, None)
         return len(self.dylora_A[adapter_name])
 
@@ -123,7 +117,7 @@ class DyLoraLayer(BayesLayer):
         a, b = self.dylora_A[adapter_name], self.dylora_B[adapter_name]
         rank = min(self.rank[adapter_name], len(a))
         described = LayerDescription(name, self.in_features, self.out_features, rank, len(a), a.numel() + b.numel())
-        described.bits["weight"] = base_width(self.get_base_layer(), self.quantization_backend is not None)
+        described.bits["weight"] = self.base_width
         return described
 
 
@@ -157,8 +151,7 @@ class DyLoraModel(BayesTuner):
     def step_begin(self, step: int, seed: int) -> None:
         """Draw the rank of optimizer step `step`, the same on every rank and for every micro-batch."""
         name = self._driven_adapter()
-        generator = torch.Generator().manual_seed((seed * 1_000_003 + step) % (1 << 63))
-        rank = draw_rank(self.config_of(name), generator)
+        rank = draw_rank(self.config_of(name), step_generator(seed, step))
         for layer in self.adapted_layers(name):
             layer.sampled[name] = rank
 

@@ -43,8 +43,8 @@ class Float32Module(nn.Module):
 class BayesLayer(nn.Module, BaseTunerLayer):
     """One adapted linear layer (`nn.Linear`, its 4- and 8-bit forms, or GPT-2's `Conv1D`) with any number of adapters.
 
-    A method implements `add_adapter`, `adapted`, `get_delta_weight`, `factors`, `shrink` and `describe`. Everything
-    tensor-like it keeps sits in dictionaries keyed by adapter name directly on the layer: what PEFT saves and loads.
+    A method implements `add_adapter`, `adapted`, `factors`, `shrink` and `describe`. Everything tensor-like it keeps
+    sits in dictionaries keyed by adapter name directly on the layer: what PEFT saves and loads.
     """
 
     def __init__(self, base_layer: nn.Module, **kwargs: Any) -> None:
@@ -68,10 +68,6 @@ class BayesLayer(nn.Module, BaseTunerLayer):
 
     def adapted(self, x: Tensor, adapter_names: list[str], *args: Any, **kwargs: Any) -> Tensor:
         """Output (..., d_out) for `x` (..., d_in) under the named adapters, all of which this layer has."""
-        raise NotImplementedError
-
-    def get_delta_weight(self, adapter_name: str) -> Tensor:
-        """The update of the base weight at the posterior mean, in the base weight's own layout, float32."""
         raise NotImplementedError
 
     def describe(self, adapter_name: str, name: str) -> LayerDescription:
@@ -98,6 +94,33 @@ class BayesLayer(nn.Module, BaseTunerLayer):
         return False
 
     # Written once -----------------------------------------------------------------------------------------------
+
+    def get_delta_weight(self, adapter_name: str) -> Tensor:
+        """The update of the base weight at the posterior mean, in the base weight's own layout, float32."""
+        a, diagonal, b = self.factors(adapter_name)
+        delta = (b * diagonal) @ a * self.scaling[adapter_name]
+        return delta.T if self.is_transposed else delta
+
+    def kept(self, adapter_name: str) -> Tensor:
+        """Boolean mask (r,) of the ranks that contribute: those whose diagonal entry is not zero."""
+        return self.factors(adapter_name)[1] != 0
+
+    @torch.no_grad()
+    def cut(self, container: nn.ParameterDict, adapter_name: str, part: Any) -> None:
+        """Replace a tensor of the adapter by `tensor[part]`, in memory of its own."""
+        old = container[adapter_name]
+        container[adapter_name] = nn.Parameter(old.detach()[part].contiguous(), requires_grad=old.requires_grad)
+
+    @property
+    def base_width(self) -> int:
+        """Bits of the stored base weight: 4 or 8 where it was loaded so, otherwise 32."""
+        if self.quantization_backend is None:
+            return _UNQUANTIZED
+        layer = self.get_base_layer()
+        described = f"{type(layer).__name__} {type(getattr(layer, 'weight', None)).__name__}".lower()
+        if "4bit" in described or "int4" in described or getattr(layer, "nbits", None) == 4:
+            return 4
+        return 8
 
     @property
     def is_transposed(self) -> bool:
@@ -202,16 +225,6 @@ class BayesLayer(nn.Module, BaseTunerLayer):
 
 
 _UNQUANTIZED = 32
-
-
-def base_width(layer: nn.Module, is_quantized: bool) -> int:
-    """Bits of the stored base weight: 4 or 8 where it was loaded so, otherwise 32."""
-    if not is_quantized:
-        return _UNQUANTIZED
-    described = f"{type(layer).__name__} {type(getattr(layer, 'weight', None)).__name__}".lower()
-    if "4bit" in described or "int4" in described or getattr(layer, "nbits", None) == 4:
-        return 4
-    return 8
 
 
 def add_update(result: Tensor, hidden: Tensor, b: Tensor, scaling: float, in_place: bool = False) -> Tensor:

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any, ClassVar, cast
 
+import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 from transformers.pytorch_utils import Conv1D
@@ -259,6 +260,11 @@ class BayesTuner(BaseTuner):
         ranks = {path: layer.shrink(name) for path, layer in self.named_layers(name).items()}
         cast(Any, self.peft_config[name]).rank_pattern = ranks
         return ranks
+
+
+def step_generator(seed: int, step: int) -> torch.Generator:
+    """What optimizer step `step` draws from: the same on every rank, for every micro-batch and after a resume."""
+    return torch.Generator().manual_seed((seed * 1_000_003 + step) % (1 << 63))
 
 
 def _key(pattern: dict[str, Any], name: str) -> str:

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from bayeslora.errors import BayesLoraError
 from bayeslora.methods.config import AdapterConfig
 from bayeslora.methods.description import LayerDescription
-from bayeslora.methods.layer import BayesLayer, add_update, base_width
+from bayeslora.methods.layer import BayesLayer, add_update
 from bayeslora.methods.tuner import BayesTuner, ParameterRole, Schedule
 from bayeslora.posterior import SCOPES, Noise, Scope, kl_divergence
 
@@ -118,11 +118,6 @@ class VariationalLayer(BayesLayer):
         """The second factor (d_out, r)."""
         return cast(Tensor, getattr(self, self.matrix_B)[name])
 
-    def get_delta_weight(self, adapter_name: str) -> Tensor:
-        a, _, b = self.factors(adapter_name)
-        delta = b @ a * self.scaling[adapter_name]
-        return delta.T if self.is_transposed else delta
-
     def shrink(self, adapter_name: str) -> int:
         return int(self.B(adapter_name).shape[1])  # every rank contributes
 
@@ -130,7 +125,7 @@ class VariationalLayer(BayesLayer):
         rank = int(self.B(adapter_name).shape[1])
         count = sum(getattr(self, each)[adapter_name].numel() for each in self.adapter_layer_names)
         described = LayerDescription(name, self.in_features, self.out_features, rank, rank, count)
-        described.bits["weight"] = base_width(self.get_base_layer(), self.quantization_backend is not None)
+        described.bits["weight"] = self.base_width
         return described
 
 
