@@ -2,7 +2,24 @@
 
 from __future__ import annotations
 
+from bayeslora.optim._flat import local
 from bayeslora.optim.ivon import IVON
-from bayeslora.optim.saved import POSTERIOR_FILE, NamedPosterior, SavedPosterior, posterior_of, save_posterior
+from bayeslora.optim.saved import (
+    POSTERIOR_FILE,
+    NamedPosterior,
+    SavedPosterior,
+    posterior_of,
+    save_posterior,
+    unwrapped,
+)
 
-__all__ = ["IVON", "POSTERIOR_FILE", "NamedPosterior", "SavedPosterior", "posterior_of", "save_posterior"]
+__all__ = [
+    "IVON",
+    "POSTERIOR_FILE",
+    "NamedPosterior",
+    "SavedPosterior",
+    "local",
+    "posterior_of",
+    "save_posterior",
+    "unwrapped",
+]

@@ -32,9 +32,14 @@ _WRAPPERS = ("module", "_orig_mod", "_fsdp_wrapped_module", "modules_to_save")
 """Names that distributed training, compilation and PEFT put into those of parameters, and that PEFT does not save."""
 
 
+def unwrapped(optimizer: Any) -> Any:
+    """The torch optimizer inside accelerate's wrapper, or `optimizer` itself."""
+    return getattr(optimizer, "optimizer", optimizer)
+
+
 def posterior_of(optimizer: Optimizer) -> IVON:
     """The IVON that `optimizer` is or, as accelerate does, wraps; raises `BayesLoraError` for any other."""
-    inner = getattr(optimizer, "optimizer", optimizer)
+    inner = unwrapped(optimizer)
     if not isinstance(inner, IVON):
         raise BayesLoraError(
             f"{type(inner).__name__} keeps no posterior over the weights, IVON does: train with bayeslora.IVON"

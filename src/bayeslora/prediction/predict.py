@@ -71,7 +71,7 @@ class Posterior:
 
     def sampler(self, samples: int, seed: int, antithetic: bool, read: Logits) -> Sampler:
         if samples == 0:
-            return self._mean(read)
+            return mean_sampler(self.model, read)
         folding = Folding(self.model, read, seed, antithetic)
 
         def draws(batch: Mapping[str, Tensor]) -> Tensor:
@@ -80,13 +80,16 @@ class Posterior:
 
         return draws
 
-    def _mean(self, read: Logits) -> Sampler:
-        def mean(batch: Mapping[str, Tensor]) -> Tensor:
-            with posterior_mean(self.model):
-                logits: Tensor = read(self.model, batch)
-            return logits.unsqueeze(0)
 
-        return mean
+def mean_sampler(model: nn.Module, read: Logits) -> Sampler:
+    """The one "sample" of a predictor without samples: the model at its posterior mean."""
+
+    def mean(batch: Mapping[str, Tensor]) -> Tensor:
+        with posterior_mean(model):
+            logits: Tensor = read(model, batch)
+        return logits.unsqueeze(0)
+
+    return mean
 
 
 def predict(

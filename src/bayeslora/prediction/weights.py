@@ -16,9 +16,9 @@ from torch import Tensor, nn
 from bayeslora._peft import BaseTunerLayer
 from bayeslora.errors import BayesLoraError
 from bayeslora.methods.sampling import posterior_mean
-from bayeslora.optim import SavedPosterior
+from bayeslora.optim import SavedPosterior, unwrapped
 from bayeslora.prediction.first_token import first_token_only
-from bayeslora.prediction.predict import Logits, Sampler
+from bayeslora.prediction.predict import Logits, Sampler, mean_sampler
 
 
 @runtime_checkable
@@ -44,7 +44,7 @@ class WeightPosterior:
     """
 
     def __init__(self, model: nn.Module, source: object) -> None:
-        source = getattr(source, "optimizer", source)  # accelerate wraps it
+        source = unwrapped(source)
         if not isinstance(source, DrawsWeights):
             raise BayesLoraError(
                 f"{type(source).__name__} keeps no posterior over the weights, IVON does: train with bayeslora.IVON"
@@ -69,10 +69,8 @@ class WeightPosterior:
         return self.source.sampled(seed, draw, antithetic)
 
     def sampler(self, samples: int, seed: int, antithetic: bool, read: Logits) -> Sampler:
-        def mean(batch: Mapping[str, Tensor]) -> Tensor:
-            with posterior_mean(self.model):
-                logits: Tensor = read(self.model, batch)
-            return logits.unsqueeze(0)
+        if samples == 0:
+            return mean_sampler(self.model, read)
 
         def draws(batch: Mapping[str, Tensor]) -> Tensor:
             found = []
@@ -83,7 +81,7 @@ class WeightPosterior:
                     found.append(logits)
             return torch.stack(found)
 
-        return draws if samples else mean
+        return draws
 
 
 def load_posterior(model: nn.Module, folder: str | os.PathLike[str]) -> WeightPosterior:

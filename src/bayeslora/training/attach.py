@@ -13,7 +13,7 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from bayeslora.errors import BayesLoraError
 from bayeslora.methods.describe import tuner_of
-from bayeslora.optim import IVON, save_posterior
+from bayeslora.optim import IVON, save_posterior, unwrapped
 from bayeslora.training.groups import parameter_groups
 from bayeslora.training.ivon import (
     IvonLoop,
@@ -95,7 +95,7 @@ class BayesCallback(TrainerCallback):
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        model, optimizer = self.trainer.model, _inner(kwargs["optimizer"])
+        model, optimizer = self.trainer.model, unwrapped(kwargs["optimizer"])
         assert model is not None
         tuner = tuner_of(model)
         if isinstance(optimizer, IVON):
@@ -160,11 +160,6 @@ def _grouped_optimizer(trainer: Trainer) -> tuple[type, dict[str, Any]]:
             return optimizer_class(parameter_groups(model, args.learning_rate, args.weight_decay), **options)
 
     return GroupedOptimizer, {}
-
-
-def _inner(optimizer: Any) -> Optimizer:
-    """The torch optimizer inside accelerate's wrapper."""
-    return getattr(optimizer, "optimizer", optimizer)
 
 
 def _log_statistics(trainer: Trainer, callback: BayesCallback) -> None:

@@ -15,7 +15,7 @@ from transformers import Trainer
 from bayeslora.errors import BayesLoraError
 from bayeslora.methods.describe import tuner_of
 from bayeslora.methods.tuner import BayesTuner
-from bayeslora.optim import IVON
+from bayeslora.optim import IVON, local, unwrapped
 from bayeslora.training.groups import parameter_groups
 
 OptimizerFactory = Callable[..., Optimizer]
@@ -52,11 +52,12 @@ def posterior_statistics(optimizer: IVON) -> dict[str, float]:
 
     A variation near 0 says that the Hessian has hardly moved: all weights are then equally uncertain.
     """
-    known = [entry for entry in optimizer.posteriors() if entry.mean is not None and entry.deviation is not None]
+    entries = optimizer.posteriors()
+    known = [(e.mean, e.deviation) for e in entries if e.mean is not None and e.deviation is not None]
     if not known:
         return {}
-    means = torch.cat([_local(entry.mean).flatten().float() for entry in known])
-    deviations = torch.cat([_local(entry.deviation).flatten().float() for entry in known])
+    means = torch.cat([local(mean).flatten().float() for mean, _ in known])
+    deviations = torch.cat([local(deviation).flatten().float() for _, deviation in known])
     return {
         "posterior_std": float(deviations.mean()),
         "posterior_std_variation": float(deviations.std() / deviations.mean()),
@@ -64,19 +65,11 @@ def posterior_statistics(optimizer: IVON) -> dict[str, float]:
     }
 
 
-def _local(tensor: Any) -> torch.Tensor:
-    return tensor.to_local() if hasattr(tensor, "to_local") else tensor
-
-
 def uses_ivon(trainer: Trainer) -> bool:
     """Whether `trainer` was given an IVON, or its class, by its own arguments."""
     given = trainer.optimizer_cls_and_kwargs
     named = given[0] if given is not None else None
-    return isinstance(_inner(trainer.optimizer), IVON) or (isinstance(named, type) and issubclass(named, IVON))
-
-
-def _inner(optimizer: Any) -> Any:
-    return getattr(optimizer, "optimizer", optimizer)
+    return isinstance(unwrapped(trainer.optimizer), IVON) or (isinstance(named, type) and issubclass(named, IVON))
 
 
 def factory_of(optimizer: str | OptimizerFactory) -> OptimizerFactory:
