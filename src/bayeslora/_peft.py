@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Callable
+from typing import Any, Protocol
+
+from torch import Tensor
 
 _disabled = logging.root.manager.disable
 logging.disable(logging.WARNING)  # what optional back ends lack is not news to users here
 try:
-    from peft import PeftConfig
+    from peft import PeftConfig, peft_model
     from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
     from peft.tuners._buffer_dict import BufferDict
     from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer, _get_in_out_features, check_adapters_to_merge
-    from peft.utils import AuxiliaryTrainingWrapper, PeftType, register_peft_method
+    from peft.utils import AuxiliaryTrainingWrapper, PeftType, register_peft_method, save_and_load
     from peft.utils.constants import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING as DEFAULT_TARGET_MODULES
     from peft.utils.other import get_pattern_key
     from peft.utils.quantization_utils import (
@@ -34,6 +38,7 @@ __all__ = [
     "get_quantization_kwargs",
     "peft_type",
     "quantization_extra_repr",
+    "read_adapters_with",
     "register",
     "resolve_quantization_backend",
 ]
@@ -65,3 +70,34 @@ def register(name: str, config_class: type[PeftConfig], model_class: type[BaseTu
     """Register a method once; importing the package again, or in a forked worker, changes nothing."""
     if peft_type(name) not in PEFT_TYPE_TO_CONFIG_MAPPING:
         register_peft_method(name=name, config_cls=config_class, model_cls=model_class, prefix=f"{name}_")
+
+
+class CheckedState(Protocol):
+    """A state dict that can say whether it fits a model."""
+
+    def check(self, wanted: dict[str, Tensor], others: dict[str, Tensor]) -> None: ...
+
+
+def read_adapters_with(read: Callable[[str, str], dict[str, Tensor] | None]) -> None:
+    """Let `read(file, device)` read adapter files before PEFT does; None leaves a file to PEFT.
+
+    PEFT has no hook here. It finds or downloads the file, reads it with a function that it has imported by name, and
+    gives what comes back to `set_peft_model_state_dict`; these two names are replaced. A `CheckedState` is compared
+    with the model first, because PEFT passes over keys that fit nowhere.
+    """
+    plain_read, plain_set = save_and_load.safe_load_file, peft_model.set_peft_model_state_dict
+
+    def load_file(filename: Any, device: Any = "cpu") -> dict[str, Tensor]:
+        found = read(str(filename), str(device))
+        return found if found is not None else plain_read(filename, device=device)
+
+    def set_state(model: Any, state: dict[str, Tensor], adapter_name: str = "default", **kwargs: Any) -> Any:
+        if hasattr(state, "check"):
+            wanted = save_and_load.get_peft_model_state_dict(
+                model, adapter_name=adapter_name, save_embedding_layers=False
+            )
+            state.check(wanted, model.state_dict())
+        return plain_set(model, state, adapter_name=adapter_name, **kwargs)
+
+    modules: tuple[Any, Any] = save_and_load, peft_model
+    modules[0].safe_load_file, modules[1].set_peft_model_state_dict = load_file, set_state

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import inspect
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -10,11 +11,13 @@ from torch import Tensor, nn
 
 from bayeslora.errors import BayesLoraError
 from bayeslora.export.lora import export_lora
+from bayeslora.export.packed import export_packed
+from bayeslora.export.packed_reader import load_packed
 from bayeslora.export.shrink import shrink
 
-FORMATS = {"lora": export_lora}
+FORMATS: dict[str, Callable[..., dict[str, Any]]] = {"lora": export_lora, "packed": export_packed}
 
-__all__ = ["FORMATS", "export", "export_lora", "shrink"]
+__all__ = ["FORMATS", "export", "export_lora", "export_packed", "load_packed", "shrink"]
 
 
 def export(
@@ -23,19 +26,25 @@ def export(
     format: str = "lora",  # noqa: A002 - the command's own word
     adapter_name: str | None = None,
     batch: Mapping[str, Tensor] | None = None,
+    **options: Any,
 ) -> dict[str, Any]:
     """Write an adapter to the folder `path` in another form and return what was measured on the way.
 
     Args:
         model: a PEFT model with an adapter of this library.
         path: folder to write into.
-        format: one of `FORMATS`: `lora` for plain LoRA, which needs nothing but PEFT.
+        format: one of `FORMATS`: `lora` for plain LoRA, which needs nothing but PEFT; `packed` for the adapter at its
+            learned widths.
         adapter_name: by default the active adapter.
         batch: inputs to measure the output error on.
+        options: what the format takes besides, the keyword arguments of its function in `FORMATS`.
 
     Raises:
-        BayesLoraError: for an unknown format, or a model without an adapter of this library.
+        BayesLoraError: for an unknown format or option, or a model without an adapter of this library.
     """
     if format not in FORMATS:
         raise BayesLoraError(f"format must be one of {sorted(FORMATS)}, not {format!r}")
-    return FORMATS[format](model, path, adapter_name, batch)
+    taken = inspect.signature(FORMATS[format]).parameters
+    if unknown := sorted(set(options) - set(taken)):
+        raise BayesLoraError(f"format {format!r} takes no option {unknown[0]!r}: drop it, or choose another format")
+    return FORMATS[format](model, path, adapter_name, batch, **options)
