@@ -8,8 +8,8 @@
 Three adapters are trained for each task and seed, with the same layers, steps, learning rate and data (90% of train):
 LoRA with dropout 0.1, BLoB and Me-LoRA. Rows of the table that need no training of their own are read off them: LoRA
 with a temperature fitted on the other 10% of train, Monte-Carlo dropout, and the ensemble of the seeds' LoRA adapters.
-The language model is adapted in the last third of its layers, on the first 640 rows of train, so that steps and
-samples fit a CPU; of its LoRA adapters only seed 0's dropout is sampled.
+The language model is adapted in the last third of its layers, on the first 640 rows of train, and scored on the first
+512 of development, so that steps and samples fit a CPU; of its LoRA adapters only seed 0's dropout is sampled.
 One JSON file a run in benchmarks/results/calibration; runs whose file exists are skipped, and several processes share
 the work. Scores are of the test split where it has labels, otherwise of the development split, looked at once. With
 `--select` 30% of train are held out and nothing else is scored; files go to benchmarks/results/calibration-selection.
@@ -50,8 +50,9 @@ TRAINING = {
     "arc_easy": Training(steps=216, learning_rate=1e-3, batch_size=8, max_length=256),
 }
 ATTENTION = ["query", "key", "value"]
+DECODER = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 LAST_THIRD = list(range(20, 30))
-FEW_ROWS = 640
+FEW_ROWS, FEW_SCORED = 640, 512
 TARGETS = {"mrpc": ATTENTION, "rte": ATTENTION, "cola": [*ATTENTION, "dense"]}
 ROWS = {
     "lora": "LoRA",
@@ -69,7 +70,7 @@ SCORES = ("accuracy", "ece", "nll", "brier", "aurc")
 def configuration(method: str, task: str, options: dict[str, Any]) -> PeftConfig:
     shared = {"r": 8, "lora_alpha": 16}
     if task in LANGUAGE:
-        shared |= {"target_modules": ["q_proj", "v_proj"], "layers_to_transform": LAST_THIRD, "task_type": "CAUSAL_LM"}
+        shared |= {"target_modules": DECODER, "layers_to_transform": LAST_THIRD, "task_type": "CAUSAL_LM"}
     else:
         shared |= {"target_modules": TARGETS[task], "task_type": "SEQ_CLS"}
     if method == "lora":
@@ -86,7 +87,8 @@ def run(
     is_language = task_name in LANGUAGE
     task = load_task(task_name, data_dir)
     if is_language:
-        task.splits["train"] = task.splits["train"].select(range(FEW_ROWS))
+        for name, count in (("train", FEW_ROWS), ("validation", FEW_SCORED)):
+            task.splits[name] = task.splits[name].select(range(count))
     task = hold_out(task, 0.3 if select else 0.1)
     base, tokenizer, encoded = (language_model if is_language else classifier)(task, training)
     config = configuration(method, task_name, options)
