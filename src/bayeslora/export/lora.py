@@ -3,6 +3,9 @@ r"""Export to plain LoRA: what a process that has never heard of this library ca
 The diagonal is folded into A, `lora_A = diag(E ∘ G) A` and `lora_B = B` at their deployed widths, and `alpha_pattern`
 keeps the trained scaling where a rank was cut. That is the same function where only the adapter's own matrices are
 quantized; a quantized base weight or activation cannot be expressed, and the difference is measured and reported.
+
+The uniform form is for servers that read `r` and `lora_alpha` and no patterns: every layer is padded with ranks of
+zeros to one r, its scaling is folded into B, and `lora_alpha` = r. docs/serving.md has the servers' rules.
 """
 
 from __future__ import annotations
@@ -13,12 +16,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from peft import LoraConfig, get_peft_model_state_dict
+from peft import LoraConfig, PeftModel, get_peft_model_state_dict
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from bayeslora.errors import BayesLoraError
-from bayeslora.methods.describe import tuner_of
+from bayeslora.export.draws import DrawsWeights, Factors, check_draws, drawn
+from bayeslora.methods.describe import describe, tuner_of
 from bayeslora.methods.layer import BayesLayer
 from bayeslora.methods.tuner import BayesTuner
 
@@ -34,6 +38,8 @@ _SHARED_FIELDS = (
     "layers_pattern",
     "lora_dropout",
 )
+SERVED_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)
+"""Values above 1 of vLLM's `--max-lora-rank`, which reserves that rank for every adapter."""
 
 
 def export_lora(
@@ -41,34 +47,100 @@ def export_lora(
     path: str | Path,
     adapter_name: str | None = None,
     batch: Mapping[str, Tensor] | None = None,
+    *,
+    uniform: bool = False,
+    draws: int | None = None,
+    seed: int = 0,
+    posterior: DrawsWeights | None = None,
 ) -> dict[str, Any]:
-    """Write the adapter as a PEFT LoRA folder.
+    """Write the adapter as a PEFT LoRA folder, or K draws of its posterior as K of them.
 
     Args:
         model: a PEFT model with an adapter of this library.
         path: folder to write `adapter_config.json` and `adapter_model.safetensors` into; created if missing.
         adapter_name: by default the active adapter.
         batch: inputs to measure the output error on; by default the model's own `dummy_inputs`.
+        uniform: one rank for all layers, the least of `SERVED_RANKS` that holds every layer's (without a limit, where
+            none does), with `lora_alpha` equal to it: for vLLM, SGLang and llama.cpp.
+        draws: K, to write draws of the weights instead of their mean, into the folders draw-0 … draw-(K - 1) of
+            `path`. Their mean probabilities are those of `predict(model, batch, samples=K, seed=seed)`.
+        seed: of the draws.
+        posterior: draws the weights of a deterministic adapter: the `IVON` that trained it, or `load_posterior(…)`.
 
     Returns:
         `max_output_error` and `max_output`, over the outputs of this model and of the exported one on the batch (None
-        where there was nothing to measure on), and `ranks` by layer.
+        where there was nothing to measure on), and `ranks` by layer; of all draws the largest, and their number.
 
     Raises:
-        BayesLoraError: if the model has no adapter of this library.
+        BayesLoraError: if the model has no adapter of this library; for draws of a deterministic adapter; or for a
+            uniform form of an adapter that trains more than its matrices (a head, biases).
     """
+    if draws is None:
+        tuner, name = _tuner(model, adapter_name)
+        return _export_one(model, tuner, name, Path(path), batch, uniform, lambda _, layer: layer.factors(name))
+    check_draws(model, draws, seed, posterior)
+    found = []
+    if posterior is not None and not uniform and tuner_of(model) is None and isinstance(model, PeftModel):
+        name = adapter_name or model.active_adapters[0]
+        for draw in range(draws):
+            with drawn(model, name, seed, draw, posterior):
+                found.append(_save_lora(model, name, Path(path) / f"draw-{draw}"))
+    else:
+        tuner, name = _tuner(model, adapter_name)
+        for draw in range(draws):
+            with drawn(model, name, seed, draw, posterior) as factors:
+                found.append(_export_one(model, tuner, name, Path(path) / f"draw-{draw}", batch, uniform, factors))
+    largest = {
+        key: None if found[0][key] is None else max(each[key] for each in found)
+        for key in ("max_output_error", "max_output")
+    }
+    ranks = {layer: max(each["ranks"][layer] for each in found) for layer in found[0]["ranks"]}
+    return {**largest, "draws": draws, "ranks": ranks}
+
+
+def _export_one(
+    model: nn.Module,
+    tuner: BayesTuner,
+    name: str,
+    folder: Path,
+    batch: Mapping[str, Tensor] | None,
+    uniform: bool,
+    read: Factors,
+) -> dict[str, Any]:
+    layers = _named_layers(tuner, name)
+    factors = {key: _lora_factors(layer, read(key, layer)) for key, layer in layers.items()}
+    if uniform:
+        written, config = _uniform(tuner, name, layers, factors)
+    else:
+        written, config = factors, _config(tuner, name, layers, factors)
+    state = _state_dict(model, name, written)
+    if uniform:
+        _check_served(config, state)
+    folder.mkdir(parents=True, exist_ok=True)
+    save_file(state, folder / "adapter_model.safetensors", metadata={"format": "pt"})
+    config.save_pretrained(str(folder))
+    measured = _measure(model, layers, factors, name, batch)
+    return {**measured, "ranks": {key: len(a) for key, (a, _) in factors.items()}}
+
+
+def _save_lora(model: PeftModel, name: str, folder: Path) -> dict[str, Any]:
+    """PEFT's own LoRA with the weights it has now: the draws of an IVON are of this form already."""
+    ranks = {layer.name: layer.rank for layer in describe(model, name)}
+    state = {
+        key: tensor.detach().cpu().contiguous()
+        for key, tensor in get_peft_model_state_dict(model, adapter_name=name).items()
+    }
+    folder.mkdir(parents=True, exist_ok=True)
+    save_file(state, folder / "adapter_model.safetensors", metadata={"format": "pt"})
+    model.peft_config[name].save_pretrained(str(folder))
+    return {"max_output_error": None, "max_output": None, "ranks": ranks}
+
+
+def _tuner(model: nn.Module, adapter_name: str | None) -> tuple[BayesTuner, str]:
     tuner = tuner_of(model)
     if tuner is None:
         raise BayesLoraError(f"{type(model).__name__} has no adapter of bayeslora: plain LoRA needs no export")
-    name = adapter_name or tuner.active_adapters[0]
-    layers = _named_layers(tuner, name)
-    factors = {key: _lora_factors(layer, name) for key, layer in layers.items()}
-    folder = Path(path)
-    folder.mkdir(parents=True, exist_ok=True)
-    save_file(_state_dict(model, name, factors), folder / "adapter_model.safetensors", metadata={"format": "pt"})
-    _config(tuner, name, layers, factors).save_pretrained(str(folder))
-    measured = _measure(model, layers, factors, name, batch)
-    return {**measured, "ranks": {key: len(a) for key, (a, _) in factors.items()}}
+    return tuner, adapter_name or tuner.active_adapters[0]
 
 
 def _named_layers(tuner: BayesTuner, name: str) -> dict[str, BayesLayer]:
@@ -78,9 +150,9 @@ def _named_layers(tuner: BayesTuner, name: str) -> dict[str, BayesLayer]:
     return found
 
 
-def _lora_factors(layer: BayesLayer, name: str) -> tuple[Tensor, Tensor]:
+def _lora_factors(layer: BayesLayer, factors: tuple[Tensor, Tensor, Tensor]) -> tuple[Tensor, Tensor]:
     """`lora_A` (r, d_in) and `lora_B` (d_out, r) without ranks that contribute nothing; one of zeros if none does."""
-    a, diagonal, b = layer.factors(name)
+    a, diagonal, b = (part.detach() for part in factors)
     kept = diagonal != 0
     a, b = (diagonal.unsqueeze(1) * a)[kept], b[:, kept]
     if not kept.any():  # PEFT's LoRA has no rank 0
@@ -120,6 +192,46 @@ def _config(
         inference_mode=True,
         **{key: getattr(config, key) for key in _SHARED_FIELDS if hasattr(config, key)},
     )
+
+
+def _uniform(
+    tuner: BayesTuner, name: str, layers: dict[str, BayesLayer], factors: dict[str, tuple[Tensor, Tensor]]
+) -> tuple[dict[str, tuple[Tensor, Tensor]], LoraConfig]:
+    """The matrices padded with ranks of zeros to one rank, with the layers' scalings in them, and their config."""
+    largest = max(len(a) for a, _ in factors.values())
+    rank = next((served for served in SERVED_RANKS if served >= largest), largest)
+    padded = {}
+    for path, (a, b) in factors.items():
+        missing = rank - len(a)
+        scaled = b * layers[path].scaling[name]
+        padded[path] = (
+            torch.cat([a, a.new_zeros(missing, a.shape[1])]),
+            torch.cat([scaled, b.new_zeros(len(b), missing)], dim=1),
+        )
+    config = _config(tuner, name, layers, factors)
+    config.r = config.lora_alpha = rank
+    config.rank_pattern, config.alpha_pattern = {}, {}
+    if isinstance(config.target_modules, str):
+        config.target_modules = _target_names(tuner, layers)
+    return padded, config
+
+
+def _target_names(tuner: BayesTuner, layers: dict[str, BayesLayer]) -> list[str]:
+    """The last names of the adapted layers, or, where others of these names are not adapted, their whole paths."""
+    last = {path.rpartition(".")[2] for path in layers}
+    matched = {path for path, _ in tuner.model.named_modules() if path.rpartition(".")[2] in last}
+    return sorted(last if matched == set(layers) else layers)
+
+
+def _check_served(config: LoraConfig, state: dict[str, Tensor]) -> None:
+    """Raise where the adapter holds what servers of LoRA do not load."""
+    others = [key for key in state if not key.endswith((".lora_A.weight", ".lora_B.weight"))]
+    if config.modules_to_save or config.bias != "none" or others:
+        what = ", ".join(config.modules_to_save or ()) or (others[0] if others else f"bias={config.bias!r}")
+        raise BayesLoraError(
+            f"the adapter also trains {what}, and servers of LoRA load nothing but the matrices A and B: export it "
+            "without uniform, for PEFT alone"
+        )
 
 
 @torch.no_grad()

@@ -1,0 +1,65 @@
+"""The matrices of one draw of an adapter's weights, the very draw that `predict` and `generate` take for a seed.
+
+Draw number d depends on the seed and d alone: K exported draws are the ensemble whose mean
+`predict(model, batch, samples=K, seed=seed)` gives, and K + 1 begin with the same ones.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
+from typing import Protocol, runtime_checkable
+
+from torch import Tensor, nn
+
+from bayeslora.errors import BayesLoraError
+from bayeslora.methods.layer import BayesLayer
+from bayeslora.methods.sampling import has_posterior, posterior_mean, sampling
+from bayeslora.methods.variational import VariationalLayer
+from bayeslora.posterior import Noise
+
+Factors = Callable[[str, BayesLayer], tuple[Tensor, Tensor, Tensor]]
+"""From a layer's path and the layer to A (r, d_in), diagonal (r,) and B (d_out, r), float32, without the scaling."""
+
+
+@runtime_checkable
+class DrawsWeights(Protocol):
+    """What can set a model's weights to draws: an `IVON`, or what `load_posterior` returns."""
+
+    def sampled(self, seed: int = 0, draw: int = 0, antithetic: bool = False) -> AbstractContextManager[None]: ...
+
+
+def check_draws(model: nn.Module, draws: int, seed: int, posterior: object | None) -> None:
+    """Raise `BayesLoraError` where this many draws cannot be taken, before anything is written."""
+    if isinstance(draws, bool) or not isinstance(draws, int) or draws < 1:
+        raise BayesLoraError(f"draws is {draws!r}, a whole number of at least 1 is needed: leave it out for the mean")
+    if isinstance(seed, bool) or not isinstance(seed, int):
+        raise BayesLoraError(f"the seed is {seed!r}, a whole number is needed")
+    if posterior is not None and not isinstance(posterior, DrawsWeights):
+        raise BayesLoraError(
+            f"{type(posterior).__name__} keeps no posterior over the weights: give an IVON, or load_posterior(…)"
+        )
+    if posterior is None and not has_posterior(model):
+        raise BayesLoraError(
+            f"draws is {draws}, but the adapter is deterministic and has no posterior to draw from: leave draws out, "
+            "or give the posterior that IVON has learned"
+        )
+
+
+@contextmanager
+def drawn(
+    model: nn.Module, adapter_name: str, seed: int, draw: int, posterior: DrawsWeights | None
+) -> Iterator[Factors]:
+    """Inside, `model` computes with draw number `draw`; the value reads the matrices of a layer under it."""
+    if posterior is not None:
+        with posterior_mean(model), posterior.sampled(seed, draw):
+            yield lambda _path, layer: layer.factors(adapter_name)
+        return
+
+    def factors(path: str, layer: BayesLayer) -> tuple[Tensor, Tensor, Tensor]:
+        assert isinstance(layer, VariationalLayer)
+        a = layer.drawn_A(adapter_name, Noise("batch", seed, path, [draw]))
+        return a, a.new_ones(len(a)), layer.B(adapter_name).float()
+
+    with sampling(model, "batch", seed, [draw]):
+        yield factors
