@@ -34,8 +34,8 @@ from bayeslora.methods.importance import (
     triplet_scores,
     update_averages,
 )
-from bayeslora.methods.orthogonality import distance_from_orthogonal
-from bayeslora.methods.tuner import BayesTuner, Schedule
+from bayeslora.methods.orthogonality import distance_and_gradients, distance_from_orthogonal
+from bayeslora.methods.tuner import BayesTuner, Schedule, add_gradients
 
 
 @dataclass
@@ -127,9 +127,22 @@ class AdaLoraModel(BayesTuner):
         weight = self.config_of(self._driven_adapter()).orth_reg_weight
         if not weight:
             return {}
+        return {"orthogonality": weight * distance_from_orthogonal(*self._rows_and_columns())}
+
+    @torch.no_grad()
+    def add_penalty(self, parameters: Sequence[nn.Parameter], scale: float = 1.0) -> dict[str, Tensor]:
+        weight = self.config_of(self._driven_adapter()).orth_reg_weight
+        if not weight:
+            return {}
+        distance, pairs = distance_and_gradients(*self._rows_and_columns(), scale * weight)
+        trained = {id(parameter) for parameter in parameters}
+        add_gradients([(matrix, gradient) for matrix, gradient in pairs if id(matrix) in trained])
+        return {"orthogonality": distance * weight}
+
+    def _rows_and_columns(self) -> tuple[list[nn.Parameter], list[nn.Parameter]]:
+        """All A, whose rows are to be orthonormal, and all B, of which it is the columns."""
         groups = self._groups()
-        rows, columns = [a for group in groups for a in group.A], [b for group in groups for b in group.B]
-        return {"orthogonality": weight * distance_from_orthogonal(rows, columns)}
+        return [a for group in groups for a in group.A], [b for group in groups for b in group.B]
 
     # Schedule -----------------------------------------------------------------------------------------------------
 
@@ -162,7 +175,7 @@ class AdaLoraModel(BayesTuner):
         self.rank_budget = self.initial_budget
         self._observed: list[tuple[nn.Parameter, Tensor]] = []
         self._kept: dict[int, Tensor] = {}
-        self._variation: float | None = None
+        self._variation: Tensor | None = None
         # What is cut already, should the run go on after the last allocation; later weights may carry noise.
         self._cut_before: list[tuple[AdaLoraLayer, Tensor]] = []
         for layer in self._layers():
@@ -228,7 +241,8 @@ class AdaLoraModel(BayesTuner):
         ends = self.warm_up_end, self.final_step
         self.rank_budget = budget_at(done, *ends, self.initial_budget, self.target_budget)
         groups = self._groups()
-        scores = [self._scores(group, optimizer) for group in groups]
+        scored = [self._scores(group, optimizer) for group in groups]
+        scores = [score for score, _ in scored]
         device = scores[0].device
         keep = kept_ranks(torch.cat([score.flatten().to(device) for score in scores]), self.rank_budget)
         masks: list[Tensor] = []
@@ -237,24 +251,24 @@ class AdaLoraModel(BayesTuner):
             masks += part.view(score.shape).to(score.device, group.E[0].dtype).unbind()
         _multiply([e for group in groups for e in group.E], masks, optimizer)
         self._kept = {id(layer): mask for layer, mask in zip(self._layers(), masks, strict=True)}
-        self._variation = _variation(groups, optimizer) if hasattr(optimizer, "posterior") else None
+        self._variation = _variation([std.flatten().to(device) for _, stds in scored for std in stds])
         return masks
 
-    def _scores(self, group: _Group, optimizer: Optimizer) -> Tensor:
-        """Score (layers, r) of every triplet of `group`."""
+    def _scores(self, group: _Group, optimizer: Optimizer) -> tuple[Tensor, list[Tensor]]:
+        """Score (layers, r) of every triplet of `group`, and the posterior's deviations, where there is one."""
         importance = self.config_of(self._driven_adapter()).importance
+        matrices = group.A, group.E, group.B
+        if not hasattr(optimizer, "posterior"):
+            if importance == "sensitivity":
+                return triplet_scores(*[_averaged(parameters, optimizer) for parameters in matrices]), []
+            means = [torch.stack([p.float() for p in parameters]) for parameters in matrices]
+            return triplet_scores(*[score_of_posterior(importance, mean, None) for mean in means]), []
+        moments = [_stacked_posterior(parameters, optimizer) for parameters in matrices]
         if importance == "sensitivity":
-            elements = [_averaged(parameters, optimizer) for parameters in (group.A, group.E, group.B)]
-            return triplet_scores(*elements)
-        elements = []
-        for parameters in (group.A, group.E, group.B):
-            if not hasattr(optimizer, "posterior"):
-                elements.append(score_of_posterior(importance, torch.stack([p.float() for p in parameters]), None))
-                continue
-            moments = [optimizer.posterior(p) for p in parameters]
-            mean, std = (torch.stack([moment[index] for moment in moments]) for index in (0, 1))
-            elements.append(score_of_posterior(importance, mean, std))
-        return triplet_scores(*elements)
+            elements = [_averaged(parameters, optimizer) for parameters in matrices]
+        else:
+            elements = [score_of_posterior(importance, mean, std) for mean, std in moments]
+        return triplet_scores(*elements), [std for _, std in moments]
 
     # Layers -------------------------------------------------------------------------------------------------------
 
@@ -304,7 +318,7 @@ class AdaLoraModel(BayesTuner):
             by_suffix.setdefault(path.rpartition(".")[2], []).append(rank)
         values.update({f"rank/{suffix}": sum(group) / len(group) for suffix, group in by_suffix.items()})
         if self._variation is not None:
-            values["std_variation"] = self._variation
+            values["std_variation"] = float(self._variation)
         return values
 
 
@@ -331,7 +345,15 @@ def _multiply(entries: Sequence[nn.Parameter], masks: Sequence[Tensor], optimize
             mean.mul_(mask)
 
 
-def _variation(groups: Sequence[_Group], optimizer: Any) -> float:
-    """Coefficient of variation of the posterior's deviations, over all elements."""
-    stds = torch.cat([optimizer.posterior(p)[1].flatten() for group in groups for p in group.parameters])
-    return float(stds.std() / stds.mean())
+def _stacked_posterior(parameters: Sequence[nn.Parameter], optimizer: Any) -> tuple[Tensor, Tensor]:
+    """Means and deviations of parameters of one shape, stacked."""
+    moments = [optimizer.posterior(p) for p in parameters]
+    return torch.stack([mean for mean, _ in moments]), torch.stack([std for _, std in moments])
+
+
+def _variation(deviations: Sequence[Tensor]) -> Tensor | None:
+    """Coefficient of variation of the posterior's deviations, over all elements; None where there is no posterior."""
+    if not deviations:
+        return None
+    std, mean = torch.std_mean(torch.cat(list(deviations)))
+    return std / mean

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -47,8 +47,8 @@ class Schedule:
 class BayesTuner(BaseTuner):
     """Base of the methods: a method adds `penalty`, the roles and rates of its parameters, and its phases.
 
-    A training loop calls `begin` once, then around every optimizer step `step_begin`, `penalty` and `observe` before
-    it, `allocate` and `step_end` after it.
+    A training loop calls `begin` once, then around every optimizer step `step_begin`, `add_penalty` and `observe`
+    before it, `allocate` and `step_end` after it.
     """
 
     within_budget = False
@@ -153,6 +153,17 @@ class BayesTuner(BaseTuner):
     def penalty(self) -> dict[str, Tensor]:
         """Named scalar terms to add to the mean loss, functions of the parameters alone; empty where none applies."""
         return {}
+
+    def add_penalty(self, parameters: Sequence[nn.Parameter], scale: float = 1.0) -> dict[str, Tensor]:
+        """Add `scale` times the gradient of `penalty` to the `.grad` of `parameters`; returns the terms' values."""
+        terms = self.penalty()
+        if terms:
+            total = torch.stack(list(terms.values())).sum() * scale
+            gradients = torch.autograd.grad(total, list(parameters), allow_unused=True)
+            add_gradients(
+                [(p, gradient) for p, gradient in zip(parameters, gradients, strict=True) if gradient is not None]
+            )
+        return {name: value.detach() for name, value in terms.items()}
 
     @property
     def penalty_names(self) -> tuple[str, ...]:
@@ -260,6 +271,20 @@ class BayesTuner(BaseTuner):
         ranks = {path: layer.shrink(name) for path, layer in self.named_layers(name).items()}
         cast(Any, self.peft_config[name]).rank_pattern = ranks
         return ranks
+
+
+def add_gradients(pairs: Sequence[tuple[Tensor, Tensor]]) -> None:
+    """Add to the `.grad` of each first tensor the second one, which becomes it where there is none yet."""
+    known: list[Tensor] = []
+    added: list[Tensor] = []
+    for parameter, gradient in pairs:
+        if parameter.grad is None:
+            parameter.grad = gradient
+        else:
+            known.append(parameter.grad)
+            added.append(gradient)
+    if known:
+        torch._foreach_add_(known, added)
 
 
 def step_generator(seed: int, step: int) -> torch.Generator:

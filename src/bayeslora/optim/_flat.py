@@ -20,8 +20,8 @@ from bayeslora.posterior import Noise
 
 _ALIGNED = 16
 """Parameters start at multiples of this many elements; what lies between them takes part and is never read."""
-_PIECE = 16384
-"""Elements that a CPU works on at a time: several operations on what stays in its cache."""
+_PIECE = 65536
+"""Elements that a CPU works on at a time: several operations on what stays in its cache, and few calls of them."""
 _LOW = (torch.bfloat16, torch.float16)
 
 
@@ -119,11 +119,13 @@ class FlatGroup:
         A frozen parameter stays as it is, but has its share of the numbers.
         """
         noise = self._noise(source)
+        # The perturbation is kept times sqrt(ess), which an addition can divide out on its way.
+        narrower = self.group["ess"] ** -0.5
         for piece in self._pieces(range(len(self.parameters))):
             drawn, moved = self.scratch[piece], self.perturbation[piece]
-            deviation = torch.add(self.hessian[piece], self.group["weight_decay"], out=drawn)
-            torch.mul(noise[piece], deviation.mul_(self.group["ess"]).rsqrt_(), out=moved)
-            torch.add(self.mean[piece], moved, out=drawn)
+            deviation = torch.add(self.hessian[piece], self.group["weight_decay"], out=drawn).rsqrt_()
+            torch.mul(noise[piece], deviation, out=moved)
+            torch.add(self.mean[piece], moved, alpha=narrower, out=drawn)
         self.drawn = [index for index, p in enumerate(self.parameters) if p.requires_grad]
         if self.drawn:
             torch._foreach_copy_(self._weights(self.drawn), self._views(self.scratch, self.drawn))
@@ -214,10 +216,10 @@ class FlatGroup:
         for piece, correction in zip(pieces, corrections, strict=True):
             mean, hessian, momentum = self.mean[piece], self.hessian[piece], self.momentum[piece]
             gradient, difference, scratch = self.gradient[piece], self.paired[piece], self.scratch[piece]
-            # theta - m is the deviation times the noise, so that g (theta - m) / sigma^2 is ess (h + delta) times
-            # what was paired.
+            # theta - m is the perturbation over sqrt(ess), so that g (theta - m) / sigma^2 is sqrt(ess) (h + delta)
+            # times what was paired.
             torch.add(hessian, decay, out=scratch)
-            torch.sub(hessian, difference.mul_(scratch), alpha=options["ess"] / samples, out=difference)
+            torch.sub(hessian, difference.mul_(scratch), alpha=options["ess"] ** 0.5 / samples, out=difference)
             hessian.add_(difference, alpha=beta2 - 1)
             hessian.addcdiv_(difference.mul_(difference), scratch, value=0.5 * (1 - beta2) ** 2)
             if samples > 1:

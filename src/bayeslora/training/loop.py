@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
@@ -89,20 +88,10 @@ class BayesLoop:
         ranks, where a penalty in the loss would count once for each micro-batch and rank. `scale` is the loss scale of
         mixed precision when the gradients have not been unscaled yet.
         """
-        penalties = self.tuner.penalty()
-        self.penalties = {name: value.detach() for name, value in penalties.items()}
-        if penalties:
-            self._add_gradient(penalties, scale)
+        # The optimizer's groups are at hand; a walk over the model's tree would take longer than all that follows.
+        trained = [p for group in self.optimizer.param_groups for p in group["params"] if p.requires_grad]
+        self.penalties = self.tuner.add_penalty(trained, scale)
         self.tuner.observe(self.step, self.optimizer, scale)
-
-    def _add_gradient(self, penalties: dict[str, Tensor], scale: float) -> None:
-        total = torch.stack(list(penalties.values())).sum() * scale
-        parameters = [p for p in self.tuner.parameters() if p.requires_grad]
-        for parameter, gradient in zip(
-            parameters, torch.autograd.grad(total, parameters, allow_unused=True), strict=True
-        ):
-            if gradient is not None:
-                parameter.grad = gradient if parameter.grad is None else parameter.grad.add_(gradient)
 
     def step_end(self) -> None:
         """After the optimizer's step: steers the budget, then allocates ranks, calibrates or freezes what is due."""
