@@ -15,8 +15,10 @@ from transformers import PreTrainedModel, Trainer, TrainingArguments
 
 import bayeslora
 from bayeslora import AdaLoraConfig, BayesLoraError, describe, parameter_groups, shrink
+from bayeslora.methods.adalora import AdaLoraModel
 from bayeslora.methods.importance import IMPORTANCES
 from bayeslora.methods.orthogonality import distance_from_orthogonal
+from bayeslora.methods.tuner import BayesTuner
 from tests.conftest import build_tiny_gpt2
 from tests.methods.adalora_models import (
     FIRST,
@@ -193,6 +195,21 @@ def test_orthonormal_and_empty_matrices_have_no_distance_and_no_gradient() -> No
     assert not any(gradient.any() for gradient in torch.autograd.grad(value, [rows, empty]))
     a, b = (torch.randn(*shape, dtype=torch.double, requires_grad=True) for shape in ((2, 4), (4, 2)))
     assert torch.autograd.gradcheck(lambda a, b: distance_from_orthogonal([a], [b, b * 2]), (a, b))
+
+
+def test_the_gradient_in_closed_form_is_autograds_and_is_added_to_what_is_there() -> None:
+    found = []
+    for add_penalty in (BayesTuner.add_penalty, AdaLoraModel.add_penalty):
+        model = randomized(scored(orth_reg_weight=0.3)).double()
+        (a, _, b), (other_a, other_e, other_b) = (layer.triplets("default") for layer in layers_of(model))
+        a.grad = torch.ones_like(a)
+        value = add_penalty(model.base_model, [a, b, other_a, other_e], scale=8.0)["orthogonality"]
+        assert other_b.grad is None and other_e.grad is None  # not asked for; not in the penalty
+        assert a.grad.sub(1).abs().max() > 0.1
+        found.append([value, a.grad, b.grad, other_a.grad])
+    assert not found[0][0].requires_grad
+    for by_hand, by_autograd in zip(*reversed(found), strict=True):
+        _close(by_hand, by_autograd, atol=1e-10, rtol=1e-10)
 
 
 @pytest.mark.parametrize("importance", ["sensitivity", "snr_abs"])

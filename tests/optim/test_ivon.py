@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 import io
 from collections.abc import Callable
 from typing import Any
@@ -12,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from bayeslora import BayesLoraError
-from bayeslora.optim import IVON
+from bayeslora.optim import IVON, _flat
 from tests.oracles import ivon as oracle
 
 SHAPES = ((3, 5), (4,), (), (2, 0), (7, 3))
@@ -90,6 +91,29 @@ def test_steps_are_those_of_the_equations(samples: int, options: dict[str, Any])
             deviations = [oracle.deviation(w, chosen[index]) for w in known[index]]
             found = optimizer.posterior(parameter)[1].flatten()
             torch.testing.assert_close(found, torch.tensor(deviations, dtype=torch.float64), atol=1e-10, rtol=1e-10)
+
+
+@pytest.mark.parametrize("samples", [1, 2])
+def test_the_pieces_that_buffers_are_worked_on_in_change_nothing(
+    samples: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    found = []
+    for length in (1 << 20, 16, 24):  # all at once, a parameter or a part of one at a time, across their borders
+        monkeypatch.setattr(_flat, "_PIECE", length)
+        parameters = _parameters(torch.float64)
+        optimizer = IVON(parameters, lr=0.1, ess=50.0, betas=(0.8, 0.9), clip_radius=0.5, mc_samples=samples)
+        for _ in range(3):
+            optimizer.step(functools.partial(_backward, optimizer, parameters))
+        found.append([*_values(parameters), *(optimizer.state[p]["hessian"].clone() for p in parameters)])
+    for pieces in found[1:]:
+        torch.testing.assert_close(pieces, found[0], atol=1e-12, rtol=1e-12)
+
+
+def _backward(optimizer: IVON, parameters: list[nn.Parameter]) -> Tensor:
+    optimizer.zero_grad()
+    loss = _loss(parameters)
+    loss.backward()
+    return loss.detach()
 
 
 def test_draws_have_the_posteriors_deviation_and_differ_by_step_and_sample() -> None:
