@@ -1,15 +1,20 @@
-"""B-LoRA against LoRA on GLUE tasks: the same layers, steps, data, seeds and learning rate, one JSON file a run.
+"""The papers' GLUE table: every method on the same layers, steps, data and seeds, one JSON file a run.
 
     python benchmarks/glue.py --data-dir DATA                            # every missing run, then the table
-    python benchmarks/glue.py --data-dir DATA --tasks cola --seeds 0 1   # some of them
-    python benchmarks/glue.py --table                                    # only the table, from the files there are
-    python benchmarks/glue.py --data-dir DATA --select --tasks mrpc --set bit_penalty=2e-4   # to choose settings
+    python benchmarks/glue.py --data-dir DATA --tasks cola --seeds 0 1 --methods lora blora-q+ra    # some of them
+    python benchmarks/glue.py --data-dir DATA --model FOLDER             # on another encoder, in results/glue-FOLDER
+    python benchmarks/glue.py --data-dir DATA --ablation --tasks mrpc    # the importances of Bayesian AdaLoRA
+    python benchmarks/glue.py --data-dir DATA --select --tasks mrpc --methods blora-q+ra --set bit_penalty=2e-4
 
-Runs whose file exists in benchmarks/results/glue are skipped: an interrupted benchmark goes on where it stopped,
-and several processes can share the work: a run under way is claimed by a lock file. The score is the task's
-own metric on all held-out rows (the development and, where it has labels, the test split), looked at once, after
-training. With `--select` a fifth of the training rows is held out, nothing else is scored, and the files go to
-benchmarks/results/glue-selection: what the defaults were chosen on.
+Runs whose file exists are skipped: an interrupted benchmark goes on where it stopped, and several processes can share
+the work, for a run under way is claimed. A file that records other settings than are wanted now stops the benchmark
+before it starts. Each run is a process of its own, whose peak of memory is recorded. The score is the task's own
+metric on all held-out rows (the development and, where it has labels, the test split), looked at once, after training.
+
+`--ablation` trains Bayesian AdaLoRA with each of its six importances, under IVON at the paper's settings and at ones
+with which the Hessian moves; files go to results/importance. `--select` holds a fifth of the training rows out, scores
+nothing else, and writes to results/glue-selection: to choose settings on, which `--set FIELD=JSON` changes (fields of
+the method's configuration, of the training, or of IVON as `ivon.FIELD`).
 """
 
 from __future__ import annotations
@@ -17,119 +22,183 @@ from __future__ import annotations
 import argparse
 import json
 import statistics
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
 from datasets import concatenate_datasets
-from harness import Training, classifier, fine_tune, once
-from peft import LoraConfig, PeftConfig
+from harness import Training, classifier, fine_tune, in_own_process, once
+from records import GLUE_TASKS, IMPORTANCES, IVON_SETTINGS, RESULTS, Run, check_settings
+from rows import ROWS, Row, describe, optimizer_of, target_modules, training_of
+from torch import nn
 from transformers import set_seed
 
 import bayeslora
 from bayeslora.cost import relative_bops
+from bayeslora.errors import BayesLoraError
 from bayeslora.evaluation import evaluate, hold_out, load_task
 
-RESULTS = Path(__file__).parent / "results" / "glue"
-SELECTION = RESULTS.with_name("glue-selection")
-TRAINING = {"mrpc": Training(345), "cola": Training(960, 5e-4), "sst2": Training(260)}
-ATTENTION = ["query", "key", "value"]
+TRAINING = {
+    "sst2": Training(300),
+    "cola": Training(960, 5e-4),
+    "mrpc": Training(345),
+    "rte": Training(312),
+    "stsb": Training(360),
+}
 # With attention alone, this encoder of sentence meanings has learned next to nothing of grammar after 800 steps.
-TARGETS = {"mrpc": ATTENTION, "cola": [*ATTENTION, "dense"], "sst2": ATTENTION}
+ALL_LINEAR = ("cola",)
+CURVE = (1, 2, 4)
+"""Ranks below the full one that DyLoRA is scored at, too."""
 
 
-def configuration(task: str, method: str, options: dict[str, Any]) -> PeftConfig:
-    shared = {"r": 8, "lora_alpha": 16, "target_modules": TARGETS[task], "task_type": "SEQ_CLS"}
-    if method == "lora":
-        return LoraConfig(**shared)
-    return bayeslora.BLoraConfig(mode=method.removeprefix("blora-"), **shared, **options)
+@dataclass(frozen=True)
+class Job:
+    """One run: what it is, how it is trained, and where its data are."""
+
+    task: str
+    method: str
+    seed: int
+    model: str
+    data_dir: Path
+    target_modules: list[str]
+    select: bool = False
+    setting: str | None = None
+    options: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def row(self) -> Row:
+        return ROWS[self.method]
+
+    @property
+    def training(self) -> Training:
+        return training_of(self.row, self.task, TRAINING[self.task], self.options)
+
+    @property
+    def optimizer(self) -> dict[str, Any]:
+        changed = {name.removeprefix("ivon."): v for name, v in self.options.items() if name.startswith("ivon.")}
+        return {**optimizer_of(self.row, self.setting), **changed}
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """What has to be the same in a file that is already there."""
+        return {
+            "model": self.model,
+            "training": vars(self.training),
+            "optimizer": self.optimizer,
+            "target_modules": self.target_modules,
+        }
 
 
-def run(
-    task_name: str, method: str, seed: int, data_dir: Path, options: dict[str, Any], select: bool
-) -> dict[str, Any]:
-    """Train and score one run with `options` in B-LoRA's configuration; returns what its file holds."""
-    set_seed(seed)
-    task = load_task(task_name, data_dir)
-    if select:
+def run(job: Job) -> Run:
+    """Train and score one run; returns what its file holds."""
+    set_seed(job.seed)
+    task = load_task(job.task, job.data_dir)
+    if job.select:
         task = hold_out(task, 0.2)
-    training = TRAINING[task_name]
-    base, tokenizer, encoded = classifier(task, training)
-    config = configuration(task_name, method, options)
-    model, trained = fine_tune(base, tokenizer, encoded["train"], config, training, seed)
-    scored = ["selection"] if select else [split for split in ("validation", "test") if split in encoded]
+    row, training = job.row, job.training
+    base, tokenizer, encoded = classifier(task, training, job.model, **row.loading())
+    own = {name: v for name, v in job.options.items() if name not in vars(training) and not name.startswith("ivon.")}
+    shared = {"target_modules": job.target_modules, "task_type": "SEQ_CLS", **own}
+    config = row.build(shared, training.steps)
+    ivon = {name: value for name, value in job.optimizer.items() if name != "name"} if row.ivon else None
+    model, trained = fine_tune(
+        base, tokenizer, encoded["train"], config, training, job.seed,
+        ivon=ivon, callback=row.callback, mixin=row.mixin,
+    )  # fmt: skip
+    scored = ["selection"] if job.select else [split for split in ("validation", "test") if split in encoded]
     held_out = concatenate_datasets([encoded[split] for split in scored])
-    ranks = bayeslora.shrink(model)
-    scores = evaluate(model, held_out, task, tokenizer, batch_size=64).scores
-    layers = bayeslora.describe(model)
-    return {
-        "task": task_name,
-        "method": method,
-        "options": options,
-        "seed": seed,
-        "training": vars(training),
-        "target_modules": TARGETS[task_name],
+
+    def scores(samples: int = 0) -> dict[str, float]:
+        return evaluate(model, held_out, task, tokenizer, 64, samples, job.seed).scores
+
+    bayeslora.shrink(model)
+    found: Run = {
+        "task": job.task,
+        "method": job.method,
+        "options": job.options,
+        "seed": job.seed,
+        **job.settings,
         "metric": task.metric,
         "held_out": len(held_out),
-        "scores": scores,
-        "relative_bops": relative_bops(model, layers=layers),
-        "median_adapter_bits": statistics.median(layer.bits[kind] for layer in layers for kind in "AEB"),
-        "mean_rank": statistics.mean(ranks.values()) if ranks else 8,
-        "layers": [layer.to_dict() for layer in layers],
-        **trained,
+        "scores": scores(),
     }
+    if row.samples:
+        found["sampled"] = {"samples": row.samples, "scores": scores(row.samples)}
+    if job.method == "dylora":
+        found["rank_curve"] = rank_curve(model, scores)
+    layers = describe(model)
+    adapted = [layer.bits[kind] for layer in layers for kind in "AEB"]
+    found |= {
+        "relative_bops": relative_bops(model, layers=layers),
+        "median_adapter_bits": statistics.median(adapted) if adapted else None,
+        "mean_rank": statistics.mean(layer.rank for layer in layers) if layers else None,
+        "layers": [layer.to_dict() for layer in layers],
+    }
+    return {**found, **trained}
 
 
-def table() -> str:
-    """Mean and sample standard deviation over seeds, for every task and method that has files."""
-    runs: dict[tuple[str, str], list[dict[str, Any]]] = {}
-    for path in sorted(RESULTS.glob("*.json")):
-        found = json.loads(path.read_text(encoding="utf-8"))
-        runs.setdefault((found["task"], found["method"]), []).append(found)
-    lines = [
-        "| task | method | metric | score | seeds | steps | attention BOPs | median adapter bits | mean rank |",
-        "|---|---|---|---|---|---|---|---|---|",
-    ]
-    for (task, method), found in sorted(runs.items(), key=lambda item: (item[0][0], item[0][1] != "lora", item[0][1])):
-        scores = [100 * each["scores"][each["metric"]] for each in found]
-        spread = statistics.stdev(scores) if len(scores) > 1 else float("nan")
-        mean = {key: statistics.mean(each[key] for each in found) for key in ("median_adapter_bits", "mean_rank")}
-        bops = 100 * statistics.mean(each["relative_bops"]["attention"] for each in found)
-        lines.append(
-            f"| {task} | {method} | {found[0]['metric']} | {statistics.mean(scores):.2f} ± {spread:.2f} "
-            f"| {len(scores)} "
-            f"| {TRAINING[task].steps} | {bops:.1f}% | {mean['median_adapter_bits']:.1f} | {mean['mean_rank']:.1f} |"
-        )
-    return "\n".join(lines) + "\n"
+def rank_curve(model: nn.Module, scores: Any) -> dict[str, dict[str, float]]:
+    """Scores of the same adapter at lower ranks."""
+    found = {}
+    for rank in CURVE:
+        with bayeslora.at_rank(model, rank):
+            found[str(rank)] = scores()
+    return found
+
+
+def jobs(given: argparse.Namespace) -> dict[Path, Job]:
+    """The runs that are asked for, by the file that each is written to; all rows of a seed before the next."""
+    what = ("importance" if given.ablation else "glue") + ("-selection" if given.select else "")
+    folder = given.results / (what if given.model == "minilm" else f"{what}-{Path(given.model).name}")
+    options = {key: json.loads(value) for key, value in (item.split("=", 1) for item in given.set)}
+    changed = "".join(f"-{key}={value}" for key, value in options.items()).replace(" ", "")
+    targets = {every: target_modules(given.model, every) for every in (False, True)}
+    found = {}
+    for seed in given.seeds:
+        for task in given.tasks or (("mrpc",) if given.ablation else GLUE_TASKS):
+            common = (seed, given.model, given.data_dir, targets[task in ALL_LINEAR], given.select)
+            if given.ablation:
+                for setting in IVON_SETTINGS:
+                    for importance in IMPORTANCES:
+                        own = {**options, "importance": importance}
+                        file = folder / f"{task}-{importance}-{setting}{changed}-{seed}.json"
+                        found[file] = Job(task, "bayes_adalora", *common, setting, own)
+            else:
+                for method in given.methods:
+                    file = folder / f"{task}-{method}{changed}-{seed}.json"
+                    found[file] = Job(task, method, *common, None, options)
+    return found
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--data-dir", type=Path)
-    parser.add_argument("--tasks", nargs="+", default=list(TRAINING), choices=list(TRAINING))
-    parser.add_argument("--methods", nargs="+", default=["lora", "blora-q+ra"])
+    parser.add_argument("--data-dir", type=Path, required=True)
+    parser.add_argument("--tasks", nargs="+", choices=GLUE_TASKS, help="by default all; mrpc for the ablation")
+    parser.add_argument("--methods", nargs="+", default=list(ROWS), choices=list(ROWS))
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
+    parser.add_argument("--model", default="minilm", metavar="minilm|FOLDER", help="the packaged encoder or a folder")
     parser.add_argument("--threads", type=int)
+    parser.add_argument("--ablation", action="store_true", help="the importances instead of the methods")
     parser.add_argument("--select", action="store_true", help="hold rows of train out, and score on them alone")
-    parser.add_argument("--set", nargs="+", default=[], metavar="FIELD=JSON", help="B-LoRA's configuration")
-    parser.add_argument("--table", action="store_true", help="only write the table")
+    parser.add_argument("--set", nargs="+", default=[], metavar="FIELD=JSON", help="settings, with --select")
+    parser.add_argument("--results", type=Path, default=RESULTS, help="the folder of all results")
     given = parser.parse_args()
     if given.threads:
         torch.set_num_threads(given.threads)
     if given.set and not given.select:
         parser.error("--set belongs to --select: the benchmark itself runs the defaults")
-    options = {name: json.loads(value) for name, value in (item.split("=", 1) for item in given.set)}
-    results = SELECTION if given.select else RESULTS
-    wanted = [(t, m, s) for s in given.seeds for t in given.tasks for m in given.methods]
-    for task, method, seed in [] if given.table else wanted:
-        changed = "".join(f"-{name}={value}" for name, value in options.items()) if method != "lora" else ""
-        path = results / f"{task}-{method}{changed.replace(' ', '')}-{seed}.json"
-        once(path, lambda t=task, m=method, s=seed: run(t, m, s, given.data_dir, options, given.select))
-    if given.select:
-        return
-    RESULTS.mkdir(parents=True, exist_ok=True)
-    (RESULTS / "table.md").write_text(table(), encoding="utf-8")
-    print(table())
+    wanted = jobs(given)
+    try:
+        for path, job in wanted.items():
+            check_settings(path, job.settings)
+    except BayesLoraError as error:
+        parser.error(str(error))
+    for path, job in wanted.items():
+        once(path, lambda each=job: in_own_process(run, each))  # type: ignore[misc]
+    from results_glue import glue_section
+
+    print(glue_section(given.results))
 
 
 if __name__ == "__main__":

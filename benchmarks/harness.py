@@ -2,20 +2,31 @@
 
 from __future__ import annotations
 
+import fcntl
+import functools
 import json
+import multiprocessing
 import os
+import platform
+import resource
+import sys
 import tempfile
+import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import peft
 import torch
+import transformers
 from datasets import Dataset
 from peft import PeftConfig, get_peft_model
 from torch import nn
 from transformers import (
+    AutoConfig,
     AutoModelForCausalLM,
     AutoModelForSequenceClassification,
     AutoTokenizer,
@@ -23,6 +34,7 @@ from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerBase,
     Trainer,
+    TrainerCallback,
     TrainingArguments,
 )
 
@@ -36,6 +48,8 @@ from bayeslora.evaluation import (
     packaged_model,
     unpack_model,
 )
+from bayeslora.optim import IVON, unwrapped
+from bayeslora.training.ivon import posterior_statistics
 
 # The base model's own dropout takes a quarter of a step on a CPU; no method has it in these benchmarks.
 NO_DROPOUT = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
@@ -53,14 +67,30 @@ class Training:
     max_length: int = 128
 
 
-def classifier(task: Task, training: Training) -> tuple[PreTrainedModel, PreTrainedTokenizerBase, dict[str, Dataset]]:
-    """The packaged encoder with a new head, its tokenizer, and the encoded splits."""
-    folder = packaged_model("minilm")
+def model_folder(model: str) -> Path:
+    """Where a named packaged encoder, or a folder, lies."""
+    return packaged_model(model) if model == "minilm" else Path(model)
+
+
+def classifier(
+    task: Task, training: Training, model: str = "minilm", **loading: Any
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase, dict[str, Dataset]]:
+    """An encoder with a new head (of one output for a regression), its tokenizer, and the encoded splits.
+
+    Args:
+        task: decides the head.
+        training: says how long texts may be.
+        model: `"minilm"`, the packaged encoder, or a model folder.
+        loading: for `from_pretrained`, such as a quantization.
+    """
+    folder = model_folder(model)
     tokenizer = AutoTokenizer.from_pretrained(folder)
-    model = AutoModelForSequenceClassification.from_pretrained(
-        folder, num_labels=len(task.labels), **NO_DROPOUT, **ATTENTION
-    )
-    return model, tokenizer, encode(task, tokenizer, training.max_length)
+    config = AutoConfig.from_pretrained(folder, num_labels=max(1, len(task.labels)))
+    for name, value in NO_DROPOUT.items():
+        if hasattr(config, name):
+            setattr(config, name, value)
+    loaded = AutoModelForSequenceClassification.from_pretrained(folder, config=config, **ATTENTION, **loading)
+    return loaded, tokenizer, encode(task, tokenizer, training.max_length)
 
 
 def language_model(
@@ -82,15 +112,31 @@ def fine_tune(
     base: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
     data: Dataset,
-    config: PeftConfig,
+    config: PeftConfig | None,
     training: Training,
     seed: int,
+    *,
+    ivon: Mapping[str, Any] | None = None,
+    callback: Callable[[nn.Module], TrainerCallback] | None = None,
+    mixin: type | None = None,
 ) -> tuple[nn.Module, dict[str, Any]]:
-    """The adapted and trained model, with `seconds`, `parameters` and the `history` of its training.
+    """The adapted and trained model, with `seconds`, `parameters`, `peak_memory_bytes` and the training's `history`.
 
-    `seed` is that of the data's order; the head and the adapter start from torch's present state.
+    `peak_memory_bytes` is the largest resident size of this process until the end of training, libraries and data
+    included: it is a run's own where each has a process of its own (`once`).
+
+    Args:
+        base: a model with its head.
+        tokenizer: pads the batches.
+        data: encoded rows.
+        config: the adapter's; None trains the whole model.
+        training: how long and how fast.
+        seed: of the data's order; the head and the adapter start from torch's present state.
+        ivon: options of IVON, which trains instead of AdamW, at `training.learning_rate`; adds `posterior`.
+        callback: makes one for the adapted model, for methods that have to be called in each step.
+        mixin: a class to put before the Trainer's.
     """
-    model = get_peft_model(base, config)
+    model: nn.Module = base if config is None else get_peft_model(base, config)
     parameters = bayeslora.cost.count_parameters(model)
     causal = "choice_mask" in data.column_names
     with tempfile.TemporaryDirectory() as scratch:
@@ -100,6 +146,8 @@ def fine_tune(
             per_device_train_batch_size=training.batch_size,
             learning_rate=training.learning_rate,
             warmup_steps=round(0.06 * training.steps),
+            # Clipping would scale what IVON estimates the Hessian from; it has a bound on the step instead.
+            max_grad_norm=1.0 if ivon is None else 0.0,
             bf16=True,
             train_sampling_strategy="group_by_length",
             use_cpu=not torch.cuda.is_available(),
@@ -110,34 +158,87 @@ def fine_tune(
             disable_tqdm=True,
             remove_unused_columns=not causal,
         )
+        kind: type[Trainer] = ChoiceTrainer if causal else Trainer
+        if mixin is not None:
+            kind = type(f"{mixin.__name__}{kind.__name__}", (mixin, kind), {})
         if causal:
             scoring = choice_scoring(data, tokenizer)
-            trainer: Trainer = ChoiceTrainer(
-                model, arguments, train_dataset=data, data_collator=scoring.collate, class_logits=scoring.logits
-            )
+            options: dict[str, Any] = {"data_collator": scoring.collate, "class_logits": scoring.logits}
         else:
-            trainer = Trainer(model, arguments, train_dataset=data, data_collator=DataCollatorWithPadding(tokenizer))
-        bayeslora.attach(trainer, num_examples=len(data) if bayeslora.methods.has_posterior(model) else None)
+            options = {"data_collator": DataCollatorWithPadding(tokenizer)}
+        callbacks = [] if callback is None else [callback(model)]
+        trainer = kind(model=model, args=arguments, train_dataset=data, callbacks=callbacks, **options)
+        examples = len(data) if ivon is not None or bayeslora.methods.has_posterior(model) else None
+        factory = None if ivon is None else functools.partial(IVON, **ivon)
+        bayeslora.attach(trainer, num_examples=examples, optimizer=factory)
         start = time.perf_counter()
         trainer.train()
         seconds = time.perf_counter() - start
-    return model, {"seconds": seconds, "parameters": parameters, "history": trainer.state.log_history}
+    found = {"seconds": seconds, "peak_memory_bytes": peak_memory(), "parameters": parameters}
+    if ivon is not None:
+        found["posterior"] = posterior_statistics(unwrapped(trainer.optimizer))
+    return model, {**found, "history": trainer.state.log_history}
+
+
+def peak_memory() -> int:
+    """Bytes: the largest resident size that this process has had."""
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else 1024 * peak
+
+
+def versions() -> dict[str, str]:
+    return {
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+        "peft": peft.__version__,
+        "bayeslora": bayeslora.__version__,
+        "python": platform.python_version(),
+    }
 
 
 def once(path: Path, run: Callable[[], dict[str, Any]]) -> None:
-    """Do `run` and write its result to `path`, unless that has been done, or another process is at it."""
+    """Do `run` and write its result to `path`, unless that has been done, or another process is at it.
+
+    A claim is a lock that ends with its process, however that ends, so that the next one takes the run up.
+    """
     if path.exists():
         return
     path.parent.mkdir(parents=True, exist_ok=True)
     lock = path.with_name(path.name + ".lock")
-    try:
-        os.close(os.open(lock, os.O_CREAT | os.O_EXCL))
-    except FileExistsError:
-        return
-    try:
-        found = {**run(), "versions": {"torch": torch.__version__, "bayeslora": bayeslora.__version__}}
-        beside = path.with_name(path.name + ".partial")
-        beside.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
-        beside.rename(path)
-    finally:
-        lock.unlink()
+    with open(lock, "w") as claim:
+        try:
+            fcntl.flock(claim, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return
+        try:
+            if path.exists():
+                return
+            found = {**run(), "versions": versions()}
+            beside = path.with_name(path.name + ".partial")
+            beside.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
+            beside.rename(path)
+        finally:
+            lock.unlink(missing_ok=True)
+
+
+def in_own_process(function: Callable[..., dict[str, Any]], *arguments: Any) -> dict[str, Any]:
+    """`function(*arguments)` in a fresh process, whose peak of memory is then that of this one call.
+
+    The process ends with this one. What the function raises is raised here.
+    """
+    spawned = multiprocessing.get_context("spawn")
+    threads = torch.get_num_threads()
+    with ProcessPoolExecutor(1, mp_context=spawned, initializer=_follow_parent, initargs=(threads,)) as pool:
+        return pool.submit(function, *arguments).result()
+
+
+def _follow_parent(threads: int) -> None:
+    torch.set_num_threads(threads)
+
+    def wait() -> None:
+        parent = multiprocessing.parent_process()
+        assert parent is not None
+        parent.join()
+        os._exit(1)
+
+    threading.Thread(target=wait, daemon=True).start()

@@ -85,8 +85,8 @@ def rank_figure(run: RunRecord) -> Figure | None:
         figure = style.new_figure(width, max(height, 1.9))
         axes = figure.add_subplot()
         norm = Normalize(0, max(highest, 1))
-        mesh = _cells(axes, ranks, style.rank_colormap(), norm, digits=_digits(ranks), size=_font(cell_height))
-        _label_grid(axes, grid, rotate)
+        mesh = draw_cells(axes, ranks, style.rank_colormap(), norm, digits=_digits(ranks), size=_font(cell_height))
+        label_grid(axes, grid, rotate)
         axes.set_title("Effective rank", pad=6)
         bar = figure.colorbar(mesh, ax=axes, pad=0.03, aspect=max(10, rows * 1.6))
         bar.set_label(f"rank (started at {_range_text([x.initial_rank for x in run.layers])})")
@@ -120,8 +120,8 @@ def bits_figure(run: RunRecord) -> Figure | None:
                 continue
             panel = panels[position]
             size = min(_font(cell_height), 6.5)
-            _cells(axes, panel, colors, norm, digits=_digits(panel), size=size)
-            _label_grid(axes, grid, False, [style.KIND_LABELS.get(kind, kind) for kind in run.kinds])
+            draw_cells(axes, panel, colors, norm, digits=_digits(panel), size=size)
+            label_grid(axes, grid, False, [style.KIND_LABELS.get(kind, kind) for kind in run.kinds])
             axes.tick_params(axis="x", labelsize=7)
             axes.set_title(grid.column_labels[position], pad=4)
             if position % across:
@@ -213,7 +213,10 @@ def _core_scope(run: RunRecord) -> str | None:
     return core if core in run.relative_bops else None
 
 
-def _cells(axes: Axes, values: np.ndarray, colors: Colormap, norm: Normalize, digits: int, size: float) -> QuadMesh:
+def draw_cells(
+    axes: Axes, values: np.ndarray, colors: Colormap, norm: Normalize, digits: int, size: float
+) -> QuadMesh:
+    """A grid of coloured cells with their values; a point stands where there is none."""
     mesh = axes.pcolormesh(np.ma.masked_invalid(values), cmap=colors, norm=norm, edgecolors="white", linewidth=0.8)
     for (row, column), value in np.ndenumerate(values):
         if math.isnan(value):
@@ -226,7 +229,8 @@ def _cells(axes: Axes, values: np.ndarray, colors: Colormap, norm: Normalize, di
     return mesh
 
 
-def _label_grid(axes: Axes, grid: LayerGrid, rotate: bool, columns: Sequence[str] | None = None) -> None:
+def label_grid(axes: Axes, grid: LayerGrid, rotate: bool, columns: Sequence[str] | None = None) -> None:
+    """Blocks up the side and matrices (or `columns`) along the bottom of a grid's cells."""
     labels = list(columns) if columns is not None else grid.column_labels
     axes.set_xticks(np.arange(len(labels)) + 0.5, labels)
     if rotate:

@@ -1,0 +1,171 @@
+"""Result files as the runners and the results page read them: one shape for old and new files, means over seeds.
+
+Nothing here needs torch, so that the page is generated in a second.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import statistics
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from bayeslora.errors import BayesLoraError
+
+RESULTS = Path(__file__).parent / "results"
+Run = dict[str, Any]
+
+GLUE_TASKS = ("sst2", "cola", "mrpc", "rte", "stsb")
+TASK_TITLES = {"sst2": "SST-2", "cola": "CoLA", "mrpc": "MRPC", "rte": "RTE", "stsb": "STS-B"}
+GLUE_ROWS = {
+    "full": "full fine-tuning",
+    "lora-r2": "LoRA r = 2",
+    "lora": "LoRA r = 8",
+    "lora-nf4": "LoRA r = 8, NF4 base",
+    "adalora": "AdaLoRA (PEFT, AdamW)",
+    "bayes_adalora": "Bayesian AdaLoRA (IVON)",
+    "dylora": "DyLoRA",
+    "blora-q": "B-LoRA q",
+    "blora-ra": "B-LoRA ra",
+    "blora-q+ra": "B-LoRA q + ra",
+    "melora": "Me-LoRA, mean",
+    "monteclora": "MonteCLoRA (PEFT)",
+    "pvera": "PVeRA (PEFT)",
+}
+"""Name in the files' names, and what the row is called."""
+SAMPLED = "-sampled"
+"""Ending of the name of a row that is scored on samples of the same run."""
+IMPORTANCES = ("snr_abs", "snr", "mean_abs", "inverse_std", "magnitude", "sensitivity")
+IVON_SETTINGS = {
+    "paper": {"hess_init": 1.0, "betas": [0.9, 0.99999], "weight_decay": 1e-8, "clip_radius": 1e-3},
+    "moving": {"hess_init": 1e-2, "betas": [0.9, 0.995], "weight_decay": 1e-8, "clip_radius": 1e-1},
+}
+"""The paper's, with which the Hessian hardly moves, and one with which it does. The learning rate is multiplied by
+`hess_init`, so `clip_radius` is divided by it: the largest change of a weight in a step is the same in both."""
+MMLU_ROWS = {
+    "base": "no fine-tuning",
+    "lora": "LoRA",
+    "qlora": "QLoRA (NF4 base)",
+    "blora-ra": "B-LoRA, ranks only",
+    "blora-q+ra": "B-LoRA, ranks and bits",
+}
+SHOTS = ("0", "5")
+
+
+def read_run(path: Path) -> Run:
+    """What a file holds, with what older files lack under the names of the newer ones.
+
+    Older files have `steps` and `learning_rate` where newer ones have `training`; the other values of `training` were
+    the same for all of them. They were made with AdamW on the packaged encoder.
+    """
+    found = json.loads(path.read_text(encoding="utf-8"))
+    if "training" not in found and "steps" in found:
+        old = {"steps": found["steps"], "learning_rate": found["learning_rate"]}
+        found["training"] = {**old, "batch_size": 32, "max_length": 128}
+    found.setdefault("model", "minilm")
+    found.setdefault("optimizer", {"name": "adamw"})
+    found["file"] = path.name
+    return dict(found)
+
+
+def read_runs(folder: Path) -> list[Run]:
+    """All runs of a folder, by file name; none where it does not exist."""
+    return [read_run(path) for path in sorted(folder.glob("*.json"))]
+
+
+def check_settings(path: Path, wanted: Mapping[str, Any]) -> None:
+    """Raise where `path` exists and records other settings than the `wanted` ones, which it would be mixed with.
+
+    Raises:
+        BayesLoraError: naming the file, the first setting that differs, and what to do.
+    """
+    if not path.exists():
+        return
+    found = read_run(path)
+    for name, value in wanted.items():
+        if found.get(name) != json.loads(json.dumps(value)):
+            raise BayesLoraError(
+                f"{path} records {name} {json.dumps(found.get(name))}, but the benchmark now wants "
+                f"{json.dumps(value)}: move the file elsewhere or restore the settings"
+            )
+
+
+def grouped(runs: Iterable[Run], *keys: str) -> dict[tuple[str, ...], list[Run]]:
+    """Runs by the values of `keys`, each list by seed."""
+    found: dict[tuple[str, ...], list[Run]] = {}
+    for run in sorted(runs, key=lambda each: each.get("seed") or 0):
+        found.setdefault(tuple(str(run[key]) for key in keys), []).append(run)
+    return found
+
+
+def check_alike(runs: Sequence[Run]) -> None:
+    """Raise `BayesLoraError` where runs of one row differ in the settings of their training."""
+    for run in runs[1:]:
+        for name in ("training", "optimizer", "target_modules"):
+            if run.get(name) != runs[0].get(name):
+                raise BayesLoraError(
+                    f"{run['file']} and {runs[0]['file']} were trained with different settings ({name}), a mean over "
+                    "them says nothing: keep one kind in the folder"
+                )
+
+
+def with_sampled(runs: Iterable[Run]) -> list[Run]:
+    """Runs, and for each that was scored with samples too a further one, named `…-sampled`, with those scores."""
+    found = []
+    for run in runs:
+        found.append(run)
+        if "sampled" in run:
+            found.append({**run, "method": run["method"] + SAMPLED, "scores": run["sampled"]["scores"]})
+    return found
+
+
+def row_titles(runs: Iterable[Run]) -> dict[str, str]:
+    """Titles of the GLUE rows in the table's order, with the rows of samples that `runs` have after their means."""
+    samples = {run["method"]: run["sampled"]["samples"] for run in runs if "sampled" in run}
+    titles = {}
+    for name, title in GLUE_ROWS.items():
+        titles[name] = title
+        if name in samples:
+            titles[name + SAMPLED] = f"{title.removesuffix(', mean')}, {samples[name]} samples"
+    return titles
+
+
+def score(run: Run) -> float:
+    """The task's own metric, in per cent."""
+    return 100 * float(run["scores"][run["metric"]])
+
+
+def spread(values: Sequence[float | None], digits: int = 2) -> str:
+    """Mean and sample standard deviation; a dash where there is no value, no deviation where there is one."""
+    known = [value for value in values if value is not None and math.isfinite(value)]
+    if not known:
+        return "–"
+    mean = f"{statistics.fmean(known):.{digits}f}"
+    return f"{mean} ± {statistics.stdev(known):.{digits}f}" if len(known) > 1 else mean
+
+
+def mean_of(runs: Sequence[Run], value: Callable[[Run], float | None]) -> float | None:
+    """The mean of what `value` finds in `runs`, or None."""
+    known = [found for found in map(value, runs) if found is not None]
+    return statistics.fmean(known) if known else None
+
+
+def mean_at(runs: Sequence[Run], *keys: str) -> float | None:
+    """The mean of the number at a path of keys in `runs`; None where none of them has it."""
+
+    def number(run: Run) -> float | None:
+        found: Any = run
+        for key in keys:
+            found = (found or {}).get(key)
+        return found
+
+    return mean_of(runs, number)
+
+
+def markdown_table(head: Sequence[str], rows: Iterable[Sequence[str]], left: int = 1) -> str:
+    """A Markdown table whose first `left` columns are aligned to the left and the others to the right."""
+    lines = ["| " + " | ".join(head) + " |"]
+    lines.append("|" + "|".join("---" if column < left else "---:" for column in range(len(head))) + "|")
+    return "\n".join([*lines, *("| " + " | ".join(row) + " |" for row in rows)]) + "\n"

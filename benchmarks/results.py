@@ -1,0 +1,125 @@
+"""The results page, docs/results.md, and its figures, from the committed files of benchmarks/results alone.
+
+    python benchmarks/results.py                              # writes docs/results.md and docs/figures/results-*.png
+    python benchmarks/results.py --results FOLDER --docs DIR  # of other results, elsewhere
+
+Nothing on the page is typed: what has not been run is left out, and listed as such.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable, Iterable
+from pathlib import Path
+
+from matplotlib.figure import Figure
+from records import RESULTS, read_runs, row_titles
+from results_figures import bits_figure, cost_figure, mmlu_figure, ranks_figure
+from results_glue import PAPERS, glue_runs, glue_section, patterns_section
+from results_sections import (
+    importance_section,
+    missing_section,
+    mmlu_section,
+    other_runs_section,
+    posterior_table,
+    timing_section,
+)
+
+from bayeslora.report import style
+
+DOCS = Path(__file__).resolve().parents[1] / "docs"
+INTRO = """# Results
+
+Written by `python benchmarks/results.py` from the files in `benchmarks/results/`, whose README says how they came
+about. Not edited by hand.
+"""
+GLUE_INTRO = """The packaged MiniLM-L6; the same layers, steps, data and seeds for all rows. Mean ± standard deviation
+over seeds, in per cent. In parentheses: {model} in {source}, a larger model trained
+for longer. BOPs are bit operations as a share of LoRA r = 16 on query, key and value at 32 × 32 bits, in the same
+scope. Seconds are those of runs that shared a machine with others: the tables under [Time](#time) compare. Memory is
+the peak of a process of its own, libraries included.
+
+"""
+Figures = dict[str, Callable[[Path], Figure | None]]
+FIGURES: Figures = {
+    "results-ranks": lambda results: ranks_figure(read_runs(results / "glue")),
+    "results-bits": lambda results: bits_figure(read_runs(results / "glue")),
+    "results-score-bops": lambda results: _cost_figure(results),
+    "results-mmlu": lambda results: mmlu_figure(read_runs(results / "mmlu")),
+}
+CAPTIONS = {
+    "results-ranks": "Ranks by layer and matrix, B-LoRA and AdaLoRA",
+    "results-bits": "Share of matrices at each width, B-LoRA q + ra",
+    "results-score-bops": "Score against the bit operations of attention",
+    "results-mmlu": "MMLU, zero- and five-shot",
+}
+
+
+def _cost_figure(results: Path) -> Figure | None:
+    runs = glue_runs(results / "glue")
+    return cost_figure(runs, row_titles(runs))
+
+
+def page(results: Path, figures: Iterable[str]) -> str:
+    """The whole page in Markdown.
+
+    Args:
+        results: the folder of all results.
+        figures: names of those that there are.
+    """
+    there = set(figures)
+
+    def figure(name: str) -> str:
+        return f"\n![{CAPTIONS[name]}](figures/{name}.png)\n" if name in there else ""
+
+    runs = glue_runs(results / "glue")
+    calibration = results / "calibration" / "table.md"
+    sections = {
+        "GLUE": (GLUE_INTRO.format(**PAPERS["glue"]) + glue_section(results) + figure("results-score-bops")),
+        "Patterns": patterns_section(results) + figure("results-ranks") + figure("results-bits"),
+        "Importance": importance_section(results) + posterior_table(runs),
+        "Calibration": calibration.read_text(encoding="utf-8") if calibration.exists() else "Not run.\n",
+        "MMLU": mmlu_section(results) + figure("results-mmlu"),
+        "Time": timing_section(results),
+    }
+    named = {"glue", "glue-selection", "glue-earlier"}
+    for folder in sorted(path.name for path in results.glob("glue-*") if path.is_dir() and path.name not in named):
+        sections[f"GLUE on {folder.removeprefix('glue-')}"] = glue_section(results, folder)
+    sections["Earlier runs"] = (
+        "Under earlier defaults or for another number of steps; scored on the same rows, and no part of the tables "
+        "above.\n\n" + other_runs_section(results, "glue-earlier")
+    )
+    sections["Selection runs"] = (
+        "Scored on a fifth of the training rows, to choose settings on.\n\n"
+        + other_runs_section(results, "glue-selection")
+    )
+    sections["Not run"] = missing_section(results)
+    body = [f"## {title}\n\n{text.strip()}\n" for title, text in sections.items()]
+    return "\n".join([INTRO, *body])
+
+
+def write(results: Path, docs: Path) -> None:
+    """Write the page and the figures that there are data for; figures without data are removed."""
+    drawn = {name: draw(results) for name, draw in FIGURES.items()}
+    (docs / "figures").mkdir(parents=True, exist_ok=True)
+    for name, figure in drawn.items():
+        path = docs / "figures" / f"{name}.png"
+        if figure is None:
+            path.unlink(missing_ok=True)
+        else:
+            path.write_bytes(style.png_bytes(figure))
+    shown = [name for name, figure in drawn.items() if figure is not None]
+    (docs / "results.md").write_text(page(results, shown), encoding="utf-8")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--results", type=Path, default=RESULTS, help="the folder of all results")
+    parser.add_argument("--docs", type=Path, default=DOCS, help="where results.md and figures/ are written")
+    given = parser.parse_args()
+    write(given.results, given.docs)
+    print(given.docs / "results.md")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,216 @@
+"""The parts of the results page beside the GLUE table: importances, MMLU, timing, and runs kept for the record."""
+
+from __future__ import annotations
+
+import json
+import statistics
+from pathlib import Path
+from typing import Any
+
+from patterns import Verdict, not_below
+from records import (
+    GLUE_ROWS,
+    GLUE_TASKS,
+    IMPORTANCES,
+    IVON_SETTINGS,
+    MMLU_ROWS,
+    SHOTS,
+    TASK_TITLES,
+    Run,
+    check_alike,
+    grouped,
+    markdown_table,
+    mean_at,
+    mean_of,
+    read_runs,
+    score,
+    spread,
+)
+from results_glue import CLOSE, PAPERS, SEEDS, Group, megabytes, missing, number, percent
+
+
+def importance_section(results: Path) -> str:
+    """Bayesian AdaLoRA's six scores under two settings of IVON, CV(σ), and whether magnitude alone does it."""
+    found = [
+        {**run, "importance": run["options"]["importance"], "setting": ivon_setting(run["optimizer"])}
+        for run in read_runs(results / "importance")
+    ]
+    if not found:
+        return "Not run.\n"
+    groups = grouped(found, "task", "setting", "importance")
+    rows, answers = [], []
+    for task, setting in dict.fromkeys(key[:2] for key in groups):
+        here = {name: groups[task, setting, name] for name in IMPORTANCES if (task, setting, name) in groups}
+        for name, group in here.items():
+            check_alike(group)
+            deviations = spread([run["posterior"]["posterior_std_variation"] for run in group], 4)
+            cells = [task, setting, name, str(len(group)), spread(list(map(score, group))), deviations]
+            rows.append([TASK_TITLES[task], *cells[1:]])
+        if {"magnitude", "snr_abs"} <= set(here):
+            alone, both = (list(map(score, here[name])) for name in ("magnitude", "snr_abs"))
+            difference = statistics.fmean(alone) - statistics.fmean(both)
+            verdict = Verdict(difference >= -CLOSE, f"{difference:+.2f} points")
+            answers.append([TASK_TITLES[task], setting, verdict.text, verdict.seen])
+    settings = "\n".join(
+        f"- `{name}`: " + ", ".join(f"{key} {value}" for key, value in options.items())
+        for name, options in IVON_SETTINGS.items()
+    )
+    question = f"Does magnitude alone do it (at most {CLOSE} points below `snr_abs`)?\n"
+    return "\n".join(
+        [
+            "CV(σ) is the standard deviation of the posterior's deviations over their mean: near 0, every score is a "
+            "function of the means alone, and a comparison of them says little. IVON's settings:\n",
+            settings + "\n",
+            markdown_table(["task", "IVON", "importance", "seeds", "score", "CV(σ)"], rows, left=3),
+            question,
+            markdown_table(["task", "IVON", "here", "magnitude − snr_abs"], answers, left=3),
+        ]
+    )
+
+
+def ivon_setting(optimizer: dict[str, Any]) -> str:
+    """The name of the settings that a file records."""
+    own = {name: value for name, value in optimizer.items() if name != "name"}
+    return next((name for name, options in IVON_SETTINGS.items() if options == own), "other")
+
+
+def posterior_table(runs: Group) -> str:
+    """CV(σ) of the rows of the GLUE table that IVON trained."""
+    rows = []
+    for (task, method), group in grouped([run for run in runs if "posterior" in run], "task", "method").items():
+        variation = spread([run["posterior"]["posterior_std_variation"] for run in group], 4)
+        rows.append([TASK_TITLES[task], GLUE_ROWS[method], ivon_setting(group[0]["optimizer"]), variation])
+    return "\n" + markdown_table(["task", "method", "IVON", "CV(σ)"], rows, left=3) if rows else ""
+
+
+def mmlu_section(results: Path) -> str:
+    """Accuracy of each row without and with examples, and what holds of the paper's findings."""
+    runs = read_runs(results / "mmlu")
+    if not runs:
+        return "Not run.\n"
+    groups = grouped(runs, "method")
+    rows = []
+    for row, title in MMLU_ROWS.items():
+        group = groups.get((row,))
+        if group:
+            check_alike(group)
+            cells = [title, str(len(group))]
+            cells += [spread([100 * run["shots"][shots]["accuracy"] for run in group]) for shots in SHOTS]
+            cells.append(percent(mean_at(group, "relative_bops", "attention")))
+            cells.append(number(mean_at(group, "mean_rank"), 1))
+            cells.append(number(mean_at(group, "seconds")))
+            cells.append(number(mean_of(group, megabytes)))
+            rows.append(cells)
+    head = [
+        "row",
+        "seeds",
+        *(f"{shots}-shot" for shots in SHOTS),
+        "BOPs: attention",
+        "mean rank",
+        "seconds",
+        "memory, MB",
+    ]
+    first = next((run for run in runs if run["training"]), runs[0])
+    subset = (
+        f"The first {first['subset']['per_subject']} test questions of each subject, {first['held_out']} in all: one "
+        f"standard error is about {100 * (0.25 * 0.75 / first['held_out']) ** 0.5:.1f} points. "
+    )
+    if first["training"]:
+        subset += (
+            f"Fine-tuned for {first['training']['steps']} steps of {first['training']['batch_size']} on "
+            f"{' and '.join(first['trained_on'])}, which stand in for MMLU's own training data. "
+        )
+    papers = PAPERS["mmlu"]
+    lost = "–".join(map(str, papers["points_lost_to_quantization"]))
+    paper = (
+        f"In {papers['source']} ({' and '.join(papers['models'])}) ranks alone equal QLoRA ({papers['qlora']}), and "
+        f"quantization costs {lost} points more.\n"
+    )
+    claims = []
+    for shots in SHOTS:
+        own = [{**run, "scores": run["shots"][shots]} for run in runs]
+        dense = "qlora" if ("qlora",) in groups else "lora"
+        equal = not_below(own, "blora-ra", dense, CLOSE)
+        costs = not_below(own, "blora-q+ra", "blora-ra", CLOSE)
+        claims.append(
+            [f"{shots}-shot: ranks alone are at most {CLOSE} points below {MMLU_ROWS[dense]}", equal.text, equal.seen]
+        )
+        claims.append([f"{shots}-shot: bits cost more than {CLOSE} points", _not(costs).text, costs.seen])
+    return "\n".join(
+        [subset + paper, markdown_table(head, rows), markdown_table(["claim", "here", ""], claims, left=3)]
+    )
+
+
+def _not(verdict: Verdict) -> Verdict:
+    return Verdict(None if verdict.holds is None else not verdict.holds, verdict.seen)
+
+
+def variants_table(variants: dict[str, dict[str, Any]]) -> str:
+    """A timing script's variants with whatever numbers they have."""
+    columns = list(
+        dict.fromkeys(key for each in variants.values() for key, v in each.items() if isinstance(v, (int, float)))
+    )
+    rows = [[name, *(_plain(values.get(column)) for column in columns)] for name, values in variants.items()]
+    return markdown_table(["variant", *(column.replace("_", " ") for column in columns)], rows)
+
+
+def _plain(value: Any) -> str:
+    if not isinstance(value, (int, float)):
+        return "–"
+    return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.4g}"
+
+
+def timing_section(results: Path) -> str:
+    """The tables of the timing scripts' files."""
+    parts = []
+    for path in sorted(results.glob("*.json")):
+        found = json.loads(path.read_text(encoding="utf-8"))
+        script = f"benchmarks/{path.stem}.py"
+        where = ", ".join(f"{key} {found[key]}" for key in ("batch", "samples", "rounds", "threads") if key in found)
+        parts.append(f"### {path.stem.replace('_', ' ')}\n\n`{script}` says what the variants are; {where}.\n")
+        if "variants" in found:
+            parts.append(variants_table(found["variants"]))
+        if isinstance(found.get("optimizer_step"), dict):
+            parts.append(
+                "`optimizer_step`: " + ", ".join(f"{k} {_plain(v)}" for k, v in found["optimizer_step"].items()) + "\n"
+            )
+        for each in found.get("results", []):
+            parts.append(f"{each['method']}, {each['rows']} × {each['tokens']}:\n\n{variants_table(each['variants'])}")
+    return "\n".join(parts) if parts else "Not run.\n"
+
+
+def other_runs_section(results: Path, folder: str) -> str:
+    """Runs that are no part of the comparison: what their files are called, and what they scored."""
+    named: dict[str, list[Run]] = {}
+    for run in read_runs(results / folder):
+        named.setdefault(run["file"].removesuffix(".json").rpartition("-")[0], []).append(run)
+    rows = [
+        [f"`{name}`", str(len(group)), spread(list(map(score, group))),
+         percent(mean_at(group, "relative_bops", "attention")),
+         number(mean_at(group, "mean_rank"), 1)]
+        for name, group in named.items()
+    ]  # fmt: skip
+    return markdown_table(["runs", "seeds", "score", "BOPs: attention", "mean rank"], rows) if rows else "None.\n"
+
+
+def missing_section(results: Path) -> str:
+    """Everything that the runners would still run."""
+    glue = missing(read_runs(results / "glue"), GLUE_ROWS, GLUE_TASKS)
+    ablation = read_runs(results / "importance")
+    scores = [
+        {**run, "method": f"{run['options']['importance']}, {ivon_setting(run['optimizer'])}"} for run in ablation
+    ]
+    names = {
+        f"{name}, {setting}": f"importance {name}, IVON {setting}" for setting in IVON_SETTINGS for name in IMPORTANCES
+    }
+    tasks = sorted({run["task"] for run in ablation}) or ["mrpc"]
+    mmlu = read_runs(results / "mmlu")
+    mmlu += [{**run, "seed": seed} for run in mmlu if run["method"] == "base" for seed in SEEDS]
+    lines = [
+        *glue,
+        *missing(scores, names, tasks),
+        *missing(mmlu, {k: f"MMLU, {v}" for k, v in MMLU_ROWS.items()}, ["mmlu"]),
+    ]
+    if not (results / "calibration" / "table.md").exists():
+        lines.append("- calibration: all")
+    return "\n".join(lines) + "\n" if lines else "Nothing is missing.\n"

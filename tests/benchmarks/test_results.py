@@ -1,0 +1,93 @@
+"""The results page: its numbers are those of the files, what is missing is listed, the committed one is current."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+from records import IVON_SETTINGS, RESULTS
+from results import DOCS, FIGURES, page, write
+from results_glue import glue_section, missing, score_table
+from results_sections import importance_section, mmlu_section
+
+from bayeslora.errors import BayesLoraError
+
+from .files import TRAINING, layer, run
+from .files import write as write_runs
+
+
+def test_the_committed_page_is_what_the_generator_writes() -> None:
+    figures = [name for name in FIGURES if (DOCS / "figures" / f"{name}.png").exists()]
+    committed = (DOCS / "results.md").read_text(encoding="utf-8")
+    assert page(RESULTS, figures) == committed, "run `python benchmarks/results.py` and commit what it writes"
+
+
+def test_a_cell_is_mean_and_deviation_over_seeds_beside_the_papers_number() -> None:
+    runs = [run("lora", seed, accuracy) for seed, accuracy in enumerate((0.70, 0.80, 0.90))]
+    assert "80.00 ± 10.00 (89.95)" in score_table(runs)
+    assert "| MRPC |" in score_table(runs)
+
+
+def test_costs_and_samples_are_in_the_table_of_the_task(tmp_path: Path) -> None:
+    sampled = {"samples": 10, "scores": {"accuracy": 0.85, "f1": 0.9, "nll": 0.4, "ece": 0.02}}
+    write_runs(tmp_path / "glue", run("melora", sampled=sampled))
+    text = glue_section(tmp_path)
+    assert (
+        "| Me-LoRA, mean | 1 | 80.00 | 90.00 | 0.500 | 0.050 | 20.0% | 25.0% | 60.0% | 70.0% | 1,000 | 900 |" in text
+    )
+    assert "| Me-LoRA, 10 samples | 1 | 85.00 |" in text
+    assert "345 steps of 32 rows" in text
+
+
+def test_runs_of_different_length_are_refused(tmp_path: Path) -> None:
+    write_runs(tmp_path / "glue", run("lora", 0), run("full", 0, training={**TRAINING, "steps": 260}))
+    with pytest.raises(BayesLoraError, match="mrpc-lora-0.json"):
+        glue_section(tmp_path)
+
+
+def test_what_has_not_been_run_is_listed() -> None:
+    rows = {"lora": "LoRA", "full": "full"}
+    assert missing([run("lora", 0)], rows, ["mrpc", "rte"]) == ["- LoRA: MRPC (seed 1, 2), RTE", "- full: all"]
+    assert missing([run("lora", seed) for seed in range(3)], {"lora": "LoRA"}, ["mrpc"]) == []
+
+
+def ablation(importance: str, accuracy: float) -> dict:
+    ivon = {"name": "ivon", **IVON_SETTINGS["paper"]}
+    own = {"options": {"importance": importance}, "optimizer": ivon, "posterior": {"posterior_std_variation": 0.0003}}
+    return run("bayes_adalora", 0, accuracy, **own)
+
+
+def test_the_ablation_says_whether_magnitude_alone_does_it(tmp_path: Path) -> None:
+    write_runs(tmp_path / "importance", ablation("snr_abs", 0.8), ablation("magnitude", 0.79))
+    text = importance_section(tmp_path)
+    assert "| MRPC | paper | magnitude | 1 | 79.00 | 0.0003 |" in text
+    assert "| MRPC | paper | does not hold | -1.00 points |" in text
+
+
+def test_mmlu_has_both_numbers_of_examples(tmp_path: Path) -> None:
+    subset = {"subset": {"per_subject": 10, "max_length": 1024}, "trained_on": ["arc_easy"], "task": "mmlu"}
+    for row, points in (("qlora", 0.30), ("blora-ra", 0.31), ("blora-q+ra", 0.25)):
+        shots = {"0": {"accuracy": points}, "5": {"accuracy": points + 0.02}}
+        write_runs(tmp_path / "mmlu", run(row, shots=shots, **subset))
+    text = mmlu_section(tmp_path)
+    assert "| QLoRA (NF4 base) | 1 | 30.00 | 32.00 |" in text
+    assert "0-shot: ranks alone are at most 0.5 points below QLoRA (NF4 base) | holds | +1.00 points" in text
+    assert "5-shot: bits cost more than 0.5 points | holds | -6.00 points" in text
+
+
+def test_a_page_of_a_few_runs_comes_with_its_figures(tmp_path: Path) -> None:
+    quantized = [layer(block, name, 4, A=2) for block in (0, 1) for name in ("query", "key", "value")]
+    write_runs(tmp_path / "results" / "glue", run("lora"), run("blora-q+ra", layers=quantized))
+    (tmp_path / "results" / "train_step.json").write_text(
+        json.dumps({"rounds": 3, "variants": {"lora": {"seconds": 1.5}}}), encoding="utf-8"
+    )
+    stale = tmp_path / "docs" / "figures" / "results-mmlu.png"
+    stale.parent.mkdir(parents=True)
+    stale.touch()
+    write(tmp_path / "results", tmp_path / "docs")
+    text = (tmp_path / "docs" / "results.md").read_text(encoding="utf-8")
+    drawn = {path.stem for path in (tmp_path / "docs" / "figures").glob("*.png")}
+    assert drawn == {"results-ranks", "results-bits", "results-score-bops"}
+    assert all(f"figures/{name}.png" in text for name in drawn) and "results-mmlu" not in text
+    assert "| lora | 1.5 |" in text
