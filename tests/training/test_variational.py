@@ -168,7 +168,14 @@ def test_an_optimizer_without_the_groups_is_refused() -> None:
 
 def test_neither_loss_has_the_divergence_in_it_and_evaluation_is_at_the_mean(tmp_path: Path) -> None:
     trainer = bayeslora.attach(
-        _trainer(_bert(kl_weight=1e4, initial_std=0.07), tmp_path, attached=False, max_steps=4, eval_strategy="steps", eval_steps=2)
+        _trainer(
+            _bert(kl_weight=1e4, initial_std=0.07),
+            tmp_path,
+            attached=False,
+            max_steps=4,
+            eval_strategy="steps",
+            eval_steps=2,
+        )
     )
     trainer.train()
     logs = _training_logs(trainer)
