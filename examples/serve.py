@@ -1,0 +1,261 @@
+"""Predictions with their uncertainty over HTTP, and a flag on those that a person should look at.
+
+    python examples/serve.py RUN --port 8000 --samples 10 --risk 0.05
+    curl -s localhost:8000/predict -H 'Content-Type: application/json' -d '{"texts": ["A warm, clever film."]}'
+    curl -s localhost:8000/health
+
+RUN is an output folder of `bayeslora train` on a classification task; a text of a task on pairs is a list of two
+strings. `ask_a_human` is true where the confidence lies below the threshold at which, on labelled rows, the share of
+errors among the answered ones is at most --risk: by default the run's own evaluation rows, or those of --calibration.
+
+One thread runs the model. Requests that come in meanwhile wait, and are then answered together in one batch; what a
+text is answered does not depend on the others, for the draws of the weights are the same for all (--seed). Needs
+`pip install bayeslora[serve]`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import queue
+import sys
+import threading
+from collections.abc import AsyncIterator, Callable, Sequence
+from concurrent.futures import Future
+from contextlib import asynccontextmanager
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import uvicorn
+from fastapi import FastAPI, HTTPException, Request
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+import bayeslora
+from bayeslora.cli.models import load_run, with_posterior
+from bayeslora.evaluation import load_files, load_task
+from bayeslora.evaluation.uncertainty import risk_coverage_curve
+from bayeslora.prediction import Prediction, check_samples
+
+Row = tuple[str, ...]
+"""A text, or a pair of texts."""
+
+
+@dataclass(frozen=True)
+class Limits:
+    """What one request may ask for, and how much may wait: 422, 422, 413, 503 and 504 beyond."""
+
+    texts: int = 32
+    characters: int = 10_000
+    body_bytes: int = 1_000_000
+    waiting: int = 128
+    seconds: float = 30.0
+    batch: int = 32
+
+
+@dataclass(frozen=True)
+class Threshold:
+    """The least confidence to answer with; on the calibration rows `coverage` of them have it, with error `risk`."""
+
+    confidence: float
+    coverage: float
+    risk: float
+    rows: int
+
+
+class Question(BaseModel):  # the body of a request
+    model_config = ConfigDict(extra="forbid", strict=True)
+    texts: list[str | tuple[str, str]]
+
+
+class Classifier:
+    """A finished run that predicts rows of text."""
+
+    def __init__(self, run: Path, samples: int = 0, seed: int = 0, base: str | None = None) -> None:
+        self.model, self.tokenizer, self.info = load_run(run, base)
+        if self.info.kind != "classification":
+            raise bayeslora.BayesLoraError(f"{run} is a run on {self.info.kind}; serve one on classification.")
+        self.predictor = with_posterior(self.model, run)
+        check_samples(self.predictor, samples)
+        self.samples, self.seed = samples, seed
+
+    def __call__(self, rows: Sequence[Row]) -> Prediction:
+        columns = [list(column) for column in zip(*rows, strict=True)]
+        length = self.info.max_length
+        batch = self.tokenizer(*columns, truncation=True, max_length=length, padding=True, return_tensors="pt")
+        return bayeslora.predict(self.predictor, dict(batch), self.samples, self.seed)
+
+    def answers(self, rows: Sequence[Row], least: float) -> list[dict[str, Any]]:
+        """What a client is told about each row; a confidence below `least` is for a person to decide."""
+        prediction = self(rows)
+        confidence, chosen = prediction.probabilities.max(dim=1)
+        return [
+            {
+                "label": self.info.labels[int(chosen[row])],
+                "probability": float(confidence[row]),
+                "entropy": float(prediction.entropy[row]),
+                "mutual_information": float(prediction.mutual_information[row]),
+                "ask_a_human": float(confidence[row]) < least,
+            }
+            for row in range(len(rows))
+        ]
+
+    def threshold(self, file: Path | None, risk: float, most: int) -> Threshold:
+        """Chosen on at most `most` labelled rows of a file, or of the run's evaluation rows."""
+        info = self.info
+        if file is None and info.task_name is not None:
+            task = load_task(info.task_name, info.data_dir)
+        else:
+            path = str(file or info.files["eval_file"])
+            task = load_files(path, path, info.text_columns, info.label_column, labels=info.labels)
+        n = len(task.eval_split)  # evenly from all of them: files may be sorted
+        split = task.eval_split.select(np.linspace(0, n - 1, min(most, n)).astype(int))
+        rows = list(zip(*(split[name] for name in task.text_columns), strict=True))
+        probabilities = np.concatenate([self(rows[i : i + 32]).probabilities.numpy() for i in range(0, len(rows), 32)])
+        wrong = probabilities.argmax(axis=1) != np.asarray(split["label"])
+        return choose_threshold(probabilities.max(axis=1), wrong, risk)
+
+
+def choose_threshold(confidence: np.ndarray, wrong: np.ndarray, risk: float) -> Threshold:
+    """The confidence that answers the most rows with an error rate of at most `risk` among the answered ones."""
+    n = len(confidence)
+    ranked = np.sort(confidence)[::-1]
+    risks = np.asarray(risk_coverage_curve(1 - confidence, wrong, points=n)["risk"])
+    # A threshold cannot separate rows of equal confidence.
+    can_cut = np.append(ranked[:-1] > ranked[1:], True)
+    allowed = np.flatnonzero(can_cut & (risks <= risk + 1e-12))
+    if not len(allowed):
+        return Threshold(2.0, 0.0, 0.0, n)  # more than any confidence
+    last = int(allowed[-1])
+    return Threshold(float(ranked[last]), (last + 1) / n, float(risks[last]), n)
+
+
+class Batcher:
+    """One thread that runs the model on whole requests, on as many at a time as it takes to have `batch` rows."""
+
+    def __init__(self, answer: Callable[[list[Row]], list[Any]], batch: int, waiting: int) -> None:
+        self._answer, self._batch = answer, batch
+        self._jobs: queue.Queue[tuple[list[Row], Future[list[Any]]]] = queue.Queue(waiting)
+        self._thread = threading.Thread(target=self._run, name="model", daemon=True)
+        self._thread.start()
+
+    def submit(self, rows: list[Row]) -> Future[list[Any]]:
+        """Raises `queue.Full` where too many requests wait."""
+        future: Future[list[Any]] = Future()
+        self._jobs.put_nowait((rows, future))
+        return future
+
+    def close(self) -> None:
+        """Answer what waits, then end the thread: no rows are the sign to stop."""
+        self._jobs.put(([], Future()))
+        self._thread.join()
+
+    def _run(self) -> None:
+        stopped = False
+        while not stopped:
+            jobs = [self._jobs.get()]
+            while sum(len(rows) for rows, _ in jobs) < self._batch and not self._jobs.empty():
+                jobs.append(self._jobs.get())
+            stopped = not all(rows for rows, _ in jobs)
+            # Leaves out those whose client has been told that it took too long.
+            self._work([job for job in jobs if job[0] and job[1].set_running_or_notify_cancel()])
+
+    def _work(self, jobs: list[tuple[list[Row], Future[list[Any]]]]) -> None:
+        try:
+            answers = iter(self._answer([row for rows, _ in jobs for row in rows]) if jobs else ())
+            for rows, future in jobs:
+                future.set_result([next(answers) for _ in rows])
+        except Exception as error:  # the thread has to survive whatever a model does
+            for _, future in jobs:
+                if not future.done():
+                    future.set_exception(error)
+
+
+def create_app(classifier: Classifier, threshold: Threshold, limits: Limits | None = None) -> FastAPI:
+    """The application: POST /predict and GET /health."""
+    limits = limits or Limits()
+    batchers: list[Batcher] = []
+
+    @asynccontextmanager
+    async def lifespan(_app: FastAPI) -> AsyncIterator[None]:
+        answer = partial(classifier.answers, least=threshold.confidence)
+        batchers.append(Batcher(answer, limits.batch, limits.waiting))
+        yield
+        await asyncio.to_thread(batchers.pop().close)
+
+    app = FastAPI(title="bayeslora", lifespan=lifespan)
+
+    async def answered(request: Request) -> list[Any]:
+        body = bytearray()
+        async for chunk in request.stream():
+            body += chunk
+            if len(body) > limits.body_bytes:
+                raise HTTPException(413, f"the body has more than {limits.body_bytes} bytes")
+        rows = parsed(body, len(classifier.info.text_columns), limits)
+        try:
+            answer = batchers[0].submit(rows)
+        except queue.Full:
+            raise HTTPException(503, "too many requests are waiting: try again", {"Retry-After": "1"}) from None
+        return await asyncio.wrap_future(answer)
+
+    @app.post("/predict")
+    async def predict(request: Request) -> dict[str, Any]:
+        try:
+            return {"predictions": await asyncio.wait_for(answered(request), limits.seconds)}
+        except asyncio.TimeoutError:
+            raise HTTPException(504, f"no answer within {limits.seconds:g} seconds") from None
+
+    @app.get("/health")
+    async def health() -> dict[str, Any]:
+        return {"status": "ok", "samples": classifier.samples, "threshold": vars(threshold)}
+
+    return app
+
+
+def parsed(body: bytes | bytearray, columns: int, limits: Limits) -> list[Row]:
+    """The rows of a request; 422 says what is wrong with them, without repeating them."""
+    try:
+        question = Question.model_validate_json(body)
+    except ValidationError as error:
+        wrong = error.errors(include_url=False, include_input=False, include_context=False)[0]
+        raise HTTPException(422, f"{'.'.join(map(str, wrong['loc'])) or 'body'}: {wrong['msg']}") from None
+    rows: list[Row] = [(text,) if isinstance(text, str) else text for text in question.texts]
+    if not 1 <= len(rows) <= limits.texts:
+        raise HTTPException(422, f"{len(rows)} texts were given, 1 to {limits.texts} are needed")
+    for number, row in enumerate(rows):
+        if len(row) != columns or not all(text.strip() and len(text) <= limits.characters for text in row):
+            wanted = "two texts" if columns == 2 else "one text"
+            raise HTTPException(422, f"texts.{number}: {wanted} of 1 to {limits.characters} characters needed")
+    return rows
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description="Serve a finished run over HTTP.")
+    parser.add_argument("run", type=Path, help="output folder of `bayeslora train`")
+    parser.add_argument("--model", help="the base model, where it is no longer at its place")
+    parser.add_argument("--host", default="127.0.0.1")
+    parser.add_argument("--port", type=int, default=8000)
+    parser.add_argument("--samples", type=int, default=0, help="draws of the weights; 0 is their mean")
+    parser.add_argument("--seed", type=int, default=0, help="of the draws")
+    parser.add_argument("--risk", type=float, default=0.05, help="error rate to stay below on answered rows")
+    parser.add_argument("--calibration", type=Path, help="labelled rows (the run's evaluation rows)")
+    parser.add_argument("--calibration-rows", type=int, default=500, help="use at most this many")
+    for name, value in vars(Limits()).items():
+        parser.add_argument(f"--max-{name.replace('_', '-')}", type=type(value), default=value, dest=name)
+    options = parser.parse_args(arguments)
+    try:
+        classifier = Classifier(options.run, options.samples, options.seed, options.model)
+        threshold = classifier.threshold(options.calibration, options.risk, options.calibration_rows)
+    except bayeslora.BayesLoraError as error:
+        print(f"serve: {error}", file=sys.stderr)
+        return 2
+    print(f"serve: answers {threshold.coverage:.1%} of {threshold.rows} rows at an error rate of {threshold.risk:.3f}")
+    limits = Limits(**{name: getattr(options, name) for name in vars(Limits())})
+    uvicorn.run(create_app(classifier, threshold, limits), host=options.host, port=options.port, log_level="warning")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
