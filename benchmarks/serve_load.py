@@ -7,7 +7,7 @@ Starts the server in a process of its own, and sends it requests of 1 to 4 texts
 of which waits for its answer before it asks again, over a connection that it keeps. Meanwhile one more client sends
 what must be refused: malformed, mistyped, empty, too many, too long and oversized bodies. Afterwards every text is
 predicted in this process, on its own, and compared. Memory is the server's resident set after a warm-up of --warm-up
-seconds, and at the end.
+seconds, and at the end. The exit status is that of SIGTERM, which uvicorn raises again once it has shut down.
 """
 
 from __future__ import annotations
