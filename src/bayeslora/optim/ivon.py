@@ -1,4 +1,4 @@
-r"""IVON: a Gaussian posterior over the weights for the price of Adam (Shen et al., 2024, arXiv:2402.17641).
+r"""IVON: a Gaussian posterior over the weights in as many passes as Adam (Shen et al., 2024, arXiv:2402.17641).
 
 Written from the equations. The posterior is $q = N(m, \sigma^2)$ element by element, $\sigma^2 = 1 / (\lambda (h +
 \delta))$, where $\lambda$ is the effective sample size `ess` and $\delta$ the prior's precision divided by it,
