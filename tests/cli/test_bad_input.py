@@ -245,7 +245,7 @@ def test_wrong_folders_for_compare_and_export(runs: dict[str, Path], tmp_path: P
     assert "metrics.json" in refused("compare", tmp_path, "--output-dir", tmp_path / "out")
     assert "exists" in refused("compare", runs["lora"], "--output-dir", tmp_path)
     target = ["--output-dir", tmp_path / "out"]
-    assert "not available" in refused("export", runs["lora"], "--format", "packed", *target)
+    assert "not available" in refused("export", runs["lora"], "--format", "onnx", *target)
     assert "fully fine-tuned" in refused("export", runs["full"], "--format", "lora", *target)
     assert list(tmp_path.iterdir()) == []
 

@@ -32,6 +32,7 @@ from transformers.utils import logging as transformers_logging
 from bayeslora.errors import BayesLoraError
 from bayeslora.evaluation.multiple_choice import DEFAULT_PROMPT_LENGTH
 from bayeslora.evaluation.packaged import as_dense, gguf_options
+from bayeslora.export.packed_file import looks_packed
 from bayeslora.optim import POSTERIOR_FILE
 from bayeslora.prediction import WeightPosterior, load_posterior
 
@@ -348,6 +349,8 @@ def _check_adapter_files(folder: Path, info: RunInfo) -> None:
 
 def _check_keys(model: PeftModel, folder: Path) -> None:
     """An adapter whose tensors did not all find their place would run untrained, silently."""
+    if looks_packed(folder / _ADAPTER_FILE):
+        return  # compared with the model while it was loaded
     wanted = set(get_peft_model_state_dict(model, save_embedding_layers=False))
     with safe_open(folder / _ADAPTER_FILE, framework="pt") as file:
         found = set(file.keys())

@@ -11,13 +11,18 @@ from torch import Tensor, nn
 
 from bayeslora.errors import BayesLoraError
 from bayeslora.export.lora import export_lora
+from bayeslora.export.merged import export_merged
 from bayeslora.export.packed import export_packed
 from bayeslora.export.packed_reader import load_packed
 from bayeslora.export.shrink import shrink
 
-FORMATS: dict[str, Callable[..., dict[str, Any]]] = {"lora": export_lora, "packed": export_packed}
+FORMATS: dict[str, Callable[..., dict[str, Any]]] = {
+    "lora": export_lora,
+    "merged": export_merged,
+    "packed": export_packed,
+}
 
-__all__ = ["FORMATS", "export", "export_lora", "export_packed", "load_packed", "shrink"]
+__all__ = ["FORMATS", "export", "export_lora", "export_merged", "export_packed", "load_packed", "shrink"]
 
 
 def export(
@@ -34,7 +39,7 @@ def export(
         model: a PEFT model with an adapter of this library.
         path: folder to write into.
         format: one of `FORMATS`: `lora` for plain LoRA, which needs nothing but PEFT; `packed` for the adapter at its
-            learned widths.
+            learned widths; `merged` for one model without an adapter.
         adapter_name: by default the active adapter.
         batch: inputs to measure the output error on.
         options: what the format takes besides, the keyword arguments of its function in `FORMATS`.

@@ -83,7 +83,7 @@ def export_packed(
     tensors[CODES] = buffer
     folder = Path(path)
     folder.mkdir(parents=True, exist_ok=True)
-    text = index.to_json()
+    text = index.to_text()
     metadata = {"format": "pt", INDEX_KEY: text, CHECKSUM_KEY: checksum(text, tensors)}
     save_file(tensors, folder / ADAPTER_FILE, metadata=metadata)
     _save_config(cut, name, folder)

@@ -112,6 +112,8 @@ def _read(file: BinaryIO, size: int) -> PackedFile:
     metadata = header.pop("__metadata__", None)
     if not isinstance(metadata, dict) or not isinstance(index := metadata.get(INDEX_KEY), str):
         raise BayesLoraError("it is no packed adapter, or its index is damaged: export it with format='packed'")
+    if set(metadata) != {"format", INDEX_KEY, CHECKSUM_KEY} or metadata["format"] != "pt":
+        damaged("its metadata are not those of a packed adapter")
     entries = sorted(
         (_entry(name, value) for name, value in header.items()), key=lambda entry: (entry.begin, entry.end)
     )

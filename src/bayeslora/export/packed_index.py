@@ -1,6 +1,7 @@
 """The index of a packed adapter: which layers it has, of which shapes and widths, and where their codes lie.
 
-One JSON object in the metadata of `adapter_model.safetensors`, a column a property so that a layer costs few bytes:
+One JSON object in the metadata of `adapter_model.safetensors`, a column a property, deflated (zlib) and in base 85: so
+a layer with eight quantizers costs about fifty bytes, where a tensor of its own would cost a hundred.
 
 | field | |
 |---|---|
@@ -26,6 +27,7 @@ import binascii
 import json
 import math
 import os
+import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, NoReturn
@@ -43,6 +45,7 @@ MATRICES = ("A", "E", "B")
 LOG_LIMIT = 20.0
 """Largest magnitude of a range's logarithm; quantizers clamp theirs to it."""
 
+_MAX_INDEX = 16 << 20
 _MAX_LAYERS, _MAX_NAME, _MAX_SIZE = 20_000, 1_000, 1 << 31
 _PER_CHANNEL = ("weight", "A")
 
@@ -107,7 +110,7 @@ class PackedIndex:
         """Bytes of the codes and per-channel ranges of all layers."""
         return sum(part.size for layer in self.layers for part in layer.parts(self.per_channel))
 
-    def to_json(self) -> str:
+    def to_text(self) -> str:
         shapes = [(layer.in_features, layer.out_features) for layer in self.layers]
         distinct = list(dict.fromkeys(shapes))
         content = {
@@ -123,16 +126,16 @@ class PackedIndex:
             "per_channel": self.per_channel,
             "ranges": base64.b64encode(self.ranges.numpy().astype("<f4").tobytes()).decode(),
         }
-        return json.dumps(content, separators=(",", ":"))
+        return base64.b85encode(zlib.compress(json.dumps(content, separators=(",", ":")).encode(), 9)).decode()
 
     @classmethod
-    def from_json(cls, text: str) -> PackedIndex:
+    def from_text(cls, text: str) -> PackedIndex:
         """Read and check an index; nothing in it is trusted.
 
         Raises:
             BayesLoraError: for whatever this library does not write.
         """
-        content = strict_json(text, "the index")
+        content = strict_json(_inflated(text), "the index")
         if not isinstance(content, dict):
             damaged("the index is no JSON object")
         version = content.get("version")
@@ -187,6 +190,18 @@ def strict_json(text: str | bytes, what: str) -> Any:
         return json.loads(text, object_pairs_hook=without_repeats, parse_constant=no_constant)
     except (ValueError, RecursionError):
         damaged(f"{what} is no valid JSON")
+
+
+def _inflated(text: str) -> bytes:
+    """The JSON in `text`, which never unfolds to more than `_MAX_INDEX` bytes."""
+    unpacker = zlib.decompressobj()
+    try:
+        found = unpacker.decompress(base64.b85decode(text), _MAX_INDEX)
+    except (ValueError, zlib.error):
+        damaged("the index cannot be inflated")
+    if not unpacker.eof or unpacker.unused_data:
+        damaged("the index is cut short, or larger than any")
+    return found
 
 
 def check_ranges(logarithms: Tensor) -> Tensor:

@@ -70,7 +70,7 @@ def load_packed(path: str | os.PathLike[str]) -> dict[str, Tensor]:
     """
     where = Path(path)
     file = read_packed_file(where / ADAPTER_FILE if where.is_dir() else where)
-    index = PackedIndex.from_json(file.index)
+    index = PackedIndex.from_text(file.index)
     if index.method not in METHODS:
         damaged(f"its method is {index.method!r:.40}")
     buffer = file.tensors.pop(CODES, None)

@@ -1,0 +1,194 @@
+r"""Merged models: base and adapter as one ordinary Transformers folder, exact or refused.
+
+With $W = Q_w(W_0) + s\, Q_b(B)\, \mathrm{diag}(Q_e(E) \circ G)\, Q_a(A)$ in place of $W_0$ a float32 layer computes
+the same to float rounding; of a posterior, that is its mean. A quantized activation has no place in a weight, and a
+base of fewer bits rounds the sum. Such a model is merged only on request, with the error measured and in its card.
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from peft import PeftModel
+from torch import Tensor, nn
+
+from bayeslora.errors import BayesLoraError
+from bayeslora.export.copies import adapted_parts, sharing_base
+from bayeslora.methods.config import AdapterConfig
+from bayeslora.methods.layer import BayesLayer
+
+CARD_FILE = "README.md"
+_TOLERANCE = 1e-4
+"""Largest output error, as a share of the largest output, that still is float rounding through a deep model."""
+
+
+def export_merged(
+    model: nn.Module,
+    path: str | Path,
+    adapter_name: str | None = None,
+    batch: Mapping[str, Tensor] | None = None,
+    *,
+    allow_error: bool = False,
+) -> dict[str, Any]:
+    """Write base and adapter, at its learned widths and its posterior mean, as one model of Transformers.
+
+    Args:
+        model: a PEFT model with an adapter of this library on a Transformers model; left as it is.
+        path: folder for the model and a card, `README.md`; created if missing.
+        adapter_name: by default the active adapter.
+        batch: inputs to measure the output error on; by default the model's own `dummy_inputs`.
+        allow_error: merge although the outputs will differ.
+
+    Returns:
+        `max_output_error` and `max_output`, over the outputs of this model and of the merged one on the batch (None
+        where there was nothing to measure on), and `inexact`, why they differ by more than float rounding, or None.
+
+    Raises:
+        BayesLoraError: where merging cannot be exact and `allow_error` is False, for a model that is merged already,
+            or one that Transformers cannot save.
+    """
+    original, tuner, name = adapted_parts(model, adapter_name)
+    base = original.get_base_model()
+    if not hasattr(base, "save_pretrained"):
+        raise BayesLoraError(f"{type(base).__name__} is no Transformers model, and only those are merged: pack it")
+    layers: dict[str, BayesLayer] = tuner.named_layers(name)
+    for key, layer in layers.items():
+        if layer.merged_adapters:
+            raise BayesLoraError(
+                f"adapter {layer.merged_adapters[0]!r} is merged into {key}: call unmerge_adapter first"
+            )
+    reason = next((found for key, layer in layers.items() if (found := _why_inexact(key, layer, name))), None)
+    if reason is not None and not allow_error:
+        raise _refusal(reason)
+    whole = sharing_base(original, tuner)
+    whole.set_adapter(name)
+    whole.eval()
+    inputs = _inputs(whole, batch)
+    ours = None if inputs is None else _output(whole, inputs)
+    merged = _merged(whole, name)
+    measured: dict[str, Any] = {"max_output_error": None, "max_output": None, "inexact": reason}
+    if ours is not None and inputs is not None:
+        theirs = _output(merged, inputs)
+        measured["max_output_error"] = float((ours - theirs).abs().max())
+        measured["max_output"] = float(ours.abs().max())
+        if reason is None and not measured["max_output_error"] <= _TOLERANCE * max(1.0, measured["max_output"]):
+            measured["inexact"] = "a merged weight is used in a second place, such as a tied embedding"
+            if not allow_error:
+                raise _refusal(f"{measured['inexact']} (outputs differ by {measured['max_output_error']:.2g})")
+    folder = Path(path)
+    folder.mkdir(parents=True, exist_ok=True)
+    _put_back(merged)
+    merged.save_pretrained(folder)
+    config = cast(AdapterConfig, original.peft_config[name])
+    (folder / CARD_FILE).write_text(_card(config, base, measured), encoding="utf-8")
+    return measured
+
+
+def _refusal(reason: str) -> BayesLoraError:
+    return BayesLoraError(
+        f"a merged model would compute something else, because {reason}: export another format, or merge all the same "
+        "with allow_error=True (--allow-error), which measures the error"
+    )
+
+
+def _why_inexact(key: str, layer: BayesLayer, name: str) -> str | None:
+    """Why no stored weight of `layer` computes the same as the layer with its adapter; None where one does."""
+    activations = getattr(layer, "quantized_activations", None)
+    narrow: dict[str, int] = activations(name) if activations is not None else {}
+    if narrow:
+        listed = ", ".join(f"{kind} {bits}" for kind, bits in narrow.items())
+        return f"{key} quantizes activations ({listed} bits), which no weight can hold"
+    if layer.quantization_backend is not None:
+        return f"the base weight of {key} has {layer.base_width} bits, to which the sum has to be rounded again"
+    dtype = cast(Tensor, layer.get_base_layer().weight).dtype
+    if dtype not in (torch.float32, torch.float64):
+        return f"the base weight of {key} is {str(dtype).removeprefix('torch.')}, to which the sum is rounded"
+    return None
+
+
+def _merged(whole: PeftModel, name: str) -> Any:
+    """The base model of the copy `whole` with the adapter in its weights."""
+    _, tuner, _ = adapted_parts(whole, name)
+    config: Any = whole.peft_config[name]
+    if hasattr(config, "allow_inexact_merge"):
+        config.allow_inexact_merge = True  # whoever got here has allowed it
+    for layer in tuner.adapted_layers(name):
+        if layer.quantization_backend is not None:  # its weight is still the caller's own
+            base = layer.get_base_layer()
+            base.weight = weight = copy.deepcopy(base.weight)
+            if hasattr(weight, "module"):  # where bitsandbytes notes a new state of a 4-bit weight
+                weight.module = base
+            _put_back(base)
+    try:
+        return whole.merge_and_unload(safe_merge=True, adapter_names=[name])
+    except (TypeError, NotImplementedError) as error:
+        raise BayesLoraError(
+            f"this base cannot take new weights ({error}): load it in float32 and merge there"
+        ) from error
+    except ValueError as error:
+        raise BayesLoraError(f"merging failed ({error}): train the adapter again") from error
+
+
+def _put_back(model: nn.Module) -> None:
+    """Undo what a forward pass on the CPU does to bitsandbytes' 4-bit weights.
+
+    It reorders them for its kernel. Dequantizing does not expect that, and saving puts back the codes, but the scales
+    only where they are quantized themselves.
+    """
+    for module in model.modules():
+        state = getattr(getattr(module, "weight", None), "quant_state", None)
+        if not getattr(state, "packing_format_for_cpu", False):
+            continue
+        module.state_dict()  # puts the codes back
+        state = cast(Any, module.weight).quant_state
+        if state.absmax.ndim == 2:
+            state.absmax = state.absmax.T.reshape(-1).float()
+
+
+def _inputs(model: PeftModel, batch: Mapping[str, Tensor] | None) -> dict[str, Tensor] | None:
+    found = batch if batch is not None else getattr(model, "dummy_inputs", None)
+    if found is None:
+        return None
+    device = next(model.parameters()).device
+    return {key: value.to(device) for key, value in found.items() if key not in ("labels", "label")}
+
+
+@torch.no_grad()
+def _output(model: nn.Module, inputs: dict[str, Tensor]) -> Tensor:
+    outputs = model.eval()(**inputs)
+    return cast(Tensor, outputs["logits"] if "logits" in outputs else outputs[0]).float()
+
+
+def _card(config: AdapterConfig, base: nn.Module, measured: dict[str, Any]) -> str:
+    """A model card: what was merged, and how far its outputs are from the adapter's."""
+    name = config.base_model_name_or_path or getattr(base, "name_or_path", "") or type(base).__name__
+    error, largest, reason = (measured[key] for key in ("max_output_error", "max_output", "inexact"))
+    if reason is None:
+        said = "The merge is exact: outputs are those of base and adapter, to float rounding"
+    else:
+        said = f"**The merge is not exact**: {reason}"
+    if error is None:
+        said += ". The difference in outputs was not measured."
+    else:
+        said += f". Largest difference in outputs measured: {error:.3g}, where the largest output is {largest:.3g}."
+    return f"""---
+base_model: {json.dumps(str(name))}
+base_model_relation: merge
+library_name: transformers
+tags:
+- bayeslora
+- {config.method}
+---
+
+# A merged model
+
+`{name}` with an adapter trained with the method `{config.method}` of bayeslora, merged into its weights at the learned
+widths; of a posterior over the weights, that is the mean. It is an ordinary Transformers model and needs nothing else.
+
+{said}
+"""

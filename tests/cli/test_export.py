@@ -1,0 +1,89 @@
+"""`export --format packed` and `--format merged` on finished runs: what they write is a run itself, or nothing."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from transformers import AutoModelForSequenceClassification, AutoTokenizer
+
+from bayeslora.cli.main import main
+
+Refused = Callable[..., str]
+
+
+def _json(capsys: pytest.CaptureFixture[str], *argv: object) -> dict[str, Any]:
+    capsys.readouterr()
+    assert main([str(argument) for argument in argv]) == 0
+    return json.loads(capsys.readouterr().out)
+
+
+@pytest.mark.parametrize("method", ["blora", "melora"])
+def test_a_packed_run_evaluates_as_the_run_itself(
+    method: str, runs: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    target = tmp_path / "packed"
+    measured = _json(capsys, "export", runs[method], "--format", "packed", "--output-dir", target, "--json")
+    assert measured["file_bytes"] == (target / "adapter_model.safetensors").stat().st_size
+    assert json.loads((target / "run.json").read_text())["method"] == method
+    AutoTokenizer.from_pretrained(target)
+    scores = [_json(capsys, "evaluate", folder, "--json") for folder in (runs[method], target)]
+    assert scores[0]["scores"] == scores[1]["scores"]
+    assert [layer["bits"] for layer in scores[0].get("layers", [])] == [
+        layer["bits"] for layer in scores[1].get("layers", [])
+    ]
+
+
+def test_a_merged_run_is_a_transformers_folder_with_a_card(
+    runs: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    target = tmp_path / "merged"
+    measured = _json(capsys, "export", runs["melora"], "--format", "merged", "--output-dir", target, "--json")
+    assert measured["max_output_error"] < 1e-5 and measured["inexact"] is None
+    assert "exact" in (target / "README.md").read_text()
+    assert not (target / "adapter_config.json").exists()
+    AutoModelForSequenceClassification.from_pretrained(target)
+    scores = [_json(capsys, "evaluate", folder, "--json")["scores"] for folder in (runs["melora"], target)]
+    assert scores[0] == pytest.approx(scores[1], abs=1e-5)
+
+
+def test_an_inexact_merge_is_refused_unless_allowed_and_then_measured(
+    runs: dict[str, Path], tmp_path: Path, refused: Refused, capfd: pytest.CaptureFixture[str]
+) -> None:
+    target = tmp_path / "merged"
+    line = refused("export", runs["blora"], "--format", "merged", "--output-dir", target)
+    assert "quantizes activations" in line and "--allow-error" in line
+    assert list(tmp_path.iterdir()) == []
+    assert (
+        main(["export", str(runs["blora"]), "--format", "merged", "--allow-error", "--output-dir", str(target)]) == 0
+    )
+    printed = capfd.readouterr().out
+    assert "max output error" in printed and "quantizes activations" in printed
+    assert "**The merge is not exact**" in (target / "README.md").read_text()
+
+
+def test_wrong_requests_write_nothing(runs: dict[str, Path], tmp_path: Path, refused: Refused) -> None:
+    (tmp_path / "there").mkdir()
+    target = ["--output-dir", tmp_path / "out"]
+    assert "exists" in refused("export", runs["blora"], "--format", "packed", "--output-dir", tmp_path / "there")
+    assert "--allow-error is for" in refused("export", runs["blora"], "--format", "packed", "--allow-error", *target)
+    assert "is no folder" in refused("export", tmp_path / "nothing", "--format", "packed", *target)
+    assert "no adapter of bayeslora" in refused("export", runs["lora"], "--format", "packed", *target)
+    assert "fully fine-tuned" in refused("export", runs["full"], "--format", "merged", *target)
+    assert "--colour" in refused("export", runs["blora"], "--format", "packed", "--colour", "red", *target)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["there"]
+
+
+def test_a_damaged_packed_run_is_one_line(runs: dict[str, Path], tmp_path: Path, refused: Refused) -> None:
+    target = tmp_path / "packed"
+    assert main(["export", str(runs["blora"]), "--format", "packed", "--output-dir", str(target)]) == 0
+    path = target / "adapter_model.safetensors"
+    data = bytearray(path.read_bytes())
+    data[-1] ^= 1
+    path.write_bytes(data)
+    assert "checksum" in refused("evaluate", target)
+    path.write_bytes(data[:100])
+    assert "damaged" in refused("evaluate", target)
