@@ -68,7 +68,7 @@ def _options(form: str, given: dict[str, Any], model: nn.Module, source: Path) -
     from bayeslora.optim import POSTERIOR_FILE
 
     if form == "lora":
-        options = {name: given[name] for name in ("uniform", "draws", "seed") if name in given}
+        options: dict[str, Any] = {name: given[name] for name in ("uniform", "draws", "seed") if name in given}
         drawn = "draws" in given and (source / POSTERIOR_FILE).is_file()
         return {**options, "posterior": load_posterior(model, source)} if drawn else options
     if form == "packed" and (source / POSTERIOR_FILE).is_file():
