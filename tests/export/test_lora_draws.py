@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import subprocess
 import sys
 from pathlib import Path
@@ -15,7 +16,9 @@ from torch import Tensor, nn
 
 import bayeslora
 from bayeslora import BayesLoraError, BLoraConfig, export, predict
+from bayeslora.cli.main import main
 from tests.conftest import build_tiny_llama
+from tests.examples.finished_run import make_run
 from tests.prediction.models import TARGETS, classifier, inputs, noisy
 
 BATCH = inputs()
@@ -121,6 +124,41 @@ def test_a_deterministic_adapter_is_drawn_from_ivons_posterior(method: str, tmp_
     assert expected.sample_probabilities is not None and expected.sample_probabilities.std(dim=0).max() > 1e-3
     found = torch.stack([of(classifier("bert"), tmp_path / f"draw-{draw}") for draw in range(2)])
     torch.testing.assert_close(found, expected.sample_probabilities, atol=1e-5, rtol=0)
+
+
+def lines(folder: Path, rows: Path, *options: str) -> Tensor:
+    """Probabilities as the command `predict` writes them."""
+    target = rows.with_name(f"{folder.name}.out.jsonl")
+    assert main(["predict", str(folder), "--input", str(rows), "--output", str(target), *options]) == 0
+    return torch.tensor([json.loads(line)["probabilities"] for line in target.read_text().splitlines()])
+
+
+def test_the_command_writes_runs_that_average_to_the_sampled_prediction(
+    tmp_path: Path, tiny_bert_folder: Path
+) -> None:
+    source, out = make_run(tmp_path / "run", tiny_bert_folder), tmp_path / "out"
+    options = ["--format", "lora", "--draws", "2", "--seed", "4", "--output-dir", str(out)]
+    assert main(["export", str(source), *options]) == 0
+    rows = tmp_path / "run.jsonl"
+    found = torch.stack([lines(out / name, rows) for name in ("draw-0", "draw-1")])
+    assert (found[0] - found[1]).abs().max() > 1e-3
+    expected = lines(source, rows, "--samples", "2", "--seed", "4")
+    torch.testing.assert_close(found.mean(dim=0), expected, atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["lora", "--seed", "4"], "--seed is 4, but nothing is drawn"),
+        (["packed", "--draws", "4"], "--draws is for --format lora"),
+        (["packed", "--uniform"], "--uniform is for --format lora"),
+    ],
+)
+def test_the_command_refuses_options_that_would_do_nothing(
+    options: list[str], message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["export", str(tmp_path), "--output-dir", str(tmp_path / "out"), "--format", *options]) == 2
+    assert message in capsys.readouterr().err
 
 
 def test_bad_requests_are_one_sentence(tmp_path: Path) -> None:
