@@ -103,7 +103,7 @@ def grouped(runs: Iterable[Run], *keys: str) -> dict[tuple[str, ...], list[Run]]
 def check_alike(runs: Sequence[Run]) -> None:
     """Raise `BayesLoraError` where runs of one row differ in the settings of their training."""
     for run in runs[1:]:
-        for name in ("training", "optimizer", "target_modules"):
+        for name in ("training", "optimizer", "target_modules", "model", "subset"):
             if run.get(name) != runs[0].get(name):
                 raise BayesLoraError(
                     f"{run['file']} and {runs[0]['file']} were trained with different settings ({name}), a mean over "

@@ -37,7 +37,8 @@ GLUE_INTRO = """The packaged MiniLM-L6; the same layers, steps, data and seeds f
 over seeds, in per cent. In parentheses: {model} in {source}, a larger model trained
 for longer. BOPs are bit operations as a share of LoRA r = 16 on query, key and value at 32 × 32 bits, in the same
 scope. Seconds are those of runs that shared a machine with others: the tables under [Time](#time) compare. Memory is
-the peak of a process of its own, libraries included.
+the peak of a process of its own, libraries included. A base in NF4 counts with its stored 4 bits, though it is
+unpacked before it is multiplied.
 
 """
 Figures = dict[str, Callable[[Path], Figure | None]]

@@ -154,6 +154,14 @@ def variants_table(variants: dict[str, dict[str, Any]]) -> str:
     return markdown_table(["variant", *(column.replace("_", " ") for column in columns)], rows)
 
 
+def nested_tables(name: str, found: dict[str, Any]) -> list[str]:
+    """A table for every level of `found` whose entries have numbers, with the names that lead there."""
+    entries = {key: each for key, each in found.items() if isinstance(each, dict)}
+    if any(isinstance(value, (int, float)) for each in entries.values() for value in each.values()):
+        return [f"{name}:\n\n{variants_table(entries)}"]
+    return [table for key, each in entries.items() for table in nested_tables(f"{name}, {key}", each)]
+
+
 def _plain(value: Any) -> str:
     if not isinstance(value, (int, float)):
         return "–"
@@ -168,12 +176,8 @@ def timing_section(results: Path) -> str:
         script = f"benchmarks/{path.stem}.py"
         where = ", ".join(f"{key} {found[key]}" for key in ("batch", "samples", "rounds", "threads") if key in found)
         parts.append(f"### {path.stem.replace('_', ' ')}\n\n`{script}` says what the variants are; {where}.\n")
-        if "variants" in found:
-            parts.append(variants_table(found["variants"]))
-        if isinstance(found.get("optimizer_step"), dict):
-            parts.append(
-                "`optimizer_step`: " + ", ".join(f"{k} {_plain(v)}" for k, v in found["optimizer_step"].items()) + "\n"
-            )
+        for name in ("variants", "optimizer_step"):
+            parts += nested_tables(name.replace("_", " "), found.get(name, {}))
         for each in found.get("results", []):
             parts.append(f"{each['method']}, {each['rows']} × {each['tokens']}:\n\n{variants_table(each['variants'])}")
     return "\n".join(parts) if parts else "Not run.\n"

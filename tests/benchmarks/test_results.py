@@ -9,7 +9,7 @@ import pytest
 from records import IVON_SETTINGS, RESULTS
 from results import DOCS, FIGURES, page, write
 from results_glue import glue_section, missing, score_table
-from results_sections import importance_section, mmlu_section
+from results_sections import importance_section, mmlu_section, nested_tables
 
 from bayeslora.errors import BayesLoraError
 
@@ -74,6 +74,13 @@ def test_mmlu_has_both_numbers_of_examples(tmp_path: Path) -> None:
     assert "| QLoRA (NF4 base) | 1 | 30.00 | 32.00 |" in text
     assert "0-shot: ranks alone are at most 0.5 points below QLoRA (NF4 base) | holds | +1.00 points" in text
     assert "5-shot: bits cost more than 0.5 points | holds | -6.00 points" in text
+
+
+def test_a_timing_file_has_a_table_for_every_clock() -> None:
+    clocks = {"wall": {"ivon": {"seconds": 2.5}}, "cpu": {"ivon": {"seconds": 1.5}}}
+    wall, cpu = nested_tables("variants", clocks)
+    assert wall.startswith("variants, wall:") and "| ivon | 2.5 |" in wall
+    assert cpu.startswith("variants, cpu:") and "| ivon | 1.5 |" in cpu
 
 
 def test_a_page_of_a_few_runs_comes_with_its_figures(tmp_path: Path) -> None:
