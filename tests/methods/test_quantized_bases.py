@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig, OPTConfig, OPTForCausalLM, TorchAoConfig
 
 from bayeslora import BayesLoop, BLoraConfig, describe, parameter_groups
+from bayeslora.methods.blora_layer import BLoraLayer
 
 STEPS = 8
 TOKENS = torch.arange(24).view(2, 12) % 20
@@ -137,3 +138,15 @@ def test_a_disabled_adapter_is_the_quantized_base(name: str, base_folder: Path) 
         assert not torch.allclose(model(input_ids=TOKENS).logits, expected, atol=1e-4)
         with model.disable_adapter():
             torch.testing.assert_close(model(input_ids=TOKENS).logits, expected, atol=1e-6, rtol=1e-5)
+
+
+@pytest.mark.parametrize("name", list(BASES))
+def test_evaluating_does_not_change_what_a_merge_starts_from(name: str, base_folder: Path) -> None:
+    model = get_peft_model(_load(base_folder, name), _config("ra")).eval()
+    layer = next(module for module in model.modules() if isinstance(module, BLoraLayer))
+    before = layer.get_base_weight().clone()
+    with torch.no_grad():
+        first = model(input_ids=TOKENS).logits
+        # bitsandbytes reorders 4-bit weights in the pass, and rounds their scales to bfloat16
+        torch.testing.assert_close(layer.get_base_weight(), before, rtol=1 / 128, atol=1e-6)
+        torch.testing.assert_close(model(input_ids=TOKENS).logits, first)

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from bayeslora.errors import BayesLoraError
 from bayeslora.export.copies import adapted_parts, sharing_base
 from bayeslora.methods.config import AdapterConfig
-from bayeslora.methods.layer import BayesLayer
+from bayeslora.methods.layer import BayesLayer, undo_cpu_order
 
 CARD_FILE = "README.md"
 _TOLERANCE = 1e-4
@@ -82,7 +82,8 @@ def export_merged(
                 raise _refusal(f"{measured['inexact']} (outputs differ by {measured['max_output_error']:.2g})")
     folder = Path(path)
     folder.mkdir(parents=True, exist_ok=True)
-    _put_back(merged)
+    for module in merged.modules():
+        undo_cpu_order(module)
     merged.save_pretrained(folder)
     config = cast(AdapterConfig, original.peft_config[name])
     (folder / CARD_FILE).write_text(_card(config, base, measured), encoding="utf-8")
@@ -123,7 +124,7 @@ def _merged(whole: PeftModel, name: str) -> Any:
             base.weight = weight = copy.deepcopy(base.weight)
             if hasattr(weight, "module"):  # where bitsandbytes notes a new state of a 4-bit weight
                 weight.module = base
-            _put_back(base)
+            undo_cpu_order(base)
     try:
         return whole.merge_and_unload(safe_merge=True, adapter_names=[name])
     except (TypeError, NotImplementedError) as error:
@@ -132,22 +133,6 @@ def _merged(whole: PeftModel, name: str) -> Any:
         ) from error
     except ValueError as error:
         raise BayesLoraError(f"merging failed ({error}): train the adapter again") from error
-
-
-def _put_back(model: nn.Module) -> None:
-    """Undo what a forward pass on the CPU does to bitsandbytes' 4-bit weights.
-
-    It reorders them for its kernel. Dequantizing does not expect that, and saving puts back the codes, but the scales
-    only where they are quantized themselves.
-    """
-    for module in model.modules():
-        state = getattr(getattr(module, "weight", None), "quant_state", None)
-        if not getattr(state, "packing_format_for_cpu", False):
-            continue
-        module.state_dict()  # puts the codes back
-        state = cast(Any, module.weight).quant_state
-        if state.absmax.ndim == 2:
-            state.absmax = state.absmax.T.reshape(-1).float()
 
 
 def _inputs(model: PeftModel, batch: Mapping[str, Tensor] | None) -> dict[str, Tensor] | None:

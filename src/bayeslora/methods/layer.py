@@ -187,6 +187,11 @@ class BayesLayer(nn.Module, BaseTunerLayer):
             out[rows] = y.to(out.dtype)
         return self.base_layer(x, *args, **kwargs) if out is None else out
 
+    def get_base_weight(self) -> Tensor:
+        """The base weight (d_out, d_in) in its own type, dequantized where it is stored in fewer bits."""
+        undo_cpu_order(self.get_base_layer())
+        return cast(Tensor, super().get_base_weight())
+
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
         """Fold the named (default: the active) adapters, at their posterior mean, into the base weight."""
         for name in check_adapters_to_merge(self, adapter_names):
@@ -225,6 +230,21 @@ class BayesLayer(nn.Module, BaseTunerLayer):
 
 
 _UNQUANTIZED = 32
+
+
+def undo_cpu_order(module: nn.Module) -> None:
+    """Undo what a forward pass without gradients on a CPU does to a 4-bit weight of bitsandbytes.
+
+    It reorders the weight for a kernel. Dequantizing does not expect that, and saving puts back the codes, but the
+    scales only where they are quantized themselves. That the scales were rounded to bfloat16 is not undone.
+    """
+    state = getattr(getattr(module, "weight", None), "quant_state", None)
+    if not getattr(state, "packing_format_for_cpu", False):
+        return
+    module.state_dict()  # puts the codes back
+    state = cast(Any, module.weight).quant_state
+    if state.absmax.ndim == 2:
+        state.absmax = state.absmax.T.reshape(-1).float()
 
 
 def add_update(result: Tensor, hidden: Tensor, b: Tensor, scaling: float, in_place: bool = False) -> Tensor:
