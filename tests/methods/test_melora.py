@@ -155,6 +155,7 @@ BAD_OPTIONS: list[tuple[dict[str, Any], str]] = [
     ({"variance_lr_factor": -1.0}, "variance_lr_factor must not be negative, not -1.0"),
     ({"noise_scope": "batch", "antithetic": True}, "antithetic noise needs noise_scope 'example', not 'batch'"),
     ({"r": 0}, "r must be at least 1, not 0"),
+    ({"rank_pattern": {"first": -1}}, "rank_pattern must have whole numbers from 0, not -1 for .first."),
 ]
 
 

@@ -41,6 +41,9 @@ class AdapterConfig(PeftConfig):
             raise BayesLoraError("layers_pattern needs layers_to_transform: name the indices, or drop the pattern")
         if self.r <= 0:
             raise BayesLoraError(f"r must be at least 1, not {self.r}: give the initial rank")
+        for name, rank in (self.rank_pattern or {}).items():
+            if not isinstance(rank, int) or rank < 0:
+                raise BayesLoraError(f"rank_pattern must have whole numbers from 0, not {rank!r} for {name!r}")
         if not 0 <= self.lora_dropout < 1:
             raise BayesLoraError(f"lora_dropout must lie in [0, 1), not {self.lora_dropout}")
         self._require("bias", ("none", "all"))
