@@ -6,7 +6,7 @@ then work with them as with LoRA.
 
 from bayeslora import _peft as _peft  # first, because it keeps the import quiet
 from bayeslora.errors import BayesLoraError
-from bayeslora.export import export, load_packed, shrink
+from bayeslora.export import export, load_integer, load_packed, shrink
 from bayeslora.methods import (
     METHODS,
     AdaLoraConfig,
@@ -63,6 +63,7 @@ __all__ = [
     "describe",
     "export",
     "generate",
+    "load_integer",
     "load_packed",
     "load_posterior",
     "parameter_groups",

@@ -1,4 +1,4 @@
-"""`bayeslora export OUT --format lora|merged|packed --output-dir DIR`: a finished run in the form that is deployed."""
+"""`bayeslora export OUT --format NAME --output-dir DIR`: a finished run in the form that is deployed."""
 
 from __future__ import annotations
 
@@ -16,7 +16,12 @@ from bayeslora.errors import BayesLoraError
 if TYPE_CHECKING:
     from torch import nn
 
-FORMATS = {"lora": "plain LoRA adapter", "merged": "merged Transformers model", "packed": "packed adapter"}
+FORMATS = {
+    "integer": "model of integer codes",
+    "lora": "plain LoRA adapter",
+    "merged": "merged Transformers model",
+    "packed": "packed adapter",
+}
 
 
 def run(given: dict[str, Any]) -> int:
@@ -26,6 +31,8 @@ def run(given: dict[str, Any]) -> int:
         raise BayesLoraError(f"format {form!r} is not available; choose from {', '.join(FORMATS)}.")
     if given.get("allow_error") and form != "merged":
         raise BayesLoraError(f"--allow-error is for --format merged, not {form}; leave it out.")
+    if "unadapted" in given and form != "integer":
+        raise BayesLoraError(f"--unadapted is for --format integer, not {form}; leave it out.")
     for name in ("uniform", "draws", "seed"):
         if name in given and form != "lora":
             raise BayesLoraError(f"--{name} is for --format lora, not {form}; leave it out.")
@@ -64,6 +71,8 @@ def _options(form: str, given: dict[str, Any], model: nn.Module, source: Path) -
     """What `bayeslora.export` is told besides the format."""
     if form == "merged":
         return {"allow_error": bool(given.get("allow_error"))}
+    if form == "integer":
+        return {"unadapted": given["unadapted"]} if "unadapted" in given else {}
     from bayeslora import describe, load_posterior
     from bayeslora.optim import POSTERIOR_FILE
 
@@ -80,7 +89,7 @@ def _options(form: str, given: dict[str, Any], model: nn.Module, source: Path) -
 
 def _loaded_as(form: str, folder: Path) -> dict[str, Any]:
     """What `run.json` of the export says otherwise than that of the run."""
-    if form == "merged":
+    if form in ("integer", "merged"):
         return {"method": "full"}
     config = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))
     changed = {"method": "lora"} if form == "lora" else {}

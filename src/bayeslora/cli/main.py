@@ -129,12 +129,15 @@ def build_parser() -> argparse.ArgumentParser:
 
     export = add("export", "write a finished run in another format")
     export.add_argument("folder", metavar="OUT", help="output folder of `bayeslora train`")
-    export.add_argument("--format", metavar="NAME", required=True, help="lora, merged or packed")
+    export.add_argument("--format", metavar="NAME", required=True, help="lora, merged, packed or integer")
     export.add_argument("--output-dir", metavar="DIR", required=True, help="new folder for the export")
     export.add_argument("--rank", metavar="K", type=int, help="rank to cut out of a run of dylora (all)")
     export.add_argument("--uniform", action="store_true", help="lora at one rank, for vLLM, SGLang and llama.cpp")
     export.add_argument("--draws", metavar="K", type=int, help="lora: draws of the posterior, not its mean")
     export.add_argument("--seed", metavar="N", type=int, help="seed of the draws (0)")
+    export.add_argument(
+        "--unadapted", metavar="TYPE", help="integer: int8, bfloat16 or float32 for other layers (int8)"
+    )
     export.add_argument("--allow-error", action="store_true", help="merge where it cannot be exact, and measure")
     export.add_argument("--model", metavar="FOLDER_OR_ID", help="the base model, where it is no longer at its place")
     export.add_argument("--json", action="store_true", help="print what was measured as JSON")

@@ -32,6 +32,8 @@ from transformers.utils import logging as transformers_logging
 from bayeslora.errors import BayesLoraError
 from bayeslora.evaluation.multiple_choice import DEFAULT_PROMPT_LENGTH
 from bayeslora.evaluation.packaged import as_dense, gguf_options
+from bayeslora.export import load_integer
+from bayeslora.export.integer_reader import is_integer_model
 from bayeslora.export.packed_file import looks_packed
 from bayeslora.optim import POSTERIOR_FILE
 from bayeslora.prediction import WeightPosterior, load_posterior
@@ -285,6 +287,8 @@ def load_run(folder: Path, model: str | None = None) -> tuple[torch.nn.Module, P
     hush()
     info = RunInfo.load(folder)
     tokenizer = load_tokenizer(str(folder), str(folder))
+    if is_integer_model(folder):
+        return ready(load_integer(folder)), tokenizer, info
     if info.method == "full":
         with loading(f"the model in {folder}"):
             trained = _AUTO_CLASSES[info.head].from_pretrained(folder, dtype=getattr(torch, info.dtype))

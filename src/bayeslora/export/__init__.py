@@ -10,6 +10,8 @@ from typing import Any
 from torch import Tensor, nn
 
 from bayeslora.errors import BayesLoraError
+from bayeslora.export.integer import export_integer
+from bayeslora.export.integer_reader import load_integer
 from bayeslora.export.lora import export_lora
 from bayeslora.export.merged import export_merged
 from bayeslora.export.packed import export_packed
@@ -17,12 +19,23 @@ from bayeslora.export.packed_reader import load_packed
 from bayeslora.export.shrink import shrink
 
 FORMATS: dict[str, Callable[..., dict[str, Any]]] = {
+    "integer": export_integer,
     "lora": export_lora,
     "merged": export_merged,
     "packed": export_packed,
 }
 
-__all__ = ["FORMATS", "export", "export_lora", "export_merged", "export_packed", "load_packed", "shrink"]
+__all__ = [
+    "FORMATS",
+    "export",
+    "export_integer",
+    "export_lora",
+    "export_merged",
+    "export_packed",
+    "load_integer",
+    "load_packed",
+    "shrink",
+]
 
 
 def export(
@@ -39,7 +52,8 @@ def export(
         model: a PEFT model with an adapter of this library.
         path: folder to write into.
         format: one of `FORMATS`: `lora` for plain LoRA, which needs nothing but PEFT; `packed` for the adapter at its
-            learned widths; `merged` for one model without an adapter.
+            learned widths; `merged` for one model without an adapter; `integer` for
+            one model of codes, which `load_integer` loads.
         adapter_name: by default the active adapter.
         batch: inputs to measure the output error on.
         options: what the format takes besides, the keyword arguments of its function in `FORMATS`.

@@ -68,12 +68,12 @@ def export_merged(
     whole = sharing_base(original, tuner)
     whole.set_adapter(name)
     whole.eval()
-    inputs = _inputs(whole, batch)
-    ours = None if inputs is None else _output(whole, inputs)
+    inputs = inputs_for(whole, batch)
+    ours = None if inputs is None else output_of(whole, inputs)
     merged = _merged(whole, name)
     measured: dict[str, Any] = {"max_output_error": None, "max_output": None, "inexact": reason}
     if ours is not None and inputs is not None:
-        theirs = _output(merged, inputs)
+        theirs = output_of(merged, inputs)
         measured["max_output_error"] = float((ours - theirs).abs().max())
         measured["max_output"] = float(ours.abs().max())
         if reason is None and not measured["max_output_error"] <= _TOLERANCE * max(1.0, measured["max_output"]):
@@ -135,7 +135,8 @@ def _merged(whole: PeftModel, name: str) -> Any:
         raise BayesLoraError(f"merging failed ({error}): train the adapter again") from error
 
 
-def _inputs(model: PeftModel, batch: Mapping[str, Tensor] | None) -> dict[str, Tensor] | None:
+def inputs_for(model: nn.Module, batch: Mapping[str, Tensor] | None) -> dict[str, Tensor] | None:
+    """What to compare outputs on: the batch without its labels, by default the model's own dummy inputs, or None."""
     found = batch if batch is not None else getattr(model, "dummy_inputs", None)
     if found is None:
         return None
@@ -144,7 +145,8 @@ def _inputs(model: PeftModel, batch: Mapping[str, Tensor] | None) -> dict[str, T
 
 
 @torch.no_grad()
-def _output(model: nn.Module, inputs: dict[str, Tensor]) -> Tensor:
+def output_of(model: nn.Module, inputs: dict[str, Tensor]) -> Tensor:
+    """The logits, or a model's first output where it has none, float32."""
     outputs = model.eval()(**inputs)
     return cast(Tensor, outputs["logits"] if "logits" in outputs else outputs[0]).float()
 

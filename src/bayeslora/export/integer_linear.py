@@ -1,0 +1,203 @@
+r"""Linear and embedding layers on integer codes: what a frozen B-LoRA layer computes, without a trained quantizer.
+
+With codes $q$ and steps $s$ fixed, the layer
+
+$$ y = Q_{out}\bigl( Q_w(W_0) x_q + b + c\, Q_b(B)\, Q_E( E \circ Q_A( Q_a(A) x_q ) ) \bigr) $$
+
+has two products with $x_q$, which are one: the rows of $A$ lie below those of $W_0$ in one matrix of codes, and each
+row has a scale of its own. Where $x_q$ has at most 8 bits, the product is one of integers and exact. Base weight and
+update are not added up: their sum lies on no grid, and the quantizers between the factors have no place in it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor, nn
+
+from bayeslora.export.integer_kernels import (
+    FEW_ROWS,
+    WEIGHT_MULTIPLE,
+    dequantized_product,
+    has_integer_kernel,
+    has_weight_kernel,
+    integer_product,
+    weight_product,
+)
+from bayeslora.methods.layer import Float32Module
+from bayeslora.quantization import WIDTHS, grid_step
+
+_BYTE = 8
+_UNQUANTIZED = WIDTHS[-1]
+
+
+class StaticQuantizer:
+    """An activation's grid of `bits` bits with the range that was learned; 32 bits change nothing."""
+
+    def __init__(self, bits: int, bound: float) -> None:
+        self.bits = bits
+        self.level = (1 << (bits - 1)) - 1
+        # In float32, as in training: codes at rounding ties depend on the step's last digit.
+        self.step = float(grid_step(torch.tensor(bound), bits)) if bits < _UNQUANTIZED else 1.0
+
+    def codes(self, x: Tensor) -> Tensor:
+        """Integer codes of `x`, as float32."""
+        return x.float().div(self.step).round_().clamp_(-self.level, self.level)
+
+    def __call__(self, x: Tensor) -> Tensor:
+        return x if self.bits == _UNQUANTIZED else self.codes(x).mul_(self.step)
+
+
+class IntegerLinear(Float32Module):
+    """A linear layer (..., d_in) to (..., d_out) on codes; its activations have static ranges.
+
+    Args:
+        weight: codes (d_out, d_in), int8 up to 8 bits and int16 at 16; at 32 bits the float32 weight itself.
+        steps: step of the weight's grid, one number or (d_out, 1); 1 at 32 bits.
+        bias: (d_out,) or None.
+        factors: codes of A (r, d_in), and float32 E (r,) and B (d_out, r); None without an adapter.
+        a_steps: step of A's grid, one number or (r, 1).
+        scaling: c, the factor of the update.
+        activations: quantizers by kind, among `in`, `A_out`, `E_out` and `out`.
+        is_learned: whether this is the arithmetic of an adapted layer, which is kept to float rounding wherever `x` is
+            float32; any other layer of int8 codes may round its input to bfloat16.
+
+    Tensors stay as they are when the model is cast; the output has the type of the input.
+    """
+
+    codes: Tensor
+    scales: Tensor
+    bias: Tensor | None
+    sum_scales: Tensor
+    down: Tensor
+    diagonal: Tensor
+    up: Tensor
+
+    def __init__(
+        self,
+        weight: Tensor,
+        steps: Tensor,
+        bias: Tensor | None = None,
+        factors: tuple[Tensor, Tensor, Tensor] | None = None,
+        a_steps: Tensor | None = None,
+        scaling: float = 1.0,
+        activations: Mapping[str, StaticQuantizer] | None = None,
+        is_learned: bool = True,
+    ) -> None:
+        super().__init__()
+        self.out_features, self.in_features = weight.shape
+        self.scaling, self.is_learned = scaling, is_learned
+        none = StaticQuantizer(_UNQUANTIZED, 1.0)
+        activations = activations or {}
+        self.input = activations.get("in", none)
+        self.after_a, self.after_e = activations.get("A_out", none), activations.get("E_out", none)
+        self.output = activations.get("out", none)
+        scales = steps.reshape(-1).expand(self.out_features)
+        self.rank, self.is_stacked = 0, False
+        if factors is not None and len(factors[1]):
+            a, diagonal, b = factors
+            self.rank, self.is_stacked = len(a), weight.dtype == a.dtype == torch.int8
+            a_scales = (a_steps if a_steps is not None else torch.ones(())).reshape(-1).expand(self.rank)
+            if self.is_stacked:
+                weight, scales = torch.cat([weight, a]), torch.cat([scales, a_scales])
+            else:
+                self.register_buffer("down", a.float() * a_scales[:, None])
+            self.register_buffer("diagonal", diagonal)
+            self.register_buffer("up", b.T.contiguous())
+        if bias is not None:
+            bias = torch.cat([bias.float(), torch.zeros(len(scales) - len(bias))])
+        self.register_buffer("codes", weight.contiguous())
+        self.register_buffer("scales", scales.contiguous().float())
+        self.register_buffer("bias", bias)
+        # Of the sums over codes of both operands; the input's step is a factor of every row.
+        self.register_buffer("sum_scales", self.scales * self.input.step if self.takes_codes else self.scales)
+
+    @property
+    def takes_codes(self) -> bool:
+        """Whether the product is one of integers."""
+        return self.codes.dtype == torch.int8 and self.input.bits <= _BYTE
+
+    @property
+    def weight(self) -> Tensor:
+        """The base weight (d_out, d_in) as values, float32: for code that looks at it; computing does not need it."""
+        return self.codes[: self.out_features].float() * self.scales[: self.out_features, None]
+
+    def forward(self, x: Tensor) -> Tensor:
+        rows = x.reshape(-1, self.in_features)
+        if self.takes_codes:
+            codes = self.input.codes(rows)
+            found = self._of_codes(codes, rows.dtype)
+        else:
+            rows = self.input(rows)
+            found = self._of_values(rows)
+        found = found.mul_(self.sum_scales) if self.bias is None else torch.addcmul(self.bias, found, self.sum_scales)
+        result = found[:, : self.out_features]
+        if self.rank:
+            if self.is_stacked:
+                hidden = found[:, self.out_features :]
+            else:
+                values = codes * self.input.step if self.takes_codes else rows.float()
+                hidden = nn.functional.linear(values, self.down)
+            hidden = self.after_e(self.after_a(hidden) * self.diagonal)
+            result = torch.addmm(result, hidden, self.up, alpha=self.scaling)
+        return self.output(result).to(x.dtype).view(*x.shape[:-1], self.out_features)
+
+    def _of_codes(self, x: Tensor, dtype: torch.dtype) -> Tensor:
+        """Product with codes (n, d_in); a bfloat16 holds a code of 8 bits exactly, but not the sum."""
+        if dtype == torch.bfloat16 and self._suits_weight_kernel(x):
+            return weight_product(x, self.codes)
+        if has_integer_kernel(x.device.type):
+            return integer_product(x, self.codes)
+        return dequantized_product(x, self.codes)
+
+    def _of_values(self, x: Tensor) -> Tensor:
+        may_round = x.dtype == torch.bfloat16 or not self.is_learned
+        if may_round and self.codes.dtype == torch.int8 and self._suits_weight_kernel(x):
+            return weight_product(x, self.codes)
+        return dequantized_product(x if self.codes.dtype == torch.int8 else x.float(), self.codes)
+
+    def _suits_weight_kernel(self, x: Tensor) -> bool:
+        fits = len(x) <= FEW_ROWS and self.in_features % WEIGHT_MULTIPLE == 0
+        return fits and has_weight_kernel(x.device.type)
+
+    def extra_repr(self) -> str:
+        inner = f"rank={self.rank}, " if self.rank else ""
+        return f"{self.in_features}, {self.out_features}, {inner}codes={self.codes.dtype}, in={self.input.bits} bits"
+
+
+class IntegerEmbedding(Float32Module):
+    """An embedding on int8 codes with a scale a row; its rows come as `dtype`.
+
+    Args:
+        codes: (rows, d), int8.
+        steps: (rows, 1).
+        dtype: of the output.
+    """
+
+    codes: Tensor
+    scales: Tensor
+
+    def __init__(self, codes: Tensor, steps: Tensor, dtype: torch.dtype = torch.float32) -> None:
+        super().__init__()
+        self.num_embeddings, self.embedding_dim = codes.shape
+        self.dtype = dtype
+        self.register_buffer("codes", codes)
+        self.register_buffer("scales", steps.reshape(-1, 1).float())
+
+    @property
+    def weight(self) -> Tensor:
+        """All rows as values (rows, d), float32."""
+        return self.codes.float() * self.scales
+
+    def forward(self, ids: Tensor) -> Tensor:
+        return (self.codes[ids].float() * self.scales[ids]).to(self.dtype)
+
+    def tied_linear(self, bias: Tensor | None) -> IntegerLinear:
+        """The head that has the embedding's own codes, in the same memory."""
+        head = IntegerLinear(self.codes, self.scales, bias, is_learned=False)
+        head.codes = self.codes
+        return head
+
+    def extra_repr(self) -> str:
+        return f"{self.num_embeddings}, {self.embedding_dim}"
