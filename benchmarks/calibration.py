@@ -43,7 +43,7 @@ SELECTION = RESULTS.with_name("calibration-selection")
 SAMPLES = 10
 LANGUAGE = ("winogrande", "arc_easy")
 TRAINING = {
-    "mrpc": Training(steps=345, learning_rate=2e-3, max_length=96),
+    "mrpc": Training(steps=480, learning_rate=2e-3, max_length=96),
     "rte": Training(steps=200, learning_rate=2e-3, max_length=96),
     "cola": Training(steps=640, learning_rate=5e-4, max_length=64),
     "winogrande": Training(steps=216, learning_rate=1e-3, batch_size=8),

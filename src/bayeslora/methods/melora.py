@@ -36,8 +36,8 @@ class MeLoraConfig(VariationalConfig):
     core: Literal["full", "diagonal"] = field(
         default="full", metadata={"help": "An r x r core (full), or a vector (diagonal, as in ScalaBL)."}
     )
-    prior_std: float = field(default=0.4, metadata={"help": "Standard deviation of the prior of the core's entries."})
-    initial_std: float = field(default=0.4, metadata={"help": "Starting standard deviation of the core's entries."})
+    prior_std: float = field(default=0.35, metadata={"help": "Standard deviation of the prior of the core's entries."})
+    initial_std: float = field(default=0.35, metadata={"help": "Starting standard deviation of the core's entries."})
 
     def __post_init__(self) -> None:
         super().__post_init__()
