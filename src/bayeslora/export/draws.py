@@ -7,8 +7,7 @@ Draw number d depends on the seed and d alone: K exported draws are the ensemble
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager
-from typing import Protocol, runtime_checkable
+from contextlib import contextmanager
 
 from torch import Tensor, nn
 
@@ -16,17 +15,11 @@ from bayeslora.errors import BayesLoraError
 from bayeslora.methods.layer import BayesLayer
 from bayeslora.methods.sampling import has_posterior, posterior_mean, sampling
 from bayeslora.methods.variational import VariationalLayer
+from bayeslora.optim import DrawsWeights, draws_of
 from bayeslora.posterior import Noise
 
 Factors = Callable[[str, BayesLayer], tuple[Tensor, Tensor, Tensor]]
 """From a layer's path and the layer to A (r, d_in), diagonal (r,) and B (d_out, r), float32, without the scaling."""
-
-
-@runtime_checkable
-class DrawsWeights(Protocol):
-    """What can set a model's weights to draws: an `IVON`, or what `load_posterior` returns."""
-
-    def sampled(self, seed: int = 0, draw: int = 0, antithetic: bool = False) -> AbstractContextManager[None]: ...
 
 
 def check_draws(model: nn.Module, draws: int, seed: int, posterior: object | None) -> None:
@@ -35,11 +28,9 @@ def check_draws(model: nn.Module, draws: int, seed: int, posterior: object | Non
         raise BayesLoraError(f"draws is {draws!r}, a whole number of at least 1 is needed: leave it out for the mean")
     if isinstance(seed, bool) or not isinstance(seed, int):
         raise BayesLoraError(f"the seed is {seed!r}, a whole number is needed")
-    if posterior is not None and not isinstance(posterior, DrawsWeights):
-        raise BayesLoraError(
-            f"{type(posterior).__name__} keeps no posterior over the weights: give an IVON, or load_posterior(…)"
-        )
-    if posterior is None and not has_posterior(model):
+    if posterior is not None:
+        draws_of(posterior)
+    elif not has_posterior(model):
         raise BayesLoraError(
             f"draws is {draws}, but the adapter is deterministic and has no posterior to draw from: leave draws out, "
             "or give the posterior that IVON has learned"
@@ -52,7 +43,7 @@ def drawn(
 ) -> Iterator[Factors]:
     """Inside, `model` computes with draw number `draw`; the value reads the matrices of a layer under it."""
     if posterior is not None:
-        with posterior_mean(model), posterior.sampled(seed, draw):
+        with posterior_mean(model), draws_of(posterior).sampled(seed, draw):
             yield lambda _path, layer: layer.factors(adapter_name)
         return
 

@@ -21,10 +21,11 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from bayeslora.errors import BayesLoraError
-from bayeslora.export.draws import DrawsWeights, Factors, check_draws, drawn
+from bayeslora.export.draws import Factors, check_draws, drawn
 from bayeslora.methods.describe import describe, tuner_of
 from bayeslora.methods.layer import BayesLayer
 from bayeslora.methods.tuner import BayesTuner
+from bayeslora.optim import DrawsWeights
 
 _SHARED_FIELDS = (
     "task_type",

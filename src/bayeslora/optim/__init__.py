@@ -6,8 +6,10 @@ from bayeslora.optim._flat import local
 from bayeslora.optim.ivon import IVON
 from bayeslora.optim.saved import (
     POSTERIOR_FILE,
+    DrawsWeights,
     NamedPosterior,
     SavedPosterior,
+    draws_of,
     posterior_of,
     save_posterior,
     unwrapped,
@@ -16,8 +18,10 @@ from bayeslora.optim.saved import (
 __all__ = [
     "IVON",
     "POSTERIOR_FILE",
+    "DrawsWeights",
     "NamedPosterior",
     "SavedPosterior",
+    "draws_of",
     "local",
     "posterior_of",
     "save_posterior",

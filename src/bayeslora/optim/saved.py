@@ -11,10 +11,10 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -37,14 +37,34 @@ def unwrapped(optimizer: Any) -> Any:
     return getattr(optimizer, "optimizer", optimizer)
 
 
+@runtime_checkable
+class DrawsWeights(Protocol):
+    """What can set a model's weights to draws: `bayeslora.IVON`, or a posterior that was saved from it."""
+
+    def sampled(self, seed: int = 0, draw: int = 0, antithetic: bool = False) -> AbstractContextManager[None]:
+        """Inside, the weights are draw number `draw`; outside, they are what they were."""
+
+
 def posterior_of(optimizer: Optimizer) -> IVON:
     """The IVON that `optimizer` is or, as accelerate does, wraps; raises `BayesLoraError` for any other."""
     inner = unwrapped(optimizer)
     if not isinstance(inner, IVON):
-        raise BayesLoraError(
-            f"{type(inner).__name__} keeps no posterior over the weights, IVON does: train with bayeslora.IVON"
-        )
+        raise _no_posterior(inner)
     return inner
+
+
+def draws_of(source: object) -> DrawsWeights:
+    """What draws the weights: an IVON, wrapped or not, or a saved posterior; raises `BayesLoraError` for others."""
+    inner = unwrapped(source)
+    if not isinstance(inner, DrawsWeights):
+        raise _no_posterior(inner)
+    return inner
+
+
+def _no_posterior(source: object) -> BayesLoraError:
+    return BayesLoraError(
+        f"{type(source).__name__} keeps no posterior over the weights: give a bayeslora.IVON, or load_posterior(…)"
+    )
 
 
 @dataclass

@@ -8,7 +8,6 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping
 from contextlib import AbstractContextManager
-from typing import Protocol, runtime_checkable
 
 import torch
 from torch import Tensor, nn
@@ -16,17 +15,9 @@ from torch import Tensor, nn
 from bayeslora._peft import BaseTunerLayer
 from bayeslora.errors import BayesLoraError
 from bayeslora.methods.sampling import posterior_mean
-from bayeslora.optim import SavedPosterior, unwrapped
+from bayeslora.optim import SavedPosterior, draws_of
 from bayeslora.prediction.first_token import first_token_only
 from bayeslora.prediction.predict import Logits, Sampler, mean_sampler
-
-
-@runtime_checkable
-class DrawsWeights(Protocol):
-    """What can set a model's weights to draws: `bayeslora.IVON`, or a posterior that was saved from it."""
-
-    def sampled(self, seed: int = 0, draw: int = 0, antithetic: bool = False) -> AbstractContextManager[None]:
-        """Inside, the weights are draw number `draw`; outside, they are what they were."""
 
 
 class WeightPosterior:
@@ -44,12 +35,7 @@ class WeightPosterior:
     """
 
     def __init__(self, model: nn.Module, source: object) -> None:
-        source = unwrapped(source)
-        if not isinstance(source, DrawsWeights):
-            raise BayesLoraError(
-                f"{type(source).__name__} keeps no posterior over the weights, IVON does: train with bayeslora.IVON"
-            )
-        self._model, self.source = model, source
+        self._model, self.source = model, draws_of(source)
 
     @property
     def model(self) -> nn.Module:
