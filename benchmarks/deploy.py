@@ -88,8 +88,9 @@ def job(
 def rates(kind: str, folder: Path, tokenizer: PreTrainedTokenizerBase, given: argparse.Namespace) -> dict[str, Any]:
     """Rate, and ratio to the unmerged LoRA, of each variant."""
     jobs = {variant: job(kind, load(kind, variant, folder), tokenizer, given) for variant in VARIANTS}
-    for run in jobs.values():
+    for variant, run in jobs.items():
         run()
+        print(f"{kind} {variant} is loaded", file=sys.stderr)
     found: dict[str, list[float]] = {variant: [] for variant in jobs}
     for _ in range(given.rounds):
         for variant, run in jobs.items():
@@ -139,11 +140,13 @@ def encoder_record(folder: Path, given: argparse.Namespace) -> dict[str, Any]:
     record: dict[str, Any] = {"run": given.encoder.name, "widths": widths(model)}
     record["bytes"] = write("encoder", model, tokenizer, info.model, batches, folder)
     task = load_task(str(info.task_name), info.data_dir, train_split=info.train_split)
-    data = encoded_for(task.splits["test"], task, tokenizer, info)
+    rows = task.splits["test"]
+    data = encoded_for(rows.select(range(min(given.test_rows or len(rows), len(rows)))), task, tokenizer, info)
 
     def scored(each: nn.Module) -> float:
         return 100 * float(evaluate(each, data, task, tokenizer).scores[task.metric])
 
+    print("encoder is written", file=sys.stderr)
     record["scores"] = {"metric": task.metric, "before": scored(model)}
     record["scores"].update({variant: scored(load("encoder", variant, folder)) for variant in INTEGER})
     given.length = info.max_length
@@ -156,7 +159,10 @@ def decoder_record(folder: Path, given: argparse.Namespace) -> dict[str, Any]:
     batches = calibration(tokenizer, 64)
     record: dict[str, Any] = {"steps": given.decoder_steps, "widths": widths(model)}
     record["bytes"] = write("decoder", model, tokenizer, given.decoder, batches, folder)
-    held_out: list[dict[str, Tensor]] = text_batches(tokenizer, texts_of("test"), 16, 64, given.decoder_test)
+    held_out: list[dict[str, Tensor]] = text_batches(
+        tokenizer, texts_of("test")[: given.test_rows], 16, 64, sys.maxsize // 16
+    )
+    print("decoder is written", file=sys.stderr)
     record["scores"] = {"before": next_token_scores(model, held_out)}
     del model
     for variant in INTEGER:
@@ -170,7 +176,7 @@ def main() -> None:
     parser.add_argument("--encoder", type=Path, metavar="RUN", help="a B-LoRA run of `bayeslora train`")
     parser.add_argument("--decoder", metavar="FOLDER", help="a language model's folder")
     parser.add_argument("--decoder-steps", type=int, default=300, help="training steps of the decoder's B-LoRA")
-    parser.add_argument("--decoder-test", type=int, default=40, help="batches of 16 test texts to score it on")
+    parser.add_argument("--test-rows", type=int, default=None, help="test texts to score on (all)")
     parser.add_argument("--rounds", type=int, default=10)
     parser.add_argument("--batch-size", type=int, default=32, help="sentences of a batch")
     parser.add_argument("--batches", type=int, default=4, help="batches of a round")

@@ -66,7 +66,7 @@ def test_an_inexact_merge_is_refused_unless_allowed_and_then_measured(
 
 
 def test_an_integer_run_evaluates_nearly_as_the_run_itself(
-    runs: dict[str, Path], tmp_path: Path, refused: Refused, capsys: pytest.CaptureFixture[str]
+    runs: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     target = tmp_path / "integer"
     argv = ["export", runs["blora"], "--format", "integer", "--output-dir", target, "--json"]
@@ -75,9 +75,6 @@ def test_an_integer_run_evaluates_nearly_as_the_run_itself(
     assert measured["file_bytes"] == (target / "integer_model.safetensors").stat().st_size
     scores = [_json(capsys, "evaluate", folder, "--json")["scores"] for folder in (runs["blora"], target)]
     assert scores[0] == pytest.approx(scores[1], abs=0.02)
-    other = ["--output-dir", tmp_path / "out"]
-    assert "--unadapted is for" in refused("export", runs["blora"], "--format", "lora", "--unadapted", "int8", *other)
-    assert "not 'int4'" in refused("export", runs["blora"], "--format", "integer", "--unadapted", "int4", *other)
 
 
 def test_wrong_requests_write_nothing(runs: dict[str, Path], tmp_path: Path, refused: Refused) -> None:
@@ -85,6 +82,8 @@ def test_wrong_requests_write_nothing(runs: dict[str, Path], tmp_path: Path, ref
     target = ["--output-dir", tmp_path / "out"]
     assert "exists" in refused("export", runs["blora"], "--format", "packed", "--output-dir", tmp_path / "there")
     assert "--allow-error is for" in refused("export", runs["blora"], "--format", "packed", "--allow-error", *target)
+    assert "--unadapted is for" in refused("export", runs["blora"], "--format", "lora", "--unadapted", "int8", *target)
+    assert "not 'int4'" in refused("export", runs["blora"], "--format", "integer", "--unadapted", "int4", *target)
     assert "is no folder" in refused("export", tmp_path / "nothing", "--format", "packed", *target)
     assert "no adapter of bayeslora" in refused("export", runs["lora"], "--format", "packed", *target)
     assert "fully fine-tuned" in refused("export", runs["full"], "--format", "merged", *target)
