@@ -190,7 +190,7 @@ class BayesLayer(nn.Module, BaseTunerLayer):
     def get_base_weight(self) -> Tensor:
         """The base weight (d_out, d_in) in its own type, dequantized where it is stored in fewer bits."""
         undo_cpu_order(self.get_base_layer())
-        return cast(Tensor, super().get_base_weight())
+        return super().get_base_weight()
 
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
         """Fold the named (default: the active) adapters, at their posterior mean, into the base weight."""
