@@ -67,6 +67,7 @@ def test_a_draw_depends_on_seed_and_number_alone(tmp_path: Path) -> None:
         assert all(torch.equal(two[key], another[key]) for key in two if "lora_A" not in key)
 
 
+@pytest.mark.slow
 def test_a_process_without_the_package_computes_the_ensemble(tmp_path: Path) -> None:
     """In the uniform form, at one rank, with the package's import made impossible."""
     config = bayeslora.MeLoraConfig(
