@@ -25,7 +25,6 @@ with random gradients, without a model's passes between the steps.
 from __future__ import annotations
 
 import argparse
-import json
 import platform
 import statistics
 import time
@@ -37,6 +36,7 @@ import peft
 import torch
 import transformers
 from harness import ATTENTION, NO_DROPOUT
+from measuring import print_result
 from peft import PeftConfig, get_peft_model
 from torch import Tensor, nn
 from torch.optim import AdamW, Optimizer
@@ -252,10 +252,7 @@ def main() -> None:
         "optimizer_step": compare_optimizers(given.optimizer_repeats),
         "variants": compare_steps(given.rounds, batch),
     }
-    text = json.dumps(result, indent=2)
-    print(text)
-    if given.output:
-        given.output.write_text(text + "\n", encoding="utf-8")
+    print_result(result, given.output)
 
 
 if __name__ == "__main__":

@@ -21,6 +21,7 @@ import argparse
 import json
 import statistics
 from collections.abc import Iterable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -29,11 +30,13 @@ import torch
 from datasets import Dataset
 from harness import Training, classifier, fine_tune, language_model, once
 from peft import LoraConfig, PeftConfig
+from records import check_settings
 from torch import nn
 from torch.utils.data import DataLoader
 from transformers import DataCollatorWithPadding, set_seed
 
 import bayeslora
+from bayeslora.errors import BayesLoraError
 from bayeslora.evaluation import choice_scoring, evaluate, hold_out, load_task
 from bayeslora.evaluation.metrics import classification_scores
 from bayeslora.prediction import MCDropout, Predictor, TemperatureScaling
@@ -199,9 +202,15 @@ def main() -> None:
     options = {name: json.loads(value) for name, value in (item.split("=", 1) for item in given.set)}
     changed = "".join(f"-{name}={value}" for name, value in options.items())
     wanted = [(t, m, s) for s in given.seeds for t in given.tasks for m in given.methods]
-    for task, method, seed in [] if given.table else wanted:
-        path = (SELECTION if given.select else RESULTS) / f"{task}-{method}{changed}-{seed}.json"
-        once(path, lambda m=method, t=task, s=seed: run(m, t, s, given.data_dir, options, given.select))
+    folder = SELECTION if given.select else RESULTS
+    jobs = {} if given.table else {folder / f"{t}-{m}{changed}-{s}.json": (m, t, s) for t, m, s in wanted}
+    try:
+        for path, (_, task, _) in jobs.items():
+            check_settings(path, {"training": vars(TRAINING[task]), "options": options})
+    except BayesLoraError as error:
+        parser.error(str(error))
+    for path, job in jobs.items():
+        once(path, partial(run, *job, given.data_dir, options, given.select))
     if not given.select:
         RESULTS.mkdir(parents=True, exist_ok=True)
         (RESULTS / "table.md").write_text(table(), encoding="utf-8")

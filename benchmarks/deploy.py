@@ -22,11 +22,9 @@ process of its own, above what the imports take. Scores are on the test texts, b
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import platform
 import statistics
-import subprocess
 import sys
 import tempfile
 import time
@@ -47,6 +45,7 @@ from deploy_models import (
     widths,
     write,
 )
+from measuring import growth_of_peak, peak_of, print_result
 from torch import Tensor, nn
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
@@ -111,27 +110,13 @@ def peak(kind: str, variant: str, folder: Path, given: argparse.Namespace) -> in
     """Bytes at the peak of a process that loads one variant and runs it once."""
     arguments = ["--peak-of", kind, variant, str(folder), "--batch-size", str(given.batch_size)]
     arguments += ["--length", str(given.length), "--tokens", str(given.tokens), "--batches", "1"]
-    # Without these the allocator keeps freed memory, and a peak within what it kept would not show.
-    environment = {**os.environ, "MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536"}
-    command = [sys.executable, __file__, *arguments]
-    done = subprocess.run(command, check=True, capture_output=True, text=True, env=environment)
-    return int(done.stdout.strip().splitlines()[-1])
+    return peak_of([__file__, *arguments])
 
 
 def peak_here(kind: str, variant: str, folder: Path, given: argparse.Namespace) -> int:
     tokenizer = AutoTokenizer.from_pretrained(folder / "integer")
     texts_of("test")
-    before = _status("VmRSS")
-    Path("/proc/self/clear_refs").write_text("5")  # resets the high-water mark
-    job(kind, load(kind, variant, folder), tokenizer, given)()
-    return _status("VmHWM") - before
-
-
-def _status(key: str) -> int:
-    for line in Path("/proc/self/status").read_text().splitlines():
-        if line.startswith(key + ":"):
-            return int(line.split()[1]) * 1024
-    raise KeyError(key)
+    return growth_of_peak(lambda: job(kind, load(kind, variant, folder), tokenizer, given)())
 
 
 def encoder_record(folder: Path, given: argparse.Namespace) -> dict[str, Any]:
@@ -206,11 +191,7 @@ def main() -> None:
             record["encoder"] = encoder_record(Path(folder) / "encoder", given)
         if given.decoder:
             record["decoder"] = decoder_record(Path(folder) / "decoder", given)
-    text = json.dumps(record, indent=2)
-    print(text)
-    if given.output:
-        given.output.parent.mkdir(parents=True, exist_ok=True)
-        given.output.write_text(text + "\n", encoding="utf-8")
+    print_result(record, given.output)
 
 
 if __name__ == "__main__":

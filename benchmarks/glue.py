@@ -28,15 +28,14 @@ from typing import Any
 
 import torch
 from datasets import concatenate_datasets
-from harness import Training, classifier, fine_tune, in_own_process, once
-from records import GLUE_TASKS, IMPORTANCES, IVON_SETTINGS, RESULTS, Run, check_settings
+from harness import Training, classifier, fine_tune, run_missing
+from records import GLUE_TASKS, IMPORTANCES, IVON_SETTINGS, RESULTS, Run
 from rows import ROWS, Row, describe, optimizer_of, target_modules, training_of
 from torch import nn
 from transformers import set_seed
 
 import bayeslora
 from bayeslora.cost import relative_bops
-from bayeslora.errors import BayesLoraError
 from bayeslora.evaluation import evaluate, hold_out, load_task
 
 TRAINING = {
@@ -189,13 +188,7 @@ def main() -> None:
     if given.set and not given.select:
         parser.error("--set belongs to --select: the benchmark itself runs the defaults")
     wanted = jobs(given)
-    try:
-        for path, job in wanted.items():
-            check_settings(path, job.settings)
-    except BayesLoraError as error:
-        parser.error(str(error))
-    for path, job in wanted.items():
-        once(path, lambda each=job: in_own_process(run, each))  # type: ignore[misc]
+    run_missing(parser, wanted, run)
     from results_glue import glue_section
 
     print(glue_section(given.results))

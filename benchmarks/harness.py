@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import fcntl
 import functools
 import json
@@ -24,6 +25,7 @@ import torch
 import transformers
 from datasets import Dataset
 from peft import PeftConfig, get_peft_model
+from records import check_settings
 from torch import nn
 from transformers import (
     AutoConfig,
@@ -39,6 +41,7 @@ from transformers import (
 )
 
 import bayeslora
+from bayeslora.errors import BayesLoraError
 from bayeslora.evaluation import (
     ChoiceTrainer,
     Task,
@@ -219,6 +222,19 @@ def once(path: Path, run: Callable[[], dict[str, Any]]) -> None:
             beside.rename(path)
         finally:
             lock.unlink(missing_ok=True)
+
+
+def run_missing(
+    parser: argparse.ArgumentParser, jobs: Mapping[Path, Any], run: Callable[[Any], dict[str, Any]]
+) -> None:
+    """`once` for each job, in a process of its own; a file that records other settings stops before the first."""
+    try:
+        for path, job in jobs.items():
+            check_settings(path, job.settings)
+    except BayesLoraError as error:
+        parser.error(str(error))
+    for path, job in jobs.items():
+        once(path, functools.partial(in_own_process, run, job))
 
 
 def in_own_process(function: Callable[..., dict[str, Any]], *arguments: Any) -> dict[str, Any]:

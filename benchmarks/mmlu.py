@@ -25,15 +25,14 @@ from typing import Any
 
 import torch
 from datasets import Dataset, concatenate_datasets
-from harness import ATTENTION, Training, fine_tune, in_own_process, once
+from harness import ATTENTION, Training, fine_tune, run_missing
 from peft import PeftConfig
-from records import MMLU_ROWS, RESULTS, SHOTS, Run, check_settings
+from records import MMLU_ROWS, RESULTS, SHOTS, Run
 from rows import RANK, describe, lora, nf4, ours
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, set_seed
 
 import bayeslora
 from bayeslora.cost import relative_bops
-from bayeslora.errors import BayesLoraError
 from bayeslora.evaluation import Task, encode_prompts, evaluate, load_task, unpack_model
 from bayeslora.evaluation.few_shot import few_shot_pool
 
@@ -169,13 +168,7 @@ def main() -> None:
                 job = Job(row, seed, given.data_dir, per_subject=given.per_subject, max_length=given.max_length)
                 name = row if row == "base" else f"{row}-{seed}"
                 wanted[given.results / "mmlu" / f"mmlu-{name}.json"] = job
-    try:
-        for path, job in wanted.items():
-            check_settings(path, job.settings)
-    except BayesLoraError as error:
-        parser.error(str(error))
-    for path, job in wanted.items():
-        once(path, lambda each=job: in_own_process(run, each))  # type: ignore[misc]
+    run_missing(parser, wanted, run)
     from results_sections import mmlu_section
 
     print(mmlu_section(given.results))

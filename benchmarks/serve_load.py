@@ -27,6 +27,7 @@ from typing import Any
 
 import numpy as np
 import psutil
+from measuring import print_result
 
 import bayeslora
 from bayeslora.cli.models import load_run, with_posterior
@@ -209,10 +210,7 @@ def main(arguments: list[str] | None = None) -> dict[str, Any]:
     parser.add_argument("--output", type=Path, help="where to write the figures as JSON")
     options = parser.parse_args(arguments)
     found = measure(options.run, options.samples, options.clients, options.warm_up, options.seconds)
-    text = json.dumps(found, indent=2)
-    if options.output is not None:
-        options.output.write_text(text + "\n", encoding="utf-8")
-    print(text)
+    print_result(found, options.output)
     return found
 
 

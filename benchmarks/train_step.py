@@ -19,19 +19,15 @@ step, in a process of its own for each variant. Variants:
 from __future__ import annotations
 
 import argparse
-import gc
-import json
-import os
 import platform
 import statistics
-import subprocess
-import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
+from measuring import growth_of_peak, peak_of, print_result
 from peft import LoraConfig, PeftConfig, get_peft_model
 from torch import Tensor
 from transformers import AutoModelForSequenceClassification
@@ -152,27 +148,12 @@ def peak_of_one_step(variant: str, batch_size: int, length: int) -> int:
     """Bytes by which the peak of this process grows over one step."""
     step = make_step(variant, batch_size, length)
     step()
-    gc.collect()
-    Path("/proc/self/clear_refs").write_text("5")  # resets the high-water mark
-    before = _status("VmRSS")
-    step()
-    return _status("VmHWM") - before
-
-
-def _status(key: str) -> int:
-    for line in Path("/proc/self/status").read_text().splitlines():
-        if line.startswith(key + ":"):
-            return int(line.split()[1]) * 1024
-    raise KeyError(key)
+    return growth_of_peak(step)
 
 
 def memory(variant: str, batch_size: int, length: int) -> int:
     arguments = ["--memory-of", variant, "--batch-size", str(batch_size), "--length", str(length)]
-    # Without these the allocator keeps freed memory, and a peak within what it kept would not show.
-    environment = {**os.environ, "MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536"}
-    command = [sys.executable, __file__, *arguments]
-    done = subprocess.run(command, check=True, capture_output=True, text=True, env=environment)
-    return int(done.stdout.strip().splitlines()[-1])
+    return peak_of([__file__, *arguments])
 
 
 def measure(rounds: int, batch_size: int, length: int) -> dict[str, object]:
@@ -217,10 +198,7 @@ def main() -> None:
         print(peak_of_one_step(given.memory_of, given.batch_size, given.length))
         return
     result = measure(given.rounds, given.batch_size, given.length)
-    text = json.dumps(result, indent=2)
-    print(text)
-    if given.output:
-        given.output.write_text(text + "\n", encoding="utf-8")
+    print_result(result, given.output)
 
 
 if __name__ == "__main__":

@@ -24,7 +24,7 @@ from bayeslora.errors import BayesLoraError
 from bayeslora.export.copies import adapted_parts, sharing_base
 from bayeslora.export.integer_index import BIAS, UNQUANTIZED, IntegerIndex, IntegerLayer
 from bayeslora.export.integer_reader import CODES_SUFFIX, INDEX_FILE, WEIGHTS_FILE, load_integer, seal
-from bayeslora.export.merged import inputs_for, output_of
+from bayeslora.export.measured import inputs_for, output_error, output_of
 from bayeslora.export.packed_file import CHECKSUM_KEY, INDEX_KEY, checksum
 from bayeslora.export.packed_index import KINDS, MATRICES
 from bayeslora.methods.blora_layer import BLoraLayer
@@ -99,18 +99,12 @@ def export_integer(
     generation = getattr(base, "generation_config", None)
     if generation is not None and base.can_generate():
         generation.save_pretrained(folder)
-    measured: dict[str, Any] = {"max_output_error": None, "max_output": None}
-    if inputs is not None and expected is not None:
-        found = output_of(load_integer(folder, next(base.parameters()).device), inputs)
-        measured = {
-            "max_output_error": float((found - expected).abs().max()),
-            "max_output": float(expected.abs().max()),
-        }
+    found = None if inputs is None else output_of(load_integer(folder, next(base.parameters()).device), inputs)
     return {
         "file_bytes": (folder / WEIGHTS_FILE).stat().st_size,
         "ideal_bytes": sum(tensor.nbytes for tensor in tensors.values()),
         "float32_bytes": 4 * sum(parameter.numel() for parameter in base.parameters()),
-        **measured,
+        **output_error(expected, found),
     }
 
 
@@ -153,7 +147,7 @@ def _written(
     paths = {id(module): path for path, module in modules.items()}
     tie = paths.get(id(embedding)) if head is not None and head.weight is embedding.weight else None
     for path, module in modules.items():
-        kept = any(path == key or path.startswith(key + ".") for key in trained)
+        kept = _is_within(path, trained)
         if path in adapted:
             layer, parts = _adapted(path, adapted[path], name)
         elif kept or unadapted != "int8" or type(module) not in (nn.Linear, Conv1D, nn.Embedding):
@@ -189,12 +183,16 @@ def _add_the_rest(
                 index.shared[path] = first[id(tensor)]
                 continue
             first[id(tensor)] = path
-            kept = any(owner == key or owner.startswith(key + ".") for key in trained)
+            kept = _is_within(owner, trained)
             stored = tensor.detach().cpu().contiguous()
             # A copy: safetensors takes no two tensors of one memory.
             tensors[path] = (
                 stored.to(torch.bfloat16) if id(module) in narrow and leaf == "weight" and not kept else stored.clone()
             )
+
+
+def _is_within(path: str, modules: list[str]) -> bool:
+    return any(path == module or path.startswith(module + ".") for module in modules)
 
 
 def _adapted(path: str, layer: BLoraLayer, name: str) -> tuple[IntegerLayer, list[Tensor]]:

@@ -18,19 +18,18 @@ from __future__ import annotations
 import json
 import math
 from dataclasses import dataclass, field
-from typing import Any, NoReturn
+from typing import Any
 
-from bayeslora.errors import BayesLoraError
 from bayeslora.export.packed_index import KINDS, LOG_LIMIT, MATRICES, Part
+from bayeslora.export.untrusted import INTEGER, is_size
 from bayeslora.methods.quantizers import BASE_WEIGHT
 from bayeslora.quantization import WIDTHS
 
-VERSION = 1
 BIAS = "bias"
 UNQUANTIZED = WIDTHS[-1]
 
 _VECTORS = (BASE_WEIGHT, "A")
-_MAX_SIZE, _MAX_LAYERS, _MAX_NAME = 1 << 31, 20_000, 1_000
+_MAX_LAYERS, _MAX_NAME, _MAX_NUMBER = 20_000, 1_000, 1 << 31
 _SMALLEST, _LARGEST = math.exp(-LOG_LIMIT) / 2, math.exp(LOG_LIMIT) * 2
 
 
@@ -103,7 +102,7 @@ class IntegerIndex:
 
     def to_text(self) -> str:
         content = {
-            "version": VERSION,
+            "version": INTEGER.version,
             "architecture": self.architecture,
             "linear": {name: layer.to_json() for name, layer in self.linear.items()},
             "embeddings": {name: layer.to_json() for name, layer in self.embeddings.items()},
@@ -112,33 +111,26 @@ class IntegerIndex:
         return json.dumps(content, indent=1) + "\n"
 
     @classmethod
-    def from_json(cls, content: Any) -> IntegerIndex:
-        """Check what `integer.json` holds; nothing in it is trusted.
+    def from_text(cls, text: str | bytes) -> IntegerIndex:
+        """Read and check `integer.json`; nothing in it is trusted.
 
         Raises:
             BayesLoraError: for whatever this library does not write.
         """
-        if not isinstance(content, dict):
-            damaged_model("its index is no JSON object")
-        version = content.get("version")
-        if type(version) is int and version > VERSION:
-            raise BayesLoraError(
-                f"the integer model has format version {version}, this library reads {VERSION}: update bayeslora"
-            )
-        if type(version) is not int or version != VERSION:
-            damaged_model(f"its version is {version!r:.40}, not {VERSION}")
+        content = INTEGER.read_object(text, "its index")
+        INTEGER.check_version(content)
         wanted = {"version", "architecture", "linear", "embeddings", "shared"}
         if set(content) != wanted:
-            damaged_model(f"its index has other fields than {', '.join(sorted(wanted))}")
+            INTEGER.damaged(f"its index has other fields than {', '.join(sorted(wanted))}")
         layers: list[dict[str, IntegerLayer]] = []
         for part in ("linear", "embeddings"):
             if not isinstance(content[part], dict) or len(content[part]) > _MAX_LAYERS:
-                damaged_model(f"its {part} layers are no table")
+                INTEGER.damaged(f"its {part} layers are no table")
             layers.append({_name(name): _layer(name, entry) for name, entry in content[part].items()})
         linear, embeddings = layers
         shared = content["shared"]
         if not isinstance(shared, dict) or not all(_name(key) and _name(value) for key, value in shared.items()):
-            damaged_model("its shared tensors are no table of paths")
+            INTEGER.damaged("its shared tensors are no table of paths")
         for layer in linear.values():
             if layer.tied_to is not None:
                 source = embeddings.get(layer.tied_to)
@@ -146,48 +138,43 @@ class IntegerIndex:
                     layer.out_features,
                     layer.in_features,
                 ):
-                    damaged_model(f"{layer.name:.80} shares the codes of no embedding of its shape")
+                    INTEGER.damaged(f"{layer.name:.80} shares the codes of no embedding of its shape")
         for layer in embeddings.values():
             if layer.bits != {BASE_WEIGHT: 8} or layer.per_channel != (BASE_WEIGHT,) or layer.bias or layer.rank:
-                damaged_model(f"{layer.name:.80} is no embedding of 8 bits")
+                INTEGER.damaged(f"{layer.name:.80} is no embedding of 8 bits")
         return cls(_name(content["architecture"]), linear, embeddings, shared)
-
-
-def damaged_model(reason: str) -> NoReturn:
-    """Raise the error of an integer model that cannot be used because of `reason`."""
-    raise BayesLoraError(f"the integer model is damaged ({reason}): export it again or restore it from a copy")
 
 
 def _layer(name: str, entry: Any) -> IntegerLayer:
     if not isinstance(entry, dict) or not {"shape", "bits"} <= set(entry) <= set(_FIELDS):
-        damaged_model(f"{name:.80} has unknown fields, or lacks some")
+        INTEGER.damaged(f"{name:.80} has unknown fields, or lacks some")
     shape, bits, ranges = entry["shape"], entry["bits"], entry.get("ranges", {})
-    if type(shape) is not list or len(shape) != 2 or not all(_is_size(size) and size > 0 for size in shape):
-        damaged_model(f"{name:.80} has no shape of two sizes")
+    if type(shape) is not list or len(shape) != 2 or not all(is_size(size) and size > 0 for size in shape):
+        INTEGER.damaged(f"{name:.80} has no shape of two sizes")
     per_channel = entry.get("per_channel", [])
     if per_channel not in ([], *([kind] for kind in _VECTORS), list(_VECTORS)):
-        damaged_model(f"{name:.80} has per-channel kinds {per_channel!r:.60}")
+        INTEGER.damaged(f"{name:.80} has per-channel kinds {per_channel!r:.60}")
     rank, scaling, tied_to = entry.get("rank", 0), entry.get("scaling", 1.0), entry.get("tied_to")
-    if not _is_size(rank) or not _is_number(scaling):
-        damaged_model(f"{name:.80} has rank {rank!r:.40} and scaling {scaling!r:.40}")
+    if not is_size(rank) or not _is_number(scaling):
+        INTEGER.damaged(f"{name:.80} has rank {rank!r:.40} and scaling {scaling!r:.40}")
     if not all(type(entry.get(key, False)) is bool for key in ("bias", "learned")):
-        damaged_model(f"{name:.80} has a flag that is neither true nor false")
+        INTEGER.damaged(f"{name:.80} has a flag that is neither true nor false")
     if not isinstance(bits, dict) or not all(
         kind in KINDS and type(width) is int and width in WIDTHS for kind, width in bits.items()
     ):
-        damaged_model(f"{name:.80} has widths other than {', '.join(map(str, WIDTHS))} bits")
+        INTEGER.damaged(f"{name:.80} has widths other than {', '.join(map(str, WIDTHS))} bits")
     needed = set() if tied_to is not None else {BASE_WEIGHT, *MATRICES} if rank else {BASE_WEIGHT}
     if not needed <= set(bits):
-        damaged_model(f"{name:.80} lacks a width")
+        INTEGER.damaged(f"{name:.80} lacks a width")
     narrow = {kind for kind, width in bits.items() if width < UNQUANTIZED} - set(per_channel)
     if not rank:
         narrow -= set(MATRICES)
     if not isinstance(ranges, dict) or set(ranges) != narrow:
-        damaged_model(f"{name:.80} has other ranges than widths")
+        INTEGER.damaged(f"{name:.80} has other ranges than widths")
     if not all(_is_number(bound) and _SMALLEST <= bound <= _LARGEST for bound in ranges.values()):
-        damaged_model(f"{name:.80} has a range that is not finite, positive and of a usable size")
+        INTEGER.damaged(f"{name:.80} has a range that is not finite, positive and of a usable size")
     if tied_to is not None and (rank or bits):
-        damaged_model(f"{name:.80} shares codes and has some of its own")
+        INTEGER.damaged(f"{name:.80} shares codes and has some of its own")
     return IntegerLayer(
         _name(name),
         shape[0],
@@ -208,13 +195,9 @@ _FIELDS = ("shape", "bits", "ranges", "per_channel", "rank", "scaling", "bias", 
 
 def _name(value: Any) -> str:
     if not isinstance(value, str) or not 0 < len(value) <= _MAX_NAME or not value.isprintable():
-        damaged_model("a name in it cannot be read")
+        INTEGER.damaged("a name in it cannot be read")
     return value
 
 
-def _is_size(value: Any) -> bool:
-    return type(value) is int and 0 <= value < _MAX_SIZE
-
-
 def _is_number(value: Any) -> bool:
-    return type(value) is float and math.isfinite(value) or type(value) is int and abs(value) < _MAX_SIZE
+    return type(value) is float and math.isfinite(value) or type(value) is int and abs(value) < _MAX_NUMBER

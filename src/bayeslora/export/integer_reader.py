@@ -15,10 +15,11 @@ from transformers import AutoConfig, GenerationConfig, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from bayeslora.errors import BayesLoraError
-from bayeslora.export.integer_index import BIAS, UNQUANTIZED, IntegerIndex, IntegerLayer, damaged_model
+from bayeslora.export.integer_index import BIAS, UNQUANTIZED, IntegerIndex, IntegerLayer
 from bayeslora.export.integer_linear import IntegerEmbedding, IntegerLinear, StaticQuantizer
 from bayeslora.export.packed_file import read_packed_file
-from bayeslora.export.packed_index import MATRICES, check_ranges, strict_json
+from bayeslora.export.packed_index import MATRICES, check_ranges
+from bayeslora.export.untrusted import INTEGER
 from bayeslora.methods.blora_layer import ACTIVATIONS
 from bayeslora.methods.quantizers import BASE_WEIGHT
 from bayeslora.quantization import grid_step
@@ -48,8 +49,9 @@ def load_integer(
         path: the folder.
         device: where to compute; kernels are chosen for it, and where it has none, codes are dequantized in each call.
         dtype: type of what lies between the layers. With float32 an adapted layer computes what was trained, to float
-            rounding before its output quantizer, so that codes differ at ties only. With bfloat16, the fast choice for
-            a batch or for generation, inputs and sums are rounded to it, which moves codes by a step at most times.
+            rounding before its output quantizer, so that codes differ at ties only. With bfloat16 inputs and sums are
+            rounded to it, which moves some codes, and those of an output by several steps where one between the
+            factors has moved.
 
     Raises:
         BayesLoraError: a folder whose files are missing, damaged, or do not fit each other, or another dtype.
@@ -86,16 +88,11 @@ def _read(folder: Path) -> tuple[IntegerIndex, dict[str, Tensor]]:
             f"{folder / INDEX_FILE} cannot be read ({error.strerror}): check its permissions"
         ) from error
     if len(data) > _MAX_INDEX:
-        damaged_model(f"its index has more than {_MAX_INDEX} bytes")
-    try:
-        content = strict_json(data, "its index")
-        index = IntegerIndex.from_json(content)
-        file = read_packed_file(folder / WEIGHTS_FILE)
-    except BayesLoraError as error:
-        said = str(error).replace("packed adapter", "integer model").replace("'packed'", "'integer'")
-        raise BayesLoraError(said) from error
+        INTEGER.damaged(f"its index has more than {_MAX_INDEX} bytes")
+    index = IntegerIndex.from_text(data)
+    file = read_packed_file(folder / WEIGHTS_FILE, INTEGER)
     if file.index != seal(data.decode("utf-8", "replace")):
-        damaged_model(f"{INDEX_FILE} and {WEIGHTS_FILE} do not belong together")
+        INTEGER.damaged(f"{INDEX_FILE} and {WEIGHTS_FILE} do not belong together")
     return index, file.tensors
 
 
@@ -125,10 +122,10 @@ def _replace(model: PreTrainedModel, layer: IntegerLayer, tensors: dict[str, Ten
     try:
         old: Any = model.get_submodule(layer.name)
     except AttributeError:
-        damaged_model(f"the model has no layer {layer.name:.80}")
+        INTEGER.damaged(f"the model has no layer {layer.name:.80}")
     shape = tuple(old.weight.shape) if isinstance(old, (nn.Linear, Conv1D, nn.Embedding)) else ()
     if shape != ((layer.in_features, layer.out_features) if isinstance(old, Conv1D) else _shape(layer)):
-        damaged_model(f"{layer.name:.80} is {_shape(layer)}, in the model it is {shape}")
+        INTEGER.damaged(f"{layer.name:.80} is {_shape(layer)}, in the model it is {shape}")
     parts = _parts(layer, tensors)
     new: nn.Module
     if isinstance(old, nn.Embedding):
@@ -136,7 +133,7 @@ def _replace(model: PreTrainedModel, layer: IntegerLayer, tensors: dict[str, Ten
     elif layer.tied_to is not None:
         source = model.get_submodule(layer.tied_to)
         if not isinstance(source, IntegerEmbedding):
-            damaged_model(f"{layer.name:.80} shares the codes of no embedding")
+            INTEGER.damaged(f"{layer.name:.80} shares the codes of no embedding")
         new = source.tied_linear(parts.get((BIAS, False)))
     else:
         new = _linear(layer, parts)
@@ -155,7 +152,7 @@ def _parts(layer: IntegerLayer, tensors: dict[str, Tensor]) -> Parts:
     key, parts = layer.name + CODES_SUFFIX, layer.parts()
     buffer = tensors.pop(key, None) if parts else torch.zeros(0, dtype=torch.uint8)
     if buffer is None or buffer.dtype != torch.uint8 or buffer.ndim != 1 or len(buffer) != layer.size:
-        damaged_model(f"{key:.80} is missing, or has not the {layer.size} bytes that its widths ask for")
+        INTEGER.damaged(f"{key:.80} is missing, or has not the {layer.size} bytes that its widths ask for")
     found: Parts = {}
     position = 0
     for part in parts:
@@ -172,8 +169,8 @@ def _steps(layer: IntegerLayer, parts: Parts, kind: str) -> Tensor:
         return grid_step(torch.tensor(layer.ranges[kind]), layer.bits[kind])
     bound = parts[kind, True]
     if not bool((bound > 0).all()):
-        damaged_model(f"{layer.name:.80} has a range that is not positive")
-    check_ranges(bound.log() / 1.1)  # room for the rounding of a limit's logarithm
+        INTEGER.damaged(f"{layer.name:.80} has a range that is not positive")
+    check_ranges(bound.log() / 1.1, INTEGER)  # room for the rounding of a limit's logarithm
     return grid_step(bound.reshape(-1, 1), layer.bits[kind])
 
 
@@ -206,16 +203,16 @@ def _assign(model: PreTrainedModel, index: IntegerIndex, tensors: dict[str, Tens
     for path, owner, leaf, old in list(_unfilled(model)):
         source = index.shared.get(path, path)
         if source not in tensors:
-            damaged_model(f"{path:.80} is missing")
+            INTEGER.damaged(f"{path:.80} is missing")
         is_parameter = isinstance(old, nn.Parameter)
         # Buffers keep their type: frequencies of rotary positions in bfloat16 would be other frequencies.
         tensor = cast_to[source] if is_parameter else tensors[source]
         if tensor.shape != old.shape or tensor.is_floating_point() != old.is_floating_point():
-            damaged_model(f"{path:.80} is {tuple(tensor.shape)}, in the model it is {tuple(old.shape)}")
+            INTEGER.damaged(f"{path:.80} is {tuple(tensor.shape)}, in the model it is {tuple(old.shape)}")
         setattr(owner, leaf, nn.Parameter(tensor, requires_grad=False) if is_parameter else tensor)
         used.add(source)
     if left := sorted(set(tensors) - used):
-        damaged_model(f"{left[0]:.80} has no place in the model")
+        INTEGER.damaged(f"{left[0]:.80} has no place in the model")
     for name, module in model.named_modules():
         if any(isinstance(value, Tensor) and value.is_meta for value in vars(module).values()):
             raise BayesLoraError(

@@ -22,6 +22,7 @@ from torch import Tensor, nn
 
 from bayeslora.errors import BayesLoraError
 from bayeslora.export.draws import Factors, check_draws, drawn
+from bayeslora.export.measured import inputs_for, output_error, output_of
 from bayeslora.methods.describe import describe, tuner_of
 from bayeslora.methods.layer import BayesLayer
 from bayeslora.methods.tuner import BayesTuner
@@ -134,7 +135,7 @@ def _save_lora(model: PeftModel, name: str, folder: Path) -> dict[str, Any]:
     folder.mkdir(parents=True, exist_ok=True)
     save_file(state, folder / "adapter_model.safetensors", metadata={"format": "pt"})
     model.peft_config[name].save_pretrained(str(folder))
-    return {"max_output_error": None, "max_output": None, "ranks": ranks}
+    return {**output_error(None, None), "ranks": ranks}
 
 
 def _tuner(model: nn.Module, adapter_name: str | None) -> tuple[BayesTuner, str]:
@@ -244,28 +245,23 @@ def _measure(
     batch: Mapping[str, Tensor] | None,
 ) -> dict[str, float | None]:
     """Largest difference between the outputs of the model and of its LoRA form on `batch`."""
-    inputs = batch if batch is not None else getattr(model, "dummy_inputs", None)
+    inputs = inputs_for(model, batch)
     if inputs is None:
-        return {"max_output_error": None, "max_output": None}
-    device = next(model.parameters()).device
-    inputs = {key: value.to(device) for key, value in inputs.items() if key not in ("labels", "label")}
+        return output_error(None, None)
     was_training = model.training
     active = {path: layer._active_adapter for path, layer in layers.items()}
     model.eval()
     try:
         for layer in layers.values():
             layer._active_adapter = [name]
-        ours = _output(model(**inputs))
+        ours = output_of(model, inputs)
         with _as_lora(layers, factors, name):
-            exported = _output(model(**inputs))
+            exported = output_of(model, inputs)
     finally:
         model.train(was_training)
         for path, layer in layers.items():
             layer._active_adapter = active[path]
-    return {
-        "max_output_error": float((ours - exported).abs().max()),
-        "max_output": float(ours.abs().max()),
-    }
+    return output_error(ours, exported)
 
 
 @contextmanager
@@ -288,7 +284,3 @@ def _as_lora(layers: dict[str, BayesLayer], factors: dict[str, tuple[Tensor, Ten
     finally:
         for handle in handles:
             handle.remove()
-
-
-def _output(outputs: Any) -> Tensor:
-    return (outputs["logits"] if "logits" in outputs else outputs[0]).float()

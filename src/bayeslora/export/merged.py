@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from bayeslora.errors import BayesLoraError
 from bayeslora.export.copies import adapted_parts, sharing_base
+from bayeslora.export.measured import inputs_for, output_error, output_of
 from bayeslora.methods.config import AdapterConfig
 from bayeslora.methods.layer import BayesLayer, undo_cpu_order
 
@@ -71,15 +72,13 @@ def export_merged(
     inputs = inputs_for(whole, batch)
     ours = None if inputs is None else output_of(whole, inputs)
     merged = _merged(whole, name)
-    measured: dict[str, Any] = {"max_output_error": None, "max_output": None, "inexact": reason}
-    if ours is not None and inputs is not None:
-        theirs = output_of(merged, inputs)
-        measured["max_output_error"] = float((ours - theirs).abs().max())
-        measured["max_output"] = float(ours.abs().max())
-        if reason is None and not measured["max_output_error"] <= _TOLERANCE * max(1.0, measured["max_output"]):
-            measured["inexact"] = "a merged weight is used in a second place, such as a tied embedding"
-            if not allow_error:
-                raise _refusal(f"{measured['inexact']} (outputs differ by {measured['max_output_error']:.2g})")
+    theirs = None if inputs is None else output_of(merged, inputs)
+    measured: dict[str, Any] = {**output_error(ours, theirs), "inexact": reason}
+    far = theirs is not None and not measured["max_output_error"] <= _TOLERANCE * max(1.0, measured["max_output"])
+    if far and reason is None:
+        measured["inexact"] = "a merged weight is used in a second place, such as a tied embedding"
+        if not allow_error:
+            raise _refusal(f"{measured['inexact']} (outputs differ by {measured['max_output_error']:.2g})")
     folder = Path(path)
     folder.mkdir(parents=True, exist_ok=True)
     for module in merged.modules():
@@ -133,22 +132,6 @@ def _merged(whole: PeftModel, name: str) -> Any:
         ) from error
     except ValueError as error:
         raise BayesLoraError(f"merging failed ({error}): train the adapter again") from error
-
-
-def inputs_for(model: nn.Module, batch: Mapping[str, Tensor] | None) -> dict[str, Tensor] | None:
-    """What to compare outputs on: the batch without its labels, by default the model's own dummy inputs, or None."""
-    found = batch if batch is not None else getattr(model, "dummy_inputs", None)
-    if found is None:
-        return None
-    device = next(model.parameters()).device
-    return {key: value.to(device) for key, value in found.items() if key not in ("labels", "label")}
-
-
-@torch.no_grad()
-def output_of(model: nn.Module, inputs: dict[str, Tensor]) -> Tensor:
-    """The logits, or a model's first output where it has none, float32."""
-    outputs = model.eval()(**inputs)
-    return cast(Tensor, outputs["logits"] if "logits" in outputs else outputs[0]).float()
 
 
 def _card(config: AdapterConfig, base: nn.Module, measured: dict[str, Any]) -> str:

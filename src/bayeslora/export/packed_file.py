@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from bayeslora.errors import BayesLoraError
-from bayeslora.export.packed_index import damaged, strict_json
+from bayeslora.export.untrusted import PACKED, Format
 
 INDEX_KEY = "bayeslora.packed"
 CHECKSUM_KEY = "bayeslora.crc32"
@@ -74,17 +74,19 @@ def looks_packed(path: str | os.PathLike[str]) -> bool:
         return False
 
 
-def read_packed_file(path: Path) -> PackedFile:
-    """The file at `path`; memory is bounded by the file's size.
+def read_packed_file(path: Path, form: Format = PACKED) -> PackedFile:
+    """The file at `path`, which is called what `form` says; memory is bounded by the file's size.
 
     Raises:
         BayesLoraError: a file that is missing, cut short, changed, or not of a packed adapter.
     """
     if not path.is_file():  # a pipe or a device would never end
-        raise BayesLoraError(f"{path} is missing or no file: name a folder that was exported with format='packed'")
+        raise BayesLoraError(
+            f"{path} is missing or no file: name a folder that was exported with format={form.export!r}"
+        )
     try:
         with open(path, "rb") as file:
-            return _read(file, os.fstat(file.fileno()).st_size)
+            return _read(file, os.fstat(file.fileno()).st_size, form)
     except OSError as error:
         raise BayesLoraError(f"{path} cannot be read ({error.strerror}): check its permissions") from error
 
@@ -99,50 +101,48 @@ def checksum(index: str, tensors: dict[str, Tensor]) -> str:
     return f"{total:08x}"
 
 
-def _read(file: BinaryIO, size: int) -> PackedFile:
+def _read(file: BinaryIO, size: int, form: Format) -> PackedFile:
     start = file.read(8)
     length = int.from_bytes(start, "little")
     if len(start) < 8 or length > size - 8:
-        damaged(f"it has {size} bytes and is cut short")
+        form.damaged(f"it has {size} bytes and is cut short")
     if length > MAX_HEADER:
-        damaged(f"its header has {length} bytes, more than {MAX_HEADER}")
-    header = strict_json(file.read(length), "its header")
-    if not isinstance(header, dict):
-        damaged("its header is no JSON object")
+        form.damaged(f"its header has {length} bytes, more than {MAX_HEADER}")
+    header = form.read_object(file.read(length), "its header")
     metadata = header.pop("__metadata__", None)
     if not isinstance(metadata, dict) or not isinstance(index := metadata.get(INDEX_KEY), str):
-        raise BayesLoraError("it is no packed adapter, or its index is damaged: export it with format='packed'")
+        raise BayesLoraError(f"it is no {form.name}, or its index is damaged: export it with format={form.export!r}")
     if set(metadata) != {"format", INDEX_KEY, CHECKSUM_KEY} or metadata["format"] != "pt":
-        damaged("its metadata are not those of a packed adapter")
+        form.damaged(f"its metadata are not those of a {form.name}")
     entries = sorted(
-        (_entry(name, value) for name, value in header.items()), key=lambda entry: (entry.begin, entry.end)
+        (_entry(name, value, form) for name, value in header.items()), key=lambda entry: (entry.begin, entry.end)
     )
     position = 0
     for entry in entries:
         if entry.begin != position:
-            damaged("its tensors overlap or leave a gap")
+            form.damaged("its tensors overlap or leave a gap")
         position = entry.end
     if position != size - 8 - length:
-        damaged(f"its tensors take {position} bytes, and {size - 8 - length} are there")
-    tensors = {entry.name: _tensor(file, entry) for entry in entries}
+        form.damaged(f"its tensors take {position} bytes, and {size - 8 - length} are there")
+    tensors = {entry.name: _tensor(file, entry, form) for entry in entries}
     if metadata.get(CHECKSUM_KEY) != checksum(index, tensors):
-        damaged("its checksum is another one")
+        form.damaged("its checksum is another one")
     return PackedFile(index, tensors)
 
 
-def _entry(name: str, value: Any) -> Entry:
+def _entry(name: str, value: Any, form: Format) -> Entry:
     """One tensor of the header, checked."""
     if not isinstance(value, dict) or set(value) != {"dtype", "shape", "data_offsets"}:
-        damaged("its header does not describe tensors")
+        form.damaged("its header does not describe tensors")
     dtype, shape, offsets = value["dtype"], value["shape"], value["data_offsets"]
     if not isinstance(dtype, str) or dtype not in DTYPES:
-        damaged("a tensor has an unknown type")
+        form.damaged("a tensor has an unknown type")
     if not _are_sizes(shape) or len(shape) > _MAX_DIMENSIONS or not _are_sizes(offsets) or len(offsets) != 2:
-        damaged("a tensor's shape or place is no list of sizes")
+        form.damaged("a tensor's shape or place is no list of sizes")
     if math.prod(size or 1 for size in shape) >= _LARGEST:
-        damaged("a tensor is larger than any file")
+        form.damaged("a tensor is larger than any file")
     if math.prod(shape) * DTYPES[dtype].itemsize != offsets[1] - offsets[0]:
-        damaged("a tensor's shape does not fit its bytes")
+        form.damaged("a tensor's shape does not fit its bytes")
     return Entry(name, dtype, tuple(shape), offsets[0], offsets[1])
 
 
@@ -150,13 +150,13 @@ def _are_sizes(values: Any) -> bool:
     return isinstance(values, list) and all(type(value) is int and 0 <= value < _LARGEST for value in values)
 
 
-def _tensor(file: BinaryIO, entry: Entry) -> Tensor:
+def _tensor(file: BinaryIO, entry: Entry, form: Format) -> Tensor:
     dtype = DTYPES[entry.dtype]
     if entry.begin == entry.end:
         return torch.zeros(entry.shape, dtype=dtype)
     data = bytearray(entry.end - entry.begin)
     if file.readinto(data) != len(data):  # type: ignore[attr-defined]
-        damaged("it is cut short")
+        form.damaged("it is cut short")
     if dtype == torch.bool and any(byte > 1 for byte in data):
-        damaged("a truth value is neither 0 nor 1")
+        form.damaged("a truth value is neither 0 nor 1")
     return torch.frombuffer(data, dtype=dtype).reshape(entry.shape)

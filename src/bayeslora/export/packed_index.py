@@ -30,23 +30,22 @@ import os
 import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any, NoReturn
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from bayeslora.errors import BayesLoraError
+from bayeslora.export.untrusted import PACKED, Format, is_size
 from bayeslora.quantization import WIDTHS
 from bayeslora.quantization.packing import packed_size
 
-VERSION = 1
 KINDS = ("weight", "in", "A", "E", "B", "A_out", "E_out", "out")
 MATRICES = ("A", "E", "B")
 LOG_LIMIT = 20.0
 """Largest magnitude of a range's logarithm; quantizers clamp theirs to it."""
 
 _MAX_INDEX = 16 << 20
-_MAX_LAYERS, _MAX_NAME, _MAX_SIZE = 20_000, 1_000, 1 << 31
+_MAX_LAYERS, _MAX_NAME = 20_000, 1_000
 _PER_CHANNEL = ("weight", "A")
 
 
@@ -114,7 +113,7 @@ class PackedIndex:
         shapes = [(layer.in_features, layer.out_features) for layer in self.layers]
         distinct = list(dict.fromkeys(shapes))
         content = {
-            "version": VERSION,
+            "version": PACKED.version,
             "method": self.method,
             "layers": _front_coded([layer.name for layer in self.layers]),
             "ranks": [layer.rank for layer in self.layers],
@@ -135,26 +134,18 @@ class PackedIndex:
         Raises:
             BayesLoraError: for whatever this library does not write.
         """
-        content = strict_json(_inflated(text), "the index")
-        if not isinstance(content, dict):
-            damaged("the index is no JSON object")
-        version = content.get("version")
-        if type(version) is int and version > VERSION:
-            raise BayesLoraError(
-                f"the packed adapter has format version {version}, this library reads {VERSION}: update bayeslora"
-            )
-        if type(version) is not int or version != VERSION:
-            damaged(f"its version is {version!r:.40}, not {VERSION}")
+        content = PACKED.read_object(_inflated(text), "the index")
+        PACKED.check_version(content)
         names = _names(_get(content, "layers", list))
         count = len(names)
         ranks = _sizes(content, "ranks", count)
         which = _sizes(content, "shape", count)
         shapes = [_pair(pair) for pair in _get(content, "shapes", list)[: count + 1]]
         if len(shapes) > count or any(index >= len(shapes) for index in which):
-            damaged("its shapes do not fit its layers")
+            PACKED.damaged("its shapes do not fit its layers")
         digits = _get(content, "widths", str)
         if len(digits) != count * len(KINDS):
-            damaged(f"it has {len(digits)} widths for {count} layers of {len(KINDS)}")
+            PACKED.damaged(f"it has {len(digits)} widths for {count} layers of {len(KINDS)}")
         bit_gates, rank_gates = _get(content, "bit_gates", bool), _get(content, "rank_gates", bool)
         rows = [digits[start : start + len(KINDS)] for start in range(0, len(digits), len(KINDS))]
         layers = [
@@ -163,33 +154,10 @@ class PackedIndex:
         ]
         per_channel = _get(content, "per_channel", list)
         if per_channel not in ([], ["weight"], ["A"], list(_PER_CHANNEL)):
-            damaged(f"its per-channel kinds are {per_channel!r:.60}")
+            PACKED.damaged(f"its per-channel kinds are {per_channel!r:.60}")
         index = cls(_get(content, "method", str), layers, bit_gates, rank_gates, tuple(per_channel))
         index.ranges = _ranges(_get(content, "ranges", str), index)
         return index
-
-
-def damaged(reason: str) -> NoReturn:
-    """Raise the error of a packed adapter that cannot be used because of `reason`."""
-    raise BayesLoraError(f"the packed adapter is damaged ({reason}): export it again or restore it from a copy")
-
-
-def strict_json(text: str | bytes, what: str) -> Any:
-    """`json.loads` without repeated keys and NaN, raising `BayesLoraError` for all that can go wrong in it."""
-
-    def without_repeats(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-        found = dict(pairs)
-        if len(found) != len(pairs):
-            raise ValueError("a key is there twice")
-        return found
-
-    def no_constant(name: str) -> NoReturn:
-        raise ValueError(f"{name} is no number")
-
-    try:
-        return json.loads(text, object_pairs_hook=without_repeats, parse_constant=no_constant)
-    except (ValueError, RecursionError):
-        damaged(f"{what} is no valid JSON")
 
 
 def _inflated(text: str) -> bytes:
@@ -198,41 +166,37 @@ def _inflated(text: str) -> bytes:
     try:
         found = unpacker.decompress(base64.b85decode(text), _MAX_INDEX)
     except (ValueError, zlib.error):
-        damaged("the index cannot be inflated")
+        PACKED.damaged("the index cannot be inflated")
     if not unpacker.eof or unpacker.unused_data:
-        damaged("the index is cut short, or larger than any")
+        PACKED.damaged("the index is cut short, or larger than any")
     return found
 
 
-def check_ranges(logarithms: Tensor) -> Tensor:
+def check_ranges(logarithms: Tensor, form: Format = PACKED) -> Tensor:
     """Logarithms of ranges as they are, or `BayesLoraError` where one stands for no usable range."""
     if not bool((logarithms.abs() <= LOG_LIMIT).all()):  # NaN compares false
-        damaged("a range is not finite, positive and of a usable size")
+        form.damaged("a range is not finite, positive and of a usable size")
     return logarithms
 
 
 def _get(content: dict[str, Any], key: str, kind: type) -> Any:
     value = content.get(key)
     if type(value) is not kind:
-        damaged(f"its {key} is {'missing' if value is None else type(value).__name__}")
+        PACKED.damaged(f"its {key} is {'missing' if value is None else type(value).__name__}")
     return value
 
 
 def _sizes(content: dict[str, Any], key: str, count: int) -> list[int]:
     values = _get(content, key, list)
-    if len(values) != count or not all(_is_size(value) for value in values):
-        damaged(f"its {key} are not {count} numbers from 0 on")
+    if len(values) != count or not all(is_size(value) for value in values):
+        PACKED.damaged(f"its {key} are not {count} numbers from 0 on")
     return values
 
 
 def _pair(value: Any) -> tuple[int, int]:
-    if type(value) is not list or len(value) != 2 or not all(_is_size(size) and size > 0 for size in value):
-        damaged("a shape is not a pair of sizes")
+    if type(value) is not list or len(value) != 2 or not all(is_size(size) and size > 0 for size in value):
+        PACKED.damaged("a shape is not a pair of sizes")
     return value[0], value[1]
-
-
-def _is_size(value: Any) -> bool:
-    return type(value) is int and 0 <= value < _MAX_SIZE
 
 
 def _digits(widths: dict[str, int]) -> str:
@@ -241,12 +205,14 @@ def _digits(widths: dict[str, int]) -> str:
 
 def _widths(digits: str, bit_gates: bool) -> dict[str, int]:
     if any(digit not in "012345" for digit in digits):
-        damaged(f"its widths {digits!r} are not log2 of {', '.join(map(str, WIDTHS))} bits")
+        PACKED.damaged(f"its widths {digits!r} are not log2 of {', '.join(map(str, WIDTHS))} bits")
     widths = {kind: 1 << int(digit) for kind, digit in zip(KINDS, digits, strict=True) if digit != "0"}
     wanted = set(KINDS) - {"weight", "in"} if bit_gates else set(MATRICES)
     allowed = set(KINDS) if bit_gates else wanted
     if not wanted <= set(widths) <= allowed or not bit_gates and set(widths.values()) != {WIDTHS[-1]}:
-        damaged(f"its widths {digits!r} are not those of {'a quantized' if bit_gates else 'an unquantized'} layer")
+        PACKED.damaged(
+            f"its widths {digits!r} are not those of {'a quantized' if bit_gates else 'an unquantized'} layer"
+        )
     return widths
 
 
@@ -255,9 +221,9 @@ def _ranges(text: str, index: PackedIndex) -> Tensor:
     try:
         data = base64.b64decode(text, validate=True)
     except (binascii.Error, ValueError):
-        damaged("its ranges are no base64")
+        PACKED.damaged("its ranges are no base64")
     if len(data) != 4 * count:
-        damaged(f"it has {len(data)} bytes of ranges for {count} quantizers")
+        PACKED.damaged(f"it has {len(data)} bytes of ranges for {count} quantizers")
     if not data:
         return torch.zeros(0)
     return check_ranges(torch.frombuffer(bytearray(data), dtype=torch.float32))
@@ -274,16 +240,16 @@ def _front_coded(names: list[str]) -> list[str]:
 
 def _names(coded: list[Any]) -> list[str]:
     if len(coded) > _MAX_LAYERS:
-        damaged(f"it has {len(coded)} layers")
+        PACKED.damaged(f"it has {len(coded)} layers")
     names: list[str] = []
     for entry in coded:
         shared, colon, rest = entry.partition(":") if isinstance(entry, str) else ("", "", "")
         before = names[-1] if names else ""
         if not colon or not (shared.isascii() and shared.isdigit()) or len(shared) > 4 or int(shared) > len(before):
-            damaged("a layer's name cannot be read")
+            PACKED.damaged("a layer's name cannot be read")
         names.append(before[: int(shared)] + rest)
         if not names[-1] or len(names[-1]) > _MAX_NAME or not names[-1].isprintable():
-            damaged("a layer's name cannot be read")
+            PACKED.damaged("a layer's name cannot be read")
     if len(set(names)) < len(names):
-        damaged("a layer is there twice")
+        PACKED.damaged("a layer is there twice")
     return names

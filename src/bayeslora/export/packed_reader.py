@@ -18,7 +18,8 @@ from torch import Tensor
 from bayeslora._peft import read_adapters_with
 from bayeslora.errors import BayesLoraError
 from bayeslora.export.packed_file import CODES, looks_packed, read_packed_file
-from bayeslora.export.packed_index import MATRICES, PackedIndex, PackedLayer, check_ranges, damaged
+from bayeslora.export.packed_index import MATRICES, PackedIndex, PackedLayer, check_ranges
+from bayeslora.export.untrusted import PACKED
 from bayeslora.methods.quantizers import BASE_WEIGHT, Phase
 from bayeslora.methods.registry import METHODS
 from bayeslora.quantization import WIDTHS, grid_step
@@ -72,12 +73,12 @@ def load_packed(path: str | os.PathLike[str]) -> dict[str, Tensor]:
     file = read_packed_file(where / ADAPTER_FILE if where.is_dir() else where)
     index = PackedIndex.from_text(file.index)
     if index.method not in METHODS:
-        damaged(f"its method is {index.method!r:.40}")
+        PACKED.damaged(f"its method is {index.method!r:.40}")
     buffer = file.tensors.pop(CODES, None)
     if buffer is None or buffer.dtype != torch.uint8 or buffer.ndim != 1:
-        damaged("it has no codes")
+        PACKED.damaged("it has no codes")
     if len(buffer) != index.buffer_size:
-        damaged(f"its layers take {index.buffer_size} bytes of codes, and {len(buffer)} are there")
+        PACKED.damaged(f"its layers take {index.buffer_size} bytes of codes, and {len(buffer)} are there")
     state = PackedState(file.tensors)
     position = used = 0
     for layer in index.layers:
@@ -93,7 +94,7 @@ def load_packed(path: str | os.PathLike[str]) -> dict[str, Tensor]:
         for suffix, tensor in _layer_state(index, layer, codes, logarithms).items():
             key = f"{PREFIX}{layer.name}.{suffix}"
             if key in state:
-                damaged(f"{key:.80} is there twice")
+                PACKED.damaged(f"{key:.80} is there twice")
             state[key] = tensor
     return state
 

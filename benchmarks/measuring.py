@@ -1,0 +1,45 @@
+"""What the timing benchmarks share: peaks of memory, and results shown and kept."""
+
+from __future__ import annotations
+
+import gc
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+
+def peak_of(command: Sequence[str]) -> int:
+    """The number that a command prints last, which measures memory; run so that a peak of memory shows."""
+    # Without these the allocator keeps freed memory, and a peak within what it kept would not show.
+    environment = {**os.environ, "MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536"}
+    done = subprocess.run([sys.executable, *command], check=True, capture_output=True, text=True, env=environment)
+    return int(done.stdout.strip().splitlines()[-1])
+
+
+def growth_of_peak(run: Callable[[], object]) -> int:
+    """Bytes by which the peak of this process grows over `run` (Linux)."""
+    gc.collect()
+    Path("/proc/self/clear_refs").write_text("5")  # resets the high-water mark
+    before = _status("VmRSS")
+    run()
+    return _status("VmHWM") - before
+
+
+def _status(key: str) -> int:
+    for line in Path("/proc/self/status").read_text().splitlines():
+        if line.startswith(key + ":"):
+            return int(line.split()[1]) * 1024
+    raise KeyError(key)
+
+
+def print_result(result: Mapping[str, Any], output: Path | None) -> None:
+    """Show a benchmark's result as JSON and, where a file is named, keep it."""
+    text = json.dumps(result, indent=2)
+    print(text)
+    if output:
+        output.parent.mkdir(parents=True, exist_ok=True)
+        output.write_text(text + "\n", encoding="utf-8")
