@@ -164,7 +164,8 @@ def test_ranges_are_static_so_that_a_row_does_not_depend_on_its_batch(tmp_path: 
     export(BASES["bert"](), tmp_path, format="integer", calibration=[{"input_ids": TOKENS}])
     integer = load_integer(tmp_path)
     together = _logits(integer)
-    assert torch.equal(together[1:], _logits(integer, TOKENS[1:]))
+    # Sums of codes are exact, but a kernel may scale them in another order for other batches.
+    torch.testing.assert_close(together[1:], _logits(integer, TOKENS[1:]), rtol=0, atol=1e-6)
 
 
 def test_unadapted_layers_at_8_bits_cost_a_measured_error_and_save_most_of_the_file(tmp_path: Path) -> None:

@@ -19,10 +19,13 @@ from torch import Tensor, nn
 from bayeslora.export.integer_kernels import (
     FEW_ROWS,
     WEIGHT_MULTIPLE,
+    Prepacked,
     dequantized_product,
     has_integer_kernel,
+    has_prepacked_kernel,
     has_weight_kernel,
     integer_product,
+    scaled_product,
     weight_product,
 )
 from bayeslora.methods.layer import Float32Module
@@ -30,6 +33,7 @@ from bayeslora.quantization import WIDTHS, grid_step
 
 _BYTE = 8
 _UNQUANTIZED = WIDTHS[-1]
+_CACHED = 1 << 17  # numbers, half a megabyte of float32
 
 
 class StaticQuantizer:
@@ -41,12 +45,25 @@ class StaticQuantizer:
         # In float32, as in training: codes at rounding ties depend on the step's last digit.
         self.step = float(grid_step(torch.tensor(bound), bits)) if bits < _UNQUANTIZED else 1.0
 
-    def codes(self, x: Tensor) -> Tensor:
-        """Integer codes of `x`, as float32."""
-        return x.float().div(self.step).round_().clamp_(-self.level, self.level)
+    def codes_(self, x: Tensor) -> Tensor:
+        """Replace float32 values by their integer codes."""
+        return x.div_(self.step).round_().clamp_(-self.level, self.level)
 
-    def __call__(self, x: Tensor) -> Tensor:
-        return x if self.bits == _UNQUANTIZED else self.codes(x).mul_(self.step)
+    def quantize_(self, x: Tensor) -> Tensor:
+        """Replace float32 values by the grid's."""
+        return x if self.bits == _UNQUANTIZED else self.codes_(x).mul_(self.step)
+
+    def codes(self, x: Tensor) -> Tensor:
+        """Integer codes of rows (n, d) as int8: for at most 8 bits."""
+        codes = torch.empty(x.shape, dtype=torch.int8, device=x.device)
+        for start in range(0, len(x), count := rows_in_cache(x)):
+            codes[start : start + count] = self.codes_(x[start : start + count].to(torch.float32, copy=True))
+        return codes
+
+
+def rows_in_cache(x: Tensor) -> int:
+    """So many rows of `x` that several passes over them do not leave a processor's cache; elsewhere all of them."""
+    return max(1, _CACHED // x.shape[1] if x.device.type == "cpu" else len(x))
 
 
 class IntegerLinear(Float32Module):
@@ -109,9 +126,11 @@ class IntegerLinear(Float32Module):
             bias = torch.cat([bias.float(), torch.zeros(len(scales) - len(bias))])
         self.register_buffer("codes", weight.contiguous())
         self.register_buffer("scales", scales.contiguous().float())
+        self.scale = float(steps) if steps.numel() == 1 else None
         self.register_buffer("bias", bias)
         # Of the sums over codes of both operands; the input's step is a factor of every row.
         self.register_buffer("sum_scales", self.scales * self.input.step if self.takes_codes else self.scales)
+        self._prepacked: Prepacked | None = None
 
     @property
     def takes_codes(self) -> bool:
@@ -123,39 +142,72 @@ class IntegerLinear(Float32Module):
         """The base weight (d_out, d_in) as values, float32: for code that looks at it; computing does not need it."""
         return self.codes[: self.out_features].float() * self.scales[: self.out_features, None]
 
+    @torch.no_grad()
     def forward(self, x: Tensor) -> Tensor:
         rows = x.reshape(-1, self.in_features)
-        if self.takes_codes:
-            codes = self.input.codes(rows)
-            found = self._of_codes(codes, rows.dtype)
+        rows = rows if rows.dtype == torch.bfloat16 else rows.float()
+        found, hidden = self._of_codes(rows) if self.takes_codes else self._of_values(rows)
+        if self.rank or self.output.bits < _UNQUANTIZED:
+            found = self._updated(found, hidden)
+        return found.to(x.dtype).view(*x.shape[:-1], self.out_features)
+
+    def _of_codes(self, rows: Tensor) -> tuple[Tensor, Tensor | None]:
+        """W_0 x_q + b (n, d_out) in the type of `rows`, and A x_q (n, r) in float32, from exact sums over codes."""
+        codes = self.input.codes(rows)
+        if has_prepacked_kernel(rows.device.type):
+            if self._prepacked is None:
+                self._prepacked = Prepacked(self.codes, self.input.step, self.scales, self.bias)
+            found = self._prepacked.product(codes, rows.dtype)
+        elif has_integer_kernel(rows.device.type):
+            found = self._scaled(integer_product(codes, self.codes)).to(rows.dtype)
         else:
-            rows = self.input(rows)
-            found = self._of_values(rows)
-        found = found.mul_(self.sum_scales) if self.bias is None else torch.addcmul(self.bias, found, self.sum_scales)
-        result = found[:, : self.out_features]
-        if self.rank:
+            found = self._scaled(dequantized_product(codes.float(), self.codes)).to(rows.dtype)
+        if self.rank and not self.is_stacked:
+            return found, nn.functional.linear(codes * self.input.step, self.down)
+        return self._split(found)
+
+    def _of_values(self, rows: Tensor) -> tuple[Tensor, Tensor | None]:
+        """The same of rows that have no codes."""
+        if self.input.bits < _UNQUANTIZED:
+            rows = self.input.quantize_(rows.to(torch.float32, copy=True)).to(rows.dtype)
+        is_narrow = self.codes.dtype == torch.int8
+        may_round = rows.dtype == torch.bfloat16 or not self.is_learned
+        if is_narrow and may_round and self._suits_weight_kernel(rows):
+            found, hidden = self._split(self._scaled(weight_product(rows, self.codes)).to(rows.dtype))
+        elif self.scale is not None and is_narrow:
+            weight, below = self.codes.split([self.out_features, len(self.codes) - self.out_features])
+            bias = None if self.bias is None else self.bias[: self.out_features]
+            found, hidden = scaled_product(rows, weight, self.scale, bias), None
             if self.is_stacked:
-                hidden = found[:, self.out_features :]
-            else:
-                values = codes * self.input.step if self.takes_codes else rows.float()
-                hidden = nn.functional.linear(values, self.down)
-            hidden = self.after_e(self.after_a(hidden) * self.diagonal)
-            result = torch.addmm(result, hidden, self.up, alpha=self.scaling)
-        return self.output(result).to(x.dtype).view(*x.shape[:-1], self.out_features)
+                hidden = dequantized_product(rows, below).float() * self.scales[self.out_features :]
+        else:
+            sums = dequantized_product(rows if is_narrow else rows.float(), self.codes)
+            found, hidden = self._split(self._scaled(sums.float()).to(rows.dtype))
+        if self.rank and not self.is_stacked:
+            hidden = nn.functional.linear(rows.float(), self.down)
+        return found, hidden
 
-    def _of_codes(self, x: Tensor, dtype: torch.dtype) -> Tensor:
-        """Product with codes (n, d_in); a bfloat16 holds a code of 8 bits exactly, but not the sum."""
-        if dtype == torch.bfloat16 and self._suits_weight_kernel(x):
-            return weight_product(x, self.codes)
-        if has_integer_kernel(x.device.type):
-            return integer_product(x, self.codes)
-        return dequantized_product(x, self.codes)
+    def _scaled(self, sums: Tensor) -> Tensor:
+        return sums.mul_(self.sum_scales) if self.bias is None else torch.addcmul(self.bias, sums, self.sum_scales)
 
-    def _of_values(self, x: Tensor) -> Tensor:
-        may_round = x.dtype == torch.bfloat16 or not self.is_learned
-        if may_round and self.codes.dtype == torch.int8 and self._suits_weight_kernel(x):
-            return weight_product(x, self.codes)
-        return dequantized_product(x if self.codes.dtype == torch.int8 else x.float(), self.codes)
+    def _split(self, found: Tensor) -> tuple[Tensor, Tensor | None]:
+        return (
+            (found[:, : self.out_features], found[:, self.out_features :].float())
+            if self.is_stacked
+            else (found, None)
+        )
+
+    def _updated(self, found: Tensor, hidden: Tensor | None) -> Tensor:
+        """The layer's output: the update added and its range applied, in parts of rows that stay in the cache."""
+        if hidden is not None:
+            hidden = self.after_e.quantize_(self.after_a.quantize_(hidden) * self.diagonal)
+        result = torch.empty(len(found), self.out_features, dtype=found.dtype, device=found.device)
+        for start in range(0, len(found), count := rows_in_cache(result)):
+            part = found[start : start + count].float()
+            if hidden is not None:
+                part = torch.addmm(part, hidden[start : start + count], self.up, alpha=self.scaling)
+            result[start : start + count] = self.output.quantize_(part)
+        return result
 
     def _suits_weight_kernel(self, x: Tensor) -> bool:
         fits = len(x) <= FEW_ROWS and self.in_features % WEIGHT_MULTIPLE == 0
