@@ -19,6 +19,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import statistics
 from collections.abc import Iterable
 from functools import partial
@@ -47,7 +48,7 @@ SAMPLES = 10
 LANGUAGE = ("winogrande", "arc_easy")
 TRAINING = {
     "mrpc": Training(steps=480, learning_rate=2e-3, max_length=96),
-    "rte": Training(steps=400, learning_rate=2e-3, max_length=96),
+    "rte": Training(steps=400, learning_rate=1e-3, max_length=96),
     "cola": Training(steps=640, learning_rate=5e-4, max_length=64),
     "winogrande": Training(steps=216, learning_rate=1e-3, batch_size=8),
     "arc_easy": Training(steps=216, learning_rate=1e-3, batch_size=8, max_length=256),
@@ -69,15 +70,19 @@ ROWS = {
 SCORES = ("accuracy", "ece", "nll", "brier", "aurc")
 
 
-def configuration(method: str, task: str, options: dict[str, Any]) -> PeftConfig:
-    shared = {"r": 8, "lora_alpha": 16}
+def configuration(method: str, task: str, options: dict[str, Any], rows: int) -> PeftConfig:
+    """The adapter's; BLoB follows its published schedule, whose cycle depends on the number of training `rows`."""
+    shared: dict[str, Any] = {"r": 8, "lora_alpha": 16}
     if task in LANGUAGE:
         shared |= {"target_modules": DECODER, "task_type": "CAUSAL_LM"}
     else:
         shared |= {"target_modules": TARGETS[task], "task_type": "SEQ_CLS"}
     if method == "lora":
         return LoraConfig(lora_dropout=0.1, **shared)
-    return bayeslora.METHODS[method](**shared, **options)
+    if method == "blob":
+        cycle = int(100 * rows ** (math.pi / 8) / TRAINING[task].batch_size)
+        shared |= {"kl_schedule": "blob", "kl_cycle": cycle}
+    return bayeslora.METHODS[method](**{**shared, **options})
 
 
 def run(
@@ -93,7 +98,7 @@ def run(
             task.splits[name] = task.splits[name].select(range(count))
     task = hold_out(task, 0.3 if select else 0.1)
     base, tokenizer, encoded = (language_model if is_language else classifier)(task, training)
-    config = configuration(method, task_name, options)
+    config = configuration(method, task_name, options, len(encoded["train"]))
     model, trained = fine_tune(base, tokenizer, encoded["train"], config, training, seed)
     labelled = "test" if "test" in encoded and task_name != "arc_easy" else "validation"
     rows = encoded["selection" if select else labelled]

@@ -19,6 +19,9 @@ FEW_ROWS = 4
 WEIGHT_MULTIPLE = 32
 """Widths d_in that `weight_product` takes: its kernel reads in blocks, and past the end of any other row."""
 
+_FEWEST_ROWS, _FEWEST_COLUMNS = 16, 32
+"""oneDNN leaves products with one row, or of at most 256 results, to its reference code: a hundred times as slow."""
+
 _ANY_SHAPES = ((1, 24, 40), (FEW_ROWS, 37, 11), (33, 64, 51))
 _BLOCK = 1 << 22  # entries of a weight that are dequantized at a time
 
@@ -73,15 +76,36 @@ class Prepacked:
     """
 
     def __init__(self, codes: Tensor, step: float, scales: Tensor, bias: Tensor | None) -> None:
-        self.codes = torch.ops.onednn.qlinear_prepack(codes, None)
-        self.step, self.scales, self.bias = step, scales, bias
-        self.zeros = torch.zeros(len(scales), dtype=torch.int32)
+        self.step, self.out_features = step, len(codes)
+        self.scales, self.bias = _at_least(_FEWEST_COLUMNS, scales), None
+        if bias is not None:
+            self.bias = _at_least(_FEWEST_COLUMNS, bias)
+        self.codes = torch.ops.onednn.qlinear_prepack(_at_least(_FEWEST_COLUMNS, codes), None)
+        self.zeros = torch.zeros(len(self.scales), dtype=torch.int32)
 
     def product(self, x: Tensor, dtype: torch.dtype) -> Tensor:
         """Values (n, d_out) from int8 codes (n, d_in): exact sums, scaled in float32, rounded to `dtype`."""
-        return torch.ops.onednn.qlinear_pointwise(
-            x, self.step, 0, self.codes, self.scales, self.zeros, self.bias, 1.0, 0, dtype, "none", [], ""
+        found = torch.ops.onednn.qlinear_pointwise(
+            _at_least(_FEWEST_ROWS, x),
+            self.step,
+            0,
+            self.codes,
+            self.scales,
+            self.zeros,
+            self.bias,
+            1.0,
+            0,
+            dtype,
+            "none",
+            [],
+            "",
         )
+        return found[: len(x), : self.out_features]
+
+
+def _at_least(rows: int, x: Tensor) -> Tensor:
+    """`x` with rows of zeros below it."""
+    return x if len(x) >= rows else torch.cat([x, x.new_zeros(rows - len(x), *x.shape[1:])])
 
 
 def _prepacked_sums(x: Tensor, codes: Tensor) -> Tensor:

@@ -11,7 +11,7 @@ update are not added up: their sum lies on no grid, and the quantizers between t
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 import torch
 from torch import Tensor, nn
@@ -55,15 +55,22 @@ class StaticQuantizer:
 
     def codes(self, x: Tensor) -> Tensor:
         """Integer codes of rows (n, d) as int8: for at most 8 bits."""
-        codes = torch.empty(x.shape, dtype=torch.int8, device=x.device)
-        for start in range(0, len(x), count := rows_in_cache(x)):
-            codes[start : start + count] = self.codes_(x[start : start + count].to(torch.float32, copy=True))
-        return codes
+        return in_parts(lambda rows: self.codes_(rows.to(torch.float32, copy=True)), torch.int8, x)
 
 
-def rows_in_cache(x: Tensor) -> int:
-    """So many rows of `x` that several passes over them do not leave a processor's cache; elsewhere all of them."""
-    return max(1, _CACHED // x.shape[1] if x.device.type == "cpu" else len(x))
+def in_parts(function: Callable[..., Tensor], dtype: torch.dtype, *rows: Tensor) -> Tensor:
+    """`function` of tensors of as many rows, as `dtype`: in parts, so that its passes stay in a processor's cache.
+
+    It must return as many numbers as the first tensor has.
+    """
+    first = rows[0]
+    count = max(1, _CACHED // first.shape[1])
+    if len(first) <= count or first.device.type != "cpu":
+        return function(*rows).to(dtype)
+    result = torch.empty(first.shape, dtype=dtype)
+    for into, *parts in zip(result.split(count), *(each.split(count) for each in rows), strict=True):
+        into.copy_(function(*parts))
+    return result
 
 
 class IntegerLinear(Float32Module):
@@ -198,16 +205,15 @@ class IntegerLinear(Float32Module):
         )
 
     def _updated(self, found: Tensor, hidden: Tensor | None) -> Tensor:
-        """The layer's output: the update added and its range applied, in parts of rows that stay in the cache."""
-        if hidden is not None:
-            hidden = self.after_e.quantize_(self.after_a.quantize_(hidden) * self.diagonal)
-        result = torch.empty(len(found), self.out_features, dtype=found.dtype, device=found.device)
-        for start in range(0, len(found), count := rows_in_cache(result)):
-            part = found[start : start + count].float()
-            if hidden is not None:
-                part = torch.addmm(part, hidden[start : start + count], self.up, alpha=self.scaling)
-            result[start : start + count] = self.output.quantize_(part)
-        return result
+        """The layer's output: the update added, and its range applied."""
+        if hidden is None:
+            return in_parts(lambda part: self.output.quantize_(part.to(torch.float32, copy=True)), found.dtype, found)
+        hidden = self.after_e.quantize_(self.after_a.quantize_(hidden) * self.diagonal)
+
+        def updated(part: Tensor, low: Tensor) -> Tensor:
+            return self.output.quantize_(torch.addmm(part.float(), low, self.up, alpha=self.scaling))
+
+        return in_parts(updated, found.dtype, found, hidden)
 
     def _suits_weight_kernel(self, x: Tensor) -> bool:
         fits = len(x) <= FEW_ROWS and self.in_features % WEIGHT_MULTIPLE == 0
