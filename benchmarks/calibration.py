@@ -21,6 +21,7 @@ import argparse
 import json
 import math
 import statistics
+import sys
 from collections.abc import Iterable
 from functools import partial
 from pathlib import Path
@@ -133,13 +134,13 @@ def forms(
         yield method, model, SAMPLES
         return
     yield "lora", model, 0
-    if "choice_mask" in selection.column_names:
-        scoring = choice_scoring(selection, tokenizer)
-        loader = DataLoader(selection, 64, collate_fn=scoring.collate)  # type: ignore[arg-type]
-        yield "temperature", TemperatureScaling(model).fit(loader, logits=scoring.logits), 0
-    else:
-        loader = DataLoader(selection, 64, collate_fn=DataCollatorWithPadding(tokenizer))  # type: ignore[arg-type]
-        yield "temperature", TemperatureScaling(model).fit(loader), 0
+    scoring = choice_scoring(selection, tokenizer) if "choice_mask" in selection.column_names else None
+    collate = scoring.collate if scoring else DataCollatorWithPadding(tokenizer)
+    loader = DataLoader(selection, 64, collate_fn=collate)  # type: ignore[arg-type]
+    try:
+        yield "temperature", TemperatureScaling(model).fit(loader, logits=scoring.logits if scoring else None), 0
+    except BayesLoraError as error:  # a model that knows nothing of held-out rows has no best temperature
+        print(f"no temperature: {error}", file=sys.stderr)
     yield "dropout", MCDropout(model), SAMPLES
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -77,12 +78,39 @@ def test_an_integer_run_evaluates_nearly_as_the_run_itself(
     assert scores[0] == pytest.approx(scores[1], abs=0.02)
 
 
+def test_output_errors_are_those_on_the_runs_own_rows(
+    runs: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    argv = ["--format", "integer", "--json", "--output-dir"]
+    plain = _json(capsys, "export", runs["blora"], *argv, tmp_path / "plain")
+    calibrated = _json(capsys, "export", runs["blora"], "--calibrate", *argv, tmp_path / "calibrated")
+    indices = [json.loads((tmp_path / name / "integer.json").read_text()) for name in ("plain", "calibrated")]
+    inputs = [sum("in" in layer["bits"] for layer in index["linear"].values()) for index in indices]
+    assert inputs[0] == 0 < inputs[1]
+    assert plain["max_output"] == calibrated["max_output"]
+    moved = tmp_path / "moved"
+    shutil.copytree(runs["blora"], moved)
+    info = json.loads((moved / "run.json").read_text())
+    info["files" if info["task_name"] is None else "data_dir"] = (
+        {"train_file": "gone.jsonl"} if info["task_name"] is None else str(tmp_path / "gone")
+    )
+    (moved / "run.json").write_text(json.dumps(info))
+    capsys.readouterr()
+    assert main(["export", str(moved), *argv, str(tmp_path / "dummy")]) == 0
+    printed = capsys.readouterr()
+    assert "dummy inputs" in printed.err
+    assert json.loads(printed.out)["max_output"] != plain["max_output"]
+    assert main(["export", str(moved), "--calibrate", *argv, str(tmp_path / "refused")]) == 2
+    assert not (tmp_path / "refused").exists()
+
+
 def test_wrong_requests_write_nothing(runs: dict[str, Path], tmp_path: Path, refused: Refused) -> None:
     (tmp_path / "there").mkdir()
     target = ["--output-dir", tmp_path / "out"]
     assert "exists" in refused("export", runs["blora"], "--format", "packed", "--output-dir", tmp_path / "there")
     assert "--allow-error is for" in refused("export", runs["blora"], "--format", "packed", "--allow-error", *target)
     assert "--unadapted is for" in refused("export", runs["blora"], "--format", "lora", "--unadapted", "int8", *target)
+    assert "--calibrate is for" in refused("export", runs["blora"], "--format", "merged", "--calibrate", *target)
     assert "not 'int4'" in refused("export", runs["blora"], "--format", "integer", "--unadapted", "int4", *target)
     assert "is no folder" in refused("export", tmp_path / "nothing", "--format", "packed", *target)
     assert "no adapter of bayeslora" in refused("export", runs["lora"], "--format", "packed", *target)

@@ -5,16 +5,19 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from datasets import Dataset
+from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from bayeslora.cli.inputs import text_columns
 from bayeslora.cli.models import Head, RunInfo
 from bayeslora.cli.results import EVALUATION
 from bayeslora.errors import BayesLoraError
-from bayeslora.evaluation import Task, encode_texts, load_task, load_texts
+from bayeslora.evaluation import Task, encode_texts, load_files, load_task, load_texts
 from bayeslora.evaluation.few_shot import few_shot_pool
-from bayeslora.evaluation.multiple_choice import encode_pairs, encode_prompts
+from bayeslora.evaluation.multiple_choice import choice_scoring, encode_pairs, encode_prompts, is_multiple_choice
+from bayeslora.evaluation.runner import collated
 from bayeslora.evaluation.tasks import load_choices
 
 
@@ -66,6 +69,37 @@ def choice_rows(file: Path, info: RunInfo, *, answers: bool = False) -> Task:
     if info.few_shot and info.task_name:
         splits = load_task(info.task_name, info.data_dir, train_split=info.train_split).splits
     return _task(info, ("question", "choices"), {**splits, EVALUATION: rows})
+
+
+def labelled_rows(given: dict[str, Any], info: RunInfo, path: str) -> tuple[Task, str]:
+    """The rows of a file, their labels as the ids the run was trained with, and the name of their split."""
+    if info.kind == "multiple_choice":
+        for name in ("text_column", "label_column"):
+            if name in given:
+                raise BayesLoraError(f"--{name.replace('_', '-')} is of no use for multiple choice; leave it out.")
+        return choice_rows(Path(path), info, answers=True), EVALUATION
+    columns, label_column = text_columns(given, info), given.get("label_column", info.label_column)
+    # The file stands for the training data too: with the class names given, nothing is learned from it.
+    return load_files(path, path, columns, label_column, labels=info.labels or None, kind=info.kind), EVALUATION
+
+
+def training_batches(
+    info: RunInfo, tokenizer: PreTrainedTokenizerBase, count: int, size: int = 32
+) -> list[dict[str, Tensor]]:
+    """The first batches of what the run was trained on, as inputs of its model.
+
+    Raises:
+        BayesLoraError: where these rows are no longer at their place.
+    """
+    if info.task_name is None:
+        task, split = labelled_rows({}, info, info.files["train_file"])
+    else:
+        task, split = load_task(info.task_name, info.data_dir, train_split=info.train_split), "train"
+    rows = task.splits[split].select(range(min(len(task.splits[split]), count * size)))
+    data = encoded_for(rows, task, tokenizer, info)
+    collate = choice_scoring(data, tokenizer).collate if is_multiple_choice(data) else None
+    batches = collated(data, np.arange(len(data)), tokenizer, size, collate)
+    return [{name: batch[name] for name in tokenizer.model_input_names if name in batch} for batch in batches]
 
 
 def rows_to_predict(given: dict[str, Any], info: RunInfo, file: Path) -> Task:

@@ -8,15 +8,15 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from bayeslora.cli.choices import choice_rows, encoded_for
+from bayeslora.cli.choices import encoded_for, labelled_rows
 from bayeslora.cli.folders import new_folder
-from bayeslora.cli.inputs import positive_batch, text_columns
+from bayeslora.cli.inputs import positive_batch
 from bayeslora.cli.models import RunInfo, with_posterior
 from bayeslora.cli.ood import detected, detection_lines, outside_rows
 from bayeslora.cli.results import EVALUATION, described, finite, save_json, scored
 from bayeslora.cli.untrained import load, run_info
 from bayeslora.errors import BayesLoraError
-from bayeslora.evaluation import Task, evaluate, load_files, load_task, predict_dataset
+from bayeslora.evaluation import Task, evaluate, load_task, predict_dataset
 from bayeslora.prediction import check_samples
 
 
@@ -101,11 +101,11 @@ def _task(given: dict[str, Any], info: RunInfo) -> tuple[Task, str]:
         for name in ("task", "data_dir", "split"):
             if name in given:
                 raise BayesLoraError(f"--eval-file contradicts --{name.replace('_', '-')}; give one of them.")
-        return _from_file(given, info, given["eval_file"])
+        return labelled_rows(given, info, given["eval_file"])
     if "task" not in given and info.task_name is None:
         if "data_dir" in given or "split" in given:
             raise BayesLoraError("the run was trained on files, which have no named splits; give --eval-file.")
-        task, split = _from_file(given, info, info.files["eval_file"])
+        task, split = labelled_rows(given, info, info.files["eval_file"])
         # The run's own rows, under the name that the run gives them.
         return replace(task, name=info.task), split
     for name in ("text_column", "label_column"):
@@ -127,15 +127,3 @@ def _task(given: dict[str, Any], info: RunInfo) -> tuple[Task, str]:
     if split not in task.splits:
         raise BayesLoraError(f"task {name} has no split {split!r}; its splits are {', '.join(task.splits)}.")
     return task, split
-
-
-def _from_file(given: dict[str, Any], info: RunInfo, path: str) -> tuple[Task, str]:
-    """The rows of a file, their labels as the ids the run was trained with."""
-    if info.kind == "multiple_choice":
-        for name in ("text_column", "label_column"):
-            if name in given:
-                raise BayesLoraError(f"--{name.replace('_', '-')} is of no use for multiple choice; leave it out.")
-        return choice_rows(Path(path), info, answers=True), EVALUATION
-    columns, label_column = text_columns(given, info), given.get("label_column", info.label_column)
-    # The file stands for the training data too: with the class names given, nothing is learned from it.
-    return load_files(path, path, columns, label_column, labels=info.labels or None, kind=info.kind), EVALUATION

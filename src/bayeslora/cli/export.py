@@ -15,6 +15,11 @@ from bayeslora.errors import BayesLoraError
 
 if TYPE_CHECKING:
     from torch import nn
+    from transformers import PreTrainedTokenizerBase
+
+    from bayeslora.cli.models import RunInfo
+
+_CALIBRATION_BATCHES = 8
 
 FORMATS = {
     "integer": "model of integer codes",
@@ -33,6 +38,8 @@ def run(given: dict[str, Any]) -> int:
         raise BayesLoraError(f"--allow-error is for --format merged, not {form}; leave it out.")
     if "unadapted" in given and form != "integer":
         raise BayesLoraError(f"--unadapted is for --format integer, not {form}; leave it out.")
+    if given.get("calibrate") and form != "integer":
+        raise BayesLoraError(f"--calibrate is for --format integer, not {form}; leave it out.")
     for name in ("uniform", "draws", "seed"):
         if name in given and form != "lora":
             raise BayesLoraError(f"--{name} is for --format lora, not {form}; leave it out.")
@@ -50,8 +57,10 @@ def run(given: dict[str, Any]) -> int:
         import bayeslora
 
         model, tokenizer, info = load_run(source, given.get("model"))
+        batches = _batches(form, given, info, tokenizer)
+        options = {**_options(form, given, model, source), **batches}
         with bayeslora.at_rank(model, rank) if rank is not None else nullcontext():
-            measured = bayeslora.export(model, partial, format=form, **_options(form, given, model, source))
+            measured = bayeslora.export(model, partial, format=form, **options)
         for folder in sorted(partial.glob("draw-*")) or [partial]:
             tokenizer.save_pretrained(folder)
             # With it `evaluate` and `predict` work on the export as on the run.
@@ -65,6 +74,22 @@ def run(given: dict[str, Any]) -> int:
             shown = f"{value:.3g}" if isinstance(value, float) else f"{value:,}" if isinstance(value, int) else value
             print(f"  {name.replace('_', ' ')}: {shown}")
     return 0
+
+
+def _batches(form: str, given: dict[str, Any], info: RunInfo, tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
+    """Rows that the run was trained on: to measure what an export changes, and to fix ranges on."""
+    if form == "packed":
+        return {}
+    from bayeslora.cli.choices import training_batches
+
+    try:
+        batches = training_batches(info, tokenizer, _CALIBRATION_BATCHES if given.get("calibrate") else 1)
+    except BayesLoraError as error:
+        if given.get("calibrate"):
+            raise
+        print(f"note: output errors are measured on the model's dummy inputs, for {error}", file=sys.stderr)
+        return {}
+    return {"batch": batches[0], **({"calibration": batches} if given.get("calibrate") else {})}
 
 
 def _options(form: str, given: dict[str, Any], model: nn.Module, source: Path) -> dict[str, Any]:

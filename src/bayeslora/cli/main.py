@@ -138,6 +138,9 @@ def build_parser() -> argparse.ArgumentParser:
     export.add_argument(
         "--unadapted", metavar="TYPE", help="integer: int8, bfloat16 or float32 for other layers (int8)"
     )
+    export.add_argument(
+        "--calibrate", action="store_true", help="integer: 8-bit inputs of other layers, by 256 rows of the training"
+    )
     export.add_argument("--allow-error", action="store_true", help="merge where it cannot be exact, and measure")
     export.add_argument("--model", metavar="FOLDER_OR_ID", help="the base model, where it is no longer at its place")
     export.add_argument("--json", action="store_true", help="print what was measured as JSON")

@@ -187,7 +187,7 @@ def predict_dataset(
     scoring = choice_scoring(dataset, tokenizer) if is_multiple_choice(dataset) else None
     # Longest first: what does not fit in memory fails at once. Stable, so equal lengths keep their order.
     order = np.argsort(-np.asarray(row_lengths(dataset)), kind="stable")
-    batches = _batches(dataset, order, tokenizer, batch_size, scoring.collate if scoring else None)
+    batches = collated(dataset, order, tokenizer, batch_size, scoring.collate if scoring else None)
     logits = scoring.logits if scoring else None
     prediction = predict(model, batches, samples, seed, antithetic=antithetic, logits=logits)
     back = torch.from_numpy(np.argsort(order, kind="stable"))
@@ -248,9 +248,10 @@ def _scored(task: Task, prediction: Prediction, labels: NDArray[Any], seconds: f
     return Evaluation(scores, probabilities, reliability=reliability_bins(probabilities, labels), **found)
 
 
-def _batches(
+def collated(
     dataset: Dataset, order: np.ndarray, tokenizer: Any, batch_size: int, collate: Collate | None
 ) -> Iterator[dict[str, Any]]:
+    """Padded batches of an encoded split's inputs, its rows in this order; `collate` is that of multiple choice."""
     from transformers import DataCollatorWithPadding
 
     if tokenizer.pad_token is None:
