@@ -1,8 +1,8 @@
 """How far probabilities can be trusted after fine-tuning: Me-LoRA and BLoB against LoRA and what is put on top of it.
 
-    python benchmarks/calibration.py --data-dir DATA                             # every missing run, then the table
+    python benchmarks/calibration.py --data-dir DATA                             # every missing run, then the tables
     python benchmarks/calibration.py --data-dir DATA --tasks mrpc --seeds 0      # some of them
-    python benchmarks/calibration.py --table                                     # only the table
+    python benchmarks/calibration.py --table                                     # only the tables
     python benchmarks/calibration.py --data-dir DATA --select --set prior_std=0.1    # to choose Me-LoRA's settings
 
 Three adapters are trained for each task and seed, with the same layers, steps, learning rate and data (90% of train):
@@ -20,19 +20,18 @@ from __future__ import annotations
 import argparse
 import json
 import math
-import statistics
 import sys
 from collections.abc import Iterable
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from datasets import Dataset
 from harness import Training, classifier, fine_tune, language_model, once
 from peft import LoraConfig, PeftConfig
 from records import check_settings
+from results_calibration import SAMPLES, calibration_section
 from torch import nn
 from torch.utils.data import DataLoader
 from transformers import DataCollatorWithPadding, set_seed
@@ -40,12 +39,10 @@ from transformers import DataCollatorWithPadding, set_seed
 import bayeslora
 from bayeslora.errors import BayesLoraError
 from bayeslora.evaluation import choice_scoring, evaluate, hold_out, load_task
-from bayeslora.evaluation.metrics import classification_scores
 from bayeslora.prediction import MCDropout, Predictor, TemperatureScaling
 
 RESULTS = Path(__file__).parent / "results" / "calibration"
 SELECTION = RESULTS.with_name("calibration-selection")
-SAMPLES = 10
 LANGUAGE = ("winogrande", "arc_easy")
 TRAINING = {
     "mrpc": Training(steps=480, learning_rate=2e-3, max_length=96),
@@ -58,17 +55,6 @@ ATTENTION = ["query", "key", "value"]
 DECODER = ["q_proj", "v_proj"]
 FEW_ROWS, FEW_SCORED = 240, 256
 TARGETS = {"mrpc": ATTENTION, "rte": ATTENTION, "cola": [*ATTENTION, "dense"]}
-ROWS = {
-    "lora": "LoRA",
-    "temperature": "LoRA + temperature",
-    "dropout": f"MC dropout, {SAMPLES} samples",
-    "ensemble": "ensemble of the seeds",
-    "blob-mean": "BLoB, mean",
-    "blob": f"BLoB, {SAMPLES} samples",
-    "melora-mean": "Me-LoRA, mean",
-    "melora": f"Me-LoRA, {SAMPLES} samples",
-}
-SCORES = ("accuracy", "ece", "nll", "brier", "aurc")
 
 
 def configuration(method: str, task: str, options: dict[str, Any], rows: int) -> PeftConfig:
@@ -144,51 +130,6 @@ def forms(
     yield "dropout", MCDropout(model), SAMPLES
 
 
-def ensembles(runs: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """For every task with several LoRA runs, the scores of their averaged probabilities."""
-    found = []
-    for task in sorted({each["task"] for each in runs}):
-        members = [each for each in runs if each["task"] == task and each["method"] == "lora"]
-        if len(members) > 1:
-            mean = np.mean([each["forms"]["lora"]["probabilities"] for each in members], axis=0)
-            mean /= mean.sum(axis=1, keepdims=True)  # rounded in the files
-            metrics = (members[0]["metric"],)
-            scores = classification_scores(mean, np.asarray(members[0]["labels"]), metrics)
-            parameters = {"adapter": sum(each["parameters"]["adapter"] for each in members)}
-            form = {"ensemble": {"scores": scores}}
-            found.append({**members[0], "forms": form, "parameters": parameters, "members": len(members)})
-    return found
-
-
-def table() -> str:
-    """Mean and sample standard deviation over seeds, a part for each task."""
-    runs = [json.loads(path.read_text(encoding="utf-8")) for path in sorted(RESULTS.glob("*.json"))]
-    rows: dict[tuple[str, str], list[dict[str, Any]]] = {}
-    for each in [*runs, *ensembles(runs)]:
-        for name in each["forms"]:
-            rows.setdefault((each["task"], name), []).append(each)
-    parts = []
-    for task in [name for name in TRAINING if any(name == key[0] for key in rows)]:
-        metric = next(found[0]["metric"] for key, found in rows.items() if key[0] == task)
-        columns = list(dict.fromkeys([metric, *SCORES]))
-        parts.append(f"### {task}, {TRAINING[task].steps} steps\n")
-        parts.append(f"| method | adapter parameters | seeds | {' | '.join(columns)} |")
-        parts.append("|" + "---|" * (3 + len(columns)))
-        for name, title in ROWS.items():
-            if found := rows.get((task, name)):
-                cells = [cell([each["forms"][name]["scores"][column] for each in found]) for column in columns]
-                count = found[0].get("members", len(found))
-                size = statistics.mean(each["parameters"]["adapter"] for each in found)
-                parts.append(f"| {title} | {size:,.0f} | {count} | {' | '.join(cells)} |")
-        parts.append("")
-    return "\n".join(parts)
-
-
-def cell(values: list[float]) -> str:
-    mean = statistics.mean(values)
-    return f"{mean:.3f} ± {statistics.stdev(values):.3f}" if len(values) > 1 else f"{mean:.3f}"
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data-dir", type=Path)
@@ -198,7 +139,7 @@ def main() -> None:
     parser.add_argument("--threads", type=int)
     parser.add_argument("--select", action="store_true", help="score on the rows held out of train alone")
     parser.add_argument("--set", nargs="+", default=[], metavar="FIELD=JSON", help="the configuration, with --select")
-    parser.add_argument("--table", action="store_true", help="only write the table")
+    parser.add_argument("--table", action="store_true", help="only print the tables, as on the results page")
     given = parser.parse_args()
     if given.set and not given.select:
         parser.error("--set belongs to --select: the benchmark itself runs the defaults")
@@ -217,9 +158,7 @@ def main() -> None:
     for path, job in jobs.items():
         once(path, partial(run, *job, given.data_dir, options, given.select))
     if not given.select:
-        RESULTS.mkdir(parents=True, exist_ok=True)
-        (RESULTS / "table.md").write_text(table(), encoding="utf-8")
-        print(table())
+        print(calibration_section(RESULTS))
 
 
 if __name__ == "__main__":

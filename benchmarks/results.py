@@ -14,6 +14,7 @@ from pathlib import Path
 
 from matplotlib.figure import Figure
 from records import RESULTS, read_runs, row_titles
+from results_calibration import calibration_section
 from results_figures import bits_figure, cost_figure, mmlu_figure, ranks_figure
 from results_glue import PAPERS, glue_runs, glue_section, patterns_section
 from results_sections import (
@@ -74,12 +75,11 @@ def page(results: Path, figures: Iterable[str]) -> str:
         return f"\n![{CAPTIONS[name]}](figures/{name}.png)\n" if name in there else ""
 
     runs = glue_runs(results / "glue")
-    calibration = results / "calibration" / "table.md"
     sections = {
         "GLUE": (GLUE_INTRO.format(**PAPERS["glue"]) + glue_section(results) + figure("results-score-bops")),
         "Patterns": patterns_section(results) + figure("results-ranks") + figure("results-bits"),
         "Importance": importance_section(results) + posterior_table(runs),
-        "Calibration": calibration.read_text(encoding="utf-8") if calibration.exists() else "Not run.\n",
+        "Calibration": calibration_section(results / "calibration"),
         "MMLU": mmlu_section(results) + figure("results-mmlu"),
         "Time": timing_section(results),
     }

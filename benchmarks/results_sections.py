@@ -26,6 +26,7 @@ from records import (
     score,
     spread,
 )
+from results_calibration import missing_calibration
 from results_glue import CLOSE, PAPERS, SEEDS, Group, megabytes, missing, number, percent
 
 
@@ -214,7 +215,6 @@ def missing_section(results: Path) -> str:
         *glue,
         *missing(scores, names, tasks),
         *missing(mmlu, {k: f"MMLU, {v}" for k, v in MMLU_ROWS.items()}, ["mmlu"]),
+        *missing_calibration(results / "calibration"),
     ]
-    if not (results / "calibration" / "table.md").exists():
-        lines.append("- calibration: all")
     return "\n".join(lines) + "\n" if lines else "Nothing is missing.\n"

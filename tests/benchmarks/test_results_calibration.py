@@ -1,0 +1,68 @@
+"""Calibration on the results page: tables and verdicts are those of the files."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from results_calibration import calibration_section, missing_calibration, rows_of
+
+from bayeslora.errors import BayesLoraError
+
+from .files import TRAINING, write
+
+LABELS = [0, 0, 1, 1]
+
+
+def scores(accuracy: float, ece: float, nll: float) -> dict[str, float]:
+    return {"accuracy": accuracy, "ece": ece, "nll": nll, "brier": 0.3, "aurc": 0.1}
+
+
+def run(method: str, seed: int, found: dict[str, float], task: str = "mrpc", **changes: Any) -> dict[str, Any]:
+    probabilities = [[0.9, 0.1], [0.6, 0.4], [0.6, 0.4], [0.2, 0.8]]
+    return {
+        "task": task, "method": method, "seed": seed, "options": {}, "training": TRAINING, "metric": "accuracy",
+        "split": "test", "labels": LABELS, "parameters": {"adapter": 1000},
+        "forms": {method: {"scores": found, "probabilities": probabilities}}, **changes,
+    }  # fmt: skip
+
+
+def test_a_row_is_the_mean_over_seeds_and_lora_makes_an_ensemble(tmp_path: Path) -> None:
+    write(tmp_path, *(run("lora", seed, scores(0.7 + seed / 10, 0.2, 0.6)) for seed in range(2)))
+    text = calibration_section(tmp_path)
+    assert "345 steps of 32 rows, learning rate 0.001; 4 rows of the test split." in text
+    assert "| LoRA | 1,000 | 2 | 0.750 ± 0.071 | 0.200 ± 0.000 |" in text
+    assert "| ensemble of the seeds | 2,000 | 2 | 0.750 |" in text  # of the averaged probabilities: 3 of 4 right
+
+
+@pytest.mark.parametrize(
+    ("task", "ours", "verdicts"),
+    [
+        ("mrpc", scores(0.79, 0.10, 0.5), ["holds", "holds", "holds", "holds"]),
+        ("mrpc", scores(0.78, 0.11, 0.6), ["does not hold", "does not hold", "does not hold", "does not hold"]),
+        ("rte", scores(0.78, 0.10, 0.5), ["holds", "holds", "holds", "holds"]),
+        ("mrpc", scores(0.77, 0.10, 0.5), ["holds", "holds", "does not hold", "–"]),
+    ],
+)
+def test_verdicts_compare_means(task: str, ours: dict[str, float], verdicts: list[str], tmp_path: Path) -> None:
+    others = {"lora": scores(0.80, 0.20, 0.6), "blob": scores(0.789, 0.10, 0.55)}
+    write(tmp_path, *(run(name, 0, found, task) for name, found in [*others.items(), ("melora", ours)]))
+    lines = calibration_section(tmp_path).splitlines()
+    start = next(index for index, line in enumerate(lines) if line.startswith("| Me-LoRA, 10 samples"))
+    cells = [line.split(" | ")[1].removesuffix(" |") for line in lines if line.startswith("| ") and " LoRA's" in line]
+    cells += [line.split(" | ")[1] for line in lines if "BLoB's" in line]
+    assert start and [cell.split(":")[0] for cell in cells] == verdicts
+
+
+def test_without_files_nothing_is_claimed_and_all_is_missing(tmp_path: Path) -> None:
+    assert calibration_section(tmp_path) == "Not run.\n"
+    assert [line.split(": ")[1] for line in missing_calibration(tmp_path)] == ["all"] * 3
+
+
+def test_runs_of_different_length_are_refused(tmp_path: Path) -> None:
+    runs = [run("lora", seed, scores(0.8, 0.1, 0.5), training={**TRAINING, "steps": 10 + seed}) for seed in range(2)]
+    write(tmp_path, *runs)
+    with pytest.raises(BayesLoraError, match="different settings"):
+        rows_of([{**json.loads(path.read_text()), "file": path.name} for path in sorted(tmp_path.glob("*.json"))])
