@@ -92,6 +92,8 @@ def training_batches(
         BayesLoraError: where these rows are no longer at their place.
     """
     if info.task_name is None:
+        if "train_file" not in info.files:
+            raise BayesLoraError("its run.json names no training data")
         task, split = labelled_rows({}, info, info.files["train_file"])
     else:
         task, split = load_task(info.task_name, info.data_dir, train_split=info.train_split), "train"
