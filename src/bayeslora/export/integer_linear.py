@@ -161,7 +161,7 @@ class IntegerLinear(Float32Module):
     def _of_codes(self, rows: Tensor) -> tuple[Tensor, Tensor | None]:
         """W_0 x_q + b (n, d_out) in the type of `rows`, and A x_q (n, r) in float32, from exact sums over codes."""
         codes = self.input.codes(rows)
-        if has_prepacked_kernel(rows.device.type):
+        if len(rows) > FEW_ROWS and has_prepacked_kernel(rows.device.type):
             if self._prepacked is None:
                 self._prepacked = Prepacked(self.codes, self.input.step, self.scales, self.bias)
             found = self._prepacked.product(codes, rows.dtype)
