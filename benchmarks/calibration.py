@@ -22,15 +22,14 @@ import json
 import math
 import sys
 from collections.abc import Iterable
-from functools import partial
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from datasets import Dataset
-from harness import Training, classifier, fine_tune, language_model, once
+from harness import Training, classifier, fine_tune, language_model, run_missing
 from peft import LoraConfig, PeftConfig
-from records import check_settings
 from results_calibration import SAMPLES, calibration_section
 from torch import nn
 from torch.utils.data import DataLoader
@@ -72,20 +71,36 @@ def configuration(method: str, task: str, options: dict[str, Any], rows: int) ->
     return bayeslora.METHODS[method](**{**shared, **options})
 
 
-def run(
-    method: str, task_name: str, seed: int, data_dir: Path, options: dict[str, Any], select: bool
-) -> dict[str, Any]:
+@dataclass(frozen=True)
+class Job:
+    """One run: what is trained on what, and where its data are."""
+
+    method: str
+    task: str
+    seed: int
+    data_dir: Path
+    options: dict[str, Any]
+    select: bool
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """What its file records of how it was trained."""
+        return {"training": vars(TRAINING[self.task]), "options": self.options}
+
+
+def run(job: Job) -> dict[str, Any]:
     """Train one adapter and score it in every form; returns what its file holds."""
+    method, task_name, seed, select = job.method, job.task, job.seed, job.select
     training = TRAINING[task_name]
     set_seed(seed)
     is_language = task_name in LANGUAGE
-    task = load_task(task_name, data_dir)
+    task = load_task(task_name, job.data_dir)
     if is_language:
         for name, count in (("train", FEW_ROWS), ("validation", FEW_SCORED)):
             task.splits[name] = task.splits[name].select(range(count))
     task = hold_out(task, 0.3 if select else 0.1)
     base, tokenizer, encoded = (language_model if is_language else classifier)(task, training)
-    config = configuration(method, task_name, options, len(encoded["train"]))
+    config = configuration(method, task_name, job.options, len(encoded["train"]))
     model, trained = fine_tune(base, tokenizer, encoded["train"], config, training, seed)
     labelled = "test" if "test" in encoded and task_name != "arc_easy" else "validation"
     rows = encoded["selection" if select else labelled]
@@ -101,8 +116,7 @@ def run(
         "task": task_name,
         "method": method,
         "seed": seed,
-        "options": options,
-        "training": vars(training),
+        **job.settings,
         "metric": task.metric,
         "split": "selection" if select else labelled,
         "labels": list(rows["label"]),
@@ -149,14 +163,14 @@ def main() -> None:
     changed = "".join(f"-{name}={value}" for name, value in options.items())
     wanted = [(t, m, s) for s in given.seeds for t in given.tasks for m in given.methods]
     folder = SELECTION if given.select else RESULTS
-    jobs = {} if given.table else {folder / f"{t}-{m}{changed}-{s}.json": (m, t, s) for t, m, s in wanted}
-    try:
-        for path, (_, task, _) in jobs.items():
-            check_settings(path, {"training": vars(TRAINING[task]), "options": options})
-    except BayesLoraError as error:
-        parser.error(str(error))
-    for path, job in jobs.items():
-        once(path, partial(run, *job, given.data_dir, options, given.select))
+    jobs = {
+        folder / f"{task}-{method}{changed}-{seed}.json": Job(
+            method, task, seed, given.data_dir, options, given.select
+        )
+        for task, method, seed in wanted
+    }
+    if not given.table:
+        run_missing(parser, jobs, run)
     if not given.select:
         print(calibration_section(RESULTS))
 

@@ -18,7 +18,10 @@ RESULTS = Path(__file__).parent / "results"
 Run = dict[str, Any]
 
 GLUE_TASKS = ("sst2", "cola", "mrpc", "rte", "stsb")
-TASK_TITLES = {"sst2": "SST-2", "cola": "CoLA", "mrpc": "MRPC", "rte": "RTE", "stsb": "STS-B"}
+TASK_TITLES = {
+    "sst2": "SST-2", "cola": "CoLA", "mrpc": "MRPC", "rte": "RTE", "stsb": "STS-B",
+    "winogrande": "WinoGrande", "arc_easy": "ARC-easy",
+}  # fmt: skip
 GLUE_ROWS = {
     "full": "full fine-tuning",
     "lora-r2": "LoRA r = 2",

@@ -8,12 +8,12 @@ from pathlib import Path
 
 import numpy as np
 from patterns import Verdict
-from records import Run, check_alike, markdown_table, read_runs
+from records import TASK_TITLES, Run, check_alike, markdown_table, read_runs, spread
 from results_glue import missing
 
 from bayeslora.evaluation.metrics import classification_scores
 
-TASKS = {"mrpc": "MRPC", "cola": "CoLA", "rte": "RTE", "winogrande": "winogrande", "arc_easy": "ARC-easy"}
+TASKS = ("mrpc", "cola", "rte", "winogrande", "arc_easy")
 METHODS = {"lora": "LoRA", "melora": "Me-LoRA", "blob": "BLoB"}
 SAMPLES = 10
 ROWS = {
@@ -45,13 +45,13 @@ def calibration_section(folder: Path) -> str:
     if not runs:
         return "Not run.\n"
     tables = {task: rows_of([run for run in runs if run["task"] == task]) for task in TASKS}
-    parts = [f"### {TASKS[task]}\n\n{task_table(rows)}" for task, rows in tables.items() if rows]
+    parts = [f"### {TASK_TITLES[task]}\n\n{task_table(rows)}" for task, rows in tables.items() if rows]
     return "\n".join([INTRO, *parts, "### What holds\n", claims_table(tables)])
 
 
 def missing_calibration(folder: Path) -> list[str]:
     titles = {name: f"calibration, {title}" for name, title in METHODS.items()}
-    return missing(read_runs(folder), titles, list(TASKS))
+    return missing(read_runs(folder), titles, TASKS)
 
 
 def rows_of(runs: Sequence[Run]) -> Table:
@@ -85,7 +85,7 @@ def task_table(rows: Table) -> str:
             ROWS[name],
             f"{statistics.fmean(run['parameters']['adapter'] for run in rows[name]):,.0f}",
             str(len(rows["lora"]) if name == "ensemble" else len(rows[name])),
-            *(cell(values(rows, name, column)) for column in columns),
+            *(spread(values(rows, name, column), 3) for column in columns),
         ]
         for name in ROWS
         if name in rows
@@ -101,18 +101,13 @@ def values(rows: Table, name: str, score: str) -> list[float]:
     return [run["forms"][name]["scores"][score] for run in rows.get(name, [])]
 
 
-def cell(found: Sequence[float]) -> str:
-    mean = f"{statistics.fmean(found):.3f}"
-    return f"{mean} ± {statistics.stdev(found):.3f}" if len(found) > 1 else mean
-
-
 def claims_table(tables: Mapping[str, Table]) -> str:
     """Each claim, task by task."""
     tasks = [task for task, rows in tables.items() if rows]
     lines = [
         [claim, *(ask(tables[task], POINTS.get(task, 1.0)).cell for task in tasks)] for claim, ask in CLAIMS.items()
     ]
-    return markdown_table(["Me-LoRA, 10 samples", *(TASKS[task] for task in tasks)], lines, left=len(tasks) + 1)
+    return markdown_table(["Me-LoRA, 10 samples", *(TASK_TITLES[task] for task in tasks)], lines, left=len(tasks) + 1)
 
 
 def half_the_error(rows: Table, points: float) -> Verdict:

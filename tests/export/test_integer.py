@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -144,6 +145,15 @@ def test_a_width_that_a_kernel_would_read_past_goes_another_way(tmp_path: Path) 
     x = torch.randn(1, 37, generator=torch.Generator().manual_seed(1))
     assert not layer._suits_weight_kernel(x)
     torch.testing.assert_close(layer(x), x @ (0.01 * codes.float()).T)
+
+
+def test_a_model_that_has_run_can_be_copied_and_pickled(tmp_path: Path) -> None:
+    export(BASES["llama"](), tmp_path, format="integer")
+    integer = load_integer(tmp_path)
+    expected = _logits(integer)
+    torch.save(integer, tmp_path / "model.pt")
+    for copied in (copy.deepcopy(integer), torch.load(tmp_path / "model.pt", weights_only=False)):
+        assert torch.equal(_logits(copied), expected)
 
 
 def test_a_generation_is_the_frozen_models(tmp_path: Path) -> None:

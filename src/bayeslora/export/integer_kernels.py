@@ -77,9 +77,8 @@ class Prepacked:
 
     def __init__(self, codes: Tensor, step: float, scales: Tensor, bias: Tensor | None) -> None:
         self.step, self.out_features = step, len(codes)
-        self.scales, self.bias = _at_least(_FEWEST_COLUMNS, scales), None
-        if bias is not None:
-            self.bias = _at_least(_FEWEST_COLUMNS, bias)
+        self.scales = _at_least(_FEWEST_COLUMNS, scales)
+        self.bias = None if bias is None else _at_least(_FEWEST_COLUMNS, bias)
         self.codes = torch.ops.onednn.qlinear_prepack(_at_least(_FEWEST_COLUMNS, codes), None)
         self.zeros = torch.zeros(len(self.scales), dtype=torch.int32)
 

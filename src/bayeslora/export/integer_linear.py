@@ -12,6 +12,7 @@ update are not added up: their sum lies on no grid, and the quantizers between t
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -139,6 +140,10 @@ class IntegerLinear(Float32Module):
         self.register_buffer("sum_scales", self.scales * self.input.step if self.takes_codes else self.scales)
         self._prepacked: Prepacked | None = None
 
+    def __getstate__(self) -> dict[str, Any]:
+        """Without oneDNN's layout of the codes, which can be neither copied nor pickled; it is made again."""
+        return {**self.__dict__, "_prepacked": None}
+
     @property
     def takes_codes(self) -> bool:
         """Whether the product is one of integers."""
@@ -198,11 +203,8 @@ class IntegerLinear(Float32Module):
         return sums.mul_(self.sum_scales) if self.bias is None else torch.addcmul(self.bias, sums, self.sum_scales)
 
     def _split(self, found: Tensor) -> tuple[Tensor, Tensor | None]:
-        return (
-            (found[:, : self.out_features], found[:, self.out_features :].float())
-            if self.is_stacked
-            else (found, None)
-        )
+        hidden = found[:, self.out_features :].float() if self.is_stacked else None
+        return found[:, : self.out_features], hidden
 
     def _updated(self, found: Tensor, hidden: Tensor | None) -> Tensor:
         """The layer's output: the update added, and its range applied."""
