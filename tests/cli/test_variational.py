@@ -54,6 +54,16 @@ def test_n_is_the_number_of_training_rows_and_the_log_has_the_divergence(run: tu
     assert logged[-1]["kl"] > 0 and logged[-1]["penalty_kl"] > 0
 
 
+def test_a_run_says_what_it_scores_unless_it_is_to_be_quiet(
+    setting: Setting, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    command = ["train", "--method", "melora", *setting.options, "--max-steps", "1", "--samples", "3"]
+    assert main([*command, "--output-dir", str(tmp_path / "told")]) == 0
+    assert "melora: scoring 20 rows under 3 draws of the weights each\n" in capfd.readouterr().err
+    assert main([*command, "--disable-tqdm", "true", "--output-dir", str(tmp_path / "quiet")]) == 0
+    assert "scoring" not in capfd.readouterr().err
+
+
 def test_its_config_says_the_method_and_its_options(run: tuple[str, Path]) -> None:
     method, folder = run
     stored = yaml.safe_load((folder / "config.yaml").read_text())

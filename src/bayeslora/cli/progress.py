@@ -46,6 +46,12 @@ class ProgressBar(TrainerCallback):
             self._bar.close()
 
 
+def announce_scoring(label: str, rows: int, samples: int) -> None:
+    """One line before a run is scored, which can take as long as its training where weights are drawn."""
+    drawn = f" under {samples} draws of the weights each" if samples else ""
+    print(f"{label}: scoring {rows:,} rows{drawn}", file=sys.stderr)
+
+
 class Interruption(TrainerCallback):
     """SIGINT and SIGTERM as a request to stop after the current step, with a checkpoint. A second one stops at once.
 
