@@ -123,8 +123,10 @@ def fine_tune(
     callback: Callable[[nn.Module], TrainerCallback] | None = None,
     mixin: type | None = None,
 ) -> tuple[nn.Module, dict[str, Any]]:
-    """The adapted and trained model, with `seconds`, `parameters`, `peak_memory_bytes` and the training's `history`.
+    """The adapted and trained model, with `seconds`, `processor_seconds`, `parameters`, `peak_memory_bytes`, `history`.
 
+    `seconds` of the training are the clock's, `processor_seconds` what this process computed in them on all its
+    threads: beside other work the second is the steadier measure.
     `peak_memory_bytes` is the largest resident size of this process until the end of training, libraries and data
     included: it is a run's own where each has a process of its own (`once`).
 
@@ -174,10 +176,10 @@ def fine_tune(
         examples = len(data) if ivon is not None or bayeslora.methods.has_posterior(model) else None
         factory = None if ivon is None else functools.partial(IVON, **ivon)
         bayeslora.attach(trainer, num_examples=examples, optimizer=factory)
-        start = time.perf_counter()
+        start, computed = time.perf_counter(), time.process_time()
         trainer.train()
-        seconds = time.perf_counter() - start
-    found = {"seconds": seconds, "peak_memory_bytes": peak_memory(), "parameters": parameters}
+        seconds, computed = time.perf_counter() - start, time.process_time() - computed
+    found = {"seconds": seconds, "processor_seconds": computed, "peak_memory_bytes": peak_memory(), "parameters": parameters}
     if ivon is not None:
         found["posterior"] = posterior_statistics(unwrapped(trainer.optimizer))
     return model, {**found, "history": trainer.state.log_history}

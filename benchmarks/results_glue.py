@@ -115,7 +115,7 @@ def cost_table(runs: Group, task: str) -> str:
     known = {name for group in groups.values() for run in group for name in run["scores"]}
     columns = [name for name in SCORE_COLUMNS if name in known]
     head = ["method", "seeds", *(name.replace("_", " ") for name in columns), *(f"BOPs: {scope}" for scope in SCOPES)]
-    head += ["trainable", "adapter", "mean rank", "A, E, B bits", "seconds", "memory, MB"]
+    head += ["trainable", "adapter", "mean rank", "A, E, B bits", "seconds", "processor seconds", "memory, MB"]
     rows = []
     for method, title in row_titles(runs).items():
         group = groups.get((method,))
@@ -128,7 +128,7 @@ def cost_table(runs: Group, task: str) -> str:
         cells += [percent(mean_at(group, "relative_bops", scope)) for scope in SCOPES]
         cells += [number(mean_at(group, "parameters", name)) for name in ("trainable", "adapter")]
         cells += [number(mean_at(group, name), 1) for name in ("mean_rank", "median_adapter_bits")]
-        cells.append(number(mean_at(group, "seconds")))
+        cells += [number(mean_at(group, name)) for name in ("seconds", "processor_seconds")]
         cells.append(number(mean_of(group, megabytes)))
         rows.append(cells)
     return markdown_table(head, rows)

@@ -25,7 +25,7 @@ def run(method: str = "lora", seed: int = 0, accuracy: float = 0.8, **changes: A
         "optimizer": {"name": "adamw"}, "target_modules": ["query"], "metric": "accuracy", "held_out": 100,
         "scores": {"accuracy": accuracy, "f1": 0.9, "nll": 0.5, "ece": 0.05},
         "relative_bops": {"adapted": 0.2, "attention": 0.25, "encoder": 0.6, "model": 0.7},
-        "median_adapter_bits": 4, "mean_rank": 6.5, "layers": layers, "seconds": 100.0,
+        "median_adapter_bits": 4, "mean_rank": 6.5, "layers": layers, "seconds": 100.0, "processor_seconds": 80.0,
         "peak_memory_bytes": 800_000_000, "parameters": {"trainable": 1000, "adapter": 900, "total": 5000},
         **changes,
     }  # fmt: skip
