@@ -123,7 +123,9 @@ def fine_tune(
     callback: Callable[[nn.Module], TrainerCallback] | None = None,
     mixin: type | None = None,
 ) -> tuple[nn.Module, dict[str, Any]]:
-    """The adapted and trained model, with `seconds`, `processor_seconds`, `parameters`, `peak_memory_bytes`, `history`.
+    """The adapted and trained model, with what is known of the training.
+
+    That is `seconds`, `processor_seconds`, `parameters`, `peak_memory_bytes` and the trainer's `history`.
 
     `seconds` of the training are the clock's, `processor_seconds` what this process computed in them on all its
     threads: beside other work the second is the steadier measure.
@@ -179,7 +181,8 @@ def fine_tune(
         start, computed = time.perf_counter(), time.process_time()
         trainer.train()
         seconds, computed = time.perf_counter() - start, time.process_time() - computed
-    found = {"seconds": seconds, "processor_seconds": computed, "peak_memory_bytes": peak_memory(), "parameters": parameters}
+    clocks = {"seconds": seconds, "processor_seconds": computed}
+    found = {**clocks, "peak_memory_bytes": peak_memory(), "parameters": parameters}
     if ivon is not None:
         found["posterior"] = posterior_statistics(unwrapped(trainer.optimizer))
     return model, {**found, "history": trainer.state.log_history}

@@ -15,13 +15,14 @@ from torch import Tensor, nn
 
 import bayeslora
 from bayeslora import BayesLoraError, BLoraConfig, MeLoraConfig, export, load_integer
-from bayeslora.export import integer_linear
+from bayeslora.export import integer_linear, integer_reader
 from bayeslora.export.integer_linear import IntegerEmbedding, IntegerLinear
 from bayeslora.quantization import grid_step
 from tests.conftest import build_tiny_bert, build_tiny_gpt2, build_tiny_llama
 from tests.methods.reference import FROZEN, RANK, WARM_UP, layers_of, randomize, set_widths, tiny_model
 
 TOKENS = torch.arange(24).view(2, 12)
+KERNELS = ("has_prepacked_kernel", "has_integer_kernel", "has_weight_kernel")
 LLAMA = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 WIDTHS = {"weight": 8, "A": 4, "E": 8, "B": 2, "A_out": 8, "E_out": 4, "out": 8}
 
@@ -125,11 +126,56 @@ def test_kernels_give_what_dequantizing_gives(
     for layer in layers:
         found = layer(x).float()
         with monkeypatch.context() as patched:
-            for kernel in ("has_integer_kernel", "has_weight_kernel"):
+            for kernel in KERNELS:
                 patched.setattr(integer_linear, kernel, lambda device: False)
             plain = layer(x).float()
         exact = dtype == torch.float32 and layer.is_learned
         assert (found - plain).abs().max() <= (1e-6 if exact else 0.02) * plain.abs().max()
+
+
+@pytest.mark.parametrize("rows", [1, 4, 5, 40])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("has_kernels", [True, False])
+def test_a_feed_forward_network_passes_the_codes_that_its_parts_would_make(
+    has_kernels: bool, dtype: torch.dtype, rows: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    export(BASES["bert"](), tmp_path, format="integer", calibration=[{"input_ids": TOKENS}])
+    if not has_kernels:
+        for kernel in KERNELS:
+            monkeypatch.setattr(integer_linear, kernel, lambda device: False)
+    fused = load_integer(tmp_path, dtype=dtype).bert.encoder.layer
+    monkeypatch.setattr(integer_reader, "fuse_activations", lambda model, dtype: None)
+    parts = load_integer(tmp_path, dtype=dtype).bert.encoder.layer
+    x = torch.randn(1, rows, 32, generator=torch.Generator().manual_seed(1)).to(dtype)
+    tolerance = 1e-4 if dtype == torch.float32 else 0.05
+    for ours, theirs in zip(fused, parts, strict=True):
+        step = ours.output.dense.input.step
+        codes, values = ours.intermediate(x), theirs.intermediate(x).float()
+        assert codes.dtype == torch.int8 and codes.float().std() > 5
+        apart = (codes * step - values.clamp(-127 * step, 127 * step)).abs().max()
+        assert apart <= (0.5 + tolerance) * step + (0 if dtype == torch.float32 else 0.01)
+        found, expected = ours.output(codes, x), theirs.output(theirs.intermediate(x), x)
+        assert found.dtype == expected.dtype == dtype
+        assert (found - expected).abs().max() <= tolerance + 4 * step * float(ours.output.dense.weight.abs().max())
+
+
+def test_activations_stay_where_the_second_layer_reads_no_codes_or_codes_could_pass_the_grids_end(
+    tmp_path: Path,
+) -> None:
+    export(BASES["bert"](), tmp_path / "values", format="integer")
+    assert not any(layer.emits_codes for layer in _integer_layers(load_integer(tmp_path / "values")))
+    export(BASES["bert"](), tmp_path / "codes", format="integer", calibration=[{"input_ids": TOKENS}])
+    layers = _integer_layers(load_integer(tmp_path / "codes"))
+    feeding = [layer for layer in layers if layer.emits_codes]
+    assert len(feeding) == 2
+    following = next(layer for layer in layers if layer.takes_codes and not layer.emits_codes and layer.rank == 0)
+    assert feeding[0].can_feed(following, -0.17)
+    following.input.step = 0.17 / 128
+    assert not feeding[0].can_feed(following, -0.17)
+
+
+def _integer_layers(model: nn.Module) -> list[IntegerLinear]:
+    return [module for module in model.modules() if isinstance(module, IntegerLinear)]
 
 
 def test_the_kernels_of_this_torch_are_found_on_the_cpu() -> None:

@@ -73,17 +73,23 @@ class Prepacked:
         step: of the grid of the activations.
         scales: of the codes, (d_out,), float32.
         bias: (d_out,), float32, or None.
+        gelu_step: where given, results are the 8-bit codes of GELU of the product, on the grid of this step.
     """
 
-    def __init__(self, codes: Tensor, step: float, scales: Tensor, bias: Tensor | None) -> None:
-        self.step, self.out_features = step, len(codes)
+    def __init__(
+        self, codes: Tensor, step: float, scales: Tensor, bias: Tensor | None, gelu_step: float | None = None
+    ) -> None:
+        self.step, self.gelu_step, self.out_features = step, gelu_step, len(codes)
         self.scales = _at_least(_FEWEST_COLUMNS, scales)
         self.bias = None if bias is None else _at_least(_FEWEST_COLUMNS, bias)
         self.codes = torch.ops.onednn.qlinear_prepack(_at_least(_FEWEST_COLUMNS, codes), None)
         self.zeros = torch.zeros(len(self.scales), dtype=torch.int32)
 
     def product(self, x: Tensor, dtype: torch.dtype) -> Tensor:
-        """Values (n, d_out) from int8 codes (n, d_in): exact sums, scaled in float32, rounded to `dtype`."""
+        """Values (n, d_out) from int8 codes (n, d_in): exact sums, scaled in float32, rounded to `dtype`.
+
+        With a `gelu_step` they are codes, int8, whatever `dtype` is.
+        """
         found = torch.ops.onednn.qlinear_pointwise(
             _at_least(_FEWEST_ROWS, x),
             self.step,
@@ -92,12 +98,12 @@ class Prepacked:
             self.scales,
             self.zeros,
             self.bias,
-            1.0,
+            self.gelu_step or 1.0,
             0,
-            dtype,
-            "none",
+            dtype if self.gelu_step is None else torch.int8,
+            "none" if self.gelu_step is None else "gelu",
             [],
-            "",
+            "none",  # of GELU's two algorithms the one with the error function
         )
         return found[: len(x), : self.out_features]
 

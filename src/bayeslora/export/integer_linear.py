@@ -139,6 +139,30 @@ class IntegerLinear(Float32Module):
         # Of the sums over codes of both operands; the input's step is a factor of every row.
         self.register_buffer("sum_scales", self.scales * self.input.step if self.takes_codes else self.scales)
         self._prepacked: Prepacked | None = None
+        self._stream, self._emitted = torch.float32, none
+
+    def can_feed(self, following: IntegerLinear, smallest: float) -> bool:
+        """Whether `following` can be given the codes of a function of this output that is nowhere below `smallest`.
+
+        A kernel's codes go down to -128, the grid's to -127: no value may lie there.
+        """
+        is_bare = not self.rank and self.output.bits == _UNQUANTIZED
+        grid = following.input
+        is_wide = grid.bits == _BYTE and -smallest < grid.level * grid.step
+        return is_bare and self.takes_codes and following.takes_codes and is_wide
+
+    def feed(self, following: IntegerLinear, dtype: torch.dtype) -> None:
+        """From now on return int8 codes of GELU of the output, on the grid of 8 bits that `following` reads.
+
+        `following` takes such codes for its input, and returns `dtype`. This layer has no update and no range of its
+        own output (`can_feed`).
+        """
+        self._emitted, following._stream, self._prepacked = following.input, dtype, None
+
+    @property
+    def emits_codes(self) -> bool:
+        """Whether the output is codes, for the layer that it feeds."""
+        return self._emitted.bits == _BYTE
 
     def __getstate__(self) -> dict[str, Any]:
         """Without oneDNN's layout of the codes, which can be neither copied nor pickled; it is made again."""
@@ -156,24 +180,34 @@ class IntegerLinear(Float32Module):
 
     @torch.no_grad()
     def forward(self, x: Tensor) -> Tensor:
-        rows = x.reshape(-1, self.in_features)
-        rows = rows if rows.dtype == torch.bfloat16 else rows.float()
-        found, hidden = self._of_codes(rows) if self.takes_codes else self._of_values(rows)
+        rows, are_codes = x.reshape(-1, self.in_features), x.dtype == torch.int8
+        dtype = self._stream if are_codes else x.dtype
+        within = torch.bfloat16 if dtype == torch.bfloat16 else torch.float32
+        if self.takes_codes:
+            found, hidden = self._of_codes(rows if are_codes else self.input.codes(rows), within)
+        else:
+            found, hidden = self._of_values(rows.to(within))
         if self.rank or self.output.bits < _UNQUANTIZED:
             found = self._updated(found, hidden)
-        return found.to(x.dtype).view(*x.shape[:-1], self.out_features)
+        if not self.emits_codes:
+            found = found.to(dtype)
+        return found.view(*x.shape[:-1], self.out_features)
 
-    def _of_codes(self, rows: Tensor) -> tuple[Tensor, Tensor | None]:
-        """W_0 x_q + b (n, d_out) in the type of `rows`, and A x_q (n, r) in float32, from exact sums over codes."""
-        codes = self.input.codes(rows)
-        if len(rows) > FEW_ROWS and has_prepacked_kernel(rows.device.type):
+    def _of_codes(self, codes: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor | None]:
+        """W_0 x_q + b (n, d_out) in `dtype`, and A x_q (n, r) in float32, from exact sums over codes.
+
+        A layer that feeds another returns that one's codes instead, whatever `dtype` is.
+        """
+        if len(codes) > FEW_ROWS and has_prepacked_kernel(codes.device.type):
             if self._prepacked is None:
-                self._prepacked = Prepacked(self.codes, self.input.step, self.scales, self.bias)
-            found = self._prepacked.product(codes, rows.dtype)
-        elif has_integer_kernel(rows.device.type):
-            found = self._scaled(integer_product(codes, self.codes)).to(rows.dtype)
+                gelu_step = self._emitted.step if self.emits_codes else None
+                self._prepacked = Prepacked(self.codes, self.input.step, self.scales, self.bias, gelu_step)
+            found = self._prepacked.product(codes, dtype)
         else:
-            found = self._scaled(dequantized_product(codes.float(), self.codes)).to(rows.dtype)
+            is_integer = has_integer_kernel(codes.device.type)
+            sums = integer_product(codes, self.codes) if is_integer else dequantized_product(codes.float(), self.codes)
+            found = self._scaled(sums)
+            found = self._emitted.codes(nn.functional.gelu(found)) if self.emits_codes else found.to(dtype)
         if self.rank and not self.is_stacked:
             return found, nn.functional.linear(codes * self.input.step, self.down)
         return self._split(found)
@@ -208,14 +242,12 @@ class IntegerLinear(Float32Module):
 
     def _updated(self, found: Tensor, hidden: Tensor | None) -> Tensor:
         """The layer's output: the update added, and its range applied."""
-        if hidden is None:
-            return in_parts(lambda part: self.output.quantize_(part.to(torch.float32, copy=True)), found.dtype, found)
-        hidden = self.after_e.quantize_(self.after_a.quantize_(hidden) * self.diagonal)
-
-        def updated(part: Tensor, low: Tensor) -> Tensor:
-            return self.output.quantize_(torch.addmm(part.float(), low, self.up, alpha=self.scaling))
-
-        return in_parts(updated, found.dtype, found, hidden)
+        if hidden is not None:
+            low = self.after_e.quantize_(self.after_a.quantize_(hidden) * self.diagonal).to(found.dtype)
+            found = found.addmm_(low, self.up.to(found.dtype), alpha=self.scaling)
+        if self.output.bits == _UNQUANTIZED:
+            return found
+        return in_parts(lambda part: self.output.quantize_(part.to(torch.float32, copy=True)), found.dtype, found)
 
     def _suits_weight_kernel(self, x: Tensor) -> bool:
         fits = len(x) <= FEW_ROWS and self.in_features % WEIGHT_MULTIPLE == 0

@@ -15,6 +15,7 @@ from transformers import AutoConfig, GenerationConfig, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from bayeslora.errors import BayesLoraError
+from bayeslora.export.integer_fusion import fuse_activations
 from bayeslora.export.integer_index import BIAS, UNQUANTIZED, IntegerIndex, IntegerLayer
 from bayeslora.export.integer_linear import IntegerEmbedding, IntegerLinear, StaticQuantizer
 from bayeslora.export.packed_file import read_packed_file
@@ -64,6 +65,7 @@ def load_integer(
     for layer in (*index.embeddings.values(), *index.linear.values()):
         _replace(model, layer, tensors, dtype)
     _assign(model, index, tensors, dtype)
+    fuse_activations(model, dtype)
     if (folder / "generation_config.json").is_file() and model.can_generate():
         model.generation_config = GenerationConfig.from_pretrained(folder)
     model.requires_grad_(False)
