@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 import yaml
 
 from bayeslora.cli import demo
@@ -278,6 +279,16 @@ def test_the_shipped_configs_are_plans(name: str) -> None:
 def test_the_demo_config_is_the_demo() -> None:
     content = yaml.safe_load((CONFIGS / "demo.yaml").read_text())
     assert content == {"method": "blora", **demo.METHODS["blora"], **demo.SHARED}
+
+
+def test_the_demo_trains_in_bfloat16_where_the_hardware_has_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"amx_bf16": True})
+    assert demo.arithmetic() == {"bf16": True}
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"avx512_f": True})
+    assert demo.arithmetic() == {}
+    monkeypatch.delattr(torch.cpu, "get_capabilities")  # older torch
+    assert demo.arithmetic() == {}
 
 
 def test_an_earlier_demo_is_kept_unless_told_otherwise(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

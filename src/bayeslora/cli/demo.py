@@ -52,7 +52,7 @@ def run(given: dict[str, Any]) -> int:
     from bayeslora.cli.train import train
 
     for method, own in METHODS.items():
-        options = {**SHARED, **own, **limit, "method": method, "output_dir": str(target / method)}
+        options = {**SHARED, **arithmetic(), **own, **limit, "method": method, "output_dir": str(target / method)}
         status = train(build_plan(options))
         if status:
             return status
@@ -61,6 +61,16 @@ def run(given: dict[str, Any]) -> int:
     print(f"reliability of the three: {(target / _COMPARISON / 'reliability.png').resolve()}")
     print(f"report: {(target / 'blora' / 'report.html').resolve()}")
     return 0
+
+
+def arithmetic() -> dict[str, Any]:
+    """bfloat16 for training where there is hardware for it, with which the demo takes two thirds of the time."""
+    import torch
+
+    if torch.cuda.is_available():
+        return {"bf16": True} if torch.cuda.is_bf16_supported(including_emulation=False) else {}
+    capabilities: dict[str, Any] = getattr(torch.cpu, "get_capabilities", dict)()  # older torch has none
+    return {"bf16": True} if capabilities.get("amx_bf16") else {}
 
 
 def _clear(folders: list[Path], overwrite: bool) -> None:

@@ -20,7 +20,7 @@ from bayeslora.evaluation import Evaluation, Task, evaluate, predict_dataset
 from bayeslora.methods import describe
 from bayeslora.prediction import Predictor
 
-EVALUATION = "validation"
+EVALUATION, TEST = "validation", "test"
 _PROBE_ROWS = 16
 _RELOAD_TOLERANCE = {"float32": 1e-5, "bfloat16": 5e-2, "float16": 1e-2}
 
@@ -41,9 +41,14 @@ def measure(
     scored_model = predictor or model
     evaluation = evaluate(scored_model, data[EVALUATION], task, tokenizer, batch_size, samples)
     found = {"metric": task.metric, **scored(evaluation), **described(model), "labels": list(task.labels)}
-    if "test" in data:
-        found["scores_test"] = evaluate(scored_model, data["test"], task, tokenizer, batch_size, samples).scores
+    if TEST in data:
+        found["scores_test"] = evaluate(scored_model, data[TEST], task, tokenizer, batch_size, samples).scores
     return found
+
+
+def rows_to_score(data: dict[str, Any]) -> int:
+    """How many rows `measure` runs the model over."""
+    return sum(len(data[name]) for name in (EVALUATION, TEST) if name in data)
 
 
 def scored(evaluation: Evaluation) -> dict[str, Any]:

@@ -50,7 +50,7 @@ from bayeslora.cli.models import (
     resolve_model,
 )
 from bayeslora.cli.progress import Clock, Interruption, ProgressBar, announce_scoring
-from bayeslora.cli.results import EVALUATION, measure, save_json, verify_reload
+from bayeslora.cli.results import EVALUATION, measure, rows_to_score, save_json, verify_reload
 from bayeslora.errors import BayesLoraError
 from bayeslora.evaluation import Task, compute_metrics_for, load_files, load_task
 from bayeslora.evaluation.choice_trainer import ChoiceTrainer
@@ -272,8 +272,7 @@ def _finish(session: Session, trainer: Trainer, seconds: float) -> dict[str, Any
         posterior.save(session.partial)
     predictor = None if posterior is None else load_posterior(model, session.partial)
     if not plan.training_options.get("disable_tqdm"):
-        rows = sum(len(split) for name, split in session.data.items() if name != TRAIN)
-        announce_scoring(plan.options.method, rows, plan.options.samples)
+        announce_scoring(plan.options.method, rows_to_score(session.data), plan.options.samples)
     started = time.perf_counter()
     batch_size = trainer.args.per_device_eval_batch_size
     metrics = measure(model, session.data, task, session.tokenizer, batch_size, plan.options.samples, predictor)
