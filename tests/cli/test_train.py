@@ -96,6 +96,15 @@ def test_any_field_of_config_and_trainer_reaches_them(setting: Setting, tmp_path
     assert [entry["learning_rate"] for entry in history if "loss" in entry] == [1e-3, 1e-3]
 
 
+@pytest.mark.skipif(torch.accelerator.is_available(), reason="is about machines without an accelerator")
+def test_bfloat16_needs_no_word_about_the_cpu_on_a_machine_without_a_gpu(setting: Setting, tmp_path: Path) -> None:
+    command = ["train", "--method", "melora", *setting.options, "--bf16", "true", "--max-steps", "2"]
+    assert main([*command, "--output-dir", str(tmp_path / "run")]) == 0
+    loss = json.loads((tmp_path / "run" / "history.json").read_text())[-1]["train_loss"]
+    assert 0 < loss < 10
+    assert "use_cpu" not in yaml.safe_load((tmp_path / "run" / "config.yaml").read_text())
+
+
 def test_a_pair_and_a_test_file_and_kept_checkpoints(setting: Setting, tmp_path: Path) -> None:
     rows = [
         {"left": row["text"], "right": "the film", "y": ("no", "yes")[int(str(row["label"]))]}

@@ -219,6 +219,8 @@ def _prepare(plan: TrainPlan, partial: Path) -> Session:
 
 def _build_trainer(session: Session, callbacks: list[TrainerCallback]) -> Trainer:
     settings = {"dataloader_pin_memory": torch.cuda.is_available(), **session.plan.training_options}
+    if settings.get("bf16") and not _has_accelerator():
+        settings.setdefault("use_cpu", True)  # without which TrainingArguments looks for a GPU
     quiet = bool(settings.pop("disable_tqdm", False))
     try:
         arguments = TrainingArguments(output_dir=str(session.checkpoints), disable_tqdm=True, **settings)
@@ -251,6 +253,10 @@ def _build_trainer(session: Session, callbacks: list[TrainerCallback]) -> Traine
     return attach(trainer, len(session.data[TRAIN]) if stated is None else stated, optimizer)
 
 
+def _has_accelerator() -> bool:
+    return torch.accelerator.is_available() if hasattr(torch, "accelerator") else torch.cuda.is_available()
+
+
 def _trainer_class(session: Session) -> Callable[..., Trainer]:
     """The Trainer of the task's kind, which knows how its rows are collated."""
     if session.task.kind == "multiple_choice":
@@ -263,7 +269,9 @@ def _finish(session: Session, trainer: Trainer, seconds: float) -> dict[str, Any
     """Score, save, check the saved run and describe it, all in `OUT.partial`."""
     from bayeslora.report import write_model_card, write_report
 
-    plan, task, model = session.plan, session.task, session.model
+    plan, task = session.plan, session.task
+    # Without the autocast that training in 16 bits leaves around the forward pass: who loads the run has none.
+    model = trainer.accelerator.unwrap_model(session.model, keep_fp32_wrapper=False)
     if not all(bool(torch.isfinite(p).all()) for p in model.parameters() if p.requires_grad):
         raise BayesLoraError("training diverged: a trained weight is not finite; lower --learning-rate.")
     posterior = _posterior(trainer) if plan.ivon is not None else None
