@@ -102,7 +102,8 @@ def train(plan: TrainPlan) -> int:
         clock = Clock(partial)
         trainer = _build_trainer(session, [interruption, clock, ProgressBar(plan.options.method)])
         checkpoint = _last_checkpoint(session.checkpoints) if plan.options.resume else None
-        trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+        with _quick_attention(session.base.model, trainer.args):
+            trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
         seconds = clock.seconds
         if interruption.requested and trainer.state.global_step < trainer.state.max_steps:
             raise KeyboardInterrupt
@@ -233,9 +234,6 @@ def _build_trainer(session: Session, callbacks: list[TrainerCallback]) -> Traine
             compute_metrics=compute_metrics_for(session.task),
             callbacks=[c for c in callbacks if not (quiet and isinstance(c, ProgressBar))],
         )
-        if arguments.bf16 and arguments.device.type == "cpu":
-            # Torch's fused attention has a backward pass for bfloat16 on a CPU that takes four times as long.
-            session.base.model.set_attn_implementation("eager")
         # A classifier's loss is a mean over the batch: without this the Trainer takes it for one over all
         # micro-batches and ranks, and multiplies the task's gradient, but not the penalty's, by their number.
         trainer.model_accepts_loss_kwargs = False
@@ -251,6 +249,23 @@ def _build_trainer(session: Session, callbacks: list[TrainerCallback]) -> Traine
     ivon = session.plan.ivon
     optimizer = None if ivon is None else functools.partial(IVON, **ivon.keywords())
     return attach(trainer, len(session.data[TRAIN]) if stated is None else stated, optimizer)
+
+
+@contextmanager
+def _quick_attention(model: PreTrainedModel, arguments: TrainingArguments) -> Iterator[None]:
+    """Attention in single steps for training in bfloat16 on a CPU: torch's fused one takes four times as long there.
+
+    Afterwards it is the model's own again, whose other roundings can move codes of activations.
+    """
+    if not arguments.bf16 or arguments.device.type != "cpu":
+        yield
+        return
+    own = model.config._attn_implementation
+    model.set_attn_implementation("eager")
+    try:
+        yield
+    finally:
+        model.set_attn_implementation(own)
 
 
 def _has_accelerator() -> bool:
