@@ -97,8 +97,12 @@ def test_any_field_of_config_and_trainer_reaches_them(setting: Setting, tmp_path
 
 
 @pytest.mark.skipif(torch.accelerator.is_available(), reason="is about machines without an accelerator")
-def test_bfloat16_needs_no_word_about_the_cpu_on_a_machine_without_a_gpu(setting: Setting, tmp_path: Path) -> None:
-    command = ["train", "--method", "melora", *setting.options, "--bf16", "true", "--max-steps", "2"]
+@pytest.mark.parametrize("method", ["melora", "blora"])
+def test_bfloat16_needs_no_word_about_the_cpu_on_a_machine_without_a_gpu(
+    method: str, setting: Setting, tmp_path: Path
+) -> None:
+    """And what is scored and checked is the model that others load: no autocast, its own attention."""
+    command = ["train", "--method", method, *setting.options, "--bf16", "true", "--max-steps", "2"]
     assert main([*command, "--output-dir", str(tmp_path / "run")]) == 0
     loss = json.loads((tmp_path / "run" / "history.json").read_text())[-1]["train_loss"]
     assert 0 < loss < 10
