@@ -102,7 +102,7 @@ def test_bfloat16_needs_no_word_about_the_cpu_on_a_machine_without_a_gpu(
     method: str, setting: Setting, tmp_path: Path
 ) -> None:
     """And what is scored and checked is the model that others load: no autocast, its own attention."""
-    command = ["train", "--method", method, *setting.options, "--bf16", "true", "--max-steps", "2"]
+    command = ["train", "--method", method, *setting.options, "--bf16", "true", "--max-steps", "12"]
     assert main([*command, "--output-dir", str(tmp_path / "run")]) == 0
     loss = json.loads((tmp_path / "run" / "history.json").read_text())[-1]["train_loss"]
     assert 0 < loss < 10
