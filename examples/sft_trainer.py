@@ -13,14 +13,13 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
-import torch
 from datasets import Dataset, load_dataset
 from peft import get_peft_model
 from transformers import AutoModelForCausalLM, AutoTokenizer, HfArgumentParser, set_seed
 from trl import SFTConfig, SFTTrainer
 
 import bayeslora
-from bayeslora.evaluation import load_task, packaged_model
+from bayeslora.evaluation import load_task, unpack_model
 
 
 @dataclass
@@ -45,12 +44,9 @@ class Arguments(SFTConfig):
 
 
 def load_model(name: str | None) -> tuple[Any, Any]:
-    """A causal language model and its tokenizer, from a folder, the hub, or the packaged GGUF file."""
-    if name is not None:
-        return AutoModelForCausalLM.from_pretrained(name), AutoTokenizer.from_pretrained(name)
-    path = packaged_model("smollm2")
-    where = {"pretrained_model_name_or_path": path.parent, "gguf_file": path.name}
-    return AutoModelForCausalLM.from_pretrained(**where, dtype=torch.float32), AutoTokenizer.from_pretrained(**where)
+    """A causal language model and its tokenizer, from a folder, the hub, or the packaged file, unpacked once."""
+    where = unpack_model("smollm2", "runs/smollm2") if name is None else name
+    return AutoModelForCausalLM.from_pretrained(where), AutoTokenizer.from_pretrained(where)
 
 
 def load_pairs(train_file: str | None, rows: int) -> Dataset:

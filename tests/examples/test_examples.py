@@ -119,10 +119,13 @@ def test_sft_trainer(tiny_causal_folder: Path, tmp_path: Path) -> None:
     [
         ("trainer", ["--rows", "256", "--max_steps", "20", "--use_cpu", "--disable_tqdm", "true"]),
         ("hand_written_loop", ["--rows", "256", "--steps", "20", "--batch_size", "8"]),
-        ("sft_trainer", ["--rows", "64", "--max_steps", "4", "--per_device_train_batch_size", "2", "--use_cpu"]),
+        ("sft_trainer", ["--rows", "64", "--max_steps", "12", "--per_device_train_batch_size", "2", "--use_cpu"]),
     ],
 )
-def test_the_defaults_run_on_the_packaged_model_and_data(name: str, options: list[str], tmp_path: Path) -> None:
+def test_the_defaults_run_on_the_packaged_model_and_data(
+    name: str, options: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)  # the packaged language model is unpacked below the working folder
     result = load(name)([*options, "--output_dir", str(tmp_path / "out")])
     assert all(math.isfinite(value) for value in result.values())
     assert PeftConfig.from_pretrained(tmp_path / "out").peft_type == "BLORA"
