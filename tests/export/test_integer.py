@@ -169,9 +169,9 @@ def test_activations_stay_where_the_second_layer_reads_no_codes_or_codes_could_p
     feeding = [layer for layer in layers if layer.emits_codes]
     assert len(feeding) == 2
     following = next(layer for layer in layers if layer.takes_codes and not layer.emits_codes and layer.rank == 0)
-    assert feeding[0].can_feed(following, -0.17)
+    assert feeding[0].can_feed(following)
     following.input.step = 0.17 / 128
-    assert not feeding[0].can_feed(following, -0.17)
+    assert not feeding[0].can_feed(following)
 
 
 def _integer_layers(model: nn.Module) -> list[IntegerLinear]:

@@ -13,7 +13,6 @@ from bayeslora.export.integer_linear import IntegerLinear
 
 _BERT_BLOCKS = {"bert", "camembert", "deberta", "deberta-v2", "electra", "roberta", "vit", "xlm-roberta"}
 """Model types whose blocks have nothing but GELU between `intermediate.dense` and `output.dense`."""
-_GELU_MINIMUM = -0.17
 
 
 def fuse_activations(model: PreTrainedModel, dtype: torch.dtype) -> None:
@@ -30,6 +29,6 @@ def fuse_activations(model: PreTrainedModel, dtype: torch.dtype) -> None:
         if not (isinstance(first, IntegerLinear) and isinstance(second, IntegerLinear)):
             continue
         is_gelu = type(getattr(inner, "intermediate_act_fn", None)) is GELUActivation
-        if is_gelu and first.can_feed(second, _GELU_MINIMUM):
+        if is_gelu and first.can_feed(second):
             first.feed(second, dtype)
             inner.intermediate_act_fn = nn.Identity()

@@ -34,6 +34,7 @@ from bayeslora.quantization import WIDTHS, grid_step
 
 _BYTE = 8
 _UNQUANTIZED = WIDTHS[-1]
+_GELU_MINIMUM = -0.17
 _CACHED = 1 << 17  # numbers, half a megabyte of float32
 
 
@@ -139,16 +140,17 @@ class IntegerLinear(Float32Module):
         # Of the sums over codes of both operands; the input's step is a factor of every row.
         self.register_buffer("sum_scales", self.scales * self.input.step if self.takes_codes else self.scales)
         self._prepacked: Prepacked | None = None
-        self._stream, self._emitted = torch.float32, none
+        self._stream = torch.float32
+        self._emitted: StaticQuantizer | None = None
 
-    def can_feed(self, following: IntegerLinear, smallest: float) -> bool:
-        """Whether `following` can be given the codes of a function of this output that is nowhere below `smallest`.
+    def can_feed(self, following: IntegerLinear) -> bool:
+        """Whether `following` can be given the codes of GELU of this output.
 
-        A kernel's codes go down to -128, the grid's to -127: no value may lie there.
+        A kernel's codes go down to -128, the grid's to -127: no value of GELU may lie there.
         """
         is_bare = not self.rank and self.output.bits == _UNQUANTIZED
         grid = following.input
-        is_wide = grid.bits == _BYTE and -smallest < grid.level * grid.step
+        is_wide = grid.bits == _BYTE and -_GELU_MINIMUM < grid.level * grid.step
         return is_bare and self.takes_codes and following.takes_codes and is_wide
 
     def feed(self, following: IntegerLinear, dtype: torch.dtype) -> None:
@@ -162,7 +164,7 @@ class IntegerLinear(Float32Module):
     @property
     def emits_codes(self) -> bool:
         """Whether the output is codes, for the layer that it feeds."""
-        return self._emitted.bits == _BYTE
+        return self._emitted is not None
 
     def __getstate__(self) -> dict[str, Any]:
         """Without oneDNN's layout of the codes, which can be neither copied nor pickled; it is made again."""
@@ -200,14 +202,15 @@ class IntegerLinear(Float32Module):
         """
         if len(codes) > FEW_ROWS and has_prepacked_kernel(codes.device.type):
             if self._prepacked is None:
-                gelu_step = self._emitted.step if self.emits_codes else None
+                gelu_step = None if self._emitted is None else self._emitted.step
                 self._prepacked = Prepacked(self.codes, self.input.step, self.scales, self.bias, gelu_step)
             found = self._prepacked.product(codes, dtype)
         else:
             is_integer = has_integer_kernel(codes.device.type)
             sums = integer_product(codes, self.codes) if is_integer else dequantized_product(codes.float(), self.codes)
             found = self._scaled(sums)
-            found = self._emitted.codes(nn.functional.gelu(found)) if self.emits_codes else found.to(dtype)
+            emitted = self._emitted
+            found = found.to(dtype) if emitted is None else emitted.codes(nn.functional.gelu(found))
         if self.rank and not self.is_stacked:
             return found, nn.functional.linear(codes * self.input.step, self.down)
         return self._split(found)
