@@ -50,8 +50,8 @@ def _in_blocks(codes: Tensor) -> tuple[Tensor, ...]:
 
 
 def integer_product(x: Tensor, codes: Tensor) -> Tensor:
-    """`torch._int_mm`, of int8 `x`: sums are exact."""
-    return torch._int_mm(x, codes.T).float()
+    """`torch._int_mm`, of int8 `x`: sums are exact, and int32."""
+    return torch._int_mm(x, codes.T)
 
 
 def weight_product(x: Tensor, codes: Tensor) -> Tensor:

@@ -45,19 +45,24 @@ class StaticQuantizer:
         self.bits = bits
         self.level = (1 << (bits - 1)) - 1
         # In float32, as in training: codes at rounding ties depend on the step's last digit.
-        self.step = float(grid_step(torch.tensor(bound), bits)) if bits < _UNQUANTIZED else 1.0
+        self._step = grid_step(torch.tensor(bound), bits) if bits < _UNQUANTIZED else torch.ones(())
+        self.step = float(self._step)
 
-    def codes_(self, x: Tensor) -> Tensor:
-        """Replace float32 values by their integer codes."""
-        return x.div_(self.step).round_().clamp_(-self.level, self.level)
+    def nearest_(self, steps: Tensor) -> Tensor:
+        """Replace float32 multiples of the step, not whole ones, by integer codes; with 32 bits nothing changes."""
+        return steps if self.bits == _UNQUANTIZED else steps.round_().clamp_(-self.level, self.level)
 
-    def quantize_(self, x: Tensor) -> Tensor:
-        """Replace float32 values by the grid's."""
-        return x if self.bits == _UNQUANTIZED else self.codes_(x).mul_(self.step)
+    def float_codes(self, x: Tensor) -> Tensor:
+        """Integer codes, in float32."""
+        return self.nearest_(x.float() / self._step)
+
+    def quantize(self, x: Tensor) -> Tensor:
+        """The grid's values, in float32."""
+        return x.float() if self.bits == _UNQUANTIZED else self.float_codes(x).mul_(self._step)
 
     def codes(self, x: Tensor) -> Tensor:
         """Integer codes of rows (n, d) as int8: for at most 8 bits."""
-        return in_parts(lambda rows: self.codes_(rows.to(torch.float32, copy=True)), torch.int8, x)
+        return in_parts(self.float_codes, torch.int8, x)
 
 
 def in_parts(function: Callable[..., Tensor], dtype: torch.dtype, *rows: Tensor) -> Tensor:
@@ -124,13 +129,16 @@ class IntegerLinear(Float32Module):
         if factors is not None and len(factors[1]):
             a, diagonal, b = factors
             self.rank, self.is_stacked = len(a), weight.dtype == a.dtype == torch.int8
-            a_scales = (a_steps if a_steps is not None else torch.ones(())).reshape(-1).expand(self.rank)
+            # Between the factors values are multiples of a step, so that one product leads from grid to grid.
+            a_scales = (a_steps if a_steps is not None else torch.ones(())).reshape(-1) / self.after_a.step
+            a_scales = a_scales.expand(self.rank)
             if self.is_stacked:
                 weight, scales = torch.cat([weight, a]), torch.cat([scales, a_scales])
             else:
                 self.register_buffer("down", a.float() * a_scales[:, None])
-            self.register_buffer("diagonal", diagonal)
+            self.register_buffer("diagonal", diagonal * (self.after_a.step / self.after_e.step))
             self.register_buffer("up", b.T.contiguous())
+            self.scaling = scaling * self.after_e.step
         if bias is not None:
             bias = torch.cat([bias.float(), torch.zeros(len(scales) - len(bias))])
         self.register_buffer("codes", weight.contiguous())
@@ -196,9 +204,9 @@ class IntegerLinear(Float32Module):
         return found.view(*x.shape[:-1], self.out_features)
 
     def _of_codes(self, codes: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor | None]:
-        """W_0 x_q + b (n, d_out) in `dtype`, and A x_q (n, r) in float32, from exact sums over codes.
+        """W_0 x_q + b (n, d_out) in `dtype`, and A x_q (n, r) in steps and float32, from sums over codes.
 
-        A layer that feeds another returns that one's codes instead, whatever `dtype` is.
+        In float32 the sums are exact. A layer that feeds another returns that one's codes instead, of any `dtype`.
         """
         if len(codes) > FEW_ROWS and has_prepacked_kernel(codes.device.type):
             if self._prepacked is None:
@@ -206,10 +214,13 @@ class IntegerLinear(Float32Module):
                 self._prepacked = Prepacked(self.codes, self.input.step, self.scales, self.bias, gelu_step)
             found = self._prepacked.product(codes, dtype)
         else:
-            is_integer = has_integer_kernel(codes.device.type)
-            sums = integer_product(codes, self.codes) if is_integer else dequantized_product(codes.float(), self.codes)
-            found = self._scaled(sums)
-            emitted = self._emitted
+            if dtype == torch.bfloat16 and self._suits_weight_kernel(codes):
+                sums = weight_product(codes, self.codes)  # rounded to bfloat16, as the result is
+            elif has_integer_kernel(codes.device.type):
+                sums = integer_product(codes, self.codes)
+            else:
+                sums = dequantized_product(codes.float(), self.codes)
+            found, emitted = self._scaled(sums), self._emitted
             found = found.to(dtype) if emitted is None else emitted.codes(nn.functional.gelu(found))
         if self.rank and not self.is_stacked:
             return found, nn.functional.linear(codes * self.input.step, self.down)
@@ -218,7 +229,7 @@ class IntegerLinear(Float32Module):
     def _of_values(self, rows: Tensor) -> tuple[Tensor, Tensor | None]:
         """The same of rows that have no codes."""
         if self.input.bits < _UNQUANTIZED:
-            rows = self.input.quantize_(rows.to(torch.float32, copy=True)).to(rows.dtype)
+            rows = self.input.quantize(rows).to(rows.dtype)
         is_narrow = self.codes.dtype == torch.int8
         may_round = rows.dtype == torch.bfloat16 or not self.is_learned
         if is_narrow and may_round and self._suits_weight_kernel(rows):
@@ -237,7 +248,7 @@ class IntegerLinear(Float32Module):
         return found, hidden
 
     def _scaled(self, sums: Tensor) -> Tensor:
-        return sums.mul_(self.sum_scales) if self.bias is None else torch.addcmul(self.bias, sums, self.sum_scales)
+        return sums * self.sum_scales if self.bias is None else torch.addcmul(self.bias, sums, self.sum_scales)
 
     def _split(self, found: Tensor) -> tuple[Tensor, Tensor | None]:
         hidden = found[:, self.out_features :].float() if self.is_stacked else None
@@ -246,11 +257,11 @@ class IntegerLinear(Float32Module):
     def _updated(self, found: Tensor, hidden: Tensor | None) -> Tensor:
         """The layer's output: the update added, and its range applied."""
         if hidden is not None:
-            low = self.after_e.quantize_(self.after_a.quantize_(hidden) * self.diagonal).to(found.dtype)
-            found = found.addmm_(low, self.up.to(found.dtype), alpha=self.scaling)
+            low = self.after_e.nearest_(self.after_a.nearest_(hidden) * self.diagonal)
+            found = found.addmm_(low.to(found.dtype), self.up.to(found.dtype), alpha=self.scaling)
         if self.output.bits == _UNQUANTIZED:
             return found
-        return in_parts(lambda part: self.output.quantize_(part.to(torch.float32, copy=True)), found.dtype, found)
+        return in_parts(self.output.quantize, found.dtype, found)
 
     def _suits_weight_kernel(self, x: Tensor) -> bool:
         fits = len(x) <= FEW_ROWS and self.in_features % WEIGHT_MULTIPLE == 0
