@@ -22,6 +22,7 @@ process of its own, above what the imports take. Scores are on the test texts, b
 from __future__ import annotations
 
 import argparse
+import json
 import os
 import platform
 import statistics
@@ -119,11 +120,17 @@ def peak_here(kind: str, variant: str, folder: Path, given: argparse.Namespace) 
     return growth_of_peak(lambda: job(kind, load(kind, variant, folder), tokenizer, given)())
 
 
+def once_in(folder: Path, make: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+    """What `make` returned when it wrote its models to `folder`: now, or in an earlier call."""
+    file = folder / "record.json"
+    if not file.exists():
+        record = make()
+        file.write_text(json.dumps(record, indent=1), encoding="utf-8")
+    return dict(json.loads(file.read_text(encoding="utf-8")))
+
+
 def encoder_record(folder: Path, given: argparse.Namespace) -> dict[str, Any]:
     model, tokenizer, info = encoder(given.encoder)
-    batches = calibration(tokenizer, info.max_length)
-    record: dict[str, Any] = {"run": given.encoder.name, "widths": widths(model)}
-    record["bytes"] = write("encoder", model, tokenizer, info.model, batches, folder)
     task = load_task(str(info.task_name), info.data_dir, train_split=info.train_split)
     rows = task.splits["test"]
     data = encoded_for(rows.select(range(min(given.test_rows or len(rows), len(rows)))), task, tokenizer, info)
@@ -131,29 +138,34 @@ def encoder_record(folder: Path, given: argparse.Namespace) -> dict[str, Any]:
     def scored(each: nn.Module) -> float:
         return 100 * float(evaluate(each, data, task, tokenizer).scores[task.metric])
 
+    def make() -> dict[str, Any]:
+        written = write("encoder", model, tokenizer, info.model, calibration(tokenizer, info.max_length), folder)
+        scores = {"metric": task.metric, "before": scored(model)}
+        return {"run": given.encoder.name, "widths": widths(model), "bytes": written, "scores": scores}
+
+    record = once_in(folder, make)
     print("encoder is written", file=sys.stderr)
-    record["scores"] = {"metric": task.metric, "before": scored(model)}
     record["scores"].update({variant: scored(load("encoder", variant, folder)) for variant in INTEGER})
     given.length = info.max_length
-    record["rates"] = rates("encoder", folder, tokenizer, given)
-    return record
+    return {**record, "rates": rates("encoder", folder, tokenizer, given)}
 
 
 def decoder_record(folder: Path, given: argparse.Namespace) -> dict[str, Any]:
-    model, tokenizer = decoder(given.decoder, given.decoder_steps)
-    batches = calibration(tokenizer, 64)
-    record: dict[str, Any] = {"steps": given.decoder_steps, "widths": widths(model)}
-    record["bytes"] = write("decoder", model, tokenizer, given.decoder, batches, folder)
-    held_out: list[dict[str, Tensor]] = text_batches(
-        tokenizer, texts_of("test")[: given.test_rows], 16, 64, sys.maxsize // 16
-    )
+    tokenizer = AutoTokenizer.from_pretrained(given.decoder)
+    texts = texts_of("test")[: given.test_rows]
+    held_out: list[dict[str, Tensor]] = text_batches(tokenizer, texts, 16, 64, sys.maxsize // 16)
+
+    def make() -> dict[str, Any]:
+        model = decoder(given.decoder, tokenizer, given.decoder_steps)
+        written = write("decoder", model, tokenizer, given.decoder, calibration(tokenizer, 64), folder)
+        scores = {"before": next_token_scores(model, held_out)}
+        return {"steps": given.decoder_steps, "widths": widths(model), "bytes": written, "scores": scores}
+
+    record = once_in(folder, make)
     print("decoder is written", file=sys.stderr)
-    record["scores"] = {"before": next_token_scores(model, held_out)}
-    del model
     for variant in INTEGER:
         record["scores"][variant] = next_token_scores(load("decoder", variant, folder), held_out)
-    record["rates"] = rates("decoder", folder, tokenizer, given)
-    return record
+    return {**record, "rates": rates("decoder", folder, tokenizer, given)}
 
 
 def main() -> None:
@@ -168,6 +180,7 @@ def main() -> None:
     parser.add_argument("--length", type=int, default=64, help=argparse.SUPPRESS)
     parser.add_argument("--tokens", type=int, default=32, help="tokens of a generation")
     parser.add_argument("--threads", type=int, default=None, help="by default all cores")
+    parser.add_argument("--folder", type=Path, help="keep the models here, and go on with those that are here")
     parser.add_argument("--output", type=Path, help="JSON file for the figures")
     parser.add_argument("--peak-of", nargs=3, help=argparse.SUPPRESS)
     given = parser.parse_args()
@@ -186,11 +199,12 @@ def main() -> None:
         "machine": {"processor": platform.machine(), "cores": os.cpu_count(), "threads": torch.get_num_threads()},
         "versions": {"torch": torch.__version__, "bayeslora": bayeslora.__version__},
     }
-    with tempfile.TemporaryDirectory() as folder:
+    with tempfile.TemporaryDirectory() as scratch:
+        folder = given.folder or Path(scratch)
         if given.encoder:
-            record["encoder"] = encoder_record(Path(folder) / "encoder", given)
+            record["encoder"] = encoder_record(folder / "encoder", given)
         if given.decoder:
-            record["decoder"] = decoder_record(Path(folder) / "decoder", given)
+            record["decoder"] = decoder_record(folder / "decoder", given)
     print_result(record, given.output)
 
 

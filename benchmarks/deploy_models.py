@@ -9,12 +9,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from harness import ATTENTION
 from peft import LoraConfig, PeftModel, get_peft_model
 from torch import Tensor, nn
 from transformers import (
     AutoModelForCausalLM,
     AutoModelForSequenceClassification,
-    AutoTokenizer,
     PreTrainedTokenizerBase,
 )
 
@@ -119,11 +119,10 @@ def calibration(tokenizer: PreTrainedTokenizerBase, length: int) -> list[dict[st
     return text_batches(tokenizer, texts_of("train"), 32, length, _CALIBRATION_BATCHES)
 
 
-def decoder(folder: str, steps: int, seed: int = 0) -> tuple[nn.Module, PreTrainedTokenizerBase]:
+def decoder(folder: str, tokenizer: PreTrainedTokenizerBase, steps: int, seed: int = 0) -> nn.Module:
     """A language model with a B-LoRA on all linear layers and their inputs, trained on review lines for `steps`."""
     torch.manual_seed(seed)
-    tokenizer = AutoTokenizer.from_pretrained(folder)
-    base = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    base = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, **ATTENTION)
     config = BLoraConfig(
         r=8, lora_alpha=16, target_modules=LINEAR, quantize_input=True, bit_penalty=1e-3, task_type="CAUSAL_LM"
     )
@@ -133,13 +132,15 @@ def decoder(folder: str, steps: int, seed: int = 0) -> tuple[nn.Module, PreTrain
     for batch in _endless(text_batches(tokenizer, texts_of("train"), 8, 64, steps), steps):
         loop.step_begin()
         labels = batch["input_ids"].masked_fill(batch["attention_mask"] == 0, -100)
-        model(**batch, labels=labels).loss.backward()
+        with torch.autocast(model.device.type, dtype=torch.bfloat16):
+            loss = model(**batch, labels=labels).loss
+        loss.backward()
         loop.before_optimizer_step()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         loop.step_end()
         optimizer.zero_grad()
-    return model.eval(), tokenizer
+    return model.eval()
 
 
 def _endless(batches: list[dict[str, Tensor]], count: int) -> Iterator[dict[str, Tensor]]:
