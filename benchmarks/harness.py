@@ -232,14 +232,17 @@ def once(path: Path, run: Callable[[], dict[str, Any]]) -> None:
 def run_missing(
     parser: argparse.ArgumentParser, jobs: Mapping[Path, Any], run: Callable[[Any], dict[str, Any]]
 ) -> None:
-    """`once` for each job, in a process of its own; a file that records other settings stops before the first."""
+    """`once` for each job, in a process of its own; a file that records other settings stops before the first.
+
+    What this library refuses, such as a folder without the data, ends the program with the one line that says it.
+    """
     try:
         for path, job in jobs.items():
             check_settings(path, job.settings)
+        for path, job in jobs.items():
+            once(path, functools.partial(in_own_process, run, job))
     except BayesLoraError as error:
         parser.error(str(error))
-    for path, job in jobs.items():
-        once(path, functools.partial(in_own_process, run, job))
 
 
 def in_own_process(function: Callable[..., dict[str, Any]], *arguments: Any) -> dict[str, Any]:

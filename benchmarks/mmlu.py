@@ -115,7 +115,9 @@ def accuracies(model: Any, tokenizer: Any, task: Task, job: Job) -> dict[str, di
                 few_shot=int(shots), pool=few_shot_pool(task),
             )  # fmt: skip
         lost = [str(each.message).split()[0] for each in raised if "lost few-shot examples" in str(each.message)]
-        scores = evaluate(model, prompts, task, tokenizer, batch_size=8).scores
+        # The trained rows are still under the autocast of their training: the row without training is scored alike.
+        with torch.autocast(model.device.type, dtype=torch.bfloat16):
+            scores = evaluate(model, prompts, task, tokenizer, batch_size=8).scores
         found[shots] = {**scores, "shortened": float(lost[0]) if lost else 0.0}
     return found
 
