@@ -141,30 +141,31 @@ def encoder_record(folder: Path, given: argparse.Namespace) -> dict[str, Any]:
     def make() -> dict[str, Any]:
         written = write("encoder", model, tokenizer, info.model, calibration(tokenizer, info.max_length), folder)
         scores = {"metric": task.metric, "before": scored(model)}
+        scores.update({variant: scored(load("encoder", variant, folder)) for variant in INTEGER})
         return {"run": given.encoder.name, "widths": widths(model), "bytes": written, "scores": scores}
 
     record = once_in(folder, make)
     print("encoder is written", file=sys.stderr)
-    record["scores"].update({variant: scored(load("encoder", variant, folder)) for variant in INTEGER})
     given.length = info.max_length
     return {**record, "rates": rates("encoder", folder, tokenizer, given)}
 
 
 def decoder_record(folder: Path, given: argparse.Namespace) -> dict[str, Any]:
     tokenizer = AutoTokenizer.from_pretrained(given.decoder)
-    texts = texts_of("test")[: given.test_rows]
+    texts = texts_of("test")[: given.decoder_rows]
     held_out: list[dict[str, Tensor]] = text_batches(tokenizer, texts, 16, 64, sys.maxsize // 16)
 
     def make() -> dict[str, Any]:
         model = decoder(given.decoder, tokenizer, given.decoder_steps)
+        found = widths(model)
         written = write("decoder", model, tokenizer, given.decoder, calibration(tokenizer, 64), folder)
         scores = {"before": next_token_scores(model, held_out)}
-        return {"steps": given.decoder_steps, "widths": widths(model), "bytes": written, "scores": scores}
+        del model
+        scores.update({variant: next_token_scores(load("decoder", variant, folder), held_out) for variant in INTEGER})
+        return {"steps": given.decoder_steps, "widths": found, "bytes": written, "scores": scores}
 
     record = once_in(folder, make)
     print("decoder is written", file=sys.stderr)
-    for variant in INTEGER:
-        record["scores"][variant] = next_token_scores(load("decoder", variant, folder), held_out)
     return {**record, "rates": rates("decoder", folder, tokenizer, given)}
 
 
@@ -173,7 +174,8 @@ def main() -> None:
     parser.add_argument("--encoder", type=Path, metavar="RUN", help="a B-LoRA run of `bayeslora train`")
     parser.add_argument("--decoder", metavar="FOLDER", help="a language model's folder")
     parser.add_argument("--decoder-steps", type=int, default=300, help="training steps of the decoder's B-LoRA")
-    parser.add_argument("--test-rows", type=int, default=None, help="test texts to score on (all)")
+    parser.add_argument("--test-rows", type=int, default=None, help="test texts to score the encoder on (all)")
+    parser.add_argument("--decoder-rows", type=int, default=256, help="test texts to score the decoder on")
     parser.add_argument("--rounds", type=int, default=10)
     parser.add_argument("--batch-size", type=int, default=32, help="sentences of a batch")
     parser.add_argument("--batches", type=int, default=4, help="batches of a round")

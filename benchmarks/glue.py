@@ -43,7 +43,7 @@ TRAINING = {
     "cola": Training(960, 5e-4),
     "mrpc": Training(345),
     "rte": Training(312),
-    "stsb": Training(360),
+    "stsb": Training(720),
 }
 # With attention alone, this encoder of sentence meanings has learned next to nothing of grammar after 800 steps.
 ALL_LINEAR = ("cola",)

@@ -40,7 +40,7 @@ class BLoraConfig(AdapterConfig):
         default=False, metadata={"help": "Also quantize the layer's input, which integer kernels need."}
     )
     per_channel: bool = field(default=False, metadata={"help": "One range an output channel for W0 and for A."})
-    bit_penalty: float = field(default=1e-4, metadata={"help": "lambda_q, the weight of the bit penalty."})
+    bit_penalty: float = field(default=4e-4, metadata={"help": "lambda_q, the weight of the bit penalty."})
     rank_penalty: float = field(default=1e-5, metadata={"help": "lambda_r, the weight of the rank penalty."})
     bit_weighting: Literal["const", "bits", "bops"] = field(
         default="const", metadata={"help": "Weight of the gate of b bits: 1, b, or b x MACs relative to the largest."}
