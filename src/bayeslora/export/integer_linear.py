@@ -45,8 +45,7 @@ class StaticQuantizer:
         self.bits = bits
         self.level = (1 << (bits - 1)) - 1
         # In float32, as in training: codes at rounding ties depend on the step's last digit.
-        self._step = grid_step(torch.tensor(bound), bits) if bits < _UNQUANTIZED else torch.ones(())
-        self.step = float(self._step)
+        self.step = float(grid_step(torch.tensor(bound), bits)) if bits < _UNQUANTIZED else 1.0
 
     def nearest_(self, steps: Tensor) -> Tensor:
         """Replace float32 multiples of the step, not whole ones, by integer codes; with 32 bits nothing changes."""
@@ -54,11 +53,11 @@ class StaticQuantizer:
 
     def float_codes(self, x: Tensor) -> Tensor:
         """Integer codes, in float32."""
-        return self.nearest_(x.float() / self._step)
+        return self.nearest_(x.float() / self.step)
 
     def quantize(self, x: Tensor) -> Tensor:
-        """The grid's values, in float32."""
-        return x.float() if self.bits == _UNQUANTIZED else self.float_codes(x).mul_(self._step)
+        """The grid's values, in float32: for less than 32 bits."""
+        return self.float_codes(x).mul_(self.step)
 
     def codes(self, x: Tensor) -> Tensor:
         """Integer codes of rows (n, d) as int8: for at most 8 bits."""
