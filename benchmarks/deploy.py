@@ -3,6 +3,7 @@
     python benchmarks/deploy.py --encoder runs/demo/blora                      # the demo's run, sentences a second
     python benchmarks/deploy.py --decoder FOLDER --decoder-steps 300           # SmolLM2-135M, tokens a second
     python benchmarks/deploy.py --encoder RUN --decoder FOLDER --output benchmarks/results/deploy.json
+    python benchmarks/deploy.py --encoder RUN --folder KEPT                    # the models stay for the next call
 
 FOLDER is what `bayeslora.evaluation.unpack_model("smollm2", FOLDER)` writes; the decoder's B-LoRA (r = 8, all linear
 layers, inputs quantized) is trained here on review lines. Timed, in rounds that take every variant in turn, so that a
@@ -30,6 +31,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -46,8 +48,9 @@ from deploy_models import (
     widths,
     write,
 )
+from harness import run_missing
 from measuring import growth_of_peak, peak_of, print_result
-from torch import Tensor, nn
+from torch import nn
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 import bayeslora
@@ -58,13 +61,55 @@ PROMPT = "The film is a warm, funny and moving story about two brothers who"
 INTEGER = ("integer-float32", "integer-bfloat16")
 
 
-def job(
-    kind: str, model: nn.Module, tokenizer: PreTrainedTokenizerBase, given: argparse.Namespace
+@dataclass(frozen=True)
+class Forms:
+    """Every form of one B-LoRA: written to `folder` and scored, once for its `settings`."""
+
+    kind: str
+    folder: Path
+    settings: dict[str, Any]
+
+
+def write_and_score(job: Forms) -> dict[str, Any]:
+    """What the record of a folder holds: settings, widths, bytes, and scores before and after export."""
+    return (encoder_forms if job.kind == "encoder" else decoder_forms)(job)
+
+
+def encoder_forms(job: Forms) -> dict[str, Any]:
+    model, tokenizer, info = encoder(Path(job.settings["run"]))
+    written = write("encoder", model, tokenizer, info.model, calibration(tokenizer, info.max_length), job.folder)
+    task = load_task(str(info.task_name), info.data_dir, train_split=info.train_split)
+    rows = task.splits["test"]
+    count = min(job.settings["test_rows"] or len(rows), len(rows))
+    data = encoded_for(rows.select(range(count)), task, tokenizer, info)
+
+    def scored(each: nn.Module) -> float:
+        return 100 * float(evaluate(each, data, task, tokenizer).scores[task.metric])
+
+    scores = {"metric": task.metric, "before": scored(model)}
+    scores.update({variant: scored(load("encoder", variant, job.folder)) for variant in INTEGER})
+    return {**job.settings, "length": info.max_length, "widths": widths(model), "bytes": written, "scores": scores}
+
+
+def decoder_forms(job: Forms) -> dict[str, Any]:
+    folder, length = job.settings["model"], 64
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    model = decoder(folder, tokenizer, job.settings["training_steps"])
+    written = write("decoder", model, tokenizer, folder, calibration(tokenizer, length), job.folder)
+    texts = texts_of("test")[: job.settings["test_rows"]]
+    held_out = text_batches(tokenizer, texts, 16, length, sys.maxsize // 16)
+    scores = {"before": next_token_scores(model, held_out)}
+    scores.update({variant: next_token_scores(load("decoder", variant, job.folder), held_out) for variant in INTEGER})
+    return {**job.settings, "length": length, "widths": widths(model), "bytes": written, "scores": scores}
+
+
+def work(
+    kind: str, model: nn.Module, tokenizer: PreTrainedTokenizerBase, length: int, given: argparse.Namespace
 ) -> Callable[[], int]:
     """What is timed: a function that returns how many sentences or tokens it has done."""
     if kind == "encoder":
         texts = texts_of("test")
-        batches = text_batches(tokenizer, texts, given.batch_size, given.length, given.batches)
+        batches = text_batches(tokenizer, texts, given.batch_size, length, given.batches)
 
         @torch.inference_mode()
         def read() -> int:
@@ -85,9 +130,10 @@ def job(
     return write_on
 
 
-def rates(kind: str, folder: Path, tokenizer: PreTrainedTokenizerBase, given: argparse.Namespace) -> dict[str, Any]:
-    """Rate, and ratio to the unmerged LoRA, of each variant."""
-    jobs = {variant: job(kind, load(kind, variant, folder), tokenizer, given) for variant in VARIANTS}
+def rates(kind: str, folder: Path, length: int, given: argparse.Namespace) -> dict[str, Any]:
+    """Rate, and ratio to the unmerged LoRA, of each variant, on texts of at most `length` tokens."""
+    tokenizer = AutoTokenizer.from_pretrained(folder / "integer")
+    jobs = {variant: work(kind, load(kind, variant, folder), tokenizer, length, given) for variant in VARIANTS}
     for variant, run in jobs.items():
         run()
         print(f"{kind} {variant} is loaded", file=sys.stderr)
@@ -101,72 +147,23 @@ def rates(kind: str, folder: Path, tokenizer: PreTrainedTokenizerBase, given: ar
         variant: {
             "per_second": statistics.median(values),
             "over_lora": statistics.median(a / b for a, b in zip(values, found["lora"], strict=True)),
-            "peak_bytes": peak(kind, variant, folder, given),
+            "peak_bytes": peak(kind, variant, folder, length, given),
         }
         for variant, values in found.items()
     }
 
 
-def peak(kind: str, variant: str, folder: Path, given: argparse.Namespace) -> int:
+def peak(kind: str, variant: str, folder: Path, length: int, given: argparse.Namespace) -> int:
     """Bytes at the peak of a process that loads one variant and runs it once."""
     arguments = ["--peak-of", kind, variant, str(folder), "--batch-size", str(given.batch_size)]
-    arguments += ["--length", str(given.length), "--tokens", str(given.tokens), "--batches", "1"]
+    arguments += ["--length", str(length), "--tokens", str(given.tokens), "--batches", "1"]
     return peak_of([__file__, *arguments])
 
 
 def peak_here(kind: str, variant: str, folder: Path, given: argparse.Namespace) -> int:
     tokenizer = AutoTokenizer.from_pretrained(folder / "integer")
     texts_of("test")
-    return growth_of_peak(lambda: job(kind, load(kind, variant, folder), tokenizer, given)())
-
-
-def once_in(folder: Path, make: Callable[[], dict[str, Any]]) -> dict[str, Any]:
-    """What `make` returned when it wrote its models to `folder`: now, or in an earlier call."""
-    file = folder / "record.json"
-    if not file.exists():
-        record = make()
-        file.write_text(json.dumps(record, indent=1), encoding="utf-8")
-    return dict(json.loads(file.read_text(encoding="utf-8")))
-
-
-def encoder_record(folder: Path, given: argparse.Namespace) -> dict[str, Any]:
-    model, tokenizer, info = encoder(given.encoder)
-    task = load_task(str(info.task_name), info.data_dir, train_split=info.train_split)
-    rows = task.splits["test"]
-    data = encoded_for(rows.select(range(min(given.test_rows or len(rows), len(rows)))), task, tokenizer, info)
-
-    def scored(each: nn.Module) -> float:
-        return 100 * float(evaluate(each, data, task, tokenizer).scores[task.metric])
-
-    def make() -> dict[str, Any]:
-        written = write("encoder", model, tokenizer, info.model, calibration(tokenizer, info.max_length), folder)
-        scores = {"metric": task.metric, "before": scored(model)}
-        scores.update({variant: scored(load("encoder", variant, folder)) for variant in INTEGER})
-        return {"run": given.encoder.name, "widths": widths(model), "bytes": written, "scores": scores}
-
-    record = once_in(folder, make)
-    print("encoder is written", file=sys.stderr)
-    given.length = info.max_length
-    return {**record, "rates": rates("encoder", folder, tokenizer, given)}
-
-
-def decoder_record(folder: Path, given: argparse.Namespace) -> dict[str, Any]:
-    tokenizer = AutoTokenizer.from_pretrained(given.decoder)
-    texts = texts_of("test")[: given.decoder_rows]
-    held_out: list[dict[str, Tensor]] = text_batches(tokenizer, texts, 16, 64, sys.maxsize // 16)
-
-    def make() -> dict[str, Any]:
-        model = decoder(given.decoder, tokenizer, given.decoder_steps)
-        found = widths(model)
-        written = write("decoder", model, tokenizer, given.decoder, calibration(tokenizer, 64), folder)
-        scores = {"before": next_token_scores(model, held_out)}
-        del model
-        scores.update({variant: next_token_scores(load("decoder", variant, folder), held_out) for variant in INTEGER})
-        return {"steps": given.decoder_steps, "widths": found, "bytes": written, "scores": scores}
-
-    record = once_in(folder, make)
-    print("decoder is written", file=sys.stderr)
-    return {**record, "rates": rates("decoder", folder, tokenizer, given)}
+    return growth_of_peak(lambda: work(kind, load(kind, variant, folder), tokenizer, given.length, given)())
 
 
 def main() -> None:
@@ -203,10 +200,19 @@ def main() -> None:
     }
     with tempfile.TemporaryDirectory() as scratch:
         folder = given.folder or Path(scratch)
+        forms = []
         if given.encoder:
-            record["encoder"] = encoder_record(folder / "encoder", given)
+            forms.append(
+                Forms("encoder", folder / "encoder", {"run": str(given.encoder), "test_rows": given.test_rows})
+            )
         if given.decoder:
-            record["decoder"] = decoder_record(folder / "decoder", given)
+            settings = {"model": given.decoder, "training_steps": given.decoder_steps, "test_rows": given.decoder_rows}
+            forms.append(Forms("decoder", folder / "decoder", settings))
+        records = {job.folder / "record.json": job for job in forms}
+        run_missing(parser, records, write_and_score)
+        for path, job in records.items():
+            written = json.loads(path.read_text(encoding="utf-8"))
+            record[job.kind] = {**written, "rates": rates(job.kind, job.folder, written["length"], given)}
     print_result(record, given.output)
 
 
