@@ -177,12 +177,41 @@ def timing_section(results: Path) -> str:
         found = json.loads(path.read_text(encoding="utf-8"))
         script = f"benchmarks/{path.stem}.py"
         where = ", ".join(f"{key} {found[key]}" for key in ("batch", "samples", "rounds", "threads") if key in found)
-        parts.append(f"### {path.stem.replace('_', ' ')}\n\n`{script}` says what the variants are; {where}.\n")
+        parts.append(f"### {path.stem.replace('_', ' ')}\n\n`{script}` says what is measured; {where}.\n")
         for name in ("variants", "optimizer_step"):
             parts += nested_tables(name.replace("_", " "), found.get(name, {}))
         for each in found.get("results", []):
             parts.append(f"{each['method']}, {each['rows']} × {each['tokens']}:\n\n{variants_table(each['variants'])}")
+        for name in ("encoder", "decoder"):
+            parts += [deployed(name, found[name])] if name in found else []
+        parts += [served(found)] if "clients" in found else []
     return "\n".join(parts) if parts else "Not run.\n"
+
+
+def deployed(name: str, found: dict[str, Any]) -> str:
+    """What an exported model is on disk, in time, and in its task."""
+    scores = {form: each if isinstance(each, dict) else {found["scores"]["metric"]: each}
+              for form, each in found["scores"].items() if form != "metric"}  # fmt: skip
+    tables = {"rate and peak of memory": found["rates"], "scores": scores}
+    parts = [f"{name}, {what}:\n\n{variants_table(table)}" for what, table in tables.items()]
+    return "\n".join([*nested_tables(f"{name}, bytes", found["bytes"]), *parts])
+
+
+def served(found: dict[str, Any]) -> str:
+    """What the server did under load."""
+    figures = {
+        "requests": found["requests"],
+        "errors": sum(found["errors"].values()),
+        "refused, as they must be": sum(found["refused"].values()),
+        "seconds to an answer, median": found["latency_seconds"]["p50"],
+        "seconds to an answer, 95%": found["latency_seconds"]["p95"],
+        "memory before, MB": found["resident_bytes"]["before"] / 1e6,
+        "memory after, MB": found["resident_bytes"]["after"] / 1e6,
+        "largest difference of a probability from `predict`": found["largest_difference"]["probability"],
+        "other labels than `predict`": found["largest_difference"]["other_labels"],
+    }
+    title = f"{found['clients']} clients, {found['seconds']:.0f} seconds:"
+    return f"{title}\n\n{markdown_table(['', ''], [[name, _plain(value)] for name, value in figures.items()])}"
 
 
 def other_runs_section(results: Path, folder: str) -> str:
