@@ -36,7 +36,7 @@ import peft
 import torch
 import transformers
 from harness import ATTENTION, NO_DROPOUT
-from measuring import print_result
+from measuring import print_result, processor
 from peft import PeftConfig, get_peft_model
 from torch import Tensor, nn
 from torch.optim import AdamW, Optimizer
@@ -248,7 +248,7 @@ def main() -> None:
             "transformers": transformers.__version__,
             "python": platform.python_version(),
         },
-        "machine": platform.machine(),
+        "machine": processor(),
         "optimizer_step": compare_optimizers(given.optimizer_repeats),
         "variants": compare_steps(given.rounds, batch),
     }

@@ -28,7 +28,7 @@ from typing import Any
 
 import torch
 from datasets import Dataset
-from harness import Training, classifier, fine_tune, language_model, run_missing
+from harness import Training, classifier, fine_tune, language_model, run_missing, training_arithmetic
 from peft import LoraConfig, PeftConfig
 from results_calibration import SAMPLES, calibration_section
 from torch import nn
@@ -105,8 +105,7 @@ def run(job: Job) -> dict[str, Any]:
     labelled = "test" if "test" in encoded and task_name != "arc_easy" else "validation"
     rows = encoded["selection" if select else labelled]
     found: dict[str, Any] = {}
-    # Predictions in the arithmetic of training, which on these processors takes half as long.
-    with torch.autocast(next(model.parameters()).device.type, torch.bfloat16):
+    with training_arithmetic(model):
         for name, predictor, samples in forms(method, model, encoded["selection"], tokenizer):
             if name == "dropout" and is_language and seed:
                 continue

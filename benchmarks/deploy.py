@@ -24,8 +24,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
-import platform
 import statistics
 import sys
 import tempfile
@@ -37,6 +35,7 @@ from typing import Any
 
 import torch
 from deploy_models import (
+    DECODER_LOGITS,
     VARIANTS,
     calibration,
     decoder,
@@ -49,7 +48,7 @@ from deploy_models import (
     write,
 )
 from harness import run_missing
-from measuring import growth_of_peak, peak_of, print_result
+from measuring import growth_of_peak, peak_of, print_result, processor
 from torch import nn
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
@@ -172,7 +171,7 @@ def main() -> None:
     parser.add_argument("--decoder", metavar="FOLDER", help="a language model's folder")
     parser.add_argument("--decoder-steps", type=int, default=300, help="training steps of the decoder's B-LoRA")
     parser.add_argument("--test-rows", type=int, default=None, help="test texts to score the encoder on (all)")
-    parser.add_argument("--decoder-rows", type=int, default=256, help="test texts to score the decoder on")
+    parser.add_argument("--decoder-rows", type=int, default=None, help="test texts to score the decoder on (all)")
     parser.add_argument("--rounds", type=int, default=10)
     parser.add_argument("--batch-size", type=int, default=32, help="sentences of a batch")
     parser.add_argument("--batches", type=int, default=4, help="batches of a round")
@@ -195,7 +194,7 @@ def main() -> None:
         "rounds": given.rounds,
         "batch": [given.batch_size, given.batches],
         "tokens": given.tokens,
-        "machine": {"processor": platform.machine(), "cores": os.cpu_count(), "threads": torch.get_num_threads()},
+        "machine": processor(),
         "versions": {"torch": torch.__version__, "bayeslora": bayeslora.__version__},
     }
     with tempfile.TemporaryDirectory() as scratch:
@@ -206,7 +205,12 @@ def main() -> None:
                 Forms("encoder", folder / "encoder", {"run": str(given.encoder), "test_rows": given.test_rows})
             )
         if given.decoder:
-            settings = {"model": given.decoder, "training_steps": given.decoder_steps, "test_rows": given.decoder_rows}
+            settings = {
+                "model": given.decoder,
+                "training_steps": given.decoder_steps,
+                "initial_bit_logits": list(DECODER_LOGITS),
+                "test_rows": given.decoder_rows,
+            }
             forms.append(Forms("decoder", folder / "decoder", settings))
         records = {job.folder / "record.json": job for job in forms}
         run_missing(parser, records, write_and_score)

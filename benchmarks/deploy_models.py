@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from harness import ATTENTION
+from harness import ATTENTION, training_arithmetic
 from peft import LoraConfig, PeftModel, get_peft_model
 from torch import Tensor, nn
 from transformers import (
@@ -26,6 +26,8 @@ from bayeslora.methods import BLoraConfig
 VARIANTS = ("lora", "merged-float32", "merged-bfloat16", "integer-float32", "integer-bfloat16")
 KINDS = {"encoder": AutoModelForSequenceClassification, "decoder": AutoModelForCausalLM}
 LINEAR = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+
+DECODER_LOGITS = (4.0, 4.0, -6.0, -6.0)
 
 _CALIBRATION_BATCHES = 8
 
@@ -120,11 +122,21 @@ def calibration(tokenizer: PreTrainedTokenizerBase, length: int) -> list[dict[st
 
 
 def decoder(folder: str, tokenizer: PreTrainedTokenizerBase, steps: int, seed: int = 0) -> nn.Module:
-    """A language model with a B-LoRA on all linear layers and their inputs, trained on review lines for `steps`."""
+    """A language model with a B-LoRA on all linear layers and their inputs, trained on review lines for `steps`.
+
+    Widths begin at 8 bits (`DECODER_LOGITS`): from the defaults half of the weights and inputs end at 16, for which
+    there are no integer kernels.
+    """
     torch.manual_seed(seed)
     base = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, **ATTENTION)
     config = BLoraConfig(
-        r=8, lora_alpha=16, target_modules=LINEAR, quantize_input=True, bit_penalty=1e-3, task_type="CAUSAL_LM"
+        r=8,
+        lora_alpha=16,
+        target_modules=LINEAR,
+        quantize_input=True,
+        bit_penalty=1e-3,
+        initial_bit_logits=list(DECODER_LOGITS),
+        task_type="CAUSAL_LM",
     )
     model = get_peft_model(base, config).train()
     optimizer = torch.optim.AdamW(bayeslora.parameter_groups(model, lr=5e-4))
@@ -132,7 +144,7 @@ def decoder(folder: str, tokenizer: PreTrainedTokenizerBase, steps: int, seed: i
     for batch in _endless(text_batches(tokenizer, texts_of("train"), 8, 64, steps), steps):
         loop.step_begin()
         labels = batch["input_ids"].masked_fill(batch["attention_mask"] == 0, -100)
-        with torch.autocast(model.device.type, dtype=torch.bfloat16):
+        with training_arithmetic(model):
             loss = model(**batch, labels=labels).loss
         loss.backward()
         loop.before_optimizer_step()

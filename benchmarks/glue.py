@@ -29,7 +29,7 @@ from typing import Any
 import torch
 from datasets import concatenate_datasets
 from harness import Training, classifier, fine_tune, run_missing
-from records import GLUE_TASKS, IMPORTANCES, IVON_SETTINGS, RESULTS, Run
+from records import ABLATED, GLUE_TASKS, IMPORTANCES, RESULTS, Run
 from rows import ROWS, Row, describe, optimizer_of, target_modules, training_of
 from torch import nn
 from transformers import set_seed
@@ -71,7 +71,7 @@ class Job:
 
     @property
     def training(self) -> Training:
-        return training_of(self.row, self.task, TRAINING[self.task], self.options)
+        return training_of(self.row, TRAINING[self.task], self.options, self.setting)
 
     @property
     def optimizer(self) -> dict[str, Any]:
@@ -158,7 +158,7 @@ def jobs(given: argparse.Namespace) -> dict[Path, Job]:
         for task in given.tasks or (("mrpc",) if given.ablation else GLUE_TASKS):
             common = (seed, given.model, given.data_dir, targets[task in ALL_LINEAR], given.select)
             if given.ablation:
-                for setting in IVON_SETTINGS:
+                for setting in ABLATED:
                     for importance in IMPORTANCES:
                         own = {**options, "importance": importance}
                         file = folder / f"{task}-{importance}-{setting}{changed}-{seed}.json"

@@ -24,6 +24,7 @@ import peft
 import torch
 import transformers
 from datasets import Dataset
+from measuring import processor
 from peft import PeftConfig, get_peft_model
 from records import check_settings
 from torch import nn
@@ -41,6 +42,7 @@ from transformers import (
 )
 
 import bayeslora
+from bayeslora.cli.demo import arithmetic
 from bayeslora.errors import BayesLoraError
 from bayeslora.evaluation import (
     ChoiceTrainer,
@@ -58,6 +60,8 @@ from bayeslora.training.ivon import posterior_statistics
 NO_DROPOUT = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
 # torch's fused attention spends more than half of a bfloat16 training step on a CPU in its backward pass.
 ATTENTION = {"attn_implementation": "eager"}
+TRAINS_IN_BFLOAT16 = bool(arithmetic())
+"""As in the demo: a processor without instructions for bfloat16 takes two to three times as long with it."""
 
 
 @dataclass(frozen=True)
@@ -125,7 +129,7 @@ def fine_tune(
 ) -> tuple[nn.Module, dict[str, Any]]:
     """The adapted and trained model, with what is known of the training.
 
-    That is `seconds`, `processor_seconds`, `parameters`, `peak_memory_bytes` and the trainer's `history`.
+    That is `seconds`, `processor_seconds`, `parameters`, `peak_memory_bytes`, `machine` and the trainer's `history`.
 
     `seconds` of the training are the clock's, `processor_seconds` what this process computed in them on all its
     threads: beside other work the second is the steadier measure.
@@ -155,7 +159,7 @@ def fine_tune(
             warmup_steps=round(0.06 * training.steps),
             # Clipping would scale what IVON estimates the Hessian from; it has a bound on the step instead.
             max_grad_norm=1.0 if ivon is None else 0.0,
-            bf16=True,
+            bf16=TRAINS_IN_BFLOAT16,
             train_sampling_strategy="group_by_length",
             use_cpu=not torch.cuda.is_available(),
             seed=seed,
@@ -182,7 +186,7 @@ def fine_tune(
         trainer.train()
         seconds, computed = time.perf_counter() - start, time.process_time() - computed
     clocks = {"seconds": seconds, "processor_seconds": computed}
-    found = {**clocks, "peak_memory_bytes": peak_memory(), "parameters": parameters}
+    found = {**clocks, "peak_memory_bytes": peak_memory(), "parameters": parameters, "machine": machine()}
     if ivon is not None:
         found["posterior"] = posterior_statistics(unwrapped(trainer.optimizer))
     return model, {**found, "history": trainer.state.log_history}
@@ -192,6 +196,16 @@ def peak_memory() -> int:
     """Bytes: the largest resident size that this process has had."""
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else 1024 * peak
+
+
+def machine() -> dict[str, Any]:
+    """On what, and in which precision, a model was trained: seconds of two machines do not compare."""
+    return {**processor(), "precision": "bfloat16" if TRAINS_IN_BFLOAT16 else "float32"}
+
+
+def training_arithmetic(model: nn.Module) -> torch.autocast:
+    """The arithmetic of training around predictions: a half to two thirds of the time, where there is one."""
+    return torch.autocast(next(model.parameters()).device.type, torch.bfloat16, enabled=TRAINS_IN_BFLOAT16)
 
 
 def versions() -> dict[str, str]:

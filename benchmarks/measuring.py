@@ -5,11 +5,30 @@ from __future__ import annotations
 import gc
 import json
 import os
+import platform
 import subprocess
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
+
+import torch
+
+_INSTRUCTIONS = ("avx2", "avx512_f", "avx512_vnni", "avx512_bf16", "amx_bf16", "amx_int8")
+
+
+def processor() -> dict[str, Any]:
+    """What a time was taken on: the processor, its instructions for narrow numbers, its cores, and torch's threads."""
+    names = Path("/proc/cpuinfo")
+    lines = names.read_text().splitlines() if names.exists() else []
+    named = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    known: dict[str, Any] = getattr(torch.cpu, "get_capabilities", dict)()  # older torch has none
+    return {
+        "processor": named[0] if named else platform.machine(),
+        "instructions": [name for name in _INSTRUCTIONS if known.get(name)],
+        "cores": os.cpu_count(),
+        "threads": torch.get_num_threads(),
+    }
 
 
 def peak_of(command: Sequence[str]) -> int:

@@ -25,7 +25,7 @@ from typing import Any
 
 import torch
 from datasets import Dataset, concatenate_datasets
-from harness import ATTENTION, Training, fine_tune, run_missing
+from harness import ATTENTION, Training, fine_tune, run_missing, training_arithmetic
 from peft import PeftConfig
 from records import MMLU_ROWS, RESULTS, SHOTS, Run
 from rows import RANK, describe, lora, nf4, ours
@@ -116,7 +116,7 @@ def accuracies(model: Any, tokenizer: Any, task: Task, job: Job) -> dict[str, di
             )  # fmt: skip
         lost = [str(each.message).split()[0] for each in raised if "lost few-shot examples" in str(each.message)]
         # The trained rows are still under the autocast of their training: the row without training is scored alike.
-        with torch.autocast(model.device.type, dtype=torch.bfloat16):
+        with training_arithmetic(model):
             scores = evaluate(model, prompts, task, tokenizer, batch_size=8).scores
         found[shots] = {**scores, "shortened": float(lost[0]) if lost else 0.0}
     return found

@@ -16,14 +16,13 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
-import platform
 import statistics
 import time
 from collections.abc import Callable
 from pathlib import Path
 
 import torch
+from measuring import processor
 from peft import get_peft_model
 from torch import Tensor, nn
 from transformers import AutoModelForSequenceClassification
@@ -108,7 +107,7 @@ def main() -> None:
     record = {
         "samples": options.samples,
         "rounds": options.rounds,
-        "machine": {"processor": platform.machine(), "cores": os.cpu_count(), "threads": torch.get_num_threads()},
+        "machine": processor(),
         "versions": {"torch": torch.__version__, "bayeslora": bayeslora.__version__},
         "results": results,
     }

@@ -44,9 +44,13 @@ IMPORTANCES = ("snr_abs", "snr", "mean_abs", "inverse_std", "magnitude", "sensit
 IVON_SETTINGS = {
     "paper": {"hess_init": 1.0, "betas": [0.9, 0.99999], "weight_decay": 1e-8, "clip_radius": 1e-3},
     "moving": {"hess_init": 1e-2, "betas": [0.9, 0.995], "weight_decay": 1e-8, "clip_radius": 1e-1},
+    "short": {"hess_init": 100.0, "betas": [0.9, 0.99999], "weight_decay": 1e-8, "clip_radius": 1.25e-7},
 }
-"""The paper's, with which the Hessian hardly moves, and one with which it does. The learning rate is multiplied by
-`hess_init`, so `clip_radius` is divided by it: the largest change of a weight in a step is the same in both."""
+"""The paper's, with which the Hessian hardly moves, one with which it does, and the one for some hundred steps. The
+learning rate is multiplied by `hess_init`, so `clip_radius` is divided by it: the largest change of a weight in a step
+is the same in the first two, 2e-3 at a rate of 2, and 5e-3 in the third at its rate of 400."""
+ABLATED = ("paper", "moving")
+"""The settings in which the importances are compared."""
 MMLU_ROWS = {
     "base": "no fine-tuning",
     "lora": "LoRA",

@@ -9,6 +9,7 @@ from typing import Any
 
 from patterns import Verdict, not_below
 from records import (
+    ABLATED,
     GLUE_ROWS,
     GLUE_TASKS,
     IMPORTANCES,
@@ -236,7 +237,7 @@ def missing_section(results: Path) -> str:
         {**run, "method": f"{run['options']['importance']}, {ivon_setting(run['optimizer'])}"} for run in ablation
     ]
     names = {
-        f"{name}, {setting}": f"importance {name}, IVON {setting}" for setting in IVON_SETTINGS for name in IMPORTANCES
+        f"{name}, {setting}": f"importance {name}, IVON {setting}" for setting in ABLATED for name in IMPORTANCES
     }
     tasks = sorted({run["task"] for run in ablation}) or ["mrpc"]
     mmlu = read_runs(results / "mmlu")

@@ -27,7 +27,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from measuring import growth_of_peak, peak_of, print_result
+from measuring import growth_of_peak, peak_of, print_result, processor
 from peft import LoraConfig, PeftConfig, get_peft_model
 from torch import Tensor
 from transformers import AutoModelForSequenceClassification
@@ -173,7 +173,7 @@ def measure(rounds: int, batch_size: int, length: int) -> dict[str, object]:
         "rounds": rounds,
         "threads": torch.get_num_threads(),
         "versions": {"torch": torch.__version__, "python": platform.python_version()},
-        "machine": platform.machine(),
+        "machine": processor(),
         "variants": {
             v: {
                 "seconds": round(statistics.median(seconds[v]), 4),

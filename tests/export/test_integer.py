@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,8 @@ from torch import Tensor, nn
 
 import bayeslora
 from bayeslora import BayesLoraError, BLoraConfig, MeLoraConfig, export, load_integer
-from bayeslora.export import integer_linear, integer_reader
+from bayeslora.export import integer_kernels, integer_linear, integer_reader
+from bayeslora.export.integer_kernels import ZERO_CODE
 from bayeslora.export.integer_linear import IntegerEmbedding, IntegerLinear
 from bayeslora.quantization import grid_step
 from tests.conftest import build_tiny_bert, build_tiny_gpt2, build_tiny_llama
@@ -151,8 +153,9 @@ def test_a_feed_forward_network_passes_the_codes_that_its_parts_would_make(
     for ours, theirs in zip(fused, parts, strict=True):
         step = ours.output.dense.input.step
         codes, values = ours.intermediate(x), theirs.intermediate(x).float()
-        assert codes.dtype == torch.int8 and codes.float().std() > 5
-        apart = (codes * step - values.clamp(-127 * step, 127 * step)).abs().max()
+        assert not codes.is_floating_point() and codes.float().std() > 5
+        signed = codes.float() - (ZERO_CODE if codes.dtype == torch.uint8 else 0)
+        apart = (signed * step - values.clamp(-127 * step, 127 * step)).abs().max()
         assert apart <= (0.5 + tolerance) * step + (0 if dtype == torch.float32 else 0.01)
         found, expected = ours.output(codes, x), theirs.output(theirs.intermediate(x), x)
         assert found.dtype == expected.dtype == dtype
@@ -179,10 +182,39 @@ def _integer_layers(model: nn.Module) -> list[IntegerLinear]:
 
 
 def test_the_kernels_of_this_torch_are_found_on_the_cpu() -> None:
-    from bayeslora.export import integer_kernels
-
     assert integer_kernels.has_integer_kernel("cpu") and integer_kernels.has_weight_kernel("cpu")
     assert not integer_kernels.has_integer_kernel("no such device")
+
+
+def test_a_kernel_that_is_right_but_slow_is_left_alone() -> None:
+    def slowly(x: Tensor, codes: Tensor) -> Tensor:
+        time.sleep(0.05)
+        return integer_kernels.integer_product(x, codes)
+
+    shapes = ((1, 24, 40),)
+    assert integer_kernels._agrees(integer_kernels.integer_product, "cpu", shapes, torch.int8, tolerance=0.0)
+    assert not integer_kernels._agrees(slowly, "cpu", shapes, torch.int8, tolerance=0.0)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("base", ["llama", "gpt2"])
+def test_few_rows_are_what_they_are_among_many(base: str, dtype: torch.dtype, tmp_path: Path) -> None:
+    export(BASES[base](), tmp_path, format="integer")
+    generator = torch.Generator().manual_seed(2)
+    adapted = [layer for layer in _integer_layers(load_integer(tmp_path, dtype=dtype)) if layer.rank]
+    assert len(adapted) > 3
+    for layer in adapted:
+        x = torch.randn(2, 4, layer.in_features, generator=generator).to(dtype)
+        among, few = layer(x)[0], layer(x[0])
+        assert few.dtype == dtype and few.shape == (4, layer.out_features)
+        assert layer._few_rows is not None
+        apart = (few.float() - among.float()).abs() / layer.output.step
+        if dtype == torch.float32:
+            assert apart.max() <= 1.01 and float((apart > 0.01).float().mean()) <= 0.002
+        else:  # which rounds the sums of many rows before the output's grid, of few rows after it
+            assert apart.max() <= 2 and float((apart > 0.6).float().mean()) <= 0.1
+        moved = layer.to(torch.device("cpu"))
+        assert moved._few_rows is None and torch.equal(moved(x[0]), few)
 
 
 def test_a_width_that_a_kernel_would_read_past_goes_another_way(tmp_path: Path) -> None:

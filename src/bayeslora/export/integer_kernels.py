@@ -1,11 +1,13 @@
 """Products of activations with a matrix of integer codes: the kernels that PyTorch has, and the one that always works.
 
 All but `Prepacked` return sums of activation times code, (n, d_in) by (d_out, d_in) to (n, d_out), to be scaled by
-the caller. A kernel is used on a kind of device where it runs there and gives what the plain product gives.
+the caller. A kernel is used on a kind of device where it runs there, gives what the plain product gives, and is not
+the reference code that a library falls back to on a processor without the instructions, thousands of times as slow.
 """
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Sequence
 from functools import cache
 
@@ -23,6 +25,8 @@ _FEWEST_ROWS, _FEWEST_COLUMNS = 16, 32
 """oneDNN leaves products with one row, or of at most 256 results, to its reference code: a hundred times as slow."""
 
 _ANY_SHAPES = ((1, 24, 40), (FEW_ROWS, 37, 11), (33, 64, 51))
+_TIMED_SHAPE = (64, 256, 256)
+_SLOWEST = 10  # times the plain product, of float32
 _BLOCK = 1 << 22  # entries of a weight that are dequantized at a time
 
 
@@ -54,19 +58,26 @@ def integer_product(x: Tensor, codes: Tensor) -> Tensor:
     return torch._int_mm(x, codes.T)
 
 
-def weight_product(x: Tensor, codes: Tensor) -> Tensor:
+def weight_product(x: Tensor, codes: Tensor, ones: Tensor) -> Tensor:
     """`torch._weight_int8pack_mm`: `x` and the sums are rounded to bfloat16, int8 codes are read as they lie.
 
-    The kernel would round its scales to bfloat16 too, so that it gets ones. d_in is a multiple of `WEIGHT_MULTIPLE`,
-    which the kernel itself does not check.
+    The kernel would round its scales to bfloat16, so that it gets `ones`, (d_out,) of that type. d_in is a multiple of
+    `WEIGHT_MULTIPLE`, which the kernel itself does not check.
     """
-    return torch._weight_int8pack_mm(x.to(torch.bfloat16), codes, _ones(len(codes), str(codes.device))).float()
+    return torch._weight_int8pack_mm(x.to(torch.bfloat16), codes, ones).float()
+
+
+ZERO_CODE = 128
+"""What is added to the codes of activations for `Prepacked`, so that they are unsigned.
+
+Processors without AMX multiply unsigned by signed bytes; for signed activations oneDNN has nothing but reference code.
+"""
 
 
 class Prepacked:
     """oneDNN's product with codes in the order in which it reads them; scales and bias are part of the product.
 
-    Twice as fast as `integer_product` on CPUs, which puts the codes in that order for each product.
+    Faster than `integer_product` on CPUs, which puts the codes in that order for each product.
 
     Args:
         codes: (d_out, d_in), int8.
@@ -86,21 +97,21 @@ class Prepacked:
         self.zeros = torch.zeros(len(self.scales), dtype=torch.int32)
 
     def product(self, x: Tensor, dtype: torch.dtype) -> Tensor:
-        """Values (n, d_out) from int8 codes (n, d_in): exact sums, scaled in float32, rounded to `dtype`.
+        """Values (n, d_out) from codes (n, d_in) plus `ZERO_CODE`, uint8: exact sums, scaled in float32, as `dtype`.
 
-        With a `gelu_step` they are codes, int8, whatever `dtype` is.
+        With a `gelu_step` they are such codes themselves, uint8, whatever `dtype` is.
         """
         found = torch.ops.onednn.qlinear_pointwise(
             _at_least(_FEWEST_ROWS, x),
             self.step,
-            0,
+            ZERO_CODE,
             self.codes,
             self.scales,
             self.zeros,
             self.bias,
             self.gelu_step or 1.0,
-            0,
-            dtype if self.gelu_step is None else torch.int8,
+            0 if self.gelu_step is None else ZERO_CODE,
+            dtype if self.gelu_step is None else torch.uint8,
             "none" if self.gelu_step is None else "gelu",
             [],
             "none",  # of GELU's two algorithms the one with the error function
@@ -114,48 +125,67 @@ def _at_least(rows: int, x: Tensor) -> Tensor:
 
 
 def _prepacked_sums(x: Tensor, codes: Tensor) -> Tensor:
-    return Prepacked(codes, 1.0, torch.ones(len(codes), device=codes.device), None).product(x, torch.float32)
+    unsigned = (x.short() + ZERO_CODE).to(torch.uint8)
+    return Prepacked(codes, 1.0, torch.ones(len(codes), device=codes.device), None).product(unsigned, torch.float32)
 
 
-@cache
+def _weight_sums(x: Tensor, codes: Tensor) -> Tensor:
+    return weight_product(x, codes, codes.new_ones(len(codes), dtype=torch.bfloat16))
+
+
 def has_prepacked_kernel(device: str) -> bool:
     """Whether `Prepacked` works on this kind of device, for one row as for many."""
     return _agrees(_prepacked_sums, device, _ANY_SHAPES, torch.int8, tolerance=0.0)
 
 
-@cache
 def has_integer_kernel(device: str) -> bool:
     """Whether `integer_product` works on this kind of device, for one row as for many."""
     return _agrees(integer_product, device, _ANY_SHAPES, torch.int8, tolerance=0.0)
 
 
-@cache
 def has_weight_kernel(device: str) -> bool:
     """Whether `weight_product` works on this kind of device."""
-    return _agrees(weight_product, device, ((1, 32, 40), (FEW_ROWS, 96, 11)), torch.float32, tolerance=0.01)
+    return _agrees(_weight_sums, device, ((1, 32, 40), (FEW_ROWS, 96, 11)), torch.float32, tolerance=0.01)
 
 
 @cache
-def _ones(count: int, device: str) -> Tensor:
-    with torch.inference_mode(False):
-        return torch.ones(count, dtype=torch.bfloat16, device=device)
-
-
 def _agrees(
     product: Callable[[Tensor, Tensor], Tensor],
     device: str,
-    shapes: Sequence[tuple[int, int, int]],
+    shapes: tuple[tuple[int, int, int], ...],
     dtype: torch.dtype,
     tolerance: float,
 ) -> bool:
-    """Whether a kernel takes activations of `dtype`, and gives what the plain product gives, for (n, d_in, d_out)."""
-    for rows, width, height in shapes:
+    """Whether a kernel takes activations of `dtype`, is fast, and gives the plain product's (n, d_in, d_out).
+
+    Which of exact kernels is taken changes no result, so that it may be decided by a clock.
+    """
+    for shape in shapes:
         try:
-            x = (torch.arange(rows * width, device=device) * 37 % 255 - 127).float().view(rows, width)
-            codes = (torch.arange(height * width, device=device) * 91 % 255 - 127).to(torch.int8).view(height, width)
+            x, codes = _example(shape, device)
             expected, found = dequantized_product(x, codes), product(x.to(dtype), codes)
         except (RuntimeError, NotImplementedError, AttributeError):
             return False
         if not bool((found - expected).abs().max() <= tolerance * expected.abs().max()):
             return False
-    return True
+    if device != "cpu":
+        return True
+    x, codes = _example(_TIMED_SHAPE, device)
+    narrow = x.to(dtype)
+    return _seconds(lambda: product(narrow, codes)) <= _SLOWEST * _seconds(lambda: dequantized_product(x, codes))
+
+
+def _example(shape: tuple[int, int, int], device: str) -> tuple[Tensor, Tensor]:
+    rows, width, height = shape
+    x = (torch.arange(rows * width, device=device) * 37 % 255 - 127).float().view(rows, width)
+    return x, (torch.arange(height * width, device=device) * 91 % 255 - 127).to(torch.int8).view(height, width)
+
+
+def _seconds(run: Callable[[], Tensor]) -> float:
+    """The shortest of some runs: what other work on the machine adds is in few of them."""
+    found = []
+    for _ in range(5):
+        start = time.perf_counter()
+        run()
+        found.append(time.perf_counter() - start)
+    return min(found)

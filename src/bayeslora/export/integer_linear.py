@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from bayeslora.export.integer_kernels import (
     FEW_ROWS,
     WEIGHT_MULTIPLE,
+    ZERO_CODE,
     Prepacked,
     dequantized_product,
     has_integer_kernel,
@@ -59,9 +60,16 @@ class StaticQuantizer:
         """The grid's values, in float32: for less than 32 bits."""
         return self.float_codes(x).mul_(self.step)
 
-    def codes(self, x: Tensor) -> Tensor:
-        """Integer codes of rows (n, d) as int8: for at most 8 bits."""
+    def codes(self, x: Tensor, zero: int = 0) -> Tensor:
+        """Integer codes of rows (n, d) for at most 8 bits: int8, or plus `zero`, 128, uint8."""
+        if zero:
+            return in_parts(lambda rows: self.float_codes(rows).add_(zero), torch.uint8, x)
         return in_parts(self.float_codes, torch.int8, x)
+
+
+def _zero(rows: Tensor) -> int:
+    """What is added to the codes of so many rows for the kernel that takes them."""
+    return ZERO_CODE if len(rows) > FEW_ROWS and has_prepacked_kernel(rows.device.type) else 0
 
 
 def in_parts(function: Callable[..., Tensor], dtype: torch.dtype, *rows: Tensor) -> Tensor:
@@ -79,12 +87,50 @@ def in_parts(function: Callable[..., Tensor], dtype: torch.dtype, *rows: Tensor)
     return result
 
 
+class FewRows:
+    """A layer's arithmetic for a few rows at a time, as in generation: as few calls of torch as it takes.
+
+    There a product takes less time than what surrounds it. For layers that take codes, on devices that have
+    `integer_product`. What is in steps of the output's grid stays so until the end, in one factor of every scale.
+    """
+
+    __slots__ = ("bias", "codes", "diagonal", "input_step", "layer", "output_step", "scales", "up", "widths")
+
+    def __init__(self, layer: IntegerLinear) -> None:
+        self.layer, self.codes = layer, layer.codes.T
+        width, step = layer.out_features, layer.output.step
+        # As tensors, by which torch divides in half the time.
+        self.input_step, self.output_step = layer.scales.new_tensor(layer.input.step), layer.scales.new_tensor(step)
+        per_row = torch.ones_like(layer.sum_scales)
+        per_row[:width] = step
+        self.scales = layer.sum_scales / per_row
+        self.bias = None if layer.bias is None else layer.bias / per_row
+        self.widths = (width, len(per_row) - width) if layer.rank else None
+        if layer.rank:
+            self.diagonal, self.up = layer.diagonal, layer.up * (layer.scaling / step)
+
+    def product(self, rows: Tensor) -> Tensor:
+        """The layer's output (n, d_out), float32, for rows (n, d_in)."""
+        layer = self.layer
+        values = rows if rows.dtype == torch.float32 else rows.float()
+        codes = layer.input.nearest_(values.div(self.input_step)).to(torch.int8)
+        sums = torch._int_mm(codes, self.codes)
+        found = sums * self.scales if self.bias is None else torch.addcmul(self.bias, sums, self.scales)
+        if self.widths is not None:
+            found, hidden = found.split_with_sizes(self.widths, 1)
+            low = layer.after_e.nearest_(layer.after_a.nearest_(hidden).mul_(self.diagonal))
+            found = torch.addmm(found, low, self.up)
+        if layer.output.bits == _UNQUANTIZED:
+            return found
+        return layer.output.nearest_(found).mul_(self.output_step)
+
+
 class IntegerLinear(Float32Module):
     """A linear layer (..., d_in) to (..., d_out) on codes; its activations have static ranges.
 
     Args:
-        weight: codes (d_out, d_in), int8 up to 8 bits and int16 at 16; at 32 bits the float32 weight itself.
-        steps: step of the weight's grid, one number or (d_out, 1); 1 at 32 bits.
+        weight: codes (d_out, d_in), int8; or, of more than 8 bits, the values themselves in float32.
+        steps: step of the weight's grid, one number or (d_out, 1); 1 for values.
         bias: (d_out,) or None.
         factors: codes of A (r, d_in), and float32 E (r,) and B (d_out, r); None without an adapter.
         a_steps: step of A's grid, one number or (r, 1).
@@ -100,6 +146,7 @@ class IntegerLinear(Float32Module):
     scales: Tensor
     bias: Tensor | None
     sum_scales: Tensor
+    ones: Tensor
     down: Tensor
     diagonal: Tensor
     up: Tensor
@@ -146,7 +193,9 @@ class IntegerLinear(Float32Module):
         self.register_buffer("bias", bias)
         # Of the sums over codes of both operands; the input's step is a factor of every row.
         self.register_buffer("sum_scales", self.scales * self.input.step if self.takes_codes else self.scales)
+        self.register_buffer("ones", torch.ones(len(weight), dtype=torch.bfloat16), persistent=False)
         self._prepacked: Prepacked | None = None
+        self._few_rows: FewRows | None = None
         self._stream = torch.float32
         self._emitted: StaticQuantizer | None = None
 
@@ -161,12 +210,13 @@ class IntegerLinear(Float32Module):
         return is_bare and self.takes_codes and following.takes_codes and is_wide
 
     def feed(self, following: IntegerLinear, dtype: torch.dtype) -> None:
-        """From now on return int8 codes of GELU of the output, on the grid of 8 bits that `following` reads.
+        """From now on return codes of GELU of the output, on the grid of 8 bits that `following` reads.
 
         `following` takes such codes for its input, and returns `dtype`. This layer has no update and no range of its
         own output (`can_feed`).
         """
-        self._emitted, following._stream, self._prepacked = following.input, dtype, None
+        self._emitted, following._stream = following.input, dtype
+        self._prepacked = self._few_rows = None
 
     @property
     def emits_codes(self) -> bool:
@@ -174,8 +224,13 @@ class IntegerLinear(Float32Module):
         return self._emitted is not None
 
     def __getstate__(self) -> dict[str, Any]:
-        """Without oneDNN's layout of the codes, which can be neither copied nor pickled; it is made again."""
-        return {**self.__dict__, "_prepacked": None}
+        """Without what is made again when needed: oneDNN's layout of the codes can be neither copied nor pickled."""
+        return {**self.__dict__, "_prepacked": None, "_few_rows": None}
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> IntegerLinear:
+        self._prepacked = self._few_rows = None  # they hold tensors of the device that the layer leaves
+        super()._apply(fn, recurse)
+        return self
 
     @property
     def takes_codes(self) -> bool:
@@ -189,11 +244,13 @@ class IntegerLinear(Float32Module):
 
     @torch.no_grad()
     def forward(self, x: Tensor) -> Tensor:
-        rows, are_codes = x.reshape(-1, self.in_features), x.dtype == torch.int8
+        if self._suits_few_rows(x):
+            return self._of_few_rows(x)
+        rows, are_codes = x.reshape(-1, self.in_features), not x.dtype.is_floating_point
         dtype = self._stream if are_codes else x.dtype
         within = torch.bfloat16 if dtype == torch.bfloat16 else torch.float32
         if self.takes_codes:
-            found, hidden = self._of_codes(rows if are_codes else self.input.codes(rows), within)
+            found, hidden = self._of_codes(rows if are_codes else self.input.codes(rows, _zero(rows)), within)
         else:
             found, hidden = self._of_values(rows.to(within))
         if self.rank or self.output.bits < _UNQUANTIZED:
@@ -202,46 +259,52 @@ class IntegerLinear(Float32Module):
             found = found.to(dtype)
         return found.view(*x.shape[:-1], self.out_features)
 
+    def _of_few_rows(self, x: Tensor) -> Tensor:
+        if self._few_rows is None:
+            self._few_rows = FewRows(self)
+        found = self._few_rows.product(x.reshape(-1, self.in_features))
+        return (found if x.dtype == torch.float32 else found.to(x.dtype)).view(*x.shape[:-1], self.out_features)
+
     def _of_codes(self, codes: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor | None]:
         """W_0 x_q + b (n, d_out) in `dtype`, and A x_q (n, r) in steps and float32, from sums over codes.
 
-        In float32 the sums are exact. A layer that feeds another returns that one's codes instead, of any `dtype`.
+        Codes are int8, or with `ZERO_CODE` added uint8: as `_zero` says. In float32 the sums are exact. A layer that
+        feeds another returns that one's codes instead, whatever `dtype` is.
         """
-        if len(codes) > FEW_ROWS and has_prepacked_kernel(codes.device.type):
+        zero = _zero(codes)
+        if zero:
             if self._prepacked is None:
                 gelu_step = None if self._emitted is None else self._emitted.step
                 self._prepacked = Prepacked(self.codes, self.input.step, self.scales, self.bias, gelu_step)
             found = self._prepacked.product(codes, dtype)
         else:
-            if dtype == torch.bfloat16 and self._suits_weight_kernel(codes):
-                sums = weight_product(codes, self.codes)  # rounded to bfloat16, as the result is
-            elif has_integer_kernel(codes.device.type):
+            if has_integer_kernel(codes.device.type):
                 sums = integer_product(codes, self.codes)
             else:
                 sums = dequantized_product(codes.float(), self.codes)
             found, emitted = self._scaled(sums), self._emitted
             found = found.to(dtype) if emitted is None else emitted.codes(nn.functional.gelu(found))
         if self.rank and not self.is_stacked:
-            return found, nn.functional.linear(codes * self.input.step, self.down)
+            return found, nn.functional.linear((codes.float() - zero) * self.input.step, self.down)
         return self._split(found)
 
     def _of_values(self, rows: Tensor) -> tuple[Tensor, Tensor | None]:
         """The same of rows that have no codes."""
         if self.input.bits < _UNQUANTIZED:
             rows = self.input.quantize(rows).to(rows.dtype)
-        is_narrow = self.codes.dtype == torch.int8
         may_round = rows.dtype == torch.bfloat16 or not self.is_learned
-        if is_narrow and may_round and self._suits_weight_kernel(rows):
-            found, hidden = self._split(self._scaled(weight_product(rows, self.codes)).to(rows.dtype))
-        elif self.scale is not None and is_narrow:
+        if self.codes.dtype == torch.float32:
+            found, hidden = nn.functional.linear(rows.float(), self.codes, self.bias).to(rows.dtype), None
+        elif may_round and self._suits_weight_kernel(rows):
+            found, hidden = self._split(self._scaled(weight_product(rows, self.codes, self.ones)).to(rows.dtype))
+        elif self.scale is not None:
             weight, below = self.codes.split([self.out_features, len(self.codes) - self.out_features])
             bias = None if self.bias is None else self.bias[: self.out_features]
             found, hidden = scaled_product(rows, weight, self.scale, bias), None
             if self.is_stacked:
                 hidden = dequantized_product(rows, below).float() * self.scales[self.out_features :]
         else:
-            sums = dequantized_product(rows if is_narrow else rows.float(), self.codes)
-            found, hidden = self._split(self._scaled(sums.float()).to(rows.dtype))
+            found, hidden = self._split(self._scaled(dequantized_product(rows, self.codes).float()).to(rows.dtype))
         if self.rank and not self.is_stacked:
             hidden = nn.functional.linear(rows.float(), self.down)
         return found, hidden
@@ -261,6 +324,14 @@ class IntegerLinear(Float32Module):
         if self.output.bits == _UNQUANTIZED:
             return found
         return in_parts(self.output.quantize, found.dtype, found)
+
+    def _suits_few_rows(self, x: Tensor) -> bool:
+        if x.numel() > FEW_ROWS * self.in_features or not x.is_floating_point():
+            return False
+        if self._few_rows is not None:
+            return True
+        is_whole = self._emitted is None and (self.is_stacked or not self.rank)
+        return is_whole and self.takes_codes and has_integer_kernel(x.device.type)
 
     def _suits_weight_kernel(self, x: Tensor) -> bool:
         fits = len(x) <= FEW_ROWS and self.in_features % WEIGHT_MULTIPLE == 0

@@ -186,9 +186,12 @@ def _linear(layer: IntegerLayer, parts: Parts) -> IntegerLinear:
     if layer.rank:
         a, diagonal, b = (parts[kind, False] for kind in MATRICES)
         factors = a, diagonal.float() * _steps(layer, parts, "E"), b.float() * _steps(layer, parts, "B")
+    weight, steps = parts[BASE_WEIGHT, False], _steps(layer, parts, BASE_WEIGHT)
+    if weight.dtype == torch.int16:  # no kernel multiplies them: as values once, instead of in each product
+        weight, steps = weight.float() * steps, torch.ones(())
     return IntegerLinear(
-        parts[BASE_WEIGHT, False],
-        _steps(layer, parts, BASE_WEIGHT),
+        weight,
+        steps,
         parts.get((BIAS, False)),
         factors,
         _steps(layer, parts, "A") if layer.rank else None,
