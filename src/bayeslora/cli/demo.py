@@ -31,7 +31,7 @@ SHARED: dict[str, Any] = {
 SAMPLES = 10
 METHODS: dict[str, dict[str, Any]] = {
     "lora": {},
-    "blora": {"mode": "q+ra", "bit_penalty": 5e-4, "rank_penalty": 1e-4},
+    "blora": {"mode": "q+ra", "quantize_input": True, "bit_penalty": 1e-3, "rank_penalty": 1e-4},
     # Less noise than by default: noise costs steps, and 300 are little more than one epoch.
     "melora": {"samples": SAMPLES, "prior_std": 0.2, "initial_std": 0.07},
 }
