@@ -65,7 +65,7 @@ def read_run(path: Path) -> Run:
     """What a file holds, with what older files lack under the names of the newer ones.
 
     Older files have `steps` and `learning_rate` where newer ones have `training`; the other values of `training` were
-    the same for all of them. They were made with AdamW on the packaged encoder.
+    the same for all of them. They were made with AdamW on the packaged encoder, and trained in bfloat16.
     """
     found = json.loads(path.read_text(encoding="utf-8"))
     if "training" not in found and "steps" in found:
@@ -73,6 +73,7 @@ def read_run(path: Path) -> Run:
         found["training"] = {**old, "batch_size": 32, "max_length": 128}
     found.setdefault("model", "minilm")
     found.setdefault("optimizer", {"name": "adamw"})
+    found.setdefault("machine", {"precision": "bfloat16"})
     found["file"] = path.name
     return dict(found)
 

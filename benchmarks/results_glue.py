@@ -144,9 +144,12 @@ def training_line(runs: Group, task: str) -> str:
     first = group[0]["training"]
     rates = sorted({run["training"]["learning_rate"] for run in group})
     metric, shown = group[0]["metric"].replace("_", " "), ", ".join(f"{rate:g}" for rate in rates)
+    slow = {run["method"] for run in group if run["machine"]["precision"] == "float32"}
+    elsewhere = ", ".join(title for method, title in row_titles(group).items() if method in slow)
+    note = f" In float32, on a processor without bfloat16, whose seconds are others: {elsewhere}." if slow else ""
     return (
         f"{first['steps']} steps of {first['batch_size']} rows, learning rate {shown}, "
-        f"layers {', '.join(group[0]['target_modules'])}; {metric} on {group[0]['held_out']:,} held-out rows.\n"
+        f"layers {', '.join(group[0]['target_modules'])}; {metric} on {group[0]['held_out']:,} held-out rows.{note}\n"
     )
 
 
