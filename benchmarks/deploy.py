@@ -35,7 +35,7 @@ from typing import Any
 
 import torch
 from deploy_models import (
-    DECODER_LOGITS,
+    EIGHT_BITS,
     VARIANTS,
     calibration,
     decoder,
@@ -93,7 +93,8 @@ def encoder_forms(job: Forms) -> dict[str, Any]:
 def decoder_forms(job: Forms) -> dict[str, Any]:
     folder, length = job.settings["model"], 64
     tokenizer = AutoTokenizer.from_pretrained(folder)
-    model = decoder(folder, tokenizer, job.settings["training_steps"])
+    options = {name: job.settings[name] for name in ("initial_bit_logits",) if name in job.settings}
+    model = decoder(folder, tokenizer, job.settings["training_steps"], options)
     written = write("decoder", model, tokenizer, folder, calibration(tokenizer, length), job.folder)
     texts = texts_of("test")[: job.settings["test_rows"]]
     held_out = text_batches(tokenizer, texts, 16, length, sys.maxsize // 16)
@@ -170,6 +171,7 @@ def main() -> None:
     parser.add_argument("--encoder", type=Path, metavar="RUN", help="a B-LoRA run of `bayeslora train`")
     parser.add_argument("--decoder", metavar="FOLDER", help="a language model's folder")
     parser.add_argument("--decoder-steps", type=int, default=300, help="training steps of the decoder's B-LoRA")
+    parser.add_argument("--eight-bits", action="store_true", help="begin the decoder's widths at 8 bits, not at 32")
     parser.add_argument("--test-rows", type=int, default=None, help="test texts to score the encoder on (all)")
     parser.add_argument("--decoder-rows", type=int, default=None, help="test texts to score the decoder on (all)")
     parser.add_argument("--rounds", type=int, default=10)
@@ -208,7 +210,7 @@ def main() -> None:
             settings = {
                 "model": given.decoder,
                 "training_steps": given.decoder_steps,
-                "initial_bit_logits": list(DECODER_LOGITS),
+                **({"initial_bit_logits": EIGHT_BITS} if given.eight_bits else {}),
                 "test_rows": given.decoder_rows,
             }
             forms.append(Forms("decoder", folder / "decoder", settings))

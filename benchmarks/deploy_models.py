@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +27,8 @@ VARIANTS = ("lora", "merged-float32", "merged-bfloat16", "integer-float32", "int
 KINDS = {"encoder": AutoModelForSequenceClassification, "decoder": AutoModelForCausalLM}
 LINEAR = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 
-DECODER_LOGITS = (4.0, 4.0, -6.0, -6.0)
+EIGHT_BITS = [4.0, 4.0, -6.0, -6.0]
+"""Logits of gates from which widths begin at 8 bits and hardly leave them for wider ones."""
 
 _CALIBRATION_BATCHES = 8
 
@@ -121,12 +122,10 @@ def calibration(tokenizer: PreTrainedTokenizerBase, length: int) -> list[dict[st
     return text_batches(tokenizer, texts_of("train"), 32, length, _CALIBRATION_BATCHES)
 
 
-def decoder(folder: str, tokenizer: PreTrainedTokenizerBase, steps: int, seed: int = 0) -> nn.Module:
-    """A language model with a B-LoRA on all linear layers and their inputs, trained on review lines for `steps`.
-
-    Widths begin at 8 bits (`DECODER_LOGITS`): from the defaults half of the weights and inputs end at 16, for which
-    there are no integer kernels.
-    """
+def decoder(
+    folder: str, tokenizer: PreTrainedTokenizerBase, steps: int, options: Mapping[str, Any], seed: int = 0
+) -> nn.Module:
+    """A language model with a B-LoRA on all linear layers and their inputs, trained on review lines for `steps`."""
     torch.manual_seed(seed)
     base = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, **ATTENTION)
     config = BLoraConfig(
@@ -135,8 +134,8 @@ def decoder(folder: str, tokenizer: PreTrainedTokenizerBase, steps: int, seed: i
         target_modules=LINEAR,
         quantize_input=True,
         bit_penalty=1e-3,
-        initial_bit_logits=list(DECODER_LOGITS),
         task_type="CAUSAL_LM",
+        **options,
     )
     model = get_peft_model(base, config).train()
     optimizer = torch.optim.AdamW(bayeslora.parameter_groups(model, lr=5e-4))
