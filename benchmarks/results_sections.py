@@ -176,8 +176,12 @@ def timing_section(results: Path) -> str:
     parts = []
     for path in sorted(results.glob("*.json")):
         found = json.loads(path.read_text(encoding="utf-8"))
-        script = f"benchmarks/{path.stem}.py"
-        where = ", ".join(f"{key} {found[key]}" for key in ("batch", "samples", "rounds", "threads") if key in found)
+        script = f"benchmarks/{path.stem.partition('-')[0]}.py"
+        settings = [f"{key} {found[key]}" for key in ("batch", "samples", "rounds", "threads") if key in found]
+        machine = found.get("machine")
+        if isinstance(machine, dict) and "instructions" in machine:
+            settings.append(f"{machine['processor']} with {', '.join(machine['instructions'])}")
+        where = ", ".join(settings)
         parts.append(f"### {path.stem.replace('_', ' ')}\n\n`{script}` says what is measured; {where}.\n")
         for name in ("variants", "optimizer_step"):
             parts += nested_tables(name.replace("_", " "), found.get(name, {}))
