@@ -93,7 +93,7 @@ def encoder_forms(job: Forms) -> dict[str, Any]:
 def decoder_forms(job: Forms) -> dict[str, Any]:
     folder, length = job.settings["model"], 64
     tokenizer = AutoTokenizer.from_pretrained(folder)
-    options = {name: job.settings[name] for name in ("initial_bit_logits",) if name in job.settings}
+    options = {name: job.settings[name] for name in EIGHT_BITS if name in job.settings}
     model = decoder(folder, tokenizer, job.settings["training_steps"], options)
     written = write("decoder", model, tokenizer, folder, calibration(tokenizer, length), job.folder)
     texts = texts_of("test")[: job.settings["test_rows"]]
@@ -210,7 +210,7 @@ def main() -> None:
             settings = {
                 "model": given.decoder,
                 "training_steps": given.decoder_steps,
-                **({"initial_bit_logits": EIGHT_BITS} if given.eight_bits else {}),
+                **(EIGHT_BITS if given.eight_bits else {}),
                 "test_rows": given.decoder_rows,
             }
             forms.append(Forms("decoder", folder / "decoder", settings))

@@ -27,7 +27,7 @@ VARIANTS = ("lora", "merged-float32", "merged-bfloat16", "integer-float32", "int
 KINDS = {"encoder": AutoModelForSequenceClassification, "decoder": AutoModelForCausalLM}
 LINEAR = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 
-EIGHT_BITS = [4.0, 4.0, -6.0, -6.0]
+EIGHT_BITS = {"initial_bit_logits": [4.0, 4.0, -6.0, -6.0]}
 """Logits of gates from which widths begin at 8 bits and hardly leave them for wider ones."""
 
 _CALIBRATION_BATCHES = 8

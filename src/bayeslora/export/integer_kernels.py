@@ -58,12 +58,13 @@ def integer_product(x: Tensor, codes: Tensor) -> Tensor:
     return torch._int_mm(x, codes.T)
 
 
-def weight_product(x: Tensor, codes: Tensor, ones: Tensor) -> Tensor:
+def weight_product(x: Tensor, codes: Tensor) -> Tensor:
     """`torch._weight_int8pack_mm`: `x` and the sums are rounded to bfloat16, int8 codes are read as they lie.
 
-    The kernel would round its scales to bfloat16, so that it gets `ones`, (d_out,) of that type. d_in is a multiple of
-    `WEIGHT_MULTIPLE`, which the kernel itself does not check.
+    The kernel would round its scales to bfloat16 too, so that it gets ones. d_in is a multiple of `WEIGHT_MULTIPLE`,
+    which the kernel itself does not check.
     """
+    ones = codes.new_ones(len(codes), dtype=torch.bfloat16)
     return torch._weight_int8pack_mm(x.to(torch.bfloat16), codes, ones).float()
 
 
@@ -77,7 +78,7 @@ Processors without AMX multiply unsigned by signed bytes; for signed activations
 class Prepacked:
     """oneDNN's product with codes in the order in which it reads them; scales and bias are part of the product.
 
-    Faster than `integer_product` on CPUs, which puts the codes in that order for each product.
+    On CPUs `integer_product` puts the codes in that order for each product.
 
     Args:
         codes: (d_out, d_in), int8.
@@ -129,10 +130,6 @@ def _prepacked_sums(x: Tensor, codes: Tensor) -> Tensor:
     return Prepacked(codes, 1.0, torch.ones(len(codes), device=codes.device), None).product(unsigned, torch.float32)
 
 
-def _weight_sums(x: Tensor, codes: Tensor) -> Tensor:
-    return weight_product(x, codes, codes.new_ones(len(codes), dtype=torch.bfloat16))
-
-
 def has_prepacked_kernel(device: str) -> bool:
     """Whether `Prepacked` works on this kind of device, for one row as for many."""
     return _agrees(_prepacked_sums, device, _ANY_SHAPES, torch.int8, tolerance=0.0)
@@ -145,7 +142,7 @@ def has_integer_kernel(device: str) -> bool:
 
 def has_weight_kernel(device: str) -> bool:
     """Whether `weight_product` works on this kind of device."""
-    return _agrees(_weight_sums, device, ((1, 32, 40), (FEW_ROWS, 96, 11)), torch.float32, tolerance=0.01)
+    return _agrees(weight_product, device, ((1, 32, 40), (FEW_ROWS, 96, 11)), torch.float32, tolerance=0.01)
 
 
 @cache
@@ -158,7 +155,7 @@ def _agrees(
 ) -> bool:
     """Whether a kernel takes activations of `dtype`, is fast, and gives the plain product's (n, d_in, d_out).
 
-    Which of exact kernels is taken changes no result, so that it may be decided by a clock.
+    A clock may decide, for what takes the place of a kernel that is refused is no less exact.
     """
     for shape in shapes:
         try:

@@ -94,10 +94,10 @@ class FewRows:
     `integer_product`. What is in steps of the output's grid stays so until the end, in one factor of every scale.
     """
 
-    __slots__ = ("bias", "codes", "diagonal", "input_step", "layer", "output_step", "scales", "up", "widths")
+    __slots__ = ("bias", "diagonal", "input_step", "layer", "output_step", "scales", "up", "widths")
 
     def __init__(self, layer: IntegerLinear) -> None:
-        self.layer, self.codes = layer, layer.codes.T
+        self.layer = layer
         width, step = layer.out_features, layer.output.step
         # As tensors, by which torch divides in half the time.
         self.input_step, self.output_step = layer.scales.new_tensor(layer.input.step), layer.scales.new_tensor(step)
@@ -114,7 +114,7 @@ class FewRows:
         layer = self.layer
         values = rows if rows.dtype == torch.float32 else rows.float()
         codes = layer.input.nearest_(values.div(self.input_step)).to(torch.int8)
-        sums = torch._int_mm(codes, self.codes)
+        sums = integer_product(codes, layer.codes)
         found = sums * self.scales if self.bias is None else torch.addcmul(self.bias, sums, self.scales)
         if self.widths is not None:
             found, hidden = found.split_with_sizes(self.widths, 1)
@@ -146,7 +146,6 @@ class IntegerLinear(Float32Module):
     scales: Tensor
     bias: Tensor | None
     sum_scales: Tensor
-    ones: Tensor
     down: Tensor
     diagonal: Tensor
     up: Tensor
@@ -193,7 +192,6 @@ class IntegerLinear(Float32Module):
         self.register_buffer("bias", bias)
         # Of the sums over codes of both operands; the input's step is a factor of every row.
         self.register_buffer("sum_scales", self.scales * self.input.step if self.takes_codes else self.scales)
-        self.register_buffer("ones", torch.ones(len(weight), dtype=torch.bfloat16), persistent=False)
         self._prepacked: Prepacked | None = None
         self._few_rows: FewRows | None = None
         self._stream = torch.float32
@@ -296,7 +294,7 @@ class IntegerLinear(Float32Module):
         if self.codes.dtype == torch.float32:
             found, hidden = nn.functional.linear(rows.float(), self.codes, self.bias).to(rows.dtype), None
         elif may_round and self._suits_weight_kernel(rows):
-            found, hidden = self._split(self._scaled(weight_product(rows, self.codes, self.ones)).to(rows.dtype))
+            found, hidden = self._split(self._scaled(weight_product(rows, self.codes)).to(rows.dtype))
         elif self.scale is not None:
             weight, below = self.codes.split([self.out_features, len(self.codes) - self.out_features])
             bias = None if self.bias is None else self.bias[: self.out_features]
