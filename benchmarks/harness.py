@@ -58,10 +58,11 @@ from bayeslora.training.ivon import posterior_statistics
 
 # The base model's own dropout takes a quarter of a step on a CPU; no method has it in these benchmarks.
 NO_DROPOUT = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
-# torch's fused attention spends more than half of a bfloat16 training step on a CPU in its backward pass.
-ATTENTION = {"attn_implementation": "eager"}
 TRAINS_IN_BFLOAT16 = bool(arithmetic())
 """As in the demo: a processor without instructions for bfloat16 takes two to three times as long with it."""
+# torch's fused attention spends more than half of a bfloat16 training step on a CPU in its backward pass; in float32
+# it saves a twelfth of a step.
+ATTENTION = {"attn_implementation": "eager" if TRAINS_IN_BFLOAT16 else "sdpa"}
 
 
 @dataclass(frozen=True)

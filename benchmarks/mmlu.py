@@ -117,7 +117,7 @@ def accuracies(model: Any, tokenizer: Any, task: Task, job: Job) -> dict[str, di
         lost = [str(each.message).split()[0] for each in raised if "lost few-shot examples" in str(each.message)]
         # The trained rows are still under the autocast of their training: the row without training is scored alike.
         with training_arithmetic(model):
-            scores = evaluate(model, prompts, task, tokenizer, batch_size=8).scores
+            scores = evaluate(model, prompts, task, tokenizer, batch_size=16).scores
         found[shots] = {**scores, "shortened": float(lost[0]) if lost else 0.0}
     return found
 

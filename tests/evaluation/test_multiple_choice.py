@@ -13,6 +13,7 @@ from torch import nn
 from transformers import BertConfig, BertForMultipleChoice, PreTrainedTokenizerFast
 
 from bayeslora.errors import BayesLoraError
+from bayeslora.evaluation._prefixes import LEAST_ROWS, rows_that_begin_alike
 from bayeslora.evaluation.few_shot import examples_for
 from bayeslora.evaluation.multiple_choice import (
     ChoicePrompt,
@@ -193,6 +194,38 @@ def test_rows_repeated_for_samples_give_repeated_logits(causal_tokenizer: Any) -
     assert all(isinstance(value, torch.Tensor) for value in batch.values())
     expected = scoring.logits(model, batch).repeat(4, 1)
     torch.testing.assert_close(scoring.logits(model, folded), expected, atol=1e-6, rtol=0)
+
+
+@pytest.mark.parametrize("build", [build_tiny_llama, build_tiny_gpt2])
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_a_common_beginning_is_read_once(build: Any, side: str, causal_tokenizer: Any) -> None:
+    model, rows = build(), split(6)
+    data = encode_prompts(rows, causal_tokenizer, classes=5, few_shot=2, pool=split(8).select([6, 7]))
+    scoring = choice_scoring(data, causal_tokenizer)
+    batch = scoring.collate(list(data))
+    lengths = batch["attention_mask"].sum(dim=1)
+    assert lengths.unique().numel() > 1
+    if side == "right":
+        shifts = (lengths - lengths.max()).tolist()
+        for name in ("input_ids", "attention_mask"):
+            moved = [torch.roll(row, shift) for row, shift in zip(batch[name], shifts, strict=True)]
+            batch[name] = torch.stack(moved)
+    read: list[int] = []
+    embedding = model.get_input_embeddings()
+    embedding.register_forward_hook(lambda module, inputs, output: read.append(inputs[0].numel()))
+    expected = scoring.logits(model, batch)
+    shared = LetterLogits(tuple(letter_ids(causal_tokenizer, 5)), share_prefix=True)(model, batch)
+    torch.testing.assert_close(shared, expected, atol=1e-5, rtol=0)
+    assert len(read) == 3 and sum(read[1:]) < read[0] / 2
+
+
+def test_prompts_that_begin_alike_are_grouped() -> None:
+    shared, other = list(range(100, 110)), list(range(200, 220))
+    rows = [[*(shared if index % 2 else other), index] for index in range(20)] + [[1, 2], [1, 2, *shared, *other]]
+    odd, even, rest = sorted(rows_that_begin_alike(rows), key=lambda group: group[0] % 2 == 0)
+    assert sorted(odd) == list(range(1, 20, 2)) and sorted(even) == list(range(0, 20, 2)) and sorted(rest) == [20, 21]
+    assert rows_that_begin_alike([[1, 2, 3]] * (LEAST_ROWS - 1))[0] == list(range(LEAST_ROWS - 1))
+    assert rows_that_begin_alike([]) == [[]]
 
 
 def test_an_encoder_scores_each_pair_and_ignores_absent_choices(tiny_tokenizer: Any) -> None:

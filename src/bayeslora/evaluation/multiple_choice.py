@@ -33,10 +33,12 @@ from torch import Tensor, nn
 
 from bayeslora.errors import BayesLoraError
 from bayeslora.evaluation._choices import CHOICES, LABEL, LETTERS, QUESTION, SUBJECT
+from bayeslora.evaluation._prefixes import cache_of, split_at_common_start
 from bayeslora.evaluation.few_shot import Row, examples_for
 
 PRESENT = "choice_mask"
 """Column and batch key: (C,) or (B, C), which of the C choices an item has."""
+CACHE = "past_key_values"
 DEFAULT_PROMPT_LENGTH = 2048
 DEFAULT_PAIR_LENGTH = 128
 
@@ -197,30 +199,41 @@ class LetterLogits:
 
     Args:
         letter_ids: of the C letters, from the function of that name.
+        share_prefix: run the tokens that all rows of a batch begin with only once (where they are at least half of the
+            longest row and the model has a cache). Only for models that are deterministic: for samples of the weights
+            each pass would be another one.
     """
 
     letter_ids: tuple[int, ...]
+    share_prefix: bool = False
 
     def __call__(self, model: nn.Module, batch: Batch) -> Tensor:
         """`batch` holds `input_ids` and `attention_mask` (B, T), and `choice_mask` (B, C); other keys are ignored."""
-        mask = batch["attention_mask"]
+        ids, mask = batch["input_ids"], batch["attention_mask"]
         present = batch[PRESENT].bool()
         if present.shape[1] != len(self.letter_ids):
             raise BayesLoraError(f"the batch has {present.shape[1]} choices, but {len(self.letter_ids)} letters")
-        steps = torch.arange(mask.shape[1], device=mask.device)
-        last = (mask * steps).argmax(dim=1)
         accepted = _forward_names(model)
-        inputs: dict[str, Any] = {"input_ids": batch["input_ids"], "attention_mask": mask}
-        if "position_ids" in accepted:
-            inputs["position_ids"] = (mask.long().cumsum(dim=1) - 1).clamp(min=0)
+        inputs: dict[str, Any] = {}
         if "use_cache" in accepted:
             inputs["use_cache"] = False
+        parts = split_at_common_start(ids, mask) if self.share_prefix and {"use_cache", CACHE} <= accepted else None
+        if parts is not None:
+            start, ids, rest = parts
+            options = {"logits_to_keep": 1} if "logits_to_keep" in accepted else {}
+            inputs[CACHE] = cache_of(model, start, len(ids), **options)
+            inputs["use_cache"] = True
+            mask = torch.cat([rest.new_ones(len(rest), len(start)), rest], dim=1)
+        width = ids.shape[1]
+        if "position_ids" in accepted:
+            inputs["position_ids"] = (mask.long().cumsum(dim=1) - 1).clamp(min=0)[:, -width:]
+        last = (mask[:, -width:] * torch.arange(width, device=mask.device)).argmax(dim=1)
         column = last
         if "logits_to_keep" in accepted:
             kept = last.unique()
             inputs["logits_to_keep"] = kept
             column = torch.searchsorted(kept, last)
-        logits = model(**inputs).logits
+        logits = model(input_ids=ids, attention_mask=mask, **inputs).logits
         rows = torch.arange(len(last), device=logits.device)
         letters = torch.tensor(self.letter_ids, device=logits.device)
         chosen = logits[rows, column.to(logits.device)].index_select(-1, letters).float()

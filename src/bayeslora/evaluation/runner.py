@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -16,11 +17,19 @@ from numpy.typing import NDArray
 from torch import nn
 
 from bayeslora.errors import BayesLoraError
+from bayeslora.evaluation._prefixes import rows_that_begin_alike
 from bayeslora.evaluation.metrics import classification_scores, regression_scores, reliability_bins, softmax
-from bayeslora.evaluation.multiple_choice import Collate, choice_scoring, is_multiple_choice, row_lengths
+from bayeslora.evaluation.multiple_choice import (
+    Collate,
+    LetterLogits,
+    choice_scoring,
+    is_multiple_choice,
+    row_lengths,
+)
 from bayeslora.evaluation.tasks import LABEL, Task
 from bayeslora.evaluation.uncertainty import histograms, risk_coverage_curve, uncertainties
 from bayeslora.prediction import Prediction, Predictor, predict
+from bayeslora.prediction.predict import Logits
 
 DEFAULT_MAX_LENGTH = 128
 
@@ -176,6 +185,8 @@ def predict_dataset(
 ) -> Prediction:
     """`predict` over an encoded split: padded per batch, examples of like length together, results in its order.
 
+    Prompts that begin alike (few-shot ones) share a batch, and a model without samples reads what they share once.
+
     Raises:
         BayesLoraError: no rows, `batch_size` below 1, a tokenizer that cannot pad, or samples of a model without a
             posterior.
@@ -186,9 +197,17 @@ def predict_dataset(
         raise BayesLoraError("the split has 0 rows, at least 1 is needed to run a model over")
     scoring = choice_scoring(dataset, tokenizer) if is_multiple_choice(dataset) else None
     # Longest first: what does not fit in memory fails at once. Stable, so equal lengths keep their order.
-    order = np.argsort(-np.asarray(row_lengths(dataset)), kind="stable")
-    batches = collated(dataset, order, tokenizer, batch_size, scoring.collate if scoring else None)
-    logits = scoring.logits if scoring else None
+    lengths = -np.asarray(row_lengths(dataset))
+    groups = [np.argsort(lengths, kind="stable")]
+    logits: Logits | None = scoring.logits if scoring else None
+    if isinstance(logits, LetterLogits) and samples == 0:
+        logits = dataclasses.replace(logits, share_prefix=True)
+        alike = rows_that_begin_alike(dataset["input_ids"])
+        groups = [np.asarray(rows)[np.argsort(lengths[rows], kind="stable")] for rows in alike if rows]
+        groups.sort(key=lambda rows: lengths[rows[0]])
+    collate = scoring.collate if scoring else None
+    batches = itertools.chain.from_iterable(collated(dataset, rows, tokenizer, batch_size, collate) for rows in groups)
+    order = np.concatenate(groups)
     prediction = predict(model, batches, samples, seed, antithetic=antithetic, logits=logits)
     back = torch.from_numpy(np.argsort(order, kind="stable"))
     # Outputs of single samples were not asked for and are None.

@@ -1,0 +1,79 @@
+"""Prompts that begin alike: which ones, and a model run over their common beginning once.
+
+The five examples before the questions of one MMLU subject are four fifths of each prompt. What a causal model computes
+for them does not depend on what follows, so that a batch of such prompts needs it once: its keys and values are then
+the cache of all rows. That holds for any model that is deterministic for the two passes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+LEAST_SHARED = 0.5
+"""Of a prompt: with less in common, padding and a second pass cost more than is saved."""
+LEAST_ROWS = 8
+"""Of a group: batches of fewer rows cost more than is saved."""
+
+
+def common_start(one: Sequence[int], other: Sequence[int]) -> int:
+    """How many tokens two rows begin with in common."""
+    for index, (left, right) in enumerate(zip(one, other, strict=False)):
+        if left != right:
+            return index
+    return min(len(one), len(other))
+
+
+def rows_that_begin_alike(rows: Sequence[Sequence[int]]) -> list[list[int]]:
+    """The rows by group, as indices: in a group all rows share at least half of the longest of them.
+
+    Rows of groups that are too small are put together in the last entry, which may be empty.
+    """
+    order = sorted(range(len(rows)), key=lambda index: list(rows[index]))
+    groups: list[list[int]] = []
+    shared = longest = 0
+    for index in order:
+        row = rows[index]
+        if groups:
+            start = min(shared, common_start(rows[groups[-1][0]], row))
+            most = max(longest, len(row))
+            if start >= LEAST_SHARED * most:
+                groups[-1].append(index)
+                shared, longest = start, most
+                continue
+        groups.append([index])
+        shared = longest = len(row)
+    large = [group for group in groups if len(group) >= LEAST_ROWS]
+    return [*large, [index for group in groups if len(group) < LEAST_ROWS for index in group]]
+
+
+def split_at_common_start(ids: Tensor, mask: Tensor) -> tuple[Tensor, Tensor, Tensor] | None:
+    """A padded batch (B, T) as its common beginning (P,) and the rest: ids and mask (B, W), padded on the left.
+
+    Every row keeps at least one token of its own. None for one row, or where less than half is common.
+    """
+    rows = [row[kept.bool()] for row, kept in zip(ids, mask, strict=True)]
+    longest, shortest = max(map(len, rows)), min(map(len, rows))
+    if len(rows) < 2 or shortest < 2:
+        return None
+    alike = (torch.stack([row[: shortest - 1] for row in rows]) == rows[0][: shortest - 1]).all(dim=0)
+    common = int(alike.long().cumprod(dim=0).sum())
+    if common < LEAST_SHARED * longest:
+        return None
+    width = longest - common
+    rest, kept = ids.new_zeros(len(rows), width), mask.new_zeros(len(rows), width)
+    for index, row in enumerate(rows):
+        start = width - (len(row) - common)
+        rest[index, start:] = row[common:]
+        kept[index, start:] = 1
+    return rows[0][:common], rest, kept
+
+
+def cache_of(model: nn.Module, start: Tensor, rows: int, **options: Any) -> Any:
+    """The keys and values of the tokens `start` (P,), repeated for `rows` rows, as the model's own kind of cache."""
+    cache = model(input_ids=start.unsqueeze(0), use_cache=True, **options).past_key_values
+    cache.batch_repeat_interleave(rows)
+    return cache
