@@ -3,7 +3,7 @@
     python benchmarks/glue.py --data-dir DATA                            # every missing run, then the table
     python benchmarks/glue.py --data-dir DATA --tasks cola --seeds 0 1 --methods lora blora-q+ra    # some of them
     python benchmarks/glue.py --data-dir DATA --model FOLDER             # on another encoder, in results/glue-FOLDER
-    python benchmarks/glue.py --data-dir DATA --ablation --tasks mrpc    # the importances of Bayesian AdaLoRA
+    python benchmarks/glue.py --data-dir DATA --ablation --tasks sst2    # the importances of Bayesian AdaLoRA
     python benchmarks/glue.py --data-dir DATA --select --tasks mrpc --methods blora-q+ra --set bit_penalty=2e-4
 
 Runs whose file exists are skipped: an interrupted benchmark goes on where it stopped, and several processes can share
@@ -11,10 +11,11 @@ the work, for a run under way is claimed. A file that records other settings tha
 before it starts. Each run is a process of its own, whose peak of memory is recorded. The score is the task's own
 metric on all held-out rows (the development and, where it has labels, the test split), looked at once, after training.
 
-`--ablation` trains Bayesian AdaLoRA with each of its six importances, under IVON at the paper's settings and at ones
-with which the Hessian moves; files go to results/importance. `--select` holds a fifth of the training rows out, scores
-nothing else, and writes to results/glue-selection: to choose settings on, which `--set FIELD=JSON` changes (fields of
-the method's configuration, of the training, or of IVON as `ivon.FIELD`).
+`--ablation` trains Bayesian AdaLoRA with each of its six importances, under IVON at the settings of the table and at
+ones with which the Hessian moves (the paper's settings have one run a seed); files go to results/importance.
+`--select` holds a fifth of the training rows out, scores nothing else, and writes to results/glue-selection: to choose
+settings on, which `--set FIELD=JSON` changes (fields of the method's configuration, of the training, or of IVON as
+`ivon.FIELD`).
 """
 
 from __future__ import annotations
@@ -29,8 +30,9 @@ from typing import Any
 import torch
 from datasets import concatenate_datasets
 from harness import Training, classifier, fine_tune, run_missing
-from records import ABLATED, GLUE_TASKS, IMPORTANCES, RESULTS, Run
-from rows import ROWS, Row, describe, optimizer_of, target_modules, training_of
+from peft import PeftConfig
+from records import ABLATED, ABLATED_TASK, GLUE_TASKS, RESULTS, Run
+from rows import ROWS, Row, adapter_options, describe, optimizer_of, target_modules, training_of
 from torch import nn
 from transformers import set_seed
 
@@ -79,6 +81,14 @@ class Job:
         return {**optimizer_of(self.row, self.setting), **changed}
 
     @property
+    def config(self) -> PeftConfig | None:
+        trained = vars(self.training)
+        own = {name: v for name, v in self.options.items() if name not in trained and not name.startswith("ivon.")}
+        return self.row.build(
+            {"target_modules": self.target_modules, "task_type": "SEQ_CLS", **own}, self.training.steps
+        )
+
+    @property
     def settings(self) -> dict[str, Any]:
         """What has to be the same in a file that is already there."""
         return {
@@ -86,6 +96,7 @@ class Job:
             "training": vars(self.training),
             "optimizer": self.optimizer,
             "target_modules": self.target_modules,
+            "adapter": adapter_options(self.config),
         }
 
 
@@ -97,12 +108,9 @@ def run(job: Job) -> Run:
         task = hold_out(task, 0.2)
     row, training = job.row, job.training
     base, tokenizer, encoded = classifier(task, training, job.model, **row.loading())
-    own = {name: v for name, v in job.options.items() if name not in vars(training) and not name.startswith("ivon.")}
-    shared = {"target_modules": job.target_modules, "task_type": "SEQ_CLS", **own}
-    config = row.build(shared, training.steps)
     ivon = {name: value for name, value in job.optimizer.items() if name != "name"} if row.ivon else None
     model, trained = fine_tune(
-        base, tokenizer, encoded["train"], config, training, job.seed,
+        base, tokenizer, encoded["train"], job.config, training, job.seed,
         ivon=ivon, callback=row.callback, mixin=row.mixin,
     )  # fmt: skip
     scored = ["selection"] if job.select else [split for split in ("validation", "test") if split in encoded]
@@ -155,11 +163,11 @@ def jobs(given: argparse.Namespace) -> dict[Path, Job]:
     targets = {every: target_modules(given.model, every) for every in (False, True)}
     found = {}
     for seed in given.seeds:
-        for task in given.tasks or (("mrpc",) if given.ablation else GLUE_TASKS):
+        for task in given.tasks or ((ABLATED_TASK,) if given.ablation else GLUE_TASKS):
             common = (seed, given.model, given.data_dir, targets[task in ALL_LINEAR], given.select)
             if given.ablation:
-                for setting in ABLATED:
-                    for importance in IMPORTANCES:
+                for setting, importances in ABLATED.items():
+                    for importance in importances:
                         own = {**options, "importance": importance}
                         file = folder / f"{task}-{importance}-{setting}{changed}-{seed}.json"
                         found[file] = Job(task, "bayes_adalora", *common, setting, own)
@@ -173,7 +181,9 @@ def jobs(given: argparse.Namespace) -> dict[Path, Job]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data-dir", type=Path, required=True)
-    parser.add_argument("--tasks", nargs="+", choices=GLUE_TASKS, help="by default all; mrpc for the ablation")
+    parser.add_argument(
+        "--tasks", nargs="+", choices=GLUE_TASKS, help=f"by default all; {ABLATED_TASK} for the ablation"
+    )
     parser.add_argument("--methods", nargs="+", default=list(ROWS), choices=list(ROWS))
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
     parser.add_argument("--model", default="minilm", metavar="minilm|FOLDER", help="the packaged encoder or a folder")

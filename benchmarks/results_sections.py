@@ -10,6 +10,7 @@ from typing import Any
 from patterns import Verdict, not_below
 from records import (
     ABLATED,
+    ABLATED_TASK,
     GLUE_ROWS,
     GLUE_TASKS,
     IMPORTANCES,
@@ -32,7 +33,7 @@ from results_glue import CLOSE, PAPERS, SEEDS, Group, megabytes, missing, number
 
 
 def importance_section(results: Path) -> str:
-    """Bayesian AdaLoRA's six scores under two settings of IVON, CV(σ), and whether magnitude alone does it."""
+    """Bayesian AdaLoRA's six scores under several settings of IVON, CV(σ), and whether magnitude alone does it."""
     found = [
         {**run, "importance": run["options"]["importance"], "setting": ivon_setting(run["optimizer"])}
         for run in read_runs(results / "importance")
@@ -241,9 +242,11 @@ def missing_section(results: Path) -> str:
         {**run, "method": f"{run['options']['importance']}, {ivon_setting(run['optimizer'])}"} for run in ablation
     ]
     names = {
-        f"{name}, {setting}": f"importance {name}, IVON {setting}" for setting in ABLATED for name in IMPORTANCES
+        f"{name}, {setting}": f"importance {name}, IVON {setting}"
+        for setting, importances in ABLATED.items()
+        for name in importances
     }
-    tasks = sorted({run["task"] for run in ablation}) or ["mrpc"]
+    tasks = sorted({run["task"] for run in ablation}) or [ABLATED_TASK]
     mmlu = read_runs(results / "mmlu")
     mmlu += [{**run, "seed": seed} for run in mmlu if run["method"] == "base" for seed in SEEDS]
     lines = [

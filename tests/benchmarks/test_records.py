@@ -42,6 +42,18 @@ def test_a_file_with_other_settings_is_refused_by_name(tmp_path: Path, name: str
         check_settings(path, {name: changed[name]})
 
 
+def test_an_adapter_with_other_options_is_refused_where_the_file_says_them(tmp_path: Path) -> None:
+    check_settings(saved(tmp_path, run()), {"adapter": {"r": 8}})
+    path = saved(tmp_path, {**run(), "adapter": {"r": 8}})
+    check_settings(path, {"adapter": {"r": 8}})
+    with pytest.raises(BayesLoraError, match=r"mrpc-lora-0.json records adapter \{.r.: 8\}"):
+        check_settings(path, {"adapter": {"r": 4}})
+    told = {**run(), "adapter": {"r": 8}, "file": "a.json"}
+    check_alike([told, {**run(seed=1), "file": "b.json"}])
+    with pytest.raises(BayesLoraError, match="adapter"):
+        check_alike([told, {**run(seed=1), "adapter": {"r": 4}, "file": "b.json"}])
+
+
 def test_a_file_that_is_not_there_is_no_conflict(tmp_path: Path) -> None:
     check_settings(tmp_path / "nothing.json", {"training": TRAINING})
 

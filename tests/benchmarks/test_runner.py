@@ -5,6 +5,7 @@ from __future__ import annotations
 import fcntl
 import json
 from argparse import Namespace
+from collections import Counter
 from pathlib import Path
 
 import glue
@@ -51,11 +52,18 @@ def test_files_keep_their_names_and_settings(tmp_path: Path, model: Path) -> Non
     assert job.settings["training"] == {"steps": 960, "learning_rate": 5e-4, "batch_size": 32, "max_length": 128}
 
 
-def test_the_ablation_has_every_importance_under_both_settings(tmp_path: Path, model: Path) -> None:
+def test_settings_have_every_option_of_the_adapter(tmp_path: Path, model: Path) -> None:
+    wanted = glue.jobs(given(tmp_path, model, tasks=["sst2"], seeds=[0]))
+    adapters = {job.method: job.settings["adapter"] for job in wanted.values()}
+    assert adapters.pop("full") is None
+    assert adapters["blora-q+ra"]["bit_penalty"] == rows.bayeslora.BLoraConfig().bit_penalty
+    assert json.loads(json.dumps(adapters)) == adapters and all(each["peft_type"] for each in adapters.values())
+
+
+def test_the_ablation_has_every_importance_where_something_is_learned(tmp_path: Path, model: Path) -> None:
     wanted = glue.jobs(given(tmp_path, model, ablation=True, seeds=[0]))
-    assert len(wanted) == 2 * len(IMPORTANCES)
-    hessians = {job.optimizer["hess_init"] for job in wanted.values()}
-    assert hessians == {1.0, 1e-2}
+    hessians = Counter(job.optimizer["hess_init"] for job in wanted.values())
+    assert hessians == {100.0: len(IMPORTANCES), 1e-2: len(IMPORTANCES), 1.0: 1}
 
 
 def test_selection_changes_the_field_that_has_the_name(tmp_path: Path, model: Path) -> None:

@@ -1,6 +1,6 @@
 """`bayeslora`: parse, dispatch, and turn every expected error into one line and exit status 2.
 
-Nothing heavy is imported at the top: `bayeslora --help` answers at once, and a command pays for what it uses.
+A command imports what it uses, beside the package itself, which brings PEFT and takes the first seconds of each.
 """
 
 from __future__ import annotations
