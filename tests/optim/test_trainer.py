@@ -145,6 +145,24 @@ def test_an_interruption_inside_a_step_leaves_the_mean(tmp_path: Path) -> None:
     assert not all(torch.equal(value, before[name]) for name, value in stop.drawn.items())
 
 
+@pytest.mark.parametrize(
+    ("config", "rate"),
+    [
+        (LoraConfig(r=2, target_modules=["query"], task_type="SEQ_CLS"), 5.0),
+        (bayeslora.AdaLoraConfig(init_r=2, target_r=1, target_modules=["query"], task_type="SEQ_CLS"), 50.0),
+    ],
+    ids=["lora", "bayes_adalora"],
+)
+def test_a_run_in_which_no_weight_gets_far_says_so_before_it_starts(tmp_path: Path, config: Any, rate: float) -> None:
+    clipped = functools.partial(IVON, hess_init=0.5, clip_radius=1e-2, weight_decay=0.0)
+    warm_up = {"warmup_steps": 2, "max_steps": 2}
+    short = attach(_trainer(tmp_path, _model(config), learning_rate=rate / 2, **warm_up), optimizer=clipped)
+    with pytest.warns(UserWarning, match=f"by {rate / 200:g} at most in 2 steps"):
+        short.train()
+    far = attach(_trainer(tmp_path, _model(config), learning_rate=1.01 * rate, **warm_up), optimizer=clipped)
+    far.train()  # warnings of the package are errors in the tests
+
+
 def test_a_step_that_the_loss_scaler_skips_leaves_the_mean(tmp_path: Path) -> None:
     trainer = attach(_trainer(tmp_path), optimizer="ivon")
     trainer.create_optimizer()

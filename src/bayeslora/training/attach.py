@@ -24,6 +24,7 @@ from bayeslora.training.ivon import (
     restore_after_training,
     training_examples,
     uses_ivon,
+    warn_of_short_travel,
 )
 from bayeslora.training.loop import BayesLoop, require_tuner
 
@@ -100,6 +101,7 @@ class BayesCallback(TrainerCallback):
         tuner = tuner_of(model)
         if isinstance(optimizer, IVON):
             check_trainer(optimizer)
+            warn_of_short_travel(optimizer, state.max_steps, tuner)
             if tuner is None:
                 self.loop = IvonLoop(optimizer, state.global_step)
                 return

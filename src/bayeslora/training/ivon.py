@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import warnings
 from collections.abc import Callable, Sized
 from typing import Any
 
@@ -23,6 +24,12 @@ OptimizerFactory = Callable[..., Optimizer]
 
 _LOSS_BY_TOKEN = (TaskType.CAUSAL_LM, TaskType.SEQ_2_SEQ_LM, TaskType.TOKEN_CLS)
 _NAMES_BY_TOKEN = ("ForMaskedLM", "ForTokenClassification")
+
+
+_LEAST_TRAVEL = 0.05
+_LEAST_TRAVEL_OF = {"bayes_adalora": 0.5}
+"""How far a weight should be able to get in a run. AdaLoRA's diagonal begins at zero, between factors of size 0.02: on
+SST-2 a travel of 0.3 left MiniLM at 69% (64 to 69 of several settings), 1.2 took it to 84%, the best to 86%."""
 
 
 class IvonLoop:
@@ -63,6 +70,32 @@ def posterior_statistics(optimizer: IVON) -> dict[str, float]:
         "posterior_std_variation": float(deviations.std() / deviations.mean()),
         "signal_to_noise": float((means.abs() / deviations).median()),
     }
+
+
+def warn_of_short_travel(optimizer: IVON, steps: int, tuner: BayesTuner | None) -> None:
+    """Warn where no weight can get far from its start in so many steps, whatever its gradients are.
+
+    Args:
+        optimizer: with the learning rates of the whole run.
+        steps: of the run.
+        tuner: of the adapter, where it is one of this library's.
+    """
+    methods = [] if tuner is None else [getattr(config, "method", "") for config in tuner.peft_config.values()]
+    least = max((_LEAST_TRAVEL_OF.get(method, _LEAST_TRAVEL) for method in methods), default=_LEAST_TRAVEL)
+    travel = steps * max(map(_largest_step, optimizer.param_groups))
+    if travel < least:
+        warnings.warn(
+            f"IVON can move a weight by {travel:.2g} at most in {steps} steps (learning rate x (hess_init + "
+            f"weight_decay) x clip_radius x steps), and this adapter needs about {least:g} to learn much: raise the "
+            "learning rate or clip_radius, or train for longer",
+            stacklevel=2,
+        )
+
+
+def _largest_step(group: dict[str, Any]) -> float:
+    rate = float(group.get("initial_lr", group["lr"]))  # a schedule may begin at zero
+    scale = group["hess_init"] + group["weight_decay"] if group["rescale_lr"] else 1.0
+    return rate * scale * float(group["clip_radius"])
 
 
 def uses_ivon(trainer: Trainer) -> bool:
