@@ -55,11 +55,18 @@ def test_commands_and_their_options_exist(page: Path) -> None:
         known, rest = build_parser().parse_known_args(words)
         assert known.command == words[0]
         if words[0] == "train":
-            from bayeslora.cli.arguments import method_field_hints, parse_open_options, training_field_hints
+            from bayeslora.cli.arguments import (
+                ivon_field_hints,
+                method_field_hints,
+                parse_open_options,
+                training_field_hints,
+            )
 
             named = words[words.index("--method") + 1] if "--method" in words else "blora"
             config = bayeslora.METHODS.get(named, bayeslora.BLoraConfig)
             fields = {*method_field_hints(config), *training_field_hints()}
+            if "--optim ivon" in line:
+                fields |= set(ivon_field_hints())
             assert set(parse_open_options(rest)) <= fields, line
         else:
             assert not rest, line
