@@ -11,8 +11,8 @@ the work, for a run under way is claimed. A file that records other settings tha
 before it starts. Each run is a process of its own, whose peak of memory is recorded. The score is the task's own
 metric on all held-out rows (the development and, where it has labels, the test split), looked at once, after training.
 
-`--ablation` trains Bayesian AdaLoRA with each of its six importances, under IVON at the settings of the table and at
-ones with which the Hessian moves (the paper's settings have one run a seed); files go to results/importance.
+`--ablation` trains Bayesian AdaLoRA with each of its six importances, under IVON at settings with which the Hessian
+moves, and with one of them at the paper's, with which it does not; files go to results/importance.
 `--select` holds a fifth of the training rows out, scores nothing else, and writes to results/glue-selection: to choose
 settings on, which `--set FIELD=JSON` changes (fields of the method's configuration, of the training, or of IVON as
 `ivon.FIELD`).

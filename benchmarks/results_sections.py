@@ -46,8 +46,7 @@ def importance_section(results: Path) -> str:
         here = {name: groups[task, setting, name] for name in IMPORTANCES if (task, setting, name) in groups}
         for name, group in here.items():
             check_alike(group)
-            deviations = spread([run["posterior"]["posterior_std_variation"] for run in group], 4)
-            cells = [task, setting, name, str(len(group)), spread(list(map(score, group))), deviations]
+            cells = [task, setting, name, str(len(group)), spread(list(map(score, group))), variation(group)]
             rows.append([TASK_TITLES[task], *cells[1:]])
         if {"magnitude", "snr_abs"} <= set(here):
             alone, both = (list(map(score, here[name])) for name in ("magnitude", "snr_abs"))
@@ -77,12 +76,17 @@ def ivon_setting(optimizer: dict[str, Any]) -> str:
     return next((name for name, options in IVON_SETTINGS.items() if options == own), "other")
 
 
+def variation(runs: Group) -> str:
+    """CV(σ), the mean over runs: to two digits, however small it is."""
+    return f"{statistics.fmean(run['posterior']['posterior_std_variation'] for run in runs):.2g}"
+
+
 def posterior_table(runs: Group) -> str:
     """CV(σ) of the rows of the GLUE table that IVON trained."""
     rows = []
     for (task, method), group in grouped([run for run in runs if "posterior" in run], "task", "method").items():
-        variation = spread([run["posterior"]["posterior_std_variation"] for run in group], 4)
-        rows.append([TASK_TITLES[task], GLUE_ROWS[method], ivon_setting(group[0]["optimizer"]), variation])
+        setting = ivon_setting(group[0]["optimizer"])
+        rows.append([TASK_TITLES[task], GLUE_ROWS[method], setting, variation(group)])
     return "\n" + markdown_table(["task", "method", "IVON", "CV(σ)"], rows, left=3) if rows else ""
 
 
