@@ -11,7 +11,7 @@ update are not added up: their sum lies on no grid, and the quantizers between t
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -36,7 +36,7 @@ from bayeslora.quantization import WIDTHS, grid_step
 _BYTE = 8
 _UNQUANTIZED = WIDTHS[-1]
 _GELU_MINIMUM = -0.17
-_CACHED = 1 << 17  # numbers, half a megabyte of float32
+_CACHED = 1 << 18  # numbers, a megabyte of float32
 
 
 class StaticQuantizer:
@@ -52,39 +52,41 @@ class StaticQuantizer:
         """Replace float32 multiples of the step, not whole ones, by integer codes; with 32 bits nothing changes."""
         return steps if self.bits == _UNQUANTIZED else steps.round_().clamp_(-self.level, self.level)
 
-    def float_codes(self, x: Tensor) -> Tensor:
-        """Integer codes, in float32."""
-        return self.nearest_(x.float() / self.step)
-
-    def quantize(self, x: Tensor) -> Tensor:
-        """The grid's values, in float32: for less than 32 bits."""
-        return self.float_codes(x).mul_(self.step)
-
     def codes(self, x: Tensor, zero: int = 0) -> Tensor:
         """Integer codes of rows (n, d) for at most 8 bits: int8, or plus `zero`, 128, uint8."""
-        if zero:
-            return in_parts(lambda rows: self.float_codes(rows).add_(zero), torch.uint8, x)
-        return in_parts(self.float_codes, torch.int8, x)
+        found = torch.empty(x.shape, dtype=torch.int8, device=x.device)
+        for into, steps in self._in_steps(x, found):
+            into.copy_(steps)
+        # Of two's complement the highest bit alone tells c from c + 128.
+        return found.view(torch.uint8).bitwise_xor_(zero) if zero else found
+
+    def quantize(self, x: Tensor) -> Tensor:
+        """The grid's values of rows (n, d), in the type of `x`: for less than 32 bits."""
+        found = torch.empty_like(x)
+        for into, steps in self._in_steps(x, found):
+            into.copy_(steps.mul_(self.step))
+        return found
+
+    def _in_steps(self, x: Tensor, found: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
+        """Parts of the rows of `found`, and the codes of the same rows of `x`, float32: in the part itself if it is.
+
+        On CPUs the parts are small enough for the passes over one to stay in a processor's cache.
+        """
+        count = max(1, _CACHED // x.shape[1]) if x.device.type == "cpu" else max(1, len(x))
+        narrow = found.dtype != torch.float32
+        room = torch.empty(min(count, len(x)) if narrow else 0, x.shape[1], device=x.device)
+        for into, part in zip(found.split(count), x.split(count), strict=True):
+            steps = room[: len(part)] if narrow else into
+            if part.dtype == torch.float32:
+                torch.div(part, self.step, out=steps)
+            else:
+                steps.copy_(part).div_(self.step)
+            yield into, self.nearest_(steps)
 
 
 def _zero(rows: Tensor) -> int:
     """What is added to the codes of so many rows for the kernel that takes them."""
     return ZERO_CODE if len(rows) > FEW_ROWS and has_prepacked_kernel(rows.device.type) else 0
-
-
-def in_parts(function: Callable[..., Tensor], dtype: torch.dtype, *rows: Tensor) -> Tensor:
-    """`function` of tensors of as many rows, as `dtype`: in parts, so that its passes stay in a processor's cache.
-
-    It must return as many numbers as the first tensor has.
-    """
-    first = rows[0]
-    count = max(1, _CACHED // first.shape[1])
-    if len(first) <= count or first.device.type != "cpu":
-        return function(*rows).to(dtype)
-    result = torch.empty(first.shape, dtype=dtype)
-    for into, *parts in zip(result.split(count), *(each.split(count) for each in rows), strict=True):
-        into.copy_(function(*parts))
-    return result
 
 
 class FewRows:
@@ -289,7 +291,7 @@ class IntegerLinear(Float32Module):
     def _of_values(self, rows: Tensor) -> tuple[Tensor, Tensor | None]:
         """The same of rows that have no codes."""
         if self.input.bits < _UNQUANTIZED:
-            rows = self.input.quantize(rows).to(rows.dtype)
+            rows = self.input.quantize(rows)
         may_round = rows.dtype == torch.bfloat16 or not self.is_learned
         if self.codes.dtype == torch.float32:
             found, hidden = nn.functional.linear(rows.float(), self.codes, self.bias).to(rows.dtype), None
@@ -321,7 +323,7 @@ class IntegerLinear(Float32Module):
             found = found.addmm_(low.to(found.dtype), self.up.to(found.dtype), alpha=self.scaling)
         if self.output.bits == _UNQUANTIZED:
             return found
-        return in_parts(self.output.quantize, found.dtype, found)
+        return self.output.quantize(found)
 
     def _suits_few_rows(self, x: Tensor) -> bool:
         if x.numel() > FEW_ROWS * self.in_features or not x.is_floating_point():
