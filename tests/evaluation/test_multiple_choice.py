@@ -10,7 +10,13 @@ import torch
 from datasets import Dataset
 from tokenizers import Tokenizer, models, pre_tokenizers
 from torch import nn
-from transformers import BertConfig, BertForMultipleChoice, PreTrainedTokenizerFast
+from transformers import (
+    BertConfig,
+    BertForMultipleChoice,
+    MistralConfig,
+    MistralForCausalLM,
+    PreTrainedTokenizerFast,
+)
 
 from bayeslora.errors import BayesLoraError
 from bayeslora.evaluation._prefixes import LEAST_ROWS, rows_that_begin_alike
@@ -217,6 +223,19 @@ def test_a_common_beginning_is_read_once(build: Any, side: str, causal_tokenizer
     shared = LetterLogits(tuple(letter_ids(causal_tokenizer, 5)), share_prefix=True)(model, batch)
     torch.testing.assert_close(shared, expected, atol=1e-5, rtol=0)
     assert len(read) == 3 and sum(read[1:]) < read[0] / 2
+
+
+def test_layers_with_a_window_read_every_prompt_in_full(causal_tokenizer: Any) -> None:
+    config = MistralConfig(
+        vocab_size=len(VOCABULARY), hidden_size=32, num_hidden_layers=1, num_attention_heads=4, num_key_value_heads=2,
+        intermediate_size=48, sliding_window=8, max_position_embeddings=128,
+    )  # fmt: skip
+    model = MistralForCausalLM(config).eval()
+    data = encode_prompts(split(6), causal_tokenizer, classes=5, few_shot=2, pool=split(8).select([6, 7]))
+    scoring = choice_scoring(data, causal_tokenizer)
+    batch = scoring.collate(list(data))
+    shared = LetterLogits(tuple(letter_ids(causal_tokenizer, 5)), share_prefix=True)(model, batch)
+    torch.testing.assert_close(shared, scoring.logits(model, batch), atol=1e-6, rtol=0)
 
 
 def test_prompts_that_begin_alike_are_grouped() -> None:

@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers.cache_utils import DynamicCache, DynamicLayer
 
 LEAST_SHARED = 0.5
 """Of a prompt: with less in common, padding and a second pass cost more than is saved."""
@@ -73,7 +74,13 @@ def split_at_common_start(ids: Tensor, mask: Tensor) -> tuple[Tensor, Tensor, Te
 
 
 def cache_of(model: nn.Module, start: Tensor, rows: int, **options: Any) -> Any:
-    """The keys and values of the tokens `start` (P,), repeated for `rows` rows, as the model's own kind of cache."""
-    cache = model(input_ids=start.unsqueeze(0), use_cache=True, **options).past_key_values
+    """The keys and values of the tokens `start` (P,), repeated for `rows` rows, as the model's own kind of cache.
+
+    None where the padding between the beginning and a shorter rest would change what is computed: for layers with a
+    window, which count it, and for recurrent ones, which read it.
+    """
+    cache = getattr(model(input_ids=start.unsqueeze(0), use_cache=True, **options), "past_key_values", None)
+    if not isinstance(cache, DynamicCache) or any(type(layer) is not DynamicLayer for layer in cache.layers):
+        return None
     cache.batch_repeat_interleave(rows)
     return cache

@@ -214,17 +214,12 @@ class LetterLogits:
         if present.shape[1] != len(self.letter_ids):
             raise BayesLoraError(f"the batch has {present.shape[1]} choices, but {len(self.letter_ids)} letters")
         accepted = _forward_names(model)
-        inputs: dict[str, Any] = {}
-        if "use_cache" in accepted:
-            inputs["use_cache"] = False
-        parts = split_at_common_start(ids, mask) if self.share_prefix and {"use_cache", CACHE} <= accepted else None
-        if parts is not None:
-            start, ids, rest = parts
-            options = {"logits_to_keep": 1} if "logits_to_keep" in accepted else {}
-            inputs[CACHE] = cache_of(model, start, len(ids), **options)
-            inputs["use_cache"] = True
-            mask = torch.cat([rest.new_ones(len(rest), len(start)), rest], dim=1)
-        width = ids.shape[1]
+        inputs = self._after_shared_start(model, ids, mask, accepted) if self.share_prefix else None
+        if inputs is None:
+            inputs = {"input_ids": ids, "attention_mask": mask}
+            if "use_cache" in accepted:
+                inputs["use_cache"] = False
+        mask, width = inputs["attention_mask"], inputs["input_ids"].shape[1]
         if "position_ids" in accepted:
             inputs["position_ids"] = (mask.long().cumsum(dim=1) - 1).clamp(min=0)[:, -width:]
         last = (mask[:, -width:] * torch.arange(width, device=mask.device)).argmax(dim=1)
@@ -233,11 +228,26 @@ class LetterLogits:
             kept = last.unique()
             inputs["logits_to_keep"] = kept
             column = torch.searchsorted(kept, last)
-        logits = model(input_ids=ids, attention_mask=mask, **inputs).logits
+        logits = model(**inputs).logits
         rows = torch.arange(len(last), device=logits.device)
         letters = torch.tensor(self.letter_ids, device=logits.device)
         chosen = logits[rows, column.to(logits.device)].index_select(-1, letters).float()
         return chosen.masked_fill(~present.to(logits.device), -torch.inf)
+
+    @staticmethod
+    def _after_shared_start(
+        model: nn.Module, ids: Tensor, mask: Tensor, accepted: frozenset[str]
+    ) -> dict[str, Any] | None:
+        """The model's inputs after what all rows begin with, which is read here; None where nothing can be shared."""
+        parts = split_at_common_start(ids, mask) if {"use_cache", CACHE} <= accepted else None
+        if parts is None:
+            return None
+        start, rest, kept = parts
+        cache = cache_of(model, start, len(rest), **({"logits_to_keep": 1} if "logits_to_keep" in accepted else {}))
+        if cache is None:
+            return None
+        whole = torch.cat([kept.new_ones(len(kept), len(start)), kept], dim=1)
+        return {"input_ids": rest, "attention_mask": whole, CACHE: cache, "use_cache": True}
 
 
 class PairLogits:
