@@ -82,16 +82,13 @@ class Prepacked:
 
     Args:
         codes: (d_out, d_in), int8.
-        step: of the grid of the activations.
-        scales: of the codes, (d_out,), float32.
+        scales: of the sums over codes of both, (d_out,), float32.
         bias: (d_out,), float32, or None.
         gelu_step: where given, results are the 8-bit codes of GELU of the product, on the grid of this step.
     """
 
-    def __init__(
-        self, codes: Tensor, step: float, scales: Tensor, bias: Tensor | None, gelu_step: float | None = None
-    ) -> None:
-        self.step, self.gelu_step, self.out_features = step, gelu_step, len(codes)
+    def __init__(self, codes: Tensor, scales: Tensor, bias: Tensor | None, gelu_step: float | None = None) -> None:
+        self.gelu_step, self.out_features = gelu_step, len(codes)
         self.scales = _at_least(_FEWEST_COLUMNS, scales)
         self.bias = None if bias is None else _at_least(_FEWEST_COLUMNS, bias)
         self.codes = torch.ops.onednn.qlinear_prepack(_at_least(_FEWEST_COLUMNS, codes), None)
@@ -104,7 +101,7 @@ class Prepacked:
         """
         found = torch.ops.onednn.qlinear_pointwise(
             _at_least(_FEWEST_ROWS, x),
-            self.step,
+            1.0,
             ZERO_CODE,
             self.codes,
             self.scales,
@@ -127,7 +124,7 @@ def _at_least(rows: int, x: Tensor) -> Tensor:
 
 def _prepacked_sums(x: Tensor, codes: Tensor) -> Tensor:
     unsigned = (x.short() + ZERO_CODE).to(torch.uint8)
-    return Prepacked(codes, 1.0, torch.ones(len(codes), device=codes.device), None).product(unsigned, torch.float32)
+    return Prepacked(codes, torch.ones(len(codes), device=codes.device), None).product(unsigned, torch.float32)
 
 
 def has_prepacked_kernel(device: str) -> bool:

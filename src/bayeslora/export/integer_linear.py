@@ -52,6 +52,16 @@ class StaticQuantizer:
         """Replace float32 multiples of the step, not whole ones, by integer codes; with 32 bits nothing changes."""
         return steps if self.bits == _UNQUANTIZED else steps.round_().clamp_(-self.level, self.level)
 
+    def settle_(self, steps: Tensor) -> Tensor:
+        """Replace rows (n, d) of multiples of the step by the grid's values, in their type."""
+        if self.bits == _UNQUANTIZED:
+            return steps
+        for part in _cached(steps):
+            values = self.nearest_(part.float()).mul_(self.step)
+            if values is not part:
+                part.copy_(values)
+        return steps
+
     def codes(self, x: Tensor, zero: int = 0) -> Tensor:
         """Integer codes of rows (n, d) for at most 8 bits: int8, or plus `zero`, 128, uint8."""
         found = torch.empty(x.shape, dtype=torch.int8, device=x.device)
@@ -68,14 +78,11 @@ class StaticQuantizer:
         return found
 
     def _in_steps(self, x: Tensor, found: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
-        """Parts of the rows of `found`, and the codes of the same rows of `x`, float32: in the part itself if it is.
-
-        On CPUs the parts are small enough for the passes over one to stay in a processor's cache.
-        """
-        count = max(1, _CACHED // x.shape[1]) if x.device.type == "cpu" else max(1, len(x))
+        """Parts of the rows of `found` and the codes of the same rows of `x`, float32: in the part itself if it is."""
+        parts = _cached(x)
         narrow = found.dtype != torch.float32
-        room = torch.empty(min(count, len(x)) if narrow else 0, x.shape[1], device=x.device)
-        for into, part in zip(found.split(count), x.split(count), strict=True):
+        room = torch.empty(len(parts[0]) if narrow else 0, x.shape[1], device=x.device)
+        for into, part in zip(found.split(max(1, len(parts[0]))), parts, strict=True):
             steps = room[: len(part)] if narrow else into
             if part.dtype == torch.float32:
                 torch.div(part, self.step, out=steps)
@@ -84,47 +91,15 @@ class StaticQuantizer:
             yield into, self.nearest_(steps)
 
 
+def _cached(rows: Tensor) -> tuple[Tensor, ...]:
+    """The rows in parts that are small enough for several passes over one to stay in a processor's cache."""
+    count = max(1, _CACHED // rows.shape[1])
+    return (rows,) if len(rows) <= count or rows.device.type != "cpu" else rows.split(count)
+
+
 def _zero(rows: Tensor) -> int:
     """What is added to the codes of so many rows for the kernel that takes them."""
     return ZERO_CODE if len(rows) > FEW_ROWS and has_prepacked_kernel(rows.device.type) else 0
-
-
-class FewRows:
-    """A layer's arithmetic for a few rows at a time, as in generation: as few calls of torch as it takes.
-
-    There a product takes less time than what surrounds it. For layers that take codes, on devices that have
-    `integer_product`. What is in steps of the output's grid stays so until the end, in one factor of every scale.
-    """
-
-    __slots__ = ("bias", "diagonal", "input_step", "layer", "output_step", "scales", "up", "widths")
-
-    def __init__(self, layer: IntegerLinear) -> None:
-        self.layer = layer
-        width, step = layer.out_features, layer.output.step
-        # As tensors, by which torch divides in half the time.
-        self.input_step, self.output_step = layer.scales.new_tensor(layer.input.step), layer.scales.new_tensor(step)
-        per_row = torch.ones_like(layer.sum_scales)
-        per_row[:width] = step
-        self.scales = layer.sum_scales / per_row
-        self.bias = None if layer.bias is None else layer.bias / per_row
-        self.widths = (width, len(per_row) - width) if layer.rank else None
-        if layer.rank:
-            self.diagonal, self.up = layer.diagonal, layer.up * (layer.scaling / step)
-
-    def product(self, rows: Tensor) -> Tensor:
-        """The layer's output (n, d_out), float32, for rows (n, d_in)."""
-        layer = self.layer
-        values = rows if rows.dtype == torch.float32 else rows.float()
-        codes = layer.input.nearest_(values.div(self.input_step)).to(torch.int8)
-        sums = integer_product(codes, layer.codes)
-        found = sums * self.scales if self.bias is None else torch.addcmul(self.bias, sums, self.scales)
-        if self.widths is not None:
-            found, hidden = found.split_with_sizes(self.widths, 1)
-            low = layer.after_e.nearest_(layer.after_a.nearest_(hidden).mul_(self.diagonal))
-            found = torch.addmm(found, low, self.up)
-        if layer.output.bits == _UNQUANTIZED:
-            return found
-        return layer.output.nearest_(found).mul_(self.output_step)
 
 
 class IntegerLinear(Float32Module):
@@ -148,6 +123,7 @@ class IntegerLinear(Float32Module):
     scales: Tensor
     bias: Tensor | None
     sum_scales: Tensor
+    input_step: Tensor
     down: Tensor
     diagonal: Tensor
     up: Tensor
@@ -165,37 +141,41 @@ class IntegerLinear(Float32Module):
     ) -> None:
         super().__init__()
         self.out_features, self.in_features = weight.shape
-        self.scaling, self.is_learned = scaling, is_learned
+        self.is_learned = is_learned
         none = StaticQuantizer(_UNQUANTIZED, 1.0)
         activations = activations or {}
         self.input = activations.get("in", none)
         self.after_a, self.after_e = activations.get("A_out", none), activations.get("E_out", none)
         self.output = activations.get("out", none)
+        # What products return is in steps of the next grid, the output's or that of A's output, from there on.
+        step = self.output.step
         scales = steps.reshape(-1).expand(self.out_features)
+        if weight.dtype == torch.float32:
+            weight, scales = weight / step, scales * step
+        sum_scales = scales / step
         self.rank, self.is_stacked = 0, False
         if factors is not None and len(factors[1]):
             a, diagonal, b = factors
             self.rank, self.is_stacked = len(a), weight.dtype == a.dtype == torch.int8
-            # Between the factors values are multiples of a step, so that one product leads from grid to grid.
             a_scales = (a_steps if a_steps is not None else torch.ones(())).reshape(-1) / self.after_a.step
             a_scales = a_scales.expand(self.rank)
             if self.is_stacked:
-                weight, scales = torch.cat([weight, a]), torch.cat([scales, a_scales])
+                weight, sum_scales = torch.cat([weight, a]), torch.cat([sum_scales, a_scales])
             else:
                 self.register_buffer("down", a.float() * a_scales[:, None])
             self.register_buffer("diagonal", diagonal * (self.after_a.step / self.after_e.step))
-            self.register_buffer("up", b.T.contiguous())
-            self.scaling = scaling * self.after_e.step
+            self.register_buffer("up", b.T.contiguous() * (scaling * self.after_e.step / step))
         if bias is not None:
-            bias = torch.cat([bias.float(), torch.zeros(len(scales) - len(bias))])
+            bias = torch.cat([bias.float() / step, torch.zeros(len(sum_scales) - len(bias))])
         self.register_buffer("codes", weight.contiguous())
         self.register_buffer("scales", scales.contiguous().float())
-        self.scale = float(steps) if steps.numel() == 1 else None
+        self.scale = float(steps) / step if steps.numel() == 1 else None
         self.register_buffer("bias", bias)
-        # Of the sums over codes of both operands; the input's step is a factor of every row.
-        self.register_buffer("sum_scales", self.scales * self.input.step if self.takes_codes else self.scales)
+        # Of sums over codes of both operands the input's step is a factor of every row.
+        self.register_buffer("sum_scales", sum_scales.float() * (self.input.step if self.takes_codes else 1.0))
+        self.register_buffer("input_step", torch.tensor(self.input.step))  # torch divides by it in half the time
         self._prepacked: Prepacked | None = None
-        self._few_rows: FewRows | None = None
+        self._is_lean: bool | None = None
         self._stream = torch.float32
         self._emitted: StaticQuantizer | None = None
 
@@ -216,7 +196,7 @@ class IntegerLinear(Float32Module):
         own output (`can_feed`).
         """
         self._emitted, following._stream = following.input, dtype
-        self._prepacked = self._few_rows = None
+        self._prepacked = self._is_lean = None
 
     @property
     def emits_codes(self) -> bool:
@@ -225,10 +205,10 @@ class IntegerLinear(Float32Module):
 
     def __getstate__(self) -> dict[str, Any]:
         """Without what is made again when needed: oneDNN's layout of the codes can be neither copied nor pickled."""
-        return {**self.__dict__, "_prepacked": None, "_few_rows": None}
+        return {**self.__dict__, "_prepacked": None}
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> IntegerLinear:
-        self._prepacked = self._few_rows = None  # they hold tensors of the device that the layer leaves
+        self._prepacked = self._is_lean = None  # they are of the device that the layer leaves
         super()._apply(fn, recurse)
         return self
 
@@ -240,42 +220,45 @@ class IntegerLinear(Float32Module):
     @property
     def weight(self) -> Tensor:
         """The base weight (d_out, d_in) as values, float32: for code that looks at it; computing does not need it."""
-        return self.codes[: self.out_features].float() * self.scales[: self.out_features, None]
+        return self.codes[: self.out_features].float() * self.scales[:, None]
 
     @torch.no_grad()
     def forward(self, x: Tensor) -> Tensor:
-        if self._suits_few_rows(x):
-            return self._of_few_rows(x)
-        rows, are_codes = x.reshape(-1, self.in_features), not x.dtype.is_floating_point
-        dtype = self._stream if are_codes else x.dtype
-        within = torch.bfloat16 if dtype == torch.bfloat16 else torch.float32
-        if self.takes_codes:
-            found, hidden = self._of_codes(rows if are_codes else self.input.codes(rows, _zero(rows)), within)
+        if x.numel() <= FEW_ROWS * self.in_features and self._suits_few_rows(x):
+            found, dtype = self._of_few_rows(x), x.dtype
         else:
-            found, hidden = self._of_values(rows.to(within))
-        if self.rank or self.output.bits < _UNQUANTIZED:
-            found = self._updated(found, hidden)
-        if not self.emits_codes:
+            rows, are_codes = x.reshape(-1, self.in_features), not x.dtype.is_floating_point
+            dtype = self._stream if are_codes else x.dtype
+            within = torch.bfloat16 if dtype == torch.bfloat16 else torch.float32
+            if self.takes_codes:
+                codes = rows if are_codes else self.input.codes(rows, _zero(rows))
+                # Half a step, which decides about a code, is what bfloat16 keeps of a large one.
+                exact = self.output.bits < _UNQUANTIZED
+                found = self._finished(*self._of_codes(codes, torch.float32 if exact else within))
+            else:
+                found = self._finished(*self._of_values(rows.to(within)))
+        if found.dtype != dtype and not self.emits_codes:
             found = found.to(dtype)
         return found.view(*x.shape[:-1], self.out_features)
 
     def _of_few_rows(self, x: Tensor) -> Tensor:
-        if self._few_rows is None:
-            self._few_rows = FewRows(self)
-        found = self._few_rows.product(x.reshape(-1, self.in_features))
-        return (found if x.dtype == torch.float32 else found.to(x.dtype)).view(*x.shape[:-1], self.out_features)
+        """The output, float32: there a product takes less time than the calls around it, of which these are few."""
+        rows = x.reshape(-1, self.in_features)
+        values = rows if rows.dtype == torch.float32 else rows.float()
+        codes = self.input.nearest_(values.div(self.input_step)).to(torch.int8)
+        return self._finished(*self._split(self._scaled(integer_product(codes, self.codes))))
 
     def _of_codes(self, codes: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor | None]:
-        """W_0 x_q + b (n, d_out) in `dtype`, and A x_q (n, r) in steps and float32, from sums over codes.
+        """W_0 x_q + b (n, d_out) in `dtype`, and A x_q (n, r) in float32, from sums over codes.
 
-        Codes are int8, or with `ZERO_CODE` added uint8: as `_zero` says. In float32 the sums are exact. A layer that
-        feeds another returns that one's codes instead, whatever `dtype` is.
+        Both are in steps of their grids. Codes are int8, or with `ZERO_CODE` added uint8: as `_zero` says. In float32
+        the sums are exact. A layer that feeds another returns that one's codes instead, whatever `dtype` is.
         """
         zero = _zero(codes)
         if zero:
             if self._prepacked is None:
                 gelu_step = None if self._emitted is None else self._emitted.step
-                self._prepacked = Prepacked(self.codes, self.input.step, self.scales, self.bias, gelu_step)
+                self._prepacked = Prepacked(self.codes, self.sum_scales, self.bias, gelu_step)
             found = self._prepacked.product(codes, dtype)
         else:
             if has_integer_kernel(codes.device.type):
@@ -302,7 +285,7 @@ class IntegerLinear(Float32Module):
             bias = None if self.bias is None else self.bias[: self.out_features]
             found, hidden = scaled_product(rows, weight, self.scale, bias), None
             if self.is_stacked:
-                hidden = dequantized_product(rows, below).float() * self.scales[self.out_features :]
+                hidden = dequantized_product(rows, below).float() * self.sum_scales[self.out_features :]
         else:
             found, hidden = self._split(self._scaled(dequantized_product(rows, self.codes).float()).to(rows.dtype))
         if self.rank and not self.is_stacked:
@@ -313,25 +296,23 @@ class IntegerLinear(Float32Module):
         return sums * self.sum_scales if self.bias is None else torch.addcmul(self.bias, sums, self.sum_scales)
 
     def _split(self, found: Tensor) -> tuple[Tensor, Tensor | None]:
-        hidden = found[:, self.out_features :].float() if self.is_stacked else None
-        return found[:, : self.out_features], hidden
+        if not self.is_stacked:
+            return found, None
+        found, hidden = found.split_with_sizes((self.out_features, self.rank), 1)
+        return found, hidden.float()
 
-    def _updated(self, found: Tensor, hidden: Tensor | None) -> Tensor:
-        """The layer's output: the update added, and its range applied."""
+    def _finished(self, found: Tensor, hidden: Tensor | None) -> Tensor:
+        """The layer's output, from what is in steps: the update added, and its own range applied."""
         if hidden is not None:
             low = self.after_e.nearest_(self.after_a.nearest_(hidden) * self.diagonal)
-            found = found.addmm_(low.to(found.dtype), self.up.to(found.dtype), alpha=self.scaling)
-        if self.output.bits == _UNQUANTIZED:
-            return found
-        return self.output.quantize(found)
+            found = found.addmm_(low.to(found.dtype), self.up.to(found.dtype))
+        return self.output.settle_(found)
 
     def _suits_few_rows(self, x: Tensor) -> bool:
-        if x.numel() > FEW_ROWS * self.in_features or not x.is_floating_point():
-            return False
-        if self._few_rows is not None:
-            return True
-        is_whole = self._emitted is None and (self.is_stacked or not self.rank)
-        return is_whole and self.takes_codes and has_integer_kernel(x.device.type)
+        if self._is_lean is None:
+            is_whole = self._emitted is None and (self.is_stacked or not self.rank)
+            self._is_lean = is_whole and self.takes_codes and has_integer_kernel(x.device.type)
+        return self._is_lean and x.is_floating_point()
 
     def _suits_weight_kernel(self, x: Tensor) -> bool:
         fits = len(x) <= FEW_ROWS and self.in_features % WEIGHT_MULTIPLE == 0
