@@ -208,11 +208,11 @@ def test_few_rows_are_what_they_are_among_many(base: str, dtype: torch.dtype, tm
         x = torch.randn(2, 4, layer.in_features, generator=generator).to(dtype)
         among, few = layer(x)[0], layer(x[0])
         assert few.dtype == dtype and few.shape == (4, layer.out_features)
-        assert layer._is_lean
+        assert layer._few_rows is not None
         apart = (few.float() - among.float()).abs() / layer.output.step
         assert apart.max() <= 1.5 and float((apart > 0.01).float().mean()) <= 0.002
         moved = layer.to(torch.device("cpu"))
-        assert moved._is_lean is None and torch.equal(moved(x[0]), few)
+        assert moved._few_rows is None and torch.equal(moved(x[0]), few)
 
 
 def test_a_width_that_a_kernel_would_read_past_goes_another_way(tmp_path: Path) -> None:

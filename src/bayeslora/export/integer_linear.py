@@ -102,6 +102,39 @@ def _zero(rows: Tensor) -> int:
     return ZERO_CODE if len(rows) > FEW_ROWS and has_prepacked_kernel(rows.device.type) else 0
 
 
+class FewRows:
+    """A layer's arithmetic for a few rows at a time, as in generation: as few calls as it takes.
+
+    There a product takes less time than what surrounds it, and so do the look-ups of a module's buffers, which are
+    here beside one another. For layers that take codes, on devices that have `integer_product`.
+    """
+
+    __slots__ = ("bias", "codes", "diagonal", "input_step", "layer", "output_step", "scales", "up", "widths")
+
+    def __init__(self, layer: IntegerLinear) -> None:
+        self.layer, self.codes, self.scales, self.bias = layer, layer.codes, layer.sum_scales, layer.bias
+        # As tensors, by which torch divides in half the time.
+        self.input_step = layer.sum_scales.new_tensor(layer.input.step)
+        self.output_step = layer.sum_scales.new_tensor(layer.output.step)
+        self.widths = (layer.out_features, layer.rank) if layer.rank else None
+        if layer.rank:
+            self.diagonal, self.up = layer.diagonal, layer.up
+
+    def product(self, rows: Tensor) -> Tensor:
+        """The layer's output (n, d_out), float32, for rows (n, d_in)."""
+        layer = self.layer
+        values = rows if rows.dtype == torch.float32 else rows.float()
+        sums = integer_product(layer.input.nearest_(values.div(self.input_step)).to(torch.int8), self.codes)
+        found = sums * self.scales if self.bias is None else torch.addcmul(self.bias, sums, self.scales)
+        if self.widths is not None:
+            found, hidden = found.split_with_sizes(self.widths, 1)
+            low = layer.after_e.nearest_(layer.after_a.nearest_(hidden).mul_(self.diagonal))
+            found = torch.addmm(found, low, self.up)
+        if layer.output.bits == _UNQUANTIZED:
+            return found
+        return layer.output.nearest_(found).mul_(self.output_step)
+
+
 class IntegerLinear(Float32Module):
     """A linear layer (..., d_in) to (..., d_out) on codes; its activations have static ranges.
 
@@ -123,7 +156,6 @@ class IntegerLinear(Float32Module):
     scales: Tensor
     bias: Tensor | None
     sum_scales: Tensor
-    input_step: Tensor
     down: Tensor
     diagonal: Tensor
     up: Tensor
@@ -173,9 +205,8 @@ class IntegerLinear(Float32Module):
         self.register_buffer("bias", bias)
         # Of sums over codes of both operands the input's step is a factor of every row.
         self.register_buffer("sum_scales", sum_scales.float() * (self.input.step if self.takes_codes else 1.0))
-        self.register_buffer("input_step", torch.tensor(self.input.step))  # torch divides by it in half the time
         self._prepacked: Prepacked | None = None
-        self._is_lean: bool | None = None
+        self._few_rows: FewRows | None = None
         self._stream = torch.float32
         self._emitted: StaticQuantizer | None = None
 
@@ -196,7 +227,7 @@ class IntegerLinear(Float32Module):
         own output (`can_feed`).
         """
         self._emitted, following._stream = following.input, dtype
-        self._prepacked = self._is_lean = None
+        self._prepacked = self._few_rows = None
 
     @property
     def emits_codes(self) -> bool:
@@ -205,10 +236,10 @@ class IntegerLinear(Float32Module):
 
     def __getstate__(self) -> dict[str, Any]:
         """Without what is made again when needed: oneDNN's layout of the codes can be neither copied nor pickled."""
-        return {**self.__dict__, "_prepacked": None}
+        return {**self.__dict__, "_prepacked": None, "_few_rows": None}
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> IntegerLinear:
-        self._prepacked = self._is_lean = None  # they are of the device that the layer leaves
+        self._prepacked = self._few_rows = None  # they hold tensors of the device that the layer leaves
         super()._apply(fn, recurse)
         return self
 
@@ -224,8 +255,10 @@ class IntegerLinear(Float32Module):
 
     @torch.no_grad()
     def forward(self, x: Tensor) -> Tensor:
-        if x.numel() <= FEW_ROWS * self.in_features and self._suits_few_rows(x):
-            found, dtype = self._of_few_rows(x), x.dtype
+        if self._suits_few_rows(x):
+            if self._few_rows is None:
+                self._few_rows = FewRows(self)
+            found, dtype = self._few_rows.product(x.reshape(-1, self.in_features)), x.dtype
         else:
             rows, are_codes = x.reshape(-1, self.in_features), not x.dtype.is_floating_point
             dtype = self._stream if are_codes else x.dtype
@@ -240,13 +273,6 @@ class IntegerLinear(Float32Module):
         if found.dtype != dtype and not self.emits_codes:
             found = found.to(dtype)
         return found.view(*x.shape[:-1], self.out_features)
-
-    def _of_few_rows(self, x: Tensor) -> Tensor:
-        """The output, float32: there a product takes less time than the calls around it, of which these are few."""
-        rows = x.reshape(-1, self.in_features)
-        values = rows if rows.dtype == torch.float32 else rows.float()
-        codes = self.input.nearest_(values.div(self.input_step)).to(torch.int8)
-        return self._finished(*self._split(self._scaled(integer_product(codes, self.codes))))
 
     def _of_codes(self, codes: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor | None]:
         """W_0 x_q + b (n, d_out) in `dtype`, and A x_q (n, r) in float32, from sums over codes.
@@ -309,10 +335,12 @@ class IntegerLinear(Float32Module):
         return self.output.settle_(found)
 
     def _suits_few_rows(self, x: Tensor) -> bool:
-        if self._is_lean is None:
-            is_whole = self._emitted is None and (self.is_stacked or not self.rank)
-            self._is_lean = is_whole and self.takes_codes and has_integer_kernel(x.device.type)
-        return self._is_lean and x.is_floating_point()
+        if x.numel() > FEW_ROWS * self.in_features or not x.is_floating_point():
+            return False
+        if self._few_rows is not None:
+            return True
+        is_whole = self._emitted is None and (self.is_stacked or not self.rank)
+        return is_whole and self.takes_codes and has_integer_kernel(x.device.type)
 
     def _suits_weight_kernel(self, x: Tensor) -> bool:
         fits = len(x) <= FEW_ROWS and self.in_features % WEIGHT_MULTIPLE == 0
