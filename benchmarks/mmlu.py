@@ -41,7 +41,7 @@ TRAINED_ON = ("arc_easy", "openbookqa")
 TARGETS = ["q_proj", "k_proj", "v_proj"]
 MODEL = "smollm2"
 PER_SUBJECT = 10
-EVALUATION_LENGTH = 1024
+EVALUATION_LENGTH = 2048
 
 
 @dataclass(frozen=True)
@@ -103,8 +103,12 @@ def load(row: str) -> tuple[PreTrainedModel, Any]:
     return model, AutoTokenizer.from_pretrained(folder)
 
 
-def accuracies(model: Any, tokenizer: Any, task: Task, job: Job) -> dict[str, dict[str, float]]:
-    """Scores by number of examples, and how many prompts had lost some of them."""
+def encoded_prompts(tokenizer: Any, task: Task, job: Job) -> dict[str, tuple[Dataset, float]]:
+    """The prompts by number of examples, and how many of them had lost some; before anything is trained.
+
+    Raises:
+        BayesLoraError: a question that alone is longer than `job.max_length`.
+    """
     rows = first_of_each(task.splits["test"], job.per_subject)
     found = {}
     for shots in SHOTS:
@@ -115,10 +119,20 @@ def accuracies(model: Any, tokenizer: Any, task: Task, job: Job) -> dict[str, di
                 few_shot=int(shots), pool=few_shot_pool(task),
             )  # fmt: skip
         lost = [str(each.message).split()[0] for each in raised if "lost few-shot examples" in str(each.message)]
+        found[shots] = prompts, float(lost[0]) if lost else 0.0
+    return found
+
+
+def accuracies(
+    model: Any, tokenizer: Any, task: Task, prompts: dict[str, tuple[Dataset, float]]
+) -> dict[str, dict[str, float]]:
+    """Scores by number of examples."""
+    found = {}
+    for shots, (data, shortened) in prompts.items():
         # The trained rows are still under the autocast of their training: the row without training is scored alike.
         with training_arithmetic(model):
-            scores = evaluate(model, prompts, task, tokenizer, batch_size=16).scores
-        found[shots] = {**scores, "shortened": float(lost[0]) if lost else 0.0}
+            scores = evaluate(model, data, task, tokenizer, batch_size=16).scores
+        found[shots] = {**scores, "shortened": shortened}
     return found
 
 
@@ -128,13 +142,14 @@ def run(job: Job) -> Run:
     task = load_task("mmlu", job.data_dir)
     model: Any
     model, tokenizer = load(job.row)
+    prompts = encoded_prompts(tokenizer, task, job)
     trained: dict[str, Any] = {"parameters": bayeslora.cost.count_parameters(model)}
     if job.row != "base":
         data = training_rows(job.data_dir, tokenizer, job.training.max_length)
         model, trained = fine_tune(model, tokenizer, data, configuration(job.row), job.training, job.seed)
         bayeslora.shrink(model)
     layers = describe(model) if job.row != "base" else []
-    shots = accuracies(model, tokenizer, task, job)
+    shots = accuracies(model, tokenizer, task, prompts)
     return {
         "task": "mmlu",
         "method": job.row,
