@@ -77,8 +77,10 @@ def test_examples_are_the_first_rows_that_are_not_the_item_itself() -> None:
     assert seeded == examples_for(rows, pool, 3, seed=1) != shown
     assert all(row not in examples for row, examples in zip(rows, seeded, strict=True))
     assert examples_for(rows, None, 0) == [[]] * 6
-    with pytest.raises(BayesLoraError, match="few_shot is 6, but there are only 5 other rows"):
-        examples_for(rows, pool, 6)
+    with pytest.raises(BayesLoraError, match="few_shot is 7, but there are only 6 rows"):
+        examples_for(rows, pool, 7)
+    with pytest.warns(UserWarning, match="6 of 6 rows, or their twins, are themselves among their 6 examples"):
+        assert examples_for(rows, pool, 6)[1] == [rows[0], *rows[2:]]
     with pytest.raises(BayesLoraError, match="no rows with answers"):
         examples_for(rows, pool.remove_columns("label"), 1)
     with pytest.raises(BayesLoraError, match="few_shot is -1"):
@@ -96,8 +98,8 @@ def test_examples_have_the_items_subject() -> None:
     rows = [{**row, "subject": ("law", "art")[index % 2]} for index, row in enumerate(items(8))]
     shown = examples_for(rows[:2], Dataset.from_list(rows), 2)
     assert shown == [[rows[2], rows[4]], [rows[3], rows[5]]]
-    with pytest.raises(BayesLoraError, match="only 3 other rows of the subject 'law'"):
-        examples_for(rows[:1], Dataset.from_list(rows), 4)
+    with pytest.raises(BayesLoraError, match="only 4 rows of the subject 'law'"):
+        examples_for(rows[:1], Dataset.from_list(rows), 5)
 
 
 def test_long_prompts_lose_examples_from_the_front_and_say_so_once(causal_tokenizer: Any) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -23,6 +24,9 @@ def few_shot_pool(task: Task) -> Dataset:
 def examples_for(rows: Sequence[Row], pool: Dataset | None, count: int, seed: int | None = None) -> list[list[Row]]:
     """For each row the first `count` rows of `pool` (of its subject, where it has one) that are not the row itself
     or its twin.
+
+    A row that is one of `count` rows in the pool gets the others, one fewer, and one warning says of how many that is
+    so: MMLU's test questions have a few of the five of their subject's dev split.
 
     Args:
         rows: items with `question`, `choices`, and maybe `subject`.
@@ -48,17 +52,23 @@ def examples_for(rows: Sequence[Row], pool: Dataset | None, count: int, seed: in
         # One more than is shown, for the row that is itself among them; of rows that stand twice, one.
         if len(first) <= count and not any(_same(candidate, other) for other in first):
             first.append(candidate)
-    result = []
+    result, fewer = [], 0
     for row in rows:
         there = by_subject.get(row.get(SUBJECT), [])
         shown = [example for example in there if not _same(example, row)][:count]
-        if len(shown) < count:
+        if len(there) < count:
             subject = f" of the subject {row[SUBJECT]!r}" if row.get(SUBJECT) else ""
             raise BayesLoraError(
-                f"few_shot is {count}, but there are only {len(shown)} other rows{subject} to take examples from: "
+                f"few_shot is {count}, but there are only {len(there)} rows{subject} to take examples from: "
                 "ask for fewer"
             )
+        fewer += len(shown) < count
         result.append(shown)
+    if fewer:
+        warnings.warn(
+            f"{fewer} of {len(rows)} rows, or their twins, are themselves among their {count} examples, and have fewer",
+            stacklevel=3,
+        )
     return result
 
 
