@@ -79,8 +79,11 @@ def test_examples_are_the_first_rows_that_are_not_the_item_itself() -> None:
     assert examples_for(rows, None, 0) == [[]] * 6
     with pytest.raises(BayesLoraError, match="few_shot is 7, but there are only 6 rows"):
         examples_for(rows, pool, 7)
-    with pytest.warns(UserWarning, match="6 of 6 rows, or their twins, are themselves among their 6 examples"):
+    with pytest.warns(UserWarning, match="6 of 6 rows get fewer than 6 examples"):
         assert examples_for(rows, pool, 6)[1] == [rows[0], *rows[2:]]
+    with pytest.warns(UserWarning, match="1 of 1 rows get fewer than 3 examples"):
+        twice = Dataset.from_list([rows[0], rows[0], rows[1]])
+        assert examples_for([{**ROW, "question": "another"}], twice, 3) == [rows[:2]]
     with pytest.raises(BayesLoraError, match="no rows with answers"):
         examples_for(rows, pool.remove_columns("label"), 1)
     with pytest.raises(BayesLoraError, match="few_shot is -1"):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -25,8 +26,8 @@ def examples_for(rows: Sequence[Row], pool: Dataset | None, count: int, seed: in
     """For each row the first `count` rows of `pool` (of its subject, where it has one) that are not the row itself
     or its twin.
 
-    A row that is one of `count` rows in the pool gets the others, one fewer, and one warning says of how many that is
-    so: MMLU's test questions have a few of the five of their subject's dev split.
+    Where the pool has `count` rows, but one is the row itself or stands twice (as one does in MMLU's dev split of
+    college physics), the row gets fewer, and one warning says of how many that is so.
 
     Args:
         rows: items with `question`, `choices`, and maybe `subject`.
@@ -47,6 +48,7 @@ def examples_for(rows: Sequence[Row], pool: Dataset | None, count: int, seed: in
     if seed is not None:
         candidates = [candidates[index] for index in np.random.default_rng(seed).permutation(len(candidates))]
     by_subject: dict[str | None, list[Row]] = {}
+    known = Counter(candidate.get(SUBJECT) for candidate in candidates)
     for candidate in candidates:
         first = by_subject.setdefault(candidate.get(SUBJECT), [])
         # One more than is shown, for the row that is itself among them; of rows that stand twice, one.
@@ -56,17 +58,18 @@ def examples_for(rows: Sequence[Row], pool: Dataset | None, count: int, seed: in
     for row in rows:
         there = by_subject.get(row.get(SUBJECT), [])
         shown = [example for example in there if not _same(example, row)][:count]
-        if len(there) < count:
+        if (rows_there := known[row.get(SUBJECT)]) < count:
             subject = f" of the subject {row[SUBJECT]!r}" if row.get(SUBJECT) else ""
             raise BayesLoraError(
-                f"few_shot is {count}, but there are only {len(there)} rows{subject} to take examples from: "
+                f"few_shot is {count}, but there are only {rows_there} rows{subject} to take examples from: "
                 "ask for fewer"
             )
         fewer += len(shown) < count
         result.append(shown)
     if fewer:
         warnings.warn(
-            f"{fewer} of {len(rows)} rows, or their twins, are themselves among their {count} examples, and have fewer",
+            f"{fewer} of {len(rows)} rows get fewer than {count} examples: of those that there are, one is the row "
+            "itself, or stands twice",
             stacklevel=3,
         )
     return result
