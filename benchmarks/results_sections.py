@@ -49,9 +49,12 @@ def importance_section(results: Path) -> str:
             cells = [task, setting, name, str(len(group)), spread(list(map(score, group))), variation(group)]
             rows.append([TASK_TITLES[task], *cells[1:]])
         if {"magnitude", "snr_abs"} <= set(here):
-            alone, both = (list(map(score, here[name])) for name in ("magnitude", "snr_abs"))
-            difference = statistics.fmean(alone) - statistics.fmean(both)
-            verdict = Verdict(difference >= -CLOSE, f"{difference:+.2f} points")
+            alone, both = ({run["seed"]: score(run) for run in here[name]} for name in ("magnitude", "snr_abs"))
+            seeds = alone.keys() & both.keys()
+            if not seeds:
+                continue
+            difference = statistics.fmean(alone[seed] - both[seed] for seed in seeds)
+            verdict = Verdict(difference >= -CLOSE, f"{difference:+.2f} points, seeds of both: {len(seeds)}")
             answers.append([TASK_TITLES[task], setting, verdict.text, verdict.seen])
     settings = "\n".join(
         f"- `{name}`: " + ", ".join(f"{key} {value}" for key, value in options.items())

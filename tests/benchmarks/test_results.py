@@ -59,10 +59,11 @@ def ablation(importance: str, accuracy: float) -> dict:
 
 
 def test_the_ablation_says_whether_magnitude_alone_does_it(tmp_path: Path) -> None:
-    write_runs(tmp_path / "importance", ablation("snr_abs", 0.8), ablation("magnitude", 0.79))
+    other = {**ablation("snr_abs", 0.9), "seed": 1}
+    write_runs(tmp_path / "importance", ablation("snr_abs", 0.8), ablation("magnitude", 0.79), other)
     text = importance_section(tmp_path)
     assert "| MRPC | paper | magnitude | 1 | 79.00 | 0.0003 |" in text
-    assert "| MRPC | paper | does not hold | -1.00 points |" in text
+    assert "| MRPC | paper | does not hold | -1.00 points, seeds of both: 1 |" in text
 
 
 def test_mmlu_has_both_numbers_of_examples(tmp_path: Path) -> None:
