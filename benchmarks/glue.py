@@ -82,6 +82,7 @@ class Job:
 
     @property
     def config(self) -> PeftConfig | None:
+        """The adapter's configuration, new for each call; None for full fine-tuning."""
         trained = vars(self.training)
         own = {name: v for name, v in self.options.items() if name not in trained and not name.startswith("ivon.")}
         return self.row.build(

@@ -61,7 +61,7 @@ NO_DROPOUT = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
 TRAINS_IN_BFLOAT16 = bool(arithmetic())
 """As in the demo: a processor without instructions for bfloat16 takes two to three times as long with it."""
 # torch's fused attention spends more than half of a bfloat16 training step on a CPU in its backward pass; in float32
-# it saves a twelfth of a step.
+# it is the faster one.
 ATTENTION = {"attn_implementation": "eager" if TRAINS_IN_BFLOAT16 else "sdpa"}
 
 

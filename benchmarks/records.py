@@ -99,13 +99,17 @@ def check_settings(path: Path, wanted: Mapping[str, Any]) -> None:
         return
     found = read_run(path)
     for name, value in wanted.items():
-        if name == "adapter" and name not in found:
-            continue
-        if found.get(name) != json.loads(json.dumps(value)):
+        if _differ(name, found, {name: json.loads(json.dumps(value))}):
             raise BayesLoraError(
                 f"{path} records {name} {json.dumps(found.get(name))}, but the benchmark now wants "
                 f"{json.dumps(value)}: move the file elsewhere or restore the settings"
             )
+
+
+def _differ(name: str, one: Mapping[str, Any], other: Mapping[str, Any]) -> bool:
+    """Whether two records differ in a setting; not in the adapter's, where one of them does not say it."""
+    unsaid = name == "adapter" and not (name in one and name in other)
+    return not unsaid and one.get(name) != other.get(name)
 
 
 def grouped(runs: Iterable[Run], *keys: str) -> dict[tuple[str, ...], list[Run]]:
@@ -120,9 +124,7 @@ def check_alike(runs: Sequence[Run]) -> None:
     """Raise `BayesLoraError` where runs of one row differ in the settings of their training."""
     for run in runs[1:]:
         for name in ("training", "optimizer", "target_modules", "model", "subset", "adapter"):
-            if name == "adapter" and not (name in run and name in runs[0]):
-                continue
-            if run.get(name) != runs[0].get(name):
+            if _differ(name, run, runs[0]):
                 raise BayesLoraError(
                     f"{run['file']} and {runs[0]['file']} were trained with different settings ({name}), a mean over "
                     "them says nothing: keep one kind in the folder"

@@ -210,7 +210,9 @@ def test_few_rows_are_what_they_are_among_many(base: str, dtype: torch.dtype, tm
         assert few.dtype == dtype and few.shape == (4, layer.out_features)
         assert layer._few_rows is not None
         apart = (few.float() - among.float()).abs() / layer.output.step
-        assert apart.max() <= 1.5 and float((apart > 0.01).float().mean()) <= 0.002
+        # bfloat16 rounds the grid's values, and that by more than a hundredth of a step where codes differ.
+        furthest = 1.01 if dtype == torch.float32 else 1.5
+        assert apart.max() <= furthest and float((apart > 0.01).float().mean()) <= 0.002
         moved = layer.to(torch.device("cpu"))
         assert moved._few_rows is None and torch.equal(moved(x[0]), few)
 

@@ -1,6 +1,6 @@
 """Prompts that begin alike: which ones, and a model run over their common beginning once.
 
-The five examples before the questions of one MMLU subject are four fifths of each prompt. What a causal model computes
+The five examples before the questions of one MMLU subject are most of each prompt. What a causal model computes
 for them does not depend on what follows, so that a batch of such prompts needs it once: its keys and values are then
 the cache of all rows. That holds for any model that is deterministic for the two passes.
 """

@@ -196,15 +196,15 @@ def predict_dataset(
     if not len(dataset):
         raise BayesLoraError("the split has 0 rows, at least 1 is needed to run a model over")
     scoring = choice_scoring(dataset, tokenizer) if is_multiple_choice(dataset) else None
-    # Longest first: what does not fit in memory fails at once. Stable, so equal lengths keep their order.
-    lengths = -np.asarray(row_lengths(dataset))
-    groups = [np.argsort(lengths, kind="stable")]
     logits: Logits | None = scoring.logits if scoring else None
+    alike: list[list[int]] = [list(range(len(dataset)))]
     if isinstance(logits, LetterLogits) and samples == 0:
         logits = dataclasses.replace(logits, share_prefix=True)
         alike = rows_that_begin_alike(dataset["input_ids"])
-        groups = [np.asarray(rows)[np.argsort(lengths[rows], kind="stable")] for rows in alike if rows]
-        groups.sort(key=lambda rows: lengths[rows[0]])
+    # Longest first: what does not fit in memory fails at once. Stable, so equal lengths keep their order.
+    lengths = -np.asarray(row_lengths(dataset))
+    groups = [np.asarray(rows)[np.argsort(lengths[rows], kind="stable")] for rows in alike if rows]
+    groups.sort(key=lambda rows: lengths[rows[0]])
     collate = scoring.collate if scoring else None
     batches = itertools.chain.from_iterable(collated(dataset, rows, tokenizer, batch_size, collate) for rows in groups)
     order = np.concatenate(groups)
