@@ -28,7 +28,7 @@ from datasets import Dataset, concatenate_datasets
 from harness import ATTENTION, Training, fine_tune, run_missing, training_arithmetic
 from peft import PeftConfig
 from records import MMLU_ROWS, RESULTS, SHOTS, Run
-from rows import RANK, describe, lora, nf4, ours
+from rows import RANK, adapter_options, describe, lora, nf4, ours
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, set_seed
 
 import bayeslora
@@ -65,6 +65,7 @@ class Job:
             "training": vars(self.training) if trained else None,
             "trained_on": list(TRAINED_ON) if trained else None,
             "target_modules": TARGETS if trained else None,
+            "adapter": adapter_options(configuration(self.row)) if trained else None,
         }
 
 
@@ -92,8 +93,7 @@ def training_rows(data_dir: Path, tokenizer: Any, max_length: int) -> Dataset:
 
 def configuration(row: str) -> PeftConfig:
     build = lora(RANK) if row in ("lora", "qlora") else ours("blora", mode=row.removeprefix("blora-"))
-    config = build({"target_modules": TARGETS, "task_type": "CAUSAL_LM"}, TRAINING.steps)
-    return config
+    return build({"target_modules": TARGETS, "task_type": "CAUSAL_LM"}, TRAINING.steps)
 
 
 def load(row: str) -> tuple[PreTrainedModel, Any]:
