@@ -227,6 +227,15 @@ def test_phases_follow_the_fractions_and_gates_move_only_in_theirs() -> None:
     assert rates["weights"] == [None] * 10  # the optimizer's own schedule
 
 
+@pytest.mark.parametrize(
+    ("total", "warm_up_end", "frozen_from"), [(1000, 600, 700), (80, 48, 56), (60, 35, 43), (21, 10, 17), (6, 3, 5)]
+)
+def test_a_short_run_leaves_the_gates_eight_steps_or_a_third(total: int, warm_up_end: int, frozen_from: int) -> None:
+    tuner = tiny_model(WARM_UP).base_model
+    tuner.begin(Schedule(total_steps=total))
+    assert (tuner.warm_up_end, tuner.frozen_from) == (warm_up_end, frozen_from)
+
+
 @pytest.mark.parametrize("options", [{"gate_learning_rate": 1e-3}, {"gate_learning_rate": 1e-3, "mode": "ra"}])
 def test_gates_that_cannot_close_are_refused_with_the_rate_that_would_do(options: dict[str, Any]) -> None:
     options = {"warmup_fraction": 0.1, "freeze_fraction": 0.4, "initial_bit_logits": [4.0, 4.0, 1.0, 0.0], **options}

@@ -58,10 +58,10 @@ class BLoraConfig(AdapterConfig):
         default="mse", metadata={"help": "Initial ranges: least squared error, or largest magnitude."}
     )
     warmup_fraction: float = field(
-        default=0.4, metadata={"help": "Share of the steps in full precision while ranges are observed."}
+        default=0.6, metadata={"help": "Share of the steps in full precision while ranges are observed."}
     )
     freeze_fraction: float = field(
-        default=0.4, metadata={"help": "Share of the steps, at the end, that train under frozen gates."}
+        default=0.3, metadata={"help": "Share of the steps, at the end, that train under frozen gates."}
     )
     gate_learning_rate: float | None = field(
         default=None, metadata={"help": "Constant rate of the gates; by default derived from the number of steps."}
@@ -171,8 +171,7 @@ class BLoraModel(BayesTuner):
         name = self._driven_adapter()
         config = self.config_of(name)
         self.learning_rates.clear()
-        self.warm_up_end = max(1, math.ceil(config.warmup_fraction * schedule.total_steps))
-        self.frozen_from = schedule.total_steps - math.floor(config.freeze_fraction * schedule.total_steps)
+        self.warm_up_end, self.frozen_from = _phases(config, schedule.total_steps)
         steps = self.frozen_from - self.warm_up_end
         if steps < 2:
             raise BayesLoraError(
@@ -307,6 +306,9 @@ class BLoraModel(BayesTuner):
         return values
 
 
+GATE_STEPS = 8
+"""Fewest steps for the gates, whatever the fractions, but at most a third of the run."""
+
 GATE_TRAVEL = 2.0
 """How many times the distance to closing a gate may move in its phase, at the learning rate derived from the steps."""
 
@@ -315,6 +317,14 @@ OBSERVED_STEPS = 32
 
 BUDGET_RATE = 0.1
 """Largest change of the penalty's logarithm in one step of the budget's dual ascent."""
+
+
+def _phases(config: BLoraConfig, total_steps: int) -> tuple[int, int]:
+    """The first step in which gates learn and the first in which they do not any more."""
+    outside = config.warmup_fraction + config.freeze_fraction
+    most = 1 - min(GATE_STEPS, total_steps // 3) / total_steps
+    steps = total_steps * (most / outside if outside > most else 1)
+    return max(1, math.ceil(config.warmup_fraction * steps)), total_steps - math.floor(config.freeze_fraction * steps)
 
 
 def _all_open(logit: float, rank: int) -> float:
