@@ -180,7 +180,7 @@ def test_gradient_checkpointing_gives_the_same_gradients(reentrant: bool, announ
 @pytest.mark.parametrize("fused", [True, False])
 def test_the_optimizer_really_changes_the_evaluation_widths(fused: bool) -> None:
     """Fused optimizers write without raising a parameter's version, so no cache may rely on it."""
-    model = tiny_model(LEARN, bit_penalty=1.0, gate_learning_rate=0.5)
+    model = tiny_model(LEARN, bit_penalty=1.0, gate_learning_rate=0.5, warmup_fraction=0.2, freeze_fraction=0.4)
     for layer in layers_of(model):
         all_widths(layer, 32)
     optimizer = torch.optim.AdamW(parameter_groups(model, lr=0.0), fused=fused)
