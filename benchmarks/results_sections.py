@@ -93,6 +93,10 @@ def posterior_table(runs: Group) -> str:
     return "\n" + markdown_table(["task", "method", "IVON", "CV(σ)"], rows, left=3) if rows else ""
 
 
+GUESSING = 0.25
+"""Accuracy of guesses at MMLU's four choices."""
+
+
 def mmlu_section(results: Path) -> str:
     """Accuracy of each row without and with examples, and what holds of the paper's findings."""
     runs = read_runs(results / "mmlu")
@@ -122,10 +126,17 @@ def mmlu_section(results: Path) -> str:
         "memory, MB",
     ]
     first = next((run for run in runs if run["training"]), runs[0])
+    error = (GUESSING * (1 - GUESSING) / first["held_out"]) ** 0.5
     subset = (
         f"The first {first['subset']['per_subject']} test questions of each subject, {first['held_out']} in all: one "
-        f"standard error is about {100 * (0.25 * 0.75 / first['held_out']) ** 0.5:.1f} points. "
+        f"standard error is about {100 * error:.1f} points. "
     )
+    scores = [run["shots"][shots]["accuracy"] for run in runs for shots in SHOTS]
+    if all(abs(score - GUESSING) <= 2 * error for score in scores):
+        subset += (
+            f"**Every run is within two of them of the {GUESSING:.0%} that guessing gives: this model does not answer "
+            "by letter, trained or not, and what holds below holds of noise.** "
+        )
     if first["training"]:
         subset += (
             f"Fine-tuned for {first['training']['steps']} steps of {first['training']['batch_size']} on "

@@ -75,6 +75,9 @@ def test_mmlu_has_both_numbers_of_examples(tmp_path: Path) -> None:
     assert "| QLoRA (NF4 base) | 1 | 30.00 | 32.00 |" in text
     assert "0-shot: ranks alone are at most 0.5 points below QLoRA (NF4 base) | holds | +1.00 points" in text
     assert "5-shot: bits cost more than 0.5 points | holds | -6.00 points" in text
+    assert "guessing" in text  # all within 8.7 points, two standard errors of 100 questions
+    write_runs(tmp_path / "mmlu", run("lora", shots={"0": {"accuracy": 0.4}, "5": {"accuracy": 0.3}}, **subset))
+    assert "guessing" not in mmlu_section(tmp_path)
 
 
 def test_a_timing_file_has_a_table_for_every_clock() -> None:
