@@ -31,7 +31,15 @@ SHARED: dict[str, Any] = {
 SAMPLES = 10
 METHODS: dict[str, dict[str, Any]] = {
     "lora": {},
-    "blora": {"mode": "q+ra", "quantize_input": True, "bit_penalty": 1e-3, "rank_penalty": 1e-4},
+    # The gates have longer than by default: the task is learned early, and widths shall be narrow.
+    "blora": {
+        "mode": "q+ra",
+        "quantize_input": True,
+        "bit_penalty": 1e-3,
+        "rank_penalty": 1e-4,
+        "warmup_fraction": 0.4,
+        "freeze_fraction": 0.4,
+    },
     # Less noise than by default: noise costs steps, and 300 are little more than one epoch.
     "melora": {"samples": SAMPLES, "prior_std": 0.2, "initial_std": 0.07},
 }
