@@ -134,6 +134,8 @@ def decoder(
         target_modules=LINEAR,
         quantize_input=True,
         bit_penalty=1e-3,
+        warmup_fraction=0.4,
+        freeze_fraction=0.4,
         task_type="CAUSAL_LM",
         **options,
     )

@@ -320,7 +320,7 @@ BUDGET_RATE = 0.1
 
 
 def _phases(config: BLoraConfig, total_steps: int) -> tuple[int, int]:
-    """The first step in which gates learn and the first in which they do not any more."""
+    """The first step in which gates learn, and the first in which they do not; fractions yield in short runs."""
     outside = config.warmup_fraction + config.freeze_fraction
     most = 1 - min(GATE_STEPS, total_steps // 3) / total_steps
     steps = total_steps * (most / outside if outside > most else 1)
