@@ -14,10 +14,11 @@ drift of the machine's speed touches all alike:
     merged-bfloat16   the same, merged, in bfloat16
     integer-float32   the integer model, float32 between its layers
     integer-bfloat16  the integer model, bfloat16 between its layers
+    ...-compiled      the same after `compile_inference`; the compiler's own time does not count
 
-The encoder reads test texts in batches, the decoder generates at batch 1. Figures are medians over rounds of the rate
-and of its ratio to `lora` in the same round. Peak memory is that of loading a variant and running it once, in a
-process of its own, above what the imports take. Scores are on the test texts, before and after export.
+The encoder reads test texts in batches and one at a time, the decoder generates at batch 1. Figures are medians over
+rounds of the rate and of its ratio to `lora` in the same round. Peak memory is that of loading a variant and running
+it once, in a process of its own, above what the imports take. Scores are on the test texts, before and after export.
 """
 
 from __future__ import annotations
@@ -135,8 +136,9 @@ def rates(kind: str, folder: Path, length: int, given: argparse.Namespace) -> di
     tokenizer = AutoTokenizer.from_pretrained(folder / "integer")
     jobs = {variant: work(kind, load(kind, variant, folder), tokenizer, length, given) for variant in VARIANTS}
     for variant, run in jobs.items():
+        start = time.perf_counter()
         run()
-        print(f"{kind} {variant} is loaded", file=sys.stderr)
+        print(f"{kind} {variant}: first run {time.perf_counter() - start:.1f} s", file=sys.stderr)
     found: dict[str, list[float]] = {variant: [] for variant in jobs}
     for _ in range(given.rounds):
         for variant, run in jobs.items():
@@ -219,6 +221,9 @@ def main() -> None:
         for path, job in records.items():
             written = json.loads(path.read_text(encoding="utf-8"))
             record[job.kind] = {**written, "rates": rates(job.kind, job.folder, written["length"], given)}
+            if job.kind == "encoder":
+                one = argparse.Namespace(**{**vars(given), "batch_size": 1, "batches": given.batch_size})
+                record[job.kind]["rates_of_one"] = rates(job.kind, job.folder, written["length"], one)
     print_result(record, given.output)
 
 

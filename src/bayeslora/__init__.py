@@ -6,7 +6,7 @@ then work with them as with LoRA.
 
 from bayeslora import _peft as _peft  # first, because it keeps the import quiet
 from bayeslora.errors import BayesLoraError
-from bayeslora.export import export, load_integer, load_packed, shrink
+from bayeslora.export import compile_inference, export, load_integer, load_packed, shrink
 from bayeslora.methods import (
     METHODS,
     AdaLoraConfig,
@@ -60,6 +60,7 @@ __all__ = [
     "at_rank",
     "attach",
     "bayesianize",
+    "compile_inference",
     "describe",
     "export",
     "generate",

@@ -217,6 +217,18 @@ def test_few_rows_are_what_they_are_among_many(base: str, dtype: torch.dtype, tm
         assert moved._few_rows is None and torch.equal(moved(x[0]), few)
 
 
+@torch.no_grad()
+def test_a_compiled_model_is_one_graph_and_computes_the_same(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(integer_linear, "has_weight_kernel", lambda device: False)  # which rounds to bfloat16
+    for base in BASES:
+        export(BASES[base](), tmp_path / base, format="integer")
+        model = load_integer(tmp_path / base)
+        torch._dynamo.reset()
+        compiled = torch.compile(model, backend="eager", fullgraph=True)
+        for tokens in (TOKENS, TOKENS[:1, :1], TOKENS[:1, :4]):
+            torch.testing.assert_close(_logits(compiled, tokens), _logits(model, tokens), rtol=1e-4, atol=1e-4)
+
+
 def test_a_width_that_a_kernel_would_read_past_goes_another_way(tmp_path: Path) -> None:
     codes = torch.randint(-127, 128, (5, 37), generator=torch.Generator().manual_seed(0)).to(torch.int8)
     layer = IntegerLinear(codes, torch.tensor(0.01), is_learned=False)

@@ -10,6 +10,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from bayeslora.errors import BayesLoraError
+from bayeslora.export.compiled import compile_inference
 from bayeslora.export.integer import export_integer
 from bayeslora.export.integer_reader import load_integer
 from bayeslora.export.lora import export_lora
@@ -27,6 +28,7 @@ FORMATS: dict[str, Callable[..., dict[str, Any]]] = {
 
 __all__ = [
     "FORMATS",
+    "compile_inference",
     "export",
     "export_integer",
     "export_lora",

@@ -35,6 +35,14 @@ def dequantized_product(x: Tensor, codes: Tensor) -> Tensor:
     return _joined([F.linear(x, part.to(x.dtype)) for part in _in_blocks(codes)])
 
 
+def reduced_product(x: Tensor, codes: Tensor) -> Tensor:
+    """The same for a few rows in float32, in an expression that `torch.compile` turns into one loop over the codes.
+
+    Run as it stands it would write down the codes as float32, for each row.
+    """
+    return (x.float()[:, None] * codes.float()).sum(-1)
+
+
 def scaled_product(x: Tensor, codes: Tensor, scale: float, bias: Tensor | None) -> Tensor:
     """The same, scaled by one number and with a bias: both part of the product, before its rounding."""
     if bias is None:
@@ -127,16 +135,19 @@ def _prepacked_sums(x: Tensor, codes: Tensor) -> Tensor:
     return Prepacked(codes, torch.ones(len(codes), device=codes.device), None).product(unsigned, torch.float32)
 
 
+@torch.compiler.assume_constant_result
 def has_prepacked_kernel(device: str) -> bool:
     """Whether `Prepacked` works on this kind of device, for one row as for many."""
     return _agrees(_prepacked_sums, device, _ANY_SHAPES, torch.int8, tolerance=0.0)
 
 
+@torch.compiler.assume_constant_result
 def has_integer_kernel(device: str) -> bool:
     """Whether `integer_product` works on this kind of device, for one row as for many."""
     return _agrees(integer_product, device, _ANY_SHAPES, torch.int8, tolerance=0.0)
 
 
+@torch.compiler.assume_constant_result
 def has_weight_kernel(device: str) -> bool:
     """Whether `weight_product` works on this kind of device."""
     return _agrees(weight_product, device, ((1, 32, 40), (FEW_ROWS, 96, 11)), torch.float32, tolerance=0.01)

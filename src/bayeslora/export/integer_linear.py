@@ -27,6 +27,7 @@ from bayeslora.export.integer_kernels import (
     has_prepacked_kernel,
     has_weight_kernel,
     integer_product,
+    reduced_product,
     scaled_product,
     weight_product,
 )
@@ -47,6 +48,11 @@ class StaticQuantizer:
         self.level = (1 << (bits - 1)) - 1
         # In float32, as in training: codes at rounding ties depend on the step's last digit.
         self.step = float(grid_step(torch.tensor(bound), bits)) if bits < _UNQUANTIZED else 1.0
+
+    @property
+    def bounds(self) -> tuple[float, float, float]:
+        """The step, and the lowest and the highest code."""
+        return self.step, -self.level, self.level
 
     def nearest_(self, steps: Tensor) -> Tensor:
         """Replace float32 multiples of the step, not whole ones, by integer codes; with 32 bits nothing changes."""
@@ -93,46 +99,61 @@ class StaticQuantizer:
 
 def _cached(rows: Tensor) -> tuple[Tensor, ...]:
     """The rows in parts that are small enough for several passes over one to stay in a processor's cache."""
+    if torch.compiler.is_compiling():  # several passes become one
+        return (rows,)
     count = max(1, _CACHED // rows.shape[1])
     return (rows,) if len(rows) <= count or rows.device.type != "cpu" else rows.split(count)
 
 
 def _zero(rows: Tensor) -> int:
-    """What is added to the codes of so many rows for the kernel that takes them."""
-    return ZERO_CODE if len(rows) > FEW_ROWS and has_prepacked_kernel(rows.device.type) else 0
+    """What is added to the codes of so many rows for the kernel that takes them; its layout cannot be compiled."""
+    is_many = len(rows) > FEW_ROWS and not torch.compiler.is_compiling()
+    return ZERO_CODE if is_many and has_prepacked_kernel(rows.device.type) else 0
 
 
 class FewRows:
-    """A layer's arithmetic for a few rows at a time, as in generation: as few calls as it takes.
+    """A layer's arithmetic in as few calls as it takes: for a few rows at a time, as in generation; compiled, for any.
 
-    There a product takes less time than what surrounds it, and so do the look-ups of a module's buffers, which are
+    With few rows a product takes less time than what surrounds it, and so do the look-ups of a module's buffers, which are
     here beside one another. For layers that take codes, on devices that have `integer_product`.
+
+    What differs between layers of one shape is in tensors, so that their compiled code is the same.
     """
 
-    __slots__ = ("bias", "codes", "diagonal", "input_step", "layer", "output_step", "scales", "up", "widths")
+    __slots__ = ("bias", "codes", "diagonal", "grids", "input_step", "output_step", "scales", "up", "widths")
 
     def __init__(self, layer: IntegerLinear) -> None:
-        self.layer, self.codes, self.scales, self.bias = layer, layer.codes, layer.sum_scales, layer.bias
+        self.codes, self.scales, self.bias = layer.codes, layer.sum_scales, layer.bias
+        steps, lowest, highest = layer.grids.unbind()
         # As tensors, by which torch divides in half the time.
-        self.input_step = layer.sum_scales.new_tensor(layer.input.step)
-        self.output_step = layer.sum_scales.new_tensor(layer.output.step)
+        self.input_step, *_, self.output_step = steps.unbind()
+        bounds = zip(layer.quantizers, lowest.unbind(), highest.unbind(), strict=True)
+        self.grids = [None if grid.bits == _UNQUANTIZED else (low, high) for grid, low, high in bounds]
         self.widths = (layer.out_features, layer.rank) if layer.rank else None
         if layer.rank:
             self.diagonal, self.up = layer.diagonal, layer.up
 
     def product(self, rows: Tensor) -> Tensor:
         """The layer's output (n, d_out), float32, for rows (n, d_in)."""
-        layer = self.layer
+        into, after_a, after_e, out = self.grids
         values = rows if rows.dtype == torch.float32 else rows.float()
-        sums = integer_product(layer.input.nearest_(values.div(self.input_step)).to(torch.int8), self.codes)
+        sums = integer_product(_within(into, values.div(self.input_step)).to(torch.int8), self.codes)
         found = sums * self.scales if self.bias is None else torch.addcmul(self.bias, sums, self.scales)
         if self.widths is not None:
             found, hidden = found.split_with_sizes(self.widths, 1)
-            low = layer.after_e.nearest_(layer.after_a.nearest_(hidden).mul_(self.diagonal))
-            found = torch.addmm(found, low, self.up)
-        if layer.output.bits == _UNQUANTIZED:
-            return found
-        return layer.output.nearest_(found).mul_(self.output_step)
+            low = _within(after_e, _within(after_a, hidden).mul_(self.diagonal))
+            if (
+                torch.compiler.is_compiling() and len(rows) <= FEW_ROWS
+            ):  # a loop of its own, without the call of a library for r numbers
+                found = found + (low[:, :, None] * self.up).sum(1)
+            else:
+                found = torch.addmm(found, low, self.up)
+        return found if out is None else _within(out, found).mul_(self.output_step)
+
+
+def _within(bounds: tuple[Tensor, Tensor] | None, steps: Tensor) -> Tensor:
+    """Replace multiples of a grid's step by its codes; None stands for no grid."""
+    return steps if bounds is None else steps.round_().clamp_(*bounds)
 
 
 class IntegerLinear(Float32Module):
@@ -156,6 +177,7 @@ class IntegerLinear(Float32Module):
     scales: Tensor
     bias: Tensor | None
     sum_scales: Tensor
+    grids: Tensor
     down: Tensor
     diagonal: Tensor
     up: Tensor
@@ -185,6 +207,7 @@ class IntegerLinear(Float32Module):
         if weight.dtype == torch.float32:
             weight, scales = weight / step, scales * step
         sum_scales = scales / step
+        self.register_buffer("grids", torch.tensor([grid.bounds for grid in self.quantizers]).T.contiguous())
         self.rank, self.is_stacked = 0, False
         if factors is not None and len(factors[1]):
             a, diagonal, b = factors
@@ -230,6 +253,11 @@ class IntegerLinear(Float32Module):
         self._prepacked = self._few_rows = None
 
     @property
+    def quantizers(self) -> tuple[StaticQuantizer, StaticQuantizer, StaticQuantizer, StaticQuantizer]:
+        """Of the input, of A's and E's output, and of the layer's own."""
+        return self.input, self.after_a, self.after_e, self.output
+
+    @property
     def emits_codes(self) -> bool:
         """Whether the output is codes, for the layer that it feeds."""
         return self._emitted is not None
@@ -256,9 +284,7 @@ class IntegerLinear(Float32Module):
     @torch.no_grad()
     def forward(self, x: Tensor) -> Tensor:
         if self._suits_few_rows(x):
-            if self._few_rows is None:
-                self._few_rows = FewRows(self)
-            found, dtype = self._few_rows.product(x.reshape(-1, self.in_features)), x.dtype
+            found, dtype = self._for_few_rows().product(x.reshape(-1, self.in_features)), x.dtype
         else:
             rows, are_codes = x.reshape(-1, self.in_features), not x.dtype.is_floating_point
             dtype = self._stream if are_codes else x.dtype
@@ -302,7 +328,9 @@ class IntegerLinear(Float32Module):
         if self.input.bits < _UNQUANTIZED:
             rows = self.input.quantize(rows)
         may_round = rows.dtype == torch.bfloat16 or not self.is_learned
-        if self.codes.dtype == torch.float32:
+        if torch.compiler.is_compiling() and len(rows) <= FEW_ROWS and self.codes.dtype != torch.float32:
+            found, hidden = self._split(self._scaled(reduced_product(rows, self.codes)).to(rows.dtype))
+        elif self.codes.dtype == torch.float32:
             found, hidden = nn.functional.linear(rows.float(), self.codes, self.bias).to(rows.dtype), None
         elif may_round and self._suits_weight_kernel(rows):
             found, hidden = self._split(self._scaled(weight_product(rows, self.codes)).to(rows.dtype))
@@ -334,11 +362,21 @@ class IntegerLinear(Float32Module):
             found = found.addmm_(low.to(found.dtype), self.up.to(found.dtype))
         return self.output.settle_(found)
 
+    def _for_few_rows(self) -> FewRows:
+        if torch.compiler.is_compiling():  # which looks nothing up when it runs, and would have to guard what is kept
+            return FewRows(self)
+        if self._few_rows is None:
+            self._few_rows = FewRows(self)
+        return self._few_rows
+
     def _suits_few_rows(self, x: Tensor) -> bool:
-        if x.numel() > FEW_ROWS * self.in_features or not x.is_floating_point():
+        if not x.is_floating_point():
             return False
-        if self._few_rows is not None:
-            return True
+        if not torch.compiler.is_compiling():  # compiled, any number of rows
+            if x.numel() > FEW_ROWS * self.in_features:
+                return False
+            if self._few_rows is not None:
+                return True
         is_whole = self._emitted is None and (self.is_stacked or not self.rank)
         return is_whole and self.takes_codes and has_integer_kernel(x.device.type)
 
