@@ -114,8 +114,8 @@ def _zero(rows: Tensor) -> int:
 class FewRows:
     """A layer's arithmetic in as few calls as it takes: for a few rows at a time, as in generation; compiled, for any.
 
-    With few rows a product takes less time than what surrounds it, and so do the look-ups of a module's buffers, which are
-    here beside one another. For layers that take codes, on devices that have `integer_product`.
+    With few rows a product takes less time than what surrounds it, and so do the look-ups of a module's buffers, which
+    are here beside one another. For layers that take codes, on devices that have `integer_product`.
 
     What differs between layers of one shape is in tensors, so that their compiled code is the same.
     """
