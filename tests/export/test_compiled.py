@@ -12,6 +12,7 @@ import torch
 from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
 from torch._dynamo.utils import counters
+from transformers import CompileConfig
 
 from bayeslora import BayesLoraError, compile_inference, export, load_integer
 from tests.conftest import build_tiny_bert, build_tiny_llama
@@ -78,6 +79,13 @@ def _plain_again(model: Any) -> Any:
     found.generation_config.cache_implementation = found.generation_config.compile_config = None
     found.generation_config.max_cache_len = None
     return found
+
+
+def test_a_configuration_of_the_caller_is_the_one_that_counts(tmp_path: Path) -> None:
+    model = _compiled(_integer(tmp_path), "eager")
+    assert model.get_compiled_call(model.generation_config.compile_config) is model.get_compiled_call.run()
+    own = model.get_compiled_call(CompileConfig(backend="eager", mode="default"))
+    assert own is model._compiled_call and own is not model.get_compiled_call.run()
 
 
 @pytest.mark.slow

@@ -115,6 +115,8 @@ class _CompiledCall(_Compiled):
         super().__init__(model, backend, dynamic=None)
 
     def __call__(self, compile_config: CompileConfig | None) -> Callable[..., Any]:
+        if not isinstance(compile_config, _OnEveryDevice):  # a caller's own, of which nothing may be lost
+            return type(self.model).get_compiled_call(self.model, compile_config)
         return self.run()
 
 

@@ -120,7 +120,7 @@ class FewRows:
     What differs between layers of one shape is in tensors, so that their compiled code is the same.
     """
 
-    __slots__ = ("bias", "codes", "diagonal", "grids", "input_step", "output_step", "scales", "up", "widths")
+    __slots__ = ("bias", "bounds", "codes", "diagonal", "input_step", "output_step", "scales", "up", "widths")
 
     def __init__(self, layer: IntegerLinear) -> None:
         self.codes, self.scales, self.bias = layer.codes, layer.sum_scales, layer.bias
@@ -128,23 +128,22 @@ class FewRows:
         # As tensors, by which torch divides in half the time.
         self.input_step, *_, self.output_step = steps.unbind()
         bounds = zip(layer.quantizers, lowest.unbind(), highest.unbind(), strict=True)
-        self.grids = [None if grid.bits == _UNQUANTIZED else (low, high) for grid, low, high in bounds]
+        self.bounds = [None if grid.bits == _UNQUANTIZED else (low, high) for grid, low, high in bounds]
         self.widths = (layer.out_features, layer.rank) if layer.rank else None
         if layer.rank:
             self.diagonal, self.up = layer.diagonal, layer.up
 
     def product(self, rows: Tensor) -> Tensor:
         """The layer's output (n, d_out), float32, for rows (n, d_in)."""
-        into, after_a, after_e, out = self.grids
+        into, after_a, after_e, out = self.bounds
         values = rows if rows.dtype == torch.float32 else rows.float()
         sums = integer_product(_within(into, values.div(self.input_step)).to(torch.int8), self.codes)
         found = sums * self.scales if self.bias is None else torch.addcmul(self.bias, sums, self.scales)
         if self.widths is not None:
             found, hidden = found.split_with_sizes(self.widths, 1)
             low = _within(after_e, _within(after_a, hidden).mul_(self.diagonal))
-            if (
-                torch.compiler.is_compiling() and len(rows) <= FEW_ROWS
-            ):  # a loop of its own, without the call of a library for r numbers
+            # Compiled, r numbers are a loop of the graph, which costs less than a library's product.
+            if torch.compiler.is_compiling() and len(rows) <= FEW_ROWS:
                 found = found + (low[:, :, None] * self.up).sum(1)
             else:
                 found = torch.addmm(found, low, self.up)
@@ -328,10 +327,10 @@ class IntegerLinear(Float32Module):
         if self.input.bits < _UNQUANTIZED:
             rows = self.input.quantize(rows)
         may_round = rows.dtype == torch.bfloat16 or not self.is_learned
-        if torch.compiler.is_compiling() and len(rows) <= FEW_ROWS and self.codes.dtype != torch.float32:
-            found, hidden = self._split(self._scaled(reduced_product(rows, self.codes)).to(rows.dtype))
-        elif self.codes.dtype == torch.float32:
+        if self.codes.dtype == torch.float32:
             found, hidden = nn.functional.linear(rows.float(), self.codes, self.bias).to(rows.dtype), None
+        elif torch.compiler.is_compiling() and len(rows) <= FEW_ROWS:
+            found, hidden = self._split(self._scaled(reduced_product(rows, self.codes)).to(rows.dtype))
         elif may_round and self._suits_weight_kernel(rows):
             found, hidden = self._split(self._scaled(weight_product(rows, self.codes)).to(rows.dtype))
         elif self.scale is not None:
@@ -370,13 +369,11 @@ class IntegerLinear(Float32Module):
         return self._few_rows
 
     def _suits_few_rows(self, x: Tensor) -> bool:
-        if not x.is_floating_point():
+        is_compiled = torch.compiler.is_compiling()  # then any number of rows does
+        if not (is_compiled or x.numel() <= FEW_ROWS * self.in_features) or not x.is_floating_point():
             return False
-        if not torch.compiler.is_compiling():  # compiled, any number of rows
-            if x.numel() > FEW_ROWS * self.in_features:
-                return False
-            if self._few_rows is not None:
-                return True
+        if not is_compiled and self._few_rows is not None:
+            return True
         is_whole = self._emitted is None and (self.is_stacked or not self.rank)
         return is_whole and self.takes_codes and has_integer_kernel(x.device.type)
 
