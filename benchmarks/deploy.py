@@ -6,8 +6,8 @@
     python benchmarks/deploy.py --encoder RUN --folder KEPT                    # the models stay for the next call
 
 FOLDER is what `bayeslora.evaluation.unpack_model("smollm2", FOLDER)` writes; the decoder's B-LoRA (r = 8, all linear
-layers, inputs quantized) is trained here on review lines. Timed, in rounds that take every variant in turn, so that a
-drift of the machine's speed touches all alike:
+layers, inputs quantized, base weights in bytes) is trained here on review lines. Timed, in rounds that take every
+variant in turn, so that a drift of the machine's speed touches all alike:
 
     lora              PEFT's LoRA of the same initial rank, not merged, float32: the ratios' denominator
     merged-float32    the same, merged
@@ -36,7 +36,7 @@ from typing import Any
 
 import torch
 from deploy_models import (
-    EIGHT_BITS,
+    DECODER,
     VARIANTS,
     calibration,
     decoder,
@@ -59,6 +59,7 @@ from bayeslora.evaluation import evaluate, load_task
 
 PROMPT = "The film is a warm, funny and moving story about two brothers who"
 INTEGER = ("integer-float32", "integer-bfloat16")
+COMPILED = "integer-float32-compiled"
 
 
 @dataclass(frozen=True)
@@ -87,15 +88,14 @@ def encoder_forms(job: Forms) -> dict[str, Any]:
         return 100 * float(evaluate(each, data, task, tokenizer).scores[task.metric])
 
     scores = {"metric": task.metric, "before": scored(model)}
-    scores.update({variant: scored(load("encoder", variant, job.folder)) for variant in INTEGER})
+    scores.update({variant: scored(load("encoder", variant, job.folder)) for variant in (*INTEGER, COMPILED)})
     return {**job.settings, "length": info.max_length, "widths": widths(model), "bytes": written, "scores": scores}
 
 
 def decoder_forms(job: Forms) -> dict[str, Any]:
     folder, length = job.settings["model"], 64
     tokenizer = AutoTokenizer.from_pretrained(folder)
-    options = {name: job.settings[name] for name in EIGHT_BITS if name in job.settings}
-    model = decoder(folder, tokenizer, job.settings["training_steps"], options)
+    model = decoder(folder, tokenizer, job.settings["training_steps"], job.settings["adapter"])
     written = write("decoder", model, tokenizer, folder, calibration(tokenizer, length), job.folder)
     texts = texts_of("test")[: job.settings["test_rows"]]
     held_out = text_batches(tokenizer, texts, 16, length, sys.maxsize // 16)
@@ -173,7 +173,6 @@ def main() -> None:
     parser.add_argument("--encoder", type=Path, metavar="RUN", help="a B-LoRA run of `bayeslora train`")
     parser.add_argument("--decoder", metavar="FOLDER", help="a language model's folder")
     parser.add_argument("--decoder-steps", type=int, default=300, help="training steps of the decoder's B-LoRA")
-    parser.add_argument("--eight-bits", action="store_true", help="begin the decoder's widths at 8 bits, not at 32")
     parser.add_argument("--test-rows", type=int, default=None, help="test texts to score the encoder on (all)")
     parser.add_argument("--decoder-rows", type=int, default=None, help="test texts to score the decoder on (all)")
     parser.add_argument("--rounds", type=int, default=10)
@@ -212,7 +211,7 @@ def main() -> None:
             settings = {
                 "model": given.decoder,
                 "training_steps": given.decoder_steps,
-                **(EIGHT_BITS if given.eight_bits else {}),
+                "adapter": DECODER,
                 "test_rows": given.decoder_rows,
             }
             forms.append(Forms("decoder", folder / "decoder", settings))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -36,8 +36,19 @@ VARIANTS = (
 KINDS = {"encoder": AutoModelForSequenceClassification, "decoder": AutoModelForCausalLM}
 LINEAR = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 
-EIGHT_BITS = {"initial_bit_logits": [4.0, 4.0, -6.0, -6.0]}
-"""Logits of gates from which widths begin at 8 bits and hardly leave them for wider ones."""
+DECODER = {
+    "r": 8,
+    "lora_alpha": 16,
+    "target_modules": LINEAR,
+    "quantize_input": True,
+    # Base weights in bytes, which kernels read; a few of a language model's large entries must not be clipped.
+    "fixed_bits": {"weight": 8},
+    "calibration": "absmax",
+    "bit_penalty": 1e-3,
+    "warmup_fraction": 0.4,
+    "freeze_fraction": 0.4,
+}
+"""Options of the decoder's B-LoRA."""
 
 _CALIBRATION_BATCHES = 8
 
@@ -136,23 +147,12 @@ def calibration(tokenizer: PreTrainedTokenizerBase, length: int) -> list[dict[st
 
 
 def decoder(
-    folder: str, tokenizer: PreTrainedTokenizerBase, steps: int, options: Mapping[str, Any], seed: int = 0
+    folder: str, tokenizer: PreTrainedTokenizerBase, steps: int, options: dict[str, Any], seed: int = 0
 ) -> nn.Module:
-    """A language model with a B-LoRA on all linear layers and their inputs, trained on review lines for `steps`."""
+    """A language model with a B-LoRA of these `options`, trained on review lines for `steps`."""
     torch.manual_seed(seed)
     base = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, **ATTENTION)
-    config = BLoraConfig(
-        r=8,
-        lora_alpha=16,
-        target_modules=LINEAR,
-        quantize_input=True,
-        bit_penalty=1e-3,
-        warmup_fraction=0.4,
-        freeze_fraction=0.4,
-        task_type="CAUSAL_LM",
-        **options,
-    )
-    model = get_peft_model(base, config).train()
+    model = get_peft_model(base, BLoraConfig(task_type="CAUSAL_LM", **options)).train()
     optimizer = torch.optim.AdamW(bayeslora.parameter_groups(model, lr=5e-4))
     loop = bayeslora.BayesLoop(model, optimizer, total_steps=steps, num_examples=len(texts_of("train")), seed=seed)
     for batch in _endless(text_batches(tokenizer, texts_of("train"), 8, 64, steps), steps):

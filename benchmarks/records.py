@@ -107,9 +107,17 @@ def check_settings(path: Path, wanted: Mapping[str, Any]) -> None:
 
 
 def _differ(name: str, one: Mapping[str, Any], other: Mapping[str, Any]) -> bool:
-    """Whether two records differ in a setting; not in the adapter's, where one of them does not say it."""
-    unsaid = name == "adapter" and not (name in one and name in other)
-    return not unsaid and one.get(name) != other.get(name)
+    """Whether two records differ in a setting; not in the adapter's, where one of them does not say it.
+
+    Of the adapter's options one that is None is not used: an older file may not know it.
+    """
+    if name != "adapter":
+        return one.get(name) != other.get(name)
+    return name in one and name in other and _used(one[name]) != _used(other[name])
+
+
+def _used(adapter: Mapping[str, Any] | None) -> dict[str, Any] | None:
+    return None if adapter is None else {option: value for option, value in adapter.items() if value is not None}
 
 
 def grouped(runs: Iterable[Run], *keys: str) -> dict[tuple[str, ...], list[Run]]:

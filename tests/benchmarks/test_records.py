@@ -48,6 +48,9 @@ def test_an_adapter_with_other_options_is_refused_where_the_file_says_them(tmp_p
     check_settings(path, {"adapter": {"r": 8}})
     with pytest.raises(BayesLoraError, match=r"mrpc-lora-0.json records adapter \{.r.: 8\}"):
         check_settings(path, {"adapter": {"r": 4}})
+    check_settings(path, {"adapter": {"r": 8, "an option since then": None}})
+    with pytest.raises(BayesLoraError, match="adapter"):
+        check_settings(path, {"adapter": {"r": 8, "an option since then": 0}})
     told = {**run(), "adapter": {"r": 8}, "file": "a.json"}
     check_alike([told, {**run(seed=1), "file": "b.json"}])
     with pytest.raises(BayesLoraError, match="adapter"):

@@ -88,6 +88,15 @@ def test_a_configuration_of_the_caller_is_the_one_that_counts(tmp_path: Path) ->
     assert own is model._compiled_call and own is not model.get_compiled_call.run()
 
 
+@pytest.mark.parametrize("widths", [{"in": 16}, {"in": 32, "out": 16}, {"A": 16}, {"weight": 16, "in": 16}], ids=str)
+def test_layers_without_an_integer_product_are_compiled_too(widths: dict[str, int], tmp_path: Path) -> None:
+    plain = _integer(tmp_path, widths=widths)
+    compiled = _compiled(load_integer(tmp_path), "eager")
+    for ours, theirs in zip(_generated(compiled, **SCORES).logits, _generated(plain, **SCORES).logits, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=0.01, atol=0.01)
+    assert counters["stats"]["unique_graphs"] == 1 and not counters["graph_break"]
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_code_of_the_compiler_gives_the_same_scores(tmp_path: Path, dtype: torch.dtype) -> None:

@@ -57,6 +57,11 @@ BAD_OPTIONS: list[tuple[dict[str, Any], str]] = [
     ({"target_bops": 0.3, "mode": "ra"}, "target_bops needs learned bit-widths: use mode 'q' or 'q\\+ra'"),
     ({"quantize_input": True, "mode": "ra"}, "quantize_input needs learned bit-widths"),
     ({"initial_bit_logits": [1.0, 2.0]}, "initial_bit_logits has 2 numbers"),
+    ({"fixed_bits": {"wieght": 8}}, "fixed_bits names 'wieght': the kinds of tensors are weight, A, E, B"),
+    ({"fixed_bits": {"A": 3}}, "fixed_bits gives A 3 bits: choose from 2, 4, 8, 16, 32"),
+    ({"fixed_bits": {"in": 8}}, "fixed_bits names in, which is quantized with quantize_input=True only"),
+    ({"fixed_bits": {"A": 8}, "mode": "ra"}, "fixed_bits needs quantizers"),
+    ({"fixed_bits": dict.fromkeys(KINDS, 8), "mode": "q"}, "fixed_bits leaves no width to learn"),
     ({"warmup_fraction": 0.6, "freeze_fraction": 0.4}, "leave no steps for the gates: keep their sum below 1"),
     ({"warmup_fraction": -0.1}, "warmup_fraction -0.1 and freeze_fraction \\S+ leave no steps"),
     ({"freeze_fraction": 1.5}, "leave no steps"),
@@ -104,8 +109,9 @@ def test_a_cut_rank_keeps_the_scaling_it_was_trained_with() -> None:
 
 def test_the_configuration_survives_a_file(tmp_path: Path) -> None:
     config = BLoraConfig(
-        r=5, target_modules=["first"], mode="q", target_bops=0.25, initial_bit_logits=[3.0, 2.0, 1.0, 0.5]
-    )
+        r=5, target_modules=["first"], mode="q", target_bops=0.25, initial_bit_logits=[3.0, 2.0, 1.0, 0.5],
+        fixed_bits={"weight": 8},
+    )  # fmt: skip
     config.save_pretrained(tmp_path)
     again = PeftConfig.from_pretrained(tmp_path)
     assert type(again) is BLoraConfig and again.peft_type is PeftType.BLORA is PeftType("BLORA")
@@ -257,6 +263,30 @@ def test_gates_that_cannot_close_are_refused_with_the_rate_that_would_do(options
 def test_a_run_too_short_for_the_gates_is_refused(steps: int) -> None:
     with pytest.raises(BayesLoraError, match=f"{steps} training steps leave . for the gates .* train longer"):
         tiny_model(WARM_UP).base_model.begin(Schedule(total_steps=steps))
+
+
+def test_a_fixed_width_stays_under_any_penalty_while_the_others_are_learned() -> None:
+    fixed = {"weight": 8, "out": 16, "A": 2, "in": 32}
+    options = {"fixed_bits": fixed, "quantize_input": True, "bit_penalty": 10.0, "warmup_fraction": 0.1}
+    model = get_peft_model(Tiny(), BLoraConfig(target_modules=["first", "second"], **options))
+    optimizer = torch.optim.AdamW(bayeslora.parameter_groups(model, lr=1e-3))
+    loop = bayeslora.BayesLoop(model, optimizer, total_steps=40, num_examples=40)
+    drawn: set[tuple[tuple[int, ...], ...]] = set()
+    for _ in range(40):
+        loop.step_begin()
+        model(X).square().mean().backward()
+        quantizers = layers_of(model)[0].blora_quantizers["default"]
+        if quantizers.noise is not None:
+            widths = dict(zip(quantizers.kinds, quantizers.sampled().widths, strict=True))
+            drawn.add(tuple(widths[kind] for kind in fixed))
+        loop.before_optimizer_step()
+        optimizer.step()
+        loop.step_end()
+        optimizer.zero_grad()
+    assert drawn == {tuple((bits,) for bits in fixed.values())}
+    for layer in describe(model):
+        assert {kind: layer.bits[kind] for kind in fixed} == fixed
+        assert {layer.bits[kind] for kind in ("E", "B", "A_out", "E_out")} == {2}
 
 
 def test_rank_gates_that_start_closed_are_refused() -> None:

@@ -11,7 +11,7 @@ from peft import PeftModel, get_peft_model
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig, OPTConfig, OPTForCausalLM, TorchAoConfig
 
-from bayeslora import BayesLoop, BLoraConfig, describe, parameter_groups
+from bayeslora import BayesLoop, BayesLoraError, BLoraConfig, describe, parameter_groups
 from bayeslora.methods.blora_layer import BLoraLayer
 
 STEPS = 8
@@ -82,6 +82,12 @@ def _config(mode: str) -> BLoraConfig:
         warmup_fraction=0.25,
         freeze_fraction=0.25,
     )
+
+
+def test_a_fixed_width_for_a_weight_that_keeps_its_own_is_refused(base_folder: Path) -> None:
+    config = BLoraConfig(target_modules=["q_proj"], fixed_bits={"weight": 8})
+    with pytest.raises(BayesLoraError, match="a base weight loaded in few bits keeps those"):
+        get_peft_model(_load(base_folder, "bitsandbytes 8 bits"), config)
 
 
 @pytest.mark.parametrize("mode", ["q+ra", "ra"])

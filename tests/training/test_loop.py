@@ -247,6 +247,15 @@ def test_closing_the_weakest_gate_lowers_one_width_by_one_step() -> None:
     first, second = describe(model)
     assert set(first.bits.values()) == {8}
     assert second.bits == {**dict.fromkeys(first.bits, 8), "E": 4}
+    for config in model.peft_config.values():
+        config.fixed_bits = dict.fromkeys(set(first.bits) - {"B"}, 8)  # of these no gate is closed
+    for layer in layers_of(model):
+        all_widths(layer, 4)
+    assert model.base_model.close_weakest() and model.base_model.close_weakest()
+    assert [each.bits for each in describe(model)] == [{**dict.fromkeys(first.bits, 4), "B": 2}] * 2
+    assert not model.base_model.close_weakest()
+    for config in model.peft_config.values():
+        config.fixed_bits = None
     for layer in layers_of(model):
         all_widths(layer, 2)
     assert not model.base_model.close_weakest()

@@ -115,12 +115,16 @@ class FewRows:
     """A layer's arithmetic in as few calls as it takes: for a few rows at a time, as in generation; compiled, for any.
 
     With few rows a product takes less time than what surrounds it, and so do the look-ups of a module's buffers, which
-    are here beside one another. For layers that take codes, on devices that have `integer_product`.
+    are here beside one another. Layers whose operands are both codes are for devices that have `integer_product`, any
+    others to be compiled, for a few rows.
 
     What differs between layers of one shape is in tensors, so that their compiled code is the same.
     """
 
-    __slots__ = ("bias", "bounds", "codes", "diagonal", "input_step", "output_step", "scales", "up", "widths")
+    __slots__ = (
+        "bias", "bounds", "codes", "diagonal", "down", "input_step",
+        "output_step", "product_of", "scales", "up", "widths",
+    )  # fmt: skip
 
     def __init__(self, layer: IntegerLinear) -> None:
         self.codes, self.scales, self.bias = layer.codes, layer.sum_scales, layer.bias
@@ -129,7 +133,11 @@ class FewRows:
         self.input_step, *_, self.output_step = steps.unbind()
         bounds = zip(layer.quantizers, lowest.unbind(), highest.unbind(), strict=True)
         self.bounds = [None if grid.bits == _UNQUANTIZED else (low, high) for grid, low, high in bounds]
-        self.widths = (layer.out_features, layer.rank) if layer.rank else None
+        self.product_of = _product_of_bytes if layer.takes_codes else _product_of_wider
+        if not layer.takes_codes:
+            self.scales = self.scales * self.input_step
+        self.widths = (layer.out_features, layer.rank) if layer.is_stacked else None
+        self.down = None if layer.is_stacked or not layer.rank else layer.down * self.input_step
         if layer.rank:
             self.diagonal, self.up = layer.diagonal, layer.up
 
@@ -137,10 +145,14 @@ class FewRows:
         """The layer's output (n, d_out), float32, for rows (n, d_in)."""
         into, after_a, after_e, out = self.bounds
         values = rows if rows.dtype == torch.float32 else rows.float()
-        sums = integer_product(_within(into, values.div(self.input_step)).to(torch.int8), self.codes)
+        steps = _within(into, values.div(self.input_step))
+        sums, hidden = self.product_of(steps, self.codes), None
         found = sums * self.scales if self.bias is None else torch.addcmul(self.bias, sums, self.scales)
         if self.widths is not None:
             found, hidden = found.split_with_sizes(self.widths, 1)
+        elif self.down is not None:
+            hidden = nn.functional.linear(steps, self.down)
+        if hidden is not None:
             low = _within(after_e, _within(after_a, hidden).mul_(self.diagonal))
             # Compiled, r numbers are a loop of the graph, which costs less than a library's product.
             if torch.compiler.is_compiling() and len(rows) <= FEW_ROWS:
@@ -148,6 +160,15 @@ class FewRows:
             else:
                 found = torch.addmm(found, low, self.up)
         return found if out is None else _within(out, found).mul_(self.output_step)
+
+
+def _product_of_bytes(steps: Tensor, codes: Tensor) -> Tensor:
+    return integer_product(steps.to(torch.int8), codes)
+
+
+def _product_of_wider(steps: Tensor, codes: Tensor) -> Tensor:
+    """Of codes of more than 8 bits, or of numbers, which float32 holds: with codes, or with values."""
+    return nn.functional.linear(steps, codes) if codes.is_floating_point() else reduced_product(steps, codes)
 
 
 def _within(bounds: tuple[Tensor, Tensor] | None, steps: Tensor) -> Tensor:
@@ -329,8 +350,6 @@ class IntegerLinear(Float32Module):
         may_round = rows.dtype == torch.bfloat16 or not self.is_learned
         if self.codes.dtype == torch.float32:
             found, hidden = nn.functional.linear(rows.float(), self.codes, self.bias).to(rows.dtype), None
-        elif torch.compiler.is_compiling() and len(rows) <= FEW_ROWS:
-            found, hidden = self._split(self._scaled(reduced_product(rows, self.codes)).to(rows.dtype))
         elif may_round and self._suits_weight_kernel(rows):
             found, hidden = self._split(self._scaled(weight_product(rows, self.codes)).to(rows.dtype))
         elif self.scale is not None:
@@ -369,13 +388,14 @@ class IntegerLinear(Float32Module):
         return self._few_rows
 
     def _suits_few_rows(self, x: Tensor) -> bool:
-        is_compiled = torch.compiler.is_compiling()  # then any number of rows does
-        if not (is_compiled or x.numel() <= FEW_ROWS * self.in_features) or not x.is_floating_point():
+        is_compiled, are_few = torch.compiler.is_compiling(), x.numel() <= FEW_ROWS * self.in_features
+        if not x.is_floating_point() or self.emits_codes:
             return False
-        if not is_compiled and self._few_rows is not None:
-            return True
-        is_whole = self._emitted is None and (self.is_stacked or not self.rank)
-        return is_whole and self.takes_codes and has_integer_kernel(x.device.type)
+        if not self.takes_codes:
+            return is_compiled and are_few
+        if not (is_compiled or are_few):
+            return False
+        return self._few_rows is not None or has_integer_kernel(x.device.type)
 
     def _suits_weight_kernel(self, x: Tensor) -> bool:
         fits = len(x) <= FEW_ROWS and self.in_features % WEIGHT_MULTIPLE == 0

@@ -22,9 +22,10 @@ from torch import Tensor
 from bayeslora.errors import BayesLoraError
 from bayeslora.methods.blora_layer import BLoraLayer, Linear
 from bayeslora.methods.config import AdapterConfig
-from bayeslora.methods.quantizers import GATED_WIDTHS, Phase
+from bayeslora.methods.description import KINDS
+from bayeslora.methods.quantizers import GATED_WIDTHS, Phase, fixed_logits
 from bayeslora.methods.tuner import BayesTuner, ParameterRole, Schedule, step_generator
-from bayeslora.quantization import OPEN_LOGIT, nested_probability, open_probability, rank_probability
+from bayeslora.quantization import OPEN_LOGIT, WIDTHS, nested_probability, open_probability, rank_probability
 
 
 @dataclass
@@ -52,6 +53,10 @@ class BLoraConfig(AdapterConfig):
     initial_bit_logits: list[float] = field(
         default_factory=lambda: [4.0, 4.0, 1.0, 0.0],
         metadata={"help": "Starting logits of the gates of 4, 8, 16 and 32 bits."},
+    )
+    fixed_bits: dict[str, int] | None = field(
+        default=None,
+        metadata={"help": "Widths that are not learned: bits by kind, of weight, in, A, E, B, A_out, E_out, out."},
     )
     initial_rank_logit: float = field(default=6.0, metadata={"help": "Starting logit of the rank gates."})
     calibration: Literal["mse", "absmax"] = field(
@@ -90,12 +95,34 @@ class BLoraConfig(AdapterConfig):
             raise BayesLoraError(
                 f"initial_bit_logits has {len(self.initial_bit_logits)} numbers: give 4, for 4, 8, 16 and 32 bits"
             )
+        self._check_fixed_bits()
         shares = (self.warmup_fraction, self.freeze_fraction)
         if min(shares) < 0 or sum(shares) >= 1:
             raise BayesLoraError(
                 f"warmup_fraction {shares[0]} and freeze_fraction {shares[1]} leave no steps for the gates: "
                 "keep their sum below 1"
             )
+
+    def _check_fixed_bits(self) -> None:
+        if not self.fixed_bits:
+            return
+        if self.mode == "ra":
+            raise BayesLoraError("fixed_bits needs quantizers: use mode 'q' or 'q+ra', or drop fixed_bits")
+        kinds = [*KINDS, "in"] if self.quantize_input else KINDS
+        for kind, bits in self.fixed_bits.items():
+            if kind == "in" and kind not in kinds:
+                raise BayesLoraError("fixed_bits names in, which is quantized with quantize_input=True only")
+            if kind not in kinds:
+                raise BayesLoraError(f"fixed_bits names {kind!r}: the kinds of tensors are {', '.join(kinds)}")
+            if bits not in WIDTHS:
+                raise BayesLoraError(f"fixed_bits gives {kind} {bits} bits: choose from {', '.join(map(str, WIDTHS))}")
+        if self.mode == "q" and set(self.fixed_bits) == set(kinds):
+            raise BayesLoraError("fixed_bits leaves no width to learn: leave some kinds out, or use mode 'q+ra'")
+
+    def bit_logits(self, kind: str) -> list[float]:
+        """Starting logits of the gates of 4, 8, 16 and 32 bits of one kind of tensor."""
+        fixed = (self.fixed_bits or {}).get(kind)
+        return self.initial_bit_logits if fixed is None else fixed_logits(fixed)
 
     @property
     def learns_bits(self) -> bool:
@@ -267,12 +294,16 @@ class BLoraModel(BayesTuner):
 
     @torch.no_grad()
     def close_weakest(self) -> bool:
-        """Close the open bit gate with the lowest logit; False when there is none left above two bits."""
+        """Close the open bit gate with the lowest logit, of a width that is learned; False when none is left."""
         name = self._driven_adapter()
+        fixed = self.config_of(name).fixed_bits or {}
         weakest: tuple[float, Tensor, tuple[int, int]] | None = None
         for layer in self._learning(name):
-            gates = layer.quantizers(name).gates
+            quantizers = layer.quantizers(name)
+            gates = quantizers.gates
             for row, logits in enumerate(gates.tolist()):
+                if quantizers.kinds[row] in fixed:
+                    continue
                 opened = [logit > OPEN_LOGIT for logit in logits]
                 last = (opened.index(False) if False in opened else len(opened)) - 1
                 if last >= 0 and (weakest is None or logits[last] < weakest[0]):

@@ -72,6 +72,10 @@ class BLoraLayer(BayesLayer):
         return cast(Progress, self.blora_progress[name])
 
     def _make_quantizers(self, config: BLoraConfig, rank: int) -> Quantizers:
+        if not self.has_plain_weight and BASE_WEIGHT in (config.fixed_bits or {}):
+            raise BayesLoraError(
+                "fixed_bits names weight, but a base weight loaded in few bits keeps those: leave it out"
+            )
         kinds = [BASE_WEIGHT] if self.has_plain_weight else []
         kinds += ["in"] if config.quantize_input else []
         kinds += [kind for kind in KINDS if kind != BASE_WEIGHT]
@@ -82,7 +86,7 @@ class BLoraLayer(BayesLayer):
                 BASE_WEIGHT: (1, self.out_features) if self.is_transposed else (self.out_features, 1),
                 "A": (rank, 1),
             }
-        return Quantizers(tuple(kinds), shapes, config.initial_bit_logits)
+        return Quantizers(tuple(kinds), shapes, [config.bit_logits(kind) for kind in kinds])
 
     @property
     def has_plain_weight(self) -> bool:

@@ -28,6 +28,7 @@ from bayeslora.quantization import (
 GATED_WIDTHS = WIDTHS[1:]
 BASE_WEIGHT = "weight"
 UNQUANTIZED = (WIDTHS[-1],)
+_FIXED = 20.0  # the noise of `draw` lies within 14
 _LOG_LIMIT = 20.0  # keeps a range finite and non-zero whatever an optimizer does to its logarithm
 
 
@@ -80,7 +81,7 @@ class Quantizers(Float32Module):
     Args:
         kinds: names of the quantized tensors, in order.
         shapes: shape of the range of each kind that has one a channel, such as (d_out, 1); the others have one number.
-        initial_logits: starting logits of the gates of 4, 8, 16 and 32 bits.
+        initial_logits: for each kind the starting logits of the gates of 4, 8, 16 and 32 bits.
 
     Tensors (all float32 whatever the model is cast to): `gates` (kinds, 4) logits; `log_weight_range`, the logarithm
     of the base weight's range, which stops learning when gates freeze; `log_ranges`, those of the other kinds;
@@ -90,13 +91,13 @@ class Quantizers(Float32Module):
     observed: Tensor
 
     def __init__(
-        self, kinds: tuple[str, ...], shapes: dict[str, tuple[int, int]], initial_logits: Sequence[float]
+        self, kinds: tuple[str, ...], shapes: dict[str, tuple[int, int]], initial_logits: Sequence[Sequence[float]]
     ) -> None:
         super().__init__()
         self.kinds = kinds
         self.shapes: list[tuple[int, ...]] = [shapes.get(kind, ()) for kind in kinds]
         self.channels = [math.prod(shape) for shape in self.shapes]
-        self.gates = nn.Parameter(torch.tensor([list(initial_logits)] * len(kinds), dtype=torch.float32))
+        self.gates = nn.Parameter(torch.tensor([list(row) for row in initial_logits], dtype=torch.float32))
         if BASE_WEIGHT in kinds:
             if kinds[0] != BASE_WEIGHT:
                 raise ValueError(f"the base weight comes first among the quantized tensors, not {kinds}")
@@ -225,6 +226,11 @@ class RankGates(Float32Module):
 
     def forward(self) -> Tensor:
         return rank_gates(self.logits.float())
+
+
+def fixed_logits(bits: int) -> list[float]:
+    """Logits of gates that stay at `bits`: no noise reaches across them, and no gradient is left of the penalty's."""
+    return [_FIXED if width <= bits else -_FIXED for width in GATED_WIDTHS]
 
 
 def _width(logits: list[float]) -> int:
