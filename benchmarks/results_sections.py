@@ -196,7 +196,9 @@ def timing_section(results: Path) -> str:
     for path in sorted(results.glob("*.json")):
         found = json.loads(path.read_text(encoding="utf-8"))
         script = f"benchmarks/{path.stem.partition('-')[0]}.py"
-        settings = [f"{key} {found[key]}" for key in ("batch", "samples", "rounds", "threads") if key in found]
+        settings = [
+            f"{key} {found[key]}" for key in ("batch", "tokens", "samples", "rounds", "threads") if key in found
+        ]
         machine = found.get("machine")
         if isinstance(machine, dict) and "instructions" in machine:
             settings.append(f"{machine['processor']} with {', '.join(machine['instructions'])}")
