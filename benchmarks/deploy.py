@@ -123,8 +123,13 @@ def work(
 
     @torch.inference_mode()
     def write_on() -> int:
+        # No token ends the text: to hold one back would cost every variant a look at the whole vocabulary.
         model.generate(
-            **prompt, do_sample=False, max_new_tokens=given.tokens, min_new_tokens=given.tokens, pad_token_id=0
+            **prompt,
+            do_sample=False,
+            max_new_tokens=given.tokens,
+            eos_token_id=model.config.vocab_size,
+            pad_token_id=0,
         )
         return given.tokens
 

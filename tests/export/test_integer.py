@@ -114,7 +114,7 @@ def test_every_width_of_everything(kind: str, width: int, tmp_path: Path) -> Non
 
 @pytest.mark.parametrize("rows", [1, 3, 4, 5, 40])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("width", [8, 32])
+@pytest.mark.parametrize("width", [8, 16, 32])
 def test_kernels_give_what_dequantizing_gives(
     width: int, dtype: torch.dtype, rows: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -124,7 +124,8 @@ def test_kernels_give_what_dequantizing_gives(
     integer = load_integer(tmp_path, dtype=dtype)
     x = torch.randn(rows, 32, generator=torch.Generator().manual_seed(1)).to(dtype)
     layers = [integer.lm_head, integer.model.layers[0].mlp.up_proj]
-    assert layers[0].is_learned is False and layers[1].takes_codes is (width == 8)
+    assert layers[0].is_learned is False
+    assert (layers[1].takes_codes, layers[1].takes_two_bytes) == (width == 8, width == 16)
     for layer in layers:
         found = layer(x).float()
         with monkeypatch.context() as patched:
@@ -178,6 +179,20 @@ def test_activations_stay_where_the_second_layer_reads_no_codes_or_codes_could_p
     assert not feeding[0].can_feed(following)
 
 
+@pytest.mark.parametrize("rows", [1, 5, 40])
+@pytest.mark.parametrize("width", [24, 1536])
+def test_codes_of_two_bytes_are_multiplied_as_exactly_as_float32_holds(rows: int, width: int) -> None:
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randint(-32767, 32768, (rows, width), generator=generator).float()
+    x[0, :8] = torch.tensor([-32767.0, 32767, 0, -1, 255, 256, -256, -257])
+    x[-1, 8:] = 32767
+    codes = torch.randint(-127, 128, (40, width), generator=generator).to(torch.int8)
+    codes[:, 8:] = torch.where(torch.arange(40)[:, None] < 20, 127, codes[:, 8:])  # sums as large as they can be
+    expected = x.double() @ codes.double().T
+    found = integer_kernels.two_byte_product(x, codes, codes.sum(1).float())
+    assert (found - expected).abs().max() <= 2**-22 * (x.double().abs() @ codes.double().abs().T).max()
+
+
 def _integer_layers(model: nn.Module) -> list[IntegerLinear]:
     return [module for module in model.modules() if isinstance(module, IntegerLinear)]
 
@@ -227,6 +242,19 @@ def test_a_compiled_model_is_one_graph_and_computes_the_same(tmp_path: Path, mon
         compiled = torch.compile(model, backend="eager", fullgraph=True)
         for tokens in (TOKENS, TOKENS[:1, :1], TOKENS[:1, :4]):
             torch.testing.assert_close(_logits(compiled, tokens), _logits(model, tokens), rtol=1e-4, atol=1e-4)
+
+
+@torch.no_grad()
+def test_a_compiled_model_of_wide_inputs_computes_the_same_for_any_number_of_rows(tmp_path: Path) -> None:
+    export(_blora(build_tiny_llama(), LLAMA, {"in": 16}, quantize_input=True), tmp_path, format="integer")
+    layers = [layer for layer in _integer_layers(load_integer(tmp_path)) if layer.takes_two_bytes]
+    assert len(layers) > 3
+    for rows in (1, 3, 40):
+        for layer in layers:
+            torch._dynamo.reset()
+            x = torch.randn(rows, layer.in_features, generator=torch.Generator().manual_seed(1))
+            apart = (torch.compile(layer, backend="eager", fullgraph=True)(x) - layer(x)).abs() / layer.output.step
+            assert apart.max() <= 1.01 and float((apart > 0.01).float().mean()) <= 0.002
 
 
 def test_a_width_that_a_kernel_would_read_past_goes_another_way(tmp_path: Path) -> None:

@@ -88,6 +88,10 @@ def test_a_fixed_width_for_a_weight_that_keeps_its_own_is_refused(base_folder: P
     config = BLoraConfig(target_modules=["q_proj"], fixed_bits={"weight": 8})
     with pytest.raises(BayesLoraError, match="a base weight loaded in few bits keeps those"):
         get_peft_model(_load(base_folder, "bitsandbytes 8 bits"), config)
+    others = dict.fromkeys(["A", "E", "B", "A_out", "E_out", "out"], 8)
+    config = BLoraConfig(target_modules=["q_proj"], mode="q", fixed_bits=others)
+    with pytest.raises(BayesLoraError, match="leaves no width to learn"):
+        get_peft_model(_load(base_folder, "bitsandbytes 8 bits"), config)
 
 
 @pytest.mark.parametrize("mode", ["q+ra", "ra"])

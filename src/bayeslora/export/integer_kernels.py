@@ -28,6 +28,7 @@ _ANY_SHAPES = ((1, 24, 40), (FEW_ROWS, 37, 11), (33, 64, 51))
 _TIMED_WIDTH = 256  # of d_in and d_out
 _SLOWEST = 10  # times the plain product, of float32
 _FEWEST_RUNS, _MOST_RUNS = 5, 30
+_BYTE_VALUES = 256
 _BLOCK = 1 << 22  # entries of a weight that are dequantized at a time
 
 
@@ -67,6 +68,19 @@ def _in_blocks(codes: Tensor) -> tuple[Tensor, ...]:
 def integer_product(x: Tensor, codes: Tensor) -> Tensor:
     """`torch._int_mm`, of int8 `x`: sums are exact, and int32."""
     return torch._int_mm(x, codes.T)
+
+
+def two_byte_product(x: Tensor, codes: Tensor, row_sums: Tensor) -> Tensor:
+    """The same of float32 `x` that are codes of 16 bits: their two bytes are rows of one `integer_product`.
+
+    A code is 256 times its high byte, plus its low byte, plus 128, where both bytes are int8. What the 128 adds to
+    each column is 128 times the sum of a row of `codes`: `row_sums` are these sums, (d_out,), float32.
+    """
+    high = x.div(_BYTE_VALUES).floor_()
+    low = torch.sub(x, high, alpha=_BYTE_VALUES).sub_(ZERO_CODE)
+    sums = integer_product(torch.cat([high, low]).to(torch.int8), codes).float()
+    high, low = sums.split(len(x))
+    return low.add_(high, alpha=_BYTE_VALUES).add_(row_sums, alpha=ZERO_CODE)
 
 
 def weight_product(x: Tensor, codes: Tensor) -> Tensor:

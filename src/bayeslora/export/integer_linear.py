@@ -5,8 +5,9 @@ With codes $q$ and steps $s$ fixed, the layer
 $$ y = Q_{out}\bigl( Q_w(W_0) x_q + b + c\, Q_b(B)\, Q_E( E \circ Q_A( Q_a(A) x_q ) ) \bigr) $$
 
 has two products with $x_q$, which are one: the rows of $A$ lie below those of $W_0$ in one matrix of codes, and each
-row has a scale of its own. Where $x_q$ has at most 8 bits, the product is one of integers and exact. Base weight and
-update are not added up: their sum lies on no grid, and the quantizers between the factors have no place in it.
+row has a scale of its own. Where $x_q$ has at most 8 bits, the product is one of integers and exact; of 16 bits, the
+high and the low bytes are two rows of such a product. Base weight and update are not added up: their sum lies on no
+grid, and the quantizers between the factors have no place in it.
 """
 
 from __future__ import annotations
@@ -29,12 +30,14 @@ from bayeslora.export.integer_kernels import (
     integer_product,
     reduced_product,
     scaled_product,
+    two_byte_product,
     weight_product,
 )
 from bayeslora.methods.layer import Float32Module
 from bayeslora.quantization import WIDTHS, grid_step
 
 _BYTE = 8
+_TWO_BYTES = 16
 _UNQUANTIZED = WIDTHS[-1]
 _GELU_MINIMUM = -0.17
 _CACHED = 1 << 18  # numbers, a megabyte of float32
@@ -115,15 +118,15 @@ class FewRows:
     """A layer's arithmetic in as few calls as it takes: for a few rows at a time, as in generation; compiled, for any.
 
     With few rows a product takes less time than what surrounds it, and so do the look-ups of a module's buffers, which
-    are here beside one another. Layers whose operands are both codes are for devices that have `integer_product`, any
-    others to be compiled, for a few rows.
+    are here beside one another. Layers whose operands are both codes are for devices that have `integer_product`, with
+    inputs of 16 bits for any number of rows; others are to be compiled, for a few rows.
 
     What differs between layers of one shape is in tensors, so that their compiled code is the same.
     """
 
     __slots__ = (
         "bias", "bounds", "codes", "diagonal", "down", "input_step",
-        "output_step", "product_of", "scales", "up", "widths",
+        "output_step", "row_sums", "scales", "takes_codes", "up", "widths",
     )  # fmt: skip
 
     def __init__(self, layer: IntegerLinear) -> None:
@@ -133,7 +136,7 @@ class FewRows:
         self.input_step, *_, self.output_step = steps.unbind()
         bounds = zip(layer.quantizers, lowest.unbind(), highest.unbind(), strict=True)
         self.bounds = [None if grid.bits == _UNQUANTIZED else (low, high) for grid, low, high in bounds]
-        self.product_of = _product_of_bytes if layer.takes_codes else _product_of_wider
+        self.takes_codes, self.row_sums = layer.takes_codes, layer.row_sums
         if not layer.takes_codes:
             self.scales = self.scales * self.input_step
         self.widths = (layer.out_features, layer.rank) if layer.is_stacked else None
@@ -146,7 +149,7 @@ class FewRows:
         into, after_a, after_e, out = self.bounds
         values = rows if rows.dtype == torch.float32 else rows.float()
         steps = _within(into, values.div(self.input_step))
-        sums, hidden = self.product_of(steps, self.codes), None
+        sums, hidden = self._sums(steps), None
         found = sums * self.scales if self.bias is None else torch.addcmul(self.bias, sums, self.scales)
         if self.widths is not None:
             found, hidden = found.split_with_sizes(self.widths, 1)
@@ -161,14 +164,16 @@ class FewRows:
                 found = torch.addmm(found, low, self.up)
         return found if out is None else _within(out, found).mul_(self.output_step)
 
-
-def _product_of_bytes(steps: Tensor, codes: Tensor) -> Tensor:
-    return integer_product(steps.to(torch.int8), codes)
-
-
-def _product_of_wider(steps: Tensor, codes: Tensor) -> Tensor:
-    """Of codes of more than 8 bits, or of numbers, which float32 holds: with codes, or with values."""
-    return nn.functional.linear(steps, codes) if codes.is_floating_point() else reduced_product(steps, codes)
+    def _sums(self, steps: Tensor) -> Tensor:
+        """The product of the input, in steps of its grid, with codes, or with values."""
+        if self.codes.is_floating_point():
+            return nn.functional.linear(steps, self.codes)
+        if not (torch.compiler.is_compiling() and len(steps) == 1):
+            if self.takes_codes:
+                return integer_product(steps.to(torch.int8), self.codes)
+            if self.row_sums is not None:
+                return two_byte_product(steps, self.codes, self.row_sums)
+        return reduced_product(steps, self.codes)  # one loop of the graph: codes are read once, and nothing is called
 
 
 def _within(bounds: tuple[Tensor, Tensor] | None, steps: Tensor) -> Tensor:
@@ -197,6 +202,7 @@ class IntegerLinear(Float32Module):
     scales: Tensor
     bias: Tensor | None
     sum_scales: Tensor
+    row_sums: Tensor | None
     grids: Tensor
     down: Tensor
     diagonal: Tensor
@@ -243,6 +249,7 @@ class IntegerLinear(Float32Module):
         if bias is not None:
             bias = torch.cat([bias.float() / step, torch.zeros(len(sum_scales) - len(bias))])
         self.register_buffer("codes", weight.contiguous())
+        self.register_buffer("row_sums", self.codes.sum(1).float() if self.takes_two_bytes else None)
         self.register_buffer("scales", scales.contiguous().float())
         self.scale = float(steps) / step if steps.numel() == 1 else None
         self.register_buffer("bias", bias)
@@ -295,6 +302,11 @@ class IntegerLinear(Float32Module):
     def takes_codes(self) -> bool:
         """Whether the product is one of integers."""
         return self.codes.dtype == torch.int8 and self.input.bits <= _BYTE
+
+    @property
+    def takes_two_bytes(self) -> bool:
+        """Whether the product is two of integers, of the high and of the low byte of the input's codes."""
+        return self.codes.dtype == torch.int8 and self.input.bits == _TWO_BYTES
 
     @property
     def weight(self) -> Tensor:
@@ -388,12 +400,12 @@ class IntegerLinear(Float32Module):
         return self._few_rows
 
     def _suits_few_rows(self, x: Tensor) -> bool:
-        is_compiled, are_few = torch.compiler.is_compiling(), x.numel() <= FEW_ROWS * self.in_features
         if not x.is_floating_point() or self.emits_codes:
             return False
-        if not self.takes_codes:
-            return is_compiled and are_few
-        if not (is_compiled or are_few):
+        is_compiled, rows = torch.compiler.is_compiling(), x.numel() // self.in_features
+        if is_compiled and rows <= (FEW_ROWS if not (self.takes_codes or self.takes_two_bytes) else 1):
+            return True
+        if not (self.takes_two_bytes or (self.takes_codes and (is_compiled or rows <= FEW_ROWS))):
             return False
         return self._few_rows is not None or has_integer_kernel(x.device.type)
 

@@ -116,7 +116,11 @@ class BLoraConfig(AdapterConfig):
                 raise BayesLoraError(f"fixed_bits names {kind!r}: the kinds of tensors are {', '.join(kinds)}")
             if bits not in WIDTHS:
                 raise BayesLoraError(f"fixed_bits gives {kind} {bits} bits: choose from {', '.join(map(str, WIDTHS))}")
-        if self.mode == "q" and set(self.fixed_bits) == set(kinds):
+        self.require_something_to_learn(kinds)
+
+    def require_something_to_learn(self, kinds: Sequence[str]) -> None:
+        """Refuse widths that are all fixed, where ranks are not learned and a layer has these kinds of tensors."""
+        if self.mode == "q" and set(kinds) <= set(self.fixed_bits or {}):
             raise BayesLoraError("fixed_bits leaves no width to learn: leave some kinds out, or use mode 'q+ra'")
 
     def bit_logits(self, kind: str) -> list[float]:

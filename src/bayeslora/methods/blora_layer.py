@@ -79,6 +79,7 @@ class BLoraLayer(BayesLayer):
         kinds = [BASE_WEIGHT] if self.has_plain_weight else []
         kinds += ["in"] if config.quantize_input else []
         kinds += [kind for kind in KINDS if kind != BASE_WEIGHT]
+        config.require_something_to_learn(kinds)
         shapes = {}
         if config.per_channel:
             # Not for B: a range for its r entries a row would cost as much as the entries themselves.
