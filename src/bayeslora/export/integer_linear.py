@@ -403,9 +403,10 @@ class IntegerLinear(Float32Module):
         if not x.is_floating_point() or self.emits_codes:
             return False
         is_compiled, rows = torch.compiler.is_compiling(), x.numel() // self.in_features
-        if is_compiled and rows <= (FEW_ROWS if not (self.takes_codes or self.takes_two_bytes) else 1):
+        are_integers = self.takes_codes or self.takes_two_bytes
+        if is_compiled and rows <= (1 if are_integers else FEW_ROWS):
             return True
-        if not (self.takes_two_bytes or (self.takes_codes and (is_compiled or rows <= FEW_ROWS))):
+        if not are_integers or (self.takes_codes and rows > FEW_ROWS and not is_compiled):
             return False
         return self._few_rows is not None or has_integer_kernel(x.device.type)
 
