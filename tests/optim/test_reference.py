@@ -35,7 +35,7 @@ def test_steps_with_the_same_noise_are_the_same(clip_radius: float, rescale_lr: 
         optimizer.sample()
         mean, _ = optimizer.posterior(weight)
         flat = optimizer._flattened()[0]
-        flat._view(flat.perturbation, 0).copy_(drawn - mean)
+        flat._view(flat.perturbation, 0).copy_((drawn - mean) * options["ess"] ** 0.5)
         with torch.no_grad():
             weight.copy_(drawn)
         optimizer.zero_grad()
