@@ -103,6 +103,12 @@ def test_contradictory_options(train_refused: Refused) -> None:
     assert "change them" in train_refused(load_best_model_at_end="true", eval_strategy="epoch", save_strategy="no")
 
 
+def test_wrong_options_are_told_before_a_missing_model(train_refused: Refused) -> None:
+    assert "target_bops" in train_refused(model="no/such/model", target_bops=1.5)
+    saving = {"load_best_model_at_end": "true", "eval_strategy": "epoch", "save_strategy": "no"}
+    assert "change them" in train_refused(model="no/such/model", **saving)
+
+
 def test_an_unknown_option_or_value(train_refused: Refused) -> None:
     assert "did you mean learning-rate" in train_refused(lerning_rate=0.1)
     assert "did you mean q" in train_refused(mode="qq")

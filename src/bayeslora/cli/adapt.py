@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 from peft import PeftConfig, get_peft_model
@@ -42,14 +44,27 @@ def adapt(base: BaseModel, config_class: type[PeftConfig] | None, options: dict[
         check_targets(base.model, targets)
         options["target_modules"] = targets
     options["modules_to_save"] = sorted({*(options.get("modules_to_save") or ()), *base.fresh}) or None
-    try:
+    with in_one_line(config_class.__name__):
         return get_peft_model(base.model, config_class(task_type=base.task_type, **options))
+
+
+def check_options(config_class: type[PeftConfig] | None, options: dict[str, Any]) -> None:
+    """Refuse, before any model is loaded, options of which the method makes no configuration."""
+    if config_class is not None:
+        with in_one_line(config_class.__name__):
+            config_class(**options)
+
+
+@contextmanager
+def in_one_line(what: str) -> Iterator[None]:
+    """What PEFT or the Trainer raises for options of which they make no `what`, as one sentence of ours."""
+    try:
+        yield
     except BayesLoraError:
         raise
-    except (ValueError, TypeError, NotImplementedError) as error:
-        raise BayesLoraError(
-            f"these options make no {config_class.__name__} ({' '.join(str(error).split())}); change them."
-        ) from error
+    except (ValueError, TypeError, ImportError, NotImplementedError) as error:
+        reason = " ".join(str(error).split())
+        raise BayesLoraError(f"these options make no {what} ({reason}); change them.") from error
 
 
 def default_targets(model: nn.Module) -> list[str] | None:

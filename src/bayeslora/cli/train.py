@@ -33,7 +33,7 @@ from transformers import (
     set_seed,
 )
 
-from bayeslora.cli.adapt import adapt
+from bayeslora.cli.adapt import adapt, check_options, in_one_line
 from bayeslora.cli.arguments import TrainPlan, build_plan, first_difference, read_config
 from bayeslora.cli.choices import encoded
 from bayeslora.cli.coercion import option
@@ -72,6 +72,7 @@ class Session:
     """One run as it is set up: what is trained, on what, and where it is written."""
 
     plan: TrainPlan
+    arguments: TrainingArguments
     task: Task
     tokenizer: PreTrainedTokenizerBase
     base: BaseModel
@@ -80,10 +81,6 @@ class Session:
     length: int
     head: Head
     partial: Path
-
-    @property
-    def checkpoints(self) -> Path:
-        return self.partial / _CHECKPOINTS
 
 
 def run(given: dict[str, Any]) -> int:
@@ -100,9 +97,10 @@ def train(plan: TrainPlan) -> int:
     partial = _claim(plan)
     with Interruption() as interruption, _cleaned_up(plan, partial):
         session = _prepare(plan, partial)
+        checkpoints = partial / _CHECKPOINTS
         clock = Clock(partial)
         trainer = _build_trainer(session, [interruption, clock, ProgressBar(plan.options.method)])
-        checkpoint = _last_checkpoint(session.checkpoints) if plan.options.resume else None
+        checkpoint = _last_checkpoint(checkpoints) if plan.options.resume else None
         with _quick_attention(session.base.model, trainer.args):
             trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
         seconds = clock.seconds
@@ -111,7 +109,7 @@ def train(plan: TrainPlan) -> int:
         metrics = _finish(session, trainer, seconds)
         clock.discard()
         if not plan.options.keep_checkpoints:
-            shutil.rmtree(session.checkpoints, ignore_errors=True)
+            shutil.rmtree(checkpoints, ignore_errors=True)
         os.rename(partial, plan.output_dir)
     scores = "  ".join(f"{name} {value:.4f}" for name, value in metrics["scores"].items())
     print(f"{plan.output_dir}: {scores}")
@@ -182,6 +180,8 @@ def _prepare(plan: TrainPlan, partial: Path) -> Session:
     hush()
     options = plan.options
     # What is read quickly and may be wrong comes first, the model last.
+    check_options(plan.config_class, plan.method_options)
+    arguments = _training_arguments(plan, partial / _CHECKPOINTS)
     if options.task:
         task = load_task(options.task, options.data_dir, train_split=options.train_split)
         if TRAIN not in task.splits:
@@ -216,33 +216,33 @@ def _prepare(plan: TrainPlan, partial: Path) -> Session:
     data = {
         name: encoded(split, task, tokenizer, head, length, options.few_shot) for name, split in task.splits.items()
     }
-    return Session(plan, task, tokenizer, base, model, data, length, head, partial)
+    return Session(plan, arguments, task, tokenizer, base, model, data, length, head, partial)
+
+
+def _training_arguments(plan: TrainPlan, checkpoints: Path) -> TrainingArguments:
+    """The Trainer's settings; raises BayesLoraError for those it refuses."""
+    settings = {"dataloader_pin_memory": torch.cuda.is_available(), **plan.training_options, "disable_tqdm": True}
+    if settings.get("bf16") and not _has_accelerator():
+        settings.setdefault("use_cpu", True)  # without which TrainingArguments looks for a GPU
+    with in_one_line("training"):
+        return TrainingArguments(output_dir=str(checkpoints), **settings)
 
 
 def _build_trainer(session: Session, callbacks: list[TrainerCallback]) -> Trainer:
-    settings = {"dataloader_pin_memory": torch.cuda.is_available(), **session.plan.training_options}
-    if settings.get("bf16") and not _has_accelerator():
-        settings.setdefault("use_cpu", True)  # without which TrainingArguments looks for a GPU
-    quiet = bool(settings.pop("disable_tqdm", False))
-    try:
-        arguments = TrainingArguments(output_dir=str(session.checkpoints), disable_tqdm=True, **settings)
+    quiet = bool(session.plan.training_options.get("disable_tqdm"))
+    with in_one_line("training"):
         trainer = _trainer_class(session)(
             model=session.model,
-            args=arguments,
+            args=session.arguments,
             train_dataset=session.data[TRAIN],
             eval_dataset=session.data[EVALUATION],
             processing_class=session.tokenizer,
             compute_metrics=compute_metrics_for(session.task),
             callbacks=[c for c in callbacks if not (quiet and isinstance(c, ProgressBar))],
         )
-        # A classifier's loss is a mean over the batch: without this the Trainer takes it for one over all
-        # micro-batches and ranks, and multiplies the task's gradient, but not the penalty's, by their number.
-        trainer.model_accepts_loss_kwargs = False
-    except BayesLoraError:
-        raise
-    except (ValueError, TypeError, ImportError, NotImplementedError) as error:
-        reason = " ".join(str(error).split())
-        raise BayesLoraError(f"these options make no training ({reason}); change them.") from error
+    # A classifier's loss is a mean over the batch: without this the Trainer takes it for one over all
+    # micro-batches and ranks, and multiplies the task's gradient, but not the penalty's, by their number.
+    trainer.model_accepts_loss_kwargs = False
     for printing in (PrinterCallback, ProgressCallback):
         trainer.remove_callback(printing)
     # One term of the loss an example, whatever the model: a language model's N is not its number of tokens here.
