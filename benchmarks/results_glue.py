@@ -34,6 +34,8 @@ CLOSE = 0.5
 """Points below LoRA that B-LoRA may be, on average, and …"""
 CHEAP = 0.25
 """… the share of attention's bit operations that it may cost then."""
+FAR_APART = 10
+"""Points of standard deviation over seeds beyond which a mean says little, and every seed is told."""
 
 Group = Sequence[Run]
 
@@ -153,6 +155,16 @@ def training_line(runs: Group, task: str) -> str:
     )
 
 
+def far_apart(runs: Group, task: str) -> str:
+    """Every seed's score of the rows of one task that a mean does not describe; nothing where there are none."""
+    lines = []
+    for method, title in row_titles(runs).items():
+        found = [score(run) for run in runs if run["task"] == task and run["method"] == method]
+        if len(found) > 1 and statistics.stdev(found) > FAR_APART:
+            lines.append(f"{title}: {', '.join(f'{value:.2f}' for value in found)}")
+    return f"Far apart between seeds: {'; '.join(lines)}.\n" if lines else ""
+
+
 def curve_table(runs: Group) -> str:
     """DyLoRA's score at each rank that was looked at."""
     found = [run for run in runs if "rank_curve" in run]
@@ -180,7 +192,8 @@ def glue_section(results: Path, folder: str = "glue") -> str:
     for task in GLUE_TASKS:
         if any(run["task"] == task for run in runs):
             parts += [f"### {TASK_TITLES[task]}\n", training_line(runs, task), cost_table(runs, task)]
-    return "\n".join([*parts, curve_table(runs)]).rstrip() + "\n"
+            parts.append(far_apart(runs, task))
+    return "\n".join(part for part in [*parts, curve_table(runs)] if part).rstrip() + "\n"
 
 
 def missing(runs: Iterable[Run], rows: dict[str, str], tasks: Sequence[str]) -> list[str]:

@@ -40,6 +40,12 @@ def test_costs_and_samples_are_in_the_table_of_the_task(tmp_path: Path) -> None:
     assert "345 steps of 32 rows" in text
 
 
+def test_seeds_that_a_mean_does_not_describe_are_told_one_by_one(tmp_path: Path) -> None:
+    write_runs(tmp_path / "glue", *(run("lora", seed, points) for seed, points in enumerate((0.78, 0.82, 0.21))))
+    write_runs(tmp_path / "glue", *(run("full", seed, points) for seed, points in enumerate((0.70, 0.80, 0.75))))
+    assert "Far apart between seeds: LoRA r = 8: 78.00, 82.00, 21.00.\n" in glue_section(tmp_path) + "\n"
+
+
 def test_runs_of_different_length_are_refused(tmp_path: Path) -> None:
     write_runs(tmp_path / "glue", run("lora", 0), run("full", 0, training={**TRAINING, "steps": 260}))
     with pytest.raises(BayesLoraError, match="mrpc-lora-0.json"):
