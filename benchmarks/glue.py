@@ -4,6 +4,7 @@
     python benchmarks/glue.py --data-dir DATA --tasks cola --seeds 0 1 --methods lora blora-q+ra    # some of them
     python benchmarks/glue.py --data-dir DATA --model FOLDER             # on another encoder, in results/glue-FOLDER
     python benchmarks/glue.py --data-dir DATA --ablation --tasks sst2    # the importances of Bayesian AdaLoRA
+    python benchmarks/glue.py --data-dir DATA --ablation --tasks mrpc --importances snr_abs magnitude    # two of them
     python benchmarks/glue.py --data-dir DATA --select --tasks mrpc --methods blora-q+ra --set bit_penalty=2e-4
 
 Runs whose file exists are skipped: an interrupted benchmark goes on where it stopped, and several processes can share
@@ -31,7 +32,7 @@ import torch
 from datasets import concatenate_datasets
 from harness import Training, classifier, fine_tune, run_missing
 from peft import PeftConfig
-from records import ABLATED, ABLATED_TASK, GLUE_TASKS, RESULTS, Run
+from records import ABLATED, ABLATED_TASK, GLUE_TASKS, IMPORTANCES, RESULTS, Run
 from rows import ROWS, Row, adapter_options, describe, optimizer_of, target_modules, training_of
 from torch import nn
 from transformers import set_seed
@@ -168,7 +169,7 @@ def jobs(given: argparse.Namespace) -> dict[Path, Job]:
             common = (seed, given.model, given.data_dir, targets[task in ALL_LINEAR], given.select)
             if given.ablation:
                 for setting, importances in ABLATED.items():
-                    for importance in importances:
+                    for importance in (name for name in importances if name in given.importances):
                         own = {**options, "importance": importance}
                         file = folder / f"{task}-{importance}-{setting}{changed}-{seed}.json"
                         found[file] = Job(task, "bayes_adalora", *common, setting, own)
@@ -190,6 +191,7 @@ def main() -> None:
     parser.add_argument("--model", default="minilm", metavar="minilm|FOLDER", help="the packaged encoder or a folder")
     parser.add_argument("--threads", type=int)
     parser.add_argument("--ablation", action="store_true", help="the importances instead of the methods")
+    parser.add_argument("--importances", nargs="+", default=list(IMPORTANCES), choices=list(IMPORTANCES))
     parser.add_argument("--select", action="store_true", help="hold rows of train out, and score on them alone")
     parser.add_argument("--set", nargs="+", default=[], metavar="FIELD=JSON", help="settings, with --select")
     parser.add_argument("--results", type=Path, default=RESULTS, help="the folder of all results")

@@ -21,7 +21,7 @@ from tests.conftest import build_tiny_bert
 def given(folder: Path, model: Path, **changes: object) -> Namespace:
     defaults = {
         "data_dir": folder, "tasks": None, "methods": list(rows.ROWS), "seeds": [0, 1, 2], "model": str(model),
-        "ablation": False, "select": False, "set": [], "results": folder,
+        "ablation": False, "importances": list(IMPORTANCES), "select": False, "set": [], "results": folder,
     }  # fmt: skip
     return Namespace(**{**defaults, **changes})
 
@@ -64,6 +64,11 @@ def test_the_ablation_has_every_importance_where_the_hessian_moves(tmp_path: Pat
     wanted = glue.jobs(given(tmp_path, model, ablation=True, seeds=[0]))
     hessians = Counter(job.optimizer["hess_init"] for job in wanted.values())
     assert hessians == {1e-2: len(IMPORTANCES), 1.0: 1}
+
+
+def test_the_ablation_of_some_importances(tmp_path: Path, model: Path) -> None:
+    wanted = glue.jobs(given(tmp_path, model, ablation=True, seeds=[0], tasks=["mrpc"], importances=["magnitude"]))
+    assert [path.name for path in wanted] == ["mrpc-magnitude-moving-0.json"]
 
 
 def test_selection_changes_the_field_that_has_the_name(tmp_path: Path, model: Path) -> None:
