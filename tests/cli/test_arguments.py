@@ -159,3 +159,11 @@ def test_every_option_of_a_method_is_listed(capsys: pytest.CaptureFixture[str]) 
     listed = capsys.readouterr().out
     for name in ("--lora-alpha", "--target-bops", "--learning-rate", "--train-file", "--gradient-accumulation-steps"):
         assert name in listed
+
+
+def test_the_help_names_every_method(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        main(["train", "--help"])
+    listed = " ".join(capsys.readouterr().out.split())
+    *all_but_last, last = method_names()
+    assert f"{', '.join(all_but_last)} or {last} (blora)" in listed

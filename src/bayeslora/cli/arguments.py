@@ -46,7 +46,10 @@ _PATH_OPTIONS = ("data_dir", "train_file", "eval_file", "test_file")
 class RunOptions:
     """The options of `bayeslora train` that are neither the method's nor `TrainingArguments`'."""
 
-    method: str = field(default="blora", metadata={"help": "blora, lora or full", "metavar": "NAME"})
+    method: str = field(
+        default="blora",
+        metadata={"help": "blora, melora, blob, bayes_adalora, dylora, lora or full (blora)", "metavar": "NAME"},
+    )
     model: str | None = field(
         default=None,
         metadata={"help": "folder, installed model package or hub id of the base model", "metavar": "FOLDER_OR_ID"},

@@ -82,7 +82,7 @@ def build_parser() -> argparse.ArgumentParser:
     """The parser of all commands; options a user did not give are absent from its result."""
     parser = _Parser(
         prog="bayeslora",
-        description="Low-rank adapters that learn their own rank and bit-widths.",
+        description="Bayesian low-rank adapters for pretrained transformers: train, judge, export.",
         allow_abbrev=False,
     )
     parser.add_argument("--version", action="version", version=f"bayeslora {_version()}")
@@ -172,7 +172,7 @@ def _add_train(parser: argparse.ArgumentParser) -> None:
 
 def _add_plan(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--model", metavar="FOLDER_OR_CONFIG", help="model folder, its config.json, or a hub id")
-    parser.add_argument("--method", metavar="NAME", help="the method, or lora or full (blora)")
+    parser.add_argument("--method", metavar="NAME", help="any of `train` (blora)")
     parser.add_argument("--task-type", metavar="NAME", help="causal_lm, seq_cls, … (what the config.json says)")
     parser.add_argument("--num-labels", metavar="N", help="classes of a classifier's head (the config.json's)")
     parser.add_argument("--batch-size", metavar="N", help="rows of a step (32)")
