@@ -191,7 +191,9 @@ def main() -> None:
     parser.add_argument("--model", default="minilm", metavar="minilm|FOLDER", help="the packaged encoder or a folder")
     parser.add_argument("--threads", type=int)
     parser.add_argument("--ablation", action="store_true", help="the importances instead of the methods")
-    parser.add_argument("--importances", nargs="+", default=list(IMPORTANCES), choices=list(IMPORTANCES))
+    parser.add_argument(
+        "--importances", nargs="+", default=list(IMPORTANCES), choices=IMPORTANCES, help="with --ablation; by default all"
+    )
     parser.add_argument("--select", action="store_true", help="hold rows of train out, and score on them alone")
     parser.add_argument("--set", nargs="+", default=[], metavar="FIELD=JSON", help="settings, with --select")
     parser.add_argument("--results", type=Path, default=RESULTS, help="the folder of all results")
@@ -200,6 +202,8 @@ def main() -> None:
         torch.set_num_threads(given.threads)
     if given.set and not given.select:
         parser.error("--set belongs to --select: the benchmark itself runs the defaults")
+    if given.importances != list(IMPORTANCES) and not given.ablation:
+        parser.error("--importances belongs to --ablation: the table has one of them")
     wanted = jobs(given)
     run_missing(parser, wanted, run)
     from results_glue import glue_section
