@@ -192,7 +192,7 @@ def main() -> None:
     parser.add_argument("--threads", type=int)
     parser.add_argument("--ablation", action="store_true", help="the importances instead of the methods")
     parser.add_argument(
-        "--importances", nargs="+", default=list(IMPORTANCES), choices=IMPORTANCES, help="with --ablation; by default all"
+        "--importances", nargs="+", default=list(IMPORTANCES), choices=IMPORTANCES, help="with --ablation (all)"
     )
     parser.add_argument("--select", action="store_true", help="hold rows of train out, and score on them alone")
     parser.add_argument("--set", nargs="+", default=[], metavar="FIELD=JSON", help="settings, with --select")

@@ -11,7 +11,7 @@ from typing import Any, Literal
 from peft import PeftConfig
 from transformers import AutoConfig, PretrainedConfig
 
-from bayeslora.cli.adapt import check_targets, default_targets
+from bayeslora.cli.adapt import check_targets, default_targets, in_one_line
 from bayeslora.cli.arguments import METHOD_DEFAULTS, method_field_hints, unknown_option
 from bayeslora.cli.coercion import close_matches, coerce, option
 from bayeslora.cli.models import hush, loading, resolve_model
@@ -125,13 +125,8 @@ def _method_config(
     if targets is not None:
         check_targets(model, targets)
         options = {**options, "target_modules": targets}
-    try:
+    with in_one_line(config_class.__name__):
         return config_class(**options)
-    except BayesLoraError:
-        raise
-    except (ValueError, TypeError, NotImplementedError) as error:
-        reason = " ".join(str(error).split())
-        raise BayesLoraError(f"these options make no {config_class.__name__} ({reason}); change them.") from error
 
 
 def table(found: Plan, method: str, name: str | None) -> str:
