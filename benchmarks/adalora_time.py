@@ -43,7 +43,7 @@ from torch.optim import AdamW, Optimizer
 from transformers import AutoModelForSequenceClassification
 
 import bayeslora
-from bayeslora.evaluation import packaged_model
+from bayeslora.data import packaged_model
 
 BASELINE = "peft"
 DELTA_T = 10

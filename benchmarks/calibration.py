@@ -36,9 +36,11 @@ from torch.utils.data import DataLoader
 from transformers import DataCollatorWithPadding, set_seed
 
 import bayeslora
+from bayeslora.data import hold_out, load_task
 from bayeslora.errors import BayesLoraError
-from bayeslora.evaluation import choice_scoring, evaluate, hold_out, load_task
-from bayeslora.prediction import MCDropout, Predictor, TemperatureScaling
+from bayeslora.evaluation import choice_scoring, evaluate
+from bayeslora.posthoc import MCDropout, TemperatureScaling
+from bayeslora.prediction import Predictor
 
 RESULTS = Path(__file__).parent / "results" / "calibration"
 SELECTION = RESULTS.with_name("calibration-selection")

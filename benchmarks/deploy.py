@@ -55,7 +55,8 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 import bayeslora
 from bayeslora.cli.choices import encoded_for
-from bayeslora.evaluation import evaluate, load_task
+from bayeslora.data import load_task
+from bayeslora.evaluation import evaluate
 
 PROMPT = "The film is a warm, funny and moving story about two brothers who"
 INTEGER = ("integer-float32", "integer-bfloat16")

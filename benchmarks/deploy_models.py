@@ -20,7 +20,7 @@ from transformers import (
 
 import bayeslora
 from bayeslora.cli.models import load_run, resolve_model
-from bayeslora.evaluation.packaged import packaged_reviews
+from bayeslora.data.packaged import packaged_reviews
 from bayeslora.methods import BLoraConfig
 
 VARIANTS = (

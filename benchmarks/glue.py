@@ -39,7 +39,8 @@ from transformers import set_seed
 
 import bayeslora
 from bayeslora.cost import relative_bops
-from bayeslora.evaluation import evaluate, hold_out, load_task
+from bayeslora.data import hold_out, load_task
+from bayeslora.evaluation import evaluate
 
 TRAINING = {
     "sst2": Training(300),

@@ -43,16 +43,9 @@ from transformers import (
 
 import bayeslora
 from bayeslora.cli.demo import arithmetic
+from bayeslora.data import Task, encode, packaged_model, unpack_model
 from bayeslora.errors import BayesLoraError
-from bayeslora.evaluation import (
-    ChoiceTrainer,
-    Task,
-    choice_scoring,
-    encode,
-    encode_prompts,
-    packaged_model,
-    unpack_model,
-)
+from bayeslora.evaluation import ChoiceTrainer, choice_scoring, encode_prompts
 from bayeslora.optim import IVON, unwrapped
 from bayeslora.training.ivon import posterior_statistics
 

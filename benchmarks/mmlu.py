@@ -33,8 +33,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, s
 
 import bayeslora
 from bayeslora.cost import relative_bops
-from bayeslora.evaluation import Task, encode_prompts, evaluate, load_task, unpack_model
-from bayeslora.evaluation.few_shot import few_shot_pool
+from bayeslora.data import Task, load_task, unpack_model
+from bayeslora.data.few_shot import few_shot_pool
+from bayeslora.evaluation import encode_prompts, evaluate
 
 TRAINING = Training(steps=200, learning_rate=5e-4, batch_size=8, max_length=256)
 TRAINED_ON = ("arc_easy", "openbookqa")

@@ -28,7 +28,7 @@ from torch import Tensor, nn
 from transformers import AutoModelForSequenceClassification
 
 import bayeslora
-from bayeslora.evaluation import packaged_model
+from bayeslora.data import packaged_model
 
 METHODS = {"melora": bayeslora.MeLoraConfig, "blob": bayeslora.BlobConfig}
 

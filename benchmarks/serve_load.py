@@ -31,7 +31,7 @@ from measuring import print_result
 
 import bayeslora
 from bayeslora.cli.models import load_run, with_posterior
-from bayeslora.evaluation import load_files, load_task
+from bayeslora.data import load_files, load_task
 
 SERVER = Path(__file__).resolve().parents[1] / "examples" / "serve.py"
 REFUSED: dict[str, tuple[bytes, int]] = {

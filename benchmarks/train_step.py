@@ -33,8 +33,8 @@ from torch import Tensor
 from transformers import AutoModelForSequenceClassification
 
 import bayeslora
-from bayeslora.evaluation import packaged_model
-from bayeslora.methods.quantizers import Assignment, Phase, Quantizers
+from bayeslora.data import packaged_model
+from bayeslora.methods.blora.gated_quantizers import Assignment, Phase, Quantizers
 from bayeslora.quantization import WIDTHS, grid_step
 
 VARIANTS = ("lora", "blora-learning", "blora-start", "blora-frozen", "residual", "melora", "blob")

@@ -24,7 +24,7 @@ from transformers import (
 )
 
 import bayeslora
-from bayeslora.evaluation import encode, load_task, packaged_model
+from bayeslora.data import encode, load_task, packaged_model
 
 
 @dataclass

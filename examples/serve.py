@@ -35,7 +35,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 
 import bayeslora
 from bayeslora.cli.models import load_run, with_posterior
-from bayeslora.evaluation import load_files, load_task
+from bayeslora.data import load_files, load_task
 from bayeslora.evaluation.uncertainty import risk_coverage_curve
 from bayeslora.prediction import Prediction, check_samples
 

@@ -19,7 +19,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, HfArgumentParser, 
 from trl import SFTConfig, SFTTrainer
 
 import bayeslora
-from bayeslora.evaluation import load_task, unpack_model
+from bayeslora.data import load_task, unpack_model
 
 
 @dataclass

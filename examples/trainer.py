@@ -24,7 +24,8 @@ from transformers import (
 )
 
 import bayeslora
-from bayeslora.evaluation import compute_metrics_for, encode, load_task, packaged_model
+from bayeslora.data import encode, load_task, packaged_model
+from bayeslora.evaluation import compute_metrics_for
 
 
 @dataclass

@@ -6,7 +6,7 @@ then work with them as with LoRA.
 
 from bayeslora import _peft as _peft  # first, because it keeps the import quiet
 from bayeslora.errors import BayesLoraError
-from bayeslora.export import compile_inference, export, load_integer, load_packed, shrink
+from bayeslora.export import export, load_integer, load_packed, shrink
 from bayeslora.methods import (
     METHODS,
     AdaLoraConfig,
@@ -22,19 +22,9 @@ from bayeslora.methods import (
     sampling,
 )
 from bayeslora.optim import IVON, save_posterior
-from bayeslora.prediction import (
-    DeepEnsemble,
-    Generation,
-    LaplacePredictor,
-    MCDropout,
-    Prediction,
-    TemperatureScaling,
-    WeightPosterior,
-    bayesianize,
-    generate,
-    load_posterior,
-    predict,
-)
+from bayeslora.posthoc import DeepEnsemble, LaplacePredictor, MCDropout, TemperatureScaling, bayesianize
+from bayeslora.prediction import Generation, Prediction, WeightPosterior, generate, load_posterior, predict
+from bayeslora.runtime import compile_inference
 from bayeslora.training import BayesLoop, attach, parameter_groups
 
 __version__ = "0.1.0"

@@ -16,8 +16,8 @@ from torch import nn
 
 import bayeslora
 from bayeslora.cost import build_for_task, count_parameters, from_config, plan, relative_bops
+from bayeslora.data import packaged_model
 from bayeslora.errors import BayesLoraError
-from bayeslora.evaluation import packaged_model
 from bayeslora.methods import METHODS, describe
 from tests.cost.models import QKV, tiny_config
 

@@ -12,11 +12,11 @@ from torch import nn
 from transformers import PrinterCallback, TrainingArguments
 
 import bayeslora
+from bayeslora.data.tasks import Task
 from bayeslora.errors import BayesLoraError
 from bayeslora.evaluation import compute_metrics_for
 from bayeslora.evaluation.choice_trainer import ChoiceTrainer
 from bayeslora.evaluation.multiple_choice import choice_scoring, encode_pairs, encode_prompts
-from bayeslora.evaluation.tasks import Task
 from tests.conftest import build_tiny_llama, build_tiny_tokenizer
 from tests.evaluation.choice_items import split
 from tests.evaluation.test_multiple_choice import build_tiny_bert_for_choices

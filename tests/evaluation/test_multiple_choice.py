@@ -18,9 +18,9 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
+from bayeslora.data.few_shot import examples_for
 from bayeslora.errors import BayesLoraError
 from bayeslora.evaluation._prefixes import LEAST_ROWS, rows_that_begin_alike
-from bayeslora.evaluation.few_shot import examples_for
 from bayeslora.evaluation.multiple_choice import (
     ChoicePrompt,
     LetterLogits,

@@ -15,17 +15,9 @@ from torch import nn
 from transformers import AutoTokenizer
 
 import bayeslora
+from bayeslora.data import Task, encode, packaged_model
 from bayeslora.errors import BayesLoraError
-from bayeslora.evaluation import (
-    Task,
-    compute_metrics_for,
-    encode,
-    evaluate,
-    metrics,
-    packaged_model,
-    predict_dataset,
-    uncertainties_of,
-)
+from bayeslora.evaluation import compute_metrics_for, evaluate, metrics, predict_dataset, uncertainties_of
 from bayeslora.prediction import as_predictor
 from tests.conftest import build_tiny_bert, build_tiny_gpt2, build_tiny_tokenizer
 

@@ -20,7 +20,7 @@ import torch
 from peft import PeftModel
 
 from bayeslora import BayesLoraError, export, load_packed
-from bayeslora.export.packed_file import CHECKSUM_KEY, CODES, DTYPES, INDEX_KEY, MAX_HEADER, checksum
+from bayeslora.export.packed.file import CHECKSUM_KEY, CODES, DTYPES, INDEX_KEY, MAX_HEADER, checksum
 from tests.methods import variational_models
 from tests.methods.reference import FROZEN, Tiny, seeded, tiny_model
 

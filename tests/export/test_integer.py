@@ -16,10 +16,11 @@ from torch import Tensor, nn
 
 import bayeslora
 from bayeslora import BayesLoraError, BLoraConfig, MeLoraConfig, export, load_integer
-from bayeslora.export import integer_kernels, integer_linear, integer_reader
-from bayeslora.export.integer_kernels import FEW_ROWS, ZERO_CODE
-from bayeslora.export.integer_linear import IntegerEmbedding, IntegerLinear
+from bayeslora.export.integer import reader as integer_reader
 from bayeslora.quantization import grid_step
+from bayeslora.runtime import integer_kernels, integer_linear
+from bayeslora.runtime.integer_kernels import FEW_ROWS, ZERO_CODE
+from bayeslora.runtime.integer_linear import IntegerEmbedding, IntegerLinear
 from tests.conftest import build_tiny_bert, build_tiny_gpt2, build_tiny_llama
 from tests.methods.reference import FROZEN, RANK, WARM_UP, layers_of, randomize, set_widths, tiny_model
 

@@ -14,8 +14,8 @@ import torch
 from peft import get_peft_model
 
 from bayeslora import BayesLoraError, BLoraConfig, export, load_integer
-from bayeslora.export.integer_reader import INDEX_FILE, WEIGHTS_FILE, seal
-from bayeslora.export.packed_file import CHECKSUM_KEY, DTYPES, INDEX_KEY, checksum
+from bayeslora.export.integer.reader import INDEX_FILE, WEIGHTS_FILE, seal
+from bayeslora.export.packed.file import CHECKSUM_KEY, DTYPES, INDEX_KEY, checksum
 from tests.conftest import build_tiny_llama
 from tests.export.test_hostile_files import (
     VALUES,

@@ -20,8 +20,8 @@ from torch import Tensor, nn
 import bayeslora
 from bayeslora import BayesLoraError, BLoraConfig, DyLoraConfig, describe, export, load_packed, shrink
 from bayeslora.cost import relative_bops
-from bayeslora.export.packed_file import CODES, INDEX_KEY
-from bayeslora.export.packed_index import PackedIndex
+from bayeslora.export.packed.file import CODES, INDEX_KEY
+from bayeslora.export.packed.index import PackedIndex
 from bayeslora.optim import IVON, SavedPosterior
 from bayeslora.quantization import codes
 from bayeslora.quantization.packing import unpack

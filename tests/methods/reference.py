@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from bayeslora import BLoraConfig
-from bayeslora.methods.quantizers import Phase
+from bayeslora.methods.blora.gated_quantizers import Phase
 from tests.oracles import blora as oracle
 
 D_IN, D_OUT, RANK = 12, 10, 4

@@ -16,8 +16,8 @@ from transformers import PreTrainedModel, Trainer, TrainingArguments
 import bayeslora
 from bayeslora import AdaLoraConfig, BayesLoraError, describe, parameter_groups, shrink
 from bayeslora.methods.adalora import AdaLoraModel
-from bayeslora.methods.importance import IMPORTANCES
-from bayeslora.methods.orthogonality import distance_from_orthogonal
+from bayeslora.methods.adalora.importance import IMPORTANCES
+from bayeslora.methods.adalora.orthogonality import distance_from_orthogonal
 from bayeslora.methods.tuner import BayesTuner
 from tests.conftest import build_tiny_gpt2
 from tests.methods.adalora_models import (

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from bayeslora.methods.importance import (
+from bayeslora.methods.adalora.importance import (
     IMPORTANCES,
     NEED_STD,
     budget_at,

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig, OPTConfig, OPTForCausalLM, TorchAoConfig
 
 from bayeslora import BayesLoop, BayesLoraError, BLoraConfig, describe, parameter_groups
-from bayeslora.methods.blora_layer import BLoraLayer
+from bayeslora.methods.blora.layer import BLoraLayer
 
 STEPS = 8
 TOKENS = torch.arange(24).view(2, 12) % 20

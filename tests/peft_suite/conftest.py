@@ -40,7 +40,7 @@ NEED_ALL_GRADIENTS = ("test_training", "test_only_params_are_updated")
 def steady_samples(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     """One sample of gates, strictly between 0 and 1, and of weights for the tests in `NEED_ALL_GRADIENTS`."""
     if any(part in request.node.name for part in NEED_ALL_GRADIENTS):
-        monkeypatch.setattr("bayeslora.methods.quantizers._uniform", _median)
+        monkeypatch.setattr("bayeslora.methods.blora.gated_quantizers._uniform", _median)
         monkeypatch.setattr("bayeslora.posterior.noise.rank_generator", _always_the_same)
 
 

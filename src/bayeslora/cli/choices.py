@@ -13,12 +13,12 @@ from transformers import PreTrainedTokenizerBase
 from bayeslora.cli.inputs import text_columns
 from bayeslora.cli.models import Head, RunInfo
 from bayeslora.cli.results import EVALUATION
+from bayeslora.data import Task, encode_texts, load_files, load_task, load_texts
+from bayeslora.data.encode import collated
+from bayeslora.data.few_shot import few_shot_pool
+from bayeslora.data.tasks import load_choices
 from bayeslora.errors import BayesLoraError
-from bayeslora.evaluation import Task, encode_texts, load_files, load_task, load_texts
-from bayeslora.evaluation.few_shot import few_shot_pool
 from bayeslora.evaluation.multiple_choice import choice_scoring, encode_pairs, encode_prompts, is_multiple_choice
-from bayeslora.evaluation.runner import collated
-from bayeslora.evaluation.tasks import load_choices
 
 
 def encoded(

@@ -114,7 +114,8 @@ def _table(folders: list[Path]) -> str:
 def _unsure(folder: Path) -> str:
     """The reviews, of the first few hundred of the test films, that the model's draws disagree on most."""
     from bayeslora.cli.models import load_run
-    from bayeslora.evaluation import encode_texts, load_task, predict_dataset
+    from bayeslora.data import encode_texts, load_task
+    from bayeslora.evaluation import predict_dataset
 
     model, tokenizer, info = load_run(folder)
     rows = load_task(SHARED["task"]).splits["test"]

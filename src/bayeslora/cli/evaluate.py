@@ -15,8 +15,9 @@ from bayeslora.cli.models import RunInfo, with_posterior
 from bayeslora.cli.ood import detected, detection_lines, outside_rows
 from bayeslora.cli.results import EVALUATION, described, finite, save_json, scored
 from bayeslora.cli.untrained import load, run_info
+from bayeslora.data import Task, load_task
 from bayeslora.errors import BayesLoraError
-from bayeslora.evaluation import Task, evaluate, load_task, predict_dataset
+from bayeslora.evaluation import evaluate, predict_dataset
 from bayeslora.prediction import check_samples
 
 

@@ -29,12 +29,12 @@ from transformers import (
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_FOR_MASKED_LM_MAPPING
 from transformers.utils import logging as transformers_logging
 
+from bayeslora.data.packaged import as_dense, gguf_options
 from bayeslora.errors import BayesLoraError
 from bayeslora.evaluation.multiple_choice import DEFAULT_PROMPT_LENGTH
-from bayeslora.evaluation.packaged import as_dense, gguf_options
 from bayeslora.export import load_integer
-from bayeslora.export.integer_reader import is_integer_model
-from bayeslora.export.packed_file import looks_packed
+from bayeslora.export.integer.reader import is_integer_model
+from bayeslora.export.packed.file import looks_packed
 from bayeslora.optim import POSTERIOR_FILE
 from bayeslora.prediction import WeightPosterior, load_posterior
 

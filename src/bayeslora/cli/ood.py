@@ -12,8 +12,9 @@ from datasets import Dataset
 from bayeslora.cli.choices import choice_rows
 from bayeslora.cli.inputs import text_columns
 from bayeslora.cli.models import RunInfo
+from bayeslora.data import Task, load_texts
 from bayeslora.errors import BayesLoraError
-from bayeslora.evaluation import Evaluation, Task, load_texts, uncertainties_of
+from bayeslora.evaluation import Evaluation, uncertainties_of
 from bayeslora.evaluation.uncertainty import detection
 from bayeslora.prediction import Prediction
 

@@ -16,7 +16,8 @@ from torch import nn
 from transformers import PreTrainedTokenizerBase
 
 from bayeslora.cost import count_parameters, relative_bops
-from bayeslora.evaluation import Evaluation, Task, evaluate, predict_dataset
+from bayeslora.data import Task
+from bayeslora.evaluation import Evaluation, evaluate, predict_dataset
 from bayeslora.methods import describe
 from bayeslora.prediction import Predictor
 

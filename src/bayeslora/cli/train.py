@@ -52,8 +52,9 @@ from bayeslora.cli.models import (
 )
 from bayeslora.cli.progress import Clock, Interruption, ProgressBar, announce_scoring
 from bayeslora.cli.results import EVALUATION, measure, rows_to_score, save_json, verify_reload
+from bayeslora.data import Task, load_files, load_task
 from bayeslora.errors import BayesLoraError
-from bayeslora.evaluation import Task, compute_metrics_for, load_files, load_task
+from bayeslora.evaluation import compute_metrics_for
 from bayeslora.evaluation.choice_trainer import ChoiceTrainer
 from bayeslora.evaluation.multiple_choice import choice_scoring
 from bayeslora.export.shrink import shrink

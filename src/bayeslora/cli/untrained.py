@@ -21,8 +21,8 @@ from bayeslora.cli.models import (
     ready,
     resolve_model,
 )
+from bayeslora.data.choices import CHOICE_FILES
 from bayeslora.errors import BayesLoraError
-from bayeslora.evaluation._choices import CHOICE_FILES
 
 METHOD = "none"
 

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from bayeslora.cost._tree import build_on_meta, from_config
 from bayeslora.cost.bops import bops_by_scope, macs_by_scope, relative_bops
 from bayeslora.cost.macs import SCOPES, LayerCost, Operation, Scope, operations
 from bayeslora.cost.parameters import adapter_matrices, adapter_parameters, count_parameters
 from bayeslora.cost.plan import TASK_TYPES, Plan, build_for_task, plan
+from bayeslora.cost.structure import build_on_meta, from_config
 
 __all__ = [
     "SCOPES",

@@ -10,8 +10,8 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
-from bayeslora.cost._tree import ModelOrConfig, Tree, as_model, read_tree
 from bayeslora.cost.macs import SCOPES, LayerCost, Operation, described_layers, tree_operations
+from bayeslora.cost.structure import ModelOrConfig, Tree, as_model, read_tree
 
 
 @dataclass(frozen=True)

@@ -22,7 +22,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal, Protocol
 
-from bayeslora.cost._tree import (
+from bayeslora.cost.structure import (
     Attention,
     Matrix,
     ModelOrConfig,

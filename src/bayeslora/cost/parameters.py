@@ -8,8 +8,8 @@ from collections.abc import Iterable, Iterator, Sequence
 
 from torch import nn
 
-from bayeslora.cost._tree import ModelOrConfig, as_model, base_model, is_adapted, read_tree, unwrapped, walk
 from bayeslora.cost.macs import LayerCost
+from bayeslora.cost.structure import ModelOrConfig, as_model, base_model, is_adapted, read_tree, unwrapped, walk
 from bayeslora.errors import BayesLoraError
 
 

@@ -28,11 +28,11 @@ from transformers.models.auto.modeling_auto import (
 )
 
 from bayeslora._peft import get_pattern_key
-from bayeslora.cost._activations import Device, activation_bytes
-from bayeslora.cost._tree import build_on_meta, from_config, is_adapted, matrix_of, unwrapped
 from bayeslora.cost.bops import macs_by_scope, relative_bops
 from bayeslora.cost.macs import operations
+from bayeslora.cost.memory import Device, activation_bytes
 from bayeslora.cost.parameters import _own, count_parameters
+from bayeslora.cost.structure import build_on_meta, from_config, is_adapted, matrix_of, unwrapped
 from bayeslora.errors import BayesLoraError
 from bayeslora.methods import LayerDescription
 

@@ -31,10 +31,11 @@ from datasets import Dataset
 from peft import PeftModel
 from torch import Tensor, nn
 
+from bayeslora.data.choices import CHOICES, LABEL, LETTERS, QUESTION, SUBJECT
+from bayeslora.data.encode import Collate
+from bayeslora.data.few_shot import Row, examples_for
 from bayeslora.errors import BayesLoraError
-from bayeslora.evaluation._choices import CHOICES, LABEL, LETTERS, QUESTION, SUBJECT
 from bayeslora.evaluation._prefixes import cache_of, split_at_common_start
-from bayeslora.evaluation.few_shot import Row, examples_for
 
 PRESENT = "choice_mask"
 """Column and batch key: (C,) or (B, C), which of the C choices an item has."""
@@ -44,7 +45,6 @@ DEFAULT_PAIR_LENGTH = 128
 
 Batch = Mapping[str, Tensor]
 ClassLogits = Callable[[nn.Module, Batch], Tensor]
-Collate = Callable[[Sequence[Mapping[str, Any]]], dict[str, Tensor]]
 
 
 @dataclass(frozen=True)

@@ -10,13 +10,12 @@ from typing import Any
 from torch import Tensor, nn
 
 from bayeslora.errors import BayesLoraError
-from bayeslora.export.compiled import compile_inference
 from bayeslora.export.integer import export_integer
-from bayeslora.export.integer_reader import load_integer
+from bayeslora.export.integer.reader import load_integer
 from bayeslora.export.lora import export_lora
 from bayeslora.export.merged import export_merged
 from bayeslora.export.packed import export_packed
-from bayeslora.export.packed_reader import load_packed
+from bayeslora.export.packed.reader import load_packed
 from bayeslora.export.shrink import shrink
 
 FORMATS: dict[str, Callable[..., dict[str, Any]]] = {
@@ -28,7 +27,6 @@ FORMATS: dict[str, Callable[..., dict[str, Any]]] = {
 
 __all__ = [
     "FORMATS",
-    "compile_inference",
     "export",
     "export_integer",
     "export_lora",

@@ -1,11 +1,8 @@
-"""What an adapter predicts, and how sure it is."""
+"""Predictions of an adapted model, with their uncertainty."""
 
 from __future__ import annotations
 
-from bayeslora.prediction.ensemble import DeepEnsemble
 from bayeslora.prediction.generate import Generation, generate
-from bayeslora.prediction.laplace import LaplacePredictor
-from bayeslora.prediction.posthoc import MCDropout, TemperatureScaling
 from bayeslora.prediction.predict import (
     Logits,
     Predictor,
@@ -17,22 +14,16 @@ from bayeslora.prediction.predict import (
     sampled_logits,
 )
 from bayeslora.prediction.result import Prediction
-from bayeslora.prediction.tfb import bayesianize
 from bayeslora.prediction.weights import WeightPosterior, load_posterior
 
 __all__ = [
-    "DeepEnsemble",
     "Generation",
-    "LaplacePredictor",
     "Logits",
-    "MCDropout",
     "Prediction",
     "Predictor",
     "Sampler",
-    "TemperatureScaling",
     "WeightPosterior",
     "as_predictor",
-    "bayesianize",
     "check_samples",
     "evaluation_mode",
     "generate",

@@ -27,7 +27,7 @@ from torch import Tensor, nn
 from bayeslora.errors import BayesLoraError
 from bayeslora.methods.sampling import posterior_mean, sampling
 from bayeslora.posterior import UnfoldableError
-from bayeslora.prediction.folding import repeat_rows
+from bayeslora.prediction.batched_sampling import repeat_rows
 from bayeslora.prediction.predict import check_samples, evaluation_mode
 
 _MAX_NUMBERS = 2**25

@@ -17,8 +17,8 @@ from torch import Tensor, nn
 
 from bayeslora.errors import BayesLoraError
 from bayeslora.methods.sampling import has_posterior, posterior_mean
-from bayeslora.prediction.first_token import first_token_only
-from bayeslora.prediction.folding import Folding
+from bayeslora.prediction.batched_sampling import Folding
+from bayeslora.prediction.cls_pooling import first_token_only
 from bayeslora.prediction.result import Prediction, summarize, summarize_samples
 
 _LABEL_KEYS = ("label", "labels", "label_ids")

@@ -16,7 +16,7 @@ from bayeslora._peft import BaseTunerLayer
 from bayeslora.errors import BayesLoraError
 from bayeslora.methods.sampling import posterior_mean
 from bayeslora.optim import SavedPosterior, draws_of
-from bayeslora.prediction.first_token import first_token_only
+from bayeslora.prediction.cls_pooling import first_token_only
 from bayeslora.prediction.predict import Logits, Sampler, mean_sampler
 
 

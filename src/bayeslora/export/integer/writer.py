@@ -1,0 +1,296 @@
+r"""Integer models: base and adapter of B-LoRA in one folder of codes, which computes what was trained.
+
+An adapted layer is written as the frozen evaluation model uses it: base weight, A, E and B as codes at their learned
+widths, 2- and 4-bit codes packed in bytes, and every activation's range as a number, so that none is looked for at run
+time. Linear layers that were not adapted, and the input embedding, have learned nothing; by default they become codes
+of 8 bits with a range a row, which is no part of what was trained, and whose effect is measured.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from peft import PeftModel
+from safetensors.torch import save_file
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+from transformers.pytorch_utils import Conv1D
+
+from bayeslora._peft import AuxiliaryTrainingWrapper
+from bayeslora.errors import BayesLoraError
+from bayeslora.export.copies import adapted_parts, sharing_base
+from bayeslora.export.integer.index import BIAS, UNQUANTIZED, IntegerIndex, IntegerLayer
+from bayeslora.export.integer.reader import CODES_SUFFIX, INDEX_FILE, WEIGHTS_FILE, load_integer, seal
+from bayeslora.export.measured import inputs_for, output_error, output_of
+from bayeslora.export.packed.file import CHECKSUM_KEY, INDEX_KEY, checksum
+from bayeslora.export.packed.index import KINDS, MATRICES
+from bayeslora.methods.blora.gated_quantizers import BASE_WEIGHT
+from bayeslora.methods.blora.layer import BLoraLayer
+from bayeslora.quantization import codes, optimal_range
+from bayeslora.quantization.packing import pack
+
+UNADAPTED = ("int8", "bfloat16", "float32")
+_BYTE = 8
+
+
+def export_integer(
+    model: nn.Module,
+    path: str | Path,
+    adapter_name: str | None = None,
+    batch: Mapping[str, Tensor] | None = None,
+    *,
+    unadapted: str = "int8",
+    calibration: Iterable[Mapping[str, Tensor]] | None = None,
+) -> dict[str, Any]:
+    """Write base and adapter as one model of integer codes, for `load_integer`.
+
+    Args:
+        model: a PEFT model with a B-LoRA adapter on a Transformers model; left as it is.
+        path: folder for `config.json`, `integer.json` and `integer_model.safetensors`; created if missing.
+        adapter_name: by default the active adapter.
+        batch: inputs to measure the output error on; by default the model's own `dummy_inputs`.
+        unadapted: how the weights of linear layers without an adapter, and of the input embedding, are stored:
+            ``"int8"`` with a range a row, ``"bfloat16"``, or ``"float32"``, which changes nothing. What was trained
+            besides the adapter, such as a classifier, is stored as it is.
+        calibration: batches of inputs on which static 8-bit ranges of the inputs of unadapted int8 layers are fixed,
+            so that their products are of integers too; None leaves these inputs alone.
+
+    Returns:
+        `file_bytes` of the tensors' file; `ideal_bytes`, the sum of all stored numbers' bits by eight;
+        `float32_bytes` of the model in float32; `max_output_error` and `max_output` over the outputs of this model and
+        of the one that was written (None where there was nothing to measure on).
+
+    Raises:
+        BayesLoraError: for another method, a base in 4 or 8 bits, a merged adapter, or a model that is not of
+            Transformers.
+    """
+    if unadapted not in UNADAPTED:
+        raise BayesLoraError(f"unadapted must be one of {', '.join(UNADAPTED)}, not {unadapted!r}")
+    if calibration is not None and unadapted != "int8":
+        raise BayesLoraError(f"calibration is for unadapted='int8', not {unadapted!r}: leave it out")
+    original, tuner, name = adapted_parts(model, adapter_name)
+    _check(original, tuner.named_layers(name), name)
+    whole = sharing_base(original, tuner)
+    whole.set_adapter(name)
+    whole.eval()
+    inputs = inputs_for(whole, batch)
+    expected = None if inputs is None else output_of(whole, inputs)
+    _, cut_tuner, _ = adapted_parts(whole, name)
+    cut_tuner.shrink(name)
+    layers = cast(dict[str, BLoraLayer], cut_tuner.named_layers(name))
+    trained = [
+        key for key, module in whole.get_base_model().named_modules() if isinstance(module, AuxiliaryTrainingWrapper)
+    ]
+    ranges = {} if calibration is None else _input_ranges(whole, calibration)
+    base = cast(PreTrainedModel, whole.unload())
+    index, tensors = _written(base, layers, name, unadapted, trained, ranges)
+    folder = Path(path)
+    folder.mkdir(parents=True, exist_ok=True)
+    text = index.to_text()
+    sealed = seal(text)
+    metadata = {"format": "pt", INDEX_KEY: sealed, CHECKSUM_KEY: checksum(sealed, tensors)}
+    save_file(tensors, folder / WEIGHTS_FILE, metadata=metadata)
+    (folder / INDEX_FILE).write_text(text, encoding="utf-8")
+    base.config.architectures = [index.architecture]
+    base.config.save_pretrained(folder)
+    generation = getattr(base, "generation_config", None)
+    if generation is not None and base.can_generate():
+        generation.save_pretrained(folder)
+    found = None if inputs is None else output_of(load_integer(folder, next(base.parameters()).device), inputs)
+    return {
+        "file_bytes": (folder / WEIGHTS_FILE).stat().st_size,
+        "ideal_bytes": sum(tensor.nbytes for tensor in tensors.values()),
+        "float32_bytes": 4 * sum(parameter.numel() for parameter in base.parameters()),
+        **output_error(expected, found),
+    }
+
+
+def _check(model: PeftModel, layers: Mapping[str, nn.Module], name: str) -> None:
+    base = model.get_base_model()
+    if not isinstance(base, PreTrainedModel):
+        raise BayesLoraError(
+            f"{type(base).__name__} is no Transformers model, and only those are loaded again: pack it"
+        )
+    for key, layer in layers.items():
+        if not isinstance(layer, BLoraLayer):
+            raise BayesLoraError(
+                f"{key} was trained without widths of its own ({type(layer).__name__}), and format 'integer' is for "
+                "B-LoRA: merge it"
+            )
+        if layer.merged_adapters:
+            raise BayesLoraError(
+                f"adapter {layer.merged_adapters[0]!r} is merged into {key}: call unmerge_adapter first"
+            )
+        if not layer.has_plain_weight:
+            raise BayesLoraError(
+                f"the base weight of {key} has {layer.base_width} bits already: load the base in float32 and export "
+                f"adapter {name!r} on it"
+            )
+
+
+@torch.no_grad()
+def _written(
+    base: PreTrainedModel,
+    adapted: dict[str, BLoraLayer],
+    name: str,
+    unadapted: str,
+    trained: list[str],
+    ranges: dict[str, float],
+) -> tuple[IntegerIndex, dict[str, Tensor]]:
+    """The index, and every tensor under its key: codes by layer, the rest by its path in the model."""
+    index, tensors = IntegerIndex(type(base).__name__), {}
+    embedding, head = base.get_input_embeddings(), base.get_output_embeddings()
+    modules = dict(base.named_modules())
+    paths = {id(module): path for path, module in modules.items()}
+    tie = paths.get(id(embedding)) if head is not None and head.weight is embedding.weight else None
+    for path, module in modules.items():
+        kept = _is_within(path, trained)
+        if path in adapted:
+            layer, parts = _adapted(path, adapted[path], name)
+        elif kept or unadapted != "int8" or type(module) not in (nn.Linear, Conv1D, nn.Embedding):
+            continue
+        elif module is head and tie is not None:
+            layer, parts = _tied(path, module, tie)
+        elif type(module) is nn.Embedding and module is not embedding:
+            continue  # of positions or types: small, and some models read their weight
+        else:
+            layer, parts = _rounded(path, module, ranges.get(path))
+        (index.embeddings if type(module) is nn.Embedding else index.linear)[path] = layer
+        if parts:
+            tensors[path + CODES_SUFFIX] = torch.cat(parts)
+    _add_the_rest(base, index, tensors, unadapted, trained)
+    return index, tensors
+
+
+def _add_the_rest(
+    base: PreTrainedModel, index: IntegerIndex, tensors: dict[str, Tensor], unadapted: str, trained: list[str]
+) -> None:
+    """Every parameter and buffer outside the layers of `index`; one that is there twice is stored once."""
+    coded = {*index.linear, *index.embeddings}
+    narrow = {id(base.get_input_embeddings())} if unadapted == "bfloat16" else set()
+    if unadapted == "bfloat16":
+        narrow |= {id(module) for module in base.modules() if type(module) in (nn.Linear, Conv1D)}
+    first: dict[int, str] = {}
+    for owner, module in base.named_modules():
+        if owner in coded:
+            continue
+        for leaf, tensor in (*module.named_parameters(recurse=False), *module.named_buffers(recurse=False)):
+            path = f"{owner}.{leaf}" if owner else leaf
+            if id(tensor) in first:
+                index.shared[path] = first[id(tensor)]
+                continue
+            first[id(tensor)] = path
+            kept = _is_within(owner, trained)
+            stored = tensor.detach().cpu().contiguous()
+            # A copy: safetensors takes no two tensors of one memory.
+            tensors[path] = (
+                stored.to(torch.bfloat16) if id(module) in narrow and leaf == "weight" and not kept else stored.clone()
+            )
+
+
+def _is_within(path: str, modules: list[str]) -> bool:
+    return any(path == module or path.startswith(module + ".") for module in modules)
+
+
+def _adapted(path: str, layer: BLoraLayer, name: str) -> tuple[IntegerLayer, list[Tensor]]:
+    """An adapted layer as evaluation uses it: its entry, and its codes, ranges and bias in the order of `parts`."""
+    found = layer.widths(name)
+    rank = len(layer.blora_E[name])
+    wanted = [kind for kind in KINDS if kind in found and (rank or kind in (BASE_WEIGHT, "in", "out"))]
+    bits = {kind: found[kind] for kind in wanted if found[kind] < UNQUANTIZED or kind in (BASE_WEIGHT, *MATRICES)}
+    bounds = _bounds(layer, name) if layer.is_quantizing(name) else {}
+    narrow = [kind for kind, width in bits.items() if width < UNQUANTIZED]
+    bias = cast("Tensor | None", layer.get_base_layer().bias)
+    described = IntegerLayer(
+        path,
+        layer.out_features,
+        layer.in_features,
+        bits,
+        {kind: float(bounds[kind]) for kind in narrow if bounds[kind].ndim == 0},
+        tuple(kind for kind in narrow if bounds[kind].ndim),
+        rank,
+        float(layer.scaling[name]),
+        bias is not None,
+        learned=True,
+    )
+    weight = layer.weight.detach()
+    matrices = {BASE_WEIGHT: weight.T if layer.is_transposed else weight}
+    matrices.update({kind: getattr(layer, f"blora_{kind}")[name].detach() for kind in MATRICES})
+    return described, _packed(described, matrices, bounds, bias)
+
+
+def _bounds(layer: BLoraLayer, name: str) -> dict[str, Tensor]:
+    """Range of each kind: a number, or one a row of its matrix."""
+    quantizers = layer.quantizers(name)
+    found = zip(quantizers.kinds, quantizers.ranges(), quantizers.shapes, strict=True)
+    return {kind: bound.detach().reshape(() if shape == () else (-1, 1)) for kind, bound, shape in found}
+
+
+def _packed(
+    layer: IntegerLayer, matrices: Mapping[str, Tensor], bounds: Mapping[str, Tensor], bias: Tensor | None
+) -> list[Tensor]:
+    found = []
+    for part in layer.parts():
+        if part.kind == BIAS:
+            assert bias is not None
+            found.append(pack(bias.detach(), part.bits))
+        elif part.is_range:
+            found.append(pack(bounds[part.kind], part.bits))
+        elif part.bits == UNQUANTIZED:
+            found.append(pack(matrices[part.kind], part.bits))
+        else:
+            found.append(pack(codes(matrices[part.kind], bounds[part.kind], part.bits), part.bits))
+    return found
+
+
+def _rounded(path: str, module: nn.Module, input_range: float | None) -> tuple[IntegerLayer, list[Tensor]]:
+    """A layer that has learned no width, at 8 bits with a range a row."""
+    weight = cast(Tensor, module.weight).detach()
+    weight = weight.T if isinstance(module, Conv1D) else weight
+    bias = cast("Tensor | None", getattr(module, "bias", None))
+    layer = IntegerLayer(
+        path,
+        weight.shape[0],
+        weight.shape[1],
+        {BASE_WEIGHT: _BYTE} if input_range is None else {BASE_WEIGHT: _BYTE, "in": _BYTE},
+        {} if input_range is None else {"in": input_range},
+        (BASE_WEIGHT,),
+        bias=bias is not None,
+    )
+    bound = optimal_range(weight, _BYTE, "absmax", dim=1)
+    return layer, _packed(layer, {BASE_WEIGHT: weight}, {BASE_WEIGHT: bound}, bias)
+
+
+def _tied(path: str, head: nn.Module, embedding: str) -> tuple[IntegerLayer, list[Tensor]]:
+    bias = cast("Tensor | None", getattr(head, "bias", None))
+    d_out, d_in = cast(Tensor, head.weight).shape
+    layer = IntegerLayer(path, d_out, d_in, {}, bias=bias is not None, tied_to=embedding)
+    return layer, _packed(layer, {}, {}, bias)
+
+
+@torch.no_grad()
+def _input_ranges(whole: PeftModel, batches: Iterable[Mapping[str, Tensor]]) -> dict[str, float]:
+    """The range of the input of each unadapted linear layer: the largest over batches of the best for a batch."""
+    found: dict[str, float] = {}
+    base = whole.get_base_model()
+    handles = []
+
+    def observer(path: str) -> Any:
+        def observe(_: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+            found[path] = max(found.get(path, 0.0), float(optimal_range(inputs[0], _BYTE)))
+
+        return observe
+
+    for path, module in base.named_modules():
+        if type(module) in (nn.Linear, Conv1D) and not path.endswith(".base_layer"):
+            handles.append(module.register_forward_pre_hook(observer(path)))
+    try:
+        for batch in batches:
+            output_of(whole, inputs_for(whole, batch) or {})
+    finally:
+        for handle in handles:
+            handle.remove()
+    return found

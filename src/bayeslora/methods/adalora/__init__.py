@@ -1,0 +1,10 @@
+"""AdaLoRA and Bayesian AdaLoRA: a fixed budget of ranks, spent where it counts."""
+
+from __future__ import annotations
+
+from bayeslora.methods.adalora.model import AdaLoraConfig, AdaLoraModel
+
+__all__ = [
+    "AdaLoraConfig",
+    "AdaLoraModel",
+]

@@ -1,0 +1,359 @@
+r"""Bayesian AdaLoRA: a fixed budget of ranks, spent where the signal is strongest (arXiv:2303.10512, 2409.10673).
+
+$$ y = W_0 x + b + s\, B\, \mathrm{diag}(E)\, A x, \qquad s = \alpha / r_0, $$
+
+with $r_0$ = `init_r` ranks in every layer at the start. Each triplet (an entry of E, its row of A and its column of B)
+has a score, and on a schedule the lowest entries of E over all layers are set to zero until `target_r` ranks a layer
+are left on average. The scores come from the Gaussian posterior of an optimizer that keeps one (IVON), or from
+AdamW's gradients (`sensitivity`, which is AdaLoRA itself). The penalty $\gamma\,\mathrm{mean}(\|A A^\top - I\|_F,
+\|B^\top B - I\|_F)$ keeps A and B near orthogonal; as in AdaLoRA's code it is a mean of norms, where the paper has a
+sum of squares.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from bayeslora.errors import BayesLoraError
+from bayeslora.methods.adalora.importance import (
+    IMPORTANCES,
+    NEED_STD,
+    Importance,
+    budget_at,
+    kept_ranks,
+    score_of_posterior,
+    sensitivities,
+    triplet_scores,
+    update_averages,
+)
+from bayeslora.methods.adalora.layer import AdaLoraLayer, Linear
+from bayeslora.methods.adalora.orthogonality import distance_and_gradients, distance_from_orthogonal
+from bayeslora.methods.config import AdapterConfig
+from bayeslora.methods.tuner import BayesTuner, Schedule, add_gradients
+
+
+@dataclass
+class AdaLoraConfig(AdapterConfig):
+    """Configuration of Bayesian AdaLoRA; names are those of `peft.AdaLoraConfig`, without its `total_step`."""
+
+    method = "bayes_adalora"
+
+    r: int = field(init=False, default=12, repr=False)
+    """The same as `init_r`, under the name that all methods have."""
+
+    init_r: int = field(default=12, metadata={"help": "Ranks of every layer at the start."})
+    target_r: int = field(default=8, metadata={"help": "Ranks left at the end, on average over the layers."})
+    tinit: int | None = field(
+        default=None, metadata={"help": "Steps before the budget falls; by default a tenth of the run."}
+    )
+    tfinal: int | None = field(
+        default=None, metadata={"help": "Steps at the end with the final ranks; by default four tenths of the run."}
+    )
+    deltaT: int = field(default=10, metadata={"help": "Steps from one allocation to the next."})  # noqa: N815
+    importance: Importance = field(
+        default="snr_abs",
+        metadata={"help": "Score: sensitivity, snr, snr_abs, magnitude, inverse_std or mean_abs."},
+    )
+    beta1: float = field(default=0.85, metadata={"help": "Decay of the averaged sensitivity."})
+    beta2: float = field(default=0.85, metadata={"help": "Decay of the averaged deviation from it."})
+    orth_reg_weight: float = field(default=0.5, metadata={"help": "gamma, the weight of the orthogonality penalty."})
+
+    def __post_init__(self) -> None:
+        self.r = self.init_r
+        if self.init_r < 1:
+            raise BayesLoraError(f"init_r must be at least 1, not {self.init_r}: give the initial rank")
+        super().__post_init__()
+        self._require("importance", IMPORTANCES)
+        if not 0 <= self.target_r < self.init_r:
+            raise BayesLoraError(
+                f"target_r {self.target_r} must lie in [0, {self.init_r}), below init_r: a fixed rank is plain LoRA's"
+            )
+        if self.deltaT < 1:
+            raise BayesLoraError(f"deltaT must be at least 1 step, not {self.deltaT}")
+        for name in ("tinit", "tfinal"):
+            steps = getattr(self, name)
+            if steps is not None and steps < 0:
+                raise BayesLoraError(f"{name} must not be negative, not {steps}")
+        for name in ("beta1", "beta2"):
+            if not 0 < getattr(self, name) < 1:
+                raise BayesLoraError(f"{name} must lie between 0 and 1, not {getattr(self, name)}")
+        if self.orth_reg_weight < 0:
+            raise BayesLoraError(f"orth_reg_weight must not be negative, not {self.orth_reg_weight}")
+
+    def to_dict(self) -> dict[str, Any]:
+        values: dict[str, Any] = super().to_dict()
+        values.pop("r", None)
+        return values
+
+
+@dataclass
+class _Group:
+    """Layers whose matrices have the same shapes, so that one operation does for all of them."""
+
+    layers: list[AdaLoraLayer]
+    A: list[nn.Parameter]
+    E: list[nn.Parameter]
+    B: list[nn.Parameter]
+
+    @property
+    def parameters(self) -> list[nn.Parameter]:
+        return [*self.A, *self.E, *self.B]
+
+
+class AdaLoraModel(BayesTuner):
+    """Bayesian AdaLoRA over a whole model: its budget, its scores and its penalty."""
+
+    prefix = "bayes_adalora_"
+    tuner_layer_cls = AdaLoraLayer
+    linear_class = Linear
+
+    def config_of(self, name: str) -> AdaLoraConfig:
+        return cast(AdaLoraConfig, self.peft_config[name])
+
+    # Penalty ------------------------------------------------------------------------------------------------------
+
+    @property
+    def penalty_names(self) -> tuple[str, ...]:
+        return ("orthogonality",) if self.config_of(self._driven_adapter()).orth_reg_weight else ()
+
+    def penalty(self) -> dict[str, Tensor]:
+        r"""$\gamma$ times the mean over all A and B of their distance from orthonormal rows and columns."""
+        weight = self.config_of(self._driven_adapter()).orth_reg_weight
+        if not weight:
+            return {}
+        return {"orthogonality": weight * distance_from_orthogonal(*self._rows_and_columns())}
+
+    @torch.no_grad()
+    def add_penalty(self, parameters: Sequence[nn.Parameter], scale: float = 1.0) -> dict[str, Tensor]:
+        weight = self.config_of(self._driven_adapter()).orth_reg_weight
+        if not weight:
+            return {}
+        distance, pairs = distance_and_gradients(*self._rows_and_columns(), scale * weight)
+        trained = {id(parameter) for parameter in parameters}
+        add_gradients([(matrix, gradient) for matrix, gradient in pairs if id(matrix) in trained])
+        return {"orthogonality": distance * weight}
+
+    def _rows_and_columns(self) -> tuple[list[nn.Parameter], list[nn.Parameter]]:
+        """All A, whose rows are to be orthonormal, and all B, of which it is the columns."""
+        groups = self._groups()
+        return [a for group in groups for a in group.A], [b for group in groups for b in group.B]
+
+    # Schedule -----------------------------------------------------------------------------------------------------
+
+    def begin(self, schedule: Schedule) -> None:
+        """Fit the budget's schedule into the run; raises `BayesLoraError` where it cannot work."""
+        name, total = self._driven_adapter(), schedule.total_steps
+        config = self.config_of(name)
+        if config.importance in NEED_STD and not schedule.has_posterior:
+            raise BayesLoraError(
+                f"importance {config.importance!r} needs the posterior of the weights, which this optimizer does not "
+                "keep: train with bayeslora.IVON (--optim ivon), or use importance 'sensitivity' or 'magnitude'"
+            )
+        self.warm_up_end = total // 10 if config.tinit is None else config.tinit
+        final = 4 * total // 10 if config.tfinal is None else config.tfinal
+        self.final_step = total - final
+        if self.final_step <= self.warm_up_end:
+            raise BayesLoraError(
+                f"tinit {self.warm_up_end} and tfinal {final} leave none of {total} steps to allocate ranks in: keep "
+                "their sum below the steps, or train longer"
+            )
+        self._cached_groups: list[_Group] | None = self._find_groups()
+        groups = self._groups()
+        self.initial_budget = sum(e.numel() for group in groups for e in group.E)
+        self.target_budget = config.target_r * sum(len(group.E) for group in groups)
+        if self.target_budget >= self.initial_budget:
+            raise BayesLoraError(
+                f"the layers have {self.initial_budget} ranks and target_r {config.target_r} leaves "
+                f"{self.target_budget}, so there is nothing to cut: lower target_r"
+            )
+        self.rank_budget = self.initial_budget
+        self._observed: list[tuple[nn.Parameter, Tensor]] = []
+        self._kept: dict[int, Tensor] = {}
+        self._variation: Tensor | None = None
+        # What is cut already, should the run go on after the last allocation; later weights may carry noise.
+        self._cut_before: list[tuple[AdaLoraLayer, Tensor]] = []
+        for layer in self._layers():
+            e = layer.bayes_adalora_E[name].detach()
+            self._cut_before.append((layer, (e != 0).to(e.dtype)))
+            if name in layer.adalora_mask:
+                del layer.adalora_mask[name]
+
+    def step_begin(self, step: int, seed: int) -> None:
+        if step >= self.final_step:
+            self._freeze(self._cut_before)
+        self._cut_before = []
+
+    def _freeze(self, masks: Sequence[tuple[AdaLoraLayer, Tensor]]) -> None:
+        name = self._driven_adapter()
+        for layer, mask in masks:
+            layer.adalora_mask[name] = mask
+
+    # Allocation ---------------------------------------------------------------------------------------------------
+
+    def observe(self, step: int, optimizer: Optimizer, scale: float = 1.0) -> None:
+        """Note |w g| of step `step`; the averages move in `allocate`, when the optimizer has made its own state."""
+        self._observed = []
+        if self.config_of(self._driven_adapter()).importance != "sensitivity" or step + 1 >= self.final_step:
+            return
+        seen = [p for group in self._groups() for p in group.parameters if p.grad is not None]
+        if seen:
+            gradients = [cast(Tensor, p.grad) for p in seen]
+            self._observed = list(zip(seen, sensitivities(seen, gradients, scale), strict=True))
+
+    @torch.no_grad()
+    def allocate(self, step: int, optimizer: Optimizer) -> None:
+        """Set the least important entries of E to zero where optimizer step `step` (from 0) is one to do so.
+
+        They may grow again until the last allocation, at `total_steps - tfinal`; afterwards they stay zero.
+        """
+        self._move_averages(optimizer)
+        config, done = self.config_of(self._driven_adapter()), step + 1
+        if done > self.final_step:
+            name = self._driven_adapter()
+            layers = [layer for layer in self._layers() if name in layer.adalora_mask]
+            entries = [layer.bayes_adalora_E[name] for layer in layers]
+            _multiply(entries, [cast(Tensor, layer.adalora_mask[name]) for layer in layers], optimizer)
+        elif done == self.final_step or (done > self.warm_up_end and done % config.deltaT == 0):
+            masks = self._cut(optimizer, done)
+            if done == self.final_step:
+                self._freeze(list(zip(self._layers(), masks, strict=True)))
+
+    def _move_averages(self, optimizer: Optimizer) -> None:
+        if not self._observed:
+            return
+        config = self.config_of(self._driven_adapter())
+        states = [optimizer.state[p] for p, _ in self._observed]
+        for state, (_, seen) in zip(states, self._observed, strict=True):
+            if "importance" not in state:
+                state["importance"], state["uncertainty"] = torch.zeros_like(seen), torch.zeros_like(seen)
+        averages = [state["importance"] for state in states], [state["uncertainty"] for state in states]
+        update_averages(*averages, [seen for _, seen in self._observed], config.beta1, config.beta2)
+        self._observed = []
+
+    def _cut(self, optimizer: Optimizer, done: int) -> list[Tensor]:
+        """Zero what the budget after `done` steps does not allow; a mask for each layer, in the groups' order."""
+        ends = self.warm_up_end, self.final_step
+        self.rank_budget = budget_at(done, *ends, self.initial_budget, self.target_budget)
+        groups = self._groups()
+        scored = [self._scores(group, optimizer) for group in groups]
+        scores = [score for score, _ in scored]
+        device = scores[0].device
+        keep = kept_ranks(torch.cat([score.flatten().to(device) for score in scores]), self.rank_budget)
+        masks: list[Tensor] = []
+        parts = keep.split([score.numel() for score in scores])
+        for group, score, part in zip(groups, scores, parts, strict=True):
+            masks += part.view(score.shape).to(score.device, group.E[0].dtype).unbind()
+        _multiply([e for group in groups for e in group.E], masks, optimizer)
+        self._kept = {id(layer): mask for layer, mask in zip(self._layers(), masks, strict=True)}
+        self._variation = _variation([std.flatten().to(device) for _, stds in scored for std in stds])
+        return masks
+
+    def _scores(self, group: _Group, optimizer: Optimizer) -> tuple[Tensor, list[Tensor]]:
+        """Score (layers, r) of every triplet of `group`, and the posterior's deviations, where there is one."""
+        importance = self.config_of(self._driven_adapter()).importance
+        matrices = group.A, group.E, group.B
+        if not hasattr(optimizer, "posterior"):
+            if importance == "sensitivity":
+                return triplet_scores(*[_averaged(parameters, optimizer) for parameters in matrices]), []
+            means = [torch.stack([p.float() for p in parameters]) for parameters in matrices]
+            return triplet_scores(*[score_of_posterior(importance, mean, None) for mean in means]), []
+        moments = [_stacked_posterior(parameters, optimizer) for parameters in matrices]
+        if importance == "sensitivity":
+            elements = [_averaged(parameters, optimizer) for parameters in matrices]
+        else:
+            elements = [score_of_posterior(importance, mean, std) for mean, std in moments]
+        return triplet_scores(*elements), [std for _, std in moments]
+
+    # Layers -------------------------------------------------------------------------------------------------------
+
+    def _groups(self) -> list[_Group]:
+        """The driven adapter's layers by shape; kept for the length of a run, for three calls a step ask for it."""
+        cached: list[_Group] | None = self.__dict__.get("_cached_groups")
+        return cached if cached is not None else self._find_groups()
+
+    def _find_groups(self) -> list[_Group]:
+        name = self._driven_adapter()
+        found: dict[Any, _Group] = {}
+        for layer in self.adapted_layers(name):
+            a, e, b = layer.triplets(name)
+            group = found.setdefault((a.shape, b.shape, a.device, a.dtype), _Group([], [], [], []))
+            group.layers.append(layer)
+            group.A.append(a)
+            group.E.append(e)
+            group.B.append(b)
+        return list(found.values())
+
+    def _layers(self) -> list[AdaLoraLayer]:
+        return [layer for group in self._groups() for layer in group.layers]
+
+    def shrink(self, adapter_name: str | None = None) -> dict[str, int]:
+        self._cached_groups = None
+        return super().shrink(adapter_name)
+
+    def inject_adapter(self, *args: Any, **kwargs: Any) -> None:
+        self.__dict__["_cached_groups"] = None
+        super().inject_adapter(*args, **kwargs)
+
+    def statistics(self) -> dict[str, float]:
+        """What is logged beside the loss: the budget, and the ranks left by the latest allocation.
+
+        With a posterior also `std_variation`, the coefficient of variation of all deviations at the latest allocation:
+        near 0, every score is a function of the means alone.
+        """
+        layers = self.named_layers(self._driven_adapter())
+        kept = {path: self._kept.get(id(layer)) for path, layer in layers.items()}
+        ranks = {
+            path: float(layer.bayes_adalora_E[self._driven_adapter()].numel() if mask is None else mask.sum())
+            for (path, mask), layer in zip(kept.items(), layers.values(), strict=True)
+        }
+        values = {"rank_budget": float(self.rank_budget), "mean_rank": sum(ranks.values()) / len(ranks)}
+        by_suffix: dict[str, list[float]] = {}
+        for path, rank in ranks.items():
+            by_suffix.setdefault(path.rpartition(".")[2], []).append(rank)
+        values.update({f"rank/{suffix}": sum(group) / len(group) for suffix, group in by_suffix.items()})
+        if self._variation is not None:
+            values["std_variation"] = float(self._variation)
+        return values
+
+
+def _averaged(parameters: Sequence[nn.Parameter], optimizer: Optimizer) -> Tensor:
+    """Averaged sensitivity times averaged deviation, stacked; zero where no gradient has been seen."""
+    found = []
+    for parameter in parameters:
+        state = optimizer.state.get(parameter, {})
+        if "importance" in state:
+            found.append(state["importance"] * state["uncertainty"])
+        else:
+            found.append(torch.zeros_like(parameter))
+    return torch.stack(found)
+
+
+def _multiply(entries: Sequence[nn.Parameter], masks: Sequence[Tensor], optimizer: Optimizer) -> None:
+    """Multiply E by its mask, and the optimizer's own copy of it where low-precision weights have one."""
+    if not entries:
+        return
+    torch._foreach_mul_(list(entries), list(masks))
+    for entry, mask in zip(entries, masks, strict=True):
+        mean = optimizer.state.get(entry, {}).get("mean")
+        if mean is not None:
+            mean.mul_(mask)
+
+
+def _stacked_posterior(parameters: Sequence[nn.Parameter], optimizer: Any) -> tuple[Tensor, Tensor]:
+    """Means and deviations of parameters of one shape, stacked."""
+    moments = [optimizer.posterior(p) for p in parameters]
+    return torch.stack([mean for mean, _ in moments]), torch.stack([std for _, std in moments])
+
+
+def _variation(deviations: Sequence[Tensor]) -> Tensor | None:
+    """Coefficient of variation of the posterior's deviations, over all elements; None where there is no posterior."""
+    if not deviations:
+        return None
+    std, mean = torch.std_mean(torch.cat(list(deviations)))
+    return std / mean

@@ -1,0 +1,317 @@
+"""The layer of B-LoRA: its tensors, its forward pass, and what of it is deployed. The method itself is in `blora`."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any, cast
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
+
+from bayeslora.errors import BayesLoraError
+from bayeslora.methods.blora.gated_quantizers import BASE_WEIGHT, Assignment, Phase, Progress, Quantizers, RankGates
+from bayeslora.methods.description import KINDS, LayerDescription
+from bayeslora.methods.layer import BayesLayer, add_update
+from bayeslora.quantization import WIDTHS, linear, optimal_range
+
+if TYPE_CHECKING:
+    from bayeslora.methods.blora import BLoraConfig
+
+ACTIVATIONS = ("in", "A_out", "E_out", "out")
+
+
+class BLoraLayer(BayesLayer):
+    """One linear layer under B-LoRA.
+
+    Tensors of an adapter: `blora_A` (r, d_in), `blora_B` (d_out, r), `blora_E` (r,), rank gate logits (r,), and the
+    quantizers' gates and ranges. `blora_progress` holds its phase.
+    """
+
+    adapter_layer_names = ("blora_A", "blora_B", "blora_E", "blora_rank", "blora_quantizers")
+    other_param_names = ("blora_progress", "blora_dropout", "scaling", "initial_rank", "configs")
+
+    def __init__(self, base_layer: nn.Module, **kwargs: Any) -> None:
+        super().__init__(base_layer, **kwargs)
+        self.blora_A, self.blora_B, self.blora_E = nn.ParameterDict(), nn.ParameterDict(), nn.ParameterDict()
+        self.blora_rank, self.blora_quantizers = nn.ModuleDict(), nn.ModuleDict()
+        self.blora_progress, self.blora_dropout = nn.ModuleDict(), nn.ModuleDict()
+        self.scaling: dict[str, float] = {}
+        self.initial_rank: dict[str, int] = {}
+        self.configs: dict[str, BLoraConfig] = {}
+        self.driven: set[str] = set()  # adapters whose calibration a training loop ends
+        self.observes = True  # whether this step's activations count for their ranges
+        self._fixed_weight: tuple[tuple[Any, ...], Tensor] | None = None
+
+    def add_adapter(self, adapter_name: str, config: BLoraConfig, rank: int, scaling: float) -> None:
+        self.configs[adapter_name] = config
+        self.scaling[adapter_name], self.initial_rank[adapter_name] = scaling, config.r
+        self.blora_A[adapter_name] = nn.Parameter(torch.empty(rank, self.in_features))
+        self.blora_B[adapter_name] = nn.Parameter(torch.zeros(self.out_features, rank))
+        self.blora_E[adapter_name] = nn.Parameter(torch.ones(rank))
+        if rank:
+            nn.init.kaiming_uniform_(self.blora_A[adapter_name], a=math.sqrt(5))
+            if not config.init_weights:
+                nn.init.kaiming_uniform_(self.blora_B[adapter_name], a=math.sqrt(5))
+        self.blora_dropout[adapter_name] = nn.Dropout(config.lora_dropout) if config.lora_dropout else nn.Identity()
+        self.blora_progress[adapter_name] = Progress()
+        if config.learns_ranks:
+            self.blora_rank[adapter_name] = RankGates(rank, config.initial_rank_logit)
+        if config.learns_bits:
+            self.blora_quantizers[adapter_name] = self._make_quantizers(config, rank)
+
+    def quantizers(self, name: str) -> Quantizers:
+        return cast(Quantizers, self.blora_quantizers[name])
+
+    def rank_gates(self, name: str) -> RankGates:
+        return cast(RankGates, self.blora_rank[name])
+
+    def progress(self, name: str) -> Progress:
+        return cast(Progress, self.blora_progress[name])
+
+    def _make_quantizers(self, config: BLoraConfig, rank: int) -> Quantizers:
+        if not self.has_plain_weight and BASE_WEIGHT in (config.fixed_bits or {}):
+            raise BayesLoraError(
+                "fixed_bits names weight, but a base weight loaded in few bits keeps those: leave it out"
+            )
+        kinds = [BASE_WEIGHT] if self.has_plain_weight else []
+        kinds += ["in"] if config.quantize_input else []
+        kinds += [kind for kind in KINDS if kind != BASE_WEIGHT]
+        config.require_something_to_learn(kinds)
+        shapes = {}
+        if config.per_channel:
+            # Not for B: a range for its r entries a row would cost as much as the entries themselves.
+            shapes = {
+                BASE_WEIGHT: (1, self.out_features) if self.is_transposed else (self.out_features, 1),
+                "A": (rank, 1),
+            }
+        return Quantizers(tuple(kinds), shapes, [config.bit_logits(kind) for kind in kinds])
+
+    @property
+    def has_plain_weight(self) -> bool:
+        """Whether W0 is an ordinary matrix; a base loaded in 4 or 8 bits keeps the width it has."""
+        forward = type(self.get_base_layer()).forward
+        return self.quantization_backend is None and forward in (nn.Linear.forward, Conv1D.forward)
+
+    # Forward ------------------------------------------------------------------------------------------------------
+
+    def adapted(self, x: Tensor, adapter_names: list[str], *args: Any, **kwargs: Any) -> Tensor:
+        if len(adapter_names) == 1:
+            return self._adapted_by(adapter_names[0], x, *args, **kwargs)
+        if any(self.is_quantizing(name) for name in adapter_names):
+            raise BayesLoraError(
+                f"adapters {adapter_names} each quantize the same base weight: activate one of them at a time"
+            )
+        result = self.base_layer(x, *args, **kwargs)
+        for name in adapter_names:
+            update = self._low_rank(name, x, _identity) @ self.blora_B[name].T
+            result = result + (update * self.scaling[name]).to(result.dtype)
+        return result
+
+    def is_quantizing(self, name: str) -> bool:
+        return name in self.blora_quantizers and self.progress(name).current != Phase.WARM_UP
+
+    def _adapted_by(self, name: str, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        quantized = self._quantization(name, x, *args, **kwargs)
+        x = quantized("in", x)
+        if quantized is _identity or not self.has_plain_weight:
+            result = self.base_layer(x, *args, **kwargs)
+            update = self._low_rank(name, x, quantized), quantized("B", self.blora_B[name]), self.scaling[name]
+            return quantized("out", add_update(result, *update))
+        weight = quantized(BASE_WEIGHT, self.weight)
+        rows = x.reshape(-1, x.shape[-1])
+        result = linear(rows, weight.T if self.is_transposed else weight, self.bias)
+        update = self._low_rank(name, rows, quantized), quantized("B", self.blora_B[name]), self.scaling[name]
+        return quantized("out", add_update(result, *update, in_place=True)).view(*x.shape[:-1], -1)
+
+    def _low_rank(self, name: str, x: Tensor, quantized: Callable[[str, Tensor], Tensor]) -> Tensor:
+        """(..., r): the update's path up to, and without, its last factor."""
+        x = self.blora_dropout[name](self._cast_input_dtype(x, self.blora_A[name].dtype))
+        diagonal = quantized("E", self.blora_E[name])
+        if name in self.blora_rank:
+            diagonal = diagonal * self.rank_gates(name)().to(diagonal.dtype)
+        if self.training and torch.distributed.is_available() and torch.distributed.is_initialized():
+            diagonal = diagonal + self._anchor(name)
+        hidden = quantized("A_out", F.linear(x, quantized("A", self.blora_A[name])))
+        return quantized("E_out", hidden * diagonal.to(hidden.dtype))
+
+    def _quantization(self, name: str, x: Tensor, *args: Any, **kwargs: Any) -> Callable[[str, Tensor], Tensor]:
+        """What happens to each tensor in this pass: nothing, being observed, or being quantized."""
+        if name not in self.blora_quantizers:
+            return _identity
+        quantizers, phase = self.quantizers(name), self.progress(name).current
+        if phase == Phase.WARM_UP:
+            if not self.training:
+                return _identity
+            if name in self.driven or self.configs[name].warmup_fraction > 0:
+                return self._observer(name) if self.observes else _identity
+            self._calibrate_on(name, x, *args, **kwargs)
+        frozen = self.progress(name).current == Phase.FROZEN
+        if self.training and not frozen:
+            assignment = quantizers.sampled()
+        else:
+            assignment = quantizers.fixed(frozen)
+        if not frozen or not self.has_plain_weight:
+            return lambda kind, tensor: quantizers.quantized(kind, tensor, assignment)
+        weight = self._frozen_weight(name, assignment)
+        return lambda kind, tensor: weight if kind == BASE_WEIGHT else quantizers.quantized(kind, tensor, assignment)
+
+    def _frozen_weight(self, name: str, assignment: Assignment) -> Tensor:
+        """W0 at its final width: computed once, for neither it nor its range changes any more."""
+        quantizers, weight = self.quantizers(name), self.weight
+        key = (name, quantizers.version, weight._version, weight.data_ptr(), weight.dtype)
+        if self._fixed_weight is None or self._fixed_weight[0] != key:
+            with torch.no_grad():
+                self._fixed_weight = (key, quantizers.quantized(BASE_WEIGHT, weight, assignment).detach())
+        return self._fixed_weight[1]
+
+    def _apply(self, fn: Any, recurse: bool = True) -> Any:
+        self._fixed_weight = None
+        return super()._apply(fn, recurse)
+
+    def _anchor(self, name: str) -> Tensor | float:
+        """Zero that depends on every gate and range: distributed training waits for a gradient of each of them."""
+        modules = [group[name] for group in (self.blora_rank, self.blora_quantizers) if name in group]
+        return 0.0 * sum(p.sum() for module in modules for p in module.parameters())
+
+    # Calibration --------------------------------------------------------------------------------------------------
+
+    def _observer(self, name: str) -> Callable[[str, Tensor], Tensor]:
+        quantizers, method = self.quantizers(name), self.configs[name].calibration
+
+        def observe(kind: str, tensor: Tensor) -> Tensor:
+            if kind in ACTIVATIONS and kind in quantizers.kinds:
+                quantizers.observe(kind, tensor.detach(), _calibration_bits(kind), method)
+            return tensor
+
+        return observe
+
+    def _calibrate_on(self, name: str, x: Tensor, *args: Any, **kwargs: Any) -> None:
+        """Calibrate on one batch: what happens without a warm-up and without a training loop attached."""
+        self.driven.add(name)
+        with torch.no_grad():
+            self._adapted_by(name, x, *args, **kwargs)
+        self.driven.discard(name)
+        self.start_learning(name)
+
+    @torch.no_grad()
+    def start_learning(self, name: str) -> None:
+        """Set every range from what was observed, or from the tensor itself, and let the gates learn."""
+        if name in self.blora_quantizers:
+            quantizers = self.quantizers(name)
+            for kind, observed in zip(quantizers.kinds, quantizers.observed.tolist(), strict=True):
+                if kind in ACTIVATIONS:
+                    # A layer that no batch has reached keeps a range wide enough to clip nothing it is likely to see.
+                    quantizers.set_range(kind, torch.tensor(observed if observed > 0 else 10.0))
+                else:
+                    quantizers.set_range(kind, self._weight_range(name, kind))
+        self.progress(name).advance(Phase.LEARN)
+
+    def _weight_range(self, name: str, kind: str) -> Tensor:
+        tensor = self.weight if kind == BASE_WEIGHT else getattr(self, f"blora_{kind}")[name]
+        config = self.configs[name]
+        if kind != BASE_WEIGHT and not tensor.any():
+            # A factor that is still zero has no scale of its own; it will grow to about that of A's initial values.
+            return torch.tensor(1 / math.sqrt(self.in_features))
+        bits = _calibration_bits(kind)
+        if not (config.per_channel and kind in (BASE_WEIGHT, "A")):
+            return optimal_range(tensor, bits, config.calibration)
+        transposed = kind == BASE_WEIGHT and self.is_transposed
+        return optimal_range(tensor.T if transposed else tensor, bits, config.calibration, dim=1)
+
+    # Deployment ---------------------------------------------------------------------------------------------------
+
+    def _as_deployed(self, name: str, kind: str, tensor: Tensor) -> Tensor:
+        if not self.is_quantizing(name):
+            return tensor.float()
+        quantizers = self.quantizers(name)
+        return quantizers.quantized(kind, tensor.float(), quantizers.fixed())
+
+    @torch.no_grad()
+    def factors(self, name: str) -> tuple[Tensor, Tensor, Tensor]:
+        """A (r, d_in), gated E (r,) and B (d_out, r) as evaluation uses them, float32."""
+        diagonal = self._as_deployed(name, "E", self.blora_E[name])
+        if name in self.blora_rank:
+            diagonal = diagonal * self.rank_gates(name)()
+        a = self._as_deployed(name, "A", self.blora_A[name])
+        return a, diagonal, self._as_deployed(name, "B", self.blora_B[name])
+
+    def merged_weight(self, adapter_name: str, weight: Tensor) -> Tensor:
+        if self.is_quantizing(adapter_name):
+            self.check_merge(adapter_name)
+            weight = self._as_deployed(adapter_name, BASE_WEIGHT, weight).to(weight.dtype)
+        return super().merged_weight(adapter_name, weight)
+
+    def needs_backup(self, adapter_name: str) -> bool:
+        return self.is_quantizing(adapter_name)
+
+    def quantized_activations(self, adapter_name: str) -> dict[str, int]:
+        """Widths below 32 bits of the activations, by kind: what no weight can absorb."""
+        widths = self.widths(adapter_name)
+        return {kind: widths[kind] for kind in ACTIVATIONS if widths.get(kind, 32) < 32}
+
+    def check_merge(self, adapter_name: str) -> None:
+        narrow = self.quantized_activations(adapter_name)
+        if narrow and not self.configs[adapter_name].allow_inexact_merge:
+            raise BayesLoraError(
+                f"adapter {adapter_name!r} quantizes activations ({narrow} bits), which a merged weight cannot hold: "
+                "set allow_inexact_merge=True in its config, or export it instead"
+            )
+
+    def widths(self, adapter_name: str) -> dict[str, int]:
+        """Evaluation width of every tensor, 32 where it is not quantized."""
+        widths = dict.fromkeys(KINDS, WIDTHS[-1])
+        widths[BASE_WEIGHT] = self.base_width
+        if self.configs[adapter_name].quantize_input:
+            widths["in"] = WIDTHS[-1]
+        if self.is_quantizing(adapter_name):
+            quantizers = self.quantizers(adapter_name)
+            widths.update(zip(quantizers.kinds, quantizers.evaluation_widths(), strict=True))
+        return widths
+
+    @torch.no_grad()
+    def shrink(self, adapter_name: str) -> int:
+        """Cut the ranks that contribute nothing out of every tensor; ranges and scaling stay."""
+        keep = self.kept(adapter_name)
+        self.cut(self.blora_A, adapter_name, keep)
+        self.cut(self.blora_E, adapter_name, keep)
+        self.cut(self.blora_B, adapter_name, (slice(None), keep))
+        if adapter_name in self.blora_rank:
+            gates = self.rank_gates(adapter_name)
+            gates.logits = nn.Parameter(gates.logits.detach()[keep].contiguous(), gates.logits.requires_grad)
+        if adapter_name in self.blora_quantizers:
+            self.quantizers(adapter_name).cut_channels("A", keep)
+        if self.progress(adapter_name).current == Phase.LEARN:
+            self.progress(adapter_name).advance(Phase.FROZEN)  # what has been cut cannot learn its rank any more
+        return int(keep.sum())
+
+    def describe(self, adapter_name: str, name: str) -> LayerDescription:
+        trained = [self.blora_A, self.blora_B, self.blora_E]
+        count = sum(container[adapter_name].numel() for container in trained)
+        for modules in (self.blora_rank, self.blora_quantizers):
+            if adapter_name in modules:
+                count += sum(p.numel() for p in modules[adapter_name].parameters())
+        return LayerDescription(
+            name=name,
+            in_features=self.in_features,
+            out_features=self.out_features,
+            rank=int(self.kept(adapter_name).sum()),
+            initial_rank=self.initial_rank[adapter_name],
+            parameters=count,
+            bits=self.widths(adapter_name),
+        )
+
+
+class Linear(BLoraLayer):
+    """The name PEFT's `all-linear` recognises an adapted layer by."""
+
+
+def _identity(kind: str, tensor: Tensor) -> Tensor:
+    return tensor
+
+
+def _calibration_bits(kind: str) -> int:
+    """Width at which a range starts out best: where its tensor is likely to end."""
+    return 8 if kind in (BASE_WEIGHT, "in", "out") else 4

@@ -1,0 +1,389 @@
+r"""B-LoRA: ranks and bit-widths learned by Bayesian gates during fine-tuning (Bayesian-LoRA, Algorithm 1).
+
+$$ y = Q_{out}\bigl( Q_w(W_0) x + b + s\, Q_b(B)\, Q_E\bigl( (Q_e(E) \circ G) \circ Q_A(Q_a(A) x) \bigr) \bigr) $$
+
+with $s = \alpha / r$, which the paper's algorithm leaves out together with the bias and dropout. $E$ (r,) is the
+diagonal of an SVD-like form, $G$ its rank gates, and every $Q$ a quantizer with a range and gates of its own. The
+loss is the mean negative log-likelihood plus $\lambda_q \sum_k R_k + \lambda_r \sum_k R^{rank}_k$ (Equation 15, whose
+sign is that of a log-likelihood to be maximised). That is an expected-L0 penalty, not the divergence of the stated
+prior, which at the paper's $\lambda = 1$ would be smallest at an open probability of 1/e.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Literal, cast
+
+import torch
+from torch import Tensor
+
+from bayeslora.errors import BayesLoraError
+from bayeslora.methods.blora.gated_quantizers import GATED_WIDTHS, Phase, fixed_logits
+from bayeslora.methods.blora.layer import BLoraLayer, Linear
+from bayeslora.methods.config import AdapterConfig
+from bayeslora.methods.description import KINDS
+from bayeslora.methods.tuner import BayesTuner, ParameterRole, Schedule, step_generator
+from bayeslora.quantization import OPEN_LOGIT, WIDTHS, nested_probability, open_probability, rank_probability
+
+
+@dataclass
+class BLoraConfig(AdapterConfig):
+    """Configuration of B-LoRA, on top of the fields shared with `peft.LoraConfig`."""
+
+    method = "blora"
+
+    mode: Literal["q+ra", "q", "ra"] = field(
+        default="q+ra", metadata={"help": "Learn bit-widths and ranks (q+ra), only bit-widths (q) or only ranks (ra)."}
+    )
+    quantize_input: bool = field(
+        default=False, metadata={"help": "Also quantize the layer's input, which integer kernels need."}
+    )
+    per_channel: bool = field(default=False, metadata={"help": "One range an output channel for W0 and for A."})
+    bit_penalty: float = field(default=4e-4, metadata={"help": "lambda_q, the weight of the bit penalty."})
+    rank_penalty: float = field(default=1e-5, metadata={"help": "lambda_r, the weight of the rank penalty."})
+    bit_weighting: Literal["const", "bits", "bops"] = field(
+        default="const", metadata={"help": "Weight of the gate of b bits: 1, b, or b x MACs relative to the largest."}
+    )
+    target_bops: float | None = field(
+        default=None,
+        metadata={"help": "Share of LoRA r=16's 32-bit attention BOPs to reach; the bit penalty adapts to it."},
+    )
+    initial_bit_logits: list[float] = field(
+        default_factory=lambda: [4.0, 4.0, 1.0, 0.0],
+        metadata={"help": "Starting logits of the gates of 4, 8, 16 and 32 bits."},
+    )
+    fixed_bits: dict[str, int] | None = field(
+        default=None,
+        metadata={"help": "Widths that are not learned: bits by kind, of weight, in, A, E, B, A_out, E_out, out."},
+    )
+    initial_rank_logit: float = field(default=6.0, metadata={"help": "Starting logit of the rank gates."})
+    calibration: Literal["mse", "absmax"] = field(
+        default="mse", metadata={"help": "Initial ranges: least squared error, or largest magnitude."}
+    )
+    warmup_fraction: float = field(
+        default=0.6, metadata={"help": "Share of the steps in full precision while ranges are observed."}
+    )
+    freeze_fraction: float = field(
+        default=0.3, metadata={"help": "Share of the steps, at the end, that train under frozen gates."}
+    )
+    gate_learning_rate: float | None = field(
+        default=None, metadata={"help": "Constant rate of the gates; by default derived from the number of steps."}
+    )
+    range_learning_rate: float = field(default=1e-2, metadata={"help": "Rate of the ranges' logarithms."})
+    allow_inexact_merge: bool = field(
+        default=False, metadata={"help": "Merge although quantized activations cannot be folded into a weight."}
+    )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self._require("mode", ("q+ra", "q", "ra"))
+        self._require("bit_weighting", ("const", "bits", "bops"))
+        self._require("calibration", ("mse", "absmax"))
+        if self.bit_penalty < 0 or self.rank_penalty < 0:
+            raise BayesLoraError(
+                f"penalties must not be negative, not bit_penalty={self.bit_penalty}, rank_penalty={self.rank_penalty}"
+            )
+        if self.target_bops is not None and not 0 < self.target_bops < 1:
+            raise BayesLoraError(f"target_bops is a share between 0 and 1, not {self.target_bops}")
+        if self.target_bops is not None and self.mode == "ra":
+            raise BayesLoraError("target_bops needs learned bit-widths: use mode 'q' or 'q+ra', or drop target_bops")
+        if self.quantize_input and self.mode == "ra":
+            raise BayesLoraError("quantize_input needs learned bit-widths: use mode 'q' or 'q+ra'")
+        if len(self.initial_bit_logits) != len(GATED_WIDTHS):
+            raise BayesLoraError(
+                f"initial_bit_logits has {len(self.initial_bit_logits)} numbers: give 4, for 4, 8, 16 and 32 bits"
+            )
+        self._check_fixed_bits()
+        shares = (self.warmup_fraction, self.freeze_fraction)
+        if min(shares) < 0 or sum(shares) >= 1:
+            raise BayesLoraError(
+                f"warmup_fraction {shares[0]} and freeze_fraction {shares[1]} leave no steps for the gates: "
+                "keep their sum below 1"
+            )
+
+    def _check_fixed_bits(self) -> None:
+        if not self.fixed_bits:
+            return
+        if self.mode == "ra":
+            raise BayesLoraError("fixed_bits needs quantizers: use mode 'q' or 'q+ra', or drop fixed_bits")
+        kinds = [*KINDS, "in"] if self.quantize_input else KINDS
+        for kind, bits in self.fixed_bits.items():
+            if kind == "in" and kind not in kinds:
+                raise BayesLoraError("fixed_bits names in, which is quantized with quantize_input=True only")
+            if kind not in kinds:
+                raise BayesLoraError(f"fixed_bits names {kind!r}: the kinds of tensors are {', '.join(kinds)}")
+            if bits not in WIDTHS:
+                raise BayesLoraError(f"fixed_bits gives {kind} {bits} bits: choose from {', '.join(map(str, WIDTHS))}")
+        self.require_something_to_learn(kinds)
+
+    def require_something_to_learn(self, kinds: Sequence[str]) -> None:
+        """Refuse widths that are all fixed, where ranks are not learned and a layer has these kinds of tensors."""
+        if self.mode == "q" and set(kinds) <= set(self.fixed_bits or {}):
+            raise BayesLoraError("fixed_bits leaves no width to learn: leave some kinds out, or use mode 'q+ra'")
+
+    def bit_logits(self, kind: str) -> list[float]:
+        """Starting logits of the gates of 4, 8, 16 and 32 bits of one kind of tensor."""
+        fixed = (self.fixed_bits or {}).get(kind)
+        return self.initial_bit_logits if fixed is None else fixed_logits(fixed)
+
+    @property
+    def learns_bits(self) -> bool:
+        return "q" in self.mode
+
+    @property
+    def learns_ranks(self) -> bool:
+        return "ra" in self.mode
+
+
+class BLoraModel(BayesTuner):
+    """B-LoRA over a whole model: its penalty, its phases and its budget."""
+
+    prefix = "blora_"
+    tuner_layer_cls = BLoraLayer
+    linear_class = Linear
+    warm_up_end = 0
+    """First step after the warm-up; like `frozen_from`, known once `begin` has seen the schedule."""
+
+    def config_of(self, name: str) -> BLoraConfig:
+        return cast(BLoraConfig, self.peft_config[name])
+
+    # Penalty ------------------------------------------------------------------------------------------------------
+
+    @property
+    def penalty_names(self) -> tuple[str, ...]:
+        config = self.config_of(self._driven_adapter())
+        return ("bits",) * config.learns_bits + ("rank",) * config.learns_ranks
+
+    def penalty(self) -> dict[str, Tensor]:
+        r"""$\lambda_q \sum_k R_k$ (`bits`) and $\lambda_r \sum_k R^{rank}_k$ (`rank`), while gates learn."""
+        terms: dict[str, Tensor] = {}
+        name = self._driven_adapter()
+        if layers := self._learning(name):
+            config = self.config_of(name)
+            if config.learns_bits:
+                terms["bits"] = self._bit_penalty(name, layers)
+            if config.learns_ranks:
+                logits = _stacked([layer.rank_gates(name).logits for layer in layers])
+                opened = torch.stack([rank_probability(rows).sum() for rows in logits]).sum()
+                terms["rank"] = config.rank_penalty * opened
+        return terms
+
+    def _bit_penalty(self, name: str, layers: list[BLoraLayer]) -> Tensor:
+        config = self.config_of(name)
+        gates = torch.cat([layer.quantizers(name).gates for layer in layers])
+        terms = nested_probability(gates)
+        if config.bit_weighting != "const":
+            terms = terms * torch.tensor(GATED_WIDTHS, dtype=terms.dtype, device=terms.device)
+        if config.bit_weighting == "bops":
+            macs = torch.tensor([m for layer in layers for m in _quantizer_macs(layer, name)], device=terms.device)
+            terms = terms * (macs / macs.max()).unsqueeze(1)
+        return config.bit_penalty * layers[0].progress(name).penalty_scale * terms.sum()
+
+    def _learning(self, name: str) -> list[BLoraLayer]:
+        return [layer for layer in self.adapted_layers(name) if layer.progress(name).current == Phase.LEARN]
+
+    # Parameters ---------------------------------------------------------------------------------------------------
+
+    def role_of(self, parameter_name: str) -> ParameterRole:
+        if ".blora_rank." in parameter_name:
+            return "rank gates"
+        if ".blora_quantizers." not in parameter_name:
+            return "weights"
+        if parameter_name.endswith(".gates"):
+            return "bit gates"
+        return "weight ranges" if parameter_name.endswith(".log_weight_range") else "ranges"
+
+    # Phases -------------------------------------------------------------------------------------------------------
+
+    def begin(self, schedule: Schedule) -> None:
+        """Fit the phases into `schedule.total_steps` and check that the gates can close; raises `BayesLoraError`."""
+        name = self._driven_adapter()
+        config = self.config_of(name)
+        self.learning_rates.clear()
+        self.warm_up_end, self.frozen_from = _phases(config, schedule.total_steps)
+        steps = self.frozen_from - self.warm_up_end
+        if steps < 2:
+            raise BayesLoraError(
+                f"{schedule.total_steps} training steps leave {max(steps, 0)} for the gates of B-LoRA: "
+                "train longer, or lower warmup_fraction and freeze_fraction"
+            )
+        if config.learns_bits:
+            self.learning_rates["ranges"] = config.range_learning_rate
+            if any(layer.has_plain_weight for layer in self.adapted_layers(name)):
+                self.learning_rates["weight ranges"] = config.range_learning_rate
+            self._set_gate_rate("bit gates", steps, max(config.initial_bit_logits) - OPEN_LOGIT)
+        if config.learns_ranks:
+            # The last rank closes when the product of all gates falls to a half, the second only at a logit of 0.
+            self._set_gate_rate("rank gates", steps, config.initial_rank_logit)
+            if config.r > 1 and _all_open(config.initial_rank_logit, config.r) <= 0.5:
+                raise BayesLoraError(
+                    f"initial_rank_logit {config.initial_rank_logit} starts r = {config.r} with ranks already closed: "
+                    "raise it"
+                )
+        for layer in self.adapted_layers(name):
+            layer.driven.add(name)
+
+    def _set_gate_rate(self, role: ParameterRole, steps: int, travel: float) -> None:
+        """Gates move by about one rate a step at most (Adam normalises the penalty): it decides if they close."""
+        chosen = self.config_of(self._driven_adapter()).gate_learning_rate
+        if chosen is not None and chosen * steps < travel:
+            raise BayesLoraError(
+                f"{role} cannot close: {steps} steps at gate_learning_rate {chosen} move a logit by about "
+                f"{chosen * steps:.2g} and {travel:.2g} is needed; use {travel / steps:.1e} or more, or leave it unset"
+            )
+        self.learning_rates[role] = chosen if chosen is not None else GATE_TRAVEL * travel / steps
+
+    def step_begin(self, step: int, seed: int) -> None:
+        """Draw the gates' noise of optimizer step `step`, the same on every rank and for every micro-batch."""
+        name = self._driven_adapter()
+        if step <= self.warm_up_end:
+            skips = step < self.warm_up_end and step % math.ceil(self.warm_up_end / OBSERVED_STEPS) > 0
+            for layer in self.adapted_layers(name):
+                layer.observes = not skips
+        learning = self._learning(name) if self.config_of(name).learns_bits else []
+        if not learning:
+            return
+        generator = step_generator(seed, step)
+        for layer in learning:
+            quantizers = layer.quantizers(name)
+            quantizers.draw(torch.rand(quantizers.gates.shape, generator=generator))
+
+    def rate_of(self, role: ParameterRole, step: int) -> float | None:
+        if role not in self.learning_rates:
+            return None
+        learning = self.warm_up_end <= step < self.frozen_from
+        if role == "bit gates" and self.within_budget:
+            learning = False  # a smaller penalty would not do: Adam divides its size out again
+        return self.learning_rates[role] if learning else 0.0
+
+    def step_end(self, step: int) -> None:
+        """Move to the next phase after optimizer step `step` (from 0) where it is due."""
+        name = self._driven_adapter()
+        layers = self.adapted_layers(name)
+        phase = layers[0].progress(name).current
+        if phase == Phase.WARM_UP:
+            if self.config_of(name).learns_bits:  # every step: DDP overwrites other ranks' buffers with the first's
+                _share_observations([layer.quantizers(name).observed for layer in layers])
+            if step + 1 >= self.warm_up_end:
+                for layer in layers:
+                    layer.start_learning(name)
+        elif phase == Phase.LEARN and self.ends_learning(step):
+            for layer in layers:
+                layer.progress(name).advance(Phase.FROZEN)
+
+    # Budget -------------------------------------------------------------------------------------------------------
+
+    @property
+    def budget(self) -> float | None:
+        """The share of bit operations to reach, while it still can be: None outside the gates' phase."""
+        name = self._driven_adapter()
+        return self.config_of(name).target_bops if self._learning(name) else None
+
+    @torch.no_grad()
+    def steer(self, share: float) -> None:
+        """Raise the bit penalty while `share` of the bit operations is over budget, lower it below (dual ascent)."""
+        name = self._driven_adapter()
+        target = self.config_of(name).target_bops
+        if target is None:
+            return
+        factor = math.exp(max(-BUDGET_RATE, min(BUDGET_RATE, BUDGET_RATE * (share / target - 1) * 4)))
+        for layer in self.adapted_layers(name):
+            scale = layer.progress(name).penalty_scale
+            scale.mul_(factor).clamp_(1e-3, 1e3)
+
+    def ends_learning(self, step: int) -> bool:
+        return step + 1 >= self.frozen_from
+
+    @torch.no_grad()
+    def close_weakest(self) -> bool:
+        """Close the open bit gate with the lowest logit, of a width that is learned; False when none is left."""
+        name = self._driven_adapter()
+        fixed = self.config_of(name).fixed_bits or {}
+        weakest: tuple[float, Tensor, tuple[int, int]] | None = None
+        for layer in self._learning(name):
+            quantizers = layer.quantizers(name)
+            gates = quantizers.gates
+            for row, logits in enumerate(gates.tolist()):
+                if quantizers.kinds[row] in fixed:
+                    continue
+                opened = [logit > OPEN_LOGIT for logit in logits]
+                last = (opened.index(False) if False in opened else len(opened)) - 1
+                if last >= 0 and (weakest is None or logits[last] < weakest[0]):
+                    weakest = (logits[last], gates, (row, last))
+        if weakest is None:
+            return False
+        weakest[1][weakest[2]] = OPEN_LOGIT - 1e-3
+        return True
+
+    # Reports ------------------------------------------------------------------------------------------------------
+
+    def statistics(self) -> dict[str, float]:
+        """What is logged beside the loss: phase, mean widths and open probabilities, mean ranks."""
+        name = self._driven_adapter()
+        layers, config = self.adapted_layers(name), self.config_of(name)
+        values = {"phase": float(layers[0].progress(name).current)}
+        described = self.describe(name)
+        if config.learns_bits:
+            kinds = [kind for kind in described[0].bits]
+            by_kind = {kind: sum(d.bits[kind] for d in described) / len(described) for kind in kinds}
+            values["mean_bits"] = sum(by_kind.values()) / len(by_kind)
+            values.update({f"bits/{kind}": bits for kind, bits in by_kind.items()})
+            gates = torch.cat([layer.quantizers(name).gates.detach() for layer in layers])
+            opened = open_probability(gates).mean(0).tolist()
+            values.update({f"gates/{bits}": p for bits, p in zip(GATED_WIDTHS, opened, strict=True)})
+        values["mean_rank"] = sum(d.rank for d in described) / len(described)
+        by_suffix: dict[str, list[int]] = {}
+        for layer in described:
+            by_suffix.setdefault(layer.name.rpartition(".")[2], []).append(layer.rank)
+        values.update({f"rank/{suffix}": sum(ranks) / len(ranks) for suffix, ranks in by_suffix.items()})
+        return values
+
+
+GATE_STEPS = 8
+"""Fewest steps for the gates, whatever the fractions, but at most a third of the run."""
+
+GATE_TRAVEL = 2.0
+"""How many times the distance to closing a gate may move in its phase, at the learning rate derived from the steps."""
+
+OBSERVED_STEPS = 32
+"""Most steps of the warm-up in which activations are observed: a search for the best range costs about a step."""
+
+BUDGET_RATE = 0.1
+"""Largest change of the penalty's logarithm in one step of the budget's dual ascent."""
+
+
+def _phases(config: BLoraConfig, total_steps: int) -> tuple[int, int]:
+    """The first step in which gates learn, and the first in which they do not; fractions yield in short runs."""
+    outside = config.warmup_fraction + config.freeze_fraction
+    most = 1 - min(GATE_STEPS, total_steps // 3) / total_steps
+    steps = total_steps * (most / outside if outside > most else 1)
+    return max(1, math.ceil(config.warmup_fraction * steps)), total_steps - math.floor(config.freeze_fraction * steps)
+
+
+def _all_open(logit: float, rank: int) -> float:
+    return (1 / (1 + math.exp(-logit))) ** (rank - 1)
+
+
+def _stacked(logits: Sequence[Tensor]) -> list[Tensor]:
+    """Rows of equal length stacked into matrices, so that the penalty is a few operations instead of a few a layer."""
+    by_length: dict[int, list[Tensor]] = {}
+    for row in logits:
+        by_length.setdefault(len(row), []).append(row)
+    return [torch.stack(rows) for rows in by_length.values()]
+
+
+def _quantizer_macs(layer: BLoraLayer, name: str) -> list[float]:
+    """MACs a token that each quantizer's tensor takes part in; the layer's output is taken to feed a square layer."""
+    d_in, d_out, rank = layer.in_features, layer.out_features, layer.initial_rank[name]
+    macs = {"weight": d_in * d_out, "in": d_in * d_out, "A": rank * d_in, "E": rank, "B": rank * d_out}
+    macs |= {"A_out": rank, "E_out": rank * d_out, "out": d_out * d_out}
+    return [float(macs[kind]) for kind in layer.quantizers(name).kinds]
+
+
+def _share_observations(observed: list[Tensor]) -> None:
+    """Every rank calibrates on what any rank has seen."""
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        for tensor in observed:
+            torch.distributed.all_reduce(tensor, op=torch.distributed.ReduceOp.MAX)

@@ -1,0 +1,207 @@
+r"""Training-free Bayesianization (Shi et al., 2024, arXiv:2412.05723): a posterior for a LoRA adapter that is trained.
+
+With the compact singular value decomposition $B = U \mathrm{diag}(d) V^\top$ of a layer, the same update is
+$B' A'$ with $B' = U \mathrm{diag}(d)$ and $A' = V^\top A$. The posterior of the first factor is
+$N(A'_{ij}, \Omega_{ij}^2)$ with $\Omega_{ij} = \sigma_q / d_i$: noise of one size $\sigma_q$ in every direction of
+the update's column space. That one number is the largest under which the negative log-likelihood of an anchor set
+grows by no more than a given share. $B'$ is deterministic, so the result is an adapter of BLoB, and saved, loaded,
+predicted with and merged as one.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
+
+import torch
+from peft import PeftModel, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
+from peft.tuners.lora import LoraLayer
+from torch import Tensor, nn
+
+from bayeslora.errors import BayesLoraError
+from bayeslora.methods.blob import BlobConfig
+from bayeslora.methods.sampling import stochastic_layers
+from bayeslora.posthoc.calibration import labels_of, negative_log_likelihood
+from bayeslora.prediction.predict import Logits, Posterior, sampled_logits
+
+_log = logging.getLogger(__name__)
+
+_SHARED_FIELDS = (
+    "r",
+    "lora_alpha",
+    "use_rslora",
+    "task_type",
+    "base_model_name_or_path",
+    "revision",
+    "modules_to_save",
+    "target_modules",
+    "exclude_modules",
+    "layers_to_transform",
+    "layers_pattern",
+    "bias",
+)
+_SMALLEST_SHARE = 1e-6
+"""Singular values below this share of the largest count as this share: no noise divided by zero."""
+_FIRST_SCALE = 1e-3
+_STEPS_OUT = 24
+
+
+def bayesianize(
+    model: nn.Module,
+    anchor: Mapping[str, Any] | Iterable[Mapping[str, Any]],
+    *,
+    tolerance: float = 0.003,
+    samples: int = 10,
+    seed: int = 0,
+    steps: int = 8,
+    logits: Logits | None = None,
+) -> PeftModel:
+    """A model with the same mean and a BLoB posterior around it, without training.
+
+    The LoRA adapter is taken out of `model`, whose base model is used again: the model given is spent afterwards.
+
+    Args:
+        model: a PEFT model with one LoRA adapter on linear layers.
+        anchor: a batch or batches of held-out data, of a few hundred examples. Without labels, the classes that the
+            model predicts stand for them.
+        tolerance: share by which the anchor's negative log-likelihood may grow.
+        samples, seed: of the posterior, for the anchor's likelihood; the same draws for every scale that is tried.
+        steps: bisections of the interval, a factor of two, in which the scale is known to lie.
+        logits: as for `predict`.
+
+    Raises:
+        BayesLoraError: no single LoRA adapter or one that has more than A and B, a tolerance that is not positive, or
+            an anchor set whose likelihood no noise lowers, as with an untrained adapter or with random labels.
+    """
+    if tolerance <= 0 or samples < 1 or steps < 0:
+        raise BayesLoraError(
+            f"tolerance is {tolerance}, samples {samples} and steps {steps}; a positive tolerance, at least 1 sample "
+            "and no negative number of steps are needed"
+        )
+    name, config = _adapter_of(model)
+    batches = [anchor] if isinstance(anchor, Mapping) else list(anchor)
+    before = sampled_logits(Posterior(model), batches, 0, logits=logits)
+    labels = _labels(batches, before)
+    layers = {path: module for path, module in _base(model).named_modules() if isinstance(module, LoraLayer)}
+    factors = {path: _decomposed(layer, name) for path, layer in layers.items() if name in layer.lora_A}
+    scalings = {path: float(layers[path].scaling[name]) for path in factors}
+    state = {
+        key: value.clone()
+        for key, value in get_peft_model_state_dict(model, adapter_name=name).items()
+        if ".lora_" not in key
+    }
+    for path, (a, b, _) in factors.items():
+        state |= {f"base_model.model.{path}.blob_{part}": value for part, value in (("M", a), ("B", b))}
+        state[f"base_model.model.{path}.blob_G"] = torch.zeros_like(a)
+    base = model.unload()  # type: ignore[operator]
+    new = get_peft_model(base, _blob_config(config, factors, scalings), adapter_name=name).eval()
+    set_peft_model_state_dict(new, state, adapter_name=name)
+    widths = {path: d for path, (_, _, d) in factors.items()}
+
+    def allowed(scale: float) -> bool:
+        _set_scale(new, name, widths, scale)
+        found = sampled_logits(Posterior(new), batches, samples, seed, logits=logits)
+        return negative_log_likelihood(found, labels) <= limit
+
+    limit = negative_log_likelihood(before, labels) * (1 + tolerance)
+    scale = largest_allowed(allowed, steps)
+    _set_scale(new, name, widths, scale)
+    _log.info("training-free Bayesianization: scale %.3g for %d anchor examples", scale, len(labels))
+    return new
+
+
+def largest_allowed(allowed: Callable[[float], bool], steps: int) -> float:
+    """The largest scale found for which `allowed` holds: one that was tried, never one that failed.
+
+    Raises:
+        BayesLoraError: `allowed` holds, or fails, over two dozen factors of two.
+    """
+    scale, holds = _FIRST_SCALE, allowed(_FIRST_SCALE)
+    for _ in range(_STEPS_OUT):
+        following = scale * 2 if holds else scale / 2
+        if allowed(following) != holds:
+            break
+        scale = following
+    else:
+        effect = f"up to {scale:.0e} never" if holds else f"down to {scale:.0e} always"
+        raise BayesLoraError(
+            f"noise of a scale {effect} lowers the anchor set's likelihood too much, so none is the largest allowed: "
+            "give an adapter that was trained, and other anchor examples or another tolerance"
+        )
+    low, high = (scale, following) if holds else (following, scale)
+    for _ in range(steps):
+        middle = (low * high) ** 0.5
+        low, high = (middle, high) if allowed(middle) else (low, middle)
+    return low
+
+
+def _adapter_of(model: nn.Module) -> tuple[str, Any]:
+    configs = getattr(model, "peft_config", None) if isinstance(model, PeftModel) else None
+    kinds = [str(getattr(config.peft_type, "value", config.peft_type)) for config in (configs or {}).values()]
+    if configs is None or kinds != ["LORA"]:
+        raise BayesLoraError(
+            f"the model ({type(model).__name__}) has the adapters {', '.join(kinds) or 'none'}, exactly one LORA is "
+            "needed to be given a posterior: load that one alone"
+        )
+    name, config = next(iter(configs.items()))
+    unusual = [field for field in ("use_dora", "lora_bias", "target_parameters") if getattr(config, field, None)]
+    if config.bias not in ("none", "all"):
+        unusual.append(f"bias={config.bias!r}")
+    if unusual:
+        raise BayesLoraError(
+            f"the adapter has {', '.join(unusual)}, plain LoRA is needed to be given a posterior: train one without"
+        )
+    return name, config
+
+
+def _labels(batches: list[Mapping[str, Any]], logits: Tensor) -> Tensor:
+    if logits.shape[-1] == 1:
+        raise BayesLoraError("the model has 1 output, a regression: Bayesianization here is for classifiers")
+    if not any("label" in key and value is not None for batch in batches for key, value in batch.items()):
+        return logits[0].argmax(dim=-1)
+    return labels_of(batches)
+
+
+def _base(model: Any) -> nn.Module:
+    base: nn.Module = model.get_base_model()
+    return base
+
+
+def _decomposed(layer: Any, name: str) -> tuple[Tensor, Tensor, Tensor]:
+    """A' (k, d_in), B' (d_out, k) and the singular values (k,) of B, with k = min(r, d_out), float32."""
+    if not isinstance(layer.lora_A[name], nn.Linear):
+        raise BayesLoraError(
+            f"the adapter is on a {type(layer.get_base_layer()).__name__}, linear layers alone are needed: train one"
+        )
+    a, b = layer.lora_A[name].weight.detach().double(), layer.lora_B[name].weight.detach().double()
+    u, d, vh = torch.linalg.svd(b, full_matrices=False)
+    return (vh @ a).float().contiguous(), (u * d).float().contiguous(), d.float()
+
+
+def _blob_config(config: Any, factors: dict[str, Any], scalings: dict[str, float]) -> BlobConfig:
+    """BLoB's configuration under which every layer has its rank and its scaling."""
+    shared = {field: getattr(config, field) for field in _SHARED_FIELDS}
+    divisor = config.r**0.5 if config.use_rslora else config.r
+    ranks = {path: len(d) for path, (_, _, d) in factors.items()}
+    return BlobConfig(
+        **shared,
+        rank_pattern={path: rank for path, rank in ranks.items() if rank != config.r},
+        alpha_pattern={
+            path: scaling * divisor  # type: ignore[misc]  # a float scales just as well
+            for path, scaling in scalings.items()
+            if abs(scaling * divisor - config.lora_alpha) > 1e-9 * abs(config.lora_alpha)
+        },
+    )
+
+
+@torch.no_grad()
+def _set_scale(model: nn.Module, name: str, widths: dict[str, Tensor], scale: float) -> None:
+    """Standard deviations of `scale` over the singular values; BLoB keeps their square roots."""
+    for path, layer in stochastic_layers(model).items():
+        d = widths[path]
+        largest = float(d.max())
+        # Without any update there is nothing to scale by, and no noise reaches the output.
+        d = d.clamp_min(_SMALLEST_SHARE * largest) if largest else torch.ones_like(d)
+        roots: Any = layer.blob_G
+        roots[name].copy_((scale / d).sqrt().unsqueeze(1))
