@@ -1,0 +1,74 @@
+"""Output that appears whole or not at all, and JSON that every parser reads."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from bayeslora.errors import BayesLoraError
+
+
+@contextmanager
+def write_atomically(path: str | os.PathLike[str]) -> Iterator[Path]:
+    """Yield the path of a hidden neighbour to write to; it replaces the file `path` on success.
+
+    Raises:
+        BayesLoraError: the file cannot be written.
+    """
+    path = Path(path)
+    partial = _partial(path)
+    try:
+        yield partial
+        os.replace(partial, path)
+    except OSError as error:
+        raise BayesLoraError(
+            f"{path} cannot be written ({error.strerror}): choose a folder that can be written"
+        ) from error
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+@contextmanager
+def new_folder(path: str | os.PathLike[str]) -> Iterator[Path]:
+    """Yield a hidden neighbour folder to write into; it is renamed to `path` on success and removed on failure.
+
+    Raises:
+        BayesLoraError: `path` exists.
+    """
+    path = Path(path)
+    if path.exists():
+        raise BayesLoraError(f"the output folder {path} exists: choose a new one or delete it")
+    partial = _partial(path)
+    partial.mkdir(parents=True)
+    try:
+        yield partial
+        os.rename(partial, path)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+
+
+def save_json(path: str | os.PathLike[str], content: Any) -> None:
+    """Write `content` as JSON, with null for numbers that are not finite."""
+    text = json.dumps(finite(content), indent=2, ensure_ascii=False, allow_nan=False)
+    Path(path).write_text(text + "\n", encoding="utf-8")
+
+
+def finite(content: Any) -> Any:
+    """Return a copy of `content` with None for every number that is not finite, since JSON has no NaN."""
+    if isinstance(content, float):
+        return content if math.isfinite(content) else None
+    if isinstance(content, dict):
+        return {key: finite(value) for key, value in content.items()}
+    if isinstance(content, (list, tuple)):
+        return [finite(value) for value in content]
+    return content
+
+
+def _partial(path: Path) -> Path:
+    return path.with_name(f".{path.name}.{os.getpid()}.partial")

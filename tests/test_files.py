@@ -1,0 +1,52 @@
+"""Files and folders appear whole or not at all, and JSON has no NaN."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+
+import pytest
+
+from bayeslora.errors import BayesLoraError
+from bayeslora.files import finite, new_folder, save_json, write_atomically
+
+
+def test_a_file_replaces_the_old_one_only_when_it_is_finished(tmp_path: Path) -> None:
+    target = tmp_path / "out.txt"
+    target.write_text("old")
+    with pytest.raises(ZeroDivisionError), write_atomically(target) as partial:
+        partial.write_text("half")
+        1 / 0  # noqa: B018
+    assert target.read_text() == "old"
+    with write_atomically(target) as partial:
+        partial.write_text("new")
+        assert target.read_text() == "old"
+    assert target.read_text() == "new"
+    assert list(tmp_path.iterdir()) == [target]
+
+
+def test_a_file_in_a_missing_folder_is_one_error(tmp_path: Path) -> None:
+    with pytest.raises(BayesLoraError, match="cannot be written"), write_atomically(tmp_path / "no" / "x") as partial:
+        partial.write_text("x")
+
+
+def test_a_folder_appears_whole_or_not_at_all(tmp_path: Path) -> None:
+    target = tmp_path / "deep" / "out"
+    with pytest.raises(ZeroDivisionError), new_folder(target) as partial:
+        (partial / "file").write_text("half")
+        1 / 0  # noqa: B018
+    assert not list(target.parent.iterdir())
+    with new_folder(target) as partial:
+        (partial / "file").write_text("whole")
+        assert not target.exists()
+    assert [path.name for path in target.iterdir()] == ["file"]
+    with pytest.raises(BayesLoraError, match="exists"), new_folder(target):
+        pass
+
+
+def test_numbers_that_are_not_finite_are_saved_as_null(tmp_path: Path) -> None:
+    content = {"a": math.nan, "b": [1.0, -math.inf, (2, math.inf)], "c": {"é": "text"}}
+    save_json(tmp_path / "x.json", content)
+    assert json.loads((tmp_path / "x.json").read_text(encoding="utf-8")) == finite(content)
+    assert finite(content) == {"a": None, "b": [1.0, None, [2, None]], "c": {"é": "text"}}
