@@ -9,11 +9,12 @@ import pytest
 import yaml
 from transformers.trainer_utils import IntervalStrategy
 
-from bayeslora.cli.arguments import build_plan, first_difference, method_field_hints, parse_open_options
+from bayeslora.cli.arguments import build_plan, method_field_hints, parse_open_options
 from bayeslora.cli.coercion import coerce
 from bayeslora.cli.main import main
 from bayeslora.cli.registry import method_config_class, method_names
 from bayeslora.errors import BayesLoraError
+from bayeslora.runs.plan import first_difference
 
 BASE = {"model": "m", "train_file": "a.jsonl", "eval_file": "b.jsonl", "text_column": "text", "output_dir": "out"}
 
@@ -109,7 +110,8 @@ def test_a_recorded_plan_gives_the_same_plan_again(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("method", method_names())
 def test_no_option_has_two_meanings(method: str) -> None:
-    from bayeslora.cli.arguments import RunOptions, _fields, training_field_hints
+    from bayeslora.cli.arguments import _fields, training_field_hints
+    from bayeslora.runs.plan import RunOptions
 
     own = {f.name for f, _ in _fields(RunOptions)}
     assert not own & set(method_field_hints(method_config_class(method)))

@@ -11,9 +11,8 @@ from peft import PeftConfig, get_peft_model
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
-from bayeslora.cli.coercion import close_matches
 from bayeslora.cli.models import BaseModel
-from bayeslora.errors import BayesLoraError
+from bayeslora.errors import BayesLoraError, close_matches
 
 # Query, key and value projections by their names in the model families; the first set a model has is the default.
 _ATTENTION_NAMES = (

@@ -7,16 +7,12 @@ and in the YAML file of `--config`; the command line wins. `config.yaml` in an o
 from __future__ import annotations
 
 import dataclasses
-import os
 import typing
-from dataclasses import dataclass, field
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import yaml
-
-from bayeslora.cli.coercion import close_matches, coerce, option
-from bayeslora.errors import BayesLoraError
+from bayeslora.cli.coercion import coerce
+from bayeslora.errors import BayesLoraError, close_matches, option
+from bayeslora.runs.plan import IVON, IvonOptions, RunOptions, TrainPlan, read_config
 
 if TYPE_CHECKING:
     from peft import PeftConfig
@@ -35,132 +31,6 @@ _METHOD_FIELDS_SET_HERE = {
 _TRAINING_FIELDS_SET_HERE = {"output_dir": "--output-dir", "resume_from_checkpoint": "--resume"}
 METHOD_DEFAULTS = {"r": 8, "lora_alpha": 16, "lora_dropout": 0.0}
 """What the commands choose for every method that has these fields."""
-
-# Options that say where and how to run, not what: left out of config.yaml, free to differ on --resume.
-_NOT_RECORDED = {"output_dir", "config", "resume", "keep_checkpoints"}
-_MACHINE_FIELDS = {"disable_tqdm", "dataloader_pin_memory"}
-_PATH_OPTIONS = ("data_dir", "train_file", "eval_file", "test_file")
-
-
-@dataclass
-class RunOptions:
-    """The options of `bayeslora train` that are neither the method's nor `TrainingArguments`'."""
-
-    method: str = field(
-        default="blora",
-        metadata={"help": "blora, melora, blob, bayes_adalora, dylora, lora or full (blora)", "metavar": "NAME"},
-    )
-    model: str | None = field(
-        default=None,
-        metadata={"help": "folder, installed model package or hub id of the base model", "metavar": "FOLDER_OR_ID"},
-    )
-    task: str | None = field(
-        default=None,
-        metadata={
-            "help": "sst2, cola, mrpc, rte, stsb, rotten_tomatoes, winogrande, arc_easy or openbookqa",
-            "metavar": "NAME",
-        },
-    )
-    data_dir: str | None = field(
-        default=None,
-        metadata={"help": "folder with <task>/<split>.jsonl; without it, the hub's data set", "metavar": "DIR"},
-    )
-    train_split: str | None = field(
-        default=None, metadata={"help": "train_xs, train_s (the default) or train_m of winogrande", "metavar": "NAME"}
-    )
-    few_shot: int = field(
-        default=0, metadata={"help": "training rows shown before each question of a prompt (0)", "metavar": "K"}
-    )
-    train_file: str | None = field(
-        default=None, metadata={"help": "training rows (.jsonl, .json, .csv, .parquet)", "metavar": "FILE"}
-    )
-    eval_file: str | None = field(default=None, metadata={"help": "rows to score on", "metavar": "FILE"})
-    test_file: str | None = field(default=None, metadata={"help": "further rows to score on", "metavar": "FILE"})
-    text_column: list[str] | None = field(
-        default=None, metadata={"help": "the text's column, or two: a,b for sentence pairs", "metavar": "A[,B]"}
-    )
-    label_column: str | None = field(default=None, metadata={"help": "the label's column (label)", "metavar": "NAME"})
-    labels: list[str] | None = field(
-        default=None, metadata={"help": "class names in order of their ids (those seen, sorted)", "metavar": "A,B,…"}
-    )
-    output_dir: str | None = field(default=None, metadata={"help": "new folder for the result", "metavar": "OUT"})
-    config: str | None = field(
-        default=None, metadata={"help": "YAML file of options; the command line overrides it", "metavar": "FILE"}
-    )
-    max_length: int | None = field(
-        default=None, metadata={"help": "longest input in tokens (128, or what the model takes)", "metavar": "N"}
-    )
-    dtype: typing.Literal["float32", "bfloat16", "float16"] = field(
-        default="float32", metadata={"help": "type the base model is loaded in (float32)", "metavar": "TYPE"}
-    )
-    samples: int = field(
-        default=0,
-        metadata={
-            "help": "Monte-Carlo samples of a stochastic adapter for the final scores (0: its mean)",
-            "metavar": "N",
-        },
-    )
-    resume: bool = field(default=False, metadata={"help": "continue the interrupted run in OUT.partial"})
-    keep_checkpoints: bool = field(default=False, metadata={"help": "keep the last checkpoints in OUT/checkpoints"})
-
-
-IVON = "ivon"
-_IVON_PREFIX = "ivon_"
-
-
-@dataclass
-class IvonOptions:
-    """The options of `--optim ivon`; its learning rate and weight decay are those of `TrainingArguments`."""
-
-    ivon_ess: float | None = None
-    """λ, the effective sample size; by default the number of training examples."""
-    ivon_hess_init: float = 1.0
-    """h at the start; with the default β2 it hardly moves, and sets the posterior's width."""
-    ivon_beta1: float = 0.9
-    ivon_beta2: float = 0.99999
-    ivon_clip_radius: float = 1e-3
-    """ξ, the largest change of a weight in a step, in units of the learning rate."""
-
-    def keywords(self) -> dict[str, Any]:
-        """What `bayeslora.IVON` is given by name."""
-        values = {f.name.removeprefix(_IVON_PREFIX): getattr(self, f.name) for f in dataclasses.fields(self)}
-        values["betas"] = (values.pop("beta1"), values.pop("beta2"))
-        return {name: value for name, value in values.items() if value is not None}
-
-
-@dataclass
-class TrainPlan:
-    """What one `bayeslora train` does: every option resolved, defaults included."""
-
-    options: RunOptions
-    method_options: dict[str, Any]
-    training_options: dict[str, Any]
-    config_class: type[PeftConfig] | None
-    ivon: IvonOptions | None = None
-
-    @property
-    def output_dir(self) -> Path:
-        assert self.options.output_dir is not None
-        return Path(self.options.output_dir)
-
-    @property
-    def seed(self) -> int:
-        return int(self.training_options["seed"])
-
-    def record(self) -> dict[str, Any]:
-        """What `config.yaml` holds; running it again gives the same run."""
-        own = {
-            name: value
-            for name, value in dataclasses.asdict(self.options).items()
-            if name not in _NOT_RECORDED and value is not None
-        }
-        for name in (*_PATH_OPTIONS, "model"):
-            if name in own and os.path.exists(own[name]):
-                own[name] = os.path.abspath(own[name])
-        training = {name: value for name, value in self.training_options.items() if name not in _MACHINE_FIELDS}
-        ivon = {} if self.ivon is None else {"optim": IVON, **dataclasses.asdict(self.ivon)}
-        optimizer = {name: value for name, value in ivon.items() if value is not None}
-        return {**own, **optimizer, **self.method_options, **training}
 
 
 def build_plan(given: dict[str, Any]) -> TrainPlan:
@@ -209,21 +79,6 @@ def build_plan(given: dict[str, Any]) -> TrainPlan:
     return TrainPlan(options, method_options, training_options, config_class, ivon)
 
 
-def read_config(path: str) -> dict[str, Any]:
-    """The options in a YAML file, with dashes in names read as underscores."""
-    try:
-        content = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
-    except OSError as error:
-        raise BayesLoraError(f"cannot read --config {path} ({error.strerror}); name a YAML file.") from error
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        mark = getattr(error, "problem_mark", None)
-        where = f" in line {mark.line + 1}" if mark else ""
-        raise BayesLoraError(f"{path} is not valid YAML{where}; correct it or name another --config.") from error
-    if not isinstance(content, dict) or not all(isinstance(key, str) for key in content):
-        raise BayesLoraError(f"{path} holds no options; one `name: value` a line is needed.")
-    return {key.replace("-", "_"): value for key, value in content.items()}
-
-
 def parse_open_options(tokens: list[str]) -> dict[str, Any]:
     """`--name value`, `--name=value`, `--name` (true) and `--no-name` (false) as a dict; names get underscores."""
     found: dict[str, Any] = {}
@@ -248,14 +103,6 @@ def parse_open_options(tokens: list[str]) -> dict[str, Any]:
             raise BayesLoraError(f"{option(name)} is given twice; give it once.")
         found[name] = value
     return found
-
-
-def first_difference(old: dict[str, Any], new: dict[str, Any]) -> tuple[str, Any, Any] | None:
-    """The first option, in the order of `new`, whose value differs; None when the two are the same."""
-    for name in (*new, *(name for name in old if name not in new)):
-        if old.get(name) != new.get(name):
-            return name, old.get(name), new.get(name)
-    return None
 
 
 def method_field_hints(config_class: type[PeftConfig] | None) -> dict[str, Any]:

@@ -6,34 +6,21 @@ No torch, transformers or peft is imported here: only the hints of their datacla
 from __future__ import annotations
 
 import dataclasses
-import difflib
 import enum
 import math
 import re
 import types
 import typing
-from collections.abc import Iterable
 from typing import Any
 
 import yaml
 
-from bayeslora.errors import BayesLoraError
+from bayeslora.errors import BayesLoraError, close_matches, option
 
 _TRUE = {"true", "yes", "on"}
 _FALSE = {"false", "no", "off"}
 _NULL = {"null", "~"}
 _BARE_NAME = re.compile(r"[\w.]+")
-
-
-def option(name: str) -> str:
-    """The spelling of a field on the command line: `lora_alpha` is `--lora-alpha`."""
-    return "--" + name.replace("_", "-")
-
-
-def close_matches(word: str, known: Iterable[str]) -> str:
-    """`", did you mean …"` with up to three near spellings, or nothing."""
-    near = difflib.get_close_matches(word, sorted(known), n=3, cutoff=0.6)
-    return f", did you mean {' or '.join(near)}" if near else ""
 
 
 def coerce(name: str, value: Any, hint: Any) -> Any:

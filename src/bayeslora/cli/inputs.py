@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from typing import Any
 
-from bayeslora.cli.coercion import coerce, option
+from bayeslora.cli.coercion import coerce
 from bayeslora.cli.models import RunInfo
-from bayeslora.errors import BayesLoraError
+from bayeslora.errors import BayesLoraError, option
 
 
 def positive_batch(given: dict[str, Any]) -> int:

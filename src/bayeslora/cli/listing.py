@@ -9,9 +9,10 @@ from typing import Any
 
 from transformers import TrainingArguments
 
-from bayeslora.cli.arguments import IvonOptions, RunOptions, ivon_field_hints, method_field_hints, training_field_hints
-from bayeslora.cli.coercion import option
+from bayeslora.cli.arguments import ivon_field_hints, method_field_hints, training_field_hints
 from bayeslora.cli.registry import method_config_class
+from bayeslora.errors import option
+from bayeslora.runs.plan import IvonOptions, RunOptions
 
 
 def list_options(method: str) -> str:

@@ -17,9 +17,9 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, NoReturn
 
-from bayeslora.cli.arguments import RunOptions, parse_open_options
-from bayeslora.cli.coercion import option
-from bayeslora.errors import BayesLoraError
+from bayeslora.cli.arguments import parse_open_options
+from bayeslora.errors import BayesLoraError, option
+from bayeslora.runs.plan import RunOptions
 
 USER_ERROR = 2
 INTERRUPTED = 130

@@ -13,11 +13,11 @@ from transformers import AutoConfig, PretrainedConfig
 
 from bayeslora.cli.adapt import check_targets, default_targets, in_one_line
 from bayeslora.cli.arguments import METHOD_DEFAULTS, method_field_hints, unknown_option
-from bayeslora.cli.coercion import close_matches, coerce, option
+from bayeslora.cli.coercion import coerce
 from bayeslora.cli.models import hush, loading, resolve_model
 from bayeslora.cli.registry import method_config_class
 from bayeslora.cost import TASK_TYPES, Plan, build_for_task, from_config, plan
-from bayeslora.errors import BayesLoraError
+from bayeslora.errors import BayesLoraError, close_matches, option
 
 _UNITS = ((10**12, "TB"), (10**9, "GB"), (10**6, "MB"), (10**3, "kB"), (1, "bytes"))
 

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 from peft import LoraConfig, PeftConfig
 
-from bayeslora.cli.coercion import close_matches
-from bayeslora.errors import BayesLoraError
+from bayeslora.errors import BayesLoraError, close_matches
 from bayeslora.methods.registry import METHODS
 
 # None: every weight of the model is trained and an ordinary Transformers folder is written.

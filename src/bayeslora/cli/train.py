@@ -34,9 +34,8 @@ from transformers import (
 )
 
 from bayeslora.cli.adapt import adapt, check_options, in_one_line
-from bayeslora.cli.arguments import TrainPlan, build_plan, first_difference, read_config
+from bayeslora.cli.arguments import build_plan
 from bayeslora.cli.choices import encoded
-from bayeslora.cli.coercion import option
 from bayeslora.cli.listing import list_options
 from bayeslora.cli.models import (
     BaseModel,
@@ -53,7 +52,7 @@ from bayeslora.cli.models import (
 from bayeslora.cli.progress import Clock, Interruption, ProgressBar, announce_scoring
 from bayeslora.cli.results import EVALUATION, measure, rows_to_score, save_json, verify_reload
 from bayeslora.data import Task, load_files, load_task
-from bayeslora.errors import BayesLoraError
+from bayeslora.errors import BayesLoraError, option
 from bayeslora.evaluation import compute_metrics_for
 from bayeslora.evaluation.choice_trainer import ChoiceTrainer
 from bayeslora.evaluation.multiple_choice import choice_scoring
@@ -61,6 +60,7 @@ from bayeslora.export.shrink import shrink
 from bayeslora.methods import tuner_of
 from bayeslora.optim import IVON, NamedPosterior
 from bayeslora.prediction import check_samples, load_posterior
+from bayeslora.runs.plan import TrainPlan, first_difference, read_config
 from bayeslora.training import attach
 
 CONFIG_FILE = "config.yaml"
