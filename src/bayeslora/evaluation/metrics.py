@@ -1,7 +1,8 @@
-r"""Scores of predictions, in plain NumPy and float64.
+r"""Scores of predictions: scikit-learn's and SciPy's where they have them, NumPy for the rest, in float64.
 
 Probabilities are (n, C) with rows that sum to 1, labels are (n,) class ids, values are (n,) floats. Every average is
-over examples, never over batches. Sums over classes are not divided by C.
+over examples, never over batches. Sums over classes are not divided by C. Log-likelihood and Brier score are our own:
+scikit-learn clips probabilities at 2e-16 and refuses those that rounding puts above 1.
 """
 
 from __future__ import annotations
@@ -10,14 +11,19 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
-from numpy.typing import ArrayLike, NDArray
+from numpy.typing import ArrayLike
+from scipy.stats import pearsonr, rankdata
+from sklearn.metrics import accuracy_score, f1_score, matthews_corrcoef
 
 from bayeslora.errors import BayesLoraError
-from bayeslora.evaluation._arrays import BINS, Array, aligned, class_arrays
 from bayeslora.evaluation.uncertainty import (
+    BINS,
+    Array,
     adaptive_calibration_error,
+    aligned,
     area_under_risk_coverage,
     bin_index,
+    class_arrays,
     classwise_calibration_error,
 )
 
@@ -29,58 +35,36 @@ def softmax(logits: ArrayLike) -> Array:
     return np.asarray(shifted / shifted.sum(axis=-1, keepdims=True))
 
 
-def accuracy(predicted: ArrayLike, labels: ArrayLike) -> float:
-    """Share of examples whose predicted class id is the label."""
-    predicted, labels = aligned(predicted, labels)
-    return float(np.mean(predicted == labels))
-
-
-def confusion_matrix(predicted: ArrayLike, labels: ArrayLike, classes: int) -> NDArray[np.int64]:
-    """(C, C) counts: row = true class, column = predicted class."""
-    predicted, labels = aligned(predicted, labels)
-    matrix = np.zeros((classes, classes), dtype=np.int64)
-    np.add.at(matrix, (labels.astype(np.int64), predicted.astype(np.int64)), 1)
-    return matrix
-
-
 def matthews_correlation(predicted: ArrayLike, labels: ArrayLike) -> float:
-    r"""Matthews' correlation in its form for C classes (Gorodkin, 2004); 0 when either side is constant.
-
-    $$ \frac{n \sum_k c_{kk} - \sum_k t_k p_k}{\sqrt{n^2 - \sum_k p_k^2}\,\sqrt{n^2 - \sum_k t_k^2}} $$
-
-    with the confusion matrix $c$, $t_k$ examples of class $k$ and $p_k$ predictions of class $k$.
-    """
+    """Return Matthews' correlation in its form for C classes (Gorodkin, 2004); 0 when either side is constant."""
     predicted, labels = aligned(predicted, labels)
-    count = 1 + int(max(predicted.max(), labels.max()))
-    matrix = confusion_matrix(predicted, labels, count).astype(np.float64)
-    true, guessed, n = matrix.sum(axis=1), matrix.sum(axis=0), matrix.sum()
-    spread = np.sqrt(n**2 - guessed @ guessed) * np.sqrt(n**2 - true @ true)
-    return float((n * np.trace(matrix) - true @ guessed) / spread) if spread > 0 else 0.0
+    return float(matthews_corrcoef(labels, predicted))
 
 
-def f1(predicted: ArrayLike, labels: ArrayLike, positive: int = 1) -> float:
-    """Harmonic mean of precision and recall of one class; 0 when it is neither present nor predicted."""
+def accuracy(predicted: ArrayLike, labels: ArrayLike) -> float:
+    """Return the share of examples whose predicted class id is the label."""
     predicted, labels = aligned(predicted, labels)
-    hits = float(np.sum((predicted == positive) & (labels == positive)))
-    total = float(np.sum(predicted == positive) + np.sum(labels == positive))
-    return 2 * hits / total if total else 0.0
+    return float(accuracy_score(labels, predicted))
+
+
+def f1(predicted: ArrayLike, labels: ArrayLike) -> float:
+    """Return the harmonic mean of precision and recall of class 1; 0 when it is neither present nor predicted."""
+    predicted, labels = aligned(predicted, labels)
+    return float(f1_score(labels == 1, predicted == 1, zero_division=0))
 
 
 def pearson(predicted: ArrayLike, values: ArrayLike) -> float:
-    """Pearson's correlation; 0 when either side is constant, where the ratio is undefined."""
+    """Return Pearson's correlation; 0 when either side is constant, where the ratio is undefined."""
     predicted, values = aligned(predicted, values)
     if np.ptp(predicted) == 0 or np.ptp(values) == 0:
         return 0.0
-    a, b = predicted - predicted.mean(), values - values.mean()
-    # Scaled first, so that squares of very small or very large deviations stay inside float64.
-    a, b = a / np.abs(a).max(), b / np.abs(b).max()
-    return float(np.clip(a @ b / np.sqrt((a @ a) * (b @ b)), -1.0, 1.0))
+    return float(pearsonr(predicted, values).statistic)
 
 
 def spearman(predicted: ArrayLike, values: ArrayLike) -> float:
-    """Spearman's rank correlation: Pearson's of the ranks, where ties share their mean rank."""
+    """Return Spearman's correlation: Pearson's of the ranks, where ties share their mean rank."""
     predicted, values = aligned(predicted, values)
-    return pearson(_ranks(predicted), _ranks(values))
+    return pearson(rankdata(predicted), rankdata(values))
 
 
 CLASSIFICATION_METRICS: dict[str, Callable[[ArrayLike, ArrayLike], float]] = {
@@ -179,9 +163,3 @@ def regression_scores(predicted: ArrayLike, values: ArrayLike) -> dict[str, floa
         "spearman": spearman(predicted, values),
         "mse": float(np.mean((predicted - values) ** 2)),
     }
-
-
-def _ranks(values: Array) -> Array:
-    _, inverse, counts = np.unique(values, return_inverse=True, return_counts=True)
-    last = np.cumsum(counts)
-    return np.asarray((last - (counts - 1) / 2)[inverse])

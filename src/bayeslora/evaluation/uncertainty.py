@@ -1,4 +1,4 @@
-r"""Scores of how well a model knows what it does not know, in plain NumPy and float64.
+r"""Scores of how well a model knows what it does not know, in float64.
 
 Calibration asks whether confidence is a probability, selective prediction whether the model is unsure where it is
 wrong, detection whether it is unsure about inputs unlike those it was trained on. Examples that tie are never put in
@@ -12,11 +12,14 @@ from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
-from numpy.typing import ArrayLike
+from numpy.typing import ArrayLike, NDArray
+from sklearn.metrics import average_precision_score, roc_auc_score, roc_curve
 
 from bayeslora.errors import BayesLoraError
-from bayeslora.evaluation._arrays import BINS, Array, aligned, class_arrays
 
+Array = NDArray[np.float64]
+BINS = 15
+"""Number of bins of every calibration error, equal-width or equal-mass."""
 HISTOGRAM_BINS = 30
 CURVE_POINTS = 100
 UNCERTAINTIES = ("max_probability", "entropy", "mutual_information")
@@ -142,18 +145,13 @@ def detection_scores(inside: ArrayLike, outside: ArrayLike) -> dict[str, float]:
         BayesLoraError: no example on one side, or a value that is not finite.
     """
     negative, positive = _side(inside, "in-distribution"), _side(outside, "out-of-distribution")
-    n, m = len(negative), len(positive)
-    values, index = np.unique(np.concatenate([negative, positive]), return_inverse=True)
-    # From the least sure down: what each threshold flags.
-    false = np.cumsum(np.bincount(index[:n], minlength=len(values))[::-1]).astype(np.float64)
-    true = np.cumsum(np.bincount(index[n:], minlength=len(values))[::-1]).astype(np.float64)
-    false_step, true_step = np.diff(false, prepend=0.0), np.diff(true, prepend=0.0)
-    pairs = np.sum(true_step * (n - false + false_step / 2))
-    enough = int(np.argmax(true >= math.ceil(0.95 * m - 1e-9)))
+    truth = np.repeat([0, 1], [len(negative), len(positive)])
+    scores = np.concatenate([negative, positive])
+    flagged_inside, flagged_outside, _ = roc_curve(truth, scores, drop_intermediate=False)
     return {
-        "auroc": float(pairs / (n * m)),
-        "aupr": float(np.sum(true_step * true / (true + false)) / m),
-        "fpr95": float(false[enough] / n),
+        "auroc": float(roc_auc_score(truth, scores)),
+        "aupr": float(average_precision_score(truth, scores)),
+        "fpr95": float(flagged_inside[np.argmax(flagged_outside >= 0.95 - 1e-12)]),
     }
 
 
@@ -187,6 +185,31 @@ def histograms(groups: Mapping[str, Mapping[str, Array]], classes: int) -> dict[
         counts = {g: np.histogram(np.clip(values, 0.0, top), edges)[0].tolist() for g, values in members.items()}
         found[name] = {"edges": edges.tolist(), **counts}
     return found
+
+
+def aligned(predicted: ArrayLike, labels: ArrayLike) -> tuple[Array, Array]:
+    """Two flat float64 arrays of one length, at least 1."""
+    a = np.asarray(predicted, dtype=np.float64).reshape(-1)
+    b = np.asarray(labels, dtype=np.float64).reshape(-1)
+    if len(a) != len(b) or not len(a):
+        raise BayesLoraError(f"{len(a)} predictions for {len(b)} labels: one each is needed, and at least one")
+    return a, b
+
+
+def class_arrays(probabilities: ArrayLike, labels: ArrayLike) -> tuple[Array, NDArray[np.int64]]:
+    """(n, C) probabilities in float64 and (n,) class ids that lie in 0..C-1."""
+    chosen = np.asarray(probabilities, dtype=np.float64)
+    ids = np.asarray(labels).astype(np.int64).reshape(-1)
+    if chosen.ndim != 2 or len(chosen) != len(ids) or not len(ids):
+        raise BayesLoraError(
+            f"probabilities of shape {chosen.shape} for {len(ids)} labels: (n, classes) for n labels is needed"
+        )
+    if ids.min() < 0 or ids.max() >= chosen.shape[1]:
+        raise BayesLoraError(
+            f"label ids run from {ids.min()} to {ids.max()}, but the model has {chosen.shape[1]} classes: "
+            "use the labels the model was trained with"
+        )
+    return chosen, ids
 
 
 def _risks(uncertainty: ArrayLike, wrong: ArrayLike) -> Array:
