@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from records import Run, score
 
-from bayeslora.report.names import locate
+from bayeslora.runs.names import locate
 
 ADAPTER, BASE = ("A", "E", "B"), ("weight", "out")
 HEADS = ("classifier", "score", "lm_head")

@@ -15,8 +15,8 @@ from records import GLUE_TASKS, MMLU_ROWS, SHOTS, TASK_TITLES, Run, grouped
 from bayeslora.report import style
 from bayeslora.report.comparison_figures import Point, score_figure
 from bayeslora.report.figures import LayerGrid, draw_cells, label_grid
-from bayeslora.report.names import locate, matrix_role
-from bayeslora.report.record import KINDS, LayerRecord
+from bayeslora.runs.names import locate, matrix_role
+from bayeslora.runs.record import KINDS, LayerRecord
 
 RANKED = {
     "blora-q+ra": "B-LoRA q + ra",

@@ -39,7 +39,7 @@ from transformers import (
 
 import bayeslora
 from bayeslora.methods.description import LayerDescription
-from bayeslora.report.names import locate, order_matrices
+from bayeslora.runs.names import locate, order_matrices
 
 Options = dict[str, Any]
 RANK, INITIAL_RANK = 8, 12

@@ -13,7 +13,7 @@ from PIL import Image
 from bayeslora.errors import BayesLoraError
 from bayeslora.report import write_comparison
 from bayeslora.report.comparison import group_row, group_runs, mean_and_deviation, pooled_reliability, run_row
-from bayeslora.report.record import read_run
+from bayeslora.runs.record import read_run
 from tests.report.synthetic import make_metrics, write_run
 
 

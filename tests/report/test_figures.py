@@ -14,8 +14,8 @@ from matplotlib.figure import Figure
 from PIL import Image
 
 from bayeslora.report import figures, training_figures
-from bayeslora.report.record import RunRecord, read_history, read_run
 from bayeslora.report.style import DPI, WIDTH_COLORS, png_bytes, text_color_on, width_colormap
+from bayeslora.runs.record import RunRecord, read_history, read_run
 from tests.report.synthetic import DEBERTA, GPT2, LLAMA, make_history, make_metrics, write_run
 
 

@@ -13,7 +13,7 @@ from matplotlib.figure import Figure
 from bayeslora.errors import BayesLoraError
 from bayeslora.report import uncertainty_figures as figures
 from bayeslora.report import write_comparison, write_figures, write_report
-from bayeslora.report.record import Histogram, RunRecord, read_run
+from bayeslora.runs.record import Histogram, RunRecord, read_run
 from tests.report.synthetic import make_metrics, write_run
 
 EDGES = [i * 0.693 / 30 for i in range(31)]

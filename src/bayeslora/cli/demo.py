@@ -93,7 +93,7 @@ def _clear(folders: list[Path], overwrite: bool) -> None:
 
 
 def _table(folders: list[Path]) -> str:
-    from bayeslora.report.record import read_run
+    from bayeslora.runs.record import read_run
 
     runs = [read_run(folder) for folder in folders]
     rows: list[tuple[str, list[str]]] = [

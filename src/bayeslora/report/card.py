@@ -10,9 +10,9 @@ from typing import Any
 
 from bayeslora.errors import BayesLoraError
 from bayeslora.report import text
-from bayeslora.report.names import order_matrices, shortest_labels
 from bayeslora.report.page import environment
-from bayeslora.report.record import RunRecord, read_run, write_bytes
+from bayeslora.runs.names import order_matrices, shortest_labels
+from bayeslora.runs.record import RunRecord, read_run, write_bytes
 
 CARD_NAME = "README.md"
 _AUTO_CLASSES = {

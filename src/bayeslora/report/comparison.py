@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 from bayeslora.errors import BayesLoraError
 from bayeslora.report import text
 from bayeslora.report.comparison_table import markdown
-from bayeslora.report.record import Histogram, ReliabilityBin, RunRecord, read_run, write_bytes
+from bayeslora.runs.record import Histogram, ReliabilityBin, RunRecord, read_run, write_bytes
 
 if TYPE_CHECKING:
     from bayeslora.report.uncertainty_figures import Detection, Selection

@@ -13,9 +13,9 @@ from matplotlib.lines import Line2D
 from matplotlib.ticker import MaxNLocator
 
 from bayeslora.report import style
-from bayeslora.report.record import ReliabilityBin
 from bayeslora.report.text import score_name
 from bayeslora.report.training_figures import draw_reliability, expected_calibration_error
+from bayeslora.runs.record import ReliabilityBin
 
 _MARKERS = "osD^vPX*<>hp"
 

@@ -19,8 +19,8 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Patch
 
 from bayeslora.report import style
-from bayeslora.report.names import order_matrices, shortest_labels, stack_labels
-from bayeslora.report.record import LayerRecord, RunRecord
+from bayeslora.runs.names import order_matrices, shortest_labels, stack_labels
+from bayeslora.runs.record import LayerRecord, RunRecord
 
 _ATTENTION_INPUTS = ("q", "k", "v", "qkv")
 _SCOPE_TEXT = {

@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from bayeslora.report import text
-from bayeslora.report.names import order_matrices, shortest_labels
-from bayeslora.report.record import RunRecord, read_history, read_run, write_bytes
+from bayeslora.runs.names import order_matrices, shortest_labels
+from bayeslora.runs.record import RunRecord, read_history, read_run, write_bytes
 
 if TYPE_CHECKING:
     from jinja2 import Environment

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import re
 
-from bayeslora.report.record import RunRecord
+from bayeslora.runs.record import RunRecord
 
 METHOD_NAMES = {"blora": "B-LoRA", "lora": "LoRA", "full": "full fine-tuning", "melora": "Me-LoRA", "blob": "BLoB"}
 METHOD_NAMES |= {"adalora": "AdaLoRA", "bayes_adalora": "Bayesian AdaLoRA", "dylora": "DyLoRA"}

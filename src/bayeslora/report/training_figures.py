@@ -10,8 +10,8 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FixedLocator, MaxNLocator, NullLocator, PercentFormatter
 
 from bayeslora.report import style
-from bayeslora.report.names import order_matrices
-from bayeslora.report.record import KINDS, ReliabilityBin, RunRecord
+from bayeslora.runs.names import order_matrices
+from bayeslora.runs.record import KINDS, ReliabilityBin, RunRecord
 
 History = Sequence[dict[str, float]]
 

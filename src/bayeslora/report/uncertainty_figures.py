@@ -18,8 +18,8 @@ from matplotlib.patches import Patch
 from matplotlib.ticker import MaxNLocator, PercentFormatter
 
 from bayeslora.report import style
-from bayeslora.report.record import Histogram, RunRecord
 from bayeslora.report.text import measure_name
+from bayeslora.runs.record import Histogram, RunRecord
 
 Curve = Sequence[tuple[float, float]]
 _GROUPS = {"correct": "right", "wrong": "wrong", "ood": "out of distribution"}

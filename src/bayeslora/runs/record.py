@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, TypeGuard
 
 from bayeslora.errors import BayesLoraError
-from bayeslora.report.names import Address, locate
+from bayeslora.runs.names import Address, locate
 
 WIDTHS = (2, 4, 8, 16, 32)
 KINDS = ("in", "weight", "A", "E", "B", "A_out", "E_out", "out")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from bayeslora.report.names import locate, order_matrices, shortest_labels, stack_labels
+from bayeslora.runs.names import locate, order_matrices, shortest_labels, stack_labels
 
 
 @pytest.mark.parametrize(
