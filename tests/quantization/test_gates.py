@@ -12,10 +12,10 @@ from torch import Tensor
 
 from bayeslora.quantization import (
     OPEN_LOGIT,
-    evaluation_gates,
     hard_concrete,
     nested_probability,
     open_probability,
+    opened,
     rank_gates,
     rank_probability,
 )
@@ -125,6 +125,10 @@ def test_the_evaluation_threshold_is_where_a_gate_is_shut_with_probability_0_34(
     assert OPEN_LOGIT == pytest.approx(low, abs=1e-6)
     gates = evaluation_gates(torch.tensor([low - 1e-4, low + 1e-4]))
     assert gates.tolist() == [0.0, 1.0]
+
+
+def evaluation_gates(logits: torch.Tensor) -> torch.Tensor:
+    return torch.tensor([opened([value]) for value in logits.tolist()], dtype=logits.dtype)
 
 
 def test_a_sampled_gate_at_the_threshold_is_shut_in_34_of_100_draws() -> None:

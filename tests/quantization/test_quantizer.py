@@ -19,7 +19,6 @@ from bayeslora.quantization import (
     codes,
     grid_step,
     hard_concrete,
-    mixture,
     mixture_weights,
     optimal_range,
     quantize,
@@ -47,6 +46,11 @@ DTYPES = [torch.float16, torch.bfloat16, torch.float32, torch.float64]
 
 def draw(*shape: int, seed: int = 0) -> Tensor:
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+def quantize_gated(x: Tensor, range: Tensor, gates: Tensor) -> Tensor:
+    """The mixture over all widths for the gates of 4, 8, 16 and 32 bits."""
+    return quantize_mixture(x, range, mixture_weights(gates.float()), WIDTHS)
 
 
 def between_ties(range: float | Tensor, *shape: int, seed: int) -> Tensor:
@@ -176,14 +180,14 @@ def test_a_fixed_width_equals_the_reference(seed: int, range: float, bits: int) 
 @given(seeds, ranges, gates)
 def test_the_mixture_equals_the_running_residual_away_from_ties(seed: int, range: float, z: list[float]) -> None:
     x = between_ties(range, 64, seed=seed)
-    assert_equals_reference(quantize_mixture, oracle.mixture, x, torch.tensor(range), torch.tensor(z))
+    assert_equals_reference(quantize_gated, oracle.mixture, x, torch.tensor(range), torch.tensor(z))
 
 
 @repeatable
 @given(seeds, ranges, st.lists(st.sampled_from([0.0, 0.3, 1.0]), min_size=4, max_size=4))
 def test_gates_at_the_ends_have_the_reference_gradients_too(seed: int, range: float, z: list[float]) -> None:
     x = between_ties(range, 64, seed=seed)
-    assert_equals_reference(quantize_mixture, oracle.mixture, x, torch.tensor(range), torch.tensor(z))
+    assert_equals_reference(quantize_gated, oracle.mixture, x, torch.tensor(range), torch.tensor(z))
 
 
 @repeatable
@@ -191,7 +195,7 @@ def test_gates_at_the_ends_have_the_reference_gradients_too(seed: int, range: fl
 def test_gradients_reach_the_gate_logits_as_in_the_reference(seed: int, phi: list[float]) -> None:
     noise = torch.rand(4, generator=torch.Generator().manual_seed(seed)).clamp(1e-3, 1 - 1e-3)
     assert_equals_reference(
-        lambda x, r, p: quantize_mixture(x, r, hard_concrete(p, noise)),
+        lambda x, r, p: quantize_gated(x, r, hard_concrete(p, noise)),
         lambda x, r, p: oracle.mixture(x, r, oracle.hard_concrete(p, noise.double())),
         between_ties(1.0, 64, seed=seed),
         torch.tensor(1.0),
@@ -201,7 +205,7 @@ def test_gradients_reach_the_gate_logits_as_in_the_reference(seed: int, phi: lis
 
 def test_the_gradients_are_the_printed_formulas() -> None:
     x, bound, z = torch.tensor([-2.5, -0.9, -0.1, 0.0, 0.33, 0.71, 1.7]), 1.1, [0.8, 0.6, 0.4, 0.2]
-    value, (grad_x, grad_range, grad_z) = gradients(quantize_mixture, x, torch.tensor(bound), torch.tensor(z))
+    value, (grad_x, grad_range, grad_z) = gradients(quantize_gated, x, torch.tensor(bound), torch.tensor(z))
     upstream = draw(7, seed=1).tolist()
     weights = [0.2, 0.8 * 0.4, 0.8 * 0.6 * 0.6, 0.8 * 0.6 * 0.4 * 0.8, 0.8 * 0.6 * 0.4 * 0.2]
     expected_range, expected_z = 0.0, [0.0] * 4
@@ -255,7 +259,7 @@ def test_gates_that_are_all_open_or_shut_round_once(opened: int) -> None:
     z = torch.tensor([1.0] * opened + [0.0] * (4 - opened))
     ties = torch.arange(-40, 41) / 30  # includes half-integers of the grids
     x, bound = torch.cat([draw(500), ties]), torch.tensor(1.0)
-    assert torch.equal(quantize_mixture(x, bound, z), quantize(x, bound, WIDTHS[opened]))
+    assert torch.equal(quantize_gated(x, bound, z), quantize(x, bound, WIDTHS[opened]))
 
 
 @pytest.mark.parametrize("shut", range(4))
@@ -263,7 +267,7 @@ def test_gates_behind_a_shut_gate_have_no_effect(shut: int) -> None:
     x, bound = draw(200), torch.tensor(1.0)
     z = torch.ones(4)
     z[shut] = 0.0
-    assert torch.equal(quantize_mixture(x, bound, z), quantize(x, bound, WIDTHS[shut]))
+    assert torch.equal(quantize_gated(x, bound, z), quantize(x, bound, WIDTHS[shut]))
 
 
 @repeatable
@@ -273,10 +277,10 @@ def test_leaving_out_widths_of_zero_weight_changes_neither_values_nor_gradients(
     widths = active_widths(hard_concrete(torch.tensor(phi), noise).tolist())
 
     def reduced(x: Tensor, bound: Tensor, p: Tensor) -> Tensor:
-        return mixture(x, bound, mixture_weights(hard_concrete(p, noise)), widths)
+        return quantize_mixture(x, bound, mixture_weights(hard_concrete(p, noise)), widths)
 
     def full(x: Tensor, bound: Tensor, p: Tensor) -> Tensor:
-        return quantize_mixture(x, bound, hard_concrete(p, noise))
+        return quantize_gated(x, bound, hard_concrete(p, noise))
 
     inputs = between_ties(1.0, 64, seed=seed), torch.tensor(1.0), torch.tensor(phi)
     value, grads = gradients(reduced, *inputs)
@@ -287,7 +291,7 @@ def test_leaving_out_widths_of_zero_weight_changes_neither_values_nor_gradients(
 
 
 def test_a_nan_comes_through() -> None:
-    out = quantize_mixture(torch.tensor([math.nan, 0.3]), torch.tensor(1.0), torch.full((4,), 0.5))
+    out = quantize_gated(torch.tensor([math.nan, 0.3]), torch.tensor(1.0), torch.full((4,), 0.5))
     assert out.isnan().tolist() == [True, False]
 
 
@@ -301,13 +305,13 @@ def test_per_channel_ranges_equal_a_range_for_each_row(seed: int, z: list[float]
     x = between_ties(bounds, 5, 16, seed=seed)
     upstream = draw(5, 16, seed=seed + 1)
     x_all, r_all, z_all = leaf(x), leaf(bounds), leaf(z)
-    together = quantize_mixture(x_all, r_all, z_all)
+    together = quantize_gated(x_all, r_all, z_all)
     grad_x, grad_r, grad_z = torch.autograd.grad(together, [x_all, r_all, z_all], upstream)
     assert grad_r.shape == bounds.shape
     total = torch.zeros(4)
     for row in range(5):
         x_row, r_row, z_row = leaf(x[row]), leaf(bounds[row, 0]), leaf(z)
-        alone = quantize_mixture(x_row, r_row, z_row)
+        alone = quantize_gated(x_row, r_row, z_row)
         gx, gr, gz = torch.autograd.grad(alone, [x_row, r_row, z_row], upstream[row])
         torch.testing.assert_close(together[row], alone, rtol=1e-6, atol=1e-7)  # the order of the sum may differ
         assert torch.equal(grad_x[row], gx)
@@ -334,7 +338,7 @@ def test_a_range_of_one_number_keeps_its_shape_in_the_gradient(shape: tuple[int,
     bound = leaf(torch.full(shape, 1.0))
     x = between_ties(1.0, 3, 4, seed=0).t()  # not contiguous
     z = torch.full((4,), 0.5)
-    out = quantize_mixture(x, bound, z)
+    out = quantize_gated(x, bound, z)
     out.sum().backward()
     assert out.shape == x.shape and bound.grad.shape == shape
     expected = oracle.mixture(x.double(), torch.ones((), dtype=torch.float64), z.double())
@@ -347,7 +351,7 @@ def test_zeros_stay_zero_with_finite_gradients(dtype: torch.dtype, per_channel: 
     x = torch.zeros(6, 8, dtype=dtype)
     bound = optimal_range(x, dim=1 if per_channel else None)
     for z in ([1.0] * 4, [0.0] * 4, [0.7, 0.5, 0.3, 0.1]):
-        value, grads = gradients(quantize_mixture, x, bound, torch.tensor(z))
+        value, grads = gradients(quantize_gated, x, bound, torch.tensor(z))
         assert value.dtype == dtype and not value.any()
         assert [grad.dtype for grad in grads] == [dtype, torch.float32, torch.float32]
         assert all(torch.isfinite(grad).all() for grad in grads)
@@ -360,9 +364,9 @@ def test_zeros_stay_zero_with_finite_gradients(dtype: torch.dtype, per_channel: 
 def test_any_dtype_is_rounded_in_float32_and_handed_back_as_it_came(dtype: torch.dtype) -> None:
     x = between_ties(1.0, 256, seed=0).to(dtype)
     bound, z = torch.tensor(1.0), torch.tensor([0.9, 0.8, 0.7, 0.6])
-    value, (grad_x, grad_range, grad_z) = gradients(quantize_mixture, x, bound, z)
+    value, (grad_x, grad_range, grad_z) = gradients(quantize_gated, x, bound, z)
     wide = leaf(x.float()), leaf(bound), leaf(z)
-    expected = quantize_mixture(*wide)
+    expected = quantize_gated(*wide)
     upstream = draw(256, seed=1).to(dtype).float()
     expected_x, expected_range, expected_z = torch.autograd.grad(expected, wide, upstream)
     assert value.dtype == grad_x.dtype == dtype
@@ -374,7 +378,7 @@ def test_any_dtype_is_rounded_in_float32_and_handed_back_as_it_came(dtype: torch
 def test_sixteen_bits_differ_from_eight_in_bfloat16_gradients_of_the_gates() -> None:
     """Eight significant bits are too few for the difference; float32 inside keeps it."""
     x = draw(512).to(torch.bfloat16)
-    _, (_, _, grad_z) = gradients(quantize_mixture, x, torch.tensor(4.0), torch.full((4,), 0.5))
+    _, (_, _, grad_z) = gradients(quantize_gated, x, torch.tensor(4.0), torch.full((4,), 0.5))
     assert grad_z[2] != 0
 
 
@@ -387,7 +391,7 @@ def test_empty_tensors_have_empty_values_and_zero_gradients(shape: tuple[int, ..
     x = torch.zeros(shape)
     bound = optimal_range(x, dim=1 if per_channel else None)
     assert (bound > 0).all()
-    value, (grad_x, grad_range, grad_z) = gradients(quantize_mixture, x, bound, torch.full((4,), 0.5))
+    value, (grad_x, grad_range, grad_z) = gradients(quantize_gated, x, bound, torch.full((4,), 0.5))
     assert value.shape == grad_x.shape == shape
     assert grad_range.shape == bound.shape and not grad_range.any() and not grad_z.any()
     for bits in WIDTHS:
@@ -401,9 +405,9 @@ def test_empty_tensors_have_empty_values_and_zero_gradients(shape: tuple[int, ..
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_autocast_leaves_the_quantizer_in_float32(dtype: torch.dtype) -> None:
     inputs = draw(64, 16).to(dtype), torch.tensor(1.7), torch.tensor([0.9, 0.8, 0.7, 0.6])
-    expected, expected_grads = gradients(quantize_mixture, *inputs)
+    expected, expected_grads = gradients(quantize_gated, *inputs)
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        value, grads = gradients(quantize_mixture, *inputs)
+        value, grads = gradients(quantize_gated, *inputs)
     assert value.dtype == dtype and torch.equal(value, expected)
     assert all(torch.equal(grad, wanted) for grad, wanted in zip(grads, expected_grads, strict=True))
 
@@ -413,7 +417,7 @@ def test_gradient_checkpointing_gives_the_same_gradients(reentrant: bool) -> Non
     inputs = draw(32, 16), draw(8, 16, seed=1), torch.tensor(1.7), torch.tensor([0.9, 0.8, 0.7, 0.6])
 
     def layer(x: Tensor, weight: Tensor, bound: Tensor, z: Tensor) -> Tensor:
-        return quantize_mixture(torch.tanh(x) @ quantize_mixture(weight, bound, z).T, bound, z)
+        return quantize_gated(torch.tanh(x) @ quantize_gated(weight, bound, z).T, bound, z)
 
     expected, expected_grads = gradients(layer, *inputs)
     leaves = [leaf(value) for value in inputs]
@@ -446,7 +450,7 @@ def test_only_the_input_the_range_and_the_gates_are_kept_for_the_backward_pass(
     logits = leaf([0.5, 0.2, 0.1, -0.3])
     with saved_bytes() as kept:
         gate = hard_concrete(logits, torch.full((4,), 0.5))
-        out = quantize_mixture(x, bound, gate)
+        out = quantize_gated(x, bound, gate)
     own = x.numel() * x.element_size()
     assert x.untyped_storage().data_ptr() in kept
     assert sum(kept.values()) - own <= bound.numel() * 4 + 1024  # 1024 bytes for a handful of four-element tensors
@@ -474,9 +478,9 @@ def compiled_cases() -> list[tuple[Tensor, Tensor, Tensor]]:
 
 def assert_compiled_equals_eager(backend: str) -> None:
     torch._dynamo.reset()
-    compiled = torch.compile(quantize_mixture, backend=backend, fullgraph=True)
+    compiled = torch.compile(quantize_gated, backend=backend, fullgraph=True)
     for inputs in compiled_cases():
-        expected, expected_grads = gradients(quantize_mixture, *inputs)
+        expected, expected_grads = gradients(quantize_gated, *inputs)
         value, grads = gradients(compiled, *inputs)
         torch.testing.assert_close(value, expected, rtol=0, atol=1e-6)
         for grad, wanted in zip(grads, expected_grads, strict=True):
@@ -514,7 +518,7 @@ def test_large_tensors_have_the_values_and_gradients_of_the_reference(rows: int,
     x = between_ties(bounds, 256, 256, seed=0)
     z = torch.tensor([0.6 if bits in widths[1:] else float(bits in widths[:1]) for bits in WIDTHS[1:]])
     weights = mixture_weights(z)
-    value, (grad_x, grad_range) = gradients(lambda x, r: mixture(x, r, weights, widths), x, bounds)
+    value, (grad_x, grad_range) = gradients(lambda x, r: quantize_mixture(x, r, weights, widths), x, bounds)
     expected, (expected_x, expected_range) = gradients(
         lambda x, r: oracle.mixture(x, r, z.double()), x.double(), bounds.double()
     )
@@ -564,7 +568,7 @@ def test_algorithm_1_built_from_these_parts_equals_the_reference(quantize_input:
         t = dict(zip(tensors, values, strict=True))
 
         def q(kind: str, value: Tensor) -> Tensor:
-            return quantize_mixture(value, t[f"range/{kind}"], t[f"gates/{kind}"])
+            return quantize_gated(value, t[f"range/{kind}"], t[f"gates/{kind}"])
 
         x = q("in", t["x"]) if quantize_input else t["x"]
         low = q("A_out", torch.nn.functional.linear(x, q("A", t["A"])))

@@ -9,8 +9,7 @@ from peft import PeftModel
 from torch import nn
 
 from bayeslora.errors import BayesLoraError
-from bayeslora.methods.describe import tuner_of
-from bayeslora.methods.tuner import BayesTuner
+from bayeslora.methods.tuner import BayesTuner, tuner_of
 
 
 def adapted_parts(model: nn.Module, adapter_name: str | None) -> tuple[PeftModel, BayesTuner, str]:

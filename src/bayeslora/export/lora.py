@@ -23,9 +23,8 @@ from torch import Tensor, nn
 from bayeslora.errors import BayesLoraError
 from bayeslora.export.draws import Factors, check_draws, drawn
 from bayeslora.export.measured import inputs_for, output_error, output_of
-from bayeslora.methods.describe import describe, tuner_of
 from bayeslora.methods.layer import BayesLayer
-from bayeslora.methods.tuner import BayesTuner
+from bayeslora.methods.tuner import BayesTuner, describe, tuner_of
 from bayeslora.optim import DrawsWeights
 
 _SHARED_FIELDS = (

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import nn
 
-from bayeslora.methods.describe import tuner_of
+from bayeslora.methods.tuner import tuner_of
 
 
 def shrink(model: nn.Module, adapter_name: str | None = None) -> dict[str, int]:

@@ -3,13 +3,12 @@
 from bayeslora.methods.adalora import AdaLoraConfig
 from bayeslora.methods.blob import BlobConfig
 from bayeslora.methods.blora import BLoraConfig, BLoraModel
-from bayeslora.methods.describe import describe, tuner_of
 from bayeslora.methods.description import KINDS, LayerDescription
 from bayeslora.methods.dylora import DyLoraConfig, at_rank, rank_curve
 from bayeslora.methods.melora import MeLoraConfig
 from bayeslora.methods.registry import METHODS
 from bayeslora.methods.sampling import has_posterior, posterior_mean, sampling, stochastic_layers
-from bayeslora.methods.tuner import BayesTuner, Schedule
+from bayeslora.methods.tuner import BayesTuner, Schedule, describe, tuner_of
 
 __all__ = [
     "KINDS",

@@ -5,8 +5,7 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-KINDS = ("weight", "A", "E", "B", "A_out", "E_out", "out")
-"""Tensors of an adapted layer that can have a width of their own; `in` is a further, optional one."""
+from bayeslora.vocabulary import KINDS
 
 
 @dataclass(frozen=True)

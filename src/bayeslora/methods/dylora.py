@@ -22,10 +22,9 @@ from torch import Tensor, nn
 
 from bayeslora.errors import BayesLoraError
 from bayeslora.methods.config import AdapterConfig
-from bayeslora.methods.describe import tuner_of
 from bayeslora.methods.description import LayerDescription
 from bayeslora.methods.layer import BayesLayer, add_update
-from bayeslora.methods.tuner import BayesTuner, Schedule, step_generator
+from bayeslora.methods.tuner import BayesTuner, Schedule, step_generator, tuner_of
 
 
 @dataclass

@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from torch import nn
 
 from bayeslora.errors import BayesLoraError
-from bayeslora.methods.describe import tuner_of
+from bayeslora.methods.tuner import tuner_of
 from bayeslora.methods.variational import VariationalLayer
 from bayeslora.posterior import Noise, Scope
 

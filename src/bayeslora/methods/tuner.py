@@ -9,6 +9,7 @@ from functools import partial
 from typing import Any, ClassVar, cast
 
 import torch
+from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 from torch.optim import Optimizer
 from transformers.pytorch_utils import Conv1D
@@ -271,6 +272,44 @@ class BayesTuner(BaseTuner):
         ranks = {path: layer.shrink(name) for path, layer in self.named_layers(name).items()}
         cast(Any, self.peft_config[name]).rank_pattern = ranks
         return ranks
+
+
+def tuner_of(model: nn.Module) -> BayesTuner | None:
+    """The method's tuner inside `model` (a PEFT model, possibly wrapped for distributed training), or None."""
+    for module in model.modules():
+        if isinstance(module, BayesTuner):
+            return module
+    return None
+
+
+def describe(model: nn.Module, adapter_name: str | None = None) -> list[LayerDescription]:
+    """One `LayerDescription` for every adapted layer of `model`, in model order; empty for a model without adapters.
+
+    Args:
+        model: a PEFT model, with one of this library's methods or with LoRA.
+        adapter_name: which adapter; by default the active one.
+
+    Raises:
+        BayesLoraError: if the model has no adapter of that name.
+    """
+    tuner = tuner_of(model)
+    if tuner is not None:
+        found = tuner.describe(adapter_name)
+    else:
+        root = getattr(getattr(model, "base_model", model), "model", model)
+        layers = [(path, m) for path, m in root.named_modules() if isinstance(m, LoraLayer)]
+        found = [_describe_lora(path, layer, adapter_name) for path, layer in layers]
+        found = [layer for layer in found if layer.initial_rank or adapter_name is None]
+    if adapter_name is not None and not found:
+        raise BayesLoraError(f"the model has no adapter {adapter_name!r}: name one of its adapters")
+    return found
+
+
+def _describe_lora(path: str, layer: LoraLayer, adapter_name: str | None) -> LayerDescription:
+    name = adapter_name or layer.active_adapters[0]
+    rank = layer.r.get(name, 0)
+    d_in, d_out = int(layer.in_features or 0), int(layer.out_features or 0)
+    return LayerDescription(path, d_in, d_out, rank, rank, parameters=rank * (d_in + d_out))
 
 
 def add_gradients(pairs: Sequence[tuple[Tensor, Tensor]]) -> None:

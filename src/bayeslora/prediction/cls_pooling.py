@@ -13,7 +13,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from bayeslora.methods.describe import tuner_of
+from bayeslora.methods.tuner import tuner_of
 
 _READ_FIRST_TOKEN = {"bert", "camembert", "deberta", "deberta-v2", "electra", "roberta", "xlm-roberta"}
 """Model types whose heads for sequences take the first token, and whose blocks have the place to cut at."""

@@ -2,47 +2,53 @@
 
 from bayeslora.quantization.gates import (
     CLOSED_THRESHOLD,
+    GATED_WIDTHS,
     OPEN_LOGIT,
     STRETCH,
+    SURE_LOGIT,
     TEMPERATURE,
-    evaluation_gates,
+    evaluation_width,
+    fixed_logits,
     hard_concrete,
     nested_probability,
     open_probability,
+    opened,
     rank_gates,
     rank_probability,
 )
 from bayeslora.quantization.linear import linear
 from bayeslora.quantization.quantizer import (
-    WIDTHS,
     active_widths,
     codes,
     grid_step,
-    mixture,
     mixture_weights,
     quantize,
     quantize_mixture,
 )
 from bayeslora.quantization.ranges import FLOOR, Calibration, optimal_range
+from bayeslora.vocabulary import WIDTHS
 
 __all__ = [
     "CLOSED_THRESHOLD",
     "FLOOR",
+    "GATED_WIDTHS",
     "OPEN_LOGIT",
     "STRETCH",
+    "SURE_LOGIT",
     "TEMPERATURE",
     "WIDTHS",
     "Calibration",
     "active_widths",
     "codes",
-    "evaluation_gates",
+    "evaluation_width",
+    "fixed_logits",
     "grid_step",
     "hard_concrete",
     "linear",
-    "mixture",
     "mixture_weights",
     "nested_probability",
     "open_probability",
+    "opened",
     "optimal_range",
     "quantize",
     "quantize_mixture",

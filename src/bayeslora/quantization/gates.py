@@ -12,9 +12,12 @@ temperature $\tau$. Equation 9's $\sigma(\phi)$ stands for $P(z > 0) = \sigma(\p
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
+
+from bayeslora.vocabulary import WIDTHS
 
 TEMPERATURE = 2 / 3
 STRETCH = (-0.1, 1.1)
@@ -24,6 +27,12 @@ _SHIFT = TEMPERATURE * math.log(-STRETCH[0] / STRETCH[1])
 
 OPEN_LOGIT = _SHIFT + math.log((1 - CLOSED_THRESHOLD) / CLOSED_THRESHOLD)
 """A gate is open in evaluation if and only if its logit exceeds this (about -0.9353)."""
+
+SURE_LOGIT = 20.0
+"""Logit of a gate that stays open (or, negated, closed): the noise that training draws lies within 14."""
+
+GATED_WIDTHS = WIDTHS[1:]
+"""Widths with a gate; two bits are always there."""
 
 
 def hard_concrete(logits: Tensor, uniform: Tensor) -> Tensor:
@@ -41,9 +50,23 @@ def open_probability(logits: Tensor) -> Tensor:
     return torch.sigmoid(logits - _SHIFT)
 
 
-def evaluation_gates(logits: Tensor) -> Tensor:
-    """Gates as evaluation and deployment see them, 0 or 1: open iff $P(z = 0)$ is below 0.34, that is `OPEN_LOGIT`."""
-    return (logits > OPEN_LOGIT).to(logits.dtype)
+def opened(logits: Sequence[float]) -> int:
+    """Number of gates that evaluation and deployment see open, from the narrowest up to the first closed one.
+
+    A gate is open iff $P(z = 0)$ is below 0.34, that is iff its logit exceeds `OPEN_LOGIT`.
+    """
+    closed = (position for position, logit in enumerate(logits) if not logit > OPEN_LOGIT)
+    return next(closed, len(logits))
+
+
+def evaluation_width(logits: Sequence[float]) -> int:
+    """Bits of a tensor in evaluation, from the logits of its gates of 4, 8, 16 and 32 bits."""
+    return WIDTHS[opened(logits)]
+
+
+def fixed_logits(bits: int) -> list[float]:
+    """Logits of gates that stay at `bits`: no noise reaches across them, and the penalty has no gradient there."""
+    return [SURE_LOGIT if width <= bits else -SURE_LOGIT for width in GATED_WIDTHS]
 
 
 def nested_probability(logits: Tensor) -> Tensor:

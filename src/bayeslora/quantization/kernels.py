@@ -36,7 +36,7 @@ _SMALL = 1 << 14
 _kept = threading.local()
 
 
-def mixture(x: Tensor, bound: Number, terms: Terms) -> Tensor:
+def quantize_mixture_kernel(x: Tensor, bound: Number, terms: Terms) -> Tensor:
     """Weighted sum of the grids in `terms`."""
     if isinstance(bound, float) and _is_small(x):
         return torch.from_numpy(_small_mixture(x.detach().numpy(), bound, terms))
@@ -60,7 +60,7 @@ def input_gradient(grad: Tensor, x: Tensor, bound: Number) -> Tensor:
 
 
 def mixture_gradients(grad: Tensor, x: Tensor, bound: Number, terms: Terms) -> tuple[Tensor, Number, list[Number]]:
-    r"""Gradients of `mixture` with respect to x, to the range (of its shape) and to each term's weight.
+    r"""Gradients of the mixture with respect to x, to the range (of its shape) and to each term's weight.
 
     The weights' gradients lack the same $\langle \bar{g}, x \rangle$ each: weights that sum to one do not feel it, and
     without it no digits are lost in the difference of two nearly equal sums.

@@ -16,9 +16,7 @@ import torch
 from torch import Tensor
 
 from bayeslora.errors import BayesLoraError
-from bayeslora.quantization.quantizer import WIDTHS
-
-_RAW = WIDTHS[-1]
+from bayeslora.vocabulary import UNQUANTIZED, WIDTHS
 
 
 def packed_size(count: int, bits: int) -> int:
@@ -39,7 +37,7 @@ def pack(codes: Tensor, bits: int) -> Tensor:
     """
     _check_width(bits)
     flat = codes.detach().cpu().reshape(-1)
-    if bits == _RAW:
+    if bits == UNQUANTIZED:
         return _bytes_of(flat.to(torch.float32))
     level = (1 << (bits - 1)) - 1
     if flat.numel() and int(flat.abs().max()) > level:
@@ -73,7 +71,7 @@ def unpack(data: Tensor, bits: int, shape: Sequence[int]) -> Tensor:
         raise BayesLoraError(
             f"{count} codes of {bits} bits take {packed_size(count, bits)} bytes, not {len(data)}: data are damaged"
         )
-    if bits == _RAW:
+    if bits == UNQUANTIZED:
         return _of_bytes(data, torch.float32).reshape(shape)
     if bits < 8:
         sign = 1 << (bits - 1)

@@ -22,11 +22,9 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from bayeslora.quantization import kernels
+from bayeslora.vocabulary import UNQUANTIZED, WIDTHS
 
-WIDTHS = (2, 4, 8, 16, 32)
-"""Bit-widths a tensor can have."""
-
-_IDENTITY = WIDTHS[-1]
+_IDENTITY = UNQUANTIZED
 _ONE_HOT = dict(zip(WIDTHS, torch.eye(len(WIDTHS)), strict=True))
 
 
@@ -69,21 +67,15 @@ def quantize(x: Tensor, range: Tensor, bits: int) -> Tensor:  # noqa: A002
         range: positive, 0-d, one element, or broadcastable to `x` (``[d_out, 1]`` for per-channel ranges).
         bits: one of `WIDTHS`; 32 clips to the range and rounds nothing.
     """
-    return mixture(x, range, _ONE_HOT[bits].to(x.device), (bits,))
+    return quantize_mixture(x, range, _ONE_HOT[bits].to(x.device), (bits,))
 
 
-def quantize_mixture(x: Tensor, range: Tensor, gates: Tensor) -> Tensor:  # noqa: A002
-    r"""$\sum_b w_b Q_b(x)$ for `gates` $(z_4, z_8, z_{16}, z_{32})$, differentiable in `x`, `range` and `gates`.
+def quantize_mixture(x: Tensor, range: Tensor, weights: Tensor, widths: tuple[int, ...]) -> Tensor:  # noqa: A002
+    r"""$\sum_b w_b Q_b(x)$ for `weights` (5,) that sum to one and are zero outside `widths`.
 
     $\partial x_q / \partial x$ is 1 inside the range and 0 outside; $\partial x_q / \partial \beta$ is
     $\mathrm{sign}(x)$ on clipped entries, and inside it is
     $\sum_b w_b (\mathrm{round}(x/s_b) - x/s_b)\, \partial s_b / \partial \beta$.
-    """
-    return mixture(x, range, mixture_weights(gates.float()), WIDTHS)
-
-
-def mixture(x: Tensor, range: Tensor, weights: Tensor, widths: tuple[int, ...]) -> Tensor:  # noqa: A002
-    r"""$\sum_b w_b Q_b(x)$ for `weights` (5,) that sum to one and are zero outside `widths`.
 
     Saves only `x`, `range` and `weights` for the backward pass and recomputes the rest. Weights outside `widths` get
     a zero gradient; `active_widths` says when that is exact.
@@ -127,7 +119,7 @@ class _Mixture(torch.autograd.Function):
         ctx.save_for_backward(x, range, weights)
         ctx.widths = widths
         flat, bound = _flatten(x, range)
-        return kernels.mixture(flat, bound, _terms(weights, widths)).view(x.shape).to(x.dtype)
+        return kernels.quantize_mixture_kernel(flat, bound, _terms(weights, widths)).view(x.shape).to(x.dtype)
 
     @staticmethod
     @once_differentiable

@@ -12,7 +12,7 @@ from transformers import PreTrainedModel, Trainer, TrainerCallback, TrainerContr
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from bayeslora.errors import BayesLoraError
-from bayeslora.methods.describe import tuner_of
+from bayeslora.methods.tuner import tuner_of
 from bayeslora.optim import IVON, save_posterior, unwrapped
 from bayeslora.training.groups import parameter_groups
 from bayeslora.training.ivon import (

@@ -6,7 +6,7 @@ from typing import Any
 
 from torch import nn
 
-from bayeslora.methods.describe import tuner_of
+from bayeslora.methods.tuner import tuner_of
 
 ROLE = "bayeslora_role"
 """Key in an optimizer group that says what its parameters are for; saved with the optimizer's state."""

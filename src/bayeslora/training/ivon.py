@@ -14,8 +14,7 @@ from torch.optim import Optimizer
 from transformers import Trainer
 
 from bayeslora.errors import BayesLoraError
-from bayeslora.methods.describe import tuner_of
-from bayeslora.methods.tuner import BayesTuner
+from bayeslora.methods.tuner import BayesTuner, tuner_of
 from bayeslora.optim import IVON, local, unwrapped
 from bayeslora.training.groups import parameter_groups
 

@@ -7,8 +7,7 @@ from torch.optim import Optimizer
 
 from bayeslora.cost import relative_bops
 from bayeslora.errors import BayesLoraError
-from bayeslora.methods.describe import tuner_of
-from bayeslora.methods.tuner import BayesTuner, Schedule
+from bayeslora.methods.tuner import BayesTuner, Schedule, tuner_of
 from bayeslora.optim import IVON
 from bayeslora.training.groups import ROLE
 from bayeslora.training.ivon import check_ivon, posterior_statistics

@@ -22,8 +22,8 @@ from typing import Any
 
 from bayeslora.export.file_format import INTEGER, is_size
 from bayeslora.export.packed.index import KINDS, LOG_LIMIT, MATRICES, Part
-from bayeslora.methods.blora.gated_quantizers import BASE_WEIGHT
 from bayeslora.quantization import WIDTHS
+from bayeslora.vocabulary import BASE_WEIGHT
 
 BIAS = "bias"
 UNQUANTIZED = WIDTHS[-1]

@@ -19,12 +19,11 @@ from bayeslora.export.file_format import INTEGER
 from bayeslora.export.integer.index import BIAS, UNQUANTIZED, IntegerIndex, IntegerLayer
 from bayeslora.export.packed.file import read_packed_file
 from bayeslora.export.packed.index import MATRICES, check_ranges
-from bayeslora.methods.blora.gated_quantizers import BASE_WEIGHT
-from bayeslora.methods.blora.layer import ACTIVATIONS
 from bayeslora.quantization import grid_step
 from bayeslora.quantization.packing import unpack
 from bayeslora.runtime.integer_fusion import fuse_activations
 from bayeslora.runtime.integer_linear import IntegerEmbedding, IntegerLinear, StaticQuantizer
+from bayeslora.vocabulary import ACTIVATIONS, BASE_WEIGHT
 
 INDEX_FILE = "integer.json"
 WEIGHTS_FILE = "integer_model.safetensors"

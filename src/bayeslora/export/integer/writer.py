@@ -27,10 +27,10 @@ from bayeslora.export.integer.reader import CODES_SUFFIX, INDEX_FILE, WEIGHTS_FI
 from bayeslora.export.measured import inputs_for, output_error, output_of
 from bayeslora.export.packed.file import CHECKSUM_KEY, INDEX_KEY, checksum
 from bayeslora.export.packed.index import KINDS, MATRICES
-from bayeslora.methods.blora.gated_quantizers import BASE_WEIGHT
 from bayeslora.methods.blora.layer import BLoraLayer
 from bayeslora.quantization import codes, optimal_range
 from bayeslora.quantization.packing import pack
+from bayeslora.vocabulary import BASE_WEIGHT
 
 UNADAPTED = ("int8", "bfloat16", "float32")
 _BYTE = 8

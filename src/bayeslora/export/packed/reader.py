@@ -20,14 +20,14 @@ from bayeslora.errors import BayesLoraError
 from bayeslora.export.file_format import PACKED
 from bayeslora.export.packed.file import CODES, looks_packed, read_packed_file
 from bayeslora.export.packed.index import MATRICES, PackedIndex, PackedLayer, check_ranges
-from bayeslora.methods.blora.gated_quantizers import BASE_WEIGHT, Phase
+from bayeslora.methods.blora.gated_quantizers import Phase
 from bayeslora.methods.registry import METHODS
-from bayeslora.quantization import WIDTHS, grid_step
+from bayeslora.quantization import SURE_LOGIT, WIDTHS, fixed_logits, grid_step
 from bayeslora.quantization.packing import unpack
+from bayeslora.vocabulary import BASE_WEIGHT
 
 ADAPTER_FILE = "adapter_model.safetensors"
 PREFIX = "base_model.model."
-_SURE = 20.0
 """Logit of a gate that is open, and the negative of one that is closed: far from where evaluation decides."""
 
 
@@ -109,11 +109,11 @@ def _layer_state(
     for kind in MATRICES:
         state[f"{name}_{kind}"] = _values(codes[kind], layer.widths[kind], ranges[kind])
     if index.rank_gates:
-        state[f"{name}_rank.logits"] = torch.full((layer.rank,), _SURE)
+        state[f"{name}_rank.logits"] = torch.full((layer.rank,), SURE_LOGIT)
     if index.bit_gates:
         quantizers = f"{name}_quantizers"
         widths = list(layer.widths.values())
-        gates = [[_SURE if width <= bits else -_SURE for width in WIDTHS[1:]] for bits in widths]
+        gates = [fixed_logits(bits) for bits in widths]
         state[f"{quantizers}.gates"] = torch.tensor(gates)
         if BASE_WEIGHT in ranges:
             state[f"{quantizers}.log_weight_range"] = ranges[BASE_WEIGHT]

@@ -26,13 +26,13 @@ from bayeslora.export.copies import adapted_parts, sharing_base
 from bayeslora.export.packed.file import CHECKSUM_KEY, CODES, INDEX_KEY, checksum
 from bayeslora.export.packed.index import KINDS, LOG_LIMIT, MATRICES, PackedIndex, PackedLayer
 from bayeslora.export.packed.reader import ADAPTER_FILE, PREFIX
-from bayeslora.methods.blora.gated_quantizers import BASE_WEIGHT
 from bayeslora.methods.blora.layer import BLoraLayer
 from bayeslora.methods.config import AdapterConfig
 from bayeslora.methods.tuner import BayesTuner
 from bayeslora.optim import NamedPosterior
 from bayeslora.quantization import WIDTHS, codes
 from bayeslora.quantization.packing import pack
+from bayeslora.vocabulary import BASE_WEIGHT
 
 _UNQUANTIZED = WIDTHS[-1]
 

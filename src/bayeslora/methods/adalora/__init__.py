@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from bayeslora.methods.adalora.model import AdaLoraConfig, AdaLoraModel
+from bayeslora.methods.adalora.config import AdaLoraConfig
+from bayeslora.methods.adalora.model import AdaLoraModel
 
 __all__ = [
     "AdaLoraConfig",

@@ -3,18 +3,16 @@
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING, Any, cast
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from bayeslora._peft import BufferDict
+from bayeslora.methods.adalora.config import AdaLoraConfig
 from bayeslora.methods.description import LayerDescription
 from bayeslora.methods.layer import BayesLayer, add_update
-
-if TYPE_CHECKING:
-    from bayeslora.methods.adalora import AdaLoraConfig
 
 
 class AdaLoraLayer(BayesLayer):

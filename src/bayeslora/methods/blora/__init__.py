@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from bayeslora.methods.blora.model import BLoraConfig, BLoraModel
+from bayeslora.methods.blora.config import BLoraConfig
+from bayeslora.methods.blora.model import BLoraModel
 
 __all__ = [
     "BLoraConfig",

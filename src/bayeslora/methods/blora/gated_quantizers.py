@@ -13,22 +13,18 @@ from torch import Tensor, nn
 from bayeslora.methods.layer import Float32Module
 from bayeslora.quantization import (
     FLOOR,
-    OPEN_LOGIT,
-    WIDTHS,
     active_widths,
+    evaluation_width,
     hard_concrete,
-    mixture,
     mixture_weights,
     nested_probability,
     optimal_range,
     quantize,
+    quantize_mixture,
     rank_gates,
 )
+from bayeslora.vocabulary import BASE_WEIGHT, UNQUANTIZED, WIDTHS
 
-GATED_WIDTHS = WIDTHS[1:]
-BASE_WEIGHT = "weight"
-UNQUANTIZED = (WIDTHS[-1],)
-_FIXED = 20.0  # the noise of `draw` lies within 14
 _LOG_LIMIT = 20.0  # keeps a range finite and non-zero whatever an optimizer does to its logarithm
 
 
@@ -111,7 +107,7 @@ class Quantizers(Float32Module):
 
     def evaluation_widths(self) -> tuple[int, ...]:
         """Width of each kind with its gates at their evaluation values."""
-        return tuple(_width(row) for row in self.gates.detach().tolist())
+        return tuple(evaluation_width(row) for row in self.gates.detach().tolist())
 
     # The forward pass --------------------------------------------------------------------------------------------
 
@@ -167,12 +163,12 @@ class Quantizers(Float32Module):
             return x
         index = self.kinds.index(kind)
         widths = assignment.widths[index]
-        if widths == UNQUANTIZED:  # 32 bits mean that nothing is rounded, and then nothing is clipped either
+        if widths == (UNQUANTIZED,):  # 32 bits mean that nothing is rounded, and then nothing is clipped either
             return x
         bound = assignment.ranges[index].view(self.shapes[index])
         if assignment.weights is None:
             return quantize(x, bound, widths[0])
-        return mixture(x, bound, assignment.weights[index], widths)
+        return quantize_mixture(x, bound, assignment.weights[index], widths)
 
     # Calibration -------------------------------------------------------------------------------------------------
 
@@ -226,20 +222,6 @@ class RankGates(Float32Module):
 
     def forward(self) -> Tensor:
         return rank_gates(self.logits.float())
-
-
-def fixed_logits(bits: int) -> list[float]:
-    """Logits of gates that stay at `bits`: no noise reaches across them, and no gradient is left of the penalty's."""
-    return [_FIXED if width <= bits else -_FIXED for width in GATED_WIDTHS]
-
-
-def _width(logits: list[float]) -> int:
-    width = WIDTHS[0]
-    for bits, logit in zip(GATED_WIDTHS, logits, strict=True):
-        if not logit > OPEN_LOGIT:
-            break
-        width = bits
-    return width
 
 
 def _exp(logarithm: Tensor) -> Tensor:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any, cast
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -12,15 +12,12 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from bayeslora.errors import BayesLoraError
-from bayeslora.methods.blora.gated_quantizers import BASE_WEIGHT, Assignment, Phase, Progress, Quantizers, RankGates
-from bayeslora.methods.description import KINDS, LayerDescription
+from bayeslora.methods.blora.config import BLoraConfig
+from bayeslora.methods.blora.gated_quantizers import Assignment, Phase, Progress, Quantizers, RankGates
+from bayeslora.methods.description import LayerDescription
 from bayeslora.methods.layer import BayesLayer, add_update
-from bayeslora.quantization import WIDTHS, linear, optimal_range
-
-if TYPE_CHECKING:
-    from bayeslora.methods.blora import BLoraConfig
-
-ACTIVATIONS = ("in", "A_out", "E_out", "out")
+from bayeslora.quantization import linear, optimal_range
+from bayeslora.vocabulary import ACTIVATIONS, BASE_WEIGHT, KINDS, UNQUANTIZED
 
 
 class BLoraLayer(BayesLayer):
@@ -262,10 +259,10 @@ class BLoraLayer(BayesLayer):
 
     def widths(self, adapter_name: str) -> dict[str, int]:
         """Evaluation width of every tensor, 32 where it is not quantized."""
-        widths = dict.fromkeys(KINDS, WIDTHS[-1])
+        widths = dict.fromkeys(KINDS, UNQUANTIZED)
         widths[BASE_WEIGHT] = self.base_width
         if self.configs[adapter_name].quantize_input:
-            widths["in"] = WIDTHS[-1]
+            widths["in"] = UNQUANTIZED
         if self.is_quantizing(adapter_name):
             quantizers = self.quantizers(adapter_name)
             widths.update(zip(quantizers.kinds, quantizers.evaluation_widths(), strict=True))

@@ -13,128 +13,24 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, field
-from typing import Literal, cast
+from typing import cast
 
 import torch
 from torch import Tensor
 
 from bayeslora.errors import BayesLoraError
-from bayeslora.methods.blora.gated_quantizers import GATED_WIDTHS, Phase, fixed_logits
+from bayeslora.methods.blora.config import BLoraConfig
+from bayeslora.methods.blora.gated_quantizers import Phase
 from bayeslora.methods.blora.layer import BLoraLayer, Linear
-from bayeslora.methods.config import AdapterConfig
-from bayeslora.methods.description import KINDS
 from bayeslora.methods.tuner import BayesTuner, ParameterRole, Schedule, step_generator
-from bayeslora.quantization import OPEN_LOGIT, WIDTHS, nested_probability, open_probability, rank_probability
-
-
-@dataclass
-class BLoraConfig(AdapterConfig):
-    """Configuration of B-LoRA, on top of the fields shared with `peft.LoraConfig`."""
-
-    method = "blora"
-
-    mode: Literal["q+ra", "q", "ra"] = field(
-        default="q+ra", metadata={"help": "Learn bit-widths and ranks (q+ra), only bit-widths (q) or only ranks (ra)."}
-    )
-    quantize_input: bool = field(
-        default=False, metadata={"help": "Also quantize the layer's input, which integer kernels need."}
-    )
-    per_channel: bool = field(default=False, metadata={"help": "One range an output channel for W0 and for A."})
-    bit_penalty: float = field(default=4e-4, metadata={"help": "lambda_q, the weight of the bit penalty."})
-    rank_penalty: float = field(default=1e-5, metadata={"help": "lambda_r, the weight of the rank penalty."})
-    bit_weighting: Literal["const", "bits", "bops"] = field(
-        default="const", metadata={"help": "Weight of the gate of b bits: 1, b, or b x MACs relative to the largest."}
-    )
-    target_bops: float | None = field(
-        default=None,
-        metadata={"help": "Share of LoRA r=16's 32-bit attention BOPs to reach; the bit penalty adapts to it."},
-    )
-    initial_bit_logits: list[float] = field(
-        default_factory=lambda: [4.0, 4.0, 1.0, 0.0],
-        metadata={"help": "Starting logits of the gates of 4, 8, 16 and 32 bits."},
-    )
-    fixed_bits: dict[str, int] | None = field(
-        default=None,
-        metadata={"help": "Widths that are not learned: bits by kind, of weight, in, A, E, B, A_out, E_out, out."},
-    )
-    initial_rank_logit: float = field(default=6.0, metadata={"help": "Starting logit of the rank gates."})
-    calibration: Literal["mse", "absmax"] = field(
-        default="mse", metadata={"help": "Initial ranges: least squared error, or largest magnitude."}
-    )
-    warmup_fraction: float = field(
-        default=0.6, metadata={"help": "Share of the steps in full precision while ranges are observed."}
-    )
-    freeze_fraction: float = field(
-        default=0.3, metadata={"help": "Share of the steps, at the end, that train under frozen gates."}
-    )
-    gate_learning_rate: float | None = field(
-        default=None, metadata={"help": "Constant rate of the gates; by default derived from the number of steps."}
-    )
-    range_learning_rate: float = field(default=1e-2, metadata={"help": "Rate of the ranges' logarithms."})
-    allow_inexact_merge: bool = field(
-        default=False, metadata={"help": "Merge although quantized activations cannot be folded into a weight."}
-    )
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        self._require("mode", ("q+ra", "q", "ra"))
-        self._require("bit_weighting", ("const", "bits", "bops"))
-        self._require("calibration", ("mse", "absmax"))
-        if self.bit_penalty < 0 or self.rank_penalty < 0:
-            raise BayesLoraError(
-                f"penalties must not be negative, not bit_penalty={self.bit_penalty}, rank_penalty={self.rank_penalty}"
-            )
-        if self.target_bops is not None and not 0 < self.target_bops < 1:
-            raise BayesLoraError(f"target_bops is a share between 0 and 1, not {self.target_bops}")
-        if self.target_bops is not None and self.mode == "ra":
-            raise BayesLoraError("target_bops needs learned bit-widths: use mode 'q' or 'q+ra', or drop target_bops")
-        if self.quantize_input and self.mode == "ra":
-            raise BayesLoraError("quantize_input needs learned bit-widths: use mode 'q' or 'q+ra'")
-        if len(self.initial_bit_logits) != len(GATED_WIDTHS):
-            raise BayesLoraError(
-                f"initial_bit_logits has {len(self.initial_bit_logits)} numbers: give 4, for 4, 8, 16 and 32 bits"
-            )
-        self._check_fixed_bits()
-        shares = (self.warmup_fraction, self.freeze_fraction)
-        if min(shares) < 0 or sum(shares) >= 1:
-            raise BayesLoraError(
-                f"warmup_fraction {shares[0]} and freeze_fraction {shares[1]} leave no steps for the gates: "
-                "keep their sum below 1"
-            )
-
-    def _check_fixed_bits(self) -> None:
-        if not self.fixed_bits:
-            return
-        if self.mode == "ra":
-            raise BayesLoraError("fixed_bits needs quantizers: use mode 'q' or 'q+ra', or drop fixed_bits")
-        kinds = [*KINDS, "in"] if self.quantize_input else KINDS
-        for kind, bits in self.fixed_bits.items():
-            if kind == "in" and kind not in kinds:
-                raise BayesLoraError("fixed_bits names in, which is quantized with quantize_input=True only")
-            if kind not in kinds:
-                raise BayesLoraError(f"fixed_bits names {kind!r}: the kinds of tensors are {', '.join(kinds)}")
-            if bits not in WIDTHS:
-                raise BayesLoraError(f"fixed_bits gives {kind} {bits} bits: choose from {', '.join(map(str, WIDTHS))}")
-        self.require_something_to_learn(kinds)
-
-    def require_something_to_learn(self, kinds: Sequence[str]) -> None:
-        """Refuse widths that are all fixed, where ranks are not learned and a layer has these kinds of tensors."""
-        if self.mode == "q" and set(kinds) <= set(self.fixed_bits or {}):
-            raise BayesLoraError("fixed_bits leaves no width to learn: leave some kinds out, or use mode 'q+ra'")
-
-    def bit_logits(self, kind: str) -> list[float]:
-        """Starting logits of the gates of 4, 8, 16 and 32 bits of one kind of tensor."""
-        fixed = (self.fixed_bits or {}).get(kind)
-        return self.initial_bit_logits if fixed is None else fixed_logits(fixed)
-
-    @property
-    def learns_bits(self) -> bool:
-        return "q" in self.mode
-
-    @property
-    def learns_ranks(self) -> bool:
-        return "ra" in self.mode
+from bayeslora.quantization import (
+    GATED_WIDTHS,
+    OPEN_LOGIT,
+    nested_probability,
+    open_probability,
+    opened,
+    rank_probability,
+)
 
 
 class BLoraModel(BayesTuner):
@@ -166,8 +62,8 @@ class BLoraModel(BayesTuner):
                 terms["bits"] = self._bit_penalty(name, layers)
             if config.learns_ranks:
                 logits = _stacked([layer.rank_gates(name).logits for layer in layers])
-                opened = torch.stack([rank_probability(rows).sum() for rows in logits]).sum()
-                terms["rank"] = config.rank_penalty * opened
+                expected = torch.stack([rank_probability(rows).sum() for rows in logits]).sum()
+                terms["rank"] = config.rank_penalty * expected
         return terms
 
     def _bit_penalty(self, name: str, layers: list[BLoraLayer]) -> Tensor:
@@ -308,8 +204,7 @@ class BLoraModel(BayesTuner):
             for row, logits in enumerate(gates.tolist()):
                 if quantizers.kinds[row] in fixed:
                     continue
-                opened = [logit > OPEN_LOGIT for logit in logits]
-                last = (opened.index(False) if False in opened else len(opened)) - 1
+                last = opened(logits) - 1
                 if last >= 0 and (weakest is None or logits[last] < weakest[0]):
                     weakest = (logits[last], gates, (row, last))
         if weakest is None:
@@ -331,8 +226,8 @@ class BLoraModel(BayesTuner):
             values["mean_bits"] = sum(by_kind.values()) / len(by_kind)
             values.update({f"bits/{kind}": bits for kind, bits in by_kind.items()})
             gates = torch.cat([layer.quantizers(name).gates.detach() for layer in layers])
-            opened = open_probability(gates).mean(0).tolist()
-            values.update({f"gates/{bits}": p for bits, p in zip(GATED_WIDTHS, opened, strict=True)})
+            means = open_probability(gates).mean(0).tolist()
+            values.update({f"gates/{bits}": p for bits, p in zip(GATED_WIDTHS, means, strict=True)})
         values["mean_rank"] = sum(d.rank for d in described) / len(described)
         by_suffix: dict[str, list[int]] = {}
         for layer in described:

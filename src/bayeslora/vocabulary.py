@@ -1,0 +1,45 @@
+"""Words that several packages share, each defined once; importing this module needs neither torch nor transformers."""
+
+from __future__ import annotations
+
+from typing import Literal, get_args
+
+WIDTHS = (2, 4, 8, 16, 32)
+"""Bit-widths a tensor can have; 32 means not quantized."""
+
+UNQUANTIZED = WIDTHS[-1]
+
+BASE_WEIGHT = "weight"
+"""The kind of tensor that belongs to the base model: W0."""
+
+KINDS = (BASE_WEIGHT, "A", "E", "B", "A_out", "E_out", "out")
+"""Kinds of tensors of an adapted layer, each with its own width; `A_out`, `E_out`, `out` are outputs."""
+
+ALL_KINDS = (BASE_WEIGHT, "in", *KINDS[1:])
+"""`KINDS` and the optional `in`, the layer's input."""
+
+MATRICES = ("A", "E", "B")
+"""Kinds that are the adapter's own matrices."""
+
+ACTIVATIONS = ("in", "A_out", "E_out", "out")
+"""Kinds that are computed in each forward pass."""
+
+CostScope = Literal["adapted", "attention", "encoder", "model"]
+COST_SCOPES: tuple[CostScope, ...] = get_args(CostScope)
+"""Parts of a model whose operations are counted, each inside the next."""
+
+SEPARATE_PROJECTIONS = (
+    ("query", "key", "value"),
+    ("query_proj", "key_proj", "value_proj"),
+    ("q_proj", "k_proj", "v_proj"),
+    ("q_lin", "k_lin", "v_lin"),
+    ("q", "k", "v"),
+)
+"""Query, key and value projections by their names in the model families."""
+
+FUSED_PROJECTIONS = ("c_attn", "query_key_value", "qkv_proj", "qkv", "Wqkv", "W_pack")
+"""Layers that compute query, key and value together."""
+
+QUERY_NAMES = (*(query for query, _, _ in SEPARATE_PROJECTIONS), "q_attn")
+KEY_NAMES = tuple(key for _, key, _ in SEPARATE_PROJECTIONS)
+VALUE_NAMES = tuple(value for _, _, value in SEPARATE_PROJECTIONS)
