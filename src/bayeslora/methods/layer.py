@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any, cast
 
 import torch
@@ -38,6 +39,25 @@ class Float32Module(nn.Module):
         """Cast all the same, for a caller who has asked PEFT not to keep adapters in float32."""
         for parameter in self.parameters():
             parameter.data = parameter.data.to(dtype)
+
+
+@dataclass(frozen=True)
+class PackedTensors:
+    """The tensors of an adapted layer that exports store as codes.
+
+    Attributes:
+        matrices: A (r, d_in), E (r,) and B (d_out, r) in float32.
+        widths: bits of each matrix, and of every other kind that has a quantizer.
+        log_ranges: logarithms of the ranges of the kinds that have a quantizer, (1,) or one a row.
+        ranges: the ranges as evaluation uses them, () or (rows, 1).
+        has_rank_gates: whether the adapter has gates for its ranks.
+    """
+
+    matrices: dict[str, Tensor]
+    widths: dict[str, int]
+    log_ranges: dict[str, Tensor]
+    ranges: dict[str, Tensor]
+    has_rank_gates: bool = False
 
 
 class BayesLayer(nn.Module, BaseTunerLayer):
@@ -80,6 +100,15 @@ class BayesLayer(nn.Module, BaseTunerLayer):
 
     def shrink(self, adapter_name: str) -> int:
         """Cut the ranks that contribute nothing out of every tensor, and return the rank that is left."""
+        raise NotImplementedError
+
+    def packed_tensors(self, adapter_name: str) -> PackedTensors | None:
+        """Return what an export stores as codes, or None for a method that learns no widths."""
+        return None
+
+    @staticmethod
+    def unpacked_state(packed: PackedTensors) -> dict[str, Tensor]:
+        """Return the tensors of a frozen adapter by the ends of their keys: the inverse of `packed_tensors`."""
         raise NotImplementedError
 
     def merged_weight(self, adapter_name: str, weight: Tensor) -> Tensor:

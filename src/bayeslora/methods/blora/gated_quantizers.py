@@ -191,6 +191,14 @@ class Quantizers(Float32Module):
         start = sum(self.channels[BASE_WEIGHT in self.kinds : index])
         self.log_ranges[start : start + self.channels[index]] = value.to(self.log_ranges)
 
+    def log_range(self, kind: str) -> Tensor:
+        """Logarithms of the range of `kind`, limited as `ranges` limits them: one number a channel."""
+        if kind == BASE_WEIGHT:
+            return self.log_weight_range.detach().float().clamp(-_LOG_LIMIT, _LOG_LIMIT)
+        parts = self.log_ranges.detach().split(self.channels[BASE_WEIGHT in self.kinds :])
+        part = parts[self.kinds.index(kind) - (BASE_WEIGHT in self.kinds)]
+        return part.float().clamp(-_LOG_LIMIT, _LOG_LIMIT)
+
     @torch.no_grad()
     def cut_channels(self, kind: str, keep: Tensor) -> None:
         """Drop the channels of a per-channel range that `keep` (rows,) does not name; one range for all stays."""

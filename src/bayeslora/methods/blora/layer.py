@@ -15,9 +15,9 @@ from bayeslora.errors import BayesLoraError
 from bayeslora.methods.blora.config import BLoraConfig
 from bayeslora.methods.blora.gated_quantizers import Assignment, Phase, Progress, Quantizers, RankGates
 from bayeslora.methods.description import LayerDescription
-from bayeslora.methods.layer import BayesLayer, add_update
-from bayeslora.quantization import linear, optimal_range
-from bayeslora.vocabulary import ACTIVATIONS, BASE_WEIGHT, KINDS, UNQUANTIZED
+from bayeslora.methods.layer import BayesLayer, PackedTensors, add_update
+from bayeslora.quantization import SURE_LOGIT, fixed_logits, linear, optimal_range
+from bayeslora.vocabulary import ACTIVATIONS, BASE_WEIGHT, KINDS, MATRICES, UNQUANTIZED
 
 
 class BLoraLayer(BayesLayer):
@@ -299,6 +299,36 @@ class BLoraLayer(BayesLayer):
             parameters=count,
             bits=self.widths(adapter_name),
         )
+
+    @torch.no_grad()
+    def packed_tensors(self, adapter_name: str) -> PackedTensors:
+        matrices = {kind: getattr(self, f"blora_{kind}")[adapter_name].detach().float() for kind in MATRICES}
+        widths, has_rank_gates = self.widths(adapter_name), adapter_name in self.blora_rank
+        if adapter_name not in self.blora_quantizers:
+            return PackedTensors(matrices, {kind: widths[kind] for kind in matrices}, {}, {}, has_rank_gates)
+        quantizers = self.quantizers(adapter_name)
+        logarithms, ranges = {}, {}
+        for kind, bound, shape in zip(quantizers.kinds, quantizers.ranges(), quantizers.shapes, strict=True):
+            ranges[kind] = bound.reshape(-1, 1) if shape else bound.reshape(())
+            logarithms[kind] = quantizers.log_range(kind)
+        widths = {kind: widths[kind] for kind in quantizers.kinds}
+        return PackedTensors(matrices, widths, logarithms, ranges, has_rank_gates)
+
+    @staticmethod
+    def unpacked_state(packed: PackedTensors) -> dict[str, Tensor]:
+        state = {f"blora_{kind}": matrix for kind, matrix in packed.matrices.items()}
+        if packed.has_rank_gates:
+            state["blora_rank.logits"] = torch.full((len(packed.matrices["E"]),), SURE_LOGIT)
+        if packed.log_ranges:
+            ranges = dict(packed.log_ranges)
+            if BASE_WEIGHT in ranges:
+                state["blora_quantizers.log_weight_range"] = ranges.pop(BASE_WEIGHT)
+            state["blora_quantizers.log_ranges"] = torch.cat(list(ranges.values()))
+            state["blora_quantizers.gates"] = torch.tensor([fixed_logits(bits) for bits in packed.widths.values()])
+            state["blora_quantizers.observed"] = torch.zeros(len(packed.widths))
+        state["blora_progress.phase"] = torch.tensor(int(Phase.FROZEN))
+        state["blora_progress.penalty_scale"] = torch.tensor(1.0)
+        return state
 
 
 class Linear(BLoraLayer):
