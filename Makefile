@@ -3,6 +3,7 @@
 # make test       the tests that take seconds each
 # make test-all   every test, then PEFT's own test-suite pointed at the package's methods
 # make lint types style and static types
+# make docs       the documentation as a site, in build/site
 # make clean      removes the environment and caches; runs/ stays
 
 PYTHON ?= python3
@@ -15,9 +16,10 @@ WORKERS ?= 2
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 ALL_STAMP := $(VENV)/.installed-all
+DOCS_STAMP := $(VENV)/.installed-docs
 
 .DEFAULT_GOAL := setup
-.PHONY: setup demo test test-all lint types clean
+.PHONY: setup demo test test-all lint types docs clean
 
 setup: $(STAMP)
 
@@ -48,9 +50,18 @@ test-all: $(ALL_STAMP)
 
 lint: $(STAMP)
 	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
 
 types: $(STAMP)
 	$(BIN)/mypy
+
+$(DOCS_STAMP): $(STAMP)
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[docs]'
+	@touch $@
+
+# Every warning is an error. The variable silences an announcement of the theme's authors.
+docs: $(DOCS_STAMP)
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 
 clean:
 	rm -rf $(VENV) build dist .cache .mypy_cache .pytest_cache .ruff_cache .hypothesis

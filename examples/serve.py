@@ -204,7 +204,7 @@ def create_app(classifier: Classifier, threshold: Threshold, limits: Limits | No
     async def predict(request: Request) -> dict[str, Any]:
         try:
             return {"predictions": await asyncio.wait_for(answered(request), limits.seconds)}
-        except asyncio.TimeoutError:
+        except TimeoutError:
             raise HTTPException(504, f"no answer within {limits.seconds:g} seconds") from None
 
     @app.get("/health")
