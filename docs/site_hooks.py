@@ -1,7 +1,7 @@
 """Build steps of the documentation's site: excerpts, links out of docs/, names of a package, equations, fields.
 
-Pages are written to be read in a checkout, too: they link to `../CHANGELOG.md` or `../examples/trainer.py`. The site has
-a page for the first and sends the second to the repository. Equations become MathML, which needs no JavaScript.
+Pages are written to be read in a checkout, too: they link to `../CHANGELOG.md` or `../examples/trainer.py`. The site
+has a page for the first and sends the second to the repository. Equations become MathML, without JavaScript.
 """
 
 from __future__ import annotations
