@@ -96,6 +96,18 @@ def test_any_field_of_config_and_trainer_reaches_them(setting: Setting, tmp_path
     assert [entry["learning_rate"] for entry in history if "loss" in entry] == [1e-3, 1e-3]
 
 
+def test_four_micro_batches_train_as_one_batch(setting: Setting, tmp_path: Path) -> None:
+    common = ["--optim", "sgd", "--learning-rate", "0.1", "--max-grad-norm", "0", "--max-steps", "3"]
+    ends = []
+    for batch, accumulation in (("32", "1"), ("8", "4")):
+        out = tmp_path / accumulation
+        sizes = ["--per-device-train-batch-size", batch, "--gradient-accumulation-steps", accumulation]
+        assert main(["train", "--method", "lora", *setting.options, *common, *sizes, "--output-dir", str(out)]) == 0
+        ends.append(load_file(out / "adapter_model.safetensors"))
+    for name, value in ends[0].items():
+        torch.testing.assert_close(ends[1][name], value, atol=1e-6, rtol=1e-4, msg=name)
+
+
 @pytest.mark.skipif(torch.accelerator.is_available(), reason="is about machines without an accelerator")
 @pytest.mark.parametrize("method", ["melora", "blora"])
 def test_bfloat16_needs_no_word_about_the_cpu_on_a_machine_without_a_gpu(

@@ -53,9 +53,6 @@ def main(folder: str, batch: int, accumulation: int) -> None:
         seed=0,
     )
     trainer = bayeslora.attach(Trainer(model=model, args=arguments, train_dataset=rows))
-    # This loss is a mean over examples. Trainer takes it for a sum divided by the number of items in the whole step,
-    # because BERT's forward takes keyword arguments, and would count it once for each rank and micro-batch.
-    trainer.model_accepts_loss_kwargs = False
     trainer.train()
     parameters = {name: p.detach() for name, p in model.named_parameters() if p.requires_grad}
     torch.save({"parameters": parameters, "history": trainer.state.log_history}, f"{folder}/{os.environ['RANK']}.pt")

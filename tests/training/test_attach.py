@@ -218,10 +218,6 @@ def test_the_optimizer_gets_the_penaltys_gradient_once_and_not_clipped_with_the_
 
 
 def test_accumulation_gives_the_update_of_one_batch(tmp_path: Path) -> None:
-    def mean(outputs: Any, labels: Tensor, num_items_in_batch: Any = None) -> Tensor:
-        """The Trainer takes classifiers to divide by the whole batch themselves, which transformers' do not do."""
-        return nn.functional.cross_entropy(outputs["logits"], labels, reduction="sum") / num_items_in_batch
-
     states = []
     for accumulation in (1, 4):
         model = _model(calibration="absmax", init_weights=False)
@@ -230,7 +226,6 @@ def test_accumulation_gives_the_update_of_one_batch(tmp_path: Path) -> None:
             tmp_path,
             optim="sgd",  # Adam divides by gradients that may be no more than rounding
             learning_rate=0.1,
-            compute_loss_func=mean,
             per_device_train_batch_size=8 // accumulation,
             gradient_accumulation_steps=accumulation,
         )

@@ -241,9 +241,6 @@ def _build_trainer(session: Session, callbacks: list[TrainerCallback]) -> Traine
             compute_metrics=compute_metrics_for(session.task),
             callbacks=[c for c in callbacks if not (quiet and isinstance(c, ProgressBar))],
         )
-    # A classifier's loss is a mean over the batch: without this the Trainer takes it for one over all
-    # micro-batches and ranks, and multiplies the task's gradient, but not the penalty's, by their number.
-    trainer.model_accepts_loss_kwargs = False
     for printing in (PrinterCallback, ProgressCallback):
         trainer.remove_callback(printing)
     # One term of the loss an example, whatever the model: a language model's N is not its number of tokens here.

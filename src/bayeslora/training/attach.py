@@ -27,6 +27,7 @@ from bayeslora.training.ivon import (
     warn_of_short_travel,
 )
 from bayeslora.training.loop import BayesLoop, require_tuner
+from bayeslora.training.loss_scale import correct_loss_scale
 
 AnyTrainer = TypeVar("AnyTrainer", bound=Trainer)
 
@@ -38,7 +39,8 @@ def attach(
 
     It adds one callback (first in line), gives the optimizer a group for each role of the method's parameters, and
     adds the method's numbers to what the Trainer logs. The evaluation loss stays the task's alone. A model without one
-    of this library's adapters (plain LoRA, a full model) is left to the Trainer as it is, unless IVON trains it.
+    of this library's adapters (plain LoRA, a full model) is left to the Trainer as it is, unless IVON trains it; only
+    the scale of its loss under gradient accumulation, and on several devices, is corrected for every model.
 
     With IVON the weights are a draw from the posterior from the first micro-batch of an optimizer step to its end, and
     the mean at any other time: whenever the Trainer evaluates, saves, logs or stops, for whatever reason. Checkpoints
@@ -59,7 +61,10 @@ def attach(
             several Monte-Carlo samples, or for an adapter with other parameters than weights.
     """
     by_ivon = optimizer is not None or uses_ivon(trainer)
-    if trainer.model is None or (tuner_of(trainer.model) is None and not by_ivon):
+    if trainer.model is None:
+        return trainer
+    correct_loss_scale(trainer)
+    if tuner_of(trainer.model) is None and not by_ivon:
         return trainer
     if getattr(trainer, "is_deepspeed_enabled", False):
         raise BayesLoraError("DeepSpeed keeps gradients to itself, which these methods need: use DDP or FSDP2 instead")
