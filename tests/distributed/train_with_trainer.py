@@ -1,6 +1,7 @@
 """python -m torch.distributed.run --standalone --nproc-per-node 2 train_with_trainer.py OUT BATCH ACCUMULATION
 
-Trains a tiny BERT for six optimizer steps with Trainer and saves the trainable parameters of each rank to OUT/RANK.pt.
+Trains tiny models for six optimizer steps with Trainer, one for each of `KINDS`, and saves the trainable parameters,
+the history and the evaluation loss of each rank to OUT/RANK.pt.
 """
 
 from __future__ import annotations
@@ -8,33 +9,47 @@ from __future__ import annotations
 import os
 import sys
 from pathlib import Path
+from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 import torch  # noqa: E402
-from peft import get_peft_model  # noqa: E402
+from peft import LoraConfig, get_peft_model  # noqa: E402
+from torch import nn  # noqa: E402
 from transformers import Trainer, TrainingArguments, set_seed  # noqa: E402
 
 import bayeslora  # noqa: E402
-from tests.conftest import build_tiny_bert  # noqa: E402
+from tests.conftest import build_tiny_bert, build_tiny_llama  # noqa: E402
+
+KINDS = ("blora", "ivon", "language model")
 
 
-def main(folder: str, batch: int, accumulation: int) -> None:
+def _model(kind: str) -> nn.Module:
     set_seed(0)
+    if kind == "language model":
+        targets = ["q_proj", "v_proj"]
+        return get_peft_model(build_tiny_llama(), LoraConfig(r=4, target_modules=targets, task_type="CAUSAL_LM"))
+    options: dict[str, Any] = {"r": 4, "lora_alpha": 4, "target_modules": ["query", "value"], "task_type": "SEQ_CLS"}
+    if kind == "ivon":
+        return get_peft_model(build_tiny_bert(), LoraConfig(**options))
     config = bayeslora.BLoraConfig(
-        r=4,
-        lora_alpha=4,
-        target_modules=["query", "value"],
-        task_type="SEQ_CLS",
         calibration="absmax",
         bit_penalty=1e-2,
         rank_penalty=1e-2,
         warmup_fraction=0.2,
         freeze_fraction=0.2,
+        **options,
     )
-    model = get_peft_model(build_tiny_bert(), config)
+    return get_peft_model(build_tiny_bert(), config)
+
+
+def _train(kind: str, folder: str, batch: int, accumulation: int) -> dict[str, Any]:
+    model = _model(kind)
     generator = torch.Generator().manual_seed(1)
-    rows = [{"input_ids": torch.randint(5, 60, (8,), generator=generator), "labels": index % 2} for index in range(48)]
+    rows: list[dict[str, Any]] = []
+    for index in range(48):
+        tokens = torch.randint(5, 60, (8,), generator=generator)
+        rows.append({"input_ids": tokens, "labels": tokens if kind == "language model" else index % 2})
     arguments = TrainingArguments(
         output_dir=folder,
         max_steps=6,
@@ -52,10 +67,16 @@ def main(folder: str, batch: int, accumulation: int) -> None:
         disable_tqdm=True,
         seed=0,
     )
-    trainer = bayeslora.attach(Trainer(model=model, args=arguments, train_dataset=rows))
-    trainer.train()
-    parameters = {name: p.detach() for name, p in model.named_parameters() if p.requires_grad}
-    torch.save({"parameters": parameters, "history": trainer.state.log_history}, f"{folder}/{os.environ['RANK']}.pt")
+    trainer = Trainer(model=model, args=arguments, train_dataset=rows, eval_dataset=rows)
+    bayeslora.attach(trainer, optimizer="ivon" if kind == "ivon" else None).train()
+    parameters = {name: p.detach().clone() for name, p in model.named_parameters() if p.requires_grad}
+    evaluation_loss = trainer.evaluate()["eval_loss"]
+    return {"parameters": parameters, "history": trainer.state.log_history, "evaluation loss": evaluation_loss}
+
+
+def main(folder: str, batch: int, accumulation: int) -> None:
+    results = {kind: _train(kind, folder, batch, accumulation) for kind in KINDS}
+    torch.save(results, f"{folder}/{os.environ['RANK']}.pt")
 
 
 if __name__ == "__main__":

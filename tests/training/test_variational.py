@@ -12,7 +12,7 @@ from peft import get_peft_model
 from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.utils.data import IterableDataset
-from transformers import Trainer, TrainingArguments
+from transformers import Trainer, TrainerCallback, TrainingArguments
 
 import bayeslora
 from bayeslora import BayesLoop, BayesLoraError, MeLoraConfig, parameter_groups
@@ -196,14 +196,13 @@ def test_the_variances_keep_their_factor_under_the_schedule(tmp_path: Path) -> N
         )
     )
     rates: list[dict[tuple[str, float], float]] = []
-    step_end = trainer.callback_handler.callbacks[0].on_optimizer_step
 
-    def record(*args: Any, **kwargs: Any) -> None:
-        groups = trainer.optimizer.param_groups
-        rates.append({(g["bayeslora_role"], g["weight_decay"]): g["lr"] for g in groups})
-        step_end(*args, **kwargs)
+    class Record(TrainerCallback):
+        def on_optimizer_step(self, *args: Any, **kwargs: Any) -> None:
+            groups = trainer.optimizer.param_groups
+            rates.append({(g["bayeslora_role"], g["weight_decay"]): g["lr"] for g in groups})
 
-    trainer.callback_handler.callbacks[0].on_optimizer_step = record
+    trainer.add_callback(Record())
     trainer.train()
     assert len(rates) == 6 and rates[0][("weights", 0.1)] > rates[-1][("weights", 0.1)] > 0
     for step in rates:
