@@ -40,7 +40,7 @@ from bayeslora.data import hold_out, load_task
 from bayeslora.errors import BayesLoraError
 from bayeslora.evaluation import choice_scoring, evaluate
 from bayeslora.posthoc import MCDropout, TemperatureScaling
-from bayeslora.prediction import Predictor
+from bayeslora.prediction import Predictable
 
 RESULTS = Path(__file__).parent / "results" / "calibration"
 SELECTION = RESULTS.with_name("calibration-selection")
@@ -126,9 +126,7 @@ def run(job: Job) -> dict[str, Any]:
     }
 
 
-def forms(
-    method: str, model: nn.Module, selection: Dataset, tokenizer: Any
-) -> Iterable[tuple[str, nn.Module | Predictor, int]]:
+def forms(method: str, model: nn.Module, selection: Dataset, tokenizer: Any) -> Iterable[tuple[str, Predictable, int]]:
     """Names of the table's rows that one adapter fills, what predicts there, and with how many samples."""
     if method != "lora":
         yield f"{method}-mean", model, 0

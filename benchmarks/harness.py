@@ -46,7 +46,8 @@ from bayeslora.cli.demo import arithmetic
 from bayeslora.data import Task, encode, packaged_model, unpack_model
 from bayeslora.errors import BayesLoraError
 from bayeslora.evaluation import ChoiceTrainer, choice_scoring, encode_prompts
-from bayeslora.optim import IVON, unwrapped
+from bayeslora.optim import IVON
+from bayeslora.posterior import unwrapped
 from bayeslora.training.ivon import posterior_statistics
 
 # The base model's own dropout takes a quarter of a step on a CPU; no method has it in these benchmarks.

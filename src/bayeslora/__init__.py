@@ -21,9 +21,10 @@ from bayeslora.methods import (
     rank_curve,
     sampling,
 )
-from bayeslora.optim import IVON, save_posterior
+from bayeslora.optim import IVON
+from bayeslora.posterior import WeightPosterior, load_posterior, save_posterior
 from bayeslora.posthoc import DeepEnsemble, LaplacePredictor, MCDropout, TemperatureScaling, bayesianize
-from bayeslora.prediction import Generation, Prediction, WeightPosterior, generate, load_posterior, predict
+from bayeslora.prediction import Generation, ModelPredictor, Prediction, generate, predict
 from bayeslora.runtime import compile_inference
 from bayeslora.training import BayesLoop, attach, parameter_groups
 
@@ -44,6 +45,7 @@ __all__ = [
     "LayerDescription",
     "MCDropout",
     "MeLoraConfig",
+    "ModelPredictor",
     "Prediction",
     "TemperatureScaling",
     "WeightPosterior",

@@ -10,7 +10,8 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from bayeslora.optim import IVON, NamedPosterior
+from bayeslora.optim import IVON
+from bayeslora.posterior import WeightPosterior
 
 STEPS = 4
 BATCH = 16
@@ -57,7 +58,7 @@ def train(rank: int, ranks: int, sharded: bool = False, accumulation: int = 1) -
         drawn = {name: _whole(p) for name, p in model.named_parameters()}
     return {
         "weights": {name: _whole(p) for name, p in model.named_parameters()},
-        "deviations": NamedPosterior.of(model, optimizer).tensors,
+        "deviations": WeightPosterior.of(model, optimizer).deviations,
         "drawn": drawn,
         "steps": {name: float(optimizer.state[p]["step"]) for name, p in model.named_parameters()},
     }

@@ -121,7 +121,7 @@ def test_a_model_that_does_not_fit_the_task_is_refused(tiny_tokenizer: Any) -> N
         broken.classifier.bias.fill_(float("nan"))
     with pytest.raises(BayesLoraError, match="not finite for 7 of 7 examples"):
         evaluate(broken, data, task, tiny_tokenizer)
-    with pytest.raises(BayesLoraError, match="load the model as a sequence classifier"):
+    with pytest.raises(BayesLoraError, match="load a sequence classifier"):
         evaluate(build_tiny_gpt2(), data, task, tiny_tokenizer)
     with pytest.raises(BayesLoraError, match="the split has 0 rows"):
         evaluate(build_tiny_bert(), data.select([]), task, tiny_tokenizer)

@@ -22,7 +22,7 @@ from bayeslora import BayesLoraError, BLoraConfig, DyLoraConfig, describe, expor
 from bayeslora.cost import relative_bops
 from bayeslora.export.packed.file import CODES, INDEX_KEY
 from bayeslora.export.packed.index import PackedIndex
-from bayeslora.optim import IVON, SavedPosterior
+from bayeslora.optim import IVON
 from bayeslora.quantization import codes
 from bayeslora.quantization.packing import unpack
 from tests.conftest import build_tiny_bert, build_tiny_llama
@@ -304,7 +304,7 @@ def test_the_posterior_of_ivon_comes_along_with_its_ranks_cut(tmp_path: Path) ->
     drawn = []
     for name in "ab":
         loaded = PeftModel.from_pretrained(base(), tmp_path / name).eval()
-        with torch.no_grad(), SavedPosterior(loaded, tmp_path / name).sampled(seed=1):
+        with torch.no_grad(), bayeslora.load_posterior(loaded, tmp_path / name).sampled(seed=1):
             drawn.append(loaded(X).logits)
         stored = load_file(tmp_path / name / "posterior.safetensors")
         assert stored["base_model.model.first.bayes_adalora_A"].shape == (2, D_IN)

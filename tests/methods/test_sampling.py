@@ -12,8 +12,8 @@ from torch.utils.checkpoint import checkpoint
 
 import bayeslora
 from bayeslora import BayesLoraError
-from bayeslora.methods.sampling import has_posterior, stochastic_layers
-from bayeslora.posterior import Noise, UnfoldableError
+from bayeslora.methods.variational import has_posterior, stochastic_layers
+from bayeslora.posterior import IndivisibleBatchError, Noise
 from tests.methods.reference import Tiny, layers_of, seeded
 from tests.methods.variational_models import (
     METHODS,
@@ -204,8 +204,8 @@ def test_sampling_a_merged_model_is_refused(method: str) -> None:
     [
         ({"scope": "row"}, "scope is 'row'"),
         ({"draws": 0}, "0 draws"),
-        ({"draws": 3}, "3 draws in one batch need scope 'batch', not 'example'"),
-        ({"scope": "token", "antithetic": True}, "antithetic noise needs scope"),
+        ({"draws": 3}, "3 draws share a batch, but scope is 'example': give scope='batch'"),
+        ({"scope": "token", "antithetic": True}, "antithetic is True, but scope is 'token'"),
     ],
 )
 def test_impossible_noise_is_refused_before_anything_changes(options: dict[str, Any], message: str) -> None:
@@ -218,7 +218,7 @@ def test_impossible_noise_is_refused_before_anything_changes(options: dict[str, 
 @each_method
 def test_rows_that_do_not_divide_among_the_draws_raise_in_the_forward_pass(method: str) -> None:
     model = tiny(method)
-    with pytest.raises(UnfoldableError, match="3 rows cannot be divided among 2 draws"):
+    with pytest.raises(IndivisibleBatchError, match="3 rows cannot be divided among 2 draws"):
         sampled(model, X, scope="batch", seed=0, draws=2)
 
 

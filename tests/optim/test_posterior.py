@@ -14,13 +14,14 @@ import bayeslora
 from bayeslora import (
     IVON,
     BayesLoraError,
+    ModelPredictor,
     TemperatureScaling,
     WeightPosterior,
     load_posterior,
     predict,
     save_posterior,
 )
-from bayeslora.optim import POSTERIOR_FILE, NamedPosterior
+from bayeslora.posterior import POSTERIOR_FILE
 from tests.conftest import build_tiny_bert
 
 BATCH = {"input_ids": torch.randint(5, 60, (4, 6), generator=torch.Generator().manual_seed(2))}
@@ -65,9 +66,9 @@ def test_a_deterministic_adapter_predicts_with_its_optimizers_posterior(trained:
 
 def test_a_predictor_around_it_is_a_predictor(trained: tuple[nn.Module, IVON]) -> None:
     model, optimizer = trained
-    softened = TemperatureScaling(WeightPosterior(model, optimizer), temperature=100.0)
+    softened = TemperatureScaling(ModelPredictor(model, optimizer), temperature=100.0)
     assert (predict(softened, BATCH, samples=2).probabilities - 0.5).abs().max() < 0.05
-    with pytest.raises(BayesLoraError, match="WeightPosterior"):
+    with pytest.raises(BayesLoraError, match="ModelPredictor"):
         predict(softened, BATCH, samples=2, optimizer=optimizer)
 
 
@@ -77,7 +78,7 @@ def test_a_later_process_draws_the_same_from_the_saved_posterior(
     model, optimizer = trained
     model.save_pretrained(tmp_path, save_embedding_layers=False)
     assert save_posterior(model, optimizer, tmp_path) == tmp_path / POSTERIOR_FILE
-    names = set(NamedPosterior.read(tmp_path).tensors)
+    names = set(load_posterior(model, tmp_path).deviations)
     assert "base_model.model.bert.encoder.layer.0.attention.self.query.lora_A.weight" in names
     assert all(".default" not in name for name in names)
 
@@ -128,9 +129,9 @@ def test_a_posterior_follows_ranks_that_are_cut() -> None:
         return nn.ModuleDict({"one": Layer(rank), "two": Layer(4)})
 
     deviations = {"one.A": torch.rand(4, 3), "one.B": torch.rand(5, 4), "two.A": torch.rand(4, 3)}
-    posterior = NamedPosterior([("one.A", 12), ("", 7), ("one.B", 20), ("two.A", 12)], dict(deviations))
-    posterior.cut(model(2), {"two": torch.ones(4).bool(), "one": torch.tensor([True, False, False, True])})
+    posterior = WeightPosterior(model(4), [("one.A", 12), ("", 7), ("one.B", 20), ("two.A", 12)], dict(deviations))
+    posterior = posterior.cut(model(2), {"two": torch.ones(4).bool(), "one": torch.tensor([True, False, False, True])})
     assert posterior.order == [("one.A", 6), ("", 7), ("one.B", 10), ("two.A", 12)]
-    assert torch.equal(posterior.tensors["one.A"], deviations["one.A"][[0, 3]])
-    assert torch.equal(posterior.tensors["one.B"], deviations["one.B"][:, [0, 3]])
-    assert torch.equal(posterior.tensors["two.A"], deviations["two.A"])
+    assert torch.equal(posterior.deviations["one.A"], deviations["one.A"][[0, 3]])
+    assert torch.equal(posterior.deviations["one.B"], deviations["one.B"][:, [0, 3]])
+    assert torch.equal(posterior.deviations["two.A"], deviations["two.A"])

@@ -15,7 +15,7 @@ from transformers import Trainer, TrainerCallback, TrainingArguments
 
 import bayeslora
 from bayeslora import IVON, BayesLoop, BayesLoraError, attach
-from bayeslora.optim import POSTERIOR_FILE, posterior_of
+from bayeslora.posterior import POSTERIOR_FILE, unwrapped
 from tests.conftest import build_tiny_bert, build_tiny_llama
 
 STEPS = 4
@@ -65,7 +65,7 @@ class Watch(TrainerCallback):
         self.weights: dict[int, dict[str, Tensor]] = {}
 
     def _note(self, name: str, kwargs: dict[str, Any]) -> None:
-        self.seen.append((name, posterior_of(kwargs["optimizer"]).is_drawn))
+        self.seen.append((name, unwrapped(kwargs["optimizer"]).is_drawn))
 
     def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self._note("begin", kwargs)
@@ -99,7 +99,7 @@ def test_weights_are_drawn_for_all_micro_batches_of_a_step_and_the_mean_at_every
     assert {drawn for name, drawn in watch.seen if name in ("begin", "micro")} == {True}
     assert {drawn for name, drawn in watch.seen if name in ("end", "evaluate", "save")} == {False}
     assert [name for name, _ in watch.seen].count("begin") == STEPS
-    optimizer = posterior_of(trainer.optimizer)
+    optimizer = unwrapped(trainer.optimizer)
     assert optimizer.steps_taken == STEPS
     assert all(group["ess"] == 16 for group in optimizer.param_groups)
     logged = [entry for entry in trainer.state.log_history if "loss" in entry]
@@ -123,8 +123,8 @@ def test_a_resumed_run_ends_bit_for_bit_where_a_straight_one_does(run: Any, tmp_
     resumed.train(resume_from_checkpoint=str(Path(trainer.args.output_dir) / "checkpoint-2"))
     expected, found = _trained(trainer.model), _trained(resumed.model)
     assert all(torch.equal(found[name], value) for name, value in expected.items())
-    first, second = posterior_of(trainer.optimizer), posterior_of(resumed.optimizer)
-    for ours, theirs in zip(first.posteriors(), second.posteriors(), strict=True):
+    first, second = unwrapped(trainer.optimizer), unwrapped(resumed.optimizer)
+    for ours, theirs in zip(first.gaussians(), second.gaussians(), strict=True):
         assert torch.equal(ours.deviation, theirs.deviation)
 
 
@@ -171,7 +171,7 @@ def test_a_step_that_the_loss_scaler_skips_leaves_the_mean(tmp_path: Path) -> No
     callback.on_train_begin(*arguments, optimizer=trainer.optimizer)
     before = _trained(trainer.model)
     callback.on_step_begin(*arguments)
-    assert posterior_of(trainer.optimizer).is_drawn
+    assert unwrapped(trainer.optimizer).is_drawn
 
     class Skipped:
         optimizer, step_was_skipped = trainer.optimizer, True

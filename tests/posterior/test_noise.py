@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from bayeslora.errors import BayesLoraError
-from bayeslora.posterior import Noise, UnfoldableError
+from bayeslora.posterior import IndivisibleBatchError, Noise
 
 CPU = torch.device("cpu")
 SHAPE = (3, 5)
@@ -170,10 +170,13 @@ def test_antithetic_examples_cancel_in_pairs(seed: int | None, count: int) -> No
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"scope": "row"}, "the noise's scope is 'row', one of example, token, batch is needed"),
-        ({"draws": []}, "0 draws of the weights are asked for, at least 1 is needed"),
-        ({"draws": range(3)}, "3 draws in one batch need scope 'batch', not 'example'"),
-        ({"scope": "token", "antithetic": True}, "antithetic noise needs scope 'example' or 'batch', not 'token'"),
+        ({"scope": "row"}, "the noise's scope is 'row', but must be example or token or batch"),
+        ({"draws": []}, "0 draws of the weights are asked for, but at least 1 is needed"),
+        ({"draws": range(3)}, "3 draws share a batch, but scope is 'example': give scope='batch'"),
+        (
+            {"scope": "token", "antithetic": True},
+            "antithetic is True, but scope is 'token', where draws have no pairs",
+        ),
     ],
 )
 def test_noise_that_cannot_be_drawn_is_refused(arguments: dict[str, object], message: str) -> None:
@@ -184,7 +187,7 @@ def test_noise_that_cannot_be_drawn_is_refused(arguments: dict[str, object], mes
 def test_rows_that_do_not_divide_among_the_draws_are_refused_and_others_are_divided() -> None:
     noise = Noise("batch", 1, "layer", range(3))
     assert noise.groups(6) == 3 and noise.groups(0) == 3
-    with pytest.raises(UnfoldableError, match="7 rows cannot be divided among 3 draws"):
+    with pytest.raises(IndivisibleBatchError, match="7 rows cannot be divided among 3 draws"):
         noise.groups(7)
-    assert issubclass(UnfoldableError, BayesLoraError)
+    assert issubclass(IndivisibleBatchError, BayesLoraError)
     assert Noise("example").groups(7) == 7 and Noise("batch").groups(7) == 1

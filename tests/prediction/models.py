@@ -18,7 +18,7 @@ from transformers import (
 )
 
 import bayeslora
-from bayeslora.methods.sampling import stochastic_layers
+from bayeslora.methods.variational import stochastic_layers
 from bayeslora.posterior import Noise
 from tests.conftest import build_tiny_bert, build_tiny_deberta
 

@@ -1,4 +1,4 @@
-"""Draws folded into the batch, the shared prefix and the cut last block: the same numbers as one plain pass a draw."""
+"""Several draws in one batch, the shared prefix and the cut last block: the same numbers as one plain pass a draw."""
 
 from __future__ import annotations
 
@@ -9,10 +9,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from bayeslora.methods.sampling import stochastic_layers
-from bayeslora.prediction import folding
-from bayeslora.prediction.batched_sampling import Folding, repeat_rows
-from bayeslora.prediction.cls_pooling import first_token_only
+from bayeslora.methods.variational import stochastic_layers
+from bayeslora.prediction.batched_sampling import MAX_ELEMENTS, BatchedSampler, first_token_only, repeat_rows
 from tests.prediction.models import TARGETS, classifier, inputs, merged_draw, noisy
 
 FAMILIES = sorted(TARGETS)
@@ -35,18 +33,18 @@ def count_calls(modules: list[nn.Module]) -> list[int]:
 @pytest.mark.parametrize("method", ["melora", "blob"])
 @pytest.mark.parametrize("layers", [None, [1, 2], [2]], ids=["all", "late", "last"])
 @pytest.mark.parametrize("family", FAMILIES)
-def test_folded_draws_are_the_models_that_hold_each_draw_in_their_weights(
+def test_batched_draws_are_the_models_that_hold_each_draw_in_their_weights(
     family: str, layers: list[int] | None, method: str
 ) -> None:
     model = noisy(classifier(family), TARGETS[family], method, layers_to_transform=layers)
     batch, draws = inputs(), [0, 1, 5]
     with first_token_only(model):
-        run = Folding(model, read, seed=3)
+        run = BatchedSampler(model, read, seed=3)
         found = run.logits(batch, draws)
     expected = torch.stack([read(merged_draw(model, 3, draw), batch) for draw in draws])
     torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
     assert float((found[0] - found[1]).abs().max()) > 1e-3
-    assert run.foldable
+    assert run.batchable
     assert run.shareable is (layers is not None)
 
 
@@ -57,7 +55,7 @@ def test_the_prefix_runs_once_for_all_draws(family: str) -> None:
     lists = [module for module in model.modules() if isinstance(module, nn.ModuleList) and len(module) == 3]
     first = next(part for part in lists[0][0].modules() if isinstance(part, nn.LayerNorm) or "Norm" in str(type(part)))
     calls = count_calls([first])
-    Folding(model, read, seed=0).logits(inputs(rows=4), range(6))
+    BatchedSampler(model, read, seed=0).logits(inputs(rows=4), range(6))
     assert calls == [4]
 
 
@@ -78,7 +76,7 @@ def test_equal_inputs_are_multiplied_by_a_base_weight_once() -> None:
             return out
 
         base.forward = counted
-    Folding(model, read, seed=0).logits(inputs(rows=4), range(6))
+    BatchedSampler(model, read, seed=0).logits(inputs(rows=4), range(6))
     assert [products[id(base)] for base in first] == [4, 4]
     assert [products[id(base)] for base in second] == [24, 24]
 
@@ -87,18 +85,20 @@ def test_equal_inputs_are_multiplied_by_a_base_weight_once() -> None:
 @pytest.mark.parametrize("elements", [1, 28, 60, 10_000])
 def test_how_draws_are_split_into_passes_changes_nothing(elements: int, monkeypatch: pytest.MonkeyPatch) -> None:
     model = noisy(classifier("bert"), TARGETS["bert"])
-    whole = Folding(model, read, seed=1).logits(inputs(), range(5))
-    monkeypatch.setitem(folding.MAX_ELEMENTS, "cpu", elements)
-    torch.testing.assert_close(Folding(model, read, seed=1).logits(inputs(), range(5)), whole, rtol=0, atol=1e-6)
+    whole = BatchedSampler(model, read, seed=1).logits(inputs(), range(5))
+    monkeypatch.setitem(MAX_ELEMENTS, "cpu", elements)
+    torch.testing.assert_close(
+        BatchedSampler(model, read, seed=1).logits(inputs(), range(5)), whole, rtol=0, atol=1e-6
+    )
 
 
 @torch.no_grad()
 def test_a_model_that_multiplies_something_else_than_the_batch_takes_draws_one_at_a_time() -> None:
     """DeBERTa sends its table of relative positions, one row, through the adapted projections."""
     model = noisy(classifier("deberta"), ["query_proj", "key_proj"], layers_to_transform=[1, 2])
-    run = Folding(model, read, seed=2)
+    run = BatchedSampler(model, read, seed=2)
     found = run.logits(inputs(), range(3))
-    assert not run.foldable and run.shareable
+    assert not run.batchable and run.shareable
     expected = torch.stack([read(merged_draw(model, 2, draw), inputs()) for draw in range(3)])
     torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
 
@@ -110,7 +110,7 @@ def test_several_rows_of_a_batch_may_make_one_example() -> None:
     def pairs(model: nn.Module, batch: Mapping[str, Tensor]) -> Tensor:
         return read(model, batch).view(-1, 2)
 
-    found = Folding(model, pairs, seed=0).logits(inputs(rows=6), range(3))
+    found = BatchedSampler(model, pairs, seed=0).logits(inputs(rows=6), range(3))
     expected = torch.stack([pairs(merged_draw(model, 0, draw), inputs(rows=6)) for draw in range(3)])
     assert found.shape == (3, 3, 2)
     torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
@@ -137,7 +137,7 @@ def test_a_model_that_fails_with_given_outputs_runs_in_full() -> None:
     base = Mixing()
     model = noisy(base, ["blocks.1", "blocks.2"])
     x = torch.randn(4, 8)
-    run = Folding(model, lambda m, batch: m(batch["x"]).logits, seed=0)
+    run = BatchedSampler(model, lambda m, batch: m(batch["x"]).logits, seed=0)
     found = run.logits({"x": x}, range(3))
     assert not run.shareable and base.rows == [4, 12, 12]
     merged = merged_draw(model, 0, 2)
@@ -149,7 +149,7 @@ def test_models_and_their_forwards_are_as_before() -> None:
     model = noisy(classifier("llama"), TARGETS["llama"], layers_to_transform=[2])
     before = read(model, inputs())
     own = {module for module in model.modules() if "forward" in module.__dict__}
-    Folding(model, read, seed=0).logits(inputs(), range(3))
+    BatchedSampler(model, read, seed=0).logits(inputs(), range(3))
     assert {module for module in model.modules() if "forward" in module.__dict__} == own
     assert not any(module._forward_pre_hooks or module._forward_hooks for module in model.modules())
     assert torch.equal(read(model, inputs()), before)

@@ -154,7 +154,7 @@ def test_what_cannot_work_is_refused() -> None:
     with pytest.raises(BayesLoraError, match="LORA.* is deterministic"):
         generate(deterministic, PROMPTS, samples=2)
     model = causal("llama")
-    with pytest.raises(BayesLoraError, match=r"shape \(5,\), \(prompts, tokens\) is needed"):
+    with pytest.raises(BayesLoraError, match=r"shape \(5,\), but must be \(prompts, tokens\)"):
         generate(model, PROMPTS[0], samples=2)
     with pytest.raises(BayesLoraError, match="return_dict_in_generate is True"):
         generate(model, PROMPTS, samples=2, return_dict_in_generate=True)

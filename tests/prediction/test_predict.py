@@ -78,7 +78,7 @@ def test_every_module_is_in_the_mode_it_was_in_even_after_an_error() -> None:
         assert not any(module.training for module in model.modules())
     assert [module.training for module in model.modules()] == before
     fixed = Fixed(lambda logits: logits.sum()).train()
-    with pytest.raises(BayesLoraError, match=r"logits have shape \(\), \(batch, classes\) is needed"):
+    with pytest.raises(BayesLoraError, match=r"logits have shape \(\), but must be \(batch, classes\)"):
         predict(fixed, {"x": LOGITS})
     assert fixed.training and fixed.dropout.training
 
@@ -100,16 +100,16 @@ def test_a_deterministic_adapter_refuses_samples(tiny_bert: Any) -> None:
         predict(model, batch, samples=10)
     with pytest.raises(BayesLoraError, match=r"the model \(Fixed\) is deterministic"):
         predict(Fixed(), {"x": LOGITS}, samples=1)
-    with pytest.raises(BayesLoraError, match="samples is -1, a whole number of at least 0"):
+    with pytest.raises(BayesLoraError, match="samples is -1, but must be a whole number of at least 0"):
         predict(model, batch, samples=-1)
 
 
 def test_bad_batches_are_named() -> None:
     with pytest.raises(BayesLoraError, match="the loader gave 0 batches"):
         predict(Fixed(), [])
-    with pytest.raises(BayesLoraError, match="input 'x' is a list, a tensor is needed"):
+    with pytest.raises(BayesLoraError, match="input 'x' is a list, but must be a tensor"):
         predict(Fixed(), {"x": [[1.0, 2.0]]})
-    with pytest.raises(BayesLoraError, match="a batch is a Tensor, a mapping"):
+    with pytest.raises(BayesLoraError, match="a batch is a Tensor, but must be a mapping"):
         predict(Fixed(), [LOGITS])
-    with pytest.raises(BayesLoraError, match="load the model as a sequence classifier"):
+    with pytest.raises(BayesLoraError, match="load a sequence classifier"):
         predict(Fixed(lambda logits: logits[None]), {"x": LOGITS})

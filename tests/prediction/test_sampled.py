@@ -13,7 +13,7 @@ from torch.utils.data import DataLoader
 
 from bayeslora.errors import BayesLoraError
 from bayeslora.prediction import Prediction, predict
-from bayeslora.prediction.result import summarize, summarize_samples
+from bayeslora.prediction.predict import summarize
 from tests.conftest import build_tiny_deberta
 from tests.prediction.models import TARGETS, classifier, inputs, merged_draw, noisy
 
@@ -28,7 +28,7 @@ def same(one: Prediction, other: Prediction) -> None:
 
 def test_two_samples_by_hand() -> None:
     """One sample is sure of class 0, the other of class 1: no class is likelier, and only the weights are to blame."""
-    found = summarize_samples(torch.tensor([[[100.0, 0.0]], [[0.0, 100.0]]]))
+    found = summarize(torch.tensor([[[100.0, 0.0]], [[0.0, 100.0]]]))
     assert found.probabilities.tolist() == [[0.5, 0.5]]
     for value in (found.entropy, found.mutual_information):
         assert value.item() == pytest.approx(torch.tensor(2.0).log().item())
@@ -38,7 +38,7 @@ def test_two_samples_by_hand() -> None:
 
 def test_equal_samples_have_no_information_about_the_weights() -> None:
     logits = torch.randn(3, 4) * 5
-    found, one = summarize_samples(logits.expand(7, 3, 4)), summarize(logits)
+    found, one = summarize(logits.expand(7, 3, 4)), summarize(logits.unsqueeze(0))
     assert found.mutual_information.min() >= 0 and found.mutual_information.max() < 1e-12
     torch.testing.assert_close(found.probabilities, one.probabilities)
     torch.testing.assert_close(found.entropy, one.entropy)
@@ -46,7 +46,7 @@ def test_equal_samples_have_no_information_about_the_weights() -> None:
 
 
 def test_an_improbable_class_keeps_its_order_of_magnitude() -> None:
-    found = summarize_samples(torch.tensor([[[0.0, -300.0]], [[0.0, -400.0]]]))
+    found = summarize(torch.tensor([[[0.0, -300.0]], [[0.0, -400.0]]]))
     assert found.logits[0, 1].item() == pytest.approx(-300 - torch.tensor(2.0).log().item())
 
 
@@ -141,5 +141,5 @@ def test_the_model_is_left_at_its_mean_and_torchs_random_state_alone() -> None:
 def test_what_is_no_predictor_or_seed_is_refused() -> None:
     with pytest.raises(BayesLoraError, match="str is neither a model nor a predictor"):
         predict("model", inputs())  # type: ignore[arg-type]
-    with pytest.raises(BayesLoraError, match="the seed is 1.5, a whole number"):
+    with pytest.raises(BayesLoraError, match="the seed is 1.5, but must be a whole number"):
         predict(noisy(classifier("bert"), TARGETS["bert"]), inputs(), samples=1, seed=1.5)  # type: ignore[arg-type]

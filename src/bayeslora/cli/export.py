@@ -99,7 +99,7 @@ def _options(form: str, given: dict[str, Any], model: nn.Module, source: Path) -
     if form == "integer":
         return {"unadapted": given["unadapted"]} if "unadapted" in given else {}
     from bayeslora import describe, load_posterior
-    from bayeslora.optim import POSTERIOR_FILE
+    from bayeslora.posterior import POSTERIOR_FILE
 
     if form == "lora":
         options: dict[str, Any] = {name: given[name] for name in ("uniform", "draws", "seed") if name in given}

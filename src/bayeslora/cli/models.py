@@ -35,8 +35,7 @@ from bayeslora.evaluation.multiple_choice import DEFAULT_PROMPT_LENGTH
 from bayeslora.export import load_integer
 from bayeslora.export.integer.reader import is_integer_model
 from bayeslora.export.packed.file import looks_packed
-from bayeslora.optim import POSTERIOR_FILE
-from bayeslora.prediction import WeightPosterior, load_posterior
+from bayeslora.posterior import POSTERIOR_FILE, WeightPosterior, load_posterior
 
 RUN_FILE = "run.json"
 _ADAPTER_FILE = "adapter_model.safetensors"

@@ -19,7 +19,7 @@ from bayeslora.cost import count_parameters, relative_bops
 from bayeslora.data import Task
 from bayeslora.evaluation import Evaluation, evaluate, predict_dataset
 from bayeslora.methods import describe
-from bayeslora.prediction import Predictor
+from bayeslora.prediction import Predictable
 
 EVALUATION, TEST = "validation", "test"
 _PROBE_ROWS = 16
@@ -33,7 +33,7 @@ def measure(
     tokenizer: PreTrainedTokenizerBase,
     batch_size: int,
     samples: int = 0,
-    predictor: Predictor | None = None,
+    predictor: Predictable | None = None,
 ) -> dict[str, Any]:
     """The measured part of `metrics.json`; `scores` belong to the evaluation split.
 

@@ -58,8 +58,9 @@ from bayeslora.evaluation.choice_trainer import ChoiceTrainer
 from bayeslora.evaluation.multiple_choice import choice_scoring
 from bayeslora.export.shrink import shrink
 from bayeslora.methods import tuner_of
-from bayeslora.optim import IVON, NamedPosterior
-from bayeslora.prediction import check_samples, load_posterior
+from bayeslora.optim import IVON
+from bayeslora.posterior import WeightPosterior, load_posterior
+from bayeslora.prediction import check_samples
 from bayeslora.runs.plan import TrainPlan, first_difference, read_config
 from bayeslora.training import attach
 
@@ -289,7 +290,7 @@ def _finish(session: Session, trainer: Trainer, seconds: float) -> dict[str, Any
     if not all(bool(torch.isfinite(p).all()) for p in model.parameters() if p.requires_grad):
         raise BayesLoraError("training diverged: a trained weight is not finite; lower --learning-rate.")
     posterior = _posterior(trainer) if plan.ivon is not None else None
-    _cut_ranks(model, posterior)
+    posterior = _cut_ranks(model, posterior)
     if posterior is not None:
         posterior.save(session.partial)
     predictor = None if posterior is None else load_posterior(model, session.partial)
@@ -320,24 +321,23 @@ def _finish(session: Session, trainer: Trainer, seconds: float) -> dict[str, Any
     return metrics
 
 
-def _posterior(trainer: Trainer) -> NamedPosterior:
-    """What IVON has learned; the best checkpoint's where its weights have been loaded back."""
-    if trainer.args.load_best_model_at_end and trainer.state.best_model_checkpoint:
-        return NamedPosterior.read(trainer.state.best_model_checkpoint)
+def _posterior(trainer: Trainer) -> WeightPosterior:
+    """Return what IVON has learned; that of the best checkpoint if its weights have been loaded back."""
     assert trainer.model is not None and trainer.optimizer is not None
-    return NamedPosterior.of(trainer.model, trainer.optimizer)
+    if trainer.args.load_best_model_at_end and trainer.state.best_model_checkpoint:
+        return load_posterior(trainer.model, trainer.state.best_model_checkpoint)
+    return WeightPosterior.of(trainer.model, trainer.optimizer)
 
 
-def _cut_ranks(model: nn.Module, posterior: NamedPosterior | None) -> None:
-    """Cut the ranks that contribute nothing out of the adapter, and out of its posterior where there is one."""
+def _cut_ranks(model: nn.Module, posterior: WeightPosterior | None) -> WeightPosterior | None:
+    """Cut the ranks that contribute nothing out of the adapter, and return its posterior without them, if any."""
     tuner = tuner_of(model)
     if tuner is None:
-        return
+        return posterior
     name = tuner.active_adapters[0]
     kept = {} if posterior is None else {path: layer.kept(name) for path, layer in tuner.named_layers(name).items()}
     shrink(model)
-    if posterior is not None:
-        posterior.cut(model, kept)
+    return None if posterior is None else posterior.cut(model, kept)
 
 
 def _run_info(session: Session) -> RunInfo:

@@ -13,7 +13,6 @@ import numpy as np
 import torch
 from datasets import Dataset
 from numpy.typing import NDArray
-from torch import nn
 
 from bayeslora.data.encode import collated
 from bayeslora.data.tasks import LABEL, Task
@@ -27,8 +26,7 @@ from bayeslora.evaluation.multiple_choice import (
     row_lengths,
 )
 from bayeslora.evaluation.uncertainty import histograms, risk_coverage_curve, uncertainties
-from bayeslora.prediction import Prediction, Predictor, predict
-from bayeslora.prediction.predict import Logits
+from bayeslora.prediction import Logits, Predictable, Prediction, predict
 
 
 @dataclass(frozen=True)
@@ -96,7 +94,7 @@ class Evaluation:
 
 
 def evaluate(
-    model: nn.Module | Predictor,
+    model: Predictable,
     dataset: Dataset,
     task: Task,
     tokenizer: Any,
@@ -138,7 +136,7 @@ def evaluate(
 
 
 def predict_dataset(
-    model: nn.Module | Predictor,
+    model: Predictable,
     dataset: Dataset,
     tokenizer: Any,
     batch_size: int = 64,

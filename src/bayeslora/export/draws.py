@@ -13,10 +13,8 @@ from torch import Tensor, nn
 
 from bayeslora.errors import BayesLoraError
 from bayeslora.methods.layer import BayesLayer
-from bayeslora.methods.sampling import has_posterior, posterior_mean, sampling
-from bayeslora.methods.variational import VariationalLayer
-from bayeslora.optim import DrawsWeights, draws_of
-from bayeslora.posterior import Noise
+from bayeslora.methods.variational import VariationalLayer, has_posterior, posterior_mean, sampling
+from bayeslora.posterior import Noise, PosteriorSource, posterior_source
 
 Factors = Callable[[str, BayesLayer], tuple[Tensor, Tensor, Tensor]]
 """From a layer's path and the layer to A (r, d_in), diagonal (r,) and B (d_out, r), float32, without the scaling."""
@@ -29,7 +27,7 @@ def check_draws(model: nn.Module, draws: int, seed: int, posterior: object | Non
     if isinstance(seed, bool) or not isinstance(seed, int):
         raise BayesLoraError(f"the seed is {seed!r}, a whole number is needed")
     if posterior is not None:
-        draws_of(posterior)
+        posterior_source(posterior)
     elif not has_posterior(model):
         raise BayesLoraError(
             f"draws is {draws}, but the adapter is deterministic and has no posterior to draw from: leave draws out, "
@@ -39,11 +37,11 @@ def check_draws(model: nn.Module, draws: int, seed: int, posterior: object | Non
 
 @contextmanager
 def drawn(
-    model: nn.Module, adapter_name: str, seed: int, draw: int, posterior: DrawsWeights | None
+    model: nn.Module, adapter_name: str, seed: int, draw: int, posterior: PosteriorSource | None
 ) -> Iterator[Factors]:
     """Inside, `model` computes with draw number `draw`; the value reads the matrices of a layer under it."""
     if posterior is not None:
-        with posterior_mean(model), draws_of(posterior).sampled(seed, draw):
+        with posterior_mean(model), posterior_source(posterior).sampled(seed, draw):
             yield lambda _path, layer: layer.factors(adapter_name)
         return
 

@@ -25,7 +25,7 @@ from bayeslora.export.draws import Factors, check_draws, drawn
 from bayeslora.export.measured import inputs_for, output_error, output_of
 from bayeslora.methods.layer import BayesLayer
 from bayeslora.methods.tuner import BayesTuner, describe, tuner_of
-from bayeslora.optim import DrawsWeights
+from bayeslora.posterior import PosteriorSource
 
 _SHARED_FIELDS = (
     "task_type",
@@ -52,7 +52,7 @@ def export_lora(
     uniform: bool = False,
     draws: int | None = None,
     seed: int = 0,
-    posterior: DrawsWeights | None = None,
+    posterior: PosteriorSource | None = None,
 ) -> dict[str, Any]:
     """Write the adapter as a PEFT LoRA folder, or K draws of its posterior as K of them.
 

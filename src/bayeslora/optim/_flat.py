@@ -13,25 +13,24 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor, Replicate
+from torch.distributed.tensor import DTensor
 
 from bayeslora.errors import BayesLoraError
 from bayeslora.posterior import Noise
+from bayeslora.posterior.draws import aligned, local, local_like
 
-_ALIGNED = 16
-"""Parameters start at multiples of this many elements; what lies between them takes part and is never read."""
 _PIECE = 65536
-"""Elements that a CPU works on at a time: several operations on what stays in its cache, and few calls of them."""
+"""Elements that a CPU works on at a time: few enough to stay in its cache over several operations."""
 _LOW = (torch.bfloat16, torch.float16)
 
 
 class FlatGroup:
-    """Those parameters of an optimizer group that share a device and a type.
+    """The parameters of an optimizer group that share a device and a type.
 
     Args:
         parameters: in the group's order.
         group: the optimizer's group, whose options are read at every step.
-        state: the optimizer's state; entries that are there are taken over, missing ones are made.
+        state: the optimizer's state; existing entries are taken over, missing ones are made.
     """
 
     def __init__(self, parameters: Sequence[nn.Parameter], group: dict[str, Any], state: Any) -> None:
@@ -65,7 +64,7 @@ class FlatGroup:
         return torch.zeros(self.length, dtype=self.dtype, device=self.device)
 
     def _buffer(self, name: str, state: Any, initial: float) -> Tensor:
-        """A flat buffer of which each parameter's state `name` becomes a view."""
+        """Make a flat buffer, and each parameter's state `name` a view of it."""
         flat = torch.full((self.length,), initial, dtype=self.dtype, device=self.device)
         for index, parameter in enumerate(self.parameters):
             view = self._view(flat, index)
@@ -82,7 +81,7 @@ class FlatGroup:
         return [self._view(flat, index) for index in range(len(self.parameters))]
 
     def _views(self, flat: Tensor, indices: Sequence[int]) -> list[Tensor]:
-        """The parameters' parts of a buffer that lasts; made once, as making them takes longer than copying."""
+        """Return the parameters' parts of a lasting buffer; making them takes longer than copying, so keep them."""
         views = self._cut[id(flat)]
         return views if len(indices) == len(views) else [views[index] for index in indices]
 
@@ -90,16 +89,14 @@ class FlatGroup:
         return [local(self.parameters[index]) for index in indices]
 
     def _pieces(self, indices: Sequence[int], together: bool = True) -> list[slice]:
-        """What an operation runs over: the parameters one by one, or all of them in lengths that suit the cache."""
+        """Return the slices that an operation runs over: one a parameter, or lengths that suit the cache."""
         if len(indices) < len(self.parameters) or not together:
             return [slice(self.starts[i], self.starts[i] + self.sizes[i]) for i in indices]
         length = _PIECE if self.device.type == "cpu" else max(1, self.length)
         return [slice(start, start + length) for start in range(0, self.length, length)]
 
-    # One step -----------------------------------------------------------------------------------------------------
-
     def read_mean(self) -> None:
-        """Take over the parameters as they are, whoever changed them since the last step."""
+        """Take over the parameters as they are: someone may have changed them since the last step."""
         indices = range(len(self.parameters))
         weights, means = self._weights(indices), self._views(self.mean, indices)
         if not self.low_precision:
@@ -109,14 +106,14 @@ class FlatGroup:
             mean.copy_(self._mean_behind(weight, mean))
 
     def _mean_behind(self, weight: Tensor, mean: Tensor) -> Tensor:
-        """The mean of a weight that is not drawn: itself, or in more digits where it is the known mean rounded."""
+        """Return the mean of a weight that is not drawn: itself, or in more digits if it is the known mean rounded."""
         known = mean.to(weight.dtype) == weight
         return torch.where(known, mean, weight.to(mean.dtype)) if self.low_precision else weight
 
     def draw(self, source: Noise) -> None:
         """Set the parameters to the mean plus the posterior's deviation times standard normal numbers.
 
-        A frozen parameter stays as it is, but has its share of the numbers.
+        A frozen parameter stays as it is, but takes its share of the numbers.
         """
         noise = self._noise(source)
         # The perturbation is kept times sqrt(ess), which an addition can divide out on its way.
@@ -173,7 +170,7 @@ class FlatGroup:
         assert gradient is not None
         if gradient.is_sparse:
             raise BayesLoraError(
-                "a parameter has a sparse gradient, IVON needs dense ones: build the embedding with sparse=False"
+                "a parameter has a sparse gradient, but IVON needs dense ones: build the embedding with sparse=False"
             )
         if isinstance(parameter, DTensor) and isinstance(gradient, DTensor):
             if gradient.placements != parameter.placements:
@@ -181,7 +178,7 @@ class FlatGroup:
         return local(gradient)
 
     def hand_back(self, divisor: float | None) -> None:
-        """Take this draw's gradients out of `.grad`; with a divisor put the paired ones, divided by it, in."""
+        """Take this draw's gradients out of `.grad`; given a divisor, put in the paired ones divided by it."""
         for index in self.drawn:
             self.parameters[index].grad = None
         if divisor is None:
@@ -192,7 +189,7 @@ class FlatGroup:
             parameter.grad = _like(parameter, mean)
 
     def posterior(self, index: int, is_drawn: bool) -> tuple[Tensor, Tensor]:
-        """Mean and standard deviation of one parameter."""
+        """Return mean and standard deviation of one parameter."""
         parameter, mean = self.parameters[index], self._view(self.mean, index)
         if not is_drawn:
             mean = self._mean_behind(local(parameter.detach()), mean)
@@ -200,7 +197,7 @@ class FlatGroup:
         return _like(parameter, mean.clone()), _like(parameter, precision.rsqrt())
 
     def update(self, samples: int) -> None:
-        """The step itself, from what `samples` draws have been paired; then the parameters are the new mean."""
+        """Update from the `samples` draws that have been paired; the parameters are the new mean afterwards."""
         if not self.active:
             self.put_mean()
             return
@@ -236,11 +233,11 @@ class FlatGroup:
         self.forget()
 
     def forget(self) -> None:
-        """Drop what has been paired."""
+        """Drop the paired gradients."""
         self.active, self.paired = [], None
 
     def _count(self, active: Sequence[int]) -> list[float]:
-        """The parameters' own numbers of steps, this one included."""
+        """Add this step to the active parameters' numbers of steps, and return those."""
         if len(active) == len(self.parameters):
             self.steps.add_(1)
         else:
@@ -249,22 +246,8 @@ class FlatGroup:
         return [counts[index] for index in active]
 
 
-def local(tensor: Tensor) -> Tensor:
-    """This rank's part of a distributed tensor, sharing its memory; any other tensor itself."""
-    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
-
-
-def aligned(sizes: Sequence[int]) -> tuple[list[int], int]:
-    """Where parts of these sizes begin in a flat buffer, and its length."""
-    starts, position = [], 0
-    for size in sizes:
-        starts.append(position)
-        position += -(-size // _ALIGNED) * _ALIGNED
-    return starts, position
-
-
 def _like(parameter: Tensor, part: Tensor) -> Tensor:
-    """`part` as the local part of a tensor that is distributed like `parameter`."""
+    """Return `part` as the local part of a tensor that is distributed like `parameter`."""
     if not isinstance(parameter, DTensor):
         return part
     return DTensor.from_local(
@@ -275,12 +258,3 @@ def _like(parameter: Tensor, part: Tensor) -> Tensor:
         shape=parameter.shape,
         stride=parameter.stride(),
     )
-
-
-def local_like(parameter: Tensor, whole: Tensor) -> Tensor:
-    """The part of `whole`, which all ranks hold alike, that this rank has of `parameter`, on its device."""
-    whole = whole.to(parameter.device)
-    if not isinstance(parameter, DTensor) or isinstance(whole, DTensor):
-        return local(whole)
-    replicated = DTensor.from_local(whole, parameter.device_mesh, [Replicate()] * parameter.device_mesh.ndim)
-    return local(replicated.redistribute(placements=parameter.placements))  # each rank cuts: nothing is sent

@@ -24,13 +24,12 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from bayeslora.errors import BayesLoraError
-from bayeslora.optim._draws import Gaussian, drawn_weights
 from bayeslora.optim._flat import FlatGroup
-from bayeslora.posterior import Noise
+from bayeslora.posterior import GaussianParameter, Noise, drawn_weights
 
 
 class IVON(Optimizer):
-    """Variational online Newton: trains the mean of a Gaussian over the weights, and learns its variance on the way.
+    """Variational online Newton: train the mean of a Gaussian over the weights, and learn its variance on the way.
 
     A step is: `sample()`, backward pass, `step()`. Between the first two and the last the weights are a draw from the
     posterior; after the last, always, their mean. With `mc_samples` above 1, `sample()`, backward pass and `pair()`
@@ -89,21 +88,13 @@ class IVON(Optimizer):
         max_grad_norm: float | None = None,
     ) -> None:
         if isinstance(mc_samples, bool) or not isinstance(mc_samples, int) or mc_samples < 1:
-            raise BayesLoraError(f"mc_samples is {mc_samples!r}, a whole number of at least 1 is needed")
+            raise BayesLoraError(f"mc_samples is {mc_samples!r}, but must be a whole number of at least 1: give 1")
         if max_grad_norm is not None and not max_grad_norm > 0:
-            raise BayesLoraError(f"max_grad_norm is {max_grad_norm}, above 0 is needed: None clips nothing")
+            raise BayesLoraError(f"max_grad_norm is {max_grad_norm}, but must be above 0: give None to clip nothing")
         self.mc_samples, self.seed, self.max_grad_norm = mc_samples, int(seed), max_grad_norm
         self._start()
-        defaults = {
-            "lr": lr,
-            "ess": ess,
-            "hess_init": hess_init,
-            "betas": betas,
-            "weight_decay": weight_decay,
-            "clip_radius": clip_radius,
-            "rescale_lr": rescale_lr,
-        }
-        super().__init__(params, defaults)
+        options = {"lr": lr, "ess": ess, "hess_init": hess_init, "betas": betas, "weight_decay": weight_decay}
+        super().__init__(params, {**options, "clip_radius": clip_radius, "rescale_lr": rescale_lr})
 
     def _start(self) -> None:
         self._flat: list[FlatGroup] | None = None
@@ -114,29 +105,27 @@ class IVON(Optimizer):
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add a group, whose options may differ from the others'; see `torch.optim.Optimizer.add_param_group`."""
         if self._is_drawn:
-            raise BayesLoraError("the weights are a draw, groups are added at the mean: call restore() first")
+            raise BayesLoraError("the weights are a draw, but groups must be added at the mean: call restore() first")
         super().add_param_group(param_group)
         _check_group(self.param_groups[-1])
         self._flat, self._known = None, {}
 
     @property
     def steps_taken(self) -> int:
-        """Optimizer steps so far: the largest count of any parameter; continues after `load_state_dict`."""
+        """Number of optimizer steps so far: the largest of any parameter; continues after `load_state_dict`."""
         return int(max((float(flat.steps.max()) for flat in self._flattened()), default=0.0))
 
     @property
     def is_drawn(self) -> bool:
-        """Whether the weights are a draw at the moment, and not the mean."""
+        """True while the weights are a draw and not the mean."""
         return self._is_drawn
-
-    # A step -------------------------------------------------------------------------------------------------------
 
     @torch.no_grad()
     def sample(self, step: int | None = None) -> None:
         """Set the weights to the next draw of this step; one that has not been paired yet is replaced.
 
         Args:
-            step: which step's noise; by default the number of steps taken.
+            step: number of the step whose noise is drawn; by default the number of steps taken.
         """
         self._put_mean()
         if self._paired >= self.mc_samples:
@@ -155,11 +144,11 @@ class IVON(Optimizer):
     def pair(self, scale: float = 1.0) -> None:
         """Pair the gradients of the present draw with its noise, and set the weights back to the mean.
 
-        Needed for each of several samples; for a single one `step` does it. Each sample's gradients are taken out of
-        `.grad`; after the last, `.grad` is the mean over the samples (to look at: `step` no longer reads it).
+        Call it for each of several samples; for a single one `step` does it. It takes each sample's gradients out of
+        `.grad`; after the last, `.grad` is the mean over the samples, for reading only: `step` ignores it.
 
         Args:
-            scale: what the loss was multiplied by, under mixed precision, where the gradients still have that factor.
+            scale: factor that mixed precision has multiplied the loss by, if the gradients still have it.
 
         Raises:
             BayesLoraError: the weights are not a draw.
@@ -169,7 +158,7 @@ class IVON(Optimizer):
 
     def _pair(self, scale: float = 1.0) -> None:
         if not self._is_drawn:
-            raise BayesLoraError("the weights are the mean, a draw is needed to pair with: call sample() first")
+            raise BayesLoraError("the weights are the mean, but pairing needs a draw: call sample() first")
         if self.max_grad_norm is not None:
             gradients = [p for p in self._parameters() if p.requires_grad and p.grad is not None]
             nn.utils.clip_grad_norm_(gradients, self.max_grad_norm * scale)
@@ -183,7 +172,7 @@ class IVON(Optimizer):
         self._is_drawn = False
 
     def restore(self) -> None:
-        """Set the weights back to the mean, and forget what was drawn and paired since the last step."""
+        """Set the weights back to the mean, and forget the draws and pairs since the last step."""
         self._put_mean()
         for flat in self._flat or ():
             flat.forget()
@@ -204,7 +193,7 @@ class IVON(Optimizer):
                 each sample, with the weights drawn. Whatever it raises leaves the weights at the mean.
 
         Returns:
-            None, or the mean of what the closure returned.
+            None, or the mean of the closure's losses.
 
         Raises:
             BayesLoraError: without a closure, when fewer than `mc_samples` draws were made and paired.
@@ -242,11 +231,9 @@ class IVON(Optimizer):
             raise
         return None if losses[0] is None else sum(losses) / len(losses)
 
-    # The posterior ------------------------------------------------------------------------------------------------
-
     @torch.no_grad()
     def posterior(self, parameter: Tensor) -> tuple[Tensor, Tensor]:
-        """Mean and standard deviation of one parameter, of its shape, in the precision of its state.
+        """Return mean and standard deviation of one parameter, of its shape, in the precision of its state.
 
         Raises:
             BayesLoraError: the optimizer does not have the parameter.
@@ -255,17 +242,17 @@ class IVON(Optimizer):
         if place is not None:
             return place[0].posterior(place[1], self._is_drawn)
         raise BayesLoraError(
-            f"a parameter of shape {tuple(parameter.shape)} is not one of the optimizer's, which a posterior is known "
-            "of: ask for one that was given to IVON"
+            f"a parameter of shape {tuple(parameter.shape)} is not one of the optimizer's, but only those have a "
+            "posterior: ask for one that was given to IVON"
         )
 
     @contextmanager
     def sampled(self, seed: int = 0, draw: int = 0, antithetic: bool = False) -> Iterator[None]:
-        """Inside, the weights are a draw from the posterior for prediction; outside, bit for bit what they were.
+        """Set the weights to a draw for prediction inside the context; afterwards they are bit for bit what they were.
 
         Args:
-            seed: of the draws, apart from that of training.
-            draw: which one; the same seed and number give the same weights, in later processes too.
+            seed: of the draws; independent of the training seed.
+            draw: its number; the same seed and number give the same weights, in later processes too.
             antithetic: draws 2k and 2k + 1 have opposite noise.
 
         Raises:
@@ -273,24 +260,22 @@ class IVON(Optimizer):
         """
         if self._is_drawn:
             raise BayesLoraError(
-                "the weights are a draw of a training step, prediction starts from the mean: call step() or restore()"
+                "the weights are a draw of a training step, but must be the mean here: call step() or restore()"
             )
         # Every parameter takes its share of the noise, so that a frozen one does not change the others'.
-        with drawn_weights(self.posteriors(), seed, draw, antithetic):
+        with drawn_weights(self.gaussians(), seed, draw, antithetic):
             yield
 
-    def posteriors(self) -> list[Gaussian]:
-        """The posterior of every parameter, in the optimizer's order."""
+    def gaussians(self) -> list[GaussianParameter]:
+        """Return the Gaussian of every parameter, in the optimizer's order."""
         known = self._places()
         found = []
         for parameter in self._parameters():
             flat, index = known[id(parameter)]
             mean, deviation = flat.posterior(index, self._is_drawn)
-            size = parameter.numel()
-            found.append(Gaussian(size, parameter, mean, deviation) if parameter.requires_grad else Gaussian(size))
+            known_of = (parameter, mean, deviation) if parameter.requires_grad else ()
+            found.append(GaussianParameter(parameter.numel(), *known_of))
         return found
-
-    # State --------------------------------------------------------------------------------------------------------
 
     def _parameters(self) -> Iterator[nn.Parameter]:
         for group in self.param_groups:
@@ -307,7 +292,7 @@ class IVON(Optimizer):
         return self._flat
 
     def _places(self) -> dict[int, tuple[FlatGroup, int]]:
-        """Where each parameter is, by its identity."""
+        """Map each parameter's identity to its group and its position there."""
         flattened = self._flattened()
         if not self._known:
             self._known = {id(p): (flat, index) for flat in flattened for index, p in enumerate(flat.parameters)}
@@ -335,7 +320,7 @@ class IVON(Optimizer):
 
 
 def _alike(parameters: list[nn.Parameter]) -> list[list[nn.Parameter]]:
-    """The parameters in order, divided by device, type and whether they are distributed tensors."""
+    """Divide the parameters, in order, by device, type and whether they are distributed tensors."""
     divided: dict[tuple[Any, ...], list[nn.Parameter]] = {}
     for parameter in parameters:
         divided.setdefault((parameter.device, parameter.dtype, hasattr(parameter, "device_mesh")), []).append(
@@ -347,18 +332,18 @@ def _alike(parameters: list[nn.Parameter]) -> list[list[nn.Parameter]]:
 def _check_group(group: dict[str, Any]) -> None:
     def check(name: str, holds: bool, wanted: str) -> None:
         if not holds:
-            raise BayesLoraError(f"{name} is {group[name]!r}, {wanted} is needed")
+            raise BayesLoraError(f"{name} is {group[name]!r}, but must be {wanted}")
 
-    check("lr", float(group["lr"]) >= 0, "a number of at least 0")
-    check("ess", 0 < group["ess"] < math.inf, "a finite number above 0 (the number of training examples)")
-    check("hess_init", group["hess_init"] > 0, "a number above 0")
-    check("betas", all(0 <= beta < 1 for beta in group["betas"]), "two numbers from 0 to below 1")
-    check("weight_decay", group["weight_decay"] >= 0, "a number of at least 0")
-    check("clip_radius", group["clip_radius"] > 0, "a number above 0 (infinity clips nothing)")
+    check("lr", float(group["lr"]) >= 0, "at least 0: give lr=0.1")
+    check("ess", 0 < group["ess"] < math.inf, "finite and above 0: give the number of training examples")
+    check("hess_init", group["hess_init"] > 0, "above 0: give hess_init=1")
+    check("betas", all(0 <= beta < 1 for beta in group["betas"]), "two numbers from 0 to below 1: give (0.9, 0.99999)")
+    check("weight_decay", group["weight_decay"] >= 0, "at least 0: give weight_decay=1e-4")
+    check("clip_radius", group["clip_radius"] > 0, "above 0: give math.inf to clip nothing")
     for parameter in group["params"]:
         if not parameter.is_floating_point():
-            raise BayesLoraError(f"a parameter is {parameter.dtype}, floating-point numbers are needed: leave it out")
+            raise BayesLoraError(f"a parameter is {parameter.dtype}, but must be floating-point: leave it out")
         if type(parameter).__name__ == "FlatParameter":
             raise BayesLoraError(
-                "a parameter is FSDP1's FlatParameter, of which ranks cannot tell their parts' noise apart: use FSDP2"
+                "a parameter is FSDP1's FlatParameter, but IVON needs each rank to know its part: use FSDP2"
             )

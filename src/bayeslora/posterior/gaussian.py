@@ -1,28 +1,51 @@
-r"""Gaussians with independent entries: $q(W) = \prod_{ij} N(M_{ij}, \Omega_{ij}^2)$."""
+r"""Gaussians with independent entries, $q(W) = \prod_{ij} N(M_{ij}, \Omega_{ij}^2)$, and noise to draw from them.
+
+Noise is fresh while training, and seeded and replayable where a function has to stay the same. A *scope* says what
+shares one draw of the weights:
+
+- `example`: each row of the batch has its own draw, the same for all tokens of the row;
+- `token`: each token has one, which gives gradients of the lowest variance but no coherent function of a sequence;
+- `batch`: all rows share one draw, or, with several `draws` in one batch, all rows of a draw do.
+
+Fresh numbers come from torch's default generators, which gradient checkpointing restores when it recomputes a forward
+pass, and exact resumption saves. Distributed ranks are commonly seeded alike, so the rank is mixed in: each rank draws
+different noise (a compiled forward pass does not mix it in: seed the ranks differently there). Seeded numbers depend
+only on the seed, the layer and the draw, or with scope `example` the row's position: not on the device, the size of
+the batch, the rank, or on which draws were taken together.
+"""
 
 from __future__ import annotations
 
+import hashlib
 import math
+from collections.abc import Callable, Sequence
+from typing import Literal, get_args
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from bayeslora.errors import BayesLoraError
+
 _VARIANCE_FLOOR = 1e-12
+Scope = Literal["example", "token", "batch"]
+SCOPES: tuple[str, ...] = get_args(Scope)
+_BLOCK = 16
+"""Block size of torch's CPU generator of normal numbers; it fills an incomplete block differently."""
 
 
 def standard_deviation(rho: Tensor) -> Tensor:
-    r"""$\Omega = \mathrm{softplus}(\rho) > 0$, of the shape of `rho`, in float32."""
+    r"""Return $\Omega = \mathrm{softplus}(\rho) > 0$, of the shape of `rho`, in float32."""
     return F.softplus(rho.float())
 
 
 def inverse_softplus(value: float) -> float:
-    r"""The $\rho$ with $\mathrm{softplus}(\rho)$ = `value` > 0."""
+    r"""Return the $\rho$ with $\mathrm{softplus}(\rho)$ = `value` > 0."""
     return value + math.log(-math.expm1(-value))
 
 
 def kl_divergence(mean: Tensor, std: Tensor, prior_mean: Tensor | float, prior_std: float) -> Tensor:
-    r"""$\mathrm{KL}(q \,\|\, p)$ in nats, summed over all entries, as a 0-d float32 tensor.
+    r"""Return $\mathrm{KL}(q \,\|\, p)$ in nats, summed over all entries, as a 0-d float32 tensor.
 
     $$ \sum \log\frac{\sigma_p}{\Omega} + \frac{\Omega^2 + (M - M_p)^2}{2\sigma_p^2} - \frac12 $$
 
@@ -36,7 +59,7 @@ def kl_divergence(mean: Tensor, std: Tensor, prior_mean: Tensor | float, prior_s
 
 
 def local_reparametrization(z: Tensor, mean: Tensor, std: Tensor, noise: Tensor) -> Tensor:
-    r"""A draw of $W z$ for every row by itself, without drawing $W$ (Kingma et al., 2015, arXiv:1506.02557).
+    r"""Draw $W z$ for every row independently, without drawing $W$ (Kingma et al., 2015, arXiv:1506.02557).
 
     $$ u = M z + \epsilon \sqrt{\Omega^2 z^2 + 10^{-12}} $$
 
@@ -49,3 +72,131 @@ def local_reparametrization(z: Tensor, mean: Tensor, std: Tensor, noise: Tensor)
         noise: (..., d_out), standard normal.
     """
     return z @ mean.T + noise * torch.sqrt(z.square() @ std.square().T + _VARIANCE_FLOOR)
+
+
+class IndivisibleBatchError(BayesLoraError):
+    """The rows of a forward pass cannot be divided among several draws; one draw a pass always works."""
+
+
+class Noise:
+    """Noise of one layer.
+
+    Args:
+        scope: the rows or tokens that share one draw of the weights.
+        seed: None for fresh numbers in every call; otherwise every call gives the same.
+        key: name of the layer, so that layers differ under one seed.
+        draws: numbers of the weight draws that a batch holds, for scope `batch`: with D draws and N rows, row i uses
+            draw i // (N / D).
+        antithetic: make draws in pairs of opposite noise, which cancels the odd part of a function from every average:
+            seeded draws 2k and 2k + 1, otherwise the two halves of the rows (`example`) or of the draws.
+
+    Raises:
+        BayesLoraError: for an unknown scope, an empty `draws`, several draws with a scope other than `batch`, or
+            antithetic noise for tokens.
+    """
+
+    def __init__(
+        self,
+        scope: Scope = "example",
+        seed: int | None = None,
+        key: str = "",
+        draws: Sequence[int] = range(1),
+        antithetic: bool = False,
+    ) -> None:
+        if scope not in SCOPES:
+            raise BayesLoraError(
+                f"the noise's scope is {scope!r}, but must be {' or '.join(SCOPES)}: give scope='example'"
+            )
+        if not len(draws):
+            raise BayesLoraError("0 draws of the weights are asked for, but at least 1 is needed: give draws=1")
+        if len(draws) > 1 and scope != "batch":
+            raise BayesLoraError(f"{len(draws)} draws share a batch, but scope is {scope!r}: give scope='batch'")
+        if antithetic and scope == "token":
+            raise BayesLoraError(
+                "antithetic is True, but scope is 'token', where draws have no pairs: give scope='example' or 'batch'"
+            )
+        self.scope, self.seed, self.key, self.draws, self.antithetic = scope, seed, key, draws, antithetic
+        self._kept: dict[tuple[object, ...], Tensor] = {}
+
+    def beside(self, position: int) -> Noise:
+        """Return independent noise for the adapter at `position` among those active on the layer."""
+        if position == 0 or self.seed is None:
+            return self
+        return Noise(self.scope, self.seed, f"{self.key}+{position}", self.draws, self.antithetic)
+
+    def groups(self, rows: int) -> int:
+        """Return the number of groups, of equal size and in order, that `rows` rows form: one group a draw."""
+        if self.scope == "example":
+            return rows
+        if rows % len(self.draws):
+            raise IndivisibleBatchError(
+                f"{rows} rows cannot be divided among {len(self.draws)} draws of the weights: take one draw at a time"
+            )
+        return len(self.draws)
+
+    def normal(self, groups: int, shape: Sequence[int], device: torch.device) -> Tensor:
+        """Draw standard normal numbers (groups, *shape), float32: one entry for each draw of the weights."""
+        if self.seed is None:
+            generator = rank_generator(device)
+            return self._paired(groups, lambda count: torch.randn(count, *shape, device=device, generator=generator))
+        if self.scope != "batch":
+            return self._paired(groups, lambda count: self._seeded("", count, shape)).to(device)
+        key = (tuple(shape), device)
+        if key not in self._kept:
+            with torch.inference_mode(False):  # kept numbers may meet autograd in a later pass
+                drawn = [self._of_draw(draw, shape) for draw in self.draws]
+                self._kept = {key: (torch.cat(drawn) if len(drawn) > 1 else drawn[0]).to(device)}
+        return self._kept[key]
+
+    def normal_per_token(self, shape: Sequence[int], device: torch.device) -> Tensor:
+        """Draw standard normal numbers of `shape`, float32, for scope `token`."""
+        if self.seed is None:
+            return torch.randn(tuple(shape), device=device, generator=rank_generator(device))
+        return self._seeded("", shape[0], shape[1:]).to(device)
+
+    def signs(self, shape: Sequence[int], device: torch.device, name: str) -> Tensor:
+        """Draw random signs -1 and 1 of `shape`, float32; several calls in one layer need different names."""
+        if self.seed is None:
+            generator, where = rank_generator(device), device
+        else:
+            generator, where = self._generator(name), torch.device("cpu")
+        drawn = torch.randint(0, 2, tuple(shape), dtype=torch.float32, device=where, generator=generator)
+        return drawn.mul_(2).sub_(1).to(device)
+
+    def _paired(self, count: int, draw: Callable[[int], Tensor]) -> Tensor:
+        if not self.antithetic:
+            return draw(count)
+        drawn = draw((count + 1) // 2)
+        return torch.cat([drawn, -drawn])[:count]
+
+    def _of_draw(self, draw: int, shape: Sequence[int]) -> Tensor:
+        if not self.antithetic:
+            return self._seeded(str(draw), 1, shape)
+        drawn = self._seeded(str(draw // 2), 1, shape)
+        return -drawn if draw % 2 else drawn
+
+    def _seeded(self, name: str, count: int, shape: Sequence[int]) -> Tensor:
+        """Return (count, *shape) numbers, of which the first entries are the same for every `count`."""
+        size = math.prod(shape)
+        padded = -(-size // _BLOCK) * _BLOCK
+        return torch.randn(count, padded, generator=self._generator(name))[:, :size].reshape(count, *shape)
+
+    def _generator(self, name: str) -> torch.Generator:
+        """Return a generator on the CPU, so that a seed means the same numbers on every device."""
+        text = f"{self.seed}/{self.key}/{name}"
+        word = int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "little")
+        return torch.Generator().manual_seed(word >> 1)
+
+
+def rank_generator(device: torch.device) -> torch.Generator | None:
+    """Return None (torch's default generator) on one rank; among several, a generator that differs by rank.
+
+    Its seed is drawn from the default generator, so a recomputed forward pass and a resumed run get the same one.
+    """
+    if torch.compiler.is_compiling() or not torch.distributed.is_available():
+        return None
+    if not torch.distributed.is_initialized() or torch.distributed.get_world_size() == 1:
+        return None
+    word = int(torch.randint(1 << 62, ()))
+    mixed = (word + 0x9E3779B97F4A7C15 * torch.distributed.get_rank()) % (1 << 63)
+    return torch.Generator(device).manual_seed(mixed)

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from bayeslora.posthoc.calibration import MCDropout, TemperatureScaling
+from bayeslora.posthoc.bayesianize import bayesianize
+from bayeslora.posthoc.dropout import MCDropout
 from bayeslora.posthoc.ensemble import DeepEnsemble
 from bayeslora.posthoc.laplace import LaplacePredictor
-from bayeslora.posthoc.training_free import bayesianize
+from bayeslora.posthoc.temperature import TemperatureScaling
 
 __all__ = [
     "DeepEnsemble",

@@ -1,7 +1,7 @@
 """Deep ensembles (Lakshminarayanan et al., 2017, arXiv:1612.01474): independently trained members, averaged.
 
-Members are saved adapters on one base model, each with its own trained head, or whole models. What is averaged is
-probabilities, not logits.
+Members are saved adapters on one base model, each with its own trained head, or whole models. Their probabilities are
+averaged, not their logits.
 """
 
 from __future__ import annotations
@@ -16,8 +16,8 @@ from peft import PeftModel
 from torch import Tensor, nn
 
 from bayeslora.errors import BayesLoraError
-from bayeslora.methods.sampling import posterior_mean
-from bayeslora.prediction.predict import Logits, Sampler
+from bayeslora.methods.variational import posterior_mean
+from bayeslora.prediction import Logits, Sampler
 
 
 class DeepEnsemble:
@@ -30,7 +30,7 @@ class DeepEnsemble:
         adapters: names of the adapters of that model that are the members.
 
     Raises:
-        BayesLoraError: fewer than two members, or adapters that the model does not have.
+        BayesLoraError: fewer than two members, or adapters missing from the model.
     """
 
     def __init__(self, members: Sequence[nn.Module] | PeftModel, adapters: Sequence[str] | None = None) -> None:
@@ -40,7 +40,7 @@ class DeepEnsemble:
             self._adapters = known if adapters is None else list(adapters)
             if missing := [name for name in self._adapters if name not in known]:
                 raise BayesLoraError(
-                    f"the model has no adapter {missing[0]!r}, its adapters are {', '.join(known) or 'none'}: load it "
+                    f"the adapter {missing[0]!r} is not in the model, which has {', '.join(known) or 'none'}: load it "
                     "with load_adapter, or use DeepEnsemble.from_folders"
                 )
             self._model: nn.Module = self._peft
@@ -49,17 +49,17 @@ class DeepEnsemble:
             self._model = nn.ModuleList(members)
             self.size = len(self._model)
         if self.size < 2:
-            raise BayesLoraError(f"the ensemble has {self.size} members, at least 2 are needed")
+            raise BayesLoraError(f"the ensemble has {self.size} members, but needs at least 2: add others")
 
     @classmethod
     def from_folders(cls, base: nn.Module, folders: Sequence[str | Path]) -> DeepEnsemble:
-        """Saved PEFT adapters of one kind, on one base model, which they are put into.
+        """Make an ensemble of saved PEFT adapters of one kind, which are loaded into one base model.
 
         Raises:
-            BayesLoraError: fewer than two folders, or one that does not hold an adapter for this model.
+            BayesLoraError: fewer than two folders, or one without an adapter for this model.
         """
         if len(folders) < 2:
-            raise BayesLoraError(f"the ensemble has {len(folders)} members, at least 2 are needed")
+            raise BayesLoraError(f"the ensemble has {len(folders)} members, but needs at least 2: add others")
         names = [f"member{index}" for index in range(len(folders))]
         model: Any = None
         for name, folder in zip(names, folders, strict=True):
@@ -82,7 +82,7 @@ class DeepEnsemble:
     def check_samples(self, samples: int) -> None:
         if samples not in (0, self.size):
             raise BayesLoraError(
-                f"samples is {samples}, but the ensemble has {self.size} members, each of which is one: use "
+                f"samples is {samples}, but the ensemble has {self.size} members, which are its samples: give "
                 f"samples={self.size}, or 0, which means the same"
             )
 
@@ -106,7 +106,7 @@ class DeepEnsemble:
 
 @contextmanager
 def _adapters_restored(model: Any) -> Iterator[None]:
-    """After, the adapter that was active is, and parameters require gradients as before: PEFT changes both."""
+    """Restore the active adapter and which parameters require gradients afterwards, since PEFT changes both."""
     active = model.active_adapter
     trained = {name: parameter.requires_grad for name, parameter in model.named_parameters()}
     try:

@@ -3,8 +3,8 @@ r"""The Laplace approximation of a finished classifier's last layer, by laplace-
 Around the weights $\theta^*$ of the trained head the posterior is $N(\theta^*, (H + \lambda I)^{-1})$
 (arXiv:2106.14806), with H the generalized Gauss-Newton matrix over the training data and $\lambda$ the prior
 precision, by default the one of the largest marginal likelihood. The features that the head sees are deterministic and
-computed once, whatever the adapter below; laplace-torch is given them and the head, so any model with a linear head
-will do. The package comes with `pip install bayeslora[laplace]`.
+computed once, under any adapter; laplace-torch gets them and the head, so any model with a linear head works. Install
+it with `pip install bayeslora[laplace]`.
 """
 
 from __future__ import annotations
@@ -19,9 +19,8 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from bayeslora._peft import BaseTunerLayer
 from bayeslora.errors import BayesLoraError
-from bayeslora.methods.sampling import posterior_mean
-from bayeslora.posthoc.calibration import labels_of
-from bayeslora.prediction.predict import Logits, Posterior, Sampler, sampled_logits
+from bayeslora.methods.variational import posterior_mean
+from bayeslora.prediction import Logits, ModelPredictor, Sampler, labels_of, sampled_logits
 
 _TOLERANCE = 1e-3
 
@@ -32,7 +31,7 @@ class LaplacePredictor:
     0 samples predict with the head as trained. A variational adapter below the head stays at its mean.
 
     Args:
-        model: a classifier whose logits come from a linear layer, possibly one of many tokens' picked out.
+        model: a classifier whose logits come from a linear layer, possibly those of one token.
         structure: of the curvature: `full` has (C (d + 1))² numbers for d features and C classes, `kron` factors it,
             `diag` keeps its diagonal.
         prior_precision: $\\lambda$ > 0; None chooses it by the marginal likelihood of the training data.
@@ -49,9 +48,9 @@ class LaplacePredictor:
     ) -> None:
         _laplace()
         if structure not in ("full", "kron", "diag"):
-            raise BayesLoraError(f"structure is {structure!r}, one of full, kron, diag is needed")
+            raise BayesLoraError(f"structure is {structure!r}, but must be full, kron or diag: give 'kron'")
         if prior_precision is not None and not prior_precision > 0:
-            raise BayesLoraError(f"prior_precision is {prior_precision}, a positive number is needed")
+            raise BayesLoraError(f"prior_precision is {prior_precision}, but must be positive: give None to choose it")
         self._model, self.structure, self.prior_precision = model, structure, prior_precision
         self._head: nn.Linear | None = None
         self._posterior: Any = None
@@ -65,20 +64,20 @@ class LaplacePredictor:
             raise BayesLoraError(f"samples is {samples}, but there is no posterior yet: call fit with training data")
 
     def fit(self, loader: Mapping[str, Any] | Iterable[Mapping[str, Any]]) -> LaplacePredictor:
-        """Fit the posterior to the data that the model was trained on; returns itself.
+        """Fit the posterior to the data that the model was trained on, and return self.
 
         Args:
             loader: a batch or batches with `labels`.
 
         Raises:
-            BayesLoraError: no labels, or a model whose logits do not come from a linear layer.
+            BayesLoraError: missing labels, or a model whose logits do not come from a linear layer.
         """
         batches = [loader] if isinstance(loader, Mapping) else list(loader)
         labels = labels_of(batches)
         head, copied = self._find_head(batches[0])
         self._head = head
         with _identity(head):
-            features = sampled_logits(Posterior(self.model), batches, 0)[0].float()
+            features = sampled_logits(ModelPredictor(self.model), batches, 0)[0].float()
         # On the CPU in float32 and with one layer to differentiate, whatever the model is.
         data = DataLoader(TensorDataset(features, labels), batch_size=256)
         chosen = self.prior_precision or 1.0
@@ -92,9 +91,9 @@ class LaplacePredictor:
 
     def sampler(self, samples: int, seed: int, antithetic: bool, read: Logits) -> Sampler:
         if antithetic:
-            raise BayesLoraError("antithetic is True, but Laplace draws have no pairs here: leave it out")
+            raise BayesLoraError("antithetic is True, but Laplace draws have no pairs: leave it out")
         if samples == 0:
-            return Posterior(self.model).sampler(0, seed, False, read)
+            return ModelPredictor(self.model).sampler(0, seed, False, read)
         head = self._head
         assert head is not None  # check_samples
         drawn = self._posterior.sample(samples, generator=torch.Generator().manual_seed(seed)).detach()
@@ -110,7 +109,7 @@ class LaplacePredictor:
         return logits
 
     def _find_head(self, batch: Mapping[str, Any]) -> tuple[nn.Linear, nn.Linear]:
-        """The layer that the logits come from, and a copy of it on the CPU in float32."""
+        """Return the layer that the logits come from, and a copy of it on the CPU in float32."""
         called: list[nn.Linear] = []
         handles = [
             module.register_forward_hook(lambda module, _args, _output: called.append(module))
@@ -118,7 +117,7 @@ class LaplacePredictor:
             if isinstance(module, nn.Linear)
         ]
         try:
-            expected = sampled_logits(Posterior(self.model), batch, 0)[0]
+            expected = sampled_logits(ModelPredictor(self.model), batch, 0)[0]
         finally:
             for handle in handles:
                 handle.remove()
@@ -130,20 +129,20 @@ class LaplacePredictor:
             copied = nn.Linear(head.in_features, head.out_features, bias=head.bias is not None)
             copied.load_state_dict({name: value.detach().cpu().float() for name, value in head.state_dict().items()})
             with _identity(head):
-                features = sampled_logits(Posterior(self.model), batch, 0)[0].float()
+                features = sampled_logits(ModelPredictor(self.model), batch, 0)[0].float()
             if features.shape[1] == head.in_features:
                 found = copied(features).double()
                 if torch.allclose(found, expected, rtol=_TOLERANCE, atol=_TOLERANCE * float(expected.abs().max())):
                     return head, copied
         raise BayesLoraError(
             f"the logits of {type(self.model).__name__} do not come straight from a linear layer of two or more "
-            "classes, which Laplace on the last layer needs: use a sequence classifier whose head has no adapter"
+            "classes, but last-layer Laplace needs one: use a sequence classifier without an adapter on its head"
         )
 
 
 @contextmanager
 def _identity(head: nn.Module) -> Iterator[None]:
-    """Inside, the head hands its input through, so that a model's logits are its features."""
+    """Let the head return its input, so that a model's logits are its features."""
     own = head.__dict__.get("forward")
     head.forward = lambda x: x
     try:
@@ -159,7 +158,7 @@ def _laplace() -> Callable[..., Any]:
         from laplace import Laplace
     except ImportError as error:
         raise BayesLoraError(
-            f"laplace-torch is not installed ({error}), and the Laplace approximation needs it: "
+            f"laplace-torch is not installed ({error}), but the Laplace approximation needs it: "
             "pip install bayeslora[laplace]"
         ) from None
     found: Callable[..., Any] = Laplace

@@ -3,31 +3,30 @@
 from __future__ import annotations
 
 from bayeslora.prediction.generate import Generation, generate
-from bayeslora.prediction.predict import (
+from bayeslora.prediction.predict import Prediction, evaluation_mode, labels_of, predict, sampled_logits
+from bayeslora.prediction.predictor import (
     Logits,
+    ModelPredictor,
+    Predictable,
     Predictor,
     Sampler,
     as_predictor,
     check_samples,
-    evaluation_mode,
-    predict,
-    sampled_logits,
 )
-from bayeslora.prediction.result import Prediction
-from bayeslora.prediction.weights import WeightPosterior, load_posterior
 
 __all__ = [
     "Generation",
     "Logits",
+    "ModelPredictor",
+    "Predictable",
     "Prediction",
     "Predictor",
     "Sampler",
-    "WeightPosterior",
     "as_predictor",
     "check_samples",
     "evaluation_mode",
     "generate",
-    "load_posterior",
+    "labels_of",
     "predict",
     "sampled_logits",
 ]

@@ -1,66 +1,76 @@
-"""Several draws of the weights in one forward pass, and what no draw changes computed once.
+"""Several draws of the weights in one forward pass; computations that are the same for all draws run once.
 
 The inputs are repeated draw by draw: with S draws and B rows, rows 0 … B - 1 are the batch under the first draw, the
-next B under the second, and so on. What comes before the first layer that draws weights is the same for all of them:
-one pass over the B rows runs up to that layer and keeps the outputs of the embeddings and of the blocks it has passed;
-the pass over S · B rows takes those, repeated, in their place. Layers that are given what the first one was given
-multiply it by their base weight only once.
+next B under the second, and so on. The modules before the first layer that draws weights give the same outputs for
+all of them: one pass over the B rows runs up to that layer and keeps the outputs of the embeddings and of the blocks
+before it; the pass over S · B rows takes those, repeated, in their place. Layers that share the first one's input
+multiply it by their base weight only once. A classifier that pools the first token needs only that one from its last
+block.
 
-Both are only ever a matter of speed. A model whose layers mix rows, or change their number, cannot be folded, and the
-draws are then taken one at a time; a model that does not run with repeated outputs runs in full.
+All of this only saves time. A model whose layers mix rows, or change their number, takes the draws one at a time; a
+model that fails with repeated outputs runs in full.
 """
 
 from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from bayeslora.methods.sampling import sampling, stochastic_layers
-from bayeslora.posterior import UnfoldableError
+from bayeslora.errors import BayesLoraError
+from bayeslora.methods.tuner import tuner_of
+from bayeslora.methods.variational import sampling, stochastic_layers
+from bayeslora.posterior import IndivisibleBatchError
 
 Read = Callable[[nn.Module, Mapping[str, Tensor]], Tensor]
 """From a model and a batch of B rows to (B, C) logits."""
 
 MAX_ELEMENTS = {"cpu": 2048}
-"""Input elements (tokens) of a folded pass, by kind of device: more would not fit a CPU's caches, and be slower."""
+"""Input elements (tokens) of a pass over several draws, by kind of device: more would not fit a CPU's caches."""
 _MAX_ELEMENTS = 65536
 """On other devices, where memory is the limit."""
 
+_POOLS_FIRST_TOKEN = {"bert", "camembert", "deberta", "deberta-v2", "electra", "roberta", "xlm-roberta"}
+"""Model types whose heads for sequences read the first token, and whose blocks have a known attention output."""
+_HEADS = ("ForSequenceClassification", "ForMultipleChoice")
 
-class Folding:
-    """Logits of a model under several draws of its weights; remembers between batches what the model can do.
+_REPLAY_ERRORS = (RuntimeError, ValueError, TypeError, IndexError)
+"""Errors that torch and transformers raise for tensors whose shape a model did not expect."""
+
+
+class BatchedSampler:
+    """Logits of a model under several draws of its weights; remembers which shortcuts the model allows.
 
     Args:
         model: with a posterior, in evaluation mode.
         read: turns the model and a batch into logits.
-        seed, antithetic: of the draws; draw d is the same whatever is drawn with it.
+        seed, antithetic: of the draws; draw d is the same in any company of draws.
     """
 
     def __init__(self, model: nn.Module, read: Read, seed: int, antithetic: bool = False) -> None:
         self.model, self.read, self.seed, self.antithetic = model, read, seed, antithetic
         self.layers = stochastic_layers(model)
-        # Experts see the tokens routed to them, in whatever number: their rows say nothing about draws.
-        self.foldable = not any("expert" in path for path in self.layers)
+        # An expert sees any number of tokens that are routed to it: its rows do not show which draw they belong to.
+        self.batchable = not any("expert" in path for path in self.layers)
         self.shareable = True
 
     def logits(self, batch: Mapping[str, Tensor], draws: Sequence[int]) -> Tensor:
-        """(S, B, C) logits under the `draws`, in their order."""
+        """Return (S, B, C) logits under the `draws`, in their order."""
         prefix = self._prefix(batch)
         parts, start = [], 0
         while start < len(draws):
-            size = self._draws_per_pass(batch) if self.foldable else 1
+            size = self._draws_per_pass(batch) if self.batchable else 1
             chosen = draws[start : start + size]
             try:
                 parts.append(self._pass(batch, chosen, prefix))
-            except UnfoldableError:
+            except IndivisibleBatchError:
                 if len(chosen) == 1:
                     raise
-                self.foldable = False
+                self.batchable = False
                 continue
             start += len(chosen)
         return torch.cat(parts)
@@ -75,31 +85,34 @@ class Folding:
             try:
                 with prefix.replayed(len(draws)):
                     return self._run(batch, draws)
-            except UnfoldableError:
+            except (BayesLoraError, torch.OutOfMemoryError):
                 raise
-            except (
-                Exception
-            ):  # whatever a model does with outputs it did not expect; without them it says what is wrong
-                self.shareable = False
+            except _REPLAY_ERRORS:
+                self.shareable = False  # a fault of the model itself comes up again in the full pass
         return self._run(batch, draws)
 
     def _run(self, batch: Mapping[str, Tensor], draws: Sequence[int]) -> Tensor:
         rows, times = row_count(batch), len(draws)
-        folded = batch if times == 1 else repeat_rows(dict(batch), rows, times)
+        repeated = batch if times == 1 else repeat_rows(dict(batch), rows, times)
         with sampling(self.model, "batch", self.seed, draws, self.antithetic), self._guarded(rows * times, times):
-            logits = self.read(self.model, folded)
-        # Fewer rows (several of a batch make one example) may be in any order; of one draw they need no telling apart.
+            logits = self.read(self.model, repeated)
+        # Some models return one row for several rows of inputs (multiple choice). With several draws nothing says
+        # which row belongs to which draw; with one draw it does not matter.
         if times > 1 and len(logits) != rows * times:
-            raise UnfoldableError(f"the model gave {len(logits)} rows of logits for {rows * times} rows of inputs")
+            raise IndivisibleBatchError(
+                f"the model gave {len(logits)} rows of logits for {rows * times} of inputs: take one draw at a time"
+            )
         return logits.view(times, -1, logits.shape[-1])
 
     @contextmanager
     def _guarded(self, rows: int, times: int) -> Iterator[None]:
-        """Raise `UnfoldableError` where a stochastic layer sees something that is not the repeated batch."""
+        """Raise `IndivisibleBatchError` if a stochastic layer sees something other than the repeated batch."""
 
         def check(_layer: nn.Module, args: tuple[Any, ...]) -> None:
             if args[0].ndim < 2 or args[0].shape[0] % rows:
-                raise UnfoldableError(f"a layer sees {args[0].shape[0]} rows where the batch has {rows}")
+                raise IndivisibleBatchError(
+                    f"a layer sees {args[0].shape[0]} rows of a batch of {rows}: take one draw at a time"
+                )
 
         with ExitStack() as hooks:
             if times > 1:
@@ -108,7 +121,7 @@ class Folding:
             yield
 
     def _prefix(self, batch: Mapping[str, Tensor]) -> Prefix | None:
-        """What comes before the first stochastic layer, where that is worth keeping."""
+        """Capture the part before the first stochastic layer, if there are blocks in it to share."""
         if not self.shareable:
             return None
         prefix = Prefix(self.model, list(self.layers.values()))
@@ -124,7 +137,7 @@ class _Reached(Exception):
 class Prefix:
     """The outputs of the modules that finish before the first stochastic layer is reached.
 
-    Kept are the blocks of the model's `ModuleList`s, and other modules outside of them whose output is one tensor with
+    It keeps the blocks of the model's `ModuleList`s, and other modules outside of them whose output is one tensor with
     a row for each row of the batch (embeddings), each at the highest level that has finished.
     """
 
@@ -180,7 +193,7 @@ class Prefix:
 
     @contextmanager
     def replayed(self, times: int) -> Iterator[None]:
-        """Inside, each kept module returns what it returned, repeated, instead of computing it."""
+        """Let each kept module return its kept output, repeated, instead of computing it."""
         queues: dict[nn.Module, deque[Any]] = {}
         for module, output in self._finished:
             queues.setdefault(module, deque()).append(output)
@@ -217,19 +230,19 @@ class Prefix:
 
 
 def _set_forward(module: nn.Module, forward: Callable[..., Any] | None) -> None:
-    """Back to the instance's own `forward`, or, for None, to its class's."""
+    """Restore the instance's own `forward`, or, for None, that of its class."""
     del module.__dict__["forward"]
     if forward is not None:
         module.forward = forward  # type: ignore[method-assign]
 
 
 def row_count(batch: Mapping[str, Tensor]) -> int:
-    """B, the rows of a batch: those of its first tensor that has any dimension."""
+    """Return B, the number of rows of the first tensor that has a dimension."""
     return next((len(value) for value in batch.values() if value.ndim), 1)
 
 
 def repeat_rows(value: Any, rows: int, times: int) -> Any:
-    """A copy of `value` with each tensor of `rows` rows in it, in tuples, lists and mappings too, `times` times."""
+    """Copy `value` with each tensor of `rows` rows, also inside tuples, lists and mappings, repeated `times` times."""
     if isinstance(value, Tensor):
         return value.repeat(times, *[1] * (value.ndim - 1)) if value.ndim and len(value) == rows else value
     if isinstance(value, tuple) and hasattr(value, "_fields"):
@@ -240,3 +253,39 @@ def repeat_rows(value: Any, rows: int, times: int) -> Any:
         repeated = {key: repeat_rows(each, rows, times) for key, each in value.items()}
         return repeated if type(value) is dict else type(value)(repeated)  # type: ignore[call-arg]
     return value
+
+
+def first_token_only(model: nn.Module) -> Any:
+    """Return a context in which a classifier that pools the first token works on it alone in its last block.
+
+    Attention mixes tokens, but the layers after it do not: from the attention's output layer on, the work on other
+    tokens of the last block changes no logit. Hidden states and attentions do change, so a model that returns those is
+    left alone, as is any other model.
+    """
+    base: Any = getattr(tuner_of(model), "model", model)
+    config = getattr(base, "config", None)
+    if getattr(config, "model_type", None) not in _POOLS_FIRST_TOKEN or not type(base).__name__.endswith(_HEADS):
+        return nullcontext()
+    if getattr(config, "output_hidden_states", False) or getattr(config, "output_attentions", False):
+        return nullcontext()
+    output = _last_attention_output(getattr(base, base.base_model_prefix, None))
+    return nullcontext() if output is None else _cut(output)
+
+
+def _last_attention_output(body: Any) -> nn.Module | None:
+    blocks = getattr(getattr(body, "encoder", None), "layer", None)
+    last = blocks[-1] if isinstance(blocks, nn.ModuleList) and len(blocks) else None
+    output = getattr(getattr(last, "attention", None), "output", None)
+    return output if isinstance(output, nn.Module) else None
+
+
+@contextmanager
+def _cut(output: nn.Module) -> Iterator[None]:
+    def first(_module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
+        return tuple(arg[:, :1] if isinstance(arg, Tensor) and arg.ndim == 3 else arg for arg in args)
+
+    handle = output.register_forward_pre_hook(first)
+    try:
+        yield
+    finally:
+        handle.remove()

@@ -1,10 +1,10 @@
 r"""Text generated under draws of the weights, and how sure the model is of it.
 
-Each sequence comes from one draw, the same for all of its tokens and for the keys and values that the cache keeps, so
-it is what one model of the posterior says. For a token $t$ of a sequence from draw $s$, with $p_d$ the probabilities
+Each sequence comes from one draw, the same for all of its tokens and for the keys and values that the cache keeps: it
+is the text of one model of the posterior. For a token $t$ of a sequence from draw $s$, with $p_d$ the probabilities
 of the next token under draw $d$ given the tokens before it:
 
-- `token_entropy`: $H(p_s)$, how open that one model thinks the token is;
+- `token_entropy`: $H(p_s)$, the uncertainty of that one model;
 - `predictive_entropy`: $H(\bar p)$ of the mean over all draws, and `mutual_information`, its part
   $H(\bar p) - \frac1S \sum_d H(p_d)$ that the draws disagree about (see `Prediction`).
 
@@ -25,10 +25,11 @@ import torch
 from torch import Tensor, nn
 
 from bayeslora.errors import BayesLoraError
-from bayeslora.methods.sampling import posterior_mean, sampling
-from bayeslora.posterior import UnfoldableError
+from bayeslora.methods.variational import posterior_mean, sampling
+from bayeslora.posterior import IndivisibleBatchError
 from bayeslora.prediction.batched_sampling import repeat_rows
-from bayeslora.prediction.predict import check_samples, evaluation_mode
+from bayeslora.prediction.predict import evaluation_mode
+from bayeslora.prediction.predictor import check_samples
 
 _MAX_NUMBERS = 2**25
 """Probabilities (rows x tokens x vocabulary) held at a time when sequences are scored: 128 MiB in float32."""
@@ -42,8 +43,8 @@ class Generation:
         sequences: (S, n, L) token ids as `model.generate` returns them, prompts included for decoder-only models;
             [s, i] was generated under draw s; shorter ones are padded on the right.
         tokens: (S, n, G) the generated part only.
-        mask: (S, n, G) which of `tokens` count: all up to the end-of-sequence token, which is included.
-        token_entropy: (S, n, G) in nats, float32, 0 where `mask` is not set; so are the other (S, n, G) tensors.
+        mask: (S, n, G) True for the tokens that count: all up to and including the end-of-sequence token.
+        token_entropy: (S, n, G) in nats, float32, 0 where `mask` is False, as in the other (S, n, G) tensors.
         log_probability: (S, n) of the sequence under its own draw, in nats.
         predictive_entropy, mutual_information: (S, n, G); None without `uncertainty`.
         mixture_log_probability, log_probability_std: (S, n); None without `uncertainty`.
@@ -88,13 +89,15 @@ def generate(
 
     Raises:
         BayesLoraError: samples of a model without a posterior, inputs that are not (B, T), or an option that returns
-            something else than sequences.
+            something other than sequences.
     """
     check_samples(model, samples)
     if input_ids.ndim != 2 or not input_ids.numel():
-        raise BayesLoraError(f"input_ids have shape {tuple(input_ids.shape)}, (prompts, tokens) is needed")
+        raise BayesLoraError(
+            f"input_ids have shape {tuple(input_ids.shape)}, but must be (prompts, tokens): tokenize prompts"
+        )
     if generate_kwargs.pop("return_dict_in_generate", False):
-        raise BayesLoraError("return_dict_in_generate is True, which generate has no use for: it returns a Generation")
+        raise BayesLoraError("return_dict_in_generate is True, but generate returns a Generation: leave it out")
     device = next(model.parameters()).device
     prompts = {"input_ids": input_ids.to(device)}
     prompts["attention_mask"] = torch.ones_like(prompts["input_ids"]) if attention_mask is None else attention_mask
@@ -129,7 +132,7 @@ class _Run:
                 yield
 
     def generated(self, options: dict[str, Any]) -> Tensor:
-        """(S, n, L) sequences."""
+        """Generate (S, n, L) sequences."""
         self.end = _ids(options.get("eos_token_id", getattr(self.settings, "eos_token_id", None)))
         padding = options.get("pad_token_id", getattr(self.settings, "pad_token_id", None))
         if padding is None:
@@ -137,7 +140,7 @@ class _Run:
         options = {**options, "pad_token_id": padding}
         try:
             parts = [self._generate(range(self.samples), options)]
-        except UnfoldableError:
+        except IndivisibleBatchError:
             parts = [self._generate(range(draw, draw + 1), options) for draw in range(self.samples)]
         longest = max(part.shape[1] for part in parts)
         padded = [nn.functional.pad(part, (0, longest - part.shape[1]), value=padding) for part in parts]
@@ -145,13 +148,13 @@ class _Run:
 
     def _generate(self, draws: range, options: dict[str, Any]) -> Tensor:
         rows = len(self.prompts["input_ids"])
-        folded = repeat_rows(self.prompts, rows, len(draws))
+        repeated = repeat_rows(self.prompts, rows, len(draws))
         with self._weights(draws):
-            sequences: Tensor = self.model.generate(**folded, **options)  # type: ignore[operator]
+            sequences: Tensor = self.model.generate(**repeated, **options)  # type: ignore[operator]
         return sequences
 
     def scored(self, sequences: Tensor, uncertainty: bool) -> dict[str, Tensor]:
-        """The fields of a `Generation`."""
+        """Return the fields of a `Generation`."""
         samples, count, length = sequences.shape
         start = 1 if self.encodes else self.prompts["input_ids"].shape[1]
         tokens = sequences[..., start:]
@@ -161,45 +164,39 @@ class _Run:
         sizes = getattr(self.model, "config", None)
         vocabulary = int(getattr(getattr(sizes, "get_text_config", lambda: sizes)(), "vocab_size", 2**15))
         step = max(1, _MAX_NUMBERS // (max(1, length) * vocabulary))
-        parts = [
-            self._score(
-                rows[at : at + step], valid[at : at + step], own[at : at + step], at, count, start, uncertainty
-            )
-            for at in range(0, len(rows), step)
-        ]
+        # Sequence i of the n of a draw answers prompt i // (sequences a prompt).
+        prompt = (torch.arange(len(rows), device=rows.device) % count) // (count // len(self.prompts["input_ids"]))
+        parts = []
+        for at in range(0, len(rows), step):
+            part = slice(at, at + step)
+            parts.append(self._score(rows[part], valid[part], own[part], prompt[part], start, uncertainty))
         found = {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
         shaped = {name: value.view(samples, count, *value.shape[1:]) for name, value in found.items()}
         return {"sequences": sequences, "tokens": tokens, "mask": mask, **shaped}
 
     def _score(
-        self, rows: Tensor, mask: Tensor, own: Tensor, at: int, count: int, start: int, uncertainty: bool
+        self, rows: Tensor, mask: Tensor, own: Tensor, prompt: Tensor, start: int, uncertainty: bool
     ) -> dict[str, Tensor]:
-        """Entropies (rows, G) and log-probabilities (rows,) of some of the sequences; `own` is the draw of each."""
-        targets = rows[:, start:]
-        # Row at + i of all S * count sequences answers prompt ((at + i) % count) // (sequences a prompt).
-        index = (torch.arange(at, at + len(rows), device=rows.device) % count) // (
-            count // len(self.prompts["input_ids"])
-        )
-        entropy, log_probability = (
-            torch.zeros(mask.shape, device=rows.device),
-            torch.zeros(len(rows), device=rows.device),
-        )
-        mean, expected, of_draws = torch.zeros(()), torch.zeros(()), []
+        """Return entropies (rows, G) and log-probabilities (rows,) of some of the sequences.
+
+        `own` is the draw and `prompt` the prompt of each sequence.
+        """
+        targets, device = rows[:, start:], rows.device
+        entropy, log_probability = torch.zeros(mask.shape, device=device), torch.zeros(len(rows), device=device)
+        mean, expected = torch.zeros((), device=device), torch.zeros((), device=device)
+        of_draws = []
         for draw in range(self.samples):
             if not uncertainty and not bool((own == draw).any()):
                 continue
             with self._weights(range(draw, draw + 1)):
-                log_p = self._logits(rows, mask, index, start).float().log_softmax(dim=-1)
+                log_p = self._logits(rows, mask, prompt, start).float().log_softmax(dim=-1)
             p = log_p.exp()
             entropy_here = torch.special.entr(p).sum(dim=-1) * mask
             chosen = (log_p.gather(-1, targets.unsqueeze(-1)).squeeze(-1) * mask).sum(dim=-1)
             mine = own == draw
             entropy[mine], log_probability[mine] = entropy_here[mine], chosen[mine]
             if uncertainty:
-                mean, expected = (
-                    mean.to(p.device) + p / self.samples,
-                    expected.to(p.device) + entropy_here / self.samples,
-                )
+                mean, expected = mean + p / self.samples, expected + entropy_here / self.samples
                 of_draws.append(chosen)
         found = {"token_entropy": entropy, "log_probability": log_probability}
         if uncertainty:
@@ -211,11 +208,11 @@ class _Run:
             found["log_probability_std"] = stacked.std(dim=0, correction=0)
         return found
 
-    def _logits(self, rows: Tensor, mask: Tensor, index: Tensor, start: int) -> Tensor:
-        """(rows, G, V): the logits that each generated token was chosen from."""
-        prompt_mask = self.prompts["attention_mask"][index]
+    def _logits(self, rows: Tensor, mask: Tensor, prompt: Tensor, start: int) -> Tensor:
+        """Return (rows, G, V): the logits that each generated token was chosen from."""
+        prompt_mask = self.prompts["attention_mask"][prompt]
         if self.encodes:
-            ids = self.prompts["input_ids"][index]
+            ids = self.prompts["input_ids"][prompt]
             output = self.model(input_ids=ids, attention_mask=prompt_mask, decoder_input_ids=rows[:, :-1])
             return output.logits
         whole = torch.cat([prompt_mask, mask.to(prompt_mask.dtype)], dim=1)[:, :-1]
@@ -225,7 +222,7 @@ class _Run:
 
 
 def _until_end(tokens: Tensor, end: list[int]) -> Tensor:
-    """Tokens up to the first of the ids in `end`, which is included."""
+    """Return the mask of the tokens up to and including the first of the ids in `end`."""
     is_end = torch.isin(tokens, torch.tensor(end, device=tokens.device, dtype=tokens.dtype))
     return is_end.long().cumsum(dim=-1) - is_end.long() == 0
 
@@ -238,7 +235,7 @@ def _ids(value: Any) -> list[int]:
 
 @contextmanager
 def _seeded(seed: int, device: torch.device) -> Iterator[None]:
-    """torch's random state follows from the seed inside, and is what it was before outside."""
+    """Seed torch's random state; afterwards it is what it was before."""
     devices = [device] if device.type == "cuda" else []
     with torch.random.fork_rng(devices=devices):
         torch.manual_seed(seed)

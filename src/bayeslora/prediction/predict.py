@@ -1,99 +1,79 @@
-"""The predictive distribution of an adapted model, as one function.
+r"""The predictive distribution of an adapted model, as one function.
 
-prediction = bayeslora.predict(model, loader, samples=10)     # a batch will do as well
+prediction = bayeslora.predict(model, loader, samples=10)     # a batch works as well
 prediction.probabilities                                       # (n, C), the mean over ten draws of the weights
-prediction.mutual_information                                  # (n,), what more training data would remove
+prediction.mutual_information                                  # (n,), the part that more training data would remove
+
+For class probabilities $p_1, \dots, p_S$ of $S$ draws and their mean $\bar p$, the entropy of the prediction splits
+into the uncertainty of the data and that of the weights (Depeweg et al., 2018, arXiv:1710.07283):
+
+$$ H(\bar p) = \tfrac1S \textstyle\sum_s H(p_s) + I. $$
+
+`entropy` is the left side, `expected_entropy` the mean on the right and `mutual_information` is $I$. A deterministic
+prediction comes from one set of weights, so $I = 0$.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+import math
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import replace
-from typing import Any, Protocol, runtime_checkable
+from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from bayeslora.errors import BayesLoraError
-from bayeslora.methods.sampling import has_posterior, posterior_mean
-from bayeslora.prediction.batched_sampling import Folding
-from bayeslora.prediction.cls_pooling import first_token_only
-from bayeslora.prediction.result import Prediction, summarize, summarize_samples
+from bayeslora.prediction.predictor import (
+    Logits,
+    ModelPredictor,
+    Predictable,
+    Predictor,
+    as_predictor,
+    check_samples,
+)
 
-_LABEL_KEYS = ("label", "labels", "label_ids")
-
-Logits = Callable[[nn.Module, Mapping[str, Tensor]], Any]
-"""From the model and a batch of B rows to class logits (B, C); -inf marks a class that a row does not have."""
-
-Sampler = Callable[[Mapping[str, Tensor]], Tensor]
-"""From a batch of B rows to (S, B, C) logits, one entry for each sample."""
+_LABEL_KEYS = ("labels", "label", "label_ids")
+_NO_BATCH = "the loader gave 0 batches, but at least 1 is needed: check the data set behind it"
 
 
-@runtime_checkable
-class Predictor(Protocol):
-    """What `predict` predicts with: a model with a posterior, or any of the methods that wrap a finished one.
+@dataclass(frozen=True)
+class Prediction:
+    """Predictions for n examples in the order they came in; float64 (labels: int64) tensors on the CPU.
 
     Attributes:
-        model: the module that is put in evaluation mode, and on whose device the batches go.
+        logits: (n, C) outputs of the model, or, with samples, the logarithms of `probabilities`; (n, 1) for
+            regression, with samples their mean.
+        probabilities: (n, C), rows sum to 1, with samples the mean over them; (n, 0) for regression, which has no
+            classes.
+        labels: (n,) ids of the most probable class; for regression the predicted values, float64.
+        entropy: (n,) entropy of `probabilities` in nats; 0 for regression.
+        mutual_information: (n,) the part of the entropy that comes from not knowing the weights, in nats, at least 0;
+            0 for a deterministic prediction and for regression.
+        expected_entropy: (n,) the other part, the mean entropy of the samples.
+        std: (n,) for regression the standard deviation over the samples; 0 for a deterministic prediction and for
+            classes.
+        sample_probabilities: (S, n, C) of each sample, if asked for; None otherwise and for regression.
+        sample_values: (S, n) of each sample for regression, if asked for; None otherwise and for classes.
     """
 
-    @property
-    def model(self) -> nn.Module: ...
+    logits: Tensor
+    probabilities: Tensor
+    labels: Tensor
+    entropy: Tensor
+    mutual_information: Tensor
+    expected_entropy: Tensor
+    std: Tensor
+    sample_probabilities: Tensor | None = None
+    sample_values: Tensor | None = None
 
-    def check_samples(self, samples: int) -> None:
-        """Raise `BayesLoraError` where this number of samples cannot be drawn."""
-
-    def sampler(self, samples: int, seed: int, antithetic: bool, read: Logits) -> Sampler:
-        """A function from batches to the logits of each sample, S >= 1 of them, for one run over the data.
-
-        It is called in evaluation mode without gradients. `read` gives the (B, C) logits of one pass.
-        """
-
-
-class Posterior:
-    """A model as a predictor: its posterior mean, or draws from its posterior where it has one."""
-
-    def __init__(self, model: nn.Module) -> None:
-        self._model = model
-
-    @property
-    def model(self) -> nn.Module:
-        return self._model
-
-    def check_samples(self, samples: int) -> None:
-        if samples > 0 and not has_posterior(self.model):
-            kinds = sorted({str(getattr(c.peft_type, "value", c.peft_type)) for c in _peft_configs(self.model)})
-            what = f"the adapter ({', '.join(kinds)})" if kinds else f"the model ({type(self.model).__name__})"
-            raise BayesLoraError(
-                f"samples is {samples}, but {what} is deterministic and has no posterior to sample from: use samples=0"
-            )
-
-    def sampler(self, samples: int, seed: int, antithetic: bool, read: Logits) -> Sampler:
-        if samples == 0:
-            return mean_sampler(self.model, read)
-        folding = Folding(self.model, read, seed, antithetic)
-
-        def draws(batch: Mapping[str, Tensor]) -> Tensor:
-            with first_token_only(self.model):
-                return folding.logits(batch, range(samples))
-
-        return draws
-
-
-def mean_sampler(model: nn.Module, read: Logits) -> Sampler:
-    """The one "sample" of a predictor without samples: the model at its posterior mean."""
-
-    def mean(batch: Mapping[str, Tensor]) -> Tensor:
-        with posterior_mean(model):
-            logits: Tensor = read(model, batch)
-        return logits.unsqueeze(0)
-
-    return mean
+    def __len__(self) -> int:
+        return int(self.logits.shape[0])
 
 
 def predict(
-    model: nn.Module | Predictor,
+    model: Predictable,
     loader_or_batch: Mapping[str, Any] | Iterable[Mapping[str, Any]],
     samples: int = 0,
     seed: int = 0,
@@ -103,7 +83,7 @@ def predict(
     logits: Logits | None = None,
     optimizer: object | None = None,
 ) -> Prediction:
-    """Class probabilities (or regression values) and their uncertainty, for a batch or a loader of batches.
+    """Return class probabilities (or regression values) and their uncertainty, for a batch or a loader of batches.
 
     Runs in evaluation mode without gradients on the model's device, and leaves every module in the mode it was in.
     Labels in a batch are ignored, so no loss is computed. Draw number d is the same function of its inputs for every
@@ -111,33 +91,31 @@ def predict(
 
     Args:
         model: a sequence classifier or regressor, a model whose output is, or has, `logits` of shape (batch, C); or a
-            predictor such as `MCDropout` around one.
+            predictor such as `MCDropout` around one; or the posterior that `load_posterior(model, folder)` gives.
         loader_or_batch: a mapping from input names to tensors, or an iterable of such mappings (a `DataLoader`).
         samples: draws of the weights to average the probabilities over. 0 uses the mean weights, the only choice for
             an adapter without a posterior.
         seed: of the draws; the same seed gives the same prediction.
-        per_sample: keep the outputs of each sample, too: `sample_probabilities` or `sample_values`.
+        per_sample: also keep the outputs of each sample: `sample_probabilities` or `sample_values`.
         antithetic: draws in pairs of opposite noise.
         logits: from the model and a batch to class logits (batch, C), for models that do not give them as they are,
             such as language models that choose among answers. A logit of -inf is a class the row does not have. It
-            is called on batches whose rows are repeated, as often as fit, and must work from the model's logits:
-            hidden states of a classifier's last block may be there for the first token only.
-        optimizer: an `IVON` that has trained the model, to draw from its posterior. One that was saved is a predictor
-            of its own: give `load_posterior(model, folder)` for `model`.
+            is called on batches of repeated rows and must work from the model's logits: a classifier's last block
+            may give hidden states of the first token only.
+        optimizer: an `IVON` that has trained the model, to draw from its posterior.
 
     Raises:
-        BayesLoraError: `samples` above 0 for a deterministic adapter, an optimizer without a posterior, no batch at
-            all, inputs that are no tensors, or logits of another shape than (batch, C).
+        BayesLoraError: `samples` above 0 for a deterministic adapter, an optimizer without a posterior, an empty
+            loader, inputs that are not tensors, or logits of another shape than (batch, C).
     """
     predictor = as_predictor(model) if optimizer is None else _drawn_by(optimizer, model)
     check_samples(predictor, samples)
     if isinstance(seed, bool) or not isinstance(seed, int):
-        raise BayesLoraError(f"the seed is {seed!r}, a whole number is needed")
+        raise BayesLoraError(f"the seed is {seed!r}, but must be a whole number: give seed=0")
     collected = sampled_logits(predictor, loader_or_batch, samples, seed, antithetic, logits)
-    single = samples == 0 and len(collected) == 1
-    prediction = summarize(collected[0]) if single else summarize_samples(collected)
-    if per_sample and single:
-        return replace(prediction, **_single_sample(prediction))
+    prediction = summarize(collected)
+    if samples == 0 and len(collected) == 1:
+        prediction = replace(prediction, logits=collected[0])
     return prediction if per_sample else replace(prediction, sample_probabilities=None, sample_values=None)
 
 
@@ -149,7 +127,7 @@ def sampled_logits(
     antithetic: bool = False,
     logits: Logits | None = None,
 ) -> Tensor:
-    """(S, n, C) logits of each sample for all batches, float64 on the CPU; S = 1 for the mean weights."""
+    """Return (S, n, C) logits of each sample for all batches, float64 on the CPU; S = 1 for the mean weights."""
     batches = [loader_or_batch] if isinstance(loader_or_batch, Mapping) else loader_or_batch
     device = _device(predictor.model)
     read = _checked(logits or _forward)
@@ -159,48 +137,23 @@ def sampled_logits(
         for batch in batches:
             collected.append(sample(_inputs(batch, device)).to(device="cpu", dtype=torch.float64))
     if not collected:
-        raise BayesLoraError("the loader gave 0 batches, at least 1 is needed: check the data set behind it")
+        raise BayesLoraError(_NO_BATCH)
     # A tensor made in inference mode cannot enter autograd later; a copy made outside of it can.
     return torch.cat(collected, dim=1).clone()
 
 
-def as_predictor(model: nn.Module | Predictor) -> Predictor:
-    """The predictor itself, or the one that a model is."""
-    if isinstance(model, nn.Module):
-        return Posterior(model)
-    if isinstance(model, Predictor):
-        return model
-    raise BayesLoraError(
-        f"{type(model).__name__} is neither a model nor a predictor, one is needed: give a torch module, or one of "
-        "bayeslora's predictors around it"
-    )
-
-
-def check_samples(model: nn.Module | Predictor, samples: int) -> None:
-    """Raise unless `predict` can draw this many samples from the model, before any work is done.
-
-    Raises:
-        BayesLoraError: a negative or fractional number, or any samples of a model without a posterior.
-    """
-    if isinstance(samples, bool) or not isinstance(samples, int) or samples < 0:
-        raise BayesLoraError(f"samples is {samples!r}, a whole number of at least 0 is needed: 0 uses mean weights")
-    as_predictor(model).check_samples(samples)
-
-
-def _drawn_by(optimizer: object, model: nn.Module | Predictor) -> Predictor:
-    from bayeslora.prediction.weights import WeightPosterior  # which is a predictor, as defined here
-
+def _drawn_by(optimizer: object, model: Predictable) -> Predictor:
     if not isinstance(model, nn.Module):
         raise BayesLoraError(
-            f"an optimizer is given beside a {type(model).__name__}, it draws the weights of a model: give the model, "
-            "or build the predictor around bayeslora.WeightPosterior(model, optimizer)"
+            f"an optimizer is given with a {type(model).__name__}, but draws a model's weights: give the model, "
+            "or build the predictor around bayeslora.ModelPredictor(model, optimizer)"
         )
-    return WeightPosterior(model, optimizer)
+    return ModelPredictor(model, optimizer)
 
 
 @contextmanager
 def evaluation_mode(model: nn.Module) -> Iterator[None]:
-    """Evaluation mode inside, and outside every submodule is in the mode it was in before.
+    """Put the model in evaluation mode; afterwards every submodule is in the mode it was in before.
 
     `model.train()` afterwards would not do: parts of a model may be kept in evaluation mode on purpose.
     """
@@ -213,15 +166,74 @@ def evaluation_mode(model: nn.Module) -> Iterator[None]:
             module.training = training
 
 
-def _single_sample(prediction: Prediction) -> dict[str, Tensor]:
-    if prediction.logits.shape[1] == 1:
-        return {"sample_values": prediction.labels.unsqueeze(0)}
-    return {"sample_probabilities": prediction.probabilities.unsqueeze(0)}
+def labels_of(batches: Iterable[Mapping[str, Any]]) -> Tensor:
+    """Return (n,) class ids of all batches, int64 on the CPU.
+
+    Raises:
+        BayesLoraError: no batch, a batch without labels, or labels that are not class ids.
+    """
+    found = []
+    for batch in batches:
+        given = next((batch[name] for name in _LABEL_KEYS if batch.get(name) is not None), None)
+        if given is None:
+            raise BayesLoraError(
+                f"a batch has {', '.join(batch)} and no labels, but labels are needed here: give labelled data"
+            )
+        labels = torch.as_tensor(given)
+        if labels.is_floating_point():
+            raise BayesLoraError(f"labels are {labels.dtype}, but must be class ids: give a classifier's data")
+        found.append(labels.reshape(-1).to("cpu", torch.int64))
+    if not found:
+        raise BayesLoraError(_NO_BATCH)
+    return torch.cat(found)
 
 
-def _peft_configs(model: nn.Module) -> list[Any]:
-    configs = getattr(model, "peft_config", None)
-    return list(configs.values()) if isinstance(configs, Mapping) else []
+def summarize(logits: Tensor) -> Prediction:
+    """Return the `Prediction` of S >= 1 samples with (S, n, C) logits; C = 1 means regression.
+
+    A logit of -inf is a class that the example does not have: its probability is 0.
+    """
+    logits = logits.to(torch.float64)
+    if logits.shape[2] == 1:
+        return _regression(logits)
+    per_sample = logits.log_softmax(dim=-1)
+    # In logarithms, so that a class that every sample thinks impossible keeps its order of magnitude.
+    mean = per_sample.logsumexp(dim=0) - math.log(len(logits))
+    sample_probabilities, probabilities = per_sample.exp(), mean.exp()
+    entropy, expected = _entropy(probabilities), _entropy(sample_probabilities).mean(dim=0)
+    return Prediction(
+        logits=mean,
+        probabilities=probabilities,
+        labels=probabilities.argmax(dim=-1),
+        entropy=entropy,
+        # Jensen's inequality holds up to rounding.
+        mutual_information=(entropy - expected).clamp_min(0),
+        expected_entropy=expected,
+        std=torch.zeros_like(entropy),
+        sample_probabilities=sample_probabilities,
+    )
+
+
+def _regression(values: Tensor) -> Prediction:
+    """Return the `Prediction` of (S, n, 1) outputs."""
+    values = values[..., 0]
+    mean = values.mean(dim=0)
+    zeros = torch.zeros_like(mean)
+    return Prediction(
+        logits=mean.unsqueeze(1),
+        probabilities=mean.new_zeros(len(mean), 0),
+        labels=mean,
+        entropy=zeros,
+        mutual_information=zeros.clone(),
+        expected_entropy=zeros.clone(),
+        std=values.std(dim=0, correction=0),
+        sample_values=values,
+    )
+
+
+def _entropy(probabilities: Tensor) -> Tensor:
+    # entr(0) = 0, where p * log(p) would be NaN.
+    return torch.special.entr(probabilities).sum(dim=-1)
 
 
 def _device(model: nn.Module) -> torch.device:
@@ -233,8 +245,8 @@ def _device(model: nn.Module) -> torch.device:
 def _inputs(batch: Any, device: torch.device) -> dict[str, Tensor]:
     if not isinstance(batch, Mapping):
         raise BayesLoraError(
-            f"a batch is a {type(batch).__name__}, a mapping from input names to tensors is needed: "
-            "let the collator return what the tokenizer returns"
+            f"a batch is a {type(batch).__name__}, but must be a mapping from input names to tensors: "
+            "let the collator return the tokenizer's output"
         )
     inputs: dict[str, Tensor] = {}
     for name, value in batch.items():
@@ -242,7 +254,7 @@ def _inputs(batch: Any, device: torch.device) -> dict[str, Tensor]:
             continue
         if not isinstance(value, Tensor):
             raise BayesLoraError(
-                f"input {name!r} is a {type(value).__name__}, a tensor is needed: "
+                f"input {name!r} is a {type(value).__name__}, but must be a tensor: "
                 'tokenize with return_tensors="pt" or drop the column'
             )
         inputs[name] = value.to(device)
@@ -259,14 +271,14 @@ def _forward(model: nn.Module, batch: Mapping[str, Tensor]) -> Any:
 
 
 def _checked(read: Logits) -> Logits:
-    """`read`, which raises unless it gives (batch, classes)."""
+    """Return `read` with a check that it gives (batch, classes)."""
 
     def checked(model: nn.Module, batch: Mapping[str, Tensor]) -> Tensor:
         found = read(model, batch)
         if not isinstance(found, Tensor) or found.ndim != 2:
             seen = f"shape {tuple(found.shape)}" if isinstance(found, Tensor) else f"type {type(found).__name__}"
             raise BayesLoraError(
-                f"the model's logits have {seen}, (batch, classes) is needed: load the model as a sequence classifier"
+                f"the model's logits have {seen}, but must be (batch, classes): load a sequence classifier"
             )
         return found
 

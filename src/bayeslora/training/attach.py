@@ -13,7 +13,8 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from bayeslora.errors import BayesLoraError
 from bayeslora.methods.tuner import tuner_of
-from bayeslora.optim import IVON, save_posterior, unwrapped
+from bayeslora.optim import IVON
+from bayeslora.posterior import save_posterior, unwrapped
 from bayeslora.training.groups import parameter_groups
 from bayeslora.training.ivon import (
     IvonLoop,

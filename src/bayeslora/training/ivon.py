@@ -15,7 +15,9 @@ from transformers import Trainer
 
 from bayeslora.errors import BayesLoraError
 from bayeslora.methods.tuner import BayesTuner, tuner_of
-from bayeslora.optim import IVON, local, unwrapped
+from bayeslora.optim import IVON
+from bayeslora.posterior import unwrapped
+from bayeslora.posterior.draws import local
 from bayeslora.training.groups import parameter_groups
 
 OptimizerFactory = Callable[..., Optimizer]
@@ -57,7 +59,7 @@ def posterior_statistics(optimizer: IVON) -> dict[str, float]:
 
     A variation near 0 says that the Hessian has hardly moved: all weights are then equally uncertain.
     """
-    entries = optimizer.posteriors()
+    entries = optimizer.gaussians()
     known = [(e.mean, e.deviation) for e in entries if e.mean is not None and e.deviation is not None]
     if not known:
         return {}

@@ -29,7 +29,7 @@ from bayeslora.export.packed.reader import ADAPTER_FILE, PREFIX
 from bayeslora.methods.blora.layer import BLoraLayer
 from bayeslora.methods.config import AdapterConfig
 from bayeslora.methods.tuner import BayesTuner
-from bayeslora.optim import NamedPosterior
+from bayeslora.posterior import WeightPosterior, load_posterior
 from bayeslora.quantization import WIDTHS, codes
 from bayeslora.quantization.packing import pack
 from bayeslora.vocabulary import BASE_WEIGHT
@@ -43,7 +43,7 @@ def export_packed(
     adapter_name: str | None = None,
     batch: Mapping[str, Tensor] | None = None,
     *,
-    posterior: NamedPosterior | Optimizer | str | os.PathLike[str] | None = None,
+    posterior: WeightPosterior | Optimizer | str | os.PathLike[str] | None = None,
 ) -> dict[str, Any]:
     """Write the adapter as the frozen evaluation model uses it, at its learned widths.
 
@@ -53,7 +53,7 @@ def export_packed(
         adapter_name: by default the active adapter.
         batch: not needed; packing changes no output.
         posterior: the posterior over the weights that goes with the adapter: the IVON that trained it, a folder with
-            `posterior.safetensors`, or what `NamedPosterior` has read. Ranks are cut out of it as well.
+            `posterior.safetensors`, or a `WeightPosterior`. Ranks are cut out of it as well.
 
     Returns:
         `file_bytes` of the adapter file; `matrix_bytes`, of the low-rank matrices with codes, and `ideal_bytes`, the
@@ -78,7 +78,7 @@ def export_packed(
                 f"{narrow[0]} has matrices below 32 bits, whose codes a posterior over the weights does not fit: "
                 "export without the posterior"
             )
-        saved.cut(cut, kept_ranks)
+        saved = saved.cut(cut, kept_ranks)
     tensors = {key: tensor for key, tensor in _state(cut, name).items() if not key.startswith(inside)}
     tensors[CODES] = buffer
     folder = Path(path)
@@ -100,11 +100,13 @@ def export_packed(
 
 
 def _named_posterior(
-    model: PeftModel, given: NamedPosterior | Optimizer | str | os.PathLike[str] | None
-) -> NamedPosterior | None:
-    if given is None or isinstance(given, NamedPosterior):
+    model: PeftModel, given: WeightPosterior | Optimizer | str | os.PathLike[str] | None
+) -> WeightPosterior | None:
+    if given is None or isinstance(given, WeightPosterior):
         return given
-    return NamedPosterior.read(given) if isinstance(given, (str, os.PathLike)) else NamedPosterior.of(model, given)
+    if isinstance(given, (str, os.PathLike)):
+        return load_posterior(model, given)
+    return WeightPosterior.of(model, given)
 
 
 def _packed_layers(tuner: BayesTuner, name: str) -> tuple[PackedIndex, Tensor]:

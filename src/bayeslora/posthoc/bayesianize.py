@@ -21,9 +21,9 @@ from torch import Tensor, nn
 
 from bayeslora.errors import BayesLoraError
 from bayeslora.methods.blob import BlobConfig
-from bayeslora.methods.sampling import stochastic_layers
-from bayeslora.posthoc.calibration import labels_of, negative_log_likelihood
-from bayeslora.prediction.predict import Logits, Posterior, sampled_logits
+from bayeslora.methods.variational import stochastic_layers
+from bayeslora.posthoc.temperature import predictive_nll
+from bayeslora.prediction import Logits, ModelPredictor, labels_of, sampled_logits
 
 _log = logging.getLogger(__name__)
 
@@ -42,7 +42,7 @@ _SHARED_FIELDS = (
     "bias",
 )
 _SMALLEST_SHARE = 1e-6
-"""Singular values below this share of the largest count as this share: no noise divided by zero."""
+"""Singular values below this share of the largest count as this share, so that noise is not divided by zero."""
 _FIRST_SCALE = 1e-3
 _STEPS_OUT = 24
 
@@ -57,65 +57,66 @@ def bayesianize(
     steps: int = 8,
     logits: Logits | None = None,
 ) -> PeftModel:
-    """A model with the same mean and a BLoB posterior around it, without training.
+    """Return a model with the same mean and a BLoB posterior around it, without training.
 
-    The LoRA adapter is taken out of `model`, whose base model is used again: the model given is spent afterwards.
+    The LoRA adapter is taken out of `model`, whose base model is used again: do not use `model` afterwards.
 
     Args:
         model: a PEFT model with one LoRA adapter on linear layers.
-        anchor: a batch or batches of held-out data, of a few hundred examples. Without labels, the classes that the
-            model predicts stand for them.
+        anchor: a batch or batches of held-out data, of a few hundred examples. Without labels, the model's own
+            predictions are used.
         tolerance: share by which the anchor's negative log-likelihood may grow.
-        samples, seed: of the posterior, for the anchor's likelihood; the same draws for every scale that is tried.
-        steps: bisections of the interval, a factor of two, in which the scale is known to lie.
+        samples, seed: of the posterior, for the anchor's likelihood; every scale is tried with the same draws.
+        steps: bisections of the interval, a factor of two, that contains the scale.
         logits: as for `predict`.
 
     Raises:
-        BayesLoraError: no single LoRA adapter or one that has more than A and B, a tolerance that is not positive, or
+        BayesLoraError: a model without exactly one LoRA adapter of A and B alone, a tolerance that is not positive, or
             an anchor set whose likelihood no noise lowers, as with an untrained adapter or with random labels.
     """
     if tolerance <= 0 or samples < 1 or steps < 0:
         raise BayesLoraError(
-            f"tolerance is {tolerance}, samples {samples} and steps {steps}; a positive tolerance, at least 1 sample "
-            "and no negative number of steps are needed"
+            f"tolerance is {tolerance}, samples {samples} and steps {steps}, but they must be above 0, at least 1 and "
+            "at least 0: give others, or leave them out"
         )
     name, config = _adapter_of(model)
     batches = [anchor] if isinstance(anchor, Mapping) else list(anchor)
-    before = sampled_logits(Posterior(model), batches, 0, logits=logits)
+    before = sampled_logits(ModelPredictor(model), batches, 0, logits=logits)
     labels = _labels(batches, before)
-    layers = {path: module for path, module in _base(model).named_modules() if isinstance(module, LoraLayer)}
-    factors = {path: _decomposed(layer, name) for path, layer in layers.items() if name in layer.lora_A}
-    scalings = {path: float(layers[path].scaling[name]) for path in factors}
-    state = {
-        key: value.clone()
-        for key, value in get_peft_model_state_dict(model, adapter_name=name).items()
-        if ".lora_" not in key
-    }
-    for path, (a, b, _) in factors.items():
-        state |= {f"base_model.model.{path}.blob_{part}": value for part, value in (("M", a), ("B", b))}
-        state[f"base_model.model.{path}.blob_G"] = torch.zeros_like(a)
-    base = model.unload()  # type: ignore[operator]
-    new = get_peft_model(base, _blob_config(config, factors, scalings), adapter_name=name).eval()
-    set_peft_model_state_dict(new, state, adapter_name=name)
-    widths = {path: d for path, (_, _, d) in factors.items()}
+    new, widths = _as_blob(model, name, config)
+    limit = predictive_nll(before, labels) * (1 + tolerance)
 
     def allowed(scale: float) -> bool:
         _set_scale(new, name, widths, scale)
-        found = sampled_logits(Posterior(new), batches, samples, seed, logits=logits)
-        return negative_log_likelihood(found, labels) <= limit
+        found = sampled_logits(ModelPredictor(new), batches, samples, seed, logits=logits)
+        return predictive_nll(found, labels) <= limit
 
-    limit = negative_log_likelihood(before, labels) * (1 + tolerance)
     scale = largest_allowed(allowed, steps)
     _set_scale(new, name, widths, scale)
     _log.info("training-free Bayesianization: scale %.3g for %d anchor examples", scale, len(labels))
     return new
 
 
+def _as_blob(model: Any, name: str, config: Any) -> tuple[PeftModel, dict[str, Tensor]]:
+    """Return BLoB's model with the same mean and no noise yet, and by layer the singular values (k,) of B."""
+    layers = {path: module for path, module in model.get_base_model().named_modules() if isinstance(module, LoraLayer)}
+    factors = {path: _decomposed(layer, name) for path, layer in layers.items() if name in layer.lora_A}
+    scalings = {path: float(layers[path].scaling[name]) for path in factors}
+    saved = get_peft_model_state_dict(model, adapter_name=name)
+    state = {key: value.clone() for key, value in saved.items() if ".lora_" not in key}
+    for path, (a, b, _) in factors.items():
+        state |= {f"base_model.model.{path}.blob_{part}": value for part, value in (("M", a), ("B", b))}
+        state[f"base_model.model.{path}.blob_G"] = torch.zeros_like(a)
+    new = get_peft_model(model.unload(), _blob_config(config, factors, scalings), adapter_name=name).eval()
+    set_peft_model_state_dict(new, state, adapter_name=name)
+    return new, {path: d for path, (_, _, d) in factors.items()}
+
+
 def largest_allowed(allowed: Callable[[float], bool], steps: int) -> float:
-    """The largest scale found for which `allowed` holds: one that was tried, never one that failed.
+    """Return the largest scale found for which `allowed` holds: one that was tried, never one that failed.
 
     Raises:
-        BayesLoraError: `allowed` holds, or fails, over two dozen factors of two.
+        BayesLoraError: `allowed` holds, or fails, for every scale over two dozen factors of two.
     """
     scale, holds = _FIRST_SCALE, allowed(_FIRST_SCALE)
     for _ in range(_STEPS_OUT):
@@ -126,8 +127,8 @@ def largest_allowed(allowed: Callable[[float], bool], steps: int) -> float:
     else:
         effect = f"up to {scale:.0e} never" if holds else f"down to {scale:.0e} always"
         raise BayesLoraError(
-            f"noise of a scale {effect} lowers the anchor set's likelihood too much, so none is the largest allowed: "
-            "give an adapter that was trained, and other anchor examples or another tolerance"
+            f"noise of a scale {effect} lowers the anchor set's likelihood too much, but the largest allowed scale is "
+            "needed: give a trained adapter, and other anchor examples or another tolerance"
         )
     low, high = (scale, following) if holds else (following, scale)
     for _ in range(steps):
@@ -141,38 +142,31 @@ def _adapter_of(model: nn.Module) -> tuple[str, Any]:
     kinds = [str(getattr(config.peft_type, "value", config.peft_type)) for config in (configs or {}).values()]
     if configs is None or kinds != ["LORA"]:
         raise BayesLoraError(
-            f"the model ({type(model).__name__}) has the adapters {', '.join(kinds) or 'none'}, exactly one LORA is "
-            "needed to be given a posterior: load that one alone"
+            f"the model ({type(model).__name__}) has the adapters {', '.join(kinds) or 'none'}, but must have exactly "
+            "one LORA: load that one alone"
         )
     name, config = next(iter(configs.items()))
     unusual = [field for field in ("use_dora", "lora_bias", "target_parameters") if getattr(config, field, None)]
     if config.bias not in ("none", "all"):
         unusual.append(f"bias={config.bias!r}")
     if unusual:
-        raise BayesLoraError(
-            f"the adapter has {', '.join(unusual)}, plain LoRA is needed to be given a posterior: train one without"
-        )
+        raise BayesLoraError(f"the adapter has {', '.join(unusual)}, but must be plain LoRA: train one without")
     return name, config
 
 
 def _labels(batches: list[Mapping[str, Any]], logits: Tensor) -> Tensor:
     if logits.shape[-1] == 1:
-        raise BayesLoraError("the model has 1 output, a regression: Bayesianization here is for classifiers")
+        raise BayesLoraError("the model has 1 output (a regression), but must have classes: use a classifier")
     if not any("label" in key and value is not None for batch in batches for key, value in batch.items()):
         return logits[0].argmax(dim=-1)
     return labels_of(batches)
 
 
-def _base(model: Any) -> nn.Module:
-    base: nn.Module = model.get_base_model()
-    return base
-
-
 def _decomposed(layer: Any, name: str) -> tuple[Tensor, Tensor, Tensor]:
-    """A' (k, d_in), B' (d_out, k) and the singular values (k,) of B, with k = min(r, d_out), float32."""
+    """Return A' (k, d_in), B' (d_out, k) and the singular values (k,) of B, with k = min(r, d_out), float32."""
     if not isinstance(layer.lora_A[name], nn.Linear):
         raise BayesLoraError(
-            f"the adapter is on a {type(layer.get_base_layer()).__name__}, linear layers alone are needed: train one"
+            f"the adapter is on a {type(layer.get_base_layer()).__name__}, but must be on linear layers: retrain it"
         )
     a, b = layer.lora_A[name].weight.detach().double(), layer.lora_B[name].weight.detach().double()
     u, d, vh = torch.linalg.svd(b, full_matrices=False)
@@ -180,7 +174,7 @@ def _decomposed(layer: Any, name: str) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def _blob_config(config: Any, factors: dict[str, Any], scalings: dict[str, float]) -> BlobConfig:
-    """BLoB's configuration under which every layer has its rank and its scaling."""
+    """Return the configuration of BLoB under which every layer keeps its rank and its scaling."""
     shared = {field: getattr(config, field) for field in _SHARED_FIELDS}
     divisor = config.r**0.5 if config.use_rslora else config.r
     ranks = {path: len(d) for path, (_, _, d) in factors.items()}
@@ -197,7 +191,7 @@ def _blob_config(config: Any, factors: dict[str, Any], scalings: dict[str, float
 
 @torch.no_grad()
 def _set_scale(model: nn.Module, name: str, widths: dict[str, Tensor], scale: float) -> None:
-    """Standard deviations of `scale` over the singular values; BLoB keeps their square roots."""
+    """Set the standard deviations to `scale` over the singular values; BLoB keeps their square roots."""
     for path, layer in stochastic_layers(model).items():
         d = widths[path]
         largest = float(d.max())

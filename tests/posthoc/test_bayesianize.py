@@ -11,12 +11,11 @@ from torch import Tensor, nn
 
 import bayeslora
 from bayeslora.errors import BayesLoraError
-from bayeslora.methods.sampling import stochastic_layers
+from bayeslora.methods.variational import stochastic_layers
 from bayeslora.posthoc import bayesianize
-from bayeslora.posthoc.calibration import negative_log_likelihood
-from bayeslora.posthoc.training_free import largest_allowed
-from bayeslora.prediction import predict
-from bayeslora.prediction.predict import Posterior, sampled_logits
+from bayeslora.posthoc.bayesianize import largest_allowed
+from bayeslora.posthoc.temperature import predictive_nll
+from bayeslora.prediction import ModelPredictor, predict, sampled_logits
 from tests.prediction.models import TARGETS, classifier, inputs
 
 
@@ -52,13 +51,13 @@ def test_the_mean_is_the_lora_that_was_given(family: str, settings: dict[str, ob
 def test_the_scale_is_the_largest_tried_that_keeps_the_likelihood() -> None:
     model = trained_lora()
     data = anchor(model)
-    before = negative_log_likelihood(sampled_logits(Posterior(model), data, 0), data["labels"])
+    before = predictive_nll(sampled_logits(ModelPredictor(model), data, 0), data["labels"])
     new = bayesianize(model, data, tolerance=0.05, samples=4, steps=6)
-    after = negative_log_likelihood(sampled_logits(Posterior(new), data, 4), data["labels"])
+    after = predictive_nll(sampled_logits(ModelPredictor(new), data, 4), data["labels"])
     assert after <= before * 1.05
     for layer in stochastic_layers(new).values():
         layer.blob_G["default"].data.mul_(2**0.5 * 1.01)  # twice the deviation is past the bracket's other end
-    wider = negative_log_likelihood(sampled_logits(Posterior(new), data, 4), data["labels"])
+    wider = predictive_nll(sampled_logits(ModelPredictor(new), data, 4), data["labels"])
     assert wider > before * 1.05
 
 
@@ -114,9 +113,9 @@ def test_what_cannot_work_is_refused() -> None:
     untrained = get_peft_model(classifier("bert"), LoraConfig(r=2, target_modules=["query"], task_type="SEQ_CLS"))
     with pytest.raises(BayesLoraError, match="never lowers the anchor set's likelihood"):
         bayesianize(untrained, anchor(untrained, 4), samples=1)
-    with pytest.raises(BayesLoraError, match="has the adapters none, exactly one LORA"):
+    with pytest.raises(BayesLoraError, match="has the adapters none, but must have exactly one LORA"):
         bayesianize(classifier("bert"), inputs())
-    with pytest.raises(BayesLoraError, match="has use_dora, plain LoRA is needed"):
+    with pytest.raises(BayesLoraError, match="has use_dora, but must be plain LoRA"):
         bayesianize(trained_lora(use_dora=True), inputs())
     with pytest.raises(BayesLoraError, match="tolerance is 0"):
         bayesianize(trained_lora(), inputs(), tolerance=0)

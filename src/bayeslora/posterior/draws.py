@@ -1,0 +1,123 @@
+"""Draws of many weights at once: the protocol of what can draw them, and the context that puts a draw in place."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
+from typing import Any, NamedTuple, Protocol, runtime_checkable
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor, Replicate
+
+from bayeslora.errors import BayesLoraError
+from bayeslora.posterior.gaussian import Noise
+
+_ALIGNED = 16
+"""Parts of a flat buffer start at multiples of this many elements; the elements between them are never read."""
+
+
+class GaussianParameter(NamedTuple):
+    """The Gaussian of one parameter.
+
+    Attributes:
+        size: number of elements.
+        parameter: None for one that is frozen, which still takes its share of a draw's numbers.
+        mean, deviation: of the parameter's shape.
+    """
+
+    size: int
+    parameter: nn.Parameter | None = None
+    mean: Tensor | None = None
+    deviation: Tensor | None = None
+
+
+@runtime_checkable
+class PosteriorSource(Protocol):
+    """An object that draws a model's weights: `bayeslora.IVON`, or the `WeightPosterior` saved from it."""
+
+    def gaussians(self) -> list[GaussianParameter]:
+        """Return the Gaussian of every parameter, in the order of the optimizer that trained them."""
+
+    def sampled(self, seed: int = 0, draw: int = 0, antithetic: bool = False) -> AbstractContextManager[None]:
+        """Return a context inside which the weights are draw number `draw`; outside, they are what they were."""
+
+
+def unwrapped(optimizer: Any) -> Any:
+    """Return the torch optimizer inside accelerate's wrapper, or `optimizer` itself."""
+    return getattr(optimizer, "optimizer", optimizer)
+
+
+def posterior_source(given: object) -> PosteriorSource:
+    """Return `given`, without accelerate's wrapper, if it can draw weights.
+
+    Raises:
+        BayesLoraError: for an object that cannot.
+    """
+    source = unwrapped(given)
+    if isinstance(source, PosteriorSource):
+        return source
+    raise BayesLoraError(
+        f"{type(source).__name__} keeps no posterior over the weights, but one is needed to draw them: give a "
+        "bayeslora.IVON, or load_posterior(model, folder)"
+    )
+
+
+@contextmanager
+def drawn_weights(
+    gaussians: Sequence[GaussianParameter], seed: int, draw: int, antithetic: bool = False
+) -> Iterator[None]:
+    """Set each parameter to `mean + deviation * noise`, cast to its type; afterwards it is bit for bit what it was.
+
+    One call makes the numbers of all parameters, so that a draw depends only on their order and sizes: an optimizer
+    and the posterior saved from it draw the same.
+
+    Args:
+        gaussians: of every parameter, in order.
+        seed: of the draws.
+        draw: its number.
+        antithetic: draws 2k and 2k + 1 have opposite noise.
+    """
+    starts, length = aligned([entry.size for entry in gaussians])
+    noise = Noise("batch", seed, "weights", draws=[draw], antithetic=antithetic)
+    numbers = noise.normal(1, (length,), torch.device("cpu"))[0]
+    before: list[tuple[Tensor, Tensor]] = []
+    try:
+        with torch.no_grad():
+            for start, (size, parameter, mean, deviation) in zip(starts, gaussians, strict=True):
+                if parameter is None or mean is None or deviation is None:
+                    continue
+                weight = local(parameter.detach())
+                before.append((weight, weight.clone()))
+                part = numbers[start : start + size].view(parameter.shape)
+                weight.copy_(
+                    local_like(parameter, mean) + local_like(parameter, deviation) * local_like(parameter, part)
+                )
+        yield
+    finally:
+        with torch.no_grad():
+            for weight, value in before:
+                weight.copy_(value)
+
+
+def aligned(sizes: Sequence[int]) -> tuple[list[int], int]:
+    """Return where parts of these sizes begin in a flat buffer, and its length."""
+    starts, position = [], 0
+    for size in sizes:
+        starts.append(position)
+        position += -(-size // _ALIGNED) * _ALIGNED
+    return starts, position
+
+
+def local(tensor: Tensor) -> Tensor:
+    """Return this rank's part of a distributed tensor, sharing its memory; any other tensor itself."""
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
+def local_like(parameter: Tensor, whole: Tensor) -> Tensor:
+    """Return the part of `whole`, a tensor that all ranks hold, that this rank has of `parameter`, on its device."""
+    whole = whole.to(parameter.device)
+    if not isinstance(parameter, DTensor) or isinstance(whole, DTensor):
+        return local(whole)
+    replicated = DTensor.from_local(whole, parameter.device_mesh, [Replicate()] * parameter.device_mesh.ndim)
+    return local(replicated.redistribute(placements=parameter.placements))  # each rank cuts: nothing is sent

@@ -1,0 +1,209 @@
+"""The posterior over a model's weights, in memory and in `posterior.safetensors` beside the adapter.
+
+The mean is the adapter itself. The file has the standard deviations in float32, under each parameter's name in the
+model without the adapter's name (as PEFT names the tensors it saves). Its metadata has the order in which the
+optimizer held the parameters, which is the order of a draw's numbers: a seed means the same weights before and after.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from bayeslora._peft import BaseTunerLayer
+from bayeslora.errors import BayesLoraError
+from bayeslora.files import write_atomically
+from bayeslora.posterior.draws import GaussianParameter, PosteriorSource, drawn_weights, posterior_source
+
+POSTERIOR_FILE = "posterior.safetensors"
+_ORDER = "order"
+_WRAPPERS = ("module", "_orig_mod", "_fsdp_wrapped_module", "modules_to_save")
+"""Parts of parameter names that come from distributed training, compilation and PEFT, and that PEFT does not save."""
+
+
+class WeightPosterior:
+    """A Gaussian over the weights of a model that an optimizer has trained; the model's own weights are the mean.
+
+    `bayeslora.predict(posterior, batch, samples=10)` draws from it.
+
+    Args:
+        model: with the adapter that was trained.
+        order: name and number of elements of every parameter that the optimizer held, in its order; the name of a
+            frozen one is empty.
+        deviations: standard deviations by name, float32 on the CPU.
+
+    Raises:
+        BayesLoraError: a parameter that the model does not have, or has in another shape.
+    """
+
+    def __init__(self, model: nn.Module, order: list[tuple[str, int]], deviations: dict[str, Tensor]) -> None:
+        self.model, self.order, self.deviations = model, order, deviations
+        self._parameters = dict(_named(model))
+        for name, deviation in deviations.items():
+            parameter = self._parameters.get(name)
+            if parameter is None or parameter.shape != deviation.shape:
+                found = "not there" if parameter is None else tuple(parameter.shape)
+                raise BayesLoraError(
+                    f"the posterior's {name} has shape {tuple(deviation.shape)}, but in the model it is {found}: "
+                    "load the adapter that the posterior was saved with"
+                )
+
+    @classmethod
+    def of(cls, model: nn.Module, source: Optimizer | PosteriorSource) -> WeightPosterior:
+        """Return the posterior that `source` has learned about the parameters of `model`; see `save_posterior`."""
+        names = {id(parameter): name for name, parameter in _named(model)}
+        order: list[tuple[str, int]] = []
+        deviations: dict[str, Tensor] = {}
+        for size, parameter, _, deviation in posterior_source(source).gaussians():
+            if parameter is None or deviation is None:
+                order.append(("", size))
+                continue
+            if id(parameter) not in names:
+                raise BayesLoraError(
+                    f"a parameter of shape {tuple(parameter.shape)} that the optimizer trained is no longer in the "
+                    "model, but all are needed: save the posterior before the adapter is shrunk, merged or replaced"
+                )
+            name = names[id(parameter)]
+            whole: Any = deviation.full_tensor() if hasattr(deviation, "full_tensor") else deviation
+            order.append((name, size))
+            deviations[name] = whole.to(device="cpu", dtype=torch.float32).contiguous()
+        return cls(model, order, deviations)
+
+    def cut(self, model: nn.Module, kept: Mapping[str, Tensor]) -> WeightPosterior:
+        """Return the posterior of `model`, whose ranks have been cut since.
+
+        Args:
+            model: after `shrink`.
+            kept: for each layer's path the mask (r,) of the ranks that were kept.
+        """
+        shapes = {name: parameter.shape for name, parameter in _named(model)}
+        order: list[tuple[str, int]] = []
+        deviations: dict[str, Tensor] = {}
+        for name, size in self.order:
+            if not name:
+                order.append((name, size))
+                continue
+            old = self.deviations[name]
+            axis = next((axis for axis in range(old.ndim) if old.shape[axis] != shapes[name][axis]), None)
+            if axis is not None:
+                mask = next(mask for path, mask in kept.items() if f".{path}." in f".{name}.")
+                old = old.index_select(axis, mask.nonzero()[:, 0].cpu())
+            order.append((name, old.numel()))
+            deviations[name] = old
+        return WeightPosterior(model, order, deviations)
+
+    def save(self, folder: str | os.PathLike[str]) -> Path:
+        """Write `posterior.safetensors` in `folder`, on the first of several ranks, and return its path."""
+        path = Path(folder) / POSTERIOR_FILE
+        ranks = torch.distributed.is_available() and torch.distributed.is_initialized()
+        if ranks and torch.distributed.get_rank() > 0:
+            return path
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with write_atomically(path) as partial:
+            save_file(self.deviations, partial, metadata={"format": "pt", _ORDER: json.dumps(self.order)})
+        return path
+
+    def gaussians(self) -> list[GaussianParameter]:
+        """Return the Gaussian of every parameter, in the order of the optimizer that trained them."""
+        found = []
+        for name, size in self.order:
+            parameter = self._parameters.get(name)
+            mean = None if parameter is None else parameter.detach()
+            found.append(GaussianParameter(size, parameter, mean, self.deviations.get(name)))
+        return found
+
+    @contextmanager
+    def sampled(self, seed: int = 0, draw: int = 0, antithetic: bool = False) -> Iterator[None]:
+        """Set the model's weights to a draw inside the context; see `IVON.sampled`, which draws the same.
+
+        Raises:
+            BayesLoraError: for an adapter that is merged into the base weights.
+        """
+        check_unmerged(self.model)
+        with drawn_weights(self.gaussians(), seed, draw, antithetic):
+            yield
+
+
+def save_posterior(model: nn.Module, optimizer: Optimizer, folder: str | os.PathLike[str]) -> Path:
+    """Write the posterior that `optimizer` has learned to `posterior.safetensors` in `folder`, beside the adapter.
+
+    Distributed tensors are written as a whole: every rank has to call, and the first one writes.
+
+    Args:
+        model: whose parameters the optimizer trained, wrapped or not.
+        optimizer: an `IVON`.
+        folder: made if it is missing; usually that of `save_pretrained`.
+
+    Returns:
+        The file.
+
+    Raises:
+        BayesLoraError: an optimizer without a posterior, or one with parameters that `model` does not have, as after
+            ranks were cut out of an adapter: save before.
+    """
+    return WeightPosterior.of(model, optimizer).save(folder)
+
+
+def load_posterior(model: nn.Module, folder: str | os.PathLike[str]) -> WeightPosterior:
+    """Load the posterior that `save_posterior` wrote to `folder`, to predict with.
+
+    ```python
+    model = PeftModel.from_pretrained(base, folder)
+    prediction = bayeslora.predict(bayeslora.load_posterior(model, folder), batch, samples=10)
+    ```
+
+    Args:
+        model: with the adapter of that folder loaded: its weights are the mean.
+        folder: has `posterior.safetensors`.
+
+    Raises:
+        BayesLoraError: a file that is missing, damaged, or does not fit the model.
+    """
+    path = Path(folder) / POSTERIOR_FILE
+    if not path.is_file():
+        raise BayesLoraError(f"{path} is missing: train with IVON and call save_posterior, or use samples=0")
+    try:
+        with safe_open(path, framework="pt") as file:
+            order = [(str(name), int(size)) for name, size in json.loads(file.metadata()[_ORDER])]
+            deviations = {name: file.get_tensor(name) for name, _ in order if name}
+    except (SafetensorError, OSError, ValueError, KeyError, TypeError) as error:
+        raise BayesLoraError(f"{path} is damaged or not a posterior ({error}): save it again") from error
+    return WeightPosterior(model, order, deviations)
+
+
+def check_unmerged(model: nn.Module) -> None:
+    """Raise `BayesLoraError` if an adapter is merged into the base weights, where a draw could not reach."""
+    if any(isinstance(module, BaseTunerLayer) and module.merged for module in model.modules()):
+        raise BayesLoraError(
+            "the adapter is merged into the base weights, where only its mean is: call unmerge_adapter first"
+        )
+
+
+def _named(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
+    """Yield the parameters by their names without wrappers and adapter."""
+    adapter = _adapter_name(model)
+    for name, parameter in model.named_parameters():
+        parts = [part for part in name.split(".") if part not in _WRAPPERS]
+        if adapter in parts:
+            del parts[len(parts) - 1 - parts[::-1].index(adapter)]
+        yield ".".join(parts), parameter
+
+
+def _adapter_name(model: nn.Module) -> str:
+    for module in model.modules():
+        active = getattr(module, "active_adapter", None)
+        if isinstance(active, str):
+            return active
+        if isinstance(active, list) and len(active) == 1:
+            return str(active[0])
+    return ""

@@ -1,0 +1,73 @@
+"""Monte-Carlo dropout: uncertainty for a finished model of any kind that was trained with dropout."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor, nn
+
+from bayeslora.errors import BayesLoraError
+from bayeslora.methods.variational import posterior_mean
+from bayeslora.prediction import Logits, Sampler
+
+
+class MCDropout:
+    """Monte-Carlo dropout (Gal and Ghahramani, 2016, arXiv:1506.02142): dropout stays on, predictions are averaged.
+
+    Every dropout module of the model with a positive rate takes part, in the adapter and in the base model; dropout
+    inside fused attention kernels, which is not a module, stays off. A variational adapter stays at its mean. A sample
+    drops the same for the same seed and batch; unlike a draw from a posterior it depends on how the data are batched.
+    0 samples is the model without dropout.
+
+    Args:
+        model: trained with dropout.
+
+    Raises:
+        BayesLoraError: for a model without dropout: every sample would be the same.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        self._model = model
+        self._dropouts = [m for m in model.modules() if isinstance(m, nn.modules.dropout._DropoutNd)]
+        rates = sorted({module.p for module in self._dropouts})
+        if not any(rates):
+            seen = "dropout modules of rate 0 only" if rates else "no dropout modules"
+            raise BayesLoraError(
+                f"the model has {seen}, but Monte-Carlo dropout needs a rate above 0: train with lora_dropout=0.1"
+            )
+
+    @property
+    def model(self) -> nn.Module:
+        return self._model
+
+    def check_samples(self, samples: int) -> None:
+        """Accept any number."""
+
+    def sampler(self, samples: int, seed: int, antithetic: bool, read: Logits) -> Sampler:
+        if antithetic:
+            raise BayesLoraError("antithetic is True, but dropout has no opposite: leave it out")
+
+        def passes(batch: Mapping[str, Tensor]) -> Tensor:
+            with posterior_mean(self.model):
+                if samples == 0:
+                    only: Tensor = read(self.model, batch)
+                    return only.unsqueeze(0)
+                device = next(iter(batch.values())).device
+                with self._dropping(), torch.random.fork_rng([device] if device.type == "cuda" else []):
+                    torch.manual_seed(seed)
+                    return torch.stack([read(self.model, batch) for _ in range(samples)])
+
+        return passes
+
+    @contextmanager
+    def _dropping(self) -> Iterator[None]:
+        modes = [(module, module.training) for module in self._dropouts]
+        for module in self._dropouts:
+            module.train()
+        try:
+            yield
+        finally:
+            for module, training in modes:
+                module.training = training

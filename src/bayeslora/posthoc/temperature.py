@@ -1,0 +1,101 @@
+"""Temperature scaling: calibrated confidence for a finished classifier of any kind."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+from scipy.optimize import minimize_scalar
+from torch import Tensor, nn
+
+from bayeslora.errors import BayesLoraError
+from bayeslora.prediction import (
+    Logits,
+    Predictable,
+    Sampler,
+    as_predictor,
+    check_samples,
+    labels_of,
+    sampled_logits,
+)
+
+
+class TemperatureScaling:
+    """Logits divided by one temperature, fitted on held-out data (Guo et al., 2017, arXiv:1706.04599).
+
+    The most probable class stays the same, only the confidence changes. Around another predictor it divides the logits
+    of each sample.
+
+    Args:
+        model: a model or another predictor.
+        temperature: T > 0; above 1 softens. Usually left to `fit`.
+    """
+
+    bounds = (0.02, 50.0)
+    """Smallest and largest temperature that `fit` tries."""
+
+    def __init__(self, model: Predictable, temperature: float = 1.0) -> None:
+        if not temperature > 0:
+            raise BayesLoraError(f"the temperature is {temperature}, but must be positive: give 1 to change nothing")
+        self.predictor, self.temperature = as_predictor(model), float(temperature)
+
+    @property
+    def model(self) -> nn.Module:
+        return self.predictor.model
+
+    def check_samples(self, samples: int) -> None:
+        check_samples(self.predictor, samples)
+
+    def sampler(self, samples: int, seed: int, antithetic: bool, read: Logits) -> Sampler:
+        inner = self.predictor.sampler(samples, seed, antithetic, read)
+
+        def scaled(batch: Mapping[str, Tensor]) -> Tensor:
+            logits = inner(batch)
+            if logits.shape[-1] == 1:
+                raise BayesLoraError("the model has 1 output (a regression), but must have classes: use a classifier")
+            return logits / self.temperature
+
+        return scaled
+
+    def fit(
+        self,
+        loader: Mapping[str, Any] | Iterable[Mapping[str, Any]],
+        samples: int = 0,
+        seed: int = 0,
+        logits: Logits | None = None,
+    ) -> TemperatureScaling:
+        """Set the temperature that gives held-out labels the least negative log-likelihood, and return self.
+
+        Args:
+            loader: a batch or batches with `labels`, of data that the model was not trained on.
+            samples, seed, logits: as they will be given to `predict`.
+
+        Raises:
+            BayesLoraError: missing labels, labels that are not classes, or a likelihood that is best at a bound, as
+                when every held-out label is predicted right, or none better than by chance.
+        """
+        batches = [loader] if isinstance(loader, Mapping) else list(loader)
+        labels = labels_of(batches)
+        check_samples(self.predictor, samples)
+        outputs = sampled_logits(self.predictor, batches, samples, seed, logits=logits)
+        low, high = (math.log(bound) for bound in self.bounds)
+
+        def nll(log_temperature: float) -> float:
+            return predictive_nll(outputs / math.exp(log_temperature), labels)
+
+        inside = float(minimize_scalar(nll, bounds=(low, high), method="bounded", options={"xatol": 1e-5}).x)
+        best = min(low, high, inside, key=nll)  # a bound, too, if the likelihood is flat from there
+        if min(best - low, high - best) < 1e-3:
+            raise BayesLoraError(
+                f"the best temperature is {math.exp(best):.3g}, at the edge of the range {self.bounds}, so the "
+                f"{len(labels)} held-out examples say nothing about confidence: use more or others"
+            )
+        self.temperature = math.exp(best)
+        return self
+
+
+def predictive_nll(logits: Tensor, labels: Tensor) -> float:
+    """Return the mean over examples of -log of the mean probability over samples, in nats, for (S, n, C) logits."""
+    log_p = logits.log_softmax(dim=-1).logsumexp(dim=0) - math.log(len(logits))
+    return float(nn.functional.nll_loss(log_p, labels))

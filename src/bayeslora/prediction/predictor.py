@@ -1,0 +1,146 @@
+"""Predictors: the protocol that `predict` calls, and the one around a model and its posterior."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any, Protocol, runtime_checkable
+
+import torch
+from torch import Tensor, nn
+
+from bayeslora.errors import BayesLoraError
+from bayeslora.methods.variational import has_posterior, posterior_mean
+from bayeslora.posterior import WeightPosterior, posterior_source
+from bayeslora.posterior.saved import check_unmerged
+from bayeslora.prediction.batched_sampling import BatchedSampler, first_token_only
+
+Logits = Callable[[nn.Module, Mapping[str, Tensor]], Any]
+"""From the model and a batch of B rows to class logits (B, C); -inf marks a class that a row does not have."""
+
+Sampler = Callable[[Mapping[str, Tensor]], Tensor]
+"""From a batch of B rows to (S, B, C) logits, one entry for each sample."""
+
+
+@runtime_checkable
+class Predictor(Protocol):
+    """An object that `predict` can predict with, such as the post-hoc methods around a finished model.
+
+    Attributes:
+        model: the module that is put in evaluation mode, and to whose device the batches are moved.
+    """
+
+    @property
+    def model(self) -> nn.Module: ...
+
+    def check_samples(self, samples: int) -> None:
+        """Raise `BayesLoraError` if this number of samples cannot be drawn."""
+
+    def sampler(self, samples: int, seed: int, antithetic: bool, read: Logits) -> Sampler:
+        """Return a function from batches to the logits of each sample, S >= 1 of them, for one run over the data.
+
+        It is called in evaluation mode without gradients. `read` gives the (B, C) logits of one pass.
+        """
+
+
+class ModelPredictor:
+    """A model as a predictor: its posterior mean, or draws from the posterior of its adapter or of an optimizer.
+
+    `predict` makes it for a model; make it for another predictor around it, as in
+    `TemperatureScaling(ModelPredictor(model, ivon))`. A draw is the same function for every batch, batch size and
+    process. Draws from `source` take one pass each, since all of the trained weights differ.
+
+    Args:
+        model: whose weights are drawn.
+        source: an `IVON` that has trained them, or a saved `WeightPosterior`; None leaves it to the adapter.
+
+    Raises:
+        BayesLoraError: a source that keeps no posterior.
+    """
+
+    def __init__(self, model: nn.Module, source: object | None = None) -> None:
+        self._model = model
+        self.source = None if source is None else posterior_source(source)
+
+    @property
+    def model(self) -> nn.Module:
+        return self._model
+
+    def check_samples(self, samples: int) -> None:
+        if samples == 0:
+            return
+        if self.source is not None:
+            check_unmerged(self.model)
+        elif not has_posterior(self.model):
+            configs = getattr(self.model, "peft_config", None)
+            configs = configs.values() if isinstance(configs, Mapping) else []
+            kinds = sorted({str(getattr(config.peft_type, "value", config.peft_type)) for config in configs})
+            what = f"the adapter ({', '.join(kinds)})" if kinds else f"the model ({type(self.model).__name__})"
+            raise BayesLoraError(
+                f"samples is {samples}, but {what} is deterministic and has no posterior to sample from: use samples=0"
+            )
+
+    def sampler(self, samples: int, seed: int, antithetic: bool, read: Logits) -> Sampler:
+        if samples == 0:
+            return self._mean(read)
+        if self.source is not None:
+            return self._draws_of_source(samples, seed, antithetic, read)
+        batched = BatchedSampler(self.model, read, seed, antithetic)
+
+        def draws(batch: Mapping[str, Tensor]) -> Tensor:
+            with first_token_only(self.model):
+                return batched.logits(batch, range(samples))
+
+        return draws
+
+    def _mean(self, read: Logits) -> Sampler:
+        def mean(batch: Mapping[str, Tensor]) -> Tensor:
+            with posterior_mean(self.model):
+                logits: Tensor = read(self.model, batch)
+            return logits.unsqueeze(0)
+
+        return mean
+
+    def _draws_of_source(self, samples: int, seed: int, antithetic: bool, read: Logits) -> Sampler:
+        source = self.source
+        assert source is not None
+
+        def draws(batch: Mapping[str, Tensor]) -> Tensor:
+            found = []
+            with posterior_mean(self.model), first_token_only(self.model):
+                for draw in range(samples):
+                    with source.sampled(seed, draw, antithetic):
+                        found.append(read(self.model, batch))
+            return torch.stack(found)
+
+        return draws
+
+
+Predictable = nn.Module | Predictor | WeightPosterior
+"""Anything that `predict` accepts: a model, a predictor, or the saved posterior of a model's weights."""
+
+
+def as_predictor(model: Predictable) -> Predictor:
+    """Return the predictor itself, or the `ModelPredictor` of a model or of a saved posterior."""
+    if isinstance(model, nn.Module):
+        return ModelPredictor(model)
+    if isinstance(model, WeightPosterior):
+        return ModelPredictor(model.model, model)
+    if isinstance(model, Predictor):
+        return model
+    raise BayesLoraError(
+        f"{type(model).__name__} is neither a model nor a predictor, but one is needed: give a model, or a "
+        "predictor around it"
+    )
+
+
+def check_samples(model: Predictable, samples: int) -> None:
+    """Raise unless `predict` can draw this many samples from the model, before any work is done.
+
+    Raises:
+        BayesLoraError: a negative or fractional number, or any samples of a model without a posterior.
+    """
+    if isinstance(samples, bool) or not isinstance(samples, int) or samples < 0:
+        raise BayesLoraError(
+            f"samples is {samples!r}, but must be a whole number of at least 0: give 0 for the mean weights"
+        )
+    as_predictor(model).check_samples(samples)

@@ -1,0 +1,51 @@
+"""Files of the package that a call crosses: few enough that a reader can follow it."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import torch
+from peft import get_peft_model
+from transformers import BertConfig, BertForSequenceClassification
+
+import bayeslora
+
+PACKAGE = Path(bayeslora.__file__).parent
+BATCH = {"input_ids": torch.arange(12).reshape(2, 6), "attention_mask": torch.ones(2, 6, dtype=torch.long)}
+
+
+def files_crossed(call: Callable[[], Any]) -> list[str]:
+    """Files of `bayeslora`, by their paths in it, that run any Python function while `call` does."""
+    crossed = set()
+
+    def note(frame: FrameType, event: str, argument: object) -> None:
+        path = Path(frame.f_code.co_filename)
+        if event == "call" and path.is_relative_to(PACKAGE):
+            crossed.add(str(path.relative_to(PACKAGE)))
+
+    before = sys.getprofile()
+    sys.setprofile(note)
+    try:
+        call()
+    finally:
+        sys.setprofile(before)
+    return sorted(crossed)
+
+
+def one_layer_bert(config: Any = None) -> Any:
+    """A one-layer BERT with an adapter on query, key and value; by default B-LoRA's."""
+    settings = BertConfig(
+        hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=32, vocab_size=50
+    )
+    targets = ["query", "key", "value"]
+    config = config or bayeslora.BLoraConfig(r=4, target_modules=targets, task_type="SEQ_CLS")
+    return get_peft_model(BertForSequenceClassification(settings), config)
+
+
+def test_a_prediction_with_samples_crosses_eight_files() -> None:
+    model = one_layer_bert(bayeslora.MeLoraConfig(r=2, target_modules=["query", "key", "value"], task_type="SEQ_CLS"))
+    assert len(crossed := files_crossed(lambda: bayeslora.predict(model, BATCH, samples=3))) <= 8, crossed
