@@ -8,11 +8,14 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
+import pytest
 import torch
 from peft import get_peft_model
+from torch import nn
 from transformers import BertConfig, BertForSequenceClassification
 
 import bayeslora
+from bayeslora.methods.blora.gated_quantizers import Phase
 
 PACKAGE = Path(bayeslora.__file__).parent
 BATCH = {"input_ids": torch.arange(12).reshape(2, 6), "attention_mask": torch.ones(2, 6, dtype=torch.long)}
@@ -49,3 +52,19 @@ def one_layer_bert(config: Any = None) -> Any:
 def test_a_prediction_with_samples_crosses_eight_files() -> None:
     model = one_layer_bert(bayeslora.MeLoraConfig(r=2, target_modules=["query", "key", "value"], task_type="SEQ_CLS"))
     assert len(crossed := files_crossed(lambda: bayeslora.predict(model, BATCH, samples=3))) <= 8, crossed
+
+
+def in_phase(model: nn.Module, phase: Phase) -> Any:
+    """`model` with B-LoRA as it is in one phase of its training."""
+    model.train()(**BATCH)
+    for layer in model.base_model.adapted_layers():  # type: ignore[union-attr, operator]
+        layer.start_learning("default")
+        layer.progress("default").advance(phase)
+    return model
+
+
+@pytest.mark.parametrize("is_training", [True, False])
+@pytest.mark.parametrize("phase", list(Phase))
+def test_a_forward_pass_of_blora_crosses_five_files(phase: Phase, is_training: bool) -> None:
+    model = in_phase(one_layer_bert(), phase).train(is_training)
+    assert len(crossed := files_crossed(lambda: model(**BATCH))) <= 5, crossed

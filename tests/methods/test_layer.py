@@ -371,7 +371,7 @@ def test_the_frozen_base_weight_is_rounded_once_and_again_after_whatever_changes
 
     def current() -> Tensor:
         layer(X)
-        return layer._fixed_weight[1]
+        return layer.frozen_weight.cached[1]
 
     first = current()
     assert current() is first
@@ -392,7 +392,7 @@ def test_the_frozen_base_weight_is_rounded_once_and_again_after_whatever_changes
     before = layer(X)
     model.to(torch.bfloat16)
     layer(X.bfloat16())
-    assert layer._fixed_weight[1].dtype == torch.bfloat16
+    assert layer.frozen_weight.cached[1].dtype == torch.bfloat16
     model.to(torch.float32)
     assert layer(X).dtype == torch.float32
     _close(layer(X), oracle_forward(layer, X))

@@ -42,7 +42,7 @@ def sharing_base(model: PeftModel, tuner: BayesTuner) -> PeftModel:
         if id(parameter) not in own:
             shared[id(parameter)] = _second(parameter)
     for layer in tuner.adapted_layers():
-        cached = getattr(layer, "_fixed_weight", None)
+        cached = getattr(getattr(layer, "frozen_weight", None), "cached", None)
         if cached is not None:
             shared[id(cached)] = cached
     return copy.deepcopy(model, shared)

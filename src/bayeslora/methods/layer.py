@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, cast
 
 import torch
@@ -13,6 +15,7 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from bayeslora._peft import (
+    AuxiliaryTrainingWrapper,
     BaseTunerLayer,
     check_adapters_to_merge,
     get_in_out_features,
@@ -287,3 +290,42 @@ def add_update(result: Tensor, hidden: Tensor, b: Tensor, scaling: float, in_pla
         return result.addmm_(hidden, b.T, alpha=scaling)
     flat = torch.addmm(result.flatten(0, -2), hidden.flatten(0, -2), b.T, alpha=scaling)
     return flat.view(result.shape)
+
+
+@contextmanager
+def adapter_names_by_row(tuner: Any, *args: Any, **kwargs: Any) -> Iterator[None]:
+    """Hand `adapter_names`, one for each row of the batch, to every adapted layer of `tuner`: PEFT's forward hook."""
+    names = kwargs.pop("adapter_names", None)
+    if names is None:
+        yield
+        return
+    if tuner.training:
+        raise ValueError("Cannot pass `adapter_names` when the model is in training mode.")
+    known = set().union(*(layer.adapter_names for layer in tuner.adapted_layers())) | {"__base__"}
+    if unknown := set(names) - known:
+        raise ValueError(f"Trying to infer with non-existing adapter(s): {', '.join(sorted(unknown))}")
+    beams = kwargs.get("num_beams") or 1
+    repeated = [name for name in names for _ in range(beams)]
+    encoder = _encoder_modules(tuner.model) if beams > 1 else set()  # an encoder runs before beams are expanded
+    handles = []
+    for module in tuner.modules():
+        if isinstance(module, (BayesLayer, AuxiliaryTrainingWrapper)):
+            hook = partial(_with_adapter_names, adapter_names=names if module in encoder else repeated)
+            handles.append(module.register_forward_pre_hook(hook, with_kwargs=True))
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _encoder_modules(model: Any) -> set[nn.Module]:
+    """The modules of an encoder-decoder's encoder; empty for other models."""
+    if not getattr(getattr(model, "config", None), "is_encoder_decoder", False):
+        return set()
+    return set(model.get_encoder().modules())
+
+
+def _with_adapter_names(module: nn.Module, args: Any, kwargs: Any, adapter_names: list[str]) -> tuple[Any, Any]:
+    kwargs["adapter_names"] = adapter_names
+    return args, kwargs

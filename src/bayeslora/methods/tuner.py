@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import partial
 from typing import Any, ClassVar, cast
 
 import torch
@@ -16,7 +14,6 @@ from transformers.pytorch_utils import Conv1D
 
 from bayeslora._peft import (
     DEFAULT_TARGET_MODULES,
-    AuxiliaryTrainingWrapper,
     BaseTuner,
     BaseTunerLayer,
     get_pattern_key,
@@ -24,7 +21,7 @@ from bayeslora._peft import (
 )
 from bayeslora.errors import BayesLoraError
 from bayeslora.methods.description import LayerDescription
-from bayeslora.methods.layer import BayesLayer
+from bayeslora.methods.layer import BayesLayer, adapter_names_by_row
 
 ParameterRole = str
 """What a parameter is for: ``"weights"``, or a method's own such as ``"bit gates"``, with its own learning rate."""
@@ -100,37 +97,7 @@ class BayesTuner(BaseTuner):
             if dtype.is_floating_point:
                 layer.cast_kept_parameters(adapter_name, dtype)
 
-    @contextmanager
-    def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Iterator[None]:
-        """Hand `adapter_names`, one for each row of the batch, to every adapted layer."""
-        names = kwargs.pop("adapter_names", None)
-        if names is None:
-            yield
-            return
-        if self.training:
-            raise ValueError("Cannot pass `adapter_names` when the model is in training mode.")
-        known = set().union(*(layer.adapter_names for layer in self.adapted_layers())) | {"__base__"}
-        if unknown := set(names) - known:
-            raise ValueError(f"Trying to infer with non-existing adapter(s): {', '.join(sorted(unknown))}")
-        beams = kwargs.get("num_beams") or 1
-        repeated = [name for name in names for _ in range(beams)]
-        encoder = self._encoder_modules() if beams > 1 else set()  # an encoder runs before beams are expanded
-        handles = []
-        for module in self.modules():
-            if isinstance(module, (BayesLayer, AuxiliaryTrainingWrapper)):
-                hook = partial(_with_adapter_names, adapter_names=names if module in encoder else repeated)
-                handles.append(module.register_forward_pre_hook(hook, with_kwargs=True))
-        try:
-            yield
-        finally:
-            for handle in handles:
-                handle.remove()
-
-    def _encoder_modules(self) -> set[nn.Module]:
-        """The modules of an encoder-decoder's encoder; empty for other models."""
-        if not getattr(getattr(self.model, "config", None), "is_encoder_decoder", False):
-            return set()
-        return set(self.model.get_encoder().modules())
+    _enable_peft_forward_hooks = adapter_names_by_row
 
     def merge_adapter(self, adapter_names: list[str] | None = None, safe_merge: bool = False) -> None:
         self.check_merge(adapter_names)
@@ -333,8 +300,3 @@ def step_generator(seed: int, step: int) -> torch.Generator:
 
 def _key(pattern: dict[str, Any], name: str) -> str:
     return get_pattern_key(list(pattern), name)
-
-
-def _with_adapter_names(module: nn.Module, args: Any, kwargs: Any, adapter_names: list[str]) -> tuple[Any, Any]:
-    kwargs["adapter_names"] = adapter_names
-    return args, kwargs

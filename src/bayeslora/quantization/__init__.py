@@ -1,29 +1,27 @@
 """Gates, quantizers and ranges: tensors in, tensors out."""
 
-from bayeslora.quantization.gates import (
+from bayeslora.quantization.kernels import linear
+from bayeslora.quantization.quantizer import (
     CLOSED_THRESHOLD,
     GATED_WIDTHS,
     OPEN_LOGIT,
     STRETCH,
     SURE_LOGIT,
     TEMPERATURE,
+    active_widths,
+    codes,
     evaluation_width,
     fixed_logits,
+    grid_step,
     hard_concrete,
+    mixture_weights,
     nested_probability,
     open_probability,
     opened,
-    rank_gates,
-    rank_probability,
-)
-from bayeslora.quantization.linear import linear
-from bayeslora.quantization.quantizer import (
-    active_widths,
-    codes,
-    grid_step,
-    mixture_weights,
     quantize,
     quantize_mixture,
+    rank_gates,
+    rank_probability,
 )
 from bayeslora.quantization.ranges import FLOOR, Calibration, optimal_range
 from bayeslora.vocabulary import WIDTHS

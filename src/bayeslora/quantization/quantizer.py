@@ -1,8 +1,8 @@
-r"""The Bayesian-bits quantizer in mixture form.
+r"""The Bayesian-bits quantizer: hard-concrete gates, nested grids, and their mixture.
 
-A symmetric range $\beta > 0$ carries the nested grids $s_b = 2\beta / (2^b - 1)$ for $b \in \{2, 4, 8, 16, 32\}$ with
-codes $\mathrm{clamp}(\mathrm{round}(x / s_b), \pm(2^{b-1} - 1))$: $2^b - 1$ levels with zero among them, so signed two
-bits are ternary. The gated sum of Equations 5 and 6,
+A symmetric range $\beta > 0$ carries the grids $s_b = 2\beta / (2^b - 1)$ for $b \in \{2, 4, 8, 16, 32\}$ with codes
+$\mathrm{clamp}(\mathrm{round}(x / s_b), \pm(2^{b-1} - 1))$: $2^b - 1$ levels with zero among them, so signed two bits
+are ternary. The gated sum of Equations 5 and 6 of the Bayesian-LoRA paper,
 
 $$ x_q = x_2 + z_4(\epsilon_4 + z_8(\epsilon_8 + z_{16}(\epsilon_{16} + z_{32}\epsilon_{32}))), $$
 
@@ -10,10 +10,19 @@ is computed with $\epsilon_{2b} = Q_{2b}(x) - Q_b(x)$ as the mixture $\sum_b w_b
 $w_4 = z_4(1 - z_8)$ and so on. That departs from Algorithm 2's running residual (line 12) at rounding ties only, has
 the same straight-through gradients, and makes training, evaluation and export agree to the last bit. Thirty-two bits
 are the clipped identity, because float32 cannot resolve a 32-bit grid. All arithmetic is float32 whatever comes in.
+
+A bit gate is a Bernoulli variable relaxed to the hard-concrete distribution (Louizos et al., 2018), as Bayesian Bits
+(van Baalen et al., 2020) uses it: with $u \sim U(0, 1)$ and a logit $\phi$,
+
+$$ z = \mathrm{clamp}((\zeta_1 - \zeta_2)\,\sigma((\log u - \log(1 - u) + \phi) / \tau) + \zeta_2, 0, 1). $$
+
+Algorithm 2 prints the divisor as `b` (line 6) and as $\beta$ (line 9); both stand for the temperature $\tau$. Equation
+9's $\sigma(\phi)$ stands for $P(z > 0) = \sigma(\phi - \tau \log(-\zeta_2 / \zeta_1))$.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -24,8 +33,79 @@ from torch.autograd.function import once_differentiable
 from bayeslora.quantization import kernels
 from bayeslora.vocabulary import UNQUANTIZED, WIDTHS
 
-_IDENTITY = UNQUANTIZED
+TEMPERATURE = 2 / 3
+STRETCH = (-0.1, 1.1)
+CLOSED_THRESHOLD = 0.34
+
+_SHIFT = TEMPERATURE * math.log(-STRETCH[0] / STRETCH[1])
+
+OPEN_LOGIT = _SHIFT + math.log((1 - CLOSED_THRESHOLD) / CLOSED_THRESHOLD)
+"""A gate is open in evaluation if and only if its logit exceeds this (about -0.9353)."""
+
+SURE_LOGIT = 20.0
+"""Logit of a gate that stays open (or, negated, closed): the noise that training draws lies within 14."""
+
+GATED_WIDTHS = WIDTHS[1:]
+"""Widths with a gate; two bits are always there."""
+
 _ONE_HOT = dict(zip(WIDTHS, torch.eye(len(WIDTHS)), strict=True))
+
+
+def hard_concrete(logits: Tensor, uniform: Tensor) -> Tensor:
+    """Relaxed gates `z` in [0, 1] for `logits` of any shape and `uniform` noise of the same shape in (0, 1).
+
+    Differentiable in `logits`; the gradient is exactly zero where `z` is clamped to 0 or 1.
+    """
+    low, high = STRETCH
+    noise = uniform.log() - (-uniform).log1p()
+    return (torch.sigmoid((noise + logits) / TEMPERATURE) * (high - low) + low).clamp(0, 1)
+
+
+def open_probability(logits: Tensor) -> Tensor:
+    r"""$P(z > 0) = \sigma(\phi - \tau \log(-\zeta_2 / \zeta_1)) = \sigma(\phi + 1.5986)$, of the shape of `logits`."""
+    return torch.sigmoid(logits - _SHIFT)
+
+
+def opened(logits: Sequence[float]) -> int:
+    """Number of gates that evaluation and deployment see open, from the narrowest up to the first closed one.
+
+    A gate is open iff $P(z = 0)$ is below 0.34, that is iff its logit exceeds `OPEN_LOGIT`.
+    """
+    closed = (position for position, logit in enumerate(logits) if not logit > OPEN_LOGIT)
+    return next(closed, len(logits))
+
+
+def evaluation_width(logits: Sequence[float]) -> int:
+    """Bits of a tensor in evaluation, from the logits of its gates of 4, 8, 16 and 32 bits."""
+    return WIDTHS[opened(logits)]
+
+
+def fixed_logits(bits: int) -> list[float]:
+    """Logits of gates that stay at `bits`: no noise reaches across them, and the penalty has no gradient there."""
+    return [SURE_LOGIT if width <= bits else -SURE_LOGIT for width in GATED_WIDTHS]
+
+
+def nested_probability(logits: Tensor) -> Tensor:
+    r"""$\prod_{j \le b} P(z_j > 0)$ for `logits` of shape (..., widths), the factors of the penalty in Equation 15."""
+    return open_probability(logits).cumprod(-1)
+
+
+def rank_gates(logits: Tensor) -> Tensor:
+    r"""$G_1 = 1$, $G_i = \mathrm{round}(\prod_{j=2}^{i} \sigma(\xi_j))$ for `logits` $\xi$ (r,): Algorithm 1, line 2.
+
+    The rounding passes gradients straight through. The result never increases along the rank, so pruning takes from
+    the tail. `logits[0]` has no effect (the paper's $\xi_1$ does not exist: every module starts at rank one), and
+    Equation 11's further cumulative product of the rounded gates is left out because it would change nothing.
+    """
+    open_ = torch.sigmoid(logits[1:]).cumprod(0)
+    gates = open_ + (torch.round(open_) - open_).detach()
+    return torch.cat([torch.ones_like(logits[:1]), gates])
+
+
+def rank_probability(logits: Tensor) -> Tensor:
+    r"""$\prod_{j=2}^{i} \sigma(\xi_j)$ for `logits` (..., r), with 1 in the first place: the rank penalty's terms."""
+    open_ = torch.sigmoid(logits[..., 1:]).cumprod(-1)
+    return torch.cat([torch.ones_like(logits[..., :1]), open_], dim=-1)
 
 
 def grid_step(range: Tensor, bits: int) -> Tensor:  # noqa: A002 - the field's name
@@ -87,7 +167,7 @@ def quantize_mixture(x: Tensor, range: Tensor, weights: Tensor, widths: tuple[in
 
 def _terms(weights: Tensor, widths: tuple[int, ...]) -> kernels.Terms:
     """Weight and largest code of each active width, as the kernels take them; a single width has weight one."""
-    levels = [None if bits == _IDENTITY else (1 << (bits - 1)) - 1 for bits in widths]
+    levels = [None if bits == UNQUANTIZED else (1 << (bits - 1)) - 1 for bits in widths]
     if len(widths) == 1:
         return [(None, levels[0])]
     rows = weights.tolist() if weights.device.type == "cpu" else weights.float()
@@ -102,7 +182,7 @@ def _traced(x: Tensor, range: Tensor, weights: Tensor, widths: tuple[int, ...]) 
     out = torch.zeros_like(value)
     for bits in widths:
         weight = weights[WIDTHS.index(bits)].float()
-        if bits == _IDENTITY:
+        if bits == UNQUANTIZED:
             out = out + weight * clipped
             continue
         step, level = grid_step(bound, bits), (1 << (bits - 1)) - 1

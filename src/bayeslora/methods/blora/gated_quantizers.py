@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from bayeslora.methods.layer import Float32Module
 from bayeslora.quantization import (
     FLOOR,
+    Calibration,
     active_widths,
     evaluation_width,
     hard_concrete,
@@ -23,7 +24,7 @@ from bayeslora.quantization import (
     quantize_mixture,
     rank_gates,
 )
-from bayeslora.vocabulary import BASE_WEIGHT, UNQUANTIZED, WIDTHS
+from bayeslora.vocabulary import ACTIVATIONS, BASE_WEIGHT, UNQUANTIZED, WIDTHS
 
 _LOG_LIMIT = 20.0  # keeps a range finite and non-zero whatever an optimizer does to its logarithm
 
@@ -37,11 +38,93 @@ class Phase(IntEnum):
 
 
 class Assignment(NamedTuple):
-    """What each quantizer of a layer does in the current forward pass."""
+    """Ranges, mixture weights (None at one fixed width each) and widths of a layer's tensors in one forward pass."""
 
     ranges: tuple[Tensor, ...]
     weights: tuple[Tensor, ...] | None
     widths: tuple[tuple[int, ...], ...]
+
+
+class Unquantized:
+    """Take every tensor of a forward pass as it is."""
+
+    replaces_weight = False
+    """Whether the pass multiplies by another weight than the base layer's own."""
+
+    def __call__(self, kind: str, tensor: Tensor) -> Tensor:
+        return tensor
+
+
+class Observing(Unquantized):
+    """Take every tensor as it is, and widen the observed ranges by the activations among them."""
+
+    def __init__(self, quantizers: Quantizers, method: Calibration) -> None:
+        self.quantizers, self.method = quantizers, method
+
+    def __call__(self, kind: str, tensor: Tensor) -> Tensor:
+        if kind in ACTIVATIONS and kind in self.quantizers.kinds:
+            self.quantizers.observe(kind, tensor.detach(), calibration_bits(kind), self.method)
+        return tensor
+
+
+class Quantizing(Unquantized):
+    """Quantize every tensor as `assignment` says; `weight` is the base weight where it is known already."""
+
+    def __init__(self, quantizers: Quantizers, assignment: Assignment, weight: Tensor | None = None) -> None:
+        self.quantizers, self.assignment, self.weight = quantizers, assignment, weight
+        self.replaces_weight = BASE_WEIGHT in quantizers.kinds
+
+    def __call__(self, kind: str, tensor: Tensor) -> Tensor:
+        if kind == BASE_WEIGHT and self.weight is not None:
+            return self.weight
+        return self.quantizers.quantized(kind, tensor, self.assignment)
+
+
+class FrozenWeight:
+    """The base weight at its final width, computed once: neither it nor its range changes any more."""
+
+    def __init__(self) -> None:
+        self.cached: tuple[tuple[Any, ...], Tensor] | None = None
+
+    @torch.no_grad()
+    def of(self, quantizers: Quantizers, weight: Tensor, assignment: Assignment) -> Tensor:
+        key = (quantizers.version, weight._version, weight.data_ptr(), weight.dtype)
+        if self.cached is None or self.cached[0] != key:
+            self.cached = (key, quantizers.quantized(BASE_WEIGHT, weight, assignment).detach())
+        return self.cached[1]
+
+
+class FrozenWidths:
+    """Widths under frozen gates, read from the device once for every write to them.
+
+    Gates that learn are read each time: fused optimizers write to parameters without raising their version.
+    """
+
+    def __init__(self) -> None:
+        self._cached: tuple[tuple[int, ...], tuple[int, ...]] | None = None
+
+    def of(self, quantizers: Quantizers) -> tuple[int, ...]:
+        known = self._cached
+        if known is None or not (torch.compiler.is_compiling() or known[0] == quantizers.version):
+            known = self._cached = (quantizers.version, quantizers.evaluation_widths())
+        return known[1]
+
+
+class DrawnWidths:
+    """Widths with a part in one draw of the gates, read from the device once for all passes of an optimizer step."""
+
+    def __init__(self) -> None:
+        self._cached: tuple[Tensor | None, int, tuple[tuple[int, ...], ...]] | None = None
+
+    def of(self, quantizers: Quantizers, gates: Tensor) -> tuple[tuple[int, ...], ...]:
+        if torch.compiler.is_compiling():  # no branch on values in a traced graph: every term takes part
+            return (WIDTHS,) * len(quantizers.kinds)
+        noise, version = quantizers.noise, quantizers.gate_logits._version
+        known = self._cached
+        if noise is None or known is None or known[0] is not noise or known[1] != version:
+            known = (noise, version, tuple(active_widths(row) for row in gates.detach().tolist()))
+            self._cached = known
+        return known[2]
 
 
 class Progress(Float32Module):
@@ -102,60 +185,46 @@ class Quantizers(Float32Module):
         self.register_buffer("observed", torch.zeros(len(kinds)))
         self.generation = 0  # counts writes to the ranges other than an optimizer's
         self.noise: Tensor | None = None  # (kinds, 4) uniform, shared by every forward pass of one optimizer step
-        self._frozen_widths: tuple[tuple[int, ...], tuple[int, ...]] | None = None
-        self._active: tuple[Tensor, int, tuple[tuple[int, ...], ...]] | None = None
+        self._frozen_widths, self._drawn_widths = FrozenWidths(), DrawnWidths()
 
     def evaluation_widths(self) -> tuple[int, ...]:
         """Width of each kind with its gates at their evaluation values."""
-        return tuple(evaluation_width(row) for row in self.gates.detach().tolist())
+        return tuple(evaluation_width(row) for row in self.gate_logits.detach().tolist())
 
-    # The forward pass --------------------------------------------------------------------------------------------
+    @property
+    def gate_logits(self) -> nn.Parameter:
+        """Logits (kinds, 4) of the bit gates; checkpoints know them as `gates`."""
+        return self.gates
 
     def ranges(self) -> tuple[Tensor, ...]:
         """Positive ranges, one tensor a kind, differentiable: exp of the stored logarithms."""
         ranges = _exp(self.log_ranges).split(self.channels[BASE_WEIGHT in self.kinds :])
         return (_exp(self.log_weight_range), *ranges) if BASE_WEIGHT in self.kinds else ranges
 
-    def fixed(self, frozen: bool = False) -> Assignment:
-        """Every tensor at its evaluation width; with `frozen` gates the widths are read from the device once."""
-        if not frozen:
-            widths = self.evaluation_widths()
-        elif torch.compiler.is_compiling() and self._frozen_widths is not None:
-            widths = self._frozen_widths[1]
-        else:
-            # No cache while gates learn: fused optimizers write to parameters without raising their version.
-            if self._frozen_widths is None or self._frozen_widths[0] != self.version:
-                self._frozen_widths = (self.version, self.evaluation_widths())
-            widths = self._frozen_widths[1]
-        ranges = tuple(bound.detach() for bound in self.ranges()) if frozen else self.ranges()
-        return Assignment(ranges, None, tuple((bits,) for bits in widths))
+    def sampled(self) -> Assignment:
+        """Gates drawn with the step's noise, or with fresh noise where no step was announced."""
+        noise = self.noise if self.noise is not None else _uniform(self.gate_logits)
+        gates = hard_concrete(self.gate_logits.float(), noise)
+        return Assignment(self.ranges(), mixture_weights(gates).unbind(), self._drawn_widths.of(self, gates))
+
+    def fixed(self) -> Assignment:
+        """Every tensor at its evaluation width, while gates may still learn."""
+        return Assignment(self.ranges(), None, tuple((bits,) for bits in self.evaluation_widths()))
+
+    def frozen(self) -> Assignment:
+        """Every tensor at its final width and range."""
+        ranges = tuple(bound.detach() for bound in self.ranges())
+        return Assignment(ranges, None, tuple((bits,) for bits in self._frozen_widths.of(self)))
 
     @property
     def version(self) -> tuple[int, ...]:
         """Changes with every write to the gates, or to the base weight's range, but an optimizer's."""
-        learned = [self.gates, self.log_weight_range] if BASE_WEIGHT in self.kinds else [self.gates]
+        learned = [self.gate_logits, self.log_weight_range] if BASE_WEIGHT in self.kinds else [self.gate_logits]
         return (self.generation, *(p._version for p in learned), *(id(p) for p in learned))
-
-    def sampled(self) -> Assignment:
-        """Gates drawn with the step's noise, or with fresh noise where no step was announced."""
-        noise = self.noise if self.noise is not None else _uniform(self.gates)
-        gates = hard_concrete(self.gates.float(), noise)
-        return Assignment(self.ranges(), mixture_weights(gates).unbind(), self._active_widths(gates))
-
-    def _active_widths(self, gates: Tensor) -> tuple[tuple[int, ...], ...]:
-        if torch.compiler.is_compiling():  # no branch on values in a traced graph: every term takes part
-            return (WIDTHS,) * len(self.kinds)
-        known = self._active
-        if known is None or known[0] is not self.noise or known[1] != self.gates._version:
-            active = tuple(active_widths(row) for row in gates.detach().tolist())
-            if self.noise is None:
-                return active
-            known = self._active = (self.noise, self.gates._version, active)
-        return known[2]
 
     def draw(self, noise: Tensor) -> None:
         """Fix the gates' noise, uniform of shape (kinds, 4), until the next draw."""
-        self.noise = noise.to(self.gates.device).clamp(1e-6, 1 - 1e-6)
+        self.noise = noise.to(self.gate_logits.device).clamp(1e-6, 1 - 1e-6)
 
     def quantized(self, kind: str, x: Tensor, assignment: Assignment) -> Tensor:
         """`x` as `assignment` has it; unchanged where `kind` is not quantized in this layer."""
@@ -170,13 +239,11 @@ class Quantizers(Float32Module):
             return quantize(x, bound, widths[0])
         return quantize_mixture(x, bound, assignment.weights[index], widths)
 
-    # Calibration -------------------------------------------------------------------------------------------------
-
     @torch.no_grad()
-    def observe(self, kind: str, x: Tensor, bits: int, method: str) -> None:
+    def observe(self, kind: str, x: Tensor, bits: int, method: Calibration) -> None:
         """Widen the observed range of `kind` to the best range of `x`: the largest over batches, calls and ranks."""
         index = self.kinds.index(kind)
-        best = optimal_range(x, bits, method)  # type: ignore[arg-type]
+        best = optimal_range(x, bits, method)
         self.observed[index] = torch.maximum(self.observed[index], best)
 
     @torch.no_grad()
@@ -218,7 +285,7 @@ class Quantizers(Float32Module):
 
     def penalty_terms(self) -> Tensor:
         """Nested open probabilities (kinds, 4): the terms of Equation 15, not weighted."""
-        return nested_probability(self.gates)
+        return nested_probability(self.gate_logits)
 
 
 class RankGates(Float32Module):
@@ -230,6 +297,11 @@ class RankGates(Float32Module):
 
     def forward(self) -> Tensor:
         return rank_gates(self.logits.float())
+
+
+def calibration_bits(kind: str) -> int:
+    """Width at which a range starts out best: where its tensor is likely to end."""
+    return 8 if kind in (BASE_WEIGHT, "in", "out") else 4
 
 
 def _exp(logarithm: Tensor) -> Tensor:

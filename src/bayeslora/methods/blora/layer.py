@@ -1,9 +1,8 @@
-"""The layer of B-LoRA: its tensors, its forward pass, and what of it is deployed. The method itself is in `blora`."""
+"""The layer of B-LoRA: its tensors, its forward pass, and what of it is deployed."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from typing import Any, cast
 
 import torch
@@ -13,7 +12,17 @@ from transformers.pytorch_utils import Conv1D
 
 from bayeslora.errors import BayesLoraError
 from bayeslora.methods.blora.config import BLoraConfig
-from bayeslora.methods.blora.gated_quantizers import Assignment, Phase, Progress, Quantizers, RankGates
+from bayeslora.methods.blora.gated_quantizers import (
+    FrozenWeight,
+    Observing,
+    Phase,
+    Progress,
+    Quantizers,
+    Quantizing,
+    RankGates,
+    Unquantized,
+    calibration_bits,
+)
 from bayeslora.methods.description import LayerDescription
 from bayeslora.methods.layer import BayesLayer, PackedTensors, add_update
 from bayeslora.quantization import SURE_LOGIT, fixed_logits, linear, optimal_range
@@ -21,7 +30,7 @@ from bayeslora.vocabulary import ACTIVATIONS, BASE_WEIGHT, KINDS, MATRICES, UNQU
 
 
 class BLoraLayer(BayesLayer):
-    """One linear layer under B-LoRA.
+    """One linear layer under B-LoRA (Algorithm 1); the same in plain torch on one page: `tests/oracles/blora.py`.
 
     Tensors of an adapter: `blora_A` (r, d_in), `blora_B` (d_out, r), `blora_E` (r,), rank gate logits (r,), and the
     quantizers' gates and ranges. `blora_progress` holds its phase.
@@ -38,9 +47,9 @@ class BLoraLayer(BayesLayer):
         self.scaling: dict[str, float] = {}
         self.initial_rank: dict[str, int] = {}
         self.configs: dict[str, BLoraConfig] = {}
-        self.driven: set[str] = set()  # adapters whose calibration a training loop ends
-        self.observes = True  # whether this step's activations count for their ranges
-        self._fixed_weight: tuple[tuple[Any, ...], Tensor] | None = None
+        self.training_adapters: set[str] = set()  # adapters whose calibration a training loop ends
+        self.collects_ranges = True  # whether this step's activations count for their ranges
+        self.frozen_weight = FrozenWeight()
 
     def add_adapter(self, adapter_name: str, config: BLoraConfig, rank: int, scaling: float) -> None:
         self.configs[adapter_name] = config
@@ -92,8 +101,6 @@ class BLoraLayer(BayesLayer):
         forward = type(self.get_base_layer()).forward
         return self.quantization_backend is None and forward in (nn.Linear.forward, Conv1D.forward)
 
-    # Forward ------------------------------------------------------------------------------------------------------
-
     def adapted(self, x: Tensor, adapter_names: list[str], *args: Any, **kwargs: Any) -> Tensor:
         if len(adapter_names) == 1:
             return self._adapted_by(adapter_names[0], x, *args, **kwargs)
@@ -103,69 +110,65 @@ class BLoraLayer(BayesLayer):
             )
         result = self.base_layer(x, *args, **kwargs)
         for name in adapter_names:
-            update = self._low_rank(name, x, _identity) @ self.blora_B[name].T
-            result = result + (update * self.scaling[name]).to(result.dtype)
+            hidden = F.linear(self._dropped_out(name, x), self.blora_A[name])
+            hidden = hidden * self._gated(name, self.blora_E[name]).to(hidden.dtype)
+            result = add_update(result, hidden, self.blora_B[name], self.scaling[name])
         return result
 
-    def is_quantizing(self, name: str) -> bool:
-        return name in self.blora_quantizers and self.progress(name).current != Phase.WARM_UP
-
     def _adapted_by(self, name: str, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        r"""$Q_{out}(Q_w(W_0) Q_{in}(x) + b + s Q_b(B) Q_E((Q_e(E) \circ G) \circ Q_A(Q_a(A) Q_{in}(x))))$."""
         quantized = self._quantization(name, x, *args, **kwargs)
         x = quantized("in", x)
-        if quantized is _identity or not self.has_plain_weight:
-            result = self.base_layer(x, *args, **kwargs)
-            update = self._low_rank(name, x, quantized), quantized("B", self.blora_B[name]), self.scaling[name]
-            return quantized("out", add_update(result, *update))
-        weight = quantized(BASE_WEIGHT, self.weight)
-        rows = x.reshape(-1, x.shape[-1])
-        result = linear(rows, weight.T if self.is_transposed else weight, self.bias)
-        update = self._low_rank(name, rows, quantized), quantized("B", self.blora_B[name]), self.scaling[name]
-        return quantized("out", add_update(result, *update, in_place=True)).view(*x.shape[:-1], -1)
+        if quantized.replaces_weight:
+            weight = quantized(BASE_WEIGHT, self.weight)
+            inputs = x.reshape(-1, x.shape[-1])
+            result = linear(inputs, weight.T if self.is_transposed else weight, self.bias)
+        else:
+            inputs, result = x, self.base_layer(x, *args, **kwargs)
 
-    def _low_rank(self, name: str, x: Tensor, quantized: Callable[[str, Tensor], Tensor]) -> Tensor:
-        """(..., r): the update's path up to, and without, its last factor."""
-        x = self.blora_dropout[name](self._cast_input_dtype(x, self.blora_A[name].dtype))
-        diagonal = quantized("E", self.blora_E[name])
+        a, b = quantized("A", self.blora_A[name]), quantized("B", self.blora_B[name])
+        e = self._gated(name, quantized("E", self.blora_E[name]))
+
+        hidden = quantized("A_out", F.linear(self._dropped_out(name, inputs), a))
+        hidden = quantized("E_out", hidden * e.to(hidden.dtype))
+        result = add_update(result, hidden, b, self.scaling[name], in_place=quantized.replaces_weight)
+        return quantized("out", result).view(*x.shape[:-1], self.out_features)
+
+    def _dropped_out(self, name: str, x: Tensor) -> Tensor:
+        """The adapter's input, in its own type."""
+        return cast(Tensor, self.blora_dropout[name](self._cast_input_dtype(x, self.blora_A[name].dtype)))
+
+    def _gated(self, name: str, diagonal: Tensor) -> Tensor:
+        r"""$E \circ G$ (r,) for the quantized diagonal E."""
         if name in self.blora_rank:
             diagonal = diagonal * self.rank_gates(name)().to(diagonal.dtype)
         if self.training and torch.distributed.is_available() and torch.distributed.is_initialized():
             diagonal = diagonal + self._anchor(name)
-        hidden = quantized("A_out", F.linear(x, quantized("A", self.blora_A[name])))
-        return quantized("E_out", hidden * diagonal.to(hidden.dtype))
+        return diagonal
 
-    def _quantization(self, name: str, x: Tensor, *args: Any, **kwargs: Any) -> Callable[[str, Tensor], Tensor]:
-        """What happens to each tensor in this pass: nothing, being observed, or being quantized."""
+    def is_quantizing(self, name: str) -> bool:
+        return name in self.blora_quantizers and self.progress(name).current != Phase.WARM_UP
+
+    def _quantization(self, name: str, x: Tensor, *args: Any, **kwargs: Any) -> Unquantized:
+        """Decide what happens to each tensor of this pass: nothing, being observed, or being quantized."""
         if name not in self.blora_quantizers:
-            return _identity
-        quantizers, phase = self.quantizers(name), self.progress(name).current
-        if phase == Phase.WARM_UP:
+            return _UNQUANTIZED
+        quantizers, progress = self.quantizers(name), self.progress(name)
+        if progress.current == Phase.WARM_UP:
             if not self.training:
-                return _identity
-            if name in self.driven or self.configs[name].warmup_fraction > 0:
-                return self._observer(name) if self.observes else _identity
+                return _UNQUANTIZED
+            if name in self.training_adapters or self.configs[name].warmup_fraction > 0:
+                return Observing(quantizers, self.configs[name].calibration) if self.collects_ranges else _UNQUANTIZED
             self._calibrate_on(name, x, *args, **kwargs)
-        frozen = self.progress(name).current == Phase.FROZEN
-        if self.training and not frozen:
-            assignment = quantizers.sampled()
-        else:
-            assignment = quantizers.fixed(frozen)
-        if not frozen or not self.has_plain_weight:
-            return lambda kind, tensor: quantizers.quantized(kind, tensor, assignment)
-        weight = self._frozen_weight(name, assignment)
-        return lambda kind, tensor: weight if kind == BASE_WEIGHT else quantizers.quantized(kind, tensor, assignment)
-
-    def _frozen_weight(self, name: str, assignment: Assignment) -> Tensor:
-        """W0 at its final width: computed once, for neither it nor its range changes any more."""
-        quantizers, weight = self.quantizers(name), self.weight
-        key = (name, quantizers.version, weight._version, weight.data_ptr(), weight.dtype)
-        if self._fixed_weight is None or self._fixed_weight[0] != key:
-            with torch.no_grad():
-                self._fixed_weight = (key, quantizers.quantized(BASE_WEIGHT, weight, assignment).detach())
-        return self._fixed_weight[1]
+        if progress.current != Phase.FROZEN:
+            return Quantizing(quantizers, quantizers.sampled() if self.training else quantizers.fixed())
+        assignment = quantizers.frozen()
+        if BASE_WEIGHT not in quantizers.kinds:
+            return Quantizing(quantizers, assignment)
+        return Quantizing(quantizers, assignment, self.frozen_weight.of(quantizers, self.weight, assignment))
 
     def _apply(self, fn: Any, recurse: bool = True) -> Any:
-        self._fixed_weight = None
+        self.frozen_weight.cached = None
         return super()._apply(fn, recurse)
 
     def _anchor(self, name: str) -> Tensor | float:
@@ -173,24 +176,12 @@ class BLoraLayer(BayesLayer):
         modules = [group[name] for group in (self.blora_rank, self.blora_quantizers) if name in group]
         return 0.0 * sum(p.sum() for module in modules for p in module.parameters())
 
-    # Calibration --------------------------------------------------------------------------------------------------
-
-    def _observer(self, name: str) -> Callable[[str, Tensor], Tensor]:
-        quantizers, method = self.quantizers(name), self.configs[name].calibration
-
-        def observe(kind: str, tensor: Tensor) -> Tensor:
-            if kind in ACTIVATIONS and kind in quantizers.kinds:
-                quantizers.observe(kind, tensor.detach(), _calibration_bits(kind), method)
-            return tensor
-
-        return observe
-
     def _calibrate_on(self, name: str, x: Tensor, *args: Any, **kwargs: Any) -> None:
         """Calibrate on one batch: what happens without a warm-up and without a training loop attached."""
-        self.driven.add(name)
+        self.training_adapters.add(name)
         with torch.no_grad():
             self._adapted_by(name, x, *args, **kwargs)
-        self.driven.discard(name)
+        self.training_adapters.discard(name)
         self.start_learning(name)
 
     @torch.no_grad()
@@ -212,13 +203,11 @@ class BLoraLayer(BayesLayer):
         if kind != BASE_WEIGHT and not tensor.any():
             # A factor that is still zero has no scale of its own; it will grow to about that of A's initial values.
             return torch.tensor(1 / math.sqrt(self.in_features))
-        bits = _calibration_bits(kind)
+        bits = calibration_bits(kind)
         if not (config.per_channel and kind in (BASE_WEIGHT, "A")):
             return optimal_range(tensor, bits, config.calibration)
         transposed = kind == BASE_WEIGHT and self.is_transposed
         return optimal_range(tensor.T if transposed else tensor, bits, config.calibration, dim=1)
-
-    # Deployment ---------------------------------------------------------------------------------------------------
 
     def _as_deployed(self, name: str, kind: str, tensor: Tensor) -> Tensor:
         if not self.is_quantizing(name):
@@ -335,10 +324,4 @@ class Linear(BLoraLayer):
     """The name PEFT's `all-linear` recognises an adapted layer by."""
 
 
-def _identity(kind: str, tensor: Tensor) -> Tensor:
-    return tensor
-
-
-def _calibration_bits(kind: str) -> int:
-    """Width at which a range starts out best: where its tensor is likely to end."""
-    return 8 if kind in (BASE_WEIGHT, "in", "out") else 4
+_UNQUANTIZED = Unquantized()

@@ -68,7 +68,7 @@ class BLoraModel(BayesTuner):
 
     def _bit_penalty(self, name: str, layers: list[BLoraLayer]) -> Tensor:
         config = self.config_of(name)
-        gates = torch.cat([layer.quantizers(name).gates for layer in layers])
+        gates = torch.cat([layer.quantizers(name).gate_logits for layer in layers])
         terms = nested_probability(gates)
         if config.bit_weighting != "const":
             terms = terms * torch.tensor(GATED_WIDTHS, dtype=terms.dtype, device=terms.device)
@@ -119,7 +119,7 @@ class BLoraModel(BayesTuner):
                     "raise it"
                 )
         for layer in self.adapted_layers(name):
-            layer.driven.add(name)
+            layer.training_adapters.add(name)
 
     def _set_gate_rate(self, role: ParameterRole, steps: int, travel: float) -> None:
         """Gates move by about one rate a step at most (Adam normalises the penalty): it decides if they close."""
@@ -137,14 +137,14 @@ class BLoraModel(BayesTuner):
         if step <= self.warm_up_end:
             skips = step < self.warm_up_end and step % math.ceil(self.warm_up_end / OBSERVED_STEPS) > 0
             for layer in self.adapted_layers(name):
-                layer.observes = not skips
+                layer.collects_ranges = not skips
         learning = self._learning(name) if self.config_of(name).learns_bits else []
         if not learning:
             return
         generator = step_generator(seed, step)
         for layer in learning:
             quantizers = layer.quantizers(name)
-            quantizers.draw(torch.rand(quantizers.gates.shape, generator=generator))
+            quantizers.draw(torch.rand(quantizers.gate_logits.shape, generator=generator))
 
     def rate_of(self, role: ParameterRole, step: int) -> float | None:
         if role not in self.learning_rates:
@@ -200,7 +200,7 @@ class BLoraModel(BayesTuner):
         weakest: tuple[float, Tensor, tuple[int, int]] | None = None
         for layer in self._learning(name):
             quantizers = layer.quantizers(name)
-            gates = quantizers.gates
+            gates = quantizers.gate_logits
             for row, logits in enumerate(gates.tolist()):
                 if quantizers.kinds[row] in fixed:
                     continue
@@ -225,7 +225,7 @@ class BLoraModel(BayesTuner):
             by_kind = {kind: sum(d.bits[kind] for d in described) / len(described) for kind in kinds}
             values["mean_bits"] = sum(by_kind.values()) / len(by_kind)
             values.update({f"bits/{kind}": bits for kind, bits in by_kind.items()})
-            gates = torch.cat([layer.quantizers(name).gates.detach() for layer in layers])
+            gates = torch.cat([layer.quantizers(name).gate_logits.detach() for layer in layers])
             means = open_probability(gates).mean(0).tolist()
             values.update({f"gates/{bits}": p for bits, p in zip(GATED_WIDTHS, means, strict=True)})
         values["mean_rank"] = sum(d.rank for d in described) / len(described)
