@@ -15,8 +15,10 @@ from records import GLUE_TASKS, MMLU_ROWS, SHOTS, TASK_TITLES, Run, grouped
 from bayeslora.report import style
 from bayeslora.report.comparison_figures import Point, score_figure
 from bayeslora.report.figures import LayerGrid, draw_cells, label_grid
-from bayeslora.runs.names import locate, matrix_role
-from bayeslora.runs.record import KINDS, LayerRecord
+from bayeslora.runs.names import matrix_role
+from bayeslora.runs.record import LayerRecord
+from bayeslora.runs.schema import from_json
+from bayeslora.vocabulary import ALL_KINDS
 
 RANKED = {
     "blora-q+ra": "B-LoRA q + ra",
@@ -31,11 +33,7 @@ ROLES = {"q": "Q", "k": "K", "v": "V", "qkv": "QKV", "output": "O", "gate": "gat
 
 def records_of(runs: Iterable[Run]) -> list[LayerRecord]:
     """The layers of all runs; a `LayerGrid` shows means over those that share a cell."""
-    return [
-        LayerRecord(layer["name"], layer["rank"], layer["initial_rank"], layer["bits"], locate(layer["name"]))
-        for run in runs
-        for layer in run["layers"]
-    ]
+    return [from_json(LayerRecord, layer) for run in runs for layer in run["layers"]]
 
 
 def ranks_figure(runs: Sequence[Run]) -> Figure | None:
@@ -85,7 +83,7 @@ def bits_figure(runs: Sequence[Run]) -> Figure | None:
         panels = figure.subplots(1, len(by_task), squeeze=False, sharey=True)[0]
         for axes, (task, group) in zip(panels, by_task.items(), strict=True):
             layers = records_of(group)
-            kinds = [kind for kind in KINDS if kind in layers[0].bits]
+            kinds = [kind for kind in ALL_KINDS if kind in layers[0].bits]
             for position, kind in enumerate(kinds):
                 widths = [layer.bits[kind] for layer in layers]
                 left = 0.0

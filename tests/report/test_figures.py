@@ -159,7 +159,7 @@ def test_calibration_error_and_interval_known_answers(tmp_path: Path) -> None:
     ]
     run = record(tmp_path, reliability={"bins": bins}, scores={"accuracy": 0.75})
     expected = (1 * 0.3 + 3 * (0.9 - 2 / 3)) / 4
-    assert training_figures.expected_calibration_error(run.reliability) == pytest.approx(expected)
+    assert run.reliability.ece == pytest.approx(expected)
     figure = training_figures.calibration_figure(run)
     assert figure is not None and figure.axes[0].get_title(loc="left") == "ECE 0.250  (3 bins)"
     # Wilson, 10 of 10 at 95 %: n / (n + z²).

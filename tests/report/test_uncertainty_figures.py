@@ -52,10 +52,14 @@ def titles(figure: Figure) -> list[str]:
 
 def test_the_record_holds_what_was_written(tmp_path: Path) -> None:
     run = record(tmp_path)
-    assert run.risk_coverage == [(0.25, 0.0), (0.5, 0.02), (0.75, 0.1), (1.0, 0.2)]
-    assert list(run.histograms) == ["entropy", "mutual_information"]
-    assert run.histograms["entropy"].counts["wrong"][29] == 20
-    assert run.ood["mutual_information"]["auroc"] == pytest.approx(0.8) and run.ood_name == "headlines"
+    assert run.risk_coverage.points == [(0.25, 0.0), (0.5, 0.02), (0.75, 0.1), (1.0, 0.2)]
+    assert list(run.uncertainty) == ["entropy", "mutual_information"]
+    assert run.uncertainty["entropy"].counts["wrong"][29] == 20
+    assert (
+        run.detection["mutual_information"]["auroc"] == pytest.approx(0.8)
+        and run.ood is not None
+        and run.ood.name == "headlines"
+    )
     assert run.where == "rotten_tomatoes"
     other = record(tmp_path, split="test")
     assert other.where == "rotten_tomatoes, test"
@@ -114,9 +118,9 @@ def test_seeds_are_averaged_and_pooled() -> None:
         (1.0, pytest.approx(0.4)),
     ]
     assert figures.mean_curve([[(0.5, 0.1)], [(0.4, 0.2)]]) == [(0.5, 0.1)]
-    one, two = Histogram([0, 1, 2], {"correct": [1, 2], "ood": [5, 5]}), Histogram([0, 1, 2], {"correct": [3, 4]})
-    assert figures.pooled_histogram([one, two]) == Histogram([0, 1, 2], {"correct": [4, 6]})
-    assert figures.pooled_histogram([one, Histogram([0, 2, 4], {"correct": [3, 4]})]) == one
+    one, two = Histogram([0, 1, 2], correct=[1, 2], ood=[5, 5]), Histogram([0, 1, 2], correct=[3, 4])
+    assert figures.pooled_histogram([one, two]) == Histogram([0, 1, 2], correct=[4, 6])
+    assert figures.pooled_histogram([one, Histogram([0, 2, 4], correct=[3, 4])]) == one
     assert figures.pooled_histogram([]) is None
 
 
@@ -160,9 +164,9 @@ def test_splits_of_a_task_are_not_one_setting(tmp_path: Path) -> None:
 
 def test_detection_has_a_line_a_setting_and_a_mark_a_measure() -> None:
     found = [
-        figures.Detection("LoRA", "t", {"entropy": [0.6]}),
-        figures.Detection("Me-LoRA", "t", {"entropy": [0.6, 0.7], "mutual_information": [0.8, 0.9]}),
-        figures.Detection("full", "t", {}),
+        figures.Detections("LoRA", "t", {"entropy": [0.6]}),
+        figures.Detections("Me-LoRA", "t", {"entropy": [0.6, 0.7], "mutual_information": [0.8, 0.9]}),
+        figures.Detections("full", "t", {}),
     ]
     figure = figures.detection_figure(found)
     assert figure is not None
@@ -175,7 +179,7 @@ def test_detection_has_a_line_a_setting_and_a_mark_a_measure() -> None:
 
 
 def test_measures_are_drawn_in_blocks_and_curves_in_a_panel_a_task() -> None:
-    bins = Histogram([0.0, 0.3, 0.6], {"correct": [5, 5], "wrong": [1, 2]})
+    bins = Histogram([0.0, 0.3, 0.6], correct=[5, 5], wrong=[1, 2])
     panels: list[tuple[str, str, Histogram, float | None]] = [
         ("LoRA", "entropy", bins, 0.6),
         ("Me-LoRA", "entropy", bins, 0.7),
@@ -196,9 +200,9 @@ def test_measures_are_drawn_in_blocks_and_curves_in_a_panel_a_task() -> None:
     [
         ({"risk_coverage": {"coverage": [0.5, 1.0], "risk": [0.1]}}, "one risk for each coverage"),
         ({"uncertainty": {"entropy": {"edges": [0, 1], "correct": [1, 2]}}}, "one count for each bin"),
-        ({"uncertainty": {"entropy": {"edges": [0, "x"]}}}, "a list of numbers"),
-        ({"ood": {"scores": {}}}, "'name'"),
-        ({"ood": {"name": "x", "scores": {"entropy": {"auroc": "high"}}}}, "'entropy.auroc'"),
+        ({"uncertainty": {"entropy": {"edges": [0, "x"]}}}, r"'uncertainty.entropy.edges\[1\]' is 'x'"),
+        ({"ood": {"scores": {}}}, "'ood.name'"),
+        ({"ood": {"name": "x", "scores": {"entropy": {"auroc": "high"}}}}, "'ood.scores.entropy.auroc'"),
     ],
 )
 def test_a_damaged_file_is_named(tmp_path: Path, change: dict[str, Any], message: str) -> None:

@@ -98,9 +98,9 @@ def _table(folders: list[Path]) -> str:
     runs = [read_run(folder) for folder in folders]
     rows: list[tuple[str, list[str]]] = [
         ("", [run.method for run in runs]),
-        ("accuracy on reviews of unseen films", [f"{run.test_scores['accuracy']:.4f}" for run in runs]),
-        ("calibration error (ece)", [f"{run.test_scores['ece']:.4f}" for run in runs]),
-        ("negative log-likelihood", [f"{run.test_scores['nll']:.4f}" for run in runs]),
+        ("accuracy on reviews of unseen films", [f"{run.scores_test['accuracy']:.4f}" for run in runs]),
+        ("calibration error (ece)", [f"{run.scores_test['ece']:.4f}" for run in runs]),
+        ("negative log-likelihood", [f"{run.scores_test['nll']:.4f}" for run in runs]),
         ("samples of the weights", [f"{run.samples:d}" for run in runs]),
         ("attention BOPs, of LoRA r=16 at 32 bits", [f"{run.relative_bops['attention']:.1%}" for run in runs]),
         ("adapter matrices, median bits", [f"{run.median_adapter_bits:g}" for run in runs]),

@@ -8,7 +8,6 @@ base of fewer bits rounds the sum. Such a model is merged only on request, with 
 from __future__ import annotations
 
 import copy
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, cast
@@ -22,8 +21,8 @@ from bayeslora.export.copies import adapted_parts, sharing_base
 from bayeslora.export.measured import inputs_for, output_error, output_of
 from bayeslora.methods.config import AdapterConfig
 from bayeslora.methods.layer import BayesLayer, undo_cpu_order
+from bayeslora.model_card import CARD_FILE, front_matter, public_name
 
-CARD_FILE = "README.md"
 _TOLERANCE = 1e-4
 """Largest output error, as a share of the largest output, that still is float rounding through a deep model."""
 
@@ -136,7 +135,8 @@ def _merged(whole: PeftModel, name: str) -> Any:
 
 def _card(config: AdapterConfig, base: nn.Module, measured: dict[str, Any]) -> str:
     """A model card: what was merged, and how far its outputs are from the adapter's."""
-    name = config.base_model_name_or_path or getattr(base, "name_or_path", "") or type(base).__name__
+    path = config.base_model_name_or_path or getattr(base, "name_or_path", "")
+    name = public_name(str(path)) if path else type(base).__name__
     error, largest, reason = (measured[key] for key in ("max_output_error", "max_output", "inexact"))
     if reason is None:
         said = "The merge is exact: outputs are those of base and adapter, to float rounding"
@@ -146,13 +146,11 @@ def _card(config: AdapterConfig, base: nn.Module, measured: dict[str, Any]) -> s
         said += ". The difference in outputs was not measured."
     else:
         said += f". Largest difference in outputs measured: {error:.3g}, where the largest output is {largest:.3g}."
+    front = front_matter(
+        f"{name} merged", name, library="transformers", relation="merge", tags=["bayeslora", config.method]
+    )
     return f"""---
-base_model: {json.dumps(str(name))}
-base_model_relation: merge
-library_name: transformers
-tags:
-- bayeslora
-- {config.method}
+{front}
 ---
 
 # A merged model

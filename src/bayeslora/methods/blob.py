@@ -111,6 +111,7 @@ class Linear(BlobLayer):
 class BlobModel(VariationalModel):
     """BLoB over a whole model."""
 
+    title = "BLoB"
     prefix = "blob_"
     tuner_layer_cls = BlobLayer
     linear_class = Linear

@@ -132,6 +132,7 @@ def draw_rank(config: DyLoraConfig, generator: torch.Generator | None = None) ->
 class DyLoraModel(BayesTuner):
     """DyLoRA over a whole model: one rank a step, and the rank that evaluation uses."""
 
+    title = "DyLoRA"
     prefix = "dylora_"
     tuner_layer_cls = DyLoraLayer
     linear_class = Linear

@@ -121,6 +121,7 @@ class Linear(MeLoraLayer):
 class MeLoraModel(VariationalModel):
     """Me-LoRA over a whole model."""
 
+    title = "Me-LoRA"
     prefix = "melora_"
     tuner_layer_cls = MeLoraLayer
     linear_class = Linear

@@ -26,5 +26,14 @@ _MODELS: dict[str, type[BaseTuner]] = {
     "dylora": DyLoraModel,
 }
 
+_OTHER_TITLES = {"lora": "LoRA", "adalora": "AdaLoRA", "full": "full fine-tuning"}
+"""Titles of what `bayeslora train` knows without a class of this library."""
+
+
+def title_of(method: str) -> str:
+    """Return a method's name in prose; an unknown one is returned as it is."""
+    return getattr(_MODELS.get(method), "title", _OTHER_TITLES.get(method, method))
+
+
 for _name, _config in METHODS.items():
     register(_name, _config, _MODELS[_name])

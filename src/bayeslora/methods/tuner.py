@@ -53,6 +53,8 @@ class BayesTuner(BaseTuner):
     """Whether the present cost is below `budget`, so that nothing needs to become cheaper in this step."""
 
     target_module_mapping: dict[str, list[str]] = cast(Any, DEFAULT_TARGET_MODULES)
+    title: ClassVar[str]
+    """The method's name in prose."""
     linear_class: ClassVar[type[BayesLayer]]
 
     # Creation -----------------------------------------------------------------------------------------------------

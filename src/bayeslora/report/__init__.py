@@ -1,13 +1,43 @@
-"""What a run looks like on paper: figures, a self-contained HTML report, a comparison of runs, and the model card.
+"""Reports on finished runs: figures, a self-contained HTML page, a comparison of several runs, and the model card.
 
-Every function reads the files a run leaves in its output folder (``metrics.json``, ``history.json``), so a report can
-be made again at any time, on a machine without the model. Matplotlib and Jinja are imported when something is drawn.
+Every function reads the files in a run's output folder (`metrics.json`, `history.json`), so a report can be made
+again at any time, without the model. The modules, and with them Matplotlib and Jinja, are imported on first use.
 """
 
 from __future__ import annotations
 
-from bayeslora.report.card import write_model_card
-from bayeslora.report.comparison import write_comparison
-from bayeslora.report.page import write_figures, write_report
+import importlib
+from importlib.util import find_spec
+from typing import TYPE_CHECKING, Any
 
-__all__ = ["write_comparison", "write_figures", "write_model_card", "write_report"]
+from bayeslora.errors import BayesLoraError
+
+if TYPE_CHECKING:
+    from bayeslora.report.card import write_model_card
+    from bayeslora.report.comparison import write_comparison
+    from bayeslora.report.page import write_figures, write_report
+
+__all__ = ["check_installed", "write_comparison", "write_figures", "write_model_card", "write_report"]
+_HOME = {
+    "write_comparison": "comparison",
+    "write_figures": "page",
+    "write_model_card": "card",
+    "write_report": "page",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOME:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(importlib.import_module(f"{__name__}.{_HOME[name]}"), name)
+
+
+def check_installed() -> None:
+    """Check that the packages that draw are installed, so that a run does not fail when it is over.
+
+    Raises:
+        BayesLoraError: naming the first that is missing.
+    """
+    for name in ("matplotlib", "jinja2"):
+        if find_spec(name) is None:
+            raise BayesLoraError(f"{name} is not installed, but the report of a run needs it: pip install {name}")

@@ -1,4 +1,4 @@
-"""Several runs side by side: one row a run, seeds of the same setting as mean ± standard deviation, and figures."""
+"""Comparison of runs: one row a run, seeds of the same setting as mean ± standard deviation, and figures."""
 
 from __future__ import annotations
 
@@ -9,15 +9,19 @@ from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
+
+import yaml
+from matplotlib.figure import Figure
 
 from bayeslora.errors import BayesLoraError
-from bayeslora.report import text
+from bayeslora.files import finite, save_json, write_atomically
+from bayeslora.report import comparison_figures, uncertainty_figures
 from bayeslora.report.comparison_table import markdown
-from bayeslora.runs.record import Histogram, ReliabilityBin, RunRecord, read_run, write_bytes
-
-if TYPE_CHECKING:
-    from bayeslora.report.uncertainty_figures import Detection, Selection
+from bayeslora.report.page import write_pngs
+from bayeslora.report.style import png_bytes
+from bayeslora.report.uncertainty_figures import pooled_histogram
+from bayeslora.runs.record import Histogram, Reliability, ReliabilityBin, RunRecord, read_run
 
 # What may differ between runs of one setting: the seed, and where and how verbosely things are written.
 _NOT_OPTIONS = frozenset(
@@ -39,39 +43,37 @@ class Group:
 
     @property
     def where(self) -> str:
-        """Task and split."""
+        """Return task and split."""
         return self.runs[0].where
 
 
 def write_comparison(folders: Sequence[Path], output_dir: Path) -> dict[str, Any]:
-    """Compare finished runs: writes ``table.json``, ``table.md`` and figures.
+    """Compare finished runs: write `table.json`, `table.md` and figures.
 
-    The figures are ``score_bops.png``, ``reliability.png``, ``risk_coverage.png`` and, of runs that were scored on
-    out-of-distribution inputs, ``uncertainty.png`` and ``ood.png``; one without data is left out.
+    The figures are `score_bops.png`, `reliability.png`, `risk_coverage.png` and, for runs that were scored on
+    out-of-distribution inputs, `uncertainty.png` and `ood.png`; one without data is left out.
 
-    Runs whose method, model, task, split, steps, samples and options (``config.yaml`` without seed and output paths)
+    Runs whose method, model, task, split, steps, samples and options (`config.yaml` without seed and output paths)
     agree form a group, reported as mean ± sample standard deviation (n − 1) over its distinct seeds. Runs that agree
-    in the seed as well are repeats, not seeds: they are never averaged and stand alone.
+    in the seed as well are repeats, not seeds: they are never averaged.
 
     Args:
-        folders: output folders of ``bayeslora train`` or ``bayeslora evaluate``, in the order the rows should have.
-        output_dir: where the files go; made when it is missing.
+        folders: output folders of `bayeslora train` or `bayeslora evaluate`, in the order of the rows.
+        output_dir: folder for the files; created if missing.
 
     Returns:
-        What ``table.json`` holds: ``{"runs": [row, …], "groups": [row, …], "figures": [file name, …]}``. In a group's
-        row each number is ``{"mean", "sd", "n"}``, ``sd`` null for a single run.
+        The content of `table.json`: `{"runs": [row, …], "groups": [row, …], "figures": [file name, …]}`. In a group's
+        row each number is `{"mean", "sd", "n"}`, with `sd` null for a single run.
 
     Raises:
-        BayesLoraError: no folder, a folder given twice, or one whose ``metrics.json`` cannot be used.
+        BayesLoraError: no folder, a folder given twice, or one whose `metrics.json` cannot be used.
     """
     paths = [Path(folder) for folder in folders]
     if not paths:
-        raise BayesLoraError("0 folders to compare, at least one is needed; name output folders of `bayeslora train`.")
-    seen: set[Path] = set()
-    for path in paths:
-        if path.resolve() in seen:
-            raise BayesLoraError(f"{path} is named twice, each folder may appear once; name it once.")
-        seen.add(path.resolve())
+        raise BayesLoraError("0 folders are given, but at least 1 is needed: name output folders of `bayeslora train`")
+    for position, path in enumerate(paths):
+        if path.resolve() in {earlier.resolve() for earlier in paths[:position]}:
+            raise BayesLoraError(f"{path} is named twice, but each folder may appear once: leave one out")
     runs = [read_run(path) for path in paths]
     groups = group_runs(runs)
     label_of = {run.folder: group.label for group in groups for run in group.runs}
@@ -79,23 +81,25 @@ def write_comparison(folders: Sequence[Path], output_dir: Path) -> dict[str, Any
     try:
         target.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise BayesLoraError(f"cannot make {target} ({error.strerror}); name a folder that can be written.") from error
-    figures = {name: png for name, png in _figures(groups).items() if png is not None}
-    table: dict[str, Any] = {
-        "runs": [{"setting": label_of[run.folder], **run_row(run)} for run in runs],
-        "groups": [group_row(group) for group in groups],
-        "figures": [f"{name}.png" for name in figures],
-    }
-    table = _finite(table)
-    for name, png in figures.items():
-        write_bytes(target / f"{name}.png", png)
-    write_bytes(target / "table.json", (json.dumps(table, indent=2, ensure_ascii=False) + "\n").encode())
-    write_bytes(target / "table.md", markdown(table).encode())
+        raise BayesLoraError(f"cannot make {target} ({error.strerror}): name a folder that can be written") from error
+    images = {name: png_bytes(figure) for name, figure in _figures(groups).items() if figure is not None}
+    table: dict[str, Any] = finite(
+        {
+            "runs": [{"setting": label_of[run.folder], **run_row(run)} for run in runs],
+            "groups": [group_row(group) for group in groups],
+            "figures": [f"{name}.png" for name in images],
+        }
+    )
+    write_pngs(target, images)
+    with write_atomically(target / "table.json") as path:
+        save_json(path, table)
+    with write_atomically(target / "table.md") as path:
+        path.write_text(markdown(table), encoding="utf-8")
     return table
 
 
 def group_runs(runs: Sequence[RunRecord]) -> list[Group]:
-    """Runs by setting, in the order in which settings first appear; repeats of one seed stay apart."""
+    """Return runs by setting, in the order in which settings first appear; repeats of one seed stay apart."""
     by_setting: dict[str, list[tuple[RunRecord, dict[str, Any]]]] = defaultdict(list)
     for run in runs:
         options = _options(run.folder)
@@ -113,29 +117,23 @@ def group_runs(runs: Sequence[RunRecord]) -> list[Group]:
 
 
 def run_row(run: RunRecord) -> dict[str, Any]:
-    """One run as a flat row of the table; None where the run has no such number."""
-    row: dict[str, Any] = {
-        "folder": str(run.folder),
-        "method": run.method,
-        "task": run.task,
-        "model": run.model,
-        "seed": run.seed,
-        "steps": run.steps,
-        "samples": run.samples,
-        "metric": run.metric,
-        "where": run.where,
-        "ood": run.ood_name or None,
-    }
-    return row | run_numbers(run)
+    """Return one run as a flat row of the table; None where the run has no such number."""
+    return {"folder": str(run.folder), "seed": run.seed, **_setting(run), **run_numbers(run)}
+
+
+def _setting(run: RunRecord) -> dict[str, Any]:
+    """Return the columns that runs of one setting share."""
+    names = ("method", "task", "model", "steps", "samples", "metric", "where")
+    return {name: getattr(run, name) for name in names} | {"ood": run.ood.name if run.ood else None}
 
 
 def run_numbers(run: RunRecord) -> dict[str, float | None]:
-    """The numbers that are averaged over seeds, in the table's order."""
+    """Return the numbers that are averaged over seeds, in the table's order."""
     numbers: dict[str, float | None] = {"score": run.score}
     for name in ("accuracy", "ece", "nll"):
         numbers[name] = run.scores.get(name)
     numbers |= {name: value for name, value in run.scores.items() if name not in numbers}
-    numbers |= {f"ood_{m}_{name}": value for m, scores in run.ood.items() for name, value in scores.items()}
+    numbers |= {f"ood_{m}_{name}": value for m, scores in run.detection.items() for name, value in scores.items()}
     numbers["trainable_parameters"] = run.parameters.get("trainable")
     numbers["adapter_median_bits"] = run.median_adapter_bits
     numbers["mean_rank"] = run.mean_rank
@@ -146,19 +144,11 @@ def run_numbers(run: RunRecord) -> dict[str, float | None]:
 
 
 def group_row(group: Group) -> dict[str, Any]:
-    """One setting: what its runs share, and mean, sample standard deviation and count of each number."""
-    first = group.runs[0]
+    """Return one setting: what its runs share, and mean, sample standard deviation and count of each number."""
     rows = [run_numbers(run) for run in group.runs]
     row: dict[str, Any] = {
         "setting": group.label,
-        "method": first.method,
-        "task": first.task,
-        "model": first.model,
-        "steps": first.steps,
-        "samples": first.samples,
-        "metric": first.metric,
-        "where": first.where,
-        "ood": first.ood_name or None,
+        **_setting(group.runs[0]),
         "seeds": [run.seed for run in group.runs],
         "folders": [str(run.folder) for run in group.runs],
         "options": group.options,
@@ -170,34 +160,35 @@ def group_row(group: Group) -> dict[str, Any]:
 
 
 def mean_and_deviation(values: Sequence[float]) -> dict[str, float | int] | None:
-    """``{"mean", "sd", "n"}``, ``sd`` with n − 1 and None for a single value; None for no value at all."""
+    """Return `{"mean", "sd", "n"}`, with n − 1 in `sd`, None for a single value; None for no value at all."""
     if not values:
         return None
     deviation = statistics.stdev(values) if len(values) > 1 else None
     return {"mean": statistics.fmean(values), "sd": deviation, "n": len(values)}  # type: ignore[dict-item]
 
 
-def pooled_reliability(runs: Sequence[RunRecord]) -> list[ReliabilityBin]:
-    """Bins of several runs as one, weighted by their counts; the first run's alone where the edges differ."""
-    tables = [run.reliability for run in runs if any(b.count for b in run.reliability)]
+def pooled_reliability(runs: Sequence[RunRecord]) -> Reliability:
+    """Return the bins of several runs as one, weighted by counts; the first run's alone where the edges differ."""
+    tables = [run.reliability for run in runs if run.reliability.filled]
     if not tables:
-        return []
-    edges = [(b.lower, b.upper) for b in tables[0]]
-    if any([(b.lower, b.upper) for b in table] != edges for table in tables):
+        return Reliability()
+    if len({tuple((b.lower, b.upper) for b in table.bins) for table in tables}) > 1:
         return tables[0]
-    pooled = []
-    for column in zip(*tables, strict=True):
-        total = sum(b.count for b in column)
-        confidence = sum(b.count * b.confidence for b in column) / total if total else 0.0
-        accuracy = sum(b.count * b.accuracy for b in column) / total if total else 0.0
-        pooled.append(ReliabilityBin(column[0].lower, column[0].upper, total, confidence, accuracy))
-    return pooled
+    return Reliability([_pooled_bin(column) for column in zip(*(table.bins for table in tables), strict=True)])
+
+
+def _pooled_bin(bins: Sequence[ReliabilityBin]) -> ReliabilityBin:
+    filled = [b for b in bins if b.count]
+    total = sum(b.count for b in filled)
+    if not total:
+        return bins[0]
+    confidence = sum(b.count * b.confidence for b in filled) / total
+    accuracy = sum(b.count * b.accuracy for b in filled) / total
+    return ReliabilityBin(bins[0].lower, bins[0].upper, total, confidence, accuracy)
 
 
 def _options(folder: Path) -> dict[str, Any]:
-    """A run's options without what may differ between seeds; from the adapter's own config where no YAML was kept."""
-    import yaml
-
+    """Return a run's options without those that may differ between seeds; without a YAML file, the adapter's."""
     for name in ("config.yaml", "adapter_config.json"):
         path = folder / name
         if not path.exists():
@@ -205,7 +196,9 @@ def _options(folder: Path) -> dict[str, Any]:
         try:
             loaded = yaml.safe_load(path.read_text(encoding="utf-8"))
         except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-            raise BayesLoraError(f"{path} cannot be read ({type(error).__name__}); mend it or train again.") from error
+            raise BayesLoraError(
+                f"{path} cannot be read ({type(error).__name__}): repair it or train again"
+            ) from error
         dropped = _NOT_OPTIONS if name == "config.yaml" else _NOT_OPTIONS | _LEARNED
         return _without(loaded, dropped) if isinstance(loaded, dict) else {}
     return {}
@@ -221,7 +214,7 @@ def _without(options: dict[str, Any], dropped: frozenset[str]) -> dict[str, Any]
 
 
 def _labelled(settings: list[tuple[list[RunRecord], dict[str, Any]]]) -> list[Group]:
-    """Name each setting by its method and samples and, where that is not enough, by the options that differ."""
+    """Name each setting by its method and samples and, if that is not enough, by the options that differ."""
     names = _names([runs[0] for runs, _ in settings])
     labels = list(names)
     by_base: dict[tuple[str, str], list[int]] = defaultdict(list)
@@ -245,12 +238,12 @@ def _labelled(settings: list[tuple[list[RunRecord], dict[str, Any]]]) -> list[Gr
 
 
 def _names(runs: Sequence[RunRecord]) -> list[str]:
-    """A method with its number of samples; without any it is the mean, if the same method was sampled elsewhere."""
+    """Return methods with their number of samples, or "mean" if another run of the method was sampled."""
     sampled = {run.method for run in runs if run.samples}
     names = []
     for run in runs:
         how = f", {run.samples} sample{'s' if run.samples > 1 else ''}" if run.samples else ", mean"
-        names.append(text.method_name(run.method) + (how if run.method in sampled else ""))
+        names.append(run.title + (how if run.method in sampled else ""))
     return names
 
 
@@ -265,10 +258,7 @@ def _flatten(options: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     return flat
 
 
-def _figures(groups: Sequence[Group]) -> dict[str, bytes | None]:
-    from bayeslora.report import comparison_figures, uncertainty_figures
-    from bayeslora.report.style import png_bytes
-
+def _figures(groups: Sequence[Group]) -> dict[str, Figure | None]:
     points = [
         comparison_figures.Point(
             group.label, run.where, run.metric, run.score, run.relative_bops.get("attention", math.nan)
@@ -278,56 +268,44 @@ def _figures(groups: Sequence[Group]) -> dict[str, bytes | None]:
     ]
     several = len({group.where for group in groups}) > 1
     titled = [(f"{group.label} on {group.where}" if several else group.label, group.runs) for group in groups]
-    drawn = {
+    panels = [panel for label, runs in titled if any(run.ood for run in runs) for panel in _histograms(label, runs)]
+    return {
         "score_bops": comparison_figures.score_figure(points),
-        "reliability": comparison_figures.reliability_figure(
-            [(label, pooled_reliability(runs)) for label, runs in titled]
-        ),
+        "reliability": comparison_figures.reliability_figure([reliability_of(label, runs) for label, runs in titled]),
         "risk_coverage": uncertainty_figures.risk_coverage_figure([_selection(group) for group in groups]),
-        "uncertainty": uncertainty_figures.histograms_figure(
-            [panel for label, runs in titled if any(run.ood for run in runs) for panel in _histograms(label, runs)]
-        ),
-        "ood": uncertainty_figures.detection_figure([_detection(group) for group in groups]),
+        "uncertainty": uncertainty_figures.histograms_figure(panels),
+        "ood": uncertainty_figures.detection_figure([_detections(group) for group in groups]),
     }
-    return {name: None if figure is None else png_bytes(figure) for name, figure in drawn.items()}
 
 
-def _selection(group: Group) -> Selection:
-    from bayeslora.report.uncertainty_figures import Selection, mean_curve
+def reliability_of(label: str, runs: Sequence[RunRecord]) -> tuple[str, Reliability, float]:
+    """Return the bins of a setting pooled over seeds, with the mean of the seeds' ECEs, as the table has it."""
+    pooled = pooled_reliability(runs)
+    errors = [run.scores["ece"] for run in runs if "ece" in run.scores]
+    return label, pooled, statistics.fmean(errors) if errors else pooled.ece
 
+
+def _selection(group: Group) -> uncertainty_figures.Selection:
     areas = [run.scores["aurc"] for run in group.runs if "aurc" in run.scores]
-    curve = mean_curve([run.risk_coverage for run in group.runs])
-    return Selection(group.label, group.where, curve, statistics.fmean(areas) if areas else None)
+    curve = uncertainty_figures.mean_curve([run.risk_coverage.points for run in group.runs])
+    return uncertainty_figures.Selection(group.label, group.where, curve, statistics.fmean(areas) if areas else None)
 
 
-def _detection(group: Group) -> Detection:
-    from bayeslora.report.uncertainty_figures import Detection
-
+def _detections(group: Group) -> uncertainty_figures.Detections:
     found: dict[str, list[float]] = defaultdict(list)
     for run in group.runs:
-        for measure, scores in run.ood.items():
+        for measure, scores in run.detection.items():
             if "auroc" in scores:
                 found[measure].append(scores["auroc"])
-    return Detection(group.label, group.where, dict(found))
+    return uncertainty_figures.Detections(group.label, group.where, dict(found))
 
 
 def _histograms(label: str, runs: Sequence[RunRecord]) -> list[tuple[str, str, Histogram, float | None]]:
-    """One panel a measure of uncertainty that a setting's runs have: counts pooled, AUROC averaged over seeds."""
-    from bayeslora.report.uncertainty_figures import pooled_histogram
-
+    """Return one panel a measure of uncertainty: counts pooled over a setting's runs, AUROC averaged over seeds."""
     panels = []
-    for measure in dict.fromkeys(measure for run in runs for measure in run.histograms):
-        pooled = pooled_histogram([run.histograms[measure] for run in runs if measure in run.histograms])
-        areas = [run.ood[measure]["auroc"] for run in runs if "auroc" in run.ood.get(measure, {})]
+    for measure in dict.fromkeys(measure for run in runs for measure in run.uncertainty):
+        pooled = pooled_histogram([run.uncertainty[measure] for run in runs if measure in run.uncertainty])
+        areas = [run.detection[measure]["auroc"] for run in runs if "auroc" in run.detection.get(measure, {})]
         if pooled is not None:
             panels.append((label, measure, pooled, statistics.fmean(areas) if areas else None))
     return panels
-
-
-def _finite(value: Any) -> Any:
-    """JSON has no NaN: a number that is none becomes null, so that any reader can parse the table."""
-    if isinstance(value, dict):
-        return {key: _finite(item) for key, item in value.items()}
-    if isinstance(value, list):
-        return [_finite(item) for item in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value

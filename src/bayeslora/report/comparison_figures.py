@@ -13,9 +13,9 @@ from matplotlib.lines import Line2D
 from matplotlib.ticker import MaxNLocator
 
 from bayeslora.report import style
-from bayeslora.report.text import score_name
-from bayeslora.report.training_figures import draw_reliability, expected_calibration_error
-from bayeslora.runs.record import ReliabilityBin
+from bayeslora.report.text import number, score_name
+from bayeslora.report.training_figures import draw_reliability
+from bayeslora.runs.record import Reliability
 
 _MARKERS = "osD^vPX*<>hp"
 
@@ -32,7 +32,7 @@ class Point:
 
 
 def score_figure(points: Sequence[Point]) -> Figure | None:
-    """Score against attention's bit operations, a panel a task; single runs small, a setting's mean large.
+    """Draw scores against attention's bit operations, a panel a task; single runs small, a setting's mean large.
 
     Bars show one sample standard deviation over seeds. A run without a cost or score is left out.
     """
@@ -50,8 +50,7 @@ def score_figure(points: Sequence[Point]) -> Figure | None:
     several = False
     with style.paper_style():
         figure = style.new_figure(width, height)
-        all_axes = list(figure.subplots(lines, across, squeeze=False).flat)
-        for axes, task in zip(all_axes, tasks, strict=False):
+        for axes, task in zip(style.panels(figure, len(tasks), across), tasks, strict=True):
             here = [p for p in points if p.task == task]
             for label in dict.fromkeys(p.label for p in here):
                 color, marker = looks[label]
@@ -75,8 +74,6 @@ def score_figure(points: Sequence[Point]) -> Figure | None:
             axes.margins(y=0.25)
             axes.yaxis.set_major_locator(MaxNLocator(5, steps=[1, 2, 5, 10]))
             style.light_grid(axes, "both")
-        for axes in all_axes[len(tasks) :]:
-            axes.set_axis_off()
         handles = [
             Line2D([], [], linestyle="", color=color, marker=marker, markersize=6, label=label)
             for label, (color, marker) in looks.items()
@@ -89,26 +86,24 @@ def score_figure(points: Sequence[Point]) -> Figure | None:
     return figure
 
 
-def reliability_figure(diagrams: Sequence[tuple[str, Sequence[ReliabilityBin]]]) -> Figure | None:
-    """Reliability diagrams side by side on equal axes; ECE of the bins drawn (pooled over seeds) in each title."""
-    drawn = [(label, bins) for label, bins in diagrams if any(b.count for b in bins)]
+def reliability_figure(diagrams: Sequence[tuple[str, Reliability, float]]) -> Figure | None:
+    """Draw (label, reliability pooled over seeds, mean ECE of the seeds) on equal axes, titled by label and ECE."""
+    drawn = [diagram for diagram in diagrams if diagram[1].filled]
     if not drawn:
         return None
     across = min(3, len(drawn))
     lines = math.ceil(len(drawn) / across)
     with style.paper_style():
         figure = style.new_figure({1: 3.4, 2: 5.2}.get(across, style.PAGE_WIDTH), 0.45 + 2.55 * lines)
-        all_axes = list(figure.subplots(lines, across, squeeze=False, sharex=True, sharey=True).flat)
-        for position, (axes, (label, bins)) in enumerate(zip(all_axes, drawn, strict=False)):
-            draw_reliability(axes, bins)
-            axes.set_title(f"{textwrap.fill(label, 34)}\nECE {expected_calibration_error(bins):.3f}", fontsize=8)
+        all_axes = style.panels(figure, len(drawn), across, sharex=True, sharey=True)
+        for position, (axes, (label, reliability, error)) in enumerate(zip(all_axes, drawn, strict=True)):
+            draw_reliability(axes, reliability)
+            axes.set_title(f"{textwrap.fill(label, 34)}\nECE {number(error)}", fontsize=8)
             axes.set_xticks([0, 0.5, 1], ["0", "0.5", "1"])
             axes.set_ylabel("accuracy" if position % across == 0 else "")
             if position >= len(drawn) - across:
                 axes.set_xlabel("confidence")
                 axes.tick_params(labelbottom=True)
-        for axes in all_axes[len(drawn) :]:
-            axes.set_axis_off()
         handles, names = all_axes[0].get_legend_handles_labels()
         figure.legend(handles, names, loc="outside lower center", ncols=2 if across < 3 else 4)
     return figure

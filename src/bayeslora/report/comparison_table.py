@@ -34,7 +34,7 @@ _ALWAYS_SPREAD = frozenset(name for name, _, _ in _SCORES)
 
 
 def markdown(table: dict[str, Any]) -> str:
-    """``table.md`` from what ``table.json`` holds; columns in which no run has a number are left out."""
+    """Return `table.md` for the content of `table.json`; columns in which no run has a number are left out."""
     lines: list[str] = []
     for title, columns in (("Scores", _SCORES), ("Cost", _COSTS)):
         shown = [column for column in columns if any(run.get(column[0]) is not None for run in table["runs"])]

@@ -33,7 +33,7 @@ _UNCHANGED: dict[str, Any] = {"facecolor": "#dddddd", "edgecolor": style.GREY, "
 
 
 class LayerGrid:
-    """Rows are blocks, columns are matrices; the shape shared by the rank map and the width maps."""
+    """Grid of a model's adapted matrices for the rank and width maps: a row a block, a column a matrix."""
 
     def __init__(self, layers: Sequence[LayerRecord]) -> None:
         stacks = stack_labels(layer.address.stack for layer in layers if layer.address.index is not None)
@@ -57,7 +57,7 @@ class LayerGrid:
             self._cells[row_of[(stack, layer.address.index)], column_of[layer.address.matrix]].append(layer)
 
     def values(self, of: Callable[[LayerRecord], float | None]) -> np.ndarray:
-        """Array [rows, columns]; the mean where several matrices share a cell (experts), NaN where there is none."""
+        """Return an array [rows, columns]: the mean where matrices share a cell (experts), NaN where there is none."""
         grid = np.full((len(self.rows), len(self.columns)), np.nan)
         for cell, layers in self._cells.items():
             found = [value for value in map(of, layers) if value is not None]
@@ -67,7 +67,7 @@ class LayerGrid:
 
 
 def rank_figure(run: RunRecord) -> Figure | None:
-    """Effective rank of each adapted matrix, block × matrix, the first block at the bottom (the paper's Figure 2)."""
+    """Draw the effective rank of each adapted matrix, block × matrix, the first block at the bottom."""
     if not run.layers or not (run.ranks_differ or run.is_quantized):
         return None
     grid = LayerGrid(run.layers)
@@ -97,7 +97,7 @@ def rank_figure(run: RunRecord) -> Figure | None:
 
 
 def bits_figure(run: RunRecord) -> Figure | None:
-    """Width in bits of each kind of tensor, one panel a matrix (Q, K, V, …), block × kind (the paper's Figure 5)."""
+    """Draw the width in bits of each kind of tensor, block × kind, one panel a matrix (Q, K, V, …)."""
     if not run.is_quantized:
         return None
     grid = LayerGrid(run.layers)
@@ -113,12 +113,8 @@ def bits_figure(run: RunRecord) -> Figure | None:
     colors, norm = style.width_colormap()
     with style.paper_style():
         figure = style.new_figure(width, max(height, 2.0))
-        all_axes = figure.subplots(lines, across, sharey=True, squeeze=False)
-        for position, axes in enumerate(all_axes.flat):
-            if position >= len(panels):
-                axes.set_axis_off()
-                continue
-            panel = panels[position]
+        all_axes = style.panels(figure, len(panels), across, sharey=True)
+        for position, (axes, panel) in enumerate(zip(all_axes, panels, strict=True)):
             size = min(_font(cell_height), 6.5)
             draw_cells(axes, panel, colors, norm, digits=_digits(panel), size=size)
             label_grid(axes, grid, False, [style.KIND_LABELS.get(kind, kind) for kind in run.kinds])
@@ -137,11 +133,11 @@ def bits_figure(run: RunRecord) -> Figure | None:
 
 
 def cost_figure(run: RunRecord) -> Figure | None:
-    """Bit operations by scope as a share of the same model under LoRA of rank 16 at 32 × 32 bits.
+    """Draw bit operations by scope as a share of the same model under LoRA of rank 16 at 32 × 32 bits.
 
-    A wider scope holds parts nobody adapted. Those cost what they cost before, so their share follows from the shares
-    alone: when scope S consists of a part C of relative cost c and an unchanged rest, S's relative cost is
-    s = c·f + (1 − f), hence C's part of the baseline is f = (1 − s)/(1 − c). The rest, 1 − f, is hatched.
+    A wider scope holds parts that are not adapted and cost what they cost before, so their share follows from the
+    shares alone: if a scope consists of a part of relative cost c and an unchanged rest, its relative cost is
+    s = c·f + (1 − f), hence f = (1 − s)/(1 − c) is that part's share of the baseline. The rest, 1 − f, is hatched.
     """
     shares = {scope: run.relative_bops[scope] for scope in _SCOPE_TEXT if scope in run.relative_bops}
     shares = {scope: share for scope, share in shares.items() if math.isfinite(share)}
@@ -183,7 +179,7 @@ def cost_figure(run: RunRecord) -> Figure | None:
 
 
 def unadapted_share(run: RunRecord, scope: str) -> float:
-    """The part of a scope's relative cost (0..1) spent where nothing was adapted; 0 where it cannot be told."""
+    """Return the part of a scope's relative cost (0..1) spent where nothing was adapted; 0 where it is unknown."""
     core = _core_scope(run)
     order = list(_SCOPE_TEXT)
     if core is None or scope not in run.relative_bops or order.index(scope) <= order.index(core):
@@ -196,12 +192,12 @@ def unadapted_share(run: RunRecord, scope: str) -> float:
 
 
 def has_unadapted_part(run: RunRecord) -> bool:
-    """Whether the cost figure hatches anything."""
+    """Return whether the cost figure hatches anything."""
     return any(unadapted_share(run, scope) > 0 for scope in run.relative_bops)
 
 
 def _core_scope(run: RunRecord) -> str | None:
-    """The narrowest scope outside which nothing was adapted; attention's own products change with Q, K and V."""
+    """Return the narrowest scope outside which nothing was adapted; attention's products change with Q, K and V."""
     if not run.layers:
         return None
     if all(layer.address.role in _ATTENTION_INPUTS for layer in run.layers):
@@ -216,7 +212,7 @@ def _core_scope(run: RunRecord) -> str | None:
 def draw_cells(
     axes: Axes, values: np.ndarray, colors: Colormap, norm: Normalize, digits: int, size: float
 ) -> QuadMesh:
-    """A grid of coloured cells with their values; a point stands where there is none."""
+    """Draw a grid of coloured cells with their values, and a point where there is none."""
     mesh = axes.pcolormesh(np.ma.masked_invalid(values), cmap=colors, norm=norm, edgecolors="white", linewidth=0.8)
     for (row, column), value in np.ndenumerate(values):
         if math.isnan(value):
@@ -230,7 +226,7 @@ def draw_cells(
 
 
 def label_grid(axes: Axes, grid: LayerGrid, rotate: bool, columns: Sequence[str] | None = None) -> None:
-    """Blocks up the side and matrices (or `columns`) along the bottom of a grid's cells."""
+    """Label blocks up the side and matrices (or `columns`) along the bottom of a grid."""
     labels = list(columns) if columns is not None else grid.column_labels
     axes.set_xticks(np.arange(len(labels)) + 0.5, labels)
     if rotate:
@@ -250,7 +246,7 @@ def _note_missing(figure: Figure, values: np.ndarray) -> None:
 
 
 def _cell_height(rows: int, wanted: float) -> float:
-    """Inches a row: ``wanted``, or less so that the figure stays on one page."""
+    """Return the inches of a row: `wanted`, or less so that the figure stays on one page."""
     return max(0.085, min(wanted, 7.6 / max(rows, 1)))
 
 

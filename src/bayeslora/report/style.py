@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -12,6 +13,8 @@ from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.colors import BoundaryNorm, Colormap, LinearSegmentedColormap, ListedColormap, to_rgb
 from matplotlib.figure import Figure
+
+from bayeslora.vocabulary import WIDTHS
 
 DPI = 200
 PAGE_WIDTH = 7.0
@@ -32,7 +35,7 @@ CYCLE = (BLUE, ORANGE, GREEN, PINK, SKY, AMBER, INK)
 
 # Light to dark, evenly in lightness, so that the order survives a grey-scale print.
 _RAMP = ("#fdfbd0", "#a8dbb5", "#41b3c4", "#2a74b2", "#202c74")
-WIDTH_COLORS = {2: _RAMP[0], 4: _RAMP[1], 8: _RAMP[2], 16: _RAMP[3], 32: _RAMP[4]}
+WIDTH_COLORS = dict(zip(WIDTHS, _RAMP, strict=True))
 
 # A weight and its output share a colour; the output is dashed.
 KIND_STYLE: dict[str, tuple[str, str]] = {
@@ -89,7 +92,7 @@ _PARAMETERS: dict[str, Any] = {
 
 @contextmanager
 def paper_style() -> Iterator[None]:
-    """The figures' settings for the length of a ``with`` block; the caller's own settings come back afterwards."""
+    """Apply the figures' settings in a `with` block, and put the caller's own back afterwards."""
     with matplotlib.rc_context():
         matplotlib.rcdefaults()
         matplotlib.rcParams.update(_PARAMETERS)  # type: ignore[arg-type]
@@ -97,36 +100,44 @@ def paper_style() -> Iterator[None]:
 
 
 def new_figure(width: float, height: float) -> Figure:
-    """An empty figure of ``width`` × ``height`` inches with its own Agg canvas; pyplot's state is never touched."""
+    """Return an empty figure of `width` × `height` inches with its own Agg canvas; pyplot's state is never touched."""
     figure = Figure(figsize=(width, height), dpi=DPI, layout="constrained")
     FigureCanvasAgg(figure)
     return figure
 
 
+def panels(figure: Figure, count: int, across: int, **options: Any) -> list[Axes]:
+    """Return axes of `count` panels, `across` in a line; what remains of the last line is empty."""
+    found = list(figure.subplots(math.ceil(count / across), across, squeeze=False, **options).flat)
+    for axes in found[count:]:
+        axes.set_axis_off()
+    return found[:count]
+
+
 def png_bytes(figure: Figure) -> bytes:
-    """The figure as PNG of exactly inches × DPI pixels, undated, so that equal data give equal bytes."""
+    """Return the figure as PNG of exactly inches × DPI pixels, undated, so that equal data give equal bytes."""
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png", dpi=DPI, metadata={"Software": None})
     return buffer.getvalue()
 
 
 def rank_colormap() -> Colormap:
-    """The continuous form of the bit-width colours."""
+    """Return the continuous form of the bit-width colours."""
     return LinearSegmentedColormap.from_list("bayeslora_ranks", list(_RAMP))
 
 
 def width_colormap() -> tuple[ListedColormap, BoundaryNorm]:
-    """Five colours for 2, 4, 8, 16 and 32 bits; a width in between takes the colour of the next one up."""
+    """Return five colours for 2, 4, 8, 16 and 32 bits; a width in between takes the colour of the next one up."""
     return ListedColormap(list(WIDTH_COLORS.values())), BoundaryNorm([0, 2.5, 4.5, 8.5, 16.5, 64.5], 5)
 
 
 def text_color_on(color: Any) -> str:
-    """Ink or white, whichever is readable on ``color`` (relative luminance)."""
+    """Return ink or white, whichever is readable on `color` (relative luminance)."""
     red, green, blue = (c / 12.92 if c <= 0.04045 else ((c + 0.055) / 1.055) ** 2.4 for c in to_rgb(color))
     return INK if 0.2126 * red + 0.7152 * green + 0.0722 * blue > 0.22 else "white"
 
 
 def light_grid(axes: Axes, axis: str = "y") -> None:
-    """Faint lines behind the data, along one axis."""
+    """Draw faint lines behind the data, along one axis."""
     axes.set_axisbelow(True)
     axes.grid(axis=axis, color=LIGHT, linewidth=0.7)  # type: ignore[arg-type]

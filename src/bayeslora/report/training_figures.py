@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
@@ -11,20 +12,19 @@ from matplotlib.ticker import FixedLocator, MaxNLocator, NullLocator, PercentFor
 
 from bayeslora.report import style
 from bayeslora.runs.names import order_matrices
-from bayeslora.runs.record import KINDS, ReliabilityBin, RunRecord
-
-History = Sequence[dict[str, float]]
+from bayeslora.runs.record import History, Reliability, RunRecord
+from bayeslora.vocabulary import ALL_KINDS, WIDTHS
 
 
 def series(history: History, key: str) -> tuple[list[float], list[float]]:
-    """Steps and values of one logged quantity; for a step logged twice (a resumed run) the later entry counts."""
+    """Return steps and values of one logged quantity; of a step logged twice (a resumed run) the later entry."""
     found = {entry["step"]: entry[key] for entry in history if key in entry and "step" in entry}
     steps = [step for step in sorted(found) if math.isfinite(found[step])]
     return steps, [found[step] for step in steps]
 
 
 def phase_spans(history: History) -> list[tuple[int, float, float]]:
-    """(phase, first step, last step) in order; a span ends where the next begins."""
+    """Return (phase, first step, last step) in order; a span ends where the next begins."""
     steps, phases = series(history, "phase")
     spans: list[tuple[int, float, float]] = []
     for step, phase in zip(steps, phases, strict=True):
@@ -37,53 +37,42 @@ def phase_spans(history: History) -> list[tuple[int, float, float]]:
 
 
 def gates_figure(run: RunRecord, history: History) -> Figure | None:
-    """Mean width by kind, gate-open probabilities, mean rank and attention's bit operations over the steps."""
-    kinds = [kind for kind in KINDS if series(history, f"bits/{kind}")[0]]
-    gates = [bits for bits in (4, 8, 16, 32) if series(history, f"gates/{bits}")[0]]
-    logged = dict.fromkeys(key for entry in history for key in entry)
-    suffixes = order_matrices(key.removeprefix("rank/") for key in logged if key.startswith("rank/"))
-    panels = []
-    if kinds:
-        panels.append("bits")
-    if gates:
-        panels.append("gates")
-    if series(history, "mean_rank")[0]:
-        panels.append("rank")
-    if series(history, "relative_bops")[0]:
-        panels.append("bops")
-    if not panels or not (kinds or gates):
-        if not run.ranks_differ:
-            return None
-        panels = [panel for panel in panels if panel == "rank"]
-        if not panels:
-            return None
-    lines = math.ceil(len(panels) / 2)
+    """Draw mean width by kind, gate-open probabilities, mean rank and attention's bit operations over the steps."""
+    draw = _history_panels(run, history)
+    if not draw:
+        return None
     with style.paper_style():
-        figure = style.new_figure(style.PAGE_WIDTH, 0.35 + 2.15 * lines)
-        across = 2 if len(panels) > 1 else 1
-        all_axes = list(figure.subplots(lines, across, squeeze=False, sharex=True).flat)
-        for axes, panel in zip(all_axes, panels, strict=False):
+        figure = style.new_figure(style.PAGE_WIDTH, 0.35 + 2.15 * math.ceil(len(draw) / 2))
+        across = min(2, len(draw))
+        all_axes = style.panels(figure, len(draw), across, sharex=True)
+        for axes, panel in zip(all_axes, draw, strict=True):
             shade_phases(axes, history)
-            if panel == "bits":
-                _bits_panel(axes, history, kinds)
-            elif panel == "gates":
-                _gate_panel(axes, history, gates)
-            elif panel == "rank":
-                _rank_panel(axes, history, suffixes, run)
-            else:
-                _bops_panel(axes, history)
+            panel(axes)
             style.light_grid(axes)
             _step_axis(axes, history)
-        for axes in all_axes[len(panels) :]:
-            axes.set_axis_off()
-        for axes in all_axes[max(0, len(panels) - across) : len(panels)]:
+        for axes in all_axes[-across:]:
             axes.set_xlabel("optimizer step")
             axes.tick_params(labelbottom=True)
     return figure
 
 
+def _history_panels(run: RunRecord, history: History) -> list[Callable[[Axes], None]]:
+    """Return the panels of what was logged; without gates, of the ranks alone, if they changed."""
+    logged = {key for entry in history if "step" in entry for key, value in entry.items() if math.isfinite(value)}
+    kinds = [kind for kind in ALL_KINDS if f"bits/{kind}" in logged]
+    gates = [bits for bits in WIDTHS[1:] if f"gates/{bits}" in logged]
+    learns_gates = bool(kinds or gates)
+    panels: list[tuple[bool, Callable[[Axes], None]]] = [
+        (bool(kinds), partial(_bits_panel, history=history, kinds=kinds)),
+        (bool(gates), partial(_gate_panel, history=history, gates=gates)),
+        ("mean_rank" in logged and (learns_gates or run.ranks_differ), partial(_rank_panel, history=history, run=run)),
+        ("relative_bops" in logged and learns_gates, partial(_bops_panel, history=history)),
+    ]
+    return [panel for is_drawn, panel in panels if is_drawn]
+
+
 def loss_figure(run: RunRecord, history: History) -> Figure | None:
-    """Training and evaluation loss (the task's alone) over the steps, and the headline score where it was logged."""
+    """Draw training and evaluation loss (the task's alone) over the steps, and the headline score if it was logged."""
     train, evaluation = series(history, "loss"), series(history, "eval_loss")
     score = series(history, f"eval_{run.metric}")
     if len(train[0]) < 2 and len(evaluation[0]) < 2:
@@ -121,8 +110,9 @@ def loss_figure(run: RunRecord, history: History) -> Figure | None:
 
 
 def calibration_figure(run: RunRecord) -> Figure | None:
-    """Reliability diagram over equal-width bins of confidence, with the bins' counts below; ECE in the title."""
-    if not any(b.count for b in run.reliability):
+    """Draw accuracy by equal-width bins of confidence, with the bins' counts below; ECE in the title."""
+    bins = run.reliability.bins
+    if not run.reliability.filled:
         return None
     with style.paper_style():
         figure = style.new_figure(style.COLUMN_WIDTH + 0.3, 4.3)
@@ -131,10 +121,9 @@ def calibration_figure(run: RunRecord) -> Figure | None:
         handles, labels = upper.get_legend_handles_labels()
         order = sorted(range(len(labels)), key=lambda i: ["acc", "gap", "95 ", "per"].index(labels[i][:3]))
         upper.legend([handles[i] for i in order], [labels[i] for i in order], loc="upper left", handlelength=1.4)
-        error = run.scores.get("ece", expected_calibration_error(run.reliability))
-        upper.set_title(f"ECE {error:.3f}  ({len(run.reliability)} bins)")
-        lower.bar([b.lower for b in run.reliability], [b.count for b in run.reliability], align="edge",
-                  width=[(b.upper - b.lower) * 0.94 for b in run.reliability], color=style.GREY)  # fmt: skip
+        upper.set_title(f"ECE {run.scores.get('ece', run.reliability.ece):.3f}  ({len(bins)} bins)")
+        lower.bar([b.lower for b in bins], [b.count for b in bins], align="edge",
+                  width=[(b.upper - b.lower) * 0.94 for b in bins], color=style.GREY)  # fmt: skip
         lower.set_ylabel("examples")
         lower.set_xlabel("confidence (probability of the predicted class)")
         lower.yaxis.set_major_locator(MaxNLocator(3, integer=True))
@@ -143,9 +132,9 @@ def calibration_figure(run: RunRecord) -> Figure | None:
     return figure
 
 
-def draw_reliability(axes: Axes, bins: Sequence[ReliabilityBin]) -> None:
-    """Accuracy by bin of confidence, the gap to the mean confidence, and Wilson's 95 % interval of each accuracy."""
-    filled = [b for b in bins if b.count]
+def draw_reliability(axes: Axes, reliability: Reliability) -> None:
+    """Draw accuracy by bin of confidence, the gap to the mean confidence, and Wilson's 95 % interval of each."""
+    filled = reliability.filled
     left = [b.lower for b in filled]
     width = [(b.upper - b.lower) * 0.94 for b in filled]
     axes.bar(left, [b.accuracy for b in filled], width=width, align="edge", color=style.SKY, label="accuracy")
@@ -162,14 +151,8 @@ def draw_reliability(axes: Axes, bins: Sequence[ReliabilityBin]) -> None:
     style.light_grid(axes)
 
 
-def expected_calibration_error(bins: Sequence[ReliabilityBin]) -> float:
-    """Σ (count/n) |accuracy − confidence| over the bins; NaN when all are empty."""
-    total = sum(b.count for b in bins)
-    return sum(b.count * abs(b.accuracy - b.confidence) for b in bins) / total if total else math.nan
-
-
 def wilson_interval(share: float, count: int, z: float = 1.959964) -> tuple[float, float]:
-    """Wilson's score interval of a proportion: sensible for small bins and for shares of 0 and 1."""
+    """Return Wilson's score interval of a proportion, which suits small bins and shares of 0 and 1."""
     centre = (share + z * z / (2 * count)) / (1 + z * z / count)
     half = z / (1 + z * z / count) * math.sqrt(share * (1 - share) / count + z * z / (4 * count * count))
     return max(0.0, centre - half), min(1.0, centre + half)
@@ -214,7 +197,9 @@ def _gate_panel(axes: Axes, history: History, gates: Sequence[int]) -> None:
     axes.legend(loc="center left", bbox_to_anchor=(1.0, 0.5), handlelength=1.8, labelspacing=0.35)
 
 
-def _rank_panel(axes: Axes, history: History, suffixes: Sequence[str], run: RunRecord) -> None:
+def _rank_panel(axes: Axes, history: History, run: RunRecord) -> None:
+    logged = dict.fromkeys(key for entry in history for key in entry)
+    suffixes = order_matrices(key.removeprefix("rank/") for key in logged if key.startswith("rank/"))
     axes.plot(*series(history, "mean_rank"), color=style.INK, linewidth=1.8, label="all")
     colors = [color for color in style.CYCLE if color != style.INK] + [style.OLIVE]
     if 1 < len(suffixes) <= len(colors):
@@ -245,7 +230,7 @@ def _step_axis(axes: Axes, history: History) -> None:
 
 
 def _running_mean(values: Sequence[float], window: int) -> list[float]:
-    """Centred mean; the window shrinks at both ends so that the curve spans all steps."""
+    """Return the centred mean; the window shrinks at both ends so that the curve spans all steps."""
     half = window // 2
     means = []
     for i in range(len(values)):

@@ -1,6 +1,6 @@
-"""Figures of what runs say about their own uncertainty: risk by coverage, histograms, detection of foreign inputs.
+"""Figures of uncertainty: risk by coverage, histograms, detection of out-of-distribution inputs; None without data.
 
-Those of one run and those of several share their panels. A function returns None where there is nothing to draw.
+Those of one run and those of several share their panels.
 """
 
 from __future__ import annotations
@@ -39,8 +39,8 @@ class Selection:
 
 
 @dataclass(frozen=True)
-class Detection:
-    """One setting's detection of foreign inputs: AUROC of each seed by measure of uncertainty."""
+class Detections:
+    """One setting's detection of out-of-distribution inputs: AUROC of each seed by measure of uncertainty."""
 
     label: str
     task: str
@@ -48,14 +48,15 @@ class Detection:
 
 
 def selective_figure(run: RunRecord) -> Figure | None:
-    """Error rate among the examples a run is surest of, by their share; AURC in the title."""
-    if not run.risk_coverage:
+    """Draw the error rate among the examples a run is surest of, by their share; AURC in the title."""
+    curve = run.risk_coverage.points
+    if not curve:
         return None
     with style.paper_style():
         figure = style.new_figure(style.COLUMN_WIDTH + 0.3, 2.9)
         axes = figure.add_subplot()
-        _curve(axes, run.risk_coverage, style.BLUE, "-", "most confident first")
-        final = run.risk_coverage[-1][1]
+        _curve(axes, curve, style.BLUE, "-", "most confident first")
+        final = curve[-1][1]
         axes.axhline(final, color=style.INK, linewidth=0.9, linestyle="--", label="in any order")
         _selection_axes(axes, final)
         area = run.scores.get("aurc")
@@ -65,17 +66,17 @@ def selective_figure(run: RunRecord) -> Figure | None:
 
 
 def uncertainty_figure(run: RunRecord) -> Figure | None:
-    """How unsure a run is where it is right, where it is wrong and, where that was tried, on foreign inputs."""
+    """Draw how unsure a run is of right and wrong predictions and, if that was tried, out of distribution."""
     panels = [
-        (_with_auroc(measure_name(m), run.ood.get(m, {}).get("auroc")), m, h)
-        for m, h in run.histograms.items()
+        (_with_auroc(measure_name(m), run.detection.get(m, {}).get("auroc")), m, h)
+        for m, h in run.uncertainty.items()
         if _filled(h)
     ]
     return _histogram_figure([panels], across=len(panels))
 
 
 def histograms_figure(panels: Sequence[tuple[str, str, Histogram, float | None]]) -> Figure | None:
-    """(label, measure, histogram, AUROC) of several settings: a block of panels for each measure of uncertainty."""
+    """Draw (label, measure, histogram, AUROC) of several settings, a block of panels for each measure."""
     panels = [panel for panel in panels if _filled(panel[2])]
     measures = list(dict.fromkeys(measure for _, measure, _, _ in panels))
     blocks = [
@@ -91,7 +92,7 @@ def histograms_figure(panels: Sequence[tuple[str, str, Histogram, float | None]]
 
 
 def risk_coverage_figure(selections: Sequence[Selection]) -> Figure | None:
-    """Risk-coverage curves of several settings on common axes, a panel a task."""
+    """Draw risk-coverage curves of several settings on common axes, a panel a task."""
     drawn = [s for s in selections if s.curve]
     if not drawn:
         return None
@@ -102,26 +103,23 @@ def risk_coverage_figure(selections: Sequence[Selection]) -> Figure | None:
     with style.paper_style():
         width = style.PAGE_WIDTH if across > 1 else 4.6
         figure = style.new_figure(width, lines * (2.5 + 0.16 * longest))
-        all_axes = list(figure.subplots(lines, across, squeeze=False).flat)
         looks = {label: i for i, label in enumerate(dict.fromkeys(s.label for s in drawn))}
-        for axes, task in zip(all_axes, tasks, strict=False):
+        for axes, task in zip(style.panels(figure, len(tasks), across), tasks, strict=True):
             here = [s for s in drawn if s.task == task]
             for s in here:
                 i = looks[s.label]
-                # Curves may lie on one another: whatever is below shows between the dashes.
+                # Curves may cover one another: the one below shows between the dashes.
                 dashes = _LINES[i % len(_LINES)]
                 label = s.label if s.area is None else f"{s.label}: AURC {s.area:.4f}"
                 _curve(axes, s.curve, style.CYCLE[i % len(style.CYCLE)], dashes, label)
             _selection_axes(axes, max(s.curve[-1][1] for s in here))
             axes.set_title(task)
             axes.legend(loc="upper center", bbox_to_anchor=(0.5, -0.22), handlelength=1.8, labelspacing=0.3)
-        for axes in all_axes[len(tasks) :]:
-            axes.set_axis_off()
     return figure
 
 
-def detection_figure(found: Sequence[Detection]) -> Figure | None:
-    """AUROC of telling foreign inputs by each measure of uncertainty, a line a setting, a panel a task.
+def detection_figure(found: Sequence[Detections]) -> Figure | None:
+    """Draw the AUROC of out-of-distribution detection by each measure, a line a setting, a panel a task.
 
     Small marks are seeds, the large one their mean, bars one sample standard deviation.
     """
@@ -159,7 +157,7 @@ def detection_figure(found: Sequence[Detection]) -> Figure | None:
 
 
 def mean_curve(curves: Sequence[Curve]) -> list[tuple[float, float]]:
-    """The mean over seeds at each coverage; the first curve alone where their coverages differ."""
+    """Return the mean over seeds at each coverage; the first curve alone where their coverages differ."""
     curves = [curve for curve in curves if curve]
     if not curves:
         return []
@@ -171,7 +169,7 @@ def mean_curve(curves: Sequence[Curve]) -> list[tuple[float, float]]:
 
 
 def pooled_histogram(histograms: Sequence[Histogram]) -> Histogram | None:
-    """Counts of several seeds added up, for the groups that all have; the first alone where the edges differ."""
+    """Return the sum over seeds of the groups that all have; the first histogram alone where the edges differ."""
     if not histograms:
         return None
     first = histograms[0]
@@ -180,12 +178,12 @@ def pooled_histogram(histograms: Sequence[Histogram]) -> Histogram | None:
     groups = [g for g in first.counts if all(g in h.counts for h in histograms)]
     return Histogram(
         first.edges,
-        {g: [sum(column) for column in zip(*(h.counts[g] for h in histograms), strict=True)] for g in groups},
+        **{g: [sum(column) for column in zip(*(h.counts[g] for h in histograms), strict=True)] for g in groups},
     )
 
 
 def _histogram_figure(blocks: Sequence[Sequence[tuple[str, str, Histogram]]], across: int) -> Figure | None:
-    """Blocks of (title, measure, histogram), each starting a line of its own."""
+    """Draw blocks of (title, measure, histogram), each on new lines."""
     if not any(blocks):
         return None
     lines = [math.ceil(len(block) / across) for block in blocks]
@@ -215,7 +213,7 @@ def _filled(histogram: Histogram) -> bool:
 
 
 def _histogram(axes: Axes, histogram: Histogram) -> None:
-    """Each group as shares of itself, or the few errors would vanish beside the many right answers."""
+    """Draw each group as shares of itself, or the few errors would vanish next to the many right answers."""
     edges = histogram.edges
     for group in _GROUPS:
         counts = histogram.counts.get(group, [])

@@ -6,14 +6,20 @@ import re
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-# Roles in the order in which a block uses them; the index of the first match is the sort key. Fused projections come
-# first in the list because "query_key_value" would also match "query". Each pattern is matched against the matrix'
-# path inside its block, e.g. "attention.self.query" or "mlp.c_proj".
+from bayeslora.vocabulary import FUSED_PROJECTIONS, KEY_NAMES, QUERY_NAMES, VALUE_NAMES
+
+
+def _last_part(names: Iterable[str]) -> str:
+    return rf"(^|\.)({'|'.join(names)})$"
+
+
+# Roles in the order in which a block uses them; the index of the first match is the sort key. Each pattern is matched
+# against the matrix' path inside its block, e.g. "attention.self.query" or "mlp.c_proj".
 _ROLES: list[tuple[str, str]] = [
-    ("qkv", r"(^|\.)(query_key_value|w?qkv(_proj)?|c_attn|in_proj)$"),
-    ("q", r"(^|\.)(q|wq|q_[a-z_]+|query|query_[a-z]+)$"),
-    ("k", r"(^|\.)(k|wk|k_[a-z_]+|key|key_[a-z]+)$"),
-    ("v", r"(^|\.)(v|wv|v_[a-z_]+|value|value_[a-z]+)$"),
+    ("qkv", _last_part((*FUSED_PROJECTIONS, "in_proj"))),
+    ("q", _last_part((*QUERY_NAMES, "wq"))),
+    ("k", _last_part((*KEY_NAMES, "wk"))),
+    ("v", _last_part((*VALUE_NAMES, "wv"))),
     ("output", r"(^|\.)(o|o_proj|out_proj|out_lin)$|att(n|ention).*\.(dense|c_proj|proj)$"),
     ("gate", r"(^|\.)gate(_proj)?$"),
     ("up", r"(^|\.)(up_proj|fc1|c_fc|lin1|wi|wi_\d|dense_h_to_4h)$|intermediate\.dense$"),

@@ -1,346 +1,327 @@
-"""A finished run as the report reads it: ``metrics.json`` and ``history.json``, checked once, here."""
+"""The record of a finished run: the content of `metrics.json` and `history.json`, written and read by these classes.
+
+`metrics.json` is a `RunRecord`. Scores and shares are plain fractions, times are in seconds. A field that is null or
+absent has its default, a number that was not finite is null, and keys that are not listed are ignored.
+
+| key | content |
+|---|---|
+| `method`, `title` | the method's name in `--method`, and in prose |
+| `task`, `split`, `model` | the task, the split that was scored (by default `validation`), and the base model |
+| `seed`, `steps`, `samples` | of training; optimizer steps; samples of the posterior per prediction, 0 for its mean |
+| `metric`, `scores`, `rows` | name of the headline score; scores of the split by name; its number of rows |
+| `scores_test` | scores of the test split, if there is one |
+| `reliability.bins` | `lower`, `upper`, `count`, mean `confidence` and `accuracy` by bin of confidence |
+| `risk_coverage` | `coverage`, the shares of examples answered, and `risk`, the error rate among each |
+| `uncertainty` | by measure (`entropy`, `mutual_information`): `edges` in nats, counts of `correct`, `wrong`, `ood` |
+| `ood` | of out-of-distribution inputs: `name`, `rows`, `rows_in`; by measure the `scores` `auroc`, `aupr`, `fpr95` |
+| `labels`, `confusion` | class names by id; examples by true class (rows) and predicted class (columns) |
+| `layers` | by adapted matrix `name`, `rank`, `initial_rank`, `bits` by kind of tensor, shape and parameters |
+| `parameters` | numbers of `trainable`, `adapter` and `total` scalars |
+| `relative_bops` | by scope (`adapted`, `attention`, `encoder`, `model`), relative to LoRA r = 16 at 32 x 32 bits |
+| `seconds`, `peak_memory_bytes` | wall time of `train` and `evaluate`; the largest amount of memory held |
+| `versions` | of Python, this package, torch, transformers and peft |
+| `evaluated` | `folder` and `seed`, if `bayeslora evaluate` scored a run anew |
+
+`history.json` is the Trainer's log, a list of objects with numbers by name: `step`, `loss`, `eval_loss`, `eval_*`, and
+from the methods `phase` (0 warm-up, 1 gates learn, 2 frozen), `bits/<kind>`, `gates/<bits>`, `rank/<matrix>`,
+`mean_rank`, `mean_bits`, `relative_bops`, `penalty_*`.
+"""
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import math
-import os
 import statistics
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
-from typing import Any, TypeGuard
+from typing import Annotated, Any
 
 from bayeslora.errors import BayesLoraError
+from bayeslora.files import save_json
 from bayeslora.runs.names import Address, locate
+from bayeslora.runs.schema import Limit, Mismatch, from_json, to_json
+from bayeslora.vocabulary import ALL_KINDS, COST_SCOPES, MATRICES, UNQUANTIZED
 
-WIDTHS = (2, 4, 8, 16, 32)
-KINDS = ("in", "weight", "A", "E", "B", "A_out", "E_out", "out")
-SCOPES = ("adapted", "attention", "encoder", "model")
-ADAPTER_KINDS = ("A", "E", "B")
-# The score GLUE ranks a task by, where it is not accuracy.
-_TASK_METRICS = {"cola": "matthews_correlation", "stsb": "pearson"}
-_METRIC_ORDER = ("accuracy", "matthews_correlation", "pearson", "spearman", "f1")
-LOWER_IS_BETTER = frozenset("nll ece adaptive_ece brier loss aurc mse rmse mae perplexity".split())
+METRICS_FILE, HISTORY_FILE = "metrics.json", "history.json"
+# Headline of an older file that does not name it: the first of these that it has.
+_HEADLINES = ("matthews_correlation", "pearson", "accuracy", "spearman", "f1")
+
+Name = Annotated[str, Limit("a name", 1)]
+Count = Annotated[int, Limit("a whole number of 0 or more", 0)]
+Width = Annotated[int, Limit("a width between 1 and 64 bits", 1, 64)]
+Share = Annotated[float, Limit("a number between 0 and 1", -1e-6, 1 + 1e-6)]
+Finite = Annotated[float, Limit("a finite number", -1e308, 1e308)]
+History = list[dict[str, float]]
 
 
 @dataclass(frozen=True)
 class LayerRecord:
-    """One adapted matrix: its module path, effective and initial rank, and width in bits by kind."""
+    """One adapted matrix: its module path, effective and initial rank, width in bits by kind, shape and parameters."""
 
-    name: str
-    rank: int
-    initial_rank: int
-    bits: dict[str, int]
-    address: Address
+    name: Name
+    rank: Count
+    initial_rank: Count
+    bits: dict[str, Width] = field(default_factory=dict)
+    in_features: int | None = None
+    out_features: int | None = None
+    parameters: int | None = None
+
+    def __post_init__(self) -> None:
+        if self.initial_rank < self.rank:
+            raise Mismatch("initial_rank", self.initial_rank, f"at least the rank, {self.rank}")
+
+    @cached_property
+    def address(self) -> Address:
+        """Return the place of the matrix in the model."""
+        return locate(self.name)
 
 
 @dataclass(frozen=True)
 class ReliabilityBin:
-    """One confidence bin: its edges, how many examples fell in it, their mean confidence and their accuracy."""
+    """One bin of confidence; the means are NaN where it is empty."""
 
-    lower: float
-    upper: float
-    count: int
-    confidence: float
-    accuracy: float
+    lower: Share
+    upper: Share
+    count: Count
+    confidence: Share = math.nan
+    accuracy: Share = math.nan
+
+    def __post_init__(self) -> None:
+        for name in ("confidence", "accuracy"):
+            if self.count and math.isnan(getattr(self, name)):
+                raise Mismatch(name, None, f"the mean of {self.count} examples")
+
+
+@dataclass(frozen=True)
+class Reliability:
+    """Accuracy by confidence, in bins of equal width."""
+
+    bins: list[ReliabilityBin] = field(default_factory=list)
+
+    @property
+    def filled(self) -> list[ReliabilityBin]:
+        """Return the bins that hold examples."""
+        return [b for b in self.bins if b.count]
+
+    @property
+    def ece(self) -> float:
+        """Return the expected calibration error, Σ (count/n) |accuracy − confidence|; NaN if all bins are empty."""
+        total = sum(b.count for b in self.filled)
+        return sum(b.count * abs(b.accuracy - b.confidence) for b in self.filled) / total if total else math.nan
+
+
+@dataclass(frozen=True)
+class RiskCoverage:
+    """Error rate among the examples answered, the most confident first, by their share."""
+
+    coverage: list[Finite] = field(default_factory=list)
+    risk: list[Finite] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        if len(self.coverage) != len(self.risk):
+            raise Mismatch("risk", self.risk, f"one risk for each coverage, {len(self.coverage)} in all")
+
+    @property
+    def points(self) -> list[tuple[float, float]]:
+        """Return (coverage, risk) pairs."""
+        return list(zip(self.coverage, self.risk, strict=True))
 
 
 @dataclass(frozen=True)
 class Histogram:
-    """Counts of one measure of uncertainty on shared bins, by group: ``correct``, ``wrong``, and ``ood`` if known."""
+    """Counts of one measure of uncertainty on shared bins, by group of examples; empty where a group is unknown."""
 
-    edges: list[float]
-    counts: dict[str, list[int]]
+    edges: list[Finite]
+    correct: list[Count] = field(default_factory=list)
+    wrong: list[Count] = field(default_factory=list)
+    ood: list[Count] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        for group, counts in self.counts.items():
+            if len(counts) != len(self.edges) - 1:
+                raise Mismatch(
+                    group, counts, f"one count for each bin between two edges, {len(self.edges) - 1} in all"
+                )
+
+    @property
+    def counts(self) -> dict[str, list[int]]:
+        """Return the counts of the groups that are known."""
+        return {group: counts for group in ("correct", "wrong", "ood") if (counts := getattr(self, group))}
+
+
+@dataclass(frozen=True)
+class Detection:
+    """Detection of `rows` out-of-distribution inputs among `rows_in` of the split, in all and by source."""
+
+    scores: dict[str, dict[str, float]]
+    name: str = ""
+    rows: Count | None = None
+    rows_in: Count | None = None
+    by_source: dict[str, Detection] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Evaluated:
+    """The run that `bayeslora evaluate` scored anew, and the seed of the samples."""
+
+    folder: str
+    seed: int
 
 
 @dataclass(frozen=True)
 class RunRecord:
-    """Everything a report needs to know of a run. Scores and shares are plain fractions, not per cent.
+    """Everything that `metrics.json` holds; the module's docstring explains each field."""
 
-    ``scores`` are those of the evaluation split, ``test_scores`` those of a separate test split where there was one.
-    ``risk_coverage`` holds (share answered, error rate among them), ``ood`` the detection scores by measure of
-    uncertainty and ``ood_name`` what was detected.
-    """
-
-    folder: Path
-    method: str
-    task: str
-    model: str
-    metric: str
+    method: Name
+    task: Name
+    model: Name
     scores: dict[str, float]
     layers: list[LayerRecord]
-    parameters: dict[str, int]
-    relative_bops: dict[str, float]
-    seconds: dict[str, float]
-    versions: dict[str, str]
-    reliability: list[ReliabilityBin]
-    labels: list[str]
-    confusion: list[list[int]]
+    title: str = ""
+    metric: str = ""
     seed: int | None = None
     steps: int | None = None
-    samples: int = 0
-    peak_memory_bytes: int | None = None
-    test_scores: dict[str, float] = field(default_factory=dict)
+    samples: Count = 0
     split: str | None = None
-    risk_coverage: list[tuple[float, float]] = field(default_factory=list)
-    histograms: dict[str, Histogram] = field(default_factory=dict)
-    ood: dict[str, dict[str, float]] = field(default_factory=dict)
-    ood_name: str = ""
+    rows: Count | None = None
+    scores_test: dict[str, float] = field(default_factory=dict)
+    reliability: Reliability = field(default_factory=Reliability)
+    risk_coverage: RiskCoverage = field(default_factory=RiskCoverage)
+    uncertainty: dict[str, Histogram] = field(default_factory=dict)
+    ood: Detection | None = None
+    labels: list[str] = field(default_factory=list)
+    confusion: list[list[Count]] = field(default_factory=list)
+    parameters: dict[str, int] = field(default_factory=dict)
+    relative_bops: dict[str, float] = field(default_factory=dict)
+    seconds: dict[str, float] = field(default_factory=dict)
+    peak_memory_bytes: int | None = None
+    versions: dict[str, str] = field(default_factory=dict)
+    evaluated: Evaluated | None = None
+    folder: Path = field(default=Path(), metadata={"stored": False})
+
+    def __post_init__(self) -> None:
+        if not self.scores:
+            raise Mismatch("scores", self.scores, "an object with at least one score")
+        if any(len(row) != len(self.confusion) for row in self.confusion):
+            raise Mismatch("confusion", self.confusion, "a square table of counts")
+        if self.ood and not self.ood.name:
+            raise Mismatch("ood.name", None, "a name")
+
+    @classmethod
+    def from_dict(cls, content: dict[str, Any]) -> RunRecord:
+        """Return the record that `content` describes, under the keys of `metrics.json`."""
+        record: RunRecord = from_json(cls, content)
+        return record
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the content of `metrics.json`."""
+        content: dict[str, Any] = to_json(self)
+        return content
+
+    def save(self, folder: Path) -> None:
+        """Write `folder/metrics.json`."""
+        save_json(folder / METRICS_FILE, self.to_dict())
 
     @property
     def where(self) -> str:
-        """The task, with the split where it is not the evaluation split that a run is scored on."""
+        """Return the task, with the split unless it is the evaluation split."""
         return self.task if self.split in (None, "validation") else f"{self.task}, {self.split}"
 
     @property
     def score(self) -> float:
-        """The headline score (``metric`` names it)."""
+        """Return the headline score, which `metric` names."""
         return self.scores[self.metric]
 
     @property
+    def detection(self) -> dict[str, dict[str, float]]:
+        """Return the scores of out-of-distribution detection by measure; empty where it was not tried."""
+        return self.ood.scores if self.ood else {}
+
+    @property
     def mean_rank(self) -> float | None:
-        """Mean effective rank over adapted matrices; None when nothing is adapted."""
+        """Return the mean effective rank over adapted matrices; None when nothing is adapted."""
         return statistics.fmean(layer.rank for layer in self.layers) if self.layers else None
 
     @property
     def median_adapter_bits(self) -> float | None:
-        """Median width of the adapter's own matrices (A, E and B of every layer); None when there are none."""
-        widths = [layer.bits[kind] for layer in self.layers for kind in ADAPTER_KINDS if kind in layer.bits]
+        """Return the median width of the adapter's own matrices (A, E, B of every layer); None without any."""
+        widths = [layer.bits[kind] for layer in self.layers for kind in MATRICES if kind in layer.bits]
         return float(statistics.median(widths)) if widths else None
 
     @property
     def kinds(self) -> list[str]:
-        """The kinds of tensor that carry a width in this run, in the order of the forward pass."""
+        """Return the kinds of tensor that carry a width in this run."""
         present = {kind for layer in self.layers for kind in layer.bits}
-        return [kind for kind in KINDS if kind in present] + sorted(present - set(KINDS))
+        return [kind for kind in ALL_KINDS if kind in present] + sorted(present - set(ALL_KINDS))
 
     @property
     def is_quantized(self) -> bool:
-        """Whether any adapted tensor is narrower than 32 bits."""
-        return any(width < 32 for layer in self.layers for width in layer.bits.values())
+        """Return whether any adapted tensor is narrower than 32 bits."""
+        return any(width < UNQUANTIZED for layer in self.layers for width in layer.bits.values())
 
     @property
     def ranks_differ(self) -> bool:
-        """Whether any rank was cut, or ranks differ between matrices."""
+        """Return whether any rank was cut, or ranks differ between matrices."""
         return any(layer.rank != layer.initial_rank for layer in self.layers) or len({x.rank for x in self.layers}) > 1
 
 
 def read_run(folder: Path) -> RunRecord:
-    """Read and check ``folder/metrics.json``; raises BayesLoraError where it is missing or not as documented."""
-    path = Path(folder) / "metrics.json"
-    raw = _read_json(path)
-    if not isinstance(raw, dict):
-        raise BayesLoraError(f"{path} holds a {type(raw).__name__}, not an object; run `bayeslora train` again.")
-    scores = _numbers(path, raw, "scores", required=True)
-    if not scores:
-        raise BayesLoraError(f"{path}: 'scores' is empty, at least one score is needed; run `bayeslora train` again.")
-    task = _text(path, raw, "task")
-    ood = _mapping(path, raw, "ood")
-    ood_scores = _mapping(path, ood, "scores")
-    return RunRecord(
-        folder=Path(folder),
-        method=_text(path, raw, "method"),
-        task=task,
-        model=_text(path, raw, "model"),
-        metric=_headline(task, scores, raw.get("metric")),
-        scores=scores,
-        layers=_layers(path, raw),
-        parameters={k: int(v) for k, v in _numbers(path, raw, "parameters").items()},
-        relative_bops={k: v for k, v in _numbers(path, raw, "relative_bops").items() if k in SCOPES},
-        seconds=_numbers(path, raw, "seconds"),
-        versions={str(k): str(v) for k, v in _mapping(path, raw, "versions").items()},
-        reliability=_reliability(path, raw),
-        labels=[str(label) for label in _sequence(path, raw, "labels")],
-        confusion=_confusion(path, raw),
-        seed=_integer(path, raw, "seed"),
-        steps=_integer(path, raw, "steps"),
-        samples=_integer(path, raw, "samples") or 0,
-        peak_memory_bytes=_integer(path, raw, "peak_memory_bytes"),
-        test_scores=_numbers(path, raw, "scores_test"),
-        split=_text(path, raw, "split") if raw.get("split") is not None else None,
-        risk_coverage=_curve(path, _mapping(path, raw, "risk_coverage")),
-        histograms=_histograms(path, raw),
-        ood={name: _numbers(path, ood_scores, name) for name in ood_scores},
-        ood_name=_text(path, ood, "name") if ood else "",
-    )
+    """Return the record in `folder/metrics.json`.
 
-
-def read_history(folder: Path) -> list[dict[str, float]]:
-    """Read ``folder/history.json``, the trainer's log: one dict a logging step, without what is no number."""
-    path = Path(folder) / "history.json"
-    raw = _read_json(path)
-    if not isinstance(raw, list) or not all(isinstance(entry, dict) for entry in raw):
-        raise BayesLoraError(f"{path} is not a list of log entries; it should be the trainer's log_history.")
-    return [{str(k): float(v) for k, v in entry.items() if _is_number(v)} for entry in raw]
-
-
-def write_bytes(path: Path, content: bytes) -> Path:
-    """Write a file beside its place, then rename, so that a reader never sees half of it."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    Raises:
+        BayesLoraError: the file is missing, damaged, or a value is not what its place accepts.
+    """
+    folder = Path(folder)
+    path = folder / METRICS_FILE
     try:
-        temporary.write_bytes(content)
-        os.replace(temporary, path)
-    except OSError as error:
-        temporary.unlink(missing_ok=True)
-        raise BayesLoraError(f"cannot write {path} ({error.strerror}); name a folder that can be written.") from error
-    return path
+        record = RunRecord.from_dict(_read_json(path))
+    except Mismatch as error:
+        raise BayesLoraError(f"{path}: {error}: run `bayeslora train` again") from None
+    bops = {str(scope): record.relative_bops[scope] for scope in COST_SCOPES if scope in record.relative_bops}
+    title = record.title or _title_of(record.method)
+    return dataclasses.replace(record, folder=folder, title=title, metric=_headline(record), relative_bops=bops)
+
+
+def read_history(folder: Path) -> History:
+    """Return `folder/history.json`, one dictionary a logging step, without the entries that are not numbers.
+
+    Raises:
+        BayesLoraError: the file is missing, damaged, or not a list of objects.
+    """
+    path = Path(folder) / HISTORY_FILE
+    found = _read_json(path)
+    if not isinstance(found, list) or not all(isinstance(entry, dict) for entry in found):
+        raise BayesLoraError(
+            f"{path} holds {str(found)[:60]}, but must hold a list of log entries: run `bayeslora train` again"
+        )
+    return [
+        {name: float(value) for name, value in entry.items() if type(value) in (int, float)}  # bool is not a number
+        for entry in found
+    ]
 
 
 def _read_json(path: Path) -> Any:
     try:
-        text = path.read_text(encoding="utf-8")
-    except UnicodeDecodeError as error:
-        raise BayesLoraError(f"{path} is not UTF-8 text; it is damaged, run `bayeslora train` again.") from error
+        return json.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise BayesLoraError(
-            f"cannot read {path} ({error.strerror}); name the output folder of a finished `bayeslora train`."
+            f"cannot read {path} ({error.strerror}): name the output folder of a finished `bayeslora train`"
         ) from error
-    try:
-        return json.loads(text)
-    except json.JSONDecodeError as error:
+    except ValueError as error:  # not JSON, or not UTF-8
         raise BayesLoraError(
-            f"{path} is not JSON ({error.msg} in line {error.lineno}); it is damaged, run `bayeslora train` again."
+            f"{path} is damaged, but must be valid JSON ({error}): run `bayeslora train` again"
         ) from error
 
 
-def _is_number(value: object) -> TypeGuard[float]:
-    return isinstance(value, (int, float)) and not isinstance(value, bool)
+def _title_of(method: str) -> str:
+    """Return the title of a method for a file that does not hold it; knowing the methods takes importing torch."""
+    from bayeslora.methods.registry import title_of
+
+    return title_of(method)
 
 
-def _wrong(path: Path, key: str, value: object, wanted: str) -> BayesLoraError:
-    shown = repr(value)
-    shown = shown if len(shown) <= 60 else shown[:57] + "..."
-    return BayesLoraError(f"{path}: {key} is {shown}, {wanted} is needed; run `bayeslora train` again.")
-
-
-def _text(path: Path, raw: dict[str, Any], key: str) -> str:
-    value = raw.get(key)
-    if not isinstance(value, str) or not value:
-        raise _wrong(path, f"'{key}'", value, "a name")
-    return value
-
-
-def _integer(path: Path, raw: dict[str, Any], key: str) -> int | None:
-    value = raw.get(key)
-    if value is None:
-        return None
-    if not _is_number(value) or not math.isfinite(value) or value != int(value):
-        raise _wrong(path, f"'{key}'", value, "a whole number")
-    return int(value)
-
-
-def _mapping(path: Path, raw: dict[str, Any], key: str, required: bool = False) -> dict[str, Any]:
-    value = raw.get(key)
-    if value is None and not required:
-        return {}
-    if not isinstance(value, dict):
-        raise _wrong(path, f"'{key}'", value, "an object")
-    return value
-
-
-def _numbers(path: Path, raw: dict[str, Any], key: str, required: bool = False) -> dict[str, float]:
-    numbers: dict[str, float] = {}
-    for name, value in _mapping(path, raw, key, required).items():
-        if value is None:
-            continue
-        if not _is_number(value):
-            raise _wrong(path, f"'{key}.{name}'", value, "a number")
-        numbers[str(name)] = float(value)
-    return numbers
-
-
-def _sequence(path: Path, raw: dict[str, Any], key: str) -> list[Any]:
-    value = raw.get(key)
-    if value is None:
-        return []
-    if not isinstance(value, list):
-        raise _wrong(path, f"'{key}'", value, "a list")
-    return value
-
-
-def _layers(path: Path, raw: dict[str, Any]) -> list[LayerRecord]:
-    if "layers" not in raw:
-        raise _wrong(path, "'layers'", None, "a list")
-    layers = []
-    for position, entry in enumerate(_sequence(path, raw, "layers")):
-        key = f"'layers[{position}]'"
-        if not isinstance(entry, dict):
-            raise _wrong(path, key, entry, "an object")
-        name, rank, bits = entry.get("name"), entry.get("rank"), entry.get("bits") or {}
-        if not isinstance(name, str) or not name:
-            raise _wrong(path, f"{key} name", name, "a module path")
-        if not _is_number(rank) or not 0 <= rank < math.inf:
-            raise _wrong(path, f"{key} rank", rank, "a rank of 0 or more")
-        initial = entry.get("initial_rank", rank)
-        if not _is_number(initial) or not rank <= initial < math.inf:
-            raise _wrong(path, f"{key} initial_rank", initial, f"a rank of {rank} or more")
-        if not isinstance(bits, dict) or not all(_is_number(b) and 1 <= b <= 64 for b in bits.values()):
-            raise _wrong(path, f"{key} bits", bits, "a width between 1 and 64 for each kind")
-        widths = {str(kind): int(width) for kind, width in bits.items()}
-        layers.append(LayerRecord(name, int(rank), int(initial), widths, locate(name)))
-    return layers
-
-
-def _reliability(path: Path, raw: dict[str, Any]) -> list[ReliabilityBin]:
-    value = raw.get("reliability")
-    # `evaluate` returns the bare list of bins; the file wraps it. Both are accepted.
-    entries = value if isinstance(value, list) else _sequence(path, _mapping(path, raw, "reliability"), "bins")
-    bins = []
-    for position, entry in enumerate(entries):
-        key = f"'reliability.bins[{position}]'"
-        if not isinstance(entry, dict):
-            raise _wrong(path, key, entry, "an object")
-        count = entry.get("count")
-        if not _is_number(count) or not 0 <= count < math.inf:
-            raise _wrong(path, f"{key} count", count, "a count of 0 or more")
-        numbers = {}
-        for name in ("lower", "upper", "confidence", "accuracy"):
-            number = entry.get(name)
-            if name in ("confidence", "accuracy") and not count:
-                number = 0.0  # an empty bin has no mean; it may be written as null or NaN
-            if not _is_number(number) or not -1e-6 <= number <= 1 + 1e-6:
-                raise _wrong(path, f"{key} {name}", number, "a number between 0 and 1")
-            numbers[name] = float(number)
-        bins.append(ReliabilityBin(count=int(count), **numbers))
-    return bins
-
-
-def _curve(path: Path, raw: dict[str, Any]) -> list[tuple[float, float]]:
-    coverage, risk = _floats(path, raw, "coverage"), _floats(path, raw, "risk")
-    if len(coverage) != len(risk):
-        raise _wrong(path, "'risk_coverage'", raw, "one risk for each coverage")
-    return list(zip(coverage, risk, strict=True))
-
-
-def _histograms(path: Path, raw: dict[str, Any]) -> dict[str, Histogram]:
-    found = {}
-    for measure in _mapping(path, raw, "uncertainty"):
-        entry = _mapping(path, raw["uncertainty"], measure)
-        edges = _floats(path, entry, "edges")
-        counts = {str(g): [int(n) for n in _floats(path, entry, g)] for g in entry if g != "edges"}
-        if any(len(numbers) != len(edges) - 1 for numbers in counts.values()):
-            raise _wrong(path, f"'uncertainty.{measure}'", entry, "one count for each bin between two edges")
-        found[str(measure)] = Histogram(edges, counts)
-    return found
-
-
-def _floats(path: Path, raw: dict[str, Any], key: str) -> list[float]:
-    values = _sequence(path, raw, key)
-    if not all(_is_number(value) and math.isfinite(value) for value in values):
-        raise _wrong(path, f"'{key}'", values, "a list of numbers")
-    return [float(value) for value in values]
-
-
-def _confusion(path: Path, raw: dict[str, Any]) -> list[list[int]]:
-    rows = _sequence(path, raw, "confusion")
-    for row in rows:
-        if not isinstance(row, list) or len(row) != len(rows) or not all(_is_number(n) for n in row):
-            raise _wrong(path, "'confusion'", rows, "a square table of counts")
-    return [[int(n) for n in row] for row in rows]
-
-
-def _headline(task: str, scores: dict[str, float], named: object) -> str:
-    for candidate in (named, _TASK_METRICS.get(task), *_METRIC_ORDER):
-        if isinstance(candidate, str) and candidate in scores:
-            return candidate
-    return next((name for name in scores if name not in LOWER_IS_BETTER), next(iter(scores)))
+def _headline(record: RunRecord) -> str:
+    known = [name for name in (record.metric, *_HEADLINES, *record.scores) if name in record.scores]
+    return known[0]

@@ -53,6 +53,7 @@ class _Group:
 class AdaLoraModel(BayesTuner):
     """Bayesian AdaLoRA over a whole model: its budget, its scores and its penalty."""
 
+    title = "Bayesian AdaLoRA"
     prefix = "bayes_adalora_"
     tuner_layer_cls = AdaLoraLayer
     linear_class = Linear

@@ -36,6 +36,7 @@ from bayeslora.quantization import (
 class BLoraModel(BayesTuner):
     """B-LoRA over a whole model: its penalty, its phases and its budget."""
 
+    title = "B-LoRA"
     prefix = "blora_"
     tuner_layer_cls = BLoraLayer
     linear_class = Linear
