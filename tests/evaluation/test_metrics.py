@@ -152,5 +152,5 @@ def test_scores_refuse_what_cannot_be_scored() -> None:
         metrics.accuracy([1, 0, 1], [1, 0])
     with pytest.raises(BayesLoraError, match="from 0 to 2, but the model has 2 classes"):
         metrics.classification_scores([[0.5, 0.5], [0.5, 0.5]], [0, 2])
-    with pytest.raises(BayesLoraError, match="'rouge' is no metric"):
+    with pytest.raises(BayesLoraError, match="'rouge' is not a metric"):
         metrics.classification_scores([[0.5, 0.5]], [0], ("rouge",))

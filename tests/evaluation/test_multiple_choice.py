@@ -20,7 +20,6 @@ from transformers import (
 
 from bayeslora.data.few_shot import examples_for
 from bayeslora.errors import BayesLoraError
-from bayeslora.evaluation._prefixes import LEAST_ROWS, rows_that_begin_alike
 from bayeslora.evaluation.multiple_choice import (
     ChoicePrompt,
     LetterLogits,
@@ -29,6 +28,7 @@ from bayeslora.evaluation.multiple_choice import (
     encode_prompts,
     letter_ids,
 )
+from bayeslora.evaluation.prefix_sharing import LEAST_ROWS, rows_that_begin_alike
 from tests.conftest import VOCABULARY, build_tiny_gpt2, build_tiny_llama, build_tiny_tokenizer
 from tests.evaluation.choice_items import items, split
 
@@ -63,7 +63,7 @@ def test_a_prompt_is_the_question_its_lettered_choices_and_the_answer_line() -> 
     assert own.render(ROW) == "who sat?\n(A) cat\n(B) dog\n(C) tree\nThe answer is"
     # Braces in a row are text, not fields of a template.
     assert "{x}" in ChoicePrompt().render({**ROW, "question": "{x}"})
-    with pytest.raises(BayesLoraError, match="no white space"):
+    with pytest.raises(BayesLoraError, match="must not end in white space"):
         ChoicePrompt(answer="Answer: ")
 
 
@@ -138,7 +138,7 @@ def test_letters_are_tokens_of_their_own(causal_tokenizer: Any) -> None:
     assert words == list("abcde")
     core = Tokenizer(models.WordLevel({"[UNK]": 0, "answer": 1}, unk_token="[UNK]"))
     core.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
-    with pytest.raises(BayesLoraError, match='does not write " B" after "Answer:" as one token of its own'):
+    with pytest.raises(BayesLoraError, match='does not write " B" after "Answer:" as one separate token'):
         letter_ids(PreTrainedTokenizerFast(tokenizer_object=core, unk_token="[UNK]"), 2)
 
 
@@ -304,7 +304,7 @@ def test_what_cannot_be_scored_is_refused(causal_tokenizer: Any) -> None:
         LetterLogits((1, 2, 3, 4))(build_tiny_llama(), scoring.collate(list(data)))
     bare = build_tiny_tokenizer(causal=True)
     bare.pad_token = None
-    with pytest.raises(BayesLoraError, match="no padding token"):
+    with pytest.raises(BayesLoraError, match="lacks a padding token"):
         choice_scoring(data, bare)
 
 

@@ -15,7 +15,7 @@ GROUP = "group"
 LETTERS = ("A", "B", "C", "D", "E")
 """What choices are called, in their order; an item has at most as many."""
 GAP = "_"
-"""What stands in a sentence where a choice belongs."""
+"""Mark in a sentence for the place of the choice."""
 
 
 @dataclass(frozen=True)
@@ -53,7 +53,7 @@ def choice_columns(table: Table, *, gap: bool = False, labelled: bool = True) ->
         `question`, `choices` and, where the table says them, `label` (index of the right choice), `subject`, `group`.
 
     Raises:
-        BayesLoraError: a row that is no multiple-choice item, with its place.
+        BayesLoraError: a row that is not a multiple-choice item, with its place.
     """
     questions = [_question(table, row, value) for row, value in enumerate(table.columns[QUESTION])]
     choices = [_choices(table, row, value) for row, value in enumerate(table.columns[CHOICES])]
@@ -72,7 +72,7 @@ def choice_columns(table: Table, *, gap: bool = False, labelled: bool = True) ->
 
 
 def fill_gap(sentence: str, choices: list[str]) -> tuple[str, list[str]]:
-    """A sentence cut at its gap `_`: what stands before it, and for each choice the choice with what comes after.
+    """Cut a sentence at its gap `_`: the text before it, and each choice followed by the text after it.
 
     So a choice is judged by how the sentence goes on with it, by a language model and by a pair encoder alike, and
     the shared beginning is read once.
@@ -91,14 +91,16 @@ def _fill(table: Table, row: int, question: str, choices: list[str]) -> tuple[st
 
 def _question(table: Table, row: int, value: Any) -> str:
     if not isinstance(value, str):
-        seen = "no text" if value is None else f"{value!r} of type {type(value).__name__}"
-        raise BayesLoraError(f"{table.where(row)} has {seen} in column {QUESTION!r}, a string is needed")
+        seen = "an empty value" if value is None else f"{value!r} of type {type(value).__name__}"
+        raise BayesLoraError(
+            f"{table.where(row)} has {seen} in column {QUESTION!r}, but a string is needed: fill it in or drop the row"
+        )
     return value
 
 
 def _choices(table: Table, row: int, value: Any) -> list[str]:
     if not isinstance(value, list) or not all(isinstance(choice, str) for choice in value):
-        raise BayesLoraError(f"{table.where(row)} has no list of strings in column {CHOICES!r}, one is needed")
+        raise BayesLoraError(f"{table.where(row)} needs a list of strings in column {CHOICES!r}")
     if not 2 <= len(value) <= len(LETTERS):
         raise BayesLoraError(f"{table.where(row)} has {len(value)} choices, 2 to {len(LETTERS)} are needed")
     return value

@@ -24,8 +24,8 @@ def prompt_masked(prompt: str, completion: str, tokenizer: Any, max_length: int 
         prompt: what is given; may be empty.
         completion: what is to be written.
         tokenizer: of the model.
-        max_length: tokens of the whole sequence. Of a longer one the prompt's beginning is cut (what stands closest to
-            the completion matters most), after what the tokenizer puts before every text; the completion never is.
+        max_length: tokens of the whole sequence. Of a longer one the prompt's beginning is cut (the text nearest to
+            the completion matters most), but not the tokens that open every text; the completion is never cut.
 
     Returns:
         `input_ids`, `attention_mask` and `labels`, of one length; `labels` is -100 over the prompt.
@@ -35,7 +35,7 @@ def prompt_masked(prompt: str, completion: str, tokenizer: Any, max_length: int 
     """
     written = list(tokenizer(completion, add_special_tokens=False)["input_ids"])
     if not written:
-        raise BayesLoraError("the completion is empty, at least one token is needed to learn from: drop the row")
+        raise BayesLoraError("the completion is empty, but at least one token is needed to learn from: drop the row")
     if tokenizer.eos_token_id is not None:
         written.append(int(tokenizer.eos_token_id))
     given = list(tokenizer(prompt, add_special_tokens=False)["input_ids"])
@@ -54,7 +54,7 @@ def prompt_masked(prompt: str, completion: str, tokenizer: Any, max_length: int 
 
 
 def _opening(tokenizer: Any) -> list[int]:
-    """What the tokenizer puts before a text, such as a beginning-of-text token."""
+    """Return the tokens that the tokenizer puts before every text, such as a beginning-of-text token."""
     encoded = tokenizer("a", return_special_tokens_mask=True)
     opening: list[int] = []
     for token, special in zip(encoded["input_ids"], encoded["special_tokens_mask"], strict=True):

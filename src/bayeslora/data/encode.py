@@ -60,7 +60,7 @@ def collated(
 
     if tokenizer.pad_token is None:
         raise BayesLoraError(
-            "the tokenizer has no padding token, one is needed to batch texts: "
+            "the tokenizer lacks a padding token, which batches of texts need: "
             "set tokenizer.pad_token (its eos_token is the usual choice)"
         )
     inputs = [name for name in dataset.column_names if name in tokenizer.model_input_names or collate]
@@ -77,12 +77,14 @@ def _max_length(tokenizer: Any, max_length: int | None, pair: bool) -> int:
     length = min(limit, DEFAULT_MAX_LENGTH) if max_length is None else max_length
     least = tokenizer.num_special_tokens_to_add(pair=pair) + (2 if pair else 1)
     if not least <= length <= limit:
-        raise BayesLoraError(f"max_length is {length}, for this model and task it lies between {least} and {limit}")
+        raise BayesLoraError(
+            f"max_length is {length}, but this model and task take {least} to {limit}: give a value in that range"
+        )
     return length
 
 
 def _never_empty(encoded: dict[str, list[Any]], tokenizer: Any) -> dict[str, list[Any]]:
-    """An empty text keeps one token, for tokenizers that add none of their own: a model cannot run on zero."""
+    """Give an empty text one token where the tokenizer adds none: a model cannot run on zero tokens."""
     fillers = (tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id, 0)
     filler = next(token for token in fillers if token is not None)
     values = {"input_ids": filler, "attention_mask": 1}

@@ -1,4 +1,4 @@
-"""Which rows stand as examples before which item."""
+"""Choose the solved examples that a few-shot prompt shows before each question."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def examples_for(rows: Sequence[Row], pool: Dataset | None, count: int, seed: in
     if count == 0:
         return [[] for _ in rows]
     if pool is None or LABEL not in pool.column_names:
-        raise BayesLoraError(f"few_shot is {count}, but there are no rows with answers to take examples from")
+        raise BayesLoraError(f"few_shot is {count}, but no rows with answers were given to take examples from")
     candidates: list[Row] = list(pool)
     if seed is not None:
         candidates = [candidates[index] for index in np.random.default_rng(seed).permutation(len(candidates))]
@@ -51,7 +51,7 @@ def examples_for(rows: Sequence[Row], pool: Dataset | None, count: int, seed: in
     known = Counter(candidate.get(SUBJECT) for candidate in candidates)
     for candidate in candidates:
         first = by_subject.setdefault(candidate.get(SUBJECT), [])
-        # One more than is shown, for the row that is itself among them; of rows that stand twice, one.
+        # One more than is shown, since the question itself may be among them; a duplicate counts once.
         if len(first) <= count and not any(_same(candidate, other) for other in first):
             first.append(candidate)
     result, fewer = [], 0
@@ -68,8 +68,8 @@ def examples_for(rows: Sequence[Row], pool: Dataset | None, count: int, seed: in
         result.append(shown)
     if fewer:
         warnings.warn(
-            f"{fewer} of {len(rows)} rows get fewer than {count} examples: of those that there are, one is the row "
-            "itself, or stands twice",
+            f"{fewer} of {len(rows)} rows get fewer than {count} examples because the pool contains the question "
+            "itself or a duplicate",
             stacklevel=3,
         )
     return result

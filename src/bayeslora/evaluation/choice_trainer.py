@@ -1,4 +1,4 @@
-"""The Trainer for multiple choice: its loss is over the choices of an item, whatever kind of model scores them."""
+"""The Trainer for multiple choice: its loss runs over the choices of an item, for both kinds of model."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ class ChoiceTrainer(Trainer):
     """A Trainer whose loss is the mean cross entropy of `class_logits(model, batch)` against `labels`, and whose
     predictions are these (n, C) logits, with minus infinity for absent choices.
 
-    A subclass, because `Trainer(compute_loss_func=…)` sees neither which choices an item has nor the loss's own
+    A subclass, because `Trainer(compute_loss_func=…)` sees neither the choices of an item nor the loss's
     denominator: the Trainer counts labels over micro-batches, and a mean over items would be scaled wrongly. The model
     stays an ordinary (PEFT) model, saved and loaded as always; `bayeslora.attach` takes this Trainer as any other.
 
@@ -45,7 +45,7 @@ class ChoiceTrainer(Trainer):
                 "item does not have: leave it at 0"
             )
         self.class_logits = class_logits
-        # The mask of absent choices is no argument of any model's forward; labels may not be one of this model's.
+        # No model's forward takes the mask of absent choices, and some do not take labels.
         self.args.remove_unused_columns = False
         self.label_names = ["labels"]
         # The loss is a mean over its own batch: the Trainer divides it by the number of micro-batches.

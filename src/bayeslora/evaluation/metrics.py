@@ -144,7 +144,7 @@ def classification_scores(
     unknown = [name for name in metrics if name not in CLASSIFICATION_METRICS]
     if unknown:
         known = ", ".join(CLASSIFICATION_METRICS)
-        raise BayesLoraError(f"{unknown[0]!r} is no metric for classification: use one of {known}")
+        raise BayesLoraError(f"{unknown[0]!r} is not a metric for classification: use one of {known}")
     scores = {name: CLASSIFICATION_METRICS[name](predicted, labels) for name in (*metrics, "accuracy")}
     scores["nll"] = negative_log_likelihood(chosen, labels)
     scores["ece"] = expected_calibration_error(chosen, labels)

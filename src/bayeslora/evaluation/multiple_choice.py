@@ -35,7 +35,7 @@ from bayeslora.data.choices import CHOICES, LABEL, LETTERS, QUESTION, SUBJECT
 from bayeslora.data.encode import Collate
 from bayeslora.data.few_shot import Row, examples_for
 from bayeslora.errors import BayesLoraError
-from bayeslora.evaluation._prefixes import cache_of, split_at_common_start
+from bayeslora.evaluation.prefix_sharing import cache_of, split_at_common_start
 
 PRESENT = "choice_mask"
 """Column and batch key: (C,) or (B, C), which of the C choices an item has."""
@@ -49,7 +49,7 @@ ClassLogits = Callable[[nn.Module, Batch], Tensor]
 
 @dataclass(frozen=True)
 class ChoicePrompt:
-    """How an item becomes text; the parts are `str.format` templates.
+    """The form of an item as text, in parts that are `str.format` templates.
 
     Attributes:
         question: of `question`; left out where the question is empty.
@@ -66,12 +66,12 @@ class ChoicePrompt:
     def __post_init__(self) -> None:
         if not self.answer or self.answer[-1].isspace():
             raise BayesLoraError(
-                f"the prompt's last line is {self.answer!r}, it must end in a character that is no white space: "
+                f"the prompt's last line is {self.answer!r}, but must not end in white space: "
                 "the space before the letter belongs to the letter's token"
             )
 
     def item(self, row: Row) -> str:
-        """One item without its answer."""
+        """Return one item as text, without its answer."""
         lines = [self.question.format(question=row[QUESTION])] if row[QUESTION] else []
         lines += [
             self.choice.format(letter=letter, choice=choice)
@@ -80,7 +80,7 @@ class ChoicePrompt:
         return "\n".join([*lines, self.answer])
 
     def render(self, row: Row, examples: Iterable[Row] = ()) -> str:
-        """The whole prompt: the subject's paragraph, the examples with their answers, the item."""
+        """Return the whole prompt: the subject's paragraph, the examples with their answers, the item."""
         parts = [self.subject.format(subject=row[SUBJECT].replace("_", " "))] if row.get(SUBJECT) else []
         parts += [f"{self.item(example)} {LETTERS[example[LABEL]]}" for example in examples]
         return "\n\n".join([*parts, self.item(row)])
@@ -97,7 +97,7 @@ def encode_prompts(
     pool: Dataset | None = None,
     seed: int | None = None,
 ) -> Dataset:
-    """Prompts for a causal language model: `input_ids`, `attention_mask`, `choice_mask` and, where known, `label`.
+    """Encode prompts for a language model: `input_ids`, `attention_mask`, `choice_mask` and, where known, `label`.
 
     Few-shot examples are the first `few_shot` rows of `pool` (of the item's subject, where items have one), in the
     file's order or in one drawn with `seed`. An item is never an example of itself, so `pool` may be the training
@@ -146,7 +146,7 @@ def encode_prompts(
 
 
 def encode_pairs(split: Dataset, tokenizer: Any, *, classes: int, max_length: int = DEFAULT_PAIR_LENGTH) -> Dataset:
-    """Pairs (question, choice) for an encoder: C lists a row in each of the tokenizer's outputs, and `choice_mask`.
+    """Encode pairs (question, choice) for an encoder: C lists a row in each tokenizer output, and `choice_mask`.
 
     An absent choice is a copy of the first one, which `choice_mask` takes out: a row of nothing but padding would have
     no token to attend to. Of a pair that is too long, the longer text is cut.
@@ -171,10 +171,10 @@ def encode_pairs(split: Dataset, tokenizer: Any, *, classes: int, max_length: in
 
 
 def letter_ids(tokenizer: Any, classes: int) -> list[int]:
-    """The token ids of " A", " B", … as they stand after the colon of "Answer:", one a class.
+    """Return the token ids of " A", " B", … after the colon of "Answer:", one a class.
 
     Raises:
-        BayesLoraError: a tokenizer that does not give each letter one token of its own.
+        BayesLoraError: a tokenizer that does not write each letter as a separate token.
     """
     start = list(tokenizer("Answer:", add_special_tokens=False)["input_ids"])
     found = []
@@ -182,8 +182,8 @@ def letter_ids(tokenizer: Any, classes: int) -> list[int]:
         ids = list(tokenizer(f"Answer: {letter}", add_special_tokens=False)["input_ids"])
         if ids[: len(start)] != start or len(ids) != len(start) + 1 or ids[-1] in found:
             raise BayesLoraError(
-                f'the tokenizer does not write " {letter}" after "Answer:" as one token of its own, which scoring by '
-                "letters needs: use a model with another tokenizer"
+                f'the tokenizer does not write " {letter}" after "Answer:" as one separate token, which scoring '
+                "by letters needs: use a model with another tokenizer"
             )
         found.append(int(ids[-1]))
     return found
@@ -294,19 +294,19 @@ class PairCollator:
 
 @dataclass(frozen=True)
 class ChoiceScoring:
-    """What it takes to run a model over encoded items: `collate` rows into a batch, and `logits(model, batch)`."""
+    """Two functions to run a model over encoded items: `collate` rows into a batch, and `logits(model, batch)`."""
 
     collate: Collate
     logits: ClassLogits
 
 
 def is_multiple_choice(dataset: Dataset) -> bool:
-    """Whether a data set was encoded by `encode_prompts` or `encode_pairs`."""
+    """Return True for a data set that `encode_prompts` or `encode_pairs` made."""
     return PRESENT in dataset.column_names
 
 
 def choice_scoring(dataset: Dataset, tokenizer: Any) -> ChoiceScoring:
-    """How to score the items of an encoded data set: letters for prompts, pairs for pairs.
+    """Choose how to score an encoded data set: letters for prompts, pairs for pairs.
 
     Raises:
         BayesLoraError: a data set of another kind, or a tokenizer without letters of one token or without padding.
@@ -324,7 +324,7 @@ def choice_scoring(dataset: Dataset, tokenizer: Any) -> ChoiceScoring:
 
 
 def row_lengths(dataset: Dataset) -> list[int]:
-    """Tokens of each row of an encoded data set; of a row of pairs, those of the longest pair."""
+    """Return the number of tokens of each encoded row; for a row of pairs, that of its longest pair."""
     return [max(map(len, ids)) if ids and isinstance(ids[0], list) else len(ids) for ids in dataset["input_ids"]]
 
 
@@ -338,7 +338,7 @@ def _check_classes(rows: Sequence[Row], classes: int) -> None:
 
 
 def _tokenize(texts: list[str], tokenizer: Any) -> list[list[int]]:
-    """Token ids with what the tokenizer puts before a text, but not what it puts after: the answer comes next."""
+    """Tokenize without the special tokens at the end of a text, where the answer comes next."""
     encoded = tokenizer(texts, return_special_tokens_mask=True)
     result = []
     for ids, special in zip(encoded["input_ids"], encoded["special_tokens_mask"], strict=True):
@@ -359,7 +359,7 @@ def _with_labels(columns: dict[str, list[Any]], split: Dataset, rows: Sequence[R
 def _targets(rows: Sequence[Mapping[str, Any]]) -> dict[str, Tensor]:
     if PRESENT not in rows[0]:
         raise BayesLoraError(
-            f"the rows have no column {PRESENT!r} (only {', '.join(rows[0])}), so absent choices are unknown: "
+            f"the rows lack column {PRESENT!r} (they have {', '.join(rows[0])}), so absent choices are unknown: "
             "encode with encode_prompts or encode_pairs, and train with remove_unused_columns=False"
         )
     found = {PRESENT: torch.tensor([row[PRESENT] for row in rows])}
@@ -371,14 +371,14 @@ def _targets(rows: Sequence[Mapping[str, Any]]) -> dict[str, Tensor]:
 def _pad_id(tokenizer: Any) -> int:
     if tokenizer.pad_token_id is None:
         raise BayesLoraError(
-            "the tokenizer has no padding token, one is needed to batch texts: "
+            "the tokenizer lacks a padding token, which batches of texts need: "
             "set tokenizer.pad_token (its eos_token is the usual choice)"
         )
     return int(tokenizer.pad_token_id)
 
 
 def _forward_names(model: nn.Module) -> frozenset[str]:
-    """Names of the arguments of the innermost model's forward: wrappers say no more than `**kwargs`."""
+    """Return the arguments that the innermost model's forward takes; wrappers only declare `**kwargs`."""
     inner: Any = model
     while isinstance(inner, PeftModel) or isinstance(getattr(inner, "module", None), nn.Module):
         inner = inner.get_base_model() if isinstance(inner, PeftModel) else inner.module

@@ -17,7 +17,6 @@ from numpy.typing import NDArray
 from bayeslora.data.encode import collated
 from bayeslora.data.tasks import LABEL, Task
 from bayeslora.errors import BayesLoraError
-from bayeslora.evaluation._prefixes import rows_that_begin_alike
 from bayeslora.evaluation.metrics import classification_scores, regression_scores, reliability_bins, softmax
 from bayeslora.evaluation.multiple_choice import (
     LetterLogits,
@@ -25,13 +24,14 @@ from bayeslora.evaluation.multiple_choice import (
     is_multiple_choice,
     row_lengths,
 )
+from bayeslora.evaluation.prefix_sharing import rows_that_begin_alike
 from bayeslora.evaluation.uncertainty import histograms, risk_coverage_curve, uncertainties
 from bayeslora.prediction import Logits, Predictable, Prediction, predict
 
 
 @dataclass(frozen=True)
 class Evaluation:
-    """A model's scores on a split, and what they were computed from, in the split's order.
+    """A model's scores on a split, with the predictions and labels behind them, in the split's order.
 
     Attributes:
         scores: by name, the task's headline first.
@@ -125,8 +125,8 @@ def evaluate(
     """
     if LABEL not in dataset.column_names:
         raise BayesLoraError(
-            f"the split has no labels (its columns are {', '.join(dataset.column_names)}), "
-            "labels are needed to score a model: use predict_dataset"
+            f"the split lacks labels (its columns are {', '.join(dataset.column_names)}), "
+            "which scoring needs: use predict_dataset to predict without scores"
         )
     labels = np.asarray(dataset[LABEL])
     start = time.perf_counter()
@@ -153,9 +153,9 @@ def predict_dataset(
             posterior.
     """
     if batch_size < 1:
-        raise BayesLoraError(f"the batch size is {batch_size}, at least 1 is needed")
+        raise BayesLoraError(f"batch_size is {batch_size}, but must be at least 1: give a larger one")
     if not len(dataset):
-        raise BayesLoraError("the split has 0 rows, at least 1 is needed to run a model over")
+        raise BayesLoraError("the split has 0 rows, but at least 1 is needed: check the data behind it")
     scoring = choice_scoring(dataset, tokenizer) if is_multiple_choice(dataset) else None
     logits: Logits | None = scoring.logits if scoring else None
     alike: list[list[int]] = [list(range(len(dataset)))]
@@ -178,18 +178,18 @@ def predict_dataset(
 
 
 def uncertainties_of(prediction: Prediction) -> dict[str, NDArray[np.float64]]:
-    """The measures of uncertainty of a classifier's predictions; see `uncertainty.uncertainties`."""
+    """Return a classifier's measures of uncertainty; see `uncertainty.uncertainties`."""
     return uncertainties(
         prediction.probabilities.numpy(), prediction.entropy.numpy(), prediction.mutual_information.numpy()
     )
 
 
 def compute_metrics_for(task: Task) -> Callable[[Any], dict[str, float]]:
-    """The task's scores as `Trainer(compute_metrics=...)` wants them."""
+    """Return a function for `Trainer(compute_metrics=...)` that gives the task's scores."""
 
     def compute_metrics(evaluated: Any) -> dict[str, float]:
         logits = evaluated.predictions
-        # Some models return hidden states beside the logits.
+        # Some models return hidden states after the logits.
         logits = np.asarray(logits[0] if isinstance(logits, tuple) else logits, dtype=np.float64)
         if task.kind == "regression":
             return regression_scores(logits.reshape(-1), evaluated.label_ids)
@@ -202,7 +202,7 @@ def _scored(task: Task, prediction: Prediction, labels: NDArray[Any], seconds: f
     outputs, expected = prediction.logits.shape[1], 1 if task.kind == "regression" else len(task.labels)
     if outputs != expected:
         raise BayesLoraError(
-            f"the model has {outputs} outputs, the task {task.name!r} needs {expected}: "
+            f"the model has {outputs} outputs, but the task {task.name!r} needs {expected}: "
             f"load the model with num_labels={expected}"
         )
     # Not the logits: a class may be ruled out by one of minus infinity.

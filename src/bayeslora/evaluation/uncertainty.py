@@ -1,4 +1,4 @@
-r"""Scores of how well a model knows what it does not know, in float64.
+r"""Scores of a model's uncertainty: calibration, selective prediction, detection. In float64.
 
 Calibration asks whether confidence is a probability, selective prediction whether the model is unsure where it is
 wrong, detection whether it is unsure about inputs unlike those it was trained on. Examples that tie are never put in
@@ -27,7 +27,7 @@ UNCERTAINTIES = ("max_probability", "entropy", "mutual_information")
 
 
 def uncertainties(probabilities: ArrayLike, entropy: ArrayLike, mutual_information: ArrayLike) -> dict[str, Array]:
-    """What a classifier says about how unsure it is, larger = less sure, (n,) each.
+    """Return a classifier's measures of uncertainty, (n,) each; larger means less sure.
 
     Args:
         probabilities: (n, C).
@@ -84,7 +84,7 @@ def classwise_calibration_error(probabilities: ArrayLike, labels: ArrayLike, bin
 
 
 def bin_index(values: Array, bins: int) -> np.ndarray:
-    """Which of the equal-width bins (lower, upper] of [0, 1] each value lies in; 0 lies in the first."""
+    """Return the index of each value's bin among equal-width bins (lower, upper] of [0, 1]; 0 is in the first."""
     edges = np.linspace(0.0, 1.0, bins + 1)
     # The probabilities of a row may sum to 1 + 1e-16, and their maximum be that too.
     return np.clip(np.searchsorted(edges, values, side="left") - 1, 0, bins - 1)
@@ -128,7 +128,7 @@ def risk_coverage_curve(
 
 
 def detection_scores(inside: ArrayLike, outside: ArrayLike) -> dict[str, float]:
-    r"""How well an uncertainty tells out-of-distribution examples (the positives) from in-distribution ones.
+    r"""Score how well an uncertainty separates out-of-distribution examples (the positives) from in-distribution ones.
 
     Args:
         inside: (n,) uncertainty of in-distribution examples, larger = less sure.
@@ -188,21 +188,23 @@ def histograms(groups: Mapping[str, Mapping[str, Array]], classes: int) -> dict[
 
 
 def aligned(predicted: ArrayLike, labels: ArrayLike) -> tuple[Array, Array]:
-    """Two flat float64 arrays of one length, at least 1."""
+    """Return two flat float64 arrays of one length, at least 1."""
     a = np.asarray(predicted, dtype=np.float64).reshape(-1)
     b = np.asarray(labels, dtype=np.float64).reshape(-1)
     if len(a) != len(b) or not len(a):
-        raise BayesLoraError(f"{len(a)} predictions for {len(b)} labels: one each is needed, and at least one")
+        raise BayesLoraError(
+            f"{len(a)} predictions for {len(b)} labels: give one prediction for each label, and at least one"
+        )
     return a, b
 
 
 def class_arrays(probabilities: ArrayLike, labels: ArrayLike) -> tuple[Array, NDArray[np.int64]]:
-    """(n, C) probabilities in float64 and (n,) class ids that lie in 0..C-1."""
+    """Return (n, C) probabilities in float64 and (n,) class ids in 0..C-1, checked."""
     chosen = np.asarray(probabilities, dtype=np.float64)
     ids = np.asarray(labels).astype(np.int64).reshape(-1)
     if chosen.ndim != 2 or len(chosen) != len(ids) or not len(ids):
         raise BayesLoraError(
-            f"probabilities of shape {chosen.shape} for {len(ids)} labels: (n, classes) for n labels is needed"
+            f"probabilities of shape {chosen.shape} for {len(ids)} labels: give (n, classes) for n labels"
         )
     if ids.min() < 0 or ids.max() >= chosen.shape[1]:
         raise BayesLoraError(
@@ -237,5 +239,5 @@ def _side(scores: ArrayLike, name: str) -> Array:
     if not len(values) or not np.isfinite(values).all():
         broken = int((~np.isfinite(values)).sum())
         seen = f"{broken} of {len(values)} are not finite" if len(values) else "there are 0"
-        raise BayesLoraError(f"of the {name} uncertainties {seen}, at least 1 and only finite numbers are needed")
+        raise BayesLoraError(f"of the {name} uncertainties {seen}: give at least 1, and finite numbers only")
     return values

@@ -1,4 +1,4 @@
-"""Prompts that begin alike: which ones, and a model run over their common beginning once.
+"""Run a model once over the beginning that several prompts share.
 
 The five examples before the questions of one MMLU subject are most of each prompt. What a causal model computes
 for them does not depend on what follows, so that a batch of such prompts needs it once: its keys and values are then
@@ -21,7 +21,7 @@ LEAST_ROWS = 8
 
 
 def common_start(one: Sequence[int], other: Sequence[int]) -> int:
-    """How many tokens two rows begin with in common."""
+    """Return the number of tokens that two rows share at their beginning."""
     for index, (left, right) in enumerate(zip(one, other, strict=False)):
         if left != right:
             return index
@@ -29,7 +29,7 @@ def common_start(one: Sequence[int], other: Sequence[int]) -> int:
 
 
 def rows_that_begin_alike(rows: Sequence[Sequence[int]]) -> list[list[int]]:
-    """The rows by group, as indices: in a group all rows share at least half of the longest of them.
+    """Group rows, as indices: in a group all rows share at least half of the longest of them.
 
     Rows of groups that are too small are put together in the last entry, which may be empty.
     """
@@ -52,9 +52,9 @@ def rows_that_begin_alike(rows: Sequence[Sequence[int]]) -> list[list[int]]:
 
 
 def split_at_common_start(ids: Tensor, mask: Tensor) -> tuple[Tensor, Tensor, Tensor] | None:
-    """A padded batch (B, T) as its common beginning (P,) and the rest: ids and mask (B, W), padded on the left.
+    """Split a padded batch (B, T) into its common beginning (P,) and the rest: ids and mask (B, W), left-padded.
 
-    Every row keeps at least one token of its own. None for one row, or where less than half is common.
+    Every row keeps at least one token. None for one row, or where less than half is common.
     """
     rows = [row[kept.bool()] for row, kept in zip(ids, mask, strict=True)]
     longest, shortest = max(map(len, rows)), min(map(len, rows))
@@ -74,7 +74,7 @@ def split_at_common_start(ids: Tensor, mask: Tensor) -> tuple[Tensor, Tensor, Te
 
 
 def cache_of(model: nn.Module, start: Tensor, rows: int, **options: Any) -> Any:
-    """The keys and values of the tokens `start` (P,), repeated for `rows` rows, as the model's own kind of cache.
+    """Return keys and values of the tokens `start` (P,), repeated for `rows` rows, in the model's kind of cache.
 
     None where the padding between the beginning and a shorter rest would change what is computed: for layers with a
     window, which count it, and for recurrent ones, which read it.
