@@ -20,12 +20,13 @@ import torch
 from peft import PeftModel
 
 from bayeslora import BayesLoraError, export, load_packed
-from bayeslora.export.packed.file import CHECKSUM_KEY, CODES, DTYPES, INDEX_KEY, MAX_HEADER, checksum
+from bayeslora.export.container import CHECKSUM_KEY, CODES, DTYPES, INDEX_KEY, checksum
 from tests.methods import variational_models
 from tests.methods.reference import FROZEN, Tiny, seeded, tiny_model
 
 FILE = "adapter_model.safetensors"
 FAST, SLOW = 150, 2_000
+MAX_HEADER = 100_000_000  # of safetensors
 VALUES: list[Any] = [
     None, True, -1, 0, 1, 2, 5, 99, 2**31, 2**40, 2**63, 10**30, -0.5, 1e308, "", "A", "9:x", "../../etc/passwd", [],
     [[]], [-1, 4], [2**31, 2**31], [2**62, 4], {}, {"a": 1}, "A" * 5000, [1] * 3000,
@@ -297,7 +298,7 @@ def test_paths_that_are_no_files_are_refused(folders: list[Path], tmp_path: Path
     (tmp_path / FILE).mkdir()
     (tmp_path / "link").symlink_to(tmp_path / "nowhere")
     for path in (tmp_path, tmp_path / "link", tmp_path / "missing", Path("/dev/zero")):
-        with pytest.raises(BayesLoraError, match="missing or no file"):
+        with pytest.raises(BayesLoraError, match="missing or not a file"):
             load_packed(path)
 
 

@@ -14,8 +14,9 @@ import torch
 from peft import get_peft_model
 
 from bayeslora import BayesLoraError, BLoraConfig, export, load_integer
-from bayeslora.export.integer.reader import INDEX_FILE, WEIGHTS_FILE, seal
-from bayeslora.export.packed.file import CHECKSUM_KEY, DTYPES, INDEX_KEY, checksum
+from bayeslora.export.container import CHECKSUM_KEY, DTYPES, INDEX_KEY, checksum
+from bayeslora.export.integer.index import INDEX_FILE
+from bayeslora.export.integer.reader import WEIGHTS_FILE, seal
 from tests.conftest import build_tiny_llama
 from tests.export.test_hostile_files import (
     VALUES,
@@ -120,7 +121,7 @@ def test_mutated_files_are_refused_in_one_sentence(block: int, folder: Path, tmp
     [
         (("version",), 2, "update bayeslora"),
         (("architecture",), "BertTokenizer", "does not have"),
-        (("architecture",), "BertModel", "describes no BertModel|has no layer|missing|in the model"),
+        (("architecture",), "BertModel", "does not describe a BertModel|has no layer|missing|in the model"),
         (("linear", "model.layers.0.self_attn.q_proj", "bits", "weight"), 3, "widths other than"),
         (("linear", "model.layers.0.self_attn.q_proj", "ranges", "in"), -1.0, "not finite, positive"),
         (
@@ -148,11 +149,11 @@ def test_a_forged_index_is_refused(path: tuple[str, ...], value: Any, said: str,
 
 
 def test_files_that_are_missing_or_of_another_export_are_named(folder: Path, tmp_path: Path) -> None:
-    with pytest.raises(BayesLoraError, match="holds no integer.json"):
+    with pytest.raises(BayesLoraError, match="does not hold integer.json"):
         load_integer(tmp_path)
     for name in (INDEX_FILE, WEIGHTS_FILE):
         shutil.copy(folder / name, tmp_path)
-    with pytest.raises(BayesLoraError, match=r"holds no config.json"):
+    with pytest.raises(BayesLoraError, match=r"does not hold config.json"):
         load_integer(tmp_path)
     shutil.copy(folder / "config.json", tmp_path)
     load_integer(tmp_path)
@@ -161,7 +162,7 @@ def test_files_that_are_missing_or_of_another_export_are_named(folder: Path, tmp
     with pytest.raises(BayesLoraError, match="do not belong together"):
         load_integer(tmp_path)
     (tmp_path / INDEX_FILE).write_text(text)
-    with pytest.raises(BayesLoraError, match="dtype must be"):
+    with pytest.raises(BayesLoraError, match="dtype is torch.float16, but must be"):
         load_integer(tmp_path, dtype=torch.float16)
     (tmp_path / "config.json").write_text('{"model_type": "llama", "hidden_size": "wide"}')
     with pytest.raises(BayesLoraError):

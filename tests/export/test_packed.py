@@ -20,11 +20,10 @@ from torch import Tensor, nn
 import bayeslora
 from bayeslora import BayesLoraError, BLoraConfig, DyLoraConfig, describe, export, load_packed, shrink
 from bayeslora.cost import relative_bops
-from bayeslora.export.packed.file import CODES, INDEX_KEY
+from bayeslora.export.container import CODES, INDEX_KEY, unpack
 from bayeslora.export.packed.index import PackedIndex
 from bayeslora.optim import IVON
 from bayeslora.quantization import codes
-from bayeslora.quantization.packing import unpack
 from tests.conftest import build_tiny_bert, build_tiny_llama
 from tests.methods import adalora_models, variational_models
 from tests.methods.reference import (
@@ -371,11 +370,11 @@ def test_a_file_that_does_not_fit_its_config_or_model_is_refused(tmp_path: Path)
     path = tmp_path / "adapter_config.json"
     written = json.loads(path.read_text())
     for change, message in (
-        ({"target_modules": ["first"]}, "has no place in the model for .*second"),
+        ({"target_modules": ["first"]}, "has .*second.*, but the model does not"),
         ({"target_modules": ["first", "second", "head"], "rank_pattern": {}}, "lacks .*head"),
-        ({"rank_pattern": {}}, "of shape .*, in the model it is"),
-        ({"mode": "ra"}, "has no place in the model for .*quantizers"),
-        ({"per_channel": True}, "of shape"),
+        ({"rank_pattern": {}}, "has shape .* in the packed adapter, but .* in the model"),
+        ({"mode": "ra"}, "has .*quantizers.*, but the model does not"),
+        ({"per_channel": True}, "has shape"),
         ({"peft_type": "MELORA"}, "lacks .*melora"),
     ):
         kept = {key: value for key, value in written.items() if change.get("peft_type") is None or key in SHARED}
@@ -394,8 +393,8 @@ def test_bad_requests_are_one_sentence(tmp_path: Path) -> None:
         export(model, tmp_path, format="packed", colour="red")
     with pytest.raises(BayesLoraError, match="has no adapter of bayeslora"):
         export(Tiny(), tmp_path, format="packed")
-    with pytest.raises(BayesLoraError, match="missing or no file"):
+    with pytest.raises(BayesLoraError, match="missing or not a file"):
         load_packed(tmp_path)
     export(model, tmp_path / "lora")
-    with pytest.raises(BayesLoraError, match="no packed adapter"):
+    with pytest.raises(BayesLoraError, match="is not a packed adapter"):
         load_packed(tmp_path / "lora")

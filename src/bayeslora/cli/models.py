@@ -33,8 +33,8 @@ from bayeslora.data.packaged import as_dense, gguf_options
 from bayeslora.errors import BayesLoraError
 from bayeslora.evaluation.multiple_choice import DEFAULT_PROMPT_LENGTH
 from bayeslora.export import load_integer
-from bayeslora.export.integer.reader import is_integer_model
-from bayeslora.export.packed.file import looks_packed
+from bayeslora.export.container import looks_packed
+from bayeslora.export.integer.index import is_integer_model
 from bayeslora.posterior import POSTERIOR_FILE, WeightPosterior, load_posterior
 
 RUN_FILE = "run.json"

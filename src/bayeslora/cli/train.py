@@ -56,7 +56,7 @@ from bayeslora.errors import BayesLoraError, option
 from bayeslora.evaluation import compute_metrics_for
 from bayeslora.evaluation.choice_trainer import ChoiceTrainer
 from bayeslora.evaluation.multiple_choice import choice_scoring
-from bayeslora.export.shrink import shrink
+from bayeslora.export.formats import shrink
 from bayeslora.methods import tuner_of
 from bayeslora.optim import IVON
 from bayeslora.posterior import WeightPosterior, load_posterior

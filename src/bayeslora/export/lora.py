@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from bayeslora.errors import BayesLoraError
 from bayeslora.export.draws import Factors, check_draws, drawn
-from bayeslora.export.measured import inputs_for, output_error, output_of
+from bayeslora.export.formats import inputs_for, output_error, output_of
 from bayeslora.methods.layer import BayesLayer
 from bayeslora.methods.tuner import BayesTuner, describe, tuner_of
 from bayeslora.posterior import PosteriorSource

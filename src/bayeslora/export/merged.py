@@ -17,8 +17,7 @@ from peft import PeftModel
 from torch import Tensor, nn
 
 from bayeslora.errors import BayesLoraError
-from bayeslora.export.copies import adapted_parts, sharing_base
-from bayeslora.export.measured import inputs_for, output_error, output_of
+from bayeslora.export.formats import adapted_parts, inputs_for, output_error, output_of, sharing_base
 from bayeslora.methods.config import AdapterConfig
 from bayeslora.methods.layer import BayesLayer, undo_cpu_order
 from bayeslora.model_card import CARD_FILE, front_matter, public_name

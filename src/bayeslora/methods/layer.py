@@ -155,6 +155,12 @@ class BayesLayer(nn.Module, BaseTunerLayer):
         return 8
 
     @property
+    def has_plain_weight(self) -> bool:
+        """Whether W0 is an ordinary matrix; a base loaded in 4 or 8 bits keeps its width."""
+        forward = type(self.get_base_layer()).forward
+        return self.quantization_backend is None and forward in (nn.Linear.forward, Conv1D.forward)
+
+    @property
     def is_transposed(self) -> bool:
         """Whether the base weight is stored as (d_in, d_out), as `Conv1D` does."""
         return isinstance(self.get_base_layer(), Conv1D)

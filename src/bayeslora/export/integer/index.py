@@ -10,27 +10,42 @@
 
 Kinds are those of a packed adapter. A range is one number, or where `per_channel` names the kind, a vector with the
 codes. The codes of a layer are one tensor of bytes, `<path>.codes`: the base weight row by row, A, E and B, each at
-its width and from a byte of its own, then in float32 the vectors of ranges and the bias.
+its width and beginning at a whole byte, then in float32 the vectors of ranges and the bias.
 """
 
 from __future__ import annotations
 
 import json
 import math
+import os
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
-from bayeslora.export.file_format import INTEGER, is_size
-from bayeslora.export.packed.index import KINDS, LOG_LIMIT, MATRICES, Part
-from bayeslora.quantization import WIDTHS
-from bayeslora.vocabulary import BASE_WEIGHT
+from bayeslora.export.container import INTEGER, LOG_LIMIT, Part, is_size
+from bayeslora.vocabulary import ALL_KINDS, BASE_WEIGHT, MATRICES, UNQUANTIZED, WIDTHS
 
+INDEX_FILE = "integer.json"
 BIAS = "bias"
-UNQUANTIZED = WIDTHS[-1]
 
-_VECTORS = (BASE_WEIGHT, "A")
+_PER_CHANNEL: tuple[list[str], ...] = ([], [BASE_WEIGHT], ["A"], [BASE_WEIGHT, "A"])
 _MAX_LAYERS, _MAX_NAME, _MAX_NUMBER = 20_000, 1_000, 1 << 31
 _SMALLEST, _LARGEST = math.exp(-LOG_LIMIT) / 2, math.exp(LOG_LIMIT) * 2
+_DEFAULTS: dict[str, Any] = {
+    "ranges": {},
+    "per_channel": [],
+    "rank": 0,
+    "scaling": 1.0,
+    "bias": False,
+    "learned": False,
+    "tied_to": None,
+}
+"""Fields of a layer that `integer.json` leaves out at these values."""
+
+
+def is_integer_model(path: str | os.PathLike[str]) -> bool:
+    """Return whether `path` is a folder that `export` wrote with `format="integer"`."""
+    return (Path(path) / INDEX_FILE).is_file()
 
 
 @dataclass(frozen=True)
@@ -40,11 +55,11 @@ class IntegerLayer:
     Attributes:
         name: path in the model.
         out_features, in_features: d_out and d_in; rows and width of an embedding.
-        bits: width by kind; kinds that are not named are not quantized, or not there.
-        ranges: range by kind below 32 bits, but those of `per_channel`.
+        bits: width by kind; other kinds are not quantized, or the layer does not have them.
+        ranges: range by kind below 32 bits, except those of `per_channel`.
         per_channel: kinds with a range a row.
         rank, scaling: of the adapter; rank 0 without one.
-        bias: whether there is one.
+        bias: whether the layer has one.
         learned: whether the widths were learned.
         tied_to: path of the embedding whose codes these are, or None.
     """
@@ -61,10 +76,15 @@ class IntegerLayer:
     learned: bool = False
     tied_to: str | None = None
 
+    @property
+    def shape(self) -> tuple[int, int]:
+        """d_out and d_in."""
+        return self.out_features, self.in_features
+
     def parts(self) -> list[Part]:
-        """What the layer's bytes hold, in order."""
+        """Return the parts of the layer's bytes, in order."""
         shapes: dict[str, tuple[int, ...]] = {
-            BASE_WEIGHT: (self.out_features, self.in_features),
+            BASE_WEIGHT: self.shape,
             "A": (self.rank, self.in_features),
             "E": (self.rank,),
             "B": (self.out_features, self.rank),
@@ -75,25 +95,16 @@ class IntegerLayer:
         found += [Part(kind, UNQUANTIZED, (shapes[kind][0],), True) for kind in vectors]
         return [*found, Part(BIAS, UNQUANTIZED, (self.out_features,))] if self.bias else found
 
-    @property
-    def size(self) -> int:
-        """Bytes of the codes."""
-        return sum(part.size for part in self.parts())
-
     def to_json(self) -> dict[str, Any]:
-        entry: dict[str, Any] = {"shape": [self.out_features, self.in_features], "bits": self.bits}
-        defaults = {"ranges": {}, "per_channel": [], "rank": 0, "scaling": 1.0, "bias": False, "learned": False}
-        for key, default in {**defaults, "tied_to": None}.items():
-            value = getattr(self, key)
-            value = list(value) if key == "per_channel" else value
-            if value != default:
-                entry[key] = value
-        return entry
+        """Return the layer's entry in `integer.json`."""
+        values = {**vars(self), "per_channel": list(self.per_channel)}
+        given = {key: values[key] for key, default in _DEFAULTS.items() if values[key] != default}
+        return {"shape": list(self.shape), "bits": self.bits, **given}
 
 
 @dataclass
 class IntegerIndex:
-    """All of `integer.json`."""
+    """The whole of `integer.json`."""
 
     architecture: str
     linear: dict[str, IntegerLayer] = field(default_factory=dict)
@@ -115,58 +126,81 @@ class IntegerIndex:
         """Read and check `integer.json`; nothing in it is trusted.
 
         Raises:
-            BayesLoraError: for whatever this library does not write.
+            BayesLoraError: for anything that this library does not write.
         """
         content = INTEGER.read_object(text, "its index")
         INTEGER.check_version(content)
         wanted = {"version", "architecture", "linear", "embeddings", "shared"}
         if set(content) != wanted:
             INTEGER.damaged(f"its index has other fields than {', '.join(sorted(wanted))}")
-        layers: list[dict[str, IntegerLayer]] = []
-        for part in ("linear", "embeddings"):
-            if not isinstance(content[part], dict) or len(content[part]) > _MAX_LAYERS:
-                INTEGER.damaged(f"its {part} layers are no table")
-            layers.append({_name(name): _layer(name, entry) for name, entry in content[part].items()})
-        linear, embeddings = layers
+        linear, embeddings = _layers(content, "linear"), _layers(content, "embeddings")
         shared = content["shared"]
         if not isinstance(shared, dict) or not all(_name(key) and _name(value) for key, value in shared.items()):
-            INTEGER.damaged("its shared tensors are no table of paths")
+            INTEGER.damaged("its shared tensors are not a table of paths")
         for layer in linear.values():
             if layer.tied_to is not None:
                 source = embeddings.get(layer.tied_to)
-                if source is None or (source.out_features, source.in_features) != (
-                    layer.out_features,
-                    layer.in_features,
-                ):
+                if source is None or source.shape != layer.shape:
                     INTEGER.damaged(f"{layer.name:.80} shares the codes of no embedding of its shape")
         for layer in embeddings.values():
             if layer.bits != {BASE_WEIGHT: 8} or layer.per_channel != (BASE_WEIGHT,) or layer.bias or layer.rank:
-                INTEGER.damaged(f"{layer.name:.80} is no embedding of 8 bits")
+                INTEGER.damaged(f"{layer.name:.80} is not an embedding of 8 bits")
         return cls(_name(content["architecture"]), linear, embeddings, shared)
 
 
+def _layers(content: dict[str, Any], part: str) -> dict[str, IntegerLayer]:
+    if not isinstance(content[part], dict) or len(content[part]) > _MAX_LAYERS:
+        INTEGER.damaged(f"its {part} layers are not a table")
+    return {_name(name): _layer(name, entry) for name, entry in content[part].items()}
+
+
 def _layer(name: str, entry: Any) -> IntegerLayer:
-    if not isinstance(entry, dict) or not {"shape", "bits"} <= set(entry) <= set(_FIELDS):
+    """Return a checked layer of the index."""
+    required = {"shape", "bits"}
+    if not isinstance(entry, dict) or not required <= set(entry) <= required | set(_DEFAULTS):
         INTEGER.damaged(f"{name:.80} has unknown fields, or lacks some")
-    shape, bits, ranges = entry["shape"], entry["bits"], entry.get("ranges", {})
+    values = {**_DEFAULTS, **entry}
+    _check_fields(name, values)
+    _check_widths(name, values)
+    shape, ranges, tied_to = values["shape"], values["ranges"], values["tied_to"]
+    return IntegerLayer(
+        name,
+        out_features=shape[0],
+        in_features=shape[1],
+        bits=values["bits"],
+        ranges={kind: float(bound) for kind, bound in ranges.items()},
+        per_channel=tuple(values["per_channel"]),
+        rank=values["rank"],
+        scaling=float(values["scaling"]),
+        bias=values["bias"],
+        learned=values["learned"],
+        tied_to=None if tied_to is None else _name(tied_to),
+    )
+
+
+def _check_fields(name: str, values: dict[str, Any]) -> None:
+    shape, rank, scaling = values["shape"], values["rank"], values["scaling"]
     if type(shape) is not list or len(shape) != 2 or not all(is_size(size) and size > 0 for size in shape):
-        INTEGER.damaged(f"{name:.80} has no shape of two sizes")
-    per_channel = entry.get("per_channel", [])
-    if per_channel not in ([], *([kind] for kind in _VECTORS), list(_VECTORS)):
-        INTEGER.damaged(f"{name:.80} has per-channel kinds {per_channel!r:.60}")
-    rank, scaling, tied_to = entry.get("rank", 0), entry.get("scaling", 1.0), entry.get("tied_to")
+        INTEGER.damaged(f"{name:.80} does not have a shape of two sizes")
+    if values["per_channel"] not in _PER_CHANNEL:
+        INTEGER.damaged(f"{name:.80} has per-channel kinds {values['per_channel']!r:.60}")
     if not is_size(rank) or not _is_number(scaling):
         INTEGER.damaged(f"{name:.80} has rank {rank!r:.40} and scaling {scaling!r:.40}")
-    if not all(type(entry.get(key, False)) is bool for key in ("bias", "learned")):
+    if type(values["bias"]) is not bool or type(values["learned"]) is not bool:
         INTEGER.damaged(f"{name:.80} has a flag that is neither true nor false")
+
+
+def _check_widths(name: str, values: dict[str, Any]) -> None:
+    """Check that widths and ranges are usable and belong together."""
+    bits, ranges, rank, tied_to = values["bits"], values["ranges"], values["rank"], values["tied_to"]
     if not isinstance(bits, dict) or not all(
-        kind in KINDS and type(width) is int and width in WIDTHS for kind, width in bits.items()
+        kind in ALL_KINDS and type(width) is int and width in WIDTHS for kind, width in bits.items()
     ):
         INTEGER.damaged(f"{name:.80} has widths other than {', '.join(map(str, WIDTHS))} bits")
     needed = set() if tied_to is not None else {BASE_WEIGHT, *MATRICES} if rank else {BASE_WEIGHT}
     if not needed <= set(bits):
         INTEGER.damaged(f"{name:.80} lacks a width")
-    narrow = {kind for kind, width in bits.items() if width < UNQUANTIZED} - set(per_channel)
+    narrow = {kind for kind, width in bits.items() if width < UNQUANTIZED} - set(values["per_channel"])
     if not rank:
         narrow -= set(MATRICES)
     if not isinstance(ranges, dict) or set(ranges) != narrow:
@@ -174,23 +208,7 @@ def _layer(name: str, entry: Any) -> IntegerLayer:
     if not all(_is_number(bound) and _SMALLEST <= bound <= _LARGEST for bound in ranges.values()):
         INTEGER.damaged(f"{name:.80} has a range that is not finite, positive and of a usable size")
     if tied_to is not None and (rank or bits):
-        INTEGER.damaged(f"{name:.80} shares codes and has some of its own")
-    return IntegerLayer(
-        _name(name),
-        shape[0],
-        shape[1],
-        bits,
-        {kind: float(bound) for kind, bound in ranges.items()},
-        tuple(per_channel),
-        rank,
-        float(scaling),
-        entry.get("bias", False),
-        entry.get("learned", False),
-        None if tied_to is None else _name(tied_to),
-    )
-
-
-_FIELDS = ("shape", "bits", "ranges", "per_channel", "rank", "scaling", "bias", "learned", "tied_to")
+        INTEGER.damaged(f"{name:.80} shares codes, but has others as well")
 
 
 def _name(value: Any) -> str:

@@ -1,4 +1,4 @@
-"""Integer models back from their folder: one call, no pickle, and nothing of the file is trusted."""
+"""Integer models back from their folder: one call, no pickle, and nothing of the files is trusted."""
 
 from __future__ import annotations
 
@@ -12,30 +12,23 @@ import torch
 import transformers
 from torch import Tensor, nn
 from transformers import AutoConfig, GenerationConfig, PreTrainedModel
+from transformers.activations import GELUActivation
 from transformers.pytorch_utils import Conv1D
 
 from bayeslora.errors import BayesLoraError
-from bayeslora.export.file_format import INTEGER
-from bayeslora.export.integer.index import BIAS, UNQUANTIZED, IntegerIndex, IntegerLayer
-from bayeslora.export.packed.file import read_packed_file
-from bayeslora.export.packed.index import MATRICES, check_ranges
+from bayeslora.export.container import INTEGER, Parts, check_ranges, read_container, split
+from bayeslora.export.integer.index import BIAS, INDEX_FILE, IntegerIndex, IntegerLayer
 from bayeslora.quantization import grid_step
-from bayeslora.quantization.packing import unpack
-from bayeslora.runtime.integer_fusion import fuse_activations
 from bayeslora.runtime.integer_linear import IntegerEmbedding, IntegerLinear, StaticQuantizer
-from bayeslora.vocabulary import ACTIVATIONS, BASE_WEIGHT
+from bayeslora.vocabulary import ACTIVATIONS, BASE_WEIGHT, MATRICES, UNQUANTIZED
 
-INDEX_FILE = "integer.json"
 WEIGHTS_FILE = "integer_model.safetensors"
 CODES_SUFFIX = ".codes"
 DTYPES = (torch.float32, torch.bfloat16)
 
 _MAX_INDEX = 16 << 20
-
-
-def is_integer_model(path: str | os.PathLike[str]) -> bool:
-    """Whether `path` is a folder that `export` wrote with `format="integer"`."""
-    return (Path(path) / INDEX_FILE).is_file()
+_BERT_BLOCKS = {"bert", "camembert", "deberta", "deberta-v2", "electra", "roberta", "vit", "xlm-roberta"}
+"""Model types whose blocks have nothing but GELU between `intermediate.dense` and `output.dense`."""
 
 
 def load_integer(
@@ -43,28 +36,28 @@ def load_integer(
     device: str | torch.device = "cpu",
     dtype: torch.dtype = torch.float32,
 ) -> PreTrainedModel:
-    """The model of a folder that `export` wrote with `format="integer"`, in evaluation mode.
+    """Return the model of a folder that `export` wrote with `format="integer"`, in evaluation mode.
 
     Args:
         path: the folder.
-        device: where to compute; kernels are chosen for it, and where it has none, codes are dequantized in each call.
-        dtype: type of what lies between the layers. With float32 an adapted layer computes what was trained, to float
-            rounding before its output quantizer, so that codes differ at ties only. With bfloat16 inputs and sums are
-            rounded to it, which moves some codes, and those of an output by several steps where one between the
-            factors has moved.
+        device: where to compute. Kernels are chosen for it; without a kernel, codes are dequantized in each call.
+        dtype: type of the activations between the layers. With float32 (default) an adapted layer computes what was
+            trained, up to float rounding before its output quantizer, so codes differ at ties only. With bfloat16
+            inputs and sums are rounded, which moves some codes; a code that moves between the factors can move those
+            of the output by several steps.
 
     Raises:
         BayesLoraError: a folder whose files are missing, damaged, or do not fit each other, or another dtype.
     """
     if dtype not in DTYPES:
-        raise BayesLoraError(f"dtype must be torch.float32 or torch.bfloat16, not {dtype}")
+        raise BayesLoraError(f"dtype is {dtype}, but must be torch.float32 or torch.bfloat16: choose one")
     folder = Path(path)
     index, tensors = _read(folder)
     model = _empty(folder, index)
     for layer in (*index.embeddings.values(), *index.linear.values()):
         _replace(model, layer, tensors, dtype)
     _assign(model, index, tensors, dtype)
-    fuse_activations(model, dtype)
+    _fuse_activations(model, dtype)
     if (folder / "generation_config.json").is_file() and model.can_generate():
         model.generation_config = GenerationConfig.from_pretrained(folder)
     model.requires_grad_(False)
@@ -72,15 +65,17 @@ def load_integer(
 
 
 def seal(text: str) -> str:
-    """What the tensors' file says about its `integer.json`, so that neither can be changed alone."""
+    """Return the line about `integer.json` in the tensors' file, so that neither file can be changed alone."""
     return f"{INDEX_FILE} {zlib.crc32(text.encode()):08x}"
 
 
 def _read(folder: Path) -> tuple[IntegerIndex, dict[str, Tensor]]:
-    """The checked index and the tensors of a folder; memory is bounded by the files' sizes."""
+    """Return the checked index and the tensors of a folder; memory is bounded by the files' sizes."""
     for name in (INDEX_FILE, WEIGHTS_FILE, "config.json"):
         if not (folder / name).is_file():
-            raise BayesLoraError(f"{folder} holds no {name}: name a folder that was exported with format='integer'")
+            raise BayesLoraError(
+                f"{folder} does not hold {name}: name a folder that was exported with format='integer'"
+            )
     try:
         with open(folder / INDEX_FILE, "rb") as source:
             data = source.read(_MAX_INDEX + 1)
@@ -91,21 +86,21 @@ def _read(folder: Path) -> tuple[IntegerIndex, dict[str, Tensor]]:
     if len(data) > _MAX_INDEX:
         INTEGER.damaged(f"its index has more than {_MAX_INDEX} bytes")
     index = IntegerIndex.from_text(data)
-    file = read_packed_file(folder / WEIGHTS_FILE, INTEGER)
-    if file.index != seal(data.decode("utf-8", "replace")):
+    sealed, tensors = read_container(folder / WEIGHTS_FILE, INTEGER)
+    if sealed != seal(data.decode("utf-8", "replace")):
         INTEGER.damaged(f"{INDEX_FILE} and {WEIGHTS_FILE} do not belong together")
-    return index, file.tensors
+    return index, tensors
 
 
 def _empty(folder: Path, index: IntegerIndex) -> PreTrainedModel:
-    """The model that `config.json` describes, without memory for its weights."""
+    """Return the model that `config.json` describes, without memory for its weights."""
     try:
         kind = getattr(transformers, index.architecture, None)
     except (ImportError, RuntimeError):  # a name whose back end is not installed
         kind = None
     if not (isinstance(kind, type) and issubclass(kind, PreTrainedModel)):
         raise BayesLoraError(
-            f"the integer model is a {index.architecture:.80}, which this Transformers does not have: update it"
+            f"the model is a {index.architecture:.80}, but this Transformers does not have that class: update it"
         )
     try:
         config = AutoConfig.from_pretrained(folder, local_files_only=True)
@@ -114,7 +109,7 @@ def _empty(folder: Path, index: IntegerIndex) -> PreTrainedModel:
     except Exception as error:  # Transformers has no one type for a configuration that it cannot use
         reason = " ".join(str(error).split())[:160]
         raise BayesLoraError(
-            f"{folder / 'config.json'} describes no {index.architecture} ({reason}): restore it from a copy"
+            f"{folder / 'config.json'} does not describe a {index.architecture} ({reason}): restore it from a copy"
         ) from error
 
 
@@ -125,8 +120,8 @@ def _replace(model: PreTrainedModel, layer: IntegerLayer, tensors: dict[str, Ten
     except AttributeError:
         INTEGER.damaged(f"the model has no layer {layer.name:.80}")
     shape = tuple(old.weight.shape) if isinstance(old, (nn.Linear, Conv1D, nn.Embedding)) else ()
-    if shape != ((layer.in_features, layer.out_features) if isinstance(old, Conv1D) else _shape(layer)):
-        INTEGER.damaged(f"{layer.name:.80} is {_shape(layer)}, in the model it is {shape}")
+    if shape != (layer.shape[::-1] if isinstance(old, Conv1D) else layer.shape):
+        INTEGER.damaged(f"{layer.name:.80} is {layer.shape}, in the model it is {shape}")
     parts = _parts(layer, tensors)
     new: nn.Module
     if isinstance(old, nn.Embedding):
@@ -141,29 +136,18 @@ def _replace(model: PreTrainedModel, layer: IntegerLayer, tensors: dict[str, Ten
     model.set_submodule(layer.name, new.eval())
 
 
-def _shape(layer: IntegerLayer) -> tuple[int, int]:
-    return layer.out_features, layer.in_features
-
-
-Parts = dict[tuple[str, bool], Tensor]
-"""What a layer's bytes hold, by kind and by whether it is a vector of ranges."""
-
-
 def _parts(layer: IntegerLayer, tensors: dict[str, Tensor]) -> Parts:
+    """Return the unpacked tensors of a layer."""
     key, parts = layer.name + CODES_SUFFIX, layer.parts()
     buffer = tensors.pop(key, None) if parts else torch.zeros(0, dtype=torch.uint8)
-    if buffer is None or buffer.dtype != torch.uint8 or buffer.ndim != 1 or len(buffer) != layer.size:
-        INTEGER.damaged(f"{key:.80} is missing, or has not the {layer.size} bytes that its widths ask for")
-    found: Parts = {}
-    position = 0
-    for part in parts:
-        found[part.kind, part.is_range] = unpack(buffer[position : position + part.size], part.bits, part.shape)
-        position += part.size
-    return found
+    size = sum(part.size for part in parts)
+    if buffer is None or buffer.dtype != torch.uint8 or buffer.ndim != 1 or len(buffer) != size:
+        INTEGER.damaged(f"{key:.80} is missing, or does not have the {size} bytes that its widths ask for")
+    return split(buffer, parts)
 
 
 def _steps(layer: IntegerLayer, parts: Parts, kind: str) -> Tensor:
-    """Step of a matrix's grid, (): one number, or (rows, 1)."""
+    """Return the step of a matrix's grid: one number (), or one a row (rows, 1)."""
     if layer.bits[kind] == UNQUANTIZED:
         return torch.ones(())
     if kind not in layer.per_channel:
@@ -176,6 +160,7 @@ def _steps(layer: IntegerLayer, parts: Parts, kind: str) -> Tensor:
 
 
 def _linear(layer: IntegerLayer, parts: Parts) -> IntegerLinear:
+    """Return the layer of codes with its quantizers."""
     activations = {
         kind: StaticQuantizer(layer.bits[kind], layer.ranges[kind])
         for kind in ACTIVATIONS
@@ -201,7 +186,7 @@ def _linear(layer: IntegerLayer, parts: Parts) -> IntegerLinear:
 
 
 def _assign(model: PreTrainedModel, index: IntegerIndex, tensors: dict[str, Tensor], dtype: torch.dtype) -> None:
-    """Give every other parameter and buffer its tensor, and see that nothing is missing or left over."""
+    """Give every other parameter and buffer its tensor, and check that nothing is missing or left over."""
     used = set()
     cast_to = {path: tensor.to(dtype) if tensor.is_floating_point() else tensor for path, tensor in tensors.items()}
     for path, owner, leaf, old in list(_unfilled(model)):
@@ -220,8 +205,8 @@ def _assign(model: PreTrainedModel, index: IntegerIndex, tensors: dict[str, Tens
     for name, module in model.named_modules():
         if any(isinstance(value, Tensor) and value.is_meta for value in vars(module).values()):
             raise BayesLoraError(
-                f"{name or type(model).__name__} keeps a tensor that is neither parameter nor buffer, which no file "
-                "holds: export format 'merged'"
+                f"{name or type(model).__name__} keeps a tensor that is neither parameter nor buffer, but the file "
+                "holds only those: export format 'merged'"
             )
 
 
@@ -231,3 +216,22 @@ def _unfilled(model: nn.Module) -> Iterator[tuple[str, nn.Module, str, Tensor]]:
             continue
         for leaf, old in (*module.named_parameters(recurse=False), *module.named_buffers(recurse=False)):
             yield (f"{owner}.{leaf}" if owner else leaf), module, leaf, old
+
+
+def _fuse_activations(model: PreTrainedModel, dtype: torch.dtype) -> None:
+    """In blocks like BERT's, let a feed-forward network's first product return the codes that its second one reads.
+
+    The activations between the two are then never written in more than 8 bits: the activation function and the
+    rounding are part of the product. `dtype` is that of the activations between the other layers.
+    """
+    if getattr(model.config, "model_type", None) not in _BERT_BLOCKS:
+        return
+    for block in model.modules():
+        inner: Any = getattr(block, "intermediate", None)
+        first, second = getattr(inner, "dense", None), getattr(getattr(block, "output", None), "dense", None)
+        if not (isinstance(first, IntegerLinear) and isinstance(second, IntegerLinear)):
+            continue
+        is_gelu = type(getattr(inner, "intermediate_act_fn", None)) is GELUActivation
+        if is_gelu and first.can_feed(second):
+            first.feed(second, dtype)
+            inner.intermediate_act_fn = nn.Identity()

@@ -1,9 +1,9 @@
-r"""Integer models: base and adapter of B-LoRA in one folder of codes, which computes what was trained.
+r"""Integer models: base and adapter in one folder of codes, which computes what was trained.
 
 An adapted layer is written as the frozen evaluation model uses it: base weight, A, E and B as codes at their learned
-widths, 2- and 4-bit codes packed in bytes, and every activation's range as a number, so that none is looked for at run
-time. Linear layers that were not adapted, and the input embedding, have learned nothing; by default they become codes
-of 8 bits with a range a row, which is no part of what was trained, and whose effect is measured.
+widths, 2- and 4-bit codes packed in bytes, and the range of each activation as a fixed number. Linear layers that were
+not adapted, and the input embedding, have learned nothing. By default they become codes of 8 bits with a range a row;
+that was not trained, and its effect is measured.
 """
 
 from __future__ import annotations
@@ -14,23 +14,19 @@ from typing import Any, cast
 
 import torch
 from peft import PeftModel
-from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from bayeslora._peft import AuxiliaryTrainingWrapper
 from bayeslora.errors import BayesLoraError
-from bayeslora.export.copies import adapted_parts, sharing_base
-from bayeslora.export.integer.index import BIAS, UNQUANTIZED, IntegerIndex, IntegerLayer
-from bayeslora.export.integer.reader import CODES_SUFFIX, INDEX_FILE, WEIGHTS_FILE, load_integer, seal
-from bayeslora.export.measured import inputs_for, output_error, output_of
-from bayeslora.export.packed.file import CHECKSUM_KEY, INDEX_KEY, checksum
-from bayeslora.export.packed.index import KINDS, MATRICES
-from bayeslora.methods.blora.layer import BLoraLayer
+from bayeslora.export.container import pack, write_container
+from bayeslora.export.formats import adapted_parts, inputs_for, output_error, output_of, sharing_base
+from bayeslora.export.integer.index import BIAS, INDEX_FILE, IntegerIndex, IntegerLayer
+from bayeslora.export.integer.reader import CODES_SUFFIX, WEIGHTS_FILE, load_integer, seal
+from bayeslora.methods.layer import BayesLayer
 from bayeslora.quantization import codes, optimal_range
-from bayeslora.quantization.packing import pack
-from bayeslora.vocabulary import BASE_WEIGHT
+from bayeslora.vocabulary import ALL_KINDS, BASE_WEIGHT, MATRICES, UNQUANTIZED
 
 UNADAPTED = ("int8", "bfloat16", "float32")
 _BYTE = 8
@@ -51,26 +47,28 @@ def export_integer(
         model: a PEFT model with a B-LoRA adapter on a Transformers model; left as it is.
         path: folder for `config.json`, `integer.json` and `integer_model.safetensors`; created if missing.
         adapter_name: by default the active adapter.
-        batch: inputs to measure the output error on; by default the model's own `dummy_inputs`.
-        unadapted: how the weights of linear layers without an adapter, and of the input embedding, are stored:
-            ``"int8"`` with a range a row, ``"bfloat16"``, or ``"float32"``, which changes nothing. What was trained
-            besides the adapter, such as a classifier, is stored as it is.
+        batch: inputs to measure the output error on; by default the model's `dummy_inputs`.
+        unadapted: type of the weights of linear layers without an adapter, and of the input embedding: `"int8"`
+            (default) with a range a row, `"bfloat16"`, or `"float32"`, which changes nothing. Other trained modules,
+            such as a classifier, are stored as they are.
         calibration: batches of inputs on which static 8-bit ranges of the inputs of unadapted int8 layers are fixed,
-            so that their products are of integers too; None leaves these inputs alone.
+            so that their products are of integers too; None (default) leaves these inputs alone.
 
     Returns:
         `file_bytes` of the tensors' file; `ideal_bytes`, the sum of all stored numbers' bits by eight;
         `float32_bytes` of the model in float32; `max_output_error` and `max_output` over the outputs of this model and
-        of the one that was written (None where there was nothing to measure on).
+        of the one that was written (None without inputs to measure on).
 
     Raises:
         BayesLoraError: for another method, a base in 4 or 8 bits, a merged adapter, or a model that is not of
             Transformers.
     """
     if unadapted not in UNADAPTED:
-        raise BayesLoraError(f"unadapted must be one of {', '.join(UNADAPTED)}, not {unadapted!r}")
+        raise BayesLoraError(f"unadapted is {unadapted!r}, but must be one of {', '.join(UNADAPTED)}: choose one")
     if calibration is not None and unadapted != "int8":
-        raise BayesLoraError(f"calibration is for unadapted='int8', not {unadapted!r}: leave it out")
+        raise BayesLoraError(
+            f"unadapted is {unadapted!r}, but calibration is for unadapted='int8': leave calibration out"
+        )
     original, tuner, name = adapted_parts(model, adapter_name)
     _check(original, tuner.named_layers(name), name)
     whole = sharing_base(original, tuner)
@@ -80,25 +78,14 @@ def export_integer(
     expected = None if inputs is None else output_of(whole, inputs)
     _, cut_tuner, _ = adapted_parts(whole, name)
     cut_tuner.shrink(name)
-    layers = cast(dict[str, BLoraLayer], cut_tuner.named_layers(name))
-    trained = [
-        key for key, module in whole.get_base_model().named_modules() if isinstance(module, AuxiliaryTrainingWrapper)
-    ]
+    layers: dict[str, BayesLayer] = cut_tuner.named_layers(name)
+    modules = whole.get_base_model().named_modules()
+    trained = [key for key, module in modules if isinstance(module, AuxiliaryTrainingWrapper)]
     ranges = {} if calibration is None else _input_ranges(whole, calibration)
     base = cast(PreTrainedModel, whole.unload())
     index, tensors = _written(base, layers, name, unadapted, trained, ranges)
     folder = Path(path)
-    folder.mkdir(parents=True, exist_ok=True)
-    text = index.to_text()
-    sealed = seal(text)
-    metadata = {"format": "pt", INDEX_KEY: sealed, CHECKSUM_KEY: checksum(sealed, tensors)}
-    save_file(tensors, folder / WEIGHTS_FILE, metadata=metadata)
-    (folder / INDEX_FILE).write_text(text, encoding="utf-8")
-    base.config.architectures = [index.architecture]
-    base.config.save_pretrained(folder)
-    generation = getattr(base, "generation_config", None)
-    if generation is not None and base.can_generate():
-        generation.save_pretrained(folder)
+    _save(folder, base, index, tensors)
     found = None if inputs is None else output_of(load_integer(folder, next(base.parameters()).device), inputs)
     return {
         "file_bytes": (folder / WEIGHTS_FILE).stat().st_size,
@@ -108,17 +95,16 @@ def export_integer(
     }
 
 
-def _check(model: PeftModel, layers: Mapping[str, nn.Module], name: str) -> None:
+def _check(model: PeftModel, layers: Mapping[str, BayesLayer], name: str) -> None:
     base = model.get_base_model()
     if not isinstance(base, PreTrainedModel):
         raise BayesLoraError(
-            f"{type(base).__name__} is no Transformers model, and only those are loaded again: pack it"
+            f"{type(base).__name__} is not a Transformers model, but only those can be loaded again: pack it"
         )
     for key, layer in layers.items():
-        if not isinstance(layer, BLoraLayer):
+        if layer.packed_tensors(name) is None:
             raise BayesLoraError(
-                f"{key} was trained without widths of its own ({type(layer).__name__}), and format 'integer' is for "
-                "B-LoRA: merge it"
+                f"{key} is a {type(layer).__name__}, but format 'integer' is for methods that learn widths: merge it"
             )
         if layer.merged_adapters:
             raise BayesLoraError(
@@ -131,16 +117,29 @@ def _check(model: PeftModel, layers: Mapping[str, nn.Module], name: str) -> None
             )
 
 
+def _save(folder: Path, base: PreTrainedModel, index: IntegerIndex, tensors: dict[str, Tensor]) -> None:
+    """Write the index, the tensors and the configuration."""
+    folder.mkdir(parents=True, exist_ok=True)
+    text = index.to_text()
+    write_container(folder / WEIGHTS_FILE, seal(text), tensors)
+    (folder / INDEX_FILE).write_text(text, encoding="utf-8")
+    base.config.architectures = [index.architecture]
+    base.config.save_pretrained(folder)
+    generation = getattr(base, "generation_config", None)
+    if generation is not None and base.can_generate():
+        generation.save_pretrained(folder)
+
+
 @torch.no_grad()
 def _written(
     base: PreTrainedModel,
-    adapted: dict[str, BLoraLayer],
+    adapted: dict[str, BayesLayer],
     name: str,
     unadapted: str,
     trained: list[str],
     ranges: dict[str, float],
 ) -> tuple[IntegerIndex, dict[str, Tensor]]:
-    """The index, and every tensor under its key: codes by layer, the rest by its path in the model."""
+    """Return the index, and every tensor under its key: codes by layer, the rest by its path in the model."""
     index, tensors = IntegerIndex(type(base).__name__), {}
     embedding, head = base.get_input_embeddings(), base.get_output_embeddings()
     modules = dict(base.named_modules())
@@ -168,7 +167,7 @@ def _written(
 def _add_the_rest(
     base: PreTrainedModel, index: IntegerIndex, tensors: dict[str, Tensor], unadapted: str, trained: list[str]
 ) -> None:
-    """Every parameter and buffer outside the layers of `index`; one that is there twice is stored once."""
+    """Add every parameter and buffer outside the layers of `index`; one that occurs twice is stored once."""
     coded = {*index.linear, *index.embeddings}
     narrow = {id(base.get_input_embeddings())} if unadapted == "bfloat16" else set()
     if unadapted == "bfloat16":
@@ -195,13 +194,14 @@ def _is_within(path: str, modules: list[str]) -> bool:
     return any(path == module or path.startswith(module + ".") for module in modules)
 
 
-def _adapted(path: str, layer: BLoraLayer, name: str) -> tuple[IntegerLayer, list[Tensor]]:
-    """An adapted layer as evaluation uses it: its entry, and its codes, ranges and bias in the order of `parts`."""
-    found = layer.widths(name)
-    rank = len(layer.blora_E[name])
-    wanted = [kind for kind in KINDS if kind in found and (rank or kind in (BASE_WEIGHT, "in", "out"))]
+def _adapted(path: str, layer: BayesLayer, name: str) -> tuple[IntegerLayer, list[Tensor]]:
+    """Return an adapted layer as evaluation uses it: its entry, and its bytes in the order of `parts`."""
+    packed = layer.packed_tensors(name)
+    assert packed is not None
+    found, bounds = {BASE_WEIGHT: UNQUANTIZED, **packed.widths}, packed.ranges
+    rank = len(packed.matrices["E"])
+    wanted = [kind for kind in ALL_KINDS if kind in found and (rank or kind in (BASE_WEIGHT, "in", "out"))]
     bits = {kind: found[kind] for kind in wanted if found[kind] < UNQUANTIZED or kind in (BASE_WEIGHT, *MATRICES)}
-    bounds = _bounds(layer, name) if layer.is_quantizing(name) else {}
     narrow = [kind for kind, width in bits.items() if width < UNQUANTIZED]
     bias = cast("Tensor | None", layer.get_base_layer().bias)
     described = IntegerLayer(
@@ -216,22 +216,15 @@ def _adapted(path: str, layer: BLoraLayer, name: str) -> tuple[IntegerLayer, lis
         bias is not None,
         learned=True,
     )
-    weight = layer.weight.detach()
-    matrices = {BASE_WEIGHT: weight.T if layer.is_transposed else weight}
-    matrices.update({kind: getattr(layer, f"blora_{kind}")[name].detach() for kind in MATRICES})
+    weight = layer.get_base_weight().detach()
+    matrices = {BASE_WEIGHT: weight.T if layer.is_transposed else weight, **packed.matrices}
     return described, _packed(described, matrices, bounds, bias)
-
-
-def _bounds(layer: BLoraLayer, name: str) -> dict[str, Tensor]:
-    """Range of each kind: a number, or one a row of its matrix."""
-    quantizers = layer.quantizers(name)
-    found = zip(quantizers.kinds, quantizers.ranges(), quantizers.shapes, strict=True)
-    return {kind: bound.detach().reshape(() if shape == () else (-1, 1)) for kind, bound, shape in found}
 
 
 def _packed(
     layer: IntegerLayer, matrices: Mapping[str, Tensor], bounds: Mapping[str, Tensor], bias: Tensor | None
 ) -> list[Tensor]:
+    """Return the bytes of a layer's parts."""
     found = []
     for part in layer.parts():
         if part.kind == BIAS:
@@ -247,7 +240,7 @@ def _packed(
 
 
 def _rounded(path: str, module: nn.Module, input_range: float | None) -> tuple[IntegerLayer, list[Tensor]]:
-    """A layer that has learned no width, at 8 bits with a range a row."""
+    """Return a layer that was not adapted, at 8 bits with a range a row."""
     weight = cast(Tensor, module.weight).detach()
     weight = weight.T if isinstance(module, Conv1D) else weight
     bias = cast("Tensor | None", getattr(module, "bias", None))
@@ -265,6 +258,7 @@ def _rounded(path: str, module: nn.Module, input_range: float | None) -> tuple[I
 
 
 def _tied(path: str, head: nn.Module, embedding: str) -> tuple[IntegerLayer, list[Tensor]]:
+    """Return a head that shares the codes of an embedding."""
     bias = cast("Tensor | None", getattr(head, "bias", None))
     d_out, d_in = cast(Tensor, head.weight).shape
     layer = IntegerLayer(path, d_out, d_in, {}, bias=bias is not None, tied_to=embedding)
@@ -273,7 +267,7 @@ def _tied(path: str, head: nn.Module, embedding: str) -> tuple[IntegerLayer, lis
 
 @torch.no_grad()
 def _input_ranges(whole: PeftModel, batches: Iterable[Mapping[str, Tensor]]) -> dict[str, float]:
-    """The range of the input of each unadapted linear layer: the largest over batches of the best for a batch."""
+    """Return the range of the input of each unadapted linear layer: the largest over batches of a batch's best."""
     found: dict[str, float] = {}
     base = whole.get_base_model()
     handles = []

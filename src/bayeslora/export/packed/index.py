@@ -1,7 +1,7 @@
-"""The index of a packed adapter: which layers it has, of which shapes and widths, and where their codes lie.
+"""The index of a packed adapter: its layers, their shapes and widths, and with these the places of their codes.
 
-One JSON object in the metadata of `adapter_model.safetensors`, a column a property, deflated (zlib) and in base 85: so
-a layer with eight quantizers costs about fifty bytes, where a tensor of its own would cost a hundred.
+One JSON object in the metadata of `adapter_model.safetensors`, a column a property, deflated (zlib) and in base 85. So
+a layer with eight quantizers costs about fifty bytes; a tensor for it in the header would cost a hundred.
 
 | field | |
 |---|---|
@@ -10,14 +10,14 @@ a layer with eight quantizers costs about fifty bytes, where a tensor of its own
 | `layers` | paths of the layers that have codes, each as `<characters shared with the one before>:<the rest>` |
 | `ranks` | rank of each layer |
 | `shapes`, `shape` | the distinct pairs of d_in and d_out, and which of them each layer has |
-| `widths` | of each layer a digit a kind, in the order of `KINDS`: log2 of its bits, 0 where there is no quantizer |
+| `widths` | of each layer a digit a kind, in the order of `ALL_KINDS`: log2 of its bits, 0 without a quantizer |
 | `bit_gates`, `rank_gates` | whether the adapter has quantizers and rank gates |
 | `per_channel` | kinds with a range a channel |
 | `ranges` | base64 of float32: logarithms of the other ranges, layer by layer, of kinds below 32 bits |
 
-The codes lie layer by layer, without gaps, in one tensor of bytes: A (r, d_in), E (r,) and B (d_out, r), each at its
-width and from a byte of its own, then the logarithms of the layer's per-channel ranges in float32. A reader can
-compute every position, so that none is written down, and none can be wrong.
+The codes follow layer by layer, without gaps, in one tensor of bytes: A (r, d_in), E (r,) and B (d_out, r), each at
+its width and beginning at a whole byte, then the logarithms of the layer's per-channel ranges in float32. Positions
+are computed from shapes and widths, so none is written down and none can be wrong.
 """
 
 from __future__ import annotations
@@ -25,7 +25,6 @@ from __future__ import annotations
 import base64
 import binascii
 import json
-import math
 import os
 import zlib
 from collections.abc import Sequence
@@ -35,38 +34,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bayeslora.export.file_format import PACKED, Format, is_size
-from bayeslora.quantization import WIDTHS
-from bayeslora.quantization.packing import packed_size
-
-KINDS = ("weight", "in", "A", "E", "B", "A_out", "E_out", "out")
-MATRICES = ("A", "E", "B")
-LOG_LIMIT = 20.0
-"""Largest magnitude of a range's logarithm; quantizers clamp theirs to it."""
+from bayeslora.export.container import PACKED, Part, check_ranges, is_size
+from bayeslora.vocabulary import ALL_KINDS, BASE_WEIGHT, MATRICES, UNQUANTIZED, WIDTHS
 
 _MAX_INDEX = 16 << 20
 _MAX_LAYERS, _MAX_NAME = 20_000, 1_000
-_PER_CHANNEL = ("weight", "A")
-
-
-@dataclass(frozen=True)
-class Part:
-    """A stretch of the buffer: a matrix, or the logarithms of a per-channel range (`is_range`)."""
-
-    kind: str
-    bits: int
-    shape: tuple[int, ...]
-    is_range: bool = False
-
-    @property
-    def size(self) -> int:
-        """In bytes."""
-        return packed_size(math.prod(self.shape), self.bits)
+_PER_CHANNEL = (BASE_WEIGHT, "A")
 
 
 @dataclass(frozen=True)
 class PackedLayer:
-    """One layer of the index; `widths` has the kinds that are there, in the order of `KINDS`."""
+    """One layer of the index; `widths` has the matrices and the kinds with a quantizer, as `ALL_KINDS` orders them."""
 
     name: str
     rank: int
@@ -75,27 +53,27 @@ class PackedLayer:
     widths: dict[str, int]
 
     def shape_of(self, kind: str) -> tuple[int, ...]:
-        """Shape of a matrix."""
+        """Return the shape of a matrix."""
         return {"A": (self.rank, self.in_features), "E": (self.rank,), "B": (self.out_features, self.rank)}[kind]
 
     def channels(self, kind: str) -> int:
-        """Numbers in a per-channel range of `kind`."""
-        return self.out_features if kind == "weight" else self.rank
+        """Return the length of a per-channel range of `kind`."""
+        return self.out_features if kind == BASE_WEIGHT else self.rank
 
     def parts(self, per_channel: Sequence[str]) -> list[Part]:
-        """What the buffer holds of this layer, in order."""
+        """Return the parts of the layer's bytes, in order."""
         matrices = [Part(kind, self.widths[kind], self.shape_of(kind)) for kind in MATRICES]
-        vectors = [kind for kind in per_channel if self.widths.get(kind, WIDTHS[-1]) < WIDTHS[-1]]
-        return matrices + [Part(kind, WIDTHS[-1], (self.channels(kind),), True) for kind in vectors]
+        vectors = [kind for kind in per_channel if self.widths.get(kind, UNQUANTIZED) < UNQUANTIZED]
+        return matrices + [Part(kind, UNQUANTIZED, (self.channels(kind),), True) for kind in vectors]
 
     def scalar_ranges(self, per_channel: Sequence[str]) -> list[str]:
-        """The kinds whose range is one number of the index."""
-        return [kind for kind, bits in self.widths.items() if bits < WIDTHS[-1] and kind not in per_channel]
+        """Return the kinds whose range is one number of the index."""
+        return [kind for kind, bits in self.widths.items() if bits < UNQUANTIZED and kind not in per_channel]
 
 
 @dataclass
 class PackedIndex:
-    """The whole index; `ranges` (float32) are the logarithms of the scalar ranges, in the order of the layers."""
+    """The whole index; `ranges` (float32) are the logarithms of the scalar ranges, layer by layer."""
 
     method: str
     layers: list[PackedLayer] = field(default_factory=list)
@@ -106,7 +84,7 @@ class PackedIndex:
 
     @property
     def buffer_size(self) -> int:
-        """Bytes of the codes and per-channel ranges of all layers."""
+        """Number of bytes of the codes and per-channel ranges of all layers."""
         return sum(part.size for layer in self.layers for part in layer.parts(self.per_channel))
 
     def to_text(self) -> str:
@@ -132,7 +110,7 @@ class PackedIndex:
         """Read and check an index; nothing in it is trusted.
 
         Raises:
-            BayesLoraError: for whatever this library does not write.
+            BayesLoraError: for anything that this library does not write.
         """
         content = PACKED.read_object(_inflated(text), "the index")
         PACKED.check_version(content)
@@ -144,16 +122,16 @@ class PackedIndex:
         if len(shapes) > count or any(index >= len(shapes) for index in which):
             PACKED.damaged("its shapes do not fit its layers")
         digits = _get(content, "widths", str)
-        if len(digits) != count * len(KINDS):
-            PACKED.damaged(f"it has {len(digits)} widths for {count} layers of {len(KINDS)}")
+        if len(digits) != count * len(ALL_KINDS):
+            PACKED.damaged(f"it has {len(digits)} widths for {count} layers of {len(ALL_KINDS)}")
         bit_gates, rank_gates = _get(content, "bit_gates", bool), _get(content, "rank_gates", bool)
-        rows = [digits[start : start + len(KINDS)] for start in range(0, len(digits), len(KINDS))]
+        rows = [digits[start : start + len(ALL_KINDS)] for start in range(0, len(digits), len(ALL_KINDS))]
         layers = [
             PackedLayer(name, rank, *shapes[index], _widths(row, bit_gates))
             for name, rank, index, row in zip(names, ranks, which, rows, strict=True)
         ]
         per_channel = _get(content, "per_channel", list)
-        if per_channel not in ([], ["weight"], ["A"], list(_PER_CHANNEL)):
+        if per_channel not in ([], [BASE_WEIGHT], ["A"], list(_PER_CHANNEL)):
             PACKED.damaged(f"its per-channel kinds are {per_channel!r:.60}")
         index = cls(_get(content, "method", str), layers, bit_gates, rank_gates, tuple(per_channel))
         index.ranges = _ranges(_get(content, "ranges", str), index)
@@ -161,7 +139,7 @@ class PackedIndex:
 
 
 def _inflated(text: str) -> bytes:
-    """The JSON in `text`, which never unfolds to more than `_MAX_INDEX` bytes."""
+    """Return the JSON in `text`, which never unfolds to more than `_MAX_INDEX` bytes."""
     unpacker = zlib.decompressobj()
     try:
         found = unpacker.decompress(base64.b85decode(text), _MAX_INDEX)
@@ -170,13 +148,6 @@ def _inflated(text: str) -> bytes:
     if not unpacker.eof or unpacker.unused_data:
         PACKED.damaged("the index is cut short, or larger than any")
     return found
-
-
-def check_ranges(logarithms: Tensor, form: Format = PACKED) -> Tensor:
-    """Logarithms of ranges as they are, or `BayesLoraError` where one stands for no usable range."""
-    if not bool((logarithms.abs() <= LOG_LIMIT).all()):  # NaN compares false
-        form.damaged("a range is not finite, positive and of a usable size")
-    return logarithms
 
 
 def _get(content: dict[str, Any], key: str, kind: type) -> Any:
@@ -200,16 +171,16 @@ def _pair(value: Any) -> tuple[int, int]:
 
 
 def _digits(widths: dict[str, int]) -> str:
-    return "".join(str(widths[kind].bit_length() - 1 if kind in widths else 0) for kind in KINDS)
+    return "".join(str(widths[kind].bit_length() - 1 if kind in widths else 0) for kind in ALL_KINDS)
 
 
 def _widths(digits: str, bit_gates: bool) -> dict[str, int]:
     if any(digit not in "012345" for digit in digits):
         PACKED.damaged(f"its widths {digits!r} are not log2 of {', '.join(map(str, WIDTHS))} bits")
-    widths = {kind: 1 << int(digit) for kind, digit in zip(KINDS, digits, strict=True) if digit != "0"}
-    wanted = set(KINDS) - {"weight", "in"} if bit_gates else set(MATRICES)
-    allowed = set(KINDS) if bit_gates else wanted
-    if not wanted <= set(widths) <= allowed or not bit_gates and set(widths.values()) != {WIDTHS[-1]}:
+    widths = {kind: 1 << int(digit) for kind, digit in zip(ALL_KINDS, digits, strict=True) if digit != "0"}
+    wanted = set(ALL_KINDS) - {BASE_WEIGHT, "in"} if bit_gates else set(MATRICES)
+    allowed = set(ALL_KINDS) if bit_gates else wanted
+    if not wanted <= set(widths) <= allowed or not bit_gates and set(widths.values()) != {UNQUANTIZED}:
         PACKED.damaged(
             f"its widths {digits!r} are not those of {'a quantized' if bit_gates else 'an unquantized'} layer"
         )
@@ -221,12 +192,12 @@ def _ranges(text: str, index: PackedIndex) -> Tensor:
     try:
         data = base64.b64decode(text, validate=True)
     except (binascii.Error, ValueError):
-        PACKED.damaged("its ranges are no base64")
+        PACKED.damaged("its ranges are not base64")
     if len(data) != 4 * count:
         PACKED.damaged(f"it has {len(data)} bytes of ranges for {count} quantizers")
     if not data:
         return torch.zeros(0)
-    return check_ranges(torch.frombuffer(bytearray(data), dtype=torch.float32))
+    return check_ranges(torch.frombuffer(bytearray(data), dtype=torch.float32), PACKED)
 
 
 def _front_coded(names: list[str]) -> list[str]:

@@ -8,7 +8,6 @@ from typing import Any, cast
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from transformers.pytorch_utils import Conv1D
 
 from bayeslora.errors import BayesLoraError
 from bayeslora.methods.blora.config import BLoraConfig
@@ -94,12 +93,6 @@ class BLoraLayer(BayesLayer):
                 "A": (rank, 1),
             }
         return Quantizers(tuple(kinds), shapes, [config.bit_logits(kind) for kind in kinds])
-
-    @property
-    def has_plain_weight(self) -> bool:
-        """Whether W0 is an ordinary matrix; a base loaded in 4 or 8 bits keeps the width it has."""
-        forward = type(self.get_base_layer()).forward
-        return self.quantization_backend is None and forward in (nn.Linear.forward, Conv1D.forward)
 
     def adapted(self, x: Tensor, adapter_names: list[str], *args: Any, **kwargs: Any) -> Tensor:
         if len(adapter_names) == 1:

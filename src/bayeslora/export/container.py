@@ -1,0 +1,311 @@
+"""Codes in few bits, and the safetensors files of packed adapters and integer models, which are read without trust.
+
+Codes lie in two's complement, the first in the lowest bits of the first byte, row by row; what is left of the last
+byte is zero. Numbers of more than one byte are little-endian, as everywhere in a safetensors file. Thirty-two bits are
+float32 as it is, because a quantizer of that width rounds nothing. A grid is symmetric, so the lowest code of two's
+complement, -2^(b-1), is never used, and finding it means that the bytes are no codes.
+
+safetensors checks that a file's header describes tensors that fill the rest without gaps or overlaps. Added here are
+an index in the metadata and a CRC-32 over names, types, shapes, index and data.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import sys
+import zlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NoReturn
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from bayeslora.errors import BayesLoraError
+from bayeslora.vocabulary import UNQUANTIZED, WIDTHS
+
+INDEX_KEY = "bayeslora.packed"
+CHECKSUM_KEY = "bayeslora.crc32"
+CODES = "bayeslora.codes"
+"""Name of the tensor of bytes that holds all codes of a packed adapter."""
+
+LOG_LIMIT = 20.0
+"""Largest magnitude of a range's logarithm; quantizers clamp theirs to it."""
+
+DTYPES = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "I64": torch.int64,
+    "I32": torch.int32,
+    "I16": torch.int16,
+    "I8": torch.int8,
+    "U8": torch.uint8,
+    "BOOL": torch.bool,
+}
+_NAMES = {dtype: name for name, dtype in DTYPES.items()}
+_PROBE = 1 << 20  # bytes in which `looks_packed` searches
+_MAX_DIMENSIONS = 8
+_LARGEST_SIZE = 1 << 31
+
+
+@dataclass(frozen=True)
+class FileFormat:
+    """A format of files that are not trusted.
+
+    Attributes:
+        name: of such a file in errors, as in `the packed adapter is damaged`.
+        export: the `format` of `export` that writes it.
+        version: the newest one that this library reads.
+    """
+
+    name: str
+    export: str
+    version: int
+
+    def damaged(self, reason: str) -> NoReturn:
+        """Raise the error of a file that cannot be used because of `reason`."""
+        raise BayesLoraError(f"the {self.name} is damaged ({reason}): export it again or restore it from a copy")
+
+    def read_object(self, text: str | bytes, what: str) -> dict[str, Any]:
+        """Return the JSON object in `text`; repeated keys and NaN count as damage."""
+        try:
+            content = json.loads(text, object_pairs_hook=_without_repeats, parse_constant=_no_constant)
+        except (ValueError, RecursionError):
+            self.damaged(f"{what} is not valid JSON")
+        if not isinstance(content, dict):
+            self.damaged(f"{what} is not a JSON object")
+        return content
+
+    def check_version(self, content: dict[str, Any]) -> None:
+        """Raise `BayesLoraError` unless `content` has this version."""
+        version = content.get("version")
+        if type(version) is int and version > self.version:
+            raise BayesLoraError(
+                f"the {self.name} has format version {version}, but this library reads {self.version}: "
+                "update bayeslora"
+            )
+        if type(version) is not int or version != self.version:
+            self.damaged(f"its version is {version!r:.40}, not {self.version}")
+
+
+PACKED = FileFormat("packed adapter", "packed", 1)
+INTEGER = FileFormat("integer model", "integer", 1)
+
+
+@dataclass(frozen=True)
+class Part:
+    """A stretch of a layer's bytes: codes, numbers, or one range a row (`is_range`)."""
+
+    kind: str
+    bits: int
+    shape: tuple[int, ...]
+    is_range: bool = False
+
+    @property
+    def size(self) -> int:
+        """Number of bytes."""
+        return packed_size(math.prod(self.shape), self.bits)
+
+
+Parts = dict[tuple[str, bool], Tensor]
+"""The tensors of a layer's bytes, by kind and by whether they are ranges."""
+
+
+def split(data: Tensor, parts: Sequence[Part]) -> Parts:
+    """Unpack the bytes `data`, which are those of `parts` in order."""
+    found: Parts = {}
+    start = 0
+    for part in parts:
+        found[part.kind, part.is_range] = unpack(data[start : start + part.size], part.bits, part.shape)
+        start += part.size
+    return found
+
+
+def packed_size(count: int, bits: int) -> int:
+    """Return the number of bytes that `count` codes of `bits` bits take."""
+    _check_width(bits)
+    return (count * bits + 7) // 8
+
+
+def pack(codes: Tensor, bits: int) -> Tensor:
+    """Return the bytes (uint8, one-dimensional) of `codes`.
+
+    Args:
+        codes: any shape; integers of magnitude at most 2^(bits-1) - 1, or floating point numbers for 32 bits.
+        bits: one of `WIDTHS`.
+
+    Raises:
+        BayesLoraError: another width, or a code that does not fit into it.
+    """
+    _check_width(bits)
+    flat = codes.detach().cpu().reshape(-1)
+    if bits == UNQUANTIZED:
+        return _bytes_of(flat.to(torch.float32))
+    level = (1 << (bits - 1)) - 1
+    if flat.numel() and int(flat.abs().max()) > level:
+        raise BayesLoraError(
+            f"a code is ±{int(flat.abs().max())}, but codes of {bits} bits lie within ±{level}: use more bits"
+        )
+    if bits >= 8:
+        return _bytes_of(flat.to(torch.int8 if bits == 8 else torch.int16))
+    fields = flat.to(torch.int32) & ((1 << bits) - 1)
+    share = 8 // bits
+    padded = torch.zeros(packed_size(len(flat), bits) * share, dtype=torch.int32)
+    padded[: len(flat)] = fields
+    return (padded.view(-1, share) << _shifts(bits)).sum(1).to(torch.uint8)
+
+
+def unpack(data: Tensor, bits: int, shape: Sequence[int]) -> Tensor:
+    """Return the codes that `data` holds: int8 up to 8 bits, int16 for 16 bits, and float32 numbers for 32.
+
+    Args:
+        data: uint8, one-dimensional, of exactly `packed_size` bytes.
+        bits: one of `WIDTHS`.
+        shape: of the tensor that was packed.
+
+    Raises:
+        BayesLoraError: another width, bytes of another number, or bytes that `pack` cannot have written.
+    """
+    count = math.prod(shape)
+    if len(data) != packed_size(count, bits):
+        raise BayesLoraError(
+            f"the data have {len(data)} bytes, but {count} codes of {bits} bits take {packed_size(count, bits)}: "
+            "export them again"
+        )
+    if bits == UNQUANTIZED:
+        return _of_bytes(data, torch.float32).reshape(shape)
+    if bits < 8:
+        sign = 1 << (bits - 1)
+        fields = ((data.unsqueeze(1) >> _shifts(bits).to(torch.uint8)) & ((1 << bits) - 1)).reshape(-1)
+        if fields[count:].any():
+            raise BayesLoraError(
+                f"the data are damaged (the last byte of {count} codes of {bits} bits is not padded): "
+                "export them again"
+            )
+        found = (fields[:count].to(torch.int8) ^ sign) - sign
+    else:
+        found = _of_bytes(data, torch.int8 if bits == 8 else torch.int16)
+    if count and int(found.min()) == -(1 << (bits - 1)):
+        raise BayesLoraError(
+            f"the data are damaged ({int(found.min())} is not a code of {bits} bits): export them again"
+        )
+    return found.reshape(shape)
+
+
+def looks_packed(path: str | os.PathLike[str]) -> bool:
+    """Return whether `path` begins like a packed adapter, intact or with a name or two destroyed."""
+    try:
+        with open(path, "rb") as file:
+            start = file.read(_PROBE)
+            return any(key.encode() in start for key in (INDEX_KEY, CHECKSUM_KEY, CODES))
+    except OSError:
+        return False
+
+
+def write_container(path: Path, index: str, tensors: dict[str, Tensor]) -> None:
+    """Write `tensors` with the text of their index and a checksum over both."""
+    metadata = {"format": "pt", INDEX_KEY: index, CHECKSUM_KEY: checksum(index, tensors)}
+    save_file(tensors, path, metadata=metadata)
+
+
+def read_container(path: Path, form: FileFormat) -> tuple[str, dict[str, Tensor]]:
+    """Return the index and the tensors of the file at `path`; memory is bounded by the file's size.
+
+    Raises:
+        BayesLoraError: a file that is missing, cut short, changed, or of another kind than `form`.
+    """
+    if not path.is_file():  # a pipe or a device would never end
+        raise BayesLoraError(
+            f"{path} is missing or not a file: name a folder that was exported with format={form.export!r}"
+        )
+    try:
+        with safe_open(path, framework="pt") as file:
+            metadata = file.metadata() or {}
+            if INDEX_KEY not in metadata:
+                raise BayesLoraError(
+                    f"{path} is not a {form.name}, or its index is damaged: export it with format={form.export!r}"
+                )
+            if set(metadata) != {"format", INDEX_KEY, CHECKSUM_KEY} or metadata["format"] != "pt":
+                form.damaged(f"its metadata are not those of a {form.name}")
+            tensors = {name: _checked(file, name, form) for name in file.keys()}  # noqa: SIM118
+    except OSError as error:
+        raise BayesLoraError(f"{path} cannot be read ({error.strerror}): check its permissions") from error
+    except (SafetensorError, RuntimeError, OverflowError, TypeError) as error:
+        form.damaged(" ".join(str(error).split())[:120])
+    if metadata[CHECKSUM_KEY] != checksum(metadata[INDEX_KEY], tensors):
+        form.damaged("its checksum is another one")
+    return metadata[INDEX_KEY], tensors
+
+
+def checksum(index: str, tensors: dict[str, Tensor]) -> str:
+    """Return a CRC-32, eight hexadecimal digits, of the index and of every tensor with its name, type and shape."""
+    total = zlib.crc32(index.encode())
+    for name in sorted(tensors):
+        tensor = tensors[name]
+        total = zlib.crc32(f"\n{name} {_NAMES[tensor.dtype]} {list(tensor.shape)}\n".encode(), total)
+        total = zlib.crc32(tensor.contiguous().reshape(-1).view(torch.uint8).numpy().data, total)
+    return f"{total:08x}"
+
+
+def check_ranges(logarithms: Tensor, form: FileFormat) -> Tensor:
+    """Return logarithms of ranges as they are; one that stands for no usable range counts as damage."""
+    if not bool((logarithms.abs() <= LOG_LIMIT).all()):  # NaN compares false
+        form.damaged("a range is not finite, positive and of a usable size")
+    return logarithms
+
+
+def is_size(value: Any) -> bool:
+    """Return whether `value` is a whole number from 0 that a dimension can have."""
+    return type(value) is int and 0 <= value < _LARGEST_SIZE
+
+
+def _checked(file: Any, name: str, form: FileFormat) -> Tensor:
+    """Return one tensor in memory of its own."""
+    described = file.get_slice(name)
+    if described.get_dtype() not in DTYPES or len(described.get_shape()) > _MAX_DIMENSIONS:
+        form.damaged("a tensor has an unknown type or more dimensions than any")
+    tensor: Tensor = file.get_tensor(name).clone()
+    if tensor.dtype == torch.bool and bool((tensor.view(torch.uint8) > 1).any()):
+        form.damaged("a truth value is neither 0 nor 1")
+    return tensor
+
+
+def _without_repeats(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) != len(pairs):
+        raise ValueError("a key is there twice")
+    return found
+
+
+def _no_constant(name: str) -> NoReturn:
+    raise ValueError(f"{name} is not a number")
+
+
+def _check_width(bits: int) -> None:
+    if bits not in WIDTHS:
+        raise BayesLoraError(f"the width is {bits}, but must be one of {', '.join(map(str, WIDTHS))} bits: choose one")
+
+
+def _shifts(bits: int) -> Tensor:
+    return torch.arange(0, 8, bits, dtype=torch.int32)
+
+
+def _bytes_of(flat: Tensor) -> Tensor:
+    found = flat.contiguous().view(torch.uint8).clone()
+    return found if sys.byteorder == "little" else _swapped(found, flat.element_size())
+
+
+def _of_bytes(data: Tensor, dtype: torch.dtype) -> Tensor:
+    aligned = data.clone() if sys.byteorder == "little" else _swapped(data, dtype.itemsize)
+    return aligned.view(dtype)
+
+
+def _swapped(data: Tensor, size: int) -> Tensor:
+    return data.view(-1, size).flip(1).reshape(-1)

@@ -1,0 +1,142 @@
+"""Export in any format, and what the formats share: the adapter, a copy of it to cut and merge, the measured error."""
+
+from __future__ import annotations
+
+import copy
+import importlib
+import inspect
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from peft import PeftModel
+from torch import Tensor, nn
+
+from bayeslora.errors import BayesLoraError
+from bayeslora.methods.tuner import BayesTuner, tuner_of
+
+FORMATS = {
+    "integer": "bayeslora.export.integer.writer",
+    "lora": "bayeslora.export.lora",
+    "merged": "bayeslora.export.merged",
+    "packed": "bayeslora.export.packed.writer",
+}
+"""The module of each format; its function is named `export_` and the format. It is imported when it is used."""
+
+
+def export(
+    model: nn.Module,
+    path: str | Path,
+    format: str = "lora",  # noqa: A002 - the command's own word
+    adapter_name: str | None = None,
+    batch: Mapping[str, Tensor] | None = None,
+    **options: Any,
+) -> dict[str, Any]:
+    """Write an adapter to the folder `path` in another form and return what was measured on the way.
+
+    Args:
+        model: a PEFT model with an adapter of this library.
+        path: folder to write into.
+        format: `lora` (default) for plain LoRA, which needs nothing but PEFT; `packed` for the adapter at its learned
+            widths; `merged` for one model without an adapter; `integer` for one model of codes, which `load_integer`
+            loads.
+        adapter_name: by default the active adapter.
+        batch: inputs to measure the output error on.
+        options: further keyword arguments of the format's function, such as `export_lora`.
+
+    Raises:
+        BayesLoraError: for an unknown format or option, or a model without an adapter of this library.
+    """
+    if format not in FORMATS:
+        raise BayesLoraError(f"format is {format!r}, but must be one of {', '.join(sorted(FORMATS))}: choose one")
+    write = getattr(importlib.import_module(FORMATS[format]), f"export_{format}")
+    if unknown := sorted(set(options) - set(inspect.signature(write).parameters)):
+        raise BayesLoraError(f"format {format!r} takes no option {unknown[0]!r}: drop it, or choose another format")
+    return cast(dict[str, Any], write(model, path, adapter_name, batch, **options))
+
+
+def shrink(model: nn.Module, adapter_name: str | None = None) -> dict[str, int]:
+    """Remove every rank that contributes nothing from the tensors of an adapter, in place.
+
+    A rank goes when its gate is closed or its diagonal entry is quantized to zero. Ranges and the scaling stay as they
+    were trained, so outputs are equal to float rounding; `rank_pattern` in the adapter's config records what is left,
+    and a saved adapter reloads with it. Optimizers built before hold the old tensors: shrink after training.
+
+    Args:
+        model: a PEFT model; one without an adapter of this library is left alone.
+        adapter_name: by default the active adapter.
+
+    Returns:
+        The rank of each layer by name; ranks may be 0.
+    """
+    tuner = tuner_of(model)
+    return {} if tuner is None else tuner.shrink(adapter_name)
+
+
+def adapted_parts(model: nn.Module, adapter_name: str | None) -> tuple[PeftModel, BayesTuner, str]:
+    """Return the PEFT model inside `model`, its tuner, and the name of the adapter, by default the active one.
+
+    Raises:
+        BayesLoraError: if the model has no adapter of this library, or none of that name.
+    """
+    tuner = tuner_of(model)
+    inner = next((module for module in model.modules() if isinstance(module, PeftModel)), None)
+    if tuner is None or inner is None:
+        raise BayesLoraError(
+            f"{type(model).__name__} has no adapter of bayeslora, but export needs one: give a model with its adapter"
+        )
+    name = adapter_name or tuner.active_adapters[0]
+    if name not in inner.peft_config:
+        raise BayesLoraError(f"the model has no adapter {name!r}: name one of its adapters")
+    return inner, tuner, name
+
+
+def sharing_base(model: PeftModel, tuner: BayesTuner) -> PeftModel:
+    """Return a copy of `model` with its own adapters, whose base weights share the original's memory."""
+    own = {
+        id(tensor)
+        for layer in tuner.adapted_layers()
+        for name, child in layer.named_children()
+        if name != "base_layer"
+        for tensor in (*child.parameters(), *child.buffers())
+    }
+    shared: dict[int, Any] = {id(buffer): buffer for buffer in model.buffers() if id(buffer) not in own}
+    for parameter in model.parameters():
+        if id(parameter) not in own:
+            shared[id(parameter)] = _second(parameter)
+    for layer in tuner.adapted_layers():
+        cached = getattr(getattr(layer, "frozen_weight", None), "cached", None)
+        if cached is not None:
+            shared[id(cached)] = cached
+    return copy.deepcopy(model, shared)
+
+
+def _second(parameter: nn.Parameter) -> nn.Parameter:
+    """Return another parameter over the same memory, whose `.data` can be replaced; other classes stay shared."""
+    if type(parameter) is not nn.Parameter:
+        return parameter
+    return nn.Parameter(parameter.data, requires_grad=parameter.requires_grad)
+
+
+def inputs_for(model: nn.Module, batch: Mapping[str, Tensor] | None) -> dict[str, Tensor] | None:
+    """Return `batch` or the model's `dummy_inputs` on its device and without labels; None where there is neither."""
+    found = batch if batch is not None else getattr(model, "dummy_inputs", None)
+    if found is None:
+        return None
+    device = next(model.parameters()).device
+    return {key: value.to(device) for key, value in found.items() if key not in ("labels", "label")}
+
+
+@torch.no_grad()
+def output_of(model: nn.Module, inputs: Mapping[str, Tensor]) -> Tensor:
+    """Return the logits, or a model's first output without them, in float32 and in evaluation mode."""
+    outputs = model.eval()(**inputs)
+    return cast(Tensor, outputs["logits"] if "logits" in outputs else outputs[0]).float()
+
+
+def output_error(expected: Tensor | None, found: Tensor | None) -> dict[str, float | None]:
+    """Return `max_output_error` and `max_output`: the largest difference and the largest expected output, or None."""
+    if expected is None or found is None:
+        return {"max_output_error": None, "max_output": None}
+    return {"max_output_error": float((found - expected).abs().max()), "max_output": float(expected.abs().max())}
