@@ -1,32 +1,46 @@
 """Bayesian low-rank adaptation of pretrained transformers, as ordinary PEFT adapters.
 
 Importing this package teaches PEFT the methods; `get_peft_model`, `Trainer`, `save_pretrained` and `from_pretrained`
-then work with them as with LoRA.
+then work with them as with LoRA. torch and PEFT themselves are imported when a name of this package is first used.
 """
 
-from bayeslora import _peft as _peft  # first, because it keeps the import quiet
+from __future__ import annotations
+
+import importlib
+import sys
+from types import ModuleType
+from typing import TYPE_CHECKING, Any
+
+from bayeslora._peft_hook import teach_peft
 from bayeslora.errors import BayesLoraError
-from bayeslora.export import export, load_integer, load_packed, shrink
-from bayeslora.methods import (
-    METHODS,
-    AdaLoraConfig,
-    BlobConfig,
-    BLoraConfig,
-    DyLoraConfig,
-    LayerDescription,
-    MeLoraConfig,
-    at_rank,
-    describe,
-    posterior_mean,
-    rank_curve,
-    sampling,
-)
-from bayeslora.optim import IVON
-from bayeslora.posterior import WeightPosterior, load_posterior, save_posterior
-from bayeslora.posthoc import DeepEnsemble, LaplacePredictor, MCDropout, TemperatureScaling, bayesianize
-from bayeslora.prediction import Generation, ModelPredictor, Prediction, generate, predict
-from bayeslora.runtime import compile_inference
-from bayeslora.training import BayesLoop, attach, parameter_groups
+
+if TYPE_CHECKING:  # functions that share the name of their module come from the module, or mypy takes the module
+    from bayeslora.export import export as export
+    from bayeslora.export import load_integer, load_packed
+    from bayeslora.export.shrink import shrink
+    from bayeslora.methods import (
+        METHODS,
+        AdaLoraConfig,
+        BlobConfig,
+        BLoraConfig,
+        DyLoraConfig,
+        LayerDescription,
+        MeLoraConfig,
+        at_rank,
+        describe,
+        posterior_mean,
+        rank_curve,
+        sampling,
+    )
+    from bayeslora.optim import IVON
+    from bayeslora.posterior import WeightPosterior, load_posterior, save_posterior
+    from bayeslora.posthoc import DeepEnsemble, LaplacePredictor, MCDropout, TemperatureScaling, bayesianize
+    from bayeslora.prediction import ModelPredictor
+    from bayeslora.prediction.generate import Generation, generate
+    from bayeslora.prediction.predict import Prediction, predict
+    from bayeslora.runtime import compile_inference
+    from bayeslora.training import BayesLoop, parameter_groups
+    from bayeslora.training.attach import attach
 
 __version__ = "0.1.0"
 
@@ -67,3 +81,47 @@ __all__ = [
     "save_posterior",
     "shrink",
 ]
+
+# The package that each public name comes from. `cost`, `data` and `evaluation` have none, but are attributes as well.
+_NAMES = {
+    "cost": (),
+    "data": (),
+    "evaluation": (),
+    "export": ("export", "load_integer", "load_packed", "shrink"),
+    "methods": (
+        *("METHODS", "AdaLoraConfig", "BLoraConfig", "BlobConfig", "DyLoraConfig", "LayerDescription", "MeLoraConfig"),
+        *("at_rank", "describe", "posterior_mean", "rank_curve", "sampling"),
+    ),
+    "optim": ("IVON",),
+    "posterior": ("WeightPosterior", "load_posterior", "save_posterior"),
+    "posthoc": ("DeepEnsemble", "LaplacePredictor", "MCDropout", "TemperatureScaling", "bayesianize"),
+    "prediction": ("Generation", "ModelPredictor", "Prediction", "generate", "predict"),
+    "runtime": ("compile_inference",),
+    "training": ("BayesLoop", "attach", "parameter_groups"),
+}
+_HOMES = {name: package for package, names in _NAMES.items() for name in names}
+
+
+def __getattr__(name: str) -> Any:
+    """Import a public name, or a subpackage, when it is first asked for (PEP 562)."""
+    if name not in _HOMES and name not in _NAMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    module = importlib.import_module(f"{__name__}.{_HOMES.get(name, name)}")
+    value = getattr(module, name) if name in _HOMES else module
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__, *_NAMES})
+
+
+class _Package(ModuleType):
+    """Keeps `bayeslora.export` the function, where importing the package of that name would put the package."""
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        super().__setattr__(name, value.export if name == "export" and isinstance(value, ModuleType) else value)
+
+
+sys.modules[__name__].__class__ = _Package
+teach_peft()

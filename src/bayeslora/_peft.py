@@ -2,29 +2,24 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Callable
 from typing import Any, Protocol
 
+from peft import PeftConfig, peft_model
+from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
+from peft.tuners._buffer_dict import BufferDict
+from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer, _get_in_out_features, check_adapters_to_merge
+from peft.utils import AuxiliaryTrainingWrapper, PeftType, register_peft_method, save_and_load
+from peft.utils.constants import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING as DEFAULT_TARGET_MODULES
+from peft.utils.other import get_pattern_key
+from peft.utils.quantization_utils import (
+    get_quantization_kwargs,
+    quantization_extra_repr,
+    resolve_quantization_backend,
+)
 from torch import Tensor
 
-_disabled = logging.root.manager.disable
-logging.disable(logging.WARNING)  # what optional back ends lack is not news to users here
-try:
-    from peft import PeftConfig, peft_model
-    from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
-    from peft.tuners._buffer_dict import BufferDict
-    from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer, _get_in_out_features, check_adapters_to_merge
-    from peft.utils import AuxiliaryTrainingWrapper, PeftType, register_peft_method, save_and_load
-    from peft.utils.constants import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING as DEFAULT_TARGET_MODULES
-    from peft.utils.other import get_pattern_key
-    from peft.utils.quantization_utils import (
-        get_quantization_kwargs,
-        quantization_extra_repr,
-        resolve_quantization_backend,
-    )
-finally:
-    logging.disable(_disabled)
+from bayeslora._peft_hook import register_methods
 
 __all__ = [
     "DEFAULT_TARGET_MODULES",
@@ -101,3 +96,6 @@ def read_adapters_with(read: Callable[[str, str], dict[str, Tensor] | None]) -> 
 
     modules: tuple[Any, Any] = save_and_load, peft_model
     modules[0].safe_load_file, modules[1].set_peft_model_state_dict = load_file, set_state
+
+
+register_methods()

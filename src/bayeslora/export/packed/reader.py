@@ -15,7 +15,6 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from bayeslora._peft import read_adapters_with
 from bayeslora.errors import BayesLoraError
 from bayeslora.export.container import CODES, PACKED, check_ranges, looks_packed, read_container, split
 from bayeslora.export.packed.index import PackedIndex, PackedLayer
@@ -149,6 +148,3 @@ def _is_beside_our_config(path: Path) -> bool:
         return str(config["peft_type"]).lower() in METHODS
     except (OSError, ValueError, KeyError, TypeError, RecursionError):
         return False
-
-
-read_adapters_with(read_adapter)
