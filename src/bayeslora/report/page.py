@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import base64
 from collections.abc import Mapping
-from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -19,20 +18,6 @@ from bayeslora.runs.names import order_matrices, shortest_labels
 from bayeslora.runs.record import RunRecord, read_history, read_run
 
 REPORT_NAME = "report.html"
-
-
-@dataclass(frozen=True)
-class Picture:
-    """One figure of the page: PNG bytes, and width in CSS pixels; the template has the words for each name."""
-
-    name: str
-    png: bytes
-    width: int
-
-    @property
-    def source(self) -> str:
-        """Return the picture as a data URI."""
-        return "data:image/png;base64," + base64.b64encode(self.png).decode("ascii")
 
 
 def write_report(output_dir: Path) -> list[Path]:
@@ -53,7 +38,7 @@ def write_report(output_dir: Path) -> list[Path]:
     """
     folder = Path(output_dir)
     run, history = read_run(folder), read_history(folder)
-    drawn: dict[str, Figure | None] = {
+    drawn = {
         "ranks": figures.rank_figure(run),
         "bits": figures.bits_figure(run),
         "gates": training_figures.gates_figure(run, history),
@@ -61,10 +46,20 @@ def write_report(output_dir: Path) -> list[Path]:
         **_score_figures(run),
         "loss": training_figures.loss_figure(run, history),
     }
-    pictures = _pictures(drawn)
-    html = environment().get_template("report.html.j2").render(_context(run, pictures))
-    written = write_pngs(folder, {picture.name: picture.png for picture in pictures})
-    for stale in set(drawn) - {picture.name for picture in pictures}:
+    shown = {name: figure for name, figure in drawn.items() if figure is not None}
+    images = {name: png_bytes(figure) for name, figure in shown.items()}
+    pictures = [
+        {
+            "name": name,
+            "source": "data:image/png;base64," + base64.b64encode(images[name]).decode("ascii"),
+            # A CSS pixel is 1/96 inch; a quarter more than paper size suits a screen.
+            "width": round(float(figure.get_size_inches()[0]) * 96 * 1.25),
+        }
+        for name, figure in shown.items()
+    ]
+    html = environment().get_template("report.html.j2").render(_context(run), pictures=pictures)
+    written = write_pngs(folder, images)
+    for stale in drawn.keys() - shown.keys():
         (folder / f"{stale}.png").unlink(missing_ok=True)
     with write_atomically(folder / REPORT_NAME) as path:
         path.write_text(html, encoding="utf-8")
@@ -77,8 +72,8 @@ def write_figures(folder: Path) -> list[Path]:
     Raises:
         BayesLoraError: the file is missing or malformed.
     """
-    pictures = _pictures(_score_figures(read_run(folder)))
-    return write_pngs(Path(folder), {picture.name: picture.png for picture in pictures})
+    drawn = _score_figures(read_run(folder))
+    return write_pngs(Path(folder), {name: png_bytes(figure) for name, figure in drawn.items() if figure is not None})
 
 
 def write_pngs(folder: Path, images: Mapping[str, bytes]) -> list[Path]:
@@ -116,22 +111,12 @@ def _score_figures(run: RunRecord) -> dict[str, Figure | None]:
     }
 
 
-def _pictures(drawn: Mapping[str, Figure | None]) -> list[Picture]:
-    # A CSS pixel is 1/96 inch; a quarter more than paper size suits a screen.
-    return [
-        Picture(name, png_bytes(figure), round(float(figure.get_size_inches()[0]) * 96 * 1.25))
-        for name, figure in drawn.items()
-        if figure is not None
-    ]
-
-
-def _context(run: RunRecord, pictures: list[Picture]) -> dict[str, Any]:
+def _context(run: RunRecord) -> dict[str, Any]:
     matrices = order_matrices(layer.address.matrix for layer in run.layers)
     labels = shortest_labels(matrices)
     return {
         "run": run,
         "facts": text.facts(run),
-        "pictures": pictures,
         "matrices": [labels[matrix] for matrix in matrices],
         "ranks": [layer.rank for layer in run.layers],
         "summary": _summary(run),

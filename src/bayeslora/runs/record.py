@@ -212,13 +212,11 @@ class RunRecord:
     @classmethod
     def from_dict(cls, content: dict[str, Any]) -> RunRecord:
         """Return the record that `content` describes, under the keys of `metrics.json`."""
-        record: RunRecord = from_json(cls, content)
-        return record
+        return from_json(cls, content)
 
     def to_dict(self) -> dict[str, Any]:
         """Return the content of `metrics.json`."""
-        content: dict[str, Any] = to_json(self)
-        return content
+        return to_json(self)
 
     def save(self, folder: Path) -> None:
         """Write `folder/metrics.json`."""
@@ -280,8 +278,11 @@ def read_run(folder: Path) -> RunRecord:
     except Mismatch as error:
         raise BayesLoraError(f"{path}: {error}: run `bayeslora train` again") from None
     bops = {str(scope): record.relative_bops[scope] for scope in COST_SCOPES if scope in record.relative_bops}
-    title = record.title or _title_of(record.method)
-    return dataclasses.replace(record, folder=folder, title=title, metric=_headline(record), relative_bops=bops)
+    if not record.title:  # an older file; knowing the methods takes importing torch
+        from bayeslora.methods.registry import title_of
+
+        record = dataclasses.replace(record, title=title_of(record.method))
+    return dataclasses.replace(record, folder=folder, metric=_headline(record), relative_bops=bops)
 
 
 def read_history(folder: Path) -> History:
@@ -315,13 +316,5 @@ def _read_json(path: Path) -> Any:
         ) from error
 
 
-def _title_of(method: str) -> str:
-    """Return the title of a method for a file that does not hold it; knowing the methods takes importing torch."""
-    from bayeslora.methods.registry import title_of
-
-    return title_of(method)
-
-
 def _headline(record: RunRecord) -> str:
-    known = [name for name in (record.metric, *_HEADLINES, *record.scores) if name in record.scores]
-    return known[0]
+    return next(name for name in (record.metric, *_HEADLINES, *record.scores) if name in record.scores)
