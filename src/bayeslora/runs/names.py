@@ -1,4 +1,4 @@
-"""Where an adapted matrix sits in the model, read from its module path alone."""
+"""Place of an adapted matrix in the model, read from its module path alone."""
 
 from __future__ import annotations
 
@@ -31,10 +31,10 @@ _ROLE_ORDER = {role: position for position, (role, _) in enumerate(_ROLES)}
 
 @dataclass(frozen=True)
 class Address:
-    """A matrix' place: the stack of blocks it belongs to, the block's number, and its path inside the block.
+    """Place of a matrix: the stack of blocks it belongs to, the block's number, and its path inside the block.
 
-    ``index`` is None for a module outside any numbered block (a head, an embedding). Numbers after the block's own
-    (the experts of a mixture, T5's sub-layers) are written ``*``, so that all experts' ``up_proj`` share one matrix.
+    `index` is None for a module outside any numbered block (a head, an embedding). Numbers after the block's own
+    (the experts of a mixture, T5's sub-layers) are written `*`, so that all experts' `up_proj` share one matrix.
     """
 
     stack: str
@@ -43,12 +43,12 @@ class Address:
 
     @property
     def role(self) -> str | None:
-        """One of qkv, q, k, v, output, gate, up, down; None when the name tells nothing."""
+        """Return one of qkv, q, k, v, output, gate, up, down; None for other names."""
         return matrix_role(self.matrix)
 
 
 def locate(name: str) -> Address:
-    """Split a module path such as ``bert.encoder.layer.0.attention.self.query`` into stack, number and matrix."""
+    """Split a module path such as `bert.encoder.layer.0.attention.self.query` into stack, number and matrix."""
     parts = name.split(".")
     for position, part in enumerate(parts):
         if part.isdecimal() and position + 1 < len(parts):
@@ -58,7 +58,7 @@ def locate(name: str) -> Address:
 
 
 def matrix_role(matrix: str) -> str | None:
-    """The role of a matrix in its block, from its path inside the block."""
+    """Return the role of a matrix in its block, from its path inside the block."""
     for role, pattern in _COMPILED:
         if pattern.search(matrix):
             return role
@@ -66,7 +66,7 @@ def matrix_role(matrix: str) -> str | None:
 
 
 def order_matrices(matrices: Iterable[str]) -> list[str]:
-    """Distinct matrices, Q before K before V, then output, gate, up, down; unknown names last, as they first came."""
+    """Return distinct matrices: Q, K, V, output, gate, up, down, then unknown names in the order given."""
     distinct = list(dict.fromkeys(matrices))
     last = len(_ROLE_ORDER)
 
@@ -78,7 +78,7 @@ def order_matrices(matrices: Iterable[str]) -> list[str]:
 
 
 def shortest_labels(paths: Iterable[str]) -> dict[str, str]:
-    """For each dotted path the shortest tail that no other path shares (``query``; ``attention.output.dense``)."""
+    """Return for each dotted path the shortest tail that no other path shares, such as `query`."""
     distinct = list(dict.fromkeys(paths))
     labels: dict[str, str] = {}
     for path in distinct:
@@ -94,7 +94,7 @@ def shortest_labels(paths: Iterable[str]) -> dict[str, str]:
 
 
 def stack_labels(stacks: Iterable[str]) -> dict[str, str]:
-    """For each stack the first part of its path that tells it from the others (``encoder``, ``decoder``)."""
+    """Return for each stack the first part of its path that tells it from the others (`encoder`, `decoder`)."""
     distinct = list(dict.fromkeys(stacks))
     if len(distinct) < 2:
         return dict.fromkeys(distinct, "")
