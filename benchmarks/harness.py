@@ -48,7 +48,7 @@ from bayeslora.errors import BayesLoraError
 from bayeslora.evaluation import ChoiceTrainer, choice_scoring, encode_prompts
 from bayeslora.optim import IVON
 from bayeslora.posterior import unwrapped
-from bayeslora.training.ivon import posterior_statistics
+from bayeslora.training.hooks import posterior_statistics
 
 # The base model's own dropout takes a quarter of a step on a CPU; no method has it in these benchmarks.
 NO_DROPOUT = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}

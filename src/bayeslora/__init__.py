@@ -16,8 +16,7 @@ from bayeslora.errors import BayesLoraError
 
 if TYPE_CHECKING:  # functions that share the name of their module come from the module, or mypy takes the module
     from bayeslora.export import export as export
-    from bayeslora.export import load_integer, load_packed
-    from bayeslora.export.shrink import shrink
+    from bayeslora.export import load_integer, load_packed, shrink
     from bayeslora.methods import (
         METHODS,
         AdaLoraConfig,

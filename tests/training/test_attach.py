@@ -385,6 +385,15 @@ def test_a_callers_optimizer_without_the_groups_is_refused_and_with_them_is_kept
     assert _phase(model) == int(FROZEN)
 
 
+def test_a_second_call_changes_nothing_and_with_other_arguments_is_refused(tmp_path: Path) -> None:
+    trainer = _trainer(_model(), tmp_path)
+    before = list(trainer.callback_handler.callbacks), dict(vars(trainer))
+    assert bayeslora.attach(trainer) is trainer
+    assert (trainer.callback_handler.callbacks, vars(trainer)) == before
+    with pytest.raises(BayesLoraError, match="called before with other arguments"):
+        bayeslora.attach(trainer, num_examples=7)
+
+
 @pytest.mark.parametrize(
     ("options", "steps", "message"),
     [({}, 2, "train longer"), ({"gate_learning_rate": 1e-5}, 12, "cannot close")],

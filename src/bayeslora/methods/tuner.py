@@ -52,6 +52,9 @@ class BayesTuner(BaseTuner):
     within_budget = False
     """Whether the present cost is below `budget`, so that nothing needs to become cheaper in this step."""
 
+    least_travel: ClassVar[float] = 0.05
+    """Distance that a weight must be able to move in a run of IVON, or the run is warned about."""
+
     target_module_mapping: dict[str, list[str]] = cast(Any, DEFAULT_TARGET_MODULES)
     title: ClassVar[str]
     """The method's name in prose."""

@@ -1,0 +1,183 @@
+"""Hooks around the optimizer's step: one for the method of an adapter, one for IVON's posterior."""
+
+from __future__ import annotations
+
+import warnings
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from bayeslora.cost import relative_bops
+from bayeslora.errors import BayesLoraError
+from bayeslora.methods.tuner import BayesTuner, Schedule
+from bayeslora.optim import IVON
+from bayeslora.posterior import save_posterior
+from bayeslora.posterior.draws import local
+from bayeslora.training.groups import ROLE
+
+
+class LoopHook:
+    """Calls that `BayesLoop` makes around the optimizer's step; a hook overrides those that it needs."""
+
+    def begin(self, total_steps: int) -> None:
+        """Prepare for a run of `total_steps` optimizer steps, and check that it can work."""
+
+    def check_trainer(self) -> None:
+        """Raise if a Trainer, which runs every batch once, cannot drive the optimizer."""
+
+    def step_begin(self, step: int) -> None:
+        """Run before the first micro-batch of an optimizer step."""
+
+    def before_step(self, step: int, scale: float) -> None:
+        """Run after the last backward pass; `scale` is the loss scale that the gradients still have."""
+
+    def step_end(self, step: int) -> None:
+        """Run after the optimizer's step."""
+
+    def restore(self) -> None:
+        """Put back the weights after a step that was interrupted or skipped."""
+
+    def save(self, folder: Path) -> None:
+        """Write to the folder of a checkpoint."""
+
+    def statistics(self) -> dict[str, float]:
+        """Return values to log with the loss."""
+        return {}
+
+
+class MethodHook(LoopHook):
+    """The method of an adapter in a loop: its noise, rates, penalty, budget and phases.
+
+    Args:
+        tuner: of `model`.
+        model, optimizer, num_examples, seed: as for `BayesLoop`.
+    """
+
+    def __init__(
+        self, tuner: BayesTuner, model: nn.Module, optimizer: Optimizer, num_examples: int | None, seed: int
+    ) -> None:
+        self.tuner, self.model, self.optimizer = tuner, model, optimizer
+        self.num_examples, self.seed = num_examples, seed
+        self.penalties: dict[str, Tensor] = {}
+        self._share: tuple[object, dict[str, float]] | None = None
+
+    def begin(self, total_steps: int) -> None:
+        has_posterior = hasattr(self.optimizer, "posterior")
+        self.tuner.begin(Schedule(total_steps, self.num_examples, has_posterior=has_posterior))
+        roles = {group.get(ROLE) for group in self.optimizer.param_groups}
+        trained = {self.tuner.role_of(name) for name, p in self.tuner.named_parameters() if p.requires_grad}
+        if missing := (trained | set(self.tuner.learning_rates)) - roles - {"weights"}:
+            raise BayesLoraError(
+                f"the optimizer has no group for the {', '.join(sorted(missing))}, but each needs a different rate or "
+                "decay: build it from bayeslora.parameter_groups(model, lr=…)"
+            )
+
+    def step_begin(self, step: int) -> None:
+        target = self.tuner.budget
+        self.tuner.within_budget = target is not None and self._attention_bops() <= target
+        self.tuner.step_begin(step, self.seed)
+        for group in self.optimizer.param_groups:
+            rate = self.tuner.rate_of(group.get(ROLE, "weights"), step)
+            if rate is not None:
+                group["lr"] = rate
+
+    def before_step(self, step: int, scale: float) -> None:
+        # The optimizer's groups are at hand; a walk over the model's tree would take longer than all that follows.
+        trained = [p for group in self.optimizer.param_groups for p in group["params"] if p.requires_grad]
+        self.penalties = self.tuner.add_penalty(trained, scale)
+        self.tuner.observe(step, self.optimizer, scale)
+
+    def step_end(self, step: int) -> None:
+        target = self.tuner.budget
+        if target is not None:
+            share = self._attention_bops()
+            self.tuner.steer(share)
+            if self.tuner.ends_learning(step):
+                while share > target and self.tuner.close_weakest():
+                    share = self._attention_bops()
+        self.tuner.allocate(step, self.optimizer)
+        self.tuner.step_end(step)
+
+    def statistics(self) -> dict[str, float]:
+        """Return penalty terms, the method's own values (widths, ranks, …), and the share of LoRA's bit operations."""
+        values = {f"penalty_{name}": float(self.penalties.get(name, 0.0)) for name in self.tuner.penalty_names}
+        return {**values, **self.tuner.statistics(), "relative_bops": self._attention_bops()}
+
+    def _attention_bops(self) -> float:
+        """Return the share of LoRA's bit operations; it is computed again only if a rank or width has changed."""
+        layers = self.tuner.describe()
+        key = [(layer.rank, *layer.bits.values()) for layer in layers]
+        if self._share is None or self._share[0] != key:
+            self._share = (key, relative_bops(self.model, layers=layers))
+        return self._share[1]["attention"]
+
+
+class IvonHook(LoopHook):
+    """IVON in a loop: the weights are a draw from the start of an optimizer step to its end, otherwise the mean."""
+
+    def __init__(self, optimizer: IVON, model: nn.Module, tuner: BayesTuner | None) -> None:
+        self.optimizer, self.model, self.tuner = optimizer, model, tuner
+
+    def begin(self, total_steps: int) -> None:
+        tuner = self.tuner
+        roles = set() if tuner is None else {tuner.role_of(n) for n, p in tuner.named_parameters() if p.requires_grad}
+        if roles := roles - {"weights"}:
+            raise BayesLoraError(
+                f"the adapter has {', '.join(sorted(roles))}, whose learning rates are made for Adam's steps, but "
+                "IVON trains deterministic weights: use AdamW here, or an adapter such as LoRA with IVON"
+            )
+        needed = (tuner or BayesTuner).least_travel
+        travel = total_steps * max(map(_largest_step, self.optimizer.param_groups))
+        if travel < needed:
+            warnings.warn(
+                f"IVON can move a weight by {travel:.2g} at most in {total_steps} steps (learning rate x (hess_init + "
+                f"weight_decay) x clip_radius x steps), but this adapter needs about {needed:g} to learn much: raise "
+                "the learning rate or clip_radius, or train for longer",
+                stacklevel=2,
+            )
+
+    def check_trainer(self) -> None:
+        if self.optimizer.mc_samples != 1:
+            raise BayesLoraError(
+                f"mc_samples is {self.optimizer.mc_samples}, but a Trainer runs each batch once, under one draw: use "
+                "mc_samples=1 with larger batches, or write the loop yourself"
+            )
+
+    def step_begin(self, step: int) -> None:
+        self.optimizer.sample(step)  # its step pairs the gradients with this noise, and ends at the mean
+
+    def restore(self) -> None:
+        self.optimizer.restore()
+
+    def save(self, folder: Path) -> None:
+        save_posterior(self.model, self.optimizer, folder)
+
+    def statistics(self) -> dict[str, float]:
+        return posterior_statistics(self.optimizer)
+
+
+def posterior_statistics(optimizer: IVON) -> dict[str, float]:
+    """Return the mean of the deviations, their coefficient of variation, and the median of |mean| / deviation.
+
+    A variation near 0 says that the Hessian has hardly moved: all weights are then equally uncertain.
+    """
+    entries = optimizer.gaussians()
+    known = [(e.mean, e.deviation) for e in entries if e.mean is not None and e.deviation is not None]
+    if not known:
+        return {}
+    means = torch.cat([local(mean).flatten().float() for mean, _ in known])
+    deviations = torch.cat([local(deviation).flatten().float() for _, deviation in known])
+    return {
+        "posterior_std": float(deviations.mean()),
+        "posterior_std_variation": float(deviations.std() / deviations.mean()),
+        "signal_to_noise": float((means.abs() / deviations).median()),
+    }
+
+
+def _largest_step(group: dict[str, Any]) -> float:
+    rate = float(group.get("initial_lr", group["lr"]))  # a schedule may begin at zero
+    scale = group["hess_init"] + group["weight_decay"] if group["rescale_lr"] else 1.0
+    return rate * scale * float(group["clip_radius"])

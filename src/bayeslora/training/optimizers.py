@@ -1,0 +1,98 @@
+"""Optimizers for a Trainer: over the groups of the method's parameters, by its arguments or by IVON."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sized
+from typing import Any, cast
+
+from peft import TaskType
+from torch import nn
+from torch.optim import Optimizer
+from transformers import PreTrainedModel, Trainer
+
+from bayeslora.errors import BayesLoraError
+from bayeslora.methods.tuner import tuner_of
+from bayeslora.optim import IVON
+from bayeslora.posterior import unwrapped
+from bayeslora.training.groups import parameter_groups
+
+OptimizerFactory = Callable[..., Optimizer]
+"""From groups of parameters and, by name, `lr`, `ess` and `seed`, to an optimizer: `IVON`, or a partial of it."""
+
+_LOSS_BY_TOKEN = (TaskType.CAUSAL_LM, TaskType.SEQ_2_SEQ_LM, TaskType.TOKEN_CLS)
+_NAMES_BY_TOKEN = ("ForMaskedLM", "ForTokenClassification")
+
+
+def uses_ivon(trainer: Trainer) -> bool:
+    """Return whether `trainer` was given an IVON, or its class, by its own arguments."""
+    given = trainer.optimizer_cls_and_kwargs
+    named = given[0] if given is not None else None
+    return isinstance(unwrapped(trainer.optimizer), IVON) or (isinstance(named, type) and issubclass(named, IVON))
+
+
+def grouped_optimizer(trainer: Trainer) -> tuple[type, dict[str, Any]]:
+    """Return what makes the Trainer build the optimizer of its arguments over the method's groups."""
+
+    def build(model: nn.Module) -> Optimizer:
+        args = trainer.args
+        optimizer_class, options = Trainer.get_optimizer_cls_and_kwargs(args, cast(PreTrainedModel, model))
+        options = {key: value for key, value in options.items() if key not in ("params", "model")}
+        return optimizer_class(parameter_groups(model, args.learning_rate, args.weight_decay), **options)
+
+    return _built_by(build)
+
+
+def posterior_optimizer(
+    trainer: Trainer, optimizer: str | OptimizerFactory, num_examples: int | None
+) -> tuple[type, dict[str, Any]]:
+    """Return what makes the Trainer build `optimizer`, `"ivon"` or a factory, over the method's groups.
+
+    Rate, decay and seed are those of the Trainer's arguments and `ess` the number of training examples, each unless
+    the factory is a partial that has it.
+    """
+    if optimizer != "ivon" and not callable(optimizer):
+        raise BayesLoraError(
+            f"optimizer is {optimizer!r}, but must be 'ivon' or a callable such as functools.partial(bayeslora.IVON, "
+            "…): name others in TrainingArguments(optim=…)"
+        )
+    factory = optimizer if callable(optimizer) else IVON
+
+    def build(model: nn.Module) -> Optimizer:
+        args, given = trainer.args, dict(getattr(factory, "keywords", {}))
+        lr, decay = given.pop("lr", args.learning_rate), given.pop("weight_decay", args.weight_decay)
+        options: dict[str, Any] = {"lr": lr, "seed": args.seed, "ess": num_examples or training_examples(trainer)}
+        options.update({name: given[name] for name in options if name in given})
+        if options["ess"] is None:
+            raise BayesLoraError(
+                "the number of training examples is unknown here, but IVON's posterior depends on it: give attach "
+                "num_examples, the number of terms that the loss is a mean of over the whole training set"
+            )
+        return factory(parameter_groups(model, lr, decay), **options)
+
+    return _built_by(build)
+
+
+def _built_by(build: Callable[[nn.Module], Optimizer]) -> tuple[type, dict[str, Any]]:
+    """Wrap `build` as the Trainer takes it: a class without arguments, whose instance makes an optimizer."""
+
+    class BuiltOptimizer:
+        def __call__(self, model: nn.Module, **unused: Any) -> Optimizer:
+            return build(model)
+
+    return BuiltOptimizer, {}
+
+
+def training_examples(trainer: Trainer) -> int | None:
+    """Return the number of training examples, if each of them is one term of the loss."""
+    model, dataset = trainer.model, trainer.train_dataset
+    assert model is not None
+    root: Any = tuner_of(model) or getattr(model, "base_model", None)
+    configs: dict[str, Any] = getattr(root, "peft_config", {})
+    active = root.active_adapters[0] if configs else ""
+    inner = root.model if configs else model
+    task = getattr(configs.get(active), "task_type", None)
+    generates = getattr(inner, "can_generate", None)
+    by_token = task in _LOSS_BY_TOKEN or type(inner).__name__.endswith(_NAMES_BY_TOKEN)
+    if by_token or (generates is not None and generates()) or not isinstance(dataset, Sized):
+        return None
+    return len(dataset)
