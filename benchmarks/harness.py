@@ -42,17 +42,17 @@ from transformers import (
 )
 
 import bayeslora
-from bayeslora.cli.demo import arithmetic
 from bayeslora.data import Task, encode, packaged_model, unpack_model
 from bayeslora.errors import BayesLoraError
 from bayeslora.evaluation import ChoiceTrainer, choice_scoring, encode_prompts
 from bayeslora.optim import IVON
 from bayeslora.posterior import unwrapped
+from bayeslora.runs.train import precision_options
 from bayeslora.training.hooks import posterior_statistics
 
 # The base model's own dropout takes a quarter of a step on a CPU; no method has it in these benchmarks.
 NO_DROPOUT = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
-TRAINS_IN_BFLOAT16 = bool(arithmetic())
+TRAINS_IN_BFLOAT16 = bool(precision_options())
 """As in the demo: a processor without instructions for bfloat16 takes two to three times as long with it."""
 # torch's fused attention spends more than half of a bfloat16 training step on a CPU in its backward pass; in float32
 # it is the faster one.

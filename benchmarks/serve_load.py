@@ -30,7 +30,6 @@ import psutil
 from measuring import print_result
 
 import bayeslora
-from bayeslora.cli.models import load_run, with_posterior
 from bayeslora.data import load_files, load_task
 
 SERVER = Path(__file__).resolve().parents[1] / "examples" / "serve.py"
@@ -109,7 +108,7 @@ def ask(connection: http.client.HTTPConnection, body: bytes) -> tuple[int, Any]:
 
 def texts_of(run: Path) -> list[Text]:
     """Of the run's own evaluation rows; of a task on pairs, lists of two."""
-    _, _, info = load_run(run)
+    info = bayeslora.load(run).info
     if info.task_name is not None:
         task = load_task(info.task_name, info.data_dir)
     else:
@@ -139,8 +138,8 @@ def start(run: Path, samples: int) -> tuple[subprocess.Popen[bytes], int, dict[s
 
 def largest_difference(run: Path, samples: int, texts: list[Text], clients: list[Client]) -> dict[str, float]:
     """Of what was answered from what `predict` says about each text alone, by quantity."""
-    model, tokenizer, info = load_run(run)
-    predictor = with_posterior(model, run)
+    loaded = bayeslora.load(run)
+    tokenizer, info, predictor = loaded.tokenizer, loaded.info, loaded.predictor
     by_text: dict[int, list[dict[str, Any]]] = {}
     for client in clients:
         for index, answer in client.answers:

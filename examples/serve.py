@@ -34,7 +34,6 @@ from fastapi import FastAPI, HTTPException, Request
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 import bayeslora
-from bayeslora.cli.models import load_run, with_posterior
 from bayeslora.data import load_files, load_task
 from bayeslora.evaluation.uncertainty import risk_coverage_curve
 from bayeslora.prediction import Prediction, check_samples
@@ -74,10 +73,11 @@ class Classifier:
     """A finished run that predicts rows of text."""
 
     def __init__(self, run: Path, samples: int = 0, seed: int = 0, base: str | None = None) -> None:
-        self.model, self.tokenizer, self.info = load_run(run, base)
+        loaded = bayeslora.load(run, base)
+        self.model, self.tokenizer, self.info = loaded.model, loaded.tokenizer, loaded.info
         if self.info.kind != "classification":
-            raise bayeslora.BayesLoraError(f"{run} is a run on {self.info.kind}; serve one on classification.")
-        self.predictor = with_posterior(self.model, run)
+            raise bayeslora.BayesLoraError(f"{run} is a run on {self.info.kind}: serve one on classification")
+        self.predictor = loaded.predictor
         check_samples(self.predictor, samples)
         self.samples, self.seed = samples, seed
 

@@ -37,6 +37,7 @@ if TYPE_CHECKING:  # functions that share the name of their module come from the
     from bayeslora.prediction import ModelPredictor
     from bayeslora.prediction.generate import Generation, generate
     from bayeslora.prediction.predict import Prediction, predict
+    from bayeslora.runs.run import load
     from bayeslora.runtime import compile_inference
     from bayeslora.training import BayesLoop, parameter_groups
     from bayeslora.training.attach import attach
@@ -69,6 +70,7 @@ __all__ = [
     "describe",
     "export",
     "generate",
+    "load",
     "load_integer",
     "load_packed",
     "load_posterior",
@@ -81,7 +83,7 @@ __all__ = [
     "shrink",
 ]
 
-# The package that each public name comes from. `cost`, `data` and `evaluation` have none, but are attributes as well.
+# The package that each public name comes from; the packages without a name here are attributes as well.
 _NAMES = {
     "cost": (),
     "data": (),
@@ -95,10 +97,11 @@ _NAMES = {
     "posterior": ("WeightPosterior", "load_posterior", "save_posterior"),
     "posthoc": ("DeepEnsemble", "LaplacePredictor", "MCDropout", "TemperatureScaling", "bayesianize"),
     "prediction": ("Generation", "ModelPredictor", "Prediction", "generate", "predict"),
+    "runs": (),
     "runtime": ("compile_inference",),
     "training": ("BayesLoop", "attach", "parameter_groups"),
 }
-_HOMES = {name: package for package, names in _NAMES.items() for name in names}
+_HOMES = {name: package for package, names in _NAMES.items() for name in names} | {"load": "runs.run"}
 
 
 def __getattr__(name: str) -> Any:

@@ -11,9 +11,9 @@ import torch
 from peft import PeftModel
 from safetensors.torch import load_file
 
+import bayeslora
 from bayeslora import at_rank
 from bayeslora.cli.main import main
-from bayeslora.cli.models import load_run
 from tests.cli.conftest import Setting
 
 TOKENS = torch.arange(5, 29).view(2, 12)
@@ -54,8 +54,8 @@ def test_a_score_that_adamw_has_no_posterior_for_is_refused_in_one_line(
 def test_a_rank_is_cut_out_by_export(runs: dict[str, Path], tmp_path: Path, refused: Callable[..., str]) -> None:
     target = tmp_path / "rank-2"
     assert main(["export", str(runs["dylora"]), "--format", "lora", "--rank", "2", "--output-dir", str(target)]) == 0
-    model = load_run(runs["dylora"])[0].eval()
-    plain = PeftModel.from_pretrained(load_run(runs["dylora"])[0].unload(), target).eval()
+    model = bayeslora.load(runs["dylora"]).model.eval()
+    plain = PeftModel.from_pretrained(bayeslora.load(runs["dylora"]).model.unload(), target).eval()
     assert plain.peft_config["default"].r == 2
     with at_rank(model, 2), torch.no_grad():
         torch.testing.assert_close(plain(input_ids=TOKENS).logits, model(input_ids=TOKENS).logits)

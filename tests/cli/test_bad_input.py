@@ -70,8 +70,8 @@ def test_a_data_file_with_a_broken_line(train_refused: Refused, tmp_path: Path) 
 
 def test_a_model_folder_that_is_none(train_refused: Refused, tmp_path: Path) -> None:
     (tmp_path / "hollow").mkdir()
-    assert "no config.json" in train_refused(model=tmp_path / "hollow")
-    assert "no model folder" in train_refused(model=tmp_path / "absent")
+    assert "lacks config.json" in train_refused(model=tmp_path / "hollow")
+    assert "is not a model" in train_refused(model=tmp_path / "absent")
 
 
 def test_a_model_folder_with_cut_weights(train_refused: Refused, setting: Setting, tmp_path: Path) -> None:
@@ -189,7 +189,7 @@ def test_a_folder_that_is_no_run(tmp_path: Path, refused: Refused) -> None:
         ["export", "--format=lora", "--output-dir=c"],
     ):
         assert "run.json" in refused(*command, tmp_path)
-        assert "is no folder" in refused(*command, tmp_path / "absent")
+        assert "is not a folder" in refused(*command, tmp_path / "absent")
 
 
 def test_samples_of_a_deterministic_adapter(
@@ -206,7 +206,7 @@ def test_wrong_files_for_evaluate(runs: dict[str, Path], setting: Setting, tmp_p
     run = runs["lora"]
     assert "contradicts" in refused("evaluate", run, "--task", "sst2", "--eval-file", setting.dev)
     assert "--eval-file" in refused("evaluate", run, "--split", "test")
-    assert "no known task" in refused("evaluate", run, "--task", "sst3")
+    assert "not a known task" in refused("evaluate", run, "--task", "sst3")
     assert "2 columns" in refused("evaluate", run, "--eval-file", setting.dev, "--text-column", "a,b")
     assert "--batch-size" in refused("evaluate", run, "--batch-size", 0)
     unseen = write_jsonl(tmp_path / "unseen.jsonl", [{"text": "good", "label": 5}])

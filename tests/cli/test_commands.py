@@ -14,6 +14,7 @@ import yaml
 from bayeslora.cli import demo
 from bayeslora.cli.arguments import build_plan
 from bayeslora.cli.main import main
+from bayeslora.runs.train import precision_options
 from tests.cli.conftest import Setting, review_rows, write_jsonl
 
 CONFIGS = Path(__file__).parents[2] / "configs"
@@ -284,11 +285,11 @@ def test_the_demo_config_is_the_demo() -> None:
 def test_the_demo_trains_in_bfloat16_where_the_hardware_has_it(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"amx_bf16": True})
-    assert demo.arithmetic() == {"bf16": True}
+    assert precision_options() == {"bf16": True}
     monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"avx512_f": True})
-    assert demo.arithmetic() == {}
+    assert precision_options() == {}
     monkeypatch.delattr(torch.cpu, "get_capabilities")  # older torch
-    assert demo.arithmetic() == {}
+    assert precision_options() == {}
 
 
 def test_an_earlier_demo_is_kept_unless_told_otherwise(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -12,7 +12,7 @@ import pytest
 import yaml
 
 from bayeslora.cli.main import main
-from bayeslora.cli.models import head_for, resolve_model
+from bayeslora.runs.base import head_for, resolve_model
 from tests.cli.conftest import write_jsonl
 from tests.evaluation.choice_items import items
 
@@ -176,7 +176,7 @@ def test_what_does_not_fit_is_refused_in_one_line(
     assert "has no training data" in train("--task", "mmlu", "--data-dir", data)
     assert "--few-shot is 1" in train("--task", "arc_easy", "--data-dir", data, "--few-shot", "1")
     assert "--few-shot is -1" in train("--task", "arc_easy", "--data-dir", data, "--few-shot", "-1")
-    assert "no training split 'train_l'" in train(
+    assert "the training split 'train_l'" in train(
         "--task", "winogrande", "--data-dir", data, "--train-split", "train_l"
     )
     assert "give --data-dir" in train("--task", "arc_easy")

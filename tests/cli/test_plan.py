@@ -83,10 +83,10 @@ def test_sizes_are_decimal(count: int | None, text: str) -> None:
 
 def test_models_that_are_none(refused: Refused, tmp_path: Path) -> None:
     assert "--model" in refused("plan")
-    assert "no model folder" in refused("plan", "--model", tmp_path / "absent")
+    assert "is not a model" in refused("plan", "--model", tmp_path / "absent")
     assert "does not exist" in refused("plan", "--model", tmp_path / "absent.json")
     (tmp_path / "hollow").mkdir()
-    assert "no config.json" in refused("plan", "--model", tmp_path / "hollow")
+    assert "lacks config.json" in refused("plan", "--model", tmp_path / "hollow")
     for name, content, said in (
         ("words.json", "not JSON", "is not JSON"),
         ("list.json", "[1]", "not an object"),

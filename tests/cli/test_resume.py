@@ -114,7 +114,7 @@ def test_an_interruption_before_the_first_step_leaves_nothing(
     def interrupted(*_: object, **__: object) -> None:
         signal.raise_signal(signal.SIGINT)
 
-    monkeypatch.setattr("bayeslora.cli.train.load_base", interrupted)
+    monkeypatch.setattr("bayeslora.runs.train.load_base", interrupted)
     assert main(_options(setting, "lora", tmp_path / "out")) == 130
     assert list(tmp_path.iterdir()) == []
 

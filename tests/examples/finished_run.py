@@ -8,7 +8,8 @@ import torch
 from peft import get_peft_model
 
 import bayeslora
-from bayeslora.cli.models import RunInfo, load_base, load_tokenizer
+from bayeslora.runs.base import load_base, load_tokenizer, tokenizer_digest
+from bayeslora.runs.info import RunInfo
 from tests.cli.conftest import review_rows, write_jsonl
 
 
@@ -35,6 +36,6 @@ def make_run(folder: Path, base: Path, pairs: bool = False) -> Path:
         method="melora", model=str(base), task="reviews", kind="classification", metric="accuracy",
         text_columns=columns, label_column="label", labels=["bad", "good"], max_length=16, dtype="float32",
         base_fingerprint=loaded.fingerprint, base_name=model.peft_config["default"].base_model_name_or_path,
-        files={"eval_file": str(file)},
+        files={"eval_file": str(file)}, tokenizer_digest=tokenizer_digest(tokenizer),
     ).save(folder)  # fmt: skip
     return folder

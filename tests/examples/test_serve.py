@@ -16,7 +16,6 @@ import numpy as np
 import pytest
 
 import bayeslora
-from bayeslora.cli.models import load_run
 from tests.cli.conftest import review_rows
 from tests.examples.finished_run import make_run
 
@@ -55,7 +54,8 @@ def client(run: Path) -> Any:
 
 def test_each_answer_is_what_predict_says_about_the_text_alone(client: Any, run: Path) -> None:
     texts = [str(row["text"]) for row in review_rows(24, seed=5)] + ["the cat sat on the mat , far from the red house"]
-    model, tokenizer, info = load_run(run)
+    loaded = bayeslora.load(run)
+    model, tokenizer, info = loaded.model, loaded.tokenizer, loaded.info
     requests = [texts[:1], texts[1:8], texts[8:12], texts[12:13], texts[13:20], texts[20:]]
     with ThreadPoolExecutor(6) as pool:
         replies = list(pool.map(lambda part: client.post("/predict", json={"texts": part}), requests))

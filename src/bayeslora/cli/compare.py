@@ -6,12 +6,12 @@ import json
 from pathlib import Path
 from typing import Any
 
-from bayeslora.cli.folders import new_folder
 from bayeslora.errors import BayesLoraError
+from bayeslora.files import new_folder
 
 
 def run(given: dict[str, Any]) -> int:
-    """The command; `given` are the options on the command line."""
+    """Run the command; `given` are the options on the command line."""
     target = Path(given["output_dir"])
     table = compare([Path(folder) for folder in given["folders"]], target)
     if given.get("json"):
@@ -25,7 +25,7 @@ def compare(folders: list[Path], target: Path) -> dict[str, Any]:
     """Write table and figures of `folders` into the new folder `target`; returns what `table.json` holds."""
     for folder in folders:
         if not (folder / "metrics.json").is_file():
-            raise BayesLoraError(f"{folder} holds no metrics.json; name folders that `bayeslora train` wrote.")
+            raise BayesLoraError(f"{folder} lacks metrics.json: name folders that `bayeslora train` wrote")
     from bayeslora.report import write_comparison
 
     with new_folder(target) as partial:

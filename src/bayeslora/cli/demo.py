@@ -50,17 +50,25 @@ _COMPARISON = "compare"
 
 
 def run(given: dict[str, Any]) -> int:
-    """The command; `given` are the options on the command line."""
+    """Run the command; `given` are the options on the command line."""
     target = Path(given.get("output_dir", _DEFAULT_DIR))
     folders = [target / method for method in METHODS]
     limit: dict[str, Any] = {"max_steps": given["max_steps"]} if "max_steps" in given else {}
     if limit and limit["max_steps"] < 1:
-        raise BayesLoraError(f"--max-steps is {limit['max_steps']}; give at least 1.")
+        raise BayesLoraError(f"--max-steps is {limit['max_steps']}: give at least 1")
     _clear([*folders, target / _COMPARISON], bool(given.get("overwrite")))
     from bayeslora.cli.train import train
+    from bayeslora.runs.train import precision_options
 
     for method, own in METHODS.items():
-        options = {**SHARED, **arithmetic(), **own, **limit, "method": method, "output_dir": str(target / method)}
+        options = {
+            **SHARED,
+            **precision_options(),
+            **own,
+            **limit,
+            "method": method,
+            "output_dir": str(target / method),
+        }
         status = train(build_plan(options))
         if status:
             return status
@@ -71,22 +79,12 @@ def run(given: dict[str, Any]) -> int:
     return 0
 
 
-def arithmetic() -> dict[str, Any]:
-    """bfloat16 for training where there is hardware for it, with which the demo takes two thirds of the time."""
-    import torch
-
-    if torch.cuda.is_available():
-        return {"bf16": True} if torch.cuda.is_bf16_supported(including_emulation=False) else {}
-    capabilities: dict[str, Any] = getattr(torch.cpu, "get_capabilities", dict)()  # older torch has none
-    return {"bf16": True} if capabilities.get("amx_bf16") else {}
-
-
 def _clear(folders: list[Path], overwrite: bool) -> None:
     """Make room for the demo's own folders; nothing else in the output folder is touched."""
     present = [f for folder in folders for f in (folder, folder.with_name(folder.name + ".partial")) if f.exists()]
     if present and not overwrite:
         raise BayesLoraError(
-            f"{present[0]} is there from an earlier demo; add --overwrite or name another --output-dir."
+            f"{present[0]} is there from an earlier demo: add --overwrite or name another --output-dir"
         )
     for folder in present:
         shutil.rmtree(folder)
@@ -113,19 +111,17 @@ def _table(folders: list[Path]) -> str:
 
 def _unsure(folder: Path) -> str:
     """The reviews, of the first few hundred of the test films, that the model's draws disagree on most."""
-    from bayeslora.cli.models import load_run
-    from bayeslora.data import encode_texts, load_task
-    from bayeslora.evaluation import predict_dataset
+    from bayeslora import load
+    from bayeslora.data import load_task
 
-    model, tokenizer, info = load_run(folder)
+    run = load(folder)
     rows = load_task(SHARED["task"]).splits["test"]
     rows = rows.select(range(min(_ASKED, len(rows))))
-    data = encode_texts(rows, info.text_columns, tokenizer, info.max_length)
-    prediction = predict_dataset(model, data, tokenizer, samples=SAMPLES)
+    predictions = run.predict(rows, samples=SAMPLES)
     lines = [f"{_SHOWN} reviews that Me-LoRA is unsure about (most mutual information of {len(rows)}):"]
-    for row in prediction.mutual_information.argsort(descending=True)[:_SHOWN].tolist():
-        chance = prediction.probabilities[row]
-        said = ", ".join(f"{label} {share:.0%}" for label, share in zip(info.labels, chance.tolist(), strict=True))
-        text = textwrap.shorten(rows[row][info.text_columns[0]], 160, placeholder=" …")
-        lines.append(f"  {said}; it was {info.labels[rows[row]['label']]}:\n    {text}")
+    for row in predictions.mutual_information.argsort(descending=True)[:_SHOWN].tolist():
+        chance = predictions.probabilities[row]
+        said = ", ".join(f"{label} {share:.0%}" for label, share in zip(run.labels, chance.tolist(), strict=True))
+        text = textwrap.shorten(rows[row]["text"], 160, placeholder=" …")
+        lines.append(f"  {said}; it was {run.labels[rows[row]['label']]}:\n    {text}")
     return "\n".join(lines)

@@ -8,33 +8,37 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from bayeslora.cli.choices import encoded_for, labelled_rows
-from bayeslora.cli.folders import new_folder
-from bayeslora.cli.inputs import positive_batch
-from bayeslora.cli.models import RunInfo, with_posterior
-from bayeslora.cli.ood import detected, detection_lines, outside_rows
-from bayeslora.cli.results import EVALUATION, described, finite, save_json, scored
-from bayeslora.cli.untrained import load, run_info
+from bayeslora.cli.inputs import batch_size, columns, refuse
+from bayeslora.cli.progress import disable_progress_bars
 from bayeslora.data import Task, load_task
+from bayeslora.data.choices import CHOICE_FILES
 from bayeslora.errors import BayesLoraError
-from bayeslora.evaluation import evaluate, predict_dataset
+from bayeslora.evaluation import Evaluation, evaluate, predict_dataset
+from bayeslora.files import finite, new_folder, save_json
 from bayeslora.prediction import check_samples
+from bayeslora.runs.info import RUN_FILE, RunInfo
+from bayeslora.runs.rows import EVALUATION, OutsideRows, encode_for, labelled_rows, outside_rows
+from bayeslora.runs.run import Run, load
+from bayeslora.runs.score import described, detected, scored
+from bayeslora.runs.zero_shot import UNTRAINED, load_untrained, untrained_info
 
 
 def run(given: dict[str, Any]) -> int:
-    """The command; `given` are the options on the command line."""
-    folder = Path(given["folder"])
-    batch_size = positive_batch(given)
-    info = run_info(given)
+    """Run the command; `given` are the options on the command line."""
+    folder, size = Path(given["folder"]), batch_size(given)
+    info = _info(given)
     target = _target(given)
     task, split = _task(given, info)
-    outside = outside_rows(given, info, task)
-    model, tokenizer, info = load(given, info)
+    outside = _outside(given, info, task)
+    disable_progress_bars()
+    if info.method == UNTRAINED:
+        loaded = load_untrained(info)
+    else:
+        loaded = replace(load(folder, given.get("model")), info=info)
     samples, seed = given.get("samples", 0), given.get("seed", 0)
-    predictor = with_posterior(model, folder)
-    check_samples(predictor, samples)
-    data = encoded_for(task.splits[split], task, tokenizer, info)
-    evaluation = evaluate(predictor, data, task, tokenizer, batch_size, samples, seed)
+    check_samples(loaded.predictor, samples)
+    data = encode_for(task.splits[split], task, loaded.tokenizer, loaded.info)
+    evaluation = evaluate(loaded.predictor, data, task, loaded.tokenizer, size, samples, seed)
     found = {
         "folder": str(folder),
         "method": info.method,
@@ -47,12 +51,9 @@ def run(given: dict[str, Any]) -> int:
         "seconds": evaluation.seconds,
     }
     if outside is not None:
-        foreign = encoded_for(outside.rows, outside.task, tokenizer, info)
-        prediction = predict_dataset(predictor, foreign, tokenizer, batch_size, samples, seed)
-        found["uncertainty"] = evaluation.histograms(prediction)
-        found["ood"] = detected(outside, evaluation, prediction)
+        found |= _detection(loaded, evaluation, outside, size, samples, seed)
     if target is not None:
-        _write(target, folder, found, described(model), info)
+        _write(target, folder, found, described(loaded.model), info)
     if given.get("json"):
         print(json.dumps(finite(found), indent=2, ensure_ascii=False))
         return 0
@@ -66,13 +67,60 @@ def run(given: dict[str, Any]) -> int:
     return 0
 
 
+def _info(given: dict[str, Any]) -> RunInfo:
+    """Return what the run in the folder remembers; or a run of no steps, of a base model on a multiple-choice task.
+
+    `--few-shot` takes the place of what the run was trained with.
+    """
+    folder = Path(given["folder"])
+    if (folder / RUN_FILE).is_file() or given.get("task") not in CHOICE_FILES:
+        info = RunInfo.load(folder)
+        return replace(info, few_shot=given.get("few_shot", info.few_shot))
+    return untrained_info(str(given["folder"]), str(given["task"]), given.get("few_shot", 0))
+
+
+def _outside(given: dict[str, Any], info: RunInfo, task: Task) -> OutsideRows | None:
+    """Return the rows that `--ood` or `--ood-file` asks for."""
+    if "ood" not in given and "ood_file" not in given:
+        refuse(given, ("ood_text_column",), "is of use only with --ood-file: add it or leave this out")
+        return None
+    if "ood" in given and info.kind != "regression":
+        refuse(given, ("ood_file", "ood_text_column"), "contradicts --ood: give one of them")
+    if info.kind == "multiple_choice":
+        refuse(given, ("ood_text_column",), "is of no use for multiple choice: leave it out")
+    file = None if "ood" in given else Path(given["ood_file"])
+    return outside_rows(info, task, file, columns(given, "ood_text_column"))
+
+
+def _detection(
+    loaded: Run, evaluation: Evaluation, outside: OutsideRows, size: int, samples: int, seed: int
+) -> dict[str, Any]:
+    foreign = encode_for(outside.rows, outside.task, loaded.tokenizer, loaded.info)
+    prediction = predict_dataset(loaded.predictor, foreign, loaded.tokenizer, size, samples, seed)
+    return {"uncertainty": evaluation.histograms(prediction), "ood": detected(outside, evaluation, prediction)}
+
+
+def detection_lines(block: dict[str, Any]) -> list[str]:
+    """Return the `ood` block as text: a table of scores, and one more for each source."""
+    tables = {"all": block["scores"]} | {name: part["scores"] for name, part in block.get("by_source", {}).items()}
+    width = max(len(name) for scores in tables.values() for name in (*scores, *tables))
+    lines = [f"out of distribution: {block['name']} ({block['rows']} rows)"]
+    for source, scores in tables.items():
+        lines.append(f"  {source if len(tables) > 1 else '':<{width}}   AUROC    AUPR   FPR95")
+        for name, values in scores.items():
+            lines.append(
+                f"  {name:<{width}}  " + "  ".join(f"{values[key]:.4f}" for key in ("auroc", "aupr", "fpr95"))
+            )
+    return lines
+
+
 def _target(given: dict[str, Any]) -> Path | None:
     """`--output-dir`, refused before any work is done where it exists."""
     if "output_dir" not in given:
         return None
     target = Path(given["output_dir"])
     if target.exists():
-        raise BayesLoraError(f"output folder {target} exists; name a new one or delete it.")
+        raise BayesLoraError(f"the output folder {target} exists: choose a new one or delete it")
     return target
 
 
@@ -97,21 +145,19 @@ def _write(target: Path, folder: Path, found: dict[str, Any], model: dict[str, A
 
 
 def _task(given: dict[str, Any], info: RunInfo) -> tuple[Task, str]:
-    """The rows to score on: a file, a named task, or what the run was trained with."""
+    """Return the rows to score on, and their split: of a file, of a named task, or of the run's own data."""
     if "eval_file" in given:
-        for name in ("task", "data_dir", "split"):
-            if name in given:
-                raise BayesLoraError(f"--eval-file contradicts --{name.replace('_', '-')}; give one of them.")
-        return labelled_rows(given, info, given["eval_file"])
+        refuse(given, ("task", "data_dir", "split"), "contradicts --eval-file: give one of them")
+        if info.kind == "multiple_choice":
+            refuse(given, ("text_column", "label_column"), "is of no use for multiple choice: leave it out")
+        return labelled_rows(info, given["eval_file"], columns(given), given.get("label_column")), EVALUATION
     if "task" not in given and info.task_name is None:
         if "data_dir" in given or "split" in given:
-            raise BayesLoraError("the run was trained on files, which have no named splits; give --eval-file.")
-        task, split = labelled_rows(given, info, info.files["eval_file"])
+            raise BayesLoraError("the run was trained on files, which have no named splits: give --eval-file")
+        task = labelled_rows(info, info.files["eval_file"], columns(given), given.get("label_column"))
         # The run's own rows, under the name that the run gives them.
-        return replace(task, name=info.task), split
-    for name in ("text_column", "label_column"):
-        if name in given:
-            raise BayesLoraError(f"--{name.replace('_', '-')} is of use only with --eval-file; leave it out.")
+        return replace(task, name=info.task), EVALUATION
+    refuse(given, ("text_column", "label_column"), "is of use only with --eval-file: leave it out")
     name = str(given.get("task", info.task_name))
     own = name == info.task_name
     task = load_task(
@@ -122,9 +168,9 @@ def _task(given: dict[str, Any], info: RunInfo) -> tuple[Task, str]:
     if not fits:
         raise BayesLoraError(
             f"task {name} has labels {', '.join(task.labels) or 'none'}, but the run was trained on "
-            f"{', '.join(info.labels) or 'numbers'}; name a task with the same labels."
+            f"{', '.join(info.labels) or 'numbers'}: name a task with the same labels"
         )
     split = given.get("split", EVALUATION)
     if split not in task.splits:
-        raise BayesLoraError(f"task {name} has no split {split!r}; its splits are {', '.join(task.splits)}.")
+        raise BayesLoraError(f"task {name} has no split {split!r}, but {', '.join(task.splits)}: name one of them")
     return task, split

@@ -9,15 +9,11 @@ from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from bayeslora.cli.folders import new_folder
-from bayeslora.cli.results import finite
-from bayeslora.errors import BayesLoraError
+from bayeslora.errors import BayesLoraError, option
+from bayeslora.files import finite, new_folder
 
 if TYPE_CHECKING:
-    from torch import nn
-    from transformers import PreTrainedTokenizerBase
-
-    from bayeslora.cli.models import RunInfo
+    from bayeslora.runs.run import Run
 
 _CALIBRATION_BATCHES = 8
 
@@ -27,44 +23,41 @@ FORMATS = {
     "merged": "merged Transformers model",
     "packed": "packed adapter",
 }
+_OPTIONS = {
+    "allow_error": "merged",
+    "unadapted": "integer",
+    "calibrate": "integer",
+    "uniform": "lora",
+    "draws": "lora",
+    "seed": "lora",
+}
 
 
 def run(given: dict[str, Any]) -> int:
-    """The command; `given` are the options on the command line."""
+    """Run the command; `given` are the options on the command line."""
     form = given["format"]
-    if form not in FORMATS:
-        raise BayesLoraError(f"format {form!r} is not available; choose from {', '.join(FORMATS)}.")
-    if given.get("allow_error") and form != "merged":
-        raise BayesLoraError(f"--allow-error is for --format merged, not {form}; leave it out.")
-    if "unadapted" in given and form != "integer":
-        raise BayesLoraError(f"--unadapted is for --format integer, not {form}; leave it out.")
-    if given.get("calibrate") and form != "integer":
-        raise BayesLoraError(f"--calibrate is for --format integer, not {form}; leave it out.")
-    for name in ("uniform", "draws", "seed"):
-        if name in given and form != "lora":
-            raise BayesLoraError(f"--{name} is for --format lora, not {form}; leave it out.")
-    if "seed" in given and "draws" not in given:
-        raise BayesLoraError(f"--seed is {given['seed']}, but nothing is drawn without --draws; leave it out.")
-    from bayeslora.cli.models import RunInfo, load_run
+    _check(given, form)
+    from bayeslora.cli.progress import disable_progress_bars
+    from bayeslora.runs.info import RunInfo
 
+    disable_progress_bars()
     source, target = Path(given["folder"]), Path(given["output_dir"])
     method, rank = RunInfo.load(source).method, given.get("rank")
     if method == "full":
-        raise BayesLoraError(f"{source} is a fully fine-tuned model without an adapter; use it as it is.")
+        raise BayesLoraError(f"{source} is a fully fine-tuned model without an adapter: use it as it is")
     if rank is not None and method != "dylora":
-        raise BayesLoraError(f"--rank is {rank}, but {source} was trained with {method}; leave it out.")
+        raise BayesLoraError(f"--rank is {rank}, but {source} was trained with {method}: leave it out")
     with new_folder(target) as partial:
         import bayeslora
 
-        model, tokenizer, info = load_run(source, given.get("model"))
-        batches = _batches(form, given, info, tokenizer)
-        options = {**_options(form, given, model, source), **batches}
-        with bayeslora.at_rank(model, rank) if rank is not None else nullcontext():
-            measured = bayeslora.export(model, partial, format=form, **options)
+        loaded = bayeslora.load(source, given.get("model"))
+        options = {**_options(form, given, loaded), **_batches(form, given, loaded)}
+        with bayeslora.at_rank(loaded.model, rank) if rank is not None else nullcontext():
+            measured = bayeslora.export(loaded.model, partial, format=form, **options)
         for folder in sorted(partial.glob("draw-*")) or [partial]:
-            tokenizer.save_pretrained(folder)
-            # With it `evaluate` and `predict` work on the export as on the run.
-            dataclasses.replace(info, **_loaded_as(form, folder)).save(folder)
+            loaded.tokenizer.save_pretrained(folder)
+            # With it `bayeslora.load`, `evaluate` and `predict` work on the export as on the run.
+            dataclasses.replace(loaded.info, **_loaded_as(form, folder)).save(folder)
     if given.get("json"):
         print(json.dumps(finite({"folder": str(target), **measured}), indent=2))
         return 0
@@ -76,14 +69,27 @@ def run(given: dict[str, Any]) -> int:
     return 0
 
 
-def _batches(form: str, given: dict[str, Any], info: RunInfo, tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
-    """Rows that the run was trained on: to measure what an export changes, and to fix ranges on."""
+def _check(given: dict[str, Any], form: str) -> None:
+    """Raise for an unknown format, or an option of another one."""
+    if form not in FORMATS:
+        raise BayesLoraError(f"format {form!r} is not available: choose from {', '.join(FORMATS)}")
+    for name, owner in _OPTIONS.items():
+        if given.get(name, False) is not False and form != owner:
+            raise BayesLoraError(f"{option(name)} is for --format {owner}, not {form}: leave it out")
+    if "seed" in given and "draws" not in given:
+        raise BayesLoraError(f"--seed is {given['seed']}, but nothing is drawn without --draws: leave it out")
+
+
+def _batches(form: str, given: dict[str, Any], loaded: Run) -> dict[str, Any]:
+    """Return rows that the run was trained on: to measure the export's error, and to fix ranges on."""
     if form == "packed":
         return {}
-    from bayeslora.cli.choices import training_batches
+    from bayeslora.runs.rows import training_batches
 
     try:
-        batches = training_batches(info, tokenizer, _CALIBRATION_BATCHES if given.get("calibrate") else 1)
+        batches = training_batches(
+            loaded.info, loaded.tokenizer, _CALIBRATION_BATCHES if given.get("calibrate") else 1
+        )
     except BayesLoraError as error:
         if given.get("calibrate"):
             raise
@@ -92,28 +98,28 @@ def _batches(form: str, given: dict[str, Any], info: RunInfo, tokenizer: PreTrai
     return {"batch": batches[0], **({"calibration": batches} if given.get("calibrate") else {})}
 
 
-def _options(form: str, given: dict[str, Any], model: nn.Module, source: Path) -> dict[str, Any]:
-    """What `bayeslora.export` is told besides the format."""
+def _options(form: str, given: dict[str, Any], loaded: Run) -> dict[str, Any]:
+    """Return the options of `bayeslora.export` for the format."""
     if form == "merged":
         return {"allow_error": bool(given.get("allow_error"))}
     if form == "integer":
         return {"unadapted": given["unadapted"]} if "unadapted" in given else {}
-    from bayeslora import describe, load_posterior
+    from bayeslora import describe
     from bayeslora.posterior import POSTERIOR_FILE
 
     if form == "lora":
         options: dict[str, Any] = {name: given[name] for name in ("uniform", "draws", "seed") if name in given}
-        drawn = "draws" in given and (source / POSTERIOR_FILE).is_file()
-        return {**options, "posterior": load_posterior(model, source)} if drawn else options
-    if form == "packed" and (source / POSTERIOR_FILE).is_file():
-        if all(layer.bits[kind] == 32 for layer in describe(model) for kind in ("A", "E", "B")):
-            return {"posterior": source}
+        drawn = "draws" in given and (loaded.folder / POSTERIOR_FILE).is_file()
+        return {**options, "posterior": loaded.predictor} if drawn else options
+    if form == "packed" and (loaded.folder / POSTERIOR_FILE).is_file():
+        if all(layer.bits[kind] == 32 for layer in describe(loaded.model) for kind in ("A", "E", "B")):
+            return {"posterior": loaded.folder}
         print("note: matrices below 32 bits have no posterior; posterior.safetensors is left out.", file=sys.stderr)
     return {}
 
 
 def _loaded_as(form: str, folder: Path) -> dict[str, Any]:
-    """What `run.json` of the export says otherwise than that of the run."""
+    """Return the fields of the export's `run.json` that differ from the run's."""
     if form in ("integer", "merged"):
         return {"method": "full"}
     config = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))

@@ -11,13 +11,14 @@ from typing import Any, Literal
 from peft import PeftConfig
 from transformers import AutoConfig, PretrainedConfig
 
-from bayeslora.cli.adapt import check_targets, default_targets, in_one_line
 from bayeslora.cli.arguments import METHOD_DEFAULTS, method_field_hints, unknown_option
 from bayeslora.cli.coercion import coerce
-from bayeslora.cli.models import hush, loading, resolve_model
+from bayeslora.cli.progress import disable_progress_bars
 from bayeslora.cli.registry import method_config_class
 from bayeslora.cost import TASK_TYPES, Plan, build_for_task, from_config, plan
 from bayeslora.errors import BayesLoraError, close_matches, option
+from bayeslora.runs.adapt import check_targets, default_targets, option_errors
+from bayeslora.runs.base import load_errors, resolve_model
 
 _UNITS = ((10**12, "TB"), (10**9, "GB"), (10**6, "MB"), (10**3, "kB"), (1, "bytes"))
 
@@ -39,7 +40,7 @@ class PlanOptions:
 
 def run(given: dict[str, Any]) -> int:
     """The command; `given` are the options on the command line."""
-    hush()
+    disable_progress_bars()
     options, method_options, config_class = _resolve(given)
     config = read_configuration(options.model)
     if options.num_labels is not None:
@@ -77,7 +78,7 @@ def read_configuration(name: str | None) -> PretrainedConfig:
     resolved = Path(resolve_model(name))
     if resolved.is_dir():
         return from_config(resolved)
-    with loading(f"the configuration of {name}"):
+    with load_errors(f"the configuration of {name}"):
         if resolved.is_file():
             return AutoConfig.from_pretrained(resolved.parent, gguf_file=resolved.name)
         return AutoConfig.from_pretrained(name)
@@ -125,7 +126,7 @@ def _method_config(
     if targets is not None:
         check_targets(model, targets)
         options = {**options, "target_modules": targets}
-    with in_one_line(config_class.__name__):
+    with option_errors(config_class.__name__):
         return config_class(**options)
 
 

@@ -1,31 +1,34 @@
-"""What a user sees and can do while a model trains: one progress bar, and Ctrl-C that leaves a checkpoint."""
+"""One progress bar while a model trains, and the report at its end."""
 
 from __future__ import annotations
 
-import json
-import signal
 import sys
-import time
 from pathlib import Path
-from types import FrameType
 from typing import Any
 
+import datasets
 from tqdm.auto import tqdm
-from transformers import TrainerCallback
+from transformers.utils import logging
 
-_CLOCK_FILE = "seconds.json"
+from bayeslora.runs.train import Reporter
 
 
-class ProgressBar(TrainerCallback):
-    """One bar on a terminal; ten lines in a log file."""
+def disable_progress_bars() -> None:
+    """Turn the loaders' progress bars off: the only one a user sees is that of training."""
+    logging.disable_progress_bar()
+    datasets.disable_progress_bars()
 
-    def __init__(self, label: str) -> None:
-        self._label = label
+
+class ProgressBar(Reporter):
+    """One bar on a terminal, ten lines in a log file, nothing if `quiet`; then the report and the model card."""
+
+    def __init__(self, label: str, quiet: bool = False) -> None:
+        self._label, self._quiet = label, quiet
         self._bar: Any = None
         self._latest: dict[str, float] = {}
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        if sys.stderr.isatty():
+        if sys.stderr.isatty() and not self._quiet:
             self._bar = tqdm(total=state.max_steps, initial=state.global_step, desc=self._label, unit="step")
 
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, float] | None = None, **kwargs: Any) -> None:
@@ -37,7 +40,7 @@ class ProgressBar(TrainerCallback):
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if self._bar is not None:
             self._bar.update(1)
-        elif state.global_step % max(1, state.max_steps // 10) == 0:
+        elif not self._quiet and state.global_step % max(1, state.max_steps // 10) == 0:
             values = "  ".join(f"{name} {value:.3g}" for name, value in self._latest.items())
             print(f"{self._label}: step {state.global_step}/{state.max_steps}  {values}".rstrip(), file=sys.stderr)
 
@@ -45,71 +48,15 @@ class ProgressBar(TrainerCallback):
         if self._bar is not None:
             self._bar.close()
 
+    def on_scoring(self, rows: int, samples: int) -> None:
+        """Print one line: scoring can take as long as the training when weights are drawn."""
+        if not self._quiet:
+            drawn = f" under {samples} draws of the weights each" if samples else ""
+            print(f"{self._label}: scoring {rows:,} rows{drawn}", file=sys.stderr)
 
-def announce_scoring(label: str, rows: int, samples: int) -> None:
-    """One line before a run is scored, which can take as long as its training where weights are drawn."""
-    drawn = f" under {samples} draws of the weights each" if samples else ""
-    print(f"{label}: scoring {rows:,} rows{drawn}", file=sys.stderr)
+    def on_finished(self, folder: Path) -> None:
+        """Write the report and the model card."""
+        from bayeslora.report import write_model_card, write_report
 
-
-class Interruption(TrainerCallback):
-    """SIGINT and SIGTERM as a request to stop after the current step, with a checkpoint. A second one stops at once.
-
-    Outside of training steps (`training` is False) a signal raises KeyboardInterrupt, as Python's own SIGINT does.
-    """
-
-    def __init__(self) -> None:
-        self.requested = False
-        self._training = False
-        self._previous: dict[int, Any] = {}
-
-    def __enter__(self) -> Interruption:
-        for number in (signal.SIGINT, signal.SIGTERM):
-            self._previous[number] = signal.signal(number, self._handle)
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        for number, handler in self._previous.items():
-            signal.signal(number, handler)
-
-    def _handle(self, number: int, frame: FrameType | None) -> None:
-        if self.requested or not self._training:
-            raise KeyboardInterrupt
-        self.requested = True
-
-    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self._training = True
-
-    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        if self.requested:
-            control.should_save = True
-            control.should_training_stop = True
-
-    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self._training = False
-
-
-class Clock(TrainerCallback):
-    """Seconds spent training, over all the sessions of an interrupted run."""
-
-    def __init__(self, folder: Path) -> None:
-        self._file = folder / _CLOCK_FILE
-        self._before = 0.0
-        self._start = time.perf_counter()
-
-    @property
-    def seconds(self) -> float:
-        """Training time so far, earlier sessions included."""
-        return self._before + time.perf_counter() - self._start
-
-    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        if state.global_step and self._file.is_file():
-            self._before = float(json.loads(self._file.read_text(encoding="utf-8")))
-        self._start = time.perf_counter()
-
-    def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self._file.write_text(json.dumps(self.seconds), encoding="utf-8")
-
-    def discard(self) -> None:
-        """Remove the file that carries the time from one session to the next."""
-        self._file.unlink(missing_ok=True)
+        write_report(folder)
+        write_model_card(folder)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -37,11 +37,14 @@ class Table:
         return f"{self.path}, {self.places[row]}"
 
 
-def read_table(path: str | Path, wanted: Sequence[str], optional: Sequence[str] = ()) -> Table:
+def read_table(
+    path: str | Path | Sequence[Mapping[str, Any]], wanted: Sequence[str], optional: Sequence[str] = ()
+) -> Table:
     """The named columns of a file, by its extension.
 
     Args:
-        path: a `.jsonl`, `.json` (a list of objects, or JSON Lines), `.csv` (with a header) or `.parquet` file.
+        path: a `.jsonl`, `.json` (a list of objects, or JSON Lines), `.csv` (with a header) or `.parquet` file; or
+            rows in memory, which are checked in the same way.
         wanted: columns that every row must have.
         optional: columns to keep if the file has them.
 
@@ -49,6 +52,9 @@ def read_table(path: str | Path, wanted: Sequence[str], optional: Sequence[str] 
         BayesLoraError: no such file, another extension, content that is not of that format (with the line), a missing
             column (with the columns there are), or no rows.
     """
+    if not isinstance(path, (str, Path)):
+        rows = ((f"row {number}", row) for number, row in enumerate(path, start=1))
+        return _records(Path("the input"), rows, wanted, optional)
     path = Path(path)
     extension = path.suffix.lower()
     if extension not in EXTENSIONS:

@@ -187,8 +187,12 @@ def load_files(
     return _build(Path(train_file).stem, tables, columns, label_column, kind=kind, names=labels)
 
 
-def load_texts(file: str | Path, text_columns: str | Sequence[str]) -> Dataset:
-    """The texts of a data file without labels, to predict on; its other columns are left out.
+Source = str | Path | Sequence[Mapping[str, Any]]
+"""A data file, or rows in memory."""
+
+
+def load_texts(file: Source, text_columns: str | Sequence[str]) -> Dataset:
+    """Read the texts of a data file (or of rows) without labels, to predict on; other columns are left out.
 
     Raises:
         BayesLoraError: a file that cannot be used, with its name and line.
@@ -294,11 +298,11 @@ def _check_columns(columns: tuple[str, ...], label_column: str | None = None) ->
         raise BayesLoraError(f"a text column is called {LABEL!r}, which is kept for the label: rename it in the files")
 
 
-def load_choices(file: str | Path, *, task_name: str | None = None, answers: bool = False) -> Dataset:
+def load_choices(file: Source, *, task_name: str | None = None, answers: bool = False) -> Dataset:
     """Multiple-choice rows of a data file: columns `question`, `choices`, and `subject` where the file has it.
 
     Args:
-        file: `.jsonl`, `.json` or `.parquet`.
+        file: `.jsonl`, `.json` or `.parquet`; or rows.
         task_name: the task whose form the rows have; for `winogrande`, questions are cut at their gap `_`.
         answers: read the column `answer`, too, as `label`; without it the rows are to predict on.
 

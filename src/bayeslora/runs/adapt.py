@@ -11,8 +11,8 @@ from peft import PeftConfig, get_peft_model
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
-from bayeslora.cli.models import BaseModel
 from bayeslora.errors import BayesLoraError, close_matches
+from bayeslora.runs.base import BaseModel
 
 # Query, key and value projections by their names in the model families; the first set a model has is the default.
 _ATTENTION_NAMES = (
@@ -28,7 +28,7 @@ _ATTENTION_NAMES = (
 
 
 def adapt(base: BaseModel, config_class: type[PeftConfig] | None, options: dict[str, Any]) -> nn.Module:
-    """The model to train: `base` with adapters, or `base` itself for full fine-tuning (`config_class` None).
+    """Return the model to train: `base` with adapters, or `base` itself for full fine-tuning (`config_class` None).
 
     Target modules default to the query, key and value projections. The head and every other module whose weights the
     checkpoint did not hold are trained and saved with the adapter: random weights left out of it could not come back.
@@ -43,31 +43,31 @@ def adapt(base: BaseModel, config_class: type[PeftConfig] | None, options: dict[
         check_targets(base.model, targets)
         options["target_modules"] = targets
     options["modules_to_save"] = sorted({*(options.get("modules_to_save") or ()), *base.fresh}) or None
-    with in_one_line(config_class.__name__):
+    with option_errors(config_class.__name__):
         return get_peft_model(base.model, config_class(task_type=base.task_type, **options))
 
 
 def check_options(config_class: type[PeftConfig] | None, options: dict[str, Any]) -> None:
     """Refuse, before any model is loaded, options of which the method makes no configuration."""
     if config_class is not None:
-        with in_one_line(config_class.__name__):
+        with option_errors(config_class.__name__):
             config_class(**options)
 
 
 @contextmanager
-def in_one_line(what: str) -> Iterator[None]:
-    """What PEFT or the Trainer raises for options of which they make no `what`, as one sentence of ours."""
+def option_errors(what: str) -> Iterator[None]:
+    """Turn what PEFT or the Trainer raises for options that they cannot use into one sentence that names `what`."""
     try:
         yield
     except BayesLoraError:
         raise
     except (ValueError, TypeError, ImportError, NotImplementedError) as error:
         reason = " ".join(str(error).split())
-        raise BayesLoraError(f"these options make no {what} ({reason}); change them.") from error
+        raise BayesLoraError(f"these options make no {what} ({reason}): change them") from error
 
 
 def default_targets(model: nn.Module) -> list[str] | None:
-    """Query, key and value projections under the names this model gives them; None leaves the choice to PEFT."""
+    """Return the names that this model gives to query, key and value; None leaves the choice to PEFT."""
     present = {name.rpartition(".")[2] for name, _ in model.named_modules()}
     for names in _ATTENTION_NAMES:
         if present.issuperset(names):
@@ -76,7 +76,7 @@ def default_targets(model: nn.Module) -> list[str] | None:
 
 
 def check_targets(model: nn.Module, targets: list[str] | str) -> None:
-    """PEFT accepts a list of which one entry matches; a misspelt second one would silently get no adapter."""
+    """Raise for a target that matches nothing: PEFT is content where one entry of a list matches."""
     if targets == "all-linear":
         return
     paths = [name for name, _ in model.named_modules() if name]
@@ -84,15 +84,17 @@ def check_targets(model: nn.Module, targets: list[str] | str) -> None:
         try:
             unmatched = [] if any(re.fullmatch(targets, path) for path in paths) else [targets]
         except re.error as error:
-            raise BayesLoraError(f"--target-modules {targets!r} is no regular expression ({error}).") from error
+            raise BayesLoraError(
+                f"--target-modules {targets!r} is not a regular expression ({error}): correct it"
+            ) from error
     else:
         unmatched = [t for t in targets if not any(path == t or path.endswith("." + t) for path in paths)]
         if not targets:
-            raise BayesLoraError("--target-modules is empty; name at least one module.")
+            raise BayesLoraError("--target-modules is empty: name at least one module")
     if unmatched:
         layers = (name for name, module in model.named_modules() if isinstance(module, (nn.Linear, Conv1D)))
         linear = {name.rpartition(".")[2] for name in layers}
         raise BayesLoraError(
-            f"target module {unmatched[0]!r} matches nothing in this model{close_matches(unmatched[0], linear)}; "
-            f"its linear layers are {', '.join(sorted(linear))}."
+            f"target module {unmatched[0]!r} matches nothing in this model{close_matches(unmatched[0], linear)}: "
+            f"its linear layers are {', '.join(sorted(linear))}"
         )

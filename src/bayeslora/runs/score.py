@@ -1,27 +1,26 @@
-"""What a trained model is measured by: scores, parameters, bit operations, widths; and the check of its saved copy."""
+"""Measure a trained model: scores, parameters, bit operations, widths; and check its saved copy."""
 
 from __future__ import annotations
 
-import json
-import math
 import platform
 import resource
 import sys
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 
 from bayeslora.cost import count_parameters, relative_bops
 from bayeslora.data import Task
-from bayeslora.evaluation import Evaluation, evaluate, predict_dataset
+from bayeslora.evaluation import Evaluation, evaluate, predict_dataset, uncertainties_of
+from bayeslora.evaluation.uncertainty import detection
 from bayeslora.methods import describe
-from bayeslora.prediction import Predictable
+from bayeslora.prediction import Predictable, Prediction
+from bayeslora.runs.rows import EVALUATION, TEST, OutsideRows
 
-EVALUATION, TEST = "validation", "test"
 _PROBE_ROWS = 16
 _RELOAD_TOLERANCE = {"float32": 1e-5, "bfloat16": 5e-2, "float16": 1e-2}
 
@@ -35,9 +34,9 @@ def measure(
     samples: int = 0,
     predictor: Predictable | None = None,
 ) -> dict[str, Any]:
-    """The measured part of `metrics.json`; `scores` belong to the evaluation split.
+    """Return the measured part of `metrics.json`; `scores` belong to the evaluation split.
 
-    They are those of `predictor`, where there is one around the model.
+    They are those of `predictor`, if one is given around the model.
     """
     scored_model = predictor or model
     evaluation = evaluate(scored_model, data[EVALUATION], task, tokenizer, batch_size, samples)
@@ -48,12 +47,12 @@ def measure(
 
 
 def rows_to_score(data: dict[str, Any]) -> int:
-    """How many rows `measure` runs the model over."""
+    """Return the number of rows that `measure` runs the model over."""
     return sum(len(data[name]) for name in (EVALUATION, TEST) if name in data)
 
 
 def scored(evaluation: Evaluation) -> dict[str, Any]:
-    """What `metrics.json` says of a model's predictions on a split."""
+    """Return the part of `metrics.json` about a model's predictions on a split."""
     return {
         "scores": evaluation.scores,
         "samples": evaluation.samples,
@@ -63,8 +62,30 @@ def scored(evaluation: Evaluation) -> dict[str, Any]:
     }
 
 
+def detected(outside: OutsideRows, evaluation: Evaluation, prediction: Prediction) -> dict[str, Any]:
+    """Return the `ood` block of metrics.json: AUROC, AUPR and FPR95 by measure of uncertainty and by source."""
+    inside, found = evaluation.uncertainties, uncertainties_of(prediction)
+    block: dict[str, Any] = {
+        "name": outside.name,
+        "rows": len(outside.rows),
+        "rows_in": len(evaluation.labels),
+        "scores": detection(inside, found),
+    }
+    sources = np.asarray(outside.sources)
+    kinds = list(dict.fromkeys(outside.sources))
+    if len(kinds) > 1:
+        block["by_source"] = {
+            kind: {
+                "rows": int((sources == kind).sum()),
+                "scores": detection(inside, {name: values[sources == kind] for name, values in found.items()}),
+            }
+            for kind in kinds
+        }
+    return block
+
+
 def described(model: nn.Module) -> dict[str, Any]:
-    """What `metrics.json` says of the model itself, and of what ran it."""
+    """Return the part of `metrics.json` about the model itself and the software that ran it."""
     layers = describe(model)
     return {
         "parameters": count_parameters(model),
@@ -76,7 +97,7 @@ def described(model: nn.Module) -> dict[str, Any]:
 
 
 def versions() -> dict[str, str]:
-    """Versions of what the result depends on."""
+    """Return the versions of everything that the result depends on."""
     from importlib.metadata import PackageNotFoundError, version
 
     found = {"python": platform.python_version()}
@@ -89,7 +110,7 @@ def versions() -> dict[str, str]:
 
 
 def peak_memory() -> int:
-    """The most memory held so far: on the GPU where there is one, of the process otherwise."""
+    """Return the peak of memory so far in bytes: of the GPU if one is available, otherwise of the process."""
     if torch.cuda.is_available():
         return int(torch.cuda.max_memory_allocated())
     # Linux counts in kibibytes, macOS in bytes.
@@ -112,22 +133,5 @@ def verify_reload(
     if not difference <= _RELOAD_TOLERANCE[dtype]:
         raise RuntimeError(
             f"the saved run does not give the trained model's outputs back (relative difference {difference:.2e}, "
-            f"at most {_RELOAD_TOLERANCE[dtype]:.0e} is allowed); please report it together with config.yaml."
+            f"at most {_RELOAD_TOLERANCE[dtype]:.0e} is allowed): please report it together with config.yaml"
         )
-
-
-def save_json(path: Path, content: Any) -> None:
-    """Write JSON that every parser reads: a number that is not finite becomes null."""
-    text = json.dumps(finite(content), indent=2, ensure_ascii=False, allow_nan=False)
-    path.write_text(text + "\n", encoding="utf-8")
-
-
-def finite(content: Any) -> Any:
-    """`content` with None for every number that is not finite, which JSON cannot hold."""
-    if isinstance(content, float):
-        return content if math.isfinite(content) else None
-    if isinstance(content, dict):
-        return {key: finite(value) for key, value in content.items()}
-    if isinstance(content, (list, tuple)):
-        return [finite(value) for value in content]
-    return content

@@ -1,0 +1,244 @@
+"""Base models with the head that a task needs, and their tokenizers."""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.metadata
+import io
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext, redirect_stderr
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import TaskType
+from safetensors import SafetensorError
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForMultipleChoice,
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_FOR_MASKED_LM_MAPPING
+
+from bayeslora.data.packaged import as_dense, gguf_options
+from bayeslora.errors import BayesLoraError
+from bayeslora.evaluation.multiple_choice import DEFAULT_PROMPT_LENGTH
+from bayeslora.runs.info import Head
+
+TOKENIZER_FILES = (
+    "tokenizer_config.json",
+    "tokenizer.json",
+    "vocab.txt",
+    "vocab.json",
+    "tokenizer.model",
+    "spiece.model",
+)
+_TENSOR_PROBE = 64
+_DEFAULT_LENGTH = 128
+_GGUF = ".gguf"
+_OFFSET_POSITIONS = {"roberta", "xlm-roberta", "xlm-roberta-xl", "camembert", "longformer", "mpnet"}
+
+AUTO_CLASSES = {
+    "sequence": AutoModelForSequenceClassification,
+    "choices": AutoModelForMultipleChoice,
+    "letters": AutoModelForCausalLM,
+}
+# PEFT has no type for multiple choice; without one it wraps the model as it is.
+_TASK_TYPES = {"sequence": TaskType.SEQ_CLS, "choices": None, "letters": TaskType.CAUSAL_LM}
+
+
+@dataclass
+class BaseModel:
+    """A base model ready to be adapted. `fresh` names modules whose weights the checkpoint did not hold."""
+
+    model: PreTrainedModel
+    fresh: list[str]
+    fingerprint: str
+    task_type: TaskType | None
+
+
+def resolve_model(name: str, *, tokenizer_only: bool = False) -> str:
+    """Return the place of `name`: a model folder or GGUF file, also in an installed package, or else a hub id."""
+    path = Path(name).expanduser()
+    if path.suffix == _GGUF and path.is_file():
+        return str(path.resolve())
+    if path.is_dir():
+        if not tokenizer_only and not (path / "config.json").is_file():
+            raise BayesLoraError(
+                f"{name} lacks config.json, but a model folder must have it: name a folder that Transformers saved"
+            )
+        return str(path.resolve())
+    if path.is_absolute() or name.startswith((".", "~")) or name.count("/") > 1 or path.exists():
+        raise BayesLoraError(f"{name} is not a model: name an existing folder, a model package or a hub id")
+    if "/" not in name:
+        try:
+            files = importlib.metadata.files(name) or []
+        except importlib.metadata.PackageNotFoundError:
+            return name
+        for file in files:
+            folder = Path(str(file.locate())).parent
+            if file.name == "config.json" and any(folder.glob("*.safetensors")):
+                return str(folder)
+            if file.suffix == _GGUF:
+                return str(file.locate())
+    return name
+
+
+def head_for(kind: str, resolved: str, name: str) -> Head:
+    """Return the head with which a model, resolved from `name`, answers a task of this kind."""
+    if kind != "multiple_choice":
+        return "sequence"
+    if resolved.endswith(_GGUF):  # always a language model, and slow to read
+        return "letters"
+    with load_errors(f"the configuration of {name}"):
+        config = type(AutoConfig.from_pretrained(resolved))
+    causal = config in MODEL_FOR_CAUSAL_LM_MAPPING and config not in MODEL_FOR_MASKED_LM_MAPPING
+    return "letters" if causal else "choices"
+
+
+def source(resolved: str) -> dict[str, Any]:
+    """Return the arguments of `from_pretrained` for what `resolve_model` returned."""
+    if not resolved.endswith(_GGUF):
+        return {"pretrained_model_name_or_path": resolved}
+    return {"pretrained_model_name_or_path": str(Path(resolved).parent), "gguf_file": Path(resolved).name}
+
+
+def _weights(resolved: str) -> dict[str, Any]:
+    return {**source(resolved), **(gguf_options() if resolved.endswith(_GGUF) else {})}
+
+
+@contextmanager
+def load_errors(what: str) -> Iterator[None]:
+    """Turn whatever a loader raises for unusable files into one sentence that names `what`."""
+    try:
+        yield
+    except BayesLoraError:
+        raise
+    except (OSError, ValueError, KeyError, RuntimeError, ImportError, TypeError, SafetensorError) as error:
+        reason = " ".join(str(error).split())
+        reason = reason if len(reason) <= 160 else reason[:157] + "..."
+        raise BayesLoraError(
+            f"cannot load {what} ({type(error).__name__}: {reason}): check that it is complete and of the right kind"
+        ) from error
+
+
+def load_tokenizer(folder: str, name: str) -> PreTrainedTokenizerBase:
+    """Load the tokenizer of a folder, GGUF file or hub id; it pads with its end token if it has no padding token."""
+    with load_errors(f"the tokenizer of {name}"):
+        tokenizer = AutoTokenizer.from_pretrained(**source(folder))
+    if tokenizer.pad_token is None:
+        if tokenizer.eos_token is None:
+            raise BayesLoraError(
+                f"the tokenizer of {name} has neither a padding nor an end token: add one and save it"
+            )
+        tokenizer.pad_token = tokenizer.eos_token
+    return tokenizer
+
+
+def has_tokenizer(folder: Path) -> bool:
+    """Return whether a folder has a tokenizer's files; without them Transformers may make an empty tokenizer."""
+    return any((folder / name).is_file() for name in TOKENIZER_FILES)
+
+
+def tokenizer_digest(tokenizer: PreTrainedTokenizerBase) -> str:
+    """Return a digest of the vocabulary: two tokenizers that number their tokens otherwise differ in it."""
+    digest = hashlib.sha256()
+    for token, number in sorted(tokenizer.get_vocab().items()):
+        digest.update(f"{token}\0{number}\n".encode("utf-8", "surrogatepass"))
+    return digest.hexdigest()[:16]
+
+
+def ready(model: torch.nn.Module, device: str | torch.device | None = None) -> torch.nn.Module:
+    """Return the model in evaluation mode on `device`, by default on the GPU if one is available."""
+    return model.to(device or ("cuda" if torch.cuda.is_available() else "cpu")).eval()
+
+
+def load_base(
+    name: str,
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    labels: list[str],
+    regression: bool,
+    dtype: str,
+    head: Head = "sequence",
+) -> BaseModel:
+    """Load the base model with the head that the task needs; `labels` and `regression` are for a sequence classifier.
+
+    Weights the checkpoint does not hold are initialised from the global random state; their modules are named in
+    `fresh`, so that a caller can train and save them.
+    """
+    resolved = resolve_model(name)
+    # The reader of GGUF files has a progress bar that nothing turns off.
+    quiet = redirect_stderr(io.StringIO()) if resolved.endswith(_GGUF) else nullcontext()
+    with load_errors(f"model {name}"), quiet:
+        model, info = AUTO_CLASSES[head].from_pretrained(
+            **_weights(resolved),
+            dtype=getattr(torch, dtype),
+            ignore_mismatched_sizes=True,
+            output_loading_info=True,
+            **(_classes(labels, regression) if head == "sequence" else {}),
+        )
+    if resolved.endswith(_GGUF):
+        as_dense(model)
+    if model.config.pad_token_id is None:
+        model.config.pad_token_id = tokenizer.pad_token_id
+    mismatched = {key if isinstance(key, str) else key[0] for key in info["mismatched_keys"]}
+    missing = {*info["missing_keys"], *mismatched}
+    prefix = model.base_model_prefix + "."
+    fresh = sorted({key.removeprefix(prefix).split(".")[0] for key in missing})
+    if len(missing) > len(list(model.parameters())) / 2:
+        raise BayesLoraError(
+            f"the weights in {name} do not fit its config.json ({len(missing)} tensors are missing): "
+            "name a complete model"
+        )
+    if len(tokenizer) > model.get_input_embeddings().num_embeddings:
+        raise BayesLoraError(
+            f"the tokenizer of {name} has {len(tokenizer)} tokens and the model "
+            f"{model.get_input_embeddings().num_embeddings}: name a model with its own tokenizer"
+        )
+    return BaseModel(model, fresh, _fingerprint(model, fresh), _TASK_TYPES[head])
+
+
+def _classes(labels: list[str], regression: bool) -> dict[str, Any]:
+    if regression:
+        return {"num_labels": 1, "problem_type": "regression"}
+    ids = {name: index for index, name in enumerate(labels)}
+    names = {"id2label": dict(enumerate(labels)), "label2id": ids}
+    return {"num_labels": len(labels), "problem_type": "single_label_classification", **names}
+
+
+def longest_input(
+    model: torch.nn.Module, tokenizer: PreTrainedTokenizerBase, wanted: int | None, head: Head = "sequence"
+) -> int:
+    """Return the number of tokens of the longest input.
+
+    It is `wanted`, or else 128 (2,048 for prompts, which are not cut), or less if model or tokenizer take less.
+    """
+    config: Any = model.config
+    default = DEFAULT_PROMPT_LENGTH if head == "letters" else _DEFAULT_LENGTH
+    positions = getattr(config, "max_position_embeddings", None)
+    # RoBERTa's positions start after its padding id.
+    offset = config.pad_token_id + 1 if config.model_type in _OFFSET_POSITIONS else 0
+    limit = min(int(min(tokenizer.model_max_length, 10**9)), positions - offset if positions else 10**9)
+    if wanted is not None and wanted > limit:
+        raise BayesLoraError(f"--max-length is {wanted}, but the model takes {limit} tokens: give at most {limit}")
+    return wanted or min(default, limit)
+
+
+def _fingerprint(model: PreTrainedModel, fresh: list[str]) -> str:
+    """Return a digest of the pretrained weights: names, shapes and a probe of the values."""
+    digest = hashlib.sha256()
+    prefix = model.base_model_prefix + "."
+    for name, parameter in sorted(model.named_parameters()):
+        if name.removeprefix(prefix).split(".")[0] in fresh or not name.startswith(prefix):
+            continue
+        values = parameter.detach().flatten()
+        probe = values[:: max(1, values.numel() // _TENSOR_PROBE)][:_TENSOR_PROBE].float().cpu()
+        digest.update(f"{name}{tuple(parameter.shape)}".encode())
+        digest.update(probe.numpy().tobytes())
+    return digest.hexdigest()[:16]

@@ -1,0 +1,77 @@
+"""Ctrl-C that leaves a checkpoint, and the time that an interrupted run took in all."""
+
+from __future__ import annotations
+
+import json
+import signal
+import time
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+from transformers import TrainerCallback
+
+_CLOCK_FILE = "seconds.json"
+
+
+class Interruption(TrainerCallback):
+    """SIGINT and SIGTERM as a request to stop after the current step, with a checkpoint. A second one stops at once.
+
+    Outside of training steps (`training` is False) a signal raises KeyboardInterrupt, as Python's own SIGINT does.
+    """
+
+    def __init__(self) -> None:
+        self.requested = False
+        self._training = False
+        self._previous: dict[int, Any] = {}
+
+    def __enter__(self) -> Interruption:
+        for number in (signal.SIGINT, signal.SIGTERM):
+            self._previous[number] = signal.signal(number, self._handle)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for number, handler in self._previous.items():
+            signal.signal(number, handler)
+
+    def _handle(self, number: int, frame: FrameType | None) -> None:
+        if self.requested or not self._training:
+            raise KeyboardInterrupt
+        self.requested = True
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self._training = True
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if self.requested:
+            control.should_save = True
+            control.should_training_stop = True
+
+    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self._training = False
+
+
+class Clock(TrainerCallback):
+    """Seconds spent training, over all the sessions of an interrupted run."""
+
+    def __init__(self, folder: Path) -> None:
+        self._file = folder / _CLOCK_FILE
+        self._before = 0.0
+        self._start = time.perf_counter()
+
+    @property
+    def seconds(self) -> float:
+        """Training time so far, earlier sessions included."""
+        return self._before + time.perf_counter() - self._start
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if state.global_step and self._file.is_file():
+            self._before = float(json.loads(self._file.read_text(encoding="utf-8")))
+        self._start = time.perf_counter()
+
+    def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self._file.write_text(json.dumps(self.seconds), encoding="utf-8")
+
+    def discard(self) -> None:
+        """Remove the file that carries the time from one session to the next."""
+        self._file.unlink(missing_ok=True)

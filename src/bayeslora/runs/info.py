@@ -1,0 +1,97 @@
+"""`run.json`, which makes a folder a run: task, labels, columns, lengths, digests of base model and tokenizer."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+from bayeslora.errors import BayesLoraError
+
+RUN_FILE = "run.json"
+
+Head = Literal["sequence", "choices", "letters"]
+"""The part of a model that gives class logits: a classifier (or regressor) over a text or a pair, a scorer of pairs of
+question and choice, or the language model's own head at the letters of the choices."""
+RunKind = Literal["classification", "regression", "multiple_choice", "generation"]
+
+
+@dataclass
+class RunInfo:
+    """Everything a run must remember to be loaded again; fields with a default may be absent from older folders.
+
+    Attributes:
+        method: one of `bayeslora train --method`; `full` for every whole model.
+        model: folder or hub id of the base model.
+        task: name of the task.
+        kind: of the task.
+        metric: the task's headline score.
+        text_columns: one name, or two for pairs; empty where nobody knows them (an adapter without `run.json`).
+        label_column: the label's column in the user's files.
+        labels: class names by id; empty for regression.
+        max_length: tokens of the longest input.
+        dtype: of the base model.
+        base_fingerprint: digest of the base model's weights; empty where there is none to compare with.
+        base_name: `base_model_name_or_path` of the adapter's configuration.
+        task_name: where the task is a named one.
+        data_dir: the named task's folder.
+        head: of the model.
+        train_split: of a named task with several.
+        few_shot: examples in each prompt.
+        files: `train_file`, `eval_file` and `test_file`, for a task out of files.
+        tokenizer_digest: `base.tokenizer_digest`; None in folders of older versions, which are not checked.
+    """
+
+    method: str
+    model: str
+    task: str
+    kind: RunKind
+    metric: str
+    text_columns: list[str]
+    label_column: str
+    labels: list[str]
+    max_length: int
+    dtype: str
+    base_fingerprint: str
+    base_name: str
+    task_name: str | None = None
+    data_dir: str | None = None
+    head: Head = "sequence"
+    train_split: str | None = None
+    few_shot: int = 0
+    files: dict[str, str] = field(default_factory=dict)
+    tokenizer_digest: str | None = None
+
+    def save(self, folder: Path) -> None:
+        """Write `run.json`."""
+        text = json.dumps(dataclasses.asdict(self), indent=2, ensure_ascii=False)
+        (folder / RUN_FILE).write_text(text + "\n", encoding="utf-8")
+
+    @classmethod
+    def load(cls, folder: Path) -> RunInfo:
+        """Read `run.json`.
+
+        Raises:
+            BayesLoraError: the folder is not a finished run, its file is damaged, or a newer version wrote it.
+        """
+        path = folder / RUN_FILE
+        wanted = "but must be a folder that `bayeslora train` wrote: check the path"
+        if not folder.is_dir():
+            raise BayesLoraError(f"{folder} is not a folder, {wanted}")
+        if not path.is_file():
+            raise BayesLoraError(f"{folder} lacks {RUN_FILE}, {wanted}")
+        try:
+            content: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+            known = {each.name for each in dataclasses.fields(cls)}
+            if unknown := sorted(set(content) - known):
+                raise BayesLoraError(
+                    f"{path} has the field {unknown[0]!r}, but this version of bayeslora does not know it: "
+                    "load the run with the version that wrote it"
+                )
+            return cls(**content)
+        except BayesLoraError:
+            raise
+        except (OSError, ValueError, TypeError) as error:
+            raise BayesLoraError(f"{path} is damaged ({error}): train again or restore it from a copy") from error

@@ -1,0 +1,131 @@
+"""Folders without `run.json`: what can be found out of an adapter, or of a whole model, from its files alone."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import PeftConfig
+from safetensors import SafetensorError, safe_open
+from transformers import AutoConfig, AutoModelForSequenceClassification, PretrainedConfig
+
+from bayeslora.errors import BayesLoraError
+from bayeslora.runs.base import load_errors, resolve_model, source
+from bayeslora.runs.info import Head, RunInfo
+
+CONFIG_FILE = "adapter_config.json"
+ADAPTER_FILE = "adapter_model.safetensors"
+_HEADS: dict[str, Head] = {"SEQ_CLS": "sequence", "CAUSAL_LM": "letters"}
+_SUFFIXES: dict[str, Head] = {"ForSequenceClassification": "sequence", "ForCausalLM": "letters"}
+_PROBE = 7919
+"""A number of classes that no other dimension of a model has."""
+
+
+def adapter_config(folder: Path) -> dict[str, Any]:
+    """Read `adapter_config.json` as it is.
+
+    Raises:
+        BayesLoraError: it is missing or damaged.
+    """
+    path = folder / CONFIG_FILE
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+        content.get("base_model_name_or_path")
+    except (OSError, ValueError, AttributeError) as error:
+        raise BayesLoraError(f"{path} is missing or damaged: train again or restore it from a copy") from error
+    return dict(content)
+
+
+def plain_info(folder: Path, model: str | None) -> RunInfo:
+    """Return what is known of a folder that `save_pretrained` wrote, or `bayeslora.export`.
+
+    The base model comes from `adapter_config.json`, the number of classes from the shape of the saved classifier, and
+    names of classes from the model's configuration if it has as many.
+
+    Args:
+        folder: of an adapter or a whole model.
+        model: where the base model is, by default at the place that the adapter names.
+
+    Raises:
+        BayesLoraError: neither an adapter nor a model, or one of another task.
+    """
+    if (folder / CONFIG_FILE).is_file():
+        return _of_adapter(folder, adapter_config(folder), model)
+    if not (folder / "config.json").is_file():
+        raise BayesLoraError(
+            f"{folder} has neither run.json nor {CONFIG_FILE} nor config.json: give the output folder of "
+            "`bayeslora train` or `bayeslora export`, or of save_pretrained"
+        )
+    with load_errors(f"the configuration in {folder}"):
+        config = AutoConfig.from_pretrained(folder)
+    named = (config.architectures or [""])[0]
+    head = next((head for suffix, head in _SUFFIXES.items() if named.endswith(suffix)), None)
+    if head is None:
+        raise _other_task(folder, named or "unknown")
+    return _info("full", str(folder), "", head, config, config.num_labels or 0)
+
+
+def _of_adapter(folder: Path, content: dict[str, Any], model: str | None) -> RunInfo:
+    name = model or content.get("base_model_name_or_path")
+    if not name:
+        raise BayesLoraError(f"{folder / CONFIG_FILE} does not name the base model: give it as load(…, model=…)")
+    named = str((content.get("auto_mapping") or {}).get("base_model_class", ""))
+    kind = content.get("task_type")
+    by_class = next((head for suffix, head in _SUFFIXES.items() if named.endswith(suffix)), None)
+    head = _HEADS.get(str(kind)) or by_class
+    if head is None:
+        raise _other_task(folder, str(kind or named or "not named"))
+    with load_errors(f"the configuration of {name}"):
+        config = AutoConfig.from_pretrained(**source(resolve_model(name)))
+    classes = _saved_classes(folder, config) if head == "sequence" else 0
+    with load_errors(f"the adapter in {folder}"):
+        method = getattr(PeftConfig.from_pretrained(str(folder)), "method", str(content["peft_type"]).lower())
+    return _info(str(method), str(name), str(content.get("base_model_name_or_path") or ""), head, config, classes)
+
+
+def _info(method: str, model: str, base_name: str, head: Head, config: PretrainedConfig, classes: int) -> RunInfo:
+    labels: list[str] = []
+    if head == "sequence" and classes > 1:
+        known: dict[Any, str] = dict(config.id2label or {}) if config.num_labels == classes else {}
+        labels = [str(known.get(index, f"LABEL_{index}")) for index in range(classes)]
+    kind = "generation" if head == "letters" else "classification" if labels else "regression"
+    return RunInfo(
+        method=method,
+        model=model,
+        task="unknown",
+        kind=kind,  # type: ignore[arg-type]
+        metric="pearson" if kind == "regression" else "accuracy",
+        text_columns=[],
+        label_column="label",
+        labels=labels,
+        max_length=0,
+        dtype="float32",
+        base_fingerprint="",
+        base_name=base_name,
+        head=head,
+    )
+
+
+def _saved_classes(folder: Path, config: PretrainedConfig) -> int:
+    """Return the rows of the classifier that the adapter saved; the base model's number of classes without one."""
+    probe = type(config).from_dict({**config.to_dict(), "num_labels": _PROBE})
+    with load_errors(f"the adapter in {folder}"), torch.device("meta"):
+        outline = AutoModelForSequenceClassification.from_config(probe)
+    last = [name for name, tensor in outline.named_parameters() if tensor.ndim == 2 and tensor.shape[0] == _PROBE]
+    try:
+        with safe_open(folder / ADAPTER_FILE, framework="pt") as file:
+            for key in file.keys():
+                if key.removeprefix("base_model.model.") in last:
+                    return int(file.get_slice(key).get_shape()[0])
+    except (SafetensorError, OSError) as error:
+        raise BayesLoraError(f"{folder / ADAPTER_FILE} is missing or damaged: restore it from a copy") from error
+    return config.num_labels or 0
+
+
+def _other_task(folder: Path, kind: str) -> BayesLoraError:
+    return BayesLoraError(
+        f"the model in {folder} is for the task {kind}, but load takes sequence classification (SEQ_CLS) and language "
+        "models (CAUSAL_LM): load it with PEFT and use bayeslora.predict"
+    )

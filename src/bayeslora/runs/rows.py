@@ -1,0 +1,237 @@
+"""Rows as the model of a run reads them: texts and pairs for a classifier, prompts or pairs for multiple choice."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from datasets import Dataset
+from torch import Tensor
+from transformers import PreTrainedTokenizerBase
+
+from bayeslora.data import Task, encode_texts, load_files, load_task, load_texts
+from bayeslora.data.choices import CHOICES, QUESTION
+from bayeslora.data.encode import collated
+from bayeslora.data.few_shot import few_shot_pool
+from bayeslora.data.labels import Kind
+from bayeslora.data.tables import EXTENSIONS
+from bayeslora.data.tasks import load_choices
+from bayeslora.errors import BayesLoraError
+from bayeslora.evaluation.multiple_choice import choice_scoring, encode_pairs, encode_prompts, is_multiple_choice
+from bayeslora.runs.info import Head, RunInfo
+
+EVALUATION, TEST = "validation", "test"
+OUT_OF_DISTRIBUTION = "ood"
+_SOURCE = "source"
+_TEXT_COLUMNS = {1: ["text"], 2: ["text_a", "text_b"]}
+"""Names for the texts of a run that has none: an adapter without `run.json`."""
+
+
+def encode_split(
+    split: Dataset, task: Task, tokenizer: PreTrainedTokenizerBase, head: Head, length: int, few_shot: int = 0
+) -> Dataset:
+    """Tokenize a split of `task` (or other rows of its form) for a model with this head.
+
+    Args:
+        split: rows with the task's text columns.
+        task: says which classes there are, and has the rows that few-shot examples are taken from.
+        tokenizer: of the model.
+        head: of the model.
+        length: tokens of the longest input.
+        few_shot: examples in each prompt.
+
+    Raises:
+        BayesLoraError: few-shot examples for a model that reads no prompt, or rows that do not fit.
+    """
+    if few_shot and head != "letters":
+        raise BayesLoraError(
+            f"--few-shot is {few_shot}, but examples are for the prompts of a language model on multiple choice: "
+            "leave it out"
+        )
+    if head == "sequence":
+        return encode_texts(split, task.text_columns, tokenizer, length)
+    classes = len(task.labels)
+    if head == "choices":
+        return encode_pairs(split, tokenizer, classes=classes, max_length=length)
+    pool = few_shot_pool(task) if few_shot else None
+    return encode_prompts(split, tokenizer, classes=classes, max_length=length, few_shot=few_shot, pool=pool)
+
+
+def encode_for(split: Dataset, task: Task, tokenizer: PreTrainedTokenizerBase, info: RunInfo) -> Dataset:
+    """`encode_split` as the run was trained."""
+    return encode_split(split, task, tokenizer, info.head, info.max_length, info.few_shot)
+
+
+def rows_to_predict(inputs: Any, info: RunInfo, text_columns: list[str] | None = None) -> Task:
+    """Read rows without labels, in the form that the run takes, as the split `validation` of a task.
+
+    Args:
+        inputs: a text, a pair (tuple) or a row (dict); an iterable of them, such as a list or a `Dataset`; or the
+            `Path` of a data file.
+        info: of the run.
+        text_columns: the text's column or columns, by default those that the run was trained on.
+
+    Raises:
+        BayesLoraError: no rows, a missing column, or a value of another type.
+    """
+    if info.kind == "generation":
+        raise BayesLoraError(
+            "the run is a language model without labels, but predict needs a classifier: "
+            "use bayeslora.generate(run.predictor, …)"
+        )
+    if not isinstance(inputs, Path):
+        inputs = _records(inputs, info)
+    if info.kind == "multiple_choice":
+        return _choices(inputs, info)
+    columns = _checked_columns(text_columns, info) or _guessed_columns(inputs)
+    return _task(info, tuple(columns), {EVALUATION: load_texts(inputs, columns)})
+
+
+def labelled_rows(
+    info: RunInfo, file: str | Path, text_columns: list[str] | None = None, label_column: str | None = None
+) -> Task:
+    """Read the rows of a file as the split `validation`, with labels as the ids that the run was trained with."""
+    if info.kind == "multiple_choice":
+        return _choices(Path(file), info, answers=True)
+    columns = _checked_columns(text_columns, info)
+    # The file stands for the training data too: with the class names given, nothing is learned from it.
+    label = label_column or info.label_column
+    kind: Kind = "regression" if info.kind == "regression" else "classification"
+    return load_files(file, file, columns, label, labels=info.labels or None, kind=kind)
+
+
+def training_batches(
+    info: RunInfo, tokenizer: PreTrainedTokenizerBase, count: int, size: int = 32
+) -> list[dict[str, Tensor]]:
+    """Return the first batches of the rows that the run was trained on, as inputs of its model.
+
+    Raises:
+        BayesLoraError: these rows are no longer at their place.
+    """
+    if info.task_name is None:
+        if "train_file" not in info.files:
+            raise BayesLoraError("its run.json names no training data")
+        task, split = labelled_rows(info, info.files["train_file"]), EVALUATION
+    else:
+        task, split = load_task(info.task_name, info.data_dir, train_split=info.train_split), "train"
+    rows = task.splits[split].select(range(min(len(task.splits[split]), count * size)))
+    data = encode_for(rows, task, tokenizer, info)
+    collate = choice_scoring(data, tokenizer).collate if is_multiple_choice(data) else None
+    batches = collated(data, np.arange(len(data)), tokenizer, size, collate)
+    return [{name: batch[name] for name in tokenizer.model_input_names if name in batch} for batch in batches]
+
+
+@dataclass(frozen=True)
+class OutsideRows:
+    """Rows unlike those a run was trained on, in the form of `task`; `sources` names a kind for each of them."""
+
+    name: str
+    rows: Dataset
+    task: Task
+    sources: list[str]
+
+
+def outside_rows(info: RunInfo, task: Task, file: Path | None, text_columns: list[str] | None = None) -> OutsideRows:
+    """Read out-of-distribution rows: those of a file, or without one those that the task has.
+
+    Raises:
+        BayesLoraError: the task has no such rows, or the run has no classes.
+    """
+    if info.kind == "regression":
+        raise BayesLoraError(
+            "the run predicts numbers, but detection needs the uncertainty of classes: leave --ood and --ood-file out"
+        )
+    if file is None:
+        if OUT_OF_DISTRIBUTION not in task.splits:
+            raise BayesLoraError(f"task {task.name} has no out-of-distribution split: give such texts with --ood-file")
+        rows = task.splits[OUT_OF_DISTRIBUTION]
+        sources = list(rows[_SOURCE]) if _SOURCE in rows.column_names else []
+        return OutsideRows(f"{task.name} {OUT_OF_DISTRIBUTION}", rows, task, sources)
+    if info.kind == "multiple_choice":
+        items = _choices(file, info)
+        return OutsideRows(str(file), items.eval_split, items, [])
+    columns = _checked_columns(text_columns, info, "--ood-text-column")
+    return OutsideRows(str(file), load_texts(file, columns), replace(task, text_columns=tuple(columns)), [])
+
+
+def _choices(source: Path | list[Mapping[str, Any]], info: RunInfo, *, answers: bool = False) -> Task:
+    """Read multiple-choice rows as the split `validation` of a task, with the splits that examples come from."""
+    rows = load_choices(source, task_name=info.task_name, answers=answers)
+    most = max(len(choices) for choices in rows["choices"])
+    if most > len(info.labels):
+        where = source if isinstance(source, Path) else "the input"
+        raise BayesLoraError(
+            f"{where} has a row with {most} choices, but the run was trained on at most {len(info.labels)}: "
+            "take the row out"
+        )
+    splits: dict[str, Dataset] = {}
+    if info.few_shot and info.task_name:
+        splits = load_task(info.task_name, info.data_dir, train_split=info.train_split).splits
+    return _task(info, (QUESTION, CHOICES), {**splits, EVALUATION: rows})
+
+
+def _task(info: RunInfo, columns: tuple[str, ...], splits: dict[str, Dataset]) -> Task:
+    assert info.kind != "generation"
+    return Task(info.task, info.kind, columns, "label", info.labels, info.metric, splits)
+
+
+def _checked_columns(given: list[str] | None, info: RunInfo, name: str = "--text-column") -> list[str]:
+    """Return the columns that are given, by default those the run was trained on; as many as those."""
+    if given is None or not info.text_columns:
+        return given or info.text_columns
+    if len(given) != len(info.text_columns):
+        raise BayesLoraError(
+            f"{name} names {len(given)} columns, but the run was trained on {len(info.text_columns)}: name as many"
+        )
+    return given
+
+
+def _guessed_columns(inputs: Path | list[Mapping[str, Any]]) -> list[str]:
+    """Return the columns of texts for a run that does not know them: `text`, or `text_a` and `text_b`."""
+    pairs = not isinstance(inputs, Path) and set(_TEXT_COLUMNS[2]) <= set(inputs[0])
+    return _TEXT_COLUMNS[2 if pairs else 1]
+
+
+def _records(inputs: Any, info: RunInfo) -> list[Mapping[str, Any]]:
+    """Return texts, pairs and rows as rows with named columns."""
+    pairs = len(info.text_columns) != 1 and info.kind != "multiple_choice"
+    if isinstance(inputs, str):
+        if inputs.endswith(EXTENSIONS) and Path(inputs).is_file():
+            raise BayesLoraError(
+                f"{inputs!r} is a text here, but a file of that name exists: give pathlib.Path({inputs!r}) to read it"
+            )
+        inputs = [inputs]
+    elif isinstance(inputs, Mapping) or (pairs and isinstance(inputs, tuple) and _is_pair(inputs)):
+        inputs = [inputs]
+    if not isinstance(inputs, Iterable) or type(inputs).__name__ == "DataFrame":
+        raise BayesLoraError(
+            f"the input is of type {type(inputs).__name__}, but must be a text or a sequence of texts, pairs or rows: "
+            "give a list, a datasets.Dataset or a pathlib.Path"
+        )
+    rows = [_record(number, value, info) for number, value in enumerate(inputs, start=1)]
+    if not rows:
+        raise BayesLoraError("the input has 0 rows, but must have at least 1: give a text")
+    return rows
+
+
+def _record(number: int, value: Any, info: RunInfo) -> Mapping[str, Any]:
+    if isinstance(value, Mapping):
+        return dict(value)
+    parts = [value] if isinstance(value, str) else list(value) if _is_pair(value) else []
+    columns = info.text_columns or _TEXT_COLUMNS.get(len(parts), [])
+    if info.kind == "multiple_choice" or not parts or len(parts) != len(columns):
+        seen = {0: f"of type {type(value).__name__}", 1: "one text", 2: "two texts"}[len(parts)]
+        wanted = {1: "one text (a string)", 2: "two texts (a tuple of two strings)"}.get(
+            len(columns), "a text or a pair"
+        )
+        if info.kind == "multiple_choice":
+            wanted = "a row with question and choices (a dict)"
+        raise BayesLoraError(f"row {number} is {seen}, but must be {wanted}: the run was trained on such rows")
+    return dict(zip(columns, parts, strict=True))
+
+
+def _is_pair(value: Any) -> bool:
+    return isinstance(value, (tuple, list)) and len(value) == 2 and all(isinstance(text, str) for text in value)

@@ -1,0 +1,394 @@
+"""Train as planned: one method, one model, one task, one new folder, in three phases (prepare, fit, finish).
+
+Everything is written to `OUT.partial` and renamed to `OUT` when it is complete. An interrupted run leaves its last
+checkpoint there, and a plan with `resume` continues it exactly.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+import os
+import shutil
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+from torch import nn
+from transformers import (
+    DataCollatorWithPadding,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    PrinterCallback,
+    ProgressCallback,
+    Trainer,
+    TrainerCallback,
+    TrainingArguments,
+    set_seed,
+)
+
+from bayeslora.data import Task, load_files, load_task
+from bayeslora.errors import BayesLoraError, option
+from bayeslora.evaluation import compute_metrics_for
+from bayeslora.evaluation.choice_trainer import ChoiceTrainer
+from bayeslora.evaluation.multiple_choice import choice_scoring
+from bayeslora.export.formats import shrink
+from bayeslora.files import save_json
+from bayeslora.methods import tuner_of
+from bayeslora.optim import IVON
+from bayeslora.posterior import WeightPosterior, load_posterior
+from bayeslora.prediction import check_samples
+from bayeslora.runs.adapt import adapt, check_options, option_errors
+from bayeslora.runs.base import (
+    BaseModel,
+    head_for,
+    load_base,
+    load_tokenizer,
+    longest_input,
+    resolve_model,
+    tokenizer_digest,
+)
+from bayeslora.runs.callbacks import Clock, Interruption
+from bayeslora.runs.info import Head, RunInfo
+from bayeslora.runs.plan import TrainPlan, first_difference, read_config
+from bayeslora.runs.rows import EVALUATION, encode_split
+from bayeslora.runs.run import load
+from bayeslora.runs.score import measure, rows_to_score, verify_reload
+from bayeslora.training import attach
+
+CONFIG_FILE = "config.yaml"
+TRAIN = "train"
+_CHECKPOINTS = "checkpoints"
+
+
+@dataclass
+class Session:
+    """One run as it is set up: model, data, and the folder it is written to."""
+
+    plan: TrainPlan
+    arguments: TrainingArguments
+    task: Task
+    tokenizer: PreTrainedTokenizerBase
+    base: BaseModel
+    model: nn.Module
+    data: dict[str, Any]
+    length: int
+    head: Head
+    partial: Path
+
+
+class Reporter(TrainerCallback):
+    """Follows a run: the Trainer's events, and two more. This one says nothing."""
+
+    def on_scoring(self, rows: int, samples: int) -> None:
+        """Called before the trained model is scored on so many rows, with as many draws of the weights for each."""
+
+    def on_finished(self, folder: Path) -> None:
+        """Called with the complete folder before it gets its name: reports are written here."""
+
+
+class TrainingInterrupted(KeyboardInterrupt):
+    """A signal stopped the run; `resumable` says whether `partial` holds a checkpoint to continue from."""
+
+    def __init__(self, partial: Path, output_dir: Path, resumable: bool) -> None:
+        super().__init__(f"interrupted, {'a checkpoint' if resumable else 'nothing'} was kept in {partial}")
+        self.partial, self.output_dir, self.resumable = partial, output_dir, resumable
+
+
+def train(plan: TrainPlan, reporter: Reporter | None = None) -> dict[str, Any]:
+    """Train as planned into the new folder `plan.output_dir`; returns what its `metrics.json` says.
+
+    SIGINT and SIGTERM stop it after the step it is in.
+
+    Raises:
+        BayesLoraError: options, data or a model that cannot work, or a folder that exists.
+        TrainingInterrupted: after a signal.
+    """
+    reporter = reporter or Reporter()
+    partial = _claim(plan)
+    with Interruption() as interruption, _cleaned_up(plan, partial):
+        session = prepare(plan, partial)
+        clock = Clock(partial)
+        trainer = fit(session, [interruption, clock, reporter])
+        seconds = clock.seconds
+        if interruption.requested and trainer.state.global_step < trainer.state.max_steps:
+            raise KeyboardInterrupt
+        metrics = finish(session, trainer, seconds, reporter)
+        clock.discard()
+        if not plan.options.keep_checkpoints:
+            shutil.rmtree(partial / _CHECKPOINTS, ignore_errors=True)
+        os.rename(partial, plan.output_dir)
+    return metrics
+
+
+def precision_options() -> dict[str, Any]:
+    """Return the training options for bfloat16 if the hardware computes in it, which takes two thirds of the time."""
+    if torch.cuda.is_available():
+        return {"bf16": True} if torch.cuda.is_bf16_supported(including_emulation=False) else {}
+    capabilities: dict[str, Any] = getattr(torch.cpu, "get_capabilities", dict)()  # older torch has none
+    return {"bf16": True} if capabilities.get("amx_bf16") else {}
+
+
+def _claim(plan: TrainPlan) -> Path:
+    """Make the folder to write to and mark it as this run's; refuse to overwrite, mix or lose a run."""
+    out = plan.output_dir
+    partial = out.with_name(out.name + ".partial")
+    if out.exists():
+        raise BayesLoraError(f"the output folder {out} exists: choose a new one or delete it")
+    if not plan.options.resume:
+        partial.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            partial.mkdir()
+        except FileExistsError:
+            raise BayesLoraError(
+                f"{partial} holds an interrupted run: continue it with --resume or delete it"
+            ) from None
+        record = yaml.safe_dump(plan.record(), sort_keys=False, allow_unicode=True)
+        (partial / CONFIG_FILE).write_text(record, encoding="utf-8")
+        return partial
+    if not (partial / CONFIG_FILE).is_file():
+        raise BayesLoraError(f"no interrupted run is in {partial}: leave --resume out to start one")
+    difference = first_difference(read_config(str(partial / CONFIG_FILE)), json.loads(json.dumps(plan.record())))
+    if difference is not None:
+        name, old, new = difference
+        raise BayesLoraError(
+            f"{option(name)} is {new!r}, but the interrupted run in {partial} has {old!r}: "
+            "resume with the same options or start a new run elsewhere"
+        )
+    return partial
+
+
+@contextmanager
+def _cleaned_up(plan: TrainPlan, partial: Path) -> Iterator[None]:
+    """After a failure or an interruption, keep `OUT.partial` only where it can be resumed, and say how.
+
+    A run that is being resumed loses nothing, whatever goes wrong.
+    """
+    try:
+        yield
+    except BaseException as error:
+        kept = _last_checkpoint(partial / _CHECKPOINTS) is not None
+        if not kept and not plan.options.resume:
+            shutil.rmtree(partial, ignore_errors=True)
+        if isinstance(error, KeyboardInterrupt):
+            raise TrainingInterrupted(partial, plan.output_dir, kept) from error
+        raise
+
+
+def _last_checkpoint(folder: Path) -> Path | None:
+    """Return the newest complete checkpoint: the trainer writes `trainer_state.json` last."""
+    complete = []
+    for path in folder.glob("checkpoint-*"):
+        try:
+            state = json.loads((path / "trainer_state.json").read_text(encoding="utf-8"))
+            complete.append((state["global_step"], path))
+        except (OSError, ValueError, KeyError):
+            continue
+    return max(complete)[1] if complete else None
+
+
+def prepare(plan: TrainPlan, partial: Path) -> Session:
+    """Read data, tokenizer and model, and put the adapter in: everything that can fail for want of better input."""
+    options = plan.options
+    # What is read quickly and may be wrong comes first, the model last.
+    check_options(plan.config_class, plan.method_options)
+    arguments = _training_arguments(plan, partial / _CHECKPOINTS)
+    task = _load_data(plan)
+    assert options.model is not None
+    resolved = resolve_model(options.model)
+    tokenizer = load_tokenizer(resolved, options.model)
+    head = head_for(task.kind, resolved, options.model)
+    set_seed(plan.seed)
+    base = load_base(
+        options.model,
+        tokenizer,
+        labels=task.labels,
+        regression=task.kind == "regression",
+        dtype=options.dtype,
+        head=head,
+    )
+    model = adapt(base, plan.config_class, plan.method_options)
+    if plan.ivon is None:
+        check_samples(model, options.samples)
+    length = longest_input(base.model, tokenizer, options.max_length, head)
+    data = {
+        name: encode_split(split, task, tokenizer, head, length, options.few_shot)
+        for name, split in task.splits.items()
+    }
+    return Session(plan, arguments, task, tokenizer, base, model, data, length, head, partial)
+
+
+def _load_data(plan: TrainPlan) -> Task:
+    options = plan.options
+    if options.task:
+        task = load_task(options.task, options.data_dir, train_split=options.train_split)
+        if TRAIN not in task.splits:
+            raise BayesLoraError(f"{task.name} has no training data: train on another task and evaluate on this one")
+        return task
+    assert options.train_file and options.eval_file and options.text_column and options.label_column
+    return load_files(
+        options.train_file,
+        options.eval_file,
+        options.text_column,
+        options.label_column,
+        test_file=options.test_file,
+        labels=options.labels,
+    )
+
+
+def fit(session: Session, callbacks: list[TrainerCallback]) -> Trainer:
+    """Train, from the last checkpoint where the plan resumes; returns the Trainer after its last step."""
+    trainer = _build_trainer(session, callbacks)
+    checkpoint = _last_checkpoint(session.partial / _CHECKPOINTS) if session.plan.options.resume else None
+    with _quick_attention(session.base.model, trainer.args):
+        trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+    return trainer
+
+
+def _training_arguments(plan: TrainPlan, checkpoints: Path) -> TrainingArguments:
+    """Return the Trainer's settings; raises BayesLoraError for those it refuses."""
+    settings = {"dataloader_pin_memory": torch.cuda.is_available(), **plan.training_options, "disable_tqdm": True}
+    if settings.get("bf16") and not _has_accelerator():
+        settings.setdefault("use_cpu", True)  # without which TrainingArguments looks for a GPU
+    with option_errors("training"):
+        return TrainingArguments(output_dir=str(checkpoints), **settings)
+
+
+def _build_trainer(session: Session, callbacks: list[TrainerCallback]) -> Trainer:
+    with option_errors("training"):
+        trainer = _trainer_class(session)(
+            model=session.model,
+            args=session.arguments,
+            train_dataset=session.data[TRAIN],
+            eval_dataset=session.data[EVALUATION],
+            processing_class=session.tokenizer,
+            compute_metrics=compute_metrics_for(session.task),
+            callbacks=callbacks,
+        )
+    for printing in (PrinterCallback, ProgressCallback):
+        trainer.remove_callback(printing)
+    # One term of the loss an example, whatever the model: a language model's N is not its number of tokens here.
+    stated = session.plan.method_options.get("num_examples")
+    ivon = session.plan.ivon
+    optimizer = None if ivon is None else functools.partial(IVON, **ivon.keywords())
+    return attach(trainer, len(session.data[TRAIN]) if stated is None else stated, optimizer)
+
+
+@contextmanager
+def _quick_attention(model: PreTrainedModel, arguments: TrainingArguments) -> Iterator[None]:
+    """Attention in single steps for training in bfloat16 on a CPU: torch's fused one takes four times as long there.
+
+    Afterwards it is the model's own again, whose other roundings can move codes of activations.
+    """
+    if not arguments.bf16 or arguments.device.type != "cpu":
+        yield
+        return
+    own = model.config._attn_implementation
+    model.set_attn_implementation("eager")
+    try:
+        yield
+    finally:
+        model.set_attn_implementation(own)
+
+
+def _has_accelerator() -> bool:
+    return torch.accelerator.is_available() if hasattr(torch, "accelerator") else torch.cuda.is_available()
+
+
+def _trainer_class(session: Session) -> Callable[..., Trainer]:
+    """Return the Trainer for the task's kind, which knows how its rows are collated."""
+    if session.task.kind == "multiple_choice":
+        scoring = choice_scoring(session.data[TRAIN], session.tokenizer)
+        return functools.partial(ChoiceTrainer, class_logits=scoring.logits, data_collator=scoring.collate)
+    return functools.partial(Trainer, data_collator=DataCollatorWithPadding(session.tokenizer))
+
+
+def finish(session: Session, trainer: Trainer, seconds: float, reporter: Reporter) -> dict[str, Any]:
+    """Score, save, check what was saved and have it reported, all in `OUT.partial`; returns the scores and costs."""
+    plan, partial = session.plan, session.partial
+    # Without the autocast that training in 16 bits leaves around the forward pass: who loads the run has none.
+    model = trainer.accelerator.unwrap_model(session.model, keep_fp32_wrapper=False)
+    if not all(bool(torch.isfinite(p).all()) for p in model.parameters() if p.requires_grad):
+        raise BayesLoraError("training diverged, a trained weight is not finite: lower --learning-rate")
+    posterior = _cut_ranks(model, _posterior(trainer) if plan.ivon is not None else None)
+    if posterior is not None:
+        posterior.save(partial)
+    reporter.on_scoring(rows_to_score(session.data), plan.options.samples)
+    metrics = _metrics(session, trainer, model, seconds)
+    arguments: dict[str, Any] = {} if plan.config_class is None else {"save_embedding_layers": False}
+    model.save_pretrained(partial, **arguments)
+    session.tokenizer.save_pretrained(partial)
+    _run_info(session).save(partial)
+    probe = session.data[EVALUATION]
+    verify_reload(model, probe, session.tokenizer, lambda: load(partial).model, plan.options.dtype)
+    save_json(partial / "metrics.json", metrics)
+    save_json(partial / "history.json", trainer.state.log_history)
+    reporter.on_finished(partial)
+    return metrics
+
+
+def _metrics(session: Session, trainer: Trainer, model: nn.Module, seconds: float) -> dict[str, Any]:
+    plan, task = session.plan, session.task
+    predictor = None if plan.ivon is None else load_posterior(model, session.partial)
+    started = time.perf_counter()
+    batch_size = trainer.args.per_device_eval_batch_size
+    measured = measure(model, session.data, task, session.tokenizer, batch_size, plan.options.samples, predictor)
+    return {
+        "method": plan.options.method,
+        "task": task.name,
+        "model": plan.options.model,
+        "seed": plan.seed,
+        "steps": trainer.state.global_step,
+        **measured,
+        "seconds": {"train": seconds, "evaluate": time.perf_counter() - started},
+    }
+
+
+def _posterior(trainer: Trainer) -> WeightPosterior:
+    """Return what IVON has learned; that of the best checkpoint if its weights have been loaded back."""
+    assert trainer.model is not None and trainer.optimizer is not None
+    if trainer.args.load_best_model_at_end and trainer.state.best_model_checkpoint:
+        return load_posterior(trainer.model, trainer.state.best_model_checkpoint)
+    return WeightPosterior.of(trainer.model, trainer.optimizer)
+
+
+def _cut_ranks(model: nn.Module, posterior: WeightPosterior | None) -> WeightPosterior | None:
+    """Cut the ranks that contribute nothing out of the adapter, and return its posterior without them, if any."""
+    tuner = tuner_of(model)
+    if tuner is None:
+        return posterior
+    name = tuner.active_adapters[0]
+    kept = {} if posterior is None else {path: layer.kept(name) for path, layer in tuner.named_layers(name).items()}
+    shrink(model)
+    return None if posterior is None else posterior.cut(model, kept)
+
+
+def _run_info(session: Session) -> RunInfo:
+    plan, task = session.plan, session.task
+    record = plan.record()
+    return RunInfo(
+        method=plan.options.method,
+        model=record["model"],
+        task=task.name,
+        kind=task.kind,
+        metric=task.metric,
+        text_columns=list(task.text_columns),
+        label_column=plan.options.label_column or task.label_column,
+        labels=list(task.labels),
+        max_length=session.length,
+        dtype=plan.options.dtype,
+        base_fingerprint=session.base.fingerprint,
+        base_name=str(getattr(session.base.model, "name_or_path", "")),
+        task_name=plan.options.task,
+        data_dir=record.get("data_dir"),
+        head=session.head,
+        train_split=plan.options.train_split,
+        few_shot=plan.options.few_shot,
+        tokenizer_digest=tokenizer_digest(session.tokenizer),
+        files={name: record[name] for name in ("train_file", "eval_file", "test_file") if name in record},
+    )
