@@ -69,3 +69,11 @@ def in_phase(model: nn.Module, phase: Phase) -> Any:
 def test_a_forward_pass_of_blora_crosses_five_files(phase: Phase, is_training: bool) -> None:
     model = in_phase(one_layer_bert(), phase).train(is_training)
     assert len(crossed := files_crossed(lambda: model(**BATCH))) <= 5, crossed
+
+
+@pytest.mark.parametrize(("form", "most"), [("packed", 9), ("integer", 13)])
+def test_exports_cross_few_files(form: str, most: int, tmp_path: Path) -> None:
+    model = in_phase(one_layer_bert(), Phase.FROZEN).eval()
+    bayeslora.export(model, tmp_path / "first", format=form, batch=BATCH)
+    crossed = files_crossed(lambda: bayeslora.export(model, tmp_path / "out", format=form, batch=BATCH))
+    assert len(crossed) <= most, crossed

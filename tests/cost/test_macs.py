@@ -170,9 +170,9 @@ def test_gpt2_holds_query_key_and_value_in_one_matrix() -> None:
 
 def test_opt_projects_its_embeddings_outside_the_encoder() -> None:
     found = by_name(tiny_config("opt"), 5)
-    assert found["model.decoder.project_in.weight"].place == "model"
-    assert found["model.decoder.layers.1.fc2.weight"].place == "encoder"
-    assert found["model.decoder.layers.1.self_attn.k_proj.weight"].place == "attention"
+    assert found["model.decoder.project_in.weight"].region == "model"
+    assert found["model.decoder.layers.1.fc2.weight"].region == "encoder"
+    assert found["model.decoder.layers.1.self_attn.k_proj.weight"].region == "attention"
 
 
 def test_an_adapter_adds_its_three_products() -> None:
@@ -214,7 +214,7 @@ def test_an_adapted_feed_forward_layer_stays_out_of_attention() -> None:
 
 def test_block_ten_is_not_block_one() -> None:
     found = by_name(tiny_config("bert", num_hidden_layers=12), 4)
-    assert found["encoder.layer.10.output.dense.weight"].place == "encoder"
+    assert found["encoder.layer.10.output.dense.weight"].region == "encoder"
     assert sum(name.endswith(".scores") for name in found) == 12
 
 
@@ -259,5 +259,5 @@ def test_a_layer_of_another_model_is_refused() -> None:
 
 
 def test_what_is_no_model_is_refused() -> None:
-    with pytest.raises(BayesLoraError, match="not str"):
+    with pytest.raises(BayesLoraError, match="is a str, but must be"):
         operations("bert-base-uncased", 5)  # type: ignore[arg-type]

@@ -294,7 +294,7 @@ def test_what_cannot_be_planned_is_refused() -> None:
         plan(config, adapter, tokens=8, task_type="SEQ")
     with pytest.raises(BayesLoraError, match="no llama model for task type SEQ_2_SEQ_LM"):
         plan(tiny_config("llama"), adapter, tokens=8, task_type="SEQ_2_SEQ_LM")
-    with pytest.raises(BayesLoraError, match="make no LoraConfig for BertModel"):
+    with pytest.raises(BayesLoraError, match="LoraConfig does not fit BertModel"):
         plan(config, peft.LoraConfig(target_modules=["no_such_layer"]), tokens=8)
     with pytest.raises(BayesLoraError, match="is a Embedding"):
         plan(config, bayeslora.BLoraConfig(target_modules=["word_embeddings"]), tokens=8)

@@ -21,7 +21,7 @@ import bayeslora
 from bayeslora import BayesLoraError, BLoraConfig, DyLoraConfig, describe, export, load_packed, shrink
 from bayeslora.cost import relative_bops
 from bayeslora.export.container import CODES, INDEX_KEY, unpack
-from bayeslora.export.packed.index import PackedIndex
+from bayeslora.export.packed.reader import read_index
 from bayeslora.optim import IVON
 from bayeslora.quantization import codes
 from tests.conftest import build_tiny_bert, build_tiny_llama
@@ -177,7 +177,7 @@ def test_a_folder_is_one_tensor_file_one_config_and_no_pickle(tmp_path: Path) ->
     export(_bert(), tmp_path, format="packed")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["adapter_config.json", "adapter_model.safetensors"]
     with safe_open(tmp_path / "adapter_model.safetensors", framework="pt") as file:
-        index = PackedIndex.from_text(file.metadata()[INDEX_KEY])
+        index = read_index(file.metadata()[INDEX_KEY])
         assert sorted(file.keys()) == [f"base_model.model.classifier.{name}" for name in ("bias", "weight")] + [CODES]
     assert index.method == "blora" and len(index.layers) == 6
     config = json.loads((tmp_path / "adapter_config.json").read_text())

@@ -1,10 +1,10 @@
-"""What a model costs: multiply-accumulates, bit operations by scope, parameters, memory; from shapes alone."""
+"""The cost of a model from its shapes alone: multiply-accumulates, bit operations by scope, parameters, memory."""
 
 from __future__ import annotations
 
 from bayeslora.cost.bops import bops_by_scope, macs_by_scope, relative_bops
 from bayeslora.cost.macs import SCOPES, LayerCost, Operation, Scope, operations
-from bayeslora.cost.parameters import adapter_matrices, adapter_parameters, count_parameters
+from bayeslora.cost.parameters import count_parameters
 from bayeslora.cost.plan import TASK_TYPES, Plan, build_for_task, plan
 from bayeslora.cost.structure import build_on_meta, from_config
 
@@ -15,8 +15,6 @@ __all__ = [
     "Operation",
     "Plan",
     "Scope",
-    "adapter_matrices",
-    "adapter_parameters",
     "bops_by_scope",
     "build_for_task",
     "build_on_meta",

@@ -10,13 +10,13 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
-from bayeslora.cost.macs import SCOPES, LayerCost, Operation, described_layers, tree_operations
-from bayeslora.cost.structure import ModelOrConfig, Tree, as_model, read_tree
+from bayeslora.cost.macs import SCOPES, LayerCost, Operation, described_layers, structure_operations
+from bayeslora.cost.structure import ModelOrConfig, ModelStructure, as_model, read_structure
 
 
 @dataclass(frozen=True)
 class _BaselineLayer:
-    """One layer of the baseline: LoRA at 32 × 32 bits, whatever the model's own adapter is."""
+    """One layer of the baseline: LoRA at 32 × 32 bits, whatever adapter the model has."""
 
     name: str
     in_features: int
@@ -26,13 +26,13 @@ class _BaselineLayer:
 
 
 def bops_by_scope(operations: Iterable[Operation]) -> dict[str, int]:
-    """Bit operations of one sequence in each scope: adapted, attention, encoder, model."""
+    """Return the bit operations of one sequence in each scope: adapted, attention, encoder, model."""
     found = list(operations)
     return {scope: sum(op.bops for op in found if op.counts_in(scope)) for scope in SCOPES}
 
 
 def macs_by_scope(operations: Iterable[Operation]) -> dict[str, int]:
-    """Multiply-accumulate operations of one sequence in each scope: adapted, attention, encoder, model."""
+    """Return the multiply-accumulate operations of one sequence in each scope."""
     found = list(operations)
     return {scope: sum(op.macs for op in found if op.counts_in(scope)) for scope in SCOPES}
 
@@ -43,7 +43,7 @@ def relative_bops(
     tokens: int = 128,
     baseline_rank: int = 16,
 ) -> dict[str, float]:
-    """Bit operations as a share of LoRA on query, key and value of the same model at 32 × 32 bits.
+    """Return bit operations as a share of LoRA on query, key and value of the same model at 32 × 32 bits.
 
     A LoRA of rank `baseline_rank` on all query, key and value projections is exactly 1 in every scope. "adapted"
     compares the adapted layers with the same layers in the baseline (where those that are no query, key or value
@@ -66,18 +66,18 @@ def relative_bops(
     built = as_model(model)
     if layers is None:
         layers = described_layers(built)
-    tree = read_tree(built)
-    actual = bops_by_scope(tree_operations(tree, tokens, layers))
-    baseline = bops_by_scope(_baseline(tree, tokens, layers, baseline_rank))
+    structure = read_structure(built)
+    actual = bops_by_scope(structure_operations(structure, tokens, layers))
+    baseline = bops_by_scope(_baseline(structure, tokens, layers, baseline_rank))
     return {scope: actual[scope] / baseline[scope] if baseline[scope] else 1.0 for scope in SCOPES}
 
 
-def _baseline(tree: Tree, tokens: int, layers: Sequence[LayerCost], rank: int) -> list[Operation]:
-    targets = tree.projections or [layer.name for layer in layers if layer.name in tree.matrices]
+def _baseline(structure: ModelStructure, tokens: int, layers: Sequence[LayerCost], rank: int) -> list[Operation]:
+    targets = structure.projections or [layer.name for layer in layers if layer.name in structure.matrices]
     lora = [
-        _BaselineLayer(name, tree.matrices[name].in_features, tree.matrices[name].out_features, rank)
+        _BaselineLayer(name, structure.matrices[name].in_features, structure.matrices[name].out_features, rank)
         for name in targets
     ]
     # Both sides call the same layers adapted, or their shares would compare different layers.
     marked = [layer.name for layer in layers] or targets
-    return tree_operations(tree.at_full_width(), tokens, lora, marked)
+    return structure_operations(structure.at_full_width(), tokens, lora, marked)

@@ -20,29 +20,28 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal, Protocol
+from typing import Protocol
 
 from bayeslora.cost.structure import (
     Attention,
     Matrix,
     ModelOrConfig,
-    Place,
-    Tree,
+    ModelStructure,
+    Region,
     as_model,
     is_adapted,
-    read_tree,
+    read_structure,
     under_wrappers,
 )
 from bayeslora.errors import BayesLoraError
 from bayeslora.methods import describe
-
-Scope = Literal["adapted", "attention", "encoder", "model"]
-SCOPES: tuple[Scope, ...] = ("adapted", "attention", "encoder", "model")
-FULL_WIDTH = 32
+from bayeslora.vocabulary import COST_SCOPES as SCOPES
+from bayeslora.vocabulary import UNQUANTIZED as FULL_WIDTH
+from bayeslora.vocabulary import CostScope as Scope
 
 
 class LayerCost(Protocol):
-    """What the cost of an adapted layer depends on; `bayeslora.describe(model)` gives such objects."""
+    """The properties of an adapted layer that its cost depends on, as in `bayeslora.describe(model)`."""
 
     @property
     def name(self) -> str: ...
@@ -60,11 +59,11 @@ class LayerCost(Protocol):
 class Operation:
     """One matrix product: its MACs for one sequence, and the widths of its two operands in bits.
 
-    `scope` is the narrowest scope the product counts in: "adapted" for everything an adapted layer does, otherwise its
-    `place`, which is "attention" (query, key, value and position projections, scores, weighted values), "encoder" (the
-    rest of the transformer blocks) or "model" (embeddings' projections, pooler, head, `lm_head`). Each scope holds the
-    narrower places: encoder includes attention, model includes all. An adapted layer counts in "adapted" and in the
-    scopes its place belongs to, so an adapted feed-forward layer never enters "attention".
+    `scope` is the narrowest scope the product counts in: "adapted" for all products of an adapted layer, otherwise its
+    `region`: "attention" (query, key, value and position projections, scores, weighted values), "encoder" (the rest of
+    the transformer blocks) or "model" (embeddings' projections, pooler, head, `lm_head`). Each scope holds the
+    narrower regions: encoder includes attention, model includes all. An adapted layer counts in "adapted" and in the
+    scopes of its region, so an adapted feed-forward layer never enters "attention".
     """
 
     name: str
@@ -72,7 +71,7 @@ class Operation:
     macs: int
     weight_bits: int = FULL_WIDTH
     input_bits: int = FULL_WIDTH
-    place: Place = "attention"
+    region: Region = "attention"
 
     @property
     def bops(self) -> int:
@@ -80,10 +79,10 @@ class Operation:
         return self.macs * self.weight_bits * self.input_bits
 
     def counts_in(self, scope: Scope) -> bool:
-        """Whether this product is part of a scope."""
+        """Return whether this product is part of a scope."""
         if scope == "adapted":
             return self.scope == "adapted"
-        return SCOPES.index(self.place) <= SCOPES.index(scope)
+        return SCOPES.index(self.region) <= SCOPES.index(scope)
 
 
 def operations(
@@ -119,61 +118,61 @@ def operations(
         scope "adapted", so that the scope means the same for every run that is compared.
 
     Raises:
-        BayesLoraError: `tokens` is no positive whole number, or a layer is not part of the model.
+        BayesLoraError: `tokens` is not a positive whole number, or a layer is not part of the model.
     """
     model = as_model(model_or_config)
     if layers is None:
         layers = described_layers(model)
-    return tree_operations(read_tree(model), tokens, layers)
+    return structure_operations(read_structure(model), tokens, layers)
 
 
 def described_layers(model_or_config: ModelOrConfig) -> Sequence[LayerCost]:
-    """The adapted layers a model has; none for a configuration or a plain model."""
+    """Return the adapted layers of a model; none for a configuration or a plain model."""
     model = under_wrappers(as_model(model_or_config))
     if not any(is_adapted(module) for module in model.modules()):
         return []
     return describe(model)
 
 
-def tree_operations(
-    tree: Tree, tokens: int, layers: Iterable[LayerCost], adapted: Iterable[str] | None = None
+def structure_operations(
+    structure: ModelStructure, tokens: int, layers: Iterable[LayerCost], adapted: Iterable[str] | None = None
 ) -> list[Operation]:
-    """As `operations`, for a tree already read. `adapted` names the layers of scope "adapted", by default `layers`."""
+    """Return `operations` of a structure; `adapted` names the layers of that scope, by default `layers`."""
     if isinstance(tokens, bool) or not isinstance(tokens, int) or tokens < 1:
-        raise BayesLoraError(f"tokens is {tokens!r}, but a cost needs a whole number of at least 1; give a length.")
+        raise BayesLoraError(f"tokens is {tokens!r}, but must be a whole number of at least 1: give a length")
     by_name = {layer.name: layer for layer in layers}
     for layer in by_name.values():
-        _check(tree, layer)
+        _check(structure, layer)
     marked = set(by_name) if adapted is None else set(adapted)
     if not marked:
-        marked = set(tree.projections)
+        marked = set(structure.projections)
     found = [
         operation
-        for matrix in tree.matrices.values()
-        for operation in _matrix_operations(tree, matrix, tokens, by_name.get(matrix.name), matrix.name in marked)
+        for matrix in structure.matrices.values()
+        for operation in _matrix_operations(structure, matrix, tokens, by_name.get(matrix.name), matrix.name in marked)
     ]
-    for name in tree.embeddings:
+    for name in structure.embeddings:
         if name in by_name:
-            found += _embedding_operations(tree, by_name[name], tokens)
-    for attention in tree.attentions:
-        found += _products(tree, attention, tokens, by_name)
+            found += _embedding_operations(structure, by_name[name], tokens)
+    for attention in structure.attentions:
+        found += _products(structure, attention, tokens, by_name)
     return found
 
 
-def _check(tree: Tree, layer: LayerCost) -> None:
-    matrix = tree.matrices.get(layer.name)
-    if matrix is None and layer.name not in tree.embeddings:
+def _check(structure: ModelStructure, layer: LayerCost) -> None:
+    matrix = structure.matrices.get(layer.name)
+    if matrix is None and layer.name not in structure.embeddings:
         raise BayesLoraError(
-            f"The model has no linear layer {layer.name!r} to count; describe the layers of this same model."
+            f"the model has no linear layer {layer.name!r} to count: describe the layers of this same model"
         )
-    shape = (matrix.in_features, matrix.out_features) if matrix is not None else tree.embeddings[layer.name]
+    shape = (matrix.in_features, matrix.out_features) if matrix is not None else structure.embeddings[layer.name]
     if shape != (layer.in_features, layer.out_features):
         raise BayesLoraError(
-            f"Layer {layer.name!r} is described as {layer.in_features} → {layer.out_features}, but the model's is "
-            f"{shape[0]} → {shape[1]}; describe the layers of this same model."
+            f"layer {layer.name!r} is described as {layer.in_features} → {layer.out_features}, but the model's is "
+            f"{shape[0]} → {shape[1]}: describe the layers of this same model"
         )
     if layer.rank < 0:
-        raise BayesLoraError(f"Layer {layer.name!r} has rank {layer.rank}; give 0 or more.")
+        raise BayesLoraError(f"layer {layer.name!r} has rank {layer.rank}, but must have 0 or more: give its rank")
 
 
 def _width(layer: LayerCost | None, kind: str, default: int = FULL_WIDTH) -> int:
@@ -181,63 +180,51 @@ def _width(layer: LayerCost | None, kind: str, default: int = FULL_WIDTH) -> int
 
 
 def _matrix_operations(
-    tree: Tree, matrix: Matrix, tokens: int, layer: LayerCost | None, adapted: bool
+    structure: ModelStructure, matrix: Matrix, tokens: int, layer: LayerCost | None, adapted: bool
 ) -> Iterator[Operation]:
-    place = tree.place(matrix.name)
-    if not tree.attentions and adapted:
+    region = structure.region(matrix.name)
+    if not structure.attentions and adapted:
         # Without an attention module to find, the adapted layers are what a budget on attention can mean.
-        place = "attention"
-    scope: Scope = "adapted" if adapted else place
+        region = "attention"
+    scope: Scope = "adapted" if adapted else region
     calls = []
-    if not any(
-        matrix.name in attention.position_projections and matrix.name not in attention.projections
-        for attention in tree.attentions
-    ):
-        calls.append(("", tree.positions(matrix.name, tokens)))
-    for attention in tree.attentions:
-        if matrix.name in attention.position_projections:
-            calls.append((".positions", attention.positions * tree.calls(matrix.name)))
+    attentions = [each for each in structure.attentions if matrix.name in each.position_projections]
+    if all(matrix.name in attention.projections for attention in attentions):
+        calls.append(("", structure.positions(matrix.name, tokens)))
+    calls += [(".positions", attention.positions * structure.calls(matrix.name)) for attention in attentions]
+    input_bits = _width(layer, "in")
     for suffix, positions in calls:
-        prefix = matrix.name + suffix
-        input_bits = _width(layer, "in")
-        yield Operation(
-            f"{prefix}.weight",
-            scope,
-            positions * matrix.macs,
-            _width(layer, "weight", matrix.bits),
-            input_bits,
-            place,
-        )
+        prefix, macs = matrix.name + suffix, positions * matrix.macs
+        yield Operation(f"{prefix}.weight", scope, macs, _width(layer, "weight", matrix.bits), input_bits, region)
         if layer is not None:
-            yield Operation(
-                f"{prefix}.A",
-                scope,
-                positions * layer.rank * matrix.in_features,
-                _width(layer, "A"),
-                input_bits,
-                place,
-            )
-            yield from _expansion(prefix, scope, place, positions, layer)
+            macs = positions * layer.rank * matrix.in_features
+            yield Operation(f"{prefix}.A", scope, macs, _width(layer, "A"), input_bits, region)
+            yield from _expansion(prefix, scope, region, positions, layer)
 
 
-def _embedding_operations(tree: Tree, layer: LayerCost, tokens: int) -> Iterator[Operation]:
-    """An adapted embedding: reading rows of the table and of A multiplies nothing."""
-    place = tree.place(layer.name) if tree.attentions else "attention"
-    yield from _expansion(layer.name, "adapted", place, tokens, layer)
+def _embedding_operations(structure: ModelStructure, layer: LayerCost, tokens: int) -> Iterator[Operation]:
+    """Yield the products of an adapted embedding: reading rows of the table and of A multiplies nothing."""
+    region = structure.region(layer.name) if structure.attentions else "attention"
+    yield from _expansion(layer.name, "adapted", region, tokens, layer)
 
 
-def _expansion(prefix: str, scope: Scope, place: Place, positions: int, layer: LayerCost) -> Iterator[Operation]:
-    """From the rank up to the output. A plain LoRA has no E; its n · r then stands for its multiplication by α / r."""
+def _expansion(prefix: str, scope: Scope, region: Region, positions: int, layer: LayerCost) -> Iterator[Operation]:
+    """Yield the products from the rank up to the output; without an E, n · r stands for the scaling by α / r."""
     macs = positions * layer.rank
-    yield Operation(f"{prefix}.E", scope, macs, _width(layer, "E"), _width(layer, "A_out"), place)
-    yield Operation(f"{prefix}.B", scope, macs * layer.out_features, _width(layer, "B"), _width(layer, "E_out"), place)
+    yield Operation(f"{prefix}.E", scope, macs, _width(layer, "E"), _width(layer, "A_out"), region)
+    macs *= layer.out_features
+    yield Operation(f"{prefix}.B", scope, macs, _width(layer, "B"), _width(layer, "E_out"), region)
 
 
-def _products(tree: Tree, attention: Attention, tokens: int, layers: Mapping[str, LayerCost]) -> Iterator[Operation]:
+def _products(
+    structure: ModelStructure, attention: Attention, tokens: int, layers: Mapping[str, LayerCost]
+) -> Iterator[Operation]:
+    """Yield the products between activations of one attention module."""
+
     def out(name: str, exact: bool) -> int:
         return _width(layers.get(name), "out") if exact else FULL_WIDTH
 
-    calls = tree.calls(f"{attention.name}.scores")
+    calls = structure.calls(f"{attention.name}.scores")
     query = out(attention.query, attention.exact_scores)
     key = out(attention.key, attention.exact_scores)
     value = out(attention.value, attention.exact_values)

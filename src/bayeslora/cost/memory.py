@@ -1,16 +1,16 @@
-"""What autograd keeps of one training pass for its backward, found without running it.
+"""Bytes that autograd keeps of one training pass for its backward pass, found without running it.
 
 The pass is run on fake tensors (torch's own: shapes, types and strides, no memory), and every distinct storage that
-autograd saves is counted once at its size; parameters and buffers are there anyway and do not count:
+autograd saves is counted once at its size; parameters and buffers exist in any case and do not count:
 
     activations = Σ bytes of the storages saved between the input and the loss
 
-That is one formula for any architecture and any method: what a method adds in its forward pass (a core for each
-sequence, two sign tensors a token) is counted because it is computed. One thing cannot be: quantizers, whose widths
-depend on the values of their gates. They are taken out for the pass, and each counts as one more copy of its tensor,
-which is what it keeps beside what is kept without it: a weight quantized, an activation as it was before.
+This formula holds for any architecture and any method: the additions of a method's forward pass (a core for each
+sequence, two sign tensors a token) are counted because they are computed. The exception are quantizers, whose widths
+depend on the values of their gates. They are removed for the pass, and each counts as one more copy of its tensor: a
+quantized weight, or an activation as it was before.
 
-Left out is what lives for a moment: gradients of activations during the backward pass, workspaces, fragmentation.
+Not counted are tensors that live for a moment: gradients of activations during the backward pass, workspaces.
 """
 
 from __future__ import annotations
@@ -26,9 +26,9 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.overrides import TorchFunctionMode
 from transformers import PretrainedConfig
 
-from bayeslora.cost.structure import Tree, base_model, read_tree
+from bayeslora.cost.structure import ModelStructure, base_model, read_structure
 from bayeslora.methods import LayerDescription
-from bayeslora.methods.blora.gated_quantizers import Quantizers
+from bayeslora.methods.layer import BayesLayer
 
 Device = Literal["cpu", "cuda"]
 _TOKEN_LABELS = ("ForCausalLM", "LMHeadModel", "ForMaskedLM", "ForTokenClassification", "ForConditionalGeneration")
@@ -37,15 +37,14 @@ _TOKEN_LABELS = ("ForCausalLM", "LMHeadModel", "ForMaskedLM", "ForTokenClassific
 def activation_bytes(
     model: nn.Module, layers: Iterable[LayerDescription], batch_size: int, tokens: int, device: Device = "cpu"
 ) -> int:
-    """Bytes that autograd keeps of one training pass of `model`, which is on the meta device and used up by this.
+    """Return the bytes that autograd keeps of one training pass of `model`, a model on the meta device; it is used up.
 
     Args:
         model: with or without adapters.
         layers: the adapted layers.
         batch_size, tokens: the batch's rows and the length of each.
-        device: whose kernels keep it. They differ where there is dropout: on the CPU attention then keeps its scores,
-            and a mask is as large as what it masks; on a GPU attention never keeps scores and masks have a byte an
-            entry.
+        device: whose kernels run. They differ with dropout: on the CPU attention then keeps its scores, and a mask is
+            as large as the tensor it masks; on a GPU attention never keeps scores, and masks have a byte an entry.
 
     Raises:
         RuntimeError, ValueError, TypeError, NotImplementedError: the model cannot be run without values.
@@ -91,7 +90,7 @@ def _to_fake(model: nn.Module) -> None:
 
 
 def training_batch(model: nn.Module, batch_size: int, tokens: int) -> dict[str, Tensor]:
-    """Inputs of the right shapes, with labels where the model's class computes a loss."""
+    """Return inputs of the right shapes, with labels if the model's class computes a loss."""
     root = base_model(model)
     name, config = type(root).__name__, cast(PretrainedConfig, root.config)
     ids = torch.zeros(batch_size, tokens, dtype=torch.long)
@@ -122,7 +121,7 @@ class _GpuKernels(TorchFunctionMode):
 
 
 class _FusedAttention(torch.autograd.Function):
-    """Keeps queries, keys, values, the output and one number a row of the scores."""
+    """Attention that keeps queries, keys, values, the output and one number a row of the scores."""
 
     @staticmethod
     def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> Tensor:
@@ -134,6 +133,8 @@ class _FusedAttention(torch.autograd.Function):
 
 
 class _MaskedByBytes(torch.autograd.Function):
+    """Dropout that keeps a mask of one byte an entry."""
+
     @staticmethod
     def forward(ctx: Any, x: Tensor) -> Tensor:
         ctx.save_for_backward(torch.empty_like(x, dtype=torch.bool))
@@ -141,27 +142,24 @@ class _MaskedByBytes(torch.autograd.Function):
 
 
 def _take_out_quantizers(model: nn.Module, layers: Iterable[LayerDescription], batch_size: int, tokens: int) -> int:
-    """Remove every `Quantizers` from `model`; returns the bytes they would have kept."""
-    tree, root = read_tree(model), base_model(model)
+    """Remove all quantizers from `model` and return the bytes that they would have kept."""
+    structure, root = read_structure(model), base_model(model)
     total = 0
     for layer in layers:
         module = root.get_submodule(layer.name)
-        for container in [child for child in module.children() if isinstance(child, nn.ModuleDict)]:
-            for name, quantizers in list(container.items()):
-                if isinstance(quantizers, Quantizers):
-                    del container[name]
-                    total += _quantized_bytes(tree, module, layer, quantizers.kinds, batch_size, tokens)
+        if isinstance(module, BayesLayer):
+            n = batch_size * structure.positions(layer.name, tokens)
+            total += _quantized_bytes(structure, module, layer, module.remove_quantizers(), n)
     return total
 
 
 def _quantized_bytes(
-    tree: Tree, module: nn.Module, layer: LayerDescription, kinds: Iterable[str], batch_size: int, tokens: int
+    structure: ModelStructure, module: nn.Module, layer: LayerDescription, kinds: Iterable[str], n: int
 ) -> int:
-    """One copy of each quantized tensor, of weights in every call; E, A and B train in float32."""
-    n = batch_size * tree.positions(layer.name, tokens)
+    """Return the bytes of a copy of each quantized tensor for `n` positions; E, A and B train in float32."""
     r, d_in, d_out = layer.rank, layer.in_features, layer.out_features
     sizes = {"weight": d_in * d_out, "A": r * d_in, "E": r, "B": r * d_out}
-    sizes = {kind: size * tree.calls(layer.name) for kind, size in sizes.items()}
+    sizes = {kind: size * structure.calls(layer.name) for kind, size in sizes.items()}
     sizes |= {"in": n * d_in, "A_out": n * r, "E_out": n * r, "out": n * d_out}
     base = cast(Tensor, cast(nn.Module, module.base_layer).weight).element_size()
     return sum(sizes[kind] * (base if kind in ("weight", "in", "out") else 4) for kind in kinds)

@@ -1,7 +1,7 @@
-"""What fine-tuning will cost, before there are weights: parameters, memory, bytes on disk, bit operations.
+"""The cost of fine-tuning before there are weights: parameters, memory, bytes on disk, bit operations.
 
-The model is built on the meta device from its configuration and gets its adapters there, so that a model of any size
-takes seconds and no memory, and every number is counted on the real modules instead of derived for each method.
+The model is built on the meta device from its configuration and gets its adapters there, so a model of any size takes
+seconds and no memory, and every number is counted on the real modules instead of derived for each method.
 """
 
 from __future__ import annotations
@@ -19,7 +19,6 @@ from torch import Tensor, nn
 from transformers import PretrainedConfig
 from transformers.models.auto.modeling_auto import (
     MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
-    MODEL_FOR_MASKED_LM_MAPPING_NAMES,
     MODEL_FOR_QUESTION_ANSWERING_MAPPING_NAMES,
     MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES,
     MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES,
@@ -31,8 +30,8 @@ from bayeslora._peft import get_pattern_key
 from bayeslora.cost.bops import macs_by_scope, relative_bops
 from bayeslora.cost.macs import operations
 from bayeslora.cost.memory import Device, activation_bytes
-from bayeslora.cost.parameters import _own, count_parameters
-from bayeslora.cost.structure import build_on_meta, from_config, is_adapted, matrix_of, unwrapped
+from bayeslora.cost.parameters import added_parameters, count_parameters
+from bayeslora.cost.structure import build_on_meta, from_config, is_adapted, is_decoder, matrix_of, one_line, unwrapped
 from bayeslora.errors import BayesLoraError
 from bayeslora.methods import LayerDescription
 
@@ -53,22 +52,22 @@ _NEW_HEADS = ("SEQ_CLS", "TOKEN_CLS", "QUESTION_ANS")
 
 @dataclass(frozen=True)
 class Plan:
-    """What one training run will cost. All sizes are in bytes; an optimizer step sees one batch.
+    """The cost of one training run. All sizes are in bytes; an optimizer step sees one batch.
 
     Attributes:
         model: class name of the model.
-        task_type: PEFT's name of what the model is trained for, None for a model without a head.
-        batch_size, tokens, dtype: what was planned for; `dtype` is the base model's, adapters train in float32.
+        task_type: PEFT's name of the task, None for a model without a head.
+        batch_size, tokens, dtype: as given; `dtype` is the base model's, adapters train in float32.
         parameters: {"trainable", "adapter", "total"}, as `count_parameters` counts them.
         relative_bops: bit operations by scope as a share of LoRA r = 16 at 32 × 32 bits, at the configured rank and
-            32 bits: where training starts, so what a method learns to save comes off these.
+            32 bits: the start of training, before a method has learned to save any.
         macs: multiply-accumulate operations of one sequence by scope, forward only.
         bytes: {"weights", "gradients", "optimizer", "activations", "training", "file", "file_16bit"}: AdamW keeps two
-            numbers of the parameter's own type for every trained one; `activations` is an estimate of what autograd
-            keeps of one batch, None where the model cannot be run without values; `training` sums the first four;
-            `file` is what `save_pretrained` writes (the adapter, or the whole model without one).
+            numbers of the parameter's type for every trained one; `activations` is an estimate of the bytes that
+            autograd keeps of one batch, None if the model cannot be run without values; `training` sums the first
+            four; `file` is the size of the file of `save_pretrained` (the adapter, or the whole model without one).
         layers: the adapted layers.
-        notes: what is not known and why, one sentence each.
+        notes: unknown values and why, one sentence each.
     """
 
     model: str
@@ -84,7 +83,7 @@ class Plan:
     notes: list[str]
 
     def to_dict(self) -> dict[str, Any]:
-        """The plan under the keys of `metrics.json`, as far as there are any."""
+        """Return the plan, under the keys of `metrics.json` as far as it has them."""
         return asdict(self)
 
 
@@ -98,32 +97,31 @@ def plan(
     dtype: Dtype = "float32",
     device: Device = "cpu",
 ) -> Plan:
-    """What training `model` with `method` will cost, found on the meta device.
+    """Return the cost of training `model` with `method`, counted on the meta device.
 
     Args:
-        model: a configuration, or what `from_config` reads one from: a model folder, a `config.json`, a dictionary.
+        model: a configuration, or a source of one for `from_config`: a model folder, a `config.json`, a dictionary.
         method: the configuration of an adapter, one of this library's or of PEFT's; None trains every weight.
         task_type: one of `TASK_TYPES`; by default the method's own, then that of the configuration's first
             `architectures` entry, then "CAUSAL_LM" for a decoder.
-        batch_size, tokens: rows of a batch and tokens of each row.
-        dtype: type of the base model's weights.
-        device: whose kernels the activations are estimated for, "cpu" or "cuda"; of interest only with dropout.
+        batch_size, tokens: rows of a batch (default 32) and tokens of each row (default 128).
+        dtype: type of the base model's weights, by default "float32".
+        device: "cpu" (default) or "cuda": kernels that activations are estimated for; they differ with dropout only.
 
     Raises:
-        BayesLoraError: the configuration cannot be read or built, no adapter of this kind fits the model, or a number
-            is not positive.
+        BayesLoraError: the configuration cannot be read or built, the adapter does not fit the model, or a number is
+            not positive.
     """
     for name, value in (("batch_size", batch_size), ("tokens", tokens)):
         if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-            raise BayesLoraError(f"{name} is {value!r}, but a step needs a whole number of at least 1; give another.")
-    if dtype not in get_args(Dtype):
-        raise BayesLoraError(f"dtype is {dtype!r}; give one of {', '.join(get_args(Dtype))}.")
-    if device not in get_args(Device):
-        raise BayesLoraError(f"device is {device!r}; give one of {', '.join(get_args(Device))}.")
+            raise BayesLoraError(f"{name} is {value!r}, but must be a whole number of at least 1: give another")
+    for name, chosen, known in (("dtype", dtype, get_args(Dtype)), ("device", device, get_args(Device))):
+        if chosen not in known:
+            raise BayesLoraError(f"{name} is {chosen!r}, but must be one of {', '.join(known)}: choose one")
     config = copy.deepcopy(model) if isinstance(model, PretrainedConfig) else from_config(model)
     limit = getattr(config, "max_position_embeddings", None)
     if isinstance(limit, int) and 0 < limit < tokens:
-        raise BayesLoraError(f"tokens is {tokens}, but the model takes {limit}; give at most {limit}.")
+        raise BayesLoraError(f"tokens is {tokens}, but the model takes {limit}: give at most {limit}")
     wanted = task_type or (str(getattr(method, "task_type", None) or "").rpartition(".")[2] or None)
     built, found, heads = build_for_task(config, wanted)
     name = type(built).__name__
@@ -139,16 +137,15 @@ def plan(
         sizes["activations"] = activation_bytes(adapted, layers, batch_size, tokens, device)
         sizes["training"] = sum(cast(int, sizes[key]) for key in ("weights", "gradients", "optimizer", "activations"))
     except (RuntimeError, ValueError, TypeError, AttributeError, NotImplementedError, IndexError, KeyError) as error:
-        reason = " ".join(str(error).split())
-        notes.append(f"activations are not known: {name} does not run without values ({reason[:160]}).")
+        notes.append(f"activations are not known: {name} does not run without values ({one_line(error)[:160]})")
     return Plan(name, found, batch_size, tokens, dtype, parameters, *costs, sizes, layers, notes)
 
 
 def build_for_task(config: PretrainedConfig, task_type: str | None = None) -> tuple[nn.Module, str | None, list[str]]:
-    """The model of a configuration on the meta device under the head of a task.
+    """Build the model of a configuration on the meta device under the head of a task.
 
     Returns:
-        The model, the task type (None where the model has no head), and the modules that the configuration's own
+        The model, the task type (None for a model without a head), and the modules that the configuration's
         checkpoint does not hold, so that they are trained and saved with an adapter.
 
     Raises:
@@ -156,9 +153,9 @@ def build_for_task(config: PretrainedConfig, task_type: str | None = None) -> tu
     """
     own = next(iter(getattr(config, "architectures", None) or []), None)
     if task_type is None:
-        task_type = _default_task(config.model_type, own)
+        task_type = _default_task(config, own)
     elif task_type not in TASK_TYPES:
-        raise BayesLoraError(f"task type {task_type!r} is unknown; choose from {', '.join(TASK_TYPES)}.")
+        raise BayesLoraError(f"task type {task_type!r} is unknown: choose one of {', '.join(TASK_TYPES)}")
     if task_type is not None and _task_of(own) != task_type:
         config.architectures = [_class_for(config.model_type, task_type)]
     if task_type == "SEQ_CLS":
@@ -175,23 +172,22 @@ def build_for_task(config: PretrainedConfig, task_type: str | None = None) -> tu
 
 
 def _task_of(class_name: str | None) -> str | None:
-    """The task that a class is named after; "FEATURE_EXTRACTION" for one without a head."""
+    """Return the task that a class is named after; "FEATURE_EXTRACTION" for one without a head."""
     return next((task for task, (ends, _) in _TASKS.items() if str(class_name).endswith(ends)), None)
 
 
-def _default_task(model_type: str, class_name: str | None) -> str | None:
+def _default_task(config: PretrainedConfig, class_name: str | None) -> str | None:
     named = _task_of(class_name)
     if class_name is not None and named != "FEATURE_EXTRACTION":
         return named
-    decoder = model_type in _TASKS["CAUSAL_LM"][1] and model_type not in MODEL_FOR_MASKED_LM_MAPPING_NAMES
-    return "CAUSAL_LM" if decoder else None
+    return "CAUSAL_LM" if is_decoder(config) else None
 
 
 def _class_for(model_type: str, task_type: str) -> str:
     found = _TASKS[task_type][1].get(model_type)
     if not found:
         raise BayesLoraError(
-            f"transformers has no {model_type} model for task type {task_type}; choose another task type."
+            f"transformers has no {model_type} model for task type {task_type}: choose another task type"
         )
     return found if isinstance(found, str) else str(found[0])
 
@@ -207,14 +203,13 @@ def _wrapped(model: nn.Module, method: PeftConfig, task_type: str | None, heads:
     except BayesLoraError:
         raise
     except (ValueError, TypeError, NotImplementedError, KeyError) as error:
-        reason = " ".join(str(error).split())
         raise BayesLoraError(
-            f"these options make no {type(method).__name__} for {type(model).__name__} ({reason}); change them."
+            f"{type(method).__name__} does not fit {type(model).__name__} ({one_line(error)}): change its options"
         ) from error
 
 
 def _layers(model: PeftModel) -> list[LayerDescription]:
-    """The adapted layers as configured: what `describe` says before anything has been learned."""
+    """Return the adapted layers as configured, as `describe` does before anything has been learned."""
     config = cast(Any, model.peft_config[model.active_adapter])
     patterns: dict[str, int] = getattr(config, "rank_pattern", None) or {}
     found = []
@@ -230,7 +225,7 @@ def _layers(model: PeftModel) -> list[LayerDescription]:
                 continue
             shape = matrix.in_features, matrix.out_features
         rank = patterns.get(get_pattern_key(list(patterns), name), getattr(config, "r", 0))
-        count = sum(parameter.numel() for parameter in _own(module))
+        count = sum(parameter.numel() for parameter in added_parameters(module))
         found.append(LayerDescription(name, *shape, rank, rank, count))
     return found
 
@@ -251,7 +246,7 @@ def _sizes(model: nn.Module) -> dict[str, int | None]:
 
 
 def _file_bytes(model: nn.Module, half: bool) -> Iterator[int]:
-    """The parts of the safetensors file: length of the header, the header padded to 8 bytes, the tensors."""
+    """Yield the parts of the safetensors file: length of the header, the header padded to 8 bytes, the tensors."""
     tensors = _saved_tensors(model)
     width = {name: 2 if half and t.is_floating_point() else t.element_size() for name, t in tensors.items()}
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}

@@ -1,8 +1,8 @@
-"""What a model is made of, read from its module tree: matrices, attention modules, transformer blocks.
+"""The structure of a model, read from its module tree: matrices, attention modules, transformer blocks.
 
-Nothing here depends on an adapter: wrappers (PEFT's layers, `modules_to_save`, data-parallel and compiled modules)
-are looked through, so that a wrapped model, its base model and the same model on the meta device give one and the same
-tree with the base model's module paths.
+Nothing here depends on an adapter. Wrappers (PEFT's layers, `modules_to_save`, data-parallel and compiled modules) are
+looked through, so a wrapped model, its base model and the same model on the meta device have the same structure, with
+the module paths of the base model.
 """
 
 from __future__ import annotations
@@ -23,14 +23,11 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING, 
 from transformers.pytorch_utils import Conv1D
 
 from bayeslora.errors import BayesLoraError
+from bayeslora.vocabulary import FUSED_PROJECTIONS, KEY_NAMES, QUERY_NAMES, VALUE_NAMES
 
 ModelOrConfig: TypeAlias = nn.Module | PretrainedConfig
-Place = Literal["attention", "encoder", "model"]
+Region = Literal["attention", "encoder", "model"]
 
-QUERY_NAMES = ("query", "query_proj", "q_proj", "q_lin", "q", "q_attn")
-KEY_NAMES = ("key", "key_proj", "k_proj", "k_lin", "k")
-VALUE_NAMES = ("value", "value_proj", "v_proj", "v_lin", "v")
-FUSED_NAMES = ("c_attn", "query_key_value", "qkv_proj", "qkv", "Wqkv", "W_pack")
 # Layers outside the transformer blocks that see one vector a sequence, not one a token.
 POOLED_NAMES = frozenset(
     {"pooler", "pre_classifier", "seq_relationship", "classification_head", "summary", "sequence_summary"}
@@ -39,12 +36,13 @@ POOLED_NAMES = frozenset(
 
 
 def from_config(source: str | Path | dict[str, Any]) -> PretrainedConfig:
-    """The transformers configuration in a model folder, in a `config.json`, or in a dictionary with its `model_type`.
+    """Return the Transformers configuration in a model folder, a `config.json`, or a dictionary with a `model_type`.
 
     Nothing is downloaded: a name that is not a path on this machine is an error.
 
     Raises:
-        BayesLoraError: the path does not exist, the file is no JSON object, or its `model_type` is missing or unknown.
+        BayesLoraError: the path does not exist, the file is not a JSON object, or its `model_type` is missing or
+            unknown.
     """
     if isinstance(source, dict):
         values, origin = dict(source), "the dictionary"
@@ -53,64 +51,71 @@ def from_config(source: str | Path | dict[str, Any]) -> PretrainedConfig:
         path = path / "config.json" if path.is_dir() else path
         if not path.is_file():
             raise BayesLoraError(
-                f"{path} does not exist; give a model folder with a config.json, or the path of such a file."
+                f"{path} does not exist: give a model folder with a config.json, or the path of such a file"
             )
         try:
             values = json.loads(path.read_text(encoding="utf-8"))
         except (UnicodeDecodeError, json.JSONDecodeError) as error:
-            raise BayesLoraError(f"{path} is not JSON ({error}); give a model's config.json.") from error
+            raise BayesLoraError(f"{path} is not JSON ({error}): give a model's config.json") from error
         if not isinstance(values, dict):
-            raise BayesLoraError(f"{path} holds a JSON {type(values).__name__}, not an object; give a config.json.")
+            raise BayesLoraError(f"{path} holds a JSON {type(values).__name__}, not an object: give a config.json")
         origin = str(path)
     model_type = values.pop("model_type", None)
     if not isinstance(model_type, str):
         raise BayesLoraError(
-            f"{origin} has no model_type, which a transformers model's configuration names; "
-            "give a base model's config.json, not an adapter's."
+            f"{origin} has no model_type, but a Transformers model's configuration names one: "
+            "give a base model's config.json, not an adapter's"
         )
     try:
         return AutoConfig.for_model(model_type, **values)
     except (KeyError, ValueError, TypeError, StrictDataclassError) as error:
-        reason = " ".join(str(error).split())
         raise BayesLoraError(
-            f"transformers cannot read the {model_type!r} configuration in {origin} ({reason}); "
-            "check its values, or upgrade transformers."
+            f"transformers cannot read the {model_type!r} configuration in {origin} ({one_line(error)}): "
+            "check its values, or upgrade transformers"
         ) from error
 
 
 def build_on_meta(config: PretrainedConfig) -> nn.Module:
-    """The model of a configuration without its weights: shapes only, whatever the size, in seconds.
+    """Build the model of a configuration without its weights: shapes only, in seconds for any size.
 
-    The class is the configuration's first `architectures` entry; without one, a causal language model where the
-    architecture is a decoder (so that its `lm_head` counts), and the bare encoder otherwise.
+    The class is the configuration's first `architectures` entry; without one, a causal language model for a decoder
+    (so that its `lm_head` counts), and the bare encoder otherwise.
     """
     import transformers
 
     architecture = next(iter(getattr(config, "architectures", None) or []), None)
     named = getattr(transformers, architecture, None) if isinstance(architecture, str) else None
-    decoder = type(config) in MODEL_FOR_CAUSAL_LM_MAPPING and type(config) not in MODEL_FOR_MASKED_LM_MAPPING
     try:
         with torch.device("meta"):
             if named is not None:
                 return named._from_config(config)
-            return (AutoModelForCausalLM if decoder else AutoModel).from_config(config)
+            return (AutoModelForCausalLM if is_decoder(config) else AutoModel).from_config(config)
     except (ValueError, RuntimeError, TypeError, KeyError, AttributeError, ArithmeticError) as error:
-        reason = " ".join(str(error).split())
         raise BayesLoraError(
-            f"transformers cannot build a {type(config).__name__} model from these values ({reason}); "
-            "check the configuration."
+            f"transformers cannot build a {type(config).__name__} model from these values ({one_line(error)}): "
+            "check the configuration"
         ) from error
 
 
+def is_decoder(config: PretrainedConfig) -> bool:
+    """Return whether Transformers has a causal language model of this architecture and no masked one."""
+    return type(config) in MODEL_FOR_CAUSAL_LM_MAPPING and type(config) not in MODEL_FOR_MASKED_LM_MAPPING
+
+
+def one_line(error: Exception) -> str:
+    """Return the message of `error` without line breaks."""
+    return " ".join(str(error).split())
+
+
 def as_model(model_or_config: ModelOrConfig) -> nn.Module:
-    """The model itself, or a configuration's model on the meta device."""
+    """Return the model itself, or a configuration's model on the meta device."""
     if isinstance(model_or_config, nn.Module):
         return model_or_config
     if isinstance(model_or_config, PretrainedConfig):
         return build_on_meta(model_or_config)
     raise BayesLoraError(
-        f"costs need a torch module or a transformers configuration, not {type(model_or_config).__name__}; "
-        "read a file or a dictionary with bayeslora.cost.from_config first."
+        f"the model is a {type(model_or_config).__name__}, but must be a torch module or a configuration: "
+        "read a file or a dictionary with bayeslora.cost.from_config first"
     )
 
 
@@ -159,8 +164,8 @@ class Attention:
 
 
 @dataclass
-class Tree:
-    """The matrices by module path, the attention modules, and where each matrix belongs."""
+class ModelStructure:
+    """The matrices and embeddings of a model by module path, its attention modules, and the paths of its blocks."""
 
     matrices: dict[str, Matrix] = field(default_factory=dict)
     embeddings: dict[str, tuple[int, int]] = field(default_factory=dict)
@@ -176,26 +181,26 @@ class Tree:
 
     @property
     def projections(self) -> list[str]:
-        """All query, key and value projections, in the order of the tree."""
+        """All query, key and value projections, in the order of the modules."""
         return [name for attention in self.attentions for name in attention.projections]
 
-    def at_full_width(self) -> Tree:
-        """The same model with its weights in floating point, whatever they were loaded in."""
+    def at_full_width(self) -> ModelStructure:
+        """Return the same structure with all weights in floating point."""
         return replace(self, matrices={name: replace(matrix, bits=32) for name, matrix in self.matrices.items()})
 
-    def place(self, name: str) -> Place:
-        """The narrowest scope a matrix belongs to, adapted or not."""
+    def region(self, name: str) -> Region:
+        """Return the narrowest scope that a matrix belongs to, adapted or not."""
         if name in self._attention_names:
             return "attention"
         return "encoder" if name.startswith(self._block_prefixes) else "model"
 
     def calls(self, name: str) -> int:
-        """How often a pass goes through the blocks this path is in (ALBERT shares one block between its layers)."""
+        """Return how often a pass goes through the block of this path (ALBERT shares one block between its layers)."""
         return self.repeats if name.startswith(self._block_prefixes) else 1
 
     def positions(self, name: str, tokens: int) -> int:
-        """How many positions of a sequence of `tokens` tokens a matrix is applied to, all its calls together."""
-        if self.place(name) == "model" and self.attentions:
+        """Return the number of positions of `tokens` tokens that a matrix is applied to, over all its calls."""
+        if self.region(name) == "model" and self.attentions:
             parts = name.split(".")
             per_token_head = "TokenClassification" in self.class_name
             if POOLED_NAMES.intersection(parts) or ("classifier" in parts and not per_token_head):
@@ -204,7 +209,7 @@ class Tree:
 
 
 def unwrapped(module: nn.Module) -> nn.Module:
-    """The module under PEFT's layer and `modules_to_save` wrappers.
+    """Return the module under PEFT's layer and `modules_to_save` wrappers.
 
     The wrappers forward unknown attributes, so only their registered children are trusted.
     """
@@ -217,7 +222,7 @@ def unwrapped(module: nn.Module) -> nn.Module:
 
 
 def under_wrappers(model: nn.Module) -> nn.Module:
-    """The model under data-parallel and compiled wrappers, with its adapters."""
+    """Return the model under data-parallel and compiled wrappers, with its adapters."""
     while True:
         if "_orig_mod" in model._modules:
             model = model.get_submodule("_orig_mod")
@@ -228,13 +233,13 @@ def under_wrappers(model: nn.Module) -> nn.Module:
 
 
 def base_model(model: nn.Module) -> nn.Module:
-    """The model under data-parallel, compiled and PEFT wrappers."""
+    """Return the model under data-parallel, compiled and PEFT wrappers."""
     model = under_wrappers(model)
     return under_wrappers(model.get_base_model()) if isinstance(model, PeftModel) else model
 
 
 def walk(module: nn.Module, name: str = "", seen: set[int] | None = None) -> Iterator[tuple[str, nn.Module]]:
-    """Every module of the base model with its path, each once, wrappers looked through."""
+    """Yield every module of the base model once, with its path, looking through wrappers."""
     seen = set() if seen is None else seen
     module = unwrapped(module)
     if id(module) in seen:
@@ -247,12 +252,12 @@ def walk(module: nn.Module, name: str = "", seen: set[int] | None = None) -> Ite
 
 
 def is_adapted(module: nn.Module) -> bool:
-    """Whether this is one of PEFT's layers around a base layer."""
+    """Return whether this is one of PEFT's layers around a base layer."""
     return "base_layer" in module._modules
 
 
 def _stored_bits(module: nn.Module) -> int:
-    """The width a quantized base model keeps this layer's weights in; 32 for every floating-point type."""
+    """Return the width of this layer's weights in a quantized base model; 32 for every floating-point type."""
     class_name = type(module).__name__
     if class_name.startswith("Linear4bit"):
         return 4
@@ -266,7 +271,7 @@ def _stored_bits(module: nn.Module) -> int:
 
 
 def matrix_of(name: str, module: nn.Module) -> Matrix | None:
-    """The matrix a module multiplies with, or None where it holds none."""
+    """Return the matrix that a module multiplies with, or None without one."""
     if isinstance(module, Conv1D):
         return Matrix(name, module.nx, module.nf, module.nx * module.nf)
     if isinstance(module, nn.Conv1d):
@@ -288,7 +293,7 @@ def _child(matrices: dict[str, Matrix], prefix: str, names: tuple[str, ...]) -> 
 
 
 def _heads(config: Any) -> tuple[int, int]:
-    """Query heads and key-value heads of the text part of a configuration."""
+    """Return the query heads and key-value heads of the text part of a configuration."""
     config = config.get_text_config() if hasattr(config, "get_text_config") else config
     heads = int(getattr(config, "num_attention_heads", 1) or 1)
     if getattr(config, "multi_query", False):
@@ -303,7 +308,7 @@ def _attention_of(
     """Read an attention module off the names of its direct children; None for every other module."""
     query = _child(matrices, name, QUERY_NAMES)
     key, value = _child(matrices, name, KEY_NAMES), _child(matrices, name, VALUE_NAMES)
-    fused = _child(matrices, name, FUSED_NAMES)
+    fused = _child(matrices, name, FUSED_PROJECTIONS)
     if query is not None and key is not None and value is not None:
         # Heads × value head size; with grouped-query attention keys and values have fewer heads than queries.
         score_width = query.out_features
@@ -333,7 +338,7 @@ def _attention_of(
 
 
 def _with_positions(attention: Attention, module: nn.Module) -> Attention:
-    """DeBERTa-v2's disentangled terms: e = 2 × its position buckets, or 2 × its largest relative position."""
+    """Add DeBERTa-v2's disentangled terms: e = 2 × its position buckets, or 2 × its largest relative position."""
     if not getattr(module, "relative_attention", False) or not hasattr(module, "pos_ebd_size"):
         return attention
     kinds: Any = getattr(module, "pos_att_type", ())
@@ -354,7 +359,7 @@ def _with_positions(attention: Attention, module: nn.Module) -> Attention:
     )
 
 
-def read_tree(model: nn.Module) -> Tree:
+def read_structure(model: nn.Module) -> ModelStructure:
     """Read a model's matrices, attention modules and blocks from its module tree."""
     root = base_model(model)
     config = getattr(root, "config", None)
@@ -375,12 +380,12 @@ def read_tree(model: nn.Module) -> Tree:
         if inside:
             stack = min(inside, key=len)
             blocks[".".join([stack, name[len(stack) + 1 :].split(".")[0]])] = None
-            # A convolution beside the stack (DeBERTa-v2's larger models) works on the blocks' output.
+            # A convolution next to the stack (DeBERTa-v2's larger models) works on the blocks' output.
             parent = stack.rpartition(".")[0]
             blocks[f"{parent}.conv" if parent else "conv"] = None
         else:
-            # A single block on its own: what holds the attention module is the block.
+            # A single block without a stack: the holder of the attention module is the block.
             blocks[name.split(".")[0]] = None
     groups = getattr(config, "num_hidden_groups", None)
     repeats = config.num_hidden_layers // groups if groups and config is not None else 1
-    return Tree(matrices, embeddings, attentions, tuple(blocks), type(root).__name__, repeats)
+    return ModelStructure(matrices, embeddings, attentions, tuple(blocks), type(root).__name__, repeats)

@@ -109,6 +109,10 @@ class BayesLayer(nn.Module, BaseTunerLayer):
         """Return what an export stores as codes, or None for a method that learns no widths."""
         return None
 
+    def remove_quantizers(self) -> list[str]:
+        """Remove the quantizers of all adapters and return the kinds of tensors they quantized: for cost estimates."""
+        return []
+
     @staticmethod
     def unpacked_state(packed: PackedTensors) -> dict[str, Tensor]:
         """Return the tensors of a frozen adapter by the ends of their keys: the inverse of `packed_tensors`."""

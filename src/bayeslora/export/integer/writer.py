@@ -25,7 +25,7 @@ from bayeslora.export.formats import adapted_parts, inputs_for, output_error, ou
 from bayeslora.export.integer.index import BIAS, INDEX_FILE, IntegerIndex, IntegerLayer
 from bayeslora.export.integer.reader import CODES_SUFFIX, WEIGHTS_FILE, load_integer, seal
 from bayeslora.methods.layer import BayesLayer
-from bayeslora.quantization import codes, optimal_range
+from bayeslora.quantization import FLOOR, codes, optimal_range
 from bayeslora.vocabulary import ALL_KINDS, BASE_WEIGHT, MATRICES, UNQUANTIZED
 
 UNADAPTED = ("int8", "bfloat16", "float32")
@@ -84,11 +84,10 @@ def export_integer(
     ranges = {} if calibration is None else _input_ranges(whole, calibration)
     base = cast(PreTrainedModel, whole.unload())
     index, tensors = _written(base, layers, name, unadapted, trained, ranges)
-    folder = Path(path)
-    _save(folder, base, index, tensors)
-    found = None if inputs is None else output_of(load_integer(folder, next(base.parameters()).device), inputs)
+    _save(Path(path), base, index, tensors)
+    found = None if inputs is None else output_of(load_integer(path, next(base.parameters()).device), inputs)
     return {
-        "file_bytes": (folder / WEIGHTS_FILE).stat().st_size,
+        "file_bytes": (Path(path) / WEIGHTS_FILE).stat().st_size,
         "ideal_bytes": sum(tensor.nbytes for tensor in tensors.values()),
         "float32_bytes": 4 * sum(parameter.numel() for parameter in base.parameters()),
         **output_error(expected, found),
@@ -253,7 +252,7 @@ def _rounded(path: str, module: nn.Module, input_range: float | None) -> tuple[I
         (BASE_WEIGHT,),
         bias=bias is not None,
     )
-    bound = optimal_range(weight, _BYTE, "absmax", dim=1)
+    bound = weight.float().abs().amax(1, keepdim=True).clamp_min(FLOOR)
     return layer, _packed(layer, {BASE_WEIGHT: weight}, {BASE_WEIGHT: bound}, bias)
 
 

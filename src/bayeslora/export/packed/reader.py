@@ -7,24 +7,29 @@ quantizer changes nothing, so that the model loaded with it computes what the fr
 
 from __future__ import annotations
 
+import base64
+import binascii
 import json
 import os
+import zlib
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from bayeslora.errors import BayesLoraError
-from bayeslora.export.container import CODES, PACKED, check_ranges, looks_packed, read_container, split
-from bayeslora.export.packed.index import PackedIndex, PackedLayer
+from bayeslora.export.container import CODES, PACKED, check_ranges, is_size, looks_packed, read_container, split
+from bayeslora.export.packed.writer import ADAPTER_FILE, PREFIX, PackedIndex, PackedLayer
 from bayeslora.methods.layer import PackedTensors
 from bayeslora.methods.registry import METHODS, layer_class
 from bayeslora.quantization import grid_step
-from bayeslora.vocabulary import MATRICES, UNQUANTIZED
+from bayeslora.vocabulary import ALL_KINDS, BASE_WEIGHT, MATRICES, UNQUANTIZED, WIDTHS
 
-ADAPTER_FILE = "adapter_model.safetensors"
-PREFIX = "base_model.model."
+_MAX_INDEX = 16 << 20
+_MAX_LAYERS, _MAX_NAME = 20_000, 1_000
+_PER_CHANNEL: tuple[list[str], ...] = ([], [BASE_WEIGHT], ["A"], [BASE_WEIGHT, "A"])
 _WAY_OUT = "load it with its own adapter_config.json and base model"
 
 
@@ -66,7 +71,7 @@ def load_packed(path: str | os.PathLike[str]) -> dict[str, Tensor]:
     """
     where = Path(path)
     text, tensors = read_container(where / ADAPTER_FILE if where.is_dir() else where, PACKED)
-    index = PackedIndex.from_text(text)
+    index = read_index(text)
     if index.method not in METHODS:
         PACKED.damaged(f"its method is {index.method!r:.40}")
     buffer = tensors.pop(CODES, None)
@@ -125,6 +130,113 @@ def _values(codes: Tensor, bits: int, logarithms: Tensor) -> Tensor:
         return codes
     bound = logarithms.exp()
     return codes.float() * grid_step(bound.reshape(-1, 1) if len(bound) != 1 else bound, bits)
+
+
+def read_index(text: str) -> PackedIndex:
+    """Read and check an index; nothing in it is trusted.
+
+    Raises:
+        BayesLoraError: for anything that this library does not write.
+    """
+    content = PACKED.read_object(_inflated(text), "the index")
+    PACKED.check_version(content)
+    names = _names(_get(content, "layers", list))
+    count = len(names)
+    ranks = _sizes(content, "ranks", count)
+    which = _sizes(content, "shape", count)
+    shapes = [_pair(pair) for pair in _get(content, "shapes", list)[: count + 1]]
+    if len(shapes) > count or any(index >= len(shapes) for index in which):
+        PACKED.damaged("its shapes do not fit its layers")
+    digits = _get(content, "widths", str)
+    if len(digits) != count * len(ALL_KINDS):
+        PACKED.damaged(f"it has {len(digits)} widths for {count} layers of {len(ALL_KINDS)}")
+    bit_gates, rank_gates = _get(content, "bit_gates", bool), _get(content, "rank_gates", bool)
+    rows = [digits[start : start + len(ALL_KINDS)] for start in range(0, len(digits), len(ALL_KINDS))]
+    layers = [
+        PackedLayer(name, rank, *shapes[index], _widths(row, bit_gates))
+        for name, rank, index, row in zip(names, ranks, which, rows, strict=True)
+    ]
+    per_channel = _get(content, "per_channel", list)
+    if per_channel not in _PER_CHANNEL:
+        PACKED.damaged(f"its per-channel kinds are {per_channel!r:.60}")
+    index = PackedIndex(_get(content, "method", str), layers, bit_gates, rank_gates, tuple(per_channel))
+    index.ranges = _ranges(_get(content, "ranges", str), index)
+    return index
+
+
+def _inflated(text: str) -> bytes:
+    """Return the JSON in `text`, which never unfolds to more than `_MAX_INDEX` bytes."""
+    unpacker = zlib.decompressobj()
+    try:
+        found = unpacker.decompress(base64.b85decode(text), _MAX_INDEX)
+    except (ValueError, zlib.error):
+        PACKED.damaged("the index cannot be inflated")
+    if not unpacker.eof or unpacker.unused_data:
+        PACKED.damaged("the index is cut short, or larger than any")
+    return found
+
+
+def _get(content: dict[str, Any], key: str, kind: type) -> Any:
+    value = content.get(key)
+    if type(value) is not kind:
+        PACKED.damaged(f"its {key} is {'missing' if value is None else type(value).__name__}")
+    return value
+
+
+def _sizes(content: dict[str, Any], key: str, count: int) -> list[int]:
+    values = _get(content, key, list)
+    if len(values) != count or not all(is_size(value) for value in values):
+        PACKED.damaged(f"its {key} are not {count} numbers from 0 on")
+    return values
+
+
+def _pair(value: Any) -> tuple[int, int]:
+    if type(value) is not list or len(value) != 2 or not all(is_size(size) and size > 0 for size in value):
+        PACKED.damaged("a shape is not a pair of sizes")
+    return value[0], value[1]
+
+
+def _widths(digits: str, bit_gates: bool) -> dict[str, int]:
+    if any(digit not in "012345" for digit in digits):
+        PACKED.damaged(f"its widths {digits!r} are not log2 of {', '.join(map(str, WIDTHS))} bits")
+    widths = {kind: 1 << int(digit) for kind, digit in zip(ALL_KINDS, digits, strict=True) if digit != "0"}
+    wanted = set(ALL_KINDS) - {BASE_WEIGHT, "in"} if bit_gates else set(MATRICES)
+    allowed = set(ALL_KINDS) if bit_gates else wanted
+    if not wanted <= set(widths) <= allowed or not bit_gates and set(widths.values()) != {UNQUANTIZED}:
+        PACKED.damaged(
+            f"its widths {digits!r} are not those of {'a quantized' if bit_gates else 'an unquantized'} layer"
+        )
+    return widths
+
+
+def _ranges(text: str, index: PackedIndex) -> Tensor:
+    count = sum(len(layer.scalar_ranges(index.per_channel)) for layer in index.layers)
+    try:
+        data = base64.b64decode(text, validate=True)
+    except (binascii.Error, ValueError):
+        PACKED.damaged("its ranges are not base64")
+    if len(data) != 4 * count:
+        PACKED.damaged(f"it has {len(data)} bytes of ranges for {count} quantizers")
+    if not data:
+        return torch.zeros(0)
+    return check_ranges(torch.frombuffer(bytearray(data), dtype=torch.float32), PACKED)
+
+
+def _names(coded: list[Any]) -> list[str]:
+    if len(coded) > _MAX_LAYERS:
+        PACKED.damaged(f"it has {len(coded)} layers")
+    names: list[str] = []
+    for entry in coded:
+        shared, colon, rest = entry.partition(":") if isinstance(entry, str) else ("", "", "")
+        before = names[-1] if names else ""
+        if not colon or not (shared.isascii() and shared.isdigit()) or len(shared) > 4 or int(shared) > len(before):
+            PACKED.damaged("a layer's name cannot be read")
+        names.append(before[: int(shared)] + rest)
+        if not names[-1] or len(names[-1]) > _MAX_NAME or not names[-1].isprintable():
+            PACKED.damaged("a layer's name cannot be read")
+    if len(set(names)) < len(names):
+        PACKED.damaged("a layer is there twice")
+    return names
 
 
 def read_adapter(path: str, device: str) -> PackedState | None:

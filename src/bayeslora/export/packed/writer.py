@@ -3,14 +3,38 @@ r"""Packed adapters: every tensor at the width that was learned, in one safetens
 Ranks that contribute nothing are cut, a matrix of $b < 32$ bits is stored as the codes of its grid,
 $\mathrm{clamp}(\mathrm{round}(x / s_b), \pm(2^{b-1} - 1))$, and a bit gate as the width that it chose. Tensors without
 a quantizer, such as a trained head or those of Me-LoRA, BLoB and AdaLoRA, keep their type. After `import bayeslora`
-the folder loads with `PeftModel.from_pretrained`, or into a state dict with `load_packed`; `index` has the layout.
+the folder loads with `PeftModel.from_pretrained`, or into a state dict with `load_packed`.
+
+The index of the codes is one JSON object in the metadata of `adapter_model.safetensors`, a column a property, deflated
+(zlib) and in base 85. So a layer with eight quantizers costs about fifty bytes; a tensor for it in the header would
+cost a hundred.
+
+| field | |
+|---|---|
+| `version` | of this format, 1 |
+| `method` | of the adapter, such as `blora` |
+| `layers` | paths of the layers that have codes, each as `<characters shared with the one before>:<the rest>` |
+| `ranks` | rank of each layer |
+| `shapes`, `shape` | the distinct pairs of d_in and d_out, and which of them each layer has |
+| `widths` | of each layer a digit a kind, in the order of `ALL_KINDS`: log2 of its bits, 0 without a quantizer |
+| `bit_gates`, `rank_gates` | whether the adapter has quantizers and rank gates |
+| `per_channel` | kinds with a range a channel |
+| `ranges` | base64 of float32: logarithms of the other ranges, layer by layer, of kinds below 32 bits |
+
+The codes follow layer by layer, without gaps, in one tensor of bytes: A (r, d_in), E (r,) and B (d_out, r), each at
+its width and beginning at a whole byte, then the logarithms of the layer's per-channel ranges in float32. Positions
+are computed from shapes and widths, so none is written down and none can be wrong.
 """
 
 from __future__ import annotations
 
+import base64
+import json
 import math
 import os
-from collections.abc import Mapping
+import zlib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, cast
 
@@ -20,16 +44,81 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from bayeslora.errors import BayesLoraError
-from bayeslora.export.container import CODES, pack, write_container
+from bayeslora.export.container import CODES, PACKED, Part, pack, write_container
 from bayeslora.export.formats import adapted_parts, sharing_base
-from bayeslora.export.packed.index import PackedIndex, PackedLayer
-from bayeslora.export.packed.reader import ADAPTER_FILE, PREFIX
 from bayeslora.methods.config import AdapterConfig
 from bayeslora.methods.layer import PackedTensors
 from bayeslora.methods.tuner import BayesTuner
 from bayeslora.posterior import WeightPosterior, load_posterior
 from bayeslora.quantization import codes
-from bayeslora.vocabulary import ALL_KINDS, MATRICES, UNQUANTIZED
+from bayeslora.vocabulary import ALL_KINDS, BASE_WEIGHT, MATRICES, UNQUANTIZED
+
+ADAPTER_FILE = "adapter_model.safetensors"
+PREFIX = "base_model.model."
+
+
+@dataclass(frozen=True)
+class PackedLayer:
+    """One layer of the index; `widths` has the matrices and the kinds with a quantizer, as `ALL_KINDS` orders them."""
+
+    name: str
+    rank: int
+    in_features: int
+    out_features: int
+    widths: dict[str, int]
+
+    def shape_of(self, kind: str) -> tuple[int, ...]:
+        """Return the shape of a matrix."""
+        return {"A": (self.rank, self.in_features), "E": (self.rank,), "B": (self.out_features, self.rank)}[kind]
+
+    def channels(self, kind: str) -> int:
+        """Return the length of a per-channel range of `kind`."""
+        return self.out_features if kind == BASE_WEIGHT else self.rank
+
+    def parts(self, per_channel: Sequence[str]) -> list[Part]:
+        """Return the parts of the layer's bytes, in order."""
+        matrices = [Part(kind, self.widths[kind], self.shape_of(kind)) for kind in MATRICES]
+        vectors = [kind for kind in per_channel if self.widths.get(kind, UNQUANTIZED) < UNQUANTIZED]
+        return matrices + [Part(kind, UNQUANTIZED, (self.channels(kind),), True) for kind in vectors]
+
+    def scalar_ranges(self, per_channel: Sequence[str]) -> list[str]:
+        """Return the kinds whose range is one number of the index."""
+        return [kind for kind, bits in self.widths.items() if bits < UNQUANTIZED and kind not in per_channel]
+
+
+@dataclass
+class PackedIndex:
+    """The whole index; `ranges` (float32) are the logarithms of the scalar ranges, layer by layer."""
+
+    method: str
+    layers: list[PackedLayer] = field(default_factory=list)
+    bit_gates: bool = False
+    rank_gates: bool = False
+    per_channel: tuple[str, ...] = ()
+    ranges: Tensor = field(default_factory=lambda: torch.zeros(0))
+
+    @property
+    def buffer_size(self) -> int:
+        """Number of bytes of the codes and per-channel ranges of all layers."""
+        return sum(part.size for layer in self.layers for part in layer.parts(self.per_channel))
+
+    def to_text(self) -> str:
+        shapes = [(layer.in_features, layer.out_features) for layer in self.layers]
+        distinct = list(dict.fromkeys(shapes))
+        content = {
+            "version": PACKED.version,
+            "method": self.method,
+            "layers": _front_coded([layer.name for layer in self.layers]),
+            "ranks": [layer.rank for layer in self.layers],
+            "shapes": distinct,
+            "shape": [distinct.index(shape) for shape in shapes],
+            "widths": "".join(_digits(layer.widths) for layer in self.layers),
+            "bit_gates": self.bit_gates,
+            "rank_gates": self.rank_gates,
+            "per_channel": self.per_channel,
+            "ranges": base64.b64encode(self.ranges.numpy().astype("<f4").tobytes()).decode(),
+        }
+        return base64.b85encode(zlib.compress(json.dumps(content, separators=(",", ":")).encode(), 9)).decode()
 
 
 def export_packed(
@@ -124,6 +213,19 @@ def _packed_layers(tuner: BayesTuner, name: str) -> tuple[PackedIndex, Tensor]:
         index.layers.append(entry)
     index.ranges = torch.cat(ranges) if ranges else index.ranges
     return index, torch.cat(stretches) if stretches else torch.zeros(0, dtype=torch.uint8)
+
+
+def _digits(widths: dict[str, int]) -> str:
+    return "".join(str(widths[kind].bit_length() - 1 if kind in widths else 0) for kind in ALL_KINDS)
+
+
+def _front_coded(names: list[str]) -> list[str]:
+    coded, before = [], ""
+    for name in names:
+        shared = len(os.path.commonprefix([before, name]))
+        coded.append(f"{shared}:{name[shared:]}")
+        before = name
+    return coded
 
 
 def _codes(tensors: PackedTensors, kind: str) -> Tensor:

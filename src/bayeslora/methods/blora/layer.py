@@ -296,6 +296,11 @@ class BLoraLayer(BayesLayer):
         widths = {kind: widths[kind] for kind in quantizers.kinds}
         return PackedTensors(matrices, widths, logarithms, ranges, has_rank_gates)
 
+    def remove_quantizers(self) -> list[str]:
+        kinds = [kind for name in self.blora_quantizers for kind in self.quantizers(name).kinds]
+        self.blora_quantizers.clear()
+        return kinds
+
     @staticmethod
     def unpacked_state(packed: PackedTensors) -> dict[str, Tensor]:
         state = {f"blora_{kind}": matrix for kind, matrix in packed.matrices.items()}
