@@ -27,8 +27,7 @@ def card(folder: Path, adapter: dict[str, Any] | None = None, **metrics: Any) ->
 
 
 def code(body: str) -> str:
-    (block,) = re.findall(r"```python\n(.*?)```", body, re.DOTALL)
-    return str(block)
+    return "".join(re.findall(r"```python\n(.*?)```", body, re.DOTALL))
 
 
 def test_front_matter_and_body_of_a_blora_adapter(tmp_path: Path) -> None:

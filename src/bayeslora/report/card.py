@@ -14,6 +14,7 @@ from bayeslora.methods.registry import METHODS
 from bayeslora.model_card import CARD_FILE, front_matter, public_name
 from bayeslora.report import text
 from bayeslora.report.page import environment
+from bayeslora.runs.info import RUN_FILE, RunInfo
 from bayeslora.runs.names import order_matrices, shortest_labels
 from bayeslora.runs.record import RunRecord, read_run
 
@@ -64,8 +65,7 @@ def write_model_card(output_dir: Path) -> Path:
         "auto_class": auto_class,
         "with_labels": task_type in ("SEQ_CLS", "TOKEN_CLS") and bool(run.labels),
         "regression": task_type == "SEQ_CLS" and not run.labels,
-        # One text a batch is what a classifier takes; these take a prompt, or a pair for each choice.
-        "causal": task_type in ("CAUSAL_LM", "SEQ_2_SEQ_LM", "MULTIPLE_CHOICE"),
+        "example": _example(folder),
         "table": _by_matrix(run),
         "kinds": run.kinds if run.is_quantized else [],
         "literal": lambda value: json.dumps(value, ensure_ascii=False),
@@ -92,6 +92,14 @@ def _task_type(config: dict[str, Any]) -> str:
     if not config.get("task_type") and str(mapping.get("base_model_class", "")).endswith("ForMultipleChoice"):
         return "MULTIPLE_CHOICE"
     return str(config.get("task_type") or "SEQ_CLS")
+
+
+def _example(folder: Path) -> str:
+    """Return the Python source of a row for `Run.predict`."""
+    info = RunInfo.load(folder) if (folder / RUN_FILE).is_file() else None
+    if info is not None and info.kind == "multiple_choice":
+        return '{"question": "a question", "choices": ["one answer", "another"]}'
+    return '"a text"' if info is None or len(info.text_columns) < 2 else '("a text", "its pair")'
 
 
 def _by_matrix(run: RunRecord) -> list[dict[str, Any]]:
