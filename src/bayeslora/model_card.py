@@ -17,7 +17,8 @@ def front_matter(
     tags: Iterable[str],
     relation: str | None = None,
     pipeline_tag: str | None = None,
-    task: str | None = None,
+    task: str = "",
+    dataset: str | None = None,
     split: str = "validation",
     scores: Mapping[str, float] | None = None,
 ) -> str:
@@ -30,7 +31,8 @@ def front_matter(
         tags: repeated ones are left out.
         relation: to the base model, such as `merge`.
         pipeline_tag: the hub's name of the kind of task.
-        task: name of the data set that `scores` were measured on.
+        task: name of the task that `scores` were measured on.
+        dataset: hub id of its data set, if it has one.
         split: of that data set.
         scores: by the hub's names of metrics; those that are not finite are left out.
     """
@@ -39,8 +41,8 @@ def front_matter(
     results = [
         EvalResult(
             task_type=pipeline_tag or "text-classification",
-            dataset_type=_one_line(task or ""),
-            dataset_name=_one_line(task or ""),
+            dataset_type=dataset or _one_line(task),
+            dataset_name=_one_line(task),
             dataset_split=split,
             metric_type=_one_line(metric),
             metric_value=value,
@@ -51,6 +53,7 @@ def front_matter(
     data = ModelCardData(
         base_model=_one_line(base_model),
         base_model_relation=relation,
+        datasets=[dataset] if dataset else None,
         library_name=library,
         pipeline_tag=pipeline_tag,
         tags=list(dict.fromkeys(map(_one_line, tags))),

@@ -68,6 +68,21 @@ def test_an_adapter_is_an_ordinary_peft_folder(runs: dict[str, Path], setting: S
         assert value.abs().sum() > 0
 
 
+def test_a_card_loads_the_run_and_tells_no_path_of_this_machine(
+    runs: dict[str, Path], setting: Setting, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    card = (runs["melora"] / "README.md").read_text(encoding="utf-8")
+    assert str(setting.model.parent) not in card and f"base_model: {setting.model.name}\n" in card
+    assert card.startswith("---\n") and "# Me-LoRA on train\n" in card
+    code = card.split("```python\n")[1].split("```")[0]
+    monkeypatch.chdir(runs["melora"])
+    capsys.readouterr()
+    exec(compile(code, "README.md", "exec"), {})
+    label, *probabilities = capsys.readouterr().out.split()
+    assert label in ("0", "1") and len(probabilities) == 2
+    assert json.loads((runs["melora"] / "metrics.json").read_text())["title"] == "Me-LoRA"
+
+
 @pytest.mark.parametrize("method", ["blora", "lora"])
 def test_the_written_config_gives_the_same_run(runs: dict[str, Path], tmp_path: Path, method: str) -> None:
     again = tmp_path / "again"

@@ -6,7 +6,6 @@ import json
 from pathlib import Path
 from typing import Any
 
-from bayeslora.errors import BayesLoraError
 from bayeslora.files import new_folder
 
 
@@ -22,10 +21,7 @@ def run(given: dict[str, Any]) -> int:
 
 
 def compare(folders: list[Path], target: Path) -> dict[str, Any]:
-    """Write table and figures of `folders` into the new folder `target`; returns what `table.json` holds."""
-    for folder in folders:
-        if not (folder / "metrics.json").is_file():
-            raise BayesLoraError(f"{folder} lacks metrics.json: name folders that `bayeslora train` wrote")
+    """Write table and figures of `folders` into the new folder `target`, and return the content of `table.json`."""
     from bayeslora.report import write_comparison
 
     with new_folder(target) as partial:

@@ -14,9 +14,10 @@ from bayeslora.data import Task, load_task
 from bayeslora.data.choices import CHOICE_FILES
 from bayeslora.errors import BayesLoraError
 from bayeslora.evaluation import Evaluation, evaluate, predict_dataset
-from bayeslora.files import finite, new_folder, save_json
+from bayeslora.files import finite, new_folder
 from bayeslora.prediction import check_samples
 from bayeslora.runs.info import RUN_FILE, RunInfo
+from bayeslora.runs.record import METRICS_FILE, RunRecord, read_run
 from bayeslora.runs.rows import EVALUATION, OutsideRows, encode_for, labelled_rows, outside_rows
 from bayeslora.runs.run import Run, load
 from bayeslora.runs.score import described, detected, scored
@@ -125,19 +126,19 @@ def _target(given: dict[str, Any]) -> Path | None:
 
 
 def _write(target: Path, folder: Path, found: dict[str, Any], model: dict[str, Any], info: RunInfo) -> None:
-    """The scores as a folder that `compare` reads like the run's own: its facts, with these scores in their place."""
+    """Write the scores as a folder that `compare` reads like the run's own: its record, with these scores instead."""
     from bayeslora.report import write_figures
 
     trained: dict[str, Any] = {"method": info.method, "model": info.model, "labels": info.labels, **model}
-    if (folder / "metrics.json").is_file():
-        trained |= json.loads((folder / "metrics.json").read_text(encoding="utf-8"))
+    if (folder / METRICS_FILE).is_file():
+        trained |= read_run(folder).to_dict()
     seconds = {**trained.get("seconds", {}), "evaluate": found["seconds"]}
     own = {name: value for name, value in found.items() if name not in ("folder", "seed")}
     metrics = {**trained, **own, "seconds": seconds, "evaluated": {"folder": str(folder), "seed": found["seed"]}}
     for name in ("scores_test", "confusion"):
         metrics.pop(name, None)
     with new_folder(target) as partial:
-        save_json(partial / "metrics.json", metrics)
+        RunRecord.from_dict(metrics).save(partial)
         for name in ("config.yaml", "adapter_config.json"):
             if (folder / name).is_file():
                 shutil.copy(folder / name, partial)

@@ -7,6 +7,7 @@ from typing import Any
 
 from bayeslora.cli.arguments import build_plan
 from bayeslora.cli.listing import list_options
+from bayeslora.report import check_installed
 from bayeslora.runs.plan import TrainPlan
 
 
@@ -20,12 +21,13 @@ def run(given: dict[str, Any]) -> int:
 
 def train(plan: TrainPlan) -> int:
     """Train as planned and print the scores; returns 0."""
+    check_installed()
     from bayeslora.cli.progress import ProgressBar, disable_progress_bars
     from bayeslora.runs import train as runs
 
     disable_progress_bars()
     try:
-        metrics = runs.train(plan, ProgressBar(plan.options.method, bool(plan.training_options.get("disable_tqdm"))))
+        record = runs.train(plan, ProgressBar(plan.options.method, bool(plan.training_options.get("disable_tqdm"))))
     except runs.TrainingInterrupted as error:
         options = [
             "--config",
@@ -37,6 +39,6 @@ def train(plan: TrainPlan) -> int:
         command = shlex.join(["bayeslora", "train", *options])
         hint = f"continue with `{command}`" if error.resumable else "nothing was kept"
         raise KeyboardInterrupt(f"interrupted; {hint}.") from error
-    scores = "  ".join(f"{name} {value:.4f}" for name, value in metrics["scores"].items())
+    scores = "  ".join(f"{name} {value:.4f}" for name, value in record.scores.items())
     print(f"{plan.output_dir}: {scores}")
     return 0

@@ -106,6 +106,11 @@ TASKS = (*_KNOWN, *CHOICE_FILES, DEMO_TASK)
 """Names that `load_task` knows."""
 
 
+def hub_dataset(task: str | None) -> str | None:
+    """Return the hub id of the data set that a known task comes from; None for other data."""
+    return _HUB if task in _KNOWN else None
+
+
 def load_task(name: str, data_dir: str | Path | None = None, *, train_split: str | None = None) -> Task:
     """A known task.
 

@@ -56,6 +56,7 @@ def write_model_card(output_dir: Path) -> Path:
             tags=["bayeslora", run.method, run.task, *(["lora"] if adapter else [])],
             pipeline_tag=pipeline_tag,
             task=run.task,
+            dataset=run.dataset,
             split=run.split or "validation",
             scores=run.scores,
         ),

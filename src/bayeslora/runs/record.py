@@ -6,9 +6,10 @@ absent has its default, a number that was not finite is null, and keys that are 
 | key | content |
 |---|---|
 | `method`, `title` | the method's name in `--method`, and in prose |
-| `task`, `split`, `model` | the task, the split that was scored (by default `validation`), and the base model |
+| `task`, `dataset`, `model` | the task, hub id of its data set if it has one, and the base model |
 | `seed`, `steps`, `samples` | of training; optimizer steps; samples of the posterior per prediction, 0 for its mean |
-| `metric`, `scores`, `rows` | name of the headline score; scores of the split by name; its number of rows |
+| `metric`, `scores` | name of the headline score; scores by name |
+| `split`, `rows` | the split that was scored, by default `validation`; its number of rows |
 | `scores_test` | scores of the test split, if there is one |
 | `reliability.bins` | `lower`, `upper`, `count`, mean `confidence` and `accuracy` by bin of confidence |
 | `risk_coverage` | `coverage`, the shares of examples answered, and `risk`, the error rate among each |
@@ -184,6 +185,7 @@ class RunRecord:
     seed: int | None = None
     steps: int | None = None
     samples: Count = 0
+    dataset: str | None = None
     split: str | None = None
     rows: Count | None = None
     scores_test: dict[str, float] = field(default_factory=dict)

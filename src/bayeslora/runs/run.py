@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import json
 import os
 from dataclasses import dataclass
 from pathlib import Path
@@ -38,6 +37,7 @@ from bayeslora.runs.base import (
 from bayeslora.runs.info import RUN_FILE, RunInfo, RunKind
 from bayeslora.runs.plain import ADAPTER_FILE, CONFIG_FILE, adapter_config, plain_info
 from bayeslora.runs.predictions import Predictions
+from bayeslora.runs.record import METRICS_FILE, RunRecord, read_run
 from bayeslora.runs.rows import EVALUATION, encode_for, rows_to_predict
 
 
@@ -96,10 +96,9 @@ class Run:
         return dict(yaml.safe_load(path.read_text(encoding="utf-8"))) if path.is_file() else {}
 
     @property
-    def metrics(self) -> dict[str, Any] | None:
+    def metrics(self) -> RunRecord | None:
         """The content of `metrics.json`; None without that file."""
-        path = self.folder / "metrics.json"
-        return dict(json.loads(path.read_text(encoding="utf-8"))) if path.is_file() else None
+        return read_run(self.folder) if (self.folder / METRICS_FILE).is_file() else None
 
     @functools.cached_property
     def predictor(self) -> nn.Module | WeightPosterior:

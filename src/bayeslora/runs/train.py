@@ -33,6 +33,7 @@ from transformers import (
 )
 
 from bayeslora.data import Task, load_files, load_task
+from bayeslora.data.tasks import hub_dataset
 from bayeslora.errors import BayesLoraError, option
 from bayeslora.evaluation import compute_metrics_for
 from bayeslora.evaluation.choice_trainer import ChoiceTrainer
@@ -40,6 +41,7 @@ from bayeslora.evaluation.multiple_choice import choice_scoring
 from bayeslora.export.formats import shrink
 from bayeslora.files import save_json
 from bayeslora.methods import tuner_of
+from bayeslora.methods.registry import title_of
 from bayeslora.optim import IVON
 from bayeslora.posterior import WeightPosterior, load_posterior
 from bayeslora.prediction import check_samples
@@ -56,6 +58,7 @@ from bayeslora.runs.base import (
 from bayeslora.runs.callbacks import Clock, Interruption
 from bayeslora.runs.info import Head, RunInfo
 from bayeslora.runs.plan import TrainPlan, first_difference, read_config
+from bayeslora.runs.record import HISTORY_FILE, RunRecord
 from bayeslora.runs.rows import EVALUATION, encode_split
 from bayeslora.runs.run import load
 from bayeslora.runs.score import measure, rows_to_score, verify_reload
@@ -100,8 +103,8 @@ class TrainingInterrupted(KeyboardInterrupt):
         self.partial, self.output_dir, self.resumable = partial, output_dir, resumable
 
 
-def train(plan: TrainPlan, reporter: Reporter | None = None) -> dict[str, Any]:
-    """Train as planned into the new folder `plan.output_dir`; returns what its `metrics.json` says.
+def train(plan: TrainPlan, reporter: Reporter | None = None) -> RunRecord:
+    """Train as planned into the new folder `plan.output_dir`, and return the content of its `metrics.json`.
 
     SIGINT and SIGTERM stop it after the step it is in.
 
@@ -118,12 +121,12 @@ def train(plan: TrainPlan, reporter: Reporter | None = None) -> dict[str, Any]:
         seconds = clock.seconds
         if interruption.requested and trainer.state.global_step < trainer.state.max_steps:
             raise KeyboardInterrupt
-        metrics = finish(session, trainer, seconds, reporter)
+        record = finish(session, trainer, seconds, reporter)
         clock.discard()
         if not plan.options.keep_checkpoints:
             shutil.rmtree(partial / _CHECKPOINTS, ignore_errors=True)
         os.rename(partial, plan.output_dir)
-    return metrics
+    return record
 
 
 def precision_options() -> dict[str, Any]:
@@ -308,8 +311,8 @@ def _trainer_class(session: Session) -> Callable[..., Trainer]:
     return functools.partial(Trainer, data_collator=DataCollatorWithPadding(session.tokenizer))
 
 
-def finish(session: Session, trainer: Trainer, seconds: float, reporter: Reporter) -> dict[str, Any]:
-    """Score, save, check what was saved and have it reported, all in `OUT.partial`; returns the scores and costs."""
+def finish(session: Session, trainer: Trainer, seconds: float, reporter: Reporter) -> RunRecord:
+    """Score, save, check what was saved and have it reported, all in `OUT.partial`; return the scores and costs."""
     plan, partial = session.plan, session.partial
     # Without the autocast that training in 16 bits leaves around the forward pass: who loads the run has none.
     model = trainer.accelerator.unwrap_model(session.model, keep_fp32_wrapper=False)
@@ -319,34 +322,38 @@ def finish(session: Session, trainer: Trainer, seconds: float, reporter: Reporte
     if posterior is not None:
         posterior.save(partial)
     reporter.on_scoring(rows_to_score(session.data), plan.options.samples)
-    metrics = _metrics(session, trainer, model, seconds)
+    record = _record(session, trainer, model, seconds)
     arguments: dict[str, Any] = {} if plan.config_class is None else {"save_embedding_layers": False}
     model.save_pretrained(partial, **arguments)
     session.tokenizer.save_pretrained(partial)
     _run_info(session).save(partial)
     probe = session.data[EVALUATION]
     verify_reload(model, probe, session.tokenizer, lambda: load(partial).model, plan.options.dtype)
-    save_json(partial / "metrics.json", metrics)
-    save_json(partial / "history.json", trainer.state.log_history)
+    record.save(partial)
+    save_json(partial / HISTORY_FILE, trainer.state.log_history)
     reporter.on_finished(partial)
-    return metrics
+    return record
 
 
-def _metrics(session: Session, trainer: Trainer, model: nn.Module, seconds: float) -> dict[str, Any]:
+def _record(session: Session, trainer: Trainer, model: nn.Module, seconds: float) -> RunRecord:
     plan, task = session.plan, session.task
     predictor = None if plan.ivon is None else load_posterior(model, session.partial)
     started = time.perf_counter()
     batch_size = trainer.args.per_device_eval_batch_size
     measured = measure(model, session.data, task, session.tokenizer, batch_size, plan.options.samples, predictor)
-    return {
-        "method": plan.options.method,
-        "task": task.name,
-        "model": plan.options.model,
-        "seed": plan.seed,
-        "steps": trainer.state.global_step,
-        **measured,
-        "seconds": {"train": seconds, "evaluate": time.perf_counter() - started},
-    }
+    return RunRecord.from_dict(
+        {
+            "method": plan.options.method,
+            "title": title_of(plan.options.method),
+            "task": task.name,
+            "dataset": hub_dataset(plan.options.task),
+            "model": plan.options.model,
+            "seed": plan.seed,
+            "steps": trainer.state.global_step,
+            **measured,
+            "seconds": {"train": seconds, "evaluate": time.perf_counter() - started},
+        }
+    )
 
 
 def _posterior(trainer: Trainer) -> WeightPosterior:
