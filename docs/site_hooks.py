@@ -37,7 +37,7 @@ def exported(module: str) -> list[str]:
 
 def definition(module: str, name: str) -> str:
     """Return the path where a name is defined: static analysis takes `methods.describe` for the file of that name."""
-    for node in ast.parse(source_file(module).read_text(encoding="utf-8")).body:
+    for node in ast.walk(ast.parse(source_file(module).read_text(encoding="utf-8"))):
         if isinstance(node, ast.ImportFrom) and node.module and name in {alias.name for alias in node.names}:
             return definition(node.module, name)
     return f"{module}.{name}"
@@ -61,7 +61,7 @@ def api_directives(markdown: str) -> str:
         for package, name in public_names(match[0]):
             path = f"{package}.{name}"
             defined = definition(package, name)
-            shadowed = defined.split(".")[-2] == name
+            shadowed = defined.split(".")[-2] == name or source_file(path).exists()
             anchor = f"[](){{#{path}}}\n\n" if shadowed else ""
             blocks.append(f"{anchor}::: {defined if shadowed else path}")
         return "\n\n".join(blocks)
