@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from bayeslora.errors import BayesLoraError
 from bayeslora.methods.variational import stochastic_layers
 from bayeslora.prediction.batched_sampling import MAX_ELEMENTS, BatchedSampler, first_token_only, repeat_rows
 from tests.prediction.models import TARGETS, classifier, inputs, merged_draw, noisy
@@ -119,16 +120,17 @@ def test_several_rows_of_a_batch_may_make_one_example() -> None:
 class Mixing(nn.Module):
     """Blocks that look at the number of rows, as repeated outputs of the blocks before do not expect."""
 
-    def __init__(self) -> None:
+    def __init__(self, error: type[Exception] = RuntimeError) -> None:
         super().__init__()
         self.blocks = nn.ModuleList([nn.Linear(8, 8) for _ in range(3)])
         self.rows: list[int] = []
+        self.error = error
 
     def forward(self, x: Tensor) -> Any:
         self.rows.append(len(x))
         first = self.blocks[0](x)
         if len(self.rows) == 2:
-            raise RuntimeError("not with outputs that are given")
+            raise self.error("not with outputs that are given")
         return type("Output", (), {"logits": self.blocks[2](self.blocks[1](first))})()
 
 
@@ -142,6 +144,14 @@ def test_a_model_that_fails_with_given_outputs_runs_in_full() -> None:
     assert not run.shareable and base.rows == [4, 12, 12]
     merged = merged_draw(model, 0, 2)
     torch.testing.assert_close(found[2], merged(x).logits, rtol=1e-5, atol=1e-5)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("error", [BayesLoraError, torch.OutOfMemoryError, KeyError])
+def test_an_error_that_says_nothing_about_given_outputs_is_not_hidden_by_a_full_run(error: type[Exception]) -> None:
+    model = noisy(Mixing(error), ["blocks.1", "blocks.2"])
+    with pytest.raises(error):
+        BatchedSampler(model, lambda m, batch: m(batch["x"]).logits, seed=0).logits({"x": torch.randn(4, 8)}, range(3))
 
 
 @torch.no_grad()

@@ -23,22 +23,11 @@ from torch import Tensor, nn
 from bayeslora.errors import BayesLoraError
 from bayeslora.export.draws import Factors, check_draws, drawn
 from bayeslora.export.formats import inputs_for, output_error, output_of
+from bayeslora.methods.config import KEPT_FIELDS
 from bayeslora.methods.layer import BayesLayer
 from bayeslora.methods.tuner import BayesTuner, describe, tuner_of
 from bayeslora.posterior import PosteriorSource
 
-_SHARED_FIELDS = (
-    "task_type",
-    "base_model_name_or_path",
-    "revision",
-    "bias",
-    "modules_to_save",
-    "target_modules",
-    "exclude_modules",
-    "layers_to_transform",
-    "layers_pattern",
-    "lora_dropout",
-)
 SERVED_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)
 """Values above 1 of vLLM's `--max-lora-rank`, which reserves that rank for every adapter."""
 
@@ -191,7 +180,7 @@ def _config(
         alpha_pattern={path: scalings[path] * r for path, r in ranks.items() if scalings[path] * r != alpha},
         fan_in_fan_out=any(layer.is_transposed for layer in layers.values()),
         inference_mode=True,
-        **{key: getattr(config, key) for key in _SHARED_FIELDS if hasattr(config, key)},
+        **{key: getattr(config, key) for key in (*KEPT_FIELDS, "lora_dropout") if hasattr(config, key)},
     )
 
 

@@ -10,6 +10,19 @@ from peft import PeftConfig
 from bayeslora._peft import peft_type
 from bayeslora.errors import BayesLoraError
 
+KEPT_FIELDS = (
+    "task_type",
+    "base_model_name_or_path",
+    "revision",
+    "bias",
+    "modules_to_save",
+    "target_modules",
+    "exclude_modules",
+    "layers_to_transform",
+    "layers_pattern",
+)
+"""Fields that stay the same when an adapter becomes one of another method."""
+
 
 @dataclass
 class AdapterConfig(PeftConfig):

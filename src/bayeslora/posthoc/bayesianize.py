@@ -21,26 +21,13 @@ from torch import Tensor, nn
 
 from bayeslora.errors import BayesLoraError
 from bayeslora.methods.blob import BlobConfig
+from bayeslora.methods.config import KEPT_FIELDS
 from bayeslora.methods.variational import stochastic_layers
 from bayeslora.posthoc.temperature import predictive_nll
 from bayeslora.prediction import Logits, ModelPredictor, labels_of, sampled_logits
 
 _log = logging.getLogger(__name__)
 
-_SHARED_FIELDS = (
-    "r",
-    "lora_alpha",
-    "use_rslora",
-    "task_type",
-    "base_model_name_or_path",
-    "revision",
-    "modules_to_save",
-    "target_modules",
-    "exclude_modules",
-    "layers_to_transform",
-    "layers_pattern",
-    "bias",
-)
 _SMALLEST_SHARE = 1e-6
 """Singular values below this share of the largest count as this share, so that noise is not divided by zero."""
 _FIRST_SCALE = 1e-3
@@ -175,7 +162,7 @@ def _decomposed(layer: Any, name: str) -> tuple[Tensor, Tensor, Tensor]:
 
 def _blob_config(config: Any, factors: dict[str, Any], scalings: dict[str, float]) -> BlobConfig:
     """Return the configuration of BLoB under which every layer keeps its rank and its scaling."""
-    shared = {field: getattr(config, field) for field in _SHARED_FIELDS}
+    shared = {field: getattr(config, field) for field in (*KEPT_FIELDS, "r", "lora_alpha", "use_rslora")}
     divisor = config.r**0.5 if config.use_rslora else config.r
     ranks = {path: len(d) for path, (_, _, d) in factors.items()}
     return BlobConfig(

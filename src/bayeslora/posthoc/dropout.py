@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from bayeslora.errors import BayesLoraError
 from bayeslora.methods.variational import posterior_mean
 from bayeslora.prediction import Logits, Sampler
+from bayeslora.prediction.predict import seeded
 
 
 class MCDropout:
@@ -29,7 +30,7 @@ class MCDropout:
     """
 
     def __init__(self, model: nn.Module) -> None:
-        self._model = model
+        self.model = model
         self._dropouts = [m for m in model.modules() if isinstance(m, nn.modules.dropout._DropoutNd)]
         rates = sorted({module.p for module in self._dropouts})
         if not any(rates):
@@ -37,10 +38,6 @@ class MCDropout:
             raise BayesLoraError(
                 f"the model has {seen}, but Monte-Carlo dropout needs a rate above 0: train with lora_dropout=0.1"
             )
-
-    @property
-    def model(self) -> nn.Module:
-        return self._model
 
     def check_samples(self, samples: int) -> None:
         """Accept any number."""
@@ -55,8 +52,7 @@ class MCDropout:
                     only: Tensor = read(self.model, batch)
                     return only.unsqueeze(0)
                 device = next(iter(batch.values())).device
-                with self._dropping(), torch.random.fork_rng([device] if device.type == "cuda" else []):
-                    torch.manual_seed(seed)
+                with self._dropping(), seeded(seed, device):
                     return torch.stack([read(self.model, batch) for _ in range(samples)])
 
         return passes

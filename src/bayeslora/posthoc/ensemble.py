@@ -43,11 +43,11 @@ class DeepEnsemble:
                     f"the adapter {missing[0]!r} is not in the model, which has {', '.join(known) or 'none'}: load it "
                     "with load_adapter, or use DeepEnsemble.from_folders"
                 )
-            self._model: nn.Module = self._peft
+            self.model: nn.Module = self._peft
             self.size = len(self._adapters)
         else:
-            self._model = nn.ModuleList(members)
-            self.size = len(self._model)
+            self.model = nn.ModuleList(members)
+            self.size = len(self.model)
         if self.size < 2:
             raise BayesLoraError(f"the ensemble has {self.size} members, but needs at least 2: add others")
 
@@ -74,10 +74,6 @@ class DeepEnsemble:
                     f"{folder} holds no adapter for this model ({reason}): give folders that save_pretrained wrote"
                 ) from error
         return cls(model.eval(), names)
-
-    @property
-    def model(self) -> nn.Module:
-        return self._model
 
     def check_samples(self, samples: int) -> None:
         if samples not in (0, self.size):

@@ -51,13 +51,9 @@ class LaplacePredictor:
             raise BayesLoraError(f"structure is {structure!r}, but must be full, kron or diag: give 'kron'")
         if prior_precision is not None and not prior_precision > 0:
             raise BayesLoraError(f"prior_precision is {prior_precision}, but must be positive: give None to choose it")
-        self._model, self.structure, self.prior_precision = model, structure, prior_precision
+        self.model, self.structure, self.prior_precision = model, structure, prior_precision
         self._head: nn.Linear | None = None
         self._posterior: Any = None
-
-    @property
-    def model(self) -> nn.Module:
-        return self._model
 
     def check_samples(self, samples: int) -> None:
         if samples and self._posterior is None:

@@ -39,10 +39,7 @@ class TemperatureScaling:
         if not temperature > 0:
             raise BayesLoraError(f"the temperature is {temperature}, but must be positive: give 1 to change nothing")
         self.predictor, self.temperature = as_predictor(model), float(temperature)
-
-    @property
-    def model(self) -> nn.Module:
-        return self.predictor.model
+        self.model = self.predictor.model
 
     def check_samples(self, samples: int) -> None:
         check_samples(self.predictor, samples)

@@ -28,7 +28,7 @@ from bayeslora.errors import BayesLoraError
 from bayeslora.methods.variational import posterior_mean, sampling
 from bayeslora.posterior import IndivisibleBatchError
 from bayeslora.prediction.batched_sampling import repeat_rows
-from bayeslora.prediction.predict import evaluation_mode
+from bayeslora.prediction.predict import evaluation_mode, seeded
 from bayeslora.prediction.predictor import check_samples
 
 _MAX_NUMBERS = 2**25
@@ -103,7 +103,7 @@ def generate(
     prompts["attention_mask"] = torch.ones_like(prompts["input_ids"]) if attention_mask is None else attention_mask
     prompts["attention_mask"] = prompts["attention_mask"].to(device)
     run = _Run(model, prompts, max(1, samples), None if samples == 0 else seed, antithetic)
-    with evaluation_mode(model), torch.inference_mode(), _seeded(seed, device):
+    with evaluation_mode(model), torch.inference_mode(), seeded(seed, device):
         sequences = run.generated(generate_kwargs)
         found = run.scored(sequences, uncertainty)
     return Generation(**{name: value.clone() for name, value in found.items()})
@@ -231,12 +231,3 @@ def _ids(value: Any) -> list[int]:
     if value is None:
         return []
     return [int(each) for each in value] if isinstance(value, (list, tuple, Tensor)) and len(value) else [int(value)]
-
-
-@contextmanager
-def _seeded(seed: int, device: torch.device) -> Iterator[None]:
-    """Seed torch's random state; afterwards it is what it was before."""
-    devices = [device] if device.type == "cuda" else []
-    with torch.random.fork_rng(devices=devices):
-        torch.manual_seed(seed)
-        yield

@@ -166,6 +166,15 @@ def evaluation_mode(model: nn.Module) -> Iterator[None]:
             module.training = training
 
 
+@contextmanager
+def seeded(seed: int, device: torch.device) -> Iterator[None]:
+    """Seed torch's random state; afterwards it is what it was before."""
+    devices = [device] if device.type == "cuda" else []
+    with torch.random.fork_rng(devices=devices):
+        torch.manual_seed(seed)
+        yield
+
+
 def labels_of(batches: Iterable[Mapping[str, Any]]) -> Tensor:
     """Return (n,) class ids of all batches, int64 on the CPU.
 

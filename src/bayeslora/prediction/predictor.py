@@ -58,12 +58,8 @@ class ModelPredictor:
     """
 
     def __init__(self, model: nn.Module, source: object | None = None) -> None:
-        self._model = model
+        self.model = model
         self.source = None if source is None else posterior_source(source)
-
-    @property
-    def model(self) -> nn.Module:
-        return self._model
 
     def check_samples(self, samples: int) -> None:
         if samples == 0:

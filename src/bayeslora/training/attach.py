@@ -68,13 +68,7 @@ def attach(
         return trainer
     if getattr(trainer, "is_deepspeed_enabled", False):
         raise BayesLoraError("DeepSpeed keeps gradients to itself, but methods need them: use DDP or FSDP2 instead")
-    free = trainer.optimizer is None and trainer.optimizer_cls_and_kwargs is None
-    if optimizer is not None:
-        if not free:
-            raise BayesLoraError("the trainer has an optimizer, but attach is given another one: drop one of them")
-        trainer.optimizer_cls_and_kwargs = posterior_optimizer(trainer, optimizer, num_examples)
-    elif free:
-        trainer.optimizer_cls_and_kwargs = grouped_optimizer(trainer)
+    _choose_optimizer(trainer, num_examples, optimizer)
     if by_ivon and trainer.is_fsdp_enabled and not getattr(trainer.accelerator, "is_fsdp2", False):
         raise BayesLoraError("FSDP1 hides which weights a rank has, but IVON's noise depends on it: use FSDP2 or DDP")
     stated = None if tuner is None else tuner.num_examples
@@ -87,6 +81,16 @@ def attach(
     if by_ivon:
         _restore_after_training(trainer, callback)
     return trainer
+
+
+def _choose_optimizer(trainer: Trainer, num_examples: int | None, optimizer: str | OptimizerFactory | None) -> None:
+    free = trainer.optimizer is None and trainer.optimizer_cls_and_kwargs is None
+    if optimizer is not None:
+        if not free:
+            raise BayesLoraError("the trainer has an optimizer, but attach is given another one: drop one of them")
+        trainer.optimizer_cls_and_kwargs = posterior_optimizer(trainer, optimizer, num_examples)
+    elif free:
+        trainer.optimizer_cls_and_kwargs = grouped_optimizer(trainer)
 
 
 class BayesCallback(TrainerCallback):
