@@ -106,12 +106,12 @@ def make_step(variant: str, batch_size: int, length: int) -> Callable[[], None]:
     if loop is not None and variant not in VARIATIONAL:
         for _ in range(2):  # ranges are observed
             step()
-        loop.step = loop.tuner.warm_up_end - 1
+        loop.step = loop.tuner.run_state().warm_up_end - 1
         step()
         if variant != "blora-start":
             spread_gates(loop)
         if variant == "blora-frozen":
-            loop.step = loop.tuner.frozen_from - 1
+            loop.step = loop.tuner.run_state().frozen_from - 1
             step()
         expected = Phase.FROZEN if variant == "blora-frozen" else Phase.LEARN
         assert {layer.progress("default").current for layer in loop.tuner.adapted_layers()} == {expected}
@@ -125,7 +125,7 @@ def spread_gates(loop: bayeslora.BayesLoop) -> None:
         for layer in loop.tuner.adapted_layers():
             quantizers = layer.quantizers("default")
             rows = [wide if kind in ("weight", "out") else narrow for kind in quantizers.kinds]
-            quantizers.gates.copy_(torch.tensor(rows))
+            quantizers.gate_logits.copy_(torch.tensor(rows))
 
 
 def with_own_quantizer(variant: str, step: Callable[[], None]) -> Callable[[], None]:

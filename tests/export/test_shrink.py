@@ -70,7 +70,7 @@ def test_a_rank_whose_diagonal_is_quantized_to_zero_is_cut() -> None:
     model = tiny_model(FROZEN, mode="q").eval()
     for layer in layers_of(model):
         quantizers = layer.blora_quantizers["default"]
-        quantizers.gates.data.fill_(-3.0)  # two bits: what is below a third of the range becomes zero
+        quantizers.gate_logits.data.fill_(-3.0)  # two bits: what is below a third of the range becomes zero
         quantizers.set_range("E", torch.tensor(1.5))
         _prune(layer, [1.0, 0.4, -1.2, -0.1], RANK)
     expected = model(X)

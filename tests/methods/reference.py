@@ -78,11 +78,11 @@ def randomize(layer: Any, generator: torch.Generator, phase: Phase, name: str = 
         layer.blora_rank[name].logits.copy_(rand(layer.blora_rank[name].logits) * 2 + 0.5)
     if name in layer.blora_quantizers:
         quantizers = layer.blora_quantizers[name]
-        quantizers.gates.copy_(rand(quantizers.gates) * 5 - 2)
+        quantizers.gate_logits.copy_(rand(quantizers.gate_logits) * 5 - 2)
         for kind, channels in zip(quantizers.kinds, quantizers.channels, strict=True):
             low = {"weight": 0.12, "A": 0.3, "B": 0.3, "E": 1.0}.get(kind, 0.8)
             quantizers.set_range(kind, low * (1 + 0.5 * torch.rand(channels, generator=generator)))
-        quantizers.draw(rand(quantizers.gates))
+        quantizers.draw(rand(quantizers.gate_logits))
     layer.blora_progress[name].advance(phase)
 
 
@@ -91,7 +91,7 @@ def set_widths(layer: Any, name: str = "default", **widths: int) -> None:
     quantizers = layer.blora_quantizers[name]
     with torch.no_grad():
         for kind, width in widths.items():
-            row = quantizers.gates[quantizers.kinds.index(kind)]
+            row = quantizers.gate_logits[quantizers.kinds.index(kind)]
             row.copy_(torch.tensor([3.0 if bits <= width else -3.0 for bits in oracle.WIDTHS[1:]]))
 
 
@@ -123,9 +123,9 @@ def oracle_quantizers(layer: Any, name: str = "default") -> dict[str, oracle.Qua
         return {}
     quantizers = layer.blora_quantizers[name]
     if layer.training and phase == int(LEARN):
-        gates = oracle.hard_concrete(quantizers.gates, quantizers.noise)
+        gates = oracle.hard_concrete(quantizers.gate_logits, quantizers.noise)
     else:
-        gates = (1 - oracle.open_probability(quantizers.gates) < 0.34).float()
+        gates = (1 - oracle.open_probability(quantizers.gate_logits) < 0.34).float()
     found = {}
     start = quantizers.channels[0] if quantizers.kinds[0] == "weight" else 0
     offset = -start

@@ -17,7 +17,7 @@ from transformers import PreTrainedModel
 
 import bayeslora
 from bayeslora import BayesLoraError, BLoraConfig, describe, parameter_groups, shrink
-from bayeslora.methods import Schedule
+from bayeslora.methods import TrainingSetup
 from tests.methods.reference import (
     D_IN,
     D_OUT,
@@ -144,7 +144,7 @@ def test_the_penalty_and_its_gradient_equal_the_reference(weighting: str) -> Non
     terms = model.base_model.penalty()
     assert set(terms) == {"bits", "rank"}
     layers = layers_of(model)
-    gates = [layer.blora_quantizers["default"].gates for layer in layers]
+    gates = [layer.blora_quantizers["default"].gate_logits for layer in layers]
     ranks = [layer.blora_rank["default"].logits for layer in layers]
     macs = torch.tensor([m for layer in layers for m in _macs(layer)], dtype=torch.float32)
     bits = 0.3 * oracle.bit_penalty(torch.cat(gates), oracle.bit_weights(weighting, macs))
@@ -162,7 +162,7 @@ def test_the_penalty_of_closed_and_of_open_gates_is_known() -> None:
     model = tiny_model(LEARN, bit_penalty=1.0, rank_penalty=1.0)
     for logit, bits, ranks in ((-50.0, 0.0, 2.0), (50.0, 2 * 7 * 4.0, 2.0 * RANK)):
         for layer in layers_of(model):
-            layer.blora_quantizers["default"].gates.data.fill_(logit)
+            layer.blora_quantizers["default"].gate_logits.data.fill_(logit)
             layer.blora_rank["default"].logits.data.fill_(logit)
         terms = model.base_model.penalty()
         assert terms["bits"].item() == pytest.approx(bits, abs=1e-5)
@@ -217,7 +217,7 @@ def test_parameter_groups_of_a_model_without_our_adapters_are_the_usual_two() ->
 def test_phases_follow_the_fractions_and_gates_move_only_in_theirs() -> None:
     model = tiny_model(WARM_UP, warmup_fraction=0.2, freeze_fraction=0.3, range_learning_rate=0.25)
     tuner = model.base_model
-    tuner.begin(Schedule(total_steps=10))
+    tuner.begin(TrainingSetup(total_steps=10))
     phases, rates = [], {role: [] for role in ("bit gates", "rank gates", "weight ranges", "ranges", "weights")}
     for step in range(10):
         phases.append(int(layers_of(model)[0].blora_progress["default"].phase))
@@ -238,8 +238,8 @@ def test_phases_follow_the_fractions_and_gates_move_only_in_theirs() -> None:
 )
 def test_a_short_run_leaves_the_gates_eight_steps_or_a_third(total: int, warm_up_end: int, frozen_from: int) -> None:
     tuner = tiny_model(WARM_UP).base_model
-    tuner.begin(Schedule(total_steps=total))
-    assert (tuner.warm_up_end, tuner.frozen_from) == (warm_up_end, frozen_from)
+    tuner.begin(TrainingSetup(total_steps=total))
+    assert (tuner.run_state().warm_up_end, tuner.run_state().frozen_from) == (warm_up_end, frozen_from)
 
 
 @pytest.mark.parametrize("options", [{"gate_learning_rate": 1e-3}, {"gate_learning_rate": 1e-3, "mode": "ra"}])
@@ -249,20 +249,20 @@ def test_gates_that_cannot_close_are_refused_with_the_rate_that_would_do(options
     with pytest.raises(
         BayesLoraError, match=r"gates cannot close: 50 steps at gate_learning_rate 0.001 .* use (\S+)"
     ) as e:
-        tuner.begin(Schedule(total_steps=100))
+        tuner.begin(TrainingSetup(total_steps=100))
     enough = float(str(e.value).rpartition("use ")[2].split()[0])
     assert 50 * enough == pytest.approx(6.0 if options.get("mode") == "ra" else 4.0 + 0.9353, rel=0.05)
     with pytest.raises(BayesLoraError):
-        tiny_model(WARM_UP, **{**options, "gate_learning_rate": enough * 0.9}).base_model.begin(Schedule(100))
+        tiny_model(WARM_UP, **{**options, "gate_learning_rate": enough * 0.9}).base_model.begin(TrainingSetup(100))
     tiny_model(
         WARM_UP, **{**options, "mode": options.get("mode", "q"), "gate_learning_rate": enough * 1.1}
-    ).base_model.begin(Schedule(100))
+    ).base_model.begin(TrainingSetup(100))
 
 
 @pytest.mark.parametrize("steps", [1, 2])
 def test_a_run_too_short_for_the_gates_is_refused(steps: int) -> None:
     with pytest.raises(BayesLoraError, match=f"{steps} training steps leave . for the gates .* train longer"):
-        tiny_model(WARM_UP).base_model.begin(Schedule(total_steps=steps))
+        tiny_model(WARM_UP).base_model.begin(TrainingSetup(total_steps=steps))
 
 
 def test_a_fixed_width_stays_under_any_penalty_while_the_others_are_learned() -> None:
@@ -291,7 +291,7 @@ def test_a_fixed_width_stays_under_any_penalty_while_the_others_are_learned() ->
 
 def test_rank_gates_that_start_closed_are_refused() -> None:
     with pytest.raises(BayesLoraError, match="initial_rank_logit 0.5 starts r = 4 with ranks already closed"):
-        tiny_model(WARM_UP, initial_rank_logit=0.5).base_model.begin(Schedule(total_steps=100))
+        tiny_model(WARM_UP, initial_rank_logit=0.5).base_model.begin(TrainingSetup(total_steps=100))
 
 
 # Calibration ----------------------------------------------------------------------------------------------------
@@ -309,7 +309,7 @@ def test_calibration_by_the_largest_magnitude_finds_the_largest_magnitudes(drive
     layer = layers_of(model)[0]
     plain = oracle_forward(layer, X)
     if driven:
-        model.base_model.begin(Schedule(total_steps=10))
+        model.base_model.begin(TrainingSetup(total_steps=10))
         for step, scale in enumerate((1.0, 0.5)):  # the largest of both batches counts
             model(X * scale)
             assert int(layer.blora_progress["default"].phase) == int(WARM_UP)
@@ -402,7 +402,7 @@ def test_a_gate_is_open_in_evaluation_only_above_the_wider_ones_threshold() -> N
         [3, 3, -0.9354, 3],
         [3, 3, 3, -3],
     ]
-    quantizers.gates.data.copy_(torch.tensor(rows))
+    quantizers.gate_logits.data.copy_(torch.tensor(rows))
     assert list(describe(model)[0].bits.values()) == [4, 2, 32, 32, 2, 8, 16]
 
 

@@ -221,7 +221,7 @@ def test_gates_and_ranges_stay_float32_when_the_model_is_cast(dtype: torch.dtype
     y = model(X.to(dtype))
     y.float().sum().backward()
     assert y.dtype == dtype and y.isfinite().all()
-    assert all(layer.blora_quantizers["default"].gates.grad.dtype == torch.float32 for layer in layers_of(model))
+    assert all(layer.blora_quantizers["default"].gate_logits.grad.dtype == torch.float32 for layer in layers_of(model))
 
 
 def test_autocast_to_bfloat16_leaves_quantizers_in_float32() -> None:
@@ -249,7 +249,7 @@ def test_autocast_trains_gates_in_float32() -> None:
         loss = model(X).float().square().mean()
     loss.backward()
     for layer in layers_of(model):
-        gradient = layer.blora_quantizers["default"].gates.grad
+        gradient = layer.blora_quantizers["default"].gate_logits.grad
         assert gradient.dtype == torch.float32 and gradient.isfinite().all() and gradient.any()
 
 

@@ -184,7 +184,7 @@ class GateGradients(TrainerCallback):
         if _phase(self.model) != int(LEARN):
             return
         layers = layers_of(self.model)
-        gates = [layer.blora_quantizers["default"].gates for layer in layers]
+        gates = [layer.blora_quantizers["default"].gate_logits for layer in layers]
         logits = [layer.blora_rank["default"].logits for layer in layers]
         penalty = self.bits * oracle.bit_penalty(torch.cat(gates), torch.ones(len(torch.cat(gates)), 4))
         penalty = penalty + self.ranks * sum(oracle.rank_penalty(row) for row in logits)
@@ -318,7 +318,7 @@ def test_bfloat16_training_runs_and_moves_gates_and_weights(how: str, tmp_path: 
         if p.requires_grad:
             assert p.isfinite().all(), name
             assert not torch.equal(p, before[name]), name
-    assert all(layer.blora_quantizers["default"].gates.dtype == torch.float32 for layer in layers_of(model))
+    assert all(layer.blora_quantizers["default"].gate_logits.dtype == torch.float32 for layer in layers_of(model))
     assert all(torch.tensor(entry["loss"]).isfinite() for entry in _training_logs(trainer))
 
 

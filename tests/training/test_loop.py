@@ -60,7 +60,7 @@ def test_the_penaltys_gradient_is_added_once_whatever_the_accumulation(accumulat
         (model(x).sum() * 0).backward()
     loop.before_optimizer_step()
     layers = layers_of(model)
-    gates = [layer.blora_quantizers["default"].gates for layer in layers]
+    gates = [layer.blora_quantizers["default"].gate_logits for layer in layers]
     ranks = [layer.blora_rank["default"].logits for layer in layers]
     penalty = 0.3 * oracle.bit_penalty(torch.cat(gates), torch.ones(14, 4))
     penalty = penalty + 0.7 * sum(oracle.rank_penalty(logits) for logits in ranks)
@@ -232,7 +232,7 @@ def test_a_penalty_under_a_budget_grows_above_it_and_shrinks_below_it() -> None:
     for share, grows in ((0.9, True), (0.1, False)):
         model = tiny_model(LEARN, target_bops=0.3)
         before = model.base_model.penalty()["bits"].item()
-        model.base_model.steer(share)
+        model.base_model.update_budget_multiplier(share)
         assert (model.base_model.penalty()["bits"].item() > before) == grows
 
 
@@ -242,8 +242,8 @@ def test_closing_the_weakest_gate_lowers_one_width_by_one_step() -> None:
         all_widths(layer, 8)
     weakest = layers_of(model)[1].blora_quantizers["default"]
     with torch.no_grad():
-        weakest.gates[weakest.kinds.index("E"), 1] = 0.5  # open, but less than any other
-    assert model.base_model.close_weakest()
+        weakest.gate_logits[weakest.kinds.index("E"), 1] = 0.5  # open, but less than any other
+    assert model.base_model.close_lowest_gate()
     first, second = describe(model)
     assert set(first.bits.values()) == {8}
     assert second.bits == {**dict.fromkeys(first.bits, 8), "E": 4}
@@ -251,14 +251,14 @@ def test_closing_the_weakest_gate_lowers_one_width_by_one_step() -> None:
         config.fixed_bits = dict.fromkeys(set(first.bits) - {"B"}, 8)  # of these no gate is closed
     for layer in layers_of(model):
         all_widths(layer, 4)
-    assert model.base_model.close_weakest() and model.base_model.close_weakest()
+    assert model.base_model.close_lowest_gate() and model.base_model.close_lowest_gate()
     assert [each.bits for each in describe(model)] == [{**dict.fromkeys(first.bits, 4), "B": 2}] * 2
-    assert not model.base_model.close_weakest()
+    assert not model.base_model.close_lowest_gate()
     for config in model.peft_config.values():
         config.fixed_bits = None
     for layer in layers_of(model):
         all_widths(layer, 2)
-    assert not model.base_model.close_weakest()
+    assert not model.base_model.close_lowest_gate()
 
 
 # Resuming -------------------------------------------------------------------------------------------------------
@@ -336,7 +336,7 @@ def test_a_wrapped_model_is_looked_into() -> None:
 def test_statistics_hold_the_penalty_that_was_added() -> None:
     model = tiny_model(LEARN, bit_penalty=1.0, rank_penalty=1.0)
     for layer in layers_of(model):
-        for p in (layer.blora_quantizers["default"].gates, layer.blora_rank["default"].logits):
+        for p in (layer.blora_quantizers["default"].gate_logits, layer.blora_rank["default"].logits):
             p.data.fill_(50.0)
     loop = BayesLoop(model, _optimizer(model), total_steps=100, step=20)
     loop.step_begin()

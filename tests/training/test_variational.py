@@ -16,7 +16,7 @@ from transformers import Trainer, TrainerCallback, TrainingArguments
 
 import bayeslora
 from bayeslora import BayesLoop, BayesLoraError, MeLoraConfig, parameter_groups
-from bayeslora.methods import Schedule
+from bayeslora.methods import TrainingSetup
 from bayeslora.posterior import standard_deviation
 from tests.conftest import build_tiny_bert, build_tiny_llama
 from tests.methods.reference import Tiny, layers_of
@@ -317,7 +317,7 @@ def test_the_bound_recovers_the_posterior_of_bayesian_linear_regression(count: i
 def test_a_step_before_the_run_is_announced_uses_the_full_weight() -> None:
     tuner = tiny("melora", kl_weight=2.0, num_examples=10).base_model
     assert tuner.penalty()["kl"].item() == pytest.approx(tuner.kl().item() / 5, rel=1e-6)
-    tuner.begin(Schedule(total_steps=100))
+    tuner.begin(TrainingSetup(total_steps=100))
     tuner.step_begin(0, 0)
     assert tuner.penalty()["kl"].item() == pytest.approx(tuner.kl().item() / 5 / 11, rel=1e-6)
     assert math.isfinite(tuner.statistics()["kl"])

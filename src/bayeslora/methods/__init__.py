@@ -7,7 +7,7 @@ from bayeslora.methods.description import KINDS, LayerDescription
 from bayeslora.methods.dylora import DyLoraConfig, at_rank, rank_curve
 from bayeslora.methods.melora import MeLoraConfig
 from bayeslora.methods.registry import METHODS
-from bayeslora.methods.tuner import BayesTuner, Schedule, describe, tuner_of
+from bayeslora.methods.tuner import BayesTuner, TrainingSetup, describe, tuner_of
 from bayeslora.methods.variational import has_posterior, posterior_mean, sampling, stochastic_layers
 
 __all__ = [
@@ -21,7 +21,7 @@ __all__ = [
     "DyLoraConfig",
     "LayerDescription",
     "MeLoraConfig",
-    "Schedule",
+    "TrainingSetup",
     "at_rank",
     "describe",
     "has_posterior",

@@ -20,7 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from bayeslora.errors import BayesLoraError
-from bayeslora.methods.tuner import Schedule
+from bayeslora.methods.tuner import TrainingSetup
 from bayeslora.methods.variational import VariationalConfig, VariationalLayer, VariationalModel, per_group
 from bayeslora.posterior import Noise, Scope
 
@@ -118,7 +118,7 @@ class BlobModel(VariationalModel):
     roles = {"blob_G": "variances", "blob_M": "means"}
 
     def _blob_config(self) -> BlobConfig:
-        return cast(BlobConfig, self.config_of(self._driven_adapter()))
+        return cast(BlobConfig, self.config_of(self._training_adapter()))
 
     @property
     def penalty_names(self) -> tuple[str, ...]:  # type: ignore[override]
@@ -127,14 +127,14 @@ class BlobModel(VariationalModel):
     def penalty(self) -> dict[str, Tensor]:
         return super().penalty() if self._blob_config().kl_schedule == "elbo" else {}
 
-    def begin(self, schedule: Schedule) -> None:
+    def begin(self, setup: TrainingSetup) -> None:
         config = self._blob_config()
         if config.kl_schedule == "blob" and config.kl_cycle is None:
             raise BayesLoraError(
                 "kl_schedule 'blob' needs kl_cycle, the steps in a cycle: the published code takes "
                 "int(100 * N ** (pi / 8) / batch size)"
             )
-        super().begin(schedule)
+        super().begin(setup)
 
     def step_end(self, step: int) -> None:
         """With `kl_schedule="blob"`: one step of gradient descent on the weighted divergence of M and G."""
@@ -142,7 +142,7 @@ class BlobModel(VariationalModel):
         if config.kl_schedule != "blob" or config.kl_cycle is None:
             return
         weight = 2.0 ** (step % config.kl_cycle - config.kl_cycle) / (1.0 - 2.0**-config.kl_cycle)
-        name = self._driven_adapter()
+        name = self._training_adapter()
         parameters = [p for layer in self.adapted_layers(name) for p in (layer.blob_M[name], layer.blob_G[name])]
         gradients = torch.autograd.grad(self.kl(), parameters)
         with torch.no_grad():
@@ -151,6 +151,7 @@ class BlobModel(VariationalModel):
 
     def _kl_rate(self, step: int) -> float:
         """Linear warm-up over 6% of the steps, then linear decay to 0, as published."""
-        warm = max(1, round(0.06 * self.total_steps))
-        rising, falling = (step + 1) / warm, (self.total_steps - step) / max(1, self.total_steps - warm)
+        total = self.run_state().total_steps
+        warm = max(1, round(0.06 * total))
+        rising, falling = (step + 1) / warm, (total - step) / max(1, total - warm)
         return self._blob_config().kl_learning_rate * min(1.0, rising, falling)

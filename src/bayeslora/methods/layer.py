@@ -83,8 +83,6 @@ class BayesLayer(nn.Module, BaseTunerLayer):
 
     scaling: dict[str, float]
 
-    # What a method implements -----------------------------------------------------------------------------------
-
     def add_adapter(self, adapter_name: str, config: Any, rank: int, scaling: float) -> None:
         """Create the tensors of one adapter of rank `rank` >= 0, whose update is multiplied by `scaling`."""
         raise NotImplementedError
@@ -128,8 +126,6 @@ class BayesLayer(nn.Module, BaseTunerLayer):
     def needs_backup(self, adapter_name: str) -> bool:
         """Whether merging replaces the base weight by something that a subtraction cannot undo."""
         return False
-
-    # Written once -----------------------------------------------------------------------------------------------
 
     def get_delta_weight(self, adapter_name: str) -> Tensor:
         """The update of the base weight at the posterior mean, in the base weight's own layout, float32."""

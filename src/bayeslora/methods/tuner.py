@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, ClassVar, cast
 
 import torch
@@ -28,7 +28,7 @@ ParameterRole = str
 
 
 @dataclass(frozen=True)
-class Schedule:
+class TrainingSetup:
     """What a method needs to know of the run before it starts.
 
     Attributes:
@@ -42,6 +42,13 @@ class Schedule:
     has_posterior: bool = False
 
 
+@dataclass(kw_only=True)
+class RunState:
+    """What a method knows of the run it is in, made by `begin`; `learning_rates` are those it has fixed, by role."""
+
+    learning_rates: dict[ParameterRole, float] = field(default_factory=dict)
+
+
 class BayesTuner(BaseTuner):
     """Base of the methods: a method adds `penalty`, the roles and rates of its parameters, and its phases.
 
@@ -49,18 +56,19 @@ class BayesTuner(BaseTuner):
     before it, `allocate` and `step_end` after it.
     """
 
-    within_budget = False
+    budget_met = False
     """Whether the present cost is below `budget`, so that nothing needs to become cheaper in this step."""
 
     least_travel: ClassVar[float] = 0.05
     """Distance that a weight must be able to move in a run of IVON, or the run is warned about."""
 
+    _run: RunState | None = None
+    _named_layers: dict[str, Any] | None = None
+
     target_module_mapping: dict[str, list[str]] = cast(Any, DEFAULT_TARGET_MODULES)
     title: ClassVar[str]
     """The method's name in prose."""
     linear_class: ClassVar[type[BayesLayer]]
-
-    # Creation -----------------------------------------------------------------------------------------------------
 
     def _create_and_replace(
         self,
@@ -112,7 +120,7 @@ class BayesTuner(BaseTuner):
         self, progressbar: bool = False, safe_merge: bool = False, adapter_names: list[str] | None = None
     ) -> nn.Module:
         self.check_merge(adapter_names)
-        self.__dict__.pop("_named_layers", None)
+        self._named_layers = None
         return super().merge_and_unload(progressbar, safe_merge, adapter_names)
 
     def check_merge(self, adapter_names: list[str] | None) -> None:
@@ -120,8 +128,6 @@ class BayesTuner(BaseTuner):
         for name in adapter_names or self.active_adapters:
             for layer in self.adapted_layers(name):
                 layer.check_merge(name)
-
-    # What a method implements -------------------------------------------------------------------------------------
 
     def penalty(self) -> dict[str, Tensor]:
         """Named scalar terms to add to the mean loss, functions of the parameters alone; empty where none applies."""
@@ -156,8 +162,9 @@ class BayesTuner(BaseTuner):
         """N where the configuration states it."""
         return None
 
-    def begin(self, schedule: Schedule) -> None:
+    def begin(self, setup: TrainingSetup) -> None:
         """Fit the method's schedule into the run; raises `BayesLoraError` where it cannot work."""
+        self._run = RunState()
 
     def rate_of(self, role: ParameterRole, step: int) -> float | None:
         """Learning rate of `role` in optimizer step `step` (from 0); None leaves it to the optimizer's schedule."""
@@ -184,33 +191,37 @@ class BayesTuner(BaseTuner):
         """Share of bit operations the method is to reach, where it has such a budget and can still act on it."""
         return None
 
-    def steer(self, share: float) -> None:
+    def update_budget_multiplier(self, share: float) -> None:
         """Adapt to `share`, the present share of bit operations, on the way to `budget`."""
 
     def ends_learning(self, step: int) -> bool:
         """Whether what `budget` limits is fixed after optimizer step `step`: the last chance to reach it."""
         return False
 
-    def close_weakest(self) -> bool:
+    def close_lowest_gate(self) -> bool:
         """Lower the cost by the least important step there is; False where none is left."""
         return False
-
-    # Written once -------------------------------------------------------------------------------------------------
 
     @property
     def learning_rates(self) -> dict[ParameterRole, float]:
         """Rates fixed by `begin`, by role."""
-        return self.__dict__.setdefault("_learning_rates", {})
+        return self.run_state().learning_rates
+
+    def run_state(self) -> RunState:
+        """Return what `begin` has made; raises `BayesLoraError` before it."""
+        if self._run is None:
+            raise BayesLoraError("training has not begun, but this needs its schedule: call begin() first")
+        return self._run
 
     def named_layers(self, adapter_name: str | None = None) -> dict[str, Any]:
         """The adapted layers by their path in the base model, in its order; only those that have `adapter_name`.
 
         A training loop asks several times a step, so the tree is walked once for every change of it.
         """
-        known: dict[str, Any] | None = self.__dict__.get("_named_layers")
+        known = self._named_layers
         if known is None:
             known = {path: m for path, m in self.model.named_modules() if isinstance(m, BayesLayer)}
-            self.__dict__["_named_layers"] = known
+            self._named_layers = known
         return {path: m for path, m in known.items() if adapter_name is None or adapter_name in m.adapter_names}
 
     def adapted_layers(self, adapter_name: str | None = None) -> list[Any]:
@@ -218,15 +229,15 @@ class BayesTuner(BaseTuner):
         return list(self.named_layers(adapter_name).values())
 
     def inject_adapter(self, *args: Any, **kwargs: Any) -> None:
-        self.__dict__.pop("_named_layers", None)
+        self._named_layers = None
         super().inject_adapter(*args, **kwargs)
-        self.__dict__.pop("_named_layers", None)
+        self._named_layers = None
 
     def unload(self) -> nn.Module:
-        self.__dict__.pop("_named_layers", None)
+        self._named_layers = None
         return super().unload()
 
-    def _driven_adapter(self) -> str:
+    def _training_adapter(self) -> str:
         """The one adapter that a training loop trains."""
         active = self.active_adapters
         if len(active) != 1:
@@ -235,12 +246,12 @@ class BayesTuner(BaseTuner):
 
     def describe(self, adapter_name: str | None = None) -> list[LayerDescription]:
         """Every adapted layer as evaluation sees it, in model order."""
-        name = adapter_name or self._driven_adapter()
+        name = adapter_name or self._training_adapter()
         return [layer.describe(name, path) for path, layer in self.named_layers(name).items()]
 
     def shrink(self, adapter_name: str | None = None) -> dict[str, int]:
         """Cut the ranks that contribute nothing out of the adapter; returns the rank of each layer by name."""
-        name = adapter_name or self._driven_adapter()
+        name = adapter_name or self._training_adapter()
         ranks = {path: layer.shrink(name) for path, layer in self.named_layers(name).items()}
         cast(Any, self.peft_config[name]).rank_pattern = ranks
         return ranks

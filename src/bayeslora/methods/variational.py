@@ -22,7 +22,7 @@ from bayeslora.errors import BayesLoraError
 from bayeslora.methods.config import AdapterConfig
 from bayeslora.methods.description import LayerDescription
 from bayeslora.methods.layer import BayesLayer, add_update
-from bayeslora.methods.tuner import BayesTuner, ParameterRole, Schedule, tuner_of
+from bayeslora.methods.tuner import BayesTuner, ParameterRole, RunState, TrainingSetup, tuner_of
 from bayeslora.posterior import SCOPES, Noise, Scope, kl_divergence
 
 
@@ -77,8 +77,6 @@ class VariationalLayer(BayesLayer):
         self.is_controlled = False  # whether `noise` (None: the mean) stands for what the mode would choose
         self._fresh: dict[str, Noise] = {}
 
-    # What a method implements -------------------------------------------------------------------------------------
-
     def hidden(self, name: str, x: Tensor, noise: Noise | None) -> Tensor:
         """(..., r): the update's path up to, and without, B, for `x` (..., d_in); None: at the posterior mean."""
         raise NotImplementedError
@@ -90,8 +88,6 @@ class VariationalLayer(BayesLayer):
     def drawn_A(self, name: str, noise: Noise) -> Tensor:
         """The first factor (r, d_in) under the first draw of `noise`, float32."""
         raise NotImplementedError
-
-    # Written once -------------------------------------------------------------------------------------------------
 
     def add_common(self, adapter_name: str, config: VariationalConfig, scaling: float) -> None:
         """What every variational adapter keeps beside its tensors."""
@@ -198,11 +194,17 @@ def _controlled(model: nn.Module, noise_of: Callable[[str], Noise | None]) -> It
             layer.is_controlled, layer.noise = controlled, noise
 
 
+@dataclass(kw_only=True)
+class VariationalRun(RunState):
+    """Length of a run and of its warm-up, and the share of `kl_weight` in force in the current step."""
+
+    total_steps: int
+    warm_up_steps: int
+    kl_warmup_factor: float = 1.0
+
+
 class VariationalModel(BayesTuner):
     """A variational method over a whole model: its divergence and the schedule of its weight."""
-
-    warmth = 1.0
-    """Share of `kl_weight` in force in the current step."""
 
     roles: ClassVar[dict[str, ParameterRole]]
     """Role of a parameter by the name of its container."""
@@ -213,8 +215,8 @@ class VariationalModel(BayesTuner):
         return cast(VariationalConfig, self.peft_config[name])
 
     def kl(self) -> Tensor:
-        """KL divergence of the driven adapter's posterior from its prior, summed over layers, in nats."""
-        name = self._driven_adapter()
+        """KL divergence of the trained adapter's posterior from its prior, summed over layers, in nats."""
+        name = self._training_adapter()
         parts = [layer.posterior(name) for layer in self.adapted_layers(name)]
         # One pass over all layers' entries instead of a few operations a layer.
         offsets = _gathered([mean.float() - prior for mean, _, prior in parts])
@@ -223,29 +225,37 @@ class VariationalModel(BayesTuner):
 
     def penalty(self) -> dict[str, Tensor]:
         r"""$\beta / N$ times the divergence (`kl`), at the warm-up's present share."""
-        config = self.config_of(self._driven_adapter())
+        config = self.config_of(self._training_adapter())
         if not config.num_examples:
             raise BayesLoraError("N, the number of training examples, is not known: give num_examples in the config")
-        return {"kl": self.kl() * (config.kl_weight * self.warmth / config.num_examples)}
+        return {"kl": self.kl() * (config.kl_weight * self.kl_warmup_factor / config.num_examples)}
 
     def role_of(self, parameter_name: str) -> ParameterRole:
         return next((role for container, role in self.roles.items() if f".{container}." in parameter_name), "weights")
 
     def rate_factor(self, role: ParameterRole) -> float:
-        return self.config_of(self._driven_adapter()).variance_lr_factor if role == "variances" else 1.0
+        return self.config_of(self._training_adapter()).variance_lr_factor if role == "variances" else 1.0
 
     @property
     def num_examples(self) -> int | None:
-        return self.config_of(self._driven_adapter()).num_examples
+        return self.config_of(self._training_adapter()).num_examples
 
-    def begin(self, schedule: Schedule) -> None:
+    def begin(self, setup: TrainingSetup) -> None:
         """Fix N and the length of the warm-up; raises `BayesLoraError` where N is unknown or given in two ways."""
-        config = self.config_of(self._driven_adapter())
+        config = self.config_of(self._training_adapter())
         if "kl" in self.penalty_names:
-            self._fix_num_examples(config, schedule.num_examples)
-        self.warm_up_steps = round(config.kl_warmup * schedule.total_steps)
-        self.total_steps = schedule.total_steps
-        self.warmth = 1.0
+            self._fix_num_examples(config, setup.num_examples)
+        self._run = VariationalRun(
+            total_steps=setup.total_steps, warm_up_steps=round(config.kl_warmup * setup.total_steps)
+        )
+
+    def run_state(self) -> VariationalRun:
+        return cast(VariationalRun, super().run_state())
+
+    @property
+    def kl_warmup_factor(self) -> float:
+        """Share of `kl_weight` in force: all of it where no run has begun."""
+        return 1.0 if self._run is None else self.run_state().kl_warmup_factor
 
     def _fix_num_examples(self, config: VariationalConfig, given: int | None) -> None:
         stated = config.num_examples
@@ -259,22 +269,23 @@ class VariationalModel(BayesTuner):
         if stated is None:
             known = copy.copy(config)  # the caller's may go on to serve another training set
             known.num_examples = given
-            self.peft_config[self._driven_adapter()] = known
+            self.peft_config[self._training_adapter()] = known
 
     def step_begin(self, step: int, seed: int) -> None:
-        self.warmth = min(1.0, (step + 1) / (self.warm_up_steps + 1))
+        run = self.run_state()
+        run.kl_warmup_factor = min(1.0, (step + 1) / (run.warm_up_steps + 1))
 
     @torch.no_grad()
     def statistics(self) -> dict[str, float]:
         """What is logged beside the loss: the divergence in nats, its weight's share, mean scale, signal to noise."""
-        name = self._driven_adapter()
+        name = self._training_adapter()
         parts = [layer.posterior(name) for layer in self.adapted_layers(name)]
         means, stds = (_gathered([part[index] for part in parts]) for index in (0, 1))
         if not len(stds):
-            return {"kl": 0.0, "kl_warmup": self.warmth}
+            return {"kl": 0.0, "kl_warmup": self.kl_warmup_factor}
         return {
             "kl": float(self.kl()),
-            "kl_warmup": self.warmth,
+            "kl_warmup": self.kl_warmup_factor,
             "posterior_std": float(stds.mean()),
             "signal_to_noise": float((means.abs() / stds).median()),
         }

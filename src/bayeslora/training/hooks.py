@@ -12,7 +12,7 @@ from torch.optim import Optimizer
 
 from bayeslora.cost import relative_bops
 from bayeslora.errors import BayesLoraError
-from bayeslora.methods.tuner import BayesTuner, Schedule
+from bayeslora.methods.tuner import BayesTuner, TrainingSetup
 from bayeslora.optim import IVON
 from bayeslora.posterior import save_posterior
 from bayeslora.posterior.draws import local
@@ -66,7 +66,7 @@ class MethodHook(LoopHook):
 
     def begin(self, total_steps: int) -> None:
         has_posterior = hasattr(self.optimizer, "posterior")
-        self.tuner.begin(Schedule(total_steps, self.num_examples, has_posterior=has_posterior))
+        self.tuner.begin(TrainingSetup(total_steps, self.num_examples, has_posterior=has_posterior))
         roles = {group.get(ROLE) for group in self.optimizer.param_groups}
         trained = {self.tuner.role_of(name) for name, p in self.tuner.named_parameters() if p.requires_grad}
         if missing := (trained | set(self.tuner.learning_rates)) - roles - {"weights"}:
@@ -77,7 +77,7 @@ class MethodHook(LoopHook):
 
     def step_begin(self, step: int) -> None:
         target = self.tuner.budget
-        self.tuner.within_budget = target is not None and self._attention_bops() <= target
+        self.tuner.budget_met = target is not None and self._attention_bops() <= target
         self.tuner.step_begin(step, self.seed)
         for group in self.optimizer.param_groups:
             rate = self.tuner.rate_of(group.get(ROLE, "weights"), step)
@@ -94,9 +94,9 @@ class MethodHook(LoopHook):
         target = self.tuner.budget
         if target is not None:
             share = self._attention_bops()
-            self.tuner.steer(share)
+            self.tuner.update_budget_multiplier(share)
             if self.tuner.ends_learning(step):
-                while share > target and self.tuner.close_weakest():
+                while share > target and self.tuner.close_lowest_gate():
                     share = self._attention_bops()
         self.tuner.allocate(step, self.optimizer)
         self.tuner.step_end(step)

@@ -13,7 +13,7 @@ sum of squares.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, cast
 
 import torch
@@ -33,7 +33,7 @@ from bayeslora.methods.adalora.importance import (
 )
 from bayeslora.methods.adalora.layer import AdaLoraLayer, Linear
 from bayeslora.methods.adalora.orthogonality import distance_and_gradients, distance_from_orthogonal
-from bayeslora.methods.tuner import BayesTuner, Schedule, add_gradients
+from bayeslora.methods.tuner import BayesTuner, RunState, TrainingSetup, add_gradients
 
 
 @dataclass
@@ -50,6 +50,32 @@ class _Group:
         return [*self.A, *self.E, *self.B]
 
 
+@dataclass(kw_only=True)
+class AdaLoraRun(RunState):
+    """The budget's schedule, and what the latest steps have shown.
+
+    Attributes:
+        warm_up_end, final_step: steps between which the budget falls, from `initial_budget` to `target_budget` ranks.
+        rank_budget: ranks allowed at present.
+        groups: the layers by shape, kept because three calls a step ask for them; None after a change of the model.
+        observed: |w g| of the latest step, beside its parameters.
+        kept: masks of the latest allocation, by the identity of their layer.
+        variation: coefficient of variation of the posterior's deviations at the latest allocation.
+        cut_before: ranks that were cut before the run began; later weights may carry noise.
+    """
+
+    warm_up_end: int
+    final_step: int
+    groups: list[_Group] | None
+    initial_budget: int
+    target_budget: int
+    rank_budget: int
+    observed: list[tuple[nn.Parameter, Tensor]] = field(default_factory=list)
+    kept: dict[int, Tensor] = field(default_factory=dict)
+    variation: Tensor | None = None
+    cut_before: list[tuple[AdaLoraLayer, Tensor]] = field(default_factory=list)
+
+
 class AdaLoraModel(BayesTuner):
     """Bayesian AdaLoRA over a whole model: its budget, its scores and its penalty."""
 
@@ -64,22 +90,20 @@ class AdaLoraModel(BayesTuner):
     def config_of(self, name: str) -> AdaLoraConfig:
         return cast(AdaLoraConfig, self.peft_config[name])
 
-    # Penalty ------------------------------------------------------------------------------------------------------
-
     @property
     def penalty_names(self) -> tuple[str, ...]:
-        return ("orthogonality",) if self.config_of(self._driven_adapter()).orth_reg_weight else ()
+        return ("orthogonality",) if self.config_of(self._training_adapter()).orth_reg_weight else ()
 
     def penalty(self) -> dict[str, Tensor]:
         r"""$\gamma$ times the mean over all A and B of their distance from orthonormal rows and columns."""
-        weight = self.config_of(self._driven_adapter()).orth_reg_weight
+        weight = self.config_of(self._training_adapter()).orth_reg_weight
         if not weight:
             return {}
         return {"orthogonality": weight * distance_from_orthogonal(*self._rows_and_columns())}
 
     @torch.no_grad()
     def add_penalty(self, parameters: Sequence[nn.Parameter], scale: float = 1.0) -> dict[str, Tensor]:
-        weight = self.config_of(self._driven_adapter()).orth_reg_weight
+        weight = self.config_of(self._training_adapter()).orth_reg_weight
         if not weight:
             return {}
         distance, pairs = distance_and_gradients(*self._rows_and_columns(), scale * weight)
@@ -92,67 +116,69 @@ class AdaLoraModel(BayesTuner):
         groups = self._groups()
         return [a for group in groups for a in group.A], [b for group in groups for b in group.B]
 
-    # Schedule -----------------------------------------------------------------------------------------------------
-
-    def begin(self, schedule: Schedule) -> None:
+    def begin(self, setup: TrainingSetup) -> None:
         """Fit the budget's schedule into the run; raises `BayesLoraError` where it cannot work."""
-        name, total = self._driven_adapter(), schedule.total_steps
+        name, total = self._training_adapter(), setup.total_steps
         config = self.config_of(name)
-        if config.importance in NEED_STD and not schedule.has_posterior:
+        if config.importance in NEED_STD and not setup.has_posterior:
             raise BayesLoraError(
                 f"importance {config.importance!r} needs the posterior of the weights, which this optimizer does not "
                 "keep: train with bayeslora.IVON (--optim ivon), or use importance 'sensitivity' or 'magnitude'"
             )
-        self.warm_up_end = total // 10 if config.tinit is None else config.tinit
+        warm_up_end = total // 10 if config.tinit is None else config.tinit
         final = 4 * total // 10 if config.tfinal is None else config.tfinal
-        self.final_step = total - final
-        if self.final_step <= self.warm_up_end:
+        final_step = total - final
+        if final_step <= warm_up_end:
             raise BayesLoraError(
-                f"tinit {self.warm_up_end} and tfinal {final} leave none of {total} steps to allocate ranks in: keep "
+                f"tinit {warm_up_end} and tfinal {final} leave none of {total} steps to allocate ranks in: keep "
                 "their sum below the steps, or train longer"
             )
-        self._cached_groups: list[_Group] | None = self._find_groups()
-        groups = self._groups()
-        self.initial_budget = sum(e.numel() for group in groups for e in group.E)
-        self.target_budget = config.target_r * sum(len(group.E) for group in groups)
-        if self.target_budget >= self.initial_budget:
+        groups = self._find_groups()
+        initial = sum(e.numel() for group in groups for e in group.E)
+        target = config.target_r * sum(len(group.E) for group in groups)
+        if target >= initial:
             raise BayesLoraError(
-                f"the layers have {self.initial_budget} ranks and target_r {config.target_r} leaves "
-                f"{self.target_budget}, so there is nothing to cut: lower target_r"
+                f"the layers have {initial} ranks and target_r {config.target_r} leaves {target}, so there is nothing "
+                "to cut: lower target_r"
             )
-        self.rank_budget = self.initial_budget
-        self._observed: list[tuple[nn.Parameter, Tensor]] = []
-        self._kept: dict[int, Tensor] = {}
-        self._variation: Tensor | None = None
-        # What is cut already, should the run go on after the last allocation; later weights may carry noise.
-        self._cut_before: list[tuple[AdaLoraLayer, Tensor]] = []
+        run = self._run = AdaLoraRun(
+            warm_up_end=warm_up_end,
+            final_step=final_step,
+            groups=groups,
+            initial_budget=initial,
+            target_budget=target,
+            rank_budget=initial,
+        )
         for layer in self._layers():
             e = layer.bayes_adalora_E[name].detach()
-            self._cut_before.append((layer, (e != 0).to(e.dtype)))
+            run.cut_before.append((layer, (e != 0).to(e.dtype)))
             if name in layer.adalora_mask:
                 del layer.adalora_mask[name]
 
+    def run_state(self) -> AdaLoraRun:
+        return cast(AdaLoraRun, super().run_state())
+
     def step_begin(self, step: int, seed: int) -> None:
-        if step >= self.final_step:
-            self._freeze(self._cut_before)
-        self._cut_before = []
+        run = self.run_state()
+        if step >= run.final_step:
+            self._freeze(run.cut_before)
+        run.cut_before = []
 
     def _freeze(self, masks: Sequence[tuple[AdaLoraLayer, Tensor]]) -> None:
-        name = self._driven_adapter()
+        name = self._training_adapter()
         for layer, mask in masks:
             layer.adalora_mask[name] = mask
 
-    # Allocation ---------------------------------------------------------------------------------------------------
-
     def observe(self, step: int, optimizer: Optimizer, scale: float = 1.0) -> None:
         """Note |w g| of step `step`; the averages move in `allocate`, when the optimizer has made its own state."""
-        self._observed = []
-        if self.config_of(self._driven_adapter()).importance != "sensitivity" or step + 1 >= self.final_step:
+        run = self.run_state()
+        run.observed = []
+        if self.config_of(self._training_adapter()).importance != "sensitivity" or step + 1 >= run.final_step:
             return
         seen = [p for group in self._groups() for p in group.parameters if p.grad is not None]
         if seen:
             gradients = [cast(Tensor, p.grad) for p in seen]
-            self._observed = list(zip(seen, sensitivities(seen, gradients, scale), strict=True))
+            run.observed = list(zip(seen, sensitivities(seen, gradients, scale), strict=True))
 
     @torch.no_grad()
     def allocate(self, step: int, optimizer: Optimizer) -> None:
@@ -161,50 +187,51 @@ class AdaLoraModel(BayesTuner):
         They may grow again until the last allocation, at `total_steps - tfinal`; afterwards they stay zero.
         """
         self._move_averages(optimizer)
-        config, done = self.config_of(self._driven_adapter()), step + 1
-        if done > self.final_step:
-            name = self._driven_adapter()
+        run, config, done = self.run_state(), self.config_of(self._training_adapter()), step + 1
+        if done > run.final_step:
+            name = self._training_adapter()
             layers = [layer for layer in self._layers() if name in layer.adalora_mask]
             entries = [layer.bayes_adalora_E[name] for layer in layers]
             _multiply(entries, [cast(Tensor, layer.adalora_mask[name]) for layer in layers], optimizer)
-        elif done == self.final_step or (done > self.warm_up_end and done % config.deltaT == 0):
+        elif done == run.final_step or (done > run.warm_up_end and done % config.deltaT == 0):
             masks = self._cut(optimizer, done)
-            if done == self.final_step:
+            if done == run.final_step:
                 self._freeze(list(zip(self._layers(), masks, strict=True)))
 
     def _move_averages(self, optimizer: Optimizer) -> None:
-        if not self._observed:
+        observed = self.run_state().observed
+        if not observed:
             return
-        config = self.config_of(self._driven_adapter())
-        states = [optimizer.state[p] for p, _ in self._observed]
-        for state, (_, seen) in zip(states, self._observed, strict=True):
+        config = self.config_of(self._training_adapter())
+        states = [optimizer.state[p] for p, _ in observed]
+        for state, (_, seen) in zip(states, observed, strict=True):
             if "importance" not in state:
                 state["importance"], state["uncertainty"] = torch.zeros_like(seen), torch.zeros_like(seen)
         averages = [state["importance"] for state in states], [state["uncertainty"] for state in states]
-        update_averages(*averages, [seen for _, seen in self._observed], config.beta1, config.beta2)
-        self._observed = []
+        update_averages(*averages, [seen for _, seen in observed], config.beta1, config.beta2)
+        self.run_state().observed = []
 
     def _cut(self, optimizer: Optimizer, done: int) -> list[Tensor]:
         """Zero what the budget after `done` steps does not allow; a mask for each layer, in the groups' order."""
-        ends = self.warm_up_end, self.final_step
-        self.rank_budget = budget_at(done, *ends, self.initial_budget, self.target_budget)
+        run = self.run_state()
+        run.rank_budget = budget_at(done, run.warm_up_end, run.final_step, run.initial_budget, run.target_budget)
         groups = self._groups()
         scored = [self._scores(group, optimizer) for group in groups]
         scores = [score for score, _ in scored]
         device = scores[0].device
-        keep = kept_ranks(torch.cat([score.flatten().to(device) for score in scores]), self.rank_budget)
+        keep = kept_ranks(torch.cat([score.flatten().to(device) for score in scores]), run.rank_budget)
         masks: list[Tensor] = []
         parts = keep.split([score.numel() for score in scores])
         for group, score, part in zip(groups, scores, parts, strict=True):
             masks += part.view(score.shape).to(score.device, group.E[0].dtype).unbind()
         _multiply([e for group in groups for e in group.E], masks, optimizer)
-        self._kept = {id(layer): mask for layer, mask in zip(self._layers(), masks, strict=True)}
-        self._variation = _variation([std.flatten().to(device) for _, stds in scored for std in stds])
+        run.kept = {id(layer): mask for layer, mask in zip(self._layers(), masks, strict=True)}
+        run.variation = _variation([std.flatten().to(device) for _, stds in scored for std in stds])
         return masks
 
     def _scores(self, group: _Group, optimizer: Optimizer) -> tuple[Tensor, list[Tensor]]:
         """Score (layers, r) of every triplet of `group`, and the posterior's deviations, where there is one."""
-        importance = self.config_of(self._driven_adapter()).importance
+        importance = self.config_of(self._training_adapter()).importance
         matrices = group.A, group.E, group.B
         if not hasattr(optimizer, "posterior"):
             if importance == "sensitivity":
@@ -218,15 +245,17 @@ class AdaLoraModel(BayesTuner):
             elements = [score_of_posterior(importance, mean, std) for mean, std in moments]
         return triplet_scores(*elements), [std for _, std in moments]
 
-    # Layers -------------------------------------------------------------------------------------------------------
-
     def _groups(self) -> list[_Group]:
-        """The driven adapter's layers by shape; kept for the length of a run, for three calls a step ask for it."""
-        cached: list[_Group] | None = self.__dict__.get("_cached_groups")
-        return cached if cached is not None else self._find_groups()
+        """The trained adapter's layers by shape; kept for the length of a run, for three calls a step ask for it."""
+        known = None if self._run is None else self.run_state().groups
+        return known if known is not None else self._find_groups()
+
+    def _forget_groups(self) -> None:
+        if self._run is not None:
+            self.run_state().groups = None
 
     def _find_groups(self) -> list[_Group]:
-        name = self._driven_adapter()
+        name = self._training_adapter()
         found: dict[Any, _Group] = {}
         for layer in self.adapted_layers(name):
             a, e, b = layer.triplets(name)
@@ -241,11 +270,11 @@ class AdaLoraModel(BayesTuner):
         return [layer for group in self._groups() for layer in group.layers]
 
     def shrink(self, adapter_name: str | None = None) -> dict[str, int]:
-        self._cached_groups = None
+        self._forget_groups()
         return super().shrink(adapter_name)
 
     def inject_adapter(self, *args: Any, **kwargs: Any) -> None:
-        self.__dict__["_cached_groups"] = None
+        self._forget_groups()
         super().inject_adapter(*args, **kwargs)
 
     def statistics(self) -> dict[str, float]:
@@ -254,19 +283,19 @@ class AdaLoraModel(BayesTuner):
         With a posterior also `std_variation`, the coefficient of variation of all deviations at the latest allocation:
         near 0, every score is a function of the means alone.
         """
-        layers = self.named_layers(self._driven_adapter())
-        kept = {path: self._kept.get(id(layer)) for path, layer in layers.items()}
+        run, layers = self.run_state(), self.named_layers(self._training_adapter())
+        kept = {path: run.kept.get(id(layer)) for path, layer in layers.items()}
         ranks = {
-            path: float(layer.bayes_adalora_E[self._driven_adapter()].numel() if mask is None else mask.sum())
+            path: float(layer.bayes_adalora_E[self._training_adapter()].numel() if mask is None else mask.sum())
             for (path, mask), layer in zip(kept.items(), layers.values(), strict=True)
         }
-        values = {"rank_budget": float(self.rank_budget), "mean_rank": sum(ranks.values()) / len(ranks)}
+        values = {"rank_budget": float(run.rank_budget), "mean_rank": sum(ranks.values()) / len(ranks)}
         by_suffix: dict[str, list[float]] = {}
         for path, rank in ranks.items():
             by_suffix.setdefault(path.rpartition(".")[2], []).append(rank)
         values.update({f"rank/{suffix}": sum(group) / len(group) for suffix, group in by_suffix.items()})
-        if self._variation is not None:
-            values["std_variation"] = float(self._variation)
+        if run.variation is not None:
+            values["std_variation"] = float(run.variation)
         return values
 
 

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import cast
 
 import torch
@@ -22,7 +23,7 @@ from bayeslora.errors import BayesLoraError
 from bayeslora.methods.blora.config import BLoraConfig
 from bayeslora.methods.blora.gated_quantizers import Phase
 from bayeslora.methods.blora.layer import BLoraLayer, Linear
-from bayeslora.methods.tuner import BayesTuner, ParameterRole, Schedule, step_generator
+from bayeslora.methods.tuner import BayesTuner, ParameterRole, RunState, TrainingSetup, step_generator
 from bayeslora.quantization import (
     GATED_WIDTHS,
     OPEN_LOGIT,
@@ -33,6 +34,14 @@ from bayeslora.quantization import (
 )
 
 
+@dataclass(kw_only=True)
+class BLoraRun(RunState):
+    """First step after the warm-up, in which gates begin to learn, and first step in which they are frozen."""
+
+    warm_up_end: int
+    frozen_from: int
+
+
 class BLoraModel(BayesTuner):
     """B-LoRA over a whole model: its penalty, its phases and its budget."""
 
@@ -40,23 +49,19 @@ class BLoraModel(BayesTuner):
     prefix = "blora_"
     tuner_layer_cls = BLoraLayer
     linear_class = Linear
-    warm_up_end = 0
-    """First step after the warm-up; like `frozen_from`, known once `begin` has seen the schedule."""
 
     def config_of(self, name: str) -> BLoraConfig:
         return cast(BLoraConfig, self.peft_config[name])
 
-    # Penalty ------------------------------------------------------------------------------------------------------
-
     @property
     def penalty_names(self) -> tuple[str, ...]:
-        config = self.config_of(self._driven_adapter())
+        config = self.config_of(self._training_adapter())
         return ("bits",) * config.learns_bits + ("rank",) * config.learns_ranks
 
     def penalty(self) -> dict[str, Tensor]:
         r"""$\lambda_q \sum_k R_k$ (`bits`) and $\lambda_r \sum_k R^{rank}_k$ (`rank`), while gates learn."""
         terms: dict[str, Tensor] = {}
-        name = self._driven_adapter()
+        name = self._training_adapter()
         if layers := self._learning(name):
             config = self.config_of(name)
             if config.learns_bits:
@@ -81,8 +86,6 @@ class BLoraModel(BayesTuner):
     def _learning(self, name: str) -> list[BLoraLayer]:
         return [layer for layer in self.adapted_layers(name) if layer.progress(name).current == Phase.LEARN]
 
-    # Parameters ---------------------------------------------------------------------------------------------------
-
     def role_of(self, parameter_name: str) -> ParameterRole:
         if ".blora_rank." in parameter_name:
             return "rank gates"
@@ -92,20 +95,18 @@ class BLoraModel(BayesTuner):
             return "bit gates"
         return "weight ranges" if parameter_name.endswith(".log_weight_range") else "ranges"
 
-    # Phases -------------------------------------------------------------------------------------------------------
-
-    def begin(self, schedule: Schedule) -> None:
-        """Fit the phases into `schedule.total_steps` and check that the gates can close; raises `BayesLoraError`."""
-        name = self._driven_adapter()
+    def begin(self, setup: TrainingSetup) -> None:
+        """Fit the phases into `setup.total_steps` and check that the gates can close; raises `BayesLoraError`."""
+        name = self._training_adapter()
         config = self.config_of(name)
-        self.learning_rates.clear()
-        self.warm_up_end, self.frozen_from = _phases(config, schedule.total_steps)
-        steps = self.frozen_from - self.warm_up_end
+        warm_up_end, frozen_from = _phases(config, setup.total_steps)
+        steps = frozen_from - warm_up_end
         if steps < 2:
             raise BayesLoraError(
-                f"{schedule.total_steps} training steps leave {max(steps, 0)} for the gates of B-LoRA: "
+                f"{setup.total_steps} training steps leave {max(steps, 0)} for the gates of B-LoRA: "
                 "train longer, or lower warmup_fraction and freeze_fraction"
             )
+        self._run = BLoraRun(warm_up_end=warm_up_end, frozen_from=frozen_from)
         if config.learns_bits:
             self.learning_rates["ranges"] = config.range_learning_rate
             if any(layer.has_plain_weight for layer in self.adapted_layers(name)):
@@ -122,9 +123,12 @@ class BLoraModel(BayesTuner):
         for layer in self.adapted_layers(name):
             layer.training_adapters.add(name)
 
+    def run_state(self) -> BLoraRun:
+        return cast(BLoraRun, super().run_state())
+
     def _set_gate_rate(self, role: ParameterRole, steps: int, travel: float) -> None:
         """Gates move by about one rate a step at most (Adam normalises the penalty): it decides if they close."""
-        chosen = self.config_of(self._driven_adapter()).gate_learning_rate
+        chosen = self.config_of(self._training_adapter()).gate_learning_rate
         if chosen is not None and chosen * steps < travel:
             raise BayesLoraError(
                 f"{role} cannot close: {steps} steps at gate_learning_rate {chosen} move a logit by about "
@@ -134,11 +138,12 @@ class BLoraModel(BayesTuner):
 
     def step_begin(self, step: int, seed: int) -> None:
         """Draw the gates' noise of optimizer step `step`, the same on every rank and for every micro-batch."""
-        name = self._driven_adapter()
-        if step <= self.warm_up_end:
-            skips = step < self.warm_up_end and step % math.ceil(self.warm_up_end / OBSERVED_STEPS) > 0
-            for layer in self.adapted_layers(name):
-                layer.collects_ranges = not skips
+        name = self._training_adapter()
+        layers = self.adapted_layers(name)
+        if layers[0].progress(name).current == Phase.WARM_UP:
+            warm_up_end = self.run_state().warm_up_end
+            for layer in layers:
+                layer.collects_ranges = step % math.ceil(warm_up_end / OBSERVED_STEPS) == 0
         learning = self._learning(name) if self.config_of(name).learns_bits else []
         if not learning:
             return
@@ -150,38 +155,36 @@ class BLoraModel(BayesTuner):
     def rate_of(self, role: ParameterRole, step: int) -> float | None:
         if role not in self.learning_rates:
             return None
-        learning = self.warm_up_end <= step < self.frozen_from
-        if role == "bit gates" and self.within_budget:
+        learning = self.run_state().warm_up_end <= step < self.run_state().frozen_from
+        if role == "bit gates" and self.budget_met:
             learning = False  # a smaller penalty would not do: Adam divides its size out again
         return self.learning_rates[role] if learning else 0.0
 
     def step_end(self, step: int) -> None:
         """Move to the next phase after optimizer step `step` (from 0) where it is due."""
-        name = self._driven_adapter()
+        name = self._training_adapter()
         layers = self.adapted_layers(name)
         phase = layers[0].progress(name).current
         if phase == Phase.WARM_UP:
             if self.config_of(name).learns_bits:  # every step: DDP overwrites other ranks' buffers with the first's
                 _share_observations([layer.quantizers(name).observed for layer in layers])
-            if step + 1 >= self.warm_up_end:
+            if step + 1 >= self.run_state().warm_up_end:
                 for layer in layers:
                     layer.start_learning(name)
         elif phase == Phase.LEARN and self.ends_learning(step):
             for layer in layers:
                 layer.progress(name).advance(Phase.FROZEN)
 
-    # Budget -------------------------------------------------------------------------------------------------------
-
     @property
     def budget(self) -> float | None:
         """The share of bit operations to reach, while it still can be: None outside the gates' phase."""
-        name = self._driven_adapter()
+        name = self._training_adapter()
         return self.config_of(name).target_bops if self._learning(name) else None
 
     @torch.no_grad()
-    def steer(self, share: float) -> None:
+    def update_budget_multiplier(self, share: float) -> None:
         """Raise the bit penalty while `share` of the bit operations is over budget, lower it below (dual ascent)."""
-        name = self._driven_adapter()
+        name = self._training_adapter()
         target = self.config_of(name).target_bops
         if target is None:
             return
@@ -191,12 +194,12 @@ class BLoraModel(BayesTuner):
             scale.mul_(factor).clamp_(1e-3, 1e3)
 
     def ends_learning(self, step: int) -> bool:
-        return step + 1 >= self.frozen_from
+        return step + 1 >= self.run_state().frozen_from
 
     @torch.no_grad()
-    def close_weakest(self) -> bool:
+    def close_lowest_gate(self) -> bool:
         """Close the open bit gate with the lowest logit, of a width that is learned; False when none is left."""
-        name = self._driven_adapter()
+        name = self._training_adapter()
         fixed = self.config_of(name).fixed_bits or {}
         weakest: tuple[float, Tensor, tuple[int, int]] | None = None
         for layer in self._learning(name):
@@ -213,11 +216,9 @@ class BLoraModel(BayesTuner):
         weakest[1][weakest[2]] = OPEN_LOGIT - 1e-3
         return True
 
-    # Reports ------------------------------------------------------------------------------------------------------
-
     def statistics(self) -> dict[str, float]:
         """What is logged beside the loss: phase, mean widths and open probabilities, mean ranks."""
-        name = self._driven_adapter()
+        name = self._training_adapter()
         layers, config = self.adapted_layers(name), self.config_of(name)
         values = {"phase": float(layers[0].progress(name).current)}
         described = self.describe(name)

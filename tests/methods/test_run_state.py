@@ -1,0 +1,50 @@
+"""What a run's schedule is needed for says so before the run has begun."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from peft import get_peft_model
+from torch import nn
+
+import bayeslora
+from bayeslora import BayesLoraError
+from bayeslora.methods import TrainingSetup
+
+
+def tuner_with(config: Any) -> Any:
+    return get_peft_model(nn.Sequential(nn.Linear(6, 6), nn.Linear(6, 2)), config(target_modules=["0"])).base_model
+
+
+CALLS: dict[str, tuple[Any, Callable[[Any], Any]]] = {
+    "AdaLoRA's statistics": (bayeslora.AdaLoraConfig, lambda tuner: tuner.statistics()),
+    "AdaLoRA's step": (bayeslora.AdaLoraConfig, lambda tuner: tuner.step_begin(0, 0)),
+    "AdaLoRA's allocation": (
+        bayeslora.AdaLoraConfig,
+        lambda tuner: tuner.allocate(0, torch.optim.SGD([torch.ones(1)])),
+    ),
+    "Me-LoRA's step": (bayeslora.MeLoraConfig, lambda tuner: tuner.step_begin(0, 0)),
+    "B-LoRA's step": (bayeslora.BLoraConfig, lambda tuner: tuner.step_begin(0, 0)),
+    "B-LoRA's rates": (bayeslora.BLoraConfig, lambda tuner: tuner.learning_rates),
+}
+
+
+@pytest.mark.parametrize("name", CALLS)
+def test_a_call_that_needs_the_schedule_asks_for_begin(name: str) -> None:
+    config, call = CALLS[name]
+    tuner = tuner_with(config)
+    with pytest.raises(BayesLoraError, match=r"call begin\(\) first"):
+        call(tuner)
+    tuner.begin(TrainingSetup(total_steps=100, num_examples=10, has_posterior=True))
+    call(tuner)
+
+
+def test_a_begin_that_fails_leaves_no_run() -> None:
+    tuner = tuner_with(bayeslora.BLoraConfig)
+    with pytest.raises(BayesLoraError, match="training steps"):
+        tuner.begin(TrainingSetup(total_steps=2))
+    with pytest.raises(BayesLoraError, match=r"call begin\(\) first"):
+        tuner.run_state()
