@@ -6,8 +6,8 @@ import json
 import math
 import statistics
 from collections import defaultdict
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Container, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -100,20 +100,24 @@ def write_comparison(folders: Sequence[Path], output_dir: Path) -> dict[str, Any
 
 def group_runs(runs: Sequence[RunRecord]) -> list[Group]:
     """Return runs by setting, in the order in which settings first appear; repeats of one seed stay apart."""
-    by_setting: dict[str, list[tuple[RunRecord, dict[str, Any]]]] = defaultdict(list)
+    sampled = {run.method for run in runs if run.samples}
+    by_setting: dict[str, Group] = {}
     for run in runs:
         options = _options(run.folder)
-        key = [run.method, run.model, run.where, run.steps, run.samples, options]
-        by_setting[json.dumps(key, sort_keys=True, default=str)].append((run, options))
-    settings: list[tuple[list[RunRecord], dict[str, Any]]] = []
-    for members in by_setting.values():
-        found = [run for run, _ in members]
-        seeds = [run.seed for run in found]
+        key = json.dumps([run.method, run.model, run.where, run.steps, run.samples, options], default=str)
+        by_setting.setdefault(key, Group(_name(run, sampled), [], options)).runs.append(run)
+    groups: list[Group] = []
+    for group in by_setting.values():
+        seeds = [run.seed for run in group.runs]
         if len(set(seeds)) == len(seeds) and (None not in seeds or len(seeds) == 1):
-            settings.append((found, members[0][1]))
+            groups.append(group)
         else:
-            settings.extend(([run], options) for run, options in members)
-    return _labelled(settings)
+            groups.extend(replace(group, runs=[run]) for run in group.runs)
+    alike: dict[tuple[str, str], list[Group]] = defaultdict(list)
+    for group in groups:
+        alike[group.label, group.where].append(group)
+    labels = {id(g): label for same in alike.values() for g, label in zip(same, _labels(same), strict=True)}
+    return [replace(group, label=labels[id(group)]) for group in groups]
 
 
 def run_row(run: RunRecord) -> dict[str, Any]:
@@ -200,62 +204,39 @@ def _options(folder: Path) -> dict[str, Any]:
                 f"{path} cannot be read ({type(error).__name__}): repair it or train again"
             ) from error
         dropped = _NOT_OPTIONS if name == "config.yaml" else _NOT_OPTIONS | _LEARNED
-        return _without(loaded, dropped) if isinstance(loaded, dict) else {}
+        return dict(sorted(_flattened(loaded, dropped).items())) if isinstance(loaded, dict) else {}
     return {}
 
 
-def _without(options: dict[str, Any], dropped: frozenset[str]) -> dict[str, Any]:
-    kept: dict[str, Any] = {}
+def _flattened(options: dict[str, Any], dropped: frozenset[str], prefix: str = "") -> dict[str, Any]:
+    """Return options by dotted names in one spelling, without those that are `dropped`."""
+    flat: dict[str, Any] = {}
     for key, value in options.items():
         name = str(key).replace("-", "_")
         if name not in dropped:
-            kept[name] = _without(value, dropped) if isinstance(value, dict) else value
-    return kept
-
-
-def _labelled(settings: list[tuple[list[RunRecord], dict[str, Any]]]) -> list[Group]:
-    """Name each setting by its method and samples and, if that is not enough, by the options that differ."""
-    names = _names([runs[0] for runs, _ in settings])
-    labels = list(names)
-    by_base: dict[tuple[str, str], list[int]] = defaultdict(list)
-    for position, (runs, _) in enumerate(settings):
-        by_base[names[position], runs[0].where].append(position)
-    for positions in by_base.values():
-        if len(positions) < 2:
-            continue
-        flat = {i: _flatten(settings[i][1]) | _run_options(settings[i][0][0]) for i in positions}
-        keys = sorted({key for options in flat.values() for key in options})
-        telling = [key for key in keys if len({json.dumps(flat[i].get(key), default=str) for i in positions}) > 1]
-        for i in positions:
-            words = [f"{key.split('.')[-1]}={flat[i][key]}" for key in telling if flat[i].get(key) is not None]
-            if len(words) > 3 or not words:
-                words = [settings[i][0][0].folder.name]
-            labels[i] += f" ({', '.join(words)})"
-        if len({labels[i] for i in positions}) < len(positions):
-            for i in positions:
-                labels[i] = f"{names[i]} ({settings[i][0][0].folder})"
-    return [Group(label, runs, options) for label, (runs, options) in zip(labels, settings, strict=True)]
-
-
-def _names(runs: Sequence[RunRecord]) -> list[str]:
-    """Return methods with their number of samples, or "mean" if another run of the method was sampled."""
-    sampled = {run.method for run in runs if run.samples}
-    names = []
-    for run in runs:
-        how = f", {run.samples} sample{'s' if run.samples > 1 else ''}" if run.samples else ", mean"
-        names.append(run.title + (how if run.method in sampled else ""))
-    return names
-
-
-def _run_options(run: RunRecord) -> dict[str, Any]:
-    return {"steps": run.steps, "model": Path(run.model).name}
-
-
-def _flatten(options: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    flat: dict[str, Any] = {}
-    for key, value in options.items():
-        flat |= _flatten(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
+            nested = isinstance(value, dict)
+            flat |= _flattened(value, dropped, f"{prefix}{name}.") if nested else {prefix + name: value}
     return flat
+
+
+def _name(run: RunRecord, sampled: Container[str]) -> str:
+    """Return a run's method with its number of samples, or "mean" if another run of the method was sampled."""
+    how = f", {run.samples} sample{'s' if run.samples > 1 else ''}" if run.samples else ", mean"
+    return run.title + (how if run.method in sampled else "")
+
+
+def _labels(same: Sequence[Group]) -> list[str]:
+    """Return labels for groups of one name and task: with the options that differ, or else with the folder."""
+    if len(same) == 1:
+        return [same[0].label]
+    options = [g.options | {"steps": g.runs[0].steps, "model": Path(g.runs[0].model).name} for g in same]
+    names = sorted({name for own in options for name in own})
+    telling = [name for name in names if len({json.dumps(own.get(name), default=str) for own in options}) > 1]
+    labels = []
+    for group, own in zip(same, options, strict=True):
+        words = [f"{name.split('.')[-1]}={own[name]}" for name in telling if own.get(name) is not None]
+        labels.append(f"{group.label} ({', '.join(words) if 0 < len(words) < 4 else group.runs[0].folder.name})")
+    return labels if len(set(labels)) == len(labels) else [f"{g.label} ({g.runs[0].folder})" for g in same]
 
 
 def _figures(groups: Sequence[Group]) -> dict[str, Figure | None]:

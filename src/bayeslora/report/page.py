@@ -116,24 +116,8 @@ def _context(run: RunRecord) -> dict[str, Any]:
     labels = shortest_labels(matrices)
     return {
         "run": run,
-        "facts": text.facts(run),
         "matrices": [labels[matrix] for matrix in matrices],
         "ranks": [layer.rank for layer in run.layers],
-        "summary": _summary(run),
         "has_unadapted_part": figures.has_unadapted_part(run),
         "confusion": run.confusion if len(run.confusion) == len(run.labels) else [],
     }
-
-
-def _summary(run: RunRecord) -> str:
-    """Return one sentence on what was adapted, and on what was not."""
-    if not run.layers:
-        return "All weights were trained at 32 bits; there is no adapter, hence no ranks and no widths to show."
-    ranks = {layer.rank for layer in run.layers}
-    where = f"{len(run.layers)} matrices"
-    if not run.is_quantized and not run.ranks_differ:
-        return f"Rank {ranks.pop()} in all {where}, nothing quantized: 32 bits throughout."
-    rank_text = f"ranks {min(ranks)} to {max(ranks)}" if len(ranks) > 1 else f"rank {min(ranks)}"
-    bits = f"adapter matrices at a median of {text.compact(run.median_adapter_bits)} bits"
-    bits_text = bits if run.is_quantized else "nothing quantized"
-    return f"{where} were adapted: {rank_text}, {bits_text}. Everything else stayed as it was."

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import io
 import math
-from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager
+from pathlib import Path
 from typing import Any
 
-import matplotlib
+import matplotlib.style
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.colors import BoundaryNorm, Colormap, LinearSegmentedColormap, ListedColormap, to_rgb
@@ -39,64 +39,20 @@ WIDTH_COLORS = dict(zip(WIDTHS, _RAMP, strict=True))
 
 # A weight and its output share a colour; the output is dashed.
 KIND_STYLE: dict[str, tuple[str, str]] = {
-    "weight": (INK, "-"),
-    "out": (INK, "--"),
-    "A": (BLUE, "-"),
-    "A_out": (BLUE, "--"),
-    "E": (ORANGE, "-"),
-    "E_out": (ORANGE, "--"),
-    "B": (GREEN, "-"),
-    "in": (PINK, "--"),
-}
+    "weight": (INK, "-"), "A": (BLUE, "-"), "E": (ORANGE, "-"), "B": (GREEN, "-"), "in": (PINK, "--"),
+    "out": (INK, "--"), "A_out": (BLUE, "--"), "E_out": (ORANGE, "--"),
+}  # fmt: skip
 KIND_LABELS = {
-    "weight": r"$W_0$",
-    "A": r"$A$",
-    "E": r"$E$",
-    "B": r"$B$",
-    "A_out": r"$A_\mathrm{out}$",
-    "E_out": r"$E_\mathrm{out}$",
-    "out": r"$\mathrm{out}$",
-    "in": r"$\mathrm{in}$",
-}
+    "weight": r"$W_0$", "A": r"$A$", "E": r"$E$", "B": r"$B$", "in": r"$\mathrm{in}$",
+    "out": r"$\mathrm{out}$", "A_out": r"$A_\mathrm{out}$", "E_out": r"$E_\mathrm{out}$",
+}  # fmt: skip
 PHASE_NAMES = {0: "warm-up", 1: "gates learn", 2: "frozen"}
 PHASE_COLORS = {0: "#f6efdf", 1: "#ffffff", 2: "#e6eef5"}
 
-_PARAMETERS: dict[str, Any] = {
-    "font.family": "DejaVu Sans",
-    "font.size": 8.0,
-    "axes.titlesize": 8.5,
-    "axes.titleweight": "bold",
-    "axes.titlelocation": "left",
-    "axes.labelsize": 8.0,
-    "xtick.labelsize": 7.5,
-    "ytick.labelsize": 7.5,
-    "legend.fontsize": 7.5,
-    "legend.frameon": False,
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "axes.edgecolor": INK,
-    "axes.labelcolor": INK,
-    "axes.linewidth": 0.7,
-    "text.color": INK,
-    "xtick.color": INK,
-    "ytick.color": INK,
-    "xtick.major.width": 0.7,
-    "ytick.major.width": 0.7,
-    "lines.linewidth": 1.4,
-    "hatch.linewidth": 0.5,
-    "mathtext.fontset": "dejavusans",
-    "figure.facecolor": "white",
-    "savefig.facecolor": "white",
-}
 
-
-@contextmanager
-def paper_style() -> Iterator[None]:
-    """Apply the figures' settings in a `with` block, and put the caller's own back afterwards."""
-    with matplotlib.rc_context():
-        matplotlib.rcdefaults()
-        matplotlib.rcParams.update(_PARAMETERS)  # type: ignore[arg-type]
-        yield
+def paper_style() -> AbstractContextManager[None]:
+    """Apply `paper.mplstyle` in a `with` block, and put the caller's own settings back afterwards."""
+    return matplotlib.style.context(Path(__file__).with_name("paper.mplstyle"), after_reset=True)
 
 
 def new_figure(width: float, height: float) -> Figure:

@@ -5,8 +5,6 @@ from __future__ import annotations
 import math
 import re
 
-from bayeslora.runs.record import RunRecord
-
 _SCORE_NAMES = {
     "nll": "NLL (nats)", "ece": "ECE", "adaptive_ece": "adaptive ECE", "classwise_ece": "class-wise ECE",
     "brier": "Brier score", "f1": "F1",
@@ -70,21 +68,3 @@ def markdown_text(value: object) -> str:
     flat = " ".join(str(value).split())
     flat = flat.replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")
     return re.sub(r"([\\`*\[\]|#])", r"\\\1", flat)
-
-
-def facts(run: RunRecord) -> list[tuple[str, str]]:
-    """Return the handful of numbers a run is judged by, as (name, value)."""
-    rows = [(score_name(run.metric), number(run.score))]
-    rows += [(score_name(name), number(run.scores[name])) for name in ("ece", "nll") if name in run.scores]
-    if "attention" in run.relative_bops:
-        rows.append(("attention bit operations*", percent(run.relative_bops["attention"])))
-    if run.is_quantized:
-        rows.append(("adapter matrices, median", f"{compact(run.median_adapter_bits)} bits"))
-    if run.layers:
-        start = max(layer.initial_rank for layer in run.layers)
-        rows.append(("mean rank", f"{compact(run.mean_rank)} of {start}"))
-    if "trainable" in run.parameters:
-        rows.append(("trainable parameters", count(run.parameters["trainable"])))
-    if "train" in run.seconds:
-        rows.append(("training time", duration(run.seconds["train"])))
-    return rows
