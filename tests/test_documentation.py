@@ -14,7 +14,8 @@ import pytest
 import yaml
 
 import bayeslora
-from bayeslora.cli.main import build_parser
+from bayeslora.cli.arguments import ivon_field_hints, method_field_hints, parse, training_field_hints
+from bayeslora.cli.commands import COMMANDS
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGES = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md")])
@@ -56,25 +57,18 @@ def test_commands_and_their_options_exist(page: Path) -> None:
     text = page.read_text(encoding="utf-8").replace("\\\n", " ")
     commands = [line for line in re.findall(r"bayeslora ([a-z]+ [^`\n]*--[^`\n]+)", text)]
     for line in commands:
-        words = line.split()
-        known, rest = build_parser().parse_known_args(words)
-        assert known.command == words[0]
-        if words[0] == "train":
-            from bayeslora.cli.arguments import (
-                ivon_field_hints,
-                method_field_hints,
-                parse_open_options,
-                training_field_hints,
-            )
-
-            named = words[words.index("--method") + 1] if "--method" in words else "blora"
-            config = bayeslora.METHODS.get(named, bayeslora.BLoraConfig)
-            fields = {*method_field_hints(config), *training_field_hints()}
-            if "--optim ivon" in line:
-                fields |= set(ivon_field_hints())
-            assert set(parse_open_options(rest)) <= fields, line
-        else:
-            assert not rest, line
+        name, *words = line.split()
+        given, problems = parse(name, words)
+        assert not problems, line
+        if COMMANDS[name].is_open:
+            fields = {item.name for item in COMMANDS[name].options} | method_field_hints(
+                given.get("method", "blora")
+            ).keys()
+            if name == "train":
+                fields |= training_field_hints().keys()
+            if given.get("optim") == "ivon":
+                fields |= ivon_field_hints().keys()
+            assert given.keys() <= fields, line
 
 
 @pytest.mark.parametrize(("method", "fewest"), [("blora", 10), ("melora", 9), ("blob", 11)])

@@ -127,7 +127,9 @@ def test_peft_knows_the_methods_whoever_imports_it(folders: dict[str, str], tmp_
     assert not failed, "\n\n".join(f"{name}:\n{said}" for name, said in failed.items())
 
 
-@pytest.mark.parametrize("module", ["bayeslora", "bayeslora.errors", "bayeslora.cli.main", "bayeslora.runs.plan"])
+@pytest.mark.parametrize(
+    "module", ["bayeslora", "bayeslora.errors", "bayeslora.cli.main", "bayeslora.runs.plan", "benchmarks.records"]
+)
 def test_modules_that_need_nothing_heavy_import_nothing_heavy(module: str) -> None:
     code = f"import sys, {module}\nprint(*sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, check=True)

@@ -66,17 +66,17 @@ def runs(tmp_path_factory: pytest.TempPathFactory, setting: Setting) -> dict[str
 
 @pytest.fixture
 def refused(capfd: pytest.CaptureFixture[str]) -> Callable[..., str]:
-    """Calls a command that must refuse its input with status 2 and one line on stderr; returns the line."""
+    """Calls a command that must refuse its input with status 2 and a line on stderr for each mistake; returns them."""
 
-    def call(*argv: object) -> str:
+    def call(*argv: object, mistakes: int = 1) -> str:
         capfd.readouterr()
         status = main([str(argument) for argument in argv])
         captured = capfd.readouterr()
         assert status == 2, captured.err
         lines = captured.err.splitlines()
-        assert len(lines) == 1, captured.err
-        assert lines[0].startswith("bayeslora: ")
+        assert len(lines) == mistakes, captured.err
+        assert all(line.startswith("bayeslora: ") for line in lines)
         assert captured.out == ""
-        return lines[0]
+        return "\n".join(lines)
 
     return call

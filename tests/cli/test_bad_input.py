@@ -21,7 +21,7 @@ Refused = Callable[..., str]
 def train_refused(setting: Setting, tmp_path: Path, refused: Refused) -> Callable[..., str]:
     """`train` with good options and some others in their place; also checks that no output folder appears."""
 
-    def call(**changed: object) -> str:
+    def call(mistakes: int = 1, **changed: object) -> str:
         options: dict[str, object] = {
             "method": "blora",
             "model": setting.model,
@@ -32,7 +32,8 @@ def train_refused(setting: Setting, tmp_path: Path, refused: Refused) -> Callabl
             "output-dir": tmp_path / "new" / "out",
             **{name.replace("_", "-"): value for name, value in changed.items()},
         }
-        line = refused("train", *(part for name, value in options.items() for part in (f"--{name}", value)))
+        words = [part for name, value in options.items() for part in (f"--{name}", value)]
+        line = refused("train", *words, mistakes=mistakes)
         assert not list(tmp_path.glob("new/*"))
         return line
 
@@ -96,7 +97,7 @@ def test_a_rank_below_one(train_refused: Refused, method: str) -> None:
 
 
 def test_contradictory_options(train_refused: Refused) -> None:
-    assert "contradicts" in train_refused(task="sst2")
+    assert "contradicts" in train_refused(task="sst2", mistakes=3)
     assert "target_bops" in train_refused(target_bops=1.5)
     assert "target_bops" in train_refused(target_bops=0.3, mode="ra")
     assert "--max-length is 1000" in train_refused(max_length=1000)
@@ -110,7 +111,7 @@ def test_wrong_options_are_told_before_a_missing_model(train_refused: Refused) -
 
 
 def test_an_unknown_option_or_value(train_refused: Refused) -> None:
-    assert "did you mean learning-rate" in train_refused(lerning_rate=0.1)
+    assert "did you mean --learning-rate" in train_refused(lerning_rate=0.1)
     assert "did you mean q" in train_refused(mode="qq")
 
 
@@ -223,7 +224,7 @@ def test_wrong_files_for_detection(runs: dict[str, Path], setting: Setting, tmp_
     other = write_jsonl(tmp_path / "other.jsonl", [{"words": "good"}])
     assert "'text'" in refused("evaluate", run, "--ood-file", other)
     assert "exists" in refused("evaluate", run, "--output-dir", tmp_path)
-    assert "samples is -1" in refused("evaluate", run, "--samples", -1)
+    assert "--samples is -1" in refused("evaluate", run, "--samples", -1)
 
 
 def test_samples_are_refused_before_training(setting: Setting, tmp_path: Path, refused: Refused) -> None:
@@ -251,17 +252,48 @@ def test_wrong_folders_for_compare_and_export(runs: dict[str, Path], tmp_path: P
     assert "metrics.json" in refused("compare", tmp_path, "--output-dir", tmp_path / "out")
     assert "exists" in refused("compare", runs["lora"], "--output-dir", tmp_path)
     target = ["--output-dir", tmp_path / "out"]
-    assert "not available" in refused("export", runs["lora"], "--format", "onnx", *target)
+    assert "must be one of lora, merged, packed, integer" in refused(
+        "export", runs["lora"], "--format", "onnx", *target
+    )
     assert "fully fine-tuned" in refused("export", runs["full"], "--format", "lora", *target)
     assert list(tmp_path.iterdir()) == []
 
 
 def test_wrong_command_lines(refused: Refused) -> None:
     assert "no command" in refused()
-    assert "trian" in refused("trian")
-    assert "--input" in refused("predict", "out")
+    assert "unknown command trian, did you mean train" in refused("trian")
+    assert "--input is missing" in refused("predict", "out", mistakes=2)
     assert "--jsno" in refused("evaluate", "out", "--jsno")
     assert "--samples" in refused("evaluate", "out", "--samples", "many")
+    assert "OUT is missing" in refused("evaluate")
+    assert "without a value" in refused("evaluate", "out", "--task")
+    assert "twice" in refused("evaluate", "out", "--seed", 1, "--seed=2")
+    assert "unexpected argument 'more'" in refused("predict", "out", "more", "--input", "a", "--output", "b")
+
+
+def test_all_mistakes_of_a_command_line_are_told_at_once(refused: Refused) -> None:
+    wrong = [
+        "--samples",
+        "many",
+        "--batch-size",
+        0,
+        "--jsno",
+        "--eval-file",
+        "a",
+        "--task",
+        "sst2",
+        "--ood-text-column=x",
+    ]
+    told = refused("evaluate", *wrong, mistakes=6)
+    for expected in ("OUT is missing", "--samples is 'many'", "--batch-size is 0", "did you mean --json"):
+        assert expected in told
+    assert "--task contradicts --eval-file" in told and "only with --ood-file" in told
+    told = refused("export", "out", "--format", "lora", "--calibrate", "--allow-error", "--seed", 1, mistakes=4)
+    assert "--output-dir is missing" in told and "nothing is drawn without --draws" in told
+    told = refused("plan", "--tokens", 0, "--dtype", "int3", "--lora-alhpa", 4, mistakes=4)
+    assert "--model is missing" in told and "did you mean --lora-alpha" in told
+    told = refused("train", "--method", "bloora", "--few-shot", -1, mistakes=7)
+    assert "did you mean blora" in told and "--train-file is missing" in told
 
 
 def test_a_real_process_ends_with_the_line_and_the_status(setting: Setting, tmp_path: Path) -> None:

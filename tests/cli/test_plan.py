@@ -93,7 +93,7 @@ def test_models_that_are_none(refused: Refused, tmp_path: Path) -> None:
         ("adapter.json", '{"peft_type": "LORA"}', "no model_type"),
         ("unknown.json", '{"model_type": "no_such_model"}', "cannot read"),
         ("broken.json", '{"model_type": "llama", "hidden_size": 30, "num_attention_heads": 4}', "transformers cannot"),
-        ("weights.bin", "", "no configuration"),
+        ("weights.bin", "", "is not a configuration"),
     ):
         (tmp_path / name).write_text(content)
         assert said in refused("plan", "--model", tmp_path / name), name
@@ -110,7 +110,7 @@ def test_options_that_are_wrong(refused: Refused, llama_config: Path) -> None:
     assert "--r is -1" in plan("--r", -1)
     assert "--tokens is 0" in plan("--tokens", 0)
     assert "--batch-size is 'many'" in plan("--batch-size", "many")
-    assert "unknown option --lora-alhpa, did you mean lora-alpha" in plan("--lora-alhpa", 4)
+    assert "unknown option --lora-alhpa, did you mean --lora-alpha" in plan("--lora-alhpa", 4)
     assert "--core belongs to --method melora" in plan("--method", "lora", "--core", "full")
     assert "did you mean seq_cls" in plan("--task-type", "seq_clss")
     assert "mode" in plan("--method", "blora", "--mode", "qq")

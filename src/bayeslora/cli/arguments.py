@@ -1,17 +1,21 @@
-"""The options of `bayeslora train`: its own, those of the method's config, those of `TrainingArguments`.
+"""From the words of a command line to options: those of the command, of the method's config, of `TrainingArguments`.
 
 All three live in one flat name space, on the command line (`--lora-alpha 16`, `--lora_alpha 16`, `--lora-alpha=16`)
-and in the YAML file of `--config`; the command line wins. `config.yaml` in an output folder is such a file.
+and in the YAML file of `--config`; the command line wins. `config.yaml` in an output folder is such a file. Everything
+that is wrong is told at once, and without torch where no field of a config or of `TrainingArguments` is given.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import typing
+from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
 
 from bayeslora.cli.coercion import coerce
-from bayeslora.errors import BayesLoraError, close_matches, option
+from bayeslora.cli.commands import COMMANDS, Command, Option, PlanOptions
+from bayeslora.cli.registry import check_method, method_config_class, method_names
+from bayeslora.errors import BayesLoraError, Problems, close_matches, option
 from bayeslora.runs.plan import IVON, IvonOptions, RunOptions, TrainPlan, read_config
 
 if TYPE_CHECKING:
@@ -19,180 +23,245 @@ if TYPE_CHECKING:
 
 # Fields that the commands fill themselves; a user's value would be overwritten or would break the output folder.
 _METHOD_FIELDS_SET_HERE = {
-    "peft_type",
-    "task_type",
-    "auto_mapping",
-    "base_model_name_or_path",
-    "revision",
-    "inference_mode",
-    "peft_version",
-    "runtime_config",
+    *("peft_type", "task_type", "auto_mapping", "base_model_name_or_path", "revision", "inference_mode"),
+    *("peft_version", "runtime_config"),
 }
 _TRAINING_FIELDS_SET_HERE = {"output_dir": "--output-dir", "resume_from_checkpoint": "--resume"}
-METHOD_DEFAULTS = {"r": 8, "lora_alpha": 16, "lora_dropout": 0.0}
-"""What the commands choose for every method that has these fields."""
+# Plain LoRA takes these from the library's methods, too, so that two runs differ in nothing but --method.
+_SHARED_DEFAULTS = ("r", "lora_alpha", "lora_dropout")
 
 
-def build_plan(given: dict[str, Any]) -> TrainPlan:
-    """Resolve options from the command line (`config` among them) against the YAML file, the method and defaults.
+def parse(name: str, words: list[str]) -> tuple[dict[str, Any], Problems]:
+    """Return the options given to the command `name`, and all that is wrong with them.
 
-    Raises:
-        BayesLoraError: an unknown option, a value of the wrong type, or options that contradict each other.
+    Of an open command the values stay as they were typed: `build_plan` and `plan_request` read them.
     """
-    file_options = read_config(given["config"]) if given.get("config") else {}
-    values = {**file_options, **given}
-    own_fields = {f.name: hint for f, hint in _fields(RunOptions)}
-    options = RunOptions(
-        **{name: coerce(name, values[name], hint) for name, hint in own_fields.items() if name in values}
-    )
-
-    from bayeslora.cli.registry import method_config_class
-
-    config_class = method_config_class(options.method)
-    method_fields = method_field_hints(config_class)
-    training_fields = training_field_hints()
-    method_options: dict[str, Any] = {}
-    training_options: dict[str, Any] = {}
-    by_ivon = values.get("optim") == IVON  # the trainer knows the others
-    ivon_fields = ivon_field_hints()
-    ivon_options: dict[str, Any] = {}
-    for name, value in values.items():
-        if name in own_fields or (by_ivon and name == "optim"):
-            continue
-        if name in _TRAINING_FIELDS_SET_HERE:
-            raise BayesLoraError(f"{option(name)} cannot be set; use {_TRAINING_FIELDS_SET_HERE[name]}.")
-        if name in ivon_fields:
-            if not by_ivon:
-                raise BayesLoraError(f"{option(name)} is of use only with --optim ivon; add it or leave this out.")
-            ivon_options[name] = coerce(name, value, ivon_fields[name])
-        elif name in method_fields:
-            method_options[name] = coerce(name, value, method_fields[name])
-        elif name in training_fields:
-            training_options[name] = coerce(name, value, training_fields[name])
-        else:
-            where = f"`bayeslora train --method {options.method} --list-options` lists them all"
-            known = {*own_fields, *ivon_fields, *method_fields, *training_fields}
-            raise unknown_option(name, options.method, known, where)
-    _check(options, method_options)
-    _fill_defaults(options, method_fields, method_options, training_options, by_ivon)
-    ivon = IvonOptions(**ivon_options) if by_ivon else None
-    return TrainPlan(options, method_options, training_options, config_class, ivon)
+    command, problems = COMMANDS[name], Problems()
+    given, others = _split(words, {item.name for item in command.options if item.metavar is None}, problems)
+    _place(others, command, given, problems)
+    if command.is_open:
+        return given, problems
+    known = {item.name for item in command.options} | ({command.argument[0]} if command.argument else set())
+    for unknown in given.keys() - known:
+        near = close_matches(option(unknown), map(option, known))
+        problems.append(f"unknown option {option(unknown)}{near}: `bayeslora {name} --help` lists them")
+    values = read_options(command, given, problems)
+    return {**{key: value for key, value in given.items() if key in known}, **values}, problems
 
 
-def parse_open_options(tokens: list[str]) -> dict[str, Any]:
-    """`--name value`, `--name=value`, `--name` (true) and `--no-name` (false) as a dict; names get underscores."""
+def _split(words: list[str], switches: set[str], problems: Problems) -> tuple[dict[str, Any], list[str]]:
+    """Read `--name value`, `--name=value`, `--name` (true) and `--no-name` (false); names get underscores."""
     found: dict[str, Any] = {}
-    position = 0
-    while position < len(tokens):
-        token = tokens[position]
-        position += 1
-        if not token.startswith("--") or len(token) < 3:
-            raise BayesLoraError(f"unexpected argument {token!r}; every option of train is written --name value.")
-        name, equals, text = token[2:].partition("=")
+    others: list[str] = []
+    waiting = list(reversed(words))
+    while waiting:
+        word = waiting.pop()
+        if not word.startswith("--") or len(word) < 3:
+            others.append(word)
+            continue
+        name, equals, text = word[2:].partition("=")
         name = name.replace("-", "_")
         value: Any = text
         if not equals:
-            if position < len(tokens) and not tokens[position].startswith("--"):
-                value = tokens[position]
-                position += 1
-            elif name.startswith("no_"):
-                name, value = name.removeprefix("no_"), False
+            if name not in switches and waiting and not waiting[-1].startswith("--"):
+                value = waiting.pop()
             else:
-                value = True
+                value = not name.startswith("no_")
+                name = name.removeprefix("no_")
         if name in found:
-            raise BayesLoraError(f"{option(name)} is given twice; give it once.")
+            problems.append(f"{option(name)} is given twice: give it once")
         found[name] = value
+    return found, others
+
+
+def _place(words: list[str], command: Command, given: dict[str, Any], problems: Problems) -> None:
+    """Put the positional argument among the options given."""
+    if command.argument is None:
+        problems += [f"unexpected argument {word!r}: write every option as --name value" for word in words]
+        return
+    name, metavar, text = command.argument
+    if not words:
+        problems.append(f"{metavar} is missing: give the {text}")
+    elif metavar.endswith("…"):
+        given[name] = words
+    else:
+        given[name] = words[0]
+        problems += [f"unexpected argument {word!r}: give one {metavar}" for word in words[1:]]
+
+
+def read_options(command: Command, given: dict[str, Any], problems: Problems) -> dict[str, Any]:
+    """Return those of the command's own options that are given, as their types; a switch that is off is left out."""
+    found: dict[str, Any] = {}
+    for item in command.options:
+        if item.name in given:
+            with problems.collected():
+                found[item.name] = _read(item, given[item.name])
+        elif item.required:
+            problems.append(f"{option(item.name)} is missing: add {item.spelling} ({item.help})")
+    problems += command.contradictions({**given, **found})
+    return {name: value for name, value in found.items() if value is not False}
+
+
+def _read(item: Option, given: Any) -> Any:
+    if given is True and item.metavar is not None:
+        raise BayesLoraError(f"{option(item.name)} is given without a value: write {item.spelling}")
+    value = coerce(item.name, given, item.hint)
+    if item.least is not None and value is not None and value < item.least:
+        raise BayesLoraError(f"{option(item.name)} is {value}, but must be at least {item.least}")
+    return value
+
+
+def build_plan(given: dict[str, Any], problems: Problems | None = None) -> TrainPlan:
+    """Resolve options from the command line (`config` among them) against the YAML file, the method and defaults.
+
+    Raises:
+        BayesLoraError: unknown options, values of the wrong type, options that contradict each other or that the
+            config or `TrainingArguments` refuse; and `problems` that were found before. One sentence each.
+    """
+    problems = problems or Problems()
+    values = {**(read_config(given["config"]) if given.get("config") else {}), **given}
+    options = RunOptions(**read_options(COMMANDS["train"], values, problems))
+    own = {item.name for item in dataclasses.fields(RunOptions)}
+    rest = {name: value for name, value in values.items() if name not in own}
+    by_ivon = rest.get("optim") == IVON  # the trainer knows the others
+    if by_ivon:
+        del rest["optim"]
+    for name in _TRAINING_FIELDS_SET_HERE.keys() & rest.keys():
+        problems.append(f"{option(name)} cannot be set: use {_TRAINING_FIELDS_SET_HERE[name]}")
+        del rest[name]
+    if not by_ivon:
+        for name in ivon_field_hints().keys() & rest.keys():
+            problems.append(f"{option(name)} is of use only with --optim ivon: add it or leave this out")
+            del rest[name]
+    _check_method(options.method, rest, problems)
+    groups = [ivon_field_hints(), method_field_hints(options.method), training_field_hints()]
+    where = f"`bayeslora train --method {options.method} --list-options` lists them all"
+    ivon, method_options, training = _sorted_out(rest, groups, options.method, own, where, problems)
+    _fill_defaults(options, method_options, training, by_ivon)
+    plan = TrainPlan(
+        options,
+        method_options,
+        training,
+        method_config_class(options.method),
+        IvonOptions(**ivon) if by_ivon else None,
+    )
+    _check_with_libraries(plan, problems)
+    problems.tell()
+    return plan
+
+
+def plan_options(
+    given: dict[str, Any], problems: Problems
+) -> tuple[PlanOptions, dict[str, Any], type[PeftConfig] | None]:
+    """Resolve the options of `bayeslora plan`: its own, the method's, and its config class; raises as `build_plan`."""
+    options = PlanOptions(**read_options(COMMANDS["plan"], given, problems))
+    own = {item.name for item in dataclasses.fields(PlanOptions)}
+    rest = {name: value for name, value in given.items() if name not in own}
+    _check_method(options.method, rest, problems)
+    where = (
+        "`bayeslora plan --help` shows its own options, and "
+        f"`bayeslora train --method {options.method} --list-options` those of the method"
+    )
+    groups = [method_field_hints(options.method)]
+    (method_options,) = _sorted_out(rest, groups, options.method, own, where, problems)
+    problems.tell()
+    return options, shared_defaults(options.method) | method_options, method_config_class(options.method)
+
+
+def _check_method(method: str, rest: dict[str, Any], problems: Problems) -> None:
+    """Refuse an unknown method; tells the problems now where looking up the `rest` could add none."""
+    with problems.collected():
+        check_method(method)
+    if not rest or method not in method_names():
+        problems.tell()
+
+
+def _sorted_out(
+    given: dict[str, Any],
+    groups: list[dict[str, Any]],
+    method: str,
+    own: Iterable[str],
+    where: str,
+    problems: Problems,
+) -> list[dict[str, Any]]:
+    """Put each option into the group that has a field of its name, as the type of that field."""
+    found: list[dict[str, Any]] = [{} for _ in groups]
+    known = {*own, *(name for hints in groups for name in hints)}
+    for name, value in given.items():
+        with problems.collected():
+            place = next((index for index, hints in enumerate(groups) if name in hints), None)
+            if place is None:
+                raise _unknown_option(name, method, known, where)
+            found[place][name] = coerce(name, value, groups[place][name])
+            if name == "r" and isinstance(found[place][name], int) and found[place][name] < 1:
+                raise BayesLoraError(f"--r is {value}, but must be at least 1: give the rank to start from")
     return found
 
 
-def method_field_hints(config_class: type[PeftConfig] | None) -> dict[str, Any]:
-    """Name → type hint of the method's fields a user may set; none for full fine-tuning."""
-    if config_class is None:
-        return {}
-    return {f.name: hint for f, hint in _fields(config_class) if f.name not in _METHOD_FIELDS_SET_HERE}
+def _check_with_libraries(plan: TrainPlan, problems: Problems) -> None:
+    """Collect what the method's config and `TrainingArguments` refuse among options that are right each."""
+    from bayeslora.runs.adapt import check_options
+    from bayeslora.runs.train import training_arguments
+
+    if not problems:
+        with problems.collected():
+            check_options(plan.config_class, plan.method_options)
+        with problems.collected():
+            training_arguments(plan, plan.output_dir)
+
+
+def method_field_hints(method: str) -> dict[str, Any]:
+    """Return name → type hint of the method's fields that a user may set; none for full fine-tuning."""
+    config_class = method_config_class(method)
+    hints = {} if config_class is None else _hints(config_class)
+    return {name: hint for name, hint in hints.items() if name not in _METHOD_FIELDS_SET_HERE}
 
 
 def ivon_field_hints() -> dict[str, Any]:
-    """Name → type hint of the options of `--optim ivon`."""
-    return {f.name: hint for f, hint in _fields(IvonOptions)}
+    """Return name → type hint of the options of `--optim ivon`."""
+    return _hints(IvonOptions)
 
 
 def training_field_hints() -> dict[str, Any]:
-    """Name → type hint of the `TrainingArguments` a user may set."""
+    """Return name → type hint of the `TrainingArguments` that a user may set."""
     from transformers import TrainingArguments
 
-    return {f.name: hint for f, hint in _fields(TrainingArguments) if f.name not in _TRAINING_FIELDS_SET_HERE}
+    return {name: hint for name, hint in _hints(TrainingArguments).items() if name not in _TRAINING_FIELDS_SET_HERE}
 
 
-def _fields(cls: type) -> list[tuple[dataclasses.Field[Any], Any]]:
+def _hints(cls: type) -> dict[str, Any]:
     hints = typing.get_type_hints(cls)
-    return [(f, hints[f.name]) for f in dataclasses.fields(cls) if f.init]
+    return {item.name: hints[item.name] for item in dataclasses.fields(cls) if item.init}
 
 
-def unknown_option(name: str, method: str, known: set[str], where: str) -> BayesLoraError:
-    """The error for an option that `method` does not have; `where` says which command lists those there are."""
-    from bayeslora.cli.registry import method_config_class, method_names
-
-    owners = [other for other in method_names() if name in method_field_hints(method_config_class(other))]
+def _unknown_option(name: str, method: str, known: Iterable[str], where: str) -> BayesLoraError:
+    owners = [other for other in method_names() if name in method_field_hints(other)]
     if owners:
         return BayesLoraError(
-            f"{option(name)} belongs to --method {', '.join(owners)}, not to {method}; "
-            "leave it out or change the method."
+            f"{option(name)} belongs to --method {', '.join(owners)}, not to {method}: "
+            "leave it out or change the method"
         )
-    near = close_matches(name, known).replace("_", "-")
-    return BayesLoraError(f"unknown option {option(name)}{near}; {where}.")
+    near = close_matches(option(name), map(option, known))
+    return BayesLoraError(f"unknown option {option(name)}{near}: {where}")
 
 
-def _check(options: RunOptions, method_options: dict[str, Any]) -> None:
-    if options.model is None:
-        raise BayesLoraError("no base model given; add --model with a folder, a model package or a hub id.")
-    if options.output_dir is None:
-        raise BayesLoraError("no output folder given; add --output-dir with a new folder.")
-    files = [name for name in ("train_file", "eval_file", "test_file") if getattr(options, name)]
-    if options.task and files:
-        raise BayesLoraError(f"--task {options.task} contradicts {option(files[0])}; give a task or files, not both.")
-    if options.task:
-        for name in ("text_column", "label_column", "labels"):
-            if getattr(options, name):
-                raise BayesLoraError(
-                    f"{option(name)} contradicts --task {options.task}, whose columns are known; leave it out."
-                )
-    else:
-        if options.train_split:
-            raise BayesLoraError("--train-split is of use only with --task; leave it out.")
-        if options.data_dir:
-            raise BayesLoraError(
-                "--data-dir is of use only with --task; add it, or give --train-file and --eval-file."
-            )
-        for name in ("train_file", "eval_file"):
-            if not getattr(options, name):
-                raise BayesLoraError(f"{option(name)} is missing; give --task, or --train-file and --eval-file.")
-        if not options.text_column:
-            raise BayesLoraError("--text-column is missing; name the column (or two, a,b) that holds the text.")
-        if len(options.text_column) > 2:
-            raise BayesLoraError(f"--text-column names {len(options.text_column)} columns; name one or two.")
-    if options.few_shot < 0:
-        raise BayesLoraError(f"--few-shot is {options.few_shot}; give 0 or more.")
-    if options.max_length is not None and options.max_length < 1:
-        raise BayesLoraError(f"--max-length is {options.max_length}; give at least 1 token.")
-    rank = method_options.get("r")
-    if isinstance(rank, int) and rank < 1:
-        raise BayesLoraError(f"--r is {rank}; a rank of at least 1 is needed to start from.")
+def shared_defaults(method: str) -> dict[str, Any]:
+    """Return the library's defaults of the fields that every adapter method has, plain LoRA included."""
+    from bayeslora.methods.config import AdapterConfig
+
+    defaults = {item.name: item.default for item in dataclasses.fields(AdapterConfig)}
+    fields = method_field_hints(method)
+    return {name: defaults[name] for name in _SHARED_DEFAULTS if name in fields}
 
 
 def _fill_defaults(
-    options: RunOptions,
-    method_fields: dict[str, Any],
-    method_options: dict[str, Any],
-    training: dict[str, Any],
-    by_ivon: bool,
+    options: RunOptions, method_options: dict[str, Any], training: dict[str, Any], by_ivon: bool
 ) -> None:
-    """One set of defaults for all adapter methods, so that two runs differ in nothing but `--method`."""
+    """Fill in one set of defaults for all adapter methods."""
     if options.task is None and options.label_column is None:
         options.label_column = "label"
-    for name, value in METHOD_DEFAULTS.items():
-        if name in method_fields:
-            method_options.setdefault(name, value)
+    for name, value in shared_defaults(options.method).items():
+        method_options.setdefault(name, value)
     evaluation = training.get("eval_strategy", "no")
     follow = evaluation if evaluation != "no" and training.get("load_best_model_at_end") else "steps"
     training.setdefault("per_device_train_batch_size", 32)
@@ -202,7 +271,7 @@ def _fill_defaults(
         # the clip radius bounds a step already.
         training.setdefault("learning_rate", 0.4)
         training.setdefault("max_grad_norm", 0.0)
-    training.setdefault("learning_rate", 1e-3 if method_fields else 5e-5)
+    training.setdefault("learning_rate", 5e-5 if options.method == "full" else 1e-3)
     training.setdefault("num_train_epochs", 3.0)
     training.setdefault("seed", 0)
     training.setdefault("report_to", ["none"])

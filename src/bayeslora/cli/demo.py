@@ -54,10 +54,8 @@ def run(given: dict[str, Any]) -> int:
     target = Path(given.get("output_dir", _DEFAULT_DIR))
     folders = [target / method for method in METHODS]
     limit: dict[str, Any] = {"max_steps": given["max_steps"]} if "max_steps" in given else {}
-    if limit and limit["max_steps"] < 1:
-        raise BayesLoraError(f"--max-steps is {limit['max_steps']}: give at least 1")
     _clear([*folders, target / _COMPARISON], bool(given.get("overwrite")))
-    from bayeslora.cli.train import train
+    from bayeslora.cli.train import run as train
     from bayeslora.runs.train import precision_options
 
     for method, own in METHODS.items():

@@ -8,7 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from bayeslora.cli.inputs import batch_size, columns, refuse
+from bayeslora.cli.inputs import refuse
 from bayeslora.cli.progress import disable_progress_bars
 from bayeslora.data import Task, load_task
 from bayeslora.data.choices import CHOICE_FILES
@@ -26,7 +26,7 @@ from bayeslora.runs.zero_shot import UNTRAINED, load_untrained, untrained_info
 
 def run(given: dict[str, Any]) -> int:
     """Run the command; `given` are the options on the command line."""
-    folder, size = Path(given["folder"]), batch_size(given)
+    folder, size = Path(given["folder"]), given.get("batch_size", 64)
     info = _info(given)
     target = _target(given)
     task, split = _task(given, info)
@@ -83,14 +83,11 @@ def _info(given: dict[str, Any]) -> RunInfo:
 def _outside(given: dict[str, Any], info: RunInfo, task: Task) -> OutsideRows | None:
     """Return the rows that `--ood` or `--ood-file` asks for."""
     if "ood" not in given and "ood_file" not in given:
-        refuse(given, ("ood_text_column",), "is of use only with --ood-file: add it or leave this out")
         return None
-    if "ood" in given and info.kind != "regression":
-        refuse(given, ("ood_file", "ood_text_column"), "contradicts --ood: give one of them")
     if info.kind == "multiple_choice":
         refuse(given, ("ood_text_column",), "is of no use for multiple choice: leave it out")
     file = None if "ood" in given else Path(given["ood_file"])
-    return outside_rows(info, task, file, columns(given, "ood_text_column"))
+    return outside_rows(info, task, file, given.get("ood_text_column"))
 
 
 def _detection(
@@ -148,14 +145,13 @@ def _write(target: Path, folder: Path, found: dict[str, Any], model: dict[str, A
 def _task(given: dict[str, Any], info: RunInfo) -> tuple[Task, str]:
     """Return the rows to score on, and their split: of a file, of a named task, or of the run's own data."""
     if "eval_file" in given:
-        refuse(given, ("task", "data_dir", "split"), "contradicts --eval-file: give one of them")
         if info.kind == "multiple_choice":
             refuse(given, ("text_column", "label_column"), "is of no use for multiple choice: leave it out")
-        return labelled_rows(info, given["eval_file"], columns(given), given.get("label_column")), EVALUATION
+        return labelled_rows(info, given["eval_file"], given.get("text_column"), given.get("label_column")), EVALUATION
     if "task" not in given and info.task_name is None:
         if "data_dir" in given or "split" in given:
             raise BayesLoraError("the run was trained on files, which have no named splits: give --eval-file")
-        task = labelled_rows(info, info.files["eval_file"], columns(given), given.get("label_column"))
+        task = labelled_rows(info, info.files["eval_file"], given.get("text_column"), given.get("label_column"))
         # The run's own rows, under the name that the run gives them.
         return replace(task, name=info.task), EVALUATION
     refuse(given, ("text_column", "label_column"), "is of use only with --eval-file: leave it out")

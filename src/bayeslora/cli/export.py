@@ -9,7 +9,7 @@ from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from bayeslora.errors import BayesLoraError, option
+from bayeslora.errors import BayesLoraError
 from bayeslora.files import finite, new_folder
 
 if TYPE_CHECKING:
@@ -23,20 +23,11 @@ FORMATS = {
     "merged": "merged Transformers model",
     "packed": "packed adapter",
 }
-_OPTIONS = {
-    "allow_error": "merged",
-    "unadapted": "integer",
-    "calibrate": "integer",
-    "uniform": "lora",
-    "draws": "lora",
-    "seed": "lora",
-}
 
 
 def run(given: dict[str, Any]) -> int:
     """Run the command; `given` are the options on the command line."""
     form = given["format"]
-    _check(given, form)
     from bayeslora.cli.progress import disable_progress_bars
     from bayeslora.runs.info import RunInfo
 
@@ -67,17 +58,6 @@ def run(given: dict[str, Any]) -> int:
             shown = f"{value:.3g}" if isinstance(value, float) else f"{value:,}" if isinstance(value, int) else value
             print(f"  {name.replace('_', ' ')}: {shown}")
     return 0
-
-
-def _check(given: dict[str, Any], form: str) -> None:
-    """Raise for an unknown format, or an option of another one."""
-    if form not in FORMATS:
-        raise BayesLoraError(f"format {form!r} is not available: choose from {', '.join(FORMATS)}")
-    for name, owner in _OPTIONS.items():
-        if given.get(name, False) is not False and form != owner:
-            raise BayesLoraError(f"{option(name)} is for --format {owner}, not {form}: leave it out")
-    if "seed" in given and "draws" not in given:
-        raise BayesLoraError(f"--seed is {given['seed']}, but nothing is drawn without --draws: leave it out")
 
 
 def _batches(form: str, given: dict[str, Any], loaded: Run) -> dict[str, Any]:

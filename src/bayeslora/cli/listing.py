@@ -7,38 +7,37 @@ import enum
 import re
 from typing import Any
 
-from transformers import TrainingArguments
-
-from bayeslora.cli.arguments import ivon_field_hints, method_field_hints, training_field_hints
+from bayeslora.cli.arguments import ivon_field_hints, method_field_hints, shared_defaults, training_field_hints
 from bayeslora.cli.registry import method_config_class
 from bayeslora.errors import option
 from bayeslora.runs.plan import IvonOptions, RunOptions
 
 
 def list_options(method: str) -> str:
-    """One option a line, in three groups: the command's, the method's, the trainer's."""
-    config_class = method_config_class(method)
+    """Return one option a line, in groups: the command's, IVON's, the method's, the trainer's."""
+    from transformers import TrainingArguments
+
     own = {f.name: f.type for f in dataclasses.fields(RunOptions)}
     groups: list[tuple[str, type | None, dict[str, Any]]] = [
         ("options of the command", RunOptions, own),
         ("options of --optim ivon", IvonOptions, ivon_field_hints()),
-        (f"options of {method}", config_class, method_field_hints(config_class)),
+        (f"options of {method}", method_config_class(method), method_field_hints(method)),
         ("options of the trainer (transformers.TrainingArguments)", TrainingArguments, training_field_hints()),
     ]
+    shared = shared_defaults(method)
     lines: list[str] = []
     for title, cls, hints in groups:
         if cls is None or not hints:
             continue
-        defaults = {f.name: _default(f) for f in dataclasses.fields(cls)}
-        lines += [f"{title}:", *(f"  {option(n):<42} {_hint(h)}{defaults[n]}" for n, h in hints.items()), ""]
+        defaults = {f.name: shared.get(f.name, f.default) for f in dataclasses.fields(cls)}
+        lines += [f"{title}:", *(f"  {option(n):<42} {_hint(h)}{_default(defaults[n])}" for n, h in hints.items()), ""]
     return "\n".join(lines).rstrip()
 
 
-def _default(item: dataclasses.Field[Any]) -> str:
-    if item.default is dataclasses.MISSING or item.default is None:
+def _default(value: Any) -> str:
+    if value is dataclasses.MISSING or value is None:
         return ""
-    value = item.default.value if isinstance(item.default, enum.Enum) else item.default
-    return f" = {value!r}"
+    return f" = {value.value if isinstance(value, enum.Enum) else value!r}"
 
 
 def _hint(hint: Any) -> str:

@@ -3,45 +3,27 @@
 from __future__ import annotations
 
 import json
-import typing
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from peft import PeftConfig
 from transformers import AutoConfig, PretrainedConfig
 
-from bayeslora.cli.arguments import METHOD_DEFAULTS, method_field_hints, unknown_option
-from bayeslora.cli.coercion import coerce
+from bayeslora.cli.commands import PlanOptions
 from bayeslora.cli.progress import disable_progress_bars
-from bayeslora.cli.registry import method_config_class
-from bayeslora.cost import TASK_TYPES, Plan, build_for_task, from_config, plan
-from bayeslora.errors import BayesLoraError, close_matches, option
+from bayeslora.cost import Plan, build_for_task, from_config, plan
+from bayeslora.errors import BayesLoraError
 from bayeslora.runs.adapt import check_targets, default_targets, option_errors
 from bayeslora.runs.base import load_errors, resolve_model
 
 _UNITS = ((10**12, "TB"), (10**9, "GB"), (10**6, "MB"), (10**3, "kB"), (1, "bytes"))
 
 
-@dataclass
-class PlanOptions:
-    """The options of `bayeslora plan` beside the fields of the method's config."""
-
-    model: str | None = None
-    method: str = "blora"
-    task_type: str | None = None
-    num_labels: int | None = None
-    batch_size: int = 32
-    tokens: int = 128
-    dtype: Literal["float32", "bfloat16", "float16"] = "float32"
-    device: Literal["cpu", "cuda"] = "cpu"
-    json: bool = False
-
-
-def run(given: dict[str, Any]) -> int:
-    """The command; `given` are the options on the command line."""
+def run(resolved: tuple[PlanOptions, dict[str, Any], type[PeftConfig] | None]) -> int:
+    """Run the command: its own options, those of the method, and the method's config class."""
     disable_progress_bars()
-    options, method_options, config_class = _resolve(given)
+    options, method_options, config_class = resolved
+    assert options.model is not None
     config = read_configuration(options.model)
     if options.num_labels is not None:
         config.num_labels = options.num_labels
@@ -66,15 +48,13 @@ def run(given: dict[str, Any]) -> int:
     return 0
 
 
-def read_configuration(name: str | None) -> PretrainedConfig:
-    """The configuration in a model folder, a `config.json`, a GGUF file or an installed package, or of a hub id."""
-    if name is None:
-        raise BayesLoraError("no model given; add --model with a folder, a config.json or a hub id.")
+def read_configuration(name: str) -> PretrainedConfig:
+    """Return the configuration in a model folder, a `config.json`, a GGUF file or a package, or of a hub id."""
     path = Path(name).expanduser()
     if path.suffix == ".json":
         return from_config(path)
     if path.is_file() and path.suffix != ".gguf":
-        raise BayesLoraError(f"{name} is no configuration; give a model folder, its config.json or a hub id.")
+        raise BayesLoraError(f"{name} is not a configuration: give a model folder, its config.json or a hub id")
     resolved = Path(resolve_model(name))
     if resolved.is_dir():
         return from_config(resolved)
@@ -84,43 +64,10 @@ def read_configuration(name: str | None) -> PretrainedConfig:
         return AutoConfig.from_pretrained(name)
 
 
-def _resolve(given: dict[str, Any]) -> tuple[PlanOptions, dict[str, Any], type[PeftConfig] | None]:
-    """The command's own options, those of the method, and its config class."""
-    hints = typing.get_type_hints(PlanOptions)
-    options = PlanOptions(**{name: coerce(name, given[name], hints[name]) for name in hints if name in given})
-    config_class = method_config_class(options.method)
-    fields = method_field_hints(config_class)
-    method_options = {name: value for name, value in METHOD_DEFAULTS.items() if name in fields}
-    for name, value in given.items():
-        if name in hints:
-            continue
-        if name not in fields:
-            where = (
-                "`bayeslora plan --help` shows its own options, and "
-                f"`bayeslora train --method {options.method} --list-options` those of the method"
-            )
-            raise unknown_option(name, options.method, {*hints, *fields}, where)
-        method_options[name] = coerce(name, value, fields[name])
-    rank = method_options.get("r")
-    if isinstance(rank, int) and rank < 1:
-        raise BayesLoraError(f"--r is {rank}; a rank of at least 1 is needed.")
-    for name in ("num_labels", "batch_size", "tokens"):
-        number = getattr(options, name)
-        if number is not None and number < 1:
-            raise BayesLoraError(f"{option(name)} is {number}; give at least 1.")
-    if options.task_type is not None and options.task_type.upper() not in TASK_TYPES:
-        known = [name.lower() for name in TASK_TYPES]
-        raise BayesLoraError(
-            f"unknown --task-type {options.task_type!r}{close_matches(options.task_type.lower(), known)}; "
-            f"choose from {', '.join(known)}."
-        )
-    return options, method_options, config_class
-
-
 def _method_config(
     config: PretrainedConfig, task_type: str | None, config_class: type[PeftConfig], options: dict[str, Any]
 ) -> PeftConfig:
-    """The adapter's configuration, with the default targets of `bayeslora train` where none are given."""
+    """Return the adapter's configuration, with the default targets of `bayeslora train` where none are given."""
     model, _, _ = build_for_task(type(config).from_dict(config.to_dict()), task_type)
     targets = options.get("target_modules") or default_targets(model)
     if targets is not None:
@@ -131,7 +78,7 @@ def _method_config(
 
 
 def table(found: Plan, method: str, name: str | None) -> str:
-    """The plan for people, a line a number."""
+    """Return the plan for people, a line a number."""
     trainable, total = found.parameters["trainable"], found.parameters["total"]
     sizes = found.bytes
     rows = [
@@ -167,7 +114,7 @@ def _adapted(found: Plan) -> str:
 
 
 def size(count: int | None) -> str:
-    """Bytes in decimal units with three digits."""
+    """Return a number of bytes in decimal units with three digits."""
     if count is None:
         return "not known"
     unit, name = next((unit, name) for unit, name in _UNITS if count >= unit or unit == 1)

@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from bayeslora.cli.inputs import batch_size, columns, refuse
+from bayeslora.cli.inputs import refuse
 from bayeslora.cli.progress import disable_progress_bars
 from bayeslora.errors import BayesLoraError
 from bayeslora.files import write_atomically
@@ -18,7 +18,7 @@ from bayeslora.runs.run import load
 def run(given: dict[str, Any]) -> int:
     """Run the command; `given` are the options on the command line."""
     folder, source, target = Path(given["folder"]), Path(given["input"]), Path(given["output"])
-    size = batch_size(given)
+    size = given.get("batch_size", 64)
     info = RunInfo.load(folder)
     if target.is_dir() or not target.absolute().parent.is_dir():
         raise BayesLoraError(f"--output {target} cannot be a file: name a file in an existing folder")
@@ -26,7 +26,7 @@ def run(given: dict[str, Any]) -> int:
         raise BayesLoraError(f"--output {target} is the input file: name another file")
     if info.kind == "multiple_choice":
         refuse(given, ("text_column",), "is of no use for multiple choice, whose columns are known: leave it out")
-    task = rows_to_predict(source, info, columns(given))
+    task = rows_to_predict(source, info, given.get("text_column"))
     disable_progress_bars()
     loaded = load(folder, given.get("model"))
     data = encode_for(task.eval_split, task, loaded.tokenizer, loaded.info)

@@ -1,27 +1,41 @@
-"""Every method a command can be asked for: the package's own, and the baselines they are measured against."""
+"""Every method that a command can be asked for: the package's own, and the baselines they are measured against."""
 
 from __future__ import annotations
 
-from peft import LoraConfig, PeftConfig
+import sys
+from typing import TYPE_CHECKING
 
 from bayeslora.errors import BayesLoraError, close_matches
-from bayeslora.methods.registry import METHODS
 
-# None: every weight of the model is trained and an ordinary Transformers folder is written.
-BASELINES: dict[str, type[PeftConfig] | None] = {"lora": LoraConfig, "full": None}
+if TYPE_CHECKING:
+    from peft import PeftConfig
+
+# The names alone, so that a misspelt one is told without torch. Full fine-tuning trains every weight of the model.
+_METHODS = ("blora", "melora", "blob", "bayes_adalora", "dylora")
+_BASELINES = ("lora", "full")
 
 
 def method_names() -> list[str]:
-    """All names `--method` takes."""
-    return [*METHODS, *BASELINES]
+    """Return all names that `--method` takes, those of methods registered from outside the package included."""
+    registry = sys.modules.get("bayeslora.methods.registry")
+    return [*(_METHODS if registry is None else registry.METHODS), *_BASELINES]
+
+
+def check_method(name: str) -> None:
+    """Raise BayesLoraError for an unknown method."""
+    names = method_names()
+    if name not in names:
+        near = close_matches(name, names)
+        raise BayesLoraError(f"unknown --method {name!r}{near}: choose from {', '.join(names)}")
 
 
 def method_config_class(name: str) -> type[PeftConfig] | None:
-    """The PEFT config class of a method; None for full fine-tuning."""
-    if name in METHODS:
-        return METHODS[name]
-    if name in BASELINES:
-        return BASELINES[name]
-    raise BayesLoraError(
-        f"unknown --method {name!r}{close_matches(name, method_names())}; choose from {', '.join(method_names())}."
-    )
+    """Return the PEFT config class of a method; None for full fine-tuning."""
+    check_method(name)
+    if name == "full":
+        return None
+    from peft import LoraConfig
+
+    from bayeslora.methods.registry import METHODS
+
+    return {**METHODS, "lora": LoraConfig}[name]

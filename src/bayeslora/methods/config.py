@@ -31,7 +31,7 @@ class AdapterConfig(PeftConfig):
     method: ClassVar[str]
 
     r: int = field(default=8, metadata={"help": "Rank; the initial one where the method learns it."})
-    lora_alpha: int = field(default=8, metadata={"help": "The update is scaled by lora_alpha / r."})
+    lora_alpha: int = field(default=16, metadata={"help": "Scales the update: lora_alpha / r; peft has 8."})
     lora_dropout: float = field(default=0.0, metadata={"help": "Dropout on the adapter's input."})
     target_modules: list[str] | str | None = field(default=None, metadata={"help": "Names or regex of the layers."})
     exclude_modules: list[str] | str | None = field(default=None, metadata={"help": "Names or regex to leave out."})

@@ -13,8 +13,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import yaml
-
 from bayeslora.errors import BayesLoraError
 
 if TYPE_CHECKING:
@@ -26,66 +24,45 @@ _MACHINE_FIELDS = {"disable_tqdm", "dataloader_pin_memory"}
 _PATH_OPTIONS = ("data_dir", "train_file", "eval_file", "test_file")
 
 
+def declared(default: Any, metavar: str | None, text: str, **more: Any) -> Any:
+    """Return a dataclass field that a command shows in its help; without a metavar it is a switch.
+
+    Further metadata: `required`, and `least`, the smallest number allowed.
+    """
+    return field(default=default, metadata={"metavar": metavar, "help": text, **more})
+
+
 @dataclass
 class RunOptions:
     """The options of `bayeslora train` that are neither the method's nor `TrainingArguments`'."""
 
-    method: str = field(
-        default="blora",
-        metadata={"help": "blora, melora, blob, bayes_adalora, dylora, lora or full (blora)", "metavar": "NAME"},
+    method: str = declared("blora", "NAME", "blora, melora, blob, bayes_adalora, dylora, lora or full (blora)")
+    model: str | None = declared(
+        None, "FOLDER_OR_ID", "folder, installed model package or hub id of the base model", required=True
     )
-    model: str | None = field(
-        default=None,
-        metadata={"help": "folder, installed model package or hub id of the base model", "metavar": "FOLDER_OR_ID"},
+    task: str | None = declared(
+        None, "NAME", "sst2, cola, mrpc, rte, stsb, rotten_tomatoes, winogrande, arc_easy or openbookqa"
     )
-    task: str | None = field(
-        default=None,
-        metadata={
-            "help": "sst2, cola, mrpc, rte, stsb, rotten_tomatoes, winogrande, arc_easy or openbookqa",
-            "metavar": "NAME",
-        },
+    data_dir: str | None = declared(None, "DIR", "folder with <task>/<split>.jsonl; without it, the hub's data set")
+    train_split: str | None = declared(None, "NAME", "train_xs, train_s (the default) or train_m of winogrande")
+    few_shot: int = declared(0, "K", "training rows shown before each question of a prompt (0)", least=0)
+    train_file: str | None = declared(None, "FILE", "training rows (.jsonl, .json, .csv, .parquet)")
+    eval_file: str | None = declared(None, "FILE", "rows to score on")
+    test_file: str | None = declared(None, "FILE", "further rows to score on")
+    text_column: list[str] | None = declared(None, "A[,B]", "the text's column, or two: a,b for sentence pairs")
+    label_column: str | None = declared(None, "NAME", "the label's column (label)")
+    labels: list[str] | None = declared(None, "A,B,…", "class names in order of their ids (those seen, sorted)")
+    output_dir: str | None = declared(None, "OUT", "new folder for the result", required=True)
+    config: str | None = declared(None, "FILE", "YAML file of options; the command line overrides it")
+    max_length: int | None = declared(None, "N", "longest input in tokens (128, or what the model takes)", least=1)
+    dtype: typing.Literal["float32", "bfloat16", "float16"] = declared(
+        "float32", "TYPE", "type the base model is loaded in (float32)"
     )
-    data_dir: str | None = field(
-        default=None,
-        metadata={"help": "folder with <task>/<split>.jsonl; without it, the hub's data set", "metavar": "DIR"},
+    samples: int = declared(
+        0, "N", "Monte-Carlo samples of a stochastic adapter for the final scores (0: its mean)", least=0
     )
-    train_split: str | None = field(
-        default=None, metadata={"help": "train_xs, train_s (the default) or train_m of winogrande", "metavar": "NAME"}
-    )
-    few_shot: int = field(
-        default=0, metadata={"help": "training rows shown before each question of a prompt (0)", "metavar": "K"}
-    )
-    train_file: str | None = field(
-        default=None, metadata={"help": "training rows (.jsonl, .json, .csv, .parquet)", "metavar": "FILE"}
-    )
-    eval_file: str | None = field(default=None, metadata={"help": "rows to score on", "metavar": "FILE"})
-    test_file: str | None = field(default=None, metadata={"help": "further rows to score on", "metavar": "FILE"})
-    text_column: list[str] | None = field(
-        default=None, metadata={"help": "the text's column, or two: a,b for sentence pairs", "metavar": "A[,B]"}
-    )
-    label_column: str | None = field(default=None, metadata={"help": "the label's column (label)", "metavar": "NAME"})
-    labels: list[str] | None = field(
-        default=None, metadata={"help": "class names in order of their ids (those seen, sorted)", "metavar": "A,B,…"}
-    )
-    output_dir: str | None = field(default=None, metadata={"help": "new folder for the result", "metavar": "OUT"})
-    config: str | None = field(
-        default=None, metadata={"help": "YAML file of options; the command line overrides it", "metavar": "FILE"}
-    )
-    max_length: int | None = field(
-        default=None, metadata={"help": "longest input in tokens (128, or what the model takes)", "metavar": "N"}
-    )
-    dtype: typing.Literal["float32", "bfloat16", "float16"] = field(
-        default="float32", metadata={"help": "type the base model is loaded in (float32)", "metavar": "TYPE"}
-    )
-    samples: int = field(
-        default=0,
-        metadata={
-            "help": "Monte-Carlo samples of a stochastic adapter for the final scores (0: its mean)",
-            "metavar": "N",
-        },
-    )
-    resume: bool = field(default=False, metadata={"help": "continue the interrupted run in OUT.partial"})
-    keep_checkpoints: bool = field(default=False, metadata={"help": "keep the last checkpoints in OUT/checkpoints"})
+    resume: bool = declared(False, None, "continue the interrupted run in OUT.partial")
+    keep_checkpoints: bool = declared(False, None, "keep the last checkpoints in OUT/checkpoints")
 
 
 IVON = "ivon"
@@ -148,17 +125,19 @@ class TrainPlan:
 
 
 def read_config(path: str) -> dict[str, Any]:
-    """The options in a YAML file, with dashes in names read as underscores."""
+    """Return the options in a YAML file, with dashes in names read as underscores."""
+    import yaml
+
     try:
         content = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
     except OSError as error:
-        raise BayesLoraError(f"cannot read --config {path} ({error.strerror}); name a YAML file.") from error
+        raise BayesLoraError(f"cannot read --config {path} ({error.strerror}): name a YAML file") from error
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         mark = getattr(error, "problem_mark", None)
         where = f" in line {mark.line + 1}" if mark else ""
-        raise BayesLoraError(f"{path} is not valid YAML{where}; correct it or name another --config.") from error
+        raise BayesLoraError(f"{path} is not valid YAML{where}: correct it or name another --config") from error
     if not isinstance(content, dict) or not all(isinstance(key, str) for key in content):
-        raise BayesLoraError(f"{path} holds no options; one `name: value` a line is needed.")
+        raise BayesLoraError(f"{path} does not hold options: write one `name: value` a line")
     return {key.replace("-", "_"): value for key, value in content.items()}
 
 

@@ -200,7 +200,7 @@ def prepare(plan: TrainPlan, partial: Path) -> Session:
     options = plan.options
     # What is read quickly and may be wrong comes first, the model last.
     check_options(plan.config_class, plan.method_options)
-    arguments = _training_arguments(plan, partial / _CHECKPOINTS)
+    arguments = training_arguments(plan, partial / _CHECKPOINTS)
     task = _load_data(plan)
     assert options.model is not None
     resolved = resolve_model(options.model)
@@ -253,7 +253,7 @@ def fit(session: Session, callbacks: list[TrainerCallback]) -> Trainer:
     return trainer
 
 
-def _training_arguments(plan: TrainPlan, checkpoints: Path) -> TrainingArguments:
+def training_arguments(plan: TrainPlan, checkpoints: Path) -> TrainingArguments:
     """Return the Trainer's settings; raises BayesLoraError for those it refuses."""
     settings = {"dataloader_pin_memory": torch.cuda.is_available(), **plan.training_options, "disable_tqdm": True}
     if settings.get("bf16") and not _has_accelerator():

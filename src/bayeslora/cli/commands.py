@@ -1,0 +1,250 @@
+"""The commands and their options: one table for the parser, the help and the checks, read without torch."""
+
+from __future__ import annotations
+
+import dataclasses
+import shutil
+import textwrap
+import typing
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from bayeslora.errors import option
+from bayeslora.runs.plan import RunOptions, declared
+
+DESCRIPTION = "Bayesian low-rank adapters for pretrained transformers: train, judge, export."
+ExportFormat = Literal["lora", "merged", "packed", "integer"]
+TaskType = Literal["seq_cls", "causal_lm", "token_cls", "question_ans", "seq_2_seq_lm", "feature_extraction"]
+
+
+@dataclass(frozen=True)
+class Option:
+    """An option of a command; one without a metavar is a switch."""
+
+    name: str
+    metavar: str | None
+    help: str
+    hint: Any = str
+    required: bool = False
+    least: int | None = None
+
+    @property
+    def spelling(self) -> str:
+        """The option as the help shows it."""
+        return f"{option(self.name)} {self.metavar or ''}".rstrip()
+
+
+@dataclass(frozen=True)
+class Command:
+    """A command: what it does, what it takes, and what contradicts each other.
+
+    `argument` is the name, metavar and help of the positional argument, a list where the name is a plural. The options
+    of an open command are also the fields of a method's config.
+    """
+
+    summary: str
+    options: tuple[Option, ...]
+    argument: tuple[str, str, str] | None = None
+    epilog: str = ""
+    is_open: bool = False
+    contradictions: Callable[[dict[str, Any]], Iterator[str]] = lambda given: iter(())
+
+
+@dataclass
+class PlanOptions:
+    """The options of `bayeslora plan` besides the fields of the method's config."""
+
+    model: str | None = declared(None, "FOLDER_OR_CONFIG", "model folder, its config.json, or a hub id", required=True)
+    method: str = declared("blora", "NAME", "any of `train` (blora)")
+    task_type: TaskType | None = declared(None, "NAME", "causal_lm, seq_cls, … (what the config.json says)")
+    num_labels: int | None = declared(None, "N", "classes of a classifier's head (the config.json's)", least=1)
+    batch_size: int = declared(32, "N", "rows of a step (32)", least=1)
+    tokens: int = declared(128, "N", "tokens of a row (128)", least=1)
+    dtype: Literal["float32", "bfloat16", "float16"] = declared(
+        "float32", "TYPE", "type the base model is loaded in (float32)"
+    )
+    device: Literal["cpu", "cuda"] = declared("cpu", "NAME", "cpu or cuda: whose kernels keep the activations (cpu)")
+    json: bool = declared(False, None, "print JSON, under the keys of metrics.json")
+
+
+def _of_fields(options: type) -> Iterator[Option]:
+    hints = typing.get_type_hints(options)
+    for item in dataclasses.fields(options):
+        yield Option(item.name, hint=hints[item.name], **item.metadata)
+
+
+def _switch(name: str, text: str) -> Option:
+    return Option(name, None, text, bool)
+
+
+def _number(name: str, metavar: str, text: str, least: int | None = None) -> Option:
+    return Option(name, metavar, text, int, least=least)
+
+
+def _contradictions_of_train(given: dict[str, Any]) -> Iterator[str]:
+    task = given.get("task")
+    if task:
+        for name in ("train_file", "eval_file", "test_file"):
+            if given.get(name):
+                yield f"--task {task} contradicts {option(name)}: give a task or files, not both"
+        for name in ("text_column", "label_column", "labels"):
+            if given.get(name):
+                yield f"{option(name)} contradicts --task {task}, whose columns are known: leave it out"
+        return
+    for name in ("train_split", "data_dir"):
+        if given.get(name):
+            yield f"{option(name)} is of use only with --task: add it or leave this out"
+    for name in ("train_file", "eval_file"):
+        if not given.get(name):
+            yield f"{option(name)} is missing: give --task, or --train-file and --eval-file"
+    columns = given.get("text_column") or []
+    if not columns:
+        yield "--text-column is missing: name the column (or two, a,b) that holds the text"
+    elif len(columns) > 2:
+        yield f"--text-column names {len(columns)} columns, but a text has one or two: name those"
+
+
+def _contradictions_of_evaluate(given: dict[str, Any]) -> Iterator[str]:
+    for chosen, others in (("eval_file", ("task", "data_dir", "split")), ("ood", ("ood_file", "ood_text_column"))):
+        for name in others:
+            if chosen in given and name in given:
+                yield f"{option(name)} contradicts {option(chosen)}: give one of them"
+    if "ood_text_column" in given and not {"ood", "ood_file"} & given.keys():
+        yield "--ood-text-column is of use only with --ood-file: add it or leave this out"
+
+
+def _contradictions_of_export(given: dict[str, Any]) -> Iterator[str]:
+    chosen = given.get("format")
+    owners = {"allow_error": "merged", "unadapted": "integer", "calibrate": "integer"}
+    for name, owner in (owners | dict.fromkeys(("uniform", "draws", "seed"), "lora")).items():
+        if name in given and chosen not in (owner, None):
+            yield f"{option(name)} is for --format {owner}, not {chosen}: leave it out"
+    if "seed" in given and "draws" not in given and chosen == "lora":
+        yield f"--seed is {given['seed']}, but nothing is drawn without --draws: leave it out"
+
+
+_RUN = ("folder", "OUT", "output folder of `bayeslora train`")
+_BASE = Option("model", "FOLDER_OR_ID", "the base model, where it is no longer at its place")
+_SAMPLING = (
+    _BASE,
+    _number("samples", "N", "Monte-Carlo samples of a stochastic adapter (0)", least=0),
+    _number("seed", "N", "seed of the samples (0)"),
+    _number("batch_size", "N", "rows at a time (64)", least=1),
+)
+_TEXT_COLUMN = Option("text_column", "A[,B]", "the text's column or columns (the run's own)", list[str])
+
+COMMANDS = {
+    "train": Command(
+        "fine-tune a model with one method into a new folder",
+        (*_of_fields(RunOptions), _switch("list_options", "list every option with its type, then stop")),
+        epilog="Any field of the method's config and of TrainingArguments is an option too: --r 8 "
+        "--target-modules query,key --learning-rate 1e-3. --list-options lists them.",
+        is_open=True,
+        contradictions=_contradictions_of_train,
+    ),
+    "evaluate": Command(
+        "score a finished run; changes nothing",
+        (
+            *_SAMPLING,
+            Option("task", "NAME", "a named task (the run's own)"),
+            Option("data_dir", "DIR", "folder with <task>/<split>.jsonl (the run's own)"),
+            Option("eval_file", "FILE", "rows to score on instead of a task"),
+            _TEXT_COLUMN,
+            Option("label_column", "NAME", "the label's column (the run's own)"),
+            Option("split", "NAME", "split of the task to score on (its evaluation split)"),
+            _switch("ood", "detect the task's own out-of-distribution texts too"),
+            Option("ood_file", "FILE", "out-of-distribution texts to detect instead"),
+            Option("ood_text_column", "A[,B]", "their column or columns (the run's own)", list[str]),
+            Option("output_dir", "DIR", "new folder for scores and figures, for `compare` too"),
+            _number("few_shot", "K", "examples in each prompt (as trained; 0)", least=0),
+            _switch("json", "print JSON instead of a table"),
+        ),
+        _RUN,
+        contradictions=_contradictions_of_evaluate,
+    ),
+    "predict": Command(
+        "label the rows of a file, one line a row, in order",
+        (
+            *_SAMPLING,
+            Option("input", "FILE", "rows to label (.jsonl or .csv)", required=True),
+            Option("output", "FILE.jsonl", "where the predictions go", required=True),
+            _TEXT_COLUMN,
+        ),
+        _RUN,
+    ),
+    "compare": Command(
+        "a table and figures of several finished runs",
+        (
+            Option("output_dir", "DIR", "new folder for table and figures", required=True),
+            _switch("json", "print the table as JSON"),
+        ),
+        ("folders", "OUT…", "output folders of `train` or of `evaluate`"),
+    ),
+    "export": Command(
+        "write a finished run in another format",
+        (
+            Option("format", "NAME", "lora, merged, packed or integer", ExportFormat, required=True),
+            Option("output_dir", "DIR", "new folder for the export", required=True),
+            _number("rank", "K", "rank to cut out of a run of dylora (all)"),
+            _switch("uniform", "lora at one rank, for vLLM, SGLang and llama.cpp"),
+            _number("draws", "K", "lora: draws of the posterior, not its mean"),
+            _number("seed", "N", "seed of the draws (0)"),
+            Option("unadapted", "TYPE", "integer: int8, bfloat16 or float32 for other layers (int8)"),
+            _switch("calibrate", "integer: 8-bit inputs of other layers, by 256 rows of the training"),
+            _switch("allow_error", "merge where it cannot be exact, and measure"),
+            _BASE,
+            _switch("json", "print what was measured as JSON"),
+        ),
+        _RUN,
+        contradictions=_contradictions_of_export,
+    ),
+    "plan": Command(
+        "parameters, memory, file size and operations of a training run, from a model's config.json alone",
+        tuple(_of_fields(PlanOptions)),
+        epilog="Any field of the method's config is an option too: --r 8 --target-modules q_proj,v_proj,lm_head. "
+        "`bayeslora train --method NAME --list-options` lists them.",
+        is_open=True,
+    ),
+    "demo": Command(
+        "LoRA, B-LoRA and Me-LoRA on the packaged model and data, side by side",
+        (
+            Option("output_dir", "DIR", "folder for the runs (runs/demo)"),
+            _number("max_steps", "N", "training steps of each run", least=1),
+            _switch("overwrite", "replace an earlier demo in that folder"),
+        ),
+    ),
+}
+
+
+def help_text(name: str | None = None) -> str:
+    """Return the help of a command, or of `bayeslora` itself."""
+    if name is None:
+        rows = [(command, COMMANDS[command].summary) for command in COMMANDS]
+        rows += [("-h, --help", "show this help, or a command's"), ("--version", "show the version")]
+        return "\n".join(["usage: bayeslora COMMAND [OPTIONS]", "", DESCRIPTION, "", *_table(rows)])
+    command = COMMANDS[name]
+    usage = ["usage: bayeslora", name, *([command.argument[1]] if command.argument else []), "[OPTIONS]"]
+    rows = [command.argument[1:]] if command.argument else []
+    rows += [(item.spelling, f"{item.help}{' (required)' if item.required else ''}") for item in command.options]
+    lines = [" ".join(usage), "", *_wrapped(command.summary, _width()), "", *_table(rows)]
+    return "\n".join([*lines, "", *_wrapped(command.epilog, _width())]).rstrip()
+
+
+def _width() -> int:
+    return max(40, min(shutil.get_terminal_size().columns, 119))
+
+
+def _wrapped(text: str, width: int) -> list[str]:
+    return textwrap.wrap(text, width, break_on_hyphens=False)
+
+
+def _table(rows: list[tuple[str, str]]) -> Iterator[str]:
+    """Yield the rows in two columns; a long left side stands on a line of its own."""
+    for left, right in rows:
+        wrapped = _wrapped(right, _width() - 28)
+        if len(left) > 24:
+            yield f"  {left}"
+            left = ""
+        yield f"  {left:<26}{wrapped[0]}"
+        yield from (" " * 28 + line for line in wrapped[1:])
