@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from bayeslora.files import new_folder
+from bayeslora.report import check_installed
 
 
 def run(given: dict[str, Any]) -> int:
@@ -22,7 +23,8 @@ def run(given: dict[str, Any]) -> int:
 
 def compare(folders: list[Path], target: Path) -> dict[str, Any]:
     """Write table and figures of `folders` into the new folder `target`, and return the content of `table.json`."""
-    from bayeslora.report import write_comparison
+    check_installed()
+    from bayeslora.report import write_comparison  # which imports Matplotlib
 
     with new_folder(target) as partial:
         return write_comparison(folders, partial)

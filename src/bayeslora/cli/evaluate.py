@@ -16,6 +16,7 @@ from bayeslora.errors import BayesLoraError
 from bayeslora.evaluation import Evaluation, evaluate, predict_dataset
 from bayeslora.files import finite, new_folder
 from bayeslora.prediction import check_samples
+from bayeslora.report import check_installed
 from bayeslora.runs.info import RUN_FILE, RunInfo
 from bayeslora.runs.record import METRICS_FILE, RunRecord, read_run
 from bayeslora.runs.rows import EVALUATION, OutsideRows, encode_for, labelled_rows, outside_rows
@@ -116,6 +117,7 @@ def _target(given: dict[str, Any]) -> Path | None:
     """`--output-dir`, refused before any work is done where it exists."""
     if "output_dir" not in given:
         return None
+    check_installed()
     target = Path(given["output_dir"])
     if target.exists():
         raise BayesLoraError(f"the output folder {target} exists: choose a new one or delete it")
@@ -124,7 +126,7 @@ def _target(given: dict[str, Any]) -> Path | None:
 
 def _write(target: Path, folder: Path, found: dict[str, Any], model: dict[str, Any], info: RunInfo) -> None:
     """Write the scores as a folder that `compare` reads like the run's own: its record, with these scores instead."""
-    from bayeslora.report import write_figures
+    from bayeslora.report import write_figures  # which imports Matplotlib
 
     trained: dict[str, Any] = {"method": info.method, "model": info.model, "labels": info.labels, **model}
     if (folder / METRICS_FILE).is_file():
