@@ -19,7 +19,7 @@ from bayeslora import BayesLoraError, BLoraConfig, MeLoraConfig, export, load_in
 from bayeslora.export.integer import reader as integer_reader
 from bayeslora.quantization import grid_step
 from bayeslora.runtime import integer_kernels, integer_linear
-from bayeslora.runtime.integer_kernels import FEW_ROWS, ZERO_CODE
+from bayeslora.runtime.integer_kernels import SMALL_BATCH, ZERO_POINT
 from bayeslora.runtime.integer_linear import IntegerEmbedding, IntegerLinear
 from tests.conftest import build_tiny_bert, build_tiny_gpt2, build_tiny_llama
 from tests.methods.reference import FROZEN, RANK, WARM_UP, layers_of, randomize, set_widths, tiny_model
@@ -126,7 +126,7 @@ def test_kernels_give_what_dequantizing_gives(
     x = torch.randn(rows, 32, generator=torch.Generator().manual_seed(1)).to(dtype)
     layers = [integer.lm_head, integer.model.layers[0].mlp.up_proj]
     assert layers[0].is_learned is False
-    assert (layers[1].takes_codes, layers[1].takes_two_bytes) == (width == 8, width == 16)
+    assert (layers[1].takes_codes, layers[1].takes_int16) == (width == 8, width == 16)
     for layer in layers:
         found = layer(x).float()
         with monkeypatch.context() as patched:
@@ -155,7 +155,7 @@ def test_a_feed_forward_network_passes_the_codes_that_its_parts_would_make(
     for ours, theirs in zip(fused, parts, strict=True):
         step = ours.output.dense.input.step
         codes, values = ours.intermediate(x), theirs.intermediate(x).float()
-        zero = ZERO_CODE if has_kernels and rows > FEW_ROWS and integer_kernels.has_prepacked_kernel("cpu") else 0
+        zero = ZERO_POINT if has_kernels and rows > SMALL_BATCH and integer_kernels.has_prepacked_kernel("cpu") else 0
         assert codes.dtype == (torch.uint8 if zero else torch.int8) and codes.float().std() > 5
         signed = codes.float() - zero
         apart = (signed * step - values.clamp(-127 * step, 127 * step)).abs().max()
@@ -190,7 +190,7 @@ def test_codes_of_two_bytes_are_multiplied_as_exactly_as_float32_holds(rows: int
     codes = torch.randint(-127, 128, (40, width), generator=generator).to(torch.int8)
     codes[:, 8:] = torch.where(torch.arange(40)[:, None] < 20, 127, codes[:, 8:])  # sums as large as they can be
     expected = x.double() @ codes.double().T
-    found = integer_kernels.two_byte_product(x, codes, codes.sum(1).float())
+    found = integer_kernels.int16_product(x, codes, codes.sum(1).float())
     assert (found - expected).abs().max() <= 2**-22 * (x.double().abs() @ codes.double().abs().T).max()
 
 
@@ -209,8 +209,8 @@ def test_a_kernel_that_is_right_but_slow_is_left_alone() -> None:
         return integer_kernels.integer_product(x, codes)
 
     shapes = ((1, 24, 40),)
-    assert integer_kernels._agrees(integer_kernels.integer_product, "cpu", shapes, torch.int8, tolerance=0.0)
-    assert not integer_kernels._agrees(slowly, "cpu", shapes, torch.int8, tolerance=0.0)
+    assert integer_kernels._is_usable(integer_kernels.integer_product, "cpu", shapes, torch.int8, tolerance=0.0)
+    assert not integer_kernels._is_usable(slowly, "cpu", shapes, torch.int8, tolerance=0.0)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -224,13 +224,13 @@ def test_few_rows_are_what_they_are_among_many(base: str, dtype: torch.dtype, tm
         x = torch.randn(2, 4, layer.in_features, generator=generator).to(dtype)
         among, few = layer(x)[0], layer(x[0])
         assert few.dtype == dtype and few.shape == (4, layer.out_features)
-        assert layer._few_rows is not None
+        assert layer._small_batch is not None
         apart = (few.float() - among.float()).abs() / layer.output.step
         # bfloat16 rounds the grid's values, and that by more than a hundredth of a step where codes differ.
         furthest = 1.01 if dtype == torch.float32 else 1.5
         assert apart.max() <= furthest and float((apart > 0.01).float().mean()) <= 0.002
         moved = layer.to(torch.device("cpu"))
-        assert moved._few_rows is None and torch.equal(moved(x[0]), few)
+        assert moved._small_batch is None and torch.equal(moved(x[0]), few)
 
 
 @torch.no_grad()
@@ -248,7 +248,7 @@ def test_a_compiled_model_is_one_graph_and_computes_the_same(tmp_path: Path, mon
 @torch.no_grad()
 def test_a_compiled_model_of_wide_inputs_computes_the_same_for_any_number_of_rows(tmp_path: Path) -> None:
     export(_blora(build_tiny_llama(), LLAMA, {"in": 16}, quantize_input=True), tmp_path, format="integer")
-    layers = [layer for layer in _integer_layers(load_integer(tmp_path)) if layer.takes_two_bytes]
+    layers = [layer for layer in _integer_layers(load_integer(tmp_path)) if layer.takes_int16]
     assert len(layers) > 3
     for rows in (1, 3, 40):
         for layer in layers:

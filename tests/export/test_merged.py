@@ -142,7 +142,7 @@ def test_a_weight_with_a_second_use_is_found_by_measuring(tmp_path: Path) -> Non
 
 
 def test_what_cannot_be_merged_is_one_sentence(tmp_path: Path) -> None:
-    with pytest.raises(BayesLoraError, match="Tiny is no Transformers model"):
+    with pytest.raises(BayesLoraError, match="Tiny is not a Transformers model"):
         export(tiny_model(FROZEN), tmp_path, format="merged")
     model = _blora(build_tiny_bert(), ["query"], mode="ra")
     model.merge_adapter()

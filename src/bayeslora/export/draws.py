@@ -1,4 +1,4 @@
-"""The matrices of one draw of an adapter's weights, the very draw that `predict` and `generate` take for a seed.
+"""The matrices of one draw of an adapter's weights, the same draw that `predict` and `generate` use for a seed.
 
 Draw number d depends on the seed and d alone: K exported draws are the ensemble whose mean
 `predict(model, batch, samples=K, seed=seed)` gives, and K + 1 begin with the same ones.
@@ -17,21 +17,21 @@ from bayeslora.methods.variational import VariationalLayer, has_posterior, poste
 from bayeslora.posterior import Noise, PosteriorSource, posterior_source
 
 Factors = Callable[[str, BayesLayer], tuple[Tensor, Tensor, Tensor]]
-"""From a layer's path and the layer to A (r, d_in), diagonal (r,) and B (d_out, r), float32, without the scaling."""
+"""Function of a layer's path and the layer: A (r, d_in), diagonal (r,) and B (d_out, r), float32, unscaled."""
 
 
 def check_draws(model: nn.Module, draws: int, seed: int, posterior: object | None) -> None:
-    """Raise `BayesLoraError` where this many draws cannot be taken, before anything is written."""
+    """Raise `BayesLoraError` if these draws cannot be taken, before anything is written."""
     if isinstance(draws, bool) or not isinstance(draws, int) or draws < 1:
-        raise BayesLoraError(f"draws is {draws!r}, a whole number of at least 1 is needed: leave it out for the mean")
+        raise BayesLoraError(f"draws is {draws!r}, but must be a whole number of at least 1: omit it for the mean")
     if isinstance(seed, bool) or not isinstance(seed, int):
-        raise BayesLoraError(f"the seed is {seed!r}, a whole number is needed")
+        raise BayesLoraError(f"the seed is {seed!r}, but must be a whole number: give another")
     if posterior is not None:
         posterior_source(posterior)
     elif not has_posterior(model):
         raise BayesLoraError(
-            f"draws is {draws}, but the adapter is deterministic and has no posterior to draw from: leave draws out, "
-            "or give the posterior that IVON has learned"
+            f"draws is {draws}, but the adapter is deterministic: leave draws out, or give the posterior that IVON "
+            "has learned"
         )
 
 
@@ -39,7 +39,7 @@ def check_draws(model: nn.Module, draws: int, seed: int, posterior: object | Non
 def drawn(
     model: nn.Module, adapter_name: str, seed: int, draw: int, posterior: PosteriorSource | None
 ) -> Iterator[Factors]:
-    """Inside, `model` computes with draw number `draw`; the value reads the matrices of a layer under it."""
+    """Let `model` compute with draw number `draw` inside the context, whose value reads a layer's matrices."""
     if posterior is not None:
         with posterior_mean(model), posterior_source(posterior).sampled(seed, draw):
             yield lambda _path, layer: layer.factors(adapter_name)

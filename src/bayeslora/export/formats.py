@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
-from peft import PeftModel
+from peft import PeftModel, get_peft_model_state_dict
 from torch import Tensor, nn
 
 from bayeslora.errors import BayesLoraError
@@ -117,6 +117,12 @@ def _second(parameter: nn.Parameter) -> nn.Parameter:
     if type(parameter) is not nn.Parameter:
         return parameter
     return nn.Parameter(parameter.data, requires_grad=parameter.requires_grad)
+
+
+def saved_state(model: PeftModel, adapter_name: str) -> dict[str, Tensor]:
+    """Return the tensors that PEFT would save, each in its own memory on the CPU."""
+    state = get_peft_model_state_dict(model, adapter_name=adapter_name)
+    return {key: tensor.detach().cpu().contiguous().clone() for key, tensor in state.items()}
 
 
 def inputs_for(model: nn.Module, batch: Mapping[str, Tensor] | None) -> dict[str, Tensor] | None:

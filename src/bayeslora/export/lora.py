@@ -1,10 +1,10 @@
-r"""Export to plain LoRA: what a process that has never heard of this library can load.
+r"""Export to plain LoRA, for processes without this library.
 
 The diagonal is folded into A, `lora_A = diag(E ∘ G) A` and `lora_B = B` at their deployed widths, and `alpha_pattern`
-keeps the trained scaling where a rank was cut. That is the same function where only the adapter's own matrices are
-quantized; a quantized base weight or activation cannot be expressed, and the difference is measured and reported.
+keeps the trained scaling of layers whose ranks were cut. That is the same function if only the adapter's matrices are
+quantized. LoRA cannot express a quantized base weight or activation; the difference is measured and reported.
 
-The uniform form is for servers that read `r` and `lora_alpha` and no patterns: every layer is padded with ranks of
+The uniform form is for servers that read `r` and `lora_alpha` but no patterns: every layer is padded with ranks of
 zeros to one r, its scaling is folded into B, and `lora_alpha` = r. docs/serving.md has the servers' rules.
 """
 
@@ -16,13 +16,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from peft import LoraConfig, PeftModel, get_peft_model_state_dict
+from peft import LoraConfig, PeftConfig, PeftModel
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from bayeslora.errors import BayesLoraError
 from bayeslora.export.draws import Factors, check_draws, drawn
-from bayeslora.export.formats import inputs_for, output_error, output_of
+from bayeslora.export.formats import adapted_parts, inputs_for, output_error, output_of, saved_state
 from bayeslora.methods.config import KEPT_FIELDS
 from bayeslora.methods.layer import BayesLayer
 from bayeslora.methods.tuner import BayesTuner, describe, tuner_of
@@ -43,43 +43,46 @@ def export_lora(
     seed: int = 0,
     posterior: PosteriorSource | None = None,
 ) -> dict[str, Any]:
-    """Write the adapter as a PEFT LoRA folder, or K draws of its posterior as K of them.
+    """Write the adapter as a PEFT LoRA folder, or K draws of its posterior as K folders.
 
     Args:
         model: a PEFT model with an adapter of this library.
         path: folder to write `adapter_config.json` and `adapter_model.safetensors` into; created if missing.
         adapter_name: by default the active adapter.
-        batch: inputs to measure the output error on; by default the model's own `dummy_inputs`.
-        uniform: one rank for all layers, the least of `SERVED_RANKS` that holds every layer's (without a limit, where
-            none does), with `lora_alpha` equal to it: for vLLM, SGLang and llama.cpp.
-        draws: K, to write draws of the weights instead of their mean, into the folders draw-0 … draw-(K - 1) of
-            `path`. Their mean probabilities are those of `predict(model, batch, samples=K, seed=seed)`.
-        seed: of the draws.
-        posterior: draws the weights of a deterministic adapter: the `IVON` that trained it, or `load_posterior(…)`.
+        batch: inputs to measure the output error on; by default the model's `dummy_inputs`.
+        uniform: True for one rank in all layers, the least of `SERVED_RANKS` that holds every layer's (or the largest
+            rank, if that is above all of them), with `lora_alpha` equal to it: for vLLM, SGLang and llama.cpp.
+        draws: K, to write draws of the weights instead of their mean (default), into the folders draw-0 …
+            draw-(K - 1) of `path`. Their mean probabilities are those of
+            `predict(model, batch, samples=K, seed=seed)`.
+        seed: of the draws, by default 0.
+        posterior: source of the draws of a deterministic adapter: the `IVON` that trained it, or `load_posterior(…)`.
 
     Returns:
         `max_output_error` and `max_output`, over the outputs of this model and of the exported one on the batch (None
-        where there was nothing to measure on), and `ranks` by layer; of all draws the largest, and their number.
+        without inputs to measure on), and `ranks` by layer; for draws the largest of all, and their number.
 
     Raises:
         BayesLoraError: if the model has no adapter of this library; for draws of a deterministic adapter; or for a
             uniform form of an adapter that trains more than its matrices (a head, biases).
     """
+    tuner: BayesTuner | None
     if draws is None:
-        tuner, name = _tuner(model, adapter_name)
-        return _export_one(model, tuner, name, Path(path), batch, uniform, lambda _, layer: layer.factors(name))
+        inner, tuner, name = adapted_parts(model, adapter_name)
+        return _export_one(inner, tuner, name, Path(path), batch, uniform, lambda _, layer: layer.factors(name))
     check_draws(model, draws, seed, posterior)
-    found = []
     if posterior is not None and not uniform and tuner_of(model) is None and isinstance(model, PeftModel):
-        name = adapter_name or model.active_adapters[0]
-        for draw in range(draws):
-            with drawn(model, name, seed, draw, posterior):
-                found.append(_save_lora(model, name, Path(path) / f"draw-{draw}"))
+        inner, tuner, name = model, None, adapter_name or model.active_adapter
     else:
-        tuner, name = _tuner(model, adapter_name)
-        for draw in range(draws):
-            with drawn(model, name, seed, draw, posterior) as factors:
-                found.append(_export_one(model, tuner, name, Path(path) / f"draw-{draw}", batch, uniform, factors))
+        inner, tuner, name = adapted_parts(model, adapter_name)
+    found = []
+    for draw in range(draws):
+        folder = Path(path) / f"draw-{draw}"
+        with drawn(inner, name, seed, draw, posterior) as factors:
+            if tuner is None:
+                found.append(_export_lora_itself(inner, name, folder))
+            else:
+                found.append(_export_one(inner, tuner, name, folder, batch, uniform, factors))
     largest = {
         key: None if found[0][key] is None else max(each[key] for each in found)
         for key in ("max_output_error", "max_output")
@@ -89,7 +92,7 @@ def export_lora(
 
 
 def _export_one(
-    model: nn.Module,
+    model: PeftModel,
     tuner: BayesTuner,
     name: str,
     folder: Path,
@@ -97,7 +100,8 @@ def _export_one(
     uniform: bool,
     read: Factors,
 ) -> dict[str, Any]:
-    layers = _named_layers(tuner, name)
+    """Write the LoRA with the matrices that `read` returns, and measure its output error."""
+    layers: dict[str, BayesLayer] = tuner.named_layers(name)
     factors = {key: _lora_factors(layer, read(key, layer)) for key, layer in layers.items()}
     if uniform:
         written, config = _uniform(tuner, name, layers, factors)
@@ -106,42 +110,26 @@ def _export_one(
     state = _state_dict(model, name, written)
     if uniform:
         _check_served(config, state)
-    folder.mkdir(parents=True, exist_ok=True)
-    save_file(state, folder / "adapter_model.safetensors", metadata={"format": "pt"})
-    config.save_pretrained(str(folder))
+    _save(folder, state, config)
     measured = _measure(model, layers, factors, name, batch)
     return {**measured, "ranks": {key: len(a) for key, (a, _) in factors.items()}}
 
 
-def _save_lora(model: PeftModel, name: str, folder: Path) -> dict[str, Any]:
-    """PEFT's own LoRA with the weights it has now: the draws of an IVON are of this form already."""
+def _export_lora_itself(model: PeftModel, name: str, folder: Path) -> dict[str, Any]:
+    """Write PEFT's LoRA with its present weights, such as a draw of IVON."""
     ranks = {layer.name: layer.rank for layer in describe(model, name)}
-    state = {
-        key: tensor.detach().cpu().contiguous()
-        for key, tensor in get_peft_model_state_dict(model, adapter_name=name).items()
-    }
-    folder.mkdir(parents=True, exist_ok=True)
-    save_file(state, folder / "adapter_model.safetensors", metadata={"format": "pt"})
-    model.peft_config[name].save_pretrained(str(folder))
+    _save(folder, saved_state(model, name), model.peft_config[name])
     return {**output_error(None, None), "ranks": ranks}
 
 
-def _tuner(model: nn.Module, adapter_name: str | None) -> tuple[BayesTuner, str]:
-    tuner = tuner_of(model)
-    if tuner is None:
-        raise BayesLoraError(f"{type(model).__name__} has no adapter of bayeslora: plain LoRA needs no export")
-    return tuner, adapter_name or tuner.active_adapters[0]
-
-
-def _named_layers(tuner: BayesTuner, name: str) -> dict[str, BayesLayer]:
-    found = tuner.named_layers(name)
-    if not found:
-        raise BayesLoraError(f"the model has no adapter {name!r}: name one of its adapters")
-    return found
+def _save(folder: Path, state: dict[str, Tensor], config: PeftConfig) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    save_file(state, folder / "adapter_model.safetensors", metadata={"format": "pt"})
+    config.save_pretrained(str(folder))
 
 
 def _lora_factors(layer: BayesLayer, factors: tuple[Tensor, Tensor, Tensor]) -> tuple[Tensor, Tensor]:
-    """`lora_A` (r, d_in) and `lora_B` (d_out, r) without ranks that contribute nothing; one of zeros if none does."""
+    """Return `lora_A` (r, d_in) and `lora_B` (d_out, r) without ranks that contribute nothing; at least one."""
     a, diagonal, b = (part.detach() for part in factors)
     kept = diagonal != 0
     a, b = (diagonal.unsqueeze(1) * a)[kept], b[:, kept]
@@ -150,14 +138,11 @@ def _lora_factors(layer: BayesLayer, factors: tuple[Tensor, Tensor, Tensor]) -> 
     return a.contiguous(), b.contiguous()
 
 
-def _state_dict(model: nn.Module, name: str, factors: dict[str, tuple[Tensor, Tensor]]) -> dict[str, Tensor]:
-    """LoRA's tensors under PEFT's keys, and what else the adapter saves (a trained head, biases) as it is."""
+def _state_dict(model: PeftModel, name: str, factors: dict[str, tuple[Tensor, Tensor]]) -> dict[str, Tensor]:
+    """Return LoRA's tensors under PEFT's keys, and the other tensors of the adapter (a trained head, biases)."""
     inside = tuple(f"base_model.model.{path}." for path in factors)
-    state = {
-        key: tensor.detach().cpu().contiguous()
-        for key, tensor in get_peft_model_state_dict(model, adapter_name=name).items()
-        if not key.startswith(inside) or key.endswith(".bias")
-    }
+    state = saved_state(model, name)
+    state = {key: tensor for key, tensor in state.items() if not key.startswith(inside) or key.endswith(".bias")}
     for path, (a, b) in factors.items():
         state[f"base_model.model.{path}.lora_A.weight"] = a.cpu()
         state[f"base_model.model.{path}.lora_B.weight"] = b.cpu()
@@ -167,7 +152,7 @@ def _state_dict(model: nn.Module, name: str, factors: dict[str, tuple[Tensor, Te
 def _config(
     tuner: BayesTuner, name: str, layers: dict[str, BayesLayer], factors: dict[str, tuple[Tensor, Tensor]]
 ) -> LoraConfig:
-    """The LoRA configuration under which PEFT computes the same update."""
+    """Return the LoRA configuration with which PEFT computes the same update."""
     config = tuner.peft_config[name]
     ranks = {path: len(a) for path, (a, _) in factors.items()}
     default = max(ranks.values())
@@ -187,7 +172,7 @@ def _config(
 def _uniform(
     tuner: BayesTuner, name: str, layers: dict[str, BayesLayer], factors: dict[str, tuple[Tensor, Tensor]]
 ) -> tuple[dict[str, tuple[Tensor, Tensor]], LoraConfig]:
-    """The matrices padded with ranks of zeros to one rank, with the layers' scalings in them, and their config."""
+    """Return the matrices padded with ranks of zeros to one rank, the layers' scalings folded in, and their config."""
     largest = max(len(a) for a, _ in factors.values())
     rank = next((served for served in SERVED_RANKS if served >= largest), largest)
     padded = {}
@@ -207,20 +192,20 @@ def _uniform(
 
 
 def _target_names(tuner: BayesTuner, layers: dict[str, BayesLayer]) -> list[str]:
-    """The last names of the adapted layers, or, where others of these names are not adapted, their whole paths."""
+    """Return the last names of the adapted layers, or their whole paths if other layers have the same names."""
     last = {path.rpartition(".")[2] for path in layers}
     matched = {path for path, _ in tuner.model.named_modules() if path.rpartition(".")[2] in last}
     return sorted(last if matched == set(layers) else layers)
 
 
 def _check_served(config: LoraConfig, state: dict[str, Tensor]) -> None:
-    """Raise where the adapter holds what servers of LoRA do not load."""
+    """Raise if the adapter holds tensors that servers of LoRA do not load."""
     others = [key for key in state if not key.endswith((".lora_A.weight", ".lora_B.weight"))]
     if config.modules_to_save or config.bias != "none" or others:
         what = ", ".join(config.modules_to_save or ()) or (others[0] if others else f"bias={config.bias!r}")
         raise BayesLoraError(
-            f"the adapter also trains {what}, and servers of LoRA load nothing but the matrices A and B: export it "
-            "without uniform, for PEFT alone"
+            f"the adapter also trains {what}, but servers of LoRA load the matrices A and B alone: export it without "
+            "uniform, for PEFT"
         )
 
 
@@ -232,7 +217,7 @@ def _measure(
     name: str,
     batch: Mapping[str, Tensor] | None,
 ) -> dict[str, float | None]:
-    """Largest difference between the outputs of the model and of its LoRA form on `batch`."""
+    """Return the largest difference between the outputs of the model and of its LoRA form on `batch`."""
     inputs = inputs_for(model, batch)
     if inputs is None:
         return output_error(None, None)

@@ -1,8 +1,8 @@
-r"""Merged models: base and adapter as one ordinary Transformers folder, exact or refused.
+r"""Merged models: base and adapter as one ordinary Transformers folder, exactly or not at all.
 
 With $W = Q_w(W_0) + s\, Q_b(B)\, \mathrm{diag}(Q_e(E) \circ G)\, Q_a(A)$ in place of $W_0$ a float32 layer computes
-the same to float rounding; of a posterior, that is its mean. A quantized activation has no place in a weight, and a
-base of fewer bits rounds the sum. Such a model is merged only on request, with the error measured and in its card.
+the same to float rounding; of a posterior, that is its mean. A weight cannot hold a quantized activation, and a base
+of fewer bits rounds the sum. Such a model is merged only on request, with the measured error in its card.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from bayeslora.methods.layer import BayesLayer, undo_cpu_order
 from bayeslora.model_card import CARD_FILE, front_matter, public_name
 
 _TOLERANCE = 1e-4
-"""Largest output error, as a share of the largest output, that still is float rounding through a deep model."""
+"""Largest output error, as a share of the largest output, that counts as float rounding through a deep model."""
 
 
 def export_merged(
@@ -40,21 +40,21 @@ def export_merged(
         model: a PEFT model with an adapter of this library on a Transformers model; left as it is.
         path: folder for the model and a card, `README.md`; created if missing.
         adapter_name: by default the active adapter.
-        batch: inputs to measure the output error on; by default the model's own `dummy_inputs`.
-        allow_error: merge although the outputs will differ.
+        batch: inputs to measure the output error on; by default the model's `dummy_inputs`.
+        allow_error: True to merge although the outputs will differ, by default False.
 
     Returns:
         `max_output_error` and `max_output`, over the outputs of this model and of the merged one on the batch (None
-        where there was nothing to measure on), and `inexact`, why they differ by more than float rounding, or None.
+        without inputs to measure on), and `inexact`, the reason why they differ by more than float rounding, or None.
 
     Raises:
-        BayesLoraError: where merging cannot be exact and `allow_error` is False, for a model that is merged already,
-            or one that Transformers cannot save.
+        BayesLoraError: if merging cannot be exact and `allow_error` is False, for a model that is merged already, or
+            one that Transformers cannot save.
     """
     original, tuner, name = adapted_parts(model, adapter_name)
     base = original.get_base_model()
     if not hasattr(base, "save_pretrained"):
-        raise BayesLoraError(f"{type(base).__name__} is no Transformers model, and only those are merged: pack it")
+        raise BayesLoraError(f"{type(base).__name__} is not a Transformers model, but only those are merged: pack it")
     layers: dict[str, BayesLayer] = tuner.named_layers(name)
     for key, layer in layers.items():
         if layer.merged_adapters:
@@ -95,7 +95,7 @@ def _refusal(reason: str) -> BayesLoraError:
 
 
 def _why_inexact(key: str, layer: BayesLayer, name: str) -> str | None:
-    """Why no stored weight of `layer` computes the same as the layer with its adapter; None where one does."""
+    """Return the reason why a stored weight cannot compute the same as `layer` with its adapter, or None."""
     activations = getattr(layer, "quantized_activations", None)
     narrow: dict[str, int] = activations(name) if activations is not None else {}
     if narrow:
@@ -110,13 +110,13 @@ def _why_inexact(key: str, layer: BayesLayer, name: str) -> str | None:
 
 
 def _merged(whole: PeftModel, name: str) -> Any:
-    """The base model of the copy `whole` with the adapter in its weights."""
+    """Return the base model of the copy `whole` with the adapter in its weights."""
     _, tuner, _ = adapted_parts(whole, name)
     config: Any = whole.peft_config[name]
     if hasattr(config, "allow_inexact_merge"):
-        config.allow_inexact_merge = True  # whoever got here has allowed it
+        config.allow_inexact_merge = True  # the caller has allowed it, or it is exact
     for layer in tuner.adapted_layers(name):
-        if layer.quantization_backend is not None:  # its weight is still the caller's own
+        if layer.quantization_backend is not None:  # its weight is still the caller's
             base = layer.get_base_layer()
             base.weight = weight = copy.deepcopy(base.weight)
             if hasattr(weight, "module"):  # where bitsandbytes notes a new state of a 4-bit weight
@@ -133,7 +133,7 @@ def _merged(whole: PeftModel, name: str) -> Any:
 
 
 def _card(config: AdapterConfig, base: nn.Module, measured: dict[str, Any]) -> str:
-    """A model card: what was merged, and how far its outputs are from the adapter's."""
+    """Return a model card with the merged parts and the difference in outputs."""
     path = config.base_model_name_or_path or getattr(base, "name_or_path", "")
     name = public_name(str(path)) if path else type(base).__name__
     error, largest, reason = (measured[key] for key in ("max_output_error", "max_output", "inexact"))

@@ -1,7 +1,7 @@
-"""Models whose work is one compiled graph: what PyTorch and Transformers offer, held to what is safe and fast.
+"""Inference by one compiled graph, with the options of PyTorch and Transformers that are safe and fast.
 
 With few rows, a sentence or a token at a time, the products of a small model take less time than the calls around
-them. Compiled, what lies between two products is one loop, and one call runs them all.
+them. In a compiled graph the operations between two products are one loop, and one call runs them all.
 """
 
 from __future__ import annotations
@@ -23,44 +23,46 @@ from bayeslora.errors import BayesLoraError
 
 
 def compile_inference(model: nn.Module, max_length: int | None = None, backend: str = "inductor") -> None:
-    """From now on run `model` as one graph, compiled when it is first called: of a language model `generate`'s step.
+    """Run `model` as one compiled graph from its next call on; of a language model, the step of `generate`.
 
         model = bayeslora.load_integer("out")
         bayeslora.compile_inference(model, max_length=512)
         model.generate(**inputs)
 
-    A model that generates reads its prompt as before, and each token after it by the graph, with Transformers' static
-    cache; any other is compiled as a whole, for inputs of every length. The first call waits for the compiler, minutes
-    for a model of thirty layers; that of a later process waits less, since the code is in PyTorch's cache on disk. A
-    second batch size (of an encoder one beyond 1), a longer cache, and a model that was moved or cast are compiled
-    anew. The graph has no eye for any other change of the model.
+    A model that generates reads its prompt without the graph, and each token after it by the graph, with Transformers'
+    static cache; any other model is compiled as a whole, for inputs of every length. The first call waits for the
+    compiler, minutes for a model of thirty layers; later processes wait less, because PyTorch caches the code on disk.
+    A second batch size (of an encoder one beyond 1), a longer cache, and a model that was moved or cast are compiled
+    anew. The graph does not notice any other change of the model.
 
     Args:
-        model: of `load_integer`, or any other of Transformers without an adapter, in evaluation mode. One that
-            generates is of a class that takes a static cache.
-        max_length: tokens, prompt included, for which the cache has room in every call of `generate`, so that longer
-            calls do not compile again; by default each call's own longest. A token's time grows with it.
-        backend: of `torch.compile`.
+        model: from `load_integer`, or any Transformers model without an adapter, in evaluation mode. A model that
+            generates must support a static cache.
+        max_length: tokens, prompt included, that the cache holds in every call of `generate`, so that longer calls do
+            not compile again; by default the longest of each call. The time of a token grows with it.
+        backend: of `torch.compile`, by default "inductor".
 
     Raises:
-        BayesLoraError: a model with an adapter, whose weights may be drawn anew, in training mode, or not of
-            Transformers; a length below 2, or for a model that does not generate; or no C++ compiler, which PyTorch
-            needs for a model on a CPU.
+        BayesLoraError: a model with an adapter, in training mode, or not from Transformers; a length below 2, or for
+            a model that does not generate; or a CPU without a C++ compiler, which PyTorch needs.
     """
     if any(isinstance(module, BaseTunerLayer) for module in model.modules()):
-        raise BayesLoraError("a compiled model has no eye for its adapter: export it as integer or merged first")
+        raise BayesLoraError(
+            "the model has an adapter, but a compiled graph would not notice when the adapter changes: "
+            "export it with format='merged' or 'integer' first"
+        )
     if not isinstance(model, PreTrainedModel):
-        raise BayesLoraError(f"{type(model).__name__} is no model of Transformers: call torch.compile yourself")
+        raise BayesLoraError(f"{type(model).__name__} is not a Transformers model: call torch.compile yourself")
     if model.training:
-        raise BayesLoraError("the model is in training mode, which is not compiled: call model.eval() first")
+        raise BayesLoraError("the model is in training mode, but only evaluation is compiled: call model.eval() first")
     if max_length is not None and not model.can_generate():
         raise BayesLoraError(f"{type(model).__name__} does not generate: leave max_length out")
     if max_length is not None and max_length < 2:
-        raise BayesLoraError(f"max_length must be at least 2 tokens, not {max_length}")
+        raise BayesLoraError(f"max_length is {max_length}, but must be at least 2 tokens: give more")
     compiler = os.environ.get("CXX") or {"darwin": "clang++", "win32": "cl"}.get(sys.platform, "g++")
     if model.device.type == "cpu" and shutil.which(compiler) is None:
         raise BayesLoraError(
-            f"PyTorch compiles with {compiler}, which is not installed: install it, or name one in CXX"
+            f"PyTorch compiles with {compiler}, but it is not installed: install it, or name another in CXX"
         )
     if not model.can_generate():
         setattr(model, "forward", _CompiledForward(model, backend))  # noqa: B010 - a method for the type checker
@@ -72,16 +74,16 @@ def compile_inference(model: nn.Module, max_length: int | None = None, backend: 
 
 
 class _OnEveryDevice(CompileConfig):
-    """Transformers' own, for CPUs too: by itself `generate` compiles on accelerators only."""
+    """Options that let `generate` compile on CPUs too; by default it compiles on accelerators only."""
 
     _compile_all_devices = True  # type: ignore[assignment]
 
 
 class _Compiled:
-    """A model's forward pass as a graph of its own, compiled when it is first asked for; a copy compiles for itself.
+    """The forward pass of one model as a graph, compiled at its first use; a copy of the model compiles again.
 
-    By itself PyTorch looks at every constant of every layer before each call, which takes a quarter as long as a
-    small model's step. Here one look is at the model's device and type.
+    By default PyTorch checks every constant of every layer before each call, which takes a quarter of the time of a
+    small model's step. Here only the model's device and type are checked.
     """
 
     def __init__(self, model: PreTrainedModel, backend: str, dynamic: bool | None) -> None:
@@ -109,19 +111,19 @@ class _Compiled:
 
 
 class _CompiledCall(_Compiled):
-    """What `generate` asks for its step."""
+    """The compiled step that `generate` asks its model for."""
 
     def __init__(self, model: PreTrainedModel, backend: str) -> None:
         super().__init__(model, backend, dynamic=None)
 
     def __call__(self, compile_config: CompileConfig | None) -> Callable[..., Any]:
-        if not isinstance(compile_config, _OnEveryDevice):  # a caller's own, of which nothing may be lost
+        if not isinstance(compile_config, _OnEveryDevice):  # the caller's options must not be lost
             return type(self.model).get_compiled_call(self.model, compile_config)
         return self.run()
 
 
 class _CompiledForward(_Compiled):
-    """A model's `forward`, for inputs of any length."""
+    """The compiled `forward` of a model, for inputs of any length."""
 
     def __init__(self, model: PreTrainedModel, backend: str) -> None:
         super().__init__(model, backend, dynamic=True)
@@ -132,9 +134,9 @@ class _CompiledForward(_Compiled):
 
 
 def _own_forward(model: PreTrainedModel) -> Callable[..., Any]:
-    """The forward pass in a function with a code object of its own.
+    """Return the forward pass in a function with a new code object.
 
-    To that PyTorch ties what it has compiled: a second model would run the first one's graph.
+    PyTorch ties compiled code to the code object: with a shared one, a second model would run the graph of the first.
     """
     forward = type(model).forward
 

@@ -1,8 +1,9 @@
-"""Products of activations with a matrix of integer codes: the kernels that PyTorch has, and the one that always works.
+"""Products of activations with a matrix of integer codes: PyTorch's kernels, and a plain product that always works.
 
-All but `Prepacked` return sums of activation times code, (n, d_in) by (d_out, d_in) to (n, d_out), to be scaled by
-the caller. A kernel is used on a kind of device where it runs there, gives what the plain product gives, and is not
-the reference code that a library falls back to on a processor without the instructions, thousands of times as slow.
+All but `PrepackedWeight` return sums of activation times code, (n, d_in) by (d_out, d_in) to (n, d_out), and the
+caller scales them. A kernel is used on a kind of device if it runs there, agrees with the plain product and is fast
+enough. On a processor without the right instructions libraries fall back to reference code, thousands of times slower;
+a short timing, once a process and kind of device, keeps it out (`has_integer_kernel` and its neighbours).
 """
 
 from __future__ import annotations
@@ -15,40 +16,40 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-FEW_ROWS = 4
-"""Up to so many rows the time goes into reading the weight, for which int8 codes are read as they are."""
+SMALL_BATCH = 4
+"""Largest number of rows for which reading the weight takes most of the time, so that int8 codes are read directly."""
 
 WEIGHT_MULTIPLE = 32
-"""Widths d_in that `weight_product` takes: its kernel reads in blocks, and past the end of any other row."""
+"""d_in must be a multiple of this for `int8_weight_product`, whose kernel reads rows in blocks of this length."""
 
 _FEWEST_ROWS, _FEWEST_COLUMNS = 16, 32
-"""oneDNN leaves products with one row, or of at most 256 results, to its reference code: a hundred times as slow."""
+"""Smaller products (one row, or at most 256 results) run in oneDNN's reference code, a hundred times as slow."""
 
-_ANY_SHAPES = ((1, 24, 40), (FEW_ROWS, 37, 11), (33, 64, 51))
+_ANY_SHAPES = ((1, 24, 40), (SMALL_BATCH, 37, 11), (33, 64, 51))
 _TIMED_WIDTH = 256  # of d_in and d_out
-_SLOWEST = 10  # times the plain product, of float32
+_SLOWEST = 10  # times as slow as the plain product in float32
 _FEWEST_RUNS, _MOST_RUNS = 5, 30
 _BYTE_VALUES = 256
 _BLOCK = 1 << 22  # entries of a weight that are dequantized at a time
 
 
 def dequantized_product(x: Tensor, codes: Tensor) -> Tensor:
-    """The product in the type of `x`, float32 or bfloat16, which holds codes of 8 bits exactly; on any device."""
+    """Return the product in the type of `x`, float32 or bfloat16 (which hold 8-bit codes exactly), on any device."""
     return _joined([F.linear(x, part.to(x.dtype)) for part in _in_blocks(codes)])
 
 
-def reduced_product(x: Tensor, codes: Tensor) -> Tensor:
-    """The same for a few rows in float32, in an expression that `torch.compile` turns into one loop over the codes.
+def fused_product(x: Tensor, codes: Tensor) -> Tensor:
+    """Return the product of a few rows in float32, in an expression that `torch.compile` fuses into one loop.
 
-    Run as it stands it would write down the codes as float32, for each row.
+    Without compilation it would write the codes as float32 for each row.
     """
     x = x.float()
-    x = x.as_strided(x.shape, x.stride())  # or what `x` is made of, a rounding perhaps, would be done in each column
+    x = x.as_strided(x.shape, x.stride())  # a barrier: otherwise the operations behind `x` are fused into every column
     return (x[:, None] * codes.float()).sum(-1)
 
 
 def scaled_product(x: Tensor, codes: Tensor, scale: float, bias: Tensor | None) -> Tensor:
-    """The same, scaled by one number and with a bias: both part of the product, before its rounding."""
+    """Return the plain product with scale and bias inside it, before its rounding."""
     if bias is None:
         return dequantized_product(x, codes).mul_(scale)
     found, parts = [], _in_blocks(codes)
@@ -66,50 +67,50 @@ def _in_blocks(codes: Tensor) -> tuple[Tensor, ...]:
 
 
 def integer_product(x: Tensor, codes: Tensor) -> Tensor:
-    """`torch._int_mm`, of int8 `x`: sums are exact, and int32."""
+    """Return `torch._int_mm` of int8 `x`: exact sums in int32."""
     return torch._int_mm(x, codes.T)
 
 
-def two_byte_product(x: Tensor, codes: Tensor, row_sums: Tensor) -> Tensor:
-    """The same of float32 `x` that are codes of 16 bits: their two bytes are rows of one `integer_product`.
+def int16_product(x: Tensor, codes: Tensor, row_sums: Tensor) -> Tensor:
+    """Return the product of float32 `x` that hold codes of 16 bits; their two bytes are rows of one `integer_product`.
 
-    A code is 256 times its high byte, plus its low byte, plus 128, where both bytes are int8. What the 128 adds to
-    each column is 128 times the sum of a row of `codes`: `row_sums` are these sums, (d_out,), float32.
+    A code is 256 times its high byte, plus its low byte, plus 128, where both bytes are int8. The 128 adds 128 times
+    the sum of a row of `codes` to each column; `row_sums` are these sums, (d_out,), float32.
     """
     high = x.div(_BYTE_VALUES).floor_()
-    low = torch.sub(x, high, alpha=_BYTE_VALUES).sub_(ZERO_CODE)
+    low = torch.sub(x, high, alpha=_BYTE_VALUES).sub_(ZERO_POINT)
     sums = integer_product(torch.cat([high, low]).to(torch.int8), codes).float()
     high, low = sums.split(len(x))
-    return low.add_(high, alpha=_BYTE_VALUES).add_(row_sums, alpha=ZERO_CODE)
+    return low.add_(high, alpha=_BYTE_VALUES).add_(row_sums, alpha=ZERO_POINT)
 
 
-def weight_product(x: Tensor, codes: Tensor) -> Tensor:
-    """`torch._weight_int8pack_mm`: `x` and the sums are rounded to bfloat16, int8 codes are read as they lie.
+def int8_weight_product(x: Tensor, codes: Tensor) -> Tensor:
+    """Return `torch._weight_int8pack_mm`, which reads int8 codes directly and rounds `x` and the sums to bfloat16.
 
-    The kernel would round its scales to bfloat16 too, so that it gets ones. d_in is a multiple of `WEIGHT_MULTIPLE`,
-    which the kernel itself does not check.
+    The kernel would round scales to bfloat16 as well, so it gets ones. It does not check that d_in is a multiple of
+    `WEIGHT_MULTIPLE`.
     """
     ones = codes.new_ones(len(codes), dtype=torch.bfloat16)
     return torch._weight_int8pack_mm(x.to(torch.bfloat16), codes, ones).float()
 
 
-ZERO_CODE = 128
-"""What is added to the codes of activations for `Prepacked`, so that they are unsigned.
+ZERO_POINT = 128
+"""Offset of unsigned activation codes, for `PrepackedWeight`.
 
-Processors without AMX multiply unsigned by signed bytes; for signed activations oneDNN has nothing but reference code.
+Processors without AMX multiply unsigned by signed bytes; for signed activations oneDNN only has reference code.
 """
 
 
-class Prepacked:
-    """oneDNN's product with codes in the order in which it reads them; scales and bias are part of the product.
+class PrepackedWeight:
+    """A weight in oneDNN's memory layout, whose product includes scales and bias.
 
-    On CPUs `integer_product` puts the codes in that order for each product.
+    On CPUs `integer_product` converts the codes to that layout in each call.
 
     Args:
         codes: (d_out, d_in), int8.
-        scales: of the sums over codes of both, (d_out,), float32.
+        scales: of the sums of activation code times weight code, (d_out,), float32.
         bias: (d_out,), float32, or None.
-        gelu_step: where given, results are the 8-bit codes of GELU of the product, on the grid of this step.
+        gelu_step: if given, results are the 8-bit codes of GELU of the product, on the grid of this step.
     """
 
     def __init__(self, codes: Tensor, scales: Tensor, bias: Tensor | None, gelu_step: float | None = None) -> None:
@@ -120,67 +121,69 @@ class Prepacked:
         self.zeros = torch.zeros(len(self.scales), dtype=torch.int32)
 
     def product(self, x: Tensor, dtype: torch.dtype) -> Tensor:
-        """Values (n, d_out) from codes (n, d_in) plus `ZERO_CODE`, uint8: exact sums, scaled in float32, as `dtype`.
+        """Return values (n, d_out) of `dtype` from uint8 codes plus `ZERO_POINT` (n, d_in).
 
-        With a `gelu_step` they are such codes themselves, uint8, whatever `dtype` is.
+        Sums are exact and scaled in float32. With a `gelu_step` the results are such uint8 codes as well, whatever
+        `dtype` is.
         """
         found = torch.ops.onednn.qlinear_pointwise(
             _at_least(_FEWEST_ROWS, x),
             1.0,
-            ZERO_CODE,
+            ZERO_POINT,
             self.codes,
             self.scales,
             self.zeros,
             self.bias,
             self.gelu_step or 1.0,
-            0 if self.gelu_step is None else ZERO_CODE,
+            0 if self.gelu_step is None else ZERO_POINT,
             dtype if self.gelu_step is None else torch.uint8,
             "none" if self.gelu_step is None else "gelu",
             [],
-            "none",  # of GELU's two algorithms the one with the error function
+            "none",  # GELU by the error function, not by its tanh approximation
         )
         return found[: len(x), : self.out_features]
 
 
 def _at_least(rows: int, x: Tensor) -> Tensor:
-    """`x` with rows of zeros below it."""
+    """Return `x` with rows of zeros appended until it has `rows`."""
     return x if len(x) >= rows else torch.cat([x, x.new_zeros(rows - len(x), *x.shape[1:])])
 
 
 def _prepacked_sums(x: Tensor, codes: Tensor) -> Tensor:
-    unsigned = (x.short() + ZERO_CODE).to(torch.uint8)
-    return Prepacked(codes, torch.ones(len(codes), device=codes.device), None).product(unsigned, torch.float32)
+    unsigned = (x.short() + ZERO_POINT).to(torch.uint8)
+    return PrepackedWeight(codes, torch.ones(len(codes), device=codes.device), None).product(unsigned, torch.float32)
 
 
 @torch.compiler.assume_constant_result
 def has_prepacked_kernel(device: str) -> bool:
-    """Whether `Prepacked` works on this kind of device, for one row as for many."""
-    return _agrees(_prepacked_sums, device, _ANY_SHAPES, torch.int8, tolerance=0.0)
+    """Return whether `PrepackedWeight` works on this kind of device, for one row as for many."""
+    return _is_usable(_prepacked_sums, device, _ANY_SHAPES, torch.int8, tolerance=0.0)
 
 
 @torch.compiler.assume_constant_result
 def has_integer_kernel(device: str) -> bool:
-    """Whether `integer_product` works on this kind of device, for one row as for many."""
-    return _agrees(integer_product, device, _ANY_SHAPES, torch.int8, tolerance=0.0)
+    """Return whether `integer_product` works on this kind of device, for one row as for many."""
+    return _is_usable(integer_product, device, _ANY_SHAPES, torch.int8, tolerance=0.0)
 
 
 @torch.compiler.assume_constant_result
 def has_weight_kernel(device: str) -> bool:
-    """Whether `weight_product` works on this kind of device."""
-    return _agrees(weight_product, device, ((1, 32, 40), (FEW_ROWS, 96, 11)), torch.float32, tolerance=0.01)
+    """Return whether `int8_weight_product` works on this kind of device."""
+    return _is_usable(int8_weight_product, device, ((1, 32, 40), (SMALL_BATCH, 96, 11)), torch.float32, tolerance=0.01)
 
 
 @cache
-def _agrees(
+def _is_usable(
     product: Callable[[Tensor, Tensor], Tensor],
     device: str,
     shapes: tuple[tuple[int, int, int], ...],
     dtype: torch.dtype,
     tolerance: float,
 ) -> bool:
-    """Whether a kernel takes activations of `dtype`, is fast, and gives the plain product's (n, d_in, d_out).
+    """Return whether a kernel takes activations of `dtype`, agrees with the plain product and, on a CPU, is fast.
 
-    A clock may decide, for what takes the place of a kernel that is refused is no less exact.
+    `shapes` are the products (n, d_in, d_out) to try. A timing may decide because the plain product is as exact as the
+    kernel it replaces: a wrong decision costs time, never accuracy.
     """
     for shape in shapes:
         try:
@@ -194,7 +197,7 @@ def _agrees(
         return True
     x, codes = _example((max(rows for rows, *_ in shapes), _TIMED_WIDTH, _TIMED_WIDTH), device)
     narrow = x.to(dtype)
-    return _keeps_up(lambda: product(narrow, codes), lambda: dequantized_product(x, codes))
+    return _is_fast(lambda: product(narrow, codes), lambda: dequantized_product(x, codes))
 
 
 def _example(shape: tuple[int, int, int], device: str) -> tuple[Tensor, Tensor]:
@@ -203,10 +206,10 @@ def _example(shape: tuple[int, int, int], device: str) -> tuple[Tensor, Tensor]:
     return x, (torch.arange(height * width, device=device) * 91 % 255 - 127).to(torch.int8).view(height, width)
 
 
-def _keeps_up(product: Callable[[], Tensor], plain: Callable[[], Tensor]) -> bool:
-    """Whether the shortest run of `product` takes at most `_SLOWEST` times the shortest of `plain`.
+def _is_fast(product: Callable[[], Tensor], plain: Callable[[], Tensor]) -> bool:
+    """Return whether the shortest run of `product` takes at most `_SLOWEST` times the shortest of `plain`.
 
-    Beside other work nearly every run may be a long one, so that one that seems too slow is given more of them.
+    On a busy machine nearly every run may be slow, so a kernel that seems too slow gets up to `_MOST_RUNS` runs.
     """
     shortest = [float("inf"), float("inf")]
     for count in range(1, _MOST_RUNS + 1):

@@ -1,13 +1,13 @@
-r"""Linear and embedding layers on integer codes: what a frozen B-LoRA layer computes, without a trained quantizer.
+r"""Linear and embedding layers on integer codes: the arithmetic of a frozen B-LoRA layer with fixed ranges.
 
 With codes $q$ and steps $s$ fixed, the layer
 
 $$ y = Q_{out}\bigl( Q_w(W_0) x_q + b + c\, Q_b(B)\, Q_E( E \circ Q_A( Q_a(A) x_q ) ) \bigr) $$
 
-has two products with $x_q$, which are one: the rows of $A$ lie below those of $W_0$ in one matrix of codes, and each
-row has a scale of its own. Where $x_q$ has at most 8 bits, the product is one of integers and exact; of 16 bits, the
-high and the low bytes are two rows of such a product. Base weight and update are not added up: their sum lies on no
-grid, and the quantizers between the factors have no place in it.
+has two products with $x_q$, computed as one: the rows of $A$ follow those of $W_0$ in one matrix of codes, and each
+row has its own scale. If $x_q$ has at most 8 bits, the product is one of integers and exact; for 16 bits the high and
+the low bytes are two rows of such a product. Base weight and update are not added up, because their sum is not on any
+grid and would lose the quantizers between the factors.
 """
 
 from __future__ import annotations
@@ -21,35 +21,35 @@ from torch import Tensor, nn
 from bayeslora.methods.layer import Float32Module
 from bayeslora.quantization import WIDTHS, grid_step
 from bayeslora.runtime.integer_kernels import (
-    FEW_ROWS,
+    SMALL_BATCH,
     WEIGHT_MULTIPLE,
-    ZERO_CODE,
-    Prepacked,
+    ZERO_POINT,
+    PrepackedWeight,
     dequantized_product,
+    fused_product,
     has_integer_kernel,
     has_prepacked_kernel,
     has_weight_kernel,
+    int8_weight_product,
+    int16_product,
     integer_product,
-    reduced_product,
     scaled_product,
-    two_byte_product,
-    weight_product,
 )
 
 _BYTE = 8
-_TWO_BYTES = 16
+_INT16 = 16
 _UNQUANTIZED = WIDTHS[-1]
 _GELU_MINIMUM = -0.17
-_CACHED = 1 << 18  # numbers, a megabyte of float32
+_CACHE_BLOCK = 1 << 18  # numbers, a megabyte of float32
 
 
 class StaticQuantizer:
-    """An activation's grid of `bits` bits with the range that was learned; 32 bits change nothing."""
+    """The grid of an activation with its learned range; a quantizer of 32 bits changes nothing."""
 
     def __init__(self, bits: int, bound: float) -> None:
         self.bits = bits
         self.level = (1 << (bits - 1)) - 1
-        # In float32, as in training: codes at rounding ties depend on the step's last digit.
+        # In float32 as in training: codes at rounding ties depend on the step's last digit.
         self.step = float(grid_step(torch.tensor(bound), bits)) if bits < _UNQUANTIZED else 1.0
 
     @property
@@ -57,38 +57,38 @@ class StaticQuantizer:
         """The step, and the lowest and the highest code."""
         return self.step, -self.level, self.level
 
-    def nearest_(self, steps: Tensor) -> Tensor:
-        """Replace float32 multiples of the step, not whole ones, by integer codes; with 32 bits nothing changes."""
+    def round_to_codes_(self, steps: Tensor) -> Tensor:
+        """Round float32 values in steps of the grid to codes, in place."""
         return steps if self.bits == _UNQUANTIZED else steps.round_().clamp_(-self.level, self.level)
 
-    def settle_(self, steps: Tensor) -> Tensor:
-        """Replace rows (n, d) of multiples of the step by the grid's values, in their type."""
+    def fake_quantize_(self, steps: Tensor) -> Tensor:
+        """Replace rows (n, d) in steps of the grid by the grid's values, in place and in their type."""
         if self.bits == _UNQUANTIZED:
             return steps
-        for part in _cached(steps):
-            values = self.nearest_(part.float()).mul_(self.step)
+        for part in _cache_blocks(steps):
+            values = self.round_to_codes_(part.float()).mul_(self.step)
             if values is not part:
                 part.copy_(values)
         return steps
 
-    def codes(self, x: Tensor, zero: int = 0) -> Tensor:
-        """Integer codes of rows (n, d) for at most 8 bits: int8, or plus `zero`, 128, uint8."""
+    def codes(self, x: Tensor, zero_point: int = 0) -> Tensor:
+        """Return the codes of rows (n, d) for at most 8 bits: int8, or uint8 with a `zero_point` of 128."""
         found = torch.empty(x.shape, dtype=torch.int8, device=x.device)
         for into, steps in self._in_steps(x, found):
             into.copy_(steps)
-        # Of two's complement the highest bit alone tells c from c + 128.
-        return found.view(torch.uint8).bitwise_xor_(zero) if zero else found
+        # In two's complement c and c + 128 differ in the highest bit alone.
+        return found.view(torch.uint8).bitwise_xor_(zero_point) if zero_point else found
 
     def quantize(self, x: Tensor) -> Tensor:
-        """The grid's values of rows (n, d), in the type of `x`: for less than 32 bits."""
+        """Return rows (n, d) rounded to the grid, in the type of `x`; for less than 32 bits."""
         found = torch.empty_like(x)
         for into, steps in self._in_steps(x, found):
             into.copy_(steps.mul_(self.step))
         return found
 
     def _in_steps(self, x: Tensor, found: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
-        """Parts of the rows of `found` and the codes of the same rows of `x`, float32: in the part itself if it is."""
-        parts = _cached(x)
+        """Yield blocks of `found` and the float32 codes of these rows of `x`, which a float32 block holds itself."""
+        parts = _cache_blocks(x)
         narrow = found.dtype != torch.float32
         room = torch.empty(len(parts[0]) if narrow else 0, x.shape[1], device=x.device)
         for into, part in zip(found.split(max(1, len(parts[0]))), parts, strict=True):
@@ -97,31 +97,31 @@ class StaticQuantizer:
                 torch.div(part, self.step, out=steps)
             else:
                 steps.copy_(part).div_(self.step)
-            yield into, self.nearest_(steps)
+            yield into, self.round_to_codes_(steps)
 
 
-def _cached(rows: Tensor) -> tuple[Tensor, ...]:
-    """The rows in parts that are small enough for several passes over one to stay in a processor's cache."""
+def _cache_blocks(rows: Tensor) -> tuple[Tensor, ...]:
+    """Split rows into blocks that fit into a processor's cache, so that several passes over one stay there."""
     if torch.compiler.is_compiling():  # several passes become one
         return (rows,)
-    count = max(1, _CACHED // rows.shape[1])
+    count = max(1, _CACHE_BLOCK // rows.shape[1])
     return (rows,) if len(rows) <= count or rows.device.type != "cpu" else rows.split(count)
 
 
-def _zero(rows: Tensor) -> int:
-    """What is added to the codes of so many rows for the kernel that takes them; its layout cannot be compiled."""
-    is_many = len(rows) > FEW_ROWS and not torch.compiler.is_compiling()
-    return ZERO_CODE if is_many and has_prepacked_kernel(rows.device.type) else 0
+def _zero_point(rows: Tensor) -> int:
+    """Return the offset of activation codes: 128 if `PrepackedWeight` will run (many rows, not compiled), else 0."""
+    is_many = len(rows) > SMALL_BATCH and not torch.compiler.is_compiling()
+    return ZERO_POINT if is_many and has_prepacked_kernel(rows.device.type) else 0
 
 
-class FewRows:
-    """A layer's arithmetic in as few calls as it takes: for a few rows at a time, as in generation; compiled, for any.
+class SmallBatch:
+    """The arithmetic of a layer in as few calls as possible, for a few rows at a time as in generation.
 
-    With few rows a product takes less time than what surrounds it, and so do the look-ups of a module's buffers, which
-    are here beside one another. Layers whose operands are both codes are for devices that have `integer_product`, with
-    inputs of 16 bits for any number of rows; others are to be compiled, for a few rows.
+    With few rows the calls around a product, and the look-up of a module's buffers, take longer than the product. So
+    the buffers are plain attributes here. Layers of integer products need a device with `integer_product`, and those
+    with inputs of 16 bits run here for any number of rows; other layers run here only when compiled.
 
-    What differs between layers of one shape is in tensors, so that their compiled code is the same.
+    Everything that differs between layers of one shape is in tensors, so that they share their compiled code.
     """
 
     __slots__ = (
@@ -132,7 +132,7 @@ class FewRows:
     def __init__(self, layer: IntegerLinear) -> None:
         self.codes, self.scales, self.bias = layer.codes, layer.sum_scales, layer.bias
         steps, lowest, highest = layer.grids.unbind()
-        # As tensors, by which torch divides in half the time.
+        # Tensors, because torch divides by them in half the time.
         self.input_step, *_, self.output_step = steps.unbind()
         bounds = zip(layer.quantizers, lowest.unbind(), highest.unbind(), strict=True)
         self.bounds = [None if grid.bits == _UNQUANTIZED else (low, high) for grid, low, high in bounds]
@@ -145,10 +145,10 @@ class FewRows:
             self.diagonal, self.up = layer.diagonal, layer.up
 
     def product(self, rows: Tensor) -> Tensor:
-        """The layer's output (n, d_out), float32, for rows (n, d_in)."""
+        """Return the layer's output (n, d_out), float32, for rows (n, d_in)."""
         into, after_a, after_e, out = self.bounds
         values = rows if rows.dtype == torch.float32 else rows.float()
-        steps = _within(into, values.div(self.input_step))
+        steps = _rounded(into, values.div(self.input_step))
         sums, hidden = self._sums(steps), None
         found = sums * self.scales if self.bias is None else torch.addcmul(self.bias, sums, self.scales)
         if self.widths is not None:
@@ -156,46 +156,46 @@ class FewRows:
         elif self.down is not None:
             hidden = nn.functional.linear(steps, self.down)
         if hidden is not None:
-            low = _within(after_e, _within(after_a, hidden).mul_(self.diagonal))
-            # Compiled, r numbers are a loop of the graph, which costs less than a library's product.
-            if torch.compiler.is_compiling() and len(rows) <= FEW_ROWS:
+            low = _rounded(after_e, _rounded(after_a, hidden).mul_(self.diagonal))
+            # In a compiled graph a loop over r numbers costs less than the call of a library's product.
+            if torch.compiler.is_compiling() and len(rows) <= SMALL_BATCH:
                 found = found + (low[:, :, None] * self.up).sum(1)
             else:
                 found = torch.addmm(found, low, self.up)
-        return found if out is None else _within(out, found).mul_(self.output_step)
+        return found if out is None else _rounded(out, found).mul_(self.output_step)
 
     def _sums(self, steps: Tensor) -> Tensor:
-        """The product of the input, in steps of its grid, with codes, or with values."""
+        """Return the product of the input, in steps of its grid, with the codes or values of the weight."""
         if self.codes.is_floating_point():
             return nn.functional.linear(steps, self.codes)
         if not (torch.compiler.is_compiling() and len(steps) == 1):
             if self.takes_codes:
                 return integer_product(steps.to(torch.int8), self.codes)
             if self.row_sums is not None:
-                return two_byte_product(steps, self.codes, self.row_sums)
-        return reduced_product(steps, self.codes)  # one loop of the graph: codes are read once, and nothing is called
+                return int16_product(steps, self.codes, self.row_sums)
+        return fused_product(steps, self.codes)  # one loop of the graph: codes are read once, without a call
 
 
-def _within(bounds: tuple[Tensor, Tensor] | None, steps: Tensor) -> Tensor:
-    """Replace multiples of a grid's step by its codes; None stands for no grid."""
+def _rounded(bounds: tuple[Tensor, Tensor] | None, steps: Tensor) -> Tensor:
+    """Round values in steps of a grid to its codes, in place; None stands for no grid."""
     return steps if bounds is None else steps.round_().clamp_(*bounds)
 
 
 class IntegerLinear(Float32Module):
-    """A linear layer (..., d_in) to (..., d_out) on codes; its activations have static ranges.
+    """A linear layer (..., d_in) to (..., d_out) on codes, with static ranges for its activations.
 
     Args:
-        weight: codes (d_out, d_in), int8; or, of more than 8 bits, the values themselves in float32.
+        weight: codes (d_out, d_in), int8; or for more than 8 bits the values in float32.
         steps: step of the weight's grid, one number or (d_out, 1); 1 for values.
         bias: (d_out,) or None.
         factors: codes of A (r, d_in), and float32 E (r,) and B (d_out, r); None without an adapter.
         a_steps: step of A's grid, one number or (r, 1).
         scaling: c, the factor of the update.
         activations: quantizers by kind, among `in`, `A_out`, `E_out` and `out`.
-        is_learned: whether this is the arithmetic of an adapted layer, which is kept to float rounding wherever `x` is
-            float32; any other layer of int8 codes may round its input to bfloat16.
+        is_learned: True (default) for an adapted layer, whose arithmetic is kept to float rounding if `x` is float32;
+            any other layer of int8 codes may round its input to bfloat16.
 
-    Tensors stay as they are when the model is cast; the output has the type of the input.
+    Tensors keep their types when the model is cast; the output has the type of the input.
     """
 
     codes: Tensor
@@ -227,7 +227,7 @@ class IntegerLinear(Float32Module):
         self.input = activations.get("in", none)
         self.after_a, self.after_e = activations.get("A_out", none), activations.get("E_out", none)
         self.output = activations.get("out", none)
-        # What products return is in steps of the next grid, the output's or that of A's output, from there on.
+        # Products return values in steps of the next grid: the layer's output, or that of A's output.
         step = self.output.step
         scales = steps.reshape(-1).expand(self.out_features)
         if weight.dtype == torch.float32:
@@ -249,21 +249,21 @@ class IntegerLinear(Float32Module):
         if bias is not None:
             bias = torch.cat([bias.float() / step, torch.zeros(len(sum_scales) - len(bias))])
         self.register_buffer("codes", weight.contiguous())
-        self.register_buffer("row_sums", self.codes.sum(1).float() if self.takes_two_bytes else None)
+        self.register_buffer("row_sums", self.codes.sum(1).float() if self.takes_int16 else None)
         self.register_buffer("scales", scales.contiguous().float())
         self.scale = float(steps) / step if steps.numel() == 1 else None
         self.register_buffer("bias", bias)
-        # Of sums over codes of both operands the input's step is a factor of every row.
+        # Sums of code times code still lack the input's step, a factor of every row.
         self.register_buffer("sum_scales", sum_scales.float() * (self.input.step if self.takes_codes else 1.0))
-        self._prepacked: Prepacked | None = None
-        self._few_rows: FewRows | None = None
+        self._prepacked_weight: PrepackedWeight | None = None
+        self._small_batch: SmallBatch | None = None
         self._stream = torch.float32
         self._emitted: StaticQuantizer | None = None
 
     def can_feed(self, following: IntegerLinear) -> bool:
-        """Whether `following` can be given the codes of GELU of this output.
+        """Return whether `following` can read the codes of GELU of this output.
 
-        A kernel's codes go down to -128, the grid's to -127: no value of GELU may lie there.
+        The kernel's codes go down to -128 and the grid's to -127, so GELU must not reach -128.
         """
         is_bare = not self.rank and self.output.bits == _UNQUANTIZED
         grid = following.input
@@ -271,59 +271,58 @@ class IntegerLinear(Float32Module):
         return is_bare and self.takes_codes and following.takes_codes and is_wide
 
     def feed(self, following: IntegerLinear, dtype: torch.dtype) -> None:
-        """From now on return codes of GELU of the output, on the grid of 8 bits that `following` reads.
+        """Return codes of GELU of the output from now on, on the grid of 8 bits that `following` reads.
 
-        `following` takes such codes for its input, and returns `dtype`. This layer has no update and no range of its
-        own output (`can_feed`).
+        `following` then takes codes as its input and returns `dtype`. Call this only if `can_feed` allows it.
         """
         self._emitted, following._stream = following.input, dtype
-        self._prepacked = self._few_rows = None
+        self._prepacked_weight = self._small_batch = None
 
     @property
     def quantizers(self) -> tuple[StaticQuantizer, StaticQuantizer, StaticQuantizer, StaticQuantizer]:
-        """Of the input, of A's and E's output, and of the layer's own."""
+        """The quantizers of the input, of A's and E's output, and of the layer's output."""
         return self.input, self.after_a, self.after_e, self.output
 
     @property
     def emits_codes(self) -> bool:
-        """Whether the output is codes, for the layer that it feeds."""
+        """Whether the output is codes for the next layer."""
         return self._emitted is not None
 
     def __getstate__(self) -> dict[str, Any]:
-        """Without what is made again when needed: oneDNN's layout of the codes can be neither copied nor pickled."""
-        return {**self.__dict__, "_prepacked": None, "_few_rows": None}
+        """Leave out the caches: oneDNN's memory layout can be neither copied nor pickled."""
+        return {**self.__dict__, "_prepacked_weight": None, "_small_batch": None}
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> IntegerLinear:
-        self._prepacked = self._few_rows = None  # they hold tensors of the device that the layer leaves
+        self._prepacked_weight = self._small_batch = None  # they hold tensors of the old device
         super()._apply(fn, recurse)
         return self
 
     @property
     def takes_codes(self) -> bool:
-        """Whether the product is one of integers."""
+        """Whether the product is of integers."""
         return self.codes.dtype == torch.int8 and self.input.bits <= _BYTE
 
     @property
-    def takes_two_bytes(self) -> bool:
-        """Whether the product is two of integers, of the high and of the low byte of the input's codes."""
-        return self.codes.dtype == torch.int8 and self.input.bits == _TWO_BYTES
+    def takes_int16(self) -> bool:
+        """Whether the product is of integers for the high and the low byte of the input's codes."""
+        return self.codes.dtype == torch.int8 and self.input.bits == _INT16
 
     @property
     def weight(self) -> Tensor:
-        """The base weight (d_out, d_in) as values, float32: for code that looks at it; computing does not need it."""
+        """The base weight (d_out, d_in) as float32 values, for code that inspects it; `forward` does not use it."""
         return self.codes[: self.out_features].float() * self.scales[:, None]
 
     @torch.no_grad()
     def forward(self, x: Tensor) -> Tensor:
-        if self._suits_few_rows(x):
-            found, dtype = self._for_few_rows().product(x.reshape(-1, self.in_features)), x.dtype
+        if self._suits_small_batch(x):
+            found, dtype = self._small_batch_forward().product(x.reshape(-1, self.in_features)), x.dtype
         else:
             rows, are_codes = x.reshape(-1, self.in_features), not x.dtype.is_floating_point
             dtype = self._stream if are_codes else x.dtype
             within = torch.bfloat16 if dtype == torch.bfloat16 else torch.float32
             if self.takes_codes:
-                codes = rows if are_codes else self.input.codes(rows, _zero(rows))
-                # Half a step, which decides about a code, is what bfloat16 keeps of a large one.
+                codes = rows if are_codes else self.input.codes(rows, _zero_point(rows))
+                # bfloat16 resolves large codes to half a step only, which would decide about a code.
                 exact = self.output.bits < _UNQUANTIZED
                 found = self._finished(*self._of_codes(codes, torch.float32 if exact else within))
             else:
@@ -333,17 +332,17 @@ class IntegerLinear(Float32Module):
         return found.view(*x.shape[:-1], self.out_features)
 
     def _of_codes(self, codes: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor | None]:
-        """W_0 x_q + b (n, d_out) in `dtype`, and A x_q (n, r) in float32, from sums over codes.
+        """Return W_0 x_q + b (n, d_out) in `dtype` and A x_q (n, r) in float32, from sums over codes.
 
-        Both are in steps of their grids. Codes are int8, or with `ZERO_CODE` added uint8: as `_zero` says. In float32
-        the sums are exact. A layer that feeds another returns that one's codes instead, whatever `dtype` is.
+        Both are in steps of their grids. Codes are int8, or uint8 with `ZERO_POINT` added, as `_zero_point` returns.
+        In float32 the sums are exact. A layer that feeds another returns codes for it instead, whatever `dtype` is.
         """
-        zero = _zero(codes)
-        if zero:
-            if self._prepacked is None:
+        zero_point = _zero_point(codes)
+        if zero_point:
+            if self._prepacked_weight is None:
                 gelu_step = None if self._emitted is None else self._emitted.step
-                self._prepacked = Prepacked(self.codes, self.sum_scales, self.bias, gelu_step)
-            found = self._prepacked.product(codes, dtype)
+                self._prepacked_weight = PrepackedWeight(self.codes, self.sum_scales, self.bias, gelu_step)
+            found = self._prepacked_weight.product(codes, dtype)
         else:
             if has_integer_kernel(codes.device.type):
                 sums = integer_product(codes, self.codes)
@@ -352,18 +351,18 @@ class IntegerLinear(Float32Module):
             found, emitted = self._scaled(sums), self._emitted
             found = found.to(dtype) if emitted is None else emitted.codes(nn.functional.gelu(found))
         if self.rank and not self.is_stacked:
-            return found, nn.functional.linear((codes.float() - zero) * self.input.step, self.down)
+            return found, nn.functional.linear((codes.float() - zero_point) * self.input.step, self.down)
         return self._split(found)
 
     def _of_values(self, rows: Tensor) -> tuple[Tensor, Tensor | None]:
-        """The same of rows that have no codes."""
+        """Return the same for rows without codes."""
         if self.input.bits < _UNQUANTIZED:
             rows = self.input.quantize(rows)
         may_round = rows.dtype == torch.bfloat16 or not self.is_learned
         if self.codes.dtype == torch.float32:
             found, hidden = nn.functional.linear(rows.float(), self.codes, self.bias).to(rows.dtype), None
         elif may_round and self._suits_weight_kernel(rows):
-            found, hidden = self._split(self._scaled(weight_product(rows, self.codes)).to(rows.dtype))
+            found, hidden = self._split(self._scaled(int8_weight_product(rows, self.codes)).to(rows.dtype))
         elif self.scale is not None:
             weight, below = self.codes.split([self.out_features, len(self.codes) - self.out_features])
             bias = None if self.bias is None else self.bias[: self.out_features]
@@ -386,32 +385,32 @@ class IntegerLinear(Float32Module):
         return found, hidden.float()
 
     def _finished(self, found: Tensor, hidden: Tensor | None) -> Tensor:
-        """The layer's output, from what is in steps: the update added, and its own range applied."""
+        """Return the layer's output from values in steps: add the update and apply the output's range."""
         if hidden is not None:
-            low = self.after_e.nearest_(self.after_a.nearest_(hidden) * self.diagonal)
+            low = self.after_e.round_to_codes_(self.after_a.round_to_codes_(hidden) * self.diagonal)
             found = found.addmm_(low.to(found.dtype), self.up.to(found.dtype))
-        return self.output.settle_(found)
+        return self.output.fake_quantize_(found)
 
-    def _for_few_rows(self) -> FewRows:
-        if torch.compiler.is_compiling():  # which looks nothing up when it runs, and would have to guard what is kept
-            return FewRows(self)
-        if self._few_rows is None:
-            self._few_rows = FewRows(self)
-        return self._few_rows
+    def _small_batch_forward(self) -> SmallBatch:
+        if torch.compiler.is_compiling():  # a graph looks nothing up, and a cached object would need guards
+            return SmallBatch(self)
+        if self._small_batch is None:
+            self._small_batch = SmallBatch(self)
+        return self._small_batch
 
-    def _suits_few_rows(self, x: Tensor) -> bool:
+    def _suits_small_batch(self, x: Tensor) -> bool:
         if not x.is_floating_point() or self.emits_codes:
             return False
         is_compiled, rows = torch.compiler.is_compiling(), x.numel() // self.in_features
-        are_integers = self.takes_codes or self.takes_two_bytes
-        if is_compiled and rows <= (1 if are_integers else FEW_ROWS):
+        are_integers = self.takes_codes or self.takes_int16
+        if is_compiled and rows <= (1 if are_integers else SMALL_BATCH):
             return True
-        if not are_integers or (self.takes_codes and rows > FEW_ROWS and not is_compiled):
+        if not are_integers or (self.takes_codes and rows > SMALL_BATCH and not is_compiled):
             return False
-        return self._few_rows is not None or has_integer_kernel(x.device.type)
+        return self._small_batch is not None or has_integer_kernel(x.device.type)
 
     def _suits_weight_kernel(self, x: Tensor) -> bool:
-        fits = len(x) <= FEW_ROWS and self.in_features % WEIGHT_MULTIPLE == 0
+        fits = len(x) <= SMALL_BATCH and self.in_features % WEIGHT_MULTIPLE == 0
         return fits and has_weight_kernel(x.device.type)
 
     def extra_repr(self) -> str:
@@ -420,7 +419,7 @@ class IntegerLinear(Float32Module):
 
 
 class IntegerEmbedding(Float32Module):
-    """An embedding on int8 codes with a scale a row; its rows come as `dtype`.
+    """An embedding on int8 codes with a scale a row.
 
     Args:
         codes: (rows, d), int8.
@@ -440,14 +439,14 @@ class IntegerEmbedding(Float32Module):
 
     @property
     def weight(self) -> Tensor:
-        """All rows as values (rows, d), float32."""
+        """All rows as float32 values (rows, d)."""
         return self.codes.float() * self.scales
 
     def forward(self, ids: Tensor) -> Tensor:
         return (self.codes[ids].float() * self.scales[ids]).to(self.dtype)
 
     def tied_linear(self, bias: Tensor | None) -> IntegerLinear:
-        """The head that has the embedding's own codes, in the same memory."""
+        """Return a head on the embedding's codes, in the same memory."""
         head = IntegerLinear(self.codes, self.scales, bias, is_learned=False)
         head.codes = self.codes
         return head

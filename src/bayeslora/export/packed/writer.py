@@ -39,13 +39,13 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
-from peft import PeftModel, get_peft_model_state_dict
+from peft import PeftModel
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from bayeslora.errors import BayesLoraError
 from bayeslora.export.container import CODES, PACKED, Part, pack, write_container
-from bayeslora.export.formats import adapted_parts, sharing_base
+from bayeslora.export.formats import adapted_parts, saved_state, sharing_base
 from bayeslora.methods.config import AdapterConfig
 from bayeslora.methods.layer import PackedTensors
 from bayeslora.methods.tuner import BayesTuner
@@ -163,7 +163,7 @@ def export_packed(
                 "export without the posterior"
             )
         saved = saved.cut(cut, kept_ranks)
-    tensors = {key: tensor for key, tensor in _state(cut, name).items() if not key.startswith(inside)}
+    tensors = {key: tensor for key, tensor in saved_state(cut, name).items() if not key.startswith(inside)}
     tensors[CODES] = buffer
     folder = Path(path)
     folder.mkdir(parents=True, exist_ok=True)
@@ -232,12 +232,6 @@ def _codes(tensors: PackedTensors, kind: str) -> Tensor:
     """Return the codes of a matrix, or the matrix itself at 32 bits."""
     matrix, bits = tensors.matrices[kind].cpu(), tensors.widths[kind]
     return matrix if bits == UNQUANTIZED else codes(matrix, tensors.ranges[kind].cpu(), bits)
-
-
-def _state(model: PeftModel, name: str) -> dict[str, Tensor]:
-    """Return what PEFT would save, each tensor in its own memory on the CPU."""
-    state = get_peft_model_state_dict(model, adapter_name=name)
-    return {key: tensor.detach().cpu().contiguous().clone() for key, tensor in state.items()}
 
 
 def _save_config(model: PeftModel, name: str, folder: Path) -> None:
