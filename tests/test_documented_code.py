@@ -25,6 +25,7 @@ from bayeslora.evaluation import letter_ids
 from tests.cli.conftest import write_jsonl
 from tests.conftest import build_tiny_bert, build_tiny_llama, build_tiny_tokenizer
 from tests.evaluation.choice_items import items
+from tests.runs.conftest import tickets, trained
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGES = sorted([ROOT / "README.md", ROOT / "CONTRIBUTING.md", *ROOT.glob("docs/**/*.md")])
@@ -73,6 +74,12 @@ def classifier(config: type = bayeslora.MeLoraConfig, **options: Any) -> PeftMod
     return get_peft_model(base, config(target_modules=["query", "value"], task_type="SEQ_CLS", **options))
 
 
+def tiny_bert_in(name: str) -> Path:
+    build_tiny_bert().bert.save_pretrained(name)  # an encoder alone, as most base models
+    build_tiny_tokenizer().save_pretrained(name)
+    return Path(name).absolute()
+
+
 def language_model(config: type = bayeslora.MeLoraConfig, **options: Any) -> PeftModel:
     settings = {"target_modules": ["q_proj", "v_proj"], "task_type": "CAUSAL_LM", **options}
     return get_peft_model(build_tiny_llama(), config(**settings))
@@ -87,13 +94,7 @@ def _(names: Names) -> None:
 
 @given("docs/get-started.md")
 def _(names: Names) -> None:
-    base = build_tiny_bert()
-    base.save_pretrained("base")
-    build_tiny_tokenizer().save_pretrained("base")
-    base.name_or_path = "base"
-    model = get_peft_model(base, bayeslora.BLoraConfig(target_modules=["query"], task_type="SEQ_CLS"))
-    model.save_pretrained("out")
-    names["batch"] = batches(1)[0]
+    trained(Path("out"), tiny_bert_in("base"), tickets(24, 0))
 
 
 @given("docs/ivon.md")

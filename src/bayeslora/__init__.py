@@ -97,11 +97,11 @@ _NAMES = {
     "posterior": ("WeightPosterior", "load_posterior", "save_posterior"),
     "posthoc": ("DeepEnsemble", "LaplacePredictor", "MCDropout", "TemperatureScaling", "bayesianize"),
     "prediction": ("Generation", "ModelPredictor", "Prediction", "generate", "predict"),
-    "runs": (),
+    "runs": ("load",),
     "runtime": ("compile_inference",),
     "training": ("BayesLoop", "attach", "parameter_groups"),
 }
-_HOMES = {name: package for package, names in _NAMES.items() for name in names} | {"load": "runs.run"}
+_HOMES = {name: package for package, names in _NAMES.items() for name in names}
 
 
 def __getattr__(name: str) -> Any:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -281,3 +282,19 @@ def test_multiple_choice_takes_questions_and_choices(tmp_path: Path, tiny_bert_f
     assert torch.allclose(run.predict(rows[1], samples=2).probabilities, found.probabilities[1:], atol=1e-6)
     with pytest.raises(BayesLoraError, match="row 1 is one text, but must be a row with question and choices"):
         run.predict(["who sat"])
+
+
+def test_the_code_of_the_model_card_runs(
+    copied: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from bayeslora.report import write_model_card
+
+    card = write_model_card(copied).read_text(encoding="utf-8")
+    code = "".join(re.findall(r"```python\n(.*?)```", card, flags=re.DOTALL))
+    base = json.loads((copied / "run.json").read_text())["model"]
+    monkeypatch.chdir(copied)
+    names: dict[str, Any] = {}
+    exec(re.sub(r"^name = .*$", f"name = {base!r}", code, flags=re.MULTILINE), names)
+    assert capsys.readouterr().out.split()[0] in [name.split()[0] for name in NAMES]
+    said = pipeline("text-classification", model=names["model"], tokenizer=names["tokenizer"])(TEXTS)
+    assert [each["label"] for each in said] == names["run"].predict(TEXTS).labels

@@ -1,4 +1,21 @@
 """A training run as an object: planned, trained, scored, recorded and loaded again.
 
-`bayeslora.load` is the way in. This file imports nothing: the command reads `runs.plan` before it needs torch.
+`load` is the way in. It is imported when it is asked for: the command reads `runs.plan` before it needs torch.
 """
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from bayeslora.runs.run import load
+
+__all__ = ["load"]
+
+
+def __getattr__(name: str) -> Any:
+    if name != "load":
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    from bayeslora.runs.run import load
+
+    return load
