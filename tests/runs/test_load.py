@@ -29,7 +29,7 @@ def test_a_run_is_a_model_that_says_names(run_of: RunOf, method: str) -> None:
     run = bayeslora.load(run_of(method))
     assert run.labels == NAMES and run.kind == "classification" and run.method == method
     assert run.config["train_file"].endswith(f"{method}.jsonl") and run.metrics is not None
-    assert run.metrics["scores"]["accuracy"] <= 1
+    assert run.metrics.scores["accuracy"] <= 1
     samples = 3 if method in ("melora", "lora") else 0
     found = run.predict(TEXTS, samples=samples)
     batch = run.tokenizer(TEXTS, padding=True, return_tensors="pt")
