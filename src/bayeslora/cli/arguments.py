@@ -42,7 +42,7 @@ def parse(name: str, words: list[str]) -> tuple[dict[str, Any], Problems]:
     if command.is_open:
         return given, problems
     known = {item.name for item in command.options} | ({command.argument[0]} if command.argument else set())
-    for unknown in given.keys() - known:
+    for unknown in [key for key in given if key not in known]:
         near = close_matches(option(unknown), map(option, known))
         problems.append(f"unknown option {option(unknown)}{near}: `bayeslora {name} --help` lists them")
     values = read_options(command, given, problems)
@@ -126,11 +126,11 @@ def build_plan(given: dict[str, Any], problems: Problems | None = None) -> Train
     by_ivon = rest.get("optim") == IVON  # the trainer knows the others
     if by_ivon:
         del rest["optim"]
-    for name in _TRAINING_FIELDS_SET_HERE.keys() & rest.keys():
+    for name in [name for name in _TRAINING_FIELDS_SET_HERE if name in rest]:
         problems.append(f"{option(name)} cannot be set: use {_TRAINING_FIELDS_SET_HERE[name]}")
         del rest[name]
     if not by_ivon:
-        for name in ivon_field_hints().keys() & rest.keys():
+        for name in [name for name in ivon_field_hints() if name in rest]:
             problems.append(f"{option(name)} is of use only with --optim ivon: add it or leave this out")
             del rest[name]
     _check_method(options.method, rest, problems)

@@ -83,32 +83,38 @@ def _number(name: str, metavar: str, text: str, least: int | None = None) -> Opt
 
 
 def _contradictions_of_train(given: dict[str, Any]) -> Iterator[str]:
-    task = given.get("task")
-    if task:
-        for name in ("train_file", "eval_file", "test_file"):
-            if given.get(name):
-                yield f"--task {task} contradicts {option(name)}: give a task or files, not both"
-        for name in ("text_column", "label_column", "labels"):
-            if given.get(name):
-                yield f"{option(name)} contradicts --task {task}, whose columns are known: leave it out"
-        return
-    for name in ("train_split", "data_dir"):
-        if given.get(name):
-            yield f"{option(name)} is of use only with --task: add it or leave this out"
+    given = {name: value for name, value in given.items() if value}
+    yield from _with_task(given) if "task" in given else _with_files(given)
+
+
+def _with_task(given: dict[str, Any]) -> Iterator[str]:
+    task = given["task"]
+    for name in _among(given, "train_file", "eval_file", "test_file"):
+        yield f"--task {task} contradicts {option(name)}: give a task or files, not both"
+    for name in _among(given, "text_column", "label_column", "labels"):
+        yield f"{option(name)} contradicts --task {task}, whose columns are known: leave it out"
+
+
+def _with_files(given: dict[str, Any]) -> Iterator[str]:
+    for name in _among(given, "train_split", "data_dir"):
+        yield f"{option(name)} is of use only with --task: add it or leave this out"
     for name in ("train_file", "eval_file"):
-        if not given.get(name):
+        if name not in given:
             yield f"{option(name)} is missing: give --task, or --train-file and --eval-file"
-    columns = given.get("text_column") or []
-    if not columns:
+    if "text_column" not in given:
         yield "--text-column is missing: name the column (or two, a,b) that holds the text"
-    elif len(columns) > 2:
-        yield f"--text-column names {len(columns)} columns, but a text has one or two: name those"
+    elif len(given["text_column"]) > 2:
+        yield f"--text-column names {len(given['text_column'])} columns, but a text has one or two: name those"
+
+
+def _among(given: dict[str, Any], *names: str) -> list[str]:
+    return [name for name in names if name in given]
 
 
 def _contradictions_of_evaluate(given: dict[str, Any]) -> Iterator[str]:
     for chosen, others in (("eval_file", ("task", "data_dir", "split")), ("ood", ("ood_file", "ood_text_column"))):
-        for name in others:
-            if chosen in given and name in given:
+        for name in _among(given, *others):
+            if chosen in given:
                 yield f"{option(name)} contradicts {option(chosen)}: give one of them"
     if "ood_text_column" in given and not {"ood", "ood_file"} & given.keys():
         yield "--ood-text-column is of use only with --ood-file: add it or leave this out"
