@@ -7,22 +7,11 @@ linear layer keeps one 32-bit operand.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Sequence
 
 from bayeslora.cost.macs import SCOPES, LayerCost, Operation, described_layers, structure_operations
 from bayeslora.cost.structure import ModelOrConfig, ModelStructure, as_model, read_structure
-
-
-@dataclass(frozen=True)
-class _BaselineLayer:
-    """One layer of the baseline: LoRA at 32 × 32 bits, whatever adapter the model has."""
-
-    name: str
-    in_features: int
-    out_features: int
-    rank: int
-    bits: Mapping[str, int] = field(default_factory=dict)
+from bayeslora.methods import LayerDescription
 
 
 def bops_by_scope(operations: Iterable[Operation]) -> dict[str, int]:
@@ -47,7 +36,7 @@ def relative_bops(
 
     A LoRA of rank `baseline_rank` on all query, key and value projections is exactly 1 in every scope. "adapted"
     compares the adapted layers with the same layers in the baseline (where those that are no query, key or value
-    projection have no adapter); the other scopes compare all of it, so that adapters on more layers cost more. The
+    projection have no adapter); the other scopes compare all of it, so adapters on more layers cost more. The
     paper's headline figures count attention alone: with the feed-forward layers ("encoder") the same run saves about
     half as much, and every scope is reported for that reason.
 
@@ -74,10 +63,8 @@ def relative_bops(
 
 def _baseline(structure: ModelStructure, tokens: int, layers: Sequence[LayerCost], rank: int) -> list[Operation]:
     targets = structure.projections or [layer.name for layer in layers if layer.name in structure.matrices]
-    lora = [
-        _BaselineLayer(name, structure.matrices[name].in_features, structure.matrices[name].out_features, rank)
-        for name in targets
-    ]
+    matrices = [structure.matrices[name] for name in targets]
+    lora = [LayerDescription(m.name, m.in_features, m.out_features, rank, rank, parameters=0) for m in matrices]
     # Both sides call the same layers adapted, or their shares would compare different layers.
     marked = [layer.name for layer in layers] or targets
     return structure_operations(structure.at_full_width(), tokens, lora, marked)

@@ -163,13 +163,13 @@ def _check(structure: ModelStructure, layer: LayerCost) -> None:
     matrix = structure.matrices.get(layer.name)
     if matrix is None and layer.name not in structure.embeddings:
         raise BayesLoraError(
-            f"the model has no linear layer {layer.name!r} to count: describe the layers of this same model"
+            f"the model has no linear layer {layer.name!r} to count: describe the layers of this model"
         )
     shape = (matrix.in_features, matrix.out_features) if matrix is not None else structure.embeddings[layer.name]
     if shape != (layer.in_features, layer.out_features):
         raise BayesLoraError(
             f"layer {layer.name!r} is described as {layer.in_features} → {layer.out_features}, but the model's is "
-            f"{shape[0]} → {shape[1]}: describe the layers of this same model"
+            f"{shape[0]} → {shape[1]}: describe the layers of this model"
         )
     if layer.rank < 0:
         raise BayesLoraError(f"layer {layer.name!r} has rank {layer.rank}, but must have 0 or more: give its rank")

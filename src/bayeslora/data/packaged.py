@@ -26,13 +26,12 @@ import bz2
 import csv
 import hashlib
 import importlib.metadata
-import os
-import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from bayeslora.errors import BayesLoraError
+from bayeslora.files import new_folder
 
 LABELS = ["rotten", "fresh"]
 """Class names of the reviews; the index is the class id."""
@@ -92,15 +91,10 @@ def unpack_model(name: str, folder: str | Path) -> Path:
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     where = {"pretrained_model_name_or_path": str(source.parent), "gguf_file": source.name}
-    partial = folder.with_name(f".{folder.name}.{os.getpid()}.partial")
-    partial.mkdir(parents=True)
-    try:
+    with new_folder(folder) as partial:
         AutoTokenizer.from_pretrained(**where).save_pretrained(partial)
         model = AutoModelForCausalLM.from_pretrained(**where, **gguf_options(), dtype=torch.float32)
         as_dense(model).save_pretrained(partial)
-        os.rename(partial, folder)
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
     return folder
 
 

@@ -1,6 +1,6 @@
 """Codes in few bits, and the safetensors files of packed adapters and integer models, which are read without trust.
 
-Codes lie in two's complement, the first in the lowest bits of the first byte, row by row; what is left of the last
+Codes lie in two's complement, the first in the lowest bits of the first byte, row by row; the rest of the last
 byte is zero. Numbers of more than one byte are little-endian, as everywhere in a safetensors file. Thirty-two bits are
 float32 as it is, because a quantizer of that width rounds nothing. A grid is symmetric, so the lowest code of two's
 complement, -2^(b-1), is never used, and finding it means that the bytes are no codes.
@@ -267,7 +267,7 @@ def is_size(value: Any) -> bool:
 
 
 def _checked(file: Any, name: str, form: FileFormat) -> Tensor:
-    """Return one tensor in memory of its own."""
+    """Return one tensor, copied out of the file."""
     described = file.get_slice(name)
     if described.get_dtype() not in DTYPES or len(described.get_shape()) > _MAX_DIMENSIONS:
         form.damaged("a tensor has an unknown type or more dimensions than any")

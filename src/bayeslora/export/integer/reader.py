@@ -106,7 +106,7 @@ def _empty(folder: Path, index: IntegerIndex) -> PreTrainedModel:
         config = AutoConfig.from_pretrained(folder, local_files_only=True)
         with torch.device("meta"):
             return kind(config).eval()
-    except Exception as error:  # Transformers has no one type for a configuration that it cannot use
+    except Exception as error:  # Transformers raises many types for a configuration that it cannot use
         reason = " ".join(str(error).split())[:160]
         raise BayesLoraError(
             f"{folder / 'config.json'} does not describe a {index.architecture} ({reason}): restore it from a copy"
@@ -201,7 +201,7 @@ def _assign(model: PreTrainedModel, index: IntegerIndex, tensors: dict[str, Tens
         setattr(owner, leaf, nn.Parameter(tensor, requires_grad=False) if is_parameter else tensor)
         used.add(source)
     if left := sorted(set(tensors) - used):
-        INTEGER.damaged(f"{left[0]:.80} has no place in the model")
+        INTEGER.damaged(f"the model does not have {left[0]:.80}")
     for name, module in model.named_modules():
         if any(isinstance(value, Tensor) and value.is_meta for value in vars(module).values()):
             raise BayesLoraError(

@@ -37,7 +37,7 @@ class PackedState(dict[str, Tensor]):
     """The state dict of a packed adapter, under the keys that PEFT saves."""
 
     def check(self, wanted: dict[str, Tensor], others: dict[str, Tensor]) -> None:
-        """Compare with the tensors `wanted` that the model's adapter has, and `others` that the model has besides.
+        """Compare with the tensors `wanted` of the model's adapter, and `others` of the rest of the model.
 
         Raises:
             BayesLoraError: a key that is missing or superfluous, or a tensor of another shape.
@@ -76,7 +76,7 @@ def load_packed(path: str | os.PathLike[str]) -> dict[str, Tensor]:
         PACKED.damaged(f"its method is {index.method!r:.40}")
     buffer = tensors.pop(CODES, None)
     if buffer is None or buffer.dtype != torch.uint8 or buffer.ndim != 1:
-        PACKED.damaged("it has no codes")
+        PACKED.damaged("its codes are missing")
     if len(buffer) != index.buffer_size:
         PACKED.damaged(f"its layers take {index.buffer_size} bytes of codes, and {len(buffer)} are there")
     state = PackedState(tensors)
@@ -243,7 +243,7 @@ def read_adapter(path: str, device: str) -> PackedState | None:
     """Read the packed adapter at `path` for PEFT; None for an ordinary adapter, which PEFT reads itself."""
     if looks_packed(path):
         return PackedState({key: tensor.to(device) for key, tensor in load_packed(path).items()})
-    if _is_beside_our_config(Path(path)):
+    if _has_our_config(Path(path)):
         try:
             with safe_open(path, framework="pt"):
                 return None
@@ -254,7 +254,7 @@ def read_adapter(path: str, device: str) -> PackedState | None:
     return None
 
 
-def _is_beside_our_config(path: Path) -> bool:
+def _has_our_config(path: Path) -> bool:
     try:
         config = json.loads((path.parent / "adapter_config.json").read_text(encoding="utf-8"))
         return str(config["peft_type"]).lower() in METHODS
