@@ -237,7 +237,7 @@ def _adapted(folder: Path, info: RunInfo, tokenizer: PreTrainedTokenizerBase, na
     if info.base_fingerprint and base.fingerprint != info.base_fingerprint:
         raise BayesLoraError(
             f"the adapter in {folder} was trained on {info.model}, but the weights of {name} are others: "
-            "name the right one with --model"
+            "give the right one as model (--model)"
         )
     with load_errors(f"the adapter in {folder}"):
         adapted = PeftModel.from_pretrained(base.model, folder)
