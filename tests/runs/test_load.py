@@ -44,6 +44,17 @@ def test_a_run_is_a_model_that_says_names(run_of: RunOf, method: str) -> None:
     assert [row.label for row in found[1:3]] == found.labels[1:3]
 
 
+def test_a_run_is_loaded_and_asked_without_noise(run_of: RunOf, capfd: pytest.CaptureFixture[str]) -> None:
+    """No progress bars, and no report of a new head: the adapter's files hold the trained one."""
+    folder = run_of("melora")
+    capfd.readouterr()
+    run = bayeslora.load(folder)
+    run.predict(TEXTS)
+    said = "".join(capfd.readouterr())
+    assert "%|" not in said and "newly initialized" not in said
+    assert repr(run) == f"Run({str(folder)!r}: melora on {run.task}, classification, {len(NAMES)} labels)"
+
+
 def test_the_folder_says_what_a_reader_needs(run_of: RunOf) -> None:
     content = json.loads((run_of("melora") / "run.json").read_text(encoding="utf-8"))
     assert content["labels"] == NAMES and content["text_columns"] == ["text"] and content["max_length"] == 128

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import datasets
 import torch
 from peft import TaskType
 from safetensors import SafetensorError
@@ -24,6 +25,7 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_FOR_MASKED_LM_MAPPING
+from transformers.utils import logging as transformers_logging
 
 from bayeslora.data.packaged import as_dense, gguf_options
 from bayeslora.errors import BayesLoraError
@@ -110,6 +112,24 @@ def source(resolved: str) -> dict[str, Any]:
 
 def _weights(resolved: str) -> dict[str, Any]:
     return {**source(resolved), **(gguf_options() if resolved.endswith(_GGUF) else {})}
+
+
+@contextmanager
+def quiet_loading() -> Iterator[None]:
+    """Silence the loaders' progress bars and their report of new weights, which the adapter's files replace."""
+    bars, verbosity = transformers_logging.is_progress_bar_enabled(), transformers_logging.get_verbosity()
+    datasets_bars = not datasets.are_progress_bars_disabled()
+    transformers_logging.disable_progress_bar()
+    transformers_logging.set_verbosity_error()
+    datasets.disable_progress_bars()
+    try:
+        yield
+    finally:
+        transformers_logging.set_verbosity(verbosity)
+        if bars:
+            transformers_logging.enable_progress_bar()
+        if datasets_bars:
+            datasets.enable_progress_bars()
 
 
 @contextmanager

@@ -30,6 +30,7 @@ from bayeslora.runs.base import (
     load_errors,
     load_tokenizer,
     longest_input,
+    quiet_loading,
     ready,
     resolve_model,
     tokenizer_digest,
@@ -41,7 +42,7 @@ from bayeslora.runs.record import METRICS_FILE, RunRecord, read_run
 from bayeslora.runs.rows import EVALUATION, encode_for, rows_to_predict
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Run:
     """A model with everything that is known of it.
 
@@ -63,6 +64,10 @@ class Run:
     model: nn.Module
     tokenizer: PreTrainedTokenizerBase
     info: RunInfo
+
+    def __repr__(self) -> str:
+        classes = f", {len(self.labels)} labels" if self.labels else ""
+        return f"Run({str(self.folder)!r}: {self.method} on {self.task}, {self.kind}{classes})"
 
     @property
     def labels(self) -> list[str]:
@@ -105,6 +110,7 @@ class Run:
         """The model to give to `bayeslora.predict`, with the posterior that IVON has learned if the run saved one."""
         return with_posterior(self.model, self.folder)
 
+    @quiet_loading()
     def predict(self, inputs: Any, samples: int = 0, seed: int = 0, batch_size: int = 64) -> Predictions:
         """Label texts, and say how sure each label is.
 
@@ -131,6 +137,7 @@ class Run:
         return Predictions(prediction, self.labels)
 
 
+@quiet_loading()
 def load(
     folder: str | os.PathLike[str],
     model: str | None = None,
