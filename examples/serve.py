@@ -234,7 +234,7 @@ def parsed(body: bytes | bytearray, columns: int, limits: Limits) -> list[Row]:
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description="Serve a finished run over HTTP.")
     parser.add_argument("run", type=Path, help="output folder of `bayeslora train`")
-    parser.add_argument("--model", help="the base model, where it is no longer at its place")
+    parser.add_argument("--model", help="base model, if it has moved since training")
     parser.add_argument("--host", default="127.0.0.1")
     parser.add_argument("--port", type=int, default=8000)
     parser.add_argument("--samples", type=int, default=0, help="draws of the weights; 0 is their mean")

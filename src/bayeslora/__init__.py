@@ -1,7 +1,7 @@
 """Bayesian low-rank adaptation of pretrained transformers, as ordinary PEFT adapters.
 
-Importing this package teaches PEFT the methods; `get_peft_model`, `Trainer`, `save_pretrained` and `from_pretrained`
-then work with them as with LoRA. torch and PEFT themselves are imported when a name of this package is first used.
+Importing this package registers its methods with PEFT; `get_peft_model`, `Trainer`, `save_pretrained` and
+`from_pretrained` then work as with LoRA. torch and PEFT are imported when a name of this package is first used.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 from bayeslora._peft_hook import teach_peft
 from bayeslora.errors import BayesLoraError
 
-if TYPE_CHECKING:  # functions that share the name of their module come from the module, or mypy takes the module
+if TYPE_CHECKING:  # import functions that share a module's name from the module, or mypy takes the module
     from bayeslora.export import export as export
     from bayeslora.export import load_integer, load_packed, shrink
     from bayeslora.methods import (
@@ -83,7 +83,7 @@ __all__ = [
     "shrink",
 ]
 
-# The package that each public name comes from; the packages without a name here are attributes as well.
+# Public names by package; packages without names are attributes too.
 _NAMES = {
     "cost": (),
     "data": (),
@@ -105,7 +105,7 @@ _HOMES = {name: package for package, names in _NAMES.items() for name in names}
 
 
 def __getattr__(name: str) -> Any:
-    """Import a public name, or a subpackage, when it is first asked for (PEP 562)."""
+    """Import a public name or a subpackage when it is first used (PEP 562)."""
     if name not in _HOMES and name not in _NAMES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     module = importlib.import_module(f"{__name__}.{_HOMES.get(name, name)}")
@@ -119,7 +119,7 @@ def __dir__() -> list[str]:
 
 
 class _Package(ModuleType):
-    """Keeps `bayeslora.export` the function, where importing the package of that name would put the package."""
+    """Keep `bayeslora.export` the function when the package of that name is imported."""
 
     def __setattr__(self, name: str, value: Any) -> None:
         super().__setattr__(name, value.export if name == "export" and isinstance(value, ModuleType) else value)

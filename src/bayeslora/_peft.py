@@ -1,4 +1,4 @@
-"""PEFT's doors, all in one place: every private name of PEFT that this library uses is imported or patched here."""
+"""Interface to PEFT: the only module that imports or patches its private names."""
 
 from __future__ import annotations
 
@@ -42,10 +42,10 @@ get_in_out_features = _get_in_out_features
 
 
 def peft_type(name: str) -> PeftType:
-    """The member `name` (upper case) of PEFT's closed `PeftType` enum, added to it when it is not there yet.
+    """Return the member `name` (in upper case) of PEFT's `PeftType` enum; add it if it is missing.
 
     `register_peft_method` refuses names outside the enum, and transformers reads `peft_type.value`, so a plain string
-    will not do. The member is complete: iteration, look-up by value, pickling and copying work.
+    does not work. Iteration, look-up by value, pickling and copying work with the new member.
     """
     name = name.upper()
     if name in PeftType.__members__:
@@ -57,28 +57,28 @@ def peft_type(name: str) -> PeftType:
     PeftType._member_names_.append(name)
     PeftType._member_map_[name] = member
     PeftType._value2member_map_[name] = member
-    type.__setattr__(PeftType, name, member)  # attribute access: the enum's own look-up is gone since Python 3.12
+    type.__setattr__(PeftType, name, member)  # since Python 3.12 enums do not look members up on attribute access
     return member
 
 
 def register(name: str, config_class: type[PeftConfig], model_class: type[BaseTuner]) -> None:
-    """Register a method once; importing the package again, or in a forked worker, changes nothing."""
+    """Register a method; repeated registration, such as in a forked worker, changes nothing."""
     if peft_type(name) not in PEFT_TYPE_TO_CONFIG_MAPPING:
         register_peft_method(name=name, config_cls=config_class, model_cls=model_class, prefix=f"{name}_")
 
 
 class CheckedState(Protocol):
-    """A state dict that can say whether it fits a model."""
+    """A state dict with a check that it fits a model."""
 
     def check(self, wanted: dict[str, Tensor], others: dict[str, Tensor]) -> None: ...
 
 
 def read_adapters_with(read: Callable[[str, str], dict[str, Tensor] | None]) -> None:
-    """Let `read(file, device)` read adapter files before PEFT does; None leaves a file to PEFT.
+    """Read adapter files with `read(file, device)`; if it returns None, PEFT reads the file.
 
-    PEFT has no hook here. It finds or downloads the file, reads it with a function that it has imported by name, and
-    gives what comes back to `set_peft_model_state_dict`; these two names are replaced. A `CheckedState` is compared
-    with the model first, because PEFT passes over keys that fit nowhere.
+    PEFT does not offer a hook for this. It finds or downloads the file, reads it with `safe_load_file` and passes the
+    result to `set_peft_model_state_dict`; this replaces both names in PEFT's modules. A `CheckedState` is compared
+    with the model first, because PEFT ignores keys that do not fit.
     """
     plain_read, plain_set = save_and_load.safe_load_file, peft_model.set_peft_model_state_dict
 

@@ -1,8 +1,8 @@
-"""Teach PEFT the methods as soon as PEFT is there, so that `import bayeslora` needs neither PEFT nor torch.
+"""Register the methods once PEFT is imported, so that `import bayeslora` imports neither PEFT nor torch.
 
-`import bayeslora` promises that `PeftModel.from_pretrained` knows the methods. PEFT offers no entry points for this,
-and importing PEFT takes seconds that `bayeslora --help` must not spend. So a finder waits on `sys.meta_path`: once
-somebody has imported PEFT, it imports `bayeslora._peft`, which ends with `register_methods`, and removes itself.
+After `import bayeslora`, `PeftModel.from_pretrained` must know the methods. PEFT does not offer entry points, and
+importing PEFT takes seconds that `bayeslora --help` must not spend. A finder on `sys.meta_path` therefore waits until
+PEFT is imported, imports `bayeslora._peft`, which ends with `register_methods`, and removes itself.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ _PEFT = "peft"
 
 
 def teach_peft() -> None:
-    """Register the methods now if PEFT is imported, otherwise right after it is; a second call changes nothing."""
+    """Register the methods now if PEFT is imported, otherwise right after its import; repeated calls do nothing."""
     if sys.modules.get(_PEFT) is not None:
         __import__("bayeslora._peft")
     elif not any(isinstance(finder, _AfterPeft) for finder in sys.meta_path):
@@ -26,10 +26,10 @@ def teach_peft() -> None:
 
 
 def register_methods() -> None:
-    """Import what registers the methods, and let PEFT read packed adapters; `bayeslora._peft` calls it when complete.
+    """Register the methods and let PEFT read packed adapters; called at the end of `bayeslora._peft`.
 
-    Whoever imports PEFT first, that module or a user, the names of `bayeslora._peft` are all there by now. A package
-    that `bayeslora.methods` is built on must have its other names before it imports PEFT (tests/test_import.py tries).
+    All names of `bayeslora._peft` exist by then, no matter who imported PEFT first. A package that `bayeslora.methods`
+    imports must define its other names before it imports PEFT (see tests/test_import.py).
     """
     __import__("bayeslora.methods")
     sys.modules["bayeslora._peft"].read_adapters_with(_read_packed)
@@ -42,7 +42,7 @@ def _read_packed(path: str, device: str) -> Any:
 
 
 class _AfterPeft(MetaPathFinder):
-    """Finds PEFT where the other finders do, and teaches it after its import; a failed import leaves it waiting."""
+    """Find PEFT with the other finders, and register the methods after its import; wait on if that fails."""
 
     def find_spec(
         self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None
@@ -53,7 +53,7 @@ class _AfterPeft(MetaPathFinder):
         found = (finder.find_spec(fullname, path, target) for finder in others)
         spec = next((spec for spec in found if spec is not None), None)
         if spec is not None and spec.loader is not None:
-            # The loader stays what it is, because others ask it for sources and resources.
+            # Keep the loader, because others ask it for sources and resources.
             self._follow(spec.loader)
         return spec
 
@@ -65,7 +65,7 @@ class _AfterPeft(MetaPathFinder):
             if module.__name__ != _PEFT:
                 return
             loader.exec_module = execute
-            # Unlike `import_module`, this is content with a module that another thread is still importing.
+            # Unlike `import_module`, this accepts a module that another thread is still importing.
             __import__("bayeslora._peft")
             if self in sys.meta_path:
                 sys.meta_path.remove(self)

@@ -1,4 +1,4 @@
-"""The one exception a caller catches for everything that better input would mend, and words its messages share."""
+"""The exception for bad input, and helpers for its messages."""
 
 from __future__ import annotations
 
@@ -8,10 +8,10 @@ from contextlib import contextmanager
 
 
 class BayesLoraError(ValueError):
-    """Input, options or files that cannot work.
+    """Invalid input, options or files.
 
-    Each argument is one sentence: the value seen, the value wanted, the way out. The command line prints each on a
-    line and exits with status 2.
+    Each argument is one sentence: "<what was given>, but <what is accepted>: <what to do>". The command line prints
+    one per line and exits with status 2.
     """
 
     def __str__(self) -> str:
@@ -19,11 +19,11 @@ class BayesLoraError(ValueError):
 
 
 class Problems(list[str]):
-    """Sentences about what is wrong with some input, so that all of them can be told at once."""
+    """A list of error sentences, to report all of them together."""
 
     @contextmanager
     def collected(self) -> Iterator[None]:
-        """Take over the sentences of a BayesLoraError raised inside."""
+        """Collect the sentences of a BayesLoraError raised in the `with` block."""
         try:
             yield
         except BayesLoraError as error:
@@ -36,11 +36,11 @@ class Problems(list[str]):
 
 
 def option(name: str) -> str:
-    """Return the spelling of a field on the command line: `lora_alpha` is `--lora-alpha`."""
+    """Return the command-line spelling of a field: `lora_alpha` is `--lora-alpha`."""
     return "--" + name.replace("_", "-")
 
 
 def close_matches(word: str, known: Iterable[str]) -> str:
-    """Return `", did you mean …"` with up to three near spellings of `word`, or an empty string."""
+    """Return `", did you mean …"` with up to three names similar to `word`, or an empty string."""
     near = difflib.get_close_matches(word, sorted(known), n=3, cutoff=0.6)
     return f", did you mean {' or '.join(near)}" if near else ""

@@ -1,4 +1,4 @@
-"""Output that appears whole or not at all, and JSON that every parser reads."""
+"""Atomic output, and JSON without NaN or infinity."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from bayeslora.errors import BayesLoraError
 
 @contextmanager
 def write_atomically(path: str | os.PathLike[str]) -> Iterator[Path]:
-    """Yield the path of a hidden neighbour to write to; it replaces the file `path` on success.
+    """Yield a hidden path in the same folder to write to; on success it replaces the file `path`.
 
     Raises:
         BayesLoraError: the file cannot be written.
@@ -27,23 +27,20 @@ def write_atomically(path: str | os.PathLike[str]) -> Iterator[Path]:
         yield partial
         os.replace(partial, path)
     except OSError as error:
-        raise BayesLoraError(
-            f"{path} cannot be written ({error.strerror}): choose a folder that can be written"
-        ) from error
+        raise BayesLoraError(f"{path} cannot be written ({error.strerror}): choose a writable folder") from error
     finally:
         partial.unlink(missing_ok=True)
 
 
 @contextmanager
 def new_folder(path: str | os.PathLike[str]) -> Iterator[Path]:
-    """Yield a hidden neighbour folder to write into; it is renamed to `path` on success and removed on failure.
+    """Yield a hidden sibling folder to write into; it is renamed to `path` on success and removed on failure.
 
     Raises:
         BayesLoraError: `path` exists.
     """
     path = Path(path)
-    if path.exists():
-        raise BayesLoraError(f"the output folder {path} exists: choose a new one or delete it")
+    check_new(path)
     partial = _partial(path)
     partial.mkdir(parents=True)
     try:
@@ -53,6 +50,12 @@ def new_folder(path: str | os.PathLike[str]) -> Iterator[Path]:
         shutil.rmtree(partial, ignore_errors=True)
 
 
+def check_new(path: Path) -> None:
+    """Raise BayesLoraError if the output folder `path` exists."""
+    if path.exists():
+        raise BayesLoraError(f"the output folder {path} exists, but must be new: choose another or delete it")
+
+
 def save_json(path: str | os.PathLike[str], content: Any) -> None:
     """Write `content` as JSON, with null for numbers that are not finite."""
     text = json.dumps(finite(content), indent=2, ensure_ascii=False, allow_nan=False)
@@ -60,7 +63,7 @@ def save_json(path: str | os.PathLike[str], content: Any) -> None:
 
 
 def finite(content: Any) -> Any:
-    """Return a copy of `content` with None for every number that is not finite, since JSON has no NaN."""
+    """Return a copy of `content` with None for every number that is not finite; JSON does not allow NaN."""
     if isinstance(content, float):
         return content if math.isfinite(content) else None
     if isinstance(content, dict):

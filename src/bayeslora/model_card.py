@@ -1,4 +1,4 @@
-"""Front matter of model cards, as model hubs read it, for adapters and exports alike."""
+"""Front matter of model cards for model hubs, for adapters and exports."""
 
 from __future__ import annotations
 
@@ -22,19 +22,19 @@ def front_matter(
     split: str = "validation",
     scores: Mapping[str, float] | None = None,
 ) -> str:
-    """Return the YAML between the dashes; `scores` become a `model-index`, which makes a hub show them.
+    """Return the YAML between the dashes; `scores` become a `model-index`, which a hub displays.
 
     Args:
-        name: the model's, in the index.
+        name: of the model in the index.
         base_model: hub id, package or folder name.
         library: that loads the model, `peft` or `transformers`.
-        tags: repeated ones are left out.
+        tags: duplicates are removed.
         relation: to the base model, such as `merge`.
         pipeline_tag: the hub's name of the kind of task.
         task: name of the task that `scores` were measured on.
         dataset: hub id of its data set, if it has one.
         split: of that data set.
-        scores: by the hub's names of metrics; those that are not finite are left out.
+        scores: by the hub's names of metrics; values that are not finite are left out.
     """
     from huggingface_hub import EvalResult, ModelCardData
 
@@ -64,9 +64,9 @@ def front_matter(
 
 
 def public_name(*names: str) -> str:
-    """Return the first of a model's names that means something elsewhere: a hub id or a package.
+    """Return the first name that is valid on other machines (a hub id or a package).
 
-    Where all are paths on this machine, which a card must not tell, it is the name of the first folder.
+    If all are local paths, which a card must not reveal, return the last part of the first.
     """
     return next((name for name in names if not _is_path(name)), Path(names[0]).name)
 
@@ -77,5 +77,5 @@ def _is_path(name: str) -> bool:
 
 
 def _one_line(value: str) -> str:
-    """A line break in a name would let it write lines of its own into the front matter."""
+    """Replace line breaks, with which a name could add fields to the front matter."""
     return " ".join(value.split())

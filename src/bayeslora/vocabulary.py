@@ -1,32 +1,32 @@
-"""Words that several packages share, each defined once; importing this module needs neither torch nor transformers."""
+"""Constants that several packages share; importing them needs neither torch nor transformers."""
 
 from __future__ import annotations
 
 from typing import Literal, get_args
 
 WIDTHS = (2, 4, 8, 16, 32)
-"""Bit-widths a tensor can have; 32 means not quantized."""
+"""Bit-widths of a tensor; 32 means not quantized."""
 
 UNQUANTIZED = WIDTHS[-1]
 
 BASE_WEIGHT = "weight"
-"""The kind of tensor that belongs to the base model: W0."""
+"""Kind of the base model's weight, W0."""
 
 KINDS = (BASE_WEIGHT, "A", "E", "B", "A_out", "E_out", "out")
-"""Kinds of tensors of an adapted layer, each with its own width; `A_out`, `E_out`, `out` are outputs."""
+"""Kinds of tensors in an adapted layer, each with a separate width; `A_out`, `E_out` and `out` are outputs."""
 
 ALL_KINDS = (BASE_WEIGHT, "in", *KINDS[1:])
 """`KINDS` and the optional `in`, the layer's input."""
 
 MATRICES = ("A", "E", "B")
-"""Kinds that are the adapter's own matrices."""
+"""Kinds that are matrices of the adapter."""
 
 ACTIVATIONS = ("in", "A_out", "E_out", "out")
-"""Kinds that are computed in each forward pass."""
+"""Kinds that each forward pass computes."""
 
 CostScope = Literal["adapted", "attention", "encoder", "model"]
 COST_SCOPES: tuple[CostScope, ...] = get_args(CostScope)
-"""Parts of a model whose operations are counted, each inside the next."""
+"""Parts of a model in which operations are counted; each contains the one before."""
 
 SEPARATE_PROJECTIONS = (
     ("query", "key", "value"),

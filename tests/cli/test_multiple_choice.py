@@ -173,7 +173,7 @@ def test_what_does_not_fit_is_refused_in_one_line(
         where = ["--model", tiny_bert_folder, "--output-dir", tmp_path / "out"]
         return refused("train", "--method", "lora", *where, *options)
 
-    assert "has no training data" in train("--task", "mmlu", "--data-dir", data)
+    assert "lacks training data" in train("--task", "mmlu", "--data-dir", data)
     assert "--few-shot is 1" in train("--task", "arc_easy", "--data-dir", data, "--few-shot", "1")
     assert "--few-shot is -1" in train("--task", "arc_easy", "--data-dir", data, "--few-shot", "-1")
     assert "the training split 'train_l'" in train(
@@ -182,7 +182,7 @@ def test_what_does_not_fit_is_refused_in_one_line(
     assert "give --data-dir" in train("--task", "arc_easy")
     assert not (tmp_path / "out").exists() and not (tmp_path / "out.partial").exists()
     task = ["--task", "arc_easy", "--data-dir", data]
-    assert "so it cannot answer untrained" in refused("evaluate", tiny_bert_folder, *task)
+    assert "an untrained model must be a language model" in refused("evaluate", tiny_bert_folder, *task)
     assert "--few-shot is 2" in refused("evaluate", runs["choices"], "--few-shot", "2")
     assert "is deterministic" in refused("evaluate", tiny_causal_folder, *task, "--samples", "2")
     many = write_jsonl(tmp_path / "many.jsonl", [{"question": "who", "choices": list("abcde")}])

@@ -68,14 +68,14 @@ def test_the_table_names_what_it_counts(llama_config: Path, capfd: pytest.Captur
     assert main(["plan", "--model", str(llama_config), "--method", "blora", "--batch-size", "2", "--tokens", "8"]) == 0
     text = capfd.readouterr().out
     assert "rank 8 on 6 layers: q_proj, k_proj, v_proj" in text
-    assert "memory of a step on 2 x 8 tokens" in text
+    assert "memory for a step on 2 x 8 tokens" in text
     for name in ("trainable", "activations, about", "on disk", "in 16 bits", "relative to LoRA r=16"):
         assert name in text
 
 
 @pytest.mark.parametrize(
     ("count", "text"),
-    [(None, "not known"), (0, "0 bytes"), (999, "999 bytes"), (17_949_512, "17.95 MB"), (113_478_150_156, "113 GB")],
+    [(None, "unknown"), (0, "0 bytes"), (999, "999 bytes"), (17_949_512, "17.95 MB"), (113_478_150_156, "113 GB")],
 )
 def test_sizes_are_decimal(count: int | None, text: str) -> None:
     assert size(count) == text
@@ -93,7 +93,7 @@ def test_models_that_are_none(refused: Refused, tmp_path: Path) -> None:
         ("adapter.json", '{"peft_type": "LORA"}', "no model_type"),
         ("unknown.json", '{"model_type": "no_such_model"}', "cannot read"),
         ("broken.json", '{"model_type": "llama", "hidden_size": 30, "num_attention_heads": 4}', "transformers cannot"),
-        ("weights.bin", "", "is not a configuration"),
+        ("weights.bin", "", "must be a configuration"),
     ):
         (tmp_path / name).write_text(content)
         assert said in refused("plan", "--model", tmp_path / name), name
@@ -104,14 +104,14 @@ def test_options_that_are_wrong(refused: Refused, llama_config: Path) -> None:
         return refused("plan", "--model", llama_config, *argv)
 
     assert "did you mean melora" in plan("--method", "mellora")
-    assert "'vallue' matches nothing" in plan("--method", "lora", "--target-modules", "q_proj,vallue")
+    assert "'vallue', but matches nothing" in plan("--method", "lora", "--target-modules", "q_proj,vallue")
     assert "matches nothing" in plan("--method", "lora", "--target-modules", "no.*match")
     assert "--r is 0" in plan("--r", 0)
     assert "--r is -1" in plan("--r", -1)
     assert "--tokens is 0" in plan("--tokens", 0)
     assert "--batch-size is 'many'" in plan("--batch-size", "many")
     assert "unknown option --lora-alhpa, did you mean --lora-alpha" in plan("--lora-alhpa", 4)
-    assert "--core belongs to --method melora" in plan("--method", "lora", "--core", "full")
+    assert "--core is given, but belongs to --method melora" in plan("--method", "lora", "--core", "full")
     assert "did you mean seq_cls" in plan("--task-type", "seq_clss")
     assert "mode" in plan("--method", "blora", "--mode", "qq")
     assert "--dtype is 'int3'" in plan("--dtype", "int3")

@@ -104,7 +104,7 @@ def test_an_interrupted_run_is_not_overwritten_and_not_resumed_with_other_option
 def test_there_is_nothing_to_resume_without_an_interrupted_run(
     setting: Setting, tmp_path: Path, refused: Callable[..., str]
 ) -> None:
-    assert "no interrupted run" in refused(*_options(setting, "lora", tmp_path / "out"), "--resume")
+    assert "lacks an interrupted run" in refused(*_options(setting, "lora", tmp_path / "out"), "--resume")
     assert list(tmp_path.iterdir()) == []
 
 

@@ -59,7 +59,7 @@ def test_a_run_says_what_it_scores_unless_it_is_to_be_quiet(
 ) -> None:
     command = ["train", "--method", "melora", *setting.options, "--max-steps", "1", "--samples", "3"]
     assert main([*command, "--output-dir", str(tmp_path / "told")]) == 0
-    assert "melora: scoring 20 rows under 3 draws of the weights each\n" in capfd.readouterr().err
+    assert "melora: scoring 20 rows with 3 samples of the weights\n" in capfd.readouterr().err
     assert main([*command, "--disable-tqdm", "true", "--output-dir", str(tmp_path / "quiet")]) == 0
     assert "scoring" not in capfd.readouterr().err
 

@@ -151,8 +151,8 @@ def test_the_command_writes_runs_that_average_to_the_sampled_prediction(
     ("options", "message"),
     [
         (["lora", "--seed", "4"], "--seed is 4, but nothing is drawn"),
-        (["packed", "--draws", "4"], "--draws is for --format lora"),
-        (["packed", "--uniform"], "--uniform is for --format lora"),
+        (["packed", "--draws", "4"], "--draws is given with --format packed, but needs --format lora"),
+        (["packed", "--uniform"], "--uniform is given with --format packed, but needs --format lora"),
     ],
 )
 def test_the_command_refuses_options_that_would_do_nothing(

@@ -254,7 +254,7 @@ def test_a_hub_id_is_fetched(run_of: RunOf, monkeypatch: pytest.MonkeyPatch) -> 
 
 def test_without_a_way_to_the_hub_it_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(BayesLoraError, match=r"someone/nothing is not a folder, and the hub gave no such model"):
+    with pytest.raises(BayesLoraError, match=r"nothing is not a folder, and cannot be downloaded from the hub"):
         bayeslora.load("someone/nothing")
     for name in ("out", "./out/run", "a/b/c", str(tmp_path / "absent")):
         with pytest.raises(BayesLoraError, match="is not a folder, but must be one or a hub id"):

@@ -1,8 +1,8 @@
-"""From the words of a command line to options: those of the command, of the method's config, of `TrainingArguments`.
+"""Read a command line into options: those of the command, of the method's config, and of `TrainingArguments`.
 
 All three live in one flat name space, on the command line (`--lora-alpha 16`, `--lora_alpha 16`, `--lora-alpha=16`)
-and in the YAML file of `--config`; the command line wins. `config.yaml` in an output folder is such a file. Everything
-that is wrong is told at once, and without torch where no field of a config or of `TrainingArguments` is given.
+and in the YAML file of `--config`; the command line wins. `config.yaml` in an output folder is such a file. All errors
+are reported together, without importing torch unless a field of a config or of `TrainingArguments` is given.
 """
 
 from __future__ import annotations
@@ -21,20 +21,20 @@ from bayeslora.runs.plan import IVON, IvonOptions, RunOptions, TrainPlan, read_c
 if TYPE_CHECKING:
     from peft import PeftConfig
 
-# Fields that the commands fill themselves; a user's value would be overwritten or would break the output folder.
+# Fields that the commands set; a user's value would be overwritten or would break the output folder.
 _METHOD_FIELDS_SET_HERE = {
     *("peft_type", "task_type", "auto_mapping", "base_model_name_or_path", "revision", "inference_mode"),
     *("peft_version", "runtime_config"),
 }
 _TRAINING_FIELDS_SET_HERE = {"output_dir": "--output-dir", "resume_from_checkpoint": "--resume"}
-# Plain LoRA takes these from the library's methods, too, so that two runs differ in nothing but --method.
+# Plain LoRA shares these defaults with the library's methods, so that two runs differ only in --method.
 _SHARED_DEFAULTS = ("r", "lora_alpha", "lora_dropout")
 
 
 def parse(name: str, words: list[str]) -> tuple[dict[str, Any], Problems]:
-    """Return the options given to the command `name`, and all that is wrong with them.
+    """Return the options given to the command `name`, and everything wrong with them.
 
-    Of an open command the values stay as they were typed: `build_plan` and `plan_request` read them.
+    An open command's values stay as typed; `build_plan` and `plan_options` convert them.
     """
     command, problems = COMMANDS[name], Problems()
     given, others = _split(words, {item.name for item in command.options if item.metavar is None}, problems)
@@ -69,15 +69,15 @@ def _split(words: list[str], switches: set[str], problems: Problems) -> tuple[di
                 value = not name.startswith("no_")
                 name = name.removeprefix("no_")
         if name in found:
-            problems.append(f"{option(name)} is given twice: give it once")
+            problems.append(f"{option(name)} is given twice, but must be given once: leave one out")
         found[name] = value
     return found, others
 
 
 def _place(words: list[str], command: Command, given: dict[str, Any], problems: Problems) -> None:
-    """Put the positional argument among the options given."""
+    """Move the positional argument from `words` to `given`."""
     if command.argument is None:
-        problems += [f"unexpected argument {word!r}: write every option as --name value" for word in words]
+        problems += [f"{word!r} is given, but only options are accepted: write --name value" for word in words]
         return
     name, metavar, text = command.argument
     if not words:
@@ -86,11 +86,11 @@ def _place(words: list[str], command: Command, given: dict[str, Any], problems: 
         given[name] = words
     else:
         given[name] = words[0]
-        problems += [f"unexpected argument {word!r}: give one {metavar}" for word in words[1:]]
+        problems += [f"{word!r} is given too, but only one {metavar} is accepted: leave it out" for word in words[1:]]
 
 
 def read_options(command: Command, given: dict[str, Any], problems: Problems) -> dict[str, Any]:
-    """Return those of the command's own options that are given, as their types; a switch that is off is left out."""
+    """Return the command's own options that are given, converted to their types; switches that are off are omitted."""
     found: dict[str, Any] = {}
     for item in command.options:
         if item.name in given:
@@ -104,7 +104,7 @@ def read_options(command: Command, given: dict[str, Any], problems: Problems) ->
 
 def _read(item: Option, given: Any) -> Any:
     if given is True and item.metavar is not None:
-        raise BayesLoraError(f"{option(item.name)} is given without a value: write {item.spelling}")
+        raise BayesLoraError(f"{option(item.name)} is given without a value, but needs one: write {item.spelling}")
     value = coerce(item.name, given, item.hint)
     if item.least is not None and value is not None and value < item.least:
         raise BayesLoraError(f"{option(item.name)} is {value}, but must be at least {item.least}")
@@ -112,30 +112,30 @@ def _read(item: Option, given: Any) -> Any:
 
 
 def build_plan(given: dict[str, Any], problems: Problems | None = None) -> TrainPlan:
-    """Resolve options from the command line (`config` among them) against the YAML file, the method and defaults.
+    """Combine options from the command line (including `config`) with the YAML file and the defaults.
 
     Raises:
-        BayesLoraError: unknown options, values of the wrong type, options that contradict each other or that the
-            config or `TrainingArguments` refuse; and `problems` that were found before. One sentence each.
+        BayesLoraError: the earlier `problems`, unknown options, values of the wrong type, contradictory options, or
+            options that the config or `TrainingArguments` refuse. One sentence each.
     """
     problems = problems or Problems()
     values = {**(read_config(given["config"]) if given.get("config") else {}), **given}
     options = RunOptions(**read_options(COMMANDS["train"], values, problems))
     own = {item.name for item in dataclasses.fields(RunOptions)}
     rest = {name: value for name, value in values.items() if name not in own}
-    by_ivon = rest.get("optim") == IVON  # the trainer knows the others
+    by_ivon = rest.get("optim") == IVON  # the Trainer knows the others
     if by_ivon:
         del rest["optim"]
     for name in [name for name in _TRAINING_FIELDS_SET_HERE if name in rest]:
-        problems.append(f"{option(name)} cannot be set: use {_TRAINING_FIELDS_SET_HERE[name]}")
+        problems.append(f"{option(name)} is given, but the command sets it: use {_TRAINING_FIELDS_SET_HERE[name]}")
         del rest[name]
     if not by_ivon:
         for name in [name for name in ivon_field_hints() if name in rest]:
-            problems.append(f"{option(name)} is of use only with --optim ivon: add it or leave this out")
+            problems.append(f"{option(name)} is given, but needs --optim ivon: add that or leave this out")
             del rest[name]
     _check_method(options.method, rest, problems)
     groups = [ivon_field_hints(), method_field_hints(options.method), training_field_hints()]
-    where = f"`bayeslora train --method {options.method} --list-options` lists them all"
+    where = f"`bayeslora train --method {options.method} --list-options` lists all"
     ivon, method_options, training = _sorted_out(rest, groups, options.method, own, where, problems)
     _fill_defaults(options, method_options, training, by_ivon)
     plan = TrainPlan(
@@ -153,7 +153,7 @@ def build_plan(given: dict[str, Any], problems: Problems | None = None) -> Train
 def plan_options(
     given: dict[str, Any], problems: Problems
 ) -> tuple[PlanOptions, dict[str, Any], type[PeftConfig] | None]:
-    """Resolve the options of `bayeslora plan`: its own, the method's, and its config class; raises as `build_plan`."""
+    """Return the options of `bayeslora plan`, those of the method and its config class; raise like `build_plan`."""
     options = PlanOptions(**read_options(COMMANDS["plan"], given, problems))
     own = {item.name for item in dataclasses.fields(PlanOptions)}
     rest = {name: value for name, value in given.items() if name not in own}
@@ -169,7 +169,7 @@ def plan_options(
 
 
 def _check_method(method: str, rest: dict[str, Any], problems: Problems) -> None:
-    """Refuse an unknown method; tells the problems now where looking up the `rest` could add none."""
+    """Refuse an unknown method. Raise the problems now unless looking up the `rest` could add some."""
     with problems.collected():
         check_method(method)
     if not rest or method not in method_names():
@@ -184,7 +184,7 @@ def _sorted_out(
     where: str,
     problems: Problems,
 ) -> list[dict[str, Any]]:
-    """Put each option into the group that has a field of its name, as the type of that field."""
+    """Return each group's options, converted to the types of its fields of that name."""
     found: list[dict[str, Any]] = [{} for _ in groups]
     known = {*own, *(name for hints in groups for name in hints)}
     for name, value in given.items():
@@ -194,12 +194,12 @@ def _sorted_out(
                 raise _unknown_option(name, method, known, where)
             found[place][name] = coerce(name, value, groups[place][name])
             if name == "r" and isinstance(found[place][name], int) and found[place][name] < 1:
-                raise BayesLoraError(f"--r is {value}, but must be at least 1: give the rank to start from")
+                raise BayesLoraError(f"--r is {value}, but must be at least 1: give the initial rank")
     return found
 
 
 def _check_with_libraries(plan: TrainPlan, problems: Problems) -> None:
-    """Collect what the method's config and `TrainingArguments` refuse among options that are right each."""
+    """Collect what the method's config and `TrainingArguments` refuse once every option is valid by itself."""
     from bayeslora.runs.adapt import check_options
     from bayeslora.runs.train import training_arguments
 
@@ -211,19 +211,19 @@ def _check_with_libraries(plan: TrainPlan, problems: Problems) -> None:
 
 
 def method_field_hints(method: str) -> dict[str, Any]:
-    """Return name → type hint of the method's fields that a user may set; none for full fine-tuning."""
+    """Map names to type hints of the method's fields that a user may set; empty for full fine-tuning."""
     config_class = method_config_class(method)
     hints = {} if config_class is None else _hints(config_class)
     return {name: hint for name, hint in hints.items() if name not in _METHOD_FIELDS_SET_HERE}
 
 
 def ivon_field_hints() -> dict[str, Any]:
-    """Return name → type hint of the options of `--optim ivon`."""
+    """Map names to type hints of the options of `--optim ivon`."""
     return _hints(IvonOptions)
 
 
 def training_field_hints() -> dict[str, Any]:
-    """Return name → type hint of the `TrainingArguments` that a user may set."""
+    """Map names to type hints of the `TrainingArguments` that a user may set."""
     from transformers import TrainingArguments
 
     return {name: hint for name, hint in _hints(TrainingArguments).items() if name not in _TRAINING_FIELDS_SET_HERE}
@@ -238,7 +238,7 @@ def _unknown_option(name: str, method: str, known: Iterable[str], where: str) ->
     owners = [other for other in method_names() if name in method_field_hints(other)]
     if owners:
         return BayesLoraError(
-            f"{option(name)} belongs to --method {', '.join(owners)}, not to {method}: "
+            f"{option(name)} is given, but belongs to --method {', '.join(owners)}, not to {method}: "
             "leave it out or change the method"
         )
     near = close_matches(option(name), map(option, known))
@@ -246,7 +246,7 @@ def _unknown_option(name: str, method: str, known: Iterable[str], where: str) ->
 
 
 def shared_defaults(method: str) -> dict[str, Any]:
-    """Return the library's defaults of the fields that every adapter method has, plain LoRA included."""
+    """Return the library's defaults for the fields that every adapter method has, including plain LoRA."""
     from bayeslora.methods.config import AdapterConfig
 
     defaults = {item.name: item.default for item in dataclasses.fields(AdapterConfig)}
@@ -257,7 +257,7 @@ def shared_defaults(method: str) -> dict[str, Any]:
 def _fill_defaults(
     options: RunOptions, method_options: dict[str, Any], training: dict[str, Any], by_ivon: bool
 ) -> None:
-    """Fill in one set of defaults for all adapter methods."""
+    """Fill in the defaults that all methods share."""
     if options.task is None and options.label_column is None:
         options.label_column = "label"
     for name, value in shared_defaults(options.method).items():
@@ -267,8 +267,8 @@ def _fill_defaults(
     training.setdefault("per_device_train_batch_size", 32)
     training.setdefault("per_device_eval_batch_size", 64)
     if by_ivon:
-        # A rate of another kind: no square root is taken. Clipping the whole gradient would bias the Hessian, and
-        # the clip radius bounds a step already.
+        # IVON divides by the Hessian without a square root, so its rate is larger. Clipping the whole gradient would
+        # bias the Hessian, and the clip radius already bounds a step.
         training.setdefault("learning_rate", 0.4)
         training.setdefault("max_grad_norm", 0.0)
     training.setdefault("learning_rate", 5e-5 if options.method == "full" else 1e-3)

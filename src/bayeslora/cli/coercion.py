@@ -1,6 +1,6 @@
-"""From what is typed on a command line or in a YAML file to what a dataclass field's type hint asks for.
+"""Convert values from a command line or a YAML file to the type hint of a dataclass field.
 
-Reading an option needs neither torch, transformers nor peft: only the hints of their dataclasses come in.
+This module imports neither torch, transformers nor peft; it only sees the type hints of their dataclasses.
 """
 
 from __future__ import annotations
@@ -23,13 +23,13 @@ _WHOLE = re.compile(r"[+-]?\d+")
 
 
 def coerce(name: str, value: Any, hint: Any) -> Any:
-    """Return `value` as the type `hint`; text is read by the hint, other YAML values are checked against it.
+    """Convert `value` to the type `hint`: text is parsed, other YAML values are checked.
 
-    Lists may be written `a,b,c`, mappings `{a: 1}`, None `null`. Where a hint allows both a list and a string, one
-    bare name becomes a list of one, so that `--target-modules query` means the module and not a regular expression.
+    Lists may be written `a,b,c`, mappings `{a: 1}`, None `null`. If a hint allows both a list and a string, a bare
+    name becomes a list of one, so that `--target-modules query` means the module and not a regular expression.
 
     Raises:
-        BayesLoraError: the value is of no type the hint allows.
+        BayesLoraError: the hint does not allow the value.
     """
     members = _members(hint)
     if isinstance(value, str):
@@ -67,15 +67,15 @@ def _read_yaml(name: str, text: str) -> Any:
     try:
         return yaml.safe_load(text)
     except yaml.YAMLError as error:
-        raise BayesLoraError(f"{option(name)} is {text!r}, which is not valid YAML: quote or correct it") from error
+        raise BayesLoraError(f"{option(name)} is {text!r}, but must be valid YAML: quote or correct it") from error
 
 
-# Each reader yields the value as one of the hint's members, or nothing where it is none of those it knows.
+# Each reader yields the converted value, or nothing if it does not apply.
 
 
 def _choice(name: str, value: Any, members: list[Any]) -> Iterator[Any]:
     for choice in _choices(members):
-        # YAML 1.1 reads the word `no` as false, and `no` is a value of TrainingArguments' strategies.
+        # YAML 1.1 reads `no` as false, and TrainingArguments' strategies accept `no`.
         if value == choice or str(value).lower() == str(choice).lower() or (value is False and choice == "no"):
             yield choice
 
@@ -126,7 +126,7 @@ def _other(name: str, value: Any, members: list[Any]) -> Iterator[Any]:
 
 
 def _choices(members: list[Any]) -> list[Any]:
-    """Return the values allowed by Literal and Enum members."""
+    """Return the values that Literal and Enum members allow."""
     found: list[Any] = []
     for member in members:
         if typing.get_origin(member) is typing.Literal:
@@ -137,7 +137,7 @@ def _choices(members: list[Any]) -> list[Any]:
 
 
 def _elements(members: list[Any]) -> list[Any]:
-    """Return the hints of the elements of the sequences among the members."""
+    """Return the element hints of the sequences among the members."""
     sequences = [member for member in members if (typing.get_origin(member) or member) in (list, tuple, set)]
     return [next((a for a in typing.get_args(member) if a is not Ellipsis), str) for member in sequences]
 

@@ -1,4 +1,4 @@
-"""The commands and their options: one table for the parser, the help and the checks, read without torch."""
+"""Table of the commands and their options for the parser, the help and the checks; imports no torch."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ TaskType = Literal["seq_cls", "causal_lm", "token_cls", "question_ans", "seq_2_s
 
 @dataclass(frozen=True)
 class Option:
-    """An option of a command; one without a metavar is a switch."""
+    """An option of a command; without a metavar it is a switch."""
 
     name: str
     metavar: str | None
@@ -37,10 +37,10 @@ class Option:
 
 @dataclass(frozen=True)
 class Command:
-    """A command: what it does, what it takes, and what contradicts each other.
+    """A command: its summary, options and positional argument, and a check for contradictory options.
 
-    `argument` is the name, metavar and help of the positional argument, a list where the name is a plural. The options
-    of an open command are also the fields of a method's config.
+    `argument` is the name, metavar and help of the positional argument; it takes a list if the metavar ends in "…". An
+    open command (`is_open`) also takes the fields of a method's config as options.
     """
 
     summary: str
@@ -53,19 +53,19 @@ class Command:
 
 @dataclass
 class PlanOptions:
-    """The options of `bayeslora plan` besides the fields of the method's config."""
+    """Options of `bayeslora plan`, apart from the fields of the method's config."""
 
     model: str | None = declared(None, "FOLDER_OR_CONFIG", "model folder, its config.json, or a hub id", required=True)
-    method: str = declared("blora", "NAME", "any of `train` (blora)")
-    task_type: TaskType | None = declared(None, "NAME", "causal_lm, seq_cls, … (what the config.json says)")
-    num_labels: int | None = declared(None, "N", "classes of a classifier's head (the config.json's)", least=1)
-    batch_size: int = declared(32, "N", "rows of a step (32)", least=1)
-    tokens: int = declared(128, "N", "tokens of a row (128)", least=1)
-    dtype: Literal["float32", "bfloat16", "float16"] = declared(
-        "float32", "TYPE", "type the base model is loaded in (float32)"
+    method: str = declared("blora", "NAME", "any method of `train` (blora)")
+    task_type: TaskType | None = declared(None, "NAME", "causal_lm, seq_cls, … (from config.json)")
+    num_labels: int | None = declared(None, "N", "number of classes (from config.json)", least=1)
+    batch_size: int = declared(32, "N", "rows per step (32)", least=1)
+    tokens: int = declared(128, "N", "tokens per row (128)", least=1)
+    dtype: Literal["float32", "bfloat16", "float16"] = declared("float32", "TYPE", "dtype of the base model (float32)")
+    device: Literal["cpu", "cuda"] = declared(
+        "cpu", "NAME", "cpu or cuda, whose kernels keep different activations (cpu)"
     )
-    device: Literal["cpu", "cuda"] = declared("cpu", "NAME", "cpu or cuda: whose kernels keep the activations (cpu)")
-    json: bool = declared(False, None, "print JSON, under the keys of metrics.json")
+    json: bool = declared(False, None, "print JSON with the keys of metrics.json")
 
 
 def _of_fields(options: type) -> Iterator[Option]:
@@ -90,14 +90,14 @@ def _contradictions_of_train(given: dict[str, Any]) -> Iterator[str]:
 def _with_task(given: dict[str, Any]) -> Iterator[str]:
     task = given["task"]
     for name in _among(given, "train_file", "eval_file", "test_file"):
-        yield f"--task {task} contradicts {option(name)}: give a task or files, not both"
+        yield f"{option(name)} is given with --task {task}, but a run trains on a task or on files: leave one out"
     for name in _among(given, "text_column", "label_column", "labels"):
-        yield f"{option(name)} contradicts --task {task}, whose columns are known: leave it out"
+        yield f"{option(name)} is given with --task {task}, but the task sets its columns: leave it out"
 
 
 def _with_files(given: dict[str, Any]) -> Iterator[str]:
     for name in _among(given, "train_split", "data_dir"):
-        yield f"{option(name)} is of use only with --task: add it or leave this out"
+        yield f"{option(name)} is given, but needs --task: add that or leave this out"
     for name in ("train_file", "eval_file"):
         if name not in given:
             yield f"{option(name)} is missing: give --task, or --train-file and --eval-file"
@@ -115,9 +115,9 @@ def _contradictions_of_evaluate(given: dict[str, Any]) -> Iterator[str]:
     for chosen, others in (("eval_file", ("task", "data_dir", "split")), ("ood", ("ood_file", "ood_text_column"))):
         for name in _among(given, *others):
             if chosen in given:
-                yield f"{option(name)} contradicts {option(chosen)}: give one of them"
+                yield f"{option(name)} is given with {option(chosen)}, but they exclude each other: leave one out"
     if "ood_text_column" in given and not {"ood", "ood_file"} & given.keys():
-        yield "--ood-text-column is of use only with --ood-file: add it or leave this out"
+        yield "--ood-text-column is given, but needs --ood-file: add that or leave this out"
 
 
 def _contradictions_of_export(given: dict[str, Any]) -> Iterator[str]:
@@ -125,44 +125,44 @@ def _contradictions_of_export(given: dict[str, Any]) -> Iterator[str]:
     owners = {"allow_error": "merged", "unadapted": "integer", "calibrate": "integer"}
     for name, owner in (owners | dict.fromkeys(("uniform", "draws", "seed"), "lora")).items():
         if name in given and chosen not in (owner, None):
-            yield f"{option(name)} is for --format {owner}, not {chosen}: leave it out"
+            yield f"{option(name)} is given with --format {chosen}, but needs --format {owner}: leave it out"
     if "seed" in given and "draws" not in given and chosen == "lora":
         yield f"--seed is {given['seed']}, but nothing is drawn without --draws: leave it out"
 
 
 _RUN = ("folder", "OUT", "output folder of `bayeslora train`")
-_BASE = Option("model", "FOLDER_OR_ID", "the base model, where it is no longer at its place")
+_BASE = Option("model", "FOLDER_OR_ID", "base model, if it has moved since training")
 _SAMPLING = (
     _BASE,
     _number("samples", "N", "Monte-Carlo samples of a stochastic adapter (0)", least=0),
-    _number("seed", "N", "seed of the samples (0)"),
-    _number("batch_size", "N", "rows at a time (64)", least=1),
+    _number("seed", "N", "seed for the samples (0)"),
+    _number("batch_size", "N", "rows per batch (64)", least=1),
 )
-_TEXT_COLUMN = Option("text_column", "A[,B]", "the text's column or columns (the run's own)", list[str])
+_TEXT_COLUMN = Option("text_column", "A[,B]", "text column or columns (as trained)", list[str])
 
 COMMANDS = {
     "train": Command(
         "fine-tune a model with one method into a new folder",
-        (*_of_fields(RunOptions), _switch("list_options", "list every option with its type, then stop")),
+        (*_of_fields(RunOptions), _switch("list_options", "list every option with its type and exit")),
         epilog="Any field of the method's config and of TrainingArguments is an option too: --r 8 "
         "--target-modules query,key --learning-rate 1e-3. --list-options lists them.",
         is_open=True,
         contradictions=_contradictions_of_train,
     ),
     "evaluate": Command(
-        "score a finished run; changes nothing",
+        "score a finished run without changing it",
         (
             *_SAMPLING,
-            Option("task", "NAME", "a named task (the run's own)"),
-            Option("data_dir", "DIR", "folder with <task>/<split>.jsonl (the run's own)"),
-            Option("eval_file", "FILE", "rows to score on instead of a task"),
+            Option("task", "NAME", "a named task (as trained)"),
+            Option("data_dir", "DIR", "folder with <task>/<split>.jsonl (as trained)"),
+            Option("eval_file", "FILE", "rows to score instead of a task"),
             _TEXT_COLUMN,
-            Option("label_column", "NAME", "the label's column (the run's own)"),
-            Option("split", "NAME", "split of the task to score on (its evaluation split)"),
-            _switch("ood", "detect the task's own out-of-distribution texts too"),
-            Option("ood_file", "FILE", "out-of-distribution texts to detect instead"),
-            Option("ood_text_column", "A[,B]", "their column or columns (the run's own)", list[str]),
-            Option("output_dir", "DIR", "new folder for scores and figures, for `compare` too"),
+            Option("label_column", "NAME", "label column (as trained)"),
+            Option("split", "NAME", "split of the task to score (its evaluation split)"),
+            _switch("ood", "also detect the task's out-of-distribution texts"),
+            Option("ood_file", "FILE", "also detect these out-of-distribution texts"),
+            Option("ood_text_column", "A[,B]", "column or columns of --ood-file (as trained)", list[str]),
+            Option("output_dir", "DIR", "new folder for scores and figures; `compare` reads it"),
             _number("few_shot", "K", "examples in each prompt (as trained; 0)", least=0),
             _switch("json", "print JSON instead of a table"),
         ),
@@ -170,19 +170,19 @@ COMMANDS = {
         contradictions=_contradictions_of_evaluate,
     ),
     "predict": Command(
-        "label the rows of a file, one line a row, in order",
+        "label the rows of a file, one line per row, in order",
         (
             *_SAMPLING,
             Option("input", "FILE", "rows to label (.jsonl or .csv)", required=True),
-            Option("output", "FILE.jsonl", "where the predictions go", required=True),
+            Option("output", "FILE.jsonl", "file for the predictions", required=True),
             _TEXT_COLUMN,
         ),
         _RUN,
     ),
     "compare": Command(
-        "a table and figures of several finished runs",
+        "compare finished runs in a table and figures",
         (
-            Option("output_dir", "DIR", "new folder for table and figures", required=True),
+            Option("output_dir", "DIR", "new folder for the table and figures", required=True),
             _switch("json", "print the table as JSON"),
         ),
         ("folders", "OUT…", "output folders of `train` or of `evaluate`"),
@@ -192,31 +192,31 @@ COMMANDS = {
         (
             Option("format", "NAME", "lora, merged, packed or integer", ExportFormat, required=True),
             Option("output_dir", "DIR", "new folder for the export", required=True),
-            _number("rank", "K", "rank to cut out of a run of dylora (all)"),
-            _switch("uniform", "lora at one rank, for vLLM, SGLang and llama.cpp"),
-            _number("draws", "K", "lora: draws of the posterior, not its mean"),
-            _number("seed", "N", "seed of the draws (0)"),
-            Option("unadapted", "TYPE", "integer: int8, bfloat16 or float32 for other layers (int8)"),
-            _switch("calibrate", "integer: 8-bit inputs of other layers, by 256 rows of the training"),
-            _switch("allow_error", "merge where it cannot be exact, and measure"),
+            _number("rank", "K", "rank to export from a run of dylora (all)"),
+            _switch("uniform", "lora: one rank for all layers, for vLLM, SGLang and llama.cpp"),
+            _number("draws", "K", "lora: export draws of the posterior, not its mean"),
+            _number("seed", "N", "seed for the draws (0)"),
+            Option("unadapted", "TYPE", "integer: type of layers without adapter: int8, bfloat16 or float32 (int8)"),
+            _switch("calibrate", "integer: 8-bit inputs of those layers, calibrated on 256 training rows"),
+            _switch("allow_error", "merged: allow an inexact merge and measure its error"),
             _BASE,
-            _switch("json", "print what was measured as JSON"),
+            _switch("json", "print the measurements as JSON"),
         ),
         _RUN,
         contradictions=_contradictions_of_export,
     ),
     "plan": Command(
-        "parameters, memory, file size and operations of a training run, from a model's config.json alone",
+        "predict parameters, memory, file size and operations of a training run from a config.json",
         tuple(_of_fields(PlanOptions)),
         epilog="Any field of the method's config is an option too: --r 8 --target-modules q_proj,v_proj,lm_head. "
         "`bayeslora train --method NAME --list-options` lists them.",
         is_open=True,
     ),
     "demo": Command(
-        "LoRA, B-LoRA and Me-LoRA on the packaged model and data, side by side",
+        "train and compare LoRA, B-LoRA and Me-LoRA on the packaged model and data",
         (
             Option("output_dir", "DIR", "folder for the runs (runs/demo)"),
-            _number("max_steps", "N", "training steps of each run", least=1),
+            _number("max_steps", "N", "training steps per run", least=1),
             _switch("overwrite", "replace an earlier demo in that folder"),
         ),
     ),
@@ -227,7 +227,7 @@ def help_text(name: str | None = None) -> str:
     """Return the help of a command, or of `bayeslora` itself."""
     if name is None:
         rows = [(command, COMMANDS[command].summary) for command in COMMANDS]
-        rows += [("-h, --help", "show this help, or a command's"), ("--version", "show the version")]
+        rows += [("-h, --help", "show this help, or that of a command"), ("--version", "show the version")]
         return "\n".join(["usage: bayeslora COMMAND [OPTIONS]", "", DESCRIPTION, "", *_table(rows)])
     command = COMMANDS[name]
     usage = ["usage: bayeslora", name, *([command.argument[1]] if command.argument else []), "[OPTIONS]"]
@@ -246,7 +246,7 @@ def _wrapped(text: str, width: int) -> list[str]:
 
 
 def _table(rows: list[tuple[str, str]]) -> Iterator[str]:
-    """Yield the rows in two columns; a long left side stands on a line of its own."""
+    """Yield the rows in two columns; a long left cell gets a separate line."""
     for left, right in rows:
         wrapped = _wrapped(right, _width() - 28)
         if len(left) > 24:

@@ -11,7 +11,7 @@ from bayeslora.report import check_installed
 
 
 def run(given: dict[str, Any]) -> int:
-    """Run the command; `given` are the options on the command line."""
+    """Run the command with the options `given` on the command line."""
     target = Path(given["output_dir"])
     table = compare([Path(folder) for folder in given["folders"]], target)
     if given.get("json"):
@@ -22,7 +22,7 @@ def run(given: dict[str, Any]) -> int:
 
 
 def compare(folders: list[Path], target: Path) -> dict[str, Any]:
-    """Write table and figures of `folders` into the new folder `target`, and return the content of `table.json`."""
+    """Write the table and figures of `folders` into the new folder `target`; return the content of `table.json`."""
     check_installed()
     from bayeslora.report import write_comparison  # which imports Matplotlib
 

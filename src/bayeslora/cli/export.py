@@ -1,4 +1,4 @@
-"""`bayeslora export OUT --format NAME --output-dir DIR`: a finished run in the form that is deployed."""
+"""`bayeslora export OUT --format NAME --output-dir DIR`: write a finished run for deployment."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 _CALIBRATION_BATCHES = 8
 
 FORMATS = {
-    "integer": "model of integer codes",
+    "integer": "integer model",
     "lora": "plain LoRA adapter",
     "merged": "merged Transformers model",
     "packed": "packed adapter",
@@ -26,7 +26,7 @@ FORMATS = {
 
 
 def run(given: dict[str, Any]) -> int:
-    """Run the command; `given` are the options on the command line."""
+    """Run the command with the options `given` on the command line."""
     form = given["format"]
     from bayeslora.cli.progress import disable_progress_bars
     from bayeslora.runs.info import RunInfo
@@ -35,9 +35,9 @@ def run(given: dict[str, Any]) -> int:
     source, target = Path(given["folder"]), Path(given["output_dir"])
     method, rank = RunInfo.load(source).method, given.get("rank")
     if method == "full":
-        raise BayesLoraError(f"{source} is a fully fine-tuned model without an adapter: use it as it is")
+        raise BayesLoraError(f"{source} is fully fine-tuned, but export needs an adapter: use the model as it is")
     if rank is not None and method != "dylora":
-        raise BayesLoraError(f"--rank is {rank}, but {source} was trained with {method}: leave it out")
+        raise BayesLoraError(f"--rank is {rank}, but {source} was trained with {method}, not dylora: leave it out")
     with new_folder(target) as partial:
         import bayeslora
 
@@ -47,7 +47,7 @@ def run(given: dict[str, Any]) -> int:
             measured = bayeslora.export(loaded.model, partial, format=form, **options)
         for folder in sorted(partial.glob("draw-*")) or [partial]:
             loaded.tokenizer.save_pretrained(folder)
-            # With it `bayeslora.load`, `evaluate` and `predict` work on the export as on the run.
+            # run.json lets `bayeslora.load`, `evaluate` and `predict` read the export like the run.
             dataclasses.replace(loaded.info, **_loaded_as(form, folder)).save(folder)
     if given.get("json"):
         print(json.dumps(finite({"folder": str(target), **measured}), indent=2))
@@ -61,7 +61,7 @@ def run(given: dict[str, Any]) -> int:
 
 
 def _batches(form: str, given: dict[str, Any], loaded: Run) -> dict[str, Any]:
-    """Return rows that the run was trained on: to measure the export's error, and to fix ranges on."""
+    """Return training rows to measure the export's error on, and to calibrate on."""
     if form == "packed":
         return {}
     from bayeslora.runs.rows import training_batches
@@ -73,13 +73,13 @@ def _batches(form: str, given: dict[str, Any], loaded: Run) -> dict[str, Any]:
     except BayesLoraError as error:
         if given.get("calibrate"):
             raise
-        print(f"note: output errors are measured on the model's dummy inputs, for {error}", file=sys.stderr)
+        print(f"note: output errors are measured on dummy inputs, because {error}", file=sys.stderr)
         return {}
     return {"batch": batches[0], **({"calibration": batches} if given.get("calibrate") else {})}
 
 
 def _options(form: str, given: dict[str, Any], loaded: Run) -> dict[str, Any]:
-    """Return the options of `bayeslora.export` for the format."""
+    """Return the options of `bayeslora.export` for this format."""
     if form == "merged":
         return {"allow_error": bool(given.get("allow_error"))}
     if form == "integer":
@@ -94,12 +94,12 @@ def _options(form: str, given: dict[str, Any], loaded: Run) -> dict[str, Any]:
     if form == "packed" and (loaded.folder / POSTERIOR_FILE).is_file():
         if all(layer.bits[kind] == 32 for layer in describe(loaded.model) for kind in ("A", "E", "B")):
             return {"posterior": loaded.folder}
-        print("note: matrices below 32 bits have no posterior; posterior.safetensors is left out.", file=sys.stderr)
+        print("note: posterior.safetensors is left out, because matrices below 32 bits lack one", file=sys.stderr)
     return {}
 
 
 def _loaded_as(form: str, folder: Path) -> dict[str, Any]:
-    """Return the fields of the export's `run.json` that differ from the run's."""
+    """Return the fields of `run.json` that the export changes."""
     if form in ("integer", "merged"):
         return {"method": "full"}
     config = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))

@@ -1,4 +1,4 @@
-"""Options of the commands that run a finished run over rows."""
+"""Checks shared by the commands that predict with a finished run."""
 
 from __future__ import annotations
 
@@ -8,5 +8,5 @@ from bayeslora.errors import Problems, option
 
 
 def refuse(given: dict[str, Any], names: tuple[str, ...], reason: str) -> None:
-    """Raise for those of these options that are given; `reason` follows their names."""
+    """Raise for each of the options `names` that is given; its message is the option and `reason`."""
     Problems(f"{option(name)} {reason}" for name in names if name in given).tell()

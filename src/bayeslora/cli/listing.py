@@ -1,4 +1,4 @@
-"""`bayeslora train --list-options`: every option of a method, with its type and default."""
+"""`bayeslora train --list-options`: list every option of a method with its type and default."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from bayeslora.runs.plan import IvonOptions, RunOptions
 
 
 def list_options(method: str) -> str:
-    """Return one option a line, in groups: the command's, IVON's, the method's, the trainer's."""
+    """Return one line per option, grouped by command, IVON, method and Trainer."""
     from transformers import TrainingArguments
 
     own = {f.name: f.type for f in dataclasses.fields(RunOptions)}

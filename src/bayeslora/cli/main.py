@@ -1,7 +1,6 @@
-"""`bayeslora`: parse, dispatch, and turn every expected error into one line each and exit status 2.
+"""`bayeslora`: parse and dispatch; print each expected error on one line and exit with status 2.
 
-Help, versions and most errors need nothing heavy. A command's module, and with it torch, is imported once its options
-are right.
+Help, version and most errors import no torch: a command's module is imported once its options are valid.
 """
 
 from __future__ import annotations
@@ -29,7 +28,7 @@ _HELP = ("-h", "--help")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run one command; returns its exit status (0 worked, 2 bad input, 130 interrupted)."""
+    """Run one command and return its exit status: 0 success, 1 closed pipe, 2 bad input, 130 interrupted."""
     try:
         with _quiet_libraries():
             return _run(sys.argv[1:] if argv is None else list(argv))
@@ -41,13 +40,13 @@ def main(argv: Sequence[str] | None = None) -> int:
         _say(str(error) or "interrupted")
         return INTERRUPTED
     except BrokenPipeError:
-        # The reader of a pipe (`| head`) has left; the interpreter's own flush at exit must not fail on it again.
+        # The reader of a pipe (`| head`) has closed it; the interpreter's flush at exit must not fail again.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
     except OSError as error:
         if error.errno not in (errno.EACCES, errno.EPERM, errno.ENOSPC, errno.EROFS, errno.EDQUOT):
             raise
-        _say(f"{error.filename or 'a file'} cannot be written ({error.strerror}): name another place or make room")
+        _say(f"{error.filename or 'a file'} cannot be written ({error.strerror}): choose another folder or free space")
         return USER_ERROR
 
 
@@ -57,7 +56,7 @@ def _run(argv: list[str]) -> int:
         print(f"bayeslora {bayeslora.__version__}" if name == "--version" else help_text())
         return 0
     if not name:
-        raise BayesLoraError("no command is given: `bayeslora --help` lists them")
+        raise BayesLoraError("no command is given, but one is required: `bayeslora --help` lists them")
     if name not in COMMANDS:
         raise BayesLoraError(f"unknown command {name}{close_matches(name, COMMANDS)}: `bayeslora --help` lists them")
     if set(_HELP) & set(argv):
@@ -82,7 +81,7 @@ def _run(argv: list[str]) -> int:
 
 @contextmanager
 def _interrupts_at_once() -> Iterator[None]:
-    """While torch is imported, let Ctrl-C end the process: a KeyboardInterrupt can get lost in an import."""
+    """Let Ctrl-C end the process while torch is imported: a KeyboardInterrupt can get lost in an import."""
 
     def leave(number: int, frame: object) -> None:
         os.write(sys.stderr.fileno(), b"bayeslora: interrupted; nothing was started\n")
@@ -105,7 +104,7 @@ def _say(sentence: str) -> None:
 
 @contextmanager
 def _quiet_libraries() -> Iterator[None]:
-    """Keep other libraries' log lines, warnings and progress bars from the user; the package's own warnings stay."""
+    """Hide log lines, warnings and progress bars of other libraries; keep this package's warnings."""
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
     os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")

@@ -1,4 +1,4 @@
-"""`bayeslora plan`: what fine-tuning a model will cost, from its configuration alone."""
+"""`bayeslora plan`: predict the cost of fine-tuning a model from its configuration alone."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ from bayeslora.cli.progress import disable_progress_bars
 from bayeslora.cost import Plan, build_for_task, from_config, plan
 from bayeslora.errors import BayesLoraError
 from bayeslora.runs.adapt import check_targets, default_targets, option_errors
-from bayeslora.runs.base import load_errors, resolve_model
+from bayeslora.runs.base import load_errors, resolve_model, source
 
 _UNITS = ((10**12, "TB"), (10**9, "GB"), (10**6, "MB"), (10**3, "kB"), (1, "bytes"))
 
 
 def run(resolved: tuple[PlanOptions, dict[str, Any], type[PeftConfig] | None]) -> int:
-    """Run the command: its own options, those of the method, and the method's config class."""
+    """Run the command with its options, the method's options and the method's config class."""
     disable_progress_bars()
     options, method_options, config_class = resolved
     assert options.model is not None
@@ -49,25 +49,23 @@ def run(resolved: tuple[PlanOptions, dict[str, Any], type[PeftConfig] | None]) -
 
 
 def read_configuration(name: str) -> PretrainedConfig:
-    """Return the configuration in a model folder, a `config.json`, a GGUF file or a package, or of a hub id."""
+    """Read the configuration of a model folder, a `config.json`, a GGUF file, a package or a hub id."""
     path = Path(name).expanduser()
     if path.suffix == ".json":
         return from_config(path)
     if path.is_file() and path.suffix != ".gguf":
-        raise BayesLoraError(f"{name} is not a configuration: give a model folder, its config.json or a hub id")
+        raise BayesLoraError(f"{name} is a file, but must be a configuration: give a folder, config.json or hub id")
     resolved = Path(resolve_model(name))
     if resolved.is_dir():
         return from_config(resolved)
     with load_errors(f"the configuration of {name}"):
-        if resolved.is_file():
-            return AutoConfig.from_pretrained(resolved.parent, gguf_file=resolved.name)
-        return AutoConfig.from_pretrained(name)
+        return AutoConfig.from_pretrained(**source(str(resolved)))
 
 
 def _method_config(
     config: PretrainedConfig, task_type: str | None, config_class: type[PeftConfig], options: dict[str, Any]
 ) -> PeftConfig:
-    """Return the adapter's configuration, with the default targets of `bayeslora train` where none are given."""
+    """Return the adapter's configuration; target modules default to those of `bayeslora train`."""
     model, _, _ = build_for_task(type(config).from_dict(config.to_dict()), task_type)
     targets = options.get("target_modules") or default_targets(model)
     if targets is not None:
@@ -78,7 +76,7 @@ def _method_config(
 
 
 def table(found: Plan, method: str, name: str | None) -> str:
-    """Return the plan for people, a line a number."""
+    """Return the plan as readable text, one line per number."""
     trainable, total = found.parameters["trainable"], found.parameters["total"]
     sizes = found.bytes
     rows = [
@@ -88,7 +86,7 @@ def table(found: Plan, method: str, name: str | None) -> str:
         ("  trainable", f"{trainable:,} ({trainable / total:.3%} of all)"),
         ("  adapter", f"{found.parameters['adapter']:,}"),
         ("  total", f"{total:,}"),
-        (f"memory of a step on {found.batch_size} x {found.tokens} tokens", ""),
+        (f"memory for a step on {found.batch_size} x {found.tokens} tokens", ""),
         (f"  weights ({found.dtype})", size(sizes["weights"])),
         ("  gradients", size(sizes["gradients"])),
         ("  optimizer (AdamW)", size(sizes["optimizer"])),
@@ -114,8 +112,8 @@ def _adapted(found: Plan) -> str:
 
 
 def size(count: int | None) -> str:
-    """Return a number of bytes in decimal units with three digits."""
+    """Format a number of bytes in decimal units with about three digits."""
     if count is None:
-        return "not known"
+        return "unknown"
     unit, name = next((unit, name) for unit, name in _UNITS if count >= unit or unit == 1)
     return f"{count / unit:.{2 if 1 < unit and count < 100 * unit else 0}f} {name}"

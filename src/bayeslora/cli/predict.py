@@ -1,4 +1,4 @@
-"""`bayeslora predict OUT --input F --output G.jsonl`: one line a row, in order."""
+"""`bayeslora predict OUT --input F --output G.jsonl`: write one prediction per row, in order."""
 
 from __future__ import annotations
 
@@ -16,16 +16,16 @@ from bayeslora.runs.run import load
 
 
 def run(given: dict[str, Any]) -> int:
-    """Run the command; `given` are the options on the command line."""
+    """Run the command with the options `given` on the command line."""
     folder, source, target = Path(given["folder"]), Path(given["input"]), Path(given["output"])
     size = given.get("batch_size", 64)
     info = RunInfo.load(folder)
     if target.is_dir() or not target.absolute().parent.is_dir():
-        raise BayesLoraError(f"--output {target} cannot be a file: name a file in an existing folder")
+        raise BayesLoraError(f"--output is {target}, but must be a file in an existing folder: name another path")
     if target.exists() and source.exists() and target.samefile(source):
-        raise BayesLoraError(f"--output {target} is the input file: name another file")
+        raise BayesLoraError(f"--output is {target}, but must not be the input file: name another file")
     if info.kind == "multiple_choice":
-        refuse(given, ("text_column",), "is of no use for multiple choice, whose columns are known: leave it out")
+        refuse(given, ("text_column",), "is given, but multiple choice fixes it: leave it out")
     task = rows_to_predict(source, info, given.get("text_column"))
     disable_progress_bars()
     loaded = load(folder, given.get("model"))

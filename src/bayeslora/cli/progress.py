@@ -1,4 +1,4 @@
-"""One progress bar while a model trains, and the report at its end."""
+"""Show one progress bar during training and write the report at the end."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ from bayeslora.runs.train import Reporter
 
 
 def disable_progress_bars() -> None:
-    """Turn the loaders' progress bars off: the only one a user sees is that of training."""
+    """Turn off other libraries' progress bars, so that only that of training is shown."""
     logging.disable_progress_bar()
     datasets.disable_progress_bars()
 
 
 class ProgressBar(Reporter):
-    """One bar on a terminal, ten lines in a log file, nothing if `quiet`; then the report and the model card."""
+    """Show a bar on a terminal, ten lines in a log file, nothing if `quiet`; then write report and model card."""
 
     def __init__(self, label: str, quiet: bool = False) -> None:
         self._label, self._quiet = label, quiet
@@ -49,9 +49,9 @@ class ProgressBar(Reporter):
             self._bar.close()
 
     def on_scoring(self, rows: int, samples: int) -> None:
-        """Print one line: scoring can take as long as the training when weights are drawn."""
+        """Announce the scoring, which can take as long as training when weights are sampled."""
         if not self._quiet:
-            drawn = f" under {samples} draws of the weights each" if samples else ""
+            drawn = f" with {samples} samples of the weights" if samples else ""
             print(f"{self._label}: scoring {rows:,} rows{drawn}", file=sys.stderr)
 
     def on_finished(self, folder: Path) -> None:

@@ -1,4 +1,4 @@
-"""Every method that a command can be asked for: the package's own, and the baselines they are measured against."""
+"""Methods that `--method` accepts: the library's and the baselines they are compared with."""
 
 from __future__ import annotations
 
@@ -10,13 +10,13 @@ from bayeslora.errors import BayesLoraError, close_matches
 if TYPE_CHECKING:
     from peft import PeftConfig
 
-# The names alone, so that a misspelt one is told without torch. Full fine-tuning trains every weight of the model.
+# The names alone, so that a misspelt one is reported without importing torch. `full` trains every weight.
 _METHODS = ("blora", "melora", "blob", "bayes_adalora", "dylora")
 _BASELINES = ("lora", "full")
 
 
 def method_names() -> list[str]:
-    """Return all names that `--method` takes, those of methods registered from outside the package included."""
+    """Return all names that `--method` accepts, including methods registered from outside the library."""
     registry = sys.modules.get("bayeslora.methods.registry")
     return [*(_METHODS if registry is None else registry.METHODS), *_BASELINES]
 

@@ -1,4 +1,4 @@
-"""`bayeslora train`: one method, one model, one task, one new folder."""
+"""`bayeslora train`: train one method on one model and one task into a new folder."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from bayeslora.runs.plan import TrainPlan
 
 
 def run(plan: TrainPlan) -> int:
-    """Train as planned and print the scores; returns 0."""
+    """Train as planned and print the scores; return 0."""
     check_installed()
     disable_progress_bars()
     try:
@@ -19,7 +19,7 @@ def run(plan: TrainPlan) -> int:
     except runs.TrainingInterrupted as error:
         folders = ["--config", str(error.partial / runs.CONFIG_FILE), "--output-dir", str(error.output_dir)]
         command = shlex.join(["bayeslora", "train", *folders, "--resume"])
-        hint = f"continue with `{command}`" if error.resumable else "nothing was kept"
+        hint = f"continue with `{command}`" if error.resumable else "nothing was saved"
         raise KeyboardInterrupt(f"interrupted; {hint}") from error
     scores = "  ".join(f"{name} {value:.4f}" for name, value in record.scores.items())
     print(f"{plan.output_dir}: {scores}")

@@ -1,6 +1,6 @@
-"""A training run as an object: planned, trained, scored, recorded and loaded again.
+"""Plan, train, score, record and load training runs.
 
-`load` is the way in. It is imported when it is asked for: the command reads `runs.plan` before it needs torch.
+`load` is imported on first use, because the command line reads `runs.plan` before it needs torch.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""From a base model and a method's options to the model that is trained."""
+"""Put adapters into a base model as a method's options say."""
 
 from __future__ import annotations
 
@@ -11,10 +11,11 @@ from peft import PeftConfig, get_peft_model
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
+from bayeslora.cost.structure import one_line
 from bayeslora.errors import BayesLoraError, close_matches
 from bayeslora.runs.base import BaseModel
 
-# Query, key and value projections by their names in the model families; the first set a model has is the default.
+# Names of query, key and value projections in model families; the first set that a model has is the default.
 _ATTENTION_NAMES = (
     ("query", "key", "value"),
     ("query_proj", "key_proj", "value_proj"),
@@ -30,8 +31,9 @@ _ATTENTION_NAMES = (
 def adapt(base: BaseModel, config_class: type[PeftConfig] | None, options: dict[str, Any]) -> nn.Module:
     """Return the model to train: `base` with adapters, or `base` itself for full fine-tuning (`config_class` None).
 
-    Target modules default to the query, key and value projections. The head and every other module whose weights the
-    checkpoint did not hold are trained and saved with the adapter: random weights left out of it could not come back.
+    Target modules default to the query, key and value projections. The head and all other modules whose weights were
+    missing from the checkpoint are trained and saved with the adapter, because their random weights could not be
+    restored otherwise.
     """
     if config_class is None:
         return base.model
@@ -48,7 +50,7 @@ def adapt(base: BaseModel, config_class: type[PeftConfig] | None, options: dict[
 
 
 def check_options(config_class: type[PeftConfig] | None, options: dict[str, Any]) -> None:
-    """Refuse, before any model is loaded, options of which the method makes no configuration."""
+    """Raise BayesLoraError if the method's config refuses the options; needs no model."""
     if config_class is not None:
         with option_errors(config_class.__name__):
             config_class(**options)
@@ -56,18 +58,17 @@ def check_options(config_class: type[PeftConfig] | None, options: dict[str, Any]
 
 @contextmanager
 def option_errors(what: str) -> Iterator[None]:
-    """Turn what PEFT or the Trainer raises for options that they cannot use into one sentence that names `what`."""
+    """Turn errors that PEFT or the Trainer raises for invalid options into a BayesLoraError that names `what`."""
     try:
         yield
     except BayesLoraError:
         raise
     except (ValueError, TypeError, ImportError, NotImplementedError) as error:
-        reason = " ".join(str(error).split())
-        raise BayesLoraError(f"these options make no {what} ({reason}): change them") from error
+        raise BayesLoraError(f"{what} does not accept these options ({one_line(error)}): change them") from error
 
 
 def default_targets(model: nn.Module) -> list[str] | None:
-    """Return the names that this model gives to query, key and value; None leaves the choice to PEFT."""
+    """Return the model's names for query, key and value; None leaves the choice to PEFT."""
     present = {name.rpartition(".")[2] for name, _ in model.named_modules()}
     for names in _ATTENTION_NAMES:
         if present.issuperset(names):
@@ -76,7 +77,7 @@ def default_targets(model: nn.Module) -> list[str] | None:
 
 
 def check_targets(model: nn.Module, targets: list[str] | str) -> None:
-    """Raise for a target that matches nothing: PEFT is content where one entry of a list matches."""
+    """Raise BayesLoraError for a target that matches nothing; PEFT accepts a list if one entry matches."""
     if targets == "all-linear":
         return
     paths = [name for name, _ in model.named_modules() if name]
@@ -85,16 +86,16 @@ def check_targets(model: nn.Module, targets: list[str] | str) -> None:
             unmatched = [] if any(re.fullmatch(targets, path) for path in paths) else [targets]
         except re.error as error:
             raise BayesLoraError(
-                f"--target-modules {targets!r} is not a regular expression ({error}): correct it"
+                f"--target-modules is {targets!r}, but must be a regular expression ({error}): correct it"
             ) from error
     else:
         unmatched = [t for t in targets if not any(path == t or path.endswith("." + t) for path in paths)]
         if not targets:
-            raise BayesLoraError("--target-modules is empty: name at least one module")
+            raise BayesLoraError("--target-modules is empty, but must name at least 1 module: give a name")
     if unmatched:
         layers = (name for name, module in model.named_modules() if isinstance(module, (nn.Linear, Conv1D)))
         linear = {name.rpartition(".")[2] for name in layers}
         raise BayesLoraError(
-            f"target module {unmatched[0]!r} matches nothing in this model{close_matches(unmatched[0], linear)}: "
-            f"its linear layers are {', '.join(sorted(linear))}"
+            f"--target-modules is {unmatched[0]!r}, but matches nothing in the model"
+            f"{close_matches(unmatched[0], linear)}: its linear layers are {', '.join(sorted(linear))}"
         )

@@ -1,4 +1,4 @@
-"""Base models with the head that a task needs, and their tokenizers."""
+"""Load base models with the head that a task needs, and their tokenizers."""
 
 from __future__ import annotations
 
@@ -24,9 +24,9 @@ from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
-from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_FOR_MASKED_LM_MAPPING
 from transformers.utils import logging as transformers_logging
 
+from bayeslora.cost.structure import is_decoder, one_line
 from bayeslora.data.packaged import as_dense, gguf_options
 from bayeslora.errors import BayesLoraError
 from bayeslora.evaluation.multiple_choice import DEFAULT_PROMPT_LENGTH
@@ -50,13 +50,13 @@ AUTO_CLASSES = {
     "choices": AutoModelForMultipleChoice,
     "letters": AutoModelForCausalLM,
 }
-# PEFT has no type for multiple choice; without one it wraps the model as it is.
+# PEFT lacks a task type for multiple choice; without a type it wraps the model unchanged.
 _TASK_TYPES = {"sequence": TaskType.SEQ_CLS, "choices": None, "letters": TaskType.CAUSAL_LM}
 
 
 @dataclass
 class BaseModel:
-    """A base model ready to be adapted. `fresh` names modules whose weights the checkpoint did not hold."""
+    """A base model to be adapted; `fresh` names the modules whose weights were missing from the checkpoint."""
 
     model: PreTrainedModel
     fresh: list[str]
@@ -65,18 +65,16 @@ class BaseModel:
 
 
 def resolve_model(name: str, *, tokenizer_only: bool = False) -> str:
-    """Return the place of `name`: a model folder or GGUF file, also in an installed package, or else a hub id."""
+    """Return the path of a model folder or GGUF file, also in an installed package; otherwise `name` as a hub id."""
     path = Path(name).expanduser()
     if path.suffix == _GGUF and path.is_file():
         return str(path.resolve())
     if path.is_dir():
         if not tokenizer_only and not (path / "config.json").is_file():
-            raise BayesLoraError(
-                f"{name} lacks config.json, but a model folder must have it: name a folder that Transformers saved"
-            )
+            raise BayesLoraError(f"{name} lacks config.json, but must have it: name a folder that Transformers saved")
         return str(path.resolve())
     if path.is_absolute() or name.startswith((".", "~")) or name.count("/") > 1 or path.exists():
-        raise BayesLoraError(f"{name} is not a model: name an existing folder, a model package or a hub id")
+        raise BayesLoraError(f"{name} is not a model, but must be one: name a folder, a model package or a hub id")
     if "/" not in name:
         try:
             files = importlib.metadata.files(name) or []
@@ -92,19 +90,18 @@ def resolve_model(name: str, *, tokenizer_only: bool = False) -> str:
 
 
 def head_for(kind: str, resolved: str, name: str) -> Head:
-    """Return the head with which a model, resolved from `name`, answers a task of this kind."""
+    """Return the head that a task of this kind needs on the model `name`, resolved to `resolved`."""
     if kind != "multiple_choice":
         return "sequence"
     if resolved.endswith(_GGUF):  # always a language model, and slow to read
         return "letters"
     with load_errors(f"the configuration of {name}"):
-        config = type(AutoConfig.from_pretrained(resolved))
-    causal = config in MODEL_FOR_CAUSAL_LM_MAPPING and config not in MODEL_FOR_MASKED_LM_MAPPING
-    return "letters" if causal else "choices"
+        config = AutoConfig.from_pretrained(resolved)
+    return "letters" if is_decoder(config) else "choices"
 
 
 def source(resolved: str) -> dict[str, Any]:
-    """Return the arguments of `from_pretrained` for what `resolve_model` returned."""
+    """Return arguments of `from_pretrained` for a result of `resolve_model`."""
     if not resolved.endswith(_GGUF):
         return {"pretrained_model_name_or_path": resolved}
     return {"pretrained_model_name_or_path": str(Path(resolved).parent), "gguf_file": Path(resolved).name}
@@ -134,13 +131,13 @@ def quiet_loading() -> Iterator[None]:
 
 @contextmanager
 def load_errors(what: str) -> Iterator[None]:
-    """Turn whatever a loader raises for unusable files into one sentence that names `what`."""
+    """Turn errors that loaders raise for unusable files into a BayesLoraError that names `what`."""
     try:
         yield
     except BayesLoraError:
         raise
     except (OSError, ValueError, KeyError, RuntimeError, ImportError, TypeError, SafetensorError) as error:
-        reason = " ".join(str(error).split())
+        reason = one_line(error)
         reason = reason if len(reason) <= 160 else reason[:157] + "..."
         raise BayesLoraError(
             f"cannot load {what} ({type(error).__name__}: {reason}): check that it is complete and of the right kind"
@@ -148,25 +145,23 @@ def load_errors(what: str) -> Iterator[None]:
 
 
 def load_tokenizer(folder: str, name: str) -> PreTrainedTokenizerBase:
-    """Load the tokenizer of a folder, GGUF file or hub id; it pads with its end token if it has no padding token."""
+    """Load the tokenizer of a folder, GGUF file or hub id; the end token replaces a missing padding token."""
     with load_errors(f"the tokenizer of {name}"):
         tokenizer = AutoTokenizer.from_pretrained(**source(folder))
     if tokenizer.pad_token is None:
         if tokenizer.eos_token is None:
-            raise BayesLoraError(
-                f"the tokenizer of {name} has neither a padding nor an end token: add one and save it"
-            )
+            raise BayesLoraError(f"the tokenizer of {name} lacks a padding and an end token, but needs one: add it")
         tokenizer.pad_token = tokenizer.eos_token
     return tokenizer
 
 
 def has_tokenizer(folder: Path) -> bool:
-    """Return whether a folder has a tokenizer's files; without them Transformers may make an empty tokenizer."""
+    """Return whether a folder has tokenizer files; without them Transformers may make an empty tokenizer."""
     return any((folder / name).is_file() for name in TOKENIZER_FILES)
 
 
 def tokenizer_digest(tokenizer: PreTrainedTokenizerBase) -> str:
-    """Return a digest of the vocabulary: two tokenizers that number their tokens otherwise differ in it."""
+    """Return a digest of the vocabulary: the tokens and their numbers."""
     digest = hashlib.sha256()
     for token, number in sorted(tokenizer.get_vocab().items()):
         digest.update(f"{token}\0{number}\n".encode("utf-8", "surrogatepass"))
@@ -187,13 +182,13 @@ def load_base(
     dtype: str,
     head: Head = "sequence",
 ) -> BaseModel:
-    """Load the base model with the head that the task needs; `labels` and `regression` are for a sequence classifier.
+    """Load the base model with `head`; `labels` and `regression` configure a sequence classifier.
 
-    Weights the checkpoint does not hold are initialised from the global random state; their modules are named in
-    `fresh`, so that a caller can train and save them.
+    Weights missing from the checkpoint are drawn from the global random state; `fresh` names their modules, so that
+    the caller can train and save them.
     """
     resolved = resolve_model(name)
-    # The reader of GGUF files has a progress bar that nothing turns off.
+    # The GGUF reader's progress bar cannot be turned off.
     quiet = redirect_stderr(io.StringIO()) if resolved.endswith(_GGUF) else nullcontext()
     with load_errors(f"model {name}"), quiet:
         model, info = AUTO_CLASSES[head].from_pretrained(
@@ -218,8 +213,8 @@ def load_base(
         )
     if len(tokenizer) > model.get_input_embeddings().num_embeddings:
         raise BayesLoraError(
-            f"the tokenizer of {name} has {len(tokenizer)} tokens and the model "
-            f"{model.get_input_embeddings().num_embeddings}: name a model with its own tokenizer"
+            f"the tokenizer of {name} has {len(tokenizer)} tokens, but the model has only "
+            f"{model.get_input_embeddings().num_embeddings}: name a model with a matching tokenizer"
         )
     return BaseModel(model, fresh, _fingerprint(model, fresh), _TASK_TYPES[head])
 
@@ -235,9 +230,9 @@ def _classes(labels: list[str], regression: bool) -> dict[str, Any]:
 def longest_input(
     model: torch.nn.Module, tokenizer: PreTrainedTokenizerBase, wanted: int | None, head: Head = "sequence"
 ) -> int:
-    """Return the number of tokens of the longest input.
+    """Return the maximum input length in tokens.
 
-    It is `wanted`, or else 128 (2,048 for prompts, which are not cut), or less if model or tokenizer take less.
+    It is `wanted`, by default 128 (2,048 for prompts, which are not truncated) or the model's limit if that is lower.
     """
     config: Any = model.config
     default = DEFAULT_PROMPT_LENGTH if head == "letters" else _DEFAULT_LENGTH
@@ -246,12 +241,12 @@ def longest_input(
     offset = config.pad_token_id + 1 if config.model_type in _OFFSET_POSITIONS else 0
     limit = min(int(min(tokenizer.model_max_length, 10**9)), positions - offset if positions else 10**9)
     if wanted is not None and wanted > limit:
-        raise BayesLoraError(f"--max-length is {wanted}, but the model takes {limit} tokens: give at most {limit}")
+        raise BayesLoraError(f"--max-length is {wanted}, but the model accepts {limit} tokens: give at most {limit}")
     return wanted or min(default, limit)
 
 
 def _fingerprint(model: PreTrainedModel, fresh: list[str]) -> str:
-    """Return a digest of the pretrained weights: names, shapes and a probe of the values."""
+    """Return a digest of the pretrained weights: names, shapes and a sample of the values."""
     digest = hashlib.sha256()
     prefix = model.base_model_prefix + "."
     for name, parameter in sorted(model.named_parameters()):

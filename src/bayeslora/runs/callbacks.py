@@ -1,4 +1,4 @@
-"""Ctrl-C that leaves a checkpoint, and the time that an interrupted run took in all."""
+"""Trainer callbacks: save a checkpoint on Ctrl-C, and measure the time over all sessions of a run."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ _CLOCK_FILE = "seconds.json"
 
 
 class Interruption(TrainerCallback):
-    """SIGINT and SIGTERM as a request to stop after the current step, with a checkpoint. A second one stops at once.
+    """Stop after the current step and save a checkpoint on SIGINT or SIGTERM; stop at once on a second signal.
 
-    Outside of training steps (`training` is False) a signal raises KeyboardInterrupt, as Python's own SIGINT does.
+    Outside of training a signal raises KeyboardInterrupt, as Python does on SIGINT.
     """
 
     def __init__(self) -> None:
@@ -52,7 +52,7 @@ class Interruption(TrainerCallback):
 
 
 class Clock(TrainerCallback):
-    """Seconds spent training, over all the sessions of an interrupted run."""
+    """Measure the seconds of training over all sessions of an interrupted run."""
 
     def __init__(self, folder: Path) -> None:
         self._file = folder / _CLOCK_FILE
@@ -61,7 +61,7 @@ class Clock(TrainerCallback):
 
     @property
     def seconds(self) -> float:
-        """Training time so far, earlier sessions included."""
+        """Training time so far, including earlier sessions."""
         return self._before + time.perf_counter() - self._start
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
@@ -73,5 +73,5 @@ class Clock(TrainerCallback):
         self._file.write_text(json.dumps(self.seconds), encoding="utf-8")
 
     def discard(self) -> None:
-        """Remove the file that carries the time from one session to the next."""
+        """Remove the file that passes the time to the next session."""
         self._file.unlink(missing_ok=True)

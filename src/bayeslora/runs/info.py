@@ -1,4 +1,4 @@
-"""`run.json`, which makes a folder a run: task, labels, columns, lengths, digests of base model and tokenizer."""
+"""Read and write `run.json`: task, labels, columns, lengths, digests of the base model and the tokenizer."""
 
 from __future__ import annotations
 
@@ -13,35 +13,35 @@ from bayeslora.errors import BayesLoraError
 RUN_FILE = "run.json"
 
 Head = Literal["sequence", "choices", "letters"]
-"""The part of a model that gives class logits: a classifier (or regressor) over a text or a pair, a scorer of pairs of
-question and choice, or the language model's own head at the letters of the choices."""
+"""Source of the class logits: a classifier (or regressor) of a text or pair, a scorer of questions with a choice, or a
+language model's head at the letters of the choices."""
 RunKind = Literal["classification", "regression", "multiple_choice", "generation"]
 
 
 @dataclass
 class RunInfo:
-    """Everything a run must remember to be loaded again; fields with a default may be absent from older folders.
+    """Everything needed to load a run; fields with a default may be missing from older folders.
 
     Attributes:
-        method: one of `bayeslora train --method`; `full` for every whole model.
+        method: a value of `bayeslora train --method`; `full` for any model without an adapter.
         model: folder or hub id of the base model.
         task: name of the task.
         kind: of the task.
         metric: the task's headline score.
-        text_columns: one name, or two for pairs; empty where nobody knows them (an adapter without `run.json`).
-        label_column: the label's column in the user's files.
+        text_columns: one name, or two for pairs; empty if unknown (an adapter without `run.json`).
+        label_column: name of the label column in the user's files.
         labels: class names by id; empty for regression.
-        max_length: tokens of the longest input.
+        max_length: maximum input length in tokens.
         dtype: of the base model.
-        base_fingerprint: digest of the base model's weights; empty where there is none to compare with.
+        base_fingerprint: digest of the base model's weights; empty if unknown.
         base_name: `base_model_name_or_path` of the adapter's configuration.
-        task_name: where the task is a named one.
+        task_name: of a named task.
         data_dir: the named task's folder.
         head: of the model.
-        train_split: of a named task with several.
+        train_split: of a named task with several training splits.
         few_shot: examples in each prompt.
-        files: `train_file`, `eval_file` and `test_file`, for a task out of files.
-        tokenizer_digest: `base.tokenizer_digest`; None in folders of older versions, which are not checked.
+        files: `train_file`, `eval_file` and `test_file` of a task from files.
+        tokenizer_digest: see `base.tokenizer_digest`; None in older folders, which are not checked.
     """
 
     method: str

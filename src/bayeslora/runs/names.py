@@ -1,4 +1,4 @@
-"""Place of an adapted matrix in the model, read from its module path alone."""
+"""Find the place of an adapted matrix in the model from its module path alone."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ def _last_part(names: Iterable[str]) -> str:
     return rf"(^|\.)({'|'.join(names)})$"
 
 
-# Roles in the order in which a block uses them; the index of the first match is the sort key. Each pattern is matched
-# against the matrix' path inside its block, e.g. "attention.self.query" or "mlp.c_proj".
+# Roles in the order in which a block uses them; the index of the first match is the sort key. Patterns match a
+# matrix's path inside its block, e.g. "attention.self.query" or "mlp.c_proj".
 _ROLES: list[tuple[str, str]] = [
     ("qkv", _last_part((*FUSED_PROJECTIONS, "in_proj"))),
     ("q", _last_part((*QUERY_NAMES, "wq"))),
@@ -31,10 +31,10 @@ _ROLE_ORDER = {role: position for position, (role, _) in enumerate(_ROLES)}
 
 @dataclass(frozen=True)
 class Address:
-    """Place of a matrix: the stack of blocks it belongs to, the block's number, and its path inside the block.
+    """Place of a matrix: its stack of blocks, the number of its block, and its path inside the block.
 
-    `index` is None for a module outside any numbered block (a head, an embedding). Numbers after the block's own
-    (the experts of a mixture, T5's sub-layers) are written `*`, so that all experts' `up_proj` share one matrix.
+    `index` is None for a module outside any numbered block (a head, an embedding). Further numbers (experts of a
+    mixture, T5's sub-layers) are written `*`, so that the `up_proj` of all experts count as one matrix.
     """
 
     stack: str
@@ -43,7 +43,7 @@ class Address:
 
     @property
     def role(self) -> str | None:
-        """Return one of qkv, q, k, v, output, gate, up, down; None for other names."""
+        """Return qkv, q, k, v, output, gate, up or down; None for other names."""
         return matrix_role(self.matrix)
 
 
@@ -66,7 +66,7 @@ def matrix_role(matrix: str) -> str | None:
 
 
 def order_matrices(matrices: Iterable[str]) -> list[str]:
-    """Return distinct matrices: Q, K, V, output, gate, up, down, then unknown names in the order given."""
+    """Sort distinct matrices: Q, K, V, output, gate, up, down, then unknown names in the order given."""
     distinct = list(dict.fromkeys(matrices))
     last = len(_ROLE_ORDER)
 
@@ -78,7 +78,7 @@ def order_matrices(matrices: Iterable[str]) -> list[str]:
 
 
 def shortest_labels(paths: Iterable[str]) -> dict[str, str]:
-    """Return for each dotted path the shortest tail that no other path shares, such as `query`."""
+    """Map each dotted path to its shortest unique tail, such as `query`."""
     distinct = list(dict.fromkeys(paths))
     labels: dict[str, str] = {}
     for path in distinct:
@@ -94,7 +94,7 @@ def shortest_labels(paths: Iterable[str]) -> dict[str, str]:
 
 
 def stack_labels(stacks: Iterable[str]) -> dict[str, str]:
-    """Return for each stack the first part of its path that tells it from the others (`encoder`, `decoder`)."""
+    """Map each stack to the first part of its path that distinguishes it (`encoder`, `decoder`)."""
     distinct = list(dict.fromkeys(stacks))
     if len(distinct) < 2:
         return dict.fromkeys(distinct, "")

@@ -1,4 +1,4 @@
-"""Folders without `run.json`: what can be found out of an adapter, or of a whole model, from its files alone."""
+"""Describe adapters and whole models without `run.json` from their files."""
 
 from __future__ import annotations
 
@@ -20,14 +20,14 @@ ADAPTER_FILE = "adapter_model.safetensors"
 _HEADS: dict[str, Head] = {"SEQ_CLS": "sequence", "CAUSAL_LM": "letters"}
 _SUFFIXES: dict[str, Head] = {"ForSequenceClassification": "sequence", "ForCausalLM": "letters"}
 _PROBE = 7919
-"""A number of classes that no other dimension of a model has."""
+"""A number of classes that differs from every other dimension of a model."""
 
 
 def adapter_config(folder: Path) -> dict[str, Any]:
-    """Read `adapter_config.json` as it is.
+    """Read `adapter_config.json`.
 
     Raises:
-        BayesLoraError: it is missing or damaged.
+        BayesLoraError: the file is missing or damaged.
     """
     path = folder / CONFIG_FILE
     try:
@@ -39,24 +39,24 @@ def adapter_config(folder: Path) -> dict[str, Any]:
 
 
 def plain_info(folder: Path, model: str | None) -> RunInfo:
-    """Return what is known of a folder that `save_pretrained` wrote, or `bayeslora.export`.
+    """Describe a folder that `save_pretrained` or `bayeslora.export` wrote.
 
     The base model comes from `adapter_config.json`, the number of classes from the shape of the saved classifier, and
-    names of classes from the model's configuration if it has as many.
+    the class names from the model's configuration if their number matches.
 
     Args:
         folder: of an adapter or a whole model.
-        model: where the base model is, by default at the place that the adapter names.
+        model: folder or hub id of the base model, by default as the adapter names it.
 
     Raises:
-        BayesLoraError: neither an adapter nor a model, or one of another task.
+        BayesLoraError: the folder is neither an adapter nor a model, or its task is not supported.
     """
     if (folder / CONFIG_FILE).is_file():
         return _of_adapter(folder, adapter_config(folder), model)
     if not (folder / "config.json").is_file():
         raise BayesLoraError(
-            f"{folder} has neither run.json nor {CONFIG_FILE} nor config.json: give the output folder of "
-            "`bayeslora train` or `bayeslora export`, or of save_pretrained"
+            f"{folder} lacks run.json, {CONFIG_FILE} and config.json, but needs one of them: give a folder that "
+            "`bayeslora train`, `bayeslora export` or save_pretrained wrote"
         )
     with load_errors(f"the configuration in {folder}"):
         config = AutoConfig.from_pretrained(folder)
@@ -109,7 +109,7 @@ def _info(method: str, model: str, base_name: str, head: Head, config: Pretraine
 
 
 def _saved_classes(folder: Path, config: PretrainedConfig) -> int:
-    """Return the rows of the classifier that the adapter saved; the base model's number of classes without one."""
+    """Return the number of classes of the saved classifier, or of the base model if none was saved."""
     probe = type(config).from_dict({**config.to_dict(), "num_labels": _PROBE})
     with load_errors(f"the adapter in {folder}"), torch.device("meta"):
         outline = AutoModelForSequenceClassification.from_config(probe)
@@ -126,6 +126,6 @@ def _saved_classes(folder: Path, config: PretrainedConfig) -> int:
 
 def _other_task(folder: Path, kind: str) -> BayesLoraError:
     return BayesLoraError(
-        f"the model in {folder} is for the task {kind}, but load takes sequence classification (SEQ_CLS) and language "
-        "models (CAUSAL_LM): load it with PEFT and use bayeslora.predict"
+        f"the model in {folder} is for the task {kind}, but load accepts sequence classification (SEQ_CLS) and "
+        "language models (CAUSAL_LM): load it with PEFT and use bayeslora.predict"
     )

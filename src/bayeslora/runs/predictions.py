@@ -1,4 +1,4 @@
-"""Predictions of a run by name: labels as the task calls them, and how sure each of them is."""
+"""Predictions of a run: the labels and their uncertainty."""
 
 from __future__ import annotations
 
@@ -19,8 +19,8 @@ class PredictedRow:
         label: name of the most probable class; the value for regression.
         probabilities: of each class, in the order of the run's `labels`; None for regression.
         entropy: of `probabilities` in nats; None for regression.
-        expected_entropy: the part that the data leave open, in nats; None for regression.
-        mutual_information: the part that the weights leave open, in nats; None for regression.
+        expected_entropy: aleatoric part of the entropy, in nats; None for regression.
+        mutual_information: epistemic part of the entropy, in nats; None for regression.
         std: standard deviation over the samples, for regression; None for classes.
     """
 
@@ -32,7 +32,7 @@ class PredictedRow:
     std: float | None = None
 
     def to_dict(self) -> dict[str, Any]:
-        """Return the fields as `bayeslora predict` writes them, a line a row; `std` for regression only."""
+        """Return the fields that `bayeslora predict` writes; `std` for regression only."""
         return {name: value for name, value in vars(self).items() if name != "std" or value is not None}
 
 
@@ -40,7 +40,7 @@ class Predictions(Sequence[PredictedRow]):
     """Predictions for n rows, in their order; indexed and iterated by row.
 
     Attributes:
-        prediction: the tensors that everything here is read from, for calibration, conformal sets and metrics.
+        prediction: the underlying tensors, for calibration, conformal sets and metrics.
         labels: (n) names of the most probable classes; values for regression.
     """
 
@@ -62,12 +62,12 @@ class Predictions(Sequence[PredictedRow]):
 
     @property
     def expected_entropy(self) -> Tensor:
-        """(n,) in nats, the part that the data leave open; 0 for regression."""
+        """(n,) in nats, the aleatoric part of the entropy; 0 for regression."""
         return self.prediction.expected_entropy
 
     @property
     def mutual_information(self) -> Tensor:
-        """(n,) in nats, the part that the weights leave open; 0 for regression and without samples."""
+        """(n,) in nats, the epistemic part of the entropy; 0 for regression and without samples."""
         return self.prediction.mutual_information
 
     def __len__(self) -> int:

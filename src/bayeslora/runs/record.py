@@ -1,7 +1,7 @@
-"""The record of a finished run: the content of `metrics.json` and `history.json`, written and read by these classes.
+"""Read and write the record of a finished run: `metrics.json` and `history.json`.
 
-`metrics.json` is a `RunRecord`. Scores and shares are plain fractions, times are in seconds. A field that is null or
-absent has its default, a number that was not finite is null, and keys that are not listed are ignored.
+`metrics.json` is a `RunRecord`. Scores and shares are fractions, times are in seconds. A field that is null or missing
+takes its default, a number that was not finite is null, and unknown keys are ignored.
 
 | key | content |
 |---|---|
@@ -21,7 +21,7 @@ absent has its default, a number that was not finite is null, and keys that are 
 | `relative_bops` | by scope (`adapted`, `attention`, `encoder`, `model`), relative to LoRA r = 16 at 32 x 32 bits |
 | `seconds`, `peak_memory_bytes` | wall time of `train` and `evaluate`; the largest amount of memory held |
 | `versions` | of Python, this package, torch, transformers and peft |
-| `evaluated` | `folder` and `seed`, if `bayeslora evaluate` scored a run anew |
+| `evaluated` | `folder` and `seed`, if `bayeslora evaluate` scored the run again |
 
 `history.json` is the Trainer's log, a list of objects with numbers by name: `step`, `loss`, `eval_loss`, `eval_*`, and
 from the methods `phase` (0 warm-up, 1 gates learn, 2 frozen), `bits/<kind>`, `gates/<bits>`, `rank/<matrix>`,
@@ -46,7 +46,7 @@ from bayeslora.runs.schema import Limit, Mismatch, from_json, to_json
 from bayeslora.vocabulary import ALL_KINDS, COST_SCOPES, MATRICES, UNQUANTIZED
 
 METRICS_FILE, HISTORY_FILE = "metrics.json", "history.json"
-# Headline of an older file that does not name it: the first of these that it has.
+# Older files do not name their headline score; it is the first of these that they have.
 _HEADLINES = ("matthews_correlation", "pearson", "accuracy", "spearman", "f1")
 
 Name = Annotated[str, Limit("a name", 1)]
@@ -81,7 +81,7 @@ class LayerRecord:
 
 @dataclass(frozen=True)
 class ReliabilityBin:
-    """One bin of confidence; the means are NaN where it is empty."""
+    """One bin of confidence; the means are NaN if it is empty."""
 
     lower: Share
     upper: Share
@@ -103,7 +103,7 @@ class Reliability:
 
     @property
     def filled(self) -> list[ReliabilityBin]:
-        """Return the bins that hold examples."""
+        """Return the bins that are not empty."""
         return [b for b in self.bins if b.count]
 
     @property
@@ -115,7 +115,7 @@ class Reliability:
 
 @dataclass(frozen=True)
 class RiskCoverage:
-    """Error rate among the examples answered, the most confident first, by their share."""
+    """Error rate by the share of examples answered, the most confident first."""
 
     coverage: list[Finite] = field(default_factory=list)
     risk: list[Finite] = field(default_factory=list)
@@ -132,7 +132,7 @@ class RiskCoverage:
 
 @dataclass(frozen=True)
 class Histogram:
-    """Counts of one measure of uncertainty on shared bins, by group of examples; empty where a group is unknown."""
+    """Counts of one measure of uncertainty on shared bins, by group of examples; unknown groups are empty."""
 
     edges: list[Finite]
     correct: list[Count] = field(default_factory=list)
@@ -148,13 +148,13 @@ class Histogram:
 
     @property
     def counts(self) -> dict[str, list[int]]:
-        """Return the counts of the groups that are known."""
+        """Return the counts of the known groups."""
         return {group: counts for group in ("correct", "wrong", "ood") if (counts := getattr(self, group))}
 
 
 @dataclass(frozen=True)
 class Detection:
-    """Detection of `rows` out-of-distribution inputs among `rows_in` of the split, in all and by source."""
+    """Detection of `rows` out-of-distribution inputs among `rows_in` of the split, in total and by source."""
 
     scores: dict[str, dict[str, float]]
     name: str = ""
@@ -165,7 +165,7 @@ class Detection:
 
 @dataclass(frozen=True)
 class Evaluated:
-    """The run that `bayeslora evaluate` scored anew, and the seed of the samples."""
+    """The run that `bayeslora evaluate` scored again, and the seed of the samples."""
 
     folder: str
     seed: int
@@ -173,7 +173,7 @@ class Evaluated:
 
 @dataclass(frozen=True)
 class RunRecord:
-    """Everything that `metrics.json` holds; the module's docstring explains each field."""
+    """Content of `metrics.json`; the module docstring explains each field."""
 
     method: Name
     task: Name
@@ -213,7 +213,7 @@ class RunRecord:
 
     @classmethod
     def from_dict(cls, content: dict[str, Any]) -> RunRecord:
-        """Return the record that `content` describes, under the keys of `metrics.json`."""
+        """Return the record of `content`, which has the keys of `metrics.json`."""
         return from_json(cls, content)
 
     def to_dict(self) -> dict[str, Any]:
@@ -236,23 +236,23 @@ class RunRecord:
 
     @property
     def detection(self) -> dict[str, dict[str, float]]:
-        """Return the scores of out-of-distribution detection by measure; empty where it was not tried."""
+        """Return the scores of out-of-distribution detection by measure; empty if it was not run."""
         return self.ood.scores if self.ood else {}
 
     @property
     def mean_rank(self) -> float | None:
-        """Return the mean effective rank over adapted matrices; None when nothing is adapted."""
+        """Return the mean effective rank of the adapted matrices; None without any."""
         return statistics.fmean(layer.rank for layer in self.layers) if self.layers else None
 
     @property
     def median_adapter_bits(self) -> float | None:
-        """Return the median width of the adapter's own matrices (A, E, B of every layer); None without any."""
+        """Return the median width of the adapter's matrices (A, E, B of every layer); None without any."""
         widths = [layer.bits[kind] for layer in self.layers for kind in MATRICES if kind in layer.bits]
         return float(statistics.median(widths)) if widths else None
 
     @property
     def kinds(self) -> list[str]:
-        """Return the kinds of tensor that carry a width in this run."""
+        """Return the kinds of tensor that have a width in this run."""
         present = {kind for layer in self.layers for kind in layer.bits}
         return [kind for kind in ALL_KINDS if kind in present] + sorted(present - set(ALL_KINDS))
 
@@ -263,7 +263,7 @@ class RunRecord:
 
     @property
     def ranks_differ(self) -> bool:
-        """Return whether any rank was cut, or ranks differ between matrices."""
+        """Return whether any rank was reduced or ranks differ between matrices."""
         return any(layer.rank != layer.initial_rank for layer in self.layers) or len({x.rank for x in self.layers}) > 1
 
 
@@ -271,7 +271,7 @@ def read_run(folder: Path) -> RunRecord:
     """Return the record in `folder/metrics.json`.
 
     Raises:
-        BayesLoraError: the file is missing, damaged, or a value is not what its place accepts.
+        BayesLoraError: the file is missing or damaged, or a value is invalid.
     """
     folder = Path(folder)
     path = folder / METRICS_FILE
@@ -280,7 +280,7 @@ def read_run(folder: Path) -> RunRecord:
     except Mismatch as error:
         raise BayesLoraError(f"{path}: {error}: run `bayeslora train` again") from None
     bops = {str(scope): record.relative_bops[scope] for scope in COST_SCOPES if scope in record.relative_bops}
-    if not record.title:  # an older file; knowing the methods takes importing torch
+    if not record.title:  # an older file; the registry imports torch, so import it only here
         from bayeslora.methods.registry import title_of
 
         record = dataclasses.replace(record, title=title_of(record.method))
@@ -288,7 +288,7 @@ def read_run(folder: Path) -> RunRecord:
 
 
 def read_history(folder: Path) -> History:
-    """Return `folder/history.json`, one dictionary a logging step, without the entries that are not numbers.
+    """Read `folder/history.json`: one dictionary per logging step, without values that are not numbers.
 
     Raises:
         BayesLoraError: the file is missing, damaged, or not a list of objects.

@@ -1,4 +1,4 @@
-"""Rows as the model of a run reads them: texts and pairs for a classifier, prompts or pairs for multiple choice."""
+"""Read and encode rows for a run: texts and pairs for a classifier, prompts or pairs for multiple choice."""
 
 from __future__ import annotations
 
@@ -27,29 +27,28 @@ EVALUATION, TEST = "validation", "test"
 OUT_OF_DISTRIBUTION = "ood"
 _SOURCE = "source"
 _TEXT_COLUMNS = {1: ["text"], 2: ["text_a", "text_b"]}
-"""Names for the texts of a run that has none: an adapter without `run.json`."""
+"""Column names by number of texts, for an adapter without `run.json`."""
 
 
 def encode_split(
     split: Dataset, task: Task, tokenizer: PreTrainedTokenizerBase, head: Head, length: int, few_shot: int = 0
 ) -> Dataset:
-    """Tokenize a split of `task` (or other rows of its form) for a model with this head.
+    """Tokenize a split of `task`, or other rows with its columns, for a model with this head.
 
     Args:
         split: rows with the task's text columns.
-        task: says which classes there are, and has the rows that few-shot examples are taken from.
+        task: with the classes, and the rows that few-shot examples are drawn from.
         tokenizer: of the model.
         head: of the model.
-        length: tokens of the longest input.
+        length: maximum input length in tokens.
         few_shot: examples in each prompt.
 
     Raises:
-        BayesLoraError: few-shot examples for a model that reads no prompt, or rows that do not fit.
+        BayesLoraError: few-shot examples for a model without prompts, or rows that do not fit.
     """
     if few_shot and head != "letters":
         raise BayesLoraError(
-            f"--few-shot is {few_shot}, but examples are for the prompts of a language model on multiple choice: "
-            "leave it out"
+            f"--few-shot is {few_shot}, but only language models on multiple choice have prompts: leave it out"
         )
     if head == "sequence":
         return encode_texts(split, task.text_columns, tokenizer, length)
@@ -61,21 +60,21 @@ def encode_split(
 
 
 def encode_for(split: Dataset, task: Task, tokenizer: PreTrainedTokenizerBase, info: RunInfo) -> Dataset:
-    """`encode_split` as the run was trained."""
+    """Tokenize `split` with the settings that the run was trained with."""
     return encode_split(split, task, tokenizer, info.head, info.max_length, info.few_shot)
 
 
 def rows_to_predict(inputs: Any, info: RunInfo, text_columns: list[str] | None = None) -> Task:
-    """Read rows without labels, in the form that the run takes, as the split `validation` of a task.
+    """Read rows without labels as the split `validation` of a task that fits the run.
 
     Args:
         inputs: a text, a pair (tuple) or a row (dict); an iterable of them, such as a list or a `Dataset`; or the
             `Path` of a data file.
         info: of the run.
-        text_columns: the text's column or columns, by default those that the run was trained on.
+        text_columns: text column or columns, by default those of the training.
 
     Raises:
-        BayesLoraError: no rows, a missing column, or a value of another type.
+        BayesLoraError: there are 0 rows, a column is missing, or a value has the wrong type.
     """
     if info.kind == "generation":
         raise BayesLoraError(
@@ -93,11 +92,11 @@ def rows_to_predict(inputs: Any, info: RunInfo, text_columns: list[str] | None =
 def labelled_rows(
     info: RunInfo, file: str | Path, text_columns: list[str] | None = None, label_column: str | None = None
 ) -> Task:
-    """Read the rows of a file as the split `validation`, with labels as the ids that the run was trained with."""
+    """Read the rows of a file as the split `validation`; labels become the ids of the run."""
     if info.kind == "multiple_choice":
         return _choices(Path(file), info, answers=True)
     columns = _checked_columns(text_columns, info)
-    # The file stands for the training data too: with the class names given, nothing is learned from it.
+    # `load_files` needs training data too; with the class names given, it learns nothing from them.
     label = label_column or info.label_column
     kind: Kind = "regression" if info.kind == "regression" else "classification"
     return load_files(file, file, columns, label, labels=info.labels or None, kind=kind)
@@ -106,14 +105,14 @@ def labelled_rows(
 def training_batches(
     info: RunInfo, tokenizer: PreTrainedTokenizerBase, count: int, size: int = 32
 ) -> list[dict[str, Tensor]]:
-    """Return the first batches of the rows that the run was trained on, as inputs of its model.
+    """Return the first `count` batches of the training rows, as inputs of the model.
 
     Raises:
-        BayesLoraError: these rows are no longer at their place.
+        BayesLoraError: the training rows cannot be found.
     """
     if info.task_name is None:
         if "train_file" not in info.files:
-            raise BayesLoraError("its run.json names no training data")
+            raise BayesLoraError("run.json does not name the training data")
         task, split = labelled_rows(info, info.files["train_file"]), EVALUATION
     else:
         task, split = load_task(info.task_name, info.data_dir, train_split=info.train_split), "train"
@@ -126,7 +125,7 @@ def training_batches(
 
 @dataclass(frozen=True)
 class OutsideRows:
-    """Rows unlike those a run was trained on, in the form of `task`; `sources` names a kind for each of them."""
+    """Out-of-distribution rows with the columns of `task`; `sources` names the source of each row, if known."""
 
     name: str
     rows: Dataset
@@ -135,10 +134,10 @@ class OutsideRows:
 
 
 def outside_rows(info: RunInfo, task: Task, file: Path | None, text_columns: list[str] | None = None) -> OutsideRows:
-    """Read out-of-distribution rows: those of a file, or without one those that the task has.
+    """Read out-of-distribution rows from a file, by default those of the task.
 
     Raises:
-        BayesLoraError: the task has no such rows, or the run has no classes.
+        BayesLoraError: the task does not have such rows, or the run is a regression.
     """
     if info.kind == "regression":
         raise BayesLoraError(
@@ -146,7 +145,7 @@ def outside_rows(info: RunInfo, task: Task, file: Path | None, text_columns: lis
         )
     if file is None:
         if OUT_OF_DISTRIBUTION not in task.splits:
-            raise BayesLoraError(f"task {task.name} has no out-of-distribution split: give such texts with --ood-file")
+            raise BayesLoraError(f"--ood is given, but {task.name} lacks a split for it: give --ood-file")
         rows = task.splits[OUT_OF_DISTRIBUTION]
         sources = list(rows[_SOURCE]) if _SOURCE in rows.column_names else []
         return OutsideRows(f"{task.name} {OUT_OF_DISTRIBUTION}", rows, task, sources)
@@ -158,14 +157,14 @@ def outside_rows(info: RunInfo, task: Task, file: Path | None, text_columns: lis
 
 
 def _choices(source: Path | list[Mapping[str, Any]], info: RunInfo, *, answers: bool = False) -> Task:
-    """Read multiple-choice rows as the split `validation` of a task, with the splits that examples come from."""
+    """Read multiple-choice rows as the split `validation` of a task, with the splits for few-shot examples."""
     rows = load_choices(source, task_name=info.task_name, answers=answers)
     most = max(len(choices) for choices in rows["choices"])
     if most > len(info.labels):
         where = source if isinstance(source, Path) else "the input"
         raise BayesLoraError(
             f"{where} has a row with {most} choices, but the run was trained on at most {len(info.labels)}: "
-            "take the row out"
+            "remove the row"
         )
     splits: dict[str, Dataset] = {}
     if info.few_shot and info.task_name:
@@ -179,7 +178,7 @@ def _task(info: RunInfo, columns: tuple[str, ...], splits: dict[str, Dataset]) -
 
 
 def _checked_columns(given: list[str] | None, info: RunInfo, name: str = "--text-column") -> list[str]:
-    """Return the columns that are given, by default those the run was trained on; as many as those."""
+    """Return the given columns, by default those of the training; check that their number is the same."""
     if given is None or not info.text_columns:
         return given or info.text_columns
     if len(given) != len(info.text_columns):
@@ -190,13 +189,13 @@ def _checked_columns(given: list[str] | None, info: RunInfo, name: str = "--text
 
 
 def _guessed_columns(inputs: Path | list[Mapping[str, Any]]) -> list[str]:
-    """Return the columns of texts for a run that does not know them: `text`, or `text_a` and `text_b`."""
+    """Return default text columns for a run without names: `text`, or `text_a` and `text_b`."""
     pairs = not isinstance(inputs, Path) and set(_TEXT_COLUMNS[2]) <= set(inputs[0])
     return _TEXT_COLUMNS[2 if pairs else 1]
 
 
 def _records(inputs: Any, info: RunInfo) -> list[Mapping[str, Any]]:
-    """Return texts, pairs and rows as rows with named columns."""
+    """Convert texts, pairs and rows to rows with named columns."""
     pairs = len(info.text_columns) != 1 and info.kind != "multiple_choice"
     if isinstance(inputs, str):
         if inputs.endswith(EXTENSIONS) and Path(inputs).is_file():
@@ -229,7 +228,7 @@ def _record(number: int, value: Any, info: RunInfo) -> Mapping[str, Any]:
         )
         if info.kind == "multiple_choice":
             wanted = "a row with question and choices (a dict)"
-        raise BayesLoraError(f"row {number} is {seen}, but must be {wanted}: the run was trained on such rows")
+        raise BayesLoraError(f"row {number} is {seen}, but must be {wanted}: give rows like those of the training")
     return dict(zip(columns, parts, strict=True))
 
 

@@ -1,4 +1,4 @@
-"""A finished run or an export as an object, and `load`, which makes one of a folder or a hub id."""
+"""Load a finished run or an export from a folder or the hub, and predict with it."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ from bayeslora.runs.rows import EVALUATION, encode_for, rows_to_predict
 
 @dataclass(frozen=True, repr=False)
 class Run:
-    """A model with everything that is known of it.
+    """A trained model with its tokenizer, labels and records.
 
     ```python
     run = bayeslora.load("out")
@@ -54,10 +54,10 @@ class Run:
     ```
 
     Attributes:
-        folder: it was loaded from.
+        folder: the run was loaded from.
         model: in evaluation mode.
         tokenizer: of the model.
-        info: the content of `run.json`; what could be found out where there is none.
+        info: the content of `run.json`, or what the other files tell if it is missing.
     """
 
     folder: Path
@@ -91,12 +91,12 @@ class Run:
 
     @property
     def method(self) -> str:
-        """One of `bayeslora train --method`; `full` for every model without an adapter."""
+        """A value of `bayeslora train --method`; `full` for any model without an adapter."""
         return self.info.method
 
     @property
     def config(self) -> dict[str, Any]:
-        """The options it was trained with, as in `config.yaml`; empty without that file."""
+        """The options of the training in `config.yaml`; empty without that file."""
         path = self.folder / "config.yaml"
         return dict(yaml.safe_load(path.read_text(encoding="utf-8"))) if path.is_file() else {}
 
@@ -107,30 +107,30 @@ class Run:
 
     @functools.cached_property
     def predictor(self) -> nn.Module | WeightPosterior:
-        """The model to give to `bayeslora.predict`, with the posterior that IVON has learned if the run saved one."""
+        """The model for `bayeslora.predict`, with the posterior of IVON if the run saved one."""
         return with_posterior(self.model, self.folder)
 
     @quiet_loading()
     def predict(self, inputs: Any, samples: int = 0, seed: int = 0, batch_size: int = 64) -> Predictions:
-        """Label texts, and say how sure each label is.
+        """Predict labels and their uncertainty.
 
         Args:
             inputs: a text, a pair (a tuple of two strings) or a row (a dict); an iterable of them, such as a list or
-                a `datasets.Dataset`; or the `pathlib.Path` of a data file. Rows have the columns that the run was
-                trained on, `question` and `choices` for multiple choice; other columns are ignored.
-            samples: draws of the weights; 0 uses their mean.
-            seed: of the draws.
-            batch_size: rows at a time; the result does not depend on it.
+                a `datasets.Dataset`; or the `pathlib.Path` of a data file. Rows have the columns of the training,
+                `question` and `choices` for multiple choice; other columns are ignored.
+            samples: Monte-Carlo samples of the weights; 0 uses their mean.
+            seed: for the samples.
+            batch_size: rows per batch; the result does not depend on it.
 
         Raises:
-            BayesLoraError: no rows, a row of another form, or samples of a model without a posterior.
+            BayesLoraError: there are 0 rows, a row does not fit, or the model is deterministic and `samples` > 0.
         """
         task = rows_to_predict(inputs, self.info)
         data = encode_for(task.splits[EVALUATION], task, self.tokenizer, self.info)
         return self.predict_encoded(data, samples, seed, batch_size)
 
     def predict_encoded(self, data: Any, samples: int = 0, seed: int = 0, batch_size: int = 64) -> Predictions:
-        """`predict` for rows that `runs.rows.encode_for` has tokenized."""
+        """Predict like `predict` for rows that `runs.rows.encode_for` has tokenized."""
         predictor = self.predictor
         check_samples(predictor, samples)
         prediction: Prediction = predict_dataset(predictor, data, self.tokenizer, batch_size, samples, seed)
@@ -177,16 +177,16 @@ def load(
 
 
 def with_posterior(model: nn.Module, folder: Path) -> nn.Module | WeightPosterior:
-    """Return what to predict with: the model, with its weights' posterior if `folder` has one."""
+    """Return the model, with the posterior of its weights if `folder` has one."""
     return load_posterior(model, folder) if (folder / POSTERIOR_FILE).is_file() else model
 
 
 def _place(name: str | os.PathLike[str]) -> Path:
-    """Return the folder that is named, or the hub's files of that id in the cache."""
+    """Return the folder `name`, or the cached files of that hub id."""
     folder, text = Path(name).expanduser(), str(name)
     if folder.is_dir():
         if (folder / "draw-0").is_dir():
-            raise BayesLoraError(f"{folder} has several draws, but one model is loaded: give {folder / 'draw-0'}")
+            raise BayesLoraError(f"{folder} has several draws, but load takes one model: give {folder / 'draw-0'}")
         return folder
     if folder.exists() or text.startswith((".", "~", "/")) or text.count("/") != 1 or os.sep != "/" and os.sep in text:
         raise BayesLoraError(f"{text} is not a folder, but must be one or a hub id such as owner/name: check the path")
@@ -194,9 +194,9 @@ def _place(name: str | os.PathLike[str]) -> Path:
 
     try:
         return Path(snapshot_download(text))
-    except Exception as error:  # the hub's clients raise a dozen unrelated types when there is no way to it
+    except Exception as error:  # the hub's client raises many unrelated types when it fails
         raise BayesLoraError(
-            f"{text} is not a folder, and the hub gave no such model ({type(error).__name__}): "
+            f"{text} is not a folder, and cannot be downloaded from the hub ({type(error).__name__}): "
             "check the name, the network and your login, or give a folder"
         ) from error
 
@@ -204,7 +204,7 @@ def _place(name: str | os.PathLike[str]) -> Path:
 def _tokenizer(
     folder: Path, info: RunInfo, model: str | None, given: PreTrainedTokenizerBase | str | os.PathLike[str] | None
 ) -> PreTrainedTokenizerBase:
-    """Return the run's tokenizer, or the one that is given, if its vocabulary is that of the training."""
+    """Return the given tokenizer or that of the run, after checking that its vocabulary is that of the training."""
     if isinstance(given, PreTrainedTokenizerBase):
         found, origin = given, "the tokenizer that was given"
     elif given is not None:
@@ -230,7 +230,7 @@ def _tokenizer(
 
 
 def _adapted(folder: Path, info: RunInfo, tokenizer: PreTrainedTokenizerBase, name: str) -> PeftModel:
-    """Return the base model with the adapter of the folder, every tensor of it in its place."""
+    """Return the base model with the adapter of the folder; raise unless all its tensors fit."""
     _check_adapter_files(folder, info)
     with torch.random.fork_rng(devices=[]):
         base = load_base(
@@ -243,7 +243,7 @@ def _adapted(folder: Path, info: RunInfo, tokenizer: PreTrainedTokenizerBase, na
         )
     if info.base_fingerprint and base.fingerprint != info.base_fingerprint:
         raise BayesLoraError(
-            f"the adapter in {folder} was trained on {info.model}, but the weights of {name} are others: "
+            f"the adapter in {folder} was trained on {info.model}, but the weights of {name} differ: "
             "give the right one as model (--model)"
         )
     with load_errors(f"the adapter in {folder}"):
@@ -257,7 +257,7 @@ def _check_adapter_files(folder: Path, info: RunInfo) -> None:
     if info.base_name and base_name != info.base_name:
         raise BayesLoraError(
             f"the adapter in {folder} was made for {base_name}, but the run trained {info.base_name}: "
-            "restore the run's own adapter files"
+            "restore the adapter files of the run"
         )
     weights = folder / ADAPTER_FILE
     if not weights.is_file():
@@ -271,16 +271,16 @@ def _check_adapter_files(folder: Path, info: RunInfo) -> None:
 
 
 def _check_keys(model: PeftModel, folder: Path) -> None:
-    """Raise where the adapter's tensors did not all find their place: it would run untrained, silently."""
+    """Raise BayesLoraError if tensors of the adapter are missing or unused; PEFT would run it untrained."""
     if looks_packed(folder / ADAPTER_FILE):
-        return  # compared with the model while it was loaded
+        return  # already compared with the model while loading
     wanted = set(get_peft_model_state_dict(model, save_embedding_layers=False))
     with safe_open(folder / ADAPTER_FILE, framework="pt") as file:
-        # Embeddings are saved by PEFT's own choice, beside what an adapter trains.
+        # PEFT may save embeddings in addition to what an adapter trains.
         found = {key for key in file.keys() if key in wanted or "embed" not in key}
-    for keys, verb in ((wanted - found, "lacks"), (found - wanted, "has no place for")):
+    for keys, has in ((wanted - found, "lacks"), (found - wanted, "has")):
         if keys:
-            owner = ADAPTER_FILE if verb == "lacks" else "the model"
             raise BayesLoraError(
-                f"the adapter in {folder} does not fit its config: {owner} {verb} {min(keys)}; restore its own files"
+                f"{folder / ADAPTER_FILE} {has} {min(keys)}, but must hold the tensors that its config names: "
+                "restore the adapter files of the run"
             )

@@ -1,7 +1,7 @@
-"""Dataclasses as the schema of a JSON file: read with types and ranges checked, written without what is empty.
+"""Read and write JSON files with dataclasses as their schema: reading checks types and ranges.
 
 `from_json` understands dataclasses, `list`, `dict` with text keys, `X | None`, `str`, `int` and `float`, each also as
-`Annotated[X, Limit(...)]`. Keys that a dataclass does not have are ignored, so that older versions read newer files.
+`Annotated[X, Limit(...)]`. Unknown keys are ignored, so that older versions read newer files.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ _NAMES = {str: "a text", int: "a whole number", float: "a number"}
 
 
 class Mismatch(ValueError):
-    """A value that its place in a record does not accept: `key` is the place, `wanted` what it accepts."""
+    """An invalid value in a record: `key` is its place, `wanted` what that accepts."""
 
     def __init__(self, key: str, value: object, wanted: str) -> None:
         shown = "missing" if value is None else repr(value)
@@ -28,7 +28,7 @@ class Mismatch(ValueError):
 
 @dataclass(frozen=True)
 class Limit:
-    """Smallest and largest number, or length of a text, and the words for it in an error."""
+    """Minimum and maximum of a number or of the length of a text, and their description in an error."""
 
     wanted: str
     low: float
@@ -36,12 +36,12 @@ class Limit:
 
 
 def from_json(kind: Any, value: Any) -> Any:
-    """Return `value`, as `json.loads` gives it, as an instance of `kind`.
+    """Convert `value`, a result of `json.loads`, to an instance of `kind`.
 
-    A field with a default takes it where the file has null or NaN; null is left out of a dictionary.
+    A field with a default takes it if the file has null or NaN; null is left out of a dictionary.
 
     Raises:
-        Mismatch: naming the place, from the outermost key on.
+        Mismatch: a value is invalid; names its place from the outermost key on.
     """
     origin, arguments = get_origin(kind), get_args(kind)
     if isinstance(kind, type) and dataclasses.is_dataclass(kind):
@@ -66,7 +66,7 @@ def from_json(kind: Any, value: Any) -> Any:
 
 
 def to_json(record: Any) -> Any:
-    """Return what `from_json` reads back as `record`: optional fields are left out if they are None or empty."""
+    """Convert `record` for `json.dumps`; optional fields are left out if they are None or empty."""
     if dataclasses.is_dataclass(record):
         values = [(field, to_json(getattr(record, field.name))) for field in stored_fields(record)]
         return {field.name: value for field, value in values if _required(field) or value not in (None, "", [], {})}
@@ -78,7 +78,7 @@ def to_json(record: Any) -> Any:
 
 
 def stored_fields(record: Any) -> list[dataclasses.Field[Any]]:
-    """Return the fields that are in the file: all but those marked with the metadata `stored=False`."""
+    """Return the fields in the file: all without the metadata `stored=False`."""
     return [f for f in dataclasses.fields(record) if f.metadata.get("stored", True)]
 
 
@@ -117,7 +117,7 @@ def _object(value: Any) -> dict[str, Any]:
 
 
 def _at(place: str, kind: Any, value: Any) -> Any:
-    """Read `value`, which is at `place` in its parent; a `Mismatch` gets the place in front of its own."""
+    """Convert `value`, found at `place` in its parent; prepend `place` to the key of a `Mismatch`."""
     try:
         return from_json(kind, value)
     except Mismatch as error:

@@ -1,4 +1,4 @@
-"""Measure a trained model: scores, parameters, bit operations, widths; and check its saved copy."""
+"""Measure scores, parameters, bit operations and widths of a trained model, and check its saved copy."""
 
 from __future__ import annotations
 
@@ -34,9 +34,9 @@ def measure(
     samples: int = 0,
     predictor: Predictable | None = None,
 ) -> dict[str, Any]:
-    """Return the measured part of `metrics.json`; `scores` belong to the evaluation split.
+    """Return the measured part of `metrics.json`.
 
-    They are those of `predictor`, if one is given around the model.
+    `scores` are those of `predictor`, by default of `model`, on the evaluation split.
     """
     scored_model = predictor or model
     evaluation = evaluate(scored_model, data[EVALUATION], task, tokenizer, batch_size, samples)
@@ -47,12 +47,12 @@ def measure(
 
 
 def rows_to_score(data: dict[str, Any]) -> int:
-    """Return the number of rows that `measure` runs the model over."""
+    """Return the number of rows that `measure` predicts."""
     return sum(len(data[name]) for name in (EVALUATION, TEST) if name in data)
 
 
 def scored(evaluation: Evaluation) -> dict[str, Any]:
-    """Return the part of `metrics.json` about a model's predictions on a split."""
+    """Return the part of `metrics.json` about the predictions on a split."""
     return {
         "scores": evaluation.scores,
         "samples": evaluation.samples,
@@ -63,7 +63,7 @@ def scored(evaluation: Evaluation) -> dict[str, Any]:
 
 
 def detected(outside: OutsideRows, evaluation: Evaluation, prediction: Prediction) -> dict[str, Any]:
-    """Return the `ood` block of metrics.json: AUROC, AUPR and FPR95 by measure of uncertainty and by source."""
+    """Return the `ood` block of `metrics.json`: AUROC, AUPR and FPR95 by measure of uncertainty and by source."""
     inside, found = evaluation.uncertainties, uncertainties_of(prediction)
     block: dict[str, Any] = {
         "name": outside.name,
@@ -85,7 +85,7 @@ def detected(outside: OutsideRows, evaluation: Evaluation, prediction: Predictio
 
 
 def described(model: nn.Module) -> dict[str, Any]:
-    """Return the part of `metrics.json` about the model itself and the software that ran it."""
+    """Return the part of `metrics.json` about the model and the software."""
     layers = describe(model)
     return {
         "parameters": count_parameters(model),
@@ -97,7 +97,7 @@ def described(model: nn.Module) -> dict[str, Any]:
 
 
 def versions() -> dict[str, str]:
-    """Return the versions of everything that the result depends on."""
+    """Return the versions of Python and of the packages that the result depends on."""
     from importlib.metadata import PackageNotFoundError, version
 
     found = {"python": platform.python_version()}
@@ -110,7 +110,7 @@ def versions() -> dict[str, str]:
 
 
 def peak_memory() -> int:
-    """Return the peak of memory so far in bytes: of the GPU if one is available, otherwise of the process."""
+    """Return the peak memory so far in bytes, of the GPU if one is available, otherwise of the process."""
     if torch.cuda.is_available():
         return int(torch.cuda.max_memory_allocated())
     # Linux counts in kibibytes, macOS in bytes.
@@ -120,18 +120,18 @@ def peak_memory() -> int:
 def verify_reload(
     model: nn.Module, dataset: Any, tokenizer: PreTrainedTokenizerBase, load: Callable[[], nn.Module], dtype: str
 ) -> None:
-    """Compare the trained model with the one its files give back, on the first rows of a data set.
+    """Compare the trained model with the one loaded from its files, on the first rows of a data set.
 
     Raises:
-        RuntimeError: their outputs differ; the files do not hold what was trained.
+        RuntimeError: their outputs differ.
     """
     rows = dataset.select(range(min(_PROBE_ROWS, len(dataset))))
     logits = [predict_dataset(m, rows, tokenizer).logits for m in (model, load())]
-    # A choice that an item does not have is at minus infinity in both, and their difference would be no number.
+    # The logit of a choice that an item lacks is minus infinity in both, and their difference would be NaN.
     trained, saved = (values.masked_fill(torch.isneginf(values), 0.0) for values in logits)
     difference = float((trained - saved).abs().max() / trained.abs().max().clamp(min=1.0))
     if not difference <= _RELOAD_TOLERANCE[dtype]:
         raise RuntimeError(
-            f"the saved run does not give the trained model's outputs back (relative difference {difference:.2e}, "
-            f"at most {_RELOAD_TOLERANCE[dtype]:.0e} is allowed): please report it together with config.yaml"
+            f"the saved run differs from the trained model by {difference:.2e} (relative), "
+            f"but may differ by at most {_RELOAD_TOLERANCE[dtype]:.0e}: please report this with config.yaml"
         )

@@ -1,7 +1,7 @@
-"""Train as planned: one method, one model, one task, one new folder, in three phases (prepare, fit, finish).
+"""Train as planned into a new folder, in three phases: prepare, fit, finish.
 
-Everything is written to `OUT.partial` and renamed to `OUT` when it is complete. An interrupted run leaves its last
-checkpoint there, and a plan with `resume` continues it exactly.
+Everything is written to `OUT.partial`, which is renamed to `OUT` when it is complete. An interrupted run leaves its
+last checkpoint there, and a plan with `resume` continues it exactly.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ from bayeslora.evaluation import compute_metrics_for
 from bayeslora.evaluation.choice_trainer import ChoiceTrainer
 from bayeslora.evaluation.multiple_choice import choice_scoring
 from bayeslora.export.formats import shrink
-from bayeslora.files import save_json
+from bayeslora.files import check_new, save_json
 from bayeslora.methods import tuner_of
 from bayeslora.methods.registry import title_of
 from bayeslora.optim import IVON
@@ -71,7 +71,7 @@ _CHECKPOINTS = "checkpoints"
 
 @dataclass
 class Session:
-    """One run as it is set up: model, data, and the folder it is written to."""
+    """A run that is ready to train: plan, model, data and output folder."""
 
     plan: TrainPlan
     arguments: TrainingArguments
@@ -86,17 +86,17 @@ class Session:
 
 
 class Reporter(TrainerCallback):
-    """Follows a run: the Trainer's events, and two more. This one says nothing."""
+    """Base class for callbacks on the Trainer's events and two more; does nothing."""
 
     def on_scoring(self, rows: int, samples: int) -> None:
-        """Called before the trained model is scored on so many rows, with as many draws of the weights for each."""
+        """Called before scoring the trained model on `rows` rows with `samples` samples of the weights."""
 
     def on_finished(self, folder: Path) -> None:
-        """Called with the complete folder before it gets its name: reports are written here."""
+        """Called with the complete folder before it is renamed; write reports here."""
 
 
 class TrainingInterrupted(KeyboardInterrupt):
-    """A signal stopped the run; `resumable` says whether `partial` holds a checkpoint to continue from."""
+    """Raised when a signal stopped the run; if `resumable`, `partial` holds a checkpoint to continue from."""
 
     def __init__(self, partial: Path, output_dir: Path, resumable: bool) -> None:
         super().__init__(f"interrupted, {'a checkpoint' if resumable else 'nothing'} was kept in {partial}")
@@ -104,13 +104,13 @@ class TrainingInterrupted(KeyboardInterrupt):
 
 
 def train(plan: TrainPlan, reporter: Reporter | None = None) -> RunRecord:
-    """Train as planned into the new folder `plan.output_dir`, and return the content of its `metrics.json`.
+    """Train as planned into the new folder `plan.output_dir`; return the content of its `metrics.json`.
 
-    SIGINT and SIGTERM stop it after the step it is in.
+    SIGINT and SIGTERM stop the training after the current step.
 
     Raises:
-        BayesLoraError: options, data or a model that cannot work, or a folder that exists.
-        TrainingInterrupted: after a signal.
+        BayesLoraError: invalid options, data or model, or the folder exists.
+        TrainingInterrupted: a signal stopped the run.
     """
     reporter = reporter or Reporter()
     partial = _claim(plan)
@@ -133,29 +133,28 @@ def precision_options() -> dict[str, Any]:
     """Return the training options for bfloat16 if the hardware computes in it, which takes two thirds of the time."""
     if torch.cuda.is_available():
         return {"bf16": True} if torch.cuda.is_bf16_supported(including_emulation=False) else {}
-    capabilities: dict[str, Any] = getattr(torch.cpu, "get_capabilities", dict)()  # older torch has none
+    capabilities: dict[str, Any] = getattr(torch.cpu, "get_capabilities", dict)()  # not in older torch
     return {"bf16": True} if capabilities.get("amx_bf16") else {}
 
 
 def _claim(plan: TrainPlan) -> Path:
-    """Make the folder to write to and mark it as this run's; refuse to overwrite, mix or lose a run."""
+    """Create `OUT.partial` with `config.yaml`, or check that the run in it can be resumed."""
     out = plan.output_dir
     partial = out.with_name(out.name + ".partial")
-    if out.exists():
-        raise BayesLoraError(f"the output folder {out} exists: choose a new one or delete it")
+    check_new(out)
     if not plan.options.resume:
         partial.parent.mkdir(parents=True, exist_ok=True)
         try:
             partial.mkdir()
         except FileExistsError:
             raise BayesLoraError(
-                f"{partial} holds an interrupted run: continue it with --resume or delete it"
+                f"{partial} holds an interrupted run, but must be new: continue it with --resume or delete it"
             ) from None
         record = yaml.safe_dump(plan.record(), sort_keys=False, allow_unicode=True)
         (partial / CONFIG_FILE).write_text(record, encoding="utf-8")
         return partial
     if not (partial / CONFIG_FILE).is_file():
-        raise BayesLoraError(f"no interrupted run is in {partial}: leave --resume out to start one")
+        raise BayesLoraError(f"--resume is given, but {partial} lacks an interrupted run: leave it out to start one")
     difference = first_difference(read_config(str(partial / CONFIG_FILE)), json.loads(json.dumps(plan.record())))
     if difference is not None:
         name, old, new = difference
@@ -168,9 +167,9 @@ def _claim(plan: TrainPlan) -> Path:
 
 @contextmanager
 def _cleaned_up(plan: TrainPlan, partial: Path) -> Iterator[None]:
-    """After a failure or an interruption, keep `OUT.partial` only where it can be resumed, and say how.
+    """After a failure or an interruption, remove `OUT.partial` unless it can be resumed.
 
-    A run that is being resumed loses nothing, whatever goes wrong.
+    The folder of a run that is being resumed is never removed.
     """
     try:
         yield
@@ -196,9 +195,9 @@ def _last_checkpoint(folder: Path) -> Path | None:
 
 
 def prepare(plan: TrainPlan, partial: Path) -> Session:
-    """Read data, tokenizer and model, and put the adapter in: everything that can fail for want of better input."""
+    """Load data, tokenizer and model, and add the adapter; all errors of the input are raised here."""
     options = plan.options
-    # What is read quickly and may be wrong comes first, the model last.
+    # Check what is quick to read first, and load the model last.
     check_options(plan.config_class, plan.method_options)
     arguments = training_arguments(plan, partial / _CHECKPOINTS)
     task = _load_data(plan)
@@ -231,7 +230,7 @@ def _load_data(plan: TrainPlan) -> Task:
     if options.task:
         task = load_task(options.task, options.data_dir, train_split=options.train_split)
         if TRAIN not in task.splits:
-            raise BayesLoraError(f"{task.name} has no training data: train on another task and evaluate on this one")
+            raise BayesLoraError(f"--task is {task.name}, but it lacks training data: train on another task")
         return task
     assert options.train_file and options.eval_file and options.text_column and options.label_column
     return load_files(
@@ -245,7 +244,7 @@ def _load_data(plan: TrainPlan) -> Task:
 
 
 def fit(session: Session, callbacks: list[TrainerCallback]) -> Trainer:
-    """Train, from the last checkpoint where the plan resumes; returns the Trainer after its last step."""
+    """Train, from the last checkpoint if the plan resumes; return the Trainer after its last step."""
     trainer = _build_trainer(session, callbacks)
     checkpoint = _last_checkpoint(session.partial / _CHECKPOINTS) if session.plan.options.resume else None
     with _quick_attention(session.base.model, trainer.args):
@@ -254,10 +253,10 @@ def fit(session: Session, callbacks: list[TrainerCallback]) -> Trainer:
 
 
 def training_arguments(plan: TrainPlan, checkpoints: Path) -> TrainingArguments:
-    """Return the Trainer's settings; raises BayesLoraError for those it refuses."""
+    """Return the `TrainingArguments`; raise BayesLoraError for those it refuses."""
     settings = {"dataloader_pin_memory": torch.cuda.is_available(), **plan.training_options, "disable_tqdm": True}
     if settings.get("bf16") and not _has_accelerator():
-        settings.setdefault("use_cpu", True)  # without which TrainingArguments looks for a GPU
+        settings.setdefault("use_cpu", True)  # otherwise TrainingArguments looks for a GPU
     with option_errors("training"):
         return TrainingArguments(output_dir=str(checkpoints), **settings)
 
@@ -275,7 +274,7 @@ def _build_trainer(session: Session, callbacks: list[TrainerCallback]) -> Traine
         )
     for printing in (PrinterCallback, ProgressCallback):
         trainer.remove_callback(printing)
-    # One term of the loss an example, whatever the model: a language model's N is not its number of tokens here.
+    # N counts examples for language models too, not tokens: every example adds one term to the loss.
     stated = session.plan.method_options.get("num_examples")
     ivon = session.plan.ivon
     optimizer = None if ivon is None else functools.partial(IVON, **ivon.keywords())
@@ -284,9 +283,9 @@ def _build_trainer(session: Session, callbacks: list[TrainerCallback]) -> Traine
 
 @contextmanager
 def _quick_attention(model: PreTrainedModel, arguments: TrainingArguments) -> Iterator[None]:
-    """Attention in single steps for training in bfloat16 on a CPU: torch's fused one takes four times as long there.
+    """Use eager attention for training in bfloat16 on a CPU, where torch's fused kernel takes four times as long.
 
-    Afterwards it is the model's own again, whose other roundings can move codes of activations.
+    The original is restored afterwards: it rounds differently, which can change codes of activations.
     """
     if not arguments.bf16 or arguments.device.type != "cpu":
         yield
@@ -304,7 +303,7 @@ def _has_accelerator() -> bool:
 
 
 def _trainer_class(session: Session) -> Callable[..., Trainer]:
-    """Return the Trainer for the task's kind, which knows how its rows are collated."""
+    """Return the Trainer class with the data collator for the kind of task."""
     if session.task.kind == "multiple_choice":
         scoring = choice_scoring(session.data[TRAIN], session.tokenizer)
         return functools.partial(ChoiceTrainer, class_logits=scoring.logits, data_collator=scoring.collate)
@@ -312,12 +311,12 @@ def _trainer_class(session: Session) -> Callable[..., Trainer]:
 
 
 def finish(session: Session, trainer: Trainer, seconds: float, reporter: Reporter) -> RunRecord:
-    """Score, save, check what was saved and have it reported, all in `OUT.partial`; return the scores and costs."""
+    """Score and save the model in `OUT.partial`, check the saved copy and report; return the record."""
     plan, partial = session.plan, session.partial
-    # Without the autocast that training in 16 bits leaves around the forward pass: who loads the run has none.
+    # Remove the autocast that training in 16 bits leaves around the forward pass: a loaded run does not have it.
     model = trainer.accelerator.unwrap_model(session.model, keep_fp32_wrapper=False)
     if not all(bool(torch.isfinite(p).all()) for p in model.parameters() if p.requires_grad):
-        raise BayesLoraError("training diverged, a trained weight is not finite: lower --learning-rate")
+        raise BayesLoraError("a trained weight is not finite, but must be (training diverged): lower --learning-rate")
     posterior = _cut_ranks(model, _posterior(trainer) if plan.ivon is not None else None)
     if posterior is not None:
         posterior.save(partial)
@@ -357,7 +356,7 @@ def _record(session: Session, trainer: Trainer, model: nn.Module, seconds: float
 
 
 def _posterior(trainer: Trainer) -> WeightPosterior:
-    """Return what IVON has learned; that of the best checkpoint if its weights have been loaded back."""
+    """Return the posterior of IVON, from the best checkpoint if the Trainer has loaded its weights."""
     assert trainer.model is not None and trainer.optimizer is not None
     if trainer.args.load_best_model_at_end and trainer.state.best_model_checkpoint:
         return load_posterior(trainer.model, trainer.state.best_model_checkpoint)
@@ -365,7 +364,7 @@ def _posterior(trainer: Trainer) -> WeightPosterior:
 
 
 def _cut_ranks(model: nn.Module, posterior: WeightPosterior | None) -> WeightPosterior | None:
-    """Cut the ranks that contribute nothing out of the adapter, and return its posterior without them, if any."""
+    """Remove ranks that contribute nothing from the adapter; return its posterior without them, if any."""
     tuner = tuner_of(model)
     if tuner is None:
         return posterior

@@ -1,4 +1,4 @@
-"""A language model as it is, on multiple choice: zero-shot and few-shot scores need no training."""
+"""Zero-shot and few-shot scores of an untrained language model on multiple choice."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ UNTRAINED = "none"
 
 
 def untrained_info(model: str, task: str, few_shot: int = 0) -> RunInfo:
-    """Return the record of a run of no steps on a multiple-choice task; `load_untrained` fills in the longest prompt.
+    """Describe an untrained model on a multiple-choice task as a run; `load_untrained` sets `max_length`.
 
     Raises:
-        BayesLoraError: a base model that is not a language model, whose head would be random.
+        BayesLoraError: the base model is not a language model; its head would be random.
     """
     if head_for("multiple_choice", resolve_model(model), model) != "letters":
         raise BayesLoraError(
-            f"{model} is neither a run of `bayeslora train` nor a language model, so it cannot answer untrained: "
+            f"{model} is not a run of `bayeslora train`, but an untrained model must be a language model: "
             "name a run or a language model"
         )
     return RunInfo(
@@ -43,7 +43,7 @@ def untrained_info(model: str, task: str, few_shot: int = 0) -> RunInfo:
 
 
 def load_untrained(info: RunInfo) -> Run:
-    """Return the base model of `untrained_info` as a run."""
+    """Load the base model of `untrained_info` as a run."""
     tokenizer = load_tokenizer(resolve_model(info.model), info.model)
     base = load_base(info.model, tokenizer, labels=[], regression=False, dtype=info.dtype, head=info.head)
     info.max_length = longest_input(base.model, tokenizer, None, info.head)
