@@ -108,9 +108,11 @@ def test_wrong_requests_write_nothing(runs: dict[str, Path], tmp_path: Path, ref
     (tmp_path / "there").mkdir()
     target = ["--output-dir", tmp_path / "out"]
     assert "exists" in refused("export", runs["blora"], "--format", "packed", "--output-dir", tmp_path / "there")
-    assert "--allow-error is for" in refused("export", runs["blora"], "--format", "packed", "--allow-error", *target)
-    assert "--unadapted is for" in refused("export", runs["blora"], "--format", "lora", "--unadapted", "int8", *target)
-    assert "--calibrate is for" in refused("export", runs["blora"], "--format", "merged", "--calibrate", *target)
+    assert "--allow-error is given" in refused("export", runs["blora"], "--format", "packed", "--allow-error", *target)
+    assert "--unadapted is given" in refused(
+        "export", runs["blora"], "--format", "lora", "--unadapted", "int8", *target
+    )
+    assert "--calibrate is given" in refused("export", runs["blora"], "--format", "merged", "--calibrate", *target)
     assert "is 'int4'" in refused("export", runs["blora"], "--format", "integer", "--unadapted", "int4", *target)
     assert "is not a folder" in refused("export", tmp_path / "nothing", "--format", "packed", *target)
     assert "no adapter of bayeslora" in refused("export", runs["lora"], "--format", "packed", *target)

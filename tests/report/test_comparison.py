@@ -147,7 +147,7 @@ def test_bad_input_is_one_sentence(tmp_path: Path) -> None:
         write_comparison([broken], tmp_path / "out")
     assert not (tmp_path / "out").exists()
     (tmp_path / "file").write_text("")
-    with pytest.raises(BayesLoraError, match="cannot make"):
+    with pytest.raises(BayesLoraError, match="cannot be created"):
         write_comparison([folder], tmp_path / "file")
 
 

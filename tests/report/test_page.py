@@ -93,7 +93,7 @@ def test_the_page_shows_the_runs_numbers(blora: Blora) -> None:
     ("method", "sentence"),
     [
         ("lora", "Rank 8 in all 18 matrices, nothing quantized: 32 bits throughout."),
-        ("full", "All weights were trained at 32 bits; there is no adapter"),
+        ("full", "All weights were trained at 32 bits, without an adapter"),
     ],
 )
 def test_baselines_get_a_shorter_report_and_no_picture_of_an_earlier_one(

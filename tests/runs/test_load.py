@@ -259,7 +259,7 @@ def test_without_a_way_to_the_hub_it_says_so(tmp_path: Path, monkeypatch: pytest
     for name in ("out", "./out/run", "a/b/c", str(tmp_path / "absent")):
         with pytest.raises(BayesLoraError, match="is not a folder, but must be one or a hub id"):
             bayeslora.load(name)
-    with pytest.raises(BayesLoraError, match=r"neither run\.json nor adapter_config\.json nor config\.json"):
+    with pytest.raises(BayesLoraError, match=r"lacks run\.json, adapter_config\.json and config\.json, but needs one"):
         bayeslora.load(tmp_path)
 
 

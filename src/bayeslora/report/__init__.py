@@ -1,7 +1,7 @@
-"""Reports on finished runs: figures, a self-contained HTML page, a comparison of several runs, and the model card.
+"""Report on finished runs: figures, a self-contained HTML page, a comparison of runs, and the model card.
 
-Every function reads the files in a run's output folder (`metrics.json`, `history.json`), so a report can be made
-again at any time, without the model. The modules, and with them Matplotlib and Jinja, are imported on first use.
+Every function reads the files in a run's output folder (`metrics.json`, `history.json`), so a report can be rebuilt
+at any time without the model. The modules, and with them Matplotlib and Jinja, are imported on first use.
 """
 
 from __future__ import annotations
@@ -33,10 +33,10 @@ def __getattr__(name: str) -> Any:
 
 
 def check_installed() -> None:
-    """Check that the packages that draw are installed, so that a run does not fail when it is over.
+    """Check that Matplotlib and Jinja are installed, before a run starts.
 
     Raises:
-        BayesLoraError: naming the first that is missing.
+        BayesLoraError: one of them is missing.
     """
     for name in ("matplotlib", "jinja2"):
         if find_spec(name) is None:

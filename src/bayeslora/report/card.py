@@ -1,4 +1,4 @@
-"""The model card of a run: what the adapter is, how good, how small, and how to load it."""
+"""Write the model card of a run: its scores, sizes and costs, and how to load it."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from bayeslora.runs.info import RUN_FILE, RunInfo
 from bayeslora.runs.names import order_matrices, shortest_labels
 from bayeslora.runs.record import RunRecord, read_run
 
-# By PEFT's name of the task (for multiple choice, which it has none for, ours): Auto class and a hub's pipeline tag.
+# Auto class and the hub's pipeline tag by PEFT's task type, and by ours for multiple choice, which PEFT lacks.
 _TASK_TYPES = {
     "SEQ_CLS": ("AutoModelForSequenceClassification", "text-classification"),
     "CAUSAL_LM": ("AutoModelForCausalLM", "text-generation"),
@@ -33,9 +33,8 @@ _TASK_TYPES = {
 def write_model_card(output_dir: Path) -> Path:
     """Write `output_dir/README.md` from `metrics.json` and, if there is one, `adapter_config.json`.
 
-    The front matter holds what model hubs read, the scores included. For a method of this library the loading code
-    imports `bayeslora` first, because PEFT looks the method up by name while it reads the folder, and a process that
-    has not registered it stops with a bare KeyError.
+    The front matter holds metadata for model hubs, including the scores. For a method of this library the loading code
+    imports `bayeslora` first, because PEFT raises a bare KeyError for a method that is not registered.
 
     Raises:
         BayesLoraError: `metrics.json` is missing or malformed, or `adapter_config.json` cannot be read.
@@ -88,7 +87,7 @@ def _adapter_config(folder: Path) -> dict[str, Any]:
 
 
 def _task_type(config: dict[str, Any]) -> str:
-    """Return PEFT's name of the task, or ours for multiple choice."""
+    """Return PEFT's task type, or ours for multiple choice."""
     mapping = config.get("auto_mapping") or {}
     if not config.get("task_type") and str(mapping.get("base_model_class", "")).endswith("ForMultipleChoice"):
         return "MULTIPLE_CHOICE"
@@ -96,7 +95,7 @@ def _task_type(config: dict[str, Any]) -> str:
 
 
 def _example(folder: Path) -> str:
-    """Return the Python source of a row for `Run.predict`."""
+    """Return an example row for `Run.predict` as Python source."""
     info = RunInfo.load(folder) if (folder / RUN_FILE).is_file() else None
     if info is not None and info.kind == "multiple_choice":
         return '{"question": "a question", "choices": ["one answer", "another"]}'
@@ -104,7 +103,7 @@ def _example(folder: Path) -> str:
 
 
 def _by_matrix(run: RunRecord) -> list[dict[str, Any]]:
-    """Return one row a matrix (query, key, …): number of layers, mean and range of rank, median width by kind."""
+    """Return one row per matrix (query, key, …): number of layers, mean and range of rank, median width by kind."""
     groups = defaultdict(list)
     for layer in run.layers:
         groups[layer.address.matrix].append(layer)

@@ -1,4 +1,4 @@
-"""Comparison of runs: one row a run, seeds of the same setting as mean ± standard deviation, and figures."""
+"""Compare runs: one row per run, mean ± standard deviation over seeds of the same setting, and figures."""
 
 from __future__ import annotations
 
@@ -23,19 +23,19 @@ from bayeslora.report.style import png_bytes
 from bayeslora.report.uncertainty_figures import pooled_histogram
 from bayeslora.runs.record import Histogram, Reliability, ReliabilityBin, RunRecord, read_run
 
-# What may differ between runs of one setting: the seed, and where and how verbosely things are written.
+# Options that may differ between runs of one setting: the seed, and those about output and logging.
 _NOT_OPTIONS = frozenset(
     "seed data_seed output_dir overwrite_output_dir overwrite logging_dir run_name report_to resume_from_checkpoint "
     "resume logging_steps logging_strategy logging_first_step disable_tqdm log_level save_total_limit hub_model_id "
     "push_to_hub json samples".split()
 )
-# The result of training, not an option; only read where a folder has no config.yaml.
+# Results of training, not options, in adapter_config.json, which is read if config.yaml is missing.
 _LEARNED = frozenset({"rank_pattern", "alpha_pattern", "inference_mode", "peft_version"})
 
 
 @dataclass(frozen=True)
 class Group:
-    """Runs of one setting that differ in their seed only."""
+    """Runs of one setting, which differ only in their seed."""
 
     label: str
     runs: list[RunRecord]
@@ -51,11 +51,11 @@ def write_comparison(folders: Sequence[Path], output_dir: Path) -> dict[str, Any
     """Compare finished runs: write `table.json`, `table.md` and figures.
 
     The figures are `score_bops.png`, `reliability.png`, `risk_coverage.png` and, for runs that were scored on
-    out-of-distribution inputs, `uncertainty.png` and `ood.png`; one without data is left out.
+    out-of-distribution inputs, `uncertainty.png` and `ood.png`; figures without data are left out.
 
     Runs whose method, model, task, split, steps, samples and options (`config.yaml` without seed and output paths)
-    agree form a group, reported as mean ± sample standard deviation (n − 1) over its distinct seeds. Runs that agree
-    in the seed as well are repeats, not seeds: they are never averaged.
+    agree form a group, reported as mean ± sample standard deviation (n − 1) over its distinct seeds. Runs with the
+    same seed are repeats and are never averaged.
 
     Args:
         folders: output folders of `bayeslora train` or `bayeslora evaluate`, in the order of the rows.
@@ -66,7 +66,7 @@ def write_comparison(folders: Sequence[Path], output_dir: Path) -> dict[str, Any
         row each number is `{"mean", "sd", "n"}`, with `sd` null for a single run.
 
     Raises:
-        BayesLoraError: no folder, a folder given twice, or one whose `metrics.json` cannot be used.
+        BayesLoraError: no folder is given, one is given twice, or a `metrics.json` is invalid.
     """
     paths = [Path(folder) for folder in folders]
     if not paths:
@@ -81,7 +81,7 @@ def write_comparison(folders: Sequence[Path], output_dir: Path) -> dict[str, Any
     try:
         target.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise BayesLoraError(f"cannot make {target} ({error.strerror}): name a folder that can be written") from error
+        raise BayesLoraError(f"{target} cannot be created ({error.strerror}): choose a writable folder") from error
     images = {name: png_bytes(figure) for name, figure in _figures(groups).items() if figure is not None}
     table: dict[str, Any] = finite(
         {
@@ -99,7 +99,7 @@ def write_comparison(folders: Sequence[Path], output_dir: Path) -> dict[str, Any
 
 
 def group_runs(runs: Sequence[RunRecord]) -> list[Group]:
-    """Return runs by setting, in the order in which settings first appear; repeats of one seed stay apart."""
+    """Group runs by setting, in the order in which settings first appear; repeats of one seed stay separate."""
     sampled = {run.method for run in runs if run.samples}
     by_setting: dict[str, Group] = {}
     for run in runs:
@@ -121,7 +121,7 @@ def group_runs(runs: Sequence[RunRecord]) -> list[Group]:
 
 
 def run_row(run: RunRecord) -> dict[str, Any]:
-    """Return one run as a flat row of the table; None where the run has no such number."""
+    """Return one run as a flat row of the table; missing numbers are None."""
     return {"folder": str(run.folder), "seed": run.seed, **_setting(run), **run_numbers(run)}
 
 
@@ -148,7 +148,7 @@ def run_numbers(run: RunRecord) -> dict[str, float | None]:
 
 
 def group_row(group: Group) -> dict[str, Any]:
-    """Return one setting: what its runs share, and mean, sample standard deviation and count of each number."""
+    """Return the row of a group: shared columns, and mean, sample standard deviation and count of each number."""
     rows = [run_numbers(run) for run in group.runs]
     row: dict[str, Any] = {
         "setting": group.label,
@@ -164,7 +164,7 @@ def group_row(group: Group) -> dict[str, Any]:
 
 
 def mean_and_deviation(values: Sequence[float]) -> dict[str, float | int] | None:
-    """Return `{"mean", "sd", "n"}`, with n − 1 in `sd`, None for a single value; None for no value at all."""
+    """Return `{"mean", "sd", "n"}` with the sample standard deviation, None for one value; None without values."""
     if not values:
         return None
     deviation = statistics.stdev(values) if len(values) > 1 else None
@@ -172,7 +172,7 @@ def mean_and_deviation(values: Sequence[float]) -> dict[str, float | int] | None
 
 
 def pooled_reliability(runs: Sequence[RunRecord]) -> Reliability:
-    """Return the bins of several runs as one, weighted by counts; the first run's alone where the edges differ."""
+    """Pool the bins of several runs, weighted by counts; if the edges differ, return those of the first run."""
     tables = [run.reliability for run in runs if run.reliability.filled]
     if not tables:
         return Reliability()
@@ -192,7 +192,7 @@ def _pooled_bin(bins: Sequence[ReliabilityBin]) -> ReliabilityBin:
 
 
 def _options(folder: Path) -> dict[str, Any]:
-    """Return a run's options without those that may differ between seeds; without a YAML file, the adapter's."""
+    """Return a run's options without those that may differ between seeds; without config.yaml, the adapter's."""
     for name in ("config.yaml", "adapter_config.json"):
         path = folder / name
         if not path.exists():
@@ -209,7 +209,7 @@ def _options(folder: Path) -> dict[str, Any]:
 
 
 def _flattened(options: dict[str, Any], dropped: frozenset[str], prefix: str = "") -> dict[str, Any]:
-    """Return options by dotted names in one spelling, without those that are `dropped`."""
+    """Flatten options to dotted names with underscores, without those in `dropped`."""
     flat: dict[str, Any] = {}
     for key, value in options.items():
         name = str(key).replace("-", "_")
@@ -220,13 +220,13 @@ def _flattened(options: dict[str, Any], dropped: frozenset[str], prefix: str = "
 
 
 def _name(run: RunRecord, sampled: Container[str]) -> str:
-    """Return a run's method with its number of samples, or "mean" if another run of the method was sampled."""
+    """Return the method's title, with the number of samples (or "mean") if any run of the method was sampled."""
     how = f", {run.samples} sample{'s' if run.samples > 1 else ''}" if run.samples else ", mean"
     return run.title + (how if run.method in sampled else "")
 
 
 def _labels(same: Sequence[Group]) -> list[str]:
-    """Return labels for groups of one name and task: with the options that differ, or else with the folder."""
+    """Return labels that distinguish groups of one name and task: by the options that differ, or by the folder."""
     if len(same) == 1:
         return [same[0].label]
     options = [g.options | {"steps": g.runs[0].steps, "model": Path(g.runs[0].model).name} for g in same]
@@ -260,7 +260,7 @@ def _figures(groups: Sequence[Group]) -> dict[str, Figure | None]:
 
 
 def reliability_of(label: str, runs: Sequence[RunRecord]) -> tuple[str, Reliability, float]:
-    """Return the bins of a setting pooled over seeds, with the mean of the seeds' ECEs, as the table has it."""
+    """Return the label, the bins pooled over seeds, and the mean ECE of the seeds as in the table."""
     pooled = pooled_reliability(runs)
     errors = [run.scores["ece"] for run in runs if "ece" in run.scores]
     return label, pooled, statistics.fmean(errors) if errors else pooled.ece
@@ -282,7 +282,7 @@ def _detections(group: Group) -> uncertainty_figures.Detections:
 
 
 def _histograms(label: str, runs: Sequence[RunRecord]) -> list[tuple[str, str, Histogram, float | None]]:
-    """Return one panel a measure of uncertainty: counts pooled over a setting's runs, AUROC averaged over seeds."""
+    """Return one panel per measure of uncertainty: counts pooled and AUROC averaged over the runs of a setting."""
     panels = []
     for measure in dict.fromkeys(measure for run in runs for measure in run.uncertainty):
         pooled = pooled_histogram([run.uncertainty[measure] for run in runs if measure in run.uncertainty])

@@ -1,4 +1,4 @@
-"""Figures over several runs: the score against the cost, and reliability diagrams side by side."""
+"""Draw several runs: scores against costs, and reliability diagrams side by side."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ _MARKERS = "osD^vPX*<>hp"
 
 @dataclass(frozen=True)
 class Point:
-    """One run: its setting's label, task, headline metric, score, and attention's relative bit operations (0..1)."""
+    """One run: label of its setting, task, headline metric, score, and relative bit operations of attention (0..1)."""
 
     label: str
     task: str
@@ -32,9 +32,10 @@ class Point:
 
 
 def score_figure(points: Sequence[Point]) -> Figure | None:
-    """Draw scores against attention's bit operations, a panel a task; single runs small, a setting's mean large.
+    """Draw scores against the bit operations of attention, one panel per task.
 
-    Bars show one sample standard deviation over seeds. A run without a cost or score is left out.
+    Small markers are runs, large ones the mean of a setting; bars show one sample standard deviation over seeds. Runs
+    without a cost or score are left out.
     """
     points = [p for p in points if math.isfinite(p.score) and math.isfinite(p.bops)]
     if not points:
@@ -87,7 +88,7 @@ def score_figure(points: Sequence[Point]) -> Figure | None:
 
 
 def reliability_figure(diagrams: Sequence[tuple[str, Reliability, float]]) -> Figure | None:
-    """Draw (label, reliability pooled over seeds, mean ECE of the seeds) on equal axes, titled by label and ECE."""
+    """Draw (label, reliability pooled over seeds, mean ECE of the seeds) on shared axes, titled by label and ECE."""
     drawn = [diagram for diagram in diagrams if diagram[1].filled]
     if not drawn:
         return None

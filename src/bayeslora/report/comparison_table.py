@@ -1,4 +1,4 @@
-"""The comparison as Markdown: what runs score, and what they cost, each as seeds together and as every run."""
+"""Write the comparison as Markdown: scores and costs, averaged over seeds and for every run."""
 
 from __future__ import annotations
 
@@ -29,12 +29,12 @@ _COSTS: list[Column] = [
     ("encoder_bops", "encoder BOPs", text.percent),
     ("train_seconds", "seconds", text.compact),
 ]
-# A count that is the same for every seed needs no "± 0"; a score that is, does.
+# Costs that are equal for all seeds are shown without "± 0"; scores always with their deviation.
 _ALWAYS_SPREAD = frozenset(name for name, _, _ in _SCORES)
 
 
 def markdown(table: dict[str, Any]) -> str:
-    """Return `table.md` for the content of `table.json`; columns in which no run has a number are left out."""
+    """Return `table.md` for the content of `table.json`; empty columns are left out."""
     lines: list[str] = []
     for title, columns in (("Scores", _SCORES), ("Cost", _COSTS)):
         shown = [column for column in columns if any(run.get(column[0]) is not None for run in table["runs"])]

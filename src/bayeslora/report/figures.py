@@ -1,7 +1,4 @@
-"""Figures of the adapter itself: ranks, bit-widths, and what they cost.
-
-Each function returns None where a run has nothing to show.
-"""
+"""Draw the ranks, bit-widths and costs of an adapter; a figure without data is None."""
 
 from __future__ import annotations
 
@@ -33,12 +30,12 @@ _UNCHANGED: dict[str, Any] = {"facecolor": "#dddddd", "edgecolor": style.GREY, "
 
 
 class LayerGrid:
-    """Grid of a model's adapted matrices for the rank and width maps: a row a block, a column a matrix."""
+    """Grid of adapted matrices for the maps of ranks and widths: one row per block, one column per matrix."""
 
     def __init__(self, layers: Sequence[LayerRecord]) -> None:
         stacks = stack_labels(layer.address.stack for layer in layers if layer.address.index is not None)
         order = list(stacks)
-        # A module outside every block (a head) comes last, which is the top of the picture.
+        # Modules outside all blocks (a head) come last, at the top of the figure.
         self.rows: list[tuple[str, int | None]] = sorted(
             {(x.address.stack if x.address.index is not None else "", x.address.index) for x in layers},
             key=lambda row: (len(order), 0) if row[1] is None else (order.index(row[0]), row[1]),
@@ -57,7 +54,7 @@ class LayerGrid:
             self._cells[row_of[(stack, layer.address.index)], column_of[layer.address.matrix]].append(layer)
 
     def values(self, of: Callable[[LayerRecord], float | None]) -> np.ndarray:
-        """Return an array [rows, columns]: the mean where matrices share a cell (experts), NaN where there is none."""
+        """Return an array [rows, columns]: the mean of matrices that share a cell (experts), NaN for empty cells."""
         grid = np.full((len(self.rows), len(self.columns)), np.nan)
         for cell, layers in self._cells.items():
             found = [value for value in map(of, layers) if value is not None]
@@ -67,7 +64,7 @@ class LayerGrid:
 
 
 def rank_figure(run: RunRecord) -> Figure | None:
-    """Draw the effective rank of each adapted matrix, block × matrix, the first block at the bottom."""
+    """Draw the effective rank of each adapted matrix, block × matrix, with the first block at the bottom."""
     if not run.layers or not (run.ranks_differ or run.is_quantized):
         return None
     grid = LayerGrid(run.layers)
@@ -97,13 +94,13 @@ def rank_figure(run: RunRecord) -> Figure | None:
 
 
 def bits_figure(run: RunRecord) -> Figure | None:
-    """Draw the width in bits of each kind of tensor, block × kind, one panel a matrix (Q, K, V, …)."""
+    """Draw the width in bits of each kind of tensor, block × kind, one panel per matrix (Q, K, V, …)."""
     if not run.is_quantized:
         return None
     grid = LayerGrid(run.layers)
     by_kind = {kind: grid.values(lambda layer, kind=kind: layer.bits.get(kind)) for kind in run.kinds}  # type: ignore[misc]
     panels = [np.stack([by_kind[kind][:, j] for kind in run.kinds], axis=1) for j in range(len(grid.columns))]
-    # Few wide panels read better than many narrow ones, and the last line should not hold a single panel.
+    # Few wide panels are easier to read than many narrow ones, and a single panel on the last line looks lost.
     lines = math.ceil(len(panels) / (4 if len(run.kinds) <= 7 else 3))
     across = math.ceil(len(panels) / lines)
     rows = len(grid.rows)
@@ -135,9 +132,9 @@ def bits_figure(run: RunRecord) -> Figure | None:
 def cost_figure(run: RunRecord) -> Figure | None:
     """Draw bit operations by scope as a share of the same model under LoRA of rank 16 at 32 × 32 bits.
 
-    A wider scope holds parts that are not adapted and cost what they cost before, so their share follows from the
-    shares alone: if a scope consists of a part of relative cost c and an unchanged rest, its relative cost is
-    s = c·f + (1 − f), hence f = (1 − s)/(1 − c) is that part's share of the baseline. The rest, 1 − f, is hatched.
+    A wider scope includes parts without adapters, whose cost is unchanged. If a scope consists of a part with relative
+    cost c and an unchanged rest, its relative cost is s = c·f + (1 − f), hence that part's share of the baseline is
+    f = (1 − s)/(1 − c). The rest, 1 − f, is hatched.
     """
     shares = {scope: run.relative_bops[scope] for scope in _SCOPE_TEXT if scope in run.relative_bops}
     shares = {scope: share for scope, share in shares.items() if math.isfinite(share)}
@@ -179,7 +176,7 @@ def cost_figure(run: RunRecord) -> Figure | None:
 
 
 def unadapted_share(run: RunRecord, scope: str) -> float:
-    """Return the part of a scope's relative cost (0..1) spent where nothing was adapted; 0 where it is unknown."""
+    """Return the part of a scope's relative cost (0..1) in modules without adapters; 0 if unknown."""
     core = _core_scope(run)
     order = list(_SCOPE_TEXT)
     if core is None or scope not in run.relative_bops or order.index(scope) <= order.index(core):
@@ -192,12 +189,12 @@ def unadapted_share(run: RunRecord, scope: str) -> float:
 
 
 def has_unadapted_part(run: RunRecord) -> bool:
-    """Return whether the cost figure hatches anything."""
+    """Return whether the cost figure has a hatched part."""
     return any(unadapted_share(run, scope) > 0 for scope in run.relative_bops)
 
 
 def _core_scope(run: RunRecord) -> str | None:
-    """Return the narrowest scope outside which nothing was adapted; attention's products change with Q, K and V."""
+    """Return the narrowest scope with all adapters, if known; attention's products change with Q, K and V."""
     if not run.layers:
         return None
     if all(layer.address.role in _ATTENTION_INPUTS for layer in run.layers):
@@ -212,7 +209,7 @@ def _core_scope(run: RunRecord) -> str | None:
 def draw_cells(
     axes: Axes, values: np.ndarray, colors: Colormap, norm: Normalize, digits: int, size: float
 ) -> QuadMesh:
-    """Draw a grid of coloured cells with their values, and a point where there is none."""
+    """Draw a grid of coloured cells with their values, and a point in empty cells."""
     mesh = axes.pcolormesh(np.ma.masked_invalid(values), cmap=colors, norm=norm, edgecolors="white", linewidth=0.8)
     for (row, column), value in np.ndenumerate(values):
         if math.isnan(value):
@@ -226,7 +223,7 @@ def draw_cells(
 
 
 def label_grid(axes: Axes, grid: LayerGrid, rotate: bool, columns: Sequence[str] | None = None) -> None:
-    """Label blocks up the side and matrices (or `columns`) along the bottom of a grid."""
+    """Label the rows of a grid by block and its columns by matrix (or `columns`)."""
     labels = list(columns) if columns is not None else grid.column_labels
     axes.set_xticks(np.arange(len(labels)) + 0.5, labels)
     if rotate:
@@ -246,7 +243,7 @@ def _note_missing(figure: Figure, values: np.ndarray) -> None:
 
 
 def _cell_height(rows: int, wanted: float) -> float:
-    """Return the inches of a row: `wanted`, or less so that the figure stays on one page."""
+    """Return the row height in inches: `wanted`, or less to fit the figure on one page."""
     return max(0.085, min(wanted, 7.6 / max(rows, 1)))
 
 

@@ -1,4 +1,4 @@
-"""The HTML report of one run: self-contained, with its figures as PNG files next to it."""
+"""Write the self-contained HTML report of a run, and its figures as PNG files."""
 
 from __future__ import annotations
 
@@ -23,8 +23,8 @@ REPORT_NAME = "report.html"
 def write_report(output_dir: Path) -> list[Path]:
     """Draw a run's figures and write `report.html` from its `metrics.json` and `history.json`.
 
-    A figure that has nothing to show is left out (ranks and widths of full fine-tuning or plain LoRA); a PNG that an
-    earlier report left under that name is removed, so that the folder never shows another run's picture.
+    Figures without data are left out (ranks and widths of full fine-tuning or plain LoRA). A PNG of that name from an
+    earlier report is removed, so that the folder never shows figures of another run.
 
     Args:
         output_dir: the output folder of `bayeslora train`.
@@ -52,7 +52,7 @@ def write_report(output_dir: Path) -> list[Path]:
         {
             "name": name,
             "source": "data:image/png;base64," + base64.b64encode(images[name]).decode("ascii"),
-            # A CSS pixel is 1/96 inch; a quarter more than paper size suits a screen.
+            # A CSS pixel is 1/96 inch; figures are 25% larger on screen than on paper.
             "width": round(float(figure.get_size_inches()[0]) * 96 * 1.25),
         }
         for name, figure in shown.items()
@@ -67,7 +67,7 @@ def write_report(output_dir: Path) -> list[Path]:
 
 
 def write_figures(folder: Path) -> list[Path]:
-    """Draw `calibration`, `selective` and `uncertainty` alone, from a `metrics.json` that may lack a history.
+    """Draw `calibration`, `selective` and `uncertainty`, which need `metrics.json` only.
 
     Raises:
         BayesLoraError: the file is missing or malformed.
@@ -86,7 +86,7 @@ def write_pngs(folder: Path, images: Mapping[str, bytes]) -> list[Path]:
 
 @cache
 def environment() -> Environment:
-    """Return the templates, HTML-escaped by default; Markdown templates escape by their own filter."""
+    """Return the Jinja environment; it escapes HTML templates, and Markdown templates use the filter `md`."""
     made = Environment(
         loader=PackageLoader("bayeslora.report"),
         autoescape=select_autoescape(enabled_extensions=("html", "html.j2"), default=False),

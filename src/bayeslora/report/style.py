@@ -1,4 +1,4 @@
-"""One look for every figure: sizes in inches at paper width, readable type, colour-blind-safe colours."""
+"""Style shared by all figures: sizes in inches at paper width, fonts, and colour-blind-safe colours."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ DPI = 200
 PAGE_WIDTH = 7.0
 COLUMN_WIDTH = 3.4
 
-# Okabe and Ito's palette (yellow left out: it vanishes on white).
+# Okabe and Ito's palette without yellow, which is invisible on white.
 INK = "#222222"
 GREY = "#8a8a8a"
 LIGHT = "#ececec"
@@ -33,7 +33,7 @@ AMBER = "#e69f00"
 OLIVE = "#7a7a1a"
 CYCLE = (BLUE, ORANGE, GREEN, PINK, SKY, AMBER, INK)
 
-# Light to dark, evenly in lightness, so that the order survives a grey-scale print.
+# Light to dark in equal steps of lightness, so that the order is visible in grey-scale.
 _RAMP = ("#fdfbd0", "#a8dbb5", "#41b3c4", "#2a74b2", "#202c74")
 WIDTH_COLORS = dict(zip(WIDTHS, _RAMP, strict=True))
 
@@ -51,19 +51,19 @@ PHASE_COLORS = {0: "#f6efdf", 1: "#ffffff", 2: "#e6eef5"}
 
 
 def paper_style() -> AbstractContextManager[None]:
-    """Apply `paper.mplstyle` in a `with` block, and put the caller's own settings back afterwards."""
+    """Apply `paper.mplstyle` in a `with` block; restore the caller's settings afterwards."""
     return matplotlib.style.context(Path(__file__).with_name("paper.mplstyle"), after_reset=True)
 
 
 def new_figure(width: float, height: float) -> Figure:
-    """Return an empty figure of `width` × `height` inches with its own Agg canvas; pyplot's state is never touched."""
+    """Return an empty figure of `width` × `height` inches with an Agg canvas; leaves the state of pyplot unchanged."""
     figure = Figure(figsize=(width, height), dpi=DPI, layout="constrained")
     FigureCanvasAgg(figure)
     return figure
 
 
 def panels(figure: Figure, count: int, across: int, **options: Any) -> list[Axes]:
-    """Return axes of `count` panels, `across` in a line; what remains of the last line is empty."""
+    """Return axes of `count` panels, `across` per line; the rest of the last line is empty."""
     found = list(figure.subplots(math.ceil(count / across), across, squeeze=False, **options).flat)
     for axes in found[count:]:
         axes.set_axis_off()
@@ -71,24 +71,24 @@ def panels(figure: Figure, count: int, across: int, **options: Any) -> list[Axes
 
 
 def png_bytes(figure: Figure) -> bytes:
-    """Return the figure as PNG of exactly inches × DPI pixels, undated, so that equal data give equal bytes."""
+    """Return the figure as PNG of inches × DPI pixels without metadata, so that equal data give equal bytes."""
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png", dpi=DPI, metadata={"Software": None})
     return buffer.getvalue()
 
 
 def rank_colormap() -> Colormap:
-    """Return the continuous form of the bit-width colours."""
+    """Return a continuous colormap of the bit-width colours."""
     return LinearSegmentedColormap.from_list("bayeslora_ranks", list(_RAMP))
 
 
 def width_colormap() -> tuple[ListedColormap, BoundaryNorm]:
-    """Return five colours for 2, 4, 8, 16 and 32 bits; a width in between takes the colour of the next one up."""
+    """Return five colours for 2, 4, 8, 16 and 32 bits; widths in between take the next higher colour."""
     return ListedColormap(list(WIDTH_COLORS.values())), BoundaryNorm([0, 2.5, 4.5, 8.5, 16.5, 64.5], 5)
 
 
 def text_color_on(color: Any) -> str:
-    """Return ink or white, whichever is readable on `color` (relative luminance)."""
+    """Return dark or white text for contrast on `color`, by relative luminance."""
     red, green, blue = (c / 12.92 if c <= 0.04045 else ((c + 0.055) / 1.055) ** 2.4 for c in to_rgb(color))
     return INK if 0.2126 * red + 0.7152 * green + 0.0722 * blue > 0.22 else "white"
 

@@ -1,4 +1,4 @@
-"""Numbers as text, shared by the HTML report, the comparison table and the model card."""
+"""Format numbers and names for the HTML report, the comparison table and the model card."""
 
 from __future__ import annotations
 
@@ -15,39 +15,39 @@ _MEASURE_NAMES = {"max_probability": "1 − max probability", "mutual_informatio
 
 
 def score_name(name: str) -> str:
-    """Return a score's name in prose."""
+    """Return the readable name of a score."""
     return _SCORE_NAMES.get(name, name.replace("_", " "))
 
 
 def measure_name(measure: str) -> str:
-    """Return the name of a measure of uncertainty in prose."""
+    """Return the readable name of a measure of uncertainty."""
     return _MEASURE_NAMES.get(measure, measure.replace("_", " "))
 
 
 def number(value: float | None, digits: int = 3) -> str:
-    """Return `value` with fixed digits; a dash where there is none."""
+    """Format `value` with `digits` decimals; a dash for None and NaN."""
     if value is None or math.isnan(value):
         return "–"
     return f"{value:.{digits}f}"
 
 
 def percent(share: float | None) -> str:
-    """Return a share (0..1) in per cent with one digit."""
+    """Format a share (0..1) as per cent with one decimal."""
     return "–" if share is None or math.isnan(share) else f"{100 * share:.1f} %"
 
 
 def count(value: float | None) -> str:
-    """Return a whole number with thousands separated."""
+    """Format a whole number with separators of thousands."""
     return "–" if value is None else f"{round(value):,}"
 
 
 def compact(value: float | None) -> str:
-    """Return a width or rank with at most one digit after the point, none where it is whole."""
+    """Format a width or rank with one decimal, or none if it is whole."""
     return "–" if value is None else f"{value:.1f}".removesuffix(".0")
 
 
 def duration(seconds: float | None) -> str:
-    """Return seconds as `8.7 s`, `4 min 11 s` or `2 h 5 min`."""
+    """Format seconds as `8.7 s`, `4 min 11 s` or `2 h 5 min`."""
     if seconds is None or not math.isfinite(seconds):
         return "–"
     if seconds < 60:
@@ -57,14 +57,14 @@ def duration(seconds: float | None) -> str:
 
 
 def memory(size: float | None) -> str:
-    """Return bytes in GiB or MiB."""
+    """Format bytes as GiB or MiB."""
     if size is None:
         return "–"
     return f"{size / 2**30:.2f} GiB" if size >= 2**30 else f"{size / 2**20:.0f} MiB"
 
 
 def markdown_text(value: object) -> str:
-    """Return text that Markdown shows as it is, also inside a table cell."""
+    """Escape text for Markdown, including table cells."""
     flat = " ".join(str(value).split())
     flat = flat.replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")
     return re.sub(r"([\\`*\[\]|#])", r"\\\1", flat)

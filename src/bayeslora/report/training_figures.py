@@ -1,4 +1,4 @@
-"""Figures of how a run got there: gates, widths and ranks over the steps, the loss, and the calibration it reached."""
+"""Draw a training: gates, widths, ranks and loss over the steps, and the final calibration."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from bayeslora.vocabulary import ALL_KINDS, WIDTHS
 
 
 def series(history: History, key: str) -> tuple[list[float], list[float]]:
-    """Return steps and values of one logged quantity; of a step logged twice (a resumed run) the later entry."""
+    """Return steps and values of a logged quantity; the last entry wins if a step is logged twice (a resumed run)."""
     found = {entry["step"]: entry[key] for entry in history if key in entry and "step" in entry}
     steps = [step for step in sorted(found) if math.isfinite(found[step])]
     return steps, [found[step] for step in steps]
@@ -57,7 +57,7 @@ def gates_figure(run: RunRecord, history: History) -> Figure | None:
 
 
 def _history_panels(run: RunRecord, history: History) -> list[Callable[[Axes], None]]:
-    """Return the panels of what was logged; without gates, of the ranks alone, if they changed."""
+    """Return the panels for the logged quantities; without gates, only the ranks, if they changed."""
     logged = {key for entry in history if "step" in entry for key, value in entry.items() if math.isfinite(value)}
     kinds = [kind for kind in ALL_KINDS if f"bits/{kind}" in logged]
     gates = [bits for bits in WIDTHS[1:] if f"gates/{bits}" in logged]
@@ -72,7 +72,7 @@ def _history_panels(run: RunRecord, history: History) -> list[Callable[[Axes], N
 
 
 def loss_figure(run: RunRecord, history: History) -> Figure | None:
-    """Draw training and evaluation loss (the task's alone) over the steps, and the headline score if it was logged."""
+    """Draw training and evaluation loss (of the task only) over the steps, and the headline score if it was logged."""
     train, evaluation = series(history, "loss"), series(history, "eval_loss")
     score = series(history, f"eval_{run.metric}")
     if len(train[0]) < 2 and len(evaluation[0]) < 2:
@@ -110,7 +110,7 @@ def loss_figure(run: RunRecord, history: History) -> Figure | None:
 
 
 def calibration_figure(run: RunRecord) -> Figure | None:
-    """Draw accuracy by equal-width bins of confidence, with the bins' counts below; ECE in the title."""
+    """Draw accuracy by equal-width bins of confidence, with their counts below and the ECE in the title."""
     bins = run.reliability.bins
     if not run.reliability.filled:
         return None
@@ -133,7 +133,7 @@ def calibration_figure(run: RunRecord) -> Figure | None:
 
 
 def draw_reliability(axes: Axes, reliability: Reliability) -> None:
-    """Draw accuracy by bin of confidence, the gap to the mean confidence, and Wilson's 95 % interval of each."""
+    """Draw accuracy by bin of confidence, its gap to the mean confidence, and its Wilson 95 % interval."""
     filled = reliability.filled
     left = [b.lower for b in filled]
     width = [(b.upper - b.lower) * 0.94 for b in filled]
@@ -152,14 +152,14 @@ def draw_reliability(axes: Axes, reliability: Reliability) -> None:
 
 
 def wilson_interval(share: float, count: int, z: float = 1.959964) -> tuple[float, float]:
-    """Return Wilson's score interval of a proportion, which suits small bins and shares of 0 and 1."""
+    """Return the Wilson score interval of a proportion, which is valid for small counts and shares of 0 and 1."""
     centre = (share + z * z / (2 * count)) / (1 + z * z / count)
     half = z / (1 + z * z / count) * math.sqrt(share * (1 - share) / count + z * z / (4 * count * count))
     return max(0.0, centre - half), min(1.0, centre + half)
 
 
 def shade_phases(axes: Axes, history: History) -> None:
-    """Tint the warm-up, gate and frozen phases and name them above the axes."""
+    """Shade the warm-up, gate and frozen phases and label them above the axes."""
     spans = phase_spans(history)
     if len({phase for phase, _, _ in spans}) < 2:
         return
@@ -230,7 +230,7 @@ def _step_axis(axes: Axes, history: History) -> None:
 
 
 def _running_mean(values: Sequence[float], window: int) -> list[float]:
-    """Return the centred mean; the window shrinks at both ends so that the curve spans all steps."""
+    """Return the centred running mean; the window shrinks at both ends so that the curve covers all steps."""
     half = window // 2
     means = []
     for i in range(len(values)):

@@ -1,6 +1,6 @@
-"""Figures of uncertainty: risk by coverage, histograms, detection of out-of-distribution inputs; None without data.
+"""Draw uncertainty: risk by coverage, histograms, and detection of out-of-distribution inputs.
 
-Those of one run and those of several share their panels.
+Figures of one run and of several share their panels. A figure without data is None.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ _LINES = ("-", "--", "-.", ":")
 
 @dataclass(frozen=True)
 class Selection:
-    """One setting's curve: (share answered, error rate among them), averaged over seeds, and its mean AURC."""
+    """Risk-coverage curve of one setting, (coverage, error rate) averaged over seeds, and its mean AURC."""
 
     label: str
     task: str
@@ -40,7 +40,7 @@ class Selection:
 
 @dataclass(frozen=True)
 class Detections:
-    """One setting's detection of out-of-distribution inputs: AUROC of each seed by measure of uncertainty."""
+    """Detection of out-of-distribution inputs in one setting: AUROC of each seed by measure of uncertainty."""
 
     label: str
     task: str
@@ -48,7 +48,7 @@ class Detections:
 
 
 def selective_figure(run: RunRecord) -> Figure | None:
-    """Draw the error rate among the examples a run is surest of, by their share; AURC in the title."""
+    """Draw the error rate among the most confident predictions by their share, with the AURC in the title."""
     curve = run.risk_coverage.points
     if not curve:
         return None
@@ -66,7 +66,7 @@ def selective_figure(run: RunRecord) -> Figure | None:
 
 
 def uncertainty_figure(run: RunRecord) -> Figure | None:
-    """Draw how unsure a run is of right and wrong predictions and, if that was tried, out of distribution."""
+    """Draw the uncertainty of correct and wrong predictions and, if scored, of out-of-distribution inputs."""
     panels = [
         (_with_auroc(measure_name(m), run.detection.get(m, {}).get("auroc")), m, h)
         for m, h in run.uncertainty.items()
@@ -76,7 +76,7 @@ def uncertainty_figure(run: RunRecord) -> Figure | None:
 
 
 def histograms_figure(panels: Sequence[tuple[str, str, Histogram, float | None]]) -> Figure | None:
-    """Draw (label, measure, histogram, AUROC) of several settings, a block of panels for each measure."""
+    """Draw (label, measure, histogram, AUROC) of several settings, one block of panels per measure."""
     panels = [panel for panel in panels if _filled(panel[2])]
     measures = list(dict.fromkeys(measure for _, measure, _, _ in panels))
     blocks = [
@@ -92,7 +92,7 @@ def histograms_figure(panels: Sequence[tuple[str, str, Histogram, float | None]]
 
 
 def risk_coverage_figure(selections: Sequence[Selection]) -> Figure | None:
-    """Draw risk-coverage curves of several settings on common axes, a panel a task."""
+    """Draw risk-coverage curves of several settings on shared axes, one panel per task."""
     drawn = [s for s in selections if s.curve]
     if not drawn:
         return None
@@ -108,7 +108,7 @@ def risk_coverage_figure(selections: Sequence[Selection]) -> Figure | None:
             here = [s for s in drawn if s.task == task]
             for s in here:
                 i = looks[s.label]
-                # Curves may cover one another: the one below shows between the dashes.
+                # Curves may overlap: the lower one is visible between the dashes.
                 dashes = _LINES[i % len(_LINES)]
                 label = s.label if s.area is None else f"{s.label}: AURC {s.area:.4f}"
                 _curve(axes, s.curve, style.CYCLE[i % len(style.CYCLE)], dashes, label)
@@ -119,9 +119,9 @@ def risk_coverage_figure(selections: Sequence[Selection]) -> Figure | None:
 
 
 def detection_figure(found: Sequence[Detections]) -> Figure | None:
-    """Draw the AUROC of out-of-distribution detection by each measure, a line a setting, a panel a task.
+    """Draw the AUROC of out-of-distribution detection by measure, one line per setting, one panel per task.
 
-    Small marks are seeds, the large one their mean, bars one sample standard deviation.
+    Small markers are seeds, large ones their mean, bars one sample standard deviation.
     """
     drawn = [d for d in found if d.auroc]
     if not drawn:
@@ -157,7 +157,7 @@ def detection_figure(found: Sequence[Detections]) -> Figure | None:
 
 
 def mean_curve(curves: Sequence[Curve]) -> list[tuple[float, float]]:
-    """Return the mean over seeds at each coverage; the first curve alone where their coverages differ."""
+    """Return the mean over seeds at each coverage; the first curve if their coverages differ."""
     curves = [curve for curve in curves if curve]
     if not curves:
         return []
@@ -169,7 +169,7 @@ def mean_curve(curves: Sequence[Curve]) -> list[tuple[float, float]]:
 
 
 def pooled_histogram(histograms: Sequence[Histogram]) -> Histogram | None:
-    """Return the sum over seeds of the groups that all have; the first histogram alone where the edges differ."""
+    """Return the sum over seeds of the groups that all have; the first histogram if the edges differ."""
     if not histograms:
         return None
     first = histograms[0]
@@ -183,7 +183,7 @@ def pooled_histogram(histograms: Sequence[Histogram]) -> Histogram | None:
 
 
 def _histogram_figure(blocks: Sequence[Sequence[tuple[str, str, Histogram]]], across: int) -> Figure | None:
-    """Draw blocks of (title, measure, histogram), each on new lines."""
+    """Draw blocks of (title, measure, histogram); each block starts a new line."""
     if not any(blocks):
         return None
     lines = [math.ceil(len(block) / across) for block in blocks]
@@ -213,7 +213,7 @@ def _filled(histogram: Histogram) -> bool:
 
 
 def _histogram(axes: Axes, histogram: Histogram) -> None:
-    """Draw each group as shares of itself, or the few errors would vanish next to the many right answers."""
+    """Draw each group as shares of its total, so that a few errors are visible next to many correct answers."""
     edges = histogram.edges
     for group in _GROUPS:
         counts = histogram.counts.get(group, [])
@@ -226,7 +226,7 @@ def _histogram(axes: Axes, histogram: Histogram) -> None:
         else:
             axes.stairs(shares, edges, color=style.ORANGE if group == "wrong" else style.INK, linewidth=1.4,
                         linestyle="-" if group == "wrong" else (0, (3, 1.2)))  # fmt: skip
-    # Up to the last bin that any group has more than a few examples in; beyond it there is only white.
+    # The axis ends at the last bin with more than 0.2% of a group.
     last = max(i for i in range(len(edges) - 1) if any(c[i] > 0.002 * sum(c) for c in histogram.counts.values()))
     right = edges[last + 1]
     axes.set_xlim(edges[0] - 0.01 * right, 1.01 * right)
