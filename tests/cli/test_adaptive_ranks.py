@@ -46,7 +46,7 @@ def test_a_score_that_adamw_has_no_posterior_for_is_refused_in_one_line(
     out = tmp_path / "out"
     line = refused("train", "--method", "bayes_adalora", *setting.options, "--max-steps", "12", "--output-dir", out)
     assert "importance 'snr_abs' needs the posterior" in line and not out.exists()
-    assert "--r belongs to" in refused(
+    assert "--r is given, but belongs to" in refused(
         "train", "--method", "bayes_adalora", "--r", "8", *setting.options, "--output-dir", out
     )
 
