@@ -71,7 +71,9 @@ def test_integer_labels_are_called_by_their_label_text(tmp_path: Path) -> None:
     task = load(tmp_path, rows_of([1, 0, 1], label_text=["good", "bad", "good"]))
     assert task.labels == ["bad", "good"]
     assert task.train_split["label"][:] == [1, 0, 1]
-    with pytest.raises(BayesLoraError, match=r"a.jsonl, line 2 calls the label 1 'fine', one name a label"):
+    with pytest.raises(
+        BayesLoraError, match=r"a.jsonl, line 2 calls the label 1 'fine', but each label needs one name"
+    ):
         load(tmp_path, rows_of([1, 1, 0], label_text=["good", "fine", "bad"]))
 
 
@@ -113,13 +115,13 @@ def test_csv_labels_are_read_as_the_training_files_were(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("labels", "message"),
     [
-        ([0, "yes"], r"line 2 has the label 'yes', labels are all integers or all strings"),
+        ([0, "yes"], r"line 2 has the label 'yes', but labels are all integers or all strings"),
         ([0, None], r"line 2 needs a label in column 'label'"),
         (["no", ""], r"line 2 needs a label in column 'label'"),
         ([0, True], r"line 2 has the label True of type bool"),
         ([0, [1]], r"line 2 has the label \[1\] of type list"),
-        ([0.5, "high"], r"line 2 has the label 'high', labels are all"),
-        (["one", "one"], r"every label in .* is 'one', at least 2 classes"),
+        ([0.5, "high"], r"line 2 has the label 'high', but labels are all"),
+        (["one", "one"], r"every label in .* is 'one', but training needs 2 classes"),
     ],
 )
 def test_labels_that_make_no_task_are_refused(tmp_path: Path, labels: list[Any], message: str) -> None:
@@ -129,7 +131,7 @@ def test_labels_that_make_no_task_are_refused(tmp_path: Path, labels: list[Any],
 
 def test_regression_takes_finite_numbers_only(tmp_path: Path) -> None:
     assert load(tmp_path, rows_of([1, 2, 5]), kind="regression").train_split["label"][:] == [1.0, 2.0, 5.0]
-    with pytest.raises(BayesLoraError, match="b.jsonl, line 1 has the label 'high', a number is needed"):
+    with pytest.raises(BayesLoraError, match="b.jsonl, line 1 has the label 'high', but regression needs a number"):
         load(tmp_path, rows_of([0.5, 1.0]), rows_of(["high"]))
     with pytest.raises(BayesLoraError, match="line 2 has the label inf, a finite number"):
         load(tmp_path, rows_of([0.5, float("inf")]))
@@ -152,15 +154,15 @@ def test_a_missing_column_names_those_there_are(tmp_path: Path) -> None:
     ("name", "content", "message"),
     [
         ("a.jsonl", '{"text": "x", "label": 0}\n\n{"text": "y", "lab', r"a.jsonl, line 3 is not valid JSON"),
-        ("a.jsonl", '{"text": "x", "label": 0}\n[1]\n', r"a.jsonl, line 2 is a list, an object"),
+        ("a.jsonl", '{"text": "x", "label": 0}\n[1]\n', r"a.jsonl, line 2 is a list, but must be an object"),
         ("a.json", '[{"text": "x"},\n {"text" 1}]', r"a.json, line 2 is not valid JSON"),
-        ("a.csv", "text,label\nx,0\ny,1,2\n", r"a.csv, line 3 has 3 fields, the header has 2"),
+        ("a.csv", "text,label\nx,0\ny,1,2\n", r"a.csv, line 3 has 3 fields, but the header has 2"),
         ("a.csv", 'text,label\nx,0\n"y"z,1\n', r"a.csv, line 3 is not valid CSV"),
         ("a.csv", "text,text,label\nx,y,0\n", r"a.csv has 2 columns named 'text'"),
         ("a.parquet", "PAR1 but not really", r"a.parquet is not a valid Parquet file"),
         ("a.jsonl", "", r"a.jsonl has 0 rows"),
         ("a.json", "[]", r"a.json has 0 rows"),
-        ("a.csv", "", r"a.csv is empty, a header line"),
+        ("a.csv", "", r"a.csv is empty, but needs a header line"),
         ("a.csv", "text,label\n", r"a.csv has 0 rows"),
         ("a.xlsx", "", r"a.xlsx ends in '.xlsx', a data file ends in one of .jsonl, .json, .csv, .parquet"),
         ("a", "", r"ends in 'no extension'"),
@@ -196,9 +198,9 @@ def test_text_without_a_string_is_refused_with_its_place(tmp_path: Path) -> None
 def test_column_names_that_clash_are_refused(tmp_path: Path) -> None:
     file = jsonl(tmp_path / "a.jsonl", rows_of([0, 1]))
     for columns, label, message in (
-        (["a", "b", "c"], "label", "one column or two different ones"),
-        (["text", "text"], "label", "one column or two different ones"),
-        ([], "label", "one column or two different ones"),
+        (["a", "b", "c"], "label", "must be one or two different ones"),
+        (["text", "text"], "label", "must be one or two different ones"),
+        ([], "label", "must be one or two different ones"),
         ("text", "text", "is also a text column"),
         (["text", "label"], "y", "which is kept for the label"),
     ):
@@ -302,19 +304,19 @@ def test_the_choices_of_winogrande_go_on_with_the_sentence(tmp_path: Path) -> No
     assert load_choices(file, task_name="winogrande")["choices"][0] == ["Al left", "Bo left"]
     assert load_choices(file)["question"][0] == "He said _ left"
     jsonl(tmp_path / "winogrande" / "dev.jsonl", items_of([1]))
-    with pytest.raises(BayesLoraError, match="dev.jsonl, line 1 has 0 gaps '_' in its question, one is needed"):
+    with pytest.raises(BayesLoraError, match="dev.jsonl, line 1 has 0 gaps '_' in its question, but needs 1"):
         load_task("winogrande", tmp_path)
 
 
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"choices": ["only"]}, "line 1 has 1 choices, 2 to 5 are needed"),
+        ({"choices": ["only"]}, "line 1 has 1 choices, but needs 2 to 5"),
         ({"choices": list("abcdef")}, "line 1 has 6 choices"),
         ({"choices": "ab"}, "line 1 needs a list of strings in column 'choices'"),
         ({"choices": ["a", 2]}, "line 1 needs a list of strings"),
         ({"question": None}, "line 1 has an empty value in column 'question'"),
-        ({"answer": 3}, r"line 1 has the answer 3, the index of one of its 3 choices is needed \(0 to 2\)"),
+        ({"answer": 3}, r"line 1 has the answer 3, but needs the index of one of its 3 choices \(0 to 2\)"),
         ({"answer": "A"}, "line 1 has the answer 'A'"),
         ({"answer": True}, "line 1 has the answer True"),
     ],
@@ -358,7 +360,7 @@ def test_holding_out_keeps_rare_classes_in_training_and_groups_whole() -> None:
 
 def test_holding_out_refuses_what_leaves_nothing() -> None:
     for fraction in (0.0, 1.0, -0.5, float("nan")):
-        with pytest.raises(BayesLoraError, match="a number between 0 and 1 is needed"):
+        with pytest.raises(BayesLoraError, match="must be between 0 and 1"):
             hold_out(task_with([0, 1]), fraction)
     with pytest.raises(BayesLoraError, match="leaves nothing to train or to select on"):
         hold_out(task_with([0, 1]), 0.5)

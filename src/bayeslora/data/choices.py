@@ -84,7 +84,7 @@ def fill_gap(sentence: str, choices: list[str]) -> tuple[str, list[str]]:
 def _fill(table: Table, row: int, question: str, choices: list[str]) -> tuple[str, list[str]]:
     if question.count(GAP) != 1:
         raise BayesLoraError(
-            f"{table.where(row)} has {question.count(GAP)} gaps {GAP!r} in its question, one is needed for the choice"
+            f"{table.where(row)} has {question.count(GAP)} gaps {GAP!r} in its question, but needs 1: correct it"
         )
     return fill_gap(question, choices)
 
@@ -100,16 +100,18 @@ def _question(table: Table, row: int, value: Any) -> str:
 
 def _choices(table: Table, row: int, value: Any) -> list[str]:
     if not isinstance(value, list) or not all(isinstance(choice, str) for choice in value):
-        raise BayesLoraError(f"{table.where(row)} needs a list of strings in column {CHOICES!r}")
+        raise BayesLoraError(f"{table.where(row)} needs a list of strings in column {CHOICES!r}: correct the row")
     if not 2 <= len(value) <= len(LETTERS):
-        raise BayesLoraError(f"{table.where(row)} has {len(value)} choices, 2 to {len(LETTERS)} are needed")
+        raise BayesLoraError(
+            f"{table.where(row)} has {len(value)} choices, but needs 2 to {len(LETTERS)}: correct the row"
+        )
     return value
 
 
 def _answer(table: Table, row: int, value: Any, choices: list[str]) -> int:
     if isinstance(value, bool) or not isinstance(value, int) or not 0 <= value < len(choices):
         raise BayesLoraError(
-            f"{table.where(row)} has the answer {value!r}, the index of one of its {len(choices)} choices "
-            f"is needed (0 to {len(choices) - 1})"
+            f"{table.where(row)} has the answer {value!r}, but needs the index of one of its {len(choices)} "
+            f"choices (0 to {len(choices) - 1}): correct the row"
         )
     return value

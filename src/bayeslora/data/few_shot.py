@@ -39,11 +39,13 @@ def examples_for(rows: Sequence[Row], pool: Dataset | None, count: int, seed: in
         BayesLoraError: a negative `count`, no pool, or fewer rows in it than asked for.
     """
     if count < 0:
-        raise BayesLoraError(f"few_shot is {count}, 0 or more examples are needed")
+        raise BayesLoraError(f"few_shot is {count}, but must be at least 0: give the number of examples")
     if count == 0:
         return [[] for _ in rows]
     if pool is None or LABEL not in pool.column_names:
-        raise BayesLoraError(f"few_shot is {count}, but no rows with answers were given to take examples from")
+        raise BayesLoraError(
+            f"few_shot is {count}, but no rows with answers were given to take examples from: give a pool"
+        )
     candidates: list[Row] = list(pool)
     if seed is not None:
         candidates = [candidates[index] for index in np.random.default_rng(seed).permutation(len(candidates))]

@@ -88,7 +88,7 @@ def learn_labels(
     if types not in ({int}, {str}):
         row = next(i for i, value in enumerate(values) if type(value) is not type(values[0]) or types == {float})
         raise BayesLoraError(
-            f"{table.where(row)} has the label {values[row]!r}, labels are all integers or all strings: "
+            f"{table.where(row)} has the label {values[row]!r}, but labels are all integers or all strings: "
             "write every label the same way"
         )
     if names:
@@ -96,7 +96,9 @@ def learn_labels(
         return LabelMap("classification", list(names), _named_ids(names, values, spelled), named=True)
     distinct = sorted(set(values)) if types == {int} else list(dict.fromkeys(values))
     if len(distinct) < 2:
-        raise BayesLoraError(f"every label in {table.path} is {distinct[0]!r}, at least 2 classes are needed to train")
+        raise BayesLoraError(
+            f"every label in {table.path} is {distinct[0]!r}, but training needs 2 classes: check the file"
+        )
     spelled = _spelled(table, values, names_column) if types == {int} else {}
     return LabelMap(
         "classification",
@@ -114,7 +116,7 @@ def _values(table: Table, column: str) -> list[Any]:
         if isinstance(value, bool) or not isinstance(value, (int, float, str)):
             raise BayesLoraError(
                 f"{table.where(row)} has the label {value!r} of type {type(value).__name__}, "
-                "an integer, a string or a number is needed"
+                "but it must be an integer, a string or a number: correct the row"
             )
     return values
 
@@ -143,9 +145,13 @@ def _named_ids(names: Sequence[str], values: list[Any], spelled: dict[Any, str])
 
 def _number(value: Any, table: Table, row: int) -> float:
     if isinstance(value, str) and not (table.untyped and _is_number(value)):
-        raise BayesLoraError(f"{table.where(row)} has the label {value!r}, a number is needed for regression")
+        raise BayesLoraError(
+            f"{table.where(row)} has the label {value!r}, but regression needs a number: correct the row"
+        )
     if not math.isfinite(float(value)):
-        raise BayesLoraError(f"{table.where(row)} has the label {value!r}, a finite number is needed for regression")
+        raise BayesLoraError(
+            f"{table.where(row)} has the label {value!r}, but regression needs a finite number: correct the row"
+        )
     return float(value)
 
 
@@ -165,7 +171,7 @@ def _spelled(table: Table, values: list[Any], names_column: str | None) -> dict[
     for row, (value, name) in enumerate(zip(values, table.columns[names_column], strict=True)):
         if not isinstance(name, str) or names.setdefault(value, name) != name:
             raise BayesLoraError(
-                f"{table.where(row)} calls the label {value!r} {name!r}, one name a label is needed "
+                f"{table.where(row)} calls the label {value!r} {name!r}, but each label needs one name "
                 f"in column {names_column!r}"
             )
     return names

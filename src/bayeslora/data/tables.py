@@ -108,7 +108,7 @@ def _records(path: Path, records: Iterator[tuple[str, Any]], wanted: Sequence[st
     for place, record in records:
         if not isinstance(record, dict):
             kind = type(record).__name__
-            raise BayesLoraError(f"{path}, {place} is a {kind}, an object with named columns is needed")
+            raise BayesLoraError(f"{path}, {place} is a {kind}, but must be an object: name its columns")
         for name in wanted:
             if name not in record:
                 raise _missing(f"{path}, {place}", name, list(record))
@@ -127,14 +127,14 @@ def _csv(path: Path, stream: Iterator[str], wanted: Sequence[str], optional: Seq
     try:
         header = next(reader, [])
         if not header:
-            raise BayesLoraError(f"{path} is empty, a header line with column names is needed")
+            raise BayesLoraError(f"{path} is empty, but needs a header line: name the columns in it")
         _check_columns(path, header, wanted)
         for row in reader:
             if not row:
                 continue
             if len(row) != len(header):
                 raise BayesLoraError(
-                    f"{path}, line {reader.line_num} has {len(row)} fields, the header has {len(header)}: "
+                    f"{path}, line {reader.line_num} has {len(row)} fields, but the header has {len(header)}: "
                     "quote fields that hold commas"
                 )
             rows.append(row)

@@ -181,7 +181,9 @@ def load_files(
     columns = (text_columns,) if isinstance(text_columns, str) else tuple(text_columns)
     _check_columns(columns, label_column)
     if labels is not None and (len(labels) < 2 or len(set(labels)) != len(labels)):
-        raise BayesLoraError(f"the labels are {list(labels)}, at least 2 different names are needed")
+        raise BayesLoraError(
+            f"the labels are {list(labels)}, but must be at least 2 different names: list every class once"
+        )
     files = {"train": train_file, "validation": eval_file, "test": test_file}
     names_column = f"{label_column}_text"
     tables = {
@@ -218,7 +220,7 @@ def hold_out(task: Task, fraction: float = 0.1, seed: int = 0) -> Task:
         BayesLoraError: `fraction` outside (0, 1), a task that already has the split, or too few examples to split.
     """
     if not 0 < fraction < 1:
-        raise BayesLoraError(f"the fraction to hold out is {fraction}, a number between 0 and 1 is needed")
+        raise BayesLoraError(f"fraction is {fraction}, but must be between 0 and 1: give the share to hold out")
     if "selection" in task.splits:
         raise BayesLoraError(f"the task {task.name!r} already has a selection split: hold out from the task as loaded")
     train = task.train_split
@@ -296,7 +298,7 @@ def _texts(table: Table, text_columns: tuple[str, ...]) -> dict[str, list[Any]]:
 
 def _check_columns(columns: tuple[str, ...], label_column: str | None = None) -> None:
     if len(columns) not in (1, 2) or len(set(columns)) != len(columns):
-        raise BayesLoraError(f"the text columns are {list(columns)}, one column or two different ones are needed")
+        raise BayesLoraError(f"the text columns are {list(columns)}, but must be one or two different ones: name them")
     if label_column in columns:
         raise BayesLoraError(f"the label column {label_column!r} is also a text column: name another one")
     if LABEL in columns:
