@@ -133,7 +133,7 @@ def test_regression_takes_finite_numbers_only(tmp_path: Path) -> None:
     assert load(tmp_path, rows_of([1, 2, 5]), kind="regression").train_split["label"][:] == [1.0, 2.0, 5.0]
     with pytest.raises(BayesLoraError, match="b.jsonl, line 1 has the label 'high', but regression needs a number"):
         load(tmp_path, rows_of([0.5, 1.0]), rows_of(["high"]))
-    with pytest.raises(BayesLoraError, match="line 2 has the label inf, a finite number"):
+    with pytest.raises(BayesLoraError, match="line 2 has the label inf, but regression needs a finite number"):
         load(tmp_path, rows_of([0.5, float("inf")]))
 
 
