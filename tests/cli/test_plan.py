@@ -88,9 +88,9 @@ def test_models_that_are_none(refused: Refused, tmp_path: Path) -> None:
     (tmp_path / "hollow").mkdir()
     assert "lacks config.json" in refused("plan", "--model", tmp_path / "hollow")
     for name, content, said in (
-        ("words.json", "not JSON", "is not JSON"),
-        ("list.json", "[1]", "not an object"),
-        ("adapter.json", '{"peft_type": "LORA"}', "no model_type"),
+        ("words.json", "not JSON", "is not valid JSON"),
+        ("list.json", "[1]", "but must hold an object"),
+        ("adapter.json", '{"peft_type": "LORA"}', "lacks model_type"),
         ("unknown.json", '{"model_type": "no_such_model"}', "cannot read"),
         ("broken.json", '{"model_type": "llama", "hidden_size": 30, "num_attention_heads": 4}', "transformers cannot"),
         ("weights.bin", "", "must be a configuration"),

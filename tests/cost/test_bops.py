@@ -314,9 +314,9 @@ def test_the_architecture_a_configuration_names_is_built() -> None:
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("{", "is not JSON"),
-        ("[]", "holds a JSON list"),
-        ('{"r": 8, "peft_type": "LORA"}', "has no model_type"),
+        ("{", "is not valid JSON"),
+        ("[]", "holds a JSON list, but must hold an object"),
+        ('{"r": 8, "peft_type": "LORA"}', "lacks model_type"),
         ('{"model_type": "no-such-model"}', "cannot read the 'no-such-model' configuration"),
     ],
 )

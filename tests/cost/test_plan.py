@@ -276,7 +276,7 @@ def test_a_model_that_cannot_run_without_values_is_planned_but_for_its_activatio
     found = plan(tiny_config("bert"), method_config("lora"), tokens=8)
     assert found.bytes["activations"] is found.bytes["training"] is None
     assert found.parameters["adapter"] == 6 * 4 * 64
-    assert len(found.notes) == 1 and "activations are not known" in found.notes[0]
+    assert len(found.notes) == 1 and "activations are unknown" in found.notes[0]
 
 
 def test_what_cannot_be_planned_is_refused() -> None:
@@ -290,9 +290,9 @@ def test_what_cannot_be_planned_is_refused() -> None:
         plan(config, adapter, tokens=8, dtype="int8")  # type: ignore[arg-type]
     with pytest.raises(BayesLoraError, match="device is 'tpu'"):
         plan(config, adapter, tokens=8, device="tpu")  # type: ignore[arg-type]
-    with pytest.raises(BayesLoraError, match="task type 'SEQ' is unknown"):
+    with pytest.raises(BayesLoraError, match="task_type is 'SEQ', but must be one of"):
         plan(config, adapter, tokens=8, task_type="SEQ")
-    with pytest.raises(BayesLoraError, match="no llama model for task type SEQ_2_SEQ_LM"):
+    with pytest.raises(BayesLoraError, match="task_type is SEQ_2_SEQ_LM, but .* not have a llama model"):
         plan(tiny_config("llama"), adapter, tokens=8, task_type="SEQ_2_SEQ_LM")
     with pytest.raises(BayesLoraError, match="LoraConfig does not fit BertModel"):
         plan(config, peft.LoraConfig(target_modules=["no_such_layer"]), tokens=8)

@@ -130,7 +130,7 @@ def test_mutated_files_are_refused_in_one_sentence(block: int, folder: Path, tmp
             "bytes that its widths ask for|in the",
         ),
         (("linear", "model.layers.0.self_attn.q_proj", "rank"), -1, "rank -1"),
-        (("linear", "lm_head", "tied_to"), "model.norm", "no embedding of its shape"),
+        (("linear", "lm_head", "tied_to"), "model.norm", "does not share codes of an embedding of its shape"),
         (("shared",), {"model.norm.weight": "../../etc/passwd"}, "is missing"),
     ],
 )

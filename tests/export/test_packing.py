@@ -68,7 +68,7 @@ def test_bytes_that_pack_cannot_have_written_are_refused() -> None:
 
 
 def test_codes_that_do_not_fit_and_other_widths_are_refused() -> None:
-    with pytest.raises(BayesLoraError, match="is ±2, but .* lie within ±1"):
+    with pytest.raises(BayesLoraError, match="is ±2, but .* must be within ±1"):
         pack(torch.tensor([0, -2]), 2)
     for bits in (0, 1, 3, 64):
         with pytest.raises(BayesLoraError, match=f"the width is {bits}, but"):

@@ -1,13 +1,14 @@
 """Bit operations (BOPs): MACs × the widths of the two operands, by scope, and relative to a 32-bit LoRA.
 
-BOPs = Σ MACs · b_weight · b_input (appendix D of the Bayesian-LoRA paper). They are a proxy for energy: a product
-saves what its widths promise only on hardware with a kernel for both of them, and without an input quantizer every
-linear layer keeps one 32-bit operand.
+BOPs = Σ MACs · b_weight · b_input (appendix D of the Bayesian-LoRA paper). They are a proxy for energy: narrow
+operands save energy only on hardware with a kernel for both widths, and without an input quantizer every linear layer
+keeps one 32-bit operand.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from dataclasses import replace
 
 from bayeslora.cost.macs import SCOPES, LayerCost, Operation, described_layers, structure_operations
 from bayeslora.cost.structure import ModelOrConfig, ModelStructure, as_model, read_structure
@@ -35,13 +36,13 @@ def relative_bops(
     """Return bit operations as a share of LoRA on query, key and value of the same model at 32 × 32 bits.
 
     A LoRA of rank `baseline_rank` on all query, key and value projections is exactly 1 in every scope. "adapted"
-    compares the adapted layers with the same layers in the baseline (where those that are no query, key or value
-    projection have no adapter); the other scopes compare all of it, so adapters on more layers cost more. The
-    paper's headline figures count attention alone: with the feed-forward layers ("encoder") the same run saves about
-    half as much, and every scope is reported for that reason.
+    compares the adapted layers with the same layers of the baseline, which adapts only query, key and value
+    projections. The other scopes compare all their operations, so adapters on more layers cost more. The paper's
+    headline figures count attention alone; with the feed-forward layers ("encoder") the same run saves about half as
+    much, so every scope is reported.
 
-    In a model without a recognisable attention module the baseline's adapters are on the adapted layers, and these
-    stand for "attention" (see `bayeslora.cost.operations`). A scope without any operation is 1.0: nothing to save.
+    In a model without a recognisable attention module the baseline adapts the same layers as the model, and they count
+    as "attention" (see `bayeslora.cost.operations`). An empty scope is 1.0: it offers nothing to save.
 
     Args:
         model: a model or a configuration, as in `bayeslora.cost.operations`.
@@ -65,6 +66,7 @@ def _baseline(structure: ModelStructure, tokens: int, layers: Sequence[LayerCost
     targets = structure.projections or [layer.name for layer in layers if layer.name in structure.matrices]
     matrices = [structure.matrices[name] for name in targets]
     lora = [LayerDescription(m.name, m.in_features, m.out_features, rank, rank, parameters=0) for m in matrices]
-    # Both sides call the same layers adapted, or their shares would compare different layers.
+    # The scope "adapted" must hold the same layers on both sides.
     marked = [layer.name for layer in layers] or targets
-    return structure_operations(structure.at_full_width(), tokens, lora, marked)
+    full_width = {name: replace(matrix, bits=32) for name, matrix in structure.matrices.items()}
+    return structure_operations(replace(structure, matrices=full_width), tokens, lora, marked)

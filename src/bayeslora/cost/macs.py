@@ -12,8 +12,8 @@ adapted d_out × d_in matrix of rank r:
     DeBERTa adds      e · (the rows of each projection that also projects positions)
     c2p, p2c          n · e · d each            b_Q_out × b_posK_out, b_K_out × b_posQ_out
 
-The paper's LoRA term (2r + 1)·d lacks the token count and assumes d_in = d_out; its extra + 1 and + 3 have no
-product behind them.
+The paper's LoRA term (2r + 1)·d lacks the token count and assumes d_in = d_out; its extra + 1 and + 3 correspond to no
+product.
 """
 
 from __future__ import annotations
@@ -92,17 +92,17 @@ def operations(
 
     No forward pass is run, and weights may be on the meta device. BERT-like (MiniLM, RoBERTa, ELECTRA, DistilBERT,
     MPNet, ALBERT), DeBERTa-v2/v3, OPT-, GPT-2- and Llama-like models (Mistral, Qwen2 and 3, Phi, Gemma: grouped
-    queries, gated feed-forward, fused projections) are understood. Every other model has each linear layer counted
-    once a token and no products between activations, and its adapted layers then stand for "attention". Masked and
-    causal scores are counted in full, as eager attention computes them. Not counted: softmax, norms, activations,
-    rotary embeddings, biases, two-dimensional convolutions, and weights held outside a linear layer (fused experts of
-    mixture models). Cross-attention uses the same token count. A pooled head counts for one vector a sequence.
+    queries, gated feed-forward, fused projections) are recognised. In every other model each linear layer counts once
+    per token, products between activations do not count, and the adapted layers count as "attention". Masked and
+    causal scores count in full, as eager attention computes them. Not counted: softmax, norms, activations, rotary
+    embeddings, biases, two-dimensional convolutions, and weights outside linear layers (fused experts of mixture
+    models). Cross-attention uses the same token count. A pooled head counts for one vector per sequence.
 
     Widths: an adapted layer's operands have the widths in its description; everything else is 32 bits wide, or the
     stored width (8, 4) where the base model was loaded quantized. A quantized projection's output keeps its width in
-    scores and weighted values only if nothing but a permutation, a copy (the repeated heads of grouped queries) or one
-    scalar factor lies between, because only then its values are still codes times one step. Rotary embeddings and
-    norms on queries or keys mix values, so those operands count as 32 bits. Softmax weights always count as 32 bits.
+    scores and weighted values only if it is merely permuted, copied (the repeated heads of grouped queries) or scaled
+    by one factor in between: then its values are still codes times one step. Rotary embeddings and norms on queries or
+    keys mix values, so those operands count as 32 bits. Softmax weights always count as 32 bits.
 
     Args:
         model_or_config: a model (plain, or with PEFT adapters) or a transformers configuration, which is built on the
@@ -115,7 +115,7 @@ def operations(
         The products, named `<module path>.<weight|A|E|B>`, with `.positions` before the last part where a shared
         projection is applied to DeBERTa's positions, and `<attention module>.<scores|weighted_values|
         content_to_position|position_to_content>`. Without adapted layers the query, key and value projections are
-        scope "adapted", so that the scope means the same for every run that is compared.
+        scope "adapted", so that the scope covers the same layers in every run.
 
     Raises:
         BayesLoraError: `tokens` is not a positive whole number, or a layer is not part of the model.
@@ -127,11 +127,9 @@ def operations(
 
 
 def described_layers(model_or_config: ModelOrConfig) -> Sequence[LayerCost]:
-    """Return the adapted layers of a model; none for a configuration or a plain model."""
+    """Return the adapted layers of a model; an empty list for a configuration or a plain model."""
     model = under_wrappers(as_model(model_or_config))
-    if not any(is_adapted(module) for module in model.modules()):
-        return []
-    return describe(model)
+    return describe(model) if any(is_adapted(module) for module in model.modules()) else []
 
 
 def structure_operations(
@@ -152,8 +150,9 @@ def structure_operations(
         for operation in _matrix_operations(structure, matrix, tokens, by_name.get(matrix.name), matrix.name in marked)
     ]
     for name in structure.embeddings:
-        if name in by_name:
-            found += _embedding_operations(structure, by_name[name], tokens)
+        if name in by_name:  # reading rows of the table and of A multiplies nothing
+            region = structure.region(name) if structure.attentions else "attention"
+            found += _expansion(name, "adapted", region, tokens, by_name[name])
     for attention in structure.attentions:
         found += _products(structure, attention, tokens, by_name)
     return found
@@ -163,7 +162,7 @@ def _check(structure: ModelStructure, layer: LayerCost) -> None:
     matrix = structure.matrices.get(layer.name)
     if matrix is None and layer.name not in structure.embeddings:
         raise BayesLoraError(
-            f"the model has no linear layer {layer.name!r} to count: describe the layers of this model"
+            f"layer {layer.name!r} is given, but is not a linear layer of the model: describe the layers of this model"
         )
     shape = (matrix.in_features, matrix.out_features) if matrix is not None else structure.embeddings[layer.name]
     if shape != (layer.in_features, layer.out_features):
@@ -172,7 +171,7 @@ def _check(structure: ModelStructure, layer: LayerCost) -> None:
             f"{shape[0]} → {shape[1]}: describe the layers of this model"
         )
     if layer.rank < 0:
-        raise BayesLoraError(f"layer {layer.name!r} has rank {layer.rank}, but must have 0 or more: give its rank")
+        raise BayesLoraError(f"layer {layer.name!r} has rank {layer.rank}, but must have at least 0: give its rank")
 
 
 def _width(layer: LayerCost | None, kind: str, default: int = FULL_WIDTH) -> int:
@@ -184,7 +183,7 @@ def _matrix_operations(
 ) -> Iterator[Operation]:
     region = structure.region(matrix.name)
     if not structure.attentions and adapted:
-        # Without an attention module to find, the adapted layers are what a budget on attention can mean.
+        # A budget on attention then applies to the adapted layers.
         region = "attention"
     scope: Scope = "adapted" if adapted else region
     calls = []
@@ -202,14 +201,8 @@ def _matrix_operations(
             yield from _expansion(prefix, scope, region, positions, layer)
 
 
-def _embedding_operations(structure: ModelStructure, layer: LayerCost, tokens: int) -> Iterator[Operation]:
-    """Yield the products of an adapted embedding: reading rows of the table and of A multiplies nothing."""
-    region = structure.region(layer.name) if structure.attentions else "attention"
-    yield from _expansion(layer.name, "adapted", region, tokens, layer)
-
-
 def _expansion(prefix: str, scope: Scope, region: Region, positions: int, layer: LayerCost) -> Iterator[Operation]:
-    """Yield the products from the rank up to the output; without an E, n · r stands for the scaling by α / r."""
+    """Yield the products of E and B; without an E, the n · r operations are the scaling by α / r."""
     macs = positions * layer.rank
     yield Operation(f"{prefix}.E", scope, macs, _width(layer, "E"), _width(layer, "A_out"), region)
     macs *= layer.out_features

@@ -1,16 +1,15 @@
-"""Bytes that autograd keeps of one training pass for its backward pass, found without running it.
+"""The bytes that autograd keeps for the backward pass of one training step, found without running the model.
 
 The pass is run on fake tensors (torch's own: shapes, types and strides, no memory), and every distinct storage that
-autograd saves is counted once at its size; parameters and buffers exist in any case and do not count:
+autograd saves is counted once at its size; parameters and buffers do not count, because they exist anyway:
 
     activations = Σ bytes of the storages saved between the input and the loss
 
-This formula holds for any architecture and any method: the additions of a method's forward pass (a core for each
-sequence, two sign tensors a token) are counted because they are computed. The exception are quantizers, whose widths
-depend on the values of their gates. They are removed for the pass, and each counts as one more copy of its tensor: a
-quantized weight, or an activation as it was before.
+This works for any architecture and any method, because a method's own tensors (a core per sequence, two sign tensors
+per token) are computed too. Quantizers are the exception, since their widths depend on the values of their gates: they
+are removed for the pass, and each counts as one more copy of its tensor.
 
-Not counted are tensors that live for a moment: gradients of activations during the backward pass, workspaces.
+Temporary tensors are not counted: gradients of activations during the backward pass, workspaces.
 """
 
 from __future__ import annotations
@@ -26,7 +25,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.overrides import TorchFunctionMode
 from transformers import PretrainedConfig
 
-from bayeslora.cost.structure import ModelStructure, base_model, read_structure
+from bayeslora.cost.structure import base_model, read_structure
 from bayeslora.methods import LayerDescription
 from bayeslora.methods.layer import BayesLayer
 
@@ -37,19 +36,19 @@ _TOKEN_LABELS = ("ForCausalLM", "LMHeadModel", "ForMaskedLM", "ForTokenClassific
 def activation_bytes(
     model: nn.Module, layers: Iterable[LayerDescription], batch_size: int, tokens: int, device: Device = "cpu"
 ) -> int:
-    """Return the bytes that autograd keeps of one training pass of `model`, a model on the meta device; it is used up.
+    """Return the bytes that autograd keeps of one training pass; `model`, on the meta device, is unusable afterwards.
 
     Args:
         model: with or without adapters.
         layers: the adapted layers.
         batch_size, tokens: the batch's rows and the length of each.
-        device: whose kernels run. They differ with dropout: on the CPU attention then keeps its scores, and a mask is
-            as large as the tensor it masks; on a GPU attention never keeps scores, and masks have a byte an entry.
+        device: where the model trains. With dropout, attention on a CPU keeps its scores, and a mask is as large as
+            the tensor it masks; on a GPU attention never keeps scores, and a mask takes one byte per entry.
 
     Raises:
-        RuntimeError, ValueError, TypeError, NotImplementedError: the model cannot be run without values.
+        RuntimeError, ValueError, TypeError, NotImplementedError: the model does not run on tensors without values.
     """
-    extra = _take_out_quantizers(model, layers, batch_size, tokens)
+    extra = _remove_quantizers(model, layers, batch_size, tokens)
     model.train()
     kept: dict[int, torch.UntypedStorage] = {}
     own: set[int] = set()
@@ -71,9 +70,9 @@ def activation_bytes(
 
 
 def _to_fake(model: nn.Module) -> None:
-    """Put fake tensors on the CPU in the place of all parameters and buffers; call it under a fake mode.
+    """Replace all parameters and buffers by fake tensors on the CPU; call it under a fake mode.
 
-    On the meta device itself neither autocast nor the choice between kernels works.
+    On the meta device autocast and the choice between kernels do not work.
     """
     made: dict[int, Tensor] = {}
     for module in model.modules():
@@ -121,7 +120,7 @@ class _GpuKernels(TorchFunctionMode):
 
 
 class _FusedAttention(torch.autograd.Function):
-    """Attention that keeps queries, keys, values, the output and one number a row of the scores."""
+    """Attention that keeps queries, keys, values, the output and one number per row of the scores."""
 
     @staticmethod
     def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> Tensor:
@@ -133,7 +132,7 @@ class _FusedAttention(torch.autograd.Function):
 
 
 class _MaskedByBytes(torch.autograd.Function):
-    """Dropout that keeps a mask of one byte an entry."""
+    """Dropout that keeps a mask of one byte per entry."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor) -> Tensor:
@@ -141,25 +140,19 @@ class _MaskedByBytes(torch.autograd.Function):
         return torch.empty_like(x)
 
 
-def _take_out_quantizers(model: nn.Module, layers: Iterable[LayerDescription], batch_size: int, tokens: int) -> int:
-    """Remove all quantizers from `model` and return the bytes that they would have kept."""
+def _remove_quantizers(model: nn.Module, layers: Iterable[LayerDescription], batch_size: int, tokens: int) -> int:
+    """Remove all quantizers from `model` and return the bytes of a copy of each tensor that they quantized."""
     structure, root = read_structure(model), base_model(model)
     total = 0
     for layer in layers:
         module = root.get_submodule(layer.name)
-        if isinstance(module, BayesLayer):
-            n = batch_size * structure.positions(layer.name, tokens)
-            total += _quantized_bytes(structure, module, layer, module.remove_quantizers(), n)
+        if not isinstance(module, BayesLayer):
+            continue
+        n, calls = batch_size * structure.positions(layer.name, tokens), structure.calls(layer.name)
+        r, d_in, d_out = layer.rank, layer.in_features, layer.out_features
+        sizes = {"weight": calls * d_in * d_out, "A": calls * r * d_in, "E": calls * r, "B": calls * r * d_out}
+        sizes |= {"in": n * d_in, "A_out": n * r, "E_out": n * r, "out": n * d_out}
+        base = cast(Tensor, module.base_layer.weight).element_size()
+        for kind in module.remove_quantizers():  # the adapter's own tensors are float32
+            total += sizes[kind] * (base if kind in ("weight", "in", "out") else 4)
     return total
-
-
-def _quantized_bytes(
-    structure: ModelStructure, module: nn.Module, layer: LayerDescription, kinds: Iterable[str], n: int
-) -> int:
-    """Return the bytes of a copy of each quantized tensor for `n` positions; E, A and B train in float32."""
-    r, d_in, d_out = layer.rank, layer.in_features, layer.out_features
-    sizes = {"weight": d_in * d_out, "A": r * d_in, "E": r, "B": r * d_out}
-    sizes = {kind: size * structure.calls(layer.name) for kind, size in sizes.items()}
-    sizes |= {"in": n * d_in, "A_out": n * r, "E_out": n * r, "out": n * d_out}
-    base = cast(Tensor, cast(nn.Module, module.base_layer).weight).element_size()
-    return sum(sizes[kind] * (base if kind in ("weight", "in", "out") else 4) for kind in kinds)

@@ -15,9 +15,9 @@ def count_parameters(model: nn.Module) -> dict[str, int]:
 
     Returns:
         trainable: parameters the optimizer changes (`requires_grad`), the task head included.
-        adapter: parameters of the adapter layers alone, trained at the moment or not: the low-rank matrices, and the
-            diagonal, gates and ranges of the methods that have them.
-        total: all parameters, base model included; weights packed in 4 bits count as the weights they stand for.
+        adapter: parameters of the adapter layers, trainable or frozen: the low-rank matrices, and the diagonal, gates
+            and ranges of the methods that have them.
+        total: all parameters, base model included; weights packed in 4 bits count at their original number.
 
     A tensor that several modules share counts once.
     """
@@ -40,6 +40,6 @@ def added_parameters(layer: nn.Module) -> Iterator[nn.Parameter]:
 
 
 def _size(parameter: nn.Parameter) -> int:
-    # bitsandbytes packs two 4-bit weights in a byte and keeps the real shape beside them.
+    # bitsandbytes packs two 4-bit weights in a byte and keeps the original shape.
     shape = getattr(getattr(parameter, "quant_state", None), "shape", None)
     return parameter.numel() if shape is None else math.prod(shape)

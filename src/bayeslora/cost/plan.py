@@ -1,7 +1,7 @@
-"""The cost of fine-tuning before there are weights: parameters, memory, bytes on disk, bit operations.
+"""The cost of fine-tuning, without loading weights: parameters, memory, bytes on disk, bit operations.
 
 The model is built on the meta device from its configuration and gets its adapters there, so a model of any size takes
-seconds and no memory, and every number is counted on the real modules instead of derived for each method.
+seconds and no memory, and every number is counted on the real modules, whatever the method.
 """
 
 from __future__ import annotations
@@ -31,13 +31,13 @@ from bayeslora.cost.bops import macs_by_scope, relative_bops
 from bayeslora.cost.macs import operations
 from bayeslora.cost.memory import Device, activation_bytes
 from bayeslora.cost.parameters import added_parameters, count_parameters
-from bayeslora.cost.structure import build_on_meta, from_config, is_adapted, is_decoder, matrix_of, one_line, unwrapped
+from bayeslora.cost.structure import build_on_meta, from_config, is_adapted, is_decoder, one_line, read_structure
 from bayeslora.errors import BayesLoraError
 from bayeslora.methods import LayerDescription
 
 Dtype: TypeAlias = Literal["float32", "bfloat16", "float16"]
 
-# PEFT's task types, with the end of the class names that stand for each and the classes by model type.
+# By PEFT's task type: the endings of its class names, and its classes by model type.
 _TASKS: dict[str, tuple[tuple[str, ...], Mapping[str, Any]]] = {
     "SEQ_CLS": (("ForSequenceClassification",), MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES),
     "CAUSAL_LM": (("ForCausalLM", "LMHeadModel"), MODEL_FOR_CAUSAL_LM_MAPPING_NAMES),
@@ -60,11 +60,11 @@ class Plan:
         batch_size, tokens, dtype: as given; `dtype` is the base model's, adapters train in float32.
         parameters: {"trainable", "adapter", "total"}, as `count_parameters` counts them.
         relative_bops: bit operations by scope as a share of LoRA r = 16 at 32 × 32 bits, at the configured rank and
-            32 bits: the start of training, before a method has learned to save any.
+            32 bits: the cost at the start of training, before a method has learned narrower widths.
         macs: multiply-accumulate operations of one sequence by scope, forward only.
-        bytes: {"weights", "gradients", "optimizer", "activations", "training", "file", "file_16bit"}: AdamW keeps two
-            numbers of the parameter's type for every trained one; `activations` is an estimate of the bytes that
-            autograd keeps of one batch, None if the model cannot be run without values; `training` sums the first
+        bytes: {"weights", "gradients", "optimizer", "activations", "training", "file", "file_16bit"}: for AdamW, which
+            keeps two numbers of a trained parameter's type; `activations` is an estimate of the bytes that
+            autograd keeps of one batch, None if the model does not run without values; `training` sums the first
             four; `file` is the size of the file of `save_pretrained` (the adapter, or the whole model without one).
         layers: the adapted layers.
         notes: unknown values and why, one sentence each.
@@ -106,7 +106,7 @@ def plan(
             `architectures` entry, then "CAUSAL_LM" for a decoder.
         batch_size, tokens: rows of a batch (default 32) and tokens of each row (default 128).
         dtype: type of the base model's weights, by default "float32".
-        device: "cpu" (default) or "cuda": kernels that activations are estimated for; they differ with dropout only.
+        device: "cpu" (default) or "cuda": where the activations are estimated; the two differ with dropout only.
 
     Raises:
         BayesLoraError: the configuration cannot be read or built, the adapter does not fit the model, or a number is
@@ -137,7 +137,7 @@ def plan(
         sizes["activations"] = activation_bytes(adapted, layers, batch_size, tokens, device)
         sizes["training"] = sum(cast(int, sizes[key]) for key in ("weights", "gradients", "optimizer", "activations"))
     except (RuntimeError, ValueError, TypeError, AttributeError, NotImplementedError, IndexError, KeyError) as error:
-        notes.append(f"activations are not known: {name} does not run without values ({one_line(error)[:160]})")
+        notes.append(f"activations are unknown: {name} does not run without values ({one_line(error)[:160]})")
     return Plan(name, found, batch_size, tokens, dtype, parameters, *costs, sizes, layers, notes)
 
 
@@ -149,13 +149,13 @@ def build_for_task(config: PretrainedConfig, task_type: str | None = None) -> tu
         checkpoint does not hold, so that they are trained and saved with an adapter.
 
     Raises:
-        BayesLoraError: an unknown task type, or one that this architecture has no class for.
+        BayesLoraError: an unknown task type, or one without a class for this architecture.
     """
     own = next(iter(getattr(config, "architectures", None) or []), None)
     if task_type is None:
         task_type = _default_task(config, own)
     elif task_type not in TASK_TYPES:
-        raise BayesLoraError(f"task type {task_type!r} is unknown: choose one of {', '.join(TASK_TYPES)}")
+        raise BayesLoraError(f"task_type is {task_type!r}, but must be one of {', '.join(TASK_TYPES)}: choose one")
     if task_type is not None and _task_of(own) != task_type:
         config.architectures = [_class_for(config.model_type, task_type)]
     if task_type == "SEQ_CLS":
@@ -187,7 +187,7 @@ def _class_for(model_type: str, task_type: str) -> str:
     found = _TASKS[task_type][1].get(model_type)
     if not found:
         raise BayesLoraError(
-            f"transformers has no {model_type} model for task type {task_type}: choose another task type"
+            f"task_type is {task_type}, but transformers does not have a {model_type} model for it: choose another"
         )
     return found if isinstance(found, str) else str(found[0])
 
@@ -198,7 +198,7 @@ def _wrapped(model: nn.Module, method: PeftConfig, task_type: str | None, heads:
     if heads:
         config.modules_to_save = sorted({*(getattr(config, "modules_to_save", None) or ()), *heads})
     try:
-        with torch.random.fork_rng(devices=[]):  # a plan leaves the caller's random numbers alone
+        with torch.random.fork_rng(devices=[]):  # keep the caller's random state
             return get_peft_model(cast(Any, model), config)
     except BayesLoraError:
         raise
@@ -212,21 +212,16 @@ def _layers(model: PeftModel) -> list[LayerDescription]:
     """Return the adapted layers as configured, as `describe` does before anything has been learned."""
     config = cast(Any, model.peft_config[model.active_adapter])
     patterns: dict[str, int] = getattr(config, "rank_pattern", None) or {}
+    structure = read_structure(model)
+    shapes = {name: (matrix.in_features, matrix.out_features) for name, matrix in structure.matrices.items()}
+    shapes |= structure.embeddings
     found = []
     for name, module in model.get_base_model().named_modules():
-        if not is_adapted(module):
+        if not is_adapted(module) or name not in shapes:
             continue
-        base = unwrapped(module)
-        if isinstance(base, nn.Embedding):
-            shape = base.num_embeddings, base.embedding_dim
-        else:
-            matrix = matrix_of(name, base)
-            if matrix is None:
-                continue
-            shape = matrix.in_features, matrix.out_features
         rank = patterns.get(get_pattern_key(list(patterns), name), getattr(config, "r", 0))
         count = sum(parameter.numel() for parameter in added_parameters(module))
-        found.append(LayerDescription(name, *shape, rank, rank, count))
+        found.append(LayerDescription(name, *shapes[name], rank, rank, count))
     return found
 
 
@@ -262,7 +257,7 @@ def _file_bytes(model: nn.Module, half: bool) -> Iterator[int]:
 
 def _saved_tensors(model: nn.Module) -> dict[str, Tensor]:
     if isinstance(model, PeftModel):
-        # An adapted embedding or output layer is not saved as a whole beside its adapter.
+        # An adapted embedding or output layer is not saved in full with its adapter.
         return get_peft_model_state_dict(model, save_embedding_layers=False)
     distinct: dict[int, tuple[str, Tensor]] = {}
     for name, tensor in model.state_dict(keep_vars=True).items():

@@ -1,8 +1,7 @@
 """The structure of a model, read from its module tree: matrices, attention modules, transformer blocks.
 
-Nothing here depends on an adapter. Wrappers (PEFT's layers, `modules_to_save`, data-parallel and compiled modules) are
-looked through, so a wrapped model, its base model and the same model on the meta device have the same structure, with
-the module paths of the base model.
+Adapters and wrappers (PEFT's layers, `modules_to_save`, data-parallel and compiled modules) are ignored: a wrapped
+model, its base model and the same model on the meta device have the same structure and the base model's module paths.
 """
 
 from __future__ import annotations
@@ -28,11 +27,11 @@ from bayeslora.vocabulary import FUSED_PROJECTIONS, KEY_NAMES, QUERY_NAMES, VALU
 ModelOrConfig: TypeAlias = nn.Module | PretrainedConfig
 Region = Literal["attention", "encoder", "model"]
 
-# Layers outside the transformer blocks that see one vector a sequence, not one a token.
-POOLED_NAMES = frozenset(
-    {"pooler", "pre_classifier", "seq_relationship", "classification_head", "summary", "sequence_summary"}
-    | {"multiple_choice_head"}
-)
+# Layers outside the transformer blocks that see one vector per sequence, not one per token.
+_POOLED_NAMES = frozenset({
+    "pooler", "pre_classifier", "seq_relationship", "classification_head", "summary", "sequence_summary",
+    "multiple_choice_head",
+})  # fmt: skip
 
 
 def from_config(source: str | Path | dict[str, Any]) -> PretrainedConfig:
@@ -51,19 +50,21 @@ def from_config(source: str | Path | dict[str, Any]) -> PretrainedConfig:
         path = path / "config.json" if path.is_dir() else path
         if not path.is_file():
             raise BayesLoraError(
-                f"{path} does not exist: give a model folder with a config.json, or the path of such a file"
+                f"{path} does not exist, but must be a model folder or its config.json: give another path"
             )
         try:
             values = json.loads(path.read_text(encoding="utf-8"))
         except (UnicodeDecodeError, json.JSONDecodeError) as error:
-            raise BayesLoraError(f"{path} is not JSON ({error}): give a model's config.json") from error
+            raise BayesLoraError(f"{path} is not valid JSON ({error}): give a model's config.json") from error
         if not isinstance(values, dict):
-            raise BayesLoraError(f"{path} holds a JSON {type(values).__name__}, not an object: give a config.json")
+            raise BayesLoraError(
+                f"{path} holds a JSON {type(values).__name__}, but must hold an object: give a model's config.json"
+            )
         origin = str(path)
     model_type = values.pop("model_type", None)
     if not isinstance(model_type, str):
         raise BayesLoraError(
-            f"{origin} has no model_type, but a Transformers model's configuration names one: "
+            f"{origin} lacks model_type, but a Transformers configuration must have it: "
             "give a base model's config.json, not an adapter's"
         )
     try:
@@ -98,7 +99,7 @@ def build_on_meta(config: PretrainedConfig) -> nn.Module:
 
 
 def is_decoder(config: PretrainedConfig) -> bool:
-    """Return whether Transformers has a causal language model of this architecture and no masked one."""
+    """Return whether Transformers has a causal but not a masked language model of this architecture."""
     return type(config) in MODEL_FOR_CAUSAL_LM_MAPPING and type(config) not in MODEL_FOR_MASKED_LM_MAPPING
 
 
@@ -121,10 +122,9 @@ def as_model(model_or_config: ModelOrConfig) -> nn.Module:
 
 @dataclass(frozen=True)
 class Matrix:
-    """A linear layer, or a one-dimensional convolution seen as one.
+    """A linear layer or one-dimensional convolution; `macs` are for one position.
 
-    `macs` is for one position; `bits` is the width the weights are stored in when the base model was loaded quantized
-    (8 or 4), and 32 otherwise.
+    `bits` is the stored width of the weights if the base model was loaded quantized (8 or 4), otherwise 32.
     """
 
     name: str
@@ -136,10 +136,10 @@ class Matrix:
 
 @dataclass(frozen=True)
 class Attention:
-    """One attention module. `query`, `key`, `value` are names of matrices, the same one where it is fused.
+    """One attention module. `query`, `key`, `value` are names of matrices, all the same for a fused projection.
 
-    `score_width` and `value_width` are heads × head size; `exact_scores` and `exact_values` say that a quantized
-    projection's output reaches the product as it is. The position fields are DeBERTa's: `positions` relative
+    `score_width` and `value_width` are heads × head size; `exact_scores` and `exact_values` are True if a quantized
+    projection's output reaches the product unchanged. The position fields are DeBERTa's: `positions` relative
     positions, projected by the matrices named in `position_projections`, enter `content_to_position` (the projected
     keys' matrix) and `position_to_content` (the projected queries' matrix).
     """
@@ -184,10 +184,6 @@ class ModelStructure:
         """All query, key and value projections, in the order of the modules."""
         return [name for attention in self.attentions for name in attention.projections]
 
-    def at_full_width(self) -> ModelStructure:
-        """Return the same structure with all weights in floating point."""
-        return replace(self, matrices={name: replace(matrix, bits=32) for name, matrix in self.matrices.items()})
-
     def region(self, name: str) -> Region:
         """Return the narrowest scope that a matrix belongs to, adapted or not."""
         if name in self._attention_names:
@@ -195,7 +191,7 @@ class ModelStructure:
         return "encoder" if name.startswith(self._block_prefixes) else "model"
 
     def calls(self, name: str) -> int:
-        """Return how often a pass goes through the block of this path (ALBERT shares one block between its layers)."""
+        """Return how often a forward pass runs the module at this path (ALBERT's layers share one block)."""
         return self.repeats if name.startswith(self._block_prefixes) else 1
 
     def positions(self, name: str, tokens: int) -> int:
@@ -203,17 +199,14 @@ class ModelStructure:
         if self.region(name) == "model" and self.attentions:
             parts = name.split(".")
             per_token_head = "TokenClassification" in self.class_name
-            if POOLED_NAMES.intersection(parts) or ("classifier" in parts and not per_token_head):
+            if _POOLED_NAMES.intersection(parts) or ("classifier" in parts and not per_token_head):
                 return 1
         return tokens * self.calls(name)
 
 
 def unwrapped(module: nn.Module) -> nn.Module:
-    """Return the module under PEFT's layer and `modules_to_save` wrappers.
-
-    The wrappers forward unknown attributes, so only their registered children are trusted.
-    """
-    while True:
+    """Return the module under PEFT's layer and `modules_to_save` wrappers."""
+    while True:  # wrappers forward unknown attributes, so only their registered children count
         inner = module._modules.get("base_layer")
         inner = module._modules.get("original_module") if inner is None else inner
         if inner is None:
@@ -239,7 +232,7 @@ def base_model(model: nn.Module) -> nn.Module:
 
 
 def walk(module: nn.Module, name: str = "", seen: set[int] | None = None) -> Iterator[tuple[str, nn.Module]]:
-    """Yield every module of the base model once, with its path, looking through wrappers."""
+    """Yield every module of the base model once, without its wrappers, with its path."""
     seen = set() if seen is None else seen
     module = unwrapped(module)
     if id(module) in seen:
@@ -257,7 +250,7 @@ def is_adapted(module: nn.Module) -> bool:
 
 
 def _stored_bits(module: nn.Module) -> int:
-    """Return the width of this layer's weights in a quantized base model; 32 for every floating-point type."""
+    """Return the width of a layer's stored weights; 32 for every floating-point type."""
     class_name = type(module).__name__
     if class_name.startswith("Linear4bit"):
         return 4
@@ -270,8 +263,8 @@ def _stored_bits(module: nn.Module) -> int:
     return 32
 
 
-def matrix_of(name: str, module: nn.Module) -> Matrix | None:
-    """Return the matrix that a module multiplies with, or None without one."""
+def _matrix_of(name: str, module: nn.Module) -> Matrix | None:
+    """Return the matrix of a linear layer or one-dimensional convolution; None for every other module."""
     if isinstance(module, Conv1D):
         return Matrix(name, module.nx, module.nf, module.nx * module.nf)
     if isinstance(module, nn.Conv1d):
@@ -285,11 +278,8 @@ def matrix_of(name: str, module: nn.Module) -> Matrix | None:
 
 
 def _child(matrices: dict[str, Matrix], prefix: str, names: tuple[str, ...]) -> Matrix | None:
-    for name in names:
-        found = matrices.get(f"{prefix}.{name}" if prefix else name)
-        if found is not None:
-            return found
-    return None
+    paths = (f"{prefix}.{name}" if prefix else name for name in names)
+    return next((matrices[path] for path in paths if path in matrices), None)
 
 
 def _heads(config: Any) -> tuple[int, int]:
@@ -305,7 +295,7 @@ def _heads(config: Any) -> tuple[int, int]:
 def _attention_of(
     name: str, module: nn.Module, matrices: dict[str, Matrix], config: Any, rotary: bool
 ) -> Attention | None:
-    """Read an attention module off the names of its direct children; None for every other module."""
+    """Return an attention module, recognised by its children's names; None for every other module."""
     query = _child(matrices, name, QUERY_NAMES)
     key, value = _child(matrices, name, KEY_NAMES), _child(matrices, name, VALUE_NAMES)
     fused = _child(matrices, name, FUSED_PROJECTIONS)
@@ -314,7 +304,7 @@ def _attention_of(
         score_width = query.out_features
         value_width = query.out_features * value.out_features // key.out_features
     elif fused is not None and query is not None:
-        # GPT-2's cross-attention: the queries on their own, keys and values in one matrix.
+        # GPT-2's cross-attention: queries in one matrix, keys and values in another.
         key = value = fused
         score_width = value_width = query.out_features
     elif fused is not None:
@@ -344,7 +334,7 @@ def _with_positions(attention: Attention, module: nn.Module) -> Attention:
     kinds: Any = getattr(module, "pos_att_type", ())
     kinds = kinds.split("|") if isinstance(kinds, str) else list(kinds)
     if getattr(module, "share_att_key", False):
-        # The shared projections are both applied to the positions, whichever products follow.
+        # Both shared projections are applied to the positions, even if only one product follows.
         keys, queries = attention.key, attention.query
         projections: tuple[str, ...] = (attention.query, attention.key)
     else:
@@ -364,9 +354,9 @@ def read_structure(model: nn.Module) -> ModelStructure:
     root = base_model(model)
     config = getattr(root, "config", None)
     modules = dict(walk(root))
-    matrices = {name: found for name, module in modules.items() if (found := matrix_of(name, module)) is not None}
+    matrices = {name: found for name, module in modules.items() if (found := _matrix_of(name, module)) is not None}
     embeddings = {n: (m.num_embeddings, m.embedding_dim) for n, m in modules.items() if isinstance(m, nn.Embedding)}
-    # GPT-J and CodeGen rotate inside the attention and have no module for it.
+    # GPT-J and CodeGen rotate queries and keys inside the attention module.
     rotary = bool(getattr(config, "rotary_dim", None)) or any("Rotary" in type(m).__name__ for m in modules.values())
     attentions = [
         attention
@@ -380,11 +370,11 @@ def read_structure(model: nn.Module) -> ModelStructure:
         if inside:
             stack = min(inside, key=len)
             blocks[".".join([stack, name[len(stack) + 1 :].split(".")[0]])] = None
-            # A convolution next to the stack (DeBERTa-v2's larger models) works on the blocks' output.
+            # A convolution next to the stack (DeBERTa-v2's larger models) reads the blocks' output.
             parent = stack.rpartition(".")[0]
             blocks[f"{parent}.conv" if parent else "conv"] = None
         else:
-            # A single block without a stack: the holder of the attention module is the block.
+            # Without a stack, the top-level module around the attention is the block.
             blocks[name.split(".")[0]] = None
     groups = getattr(config, "num_hidden_groups", None)
     repeats = config.num_hidden_layers // groups if groups and config is not None else 1

@@ -1,11 +1,11 @@
-"""Codes in few bits, and the safetensors files of packed adapters and integer models, which are read without trust.
+"""Packed codes, and the safetensors files of packed adapters and integer models, which are read as untrusted input.
 
-Codes lie in two's complement, the first in the lowest bits of the first byte, row by row; the rest of the last
-byte is zero. Numbers of more than one byte are little-endian, as everywhere in a safetensors file. Thirty-two bits are
-float32 as it is, because a quantizer of that width rounds nothing. A grid is symmetric, so the lowest code of two's
-complement, -2^(b-1), is never used, and finding it means that the bytes are no codes.
+Codes are stored in two's complement, row by row, the first in the lowest bits of the first byte; unused bits of the
+last byte are zero. Numbers of several bytes are little-endian, as everywhere in safetensors. A width of 32 bits
+means float32 values, because a quantizer of that width rounds nothing. Grids are symmetric, so two's complement's
+lowest code, -2^(b-1), is never valid.
 
-safetensors checks that a file's header describes tensors that fill the rest without gaps or overlaps. Added here are
+safetensors checks that the tensors in a file's header cover its data without gaps or overlaps. These files also have
 an index in the metadata and a CRC-32 over names, types, shapes, index and data.
 """
 
@@ -27,7 +27,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from bayeslora.errors import BayesLoraError
-from bayeslora.vocabulary import UNQUANTIZED, WIDTHS
+from bayeslora.vocabulary import BASE_WEIGHT, UNQUANTIZED, WIDTHS
 
 INDEX_KEY = "bayeslora.packed"
 CHECKSUM_KEY = "bayeslora.crc32"
@@ -50,19 +50,27 @@ DTYPES = {
     "BOOL": torch.bool,
 }
 _NAMES = {dtype: name for name, dtype in DTYPES.items()}
-_PROBE = 1 << 20  # bytes in which `looks_packed` searches
+_PROBE = 1 << 20  # bytes that `looks_packed` searches
 _MAX_DIMENSIONS = 8
+_MAX_NAME = 1_000
 _LARGEST_SIZE = 1 << 31
+
+MAX_INDEX = 16 << 20
+"""Largest number of bytes of an index."""
+
+MAX_LAYERS = 20_000
+PER_CHANNEL: tuple[list[str], ...] = ([], [BASE_WEIGHT], ["A"], [BASE_WEIGHT, "A"])
+"""Lists of kinds that a file can store with one range per channel."""
 
 
 @dataclass(frozen=True)
 class FileFormat:
-    """A format of files that are not trusted.
+    """A file format that is read as untrusted input.
 
     Attributes:
-        name: of such a file in errors, as in `the packed adapter is damaged`.
+        name: name of such a file in errors, as in `the packed adapter is damaged`.
         export: the `format` of `export` that writes it.
-        version: the newest one that this library reads.
+        version: the version that this library reads and writes.
     """
 
     name: str
@@ -70,11 +78,11 @@ class FileFormat:
     version: int
 
     def damaged(self, reason: str) -> NoReturn:
-        """Raise the error of a file that cannot be used because of `reason`."""
+        """Raise `BayesLoraError` for a damaged file."""
         raise BayesLoraError(f"the {self.name} is damaged ({reason}): export it again or restore it from a copy")
 
     def read_object(self, text: str | bytes, what: str) -> dict[str, Any]:
-        """Return the JSON object in `text`; repeated keys and NaN count as damage."""
+        """Return the JSON object in `text`; raise for anything else, repeated keys and NaN."""
         try:
             content = json.loads(text, object_pairs_hook=_without_repeats, parse_constant=_no_constant)
         except (ValueError, RecursionError):
@@ -101,7 +109,7 @@ INTEGER = FileFormat("integer model", "integer", 1)
 
 @dataclass(frozen=True)
 class Part:
-    """A stretch of a layer's bytes: codes, numbers, or one range a row (`is_range`)."""
+    """A section of a layer's bytes: codes, float32 values, or one range per row (`is_range`)."""
 
     kind: str
     bits: int
@@ -115,11 +123,11 @@ class Part:
 
 
 Parts = dict[tuple[str, bool], Tensor]
-"""The tensors of a layer's bytes, by kind and by whether they are ranges."""
+"""The tensors of a layer, by kind and `is_range`."""
 
 
 def split(data: Tensor, parts: Sequence[Part]) -> Parts:
-    """Unpack the bytes `data`, which are those of `parts` in order."""
+    """Unpack the bytes of `parts`, which follow each other in `data`."""
     found: Parts = {}
     start = 0
     for part in parts:
@@ -129,7 +137,7 @@ def split(data: Tensor, parts: Sequence[Part]) -> Parts:
 
 
 def packed_size(count: int, bits: int) -> int:
-    """Return the number of bytes that `count` codes of `bits` bits take."""
+    """Return the number of bytes of `count` codes of `bits` bits."""
     _check_width(bits)
     return (count * bits + 7) // 8
 
@@ -151,7 +159,7 @@ def pack(codes: Tensor, bits: int) -> Tensor:
     level = (1 << (bits - 1)) - 1
     if flat.numel() and int(flat.abs().max()) > level:
         raise BayesLoraError(
-            f"a code is ±{int(flat.abs().max())}, but codes of {bits} bits lie within ±{level}: use more bits"
+            f"a code is ±{int(flat.abs().max())}, but codes of {bits} bits must be within ±{level}: use more bits"
         )
     if bits >= 8:
         return _bytes_of(flat.to(torch.int8 if bits == 8 else torch.int16))
@@ -168,10 +176,10 @@ def unpack(data: Tensor, bits: int, shape: Sequence[int]) -> Tensor:
     Args:
         data: uint8, one-dimensional, of exactly `packed_size` bytes.
         bits: one of `WIDTHS`.
-        shape: of the tensor that was packed.
+        shape: shape of the packed tensor.
 
     Raises:
-        BayesLoraError: another width, bytes of another number, or bytes that `pack` cannot have written.
+        BayesLoraError: another width, another number of bytes, or bytes that `pack` cannot have written.
     """
     count = math.prod(shape)
     if len(data) != packed_size(count, bits):
@@ -200,7 +208,7 @@ def unpack(data: Tensor, bits: int, shape: Sequence[int]) -> Tensor:
 
 
 def looks_packed(path: str | os.PathLike[str]) -> bool:
-    """Return whether `path` begins like a packed adapter, intact or with a name or two destroyed."""
+    """Return whether `path` begins like a packed adapter, even if one or two of its keys are damaged."""
     try:
         with open(path, "rb") as file:
             start = file.read(_PROBE)
@@ -210,7 +218,7 @@ def looks_packed(path: str | os.PathLike[str]) -> bool:
 
 
 def write_container(path: Path, index: str, tensors: dict[str, Tensor]) -> None:
-    """Write `tensors` with the text of their index and a checksum over both."""
+    """Write `tensors` with the text of their index and a checksum of both."""
     metadata = {"format": "pt", INDEX_KEY: index, CHECKSUM_KEY: checksum(index, tensors)}
     save_file(tensors, path, metadata=metadata)
 
@@ -221,7 +229,7 @@ def read_container(path: Path, form: FileFormat) -> tuple[str, dict[str, Tensor]
     Raises:
         BayesLoraError: a file that is missing, cut short, changed, or of another kind than `form`.
     """
-    if not path.is_file():  # a pipe or a device would never end
+    if not path.is_file():  # reading a pipe or a device might never end
         raise BayesLoraError(
             f"{path} is missing or not a file: name a folder that was exported with format={form.export!r}"
         )
@@ -233,19 +241,19 @@ def read_container(path: Path, form: FileFormat) -> tuple[str, dict[str, Tensor]
                     f"{path} is not a {form.name}, or its index is damaged: export it with format={form.export!r}"
                 )
             if set(metadata) != {"format", INDEX_KEY, CHECKSUM_KEY} or metadata["format"] != "pt":
-                form.damaged(f"its metadata are not those of a {form.name}")
+                form.damaged(f"its metadata do not belong to a {form.name}")
             tensors = {name: _checked(file, name, form) for name in file.keys()}  # noqa: SIM118
     except OSError as error:
         raise BayesLoraError(f"{path} cannot be read ({error.strerror}): check its permissions") from error
     except (SafetensorError, RuntimeError, OverflowError, TypeError) as error:
         form.damaged(" ".join(str(error).split())[:120])
     if metadata[CHECKSUM_KEY] != checksum(metadata[INDEX_KEY], tensors):
-        form.damaged("its checksum is another one")
+        form.damaged("its checksum does not match")
     return metadata[INDEX_KEY], tensors
 
 
 def checksum(index: str, tensors: dict[str, Tensor]) -> str:
-    """Return a CRC-32, eight hexadecimal digits, of the index and of every tensor with its name, type and shape."""
+    """Return a CRC-32 (8 hexadecimal digits) over the index and every tensor's name, type, shape and data."""
     total = zlib.crc32(index.encode())
     for name in sorted(tensors):
         tensor = tensors[name]
@@ -255,32 +263,42 @@ def checksum(index: str, tensors: dict[str, Tensor]) -> str:
 
 
 def check_ranges(logarithms: Tensor, form: FileFormat) -> Tensor:
-    """Return logarithms of ranges as they are; one that stands for no usable range counts as damage."""
+    """Return the logarithms of ranges unchanged; raise if one is not finite or its range is unusable."""
     if not bool((logarithms.abs() <= LOG_LIMIT).all()):  # NaN compares false
         form.damaged("a range is not finite, positive and of a usable size")
     return logarithms
 
 
 def is_size(value: Any) -> bool:
-    """Return whether `value` is a whole number from 0 that a dimension can have."""
+    """Return whether `value` is an integer of at least 0 that a dimension can have."""
     return type(value) is int and 0 <= value < _LARGEST_SIZE
 
 
+def is_shape(value: Any) -> bool:
+    """Return whether `value` is a list of two positive sizes."""
+    return type(value) is list and len(value) == 2 and all(is_size(size) and size > 0 for size in value)
+
+
+def is_name(value: Any) -> bool:
+    """Return whether `value` is a printable string of a usable length."""
+    return isinstance(value, str) and 0 < len(value) <= _MAX_NAME and value.isprintable()
+
+
 def _checked(file: Any, name: str, form: FileFormat) -> Tensor:
-    """Return one tensor, copied out of the file."""
+    """Return a copy of one tensor of the file."""
     described = file.get_slice(name)
     if described.get_dtype() not in DTYPES or len(described.get_shape()) > _MAX_DIMENSIONS:
-        form.damaged("a tensor has an unknown type or more dimensions than any")
+        form.damaged("a tensor has an unknown type or too many dimensions")
     tensor: Tensor = file.get_tensor(name).clone()
     if tensor.dtype == torch.bool and bool((tensor.view(torch.uint8) > 1).any()):
-        form.damaged("a truth value is neither 0 nor 1")
+        form.damaged("a Boolean is neither 0 nor 1")
     return tensor
 
 
 def _without_repeats(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     found = dict(pairs)
     if len(found) != len(pairs):
-        raise ValueError("a key is there twice")
+        raise ValueError("a key is repeated")
     return found
 
 

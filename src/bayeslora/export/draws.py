@@ -1,7 +1,7 @@
-"""The matrices of one draw of an adapter's weights, the same draw that `predict` and `generate` use for a seed.
+"""The matrices of one draw of an adapter's weights: the draw that `predict` and `generate` use for the same seed.
 
-Draw number d depends on the seed and d alone: K exported draws are the ensemble whose mean
-`predict(model, batch, samples=K, seed=seed)` gives, and K + 1 begin with the same ones.
+Draw number d depends on the seed and d only. So K exported draws are the ensemble whose mean
+`predict(model, batch, samples=K, seed=seed)` returns, and K + 1 draws begin with the same K.
 """
 
 from __future__ import annotations
@@ -17,11 +17,11 @@ from bayeslora.methods.variational import VariationalLayer, has_posterior, poste
 from bayeslora.posterior import Noise, PosteriorSource, posterior_source
 
 Factors = Callable[[str, BayesLayer], tuple[Tensor, Tensor, Tensor]]
-"""Function of a layer's path and the layer: A (r, d_in), diagonal (r,) and B (d_out, r), float32, unscaled."""
+"""Function from a layer's path and the layer to A (r, d_in), diagonal (r,) and B (d_out, r), float32, unscaled."""
 
 
 def check_draws(model: nn.Module, draws: int, seed: int, posterior: object | None) -> None:
-    """Raise `BayesLoraError` if these draws cannot be taken, before anything is written."""
+    """Raise `BayesLoraError` if these draws cannot be taken."""
     if isinstance(draws, bool) or not isinstance(draws, int) or draws < 1:
         raise BayesLoraError(f"draws is {draws!r}, but must be a whole number of at least 1: omit it for the mean")
     if isinstance(seed, bool) or not isinstance(seed, int):
@@ -31,7 +31,7 @@ def check_draws(model: nn.Module, draws: int, seed: int, posterior: object | Non
     elif not has_posterior(model):
         raise BayesLoraError(
             f"draws is {draws}, but the adapter is deterministic: leave draws out, or give the posterior that IVON "
-            "has learned"
+            "learned"
         )
 
 
@@ -39,7 +39,7 @@ def check_draws(model: nn.Module, draws: int, seed: int, posterior: object | Non
 def drawn(
     model: nn.Module, adapter_name: str, seed: int, draw: int, posterior: PosteriorSource | None
 ) -> Iterator[Factors]:
-    """Let `model` compute with draw number `draw` inside the context, whose value reads a layer's matrices."""
+    """Run `model` with draw number `draw` inside the context; the context's value returns a layer's matrices."""
     if posterior is not None:
         with posterior_mean(model), posterior_source(posterior).sampled(seed, draw):
             yield lambda _path, layer: layer.factors(adapter_name)

@@ -1,4 +1,4 @@
-"""Export in any format, and what the formats share: the adapter, a copy of it to cut and merge, the measured error."""
+"""`export`, `shrink`, and the helpers that all export formats share."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ from peft import PeftModel, get_peft_model_state_dict
 from torch import Tensor, nn
 
 from bayeslora.errors import BayesLoraError
+from bayeslora.methods.layer import BayesLayer
 from bayeslora.methods.tuner import BayesTuner, tuner_of
 
 FORMATS = {
@@ -22,7 +23,7 @@ FORMATS = {
     "merged": "bayeslora.export.merged",
     "packed": "bayeslora.export.packed.writer",
 }
-"""The module of each format; its function is named `export_` and the format. It is imported when it is used."""
+"""Module of each format, imported at its first use; its function is named `export_` and the format."""
 
 
 def export(
@@ -33,7 +34,7 @@ def export(
     batch: Mapping[str, Tensor] | None = None,
     **options: Any,
 ) -> dict[str, Any]:
-    """Write an adapter to the folder `path` in another form and return what was measured on the way.
+    """Write an adapter to the folder `path` in another format and return the measurements of that format.
 
     Args:
         model: a PEFT model with an adapter of this library.
@@ -59,12 +60,12 @@ def export(
 def shrink(model: nn.Module, adapter_name: str | None = None) -> dict[str, int]:
     """Remove every rank that contributes nothing from the tensors of an adapter, in place.
 
-    A rank goes when its gate is closed or its diagonal entry is quantized to zero. Ranges and the scaling stay as they
-    were trained, so outputs are equal to float rounding; `rank_pattern` in the adapter's config records what is left,
-    and a saved adapter reloads with it. Optimizers built before hold the old tensors: shrink after training.
+    A rank is removed if its gate is closed or its diagonal entry is quantized to zero. Ranges and the scaling stay as
+    trained, so outputs are equal to float rounding. `rank_pattern` in the adapter's config records the ranks left, and
+    a saved adapter reloads with them. Existing optimizers keep the old tensors: shrink after training.
 
     Args:
-        model: a PEFT model; one without an adapter of this library is left alone.
+        model: a PEFT model; one without an adapter of this library is left unchanged.
         adapter_name: by default the active adapter.
 
     Returns:
@@ -78,7 +79,7 @@ def adapted_parts(model: nn.Module, adapter_name: str | None) -> tuple[PeftModel
     """Return the PEFT model inside `model`, its tuner, and the name of the adapter, by default the active one.
 
     Raises:
-        BayesLoraError: if the model has no adapter of this library, or none of that name.
+        BayesLoraError: if the model lacks an adapter of this library, or one of that name.
     """
     tuner = tuner_of(model)
     inner = next((module for module in model.modules() if isinstance(module, PeftModel)), None)
@@ -88,12 +89,12 @@ def adapted_parts(model: nn.Module, adapter_name: str | None) -> tuple[PeftModel
         )
     name = adapter_name or tuner.active_adapters[0]
     if name not in inner.peft_config:
-        raise BayesLoraError(f"the model has no adapter {name!r}: name one of its adapters")
+        raise BayesLoraError(f"the model has no adapter {name!r}: give the name of one of its adapters")
     return inner, tuner, name
 
 
 def sharing_base(model: PeftModel, tuner: BayesTuner) -> PeftModel:
-    """Return a copy of `model` with its own adapters, whose base weights share the original's memory."""
+    """Return a copy of `model` with copied adapters; its base weights share the original's memory."""
     own = {
         id(tensor)
         for layer in tuner.adapted_layers()
@@ -113,20 +114,29 @@ def sharing_base(model: PeftModel, tuner: BayesTuner) -> PeftModel:
 
 
 def _second(parameter: nn.Parameter) -> nn.Parameter:
-    """Return another parameter over the same memory, whose `.data` can be replaced; other classes stay shared."""
+    """Return a second parameter over the same memory, whose `.data` can be replaced; subclasses stay shared."""
     if type(parameter) is not nn.Parameter:
         return parameter
     return nn.Parameter(parameter.data, requires_grad=parameter.requires_grad)
 
 
+def check_unmerged(layers: Mapping[str, BayesLayer]) -> None:
+    """Raise `BayesLoraError` if an adapter is merged into one of the layers."""
+    for key, layer in layers.items():
+        if layer.merged_adapters:
+            raise BayesLoraError(
+                f"adapter {layer.merged_adapters[0]!r} is merged into {key}: call unmerge_adapter first"
+            )
+
+
 def saved_state(model: PeftModel, adapter_name: str) -> dict[str, Tensor]:
-    """Return the tensors that PEFT would save, each in its own memory on the CPU."""
+    """Return separate copies on the CPU of the tensors that PEFT would save."""
     state = get_peft_model_state_dict(model, adapter_name=adapter_name)
     return {key: tensor.detach().cpu().contiguous().clone() for key, tensor in state.items()}
 
 
 def inputs_for(model: nn.Module, batch: Mapping[str, Tensor] | None) -> dict[str, Tensor] | None:
-    """Return `batch` or the model's `dummy_inputs` on its device and without labels; None where there is neither."""
+    """Return `batch`, by default the model's `dummy_inputs`, on its device and without labels; None without both."""
     found = batch if batch is not None else getattr(model, "dummy_inputs", None)
     if found is None:
         return None
@@ -135,8 +145,10 @@ def inputs_for(model: nn.Module, batch: Mapping[str, Tensor] | None) -> dict[str
 
 
 @torch.no_grad()
-def output_of(model: nn.Module, inputs: Mapping[str, Tensor]) -> Tensor:
-    """Return the logits, or a model's first output without them, in float32 and in evaluation mode."""
+def output_of(model: nn.Module, inputs: Mapping[str, Tensor] | None) -> Tensor | None:
+    """Return the logits, or a model's first output without them, in float32 and evaluation mode; None for None."""
+    if inputs is None:
+        return None
     outputs = model.eval()(**inputs)
     return cast(Tensor, outputs["logits"] if "logits" in outputs else outputs[0]).float()
 

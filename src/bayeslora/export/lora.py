@@ -1,8 +1,8 @@
 r"""Export to plain LoRA, for processes without this library.
 
 The diagonal is folded into A, `lora_A = diag(E ∘ G) A` and `lora_B = B` at their deployed widths, and `alpha_pattern`
-keeps the trained scaling of layers whose ranks were cut. That is the same function if only the adapter's matrices are
-quantized. LoRA cannot express a quantized base weight or activation; the difference is measured and reported.
+keeps the trained scaling of layers whose ranks were cut. This is exact if only the adapter's matrices are quantized.
+LoRA cannot express a quantized base weight or activation; the difference in outputs is measured and returned.
 
 The uniform form is for servers that read `r` and `lora_alpha` but no patterns: every layer is padded with ranks of
 zeros to one r, its scaling is folded into B, and `lora_alpha` = r. docs/serving.md has the servers' rules.
@@ -50,21 +50,20 @@ def export_lora(
         path: folder to write `adapter_config.json` and `adapter_model.safetensors` into; created if missing.
         adapter_name: by default the active adapter.
         batch: inputs to measure the output error on; by default the model's `dummy_inputs`.
-        uniform: True for one rank in all layers, the least of `SERVED_RANKS` that holds every layer's (or the largest
-            rank, if that is above all of them), with `lora_alpha` equal to it: for vLLM, SGLang and llama.cpp.
-        draws: K, to write draws of the weights instead of their mean (default), into the folders draw-0 …
-            draw-(K - 1) of `path`. Their mean probabilities are those of
-            `predict(model, batch, samples=K, seed=seed)`.
-        seed: of the draws, by default 0.
+        uniform: True for one rank in all layers, with `lora_alpha` equal to it, for vLLM, SGLang and llama.cpp: the
+            smallest of `SERVED_RANKS` that is at least every layer's rank, or else the largest rank.
+        draws: K, to write K draws of the weights instead of their mean (default), into the folders draw-0 …
+            draw-(K - 1) of `path`. Their mean probabilities equal `predict(model, batch, samples=K, seed=seed)`.
+        seed: seed of the draws, by default 0.
         posterior: source of the draws of a deterministic adapter: the `IVON` that trained it, or `load_posterior(…)`.
 
     Returns:
         `max_output_error` and `max_output`, over the outputs of this model and of the exported one on the batch (None
-        without inputs to measure on), and `ranks` by layer; for draws the largest of all, and their number.
+        without inputs to measure on), and `ranks` by layer; for draws the maximum over draws, and their number.
 
     Raises:
-        BayesLoraError: if the model has no adapter of this library; for draws of a deterministic adapter; or for a
-            uniform form of an adapter that trains more than its matrices (a head, biases).
+        BayesLoraError: if the model lacks an adapter of this library, for draws of a deterministic adapter, or for a
+            uniform export of an adapter that trains more than its matrices (a head, biases).
     """
     tuner: BayesTuner | None
     if draws is None:
@@ -75,12 +74,14 @@ def export_lora(
         inner, tuner, name = model, None, adapter_name or model.active_adapter
     else:
         inner, tuner, name = adapted_parts(model, adapter_name)
-    found = []
+    found: list[dict[str, Any]] = []
     for draw in range(draws):
         folder = Path(path) / f"draw-{draw}"
         with drawn(inner, name, seed, draw, posterior) as factors:
-            if tuner is None:
-                found.append(_export_lora_itself(inner, name, folder))
+            if tuner is None:  # PEFT's own LoRA, whose weights IVON has drawn
+                _save(folder, saved_state(inner, name), inner.peft_config[name])
+                ranks = {layer.name: layer.rank for layer in describe(inner, name)}
+                found.append({**output_error(None, None), "ranks": ranks})
             else:
                 found.append(_export_one(inner, tuner, name, folder, batch, uniform, factors))
     largest = {
@@ -115,13 +116,6 @@ def _export_one(
     return {**measured, "ranks": {key: len(a) for key, (a, _) in factors.items()}}
 
 
-def _export_lora_itself(model: PeftModel, name: str, folder: Path) -> dict[str, Any]:
-    """Write PEFT's LoRA with its present weights, such as a draw of IVON."""
-    ranks = {layer.name: layer.rank for layer in describe(model, name)}
-    _save(folder, saved_state(model, name), model.peft_config[name])
-    return {**output_error(None, None), "ranks": ranks}
-
-
 def _save(folder: Path, state: dict[str, Tensor], config: PeftConfig) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     save_file(state, folder / "adapter_model.safetensors", metadata={"format": "pt"})
@@ -133,7 +127,7 @@ def _lora_factors(layer: BayesLayer, factors: tuple[Tensor, Tensor, Tensor]) -> 
     a, diagonal, b = (part.detach() for part in factors)
     kept = diagonal != 0
     a, b = (diagonal.unsqueeze(1) * a)[kept], b[:, kept]
-    if not kept.any():  # PEFT's LoRA has no rank 0
+    if not kept.any():  # PEFT's LoRA needs at least rank 1
         a, b = a.new_zeros(1, layer.in_features), b.new_zeros(layer.out_features, 1)
     return a.contiguous(), b.contiguous()
 
@@ -152,7 +146,7 @@ def _state_dict(model: PeftModel, name: str, factors: dict[str, tuple[Tensor, Te
 def _config(
     tuner: BayesTuner, name: str, layers: dict[str, BayesLayer], factors: dict[str, tuple[Tensor, Tensor]]
 ) -> LoraConfig:
-    """Return the LoRA configuration with which PEFT computes the same update."""
+    """Return the LoRA configuration that gives the same update in PEFT."""
     config = tuner.peft_config[name]
     ranks = {path: len(a) for path, (a, _) in factors.items()}
     default = max(ranks.values())
@@ -192,19 +186,19 @@ def _uniform(
 
 
 def _target_names(tuner: BayesTuner, layers: dict[str, BayesLayer]) -> list[str]:
-    """Return the last names of the adapted layers, or their whole paths if other layers have the same names."""
+    """Return the last names of the adapted layers, or their full paths if other layers share these names."""
     last = {path.rpartition(".")[2] for path in layers}
     matched = {path for path, _ in tuner.model.named_modules() if path.rpartition(".")[2] in last}
     return sorted(last if matched == set(layers) else layers)
 
 
 def _check_served(config: LoraConfig, state: dict[str, Tensor]) -> None:
-    """Raise if the adapter holds tensors that servers of LoRA do not load."""
+    """Raise `BayesLoraError` if the adapter has tensors that LoRA servers do not load."""
     others = [key for key in state if not key.endswith((".lora_A.weight", ".lora_B.weight"))]
     if config.modules_to_save or config.bias != "none" or others:
         what = ", ".join(config.modules_to_save or ()) or (others[0] if others else f"bias={config.bias!r}")
         raise BayesLoraError(
-            f"the adapter also trains {what}, but servers of LoRA load the matrices A and B alone: export it without "
+            f"the adapter also trains {what}, but LoRA servers load only the matrices A and B: export it without "
             "uniform, for PEFT"
         )
 
@@ -239,7 +233,7 @@ def _measure(
 
 @contextmanager
 def _as_lora(layers: dict[str, BayesLayer], factors: dict[str, tuple[Tensor, Tensor]], name: str) -> Iterator[None]:
-    """Inside, every adapted layer computes what plain LoRA on the raw base weight would."""
+    """Let every adapted layer compute plain LoRA on the raw base weight inside the context."""
 
     def replace(path: str) -> Any:
         a, b = factors[path]

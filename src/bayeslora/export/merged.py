@@ -1,8 +1,8 @@
-r"""Merged models: base and adapter as one ordinary Transformers folder, exactly or not at all.
+r"""Merged models: base and adapter as one ordinary Transformers folder, exact unless an error is allowed.
 
 With $W = Q_w(W_0) + s\, Q_b(B)\, \mathrm{diag}(Q_e(E) \circ G)\, Q_a(A)$ in place of $W_0$ a float32 layer computes
-the same to float rounding; of a posterior, that is its mean. A weight cannot hold a quantized activation, and a base
-of fewer bits rounds the sum. Such a model is merged only on request, with the measured error in its card.
+the same to float rounding; a posterior is merged at its mean. A merge is inexact if activations are quantized or the
+base has fewer bits and rounds the sum. Such a model is merged only on request, with the measured error in its card.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from peft import PeftModel
 from torch import Tensor, nn
 
 from bayeslora.errors import BayesLoraError
-from bayeslora.export.formats import adapted_parts, inputs_for, output_error, output_of, sharing_base
+from bayeslora.export.formats import adapted_parts, check_unmerged, inputs_for, output_error, output_of, sharing_base
 from bayeslora.methods.config import AdapterConfig
 from bayeslora.methods.layer import BayesLayer, undo_cpu_order
 from bayeslora.model_card import CARD_FILE, front_matter, public_name
@@ -34,33 +34,31 @@ def export_merged(
     *,
     allow_error: bool = False,
 ) -> dict[str, Any]:
-    """Write base and adapter, at its learned widths and its posterior mean, as one model of Transformers.
+    """Write base and adapter, at its learned widths and its posterior mean, as one Transformers model.
 
     Args:
-        model: a PEFT model with an adapter of this library on a Transformers model; left as it is.
+        model: a PEFT model with an adapter of this library on a Transformers model; left unchanged.
         path: folder for the model and a card, `README.md`; created if missing.
         adapter_name: by default the active adapter.
         batch: inputs to measure the output error on; by default the model's `dummy_inputs`.
-        allow_error: True to merge although the outputs will differ, by default False.
+        allow_error: True to merge even if the outputs will differ, by default False.
 
     Returns:
         `max_output_error` and `max_output`, over the outputs of this model and of the merged one on the batch (None
         without inputs to measure on), and `inexact`, the reason why they differ by more than float rounding, or None.
 
     Raises:
-        BayesLoraError: if merging cannot be exact and `allow_error` is False, for a model that is merged already, or
-            one that Transformers cannot save.
+        BayesLoraError: if merging cannot be exact and `allow_error` is False, if an adapter is merged already, or if
+            the base is not a Transformers model.
     """
     original, tuner, name = adapted_parts(model, adapter_name)
     base = original.get_base_model()
     if not hasattr(base, "save_pretrained"):
-        raise BayesLoraError(f"{type(base).__name__} is not a Transformers model, but only those are merged: pack it")
+        raise BayesLoraError(
+            f"{type(base).__name__} is not a Transformers model, but only those can be merged: export 'packed' instead"
+        )
     layers: dict[str, BayesLayer] = tuner.named_layers(name)
-    for key, layer in layers.items():
-        if layer.merged_adapters:
-            raise BayesLoraError(
-                f"adapter {layer.merged_adapters[0]!r} is merged into {key}: call unmerge_adapter first"
-            )
+    check_unmerged(layers)
     reason = next((found for key, layer in layers.items() if (found := _why_inexact(key, layer, name))), None)
     if reason is not None and not allow_error:
         raise _refusal(reason)
@@ -68,9 +66,9 @@ def export_merged(
     whole.set_adapter(name)
     whole.eval()
     inputs = inputs_for(whole, batch)
-    ours = None if inputs is None else output_of(whole, inputs)
+    ours = output_of(whole, inputs)
     merged = _merged(whole, name)
-    theirs = None if inputs is None else output_of(merged, inputs)
+    theirs = output_of(merged, inputs)
     measured: dict[str, Any] = {**output_error(ours, theirs), "inexact": reason}
     far = theirs is not None and not measured["max_output_error"] <= _TOLERANCE * max(1.0, measured["max_output"])
     if far and reason is None:
@@ -89,8 +87,8 @@ def export_merged(
 
 def _refusal(reason: str) -> BayesLoraError:
     return BayesLoraError(
-        f"a merged model would compute something else, because {reason}: export another format, or merge all the same "
-        "with allow_error=True (--allow-error), which measures the error"
+        f"the merged model would have other outputs, because {reason}: export another format, or allow and measure "
+        "the error with allow_error=True (--allow-error)"
     )
 
 
@@ -100,7 +98,7 @@ def _why_inexact(key: str, layer: BayesLayer, name: str) -> str | None:
     narrow: dict[str, int] = activations(name) if activations is not None else {}
     if narrow:
         listed = ", ".join(f"{kind} {bits}" for kind, bits in narrow.items())
-        return f"{key} quantizes activations ({listed} bits), which no weight can hold"
+        return f"{key} quantizes activations ({listed} bits), which a weight cannot hold"
     if layer.quantization_backend is not None:
         return f"the base weight of {key} has {layer.base_width} bits, to which the sum has to be rounded again"
     dtype = cast(Tensor, layer.get_base_layer().weight).dtype
@@ -110,7 +108,7 @@ def _why_inexact(key: str, layer: BayesLayer, name: str) -> str | None:
 
 
 def _merged(whole: PeftModel, name: str) -> Any:
-    """Return the base model of the copy `whole` with the adapter in its weights."""
+    """Merge the adapter into the copy `whole` and return its base model."""
     _, tuner, _ = adapted_parts(whole, name)
     config: Any = whole.peft_config[name]
     if hasattr(config, "allow_inexact_merge"):
@@ -155,7 +153,8 @@ def _card(config: AdapterConfig, base: nn.Module, measured: dict[str, Any]) -> s
 # A merged model
 
 `{name}` with an adapter trained with the method `{config.method}` of bayeslora, merged into its weights at the learned
-widths; of a posterior over the weights, that is the mean. It is an ordinary Transformers model and needs nothing else.
+widths; a posterior over the weights is merged at its mean. It is an ordinary Transformers model and needs no library
+besides Transformers.
 
 {said}
 """

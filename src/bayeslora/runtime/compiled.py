@@ -1,7 +1,7 @@
 """Inference by one compiled graph, with the options of PyTorch and Transformers that are safe and fast.
 
-With few rows, a sentence or a token at a time, the products of a small model take less time than the calls around
-them. In a compiled graph the operations between two products are one loop, and one call runs them all.
+With few rows, such as one sentence or token at a time, a small model spends more time on calls than on its products.
+A compiled graph fuses the operations between two products, and one call runs all of it.
 """
 
 from __future__ import annotations
@@ -23,24 +23,24 @@ from bayeslora.errors import BayesLoraError
 
 
 def compile_inference(model: nn.Module, max_length: int | None = None, backend: str = "inductor") -> None:
-    """Run `model` as one compiled graph from its next call on; of a language model, the step of `generate`.
+    """Compile `model`, so that later calls run one graph; for a language model, compile the step of `generate`.
 
         model = bayeslora.load_integer("out")
         bayeslora.compile_inference(model, max_length=512)
         model.generate(**inputs)
 
-    A model that generates reads its prompt without the graph, and each token after it by the graph, with Transformers'
-    static cache; any other model is compiled as a whole, for inputs of every length. The first call waits for the
-    compiler, minutes for a model of thirty layers; later processes wait less, because PyTorch caches the code on disk.
-    A second batch size (of an encoder one beyond 1), a longer cache, and a model that was moved or cast are compiled
-    anew. The graph does not notice any other change of the model.
+    A model that generates reads its prompt without the graph and each later token with it, using Transformers' static
+    cache; any other model is compiled as a whole, for inputs of any length. The first call waits for the compiler,
+    minutes for a model of 30 layers; later processes wait less, because PyTorch caches the code on disk. A new batch
+    size (for an encoder, a second one above 1), a longer cache, or moving or casting the model compiles again. The
+    graph does not notice any other change of the model.
 
     Args:
         model: from `load_integer`, or any Transformers model without an adapter, in evaluation mode. A model that
             generates must support a static cache.
-        max_length: tokens, prompt included, that the cache holds in every call of `generate`, so that longer calls do
-            not compile again; by default the longest of each call. The time of a token grows with it.
-        backend: of `torch.compile`, by default "inductor".
+        max_length: capacity of the cache in tokens, prompt included, in every call of `generate`, so that longer calls
+            do not compile again; by default the maximum length of each call. The time per token grows with it.
+        backend: backend of `torch.compile`, by default "inductor".
 
     Raises:
         BayesLoraError: a model with an adapter, in training mode, or not from Transformers; a length below 2, or for
@@ -52,7 +52,7 @@ def compile_inference(model: nn.Module, max_length: int | None = None, backend: 
             "export it with format='merged' or 'integer' first"
         )
     if not isinstance(model, PreTrainedModel):
-        raise BayesLoraError(f"{type(model).__name__} is not a Transformers model: call torch.compile yourself")
+        raise BayesLoraError(f"{type(model).__name__} is not a Transformers model: call torch.compile instead")
     if model.training:
         raise BayesLoraError("the model is in training mode, but only evaluation is compiled: call model.eval() first")
     if max_length is not None and not model.can_generate():
@@ -86,8 +86,10 @@ class _Compiled:
     small model's step. Here only the model's device and type are checked.
     """
 
-    def __init__(self, model: PreTrainedModel, backend: str, dynamic: bool | None) -> None:
-        self.model, self.backend, self.dynamic = model, backend, dynamic
+    dynamic: bool | None = None
+
+    def __init__(self, model: PreTrainedModel, backend: str) -> None:
+        self.model, self.backend = model, backend
         self._made_for: tuple[torch.device, torch.dtype] | None = None
         self._run: Callable[..., Any] | None = None
 
@@ -111,10 +113,7 @@ class _Compiled:
 
 
 class _CompiledCall(_Compiled):
-    """The compiled step that `generate` asks its model for."""
-
-    def __init__(self, model: PreTrainedModel, backend: str) -> None:
-        super().__init__(model, backend, dynamic=None)
+    """The compiled step of `generate`."""
 
     def __call__(self, compile_config: CompileConfig | None) -> Callable[..., Any]:
         if not isinstance(compile_config, _OnEveryDevice):  # the caller's options must not be lost
@@ -125,18 +124,20 @@ class _CompiledCall(_Compiled):
 class _CompiledForward(_Compiled):
     """The compiled `forward` of a model, for inputs of any length."""
 
+    dynamic = True
+
     def __init__(self, model: PreTrainedModel, backend: str) -> None:
-        super().__init__(model, backend, dynamic=True)
-        self.__signature__ = inspect.signature(model.forward)  # by which callers know the model's inputs
+        super().__init__(model, backend)
+        self.__signature__ = inspect.signature(model.forward)  # callers read the model's inputs from it
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         return self.run()(*args, **kwargs)
 
 
 def _own_forward(model: PreTrainedModel) -> Callable[..., Any]:
-    """Return the forward pass in a function with a new code object.
+    """Return the forward pass as a function with a new code object.
 
-    PyTorch ties compiled code to the code object: with a shared one, a second model would run the graph of the first.
+    PyTorch keys compiled code by code object: with a shared one, a second model would run the first one's graph.
     """
     forward = type(model).forward
 

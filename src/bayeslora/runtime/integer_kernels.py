@@ -1,9 +1,9 @@
-"""Products of activations with a matrix of integer codes: PyTorch's kernels, and a plain product that always works.
+"""Products of activations and a matrix of integer codes: PyTorch's kernels, and a plain product as fallback.
 
 All but `PrepackedWeight` return sums of activation times code, (n, d_in) by (d_out, d_in) to (n, d_out), and the
-caller scales them. A kernel is used on a kind of device if it runs there, agrees with the plain product and is fast
-enough. On a processor without the right instructions libraries fall back to reference code, thousands of times slower;
-a short timing, once a process and kind of device, keeps it out (`has_integer_kernel` and its neighbours).
+caller scales them. A kernel is used on a device type if it runs there, agrees with the plain product and is fast
+enough. On a processor without the right instructions, libraries fall back to reference code that is thousands of times
+slower; a short timing per process and device type rejects it (see `has_integer_kernel`).
 """
 
 from __future__ import annotations
@@ -17,13 +17,13 @@ import torch.nn.functional as F
 from torch import Tensor
 
 SMALL_BATCH = 4
-"""Largest number of rows for which reading the weight takes most of the time, so that int8 codes are read directly."""
+"""Largest number of rows for which reading the weight dominates, so that int8 codes are read directly."""
 
 WEIGHT_MULTIPLE = 32
-"""d_in must be a multiple of this for `int8_weight_product`, whose kernel reads rows in blocks of this length."""
+"""Block length of the kernel of `int8_weight_product`; d_in must be a multiple of it."""
 
 _FEWEST_ROWS, _FEWEST_COLUMNS = 16, 32
-"""Smaller products (one row, or at most 256 results) run in oneDNN's reference code, a hundred times as slow."""
+"""Smaller products (one row, or at most 256 results) run in oneDNN's reference code, 100 times as slow."""
 
 _ANY_SHAPES = ((1, 24, 40), (SMALL_BATCH, 37, 11), (33, 64, 51))
 _TIMED_WIDTH = 256  # of d_in and d_out
@@ -39,17 +39,19 @@ def dequantized_product(x: Tensor, codes: Tensor) -> Tensor:
 
 
 def fused_product(x: Tensor, codes: Tensor) -> Tensor:
-    """Return the product of a few rows in float32, in an expression that `torch.compile` fuses into one loop.
+    """Return the product of a few rows in float32, as an expression that `torch.compile` fuses into one loop.
 
-    Without compilation it would write the codes as float32 for each row.
+    Uncompiled, it would write the codes as float32 for each row.
     """
     x = x.float()
-    x = x.as_strided(x.shape, x.stride())  # a barrier: otherwise the operations behind `x` are fused into every column
+    x = x.as_strided(
+        x.shape, x.stride()
+    )  # a barrier: keeps the operations before `x` from being fused into every column
     return (x[:, None] * codes.float()).sum(-1)
 
 
 def scaled_product(x: Tensor, codes: Tensor, scale: float, bias: Tensor | None) -> Tensor:
-    """Return the plain product with scale and bias inside it, before its rounding."""
+    """Return the plain product with scale and bias, rounded once at the end."""
     if bias is None:
         return dequantized_product(x, codes).mul_(scale)
     found, parts = [], _in_blocks(codes)
@@ -67,15 +69,15 @@ def _in_blocks(codes: Tensor) -> tuple[Tensor, ...]:
 
 
 def integer_product(x: Tensor, codes: Tensor) -> Tensor:
-    """Return `torch._int_mm` of int8 `x`: exact sums in int32."""
+    """Return `torch._int_mm` of int8 `x`, with exact sums in int32."""
     return torch._int_mm(x, codes.T)
 
 
 def int16_product(x: Tensor, codes: Tensor, row_sums: Tensor) -> Tensor:
-    """Return the product of float32 `x` that hold codes of 16 bits; their two bytes are rows of one `integer_product`.
+    """Return the product of 16-bit codes `x` (float32), with their two bytes as rows of one `integer_product`.
 
-    A code is 256 times its high byte, plus its low byte, plus 128, where both bytes are int8. The 128 adds 128 times
-    the sum of a row of `codes` to each column; `row_sums` are these sums, (d_out,), float32.
+    A code is 256 times its high byte, plus its low byte, plus 128, where both bytes are int8. The last term adds 128
+    times the sum of a row of `codes` to each column; `row_sums` are these sums, (d_out,), float32.
     """
     high = x.div(_BYTE_VALUES).floor_()
     low = torch.sub(x, high, alpha=_BYTE_VALUES).sub_(ZERO_POINT)
@@ -87,8 +89,8 @@ def int16_product(x: Tensor, codes: Tensor, row_sums: Tensor) -> Tensor:
 def int8_weight_product(x: Tensor, codes: Tensor) -> Tensor:
     """Return `torch._weight_int8pack_mm`, which reads int8 codes directly and rounds `x` and the sums to bfloat16.
 
-    The kernel would round scales to bfloat16 as well, so it gets ones. It does not check that d_in is a multiple of
-    `WEIGHT_MULTIPLE`.
+    The kernel would also round scales to bfloat16, so they are ones here. d_in must be a multiple of
+    `WEIGHT_MULTIPLE`, which the kernel does not check.
     """
     ones = codes.new_ones(len(codes), dtype=torch.bfloat16)
     return torch._weight_int8pack_mm(x.to(torch.bfloat16), codes, ones).float()
@@ -97,7 +99,7 @@ def int8_weight_product(x: Tensor, codes: Tensor) -> Tensor:
 ZERO_POINT = 128
 """Offset of unsigned activation codes, for `PrepackedWeight`.
 
-Processors without AMX multiply unsigned by signed bytes; for signed activations oneDNN only has reference code.
+Processors without AMX multiply unsigned by signed bytes; for signed activations oneDNN has only reference code.
 """
 
 
@@ -110,7 +112,7 @@ class PrepackedWeight:
         codes: (d_out, d_in), int8.
         scales: of the sums of activation code times weight code, (d_out,), float32.
         bias: (d_out,), float32, or None.
-        gelu_step: if given, results are the 8-bit codes of GELU of the product, on the grid of this step.
+        gelu_step: if given, the results are 8-bit codes of GELU of the product, on the grid with this step.
     """
 
     def __init__(self, codes: Tensor, scales: Tensor, bias: Tensor | None, gelu_step: float | None = None) -> None:
@@ -123,8 +125,7 @@ class PrepackedWeight:
     def product(self, x: Tensor, dtype: torch.dtype) -> Tensor:
         """Return values (n, d_out) of `dtype` from uint8 codes plus `ZERO_POINT` (n, d_in).
 
-        Sums are exact and scaled in float32. With a `gelu_step` the results are such uint8 codes as well, whatever
-        `dtype` is.
+        Sums are exact and scaled in float32. With a `gelu_step` the results are such uint8 codes too, for any `dtype`.
         """
         found = torch.ops.onednn.qlinear_pointwise(
             _at_least(_FEWEST_ROWS, x),
@@ -156,19 +157,19 @@ def _prepacked_sums(x: Tensor, codes: Tensor) -> Tensor:
 
 @torch.compiler.assume_constant_result
 def has_prepacked_kernel(device: str) -> bool:
-    """Return whether `PrepackedWeight` works on this kind of device, for one row as for many."""
+    """Return whether `PrepackedWeight` works on this device type."""
     return _is_usable(_prepacked_sums, device, _ANY_SHAPES, torch.int8, tolerance=0.0)
 
 
 @torch.compiler.assume_constant_result
 def has_integer_kernel(device: str) -> bool:
-    """Return whether `integer_product` works on this kind of device, for one row as for many."""
+    """Return whether `integer_product` works on this device type."""
     return _is_usable(integer_product, device, _ANY_SHAPES, torch.int8, tolerance=0.0)
 
 
 @torch.compiler.assume_constant_result
 def has_weight_kernel(device: str) -> bool:
-    """Return whether `int8_weight_product` works on this kind of device."""
+    """Return whether `int8_weight_product` works on this device type."""
     return _is_usable(int8_weight_product, device, ((1, 32, 40), (SMALL_BATCH, 96, 11)), torch.float32, tolerance=0.01)
 
 
@@ -182,8 +183,8 @@ def _is_usable(
 ) -> bool:
     """Return whether a kernel takes activations of `dtype`, agrees with the plain product and, on a CPU, is fast.
 
-    `shapes` are the products (n, d_in, d_out) to try. A timing may decide because the plain product is as exact as the
-    kernel it replaces: a wrong decision costs time, never accuracy.
+    `shapes` are the products (n, d_in, d_out) to try. The plain product is as exact as the kernel, so a misleading
+    timing costs time, never accuracy.
     """
     for shape in shapes:
         try:
@@ -209,7 +210,7 @@ def _example(shape: tuple[int, int, int], device: str) -> tuple[Tensor, Tensor]:
 def _is_fast(product: Callable[[], Tensor], plain: Callable[[], Tensor]) -> bool:
     """Return whether the shortest run of `product` takes at most `_SLOWEST` times the shortest of `plain`.
 
-    On a busy machine nearly every run may be slow, so a kernel that seems too slow gets up to `_MOST_RUNS` runs.
+    On a busy machine most runs may be slow, so a kernel that seems too slow gets up to `_MOST_RUNS` runs.
     """
     shortest = [float("inf"), float("inf")]
     for count in range(1, _MOST_RUNS + 1):

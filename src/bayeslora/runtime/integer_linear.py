@@ -5,9 +5,9 @@ With codes $q$ and steps $s$ fixed, the layer
 $$ y = Q_{out}\bigl( Q_w(W_0) x_q + b + c\, Q_b(B)\, Q_E( E \circ Q_A( Q_a(A) x_q ) ) \bigr) $$
 
 has two products with $x_q$, computed as one: the rows of $A$ follow those of $W_0$ in one matrix of codes, and each
-row has its own scale. If $x_q$ has at most 8 bits, the product is one of integers and exact; for 16 bits the high and
-the low bytes are two rows of such a product. Base weight and update are not added up, because their sum is not on any
-grid and would lose the quantizers between the factors.
+row has its own scale. If $x_q$ has at most 8 bits, the product uses integers and is exact; for 16 bits the high and
+low bytes are two rows of such a product. Base weight and update stay separate, because their sum is not on a grid and
+would lose the quantizers between the factors.
 """
 
 from __future__ import annotations
@@ -49,13 +49,8 @@ class StaticQuantizer:
     def __init__(self, bits: int, bound: float) -> None:
         self.bits = bits
         self.level = (1 << (bits - 1)) - 1
-        # In float32 as in training: codes at rounding ties depend on the step's last digit.
+        # float32 as in training, because codes at rounding ties depend on the step's last digit.
         self.step = float(grid_step(torch.tensor(bound), bits)) if bits < _UNQUANTIZED else 1.0
-
-    @property
-    def bounds(self) -> tuple[float, float, float]:
-        """The step, and the lowest and the highest code."""
-        return self.step, -self.level, self.level
 
     def round_to_codes_(self, steps: Tensor) -> Tensor:
         """Round float32 values in steps of the grid to codes, in place."""
@@ -76,18 +71,18 @@ class StaticQuantizer:
         found = torch.empty(x.shape, dtype=torch.int8, device=x.device)
         for into, steps in self._in_steps(x, found):
             into.copy_(steps)
-        # In two's complement c and c + 128 differ in the highest bit alone.
+        # In two's complement c and c + 128 differ only in the highest bit.
         return found.view(torch.uint8).bitwise_xor_(zero_point) if zero_point else found
 
     def quantize(self, x: Tensor) -> Tensor:
-        """Return rows (n, d) rounded to the grid, in the type of `x`; for less than 32 bits."""
+        """Return rows (n, d) rounded to the grid, in the type of `x`; for fewer than 32 bits."""
         found = torch.empty_like(x)
         for into, steps in self._in_steps(x, found):
             into.copy_(steps.mul_(self.step))
         return found
 
     def _in_steps(self, x: Tensor, found: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
-        """Yield blocks of `found` and the float32 codes of these rows of `x`, which a float32 block holds itself."""
+        """Yield blocks of `found` with the float32 codes of their rows of `x`; a float32 block is its own buffer."""
         parts = _cache_blocks(x)
         narrow = found.dtype != torch.float32
         room = torch.empty(len(parts[0]) if narrow else 0, x.shape[1], device=x.device)
@@ -101,8 +96,8 @@ class StaticQuantizer:
 
 
 def _cache_blocks(rows: Tensor) -> tuple[Tensor, ...]:
-    """Split rows into blocks that fit into a processor's cache, so that several passes over one stay there."""
-    if torch.compiler.is_compiling():  # several passes become one
+    """Split rows into blocks that stay in a processor's cache during several passes."""
+    if torch.compiler.is_compiling():  # fused into one pass
         return (rows,)
     count = max(1, _CACHE_BLOCK // rows.shape[1])
     return (rows,) if len(rows) <= count or rows.device.type != "cpu" else rows.split(count)
@@ -117,11 +112,11 @@ def _zero_point(rows: Tensor) -> int:
 class SmallBatch:
     """The arithmetic of a layer in as few calls as possible, for a few rows at a time as in generation.
 
-    With few rows the calls around a product, and the look-up of a module's buffers, take longer than the product. So
-    the buffers are plain attributes here. Layers of integer products need a device with `integer_product`, and those
-    with inputs of 16 bits run here for any number of rows; other layers run here only when compiled.
+    With few rows, calls and buffer look-ups take longer than the product, so the buffers are plain attributes here.
+    Layers with integer products need a device with `integer_product`, and those with 16-bit inputs run here for any
+    number of rows; other layers run here only when compiled.
 
-    Everything that differs between layers of one shape is in tensors, so that they share their compiled code.
+    All values that differ between layers of one shape are tensors, so that these layers share compiled code.
     """
 
     __slots__ = (
@@ -132,7 +127,7 @@ class SmallBatch:
     def __init__(self, layer: IntegerLinear) -> None:
         self.codes, self.scales, self.bias = layer.codes, layer.sum_scales, layer.bias
         steps, lowest, highest = layer.grids.unbind()
-        # Tensors, because torch divides by them in half the time.
+        # Tensors, because torch divides by a tensor in half the time.
         self.input_step, *_, self.output_step = steps.unbind()
         bounds = zip(layer.quantizers, lowest.unbind(), highest.unbind(), strict=True)
         self.bounds = [None if grid.bits == _UNQUANTIZED else (low, high) for grid, low, high in bounds]
@@ -165,7 +160,7 @@ class SmallBatch:
         return found if out is None else _rounded(out, found).mul_(self.output_step)
 
     def _sums(self, steps: Tensor) -> Tensor:
-        """Return the product of the input, in steps of its grid, with the codes or values of the weight."""
+        """Return the product of the input, in steps of its grid, and the weight's codes or values."""
         if self.codes.is_floating_point():
             return nn.functional.linear(steps, self.codes)
         if not (torch.compiler.is_compiling() and len(steps) == 1):
@@ -173,11 +168,11 @@ class SmallBatch:
                 return integer_product(steps.to(torch.int8), self.codes)
             if self.row_sums is not None:
                 return int16_product(steps, self.codes, self.row_sums)
-        return fused_product(steps, self.codes)  # one loop of the graph: codes are read once, without a call
+        return fused_product(steps, self.codes)  # one loop in the graph, which reads the codes once
 
 
 def _rounded(bounds: tuple[Tensor, Tensor] | None, steps: Tensor) -> Tensor:
-    """Round values in steps of a grid to its codes, in place; None stands for no grid."""
+    """Round values in steps of a grid to its codes, in place; without bounds, return them unchanged."""
     return steps if bounds is None else steps.round_().clamp_(*bounds)
 
 
@@ -185,15 +180,15 @@ class IntegerLinear(Float32Module):
     """A linear layer (..., d_in) to (..., d_out) on codes, with static ranges for its activations.
 
     Args:
-        weight: codes (d_out, d_in), int8; or for more than 8 bits the values in float32.
+        weight: codes (d_out, d_in), int8; for more than 8 bits, the values in float32.
         steps: step of the weight's grid, one number or (d_out, 1); 1 for values.
         bias: (d_out,) or None.
         factors: codes of A (r, d_in), and float32 E (r,) and B (d_out, r); None without an adapter.
         a_steps: step of A's grid, one number or (r, 1).
-        scaling: c, the factor of the update.
+        scaling: factor c of the update.
         activations: quantizers by kind, among `in`, `A_out`, `E_out` and `out`.
-        is_learned: True (default) for an adapted layer, whose arithmetic is kept to float rounding if `x` is float32;
-            any other layer of int8 codes may round its input to bfloat16.
+        is_learned: True (default) for an adapted layer, which is exact to float rounding if `x` is float32; any other
+            layer of int8 codes may round its input to bfloat16.
 
     Tensors keep their types when the model is cast; the output has the type of the input.
     """
@@ -227,13 +222,14 @@ class IntegerLinear(Float32Module):
         self.input = activations.get("in", none)
         self.after_a, self.after_e = activations.get("A_out", none), activations.get("E_out", none)
         self.output = activations.get("out", none)
-        # Products return values in steps of the next grid: the layer's output, or that of A's output.
+        # Products return values in steps of the next grid, the output's or that of A's output.
         step = self.output.step
         scales = steps.reshape(-1).expand(self.out_features)
         if weight.dtype == torch.float32:
             weight, scales = weight / step, scales * step
         sum_scales = scales / step
-        self.register_buffer("grids", torch.tensor([grid.bounds for grid in self.quantizers]).T.contiguous())
+        grids = [(grid.step, -grid.level, grid.level) for grid in self.quantizers]
+        self.register_buffer("grids", torch.tensor(grids).T.contiguous())
         self.rank, self.is_stacked = 0, False
         if factors is not None and len(factors[1]):
             a, diagonal, b = factors
@@ -253,7 +249,7 @@ class IntegerLinear(Float32Module):
         self.register_buffer("scales", scales.contiguous().float())
         self.scale = float(steps) / step if steps.numel() == 1 else None
         self.register_buffer("bias", bias)
-        # Sums of code times code still lack the input's step, a factor of every row.
+        # Sums of code times code still need the input's step.
         self.register_buffer("sum_scales", sum_scales.float() * (self.input.step if self.takes_codes else 1.0))
         self._prepacked_weight: PrepackedWeight | None = None
         self._small_batch: SmallBatch | None = None
@@ -263,7 +259,7 @@ class IntegerLinear(Float32Module):
     def can_feed(self, following: IntegerLinear) -> bool:
         """Return whether `following` can read the codes of GELU of this output.
 
-        The kernel's codes go down to -128 and the grid's to -127, so GELU must not reach -128.
+        The kernel's lowest code is -128 and the grid's is -127, so GELU must not reach -128.
         """
         is_bare = not self.rank and self.output.bits == _UNQUANTIZED
         grid = following.input
@@ -271,9 +267,9 @@ class IntegerLinear(Float32Module):
         return is_bare and self.takes_codes and following.takes_codes and is_wide
 
     def feed(self, following: IntegerLinear, dtype: torch.dtype) -> None:
-        """Return codes of GELU of the output from now on, on the grid of 8 bits that `following` reads.
+        """Let the layer return 8-bit codes of GELU of its output, on the grid that `following` reads.
 
-        `following` then takes codes as its input and returns `dtype`. Call this only if `can_feed` allows it.
+        `following` then takes codes and returns `dtype`. Call this only if `can_feed` returns True.
         """
         self._emitted, following._stream = following.input, dtype
         self._prepacked_weight = self._small_batch = None
@@ -285,26 +281,26 @@ class IntegerLinear(Float32Module):
 
     @property
     def emits_codes(self) -> bool:
-        """Whether the output is codes for the next layer."""
+        """True if the output is codes for the next layer."""
         return self._emitted is not None
 
     def __getstate__(self) -> dict[str, Any]:
-        """Leave out the caches: oneDNN's memory layout can be neither copied nor pickled."""
+        """Return the state without caches: oneDNN's memory layout cannot be copied or pickled."""
         return {**self.__dict__, "_prepacked_weight": None, "_small_batch": None}
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> IntegerLinear:
-        self._prepacked_weight = self._small_batch = None  # they hold tensors of the old device
+        self._prepacked_weight = self._small_batch = None  # the caches have tensors on the old device
         super()._apply(fn, recurse)
         return self
 
     @property
     def takes_codes(self) -> bool:
-        """Whether the product is of integers."""
+        """True if the product uses int8 codes of weight and input."""
         return self.codes.dtype == torch.int8 and self.input.bits <= _BYTE
 
     @property
     def takes_int16(self) -> bool:
-        """Whether the product is of integers for the high and the low byte of the input's codes."""
+        """True if the product uses the high and low bytes of 16-bit input codes."""
         return self.codes.dtype == torch.int8 and self.input.bits == _INT16
 
     @property
@@ -322,7 +318,7 @@ class IntegerLinear(Float32Module):
             within = torch.bfloat16 if dtype == torch.bfloat16 else torch.float32
             if self.takes_codes:
                 codes = rows if are_codes else self.input.codes(rows, _zero_point(rows))
-                # bfloat16 resolves large codes to half a step only, which would decide about a code.
+                # bfloat16 resolves large codes only to half a step, which could change a code.
                 exact = self.output.bits < _UNQUANTIZED
                 found = self._finished(*self._of_codes(codes, torch.float32 if exact else within))
             else:
@@ -334,8 +330,8 @@ class IntegerLinear(Float32Module):
     def _of_codes(self, codes: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor | None]:
         """Return W_0 x_q + b (n, d_out) in `dtype` and A x_q (n, r) in float32, from sums over codes.
 
-        Both are in steps of their grids. Codes are int8, or uint8 with `ZERO_POINT` added, as `_zero_point` returns.
-        In float32 the sums are exact. A layer that feeds another returns codes for it instead, whatever `dtype` is.
+        Both are in steps of their grids. Codes are int8, or uint8 with `ZERO_POINT` added (see `_zero_point`). Sums
+        are exact in float32. A layer that feeds another returns codes for it instead, for any `dtype`.
         """
         zero_point = _zero_point(codes)
         if zero_point:
@@ -355,7 +351,7 @@ class IntegerLinear(Float32Module):
         return self._split(found)
 
     def _of_values(self, rows: Tensor) -> tuple[Tensor, Tensor | None]:
-        """Return the same for rows without codes."""
+        """Return the same as `_of_codes` for rows of values."""
         if self.input.bits < _UNQUANTIZED:
             rows = self.input.quantize(rows)
         may_round = rows.dtype == torch.bfloat16 or not self.is_learned
@@ -392,7 +388,7 @@ class IntegerLinear(Float32Module):
         return self.output.fake_quantize_(found)
 
     def _small_batch_forward(self) -> SmallBatch:
-        if torch.compiler.is_compiling():  # a graph looks nothing up, and a cached object would need guards
+        if torch.compiler.is_compiling():  # look-ups are free in a graph, and a cached object would need guards
             return SmallBatch(self)
         if self._small_batch is None:
             self._small_batch = SmallBatch(self)
@@ -419,12 +415,12 @@ class IntegerLinear(Float32Module):
 
 
 class IntegerEmbedding(Float32Module):
-    """An embedding on int8 codes with a scale a row.
+    """An embedding on int8 codes with one scale per row.
 
     Args:
         codes: (rows, d), int8.
         steps: (rows, 1).
-        dtype: of the output.
+        dtype: type of the output.
     """
 
     codes: Tensor
@@ -446,7 +442,7 @@ class IntegerEmbedding(Float32Module):
         return (self.codes[ids].float() * self.scales[ids]).to(self.dtype)
 
     def tied_linear(self, bias: Tensor | None) -> IntegerLinear:
-        """Return a head on the embedding's codes, in the same memory."""
+        """Return a head that shares the embedding's codes in memory."""
         head = IntegerLinear(self.codes, self.scales, bias, is_learned=False)
         head.codes = self.codes
         return head

@@ -1,1 +1,1 @@
-"""Models of integer codes: the base and a B-LoRA adapter at the learned widths."""
+"""Integer models: a base model and a B-LoRA adapter as codes at the learned widths."""

@@ -1,16 +1,16 @@
-"""The index of an integer model, `integer.json`: which layers are codes, at which widths and in which ranges.
+"""The index of an integer model, `integer.json`: the layers of codes with their widths and ranges.
 
 | field | |
 |---|---|
-| `version` | of this format, 1 |
+| `version` | version of this format, 1 |
 | `architecture` | the model's class in Transformers, such as `LlamaForCausalLM` |
-| `linear` | by path the fields of an `IntegerLayer`; `shape` is d_out and d_in |
-| `embeddings` | by path the same of an embedding; `shape` is rows and width, with 8 bits and a range a row |
+| `linear` | the fields of an `IntegerLayer` by path; `shape` is d_out and d_in |
+| `embeddings` | the same for embeddings; `shape` is rows and width, with 8 bits and one range per row |
 | `shared` | by path of a parameter: the path under which its tensor is stored |
 
-Kinds are those of a packed adapter. A range is one number, or where `per_channel` names the kind, a vector with the
-codes. The codes of a layer are one tensor of bytes, `<path>.codes`: the base weight row by row, A, E and B, each at
-its width and beginning at a whole byte, then in float32 the vectors of ranges and the bias.
+Kinds are those of a packed adapter. A range is one number, or a vector stored with the codes if `per_channel` names
+the kind. A layer's codes are one tensor of bytes, `<path>.codes`: the base weight row by row, A, E and B, each at its
+width and starting at a whole byte, then in float32 the vectors of ranges and the bias.
 """
 
 from __future__ import annotations
@@ -22,25 +22,14 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from bayeslora.export.container import INTEGER, LOG_LIMIT, Part, is_size
+from bayeslora.export.container import INTEGER, LOG_LIMIT, MAX_LAYERS, PER_CHANNEL, Part, is_name, is_shape, is_size
 from bayeslora.vocabulary import ALL_KINDS, BASE_WEIGHT, MATRICES, UNQUANTIZED, WIDTHS
 
 INDEX_FILE = "integer.json"
 BIAS = "bias"
 
-_PER_CHANNEL: tuple[list[str], ...] = ([], [BASE_WEIGHT], ["A"], [BASE_WEIGHT, "A"])
-_MAX_LAYERS, _MAX_NAME, _MAX_NUMBER = 20_000, 1_000, 1 << 31
+_MAX_NUMBER = 1 << 31
 _SMALLEST, _LARGEST = math.exp(-LOG_LIMIT) / 2, math.exp(LOG_LIMIT) * 2
-_DEFAULTS: dict[str, Any] = {
-    "ranges": {},
-    "per_channel": [],
-    "rank": 0,
-    "scaling": 1.0,
-    "bias": False,
-    "learned": False,
-    "tied_to": None,
-}
-"""Fields of a layer that `integer.json` leaves out at these values."""
 
 
 def is_integer_model(path: str | os.PathLike[str]) -> bool:
@@ -55,13 +44,15 @@ class IntegerLayer:
     Attributes:
         name: path in the model.
         out_features, in_features: d_out and d_in; rows and width of an embedding.
-        bits: width by kind; other kinds are not quantized, or the layer does not have them.
+        bits: width by kind; other kinds are absent or not quantized.
         ranges: range by kind below 32 bits, except those of `per_channel`.
-        per_channel: kinds with a range a row.
-        rank, scaling: of the adapter; rank 0 without one.
-        bias: whether the layer has one.
+        per_channel: kinds with one range per row.
+        rank, scaling: the adapter's; rank 0 without an adapter.
+        bias: whether the layer has a bias.
         learned: whether the widths were learned.
-        tied_to: path of the embedding whose codes these are, or None.
+        tied_to: path of the embedding whose codes the layer shares, or None.
+
+    `integer.json` omits fields that have their default.
     """
 
     name: str
@@ -97,9 +88,12 @@ class IntegerLayer:
 
     def to_json(self) -> dict[str, Any]:
         """Return the layer's entry in `integer.json`."""
-        values = {**vars(self), "per_channel": list(self.per_channel)}
-        given = {key: values[key] for key, default in _DEFAULTS.items() if values[key] != default}
-        return {"shape": list(self.shape), "bits": self.bits, **given}
+        given = {key: vars(self)[key] for key, default in _DEFAULTS.items() if vars(self)[key] != default}
+        return {"shape": self.shape, "bits": self.bits, **given}
+
+
+_REQUIRED = ("name", "out_features", "in_features", "bits")
+_DEFAULTS = {key: value for key, value in vars(IntegerLayer("", 0, 0, {})).items() if key not in _REQUIRED}
 
 
 @dataclass
@@ -135,13 +129,13 @@ class IntegerIndex:
             INTEGER.damaged(f"its index has other fields than {', '.join(sorted(wanted))}")
         linear, embeddings = _layers(content, "linear"), _layers(content, "embeddings")
         shared = content["shared"]
-        if not isinstance(shared, dict) or not all(_name(key) and _name(value) for key, value in shared.items()):
+        if not isinstance(shared, dict) or not all(is_name(name) for pair in shared.items() for name in pair):
             INTEGER.damaged("its shared tensors are not a table of paths")
         for layer in linear.values():
             if layer.tied_to is not None:
                 source = embeddings.get(layer.tied_to)
                 if source is None or source.shape != layer.shape:
-                    INTEGER.damaged(f"{layer.name:.80} shares the codes of no embedding of its shape")
+                    INTEGER.damaged(f"{layer.name:.80} does not share codes of an embedding of its shape")
         for layer in embeddings.values():
             if layer.bits != {BASE_WEIGHT: 8} or layer.per_channel != (BASE_WEIGHT,) or layer.bias or layer.rank:
                 INTEGER.damaged(f"{layer.name:.80} is not an embedding of 8 bits")
@@ -149,7 +143,7 @@ class IntegerIndex:
 
 
 def _layers(content: dict[str, Any], part: str) -> dict[str, IntegerLayer]:
-    if not isinstance(content[part], dict) or len(content[part]) > _MAX_LAYERS:
+    if not isinstance(content[part], dict) or len(content[part]) > MAX_LAYERS:
         INTEGER.damaged(f"its {part} layers are not a table")
     return {_name(name): _layer(name, entry) for name, entry in content[part].items()}
 
@@ -159,30 +153,23 @@ def _layer(name: str, entry: Any) -> IntegerLayer:
     required = {"shape", "bits"}
     if not isinstance(entry, dict) or not required <= set(entry) <= required | set(_DEFAULTS):
         INTEGER.damaged(f"{name:.80} has unknown fields, or lacks some")
-    values = {**_DEFAULTS, **entry}
+    values = {**_DEFAULTS, "per_channel": [], **entry}
     _check_fields(name, values)
     _check_widths(name, values)
-    shape, ranges, tied_to = values["shape"], values["ranges"], values["tied_to"]
-    return IntegerLayer(
-        name,
-        out_features=shape[0],
-        in_features=shape[1],
-        bits=values["bits"],
-        ranges={kind: float(bound) for kind, bound in ranges.items()},
-        per_channel=tuple(values["per_channel"]),
-        rank=values["rank"],
-        scaling=float(values["scaling"]),
-        bias=values["bias"],
-        learned=values["learned"],
-        tied_to=None if tied_to is None else _name(tied_to),
-    )
+    d_out, d_in = values.pop("shape")
+    values["ranges"] = {kind: float(bound) for kind, bound in values["ranges"].items()}
+    values["per_channel"] = tuple(values["per_channel"])
+    values["scaling"] = float(values["scaling"])
+    if values["tied_to"] is not None:
+        _name(values["tied_to"])
+    return IntegerLayer(name, d_out, d_in, **values)
 
 
 def _check_fields(name: str, values: dict[str, Any]) -> None:
-    shape, rank, scaling = values["shape"], values["rank"], values["scaling"]
-    if type(shape) is not list or len(shape) != 2 or not all(is_size(size) and size > 0 for size in shape):
+    rank, scaling = values["rank"], values["scaling"]
+    if not is_shape(values["shape"]):
         INTEGER.damaged(f"{name:.80} does not have a shape of two sizes")
-    if values["per_channel"] not in _PER_CHANNEL:
+    if values["per_channel"] not in PER_CHANNEL:
         INTEGER.damaged(f"{name:.80} has per-channel kinds {values['per_channel']!r:.60}")
     if not is_size(rank) or not _is_number(scaling):
         INTEGER.damaged(f"{name:.80} has rank {rank!r:.40} and scaling {scaling!r:.40}")
@@ -204,16 +191,16 @@ def _check_widths(name: str, values: dict[str, Any]) -> None:
     if not rank:
         narrow -= set(MATRICES)
     if not isinstance(ranges, dict) or set(ranges) != narrow:
-        INTEGER.damaged(f"{name:.80} has other ranges than widths")
+        INTEGER.damaged(f"the ranges of {name:.80} do not match its widths")
     if not all(_is_number(bound) and _SMALLEST <= bound <= _LARGEST for bound in ranges.values()):
         INTEGER.damaged(f"{name:.80} has a range that is not finite, positive and of a usable size")
     if tied_to is not None and (rank or bits):
-        INTEGER.damaged(f"{name:.80} shares codes, but has others as well")
+        INTEGER.damaged(f"{name:.80} shares codes, but also has its own")
 
 
 def _name(value: Any) -> str:
-    if not isinstance(value, str) or not 0 < len(value) <= _MAX_NAME or not value.isprintable():
-        INTEGER.damaged("a name in it cannot be read")
+    if not is_name(value):
+        INTEGER.damaged("it holds an invalid name")
     return value
 
 

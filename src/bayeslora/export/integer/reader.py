@@ -1,4 +1,4 @@
-"""Integer models back from their folder: one call, no pickle, and nothing of the files is trusted."""
+"""Load integer models from their folder, without pickle and without trusting the files."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from transformers.activations import GELUActivation
 from transformers.pytorch_utils import Conv1D
 
 from bayeslora.errors import BayesLoraError
-from bayeslora.export.container import INTEGER, Parts, check_ranges, read_container, split
+from bayeslora.export.container import INTEGER, MAX_INDEX, Parts, check_ranges, read_container, split
 from bayeslora.export.integer.index import BIAS, INDEX_FILE, IntegerIndex, IntegerLayer
 from bayeslora.quantization import grid_step
 from bayeslora.runtime.integer_linear import IntegerEmbedding, IntegerLinear, StaticQuantizer
@@ -26,9 +26,8 @@ WEIGHTS_FILE = "integer_model.safetensors"
 CODES_SUFFIX = ".codes"
 DTYPES = (torch.float32, torch.bfloat16)
 
-_MAX_INDEX = 16 << 20
 _BERT_BLOCKS = {"bert", "camembert", "deberta", "deberta-v2", "electra", "roberta", "vit", "xlm-roberta"}
-"""Model types whose blocks have nothing but GELU between `intermediate.dense` and `output.dense`."""
+"""Model types whose blocks apply only GELU between `intermediate.dense` and `output.dense`."""
 
 
 def load_integer(
@@ -40,14 +39,14 @@ def load_integer(
 
     Args:
         path: the folder.
-        device: where to compute. Kernels are chosen for it; without a kernel, codes are dequantized in each call.
-        dtype: type of the activations between the layers. With float32 (default) an adapted layer computes what was
-            trained, up to float rounding before its output quantizer, so codes differ at ties only. With bfloat16
-            inputs and sums are rounded, which moves some codes; a code that moves between the factors can move those
-            of the output by several steps.
+        device: device of the model. Kernels are chosen for it; without a kernel, each call dequantizes the codes.
+        dtype: type of the activations between the layers. With float32 (default) an adapted layer computes the trained
+            function up to float rounding before its output quantizer, so only codes at rounding ties differ. With
+            bfloat16 inputs and sums are rounded and some codes change; one changed code between the factors can
+            change output codes by several steps.
 
     Raises:
-        BayesLoraError: a folder whose files are missing, damaged, or do not fit each other, or another dtype.
+        BayesLoraError: files that are missing, damaged or inconsistent, or another dtype.
     """
     if dtype not in DTYPES:
         raise BayesLoraError(f"dtype is {dtype}, but must be torch.float32 or torch.bfloat16: choose one")
@@ -65,26 +64,24 @@ def load_integer(
 
 
 def seal(text: str) -> str:
-    """Return the line about `integer.json` in the tensors' file, so that neither file can be changed alone."""
+    """Return the index of the tensors' file: a checksum of `integer.json`, so that neither file changes alone."""
     return f"{INDEX_FILE} {zlib.crc32(text.encode()):08x}"
 
 
 def _read(folder: Path) -> tuple[IntegerIndex, dict[str, Tensor]]:
-    """Return the checked index and the tensors of a folder; memory is bounded by the files' sizes."""
+    """Return the checked index and the tensors; memory is bounded by the files' sizes."""
     for name in (INDEX_FILE, WEIGHTS_FILE, "config.json"):
         if not (folder / name).is_file():
-            raise BayesLoraError(
-                f"{folder} does not hold {name}: name a folder that was exported with format='integer'"
-            )
+            raise BayesLoraError(f"{folder} does not hold {name}: give a folder exported with format='integer'")
     try:
         with open(folder / INDEX_FILE, "rb") as source:
-            data = source.read(_MAX_INDEX + 1)
+            data = source.read(MAX_INDEX + 1)
     except OSError as error:
         raise BayesLoraError(
             f"{folder / INDEX_FILE} cannot be read ({error.strerror}): check its permissions"
         ) from error
-    if len(data) > _MAX_INDEX:
-        INTEGER.damaged(f"its index has more than {_MAX_INDEX} bytes")
+    if len(data) > MAX_INDEX:
+        INTEGER.damaged(f"its index has more than {MAX_INDEX} bytes")
     index = IntegerIndex.from_text(data)
     sealed, tensors = read_container(folder / WEIGHTS_FILE, INTEGER)
     if sealed != seal(data.decode("utf-8", "replace")):
@@ -93,20 +90,20 @@ def _read(folder: Path) -> tuple[IntegerIndex, dict[str, Tensor]]:
 
 
 def _empty(folder: Path, index: IntegerIndex) -> PreTrainedModel:
-    """Return the model that `config.json` describes, without memory for its weights."""
+    """Return the model of `config.json` on the meta device."""
     try:
         kind = getattr(transformers, index.architecture, None)
-    except (ImportError, RuntimeError):  # a name whose back end is not installed
+    except (ImportError, RuntimeError):  # a class whose back end is not installed
         kind = None
     if not (isinstance(kind, type) and issubclass(kind, PreTrainedModel)):
         raise BayesLoraError(
-            f"the model is a {index.architecture:.80}, but this Transformers does not have that class: update it"
+            f"the model is a {index.architecture:.80}, but this Transformers does not have that class: upgrade it"
         )
     try:
         config = AutoConfig.from_pretrained(folder, local_files_only=True)
         with torch.device("meta"):
             return kind(config).eval()
-    except Exception as error:  # Transformers raises many types for a configuration that it cannot use
+    except Exception as error:  # Transformers raises many types for an invalid configuration
         reason = " ".join(str(error).split())[:160]
         raise BayesLoraError(
             f"{folder / 'config.json'} does not describe a {index.architecture} ({reason}): restore it from a copy"
@@ -114,14 +111,14 @@ def _empty(folder: Path, index: IntegerIndex) -> PreTrainedModel:
 
 
 def _replace(model: PreTrainedModel, layer: IntegerLayer, tensors: dict[str, Tensor], dtype: torch.dtype) -> None:
-    """Put the layer of codes in the place of the model's own."""
+    """Replace a layer of the model by the layer of codes."""
     try:
         old: Any = model.get_submodule(layer.name)
     except AttributeError:
-        INTEGER.damaged(f"the model has no layer {layer.name:.80}")
+        INTEGER.damaged(f"the model does not have {layer.name:.80}")
     shape = tuple(old.weight.shape) if isinstance(old, (nn.Linear, Conv1D, nn.Embedding)) else ()
     if shape != (layer.shape[::-1] if isinstance(old, Conv1D) else layer.shape):
-        INTEGER.damaged(f"{layer.name:.80} is {layer.shape}, in the model it is {shape}")
+        INTEGER.damaged(f"{layer.name:.80} is {layer.shape}, but {shape} in the model")
     parts = _parts(layer, tensors)
     new: nn.Module
     if isinstance(old, nn.Embedding):
@@ -129,7 +126,7 @@ def _replace(model: PreTrainedModel, layer: IntegerLayer, tensors: dict[str, Ten
     elif layer.tied_to is not None:
         source = model.get_submodule(layer.tied_to)
         if not isinstance(source, IntegerEmbedding):
-            INTEGER.damaged(f"{layer.name:.80} shares the codes of no embedding")
+            INTEGER.damaged(f"{layer.name:.80} shares codes, but not of an embedding")
         new = source.tied_linear(parts.get((BIAS, False)))
     else:
         new = _linear(layer, parts)
@@ -142,12 +139,12 @@ def _parts(layer: IntegerLayer, tensors: dict[str, Tensor]) -> Parts:
     buffer = tensors.pop(key, None) if parts else torch.zeros(0, dtype=torch.uint8)
     size = sum(part.size for part in parts)
     if buffer is None or buffer.dtype != torch.uint8 or buffer.ndim != 1 or len(buffer) != size:
-        INTEGER.damaged(f"{key:.80} is missing, or does not have the {size} bytes that its widths ask for")
+        INTEGER.damaged(f"{key:.80} is missing, or does not have {size} bytes")
     return split(buffer, parts)
 
 
 def _steps(layer: IntegerLayer, parts: Parts, kind: str) -> Tensor:
-    """Return the step of a matrix's grid: one number (), or one a row (rows, 1)."""
+    """Return the step of a matrix's grid: one number (), or one per row (rows, 1)."""
     if layer.bits[kind] == UNQUANTIZED:
         return torch.ones(())
     if kind not in layer.per_channel:
@@ -155,7 +152,7 @@ def _steps(layer: IntegerLayer, parts: Parts, kind: str) -> Tensor:
     bound = parts[kind, True]
     if not bool((bound > 0).all()):
         INTEGER.damaged(f"{layer.name:.80} has a range that is not positive")
-    check_ranges(bound.log() / 1.1, INTEGER)  # room for the rounding of a limit's logarithm
+    check_ranges(bound.log() / 1.1, INTEGER)  # allow for rounding of the largest logarithm
     return grid_step(bound.reshape(-1, 1), layer.bits[kind])
 
 
@@ -171,7 +168,7 @@ def _linear(layer: IntegerLayer, parts: Parts) -> IntegerLinear:
         a, diagonal, b = (parts[kind, False] for kind in MATRICES)
         factors = a, diagonal.float() * _steps(layer, parts, "E"), b.float() * _steps(layer, parts, "B")
     weight, steps = parts[BASE_WEIGHT, False], _steps(layer, parts, BASE_WEIGHT)
-    if weight.dtype == torch.int16:  # no kernel multiplies them: as values once, instead of in each product
+    if weight.dtype == torch.int16:  # kernels do not take them, so dequantize once
         weight, steps = weight.float() * steps, torch.ones(())
     return IntegerLinear(
         weight,
@@ -186,18 +183,21 @@ def _linear(layer: IntegerLayer, parts: Parts) -> IntegerLinear:
 
 
 def _assign(model: PreTrainedModel, index: IntegerIndex, tensors: dict[str, Tensor], dtype: torch.dtype) -> None:
-    """Give every other parameter and buffer its tensor, and check that nothing is missing or left over."""
+    """Assign the other tensors to their parameters and buffers; raise if one is missing or left over."""
     used = set()
     cast_to = {path: tensor.to(dtype) if tensor.is_floating_point() else tensor for path, tensor in tensors.items()}
-    for path, owner, leaf, old in list(_unfilled(model)):
+    for name, owner, leaf, old in list(own_tensors(model)):
+        if isinstance(owner, (IntegerLinear, IntegerEmbedding)):
+            continue
+        path = f"{name}.{leaf}" if name else leaf
         source = index.shared.get(path, path)
         if source not in tensors:
             INTEGER.damaged(f"{path:.80} is missing")
         is_parameter = isinstance(old, nn.Parameter)
-        # Buffers keep their type: frequencies of rotary positions in bfloat16 would be other frequencies.
+        # Buffers keep their type: bfloat16 would change the frequencies of rotary embeddings.
         tensor = cast_to[source] if is_parameter else tensors[source]
         if tensor.shape != old.shape or tensor.is_floating_point() != old.is_floating_point():
-            INTEGER.damaged(f"{path:.80} is {tuple(tensor.shape)}, in the model it is {tuple(old.shape)}")
+            INTEGER.damaged(f"{path:.80} is {tuple(tensor.shape)}, but {tuple(old.shape)} in the model")
         setattr(owner, leaf, nn.Parameter(tensor, requires_grad=False) if is_parameter else tensor)
         used.add(source)
     if left := sorted(set(tensors) - used):
@@ -210,19 +210,17 @@ def _assign(model: PreTrainedModel, index: IntegerIndex, tensors: dict[str, Tens
             )
 
 
-def _unfilled(model: nn.Module) -> Iterator[tuple[str, nn.Module, str, Tensor]]:
-    for owner, module in model.named_modules():
-        if isinstance(module, (IntegerLinear, IntegerEmbedding)):
-            continue
-        for leaf, old in (*module.named_parameters(recurse=False), *module.named_buffers(recurse=False)):
-            yield (f"{owner}.{leaf}" if owner else leaf), module, leaf, old
+def own_tensors(model: nn.Module) -> Iterator[tuple[str, nn.Module, str, Tensor]]:
+    """Yield every parameter and buffer with its module's path, its module and its name there."""
+    for path, module in model.named_modules():
+        for name, tensor in (*module.named_parameters(recurse=False), *module.named_buffers(recurse=False)):
+            yield path, module, name, tensor
 
 
 def _fuse_activations(model: PreTrainedModel, dtype: torch.dtype) -> None:
-    """In blocks like BERT's, let a feed-forward network's first product return the codes that its second one reads.
+    """In BERT-like blocks, let the feed-forward network's first layer return the codes that the second one reads.
 
-    The activations between the two are then never written in more than 8 bits: the activation function and the
-    rounding are part of the product. `dtype` is that of the activations between the other layers.
+    GELU and the rounding become part of the product. `dtype` is the type of the second layer's output.
     """
     if getattr(model.config, "model_type", None) not in _BERT_BLOCKS:
         return

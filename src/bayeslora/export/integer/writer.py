@@ -1,9 +1,9 @@
-r"""Integer models: base and adapter in one folder of codes, which computes what was trained.
+r"""Integer models: base and adapter as one folder of codes.
 
 An adapted layer is written as the frozen evaluation model uses it: base weight, A, E and B as codes at their learned
-widths, 2- and 4-bit codes packed in bytes, and the range of each activation as a fixed number. Linear layers that were
-not adapted, and the input embedding, have learned nothing. By default they become codes of 8 bits with a range a row;
-that was not trained, and its effect is measured.
+widths, 2- and 4-bit codes packed in bytes, and a fixed range for each activation. Other linear layers and the input
+embedding have not learned their widths. By default they become 8-bit codes with one range per row, and the effect on
+the outputs is measured.
 """
 
 from __future__ import annotations
@@ -21,9 +21,9 @@ from transformers.pytorch_utils import Conv1D
 from bayeslora._peft import AuxiliaryTrainingWrapper
 from bayeslora.errors import BayesLoraError
 from bayeslora.export.container import pack, write_container
-from bayeslora.export.formats import adapted_parts, inputs_for, output_error, output_of, sharing_base
+from bayeslora.export.formats import adapted_parts, check_unmerged, inputs_for, output_error, output_of, sharing_base
 from bayeslora.export.integer.index import BIAS, INDEX_FILE, IntegerIndex, IntegerLayer
-from bayeslora.export.integer.reader import CODES_SUFFIX, WEIGHTS_FILE, load_integer, seal
+from bayeslora.export.integer.reader import CODES_SUFFIX, WEIGHTS_FILE, load_integer, own_tensors, seal
 from bayeslora.methods.layer import BayesLayer
 from bayeslora.quantization import FLOOR, codes, optimal_range
 from bayeslora.vocabulary import ALL_KINDS, BASE_WEIGHT, MATRICES, UNQUANTIZED
@@ -41,18 +41,18 @@ def export_integer(
     unadapted: str = "int8",
     calibration: Iterable[Mapping[str, Tensor]] | None = None,
 ) -> dict[str, Any]:
-    """Write base and adapter as one model of integer codes, for `load_integer`.
+    """Write base and adapter as one model of integer codes, which `load_integer` loads.
 
     Args:
-        model: a PEFT model with a B-LoRA adapter on a Transformers model; left as it is.
+        model: a PEFT model with a B-LoRA adapter on a Transformers model; left unchanged.
         path: folder for `config.json`, `integer.json` and `integer_model.safetensors`; created if missing.
         adapter_name: by default the active adapter.
         batch: inputs to measure the output error on; by default the model's `dummy_inputs`.
         unadapted: type of the weights of linear layers without an adapter, and of the input embedding: `"int8"`
-            (default) with a range a row, `"bfloat16"`, or `"float32"`, which changes nothing. Other trained modules,
-            such as a classifier, are stored as they are.
+            (default) with a range per row, `"bfloat16"`, or `"float32"`, which changes nothing. Other trained
+            modules, such as a classifier, keep their type.
         calibration: batches of inputs on which static 8-bit ranges of the inputs of unadapted int8 layers are fixed,
-            so that their products are of integers too; None (default) leaves these inputs alone.
+            so that their products use integers too; None (default) does not quantize these inputs.
 
     Returns:
         `file_bytes` of the tensors' file; `ideal_bytes`, the sum of all stored numbers' bits by eight;
@@ -60,14 +60,14 @@ def export_integer(
         of the one that was written (None without inputs to measure on).
 
     Raises:
-        BayesLoraError: for another method, a base in 4 or 8 bits, a merged adapter, or a model that is not of
-            Transformers.
+        BayesLoraError: for another method, a base in 4 or 8 bits, a merged adapter, or a base that is not a
+            Transformers model.
     """
     if unadapted not in UNADAPTED:
         raise BayesLoraError(f"unadapted is {unadapted!r}, but must be one of {', '.join(UNADAPTED)}: choose one")
     if calibration is not None and unadapted != "int8":
         raise BayesLoraError(
-            f"unadapted is {unadapted!r}, but calibration is for unadapted='int8': leave calibration out"
+            f"unadapted is {unadapted!r}, but calibration is for unadapted='int8' only: leave calibration out"
         )
     original, tuner, name = adapted_parts(model, adapter_name)
     _check(original, tuner.named_layers(name), name)
@@ -75,7 +75,7 @@ def export_integer(
     whole.set_adapter(name)
     whole.eval()
     inputs = inputs_for(whole, batch)
-    expected = None if inputs is None else output_of(whole, inputs)
+    expected = output_of(whole, inputs)
     _, cut_tuner, _ = adapted_parts(whole, name)
     cut_tuner.shrink(name)
     layers: dict[str, BayesLayer] = cut_tuner.named_layers(name)
@@ -98,26 +98,25 @@ def _check(model: PeftModel, layers: Mapping[str, BayesLayer], name: str) -> Non
     base = model.get_base_model()
     if not isinstance(base, PreTrainedModel):
         raise BayesLoraError(
-            f"{type(base).__name__} is not a Transformers model, but only those can be loaded again: pack it"
+            f"{type(base).__name__} is not a Transformers model, but only those can be loaded again: "
+            "export 'packed' instead"
         )
+    check_unmerged(layers)
     for key, layer in layers.items():
         if layer.packed_tensors(name) is None:
             raise BayesLoraError(
-                f"{key} is a {type(layer).__name__}, but format 'integer' is for methods that learn widths: merge it"
-            )
-        if layer.merged_adapters:
-            raise BayesLoraError(
-                f"adapter {layer.merged_adapters[0]!r} is merged into {key}: call unmerge_adapter first"
+                f"{key} is a {type(layer).__name__}, but format 'integer' is for methods that learn widths: "
+                "export 'merged' instead"
             )
         if not layer.has_plain_weight:
             raise BayesLoraError(
-                f"the base weight of {key} has {layer.base_width} bits already: load the base in float32 and export "
-                f"adapter {name!r} on it"
+                f"the base weight of {key} has {layer.base_width} bits, but must be in floating point: "
+                f"load the base in float32 and export adapter {name!r} on it"
             )
 
 
 def _save(folder: Path, base: PreTrainedModel, index: IntegerIndex, tensors: dict[str, Tensor]) -> None:
-    """Write the index, the tensors and the configuration."""
+    """Write all files of the model."""
     folder.mkdir(parents=True, exist_ok=True)
     text = index.to_text()
     write_container(folder / WEIGHTS_FILE, seal(text), tensors)
@@ -138,7 +137,7 @@ def _written(
     trained: list[str],
     ranges: dict[str, float],
 ) -> tuple[IntegerIndex, dict[str, Tensor]]:
-    """Return the index, and every tensor under its key: codes by layer, the rest by its path in the model."""
+    """Return the index and the tensors by key: codes by layer, the rest by their path in the model."""
     index, tensors = IntegerIndex(type(base).__name__), {}
     embedding, head = base.get_input_embeddings(), base.get_output_embeddings()
     modules = dict(base.named_modules())
@@ -153,7 +152,7 @@ def _written(
         elif module is head and tie is not None:
             layer, parts = _tied(path, module, tie)
         elif type(module) is nn.Embedding and module is not embedding:
-            continue  # of positions or types: small, and some models read their weight
+            continue  # position or token-type embeddings are small, and some models read their weight
         else:
             layer, parts = _rounded(path, module, ranges.get(path))
         (index.embeddings if type(module) is nn.Embedding else index.linear)[path] = layer
@@ -166,27 +165,24 @@ def _written(
 def _add_the_rest(
     base: PreTrainedModel, index: IntegerIndex, tensors: dict[str, Tensor], unadapted: str, trained: list[str]
 ) -> None:
-    """Add every parameter and buffer outside the layers of `index`; one that occurs twice is stored once."""
+    """Add every parameter and buffer outside the layers of `index`; shared ones are stored once."""
     coded = {*index.linear, *index.embeddings}
     narrow = {id(base.get_input_embeddings())} if unadapted == "bfloat16" else set()
     if unadapted == "bfloat16":
         narrow |= {id(module) for module in base.modules() if type(module) in (nn.Linear, Conv1D)}
     first: dict[int, str] = {}
-    for owner, module in base.named_modules():
+    for owner, module, leaf, tensor in own_tensors(base):
+        path = f"{owner}.{leaf}" if owner else leaf
         if owner in coded:
             continue
-        for leaf, tensor in (*module.named_parameters(recurse=False), *module.named_buffers(recurse=False)):
-            path = f"{owner}.{leaf}" if owner else leaf
-            if id(tensor) in first:
-                index.shared[path] = first[id(tensor)]
-                continue
-            first[id(tensor)] = path
-            kept = _is_within(owner, trained)
-            stored = tensor.detach().cpu().contiguous()
-            # A copy: safetensors takes no two tensors of one memory.
-            tensors[path] = (
-                stored.to(torch.bfloat16) if id(module) in narrow and leaf == "weight" and not kept else stored.clone()
-            )
+        if id(tensor) in first:
+            index.shared[path] = first[id(tensor)]
+            continue
+        first[id(tensor)] = path
+        stored = tensor.detach().cpu().contiguous()
+        is_narrow = id(module) in narrow and leaf == "weight" and not _is_within(owner, trained)
+        # safetensors refuses two tensors that share memory, so copy.
+        tensors[path] = stored.to(torch.bfloat16) if is_narrow else stored.clone()
 
 
 def _is_within(path: str, modules: list[str]) -> bool:
@@ -194,7 +190,7 @@ def _is_within(path: str, modules: list[str]) -> bool:
 
 
 def _adapted(path: str, layer: BayesLayer, name: str) -> tuple[IntegerLayer, list[Tensor]]:
-    """Return an adapted layer as evaluation uses it: its entry, and its bytes in the order of `parts`."""
+    """Return the entry of an adapted layer and its bytes, as evaluation uses it."""
     packed = layer.packed_tensors(name)
     assert packed is not None
     found, bounds = {BASE_WEIGHT: UNQUANTIZED, **packed.widths}, packed.ranges
@@ -239,7 +235,7 @@ def _packed(
 
 
 def _rounded(path: str, module: nn.Module, input_range: float | None) -> tuple[IntegerLayer, list[Tensor]]:
-    """Return a layer that was not adapted, at 8 bits with a range a row."""
+    """Return the entry and bytes of a layer without an adapter, at 8 bits with a range per row."""
     weight = cast(Tensor, module.weight).detach()
     weight = weight.T if isinstance(module, Conv1D) else weight
     bias = cast("Tensor | None", getattr(module, "bias", None))
@@ -257,7 +253,7 @@ def _rounded(path: str, module: nn.Module, input_range: float | None) -> tuple[I
 
 
 def _tied(path: str, head: nn.Module, embedding: str) -> tuple[IntegerLayer, list[Tensor]]:
-    """Return a head that shares the codes of an embedding."""
+    """Return the entry and bytes of a head that shares an embedding's codes."""
     bias = cast("Tensor | None", getattr(head, "bias", None))
     d_out, d_in = cast(Tensor, head.weight).shape
     layer = IntegerLayer(path, d_out, d_in, {}, bias=bias is not None, tied_to=embedding)
@@ -266,7 +262,7 @@ def _tied(path: str, head: nn.Module, embedding: str) -> tuple[IntegerLayer, lis
 
 @torch.no_grad()
 def _input_ranges(whole: PeftModel, batches: Iterable[Mapping[str, Tensor]]) -> dict[str, float]:
-    """Return the range of the input of each unadapted linear layer: the largest over batches of a batch's best."""
+    """Return the input range of each unadapted linear layer: the largest of the batches' optimal ranges."""
     found: dict[str, float] = {}
     base = whole.get_base_model()
     handles = []

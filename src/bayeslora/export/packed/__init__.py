@@ -1,1 +1,1 @@
-"""Adapters with every tensor at its learned width, in one file."""
+"""Packed adapters: every tensor at its learned width, in one file."""

@@ -1,8 +1,8 @@
-"""Packed adapters back into tensors: for `PeftModel.from_pretrained`, and as a plain state dict.
+"""Load packed adapters for `PeftModel.from_pretrained`, or as a plain state dict.
 
-The tensors are those that the adapter would have after its ranks were cut and its matrices rounded to their grids:
-matrices are codes times steps, gates stand at the widths they chose, and the phase is the last one. On such a matrix a
-quantizer changes nothing, so that the model loaded with it computes what the frozen evaluation model computed.
+The tensors are those of the adapter with its ranks cut and its matrices rounded to their grids: matrices are codes
+times steps, gates have the widths they chose, and the phase is the last one. Quantizers do not change such matrices,
+so the loaded model computes what the frozen evaluation model computed.
 """
 
 from __future__ import annotations
@@ -20,16 +20,26 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from bayeslora.errors import BayesLoraError
-from bayeslora.export.container import CODES, PACKED, check_ranges, is_size, looks_packed, read_container, split
+from bayeslora.export.container import (
+    CODES,
+    MAX_INDEX,
+    MAX_LAYERS,
+    PACKED,
+    PER_CHANNEL,
+    check_ranges,
+    is_name,
+    is_shape,
+    is_size,
+    looks_packed,
+    read_container,
+    split,
+)
 from bayeslora.export.packed.writer import ADAPTER_FILE, PREFIX, PackedIndex, PackedLayer
 from bayeslora.methods.layer import PackedTensors
 from bayeslora.methods.registry import METHODS, layer_class
 from bayeslora.quantization import grid_step
 from bayeslora.vocabulary import ALL_KINDS, BASE_WEIGHT, MATRICES, UNQUANTIZED, WIDTHS
 
-_MAX_INDEX = 16 << 20
-_MAX_LAYERS, _MAX_NAME = 20_000, 1_000
-_PER_CHANNEL: tuple[list[str], ...] = ([], [BASE_WEIGHT], ["A"], [BASE_WEIGHT, "A"])
 _WAY_OUT = "load it with its own adapter_config.json and base model"
 
 
@@ -37,18 +47,16 @@ class PackedState(dict[str, Tensor]):
     """The state dict of a packed adapter, under the keys that PEFT saves."""
 
     def check(self, wanted: dict[str, Tensor], others: dict[str, Tensor]) -> None:
-        """Compare with the tensors `wanted` of the model's adapter, and `others` of the rest of the model.
+        """Compare with the tensors of the model's adapter (`wanted`) and those of the rest of the model (`others`).
 
         Raises:
-            BayesLoraError: a key that is missing or superfluous, or a tensor of another shape.
+            BayesLoraError: a missing or unknown key, or a tensor of another shape.
         """
         known = {**others, **wanted}
-        for keys, fault in (
-            (wanted.keys() - self.keys(), "lacks {}"),
-            (self.keys() - known.keys(), "has {}, but the model does not"),
-        ):
-            if keys:
-                raise BayesLoraError(f"the packed adapter {fault.format(min(keys))}: {_WAY_OUT}")
+        if missing := wanted.keys() - self.keys():
+            raise BayesLoraError(f"the packed adapter lacks {min(missing)}: {_WAY_OUT}")
+        if unknown := self.keys() - known.keys():
+            raise BayesLoraError(f"the packed adapter has {min(unknown)}, but the model does not: {_WAY_OUT}")
         for key, tensor in self.items():
             if tensor.shape != known[key].shape:
                 raise BayesLoraError(
@@ -60,14 +68,14 @@ class PackedState(dict[str, Tensor]):
 def load_packed(path: str | os.PathLike[str]) -> dict[str, Tensor]:
     """Return the tensors of a packed adapter by the keys that PEFT saves, without a model.
 
-    Matrices with codes come as float32, codes times steps; everything else has the type it was saved in.
+    Matrices with codes are returned as float32, codes times steps; other tensors keep the type they were saved in.
 
     Args:
         path: a folder that `export` wrote with `format="packed"`, or its `adapter_model.safetensors`.
 
     Raises:
-        BayesLoraError: a file that is missing, damaged, hostile or of another kind. Memory is bounded by the size of
-            the file: 16 times it, for codes of 2 bits that become float32.
+        BayesLoraError: a file that is missing, damaged, hostile or of another kind. Memory is bounded by 16 times the
+            file's size, because 2-bit codes become float32.
     """
     where = Path(path)
     text, tensors = read_container(where / ADAPTER_FILE if where.is_dir() else where, PACKED)
@@ -78,7 +86,7 @@ def load_packed(path: str | os.PathLike[str]) -> dict[str, Tensor]:
     if buffer is None or buffer.dtype != torch.uint8 or buffer.ndim != 1:
         PACKED.damaged("its codes are missing")
     if len(buffer) != index.buffer_size:
-        PACKED.damaged(f"its layers take {index.buffer_size} bytes of codes, and {len(buffer)} are there")
+        PACKED.damaged(f"its layers take {index.buffer_size} bytes of codes, but it has {len(buffer)}")
     state = PackedState(tensors)
     position = used = 0
     for layer in index.layers:
@@ -94,7 +102,7 @@ def load_packed(path: str | os.PathLike[str]) -> dict[str, Tensor]:
         for suffix, tensor in _layer_state(index, layer, codes, logarithms).items():
             key = f"{PREFIX}{layer.name}.{suffix}"
             if key in state:
-                PACKED.damaged(f"{key:.80} is there twice")
+                PACKED.damaged(f"{key:.80} is repeated")
             state[key] = tensor
     return state
 
@@ -102,7 +110,7 @@ def load_packed(path: str | os.PathLike[str]) -> dict[str, Tensor]:
 def _layer_state(
     index: PackedIndex, layer: PackedLayer, codes: dict[str, Tensor], logarithms: dict[str, Tensor]
 ) -> dict[str, Tensor]:
-    """Return the tensors of one layer; `logarithms` has the ranges of the kinds below 32 bits."""
+    """Return the tensors of one layer; `logarithms` are the ranges of the kinds below 32 bits."""
     ranges = {kind: _filled(index, layer, kind, logarithms.get(kind)) for kind in layer.widths}
     packed = PackedTensors(
         matrices={kind: _values(codes[kind], layer.widths[kind], ranges[kind]) for kind in MATRICES},
@@ -114,18 +122,18 @@ def _layer_state(
     try:
         return layer_class(index.method).unpacked_state(packed)
     except NotImplementedError:
-        PACKED.damaged(f"its method {index.method} has no codes")
+        PACKED.damaged(f"its method {index.method} does not use codes")
 
 
 def _filled(index: PackedIndex, layer: PackedLayer, kind: str, logarithm: Tensor | None) -> Tensor:
-    """Return the range of `kind`, as logarithms; 0 at 32 bits, where the range has no effect."""
+    """Return the logarithms of a range; 0 at 32 bits, where the range does not matter."""
     if logarithm is not None:
         return logarithm.reshape(-1)
     return torch.zeros(layer.channels(kind) if kind in index.per_channel else 1)
 
 
 def _values(codes: Tensor, bits: int, logarithms: Tensor) -> Tensor:
-    """Return the values on a quantizer's grid that have these `codes`."""
+    """Return the values of codes on a quantizer's grid."""
     if bits == UNQUANTIZED:
         return codes
     bound = logarithms.exp()
@@ -144,7 +152,9 @@ def read_index(text: str) -> PackedIndex:
     count = len(names)
     ranks = _sizes(content, "ranks", count)
     which = _sizes(content, "shape", count)
-    shapes = [_pair(pair) for pair in _get(content, "shapes", list)[: count + 1]]
+    shapes: list[tuple[int, int]] = _get(content, "shapes", list)[: count + 1]
+    if not all(map(is_shape, shapes)):
+        PACKED.damaged("a shape is not a pair of sizes")
     if len(shapes) > count or any(index >= len(shapes) for index in which):
         PACKED.damaged("its shapes do not fit its layers")
     digits = _get(content, "widths", str)
@@ -157,7 +167,7 @@ def read_index(text: str) -> PackedIndex:
         for name, rank, index, row in zip(names, ranks, which, rows, strict=True)
     ]
     per_channel = _get(content, "per_channel", list)
-    if per_channel not in _PER_CHANNEL:
+    if per_channel not in PER_CHANNEL:
         PACKED.damaged(f"its per-channel kinds are {per_channel!r:.60}")
     index = PackedIndex(_get(content, "method", str), layers, bit_gates, rank_gates, tuple(per_channel))
     index.ranges = _ranges(_get(content, "ranges", str), index)
@@ -165,14 +175,14 @@ def read_index(text: str) -> PackedIndex:
 
 
 def _inflated(text: str) -> bytes:
-    """Return the JSON in `text`, which never unfolds to more than `_MAX_INDEX` bytes."""
+    """Return the JSON in `text`, at most `MAX_INDEX` bytes of it."""
     unpacker = zlib.decompressobj()
     try:
-        found = unpacker.decompress(base64.b85decode(text), _MAX_INDEX)
+        found = unpacker.decompress(base64.b85decode(text), MAX_INDEX)
     except (ValueError, zlib.error):
         PACKED.damaged("the index cannot be inflated")
     if not unpacker.eof or unpacker.unused_data:
-        PACKED.damaged("the index is cut short, or larger than any")
+        PACKED.damaged("the index is cut short or too large")
     return found
 
 
@@ -188,12 +198,6 @@ def _sizes(content: dict[str, Any], key: str, count: int) -> list[int]:
     if len(values) != count or not all(is_size(value) for value in values):
         PACKED.damaged(f"its {key} are not {count} numbers from 0 on")
     return values
-
-
-def _pair(value: Any) -> tuple[int, int]:
-    if type(value) is not list or len(value) != 2 or not all(is_size(size) and size > 0 for size in value):
-        PACKED.damaged("a shape is not a pair of sizes")
-    return value[0], value[1]
 
 
 def _widths(digits: str, bit_gates: bool) -> dict[str, int]:
@@ -223,7 +227,7 @@ def _ranges(text: str, index: PackedIndex) -> Tensor:
 
 
 def _names(coded: list[Any]) -> list[str]:
-    if len(coded) > _MAX_LAYERS:
+    if len(coded) > MAX_LAYERS:
         PACKED.damaged(f"it has {len(coded)} layers")
     names: list[str] = []
     for entry in coded:
@@ -232,15 +236,15 @@ def _names(coded: list[Any]) -> list[str]:
         if not colon or not (shared.isascii() and shared.isdigit()) or len(shared) > 4 or int(shared) > len(before):
             PACKED.damaged("a layer's name cannot be read")
         names.append(before[: int(shared)] + rest)
-        if not names[-1] or len(names[-1]) > _MAX_NAME or not names[-1].isprintable():
+        if not is_name(names[-1]):
             PACKED.damaged("a layer's name cannot be read")
     if len(set(names)) < len(names):
-        PACKED.damaged("a layer is there twice")
+        PACKED.damaged("a layer is repeated")
     return names
 
 
 def read_adapter(path: str, device: str) -> PackedState | None:
-    """Read the packed adapter at `path` for PEFT; None for an ordinary adapter, which PEFT reads itself."""
+    """Return the tensors of the packed adapter at `path`; None for an ordinary adapter, which PEFT reads."""
     if looks_packed(path):
         return PackedState({key: tensor.to(device) for key, tensor in load_packed(path).items()})
     if _has_our_config(Path(path)):

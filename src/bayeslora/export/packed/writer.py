@@ -1,29 +1,29 @@
-r"""Packed adapters: every tensor at the width that was learned, in one safetensors file that PEFT loads.
+r"""Packed adapters: every tensor at its learned width, in one safetensors file that PEFT loads.
 
 Ranks that contribute nothing are cut, a matrix of $b < 32$ bits is stored as the codes of its grid,
-$\mathrm{clamp}(\mathrm{round}(x / s_b), \pm(2^{b-1} - 1))$, and a bit gate as the width that it chose. Tensors without
-a quantizer, such as a trained head or those of Me-LoRA, BLoB and AdaLoRA, keep their type. After `import bayeslora`
-the folder loads with `PeftModel.from_pretrained`, or into a state dict with `load_packed`.
+$\mathrm{clamp}(\mathrm{round}(x / s_b), \pm(2^{b-1} - 1))$, and a bit gate as its chosen width. Tensors without a
+quantizer, such as a trained head or those of Me-LoRA, BLoB and AdaLoRA, keep their type. After `import bayeslora` the
+folder loads with `PeftModel.from_pretrained`, or into a state dict with `load_packed`.
 
-The index of the codes is one JSON object in the metadata of `adapter_model.safetensors`, a column a property, deflated
-(zlib) and in base 85. So a layer with eight quantizers costs about fifty bytes; a tensor for it in the header would
-cost a hundred.
+The index of the codes is one JSON object in the metadata of `adapter_model.safetensors`, one list per property,
+deflated (zlib) and in base 85. A layer with eight quantizers costs about 50 bytes, half as much as one more tensor in
+the header.
 
 | field | |
 |---|---|
-| `version` | of this format, 1 |
-| `method` | of the adapter, such as `blora` |
-| `layers` | paths of the layers that have codes, each as `<characters shared with the one before>:<the rest>` |
+| `version` | version of this format, 1 |
+| `method` | method of the adapter, such as `blora` |
+| `layers` | paths of the layers with codes, each as `<number of characters shared with the last one>:<the rest>` |
 | `ranks` | rank of each layer |
-| `shapes`, `shape` | the distinct pairs of d_in and d_out, and which of them each layer has |
-| `widths` | of each layer a digit a kind, in the order of `ALL_KINDS`: log2 of its bits, 0 without a quantizer |
+| `shapes`, `shape` | the distinct pairs of d_in and d_out, and the index of each layer's pair |
+| `widths` | for each layer one digit per kind, in the order of `ALL_KINDS`: log2 of its bits, 0 without a quantizer |
 | `bit_gates`, `rank_gates` | whether the adapter has quantizers and rank gates |
-| `per_channel` | kinds with a range a channel |
+| `per_channel` | kinds with one range per channel |
 | `ranges` | base64 of float32: logarithms of the other ranges, layer by layer, of kinds below 32 bits |
 
-The codes follow layer by layer, without gaps, in one tensor of bytes: A (r, d_in), E (r,) and B (d_out, r), each at
-its width and beginning at a whole byte, then the logarithms of the layer's per-channel ranges in float32. Positions
-are computed from shapes and widths, so none is written down and none can be wrong.
+The codes of all layers are one tensor of bytes without gaps: A (r, d_in), E (r,) and B (d_out, r), each at its width
+and starting at a whole byte, then the logarithms of the layer's per-channel ranges in float32. Positions follow from
+shapes and widths, so they are not stored.
 """
 
 from __future__ import annotations
@@ -59,7 +59,7 @@ PREFIX = "base_model.model."
 
 @dataclass(frozen=True)
 class PackedLayer:
-    """One layer of the index; `widths` has the matrices and the kinds with a quantizer, as `ALL_KINDS` orders them."""
+    """One layer of the index; `widths` are those of its matrices and quantized kinds, in the order of `ALL_KINDS`."""
 
     name: str
     rank: int
@@ -88,7 +88,7 @@ class PackedLayer:
 
 @dataclass
 class PackedIndex:
-    """The whole index; `ranges` (float32) are the logarithms of the scalar ranges, layer by layer."""
+    """The index; `ranges` (float32) are the logarithms of the scalar ranges, layer by layer."""
 
     method: str
     layers: list[PackedLayer] = field(default_factory=list)
@@ -129,23 +129,23 @@ def export_packed(
     *,
     posterior: WeightPosterior | Optimizer | str | os.PathLike[str] | None = None,
 ) -> dict[str, Any]:
-    """Write the adapter as the frozen evaluation model uses it, at its learned widths.
+    """Write the adapter at its learned widths, as the frozen evaluation model uses it.
 
     Args:
-        model: a PEFT model with an adapter of this library; left as it is.
+        model: a PEFT model with an adapter of this library; left unchanged.
         path: folder to write `adapter_config.json` and `adapter_model.safetensors` into; created if missing.
         adapter_name: by default the active adapter.
-        batch: not needed; packing changes no output.
-        posterior: the posterior over the weights that goes with the adapter: the IVON that trained it, a folder with
-            `posterior.safetensors`, or a `WeightPosterior`. Ranks are cut out of it as well.
+        batch: ignored, because packing does not change the outputs.
+        posterior: the posterior over the adapter's weights, saved with it: the IVON that trained it, a folder with
+            `posterior.safetensors`, or a `WeightPosterior`. Its ranks are cut too.
 
     Returns:
-        `file_bytes` of the adapter file; `matrix_bytes`, of the low-rank matrices with codes, and `ideal_bytes`, the
-        sum of their bits by eight; `kept_bytes` of the tensors stored as they were; `ranks` by layer.
+        `file_bytes` of the adapter file; `matrix_bytes` of the low-rank matrices with codes, and `ideal_bytes`, their
+        number of bits / 8; `kept_bytes` of the tensors stored unchanged; `ranks` by layer.
 
     Raises:
-        BayesLoraError: if the model has no such adapter, or for a posterior over matrices that are rounded to codes:
-            its means would no longer be those of the weights.
+        BayesLoraError: if the model lacks such an adapter, or for a posterior over matrices that are rounded to codes,
+            because its means would differ from the weights.
     """
     original, tuner, name = adapted_parts(model, adapter_name)
     kept_ranks = {key: layer.kept(name) for key, layer in tuner.named_layers(name).items()}
