@@ -5,7 +5,7 @@
     python benchmarks/deploy.py --encoder RUN --decoder FOLDER --output benchmarks/results/deploy.json
     python benchmarks/deploy.py --encoder RUN --folder KEPT                    # the models stay for the next call
 
-FOLDER is what `bayeslora.evaluation.unpack_model("smollm2", FOLDER)` writes; the decoder's B-LoRA (r = 8, all linear
+FOLDER is what `bayeslora.data.unpack_model("smollm2", FOLDER)` writes; the decoder's B-LoRA (r = 8, all linear
 layers, inputs quantized, base weights in bytes) is trained here on review lines. Timed, in rounds that take every
 variant in turn, so that a drift of the machine's speed touches all alike:
 

@@ -3,7 +3,7 @@
     python benchmarks/results.py                              # writes docs/results.md and docs/figures/results-*.png
     python benchmarks/results.py --results FOLDER --docs DIR  # of other results, elsewhere
 
-Nothing on the page is typed: what has not been run is left out, and listed as such.
+Nothing on the page is typed by hand. Runs that are missing are listed at the end.
 """
 
 from __future__ import annotations
@@ -31,15 +31,17 @@ from bayeslora.report import style
 DOCS = Path(__file__).resolve().parents[1] / "docs"
 INTRO = """# Results
 
-Written by `python benchmarks/results.py` from the files in `benchmarks/results/`, whose README says how they came
-about. Not edited by hand.
+`python benchmarks/results.py` generates this page from the files in `benchmarks/results/`. The README in that folder
+describes the runs. Do not edit this page by hand.
 """
-GLUE_INTRO = """The packaged MiniLM-L6; the same layers, steps, data and seeds for all rows. Mean ± standard deviation
-over seeds, in per cent. In parentheses: {model} in {source}, a larger model trained
-for longer. BOPs are bit operations as a share of LoRA r = 16 on query, key and value at 32 × 32 bits, in the same
-scope. Seconds are those of runs that shared a machine with others: the tables under [Time](#time) compare. Memory is
-the peak of a process of its own, libraries included. A base in NF4 counts with its stored 4 bits, though it is
-unpacked before it is multiplied.
+GLUE_INTRO = """All rows use the packaged MiniLM-L6 with the same layers, steps, data and seeds. Scores are the mean ±
+standard deviation over seeds, in per cent. Numbers in parentheses are for {model}, from
+{source}. That model is larger and was trained for longer.
+
+BOPs are bit operations as a share of LoRA r = 16 on query, key and value at 32 × 32 bits, in the same scope. An NF4
+base counts with its stored 4 bits, although it is unpacked before it is multiplied. Memory is the peak of a separate
+process, including libraries. The runs shared a machine with others, so do not compare their seconds. To compare times,
+see the tables under [Time](#time).
 
 """
 Figures = dict[str, Callable[[Path], Figure | None]]
@@ -87,11 +89,11 @@ def page(results: Path, figures: Iterable[str]) -> str:
     for folder in sorted(path.name for path in results.glob("glue-*") if path.is_dir() and path.name not in named):
         sections[f"GLUE on {folder.removeprefix('glue-')}"] = glue_section(results, folder)
     sections["Earlier runs"] = (
-        "Under earlier defaults or for another number of steps; scored on the same rows, and no part of the tables "
-        "above.\n\n" + other_runs_section(results, "glue-earlier")
+        "These runs used earlier defaults or another number of steps. They are scored on the same rows, but the "
+        "tables above do not include them.\n\n" + other_runs_section(results, "glue-earlier")
     )
     sections["Selection runs"] = (
-        "Scored on a fifth of the training rows, to choose settings on.\n\n"
+        "These runs were used to choose settings. They are scored on a fifth of the training rows.\n\n"
         + other_runs_section(results, "glue-selection")
     )
     sections["Not run"] = missing_section(results)

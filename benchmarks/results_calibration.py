@@ -27,9 +27,9 @@ ROWS = {
     "melora": f"Me-LoRA, {SAMPLES} samples",
 }
 SCORES = ("accuracy", "ece", "nll", "brier", "aurc")
-INTRO = """MiniLM-L6 and, for the multiple-choice tasks, SmolLM2-135M; the same layers, steps, learning rate and
-data (90% of train) for all rows of a table. Temperatures are fitted on the other 10%. Mean ± standard deviation over
-seeds, in fractions of 1.
+INTRO = """The models are MiniLM-L6 and, for the multiple-choice tasks, SmolLM2-135M. All rows of a table use the same
+layers, steps, learning rate and data (90% of train). Temperatures are fitted on the other 10%. Scores are the mean ±
+standard deviation over seeds, as fractions of 1.
 
 """
 POINTS = {"rte": 2.0}
@@ -46,7 +46,7 @@ def calibration_section(folder: Path) -> str:
         return "Not run.\n"
     tables = {task: rows_of([run for run in runs if run["task"] == task]) for task in TASKS}
     parts = [f"### {TASK_TITLES[task]}\n\n{task_table(rows)}" for task, rows in tables.items() if rows]
-    return "\n".join([INTRO, *parts, "### What holds\n", claims_table(tables)])
+    return "\n".join([INTRO, *parts, "### Claims\n", claims_table(tables)])
 
 
 def missing_calibration(folder: Path) -> list[str]:

@@ -103,7 +103,7 @@ def bops_table(runs: Group) -> str:
             cells.append(percent(share) + ("" if paper is None else f" ({paper:.2f}%)"))
         overall = glue["rows"].get(method, {}).get("bops")
         rows.append([title, *cells, "–" if overall is None else f"{overall:.2f}%"])
-    head = ["BOPs: attention", *(TASK_TITLES[task] for task in GLUE_TASKS), "the paper's table of all tasks"]
+    head = ["BOPs: attention", *(TASK_TITLES[task] for task in GLUE_TASKS), "all tasks, in the paper's table"]
     return markdown_table(head, rows)
 
 
@@ -148,7 +148,7 @@ def training_line(runs: Group, task: str) -> str:
     metric, shown = group[0]["metric"].replace("_", " "), ", ".join(f"{rate:g}" for rate in rates)
     slow = {run["method"] for run in group if run["machine"]["precision"] == "float32"}
     elsewhere = ", ".join(title for method, title in row_titles(group).items() if method in slow)
-    note = f" In float32, on a processor without bfloat16, whose seconds are others: {elsewhere}." if slow else ""
+    note = f" In float32, on a processor without bfloat16 (seconds do not compare): {elsewhere}." if slow else ""
     return (
         f"{first['steps']} steps of {first['batch_size']} rows, learning rate {shown}, "
         f"layers {', '.join(group[0]['target_modules'])}; {metric} on {group[0]['held_out']:,} held-out rows.{note}\n"
@@ -180,7 +180,7 @@ def curve_table(runs: Group) -> str:
             rows.append(
                 [TASK_TITLES[task], *(spread([100 * each[rank][metric] for each in curves]) for rank in ranks)]
             )
-    return "DyLoRA, cut at a rank after training:\n\n" + markdown_table(["task", *(f"rank {r}" for r in ranks)], rows)
+    return "DyLoRA, cut to a rank after training:\n\n" + markdown_table(["task", *(f"rank {r}" for r in ranks)], rows)
 
 
 def glue_section(results: Path, folder: str = "glue") -> str:
@@ -239,7 +239,7 @@ def patterns_section(results: Path) -> str:
         f"its attention costs at most {100 * CHEAP:.0f}% of the bit operations": attention_bops_at_most(
             runs, "blora-q+ra", CHEAP
         ),
-        "learning ranks beside bits costs nothing: q + ra is not below q": not_below(runs, "blora-q+ra", "blora-q", 0),
+        "learning ranks as well costs nothing: q + ra is not below q": not_below(runs, "blora-q+ra", "blora-q", 0),
         "AdaLoRA is not below LoRA r = 8": not_below(runs, "adalora", "lora", 0),
         "Bayesian AdaLoRA with IVON is not below AdaLoRA with AdamW": not_below(runs, "bayes_adalora", "adalora", 0),
     }

@@ -60,11 +60,11 @@ def importance_section(results: Path) -> str:
         f"- `{name}`: " + ", ".join(f"{key} {value}" for key, value in options.items())
         for name, options in IVON_SETTINGS.items()
     )
-    question = f"Does magnitude alone do it (at most {CLOSE} points below `snr_abs`)?\n"
+    question = f"Is magnitude alone enough (at most {CLOSE} points below `snr_abs`)?\n"
     return "\n".join(
         [
-            "CV(σ) is the standard deviation of the posterior's deviations over their mean: near 0, every score is a "
-            "function of the means alone, and a comparison of them says little. IVON's settings:\n",
+            "CV(σ) is the standard deviation of σ divided by the mean of σ. If it is near 0, every score depends only "
+            "on the means of the weights, and comparing the scores says little. The settings of IVON are:\n",
             settings + "\n",
             markdown_table(["task", "IVON", "importance", "seeds", "score", "CV(σ)"], rows, left=3),
             question,
@@ -128,25 +128,25 @@ def mmlu_section(results: Path) -> str:
     first = next((run for run in runs if run["training"]), runs[0])
     error = (GUESSING * (1 - GUESSING) / first["held_out"]) ** 0.5
     subset = (
-        f"The first {first['subset']['per_subject']} test questions of each subject, {first['held_out']} in all: one "
-        f"standard error is about {100 * error:.1f} points. "
+        f"Scores are for the first {first['subset']['per_subject']} test questions of each subject, "
+        f"{first['held_out']} in total. The standard error is about {100 * error:.1f} points. "
     )
     scores = [run["shots"][shots]["accuracy"] for run in runs for shots in SHOTS]
     if all(abs(score - GUESSING) <= 2 * error for score in scores):
         subset += (
-            f"**Every run is within two of them of the {GUESSING:.0%} that guessing gives: this model does not answer "
-            "by letter, trained or not, and what holds below holds of noise.** "
+            f"**Every run is within two standard errors of guessing ({GUESSING:.0%}). This model does not learn to "
+            "answer by letter, so the claims below compare noise.** "
         )
     if first["training"]:
         subset += (
-            f"Fine-tuned for {first['training']['steps']} steps of {first['training']['batch_size']} on "
-            f"{' and '.join(first['trained_on'])}, which stand in for MMLU's own training data. "
+            f"The models were fine-tuned for {first['training']['steps']} steps of {first['training']['batch_size']} "
+            f"rows on {' and '.join(first['trained_on'])} instead of MMLU's training data. "
         )
     papers = PAPERS["mmlu"]
     lost = "–".join(map(str, papers["points_lost_to_quantization"]))
     paper = (
-        f"In {papers['source']} ({' and '.join(papers['models'])}) ranks alone equal QLoRA ({papers['qlora']}), and "
-        f"quantization costs {lost} points more.\n"
+        f"In {papers['source']} ({' and '.join(papers['models'])}) learning only ranks equals QLoRA "
+        f"({papers['qlora']}), and quantization costs {lost} points more.\n"
     )
     claims = []
     for shots in SHOTS:
@@ -203,7 +203,7 @@ def timing_section(results: Path) -> str:
         if isinstance(machine, dict) and "instructions" in machine:
             settings.append(f"{machine['processor']} with {', '.join(machine['instructions'])}")
         where = ", ".join(settings)
-        parts.append(f"### {path.stem.replace('_', ' ')}\n\n`{script}` says what is measured; {where}.\n")
+        parts.append(f"### {path.stem.replace('_', ' ')}\n\n`{script}` says what is measured. Settings: {where}.\n")
         for name in ("variants", "optimizer_step"):
             parts += nested_tables(name.replace("_", " "), found.get(name, {}))
         for each in found.get("results", []):

@@ -1,9 +1,9 @@
-"""B-LoRA in a training loop written by hand, without Trainer: every call that the loop owes the method is here.
+"""Train B-LoRA in a hand-written loop, without Trainer. It has every call that the method needs.
 
     python examples/hand_written_loop.py
     python examples/hand_written_loop.py --model FOLDER_OR_HUB_ID --target_modules query,key,value --steps 600
 
-Without --model and --data_dir it runs on the model and the data that `make setup` installs.
+Without --model and --data_dir it uses the model and the data that `make setup` installs.
 """
 
 from __future__ import annotations
@@ -32,13 +32,13 @@ class Arguments:
     model: str | None = field(default=None, metadata={"help": "folder or hub id (default: the packaged MiniLM)"})
     task: str = field(default="rotten_tomatoes", metadata={"help": "a task that `bayeslora train --task` knows"})
     data_dir: str | None = field(default=None, metadata={"help": "folder with <task>/<split>.jsonl"})
-    target_modules: str = field(default="query,key,value", metadata={"help": "layers to adapt, commas between"})
-    r: int = field(default=8, metadata={"help": "rank to start from"})
+    target_modules: str = field(default="query,key,value", metadata={"help": "layers to adapt, separated by commas"})
+    r: int = field(default=8, metadata={"help": "initial rank"})
     steps: int = field(default=300, metadata={"help": "optimizer steps"})
-    batch_size: int = field(default=16, metadata={"help": "rows a micro-batch"})
-    accumulation: int = field(default=2, metadata={"help": "micro-batches an optimizer step"})
-    learning_rate: float = field(default=1e-3, metadata={"help": "of the adapter's weights and the head"})
-    max_length: int = field(default=128, metadata={"help": "longest input in tokens"})
+    batch_size: int = field(default=16, metadata={"help": "rows per micro-batch"})
+    accumulation: int = field(default=2, metadata={"help": "micro-batches per optimizer step"})
+    learning_rate: float = field(default=1e-3, metadata={"help": "for the adapter's weights and the head"})
+    max_length: int = field(default=128, metadata={"help": "maximum input length in tokens"})
     rows: int | None = field(default=None, metadata={"help": "use at most this many rows of each split"})
     output_dir: str = field(default="runs/examples/hand_written_loop", metadata={"help": "where the adapter goes"})
     seed: int = 0
@@ -67,7 +67,7 @@ def main(arguments: list[str] | None = None) -> dict[str, float]:
     config = bayeslora.BLoraConfig(r=options.r, target_modules=options.target_modules.split(","), task_type="SEQ_CLS")
     model = get_peft_model(base, config)
 
-    # Gates and ranges have their own learning rates and no weight decay; the optimizer is any torch optimizer.
+    # Gates and ranges get separate learning rates and no weight decay. Any torch optimizer works.
     optimizer = torch.optim.AdamW(bayeslora.parameter_groups(model, lr=options.learning_rate, weight_decay=0.01))
     scheduler = get_linear_schedule_with_warmup(optimizer, options.steps // 20, options.steps)
     loop = bayeslora.BayesLoop(model, optimizer, total_steps=options.steps)
@@ -80,10 +80,10 @@ def main(arguments: list[str] | None = None) -> dict[str, float]:
             loss = model(**next(batches)).loss / options.accumulation
             loss.backward()
         torch.nn.utils.clip_grad_norm_([p for p in model.parameters() if p.requires_grad], 1.0)
-        loop.before_optimizer_step()  # adds the penalty's gradient, after the task's gradient was clipped
+        loop.before_optimizer_step()  # adds the penalty's gradient after clipping
         optimizer.step()
         scheduler.step()
-        loop.step_end()  # calibrates, changes phase, steers the budget
+        loop.step_end()  # calibrates ranges, changes the phase, adjusts to the budget
         optimizer.zero_grad()
         if (step + 1) % 50 == 0 or step + 1 == options.steps:
             layers = bayeslora.describe(model)
@@ -96,7 +96,7 @@ def main(arguments: list[str] | None = None) -> dict[str, float]:
     prediction = bayeslora.predict(model, validation)
     accuracy = float((prediction.labels == torch.tensor(data["validation"]["label"])).double().mean())
 
-    bayeslora.shrink(model)  # cuts the closed ranks out for real
+    bayeslora.shrink(model)  # cuts the closed ranks out of the tensors
     model.save_pretrained(options.output_dir)
     tokenizer.save_pretrained(options.output_dir)
     result = {"accuracy": accuracy, "attention_bops": bayeslora.cost.relative_bops(model)["attention"]}

@@ -1,15 +1,16 @@
-"""Predictions with their uncertainty over HTTP, and a flag on those that a person should look at.
+"""Serve predictions with their uncertainty over HTTP, and flag those that a person should check.
 
     python examples/serve.py RUN --port 8000 --samples 10 --risk 0.05
     curl -s localhost:8000/predict -H 'Content-Type: application/json' -d '{"texts": ["A warm, clever film."]}'
     curl -s localhost:8000/health
 
-RUN is an output folder of `bayeslora train` on a classification task; a text of a task on pairs is a list of two
-strings. `ask_a_human` is true where the confidence lies below the threshold at which, on labelled rows, the share of
-errors among the answered ones is at most --risk: by default the run's own evaluation rows, or those of --calibration.
+RUN is an output folder of `bayeslora train` on a classification task. For a task on pairs, each text is a list of two
+strings. `ask_a_human` is true if the confidence is below a threshold. The threshold is chosen on labelled rows so that
+the error rate among the answered rows is at most --risk. These are the run's evaluation rows, or the rows in the file
+--calibration.
 
-One thread runs the model. Requests that come in meanwhile wait, and are then answered together in one batch; what a
-text is answered does not depend on the others, for the draws of the weights are the same for all (--seed). Needs
+One thread runs the model. Requests that arrive in the meantime wait, and then share one batch. The answer for a text
+does not depend on the other texts, because all requests use the same draws of the weights (--seed). Needs
 `pip install bayeslora[serve]`.
 """
 
@@ -44,7 +45,7 @@ Row = tuple[str, ...]
 
 @dataclass(frozen=True)
 class Limits:
-    """What one request may ask for, and how much may wait: 422, 422, 413, 503 and 504 beyond."""
+    """Limits of a request and of the queue; beyond them the server answers 422, 422, 413, 503 and 504."""
 
     texts: int = 32
     characters: int = 10_000
@@ -56,7 +57,7 @@ class Limits:
 
 @dataclass(frozen=True)
 class Threshold:
-    """The least confidence to answer with; on the calibration rows `coverage` of them have it, with error `risk`."""
+    """The minimum confidence for an answer; a share `coverage` of the rows has it, with error rate `risk`."""
 
     confidence: float
     coverage: float
@@ -88,7 +89,7 @@ class Classifier:
         return bayeslora.predict(self.predictor, dict(batch), self.samples, self.seed)
 
     def answers(self, rows: Sequence[Row], least: float) -> list[dict[str, Any]]:
-        """What a client is told about each row; a confidence below `least` is for a person to decide."""
+        """Return the answer for each row; a person should decide those with a confidence below `least`."""
         prediction = self(rows)
         confidence, chosen = prediction.probabilities.max(dim=1)
         return [
@@ -103,7 +104,7 @@ class Classifier:
         ]
 
     def threshold(self, file: Path | None, risk: float, most: int) -> Threshold:
-        """Chosen on at most `most` labelled rows of a file, or of the run's evaluation rows."""
+        """Return the threshold from at most `most` labelled rows of a file, or of the run's evaluation rows."""
         info = self.info
         if file is None and info.task_name is not None:
             task = load_task(info.task_name, info.data_dir)
@@ -119,7 +120,7 @@ class Classifier:
 
 
 def choose_threshold(confidence: np.ndarray, wrong: np.ndarray, risk: float) -> Threshold:
-    """The confidence that answers the most rows with an error rate of at most `risk` among the answered ones."""
+    """Return the threshold that answers the most rows with an error rate of at most `risk` among them."""
     n = len(confidence)
     ranked = np.sort(confidence)[::-1]
     risks = np.asarray(risk_coverage_curve(1 - confidence, wrong, points=n)["risk"])
@@ -133,7 +134,7 @@ def choose_threshold(confidence: np.ndarray, wrong: np.ndarray, risk: float) -> 
 
 
 class Batcher:
-    """One thread that runs the model on whole requests, on as many at a time as it takes to have `batch` rows."""
+    """One thread that runs the model on whole requests, several at a time, up to `batch` rows."""
 
     def __init__(self, answer: Callable[[list[Row]], list[Any]], batch: int, waiting: int) -> None:
         self._answer, self._batch = answer, batch
@@ -142,13 +143,13 @@ class Batcher:
         self._thread.start()
 
     def submit(self, rows: list[Row]) -> Future[list[Any]]:
-        """Raises `queue.Full` where too many requests wait."""
+        """Put a request into the queue; raises `queue.Full` if too many requests are waiting."""
         future: Future[list[Any]] = Future()
         self._jobs.put_nowait((rows, future))
         return future
 
     def close(self) -> None:
-        """Answer what waits, then end the thread: no rows are the sign to stop."""
+        """Answer the waiting requests, then end the thread; an item without rows is the signal to stop."""
         self._jobs.put(([], Future()))
         self._thread.join()
 
@@ -159,7 +160,7 @@ class Batcher:
             while sum(len(rows) for rows, _ in jobs) < self._batch and not self._jobs.empty():
                 jobs.append(self._jobs.get())
             stopped = not all(rows for rows, _ in jobs)
-            # Leaves out those whose client has been told that it took too long.
+            # Skip requests whose client already got a timeout.
             self._work([job for job in jobs if job[0] and job[1].set_running_or_notify_cancel()])
 
     def _work(self, jobs: list[tuple[list[Row], Future[list[Any]]]]) -> None:
@@ -167,14 +168,14 @@ class Batcher:
             answers = iter(self._answer([row for rows, _ in jobs for row in rows]) if jobs else ())
             for rows, future in jobs:
                 future.set_result([next(answers) for _ in rows])
-        except Exception as error:  # the thread has to survive whatever a model does
+        except Exception as error:  # the thread must survive any error of the model
             for _, future in jobs:
                 if not future.done():
                     future.set_exception(error)
 
 
 def create_app(classifier: Classifier, threshold: Threshold, limits: Limits | None = None) -> FastAPI:
-    """The application: POST /predict and GET /health."""
+    """Return the application: POST /predict and GET /health."""
     limits = limits or Limits()
     batchers: list[Batcher] = []
 
@@ -215,7 +216,7 @@ def create_app(classifier: Classifier, threshold: Threshold, limits: Limits | No
 
 
 def parsed(body: bytes | bytearray, columns: int, limits: Limits) -> list[Row]:
-    """The rows of a request; 422 says what is wrong with them, without repeating them."""
+    """Return the rows of a request; a 422 names the problem without repeating the texts."""
     try:
         question = Question.model_validate_json(body)
     except ValidationError as error:
@@ -238,10 +239,10 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--host", default="127.0.0.1")
     parser.add_argument("--port", type=int, default=8000)
     parser.add_argument("--samples", type=int, default=0, help="draws of the weights; 0 is their mean")
-    parser.add_argument("--seed", type=int, default=0, help="of the draws")
-    parser.add_argument("--risk", type=float, default=0.05, help="error rate to stay below on answered rows")
-    parser.add_argument("--calibration", type=Path, help="labelled rows (the run's evaluation rows)")
-    parser.add_argument("--calibration-rows", type=int, default=500, help="use at most this many")
+    parser.add_argument("--seed", type=int, default=0, help="seed of the draws")
+    parser.add_argument("--risk", type=float, default=0.05, help="maximum error rate on answered rows")
+    parser.add_argument("--calibration", type=Path, help="file of labelled rows (default: the run's evaluation rows)")
+    parser.add_argument("--calibration-rows", type=int, default=500, help="use at most this many of them")
     for name, value in vars(Limits()).items():
         parser.add_argument(f"--max-{name.replace('_', '-')}", type=type(value), default=value, dest=name)
     options = parser.parse_args(arguments)

@@ -1,11 +1,11 @@
-"""B-LoRA for a language model with TRL's SFTTrainer, on prompt and completion pairs.
+"""Train B-LoRA on a language model with TRL's SFTTrainer, on pairs of prompt and completion.
 
     python examples/sft_trainer.py --max_steps 60
     python examples/sft_trainer.py --model FOLDER_OR_HUB_ID --train_file pairs.jsonl --max_steps 600 --bf16
 
-The file has one JSON object a line, with `prompt` and `completion`. Without --model it takes the packaged SmolLM2,
-without --train_file it asks the model for the verdict on packaged film reviews. Every field of `SFTConfig` is an
-option. Needs `pip install bayeslora[trl,gguf]`; gguf only for the packaged model.
+The file has one JSON object per line, with `prompt` and `completion`. Without --model the script uses the packaged
+SmolLM2. Without --train_file it trains the model to give the verdict on packaged film reviews. Every field of
+`SFTConfig` is an option. Needs `pip install bayeslora[trl,gguf]`; gguf is only for the packaged model.
 """
 
 from __future__ import annotations
@@ -26,8 +26,10 @@ from bayeslora.data import load_task, unpack_model
 class ModelArguments:
     model: str | None = field(default=None, metadata={"help": "folder or hub id (default: the packaged SmolLM2)"})
     train_file: str | None = field(default=None, metadata={"help": "JSON Lines with prompt and completion"})
-    target_modules: str = field(default="q_proj,k_proj,v_proj,o_proj", metadata={"help": "commas between"})
-    r: int = field(default=8, metadata={"help": "rank to start from"})
+    target_modules: str = field(
+        default="q_proj,k_proj,v_proj,o_proj", metadata={"help": "layers to adapt, comma-separated"}
+    )
+    r: int = field(default=8, metadata={"help": "initial rank"})
     rows: int = field(default=2000, metadata={"help": "use at most this many rows"})
 
 

@@ -1,10 +1,10 @@
-"""B-LoRA with the Hugging Face Trainer: the usual script, one other config class and one call of `attach`.
+"""Train B-LoRA with the Hugging Face Trainer: the usual script with another config class and one call of `attach`.
 
     python examples/trainer.py
     python examples/trainer.py --model FOLDER_OR_HUB_ID --target_modules query_proj,key_proj,value_proj \
         --task mrpc --data_dir FOLDER --num_train_epochs 10 --bf16
 
-Without --model and --data_dir it runs on the model and the data that `make setup` installs. Every field of
+Without --model and --data_dir it uses the model and the data that `make setup` installs. Every field of
 `TrainingArguments` is an option.
 """
 
@@ -33,10 +33,10 @@ class ModelArguments:
     model: str | None = field(default=None, metadata={"help": "folder or hub id (default: the packaged MiniLM)"})
     task: str = field(default="rotten_tomatoes", metadata={"help": "a task that `bayeslora train --task` knows"})
     data_dir: str | None = field(default=None, metadata={"help": "folder with <task>/<split>.jsonl"})
-    target_modules: str = field(default="query,key,value", metadata={"help": "layers to adapt, commas between"})
-    r: int = field(default=8, metadata={"help": "rank to start from"})
+    target_modules: str = field(default="query,key,value", metadata={"help": "layers to adapt, separated by commas"})
+    r: int = field(default=8, metadata={"help": "initial rank"})
     target_bops: float | None = field(default=None, metadata={"help": "budget: share of LoRA's 32-bit attention BOPs"})
-    max_length: int = field(default=128, metadata={"help": "longest input in tokens"})
+    max_length: int = field(default=128, metadata={"help": "maximum input length in tokens"})
     rows: int | None = field(default=None, metadata={"help": "use at most this many rows of each split"})
 
 

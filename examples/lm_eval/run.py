@@ -1,10 +1,10 @@
-"""lm-eval's own command in a process that knows bayeslora, so that `peft=` may be any run of `bayeslora train`.
+"""Run lm-eval's command after importing bayeslora, so that `peft=` may be any run of `bayeslora train`.
 
     python examples/lm_eval/run.py run --model hf --model_args pretrained=BASE,peft=RUN --tasks local_choices \
         --include_path examples/lm_eval --metadata '{"file": "data/arc_easy/test.jsonl"}' --batch_size 8
 
 All options are lm-eval's. A variational adapter answers with its posterior mean. An adapter exported with
-`bayeslora export --format lora` needs no wrapper: `lm_eval run` with the same options.
+`bayeslora export --format lora` does not need this wrapper: use `lm_eval run` with the same options.
 """
 
 from __future__ import annotations
