@@ -193,7 +193,7 @@ def test_a_predictor_takes_the_place_of_a_model(tiny_tokenizer: Any) -> None:
 def test_samples_of_a_deterministic_model_are_refused(tiny_bert: Any, tiny_tokenizer: Any) -> None:
     task = make_task()
     data = encode(task, tiny_tokenizer)["validation"]
-    with pytest.raises(BayesLoraError, match="deterministic and has no posterior"):
+    with pytest.raises(BayesLoraError, match="deterministic and lacks a posterior"):
         evaluate(tiny_bert, data, task, tiny_tokenizer, samples=2)
 
 

@@ -172,7 +172,7 @@ def test_bad_requests_are_one_sentence(tmp_path: Path) -> None:
             export(stochastic, tmp_path / "out", draws=draws)
     with pytest.raises(BayesLoraError, match="the seed is 'x'"):
         export(stochastic, tmp_path / "out", draws=1, seed="x")
-    with pytest.raises(BayesLoraError, match="dict keeps no posterior"):
+    with pytest.raises(BayesLoraError, match="dict was given, but a posterior over the weights is needed"):
         export(stochastic, tmp_path / "out", draws=1, posterior={})
     stochastic.merge_adapter()
     with pytest.raises(BayesLoraError, match="merged"):

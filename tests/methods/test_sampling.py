@@ -218,7 +218,7 @@ def test_impossible_noise_is_refused_before_anything_changes(options: dict[str, 
 @each_method
 def test_rows_that_do_not_divide_among_the_draws_raise_in_the_forward_pass(method: str) -> None:
     model = tiny(method)
-    with pytest.raises(IndivisibleBatchError, match="3 rows cannot be divided among 2 draws"):
+    with pytest.raises(IndivisibleBatchError, match="a layer got 3 rows, but 2 draws need equal parts"):
         sampled(model, X, scope="batch", seed=0, draws=2)
 
 

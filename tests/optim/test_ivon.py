@@ -579,5 +579,5 @@ def test_what_it_cannot_train_is_refused() -> None:
     with pytest.raises(BayesLoraError, match="sparse=False"):
         optimizer.step()
     optimizer.restore()
-    with pytest.raises(BayesLoraError, match="not one of the optimizer's"):
+    with pytest.raises(BayesLoraError, match="is not one that IVON trains"):
         optimizer.posterior(nn.Parameter(torch.zeros(2)))

@@ -157,7 +157,7 @@ def test_a_run_in_which_no_weight_gets_far_says_so_before_it_starts(tmp_path: Pa
     clipped = functools.partial(IVON, hess_init=0.5, clip_radius=1e-2, weight_decay=0.0)
     warm_up = {"warmup_steps": 2, "max_steps": 2}
     short = attach(_trainer(tmp_path, _model(config), learning_rate=rate / 2, **warm_up), optimizer=clipped)
-    with pytest.warns(UserWarning, match=f"by {rate / 200:g} at most in 2 steps"):
+    with pytest.warns(UserWarning, match=f"by at most {rate / 200:g} in 2 steps"):
         short.train()
     far = attach(_trainer(tmp_path, _model(config), learning_rate=1.01 * rate, **warm_up), optimizer=clipped)
     far.train()  # warnings of the package are errors in the tests

@@ -101,10 +101,10 @@ def test_two_processes_draw_the_same_numbers() -> None:
 
 def test_adapters_side_by_side_on_a_layer_draw_independently() -> None:
     noise = Noise("batch", 7, "layer")
-    assert torch.equal(noise.beside(0).normal(1, SHAPE, CPU), noise.normal(1, SHAPE, CPU))
-    second = noise.beside(1).normal(1, SHAPE, CPU)
+    assert torch.equal(noise.for_adapter(0).normal(1, SHAPE, CPU), noise.normal(1, SHAPE, CPU))
+    second = noise.for_adapter(1).normal(1, SHAPE, CPU)
     assert (second != noise.normal(1, SHAPE, CPU)).all()
-    assert torch.equal(second, noise.beside(1).normal(1, SHAPE, CPU))
+    assert torch.equal(second, noise.for_adapter(1).normal(1, SHAPE, CPU))
 
 
 def test_numbers_kept_from_inference_mode_may_meet_autograd() -> None:
@@ -170,12 +170,12 @@ def test_antithetic_examples_cancel_in_pairs(seed: int | None, count: int) -> No
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"scope": "row"}, "the noise's scope is 'row', but must be example or token or batch"),
-        ({"draws": []}, "0 draws of the weights are asked for, but at least 1 is needed"),
+        ({"scope": "row"}, "scope is 'row', but must be example or token or batch"),
+        ({"draws": []}, "0 draws of the weights were given, but at least 1 is needed"),
         ({"draws": range(3)}, "3 draws share a batch, but scope is 'example': give scope='batch'"),
         (
             {"scope": "token", "antithetic": True},
-            "antithetic is True, but scope is 'token', where draws have no pairs",
+            "antithetic is True, but scope is 'token': give scope=",
         ),
     ],
 )
@@ -187,7 +187,7 @@ def test_noise_that_cannot_be_drawn_is_refused(arguments: dict[str, object], mes
 def test_rows_that_do_not_divide_among_the_draws_are_refused_and_others_are_divided() -> None:
     noise = Noise("batch", 1, "layer", range(3))
     assert noise.groups(6) == 3 and noise.groups(0) == 3
-    with pytest.raises(IndivisibleBatchError, match="7 rows cannot be divided among 3 draws"):
+    with pytest.raises(IndivisibleBatchError, match="a layer got 7 rows, but 3 draws need equal parts"):
         noise.groups(7)
     assert issubclass(IndivisibleBatchError, BayesLoraError)
     assert Noise("example").groups(7) == 7 and Noise("batch").groups(7) == 1

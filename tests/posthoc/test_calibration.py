@@ -98,11 +98,11 @@ def test_an_ensemble_leaves_the_active_adapter_and_what_is_trained() -> None:
 def test_ensembles_that_cannot_be_are_refused(tmp_path: Path) -> None:
     with pytest.raises(BayesLoraError, match="has 1 members, but needs at least 2"):
         DeepEnsemble([Fixed()])
-    with pytest.raises(BayesLoraError, match="the adapter 'b' is not in the model, which has default"):
+    with pytest.raises(BayesLoraError, match="the adapter 'b' was given, but the model has default"):
         DeepEnsemble(lora(0), ["default", "b"])
-    with pytest.raises(BayesLoraError, match="samples is 5, but the ensemble has 2 members"):
+    with pytest.raises(BayesLoraError, match="samples is 5, but the ensemble's samples are its 2 members"):
         predict(DeepEnsemble([Fixed(), Fixed()]), {"x": torch.zeros(1, 2)}, samples=5)
-    with pytest.raises(BayesLoraError, match="holds no adapter for this model"):
+    with pytest.raises(BayesLoraError, match="lacks an adapter for this model"):
         DeepEnsemble.from_folders(classifier("bert"), [tmp_path, tmp_path])
 
 
@@ -143,11 +143,13 @@ def test_a_temperature_scales_the_samples_of_another_predictor() -> None:
 
 def test_held_out_data_that_say_nothing_about_confidence_are_refused() -> None:
     x = torch.tensor([[3.0, 0.0], [0.0, 3.0]])
-    with pytest.raises(BayesLoraError, match=r"best temperature is 0\.02, at the edge"):
+    with pytest.raises(
+        BayesLoraError, match=r"best temperature for the 2 held-out examples is 0\.02, but must be inside"
+    ):
         TemperatureScaling(Fixed()).fit({"x": x, "labels": torch.tensor([0, 1])})
-    with pytest.raises(BayesLoraError, match="best temperature is 50, at the edge"):
+    with pytest.raises(BayesLoraError, match="best temperature for the 2 held-out examples is 50, but must be inside"):
         TemperatureScaling(Fixed()).fit({"x": x, "labels": torch.tensor([1, 0])})
-    with pytest.raises(BayesLoraError, match="a batch has x and no labels"):
+    with pytest.raises(BayesLoraError, match="a batch has x, but labels are needed too"):
         TemperatureScaling(Fixed()).fit({"x": x})
     with pytest.raises(BayesLoraError, match=r"temperature is 0, but must be positive"):
         TemperatureScaling(Fixed(), 0)

@@ -22,7 +22,7 @@ def data(rows: int = 24) -> dict[str, Tensor]:
 
 def test_without_the_package_a_sentence_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "laplace", None)
-    with pytest.raises(BayesLoraError, match=r"laplace-torch is not installed .*pip install bayeslora\[laplace\]"):
+    with pytest.raises(BayesLoraError, match=r"laplace-torch cannot be imported .*pip install bayeslora\[laplace\]"):
         LaplacePredictor(classifier("bert"))
 
 
@@ -75,7 +75,7 @@ class TestInstalled:
 
     def test_what_cannot_work_is_refused(self) -> None:
         model = classifier("bert")
-        with pytest.raises(BayesLoraError, match="no posterior yet: call fit"):
+        with pytest.raises(BayesLoraError, match="the posterior is not fitted: call fit"):
             predict(LaplacePredictor(model), inputs(), samples=2)
         with pytest.raises(BayesLoraError, match="no labels"):
             LaplacePredictor(model).fit(inputs())

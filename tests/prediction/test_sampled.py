@@ -139,7 +139,7 @@ def test_the_model_is_left_at_its_mean_and_torchs_random_state_alone() -> None:
 
 
 def test_what_is_no_predictor_or_seed_is_refused() -> None:
-    with pytest.raises(BayesLoraError, match="str is neither a model nor a predictor"):
+    with pytest.raises(BayesLoraError, match="str was given, but a model or a predictor is needed"):
         predict("model", inputs())  # type: ignore[arg-type]
     with pytest.raises(BayesLoraError, match="the seed is 1.5, but must be a whole number"):
         predict(noisy(classifier("bert"), TARGETS["bert"]), inputs(), samples=1, seed=1.5)  # type: ignore[arg-type]

@@ -294,7 +294,7 @@ def test_a_loop_resumed_from_its_saved_state_continues_bit_for_bit(at: int) -> N
 def test_an_optimizer_without_the_groups_is_refused() -> None:
     model = tiny_model(WARM_UP)
     with pytest.raises(
-        BayesLoraError, match="no group for the bit gates, ranges, rank gates, weight ranges.*parameter_gr"
+        BayesLoraError, match="lacks a group for the bit gates, ranges, rank gates, weight ranges.*parameter_gr"
     ):
         BayesLoop(model, torch.optim.AdamW(model.parameters()), total_steps=100)
 
@@ -302,7 +302,7 @@ def test_an_optimizer_without_the_groups_is_refused() -> None:
 @pytest.mark.parametrize("wrap", [lambda m: m, lambda m: get_peft_model(m, LoraConfig(target_modules=["first"]))])
 def test_a_model_without_our_adapter_is_refused(wrap: Any) -> None:
     model = wrap(Tiny())
-    with pytest.raises(BayesLoraError, match="has no adapter of bayeslora to train: wrap it with"):
+    with pytest.raises(BayesLoraError, match="needs an adapter of bayeslora or IVON: wrap it with"):
         BayesLoop(model, _optimizer(model), total_steps=100)
 
 

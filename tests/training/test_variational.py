@@ -159,7 +159,7 @@ def test_a_language_model_and_an_endless_set_need_n(task_type: str | None, tmp_p
 
 def test_an_optimizer_without_the_groups_is_refused() -> None:
     model = tiny("melora")
-    with pytest.raises(BayesLoraError, match="no group for the means, variances, .*parameter_groups"):
+    with pytest.raises(BayesLoraError, match="lacks a group for the means, variances, .*parameter_groups"):
         BayesLoop(model, torch.optim.AdamW(model.parameters()), total_steps=10)
 
 

@@ -99,7 +99,7 @@ class VariationalLayer(BayesLayer):
     def noise_of(self, name: str, position: int = 0) -> Noise | None:
         """The noise of this forward pass under `name`, at `position` among the active ones; None is the mean."""
         if self.is_controlled:
-            return None if self.noise is None else self.noise.beside(position)
+            return None if self.noise is None else self.noise.for_adapter(position)
         return self._fresh[name] if self.training else None
 
     def adapted(self, x: Tensor, adapter_names: list[str], *args: Any, **kwargs: Any) -> Tensor:

@@ -1,8 +1,7 @@
-"""Parameters of one optimizer group side by side in flat buffers, so that a step is a few operations on long vectors.
+"""Flat buffers for the parameters of an optimizer group, so that a step is a few operations on long vectors.
 
-The state of a parameter (`momentum`, `hessian`, …) is a view of a flat buffer. An update runs on whole buffers where
-every parameter takes part, and on the slices of those that do otherwise; both are the same lines of code, over a list
-of one tensor or of many.
+The state of a parameter (`momentum`, `hessian`, …) is a view of a flat buffer. An update runs on whole buffers if all
+parameters take part, and otherwise on the slices of those that do, with the same code.
 """
 
 from __future__ import annotations
@@ -20,7 +19,7 @@ from bayeslora.posterior import Noise
 from bayeslora.posterior.draws import aligned, local, local_like
 
 _PIECE = 65536
-"""Elements that a CPU works on at a time: few enough to stay in its cache over several operations."""
+"""Elements that a CPU processes at a time: few enough to stay in its cache over several operations."""
 _LOW = (torch.bfloat16, torch.float16)
 
 
@@ -30,7 +29,7 @@ class FlatGroup:
     Args:
         parameters: in the group's order.
         group: the optimizer's group, whose options are read at every step.
-        state: the optimizer's state; existing entries are taken over, missing ones are made.
+        state: the optimizer's state; existing entries are kept, missing ones are created.
     """
 
     def __init__(self, parameters: Sequence[nn.Parameter], group: dict[str, Any], state: Any) -> None:
@@ -48,14 +47,15 @@ class FlatGroup:
             if "step" in state[parameter]:
                 self.steps[index] = float(state[parameter]["step"])
             state[parameter]["step"] = self.steps[index]
-        # Weights of a low precision have their mean in full precision, which is state; of others it is the parameter.
+        # A low-precision weight keeps its mean in full precision as state; any other weight is its own mean.
         fresh = {index for index, p in enumerate(self.parameters) if "mean" not in state[p]}
         self.mean = self._buffer("mean", state, 0.0) if self.low_precision else self._zeros()
         for index, parameter in enumerate(self.parameters):
             if self.low_precision and index in fresh:
                 self._view(self.mean, index).copy_(local(parameter.detach()))
         self.perturbation, self.gradient, self.scratch = self._zeros(), self._zeros(), self._zeros()
-        self._cut = {id(t): self._all_views(t) for t in (self.mean, self.gradient, self.scratch)}
+        lasting, every = (self.mean, self.gradient, self.scratch), range(len(self.parameters))
+        self._kept_views = {id(flat): [self._view(flat, index) for index in every] for flat in lasting}
         self.paired: Tensor | None = None
         self.drawn: list[int] = []
         self.active: list[int] = []
@@ -64,7 +64,7 @@ class FlatGroup:
         return torch.zeros(self.length, dtype=self.dtype, device=self.device)
 
     def _buffer(self, name: str, state: Any, initial: float) -> Tensor:
-        """Make a flat buffer, and each parameter's state `name` a view of it."""
+        """Make a flat buffer, and make each parameter's state `name` a view of it."""
         flat = torch.full((self.length,), initial, dtype=self.dtype, device=self.device)
         for index, parameter in enumerate(self.parameters):
             view = self._view(flat, index)
@@ -77,46 +77,43 @@ class FlatGroup:
         start, shape = self.starts[index], local(self.parameters[index]).shape
         return flat[start : start + self.sizes[index]].view(shape)
 
-    def _all_views(self, flat: Tensor) -> list[Tensor]:
-        return [self._view(flat, index) for index in range(len(self.parameters))]
-
     def _views(self, flat: Tensor, indices: Sequence[int]) -> list[Tensor]:
-        """Return the parameters' parts of a lasting buffer; making them takes longer than copying, so keep them."""
-        views = self._cut[id(flat)]
+        """Return the parameters' parts of a lasting buffer, kept because making them takes longer than copying."""
+        views = self._kept_views[id(flat)]
         return views if len(indices) == len(views) else [views[index] for index in indices]
 
     def _weights(self, indices: Sequence[int]) -> list[Tensor]:
         return [local(self.parameters[index]) for index in indices]
 
     def _pieces(self, indices: Sequence[int], together: bool = True) -> list[slice]:
-        """Return the slices that an operation runs over: one a parameter, or lengths that suit the cache."""
+        """Return the slices that an operation runs over: one for each parameter, or pieces that fit the cache."""
         if len(indices) < len(self.parameters) or not together:
             return [slice(self.starts[i], self.starts[i] + self.sizes[i]) for i in indices]
         length = _PIECE if self.device.type == "cpu" else max(1, self.length)
         return [slice(start, start + length) for start in range(0, self.length, length)]
 
     def read_mean(self) -> None:
-        """Take over the parameters as they are: someone may have changed them since the last step."""
+        """Read the mean from the parameters, which may have been changed since the last step."""
         indices = range(len(self.parameters))
         weights, means = self._weights(indices), self._views(self.mean, indices)
         if not self.low_precision:
             torch._foreach_copy_(means, weights)
             return
         for weight, mean in zip(weights, means, strict=True):
-            mean.copy_(self._mean_behind(weight, mean))
+            mean.copy_(self._mean_of(weight, mean))
 
-    def _mean_behind(self, weight: Tensor, mean: Tensor) -> Tensor:
-        """Return the mean of a weight that is not drawn: itself, or in more digits if it is the known mean rounded."""
+    def _mean_of(self, weight: Tensor, mean: Tensor) -> Tensor:
+        """Return the mean of an undrawn weight: the weight itself, or the known mean where it rounds to the weight."""
         known = mean.to(weight.dtype) == weight
         return torch.where(known, mean, weight.to(mean.dtype)) if self.low_precision else weight
 
     def draw(self, source: Noise) -> None:
         """Set the parameters to the mean plus the posterior's deviation times standard normal numbers.
 
-        A frozen parameter stays as it is, but takes its share of the numbers.
+        A frozen parameter stays unchanged, but uses up its share of the numbers.
         """
         noise = self._noise(source)
-        # The perturbation is kept times sqrt(ess), which an addition can divide out on its way.
+        # The perturbation is stored times sqrt(ess); adding it to the mean divides that out at no cost.
         narrower = self.group["ess"] ** -0.5
         for piece in self._pieces(range(len(self.parameters))):
             drawn, moved = self.scratch[piece], self.perturbation[piece]
@@ -130,7 +127,7 @@ class FlatGroup:
     def _noise(self, source: Noise) -> Tensor:
         if not isinstance(self.parameters[0], DTensor):
             return source.normal(1, (self.length,), self.device)[0].to(self.dtype)
-        # Every rank draws for the whole parameters and keeps its shards, so that sharding does not change a draw.
+        # Every rank draws for whole parameters and keeps its shards, so that sharding does not change a draw.
         starts, length = aligned([p.numel() for p in self.parameters])
         whole, flat = source.normal(1, (length,), self.device)[0], self._zeros()
         for index, (parameter, start) in enumerate(zip(self.parameters, starts, strict=True)):
@@ -139,7 +136,7 @@ class FlatGroup:
         return flat
 
     def put_mean(self) -> None:
-        """Set the drawn parameters back to the mean; float32 and float64 bit for bit to what they were."""
+        """Set the drawn parameters back to the mean; float32 and float64 are restored bit for bit."""
         if self.drawn:
             torch._foreach_copy_(self._weights(self.drawn), self._views(self.mean, self.drawn))
         self.drawn = []
@@ -157,7 +154,7 @@ class FlatGroup:
         if scale != 1.0:
             into.div_(scale)
         if first:
-            # The draw is over when its only gradient has been paired, so its buffer can take the product.
+            # After its last gradient a draw is no longer needed, so its buffer can take the product.
             self.paired = self.perturbation.mul_(into) if last else self.perturbation * into
             return
         assert self.paired is not None
@@ -170,15 +167,15 @@ class FlatGroup:
         assert gradient is not None
         if gradient.is_sparse:
             raise BayesLoraError(
-                "a parameter has a sparse gradient, but IVON needs dense ones: build the embedding with sparse=False"
+                "a parameter has a sparse gradient, but IVON needs a dense one: build the embedding with sparse=False"
             )
         if isinstance(parameter, DTensor) and isinstance(gradient, DTensor):
             if gradient.placements != parameter.placements:
                 gradient = gradient.redistribute(placements=parameter.placements)
         return local(gradient)
 
-    def hand_back(self, divisor: float | None) -> None:
-        """Take this draw's gradients out of `.grad`; given a divisor, put in the paired ones divided by it."""
+    def replace_gradients(self, divisor: float | None) -> None:
+        """Clear `.grad` of the drawn parameters; with a divisor, then set it to the paired gradients divided by it."""
         for index in self.drawn:
             self.parameters[index].grad = None
         if divisor is None:
@@ -189,15 +186,15 @@ class FlatGroup:
             parameter.grad = _like(parameter, mean)
 
     def posterior(self, index: int, is_drawn: bool) -> tuple[Tensor, Tensor]:
-        """Return mean and standard deviation of one parameter."""
+        """Return the mean and the standard deviation of one parameter."""
         parameter, mean = self.parameters[index], self._view(self.mean, index)
         if not is_drawn:
-            mean = self._mean_behind(local(parameter.detach()), mean)
+            mean = self._mean_of(local(parameter.detach()), mean)
         precision = (self._view(self.hessian, index) + self.group["weight_decay"]) * self.group["ess"]
         return _like(parameter, mean.clone()), _like(parameter, precision.rsqrt())
 
     def update(self, samples: int) -> None:
-        """Update from the `samples` draws that have been paired; the parameters are the new mean afterwards."""
+        """Update from the `samples` paired draws, and set the parameters to the new mean."""
         if not self.active:
             self.put_mean()
             return
@@ -213,8 +210,8 @@ class FlatGroup:
         for piece, correction in zip(pieces, corrections, strict=True):
             mean, hessian, momentum = self.mean[piece], self.hessian[piece], self.momentum[piece]
             gradient, difference, scratch = self.gradient[piece], self.paired[piece], self.scratch[piece]
-            # theta - m is the perturbation over sqrt(ess), so that g (theta - m) / sigma^2 is sqrt(ess) (h + delta)
-            # times what was paired.
+            # theta - m is the perturbation over sqrt(ess), so g (theta - m) / sigma^2 is sqrt(ess) (h + delta) times
+            # the paired product.
             torch.add(hessian, decay, out=scratch)
             torch.sub(hessian, difference.mul_(scratch), alpha=options["ess"] ** 0.5 / samples, out=difference)
             hessian.add_(difference, alpha=beta2 - 1)
@@ -222,7 +219,7 @@ class FlatGroup:
             if samples > 1:
                 gradient.div_(samples)
             momentum.lerp_(gradient, 1 - beta1)
-            # The bias correction is moved out of the bracket, which saves a pass.
+            # Moving the bias correction out of the bracket saves a pass.
             newton = torch.add(momentum, mean, alpha=decay * correction, out=gradient)
             newton.div_(torch.add(hessian, decay, out=scratch))
             if clip < math.inf:
@@ -237,7 +234,7 @@ class FlatGroup:
         self.active, self.paired = [], None
 
     def _count(self, active: Sequence[int]) -> list[float]:
-        """Add this step to the active parameters' numbers of steps, and return those."""
+        """Add this step to the active parameters' step counts, and return these."""
         if len(active) == len(self.parameters):
             self.steps.add_(1)
         else:

@@ -1,4 +1,4 @@
-r"""IVON: a Gaussian posterior over the weights in as many passes as Adam (Shen et al., 2024, arXiv:2402.17641).
+r"""IVON: a Gaussian posterior over the weights, with as many passes as Adam (Shen et al., 2024, arXiv:2402.17641).
 
 Written from the equations. The posterior is $q = N(m, \sigma^2)$ element by element, $\sigma^2 = 1 / (\lambda (h +
 \delta))$, where $\lambda$ is the effective sample size `ess` and $\delta$ the prior's precision divided by it,
@@ -9,7 +9,8 @@ $$ h \leftarrow \beta_2 h + (1 - \beta_2) \hat h + \tfrac12 (1 - \beta_2)^2 (h -
 $$ m \leftarrow m - \alpha \, \mathrm{clip}\big( (g / (1 - \beta_1^t) + \delta m) / (h + \delta), \pm \xi \big). $$
 
 With S Monte-Carlo samples, $\hat g$ and $\hat h$ are means over S draws, each gradient times its own noise. $\alpha$
-is the learning rate, times $h_0 + \delta$ with `rescale_lr`, so that the first steps have its size whatever $h_0$ is.
+is the learning rate, times $h_0 + \delta$ with `rescale_lr`, so that the size of the first steps does not depend on
+$h_0$.
 """
 
 from __future__ import annotations
@@ -29,11 +30,11 @@ from bayeslora.posterior import GaussianParameter, Noise, drawn_weights
 
 
 class IVON(Optimizer):
-    """Variational online Newton: train the mean of a Gaussian over the weights, and learn its variance on the way.
+    """Variational online Newton: train the mean of a Gaussian over the weights, and learn its variance along the way.
 
-    A step is: `sample()`, backward pass, `step()`. Between the first two and the last the weights are a draw from the
-    posterior; after the last, always, their mean. With `mc_samples` above 1, `sample()`, backward pass and `pair()`
-    are repeated that often before `step()`; a closure given to `step` is called for every sample.
+    A step is `sample()`, backward pass, `step()`. From `sample()` to `step()` the weights are a draw from the
+    posterior; after `step()` they are always its mean. With `mc_samples` above 1, repeat `sample()`, backward pass and
+    `pair()` for each sample before `step()`, or give `step` a closure, which it calls for each sample.
 
     ```python
     optimizer = bayeslora.IVON(parameters, lr=0.1, ess=len(train_set))
@@ -44,33 +45,32 @@ class IVON(Optimizer):
         optimizer.zero_grad()
     ```
 
-    A draw depends on the seed, the step, the sample and the position of the parameter among the optimizer's alone, so
-    all micro-batches and all ranks of a step share it, and gradients can be summed and averaged over them as usual. It
-    is drawn on the CPU whatever the device, which makes it the same everywhere. Gradients are read in `step` (or
-    `pair`), so clipping or unscaling them before scales what the Hessian is estimated from, too.
+    A draw depends only on the seed, the step, the sample and the parameter's position in the optimizer, so all
+    micro-batches and ranks of a step share it, and gradients can be summed and averaged over them as usual. It is made
+    on the CPU, which makes it the same on every device. `step` (or `pair`) reads the gradients, so clipping or
+    unscaling them earlier also changes what the Hessian is estimated from.
 
-    The state of a parameter p, `state[p]`, holds `step`, `momentum` (g) and `hessian` (h), and for a parameter of 16
-    bits `mean` (m); float32, or float64 for a parameter of 64 bits. The tensors are views of longer ones: change them
-    in place.
+    The state of a parameter p, `state[p]`, holds `step`, `momentum` (g), `hessian` (h) and, for a 16-bit parameter,
+    `mean` (m), in float32 (float64 for a 64-bit parameter). These are views of longer tensors: change them in place.
 
     Args:
-        params: parameters or groups. Parameters that do not require gradients are never drawn, those without a
+        params: parameters or groups. Parameters that do not require gradients are never drawn; those without a
             gradient in a step are not updated in it.
         lr: learning rate; much larger than Adam's, as no square root is taken: 0.1 to 2 is usual with `rescale_lr`.
-        ess: effective sample size λ: the number of training examples for a loss that is their mean. More makes a
-            narrower posterior.
-        hess_init: h at the start, above 0. Where h moves slowly it sets σ.
-        betas: β1 and β2 of the averages of the gradient and of the Hessian.
+        ess: effective sample size λ: the number of training examples for a loss that is their mean. A larger value
+            makes the posterior narrower.
+        hess_init: h at the start, above 0; it determines σ if h changes slowly.
+        betas: β1 and β2, for the averages of the gradient and of the Hessian.
         weight_decay: δ, prior precision over λ; decays the mean.
-        clip_radius: ξ, the largest change of an element in units of the learning rate.
-        mc_samples: S, draws a step.
+        clip_radius: ξ, the maximum change of an element in units of the learning rate.
+        mc_samples: S, draws per step.
         rescale_lr: multiply the learning rate by `hess_init + weight_decay`.
-        seed: of the draws; must be the same on all ranks.
-        max_grad_norm: norm that each sample's gradient, over all groups, is clipped to before it is paired with its
+        seed: seed of the draws; must be the same on all ranks.
+        max_grad_norm: maximum norm of each sample's gradient over all groups, clipped before it is paired with its
             noise; None clips nothing.
 
     Raises:
-        BayesLoraError: an option out of its range.
+        BayesLoraError: an option is out of range.
     """
 
     def __init__(
@@ -122,14 +122,14 @@ class IVON(Optimizer):
 
     @torch.no_grad()
     def sample(self, step: int | None = None) -> None:
-        """Set the weights to the next draw of this step; one that has not been paired yet is replaced.
+        """Set the weights to the next draw of this step, instead of one that has not been paired yet.
 
         Args:
             step: number of the step whose noise is drawn; by default the number of steps taken.
         """
         self._put_mean()
         if self._paired >= self.mc_samples:
-            self.restore()  # of a step that was skipped, as mixed precision does
+            self.restore()  # the last step was skipped, as mixed precision may do
         number = self.steps_taken if step is None else step
         self._is_drawn = True
         try:
@@ -142,13 +142,13 @@ class IVON(Optimizer):
 
     @torch.no_grad()
     def pair(self, scale: float = 1.0) -> None:
-        """Pair the gradients of the present draw with its noise, and set the weights back to the mean.
+        """Pair the gradients of the current draw with its noise, and set the weights back to the mean.
 
-        Call it for each of several samples; for a single one `step` does it. It takes each sample's gradients out of
-        `.grad`; after the last, `.grad` is the mean over the samples, for reading only: `step` ignores it.
+        Call it for each of several samples; for a single one `step` does it. With several it clears `.grad`; after
+        the last, `.grad` is the mean over the samples, for reading only: `step` ignores it.
 
         Args:
-            scale: factor that mixed precision has multiplied the loss by, if the gradients still have it.
+            scale: loss scale of mixed precision, if the gradients still have it.
 
         Raises:
             BayesLoraError: the weights are not a draw.
@@ -167,7 +167,7 @@ class IVON(Optimizer):
             flat.pair(scale, first=self._paired == 0, last=last and self._paired == 0)
         if self.mc_samples > 1:
             for flat in self._flattened():
-                flat.hand_back(self.mc_samples / scale if last else None)
+                flat.replace_gradients(self.mc_samples / scale if last else None)
         self._paired += 1
         self._is_drawn = False
 
@@ -186,11 +186,11 @@ class IVON(Optimizer):
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:  # type: ignore[override]
-        """Update mean and Hessian from the gradients of this step's draws; the weights are the new mean afterwards.
+        """Update mean and Hessian from the gradients of this step's draws, and set the weights to the new mean.
 
         Args:
             closure: clears the gradients, computes the loss, calls backward and returns the loss; called once for
-                each sample, with the weights drawn. Whatever it raises leaves the weights at the mean.
+                each sample, with the weights drawn. If it raises, the weights return to the mean.
 
         Returns:
             None, or the mean of the closure's losses.
@@ -203,14 +203,14 @@ class IVON(Optimizer):
             self._pair()
         if self._paired != self.mc_samples:
             if self._paired == 0 and not any(float(group["lr"]) for group in self.param_groups):
-                self._flattened()  # how torch.distributed.checkpoint has an optimizer make its state
+                self._flattened()  # torch.distributed.checkpoint creates an optimizer's state with such a step
                 return loss
             made = self._paired
             self.restore()
             raise BayesLoraError(
-                f"{made} of {self.mc_samples} draws of the weights were made and paired in this step: call sample() "
-                "before the forward pass (and pair() after each backward pass where there are several), give step() "
-                "a closure, or let bayeslora.attach(trainer) do it"
+                f"{made} of {self.mc_samples} draws of the weights were paired in this step, but all must be: call "
+                "sample() before each forward pass (and pair() after each backward pass of several), give step() a "
+                "closure, or let bayeslora.attach(trainer) do it"
             )
         for flat in self._flattened():
             flat.update(self.mc_samples)
@@ -233,36 +233,36 @@ class IVON(Optimizer):
 
     @torch.no_grad()
     def posterior(self, parameter: Tensor) -> tuple[Tensor, Tensor]:
-        """Return mean and standard deviation of one parameter, of its shape, in the precision of its state.
+        """Return mean and standard deviation of one parameter, in its shape and in the precision of its state.
 
         Raises:
-            BayesLoraError: the optimizer does not have the parameter.
+            BayesLoraError: the parameter does not belong to the optimizer.
         """
         place = self._places().get(id(parameter))
         if place is not None:
             return place[0].posterior(place[1], self._is_drawn)
         raise BayesLoraError(
-            f"a parameter of shape {tuple(parameter.shape)} is not one of the optimizer's, but only those have a "
-            "posterior: ask for one that was given to IVON"
+            f"a parameter of shape {tuple(parameter.shape)} was given, but is not one that IVON trains: "
+            "give one of the optimizer's"
         )
 
     @contextmanager
     def sampled(self, seed: int = 0, draw: int = 0, antithetic: bool = False) -> Iterator[None]:
-        """Set the weights to a draw for prediction inside the context; afterwards they are bit for bit what they were.
+        """Set the weights to a draw for prediction inside the context, and restore them bit for bit afterwards.
 
         Args:
-            seed: of the draws; independent of the training seed.
-            draw: its number; the same seed and number give the same weights, in later processes too.
-            antithetic: draws 2k and 2k + 1 have opposite noise.
+            seed: seed of the draws; independent of the training seed.
+            draw: number of the draw; the same seed and number give the same weights, in later processes too.
+            antithetic: give draws 2k and 2k + 1 opposite noise.
 
         Raises:
-            BayesLoraError: in the middle of a training step.
+            BayesLoraError: a training step is in progress.
         """
         if self._is_drawn:
             raise BayesLoraError(
                 "the weights are a draw of a training step, but must be the mean here: call step() or restore()"
             )
-        # Every parameter takes its share of the noise, so that a frozen one does not change the others'.
+        # Every parameter uses up its share of the noise, so that freezing one does not change the others' draws.
         with drawn_weights(self.gaussians(), seed, draw, antithetic):
             yield
 
@@ -273,8 +273,8 @@ class IVON(Optimizer):
         for parameter in self._parameters():
             flat, index = known[id(parameter)]
             mean, deviation = flat.posterior(index, self._is_drawn)
-            known_of = (parameter, mean, deviation) if parameter.requires_grad else ()
-            found.append(GaussianParameter(parameter.numel(), *known_of))
+            gaussian = (parameter, mean, deviation) if parameter.requires_grad else ()
+            found.append(GaussianParameter(parameter.numel(), *gaussian))
         return found
 
     def _parameters(self) -> Iterator[nn.Parameter]:
@@ -283,7 +283,7 @@ class IVON(Optimizer):
 
     def _flattened(self) -> list[FlatGroup]:
         if self._flat is None:
-            with torch.inference_mode(False), torch.no_grad():  # the state outlives a prediction that is first to ask
+            with torch.inference_mode(False), torch.no_grad():  # a prediction may make the state that training uses
                 self._flat = [
                     FlatGroup(parameters, group, self.state)
                     for group in self.param_groups
@@ -292,18 +292,18 @@ class IVON(Optimizer):
         return self._flat
 
     def _places(self) -> dict[int, tuple[FlatGroup, int]]:
-        """Map each parameter's identity to its group and its position there."""
+        """Map each parameter's `id` to its group and its position there."""
         flattened = self._flattened()
         if not self._known:
             self._known = {id(p): (flat, index) for flat in flattened for index, p in enumerate(flat.parameters)}
         return self._known
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Continue exactly where `state_dict` was made; its precision is kept, for parameters of 16 bits too."""
+        """Continue exactly where `state_dict` was saved, in its precision, also for 16-bit parameters."""
         if self._is_drawn:
             self.restore()
         super().load_state_dict(state_dict)
-        # Torch has cast every tensor but `step` to the parameter's type.
+        # Torch has cast every tensor except `step` to the parameter's type.
         ids = [number for group in state_dict["param_groups"] for number in group["params"]]
         for number, parameter in zip(ids, self._parameters(), strict=True):
             for name, value in state_dict["state"].get(number, {}).items():
@@ -323,9 +323,8 @@ def _alike(parameters: list[nn.Parameter]) -> list[list[nn.Parameter]]:
     """Divide the parameters, in order, by device, type and whether they are distributed tensors."""
     divided: dict[tuple[Any, ...], list[nn.Parameter]] = {}
     for parameter in parameters:
-        divided.setdefault((parameter.device, parameter.dtype, hasattr(parameter, "device_mesh")), []).append(
-            parameter
-        )
+        kind = (parameter.device, parameter.dtype, hasattr(parameter, "device_mesh"))
+        divided.setdefault(kind, []).append(parameter)
     return list(divided.values())
 
 

@@ -1,4 +1,4 @@
-"""Draws of many weights at once: the protocol of what can draw them, and the context that puts a draw in place."""
+"""Draws of a model's weights: the protocol of objects that make them, and the context that sets the weights to one."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from bayeslora.errors import BayesLoraError
 from bayeslora.posterior.gaussian import Noise
 
 _ALIGNED = 16
-"""Parts of a flat buffer start at multiples of this many elements; the elements between them are never read."""
+"""Parts of a flat buffer start at multiples of this many elements; the padding between them is never read."""
 
 
 class GaussianParameter(NamedTuple):
@@ -22,8 +22,8 @@ class GaussianParameter(NamedTuple):
 
     Attributes:
         size: number of elements.
-        parameter: None for one that is frozen, which still takes its share of a draw's numbers.
-        mean, deviation: of the parameter's shape.
+        parameter: None if it is frozen; it still uses up its share of a draw's random numbers.
+        mean, deviation: posterior mean and standard deviation, of the parameter's shape; None if it is frozen.
     """
 
     size: int
@@ -40,7 +40,7 @@ class PosteriorSource(Protocol):
         """Return the Gaussian of every parameter, in the order of the optimizer that trained them."""
 
     def sampled(self, seed: int = 0, draw: int = 0, antithetic: bool = False) -> AbstractContextManager[None]:
-        """Return a context inside which the weights are draw number `draw`; outside, they are what they were."""
+        """Return a context that sets the weights to draw number `draw`, and restores them at its end."""
 
 
 def unwrapped(optimizer: Any) -> Any:
@@ -52,14 +52,14 @@ def posterior_source(given: object) -> PosteriorSource:
     """Return `given`, without accelerate's wrapper, if it can draw weights.
 
     Raises:
-        BayesLoraError: for an object that cannot.
+        BayesLoraError: the object cannot draw weights.
     """
     source = unwrapped(given)
     if isinstance(source, PosteriorSource):
         return source
     raise BayesLoraError(
-        f"{type(source).__name__} keeps no posterior over the weights, but one is needed to draw them: give a "
-        "bayeslora.IVON, or load_posterior(model, folder)"
+        f"{type(source).__name__} was given, but a posterior over the weights is needed to draw them: "
+        "give a bayeslora.IVON, or load_posterior(model, folder)"
     )
 
 
@@ -67,16 +67,16 @@ def posterior_source(given: object) -> PosteriorSource:
 def drawn_weights(
     gaussians: Sequence[GaussianParameter], seed: int, draw: int, antithetic: bool = False
 ) -> Iterator[None]:
-    """Set each parameter to `mean + deviation * noise`, cast to its type; afterwards it is bit for bit what it was.
+    """Set each parameter to `mean + deviation * noise`, cast to its type, and restore it bit for bit afterwards.
 
-    One call makes the numbers of all parameters, so that a draw depends only on their order and sizes: an optimizer
-    and the posterior saved from it draw the same.
+    One call draws the noise of all parameters, so that a draw depends only on their order and sizes: an optimizer and
+    the posterior saved from it give the same draws.
 
     Args:
-        gaussians: of every parameter, in order.
-        seed: of the draws.
-        draw: its number.
-        antithetic: draws 2k and 2k + 1 have opposite noise.
+        gaussians: the Gaussian of every parameter, in order.
+        seed: seed of all draws.
+        draw: number of the draw.
+        antithetic: give draws 2k and 2k + 1 opposite noise.
     """
     starts, length = aligned([entry.size for entry in gaussians])
     noise = Noise("batch", seed, "weights", draws=[draw], antithetic=antithetic)
@@ -101,7 +101,7 @@ def drawn_weights(
 
 
 def aligned(sizes: Sequence[int]) -> tuple[list[int], int]:
-    """Return where parts of these sizes begin in a flat buffer, and its length."""
+    """Return the start of each part of a flat buffer, given the parts' sizes, and the length of the buffer."""
     starts, position = [], 0
     for size in sizes:
         starts.append(position)
@@ -110,12 +110,12 @@ def aligned(sizes: Sequence[int]) -> tuple[list[int], int]:
 
 
 def local(tensor: Tensor) -> Tensor:
-    """Return this rank's part of a distributed tensor, sharing its memory; any other tensor itself."""
+    """Return this rank's part of a distributed tensor, sharing its memory, or any other tensor itself."""
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
 def local_like(parameter: Tensor, whole: Tensor) -> Tensor:
-    """Return the part of `whole`, a tensor that all ranks hold, that this rank has of `parameter`, on its device."""
+    """Return this rank's part of `whole`, which all ranks hold, sharded as `parameter` is and on its device."""
     whole = whole.to(parameter.device)
     if not isinstance(parameter, DTensor) or isinstance(whole, DTensor):
         return local(whole)

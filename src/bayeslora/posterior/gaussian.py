@@ -1,17 +1,17 @@
 r"""Gaussians with independent entries, $q(W) = \prod_{ij} N(M_{ij}, \Omega_{ij}^2)$, and noise to draw from them.
 
-Noise is fresh while training, and seeded and replayable where a function has to stay the same. A *scope* says what
+Noise is fresh in training, and seeded and repeatable where a function has to stay the same. Its *scope* says what
 shares one draw of the weights:
 
 - `example`: each row of the batch has its own draw, the same for all tokens of the row;
-- `token`: each token has one, which gives gradients of the lowest variance but no coherent function of a sequence;
-- `batch`: all rows share one draw, or, with several `draws` in one batch, all rows of a draw do.
+- `token`: each token has its own draw: gradients of the lowest variance, but no coherent function of a sequence;
+- `batch`: all rows share one draw; if a batch holds several `draws`, each draw has its group of rows.
 
-Fresh numbers come from torch's default generators, which gradient checkpointing restores when it recomputes a forward
-pass, and exact resumption saves. Distributed ranks are commonly seeded alike, so the rank is mixed in: each rank draws
-different noise (a compiled forward pass does not mix it in: seed the ranks differently there). Seeded numbers depend
-only on the seed, the layer and the draw, or with scope `example` the row's position: not on the device, the size of
-the batch, the rank, or on which draws were taken together.
+Fresh noise comes from torch's default generators. Gradient checkpointing restores their state to recompute a forward
+pass, and checkpoints save it. Distributed ranks often have the same seed, so the rank is mixed in and each rank draws
+different noise (except in a compiled forward pass: seed the ranks differently there). Seeded noise depends only on the
+seed, the layer, and the draw or (scope `example`) the row's position: not on the device, the batch size, the rank or
+the other draws of the batch.
 """
 
 from __future__ import annotations
@@ -63,8 +63,8 @@ def local_reparametrization(z: Tensor, mean: Tensor, std: Tensor, noise: Tensor)
 
     $$ u = M z + \epsilon \sqrt{\Omega^2 z^2 + 10^{-12}} $$
 
-    Each row has the exact distribution, but rows are independent of each other, which those of one $W$ are not. The
-    constant keeps the gradient finite at z = 0.
+    Each row has its exact distribution, but rows are independent; with one shared $W$ they would not be. The constant
+    keeps the gradient finite at z = 0.
 
     Args:
         z: (..., d_in).
@@ -75,20 +75,20 @@ def local_reparametrization(z: Tensor, mean: Tensor, std: Tensor, noise: Tensor)
 
 
 class IndivisibleBatchError(BayesLoraError):
-    """The rows of a forward pass cannot be divided among several draws; one draw a pass always works."""
+    """The rows of a forward pass cannot be divided among several draws; one draw per pass always works."""
 
 
 class Noise:
-    """Noise of one layer.
+    """Normal noise and random signs for one layer.
 
     Args:
-        scope: the rows or tokens that share one draw of the weights.
-        seed: None for fresh numbers in every call; otherwise every call gives the same.
+        scope: what shares one draw of the weights: a row, a token or the batch.
+        seed: None draws fresh noise in every call; with a seed every call returns the same noise.
         key: name of the layer, so that layers differ under one seed.
         draws: numbers of the weight draws that a batch holds, for scope `batch`: with D draws and N rows, row i uses
-            draw i // (N / D).
-        antithetic: make draws in pairs of opposite noise, which cancels the odd part of a function from every average:
-            seeded draws 2k and 2k + 1, otherwise the two halves of the rows (`example`) or of the draws.
+            `draws[i // (N / D)]`.
+        antithetic: pair draws of opposite noise, which cancels the odd part of a function in every average: seeded
+            draws 2k and 2k + 1, otherwise the two halves of the rows (`example`) or of the draws.
 
     Raises:
         BayesLoraError: for an unknown scope, an empty `draws`, several draws with a scope other than `batch`, or
@@ -104,33 +104,29 @@ class Noise:
         antithetic: bool = False,
     ) -> None:
         if scope not in SCOPES:
-            raise BayesLoraError(
-                f"the noise's scope is {scope!r}, but must be {' or '.join(SCOPES)}: give scope='example'"
-            )
+            raise BayesLoraError(f"scope is {scope!r}, but must be {' or '.join(SCOPES)}: give scope='example'")
         if not len(draws):
-            raise BayesLoraError("0 draws of the weights are asked for, but at least 1 is needed: give draws=1")
+            raise BayesLoraError("0 draws of the weights were given, but at least 1 is needed: give draws=1")
         if len(draws) > 1 and scope != "batch":
             raise BayesLoraError(f"{len(draws)} draws share a batch, but scope is {scope!r}: give scope='batch'")
         if antithetic and scope == "token":
-            raise BayesLoraError(
-                "antithetic is True, but scope is 'token', where draws have no pairs: give scope='example' or 'batch'"
-            )
+            raise BayesLoraError("antithetic is True, but scope is 'token': give scope='example' or scope='batch'")
         self.scope, self.seed, self.key, self.draws, self.antithetic = scope, seed, key, draws, antithetic
         self._kept: dict[tuple[object, ...], Tensor] = {}
 
-    def beside(self, position: int) -> Noise:
-        """Return independent noise for the adapter at `position` among those active on the layer."""
+    def for_adapter(self, position: int) -> Noise:
+        """Return the noise for the adapter at `position` among the layer's active ones, independent of the others'."""
         if position == 0 or self.seed is None:
             return self
         return Noise(self.scope, self.seed, f"{self.key}+{position}", self.draws, self.antithetic)
 
     def groups(self, rows: int) -> int:
-        """Return the number of groups, of equal size and in order, that `rows` rows form: one group a draw."""
+        """Return the number of equal, consecutive groups that `rows` rows form: one for each draw of the weights."""
         if self.scope == "example":
             return rows
         if rows % len(self.draws):
             raise IndivisibleBatchError(
-                f"{rows} rows cannot be divided among {len(self.draws)} draws of the weights: take one draw at a time"
+                f"a layer got {rows} rows, but {len(self.draws)} draws need equal parts of them: take one at a time"
             )
         return len(self.draws)
 
@@ -143,7 +139,7 @@ class Noise:
             return self._paired(groups, lambda count: self._seeded("", count, shape)).to(device)
         key = (tuple(shape), device)
         if key not in self._kept:
-            with torch.inference_mode(False):  # kept numbers may meet autograd in a later pass
+            with torch.inference_mode(False):  # a later pass with autograd may use the kept noise
                 drawn = [self._of_draw(draw, shape) for draw in self.draws]
                 self._kept = {key: (torch.cat(drawn) if len(drawn) > 1 else drawn[0]).to(device)}
         return self._kept[key]
@@ -155,7 +151,7 @@ class Noise:
         return self._seeded("", shape[0], shape[1:]).to(device)
 
     def signs(self, shape: Sequence[int], device: torch.device, name: str) -> Tensor:
-        """Draw random signs -1 and 1 of `shape`, float32; several calls in one layer need different names."""
+        """Draw random signs -1 and 1 of `shape`, float32; each call in one layer needs a different `name`."""
         if self.seed is None:
             generator, where = rank_generator(device), device
         else:
@@ -176,22 +172,22 @@ class Noise:
         return -drawn if draw % 2 else drawn
 
     def _seeded(self, name: str, count: int, shape: Sequence[int]) -> Tensor:
-        """Return (count, *shape) numbers, of which the first entries are the same for every `count`."""
+        """Return (count, *shape) numbers; a larger `count` only appends entries."""
         size = math.prod(shape)
         padded = -(-size // _BLOCK) * _BLOCK
         return torch.randn(count, padded, generator=self._generator(name))[:, :size].reshape(count, *shape)
 
     def _generator(self, name: str) -> torch.Generator:
-        """Return a generator on the CPU, so that a seed means the same numbers on every device."""
+        """Return a generator on the CPU, so that a seed gives the same numbers on every device."""
         text = f"{self.seed}/{self.key}/{name}"
         word = int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "little")
         return torch.Generator().manual_seed(word >> 1)
 
 
 def rank_generator(device: torch.device) -> torch.Generator | None:
-    """Return None (torch's default generator) on one rank; among several, a generator that differs by rank.
+    """Return None (torch's default generator) on a single rank, and otherwise a different generator on each rank.
 
-    Its seed is drawn from the default generator, so a recomputed forward pass and a resumed run get the same one.
+    Its seed comes from the default generator, so a recomputed forward pass and a resumed run get the same one.
     """
     if torch.compiler.is_compiling() or not torch.distributed.is_available():
         return None

@@ -1,8 +1,8 @@
-"""The posterior over a model's weights, in memory and in `posterior.safetensors` beside the adapter.
+"""Posterior over a model's weights, in memory and in `posterior.safetensors` next to the adapter.
 
-The mean is the adapter itself. The file has the standard deviations in float32, under each parameter's name in the
-model without the adapter's name (as PEFT names the tensors it saves). Its metadata has the order in which the
-optimizer held the parameters, which is the order of a draw's numbers: a seed means the same weights before and after.
+The adapter itself is the mean. The file holds the standard deviations in float32, under the parameters' names without
+the adapter's name (as PEFT names the tensors it saves). Its metadata holds the optimizer's order of the parameters,
+which is the order of a draw's random numbers: a seed gives the same weights before saving and after loading.
 """
 
 from __future__ import annotations
@@ -28,22 +28,22 @@ from bayeslora.posterior.draws import GaussianParameter, PosteriorSource, drawn_
 POSTERIOR_FILE = "posterior.safetensors"
 _ORDER = "order"
 _WRAPPERS = ("module", "_orig_mod", "_fsdp_wrapped_module", "modules_to_save")
-"""Parts of parameter names that come from distributed training, compilation and PEFT, and that PEFT does not save."""
+"""Parts of parameter names that distributed training, compilation and PEFT add, and that PEFT does not save."""
 
 
 class WeightPosterior:
-    """A Gaussian over the weights of a model that an optimizer has trained; the model's own weights are the mean.
+    """Gaussian over the weights of a model that an optimizer has trained; the model's own weights are the mean.
 
     `bayeslora.predict(posterior, batch, samples=10)` draws from it.
 
     Args:
-        model: with the adapter that was trained.
-        order: name and number of elements of every parameter that the optimizer held, in its order; the name of a
-            frozen one is empty.
+        model: the model with the trained adapter.
+        order: name and number of elements of every parameter of the optimizer, in its order; frozen ones have an
+            empty name.
         deviations: standard deviations by name, float32 on the CPU.
 
     Raises:
-        BayesLoraError: a parameter that the model does not have, or has in another shape.
+        BayesLoraError: the model lacks a parameter, or has it in another shape.
     """
 
     def __init__(self, model: nn.Module, order: list[tuple[str, int]], deviations: dict[str, Tensor]) -> None:
@@ -52,9 +52,9 @@ class WeightPosterior:
         for name, deviation in deviations.items():
             parameter = self._parameters.get(name)
             if parameter is None or parameter.shape != deviation.shape:
-                found = "not there" if parameter is None else tuple(parameter.shape)
+                found = "is missing from" if parameter is None else f"has shape {tuple(parameter.shape)} in"
                 raise BayesLoraError(
-                    f"the posterior's {name} has shape {tuple(deviation.shape)}, but in the model it is {found}: "
+                    f"{name} has shape {tuple(deviation.shape)} in the posterior, but {found} the model: "
                     "load the adapter that the posterior was saved with"
                 )
 
@@ -70,8 +70,8 @@ class WeightPosterior:
                 continue
             if id(parameter) not in names:
                 raise BayesLoraError(
-                    f"a parameter of shape {tuple(parameter.shape)} that the optimizer trained is no longer in the "
-                    "model, but all are needed: save the posterior before the adapter is shrunk, merged or replaced"
+                    f"the optimizer trained a parameter of shape {tuple(parameter.shape)}, but the model lacks it: "
+                    "save the posterior before the adapter is shrunk, merged or replaced"
                 )
             name = names[id(parameter)]
             whole: Any = deviation.full_tensor() if hasattr(deviation, "full_tensor") else deviation
@@ -80,30 +80,24 @@ class WeightPosterior:
         return cls(model, order, deviations)
 
     def cut(self, model: nn.Module, kept: Mapping[str, Tensor]) -> WeightPosterior:
-        """Return the posterior of `model`, whose ranks have been cut since.
+        """Return the posterior of `model`, from which ranks have been removed since.
 
         Args:
-            model: after `shrink`.
-            kept: for each layer's path the mask (r,) of the ranks that were kept.
+            model: the model after `shrink`.
+            kept: the mask (r,) of the remaining ranks, by layer path.
         """
         shapes = {name: parameter.shape for name, parameter in _named(model)}
-        order: list[tuple[str, int]] = []
-        deviations: dict[str, Tensor] = {}
-        for name, size in self.order:
-            if not name:
-                order.append((name, size))
-                continue
-            old = self.deviations[name]
+        deviations = dict(self.deviations)
+        for name, old in self.deviations.items():
             axis = next((axis for axis in range(old.ndim) if old.shape[axis] != shapes[name][axis]), None)
             if axis is not None:
                 mask = next(mask for path, mask in kept.items() if f".{path}." in f".{name}.")
-                old = old.index_select(axis, mask.nonzero()[:, 0].cpu())
-            order.append((name, old.numel()))
-            deviations[name] = old
+                deviations[name] = old.index_select(axis, mask.nonzero()[:, 0].cpu())
+        order = [(name, deviations[name].numel() if name else size) for name, size in self.order]
         return WeightPosterior(model, order, deviations)
 
     def save(self, folder: str | os.PathLike[str]) -> Path:
-        """Write `posterior.safetensors` in `folder`, on the first of several ranks, and return its path."""
+        """Write `posterior.safetensors` in `folder`, on the first rank only, and return its path."""
         path = Path(folder) / POSTERIOR_FILE
         ranks = torch.distributed.is_available() and torch.distributed.is_initialized()
         if ranks and torch.distributed.get_rank() > 0:
@@ -127,7 +121,7 @@ class WeightPosterior:
         """Set the model's weights to a draw inside the context; see `IVON.sampled`, which draws the same.
 
         Raises:
-            BayesLoraError: for an adapter that is merged into the base weights.
+            BayesLoraError: the adapter is merged into the base weights.
         """
         check_unmerged(self.model)
         with drawn_weights(self.gaussians(), seed, draw, antithetic):
@@ -135,21 +129,21 @@ class WeightPosterior:
 
 
 def save_posterior(model: nn.Module, optimizer: Optimizer, folder: str | os.PathLike[str]) -> Path:
-    """Write the posterior that `optimizer` has learned to `posterior.safetensors` in `folder`, beside the adapter.
+    """Write the posterior that `optimizer` has learned to `posterior.safetensors` in `folder`, next to the adapter.
 
-    Distributed tensors are written as a whole: every rank has to call, and the first one writes.
+    Distributed tensors are gathered: call it on every rank; the first one writes.
 
     Args:
-        model: whose parameters the optimizer trained, wrapped or not.
+        model: the trained model, wrapped or not.
         optimizer: an `IVON`.
-        folder: made if it is missing; usually that of `save_pretrained`.
+        folder: usually that of `save_pretrained`; created if it is missing.
 
     Returns:
-        The file.
+        Path of the file.
 
     Raises:
-        BayesLoraError: an optimizer without a posterior, or one with parameters that `model` does not have, as after
-            ranks were cut out of an adapter: save before.
+        BayesLoraError: the optimizer lacks a posterior, or `model` lacks one of its parameters, as after ranks were
+            removed from an adapter: save before that.
     """
     return WeightPosterior.of(model, optimizer).save(folder)
 
@@ -163,34 +157,34 @@ def load_posterior(model: nn.Module, folder: str | os.PathLike[str]) -> WeightPo
     ```
 
     Args:
-        model: with the adapter of that folder loaded: its weights are the mean.
-        folder: has `posterior.safetensors`.
+        model: the model with the adapter of that folder, whose weights are the mean.
+        folder: the folder with `posterior.safetensors`.
 
     Raises:
-        BayesLoraError: a file that is missing, damaged, or does not fit the model.
+        BayesLoraError: the file is missing or damaged, or does not fit the model.
     """
     path = Path(folder) / POSTERIOR_FILE
     if not path.is_file():
-        raise BayesLoraError(f"{path} is missing: train with IVON and call save_posterior, or use samples=0")
+        raise BayesLoraError(
+            f"{path} is missing, but samples need it: train with IVON and call save_posterior, or use samples=0"
+        )
     try:
         with safe_open(path, framework="pt") as file:
             order = [(str(name), int(size)) for name, size in json.loads(file.metadata()[_ORDER])]
             deviations = {name: file.get_tensor(name) for name, _ in order if name}
     except (SafetensorError, OSError, ValueError, KeyError, TypeError) as error:
-        raise BayesLoraError(f"{path} is damaged or not a posterior ({error}): save it again") from error
+        raise BayesLoraError(f"{path} is damaged ({error}), but must be a saved posterior: save it again") from error
     return WeightPosterior(model, order, deviations)
 
 
 def check_unmerged(model: nn.Module) -> None:
-    """Raise `BayesLoraError` if an adapter is merged into the base weights, where a draw could not reach."""
+    """Raise `BayesLoraError` if an adapter is merged into the base weights, where draws cannot reach it."""
     if any(isinstance(module, BaseTunerLayer) and module.merged for module in model.modules()):
-        raise BayesLoraError(
-            "the adapter is merged into the base weights, where only its mean is: call unmerge_adapter first"
-        )
+        raise BayesLoraError("the adapter is merged, but its weights are drawn apart: call unmerge_adapter first")
 
 
 def _named(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
-    """Yield the parameters by their names without wrappers and adapter."""
+    """Yield each parameter with its name, without the parts that wrappers and the adapter add."""
     adapter = _adapter_name(model)
     for name, parameter in model.named_parameters():
         parts = [part for part in name.split(".") if part not in _WRAPPERS]

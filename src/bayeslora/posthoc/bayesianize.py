@@ -1,11 +1,11 @@
-r"""Training-free Bayesianization (Shi et al., 2024, arXiv:2412.05723): a posterior for a LoRA adapter that is trained.
+r"""Training-free Bayesianization (Shi et al., 2024, arXiv:2412.05723): a posterior for a trained LoRA adapter.
 
 With the compact singular value decomposition $B = U \mathrm{diag}(d) V^\top$ of a layer, the same update is
 $B' A'$ with $B' = U \mathrm{diag}(d)$ and $A' = V^\top A$. The posterior of the first factor is
 $N(A'_{ij}, \Omega_{ij}^2)$ with $\Omega_{ij} = \sigma_q / d_i$: noise of one size $\sigma_q$ in every direction of
-the update's column space. That one number is the largest under which the negative log-likelihood of an anchor set
-grows by no more than a given share. $B'$ is deterministic, so the result is an adapter of BLoB, and saved, loaded,
-predicted with and merged as one.
+the update's column space. That one number is the largest for which the negative log-likelihood of an anchor set grows
+by no more than a given share. $B'$ is deterministic, so the result is a BLoB adapter, and is saved, loaded, merged and
+used for prediction as one.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from bayeslora.prediction import Logits, ModelPredictor, labels_of, sampled_logi
 _log = logging.getLogger(__name__)
 
 _SMALLEST_SHARE = 1e-6
-"""Singular values below this share of the largest count as this share, so that noise is not divided by zero."""
+"""Singular values are at least this share of the largest, so that noise is not divided by zero."""
 _FIRST_SCALE = 1e-3
 _STEPS_OUT = 24
 
@@ -46,20 +46,20 @@ def bayesianize(
 ) -> PeftModel:
     """Return a model with the same mean and a BLoB posterior around it, without training.
 
-    The LoRA adapter is taken out of `model`, whose base model is used again: do not use `model` afterwards.
+    The LoRA adapter is removed from `model`, and the base model is reused: do not use `model` afterwards.
 
     Args:
         model: a PEFT model with one LoRA adapter on linear layers.
-        anchor: a batch or batches of held-out data, of a few hundred examples. Without labels, the model's own
+        anchor: a batch or batches of held-out data, a few hundred examples. Without labels, the model's own
             predictions are used.
         tolerance: share by which the anchor's negative log-likelihood may grow.
-        samples, seed: of the posterior, for the anchor's likelihood; every scale is tried with the same draws.
+        samples, seed: draws from the posterior for the anchor's likelihood, the same for every scale that is tried.
         steps: bisections of the interval, a factor of two, that contains the scale.
         logits: as for `predict`.
 
     Raises:
-        BayesLoraError: a model without exactly one LoRA adapter of A and B alone, a tolerance that is not positive, or
-            an anchor set whose likelihood no noise lowers, as with an untrained adapter or with random labels.
+        BayesLoraError: the model does not have exactly one LoRA adapter of A and B alone, the tolerance is not
+            positive, or noise does not lower the anchor's likelihood (an untrained adapter, random labels).
     """
     if tolerance <= 0 or samples < 1 or steps < 0:
         raise BayesLoraError(
@@ -85,7 +85,7 @@ def bayesianize(
 
 
 def _as_blob(model: Any, name: str, config: Any) -> tuple[PeftModel, dict[str, Tensor]]:
-    """Return BLoB's model with the same mean and no noise yet, and by layer the singular values (k,) of B."""
+    """Return a BLoB model with the same mean and without noise, and the singular values (k,) of B by layer."""
     layers = {path: module for path, module in model.get_base_model().named_modules() if isinstance(module, LoraLayer)}
     factors = {path: _decomposed(layer, name) for path, layer in layers.items() if name in layer.lora_A}
     scalings = {path: float(layers[path].scaling[name]) for path in factors}
@@ -100,7 +100,7 @@ def _as_blob(model: Any, name: str, config: Any) -> tuple[PeftModel, dict[str, T
 
 
 def largest_allowed(allowed: Callable[[float], bool], steps: int) -> float:
-    """Return the largest scale found for which `allowed` holds: one that was tried, never one that failed.
+    """Return the largest scale that was tried and for which `allowed` holds.
 
     Raises:
         BayesLoraError: `allowed` holds, or fails, for every scale over two dozen factors of two.
@@ -114,8 +114,8 @@ def largest_allowed(allowed: Callable[[float], bool], steps: int) -> float:
     else:
         effect = f"up to {scale:.0e} never" if holds else f"down to {scale:.0e} always"
         raise BayesLoraError(
-            f"noise of a scale {effect} lowers the anchor set's likelihood too much, but the largest allowed scale is "
-            "needed: give a trained adapter, and other anchor examples or another tolerance"
+            f"noise of scale {effect} lowers the anchor set's likelihood too much, but only large scales should: give "
+            "a trained adapter, other anchor examples or another tolerance"
         )
     low, high = (scale, following) if holds else (following, scale)
     for _ in range(steps):
@@ -161,7 +161,7 @@ def _decomposed(layer: Any, name: str) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def _blob_config(config: Any, factors: dict[str, Any], scalings: dict[str, float]) -> BlobConfig:
-    """Return the configuration of BLoB under which every layer keeps its rank and its scaling."""
+    """Return the BLoB configuration with which every layer keeps its rank and its scaling."""
     shared = {field: getattr(config, field) for field in (*KEPT_FIELDS, "r", "lora_alpha", "use_rslora")}
     divisor = config.r**0.5 if config.use_rslora else config.r
     ranks = {path: len(d) for path, (_, _, d) in factors.items()}
@@ -178,11 +178,11 @@ def _blob_config(config: Any, factors: dict[str, Any], scalings: dict[str, float
 
 @torch.no_grad()
 def _set_scale(model: nn.Module, name: str, widths: dict[str, Tensor], scale: float) -> None:
-    """Set the standard deviations to `scale` over the singular values; BLoB keeps their square roots."""
+    """Set the standard deviations to `scale` over the singular values; BLoB stores their square roots."""
     for path, layer in stochastic_layers(model).items():
         d = widths[path]
         largest = float(d.max())
-        # Without any update there is nothing to scale by, and no noise reaches the output.
+        # Without any update (B = 0) the scale does not matter, because noise does not reach the output.
         d = d.clamp_min(_SMALLEST_SHARE * largest) if largest else torch.ones_like(d)
         roots: Any = layer.blob_G
         roots[name].copy_((scale / d).sqrt().unsqueeze(1))

@@ -19,14 +19,14 @@ class MCDropout:
 
     Every dropout module of the model with a positive rate takes part, in the adapter and in the base model; dropout
     inside fused attention kernels, which is not a module, stays off. A variational adapter stays at its mean. A sample
-    drops the same for the same seed and batch; unlike a draw from a posterior it depends on how the data are batched.
-    0 samples is the model without dropout.
+    depends on the seed and, unlike a draw from a posterior, on how the data are batched. With 0 samples the model
+    predicts without dropout.
 
     Args:
-        model: trained with dropout.
+        model: a model trained with dropout.
 
     Raises:
-        BayesLoraError: for a model without dropout: every sample would be the same.
+        BayesLoraError: the model lacks dropout, so that every sample would be the same.
     """
 
     def __init__(self, model: nn.Module) -> None:
@@ -44,7 +44,7 @@ class MCDropout:
 
     def sampler(self, samples: int, seed: int, antithetic: bool, read: Logits) -> Sampler:
         if antithetic:
-            raise BayesLoraError("antithetic is True, but dropout has no opposite: leave it out")
+            raise BayesLoraError("antithetic is True, but dropout masks cannot be paired: leave it out")
 
         def passes(batch: Mapping[str, Tensor]) -> Tensor:
             with posterior_mean(self.model):

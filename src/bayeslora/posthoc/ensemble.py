@@ -21,16 +21,16 @@ from bayeslora.prediction import Logits, Sampler
 
 
 class DeepEnsemble:
-    """An ensemble as a predictor: `samples` is the number of members, 0 stands for all of them.
+    """Predictor with the mean of an ensemble; `samples` must be the number of members, or 0 for all of them.
 
     Variational members predict at their posterior means.
 
     Args:
-        members: whole models; or, with `adapters`, the one PEFT model that holds them.
-        adapters: names of the adapters of that model that are the members.
+        members: whole models, or one PEFT model whose adapters are the members.
+        adapters: names of those adapters; None takes all of them.
 
     Raises:
-        BayesLoraError: fewer than two members, or adapters missing from the model.
+        BayesLoraError: there are fewer than two members, or adapters are missing from the model.
     """
 
     def __init__(self, members: Sequence[nn.Module] | PeftModel, adapters: Sequence[str] | None = None) -> None:
@@ -40,7 +40,7 @@ class DeepEnsemble:
             self._adapters = known if adapters is None else list(adapters)
             if missing := [name for name in self._adapters if name not in known]:
                 raise BayesLoraError(
-                    f"the adapter {missing[0]!r} is not in the model, which has {', '.join(known) or 'none'}: load it "
+                    f"the adapter {missing[0]!r} was given, but the model has {', '.join(known) or 'none'}: load it "
                     "with load_adapter, or use DeepEnsemble.from_folders"
                 )
             self.model: nn.Module = self._peft
@@ -53,10 +53,10 @@ class DeepEnsemble:
 
     @classmethod
     def from_folders(cls, base: nn.Module, folders: Sequence[str | Path]) -> DeepEnsemble:
-        """Make an ensemble of saved PEFT adapters of one kind, which are loaded into one base model.
+        """Load saved PEFT adapters of one kind into one base model as an ensemble.
 
         Raises:
-            BayesLoraError: fewer than two folders, or one without an adapter for this model.
+            BayesLoraError: there are fewer than two folders, or one lacks an adapter for this model.
         """
         if len(folders) < 2:
             raise BayesLoraError(f"the ensemble has {len(folders)} members, but needs at least 2: add others")
@@ -71,15 +71,16 @@ class DeepEnsemble:
             except (OSError, ValueError, RuntimeError, KeyError) as error:
                 reason = str(error).split("\n")[0].rstrip(".")
                 raise BayesLoraError(
-                    f"{folder} holds no adapter for this model ({reason}): give folders that save_pretrained wrote"
+                    f"{folder} was given, but lacks an adapter for this model ({reason}): give folders that "
+                    "save_pretrained wrote"
                 ) from error
         return cls(model.eval(), names)
 
     def check_samples(self, samples: int) -> None:
         if samples not in (0, self.size):
             raise BayesLoraError(
-                f"samples is {samples}, but the ensemble has {self.size} members, which are its samples: give "
-                f"samples={self.size}, or 0, which means the same"
+                f"samples is {samples}, but the ensemble's samples are its {self.size} members: give "
+                f"samples={self.size}, or 0 for the same"
             )
 
     def sampler(self, samples: int, seed: int, antithetic: bool, read: Logits) -> Sampler:
@@ -102,7 +103,7 @@ class DeepEnsemble:
 
 @contextmanager
 def _adapters_restored(model: Any) -> Iterator[None]:
-    """Restore the active adapter and which parameters require gradients afterwards, since PEFT changes both."""
+    """Restore the active adapter and every parameter's `requires_grad` afterwards, since PEFT changes both."""
     active = model.active_adapter
     trained = {name: parameter.requires_grad for name, parameter in model.named_parameters()}
     try:

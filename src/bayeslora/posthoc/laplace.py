@@ -1,10 +1,10 @@
-r"""The Laplace approximation of a finished classifier's last layer, by laplace-torch (Daxberger et al., 2021).
+r"""Laplace approximation of a finished classifier's last layer, by laplace-torch (Daxberger et al., 2021).
 
 Around the weights $\theta^*$ of the trained head the posterior is $N(\theta^*, (H + \lambda I)^{-1})$
 (arXiv:2106.14806), with H the generalized Gauss-Newton matrix over the training data and $\lambda$ the prior
-precision, by default the one of the largest marginal likelihood. The features that the head sees are deterministic and
-computed once, under any adapter; laplace-torch gets them and the head, so any model with a linear head works. Install
-it with `pip install bayeslora[laplace]`.
+precision, by default the one that maximizes the marginal likelihood. The features that the head sees are deterministic
+and computed once, with any adapter; laplace-torch gets only them and the head, so any model with a linear head works.
+Install it with `pip install bayeslora[laplace]`.
 """
 
 from __future__ import annotations
@@ -21,19 +21,20 @@ from bayeslora._peft import BaseTunerLayer
 from bayeslora.errors import BayesLoraError
 from bayeslora.methods.variational import posterior_mean
 from bayeslora.prediction import Logits, ModelPredictor, Sampler, labels_of, sampled_logits
+from bayeslora.prediction.batched_sampling import restore_forward
 
 _TOLERANCE = 1e-3
 
 
 class LaplacePredictor:
-    """A last-layer Laplace approximation as a predictor; `fit` comes first.
+    """Predictor with a last-layer Laplace approximation; call `fit` first.
 
-    0 samples predict with the head as trained. A variational adapter below the head stays at its mean.
+    With 0 samples it uses the head as trained. A variational adapter below the head stays at its mean.
 
     Args:
         model: a classifier whose logits come from a linear layer, possibly those of one token.
-        structure: of the curvature: `full` has (C (d + 1))² numbers for d features and C classes, `kron` factors it,
-            `diag` keeps its diagonal.
+        structure: structure of the curvature: `full` has (C (d + 1))² numbers for d features and C classes, `kron`
+            factors it, `diag` keeps its diagonal.
         prior_precision: $\\lambda$ > 0; None chooses it by the marginal likelihood of the training data.
 
     Raises:
@@ -57,7 +58,7 @@ class LaplacePredictor:
 
     def check_samples(self, samples: int) -> None:
         if samples and self._posterior is None:
-            raise BayesLoraError(f"samples is {samples}, but there is no posterior yet: call fit with training data")
+            raise BayesLoraError(f"samples is {samples}, but the posterior is not fitted: call fit with training data")
 
     def fit(self, loader: Mapping[str, Any] | Iterable[Mapping[str, Any]]) -> LaplacePredictor:
         """Fit the posterior to the data that the model was trained on, and return self.
@@ -66,7 +67,7 @@ class LaplacePredictor:
             loader: a batch or batches with `labels`.
 
         Raises:
-            BayesLoraError: missing labels, or a model whose logits do not come from a linear layer.
+            BayesLoraError: labels are missing, or the logits do not come from a linear layer.
         """
         batches = [loader] if isinstance(loader, Mapping) else list(loader)
         labels = labels_of(batches)
@@ -74,7 +75,7 @@ class LaplacePredictor:
         self._head = head
         with _identity(head):
             features = sampled_logits(ModelPredictor(self.model), batches, 0)[0].float()
-        # On the CPU in float32 and with one layer to differentiate, whatever the model is.
+        # On the CPU in float32 and with one layer to differentiate, for every model.
         data = DataLoader(TensorDataset(features, labels), batch_size=256)
         chosen = self.prior_precision or 1.0
         self._posterior = _laplace()(
@@ -87,7 +88,7 @@ class LaplacePredictor:
 
     def sampler(self, samples: int, seed: int, antithetic: bool, read: Logits) -> Sampler:
         if antithetic:
-            raise BayesLoraError("antithetic is True, but Laplace draws have no pairs: leave it out")
+            raise BayesLoraError("antithetic is True, but Laplace draws cannot be paired: leave it out")
         if samples == 0:
             return ModelPredictor(self.model).sampler(0, seed, False, read)
         head = self._head
@@ -117,7 +118,7 @@ class LaplacePredictor:
         finally:
             for handle in handles:
                 handle.remove()
-        # An adapted layer's logits are the sum of two, and neither makes them alone.
+        # An adapted layer's logits are a sum of two products, so neither gives them alone.
         layers = [module for module in self.model.modules() if isinstance(module, BaseTunerLayer)]
         adapted = {part for layer in layers for part in cast(nn.Module, layer).modules()}
         head = called[-1] if called and called[-1] not in adapted else None
@@ -138,15 +139,13 @@ class LaplacePredictor:
 
 @contextmanager
 def _identity(head: nn.Module) -> Iterator[None]:
-    """Let the head return its input, so that a model's logits are its features."""
+    """Make the head return its input, so that the model's logits are its features."""
     own = head.__dict__.get("forward")
     head.forward = lambda x: x
     try:
         yield
     finally:
-        del head.__dict__["forward"]
-        if own is not None:
-            head.forward = own
+        restore_forward(head, own)
 
 
 def _laplace() -> Callable[..., Any]:
@@ -154,8 +153,8 @@ def _laplace() -> Callable[..., Any]:
         from laplace import Laplace
     except ImportError as error:
         raise BayesLoraError(
-            f"laplace-torch is not installed ({error}), but the Laplace approximation needs it: "
-            "pip install bayeslora[laplace]"
+            f"laplace-torch cannot be imported ({error}), but the Laplace approximation needs it: "
+            "run pip install bayeslora[laplace]"
         ) from None
     found: Callable[..., Any] = Laplace
     return found

@@ -10,26 +10,18 @@ from scipy.optimize import minimize_scalar
 from torch import Tensor, nn
 
 from bayeslora.errors import BayesLoraError
-from bayeslora.prediction import (
-    Logits,
-    Predictable,
-    Sampler,
-    as_predictor,
-    check_samples,
-    labels_of,
-    sampled_logits,
-)
+from bayeslora.prediction import Logits, Predictable, Sampler, as_predictor, check_samples, labels_of, sampled_logits
 
 
 class TemperatureScaling:
     """Logits divided by one temperature, fitted on held-out data (Guo et al., 2017, arXiv:1706.04599).
 
-    The most probable class stays the same, only the confidence changes. Around another predictor it divides the logits
+    The most probable class stays the same; only the confidence changes. Around another predictor it divides the logits
     of each sample.
 
     Args:
         model: a model or another predictor.
-        temperature: T > 0; above 1 softens. Usually left to `fit`.
+        temperature: T > 0; above 1 lowers the confidence. Usually set by `fit`.
     """
 
     bounds = (0.02, 50.0)
@@ -62,15 +54,15 @@ class TemperatureScaling:
         seed: int = 0,
         logits: Logits | None = None,
     ) -> TemperatureScaling:
-        """Set the temperature that gives held-out labels the least negative log-likelihood, and return self.
+        """Set the temperature that minimizes the negative log-likelihood of held-out labels, and return self.
 
         Args:
             loader: a batch or batches with `labels`, of data that the model was not trained on.
             samples, seed, logits: as they will be given to `predict`.
 
         Raises:
-            BayesLoraError: missing labels, labels that are not classes, or a likelihood that is best at a bound, as
-                when every held-out label is predicted right, or none better than by chance.
+            BayesLoraError: labels are missing or not classes, or the likelihood is best at a bound, as when every
+                held-out label is predicted correctly, or none better than by chance.
         """
         batches = [loader] if isinstance(loader, Mapping) else list(loader)
         labels = labels_of(batches)
@@ -82,11 +74,11 @@ class TemperatureScaling:
             return predictive_nll(outputs / math.exp(log_temperature), labels)
 
         inside = float(minimize_scalar(nll, bounds=(low, high), method="bounded", options={"xatol": 1e-5}).x)
-        best = min(low, high, inside, key=nll)  # a bound, too, if the likelihood is flat from there
+        best = min(low, high, inside, key=nll)  # a bound if the likelihood is flat from there on
         if min(best - low, high - best) < 1e-3:
             raise BayesLoraError(
-                f"the best temperature is {math.exp(best):.3g}, at the edge of the range {self.bounds}, so the "
-                f"{len(labels)} held-out examples say nothing about confidence: use more or others"
+                f"the best temperature for the {len(labels)} held-out examples is {math.exp(best):.3g}, but must be "
+                f"inside the range {self.bounds}: use more examples, or others"
             )
         self.temperature = math.exp(best)
         return self

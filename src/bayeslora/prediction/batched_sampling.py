@@ -1,14 +1,14 @@
 """Several draws of the weights in one forward pass; computations that are the same for all draws run once.
 
 The inputs are repeated draw by draw: with S draws and B rows, rows 0 … B - 1 are the batch under the first draw, the
-next B under the second, and so on. The modules before the first layer that draws weights give the same outputs for
-all of them: one pass over the B rows runs up to that layer and keeps the outputs of the embeddings and of the blocks
-before it; the pass over S · B rows takes those, repeated, in their place. Layers that share the first one's input
-multiply it by their base weight only once. A classifier that pools the first token needs only that one from its last
+next B under the second, and so on. Modules before the first layer that draws weights give the same outputs for all
+draws. One pass over the B rows runs up to that layer and keeps the outputs of the embeddings and blocks before it; the
+pass over S · B rows repeats these outputs instead of computing them. Layers with the same input as the first one
+multiply it by their base weight only once. A classifier that pools the first token needs only that token from its last
 block.
 
-All of this only saves time. A model whose layers mix rows, or change their number, takes the draws one at a time; a
-model that fails with repeated outputs runs in full.
+All of this only saves time. Models whose layers mix rows or change their number take one draw at a time; models that
+fail with repeated outputs run in full.
 """
 
 from __future__ import annotations
@@ -27,15 +27,15 @@ from bayeslora.methods.variational import sampling, stochastic_layers
 from bayeslora.posterior import IndivisibleBatchError
 
 Read = Callable[[nn.Module, Mapping[str, Tensor]], Tensor]
-"""From a model and a batch of B rows to (B, C) logits."""
+"""Function from a model and a batch of B rows to (B, C) logits."""
 
 MAX_ELEMENTS = {"cpu": 2048}
-"""Input elements (tokens) of a pass over several draws, by kind of device: more would not fit a CPU's caches."""
+"""Maximum of input elements (tokens) in a pass over several draws, by device: more would not fit a CPU's caches."""
 _MAX_ELEMENTS = 65536
-"""On other devices, where memory is the limit."""
+"""Maximum on other devices, where memory is the limit."""
 
 _POOLS_FIRST_TOKEN = {"bert", "camembert", "deberta", "deberta-v2", "electra", "roberta", "xlm-roberta"}
-"""Model types whose heads for sequences read the first token, and whose blocks have a known attention output."""
+"""Model types whose sequence heads read the first token, and whose blocks have a known attention output."""
 _HEADS = ("ForSequenceClassification", "ForMultipleChoice")
 
 _REPLAY_ERRORS = (RuntimeError, ValueError, TypeError, IndexError)
@@ -43,18 +43,18 @@ _REPLAY_ERRORS = (RuntimeError, ValueError, TypeError, IndexError)
 
 
 class BatchedSampler:
-    """Logits of a model under several draws of its weights; remembers which shortcuts the model allows.
+    """Compute a model's logits under several draws of its weights, and remember which shortcuts the model allows.
 
     Args:
-        model: with a posterior, in evaluation mode.
-        read: turns the model and a batch into logits.
-        seed, antithetic: of the draws; draw d is the same in any company of draws.
+        model: a model with a posterior, in evaluation mode.
+        read: function from the model and a batch to logits.
+        seed, antithetic: options of the draws; draw d does not depend on which draws share its batch.
     """
 
     def __init__(self, model: nn.Module, read: Read, seed: int, antithetic: bool = False) -> None:
         self.model, self.read, self.seed, self.antithetic = model, read, seed, antithetic
         self.layers = stochastic_layers(model)
-        # An expert sees any number of tokens that are routed to it: its rows do not show which draw they belong to.
+        # An expert sees only the tokens that are routed to it, and cannot tell which draw they belong to.
         self.batchable = not any("expert" in path for path in self.layers)
         self.shareable = True
 
@@ -88,7 +88,7 @@ class BatchedSampler:
             except (BayesLoraError, torch.OutOfMemoryError):
                 raise
             except _REPLAY_ERRORS:
-                self.shareable = False  # a fault of the model itself comes up again in the full pass
+                self.shareable = False  # an error of the model itself recurs in the full pass
         return self._run(batch, draws)
 
     def _run(self, batch: Mapping[str, Tensor], draws: Sequence[int]) -> Tensor:
@@ -96,22 +96,22 @@ class BatchedSampler:
         repeated = batch if times == 1 else repeat_rows(dict(batch), rows, times)
         with sampling(self.model, "batch", self.seed, draws, self.antithetic), self._guarded(rows * times, times):
             logits = self.read(self.model, repeated)
-        # Some models return one row for several rows of inputs (multiple choice). With several draws nothing says
+        # Some models return one row for several rows of inputs (multiple choice). With several draws it is unknown
         # which row belongs to which draw; with one draw it does not matter.
         if times > 1 and len(logits) != rows * times:
             raise IndivisibleBatchError(
-                f"the model gave {len(logits)} rows of logits for {rows * times} of inputs: take one draw at a time"
+                f"the logits have {len(logits)} rows, but the inputs have {rows * times}: take one draw at a time"
             )
         return logits.view(times, -1, logits.shape[-1])
 
     @contextmanager
     def _guarded(self, rows: int, times: int) -> Iterator[None]:
-        """Raise `IndivisibleBatchError` if a stochastic layer sees something other than the repeated batch."""
+        """Raise `IndivisibleBatchError` if a stochastic layer gets anything but the repeated batch."""
 
         def check(_layer: nn.Module, args: tuple[Any, ...]) -> None:
             if args[0].ndim < 2 or args[0].shape[0] % rows:
                 raise IndivisibleBatchError(
-                    f"a layer sees {args[0].shape[0]} rows of a batch of {rows}: take one draw at a time"
+                    f"a layer got {args[0].shape[0]} rows, but the batch has {rows}: take one draw at a time"
                 )
 
         with ExitStack() as hooks:
@@ -121,7 +121,7 @@ class BatchedSampler:
             yield
 
     def _prefix(self, batch: Mapping[str, Tensor]) -> Prefix | None:
-        """Capture the part before the first stochastic layer, if there are blocks in it to share."""
+        """Capture the part before the first stochastic layer, if it contains blocks to share."""
         if not self.shareable:
             return None
         prefix = Prefix(self.model, list(self.layers.values()))
@@ -135,10 +135,10 @@ class _Reached(Exception):
 
 
 class Prefix:
-    """The outputs of the modules that finish before the first stochastic layer is reached.
+    """Outputs of the modules that finish before the first stochastic layer.
 
-    It keeps the blocks of the model's `ModuleList`s, and other modules outside of them whose output is one tensor with
-    a row for each row of the batch (embeddings), each at the highest level that has finished.
+    It keeps those of blocks in the model's `ModuleList`s, and of modules outside of blocks whose output is one tensor
+    with a row for each row of the batch (embeddings); of nested modules only the outermost.
     """
 
     def __init__(self, model: nn.Module, layers: Sequence[nn.Module]) -> None:
@@ -164,7 +164,7 @@ class Prefix:
 
         def leave(module: nn.Module, _args: Any, output: Any) -> None:
             _, first = self._open.pop()
-            del self._finished[first:]  # its own parts: kept is the highest level
+            del self._finished[first:]  # parts of this module: only the outermost is kept
             self._finished.append((module, output))
 
         def reach(_module: nn.Module, args: tuple[Any, ...]) -> None:
@@ -193,23 +193,23 @@ class Prefix:
 
     @contextmanager
     def replayed(self, times: int) -> Iterator[None]:
-        """Let each kept module return its kept output, repeated, instead of computing it."""
+        """Make each kept module return its kept output, repeated, instead of computing it."""
         queues: dict[nn.Module, deque[Any]] = {}
         for module, output in self._finished:
             queues.setdefault(module, deque()).append(output)
         with ExitStack() as restored:
             for module, outputs in queues.items():
-                restored.callback(_set_forward, module, module.__dict__.get("forward"))
+                restored.callback(restore_forward, module, module.__dict__.get("forward"))
                 module.forward = self._replay(module.forward, outputs, times)  # type: ignore[method-assign]
             for layer in self.layers:
                 base: Any = layer.base_layer
-                restored.callback(_set_forward, base, base.__dict__.get("forward"))
+                restored.callback(restore_forward, base, base.__dict__.get("forward"))
                 base.forward = self._multiply_once(base, base.forward, times)
             yield
 
     def _replay(self, forward: Callable[..., Any], outputs: deque[Any], times: int) -> Callable[..., Any]:
         def replayed(*args: Any, **kwargs: Any) -> Any:
-            # A module called more often than it was before the first stochastic layer computes the further calls.
+            # Calls of the module after the first stochastic layer are computed.
             return repeat_rows(outputs.popleft(), self.rows, times) if outputs else forward(*args, **kwargs)
 
         return replayed
@@ -229,8 +229,8 @@ class Prefix:
         return product
 
 
-def _set_forward(module: nn.Module, forward: Callable[..., Any] | None) -> None:
-    """Restore the instance's own `forward`, or, for None, that of its class."""
+def restore_forward(module: nn.Module, forward: Callable[..., Any] | None) -> None:
+    """Restore the instance's own `forward`; None restores that of its class."""
     del module.__dict__["forward"]
     if forward is not None:
         module.forward = forward  # type: ignore[method-assign]
@@ -242,7 +242,7 @@ def row_count(batch: Mapping[str, Tensor]) -> int:
 
 
 def repeat_rows(value: Any, rows: int, times: int) -> Any:
-    """Copy `value` with each tensor of `rows` rows, also inside tuples, lists and mappings, repeated `times` times."""
+    """Return `value` with its tensors of `rows` rows, also in tuples, lists and mappings, repeated `times` times."""
     if isinstance(value, Tensor):
         return value.repeat(times, *[1] * (value.ndim - 1)) if value.ndim and len(value) == rows else value
     if isinstance(value, tuple) and hasattr(value, "_fields"):
@@ -256,11 +256,11 @@ def repeat_rows(value: Any, rows: int, times: int) -> Any:
 
 
 def first_token_only(model: nn.Module) -> Any:
-    """Return a context in which a classifier that pools the first token works on it alone in its last block.
+    """Return a context in which a classifier that pools the first token computes only that token in its last block.
 
-    Attention mixes tokens, but the layers after it do not: from the attention's output layer on, the work on other
-    tokens of the last block changes no logit. Hidden states and attentions do change, so a model that returns those is
-    left alone, as is any other model.
+    Attention mixes tokens, but the layers after it do not: from the last block's attention output on, other tokens do
+    not affect the logits. They do affect hidden states and attentions, so models that return those are left unchanged,
+    as are all other models.
     """
     base: Any = getattr(tuner_of(model), "model", model)
     config = getattr(base, "config", None)

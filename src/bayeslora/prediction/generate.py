@@ -1,8 +1,8 @@
-r"""Text generated under draws of the weights, and how sure the model is of it.
+r"""Generate text under draws of the weights, with the model's uncertainty about it.
 
-Each sequence comes from one draw, the same for all of its tokens and for the keys and values that the cache keeps: it
-is the text of one model of the posterior. For a token $t$ of a sequence from draw $s$, with $p_d$ the probabilities
-of the next token under draw $d$ given the tokens before it:
+Each sequence comes from one draw, which all of its tokens and its cached keys and values share: it is the text of one
+model of the posterior. For a token $t$ of a sequence from draw $s$, with $p_d$ the probabilities of the next token
+under draw $d$ given the tokens before it:
 
 - `token_entropy`: $H(p_s)$, the uncertainty of that one model;
 - `predictive_entropy`: $H(\bar p)$ of the mean over all draws, and `mutual_information`, its part
@@ -16,8 +16,7 @@ from __future__ import annotations
 
 import inspect
 import math
-from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any
 
@@ -32,7 +31,7 @@ from bayeslora.prediction.predict import evaluation_mode, seeded
 from bayeslora.prediction.predictor import check_samples
 
 _MAX_NUMBERS = 2**25
-"""Probabilities (rows x tokens x vocabulary) held at a time when sequences are scored: 128 MiB in float32."""
+"""Maximum of probabilities (rows x tokens x vocabulary) in memory while sequences are scored: 128 MiB in float32."""
 
 
 @dataclass(frozen=True)
@@ -40,10 +39,10 @@ class Generation:
     """Sequences for n = rows x `num_return_sequences` prompts under S draws, on the model's device.
 
     Attributes:
-        sequences: (S, n, L) token ids as `model.generate` returns them, prompts included for decoder-only models;
+        sequences: (S, n, L) token ids as `model.generate` returns them, with the prompts for decoder-only models;
             [s, i] was generated under draw s; shorter ones are padded on the right.
-        tokens: (S, n, G) the generated part only.
-        mask: (S, n, G) True for the tokens that count: all up to and including the end-of-sequence token.
+        tokens: (S, n, G) generated part only.
+        mask: (S, n, G) True for all tokens up to and including the end-of-sequence token.
         token_entropy: (S, n, G) in nats, float32, 0 where `mask` is False, as in the other (S, n, G) tensors.
         log_probability: (S, n) of the sequence under its own draw, in nats.
         predictive_entropy, mutual_information: (S, n, G); None without `uncertainty`.
@@ -74,27 +73,27 @@ def generate(
 ) -> Generation:
     """Generate for every prompt under each of `samples` draws of the weights.
 
-    Runs in evaluation mode without gradients; torch's random state is what it was before. Draw d is the same function
-    as draw d of `predict` with the same seed.
+    Runs in evaluation mode without gradients, and restores torch's random state. Draw d is the same function as draw d
+    of `predict` with the same seed.
 
     Args:
         model: a causal or encoder-decoder language model with an adapter that has a posterior.
         input_ids, attention_mask: (B, T) prompts; padded on the left for decoder-only models, as always.
         samples: S, the draws of the weights; 0 generates once with the mean weights, for any model.
-        seed: of the draws and of `do_sample`.
-        uncertainty: score each sequence under all draws, not only its own, which takes S passes over all of them.
-        antithetic: draws in pairs of opposite noise.
-        generate_kwargs: for `model.generate`: `max_new_tokens`, `num_beams`, `do_sample`, … Entropies and
+        seed: seed of the draws and of `do_sample`.
+        uncertainty: score each sequence under all draws, not only its own; this takes S passes over all sequences.
+        antithetic: pair draws of opposite noise.
+        generate_kwargs: options of `model.generate`: `max_new_tokens`, `num_beams`, `do_sample`, … Entropies and
             probabilities are the model's own, before any temperature or other processing.
 
     Raises:
-        BayesLoraError: samples of a model without a posterior, inputs that are not (B, T), or an option that returns
-            something other than sequences.
+        BayesLoraError: samples are wanted but the model lacks a posterior, the inputs are not (B, T), or an option
+            asks for anything but sequences.
     """
     check_samples(model, samples)
     if input_ids.ndim != 2 or not input_ids.numel():
         raise BayesLoraError(
-            f"input_ids have shape {tuple(input_ids.shape)}, but must be (prompts, tokens): tokenize prompts"
+            f"input_ids have shape {tuple(input_ids.shape)}, but must be (prompts, tokens): tokenize the prompts"
         )
     if generate_kwargs.pop("return_dict_in_generate", False):
         raise BayesLoraError("return_dict_in_generate is True, but generate returns a Generation: leave it out")
@@ -110,7 +109,7 @@ def generate(
 
 
 class _Run:
-    """One call: the model, B prompts, S draws (or, without a seed, the mean weights)."""
+    """State of one call: the model, B prompts, S draws (or, without a seed, the mean weights)."""
 
     def __init__(
         self, model: nn.Module, prompts: dict[str, Tensor], samples: int, seed: int | None, antithetic: bool
@@ -122,14 +121,10 @@ class _Run:
         self.settings = getattr(base, "generation_config", None) or config
         self.takes_positions = "position_ids" in inspect.signature(base.forward).parameters
 
-    @contextmanager
-    def _weights(self, draws: range) -> Iterator[None]:
+    def _weights(self, draws: range) -> AbstractContextManager[None]:
         if self.seed is None:
-            with posterior_mean(self.model):
-                yield
-        else:
-            with sampling(self.model, "batch", self.seed, draws, self.antithetic):
-                yield
+            return posterior_mean(self.model)
+        return sampling(self.model, "batch", self.seed, draws, self.antithetic)
 
     def generated(self, options: dict[str, Any]) -> Tensor:
         """Generate (S, n, L) sequences."""
@@ -164,7 +159,7 @@ class _Run:
         sizes = getattr(self.model, "config", None)
         vocabulary = int(getattr(getattr(sizes, "get_text_config", lambda: sizes)(), "vocab_size", 2**15))
         step = max(1, _MAX_NUMBERS // (max(1, length) * vocabulary))
-        # Sequence i of the n of a draw answers prompt i // (sequences a prompt).
+        # Sequence i of the n of a draw answers prompt i // (sequences per prompt).
         prompt = (torch.arange(len(rows), device=rows.device) % count) // (count // len(self.prompts["input_ids"]))
         parts = []
         for at in range(0, len(rows), step):
@@ -177,10 +172,7 @@ class _Run:
     def _score(
         self, rows: Tensor, mask: Tensor, own: Tensor, prompt: Tensor, start: int, uncertainty: bool
     ) -> dict[str, Tensor]:
-        """Return entropies (rows, G) and log-probabilities (rows,) of some of the sequences.
-
-        `own` is the draw and `prompt` the prompt of each sequence.
-        """
+        """Return (rows, G) entropies and (rows,) log-probabilities, given each row's `own` draw and its `prompt`."""
         targets, device = rows[:, start:], rows.device
         entropy, log_probability = torch.zeros(mask.shape, device=device), torch.zeros(len(rows), device=device)
         mean, expected = torch.zeros((), device=device), torch.zeros((), device=device)
@@ -209,7 +201,7 @@ class _Run:
         return found
 
     def _logits(self, rows: Tensor, mask: Tensor, prompt: Tensor, start: int) -> Tensor:
-        """Return (rows, G, V): the logits that each generated token was chosen from."""
+        """Return the logits (rows, G, V) that each generated token was chosen from."""
         prompt_mask = self.prompts["attention_mask"][prompt]
         if self.encodes:
             ids = self.prompts["input_ids"][prompt]

@@ -1,4 +1,4 @@
-r"""The predictive distribution of an adapted model, as one function.
+r"""Predictive distribution of an adapted model.
 
 prediction = bayeslora.predict(model, loader, samples=10)     # a batch works as well
 prediction.probabilities                                       # (n, C), the mean over ten draws of the weights
@@ -45,17 +45,15 @@ class Prediction:
     Attributes:
         logits: (n, C) outputs of the model, or, with samples, the logarithms of `probabilities`; (n, 1) for
             regression, with samples their mean.
-        probabilities: (n, C), rows sum to 1, with samples the mean over them; (n, 0) for regression, which has no
-            classes.
+        probabilities: (n, C) with rows that sum to 1, with samples their mean; (n, 0) for regression.
         labels: (n,) ids of the most probable class; for regression the predicted values, float64.
         entropy: (n,) entropy of `probabilities` in nats; 0 for regression.
         mutual_information: (n,) the part of the entropy that comes from not knowing the weights, in nats, at least 0;
             0 for a deterministic prediction and for regression.
         expected_entropy: (n,) the other part, the mean entropy of the samples.
-        std: (n,) for regression the standard deviation over the samples; 0 for a deterministic prediction and for
-            classes.
-        sample_probabilities: (S, n, C) of each sample, if asked for; None otherwise and for regression.
-        sample_values: (S, n) of each sample for regression, if asked for; None otherwise and for classes.
+        std: (n,) standard deviation over the samples for regression; 0 without samples and for classes.
+        sample_probabilities: (S, n, C) of each sample, with `per_sample`; None otherwise and for regression.
+        sample_values: (S, n) of each sample for regression, with `per_sample`; None otherwise and for classes.
     """
 
     logits: Tensor
@@ -90,23 +88,23 @@ def predict(
     batch, batch size, rank and process.
 
     Args:
-        model: a sequence classifier or regressor, a model whose output is, or has, `logits` of shape (batch, C); or a
-            predictor such as `MCDropout` around one; or the posterior that `load_posterior(model, folder)` gives.
+        model: a sequence classifier or regressor, whose output is, or has, `logits` of shape (batch, C); a predictor
+            such as `MCDropout` around one; or the posterior that `load_posterior(model, folder)` returns.
         loader_or_batch: a mapping from input names to tensors, or an iterable of such mappings (a `DataLoader`).
         samples: draws of the weights to average the probabilities over. 0 uses the mean weights, the only choice for
             an adapter without a posterior.
-        seed: of the draws; the same seed gives the same prediction.
+        seed: seed of the draws; the same seed gives the same prediction.
         per_sample: also keep the outputs of each sample: `sample_probabilities` or `sample_values`.
-        antithetic: draws in pairs of opposite noise.
-        logits: from the model and a batch to class logits (batch, C), for models that do not give them as they are,
-            such as language models that choose among answers. A logit of -inf is a class the row does not have. It
-            is called on batches of repeated rows and must work from the model's logits: a classifier's last block
-            may give hidden states of the first token only.
-        optimizer: an `IVON` that has trained the model, to draw from its posterior.
+        antithetic: pair draws of opposite noise.
+        logits: function from the model and a batch to class logits (batch, C), for models that do not return them,
+            such as language models that choose among answers. A logit of -inf marks a class that the row does not
+            have. It gets batches of repeated rows and must use the model's logits: a classifier's last block may
+            give hidden states of the first token only.
+        optimizer: an `IVON` that has trained the model, whose posterior is drawn from.
 
     Raises:
-        BayesLoraError: `samples` above 0 for a deterministic adapter, an optimizer without a posterior, an empty
-            loader, inputs that are not tensors, or logits of another shape than (batch, C).
+        BayesLoraError: `samples` is above 0 for a deterministic adapter, the optimizer lacks a posterior, the loader
+            is empty, inputs are not tensors, or the logits' shape is not (batch, C).
     """
     predictor = as_predictor(model) if optimizer is None else _drawn_by(optimizer, model)
     check_samples(predictor, samples)
@@ -127,9 +125,9 @@ def sampled_logits(
     antithetic: bool = False,
     logits: Logits | None = None,
 ) -> Tensor:
-    """Return (S, n, C) logits of each sample for all batches, float64 on the CPU; S = 1 for the mean weights."""
+    """Return the (S, n, C) logits of all samples and batches, float64 on the CPU; S = 1 for the mean weights."""
     batches = [loader_or_batch] if isinstance(loader_or_batch, Mapping) else loader_or_batch
-    device = _device(predictor.model)
+    device = next((parameter.device for parameter in predictor.model.parameters()), torch.device("cpu"))
     read = _checked(logits or _forward)
     collected: list[Tensor] = []
     with evaluation_mode(predictor.model), torch.inference_mode():
@@ -138,14 +136,14 @@ def sampled_logits(
             collected.append(sample(_inputs(batch, device)).to(device="cpu", dtype=torch.float64))
     if not collected:
         raise BayesLoraError(_NO_BATCH)
-    # A tensor made in inference mode cannot enter autograd later; a copy made outside of it can.
+    # Unlike a tensor made in inference mode, a copy made outside of it can be used with autograd.
     return torch.cat(collected, dim=1).clone()
 
 
 def _drawn_by(optimizer: object, model: Predictable) -> Predictor:
     if not isinstance(model, nn.Module):
         raise BayesLoraError(
-            f"an optimizer is given with a {type(model).__name__}, but draws a model's weights: give the model, "
+            f"an optimizer and a {type(model).__name__} are given, but it draws a model's weights: give the model, "
             "or build the predictor around bayeslora.ModelPredictor(model, optimizer)"
         )
     return ModelPredictor(model, optimizer)
@@ -153,9 +151,9 @@ def _drawn_by(optimizer: object, model: Predictable) -> Predictor:
 
 @contextmanager
 def evaluation_mode(model: nn.Module) -> Iterator[None]:
-    """Put the model in evaluation mode; afterwards every submodule is in the mode it was in before.
+    """Put the model in evaluation mode, and restore the mode of every submodule afterwards.
 
-    `model.train()` afterwards would not do: parts of a model may be kept in evaluation mode on purpose.
+    `model.train()` would not do: parts of a model may be in evaluation mode on purpose.
     """
     modes = [(module, module.training) for module in model.modules()]
     model.eval()
@@ -168,7 +166,7 @@ def evaluation_mode(model: nn.Module) -> Iterator[None]:
 
 @contextmanager
 def seeded(seed: int, device: torch.device) -> Iterator[None]:
-    """Seed torch's random state; afterwards it is what it was before."""
+    """Seed torch's random state, and restore it afterwards."""
     devices = [device] if device.type == "cuda" else []
     with torch.random.fork_rng(devices=devices):
         torch.manual_seed(seed)
@@ -179,18 +177,16 @@ def labels_of(batches: Iterable[Mapping[str, Any]]) -> Tensor:
     """Return (n,) class ids of all batches, int64 on the CPU.
 
     Raises:
-        BayesLoraError: no batch, a batch without labels, or labels that are not class ids.
+        BayesLoraError: there are no batches, a batch lacks labels, or labels are not class ids.
     """
     found = []
     for batch in batches:
         given = next((batch[name] for name in _LABEL_KEYS if batch.get(name) is not None), None)
         if given is None:
-            raise BayesLoraError(
-                f"a batch has {', '.join(batch)} and no labels, but labels are needed here: give labelled data"
-            )
+            raise BayesLoraError(f"a batch has {', '.join(batch)}, but labels are needed too: give labelled data")
         labels = torch.as_tensor(given)
         if labels.is_floating_point():
-            raise BayesLoraError(f"labels are {labels.dtype}, but must be class ids: give a classifier's data")
+            raise BayesLoraError(f"the labels are {labels.dtype}, but must be class ids: give a classifier's data")
         found.append(labels.reshape(-1).to("cpu", torch.int64))
     if not found:
         raise BayesLoraError(_NO_BATCH)
@@ -200,13 +196,13 @@ def labels_of(batches: Iterable[Mapping[str, Any]]) -> Tensor:
 def summarize(logits: Tensor) -> Prediction:
     """Return the `Prediction` of S >= 1 samples with (S, n, C) logits; C = 1 means regression.
 
-    A logit of -inf is a class that the example does not have: its probability is 0.
+    A logit of -inf marks a class that the example does not have; its probability is 0.
     """
     logits = logits.to(torch.float64)
     if logits.shape[2] == 1:
         return _regression(logits)
     per_sample = logits.log_softmax(dim=-1)
-    # In logarithms, so that a class that every sample thinks impossible keeps its order of magnitude.
+    # In logarithms, so that even the smallest probabilities keep their order of magnitude.
     mean = per_sample.logsumexp(dim=0) - math.log(len(logits))
     sample_probabilities, probabilities = per_sample.exp(), mean.exp()
     entropy, expected = _entropy(probabilities), _entropy(sample_probabilities).mean(dim=0)
@@ -245,12 +241,6 @@ def _entropy(probabilities: Tensor) -> Tensor:
     return torch.special.entr(probabilities).sum(dim=-1)
 
 
-def _device(model: nn.Module) -> torch.device:
-    for tensor in model.parameters():
-        return tensor.device
-    return torch.device("cpu")
-
-
 def _inputs(batch: Any, device: torch.device) -> dict[str, Tensor]:
     if not isinstance(batch, Mapping):
         raise BayesLoraError(
@@ -280,7 +270,7 @@ def _forward(model: nn.Module, batch: Mapping[str, Tensor]) -> Any:
 
 
 def _checked(read: Logits) -> Logits:
-    """Return `read` with a check that it gives (batch, classes)."""
+    """Return `read` with a check that its logits are (batch, classes)."""
 
     def checked(model: nn.Module, batch: Mapping[str, Tensor]) -> Tensor:
         found = read(model, batch)

@@ -1,4 +1,4 @@
-"""Predictors: the protocol that `predict` calls, and the one around a model and its posterior."""
+"""Protocol of the predictors that `predict` calls, and the predictor around a model and its posterior."""
 
 from __future__ import annotations
 
@@ -15,18 +15,18 @@ from bayeslora.posterior.saved import check_unmerged
 from bayeslora.prediction.batched_sampling import BatchedSampler, first_token_only
 
 Logits = Callable[[nn.Module, Mapping[str, Tensor]], Any]
-"""From the model and a batch of B rows to class logits (B, C); -inf marks a class that a row does not have."""
+"""Function from the model and a batch of B rows to class logits (B, C); -inf marks a class that a row lacks."""
 
 Sampler = Callable[[Mapping[str, Tensor]], Tensor]
-"""From a batch of B rows to (S, B, C) logits, one entry for each sample."""
+"""Function from a batch of B rows to (S, B, C) logits, one entry for each sample."""
 
 
 @runtime_checkable
 class Predictor(Protocol):
-    """An object that `predict` can predict with, such as the post-hoc methods around a finished model.
+    """An object that `predict` can use, such as a post-hoc method around a finished model.
 
     Attributes:
-        model: the module that is put in evaluation mode, and to whose device the batches are moved.
+        model: the module that is put in evaluation mode; batches are moved to its device.
     """
 
     @property
@@ -36,25 +36,25 @@ class Predictor(Protocol):
         """Raise `BayesLoraError` if this number of samples cannot be drawn."""
 
     def sampler(self, samples: int, seed: int, antithetic: bool, read: Logits) -> Sampler:
-        """Return a function from batches to the logits of each sample, S >= 1 of them, for one run over the data.
+        """Return a function from batches to the logits of S >= 1 samples, for one run over the data.
 
-        It is called in evaluation mode without gradients. `read` gives the (B, C) logits of one pass.
+        It is called in evaluation mode without gradients. `read` returns the (B, C) logits of one pass.
         """
 
 
 class ModelPredictor:
-    """A model as a predictor: its posterior mean, or draws from the posterior of its adapter or of an optimizer.
+    """Predictor with a model's posterior mean, or with draws from the posterior of its adapter or of an optimizer.
 
-    `predict` makes it for a model; make it for another predictor around it, as in
+    `predict` makes one for a model; make one to put another predictor around it, as in
     `TemperatureScaling(ModelPredictor(model, ivon))`. A draw is the same function for every batch, batch size and
     process. Draws from `source` take one pass each, since all of the trained weights differ.
 
     Args:
-        model: whose weights are drawn.
-        source: an `IVON` that has trained them, or a saved `WeightPosterior`; None leaves it to the adapter.
+        model: the model whose weights are drawn.
+        source: an `IVON` that has trained it, or a saved `WeightPosterior`; None uses the adapter's posterior.
 
     Raises:
-        BayesLoraError: a source that keeps no posterior.
+        BayesLoraError: `source` lacks a posterior.
     """
 
     def __init__(self, model: nn.Module, source: object | None = None) -> None:
@@ -72,7 +72,7 @@ class ModelPredictor:
             kinds = sorted({str(getattr(config.peft_type, "value", config.peft_type)) for config in configs})
             what = f"the adapter ({', '.join(kinds)})" if kinds else f"the model ({type(self.model).__name__})"
             raise BayesLoraError(
-                f"samples is {samples}, but {what} is deterministic and has no posterior to sample from: use samples=0"
+                f"samples is {samples}, but {what} is deterministic and lacks a posterior: use samples=0"
             )
 
     def sampler(self, samples: int, seed: int, antithetic: bool, read: Logits) -> Sampler:
@@ -124,16 +124,16 @@ def as_predictor(model: Predictable) -> Predictor:
     if isinstance(model, Predictor):
         return model
     raise BayesLoraError(
-        f"{type(model).__name__} is neither a model nor a predictor, but one is needed: give a model, or a "
-        "predictor around it"
+        f"{type(model).__name__} was given, but a model or a predictor is needed: give a model, or a predictor "
+        "around it"
     )
 
 
 def check_samples(model: Predictable, samples: int) -> None:
-    """Raise unless `predict` can draw this many samples from the model, before any work is done.
+    """Check that `predict` can draw this many samples from the model, before any work is done.
 
     Raises:
-        BayesLoraError: a negative or fractional number, or any samples of a model without a posterior.
+        BayesLoraError: the number is negative or fractional, or above 0 for a model without a posterior.
     """
     if isinstance(samples, bool) or not isinstance(samples, int) or samples < 0:
         raise BayesLoraError(

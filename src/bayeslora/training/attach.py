@@ -29,25 +29,25 @@ AnyTrainer = TypeVar("AnyTrainer", bound=Trainer)
 def attach(
     trainer: AnyTrainer, num_examples: int | None = None, optimizer: str | OptimizerFactory | None = None
 ) -> AnyTrainer:
-    """Attach the method of `trainer.model` to `trainer` and return it; works with any Trainer, TRL's included.
+    """Attach the method of `trainer.model` to `trainer` and return it; works with any Trainer, including TRL's.
 
-    It adds one callback (first in line), gives the optimizer a group for each role of the method's parameters, and
-    adds the method's numbers to what the Trainer logs. The evaluation loss stays the task's alone. A model without one
-    of this library's adapters (plain LoRA, a full model) is left to the Trainer as it is, unless IVON trains it; only
-    the scale of its loss under gradient accumulation, and on several devices, is corrected for every model.
+    It adds one callback before all others, gives the optimizer a group for each role of the method's parameters, and
+    adds the method's numbers to what the Trainer logs. The evaluation loss remains that of the task. A model without
+    one of this library's adapters (plain LoRA, a full model) trains as without this call unless IVON trains it; only
+    the scale of the loss under gradient accumulation and on several devices is corrected, for every model.
 
     With IVON the weights are a draw from the posterior from the first micro-batch of an optimizer step to its end, and
-    the mean at any other time: whenever the Trainer evaluates, saves, logs or stops, also by an exception. Checkpoints
+    the mean at any other time: whenever the Trainer evaluates, saves, logs or stops, even by an exception. Checkpoints
     hold the posterior in `posterior.safetensors`. A second call with the same arguments changes nothing.
 
     Args:
         trainer: constructed but not yet trained.
         num_examples: N, for methods with a divergence: the number of terms that the loss is a mean of over the whole
-            training set. By default that of the configuration, or else the length of the training set; the loss of a
-            language model, or of a token classifier, is a mean over tokens, so there it has to be given.
-        optimizer: `"ivon"`, or `functools.partial(bayeslora.IVON, hess_init=…, …)`, to train with IVON; learning rate,
-            weight decay and seed are those of the Trainer's arguments, and `ess` is N, each unless the partial has
-            it. None leaves the choice to the Trainer's arguments.
+            training set. Defaults to that of the configuration, or else to the length of the training set; required
+            for language models and token classifiers, whose loss is a mean over tokens.
+        optimizer: `"ivon"`, or `functools.partial(bayeslora.IVON, hess_init=…, …)`, to train with IVON. Learning rate,
+            weight decay and seed come from the Trainer's arguments and `ess` is N, unless the partial sets them. None
+            leaves the choice to the Trainer's arguments.
 
     Raises:
         BayesLoraError: under DeepSpeed, which owns the gradients; if the trainer was given an optimizer that lacks the
@@ -67,7 +67,7 @@ def attach(
     if tuner is None and not by_ivon:
         return trainer
     if getattr(trainer, "is_deepspeed_enabled", False):
-        raise BayesLoraError("DeepSpeed keeps gradients to itself, but methods need them: use DDP or FSDP2 instead")
+        raise BayesLoraError("DeepSpeed hides the gradients, but methods need them: use DDP or FSDP2 instead")
     _choose_optimizer(trainer, num_examples, optimizer)
     if by_ivon and trainer.is_fsdp_enabled and not getattr(trainer.accelerator, "is_fsdp2", False):
         raise BayesLoraError("FSDP1 hides which weights a rank has, but IVON's noise depends on it: use FSDP2 or DDP")
@@ -87,14 +87,14 @@ def _choose_optimizer(trainer: Trainer, num_examples: int | None, optimizer: str
     free = trainer.optimizer is None and trainer.optimizer_cls_and_kwargs is None
     if optimizer is not None:
         if not free:
-            raise BayesLoraError("the trainer has an optimizer, but attach is given another one: drop one of them")
+            raise BayesLoraError("the trainer has an optimizer, but attach was given another one: drop one of them")
         trainer.optimizer_cls_and_kwargs = posterior_optimizer(trainer, optimizer, num_examples)
     elif free:
         trainer.optimizer_cls_and_kwargs = grouped_optimizer(trainer)
 
 
 class BayesCallback(TrainerCallback):
-    """The Trainer's events, handed to a `BayesLoop`."""
+    """Callback that passes the Trainer's events to a `BayesLoop`."""
 
     def __init__(self, trainer: Trainer, arguments: tuple[int | None, str | OptimizerFactory | None]) -> None:
         self.trainer, self.arguments = trainer, arguments
@@ -102,9 +102,9 @@ class BayesCallback(TrainerCallback):
 
     @property
     def loop(self) -> BayesLoop:
-        """The loop of the present run, which begins with `trainer.train()`."""
+        """Loop of the current run, which begins with `trainer.train()`."""
         if self._loop is None:
-            raise BayesLoraError("training has not begun, but its loop is asked for: call trainer.train() first")
+            raise BayesLoraError("the loop is asked for, but training has not begun: call trainer.train() first")
         return self._loop
 
     def on_train_begin(
@@ -152,7 +152,7 @@ class BayesCallback(TrainerCallback):
             hook.save(Path(args.output_dir) / f"{PREFIX_CHECKPOINT_DIR}-{state.global_step}")
 
     def restore(self) -> None:
-        """Set the weights to the mean after an interrupted step has left them drawn."""
+        """Set the weights back to the mean after an interrupted step."""
         if self._loop is not None:
             self._loop.restore()
 
@@ -166,7 +166,7 @@ class BayesCallback(TrainerCallback):
 
 
 def _restore_after_training(trainer: Trainer, callback: BayesCallback) -> None:
-    """Leave `trainer.train` with the weights at their mean, also after an exception, of which no event tells."""
+    """Set the weights back to the mean at the end of `trainer.train`, also after an exception, which has no event."""
     train = trainer.train
 
     @functools.wraps(train)

@@ -1,4 +1,4 @@
-"""Optimizer groups: every role of parameters with its own learning rate, and no decay where it would harm."""
+"""Optimizer groups: a learning rate for each role of parameters, and no decay where it would do harm."""
 
 from __future__ import annotations
 
@@ -9,18 +9,18 @@ from torch import nn
 from bayeslora.methods.tuner import tuner_of
 
 ROLE = "bayeslora_role"
-"""Key in an optimizer group that says what its parameters are for; saved with the optimizer's state."""
+"""Key in an optimizer group for the role of its parameters; saved with the optimizer's state."""
 
 
 def parameter_groups(
     model: nn.Module, lr: float, weight_decay: float = 0.0, no_decay: tuple[str, ...] = ("bias", "norm")
 ) -> list[dict[str, Any]]:
-    """Groups over all trainable parameters of `model`, for any `torch.optim.Optimizer`.
+    """Return groups of all trainable parameters of `model`, for any `torch.optim.Optimizer`.
 
     Args:
         model: an adapted model, or any other (which gives the usual two groups).
-        lr: learning rate of the weights; the other roles get a multiple of it, or theirs from the method when training
-            begins.
+        lr: learning rate of the weights; other roles get a multiple of it, or a rate that the method sets when
+            training begins.
         weight_decay: decay of the weights. Gates, ranges, vectors and parameters named in `no_decay` get none: decay
             would pull a gate's logit towards a half-open 0 and a range towards an arbitrary 1.
         no_decay: parts of names, compared in lower case, of further parameters without decay.
@@ -29,7 +29,6 @@ def parameter_groups(
         Dictionaries with `params`, `lr`, `weight_decay` and the group's role under `ROLE`.
     """
     tuner = tuner_of(model)
-    factor = tuner.rate_factor if tuner is not None else _same_rate
     groups: dict[tuple[str, bool], list[nn.Parameter]] = {}
     for name, parameter in model.named_parameters():
         if not parameter.requires_grad:
@@ -37,11 +36,8 @@ def parameter_groups(
         role = tuner.role_of(name) if tuner is not None else "weights"
         decays = role == "weights" and parameter.ndim > 1 and not any(part in name.lower() for part in no_decay)
         groups.setdefault((role, decays), []).append(parameter)
+    factors = {role: 1.0 if tuner is None else tuner.rate_factor(role) for role, _ in groups}
     return [
-        {"params": parameters, "lr": lr * factor(role), "weight_decay": weight_decay if decays else 0.0, ROLE: role}
+        {"params": parameters, "lr": lr * factors[role], "weight_decay": weight_decay if decays else 0.0, ROLE: role}
         for (role, decays), parameters in groups.items()
     ]
-
-
-def _same_rate(role: str) -> float:
-    return 1.0

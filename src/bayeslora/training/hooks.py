@@ -1,4 +1,4 @@
-"""Hooks around the optimizer's step: one for the method of an adapter, one for IVON's posterior."""
+"""Hooks around the optimizer's step: one for an adapter's method, one for IVON's posterior."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ class LoopHook:
         """Run after the optimizer's step."""
 
     def restore(self) -> None:
-        """Put back the weights after a step that was interrupted or skipped."""
+        """Restore the weights after a step that was interrupted or skipped."""
 
     def save(self, folder: Path) -> None:
         """Write to the folder of a checkpoint."""
@@ -49,10 +49,10 @@ class LoopHook:
 
 
 class MethodHook(LoopHook):
-    """The method of an adapter in a loop: its noise, rates, penalty, budget and phases.
+    """Hook for an adapter's method: its noise, rates, penalty, budget and phases.
 
     Args:
-        tuner: of `model`.
+        tuner: the tuner of `model`.
         model, optimizer, num_examples, seed: as for `BayesLoop`.
     """
 
@@ -71,7 +71,7 @@ class MethodHook(LoopHook):
         trained = {self.tuner.role_of(name) for name, p in self.tuner.named_parameters() if p.requires_grad}
         if missing := (trained | set(self.tuner.learning_rates)) - roles - {"weights"}:
             raise BayesLoraError(
-                f"the optimizer has no group for the {', '.join(sorted(missing))}, but each needs a different rate or "
+                f"the optimizer lacks a group for the {', '.join(sorted(missing))}, but each needs its own rate or "
                 "decay: build it from bayeslora.parameter_groups(model, lr=…)"
             )
 
@@ -85,7 +85,7 @@ class MethodHook(LoopHook):
                 group["lr"] = rate
 
     def before_step(self, step: int, scale: float) -> None:
-        # The optimizer's groups are at hand; a walk over the model's tree would take longer than all that follows.
+        # From the optimizer's groups, because a walk over the model's tree would take longer than all that follows.
         trained = [p for group in self.optimizer.param_groups for p in group["params"] if p.requires_grad]
         self.penalties = self.tuner.add_penalty(trained, scale)
         self.tuner.observe(step, self.optimizer, scale)
@@ -102,12 +102,12 @@ class MethodHook(LoopHook):
         self.tuner.step_end(step)
 
     def statistics(self) -> dict[str, float]:
-        """Return penalty terms, the method's own values (widths, ranks, …), and the share of LoRA's bit operations."""
+        """Return penalty terms, the method's values (widths, ranks, …), and the share of LoRA's bit operations."""
         values = {f"penalty_{name}": float(self.penalties.get(name, 0.0)) for name in self.tuner.penalty_names}
         return {**values, **self.tuner.statistics(), "relative_bops": self._attention_bops()}
 
     def _attention_bops(self) -> float:
-        """Return the share of LoRA's bit operations; it is computed again only if a rank or width has changed."""
+        """Return the share of LoRA's bit operations, computed again only if a rank or width has changed."""
         layers = self.tuner.describe()
         key = [(layer.rank, *layer.bits.values()) for layer in layers]
         if self._share is None or self._share[0] != key:
@@ -116,7 +116,7 @@ class MethodHook(LoopHook):
 
 
 class IvonHook(LoopHook):
-    """IVON in a loop: the weights are a draw from the start of an optimizer step to its end, otherwise the mean."""
+    """Hook for IVON: the weights are a draw from the start of an optimizer step to its end, otherwise the mean."""
 
     def __init__(self, optimizer: IVON, model: nn.Module, tuner: BayesTuner | None) -> None:
         self.optimizer, self.model, self.tuner = optimizer, model, tuner
@@ -126,14 +126,14 @@ class IvonHook(LoopHook):
         roles = set() if tuner is None else {tuner.role_of(n) for n, p in tuner.named_parameters() if p.requires_grad}
         if roles := roles - {"weights"}:
             raise BayesLoraError(
-                f"the adapter has {', '.join(sorted(roles))}, whose learning rates are made for Adam's steps, but "
-                "IVON trains deterministic weights: use AdamW here, or an adapter such as LoRA with IVON"
+                f"the adapter has {', '.join(sorted(roles))} with learning rates made for Adam's steps, but IVON can "
+                "train weights only: use AdamW here, or an adapter such as LoRA with IVON"
             )
         needed = (tuner or BayesTuner).least_travel
         travel = total_steps * max(map(_largest_step, self.optimizer.param_groups))
         if travel < needed:
             warnings.warn(
-                f"IVON can move a weight by {travel:.2g} at most in {total_steps} steps (learning rate x (hess_init + "
+                f"IVON can move a weight by at most {travel:.2g} in {total_steps} steps (learning rate x (hess_init + "
                 f"weight_decay) x clip_radius x steps), but this adapter needs about {needed:g} to learn much: raise "
                 "the learning rate or clip_radius, or train for longer",
                 stacklevel=2,
@@ -147,7 +147,7 @@ class IvonHook(LoopHook):
             )
 
     def step_begin(self, step: int) -> None:
-        self.optimizer.sample(step)  # its step pairs the gradients with this noise, and ends at the mean
+        self.optimizer.sample(step)  # `IVON.step` pairs the gradients with this noise, and ends at the mean
 
     def restore(self) -> None:
         self.optimizer.restore()
@@ -162,7 +162,7 @@ class IvonHook(LoopHook):
 def posterior_statistics(optimizer: IVON) -> dict[str, float]:
     """Return the mean of the deviations, their coefficient of variation, and the median of |mean| / deviation.
 
-    A variation near 0 says that the Hessian has hardly moved: all weights are then equally uncertain.
+    A variation near 0 means that the Hessian has hardly moved: all weights are equally uncertain.
     """
     entries = optimizer.gaussians()
     known = [(e.mean, e.deviation) for e in entries if e.mean is not None and e.deviation is not None]

@@ -29,14 +29,14 @@ class BayesLoop:
     Args:
         model: a PEFT model with one of this library's methods, possibly wrapped for distributed training; with
             IVON any model.
-        optimizer: over `parameter_groups(model, …)`, so that each role has its own group.
+        optimizer: built from `parameter_groups(model, …)`, so that each role has a group.
         total_steps: optimizer steps of the whole run.
         num_examples: N; only methods with a divergence need it.
-        seed: of the noise drawn once a step.
+        seed: seed of the noise that is drawn once per step.
         step: optimizer steps already taken, when a run is resumed.
 
     Raises:
-        BayesLoraError: if neither the model nor the optimizer is of this library, the optimizer lacks the groups, or
+        BayesLoraError: neither the adapter nor the optimizer is of this library, the optimizer lacks the groups, or
             the method cannot work in this run (gates that cannot close, parameters that IVON cannot train).
     """
 
@@ -58,7 +58,7 @@ class BayesLoop:
             self.hooks.append(IvonHook(optimizer, model, self.tuner))
         if not self.hooks:
             raise BayesLoraError(
-                f"{type(model).__name__} has no adapter of bayeslora to train: wrap it with "
+                f"{type(model).__name__} was given, but BayesLoop needs an adapter of bayeslora or IVON: wrap it with "
                 "get_peft_model(model, bayeslora.BLoraConfig(…)) first"
             )
         for hook in self.hooks:
@@ -74,7 +74,7 @@ class BayesLoop:
 
         The penalty depends on the parameters alone, so this is exact under gradient accumulation and on any number of
         ranks, where a penalty in the loss would count once for each micro-batch and rank. `scale` is the loss scale of
-        mixed precision when the gradients have not been unscaled yet.
+        mixed precision if the gradients still have it.
         """
         for hook in self.hooks:
             hook.before_step(self.step, scale)

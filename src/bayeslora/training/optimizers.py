@@ -1,4 +1,4 @@
-"""Optimizers for a Trainer: over the groups of the method's parameters, by its arguments or by IVON."""
+"""Optimizers for a Trainer over the groups of the method's parameters: that of its arguments, or IVON."""
 
 from __future__ import annotations
 
@@ -17,21 +17,21 @@ from bayeslora.posterior import unwrapped
 from bayeslora.training.groups import parameter_groups
 
 OptimizerFactory = Callable[..., Optimizer]
-"""From groups of parameters and, by name, `lr`, `ess` and `seed`, to an optimizer: `IVON`, or a partial of it."""
+"""Function from parameter groups and keywords `lr`, `ess` and `seed` to an optimizer: `IVON`, or a partial of it."""
 
 _LOSS_BY_TOKEN = (TaskType.CAUSAL_LM, TaskType.SEQ_2_SEQ_LM, TaskType.TOKEN_CLS)
 _NAMES_BY_TOKEN = ("ForMaskedLM", "ForTokenClassification")
 
 
 def uses_ivon(trainer: Trainer) -> bool:
-    """Return whether `trainer` was given an IVON, or its class, by its own arguments."""
+    """Return True if `trainer` was constructed with an IVON, or with its class."""
     given = trainer.optimizer_cls_and_kwargs
     named = given[0] if given is not None else None
     return isinstance(unwrapped(trainer.optimizer), IVON) or (isinstance(named, type) and issubclass(named, IVON))
 
 
 def grouped_optimizer(trainer: Trainer) -> tuple[type, dict[str, Any]]:
-    """Return what makes the Trainer build the optimizer of its arguments over the method's groups."""
+    """Return the `optimizer_cls_and_kwargs` for the optimizer of the Trainer's arguments over the method's groups."""
 
     def build(model: nn.Module) -> Optimizer:
         args = trainer.args
@@ -45,10 +45,10 @@ def grouped_optimizer(trainer: Trainer) -> tuple[type, dict[str, Any]]:
 def posterior_optimizer(
     trainer: Trainer, optimizer: str | OptimizerFactory, num_examples: int | None
 ) -> tuple[type, dict[str, Any]]:
-    """Return what makes the Trainer build `optimizer`, `"ivon"` or a factory, over the method's groups.
+    """Return the `optimizer_cls_and_kwargs` for `optimizer`, `"ivon"` or a factory, over the method's groups.
 
-    Rate, decay and seed are those of the Trainer's arguments and `ess` the number of training examples, each unless
-    the factory is a partial that has it.
+    Rate, decay and seed come from the Trainer's arguments and `ess` is the number of training examples, unless the
+    factory is a partial that sets them.
     """
     if optimizer != "ivon" and not callable(optimizer):
         raise BayesLoraError(
@@ -64,7 +64,7 @@ def posterior_optimizer(
         options.update({name: given[name] for name in options if name in given})
         if options["ess"] is None:
             raise BayesLoraError(
-                "the number of training examples is unknown here, but IVON's posterior depends on it: give attach "
+                "the number of training examples is unknown, but IVON's posterior depends on it: give attach "
                 "num_examples, the number of terms that the loss is a mean of over the whole training set"
             )
         return factory(parameter_groups(model, lr, decay), **options)
@@ -73,7 +73,7 @@ def posterior_optimizer(
 
 
 def _built_by(build: Callable[[nn.Module], Optimizer]) -> tuple[type, dict[str, Any]]:
-    """Wrap `build` as the Trainer takes it: a class without arguments, whose instance makes an optimizer."""
+    """Wrap `build` as the Trainer expects it: a class without arguments whose instances make an optimizer."""
 
     class BuiltOptimizer:
         def __call__(self, model: nn.Module, **unused: Any) -> Optimizer:
@@ -83,7 +83,7 @@ def _built_by(build: Callable[[nn.Module], Optimizer]) -> tuple[type, dict[str, 
 
 
 def training_examples(trainer: Trainer) -> int | None:
-    """Return the number of training examples, if each of them is one term of the loss."""
+    """Return the number of training examples if each is one term of the loss, and None otherwise."""
     model, dataset = trainer.model, trainer.train_dataset
     assert model is not None
     root: Any = tuner_of(model) or getattr(model, "base_model", None)
