@@ -29,6 +29,7 @@ if TYPE_CHECKING:  # import functions that share a module's name from the module
         describe,
         posterior_mean,
         rank_curve,
+        register_method,
         sampling,
     )
     from bayeslora.optim import IVON
@@ -78,6 +79,7 @@ __all__ = [
     "posterior_mean",
     "predict",
     "rank_curve",
+    "register_method",
     "sampling",
     "save_posterior",
     "shrink",
@@ -91,7 +93,7 @@ _NAMES = {
     "export": ("export", "load_integer", "load_packed", "shrink"),
     "methods": (
         *("METHODS", "AdaLoraConfig", "BLoraConfig", "BlobConfig", "DyLoraConfig", "LayerDescription", "MeLoraConfig"),
-        *("at_rank", "describe", "posterior_mean", "rank_curve", "sampling"),
+        *("at_rank", "describe", "posterior_mean", "rank_curve", "register_method", "sampling"),
     ),
     "optim": ("IVON",),
     "posterior": ("WeightPosterior", "load_posterior", "save_posterior"),

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from typing import Any, Protocol
 
 from peft import PeftConfig, peft_model
-from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
+from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING, PEFT_TYPE_TO_TUNER_MAPPING
 from peft.tuners._buffer_dict import BufferDict
 from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer, _get_in_out_features, check_adapters_to_merge
 from peft.utils import AuxiliaryTrainingWrapper, PeftType, register_peft_method, save_and_load
@@ -31,6 +31,7 @@ __all__ = [
     "get_in_out_features",
     "get_pattern_key",
     "get_quantization_kwargs",
+    "is_peft_method",
     "peft_type",
     "quantization_extra_repr",
     "read_adapters_with",
@@ -61,10 +62,18 @@ def peft_type(name: str) -> PeftType:
     return member
 
 
+def is_peft_method(name: str) -> bool:
+    """Whether PEFT has a method of this name, or a library that registered it there."""
+    return name.upper() in PeftType.__members__ and PeftType[name.upper()] in PEFT_TYPE_TO_CONFIG_MAPPING
+
+
 def register(name: str, config_class: type[PeftConfig], model_class: type[BaseTuner]) -> None:
-    """Register a method; repeated registration, such as in a forked worker, changes nothing."""
-    if peft_type(name) not in PEFT_TYPE_TO_CONFIG_MAPPING:
-        register_peft_method(name=name, config_cls=config_class, model_cls=model_class, prefix=f"{name}_")
+    """Register a method, or give new classes to a registered one."""
+    member = peft_type(name)
+    if member in PEFT_TYPE_TO_CONFIG_MAPPING:
+        PEFT_TYPE_TO_CONFIG_MAPPING[member], PEFT_TYPE_TO_TUNER_MAPPING[member] = config_class, model_class
+    else:
+        register_peft_method(name=name, config_cls=config_class, model_cls=model_class, prefix=model_class.prefix)
 
 
 class CheckedState(Protocol):

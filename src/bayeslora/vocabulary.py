@@ -43,3 +43,6 @@ FUSED_PROJECTIONS = ("c_attn", "query_key_value", "qkv_proj", "qkv", "Wqkv", "W_
 QUERY_NAMES = (*(query for query, _, _ in SEPARATE_PROJECTIONS), "q_attn")
 KEY_NAMES = tuple(key for _, key, _ in SEPARATE_PROJECTIONS)
 VALUE_NAMES = tuple(value for _, _, value in SEPARATE_PROJECTIONS)
+
+METHOD_ENTRY_POINTS = "bayeslora.methods"
+"""Group of entry points under which an installed package offers methods: name = module that registers it."""

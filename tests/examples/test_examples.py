@@ -34,7 +34,13 @@ def load(name: str) -> Main:
 
 
 def test_every_example_has_a_test() -> None:
-    assert {path.stem for path in EXAMPLES.glob("*.py")} == {"trainer", "hand_written_loop", "sft_trainer", "serve"}
+    assert {path.stem for path in EXAMPLES.glob("*.py")} == {
+        "trainer",
+        "hand_written_loop",
+        "own_method",
+        "sft_trainer",
+        "serve",
+    }
 
 
 @pytest.fixture(scope="session")

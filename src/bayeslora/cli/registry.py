@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import sys
+from importlib.metadata import entry_points
 from typing import TYPE_CHECKING
 
 from bayeslora.errors import BayesLoraError, close_matches
+from bayeslora.vocabulary import METHOD_ENTRY_POINTS
 
 if TYPE_CHECKING:
     from peft import PeftConfig
@@ -16,9 +18,11 @@ _BASELINES = ("lora", "full")
 
 
 def method_names() -> list[str]:
-    """Return all names that `--method` accepts, including methods registered from outside the library."""
+    """Return all names that `--method` accepts, including those that other packages register or offer."""
     registry = sys.modules.get("bayeslora.methods.registry")
-    return [*(_METHODS if registry is None else registry.METHODS), *_BASELINES]
+    known = _METHODS if registry is None else registry.METHODS
+    offered = (entry.name for entry in entry_points(group=METHOD_ENTRY_POINTS))
+    return [*dict.fromkeys([*known, *offered]), *_BASELINES]
 
 
 def check_method(name: str) -> None:
@@ -36,6 +40,6 @@ def method_config_class(name: str) -> type[PeftConfig] | None:
         return None
     from peft import LoraConfig
 
-    from bayeslora.methods.registry import METHODS
+    from bayeslora.methods.registry import find_method
 
-    return {**METHODS, "lora": LoraConfig}[name]
+    return LoraConfig if name == "lora" else find_method(name)

@@ -3,10 +3,12 @@
 from bayeslora.methods.adalora import AdaLoraConfig
 from bayeslora.methods.blob import BlobConfig
 from bayeslora.methods.blora import BLoraConfig, BLoraModel
+from bayeslora.methods.config import AdapterConfig
 from bayeslora.methods.description import KINDS, LayerDescription
 from bayeslora.methods.dylora import DyLoraConfig, at_rank, rank_curve
+from bayeslora.methods.layer import BayesLayer, add_update
 from bayeslora.methods.melora import MeLoraConfig
-from bayeslora.methods.registry import METHODS
+from bayeslora.methods.registry import METHODS, register_method
 from bayeslora.methods.tuner import BayesTuner, TrainingSetup, describe, tuner_of
 from bayeslora.methods.variational import has_posterior, posterior_mean, sampling, stochastic_layers
 
@@ -14,19 +16,23 @@ __all__ = [
     "KINDS",
     "METHODS",
     "AdaLoraConfig",
+    "AdapterConfig",
     "BLoraConfig",
     "BLoraModel",
+    "BayesLayer",
     "BayesTuner",
     "BlobConfig",
     "DyLoraConfig",
     "LayerDescription",
     "MeLoraConfig",
     "TrainingSetup",
+    "add_update",
     "at_rank",
     "describe",
     "has_posterior",
     "posterior_mean",
     "rank_curve",
+    "register_method",
     "sampling",
     "stochastic_layers",
     "tuner_of",

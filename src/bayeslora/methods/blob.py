@@ -118,7 +118,7 @@ class BlobModel(VariationalModel):
     roles = {"blob_G": "variances", "blob_M": "means"}
 
     def _blob_config(self) -> BlobConfig:
-        return cast(BlobConfig, self.config_of(self._training_adapter()))
+        return cast(BlobConfig, self.config_of(self.training_adapter()))
 
     @property
     def penalty_names(self) -> tuple[str, ...]:  # type: ignore[override]
@@ -142,7 +142,7 @@ class BlobModel(VariationalModel):
         if config.kl_schedule != "blob" or config.kl_cycle is None:
             return
         weight = 2.0 ** (step % config.kl_cycle - config.kl_cycle) / (1.0 - 2.0**-config.kl_cycle)
-        name = self._training_adapter()
+        name = self.training_adapter()
         parameters = [p for layer in self.adapted_layers(name) for p in (layer.blob_M[name], layer.blob_G[name])]
         gradients = torch.autograd.grad(self.kl(), parameters)
         with torch.no_grad():

@@ -142,7 +142,7 @@ class DyLoraModel(BayesTuner):
 
     def begin(self, setup: TrainingSetup) -> None:
         """Train from the full rank again; raises `BayesLoraError` where there is only one rank to draw."""
-        config = self.config_of(self._training_adapter())
+        config = self.config_of(self.training_adapter())
         if config.min_rank == config.r:
             raise BayesLoraError(
                 f"min_rank {config.min_rank} leaves one rank to train, r = {config.r}: lower it, or use plain LoRA"
@@ -151,14 +151,14 @@ class DyLoraModel(BayesTuner):
 
     def step_begin(self, step: int, seed: int) -> None:
         """Draw the rank of optimizer step `step`, the same on every rank and for every micro-batch."""
-        name = self._training_adapter()
+        name = self.training_adapter()
         rank = draw_rank(self.config_of(name), step_generator(seed, step))
         for layer in self.adapted_layers(name):
             layer.sampled[name] = rank
 
     def rank_in_use(self, adapter_name: str | None = None) -> int:
         """The rank that evaluation takes."""
-        name = adapter_name or self._training_adapter()
+        name = adapter_name or self.training_adapter()
         layers = self.adapted_layers(name)
         return int(layers[0].rank[name]) if layers else self.config_of(name).r
 
@@ -168,7 +168,7 @@ class DyLoraModel(BayesTuner):
         Raises:
             BayesLoraError: for any other rank, or while the adapter is merged.
         """
-        name = adapter_name or self._training_adapter()
+        name = adapter_name or self.training_adapter()
         config = self.config_of(name)
         if not 1 <= rank <= config.r:
             raise BayesLoraError(
@@ -185,7 +185,7 @@ class DyLoraModel(BayesTuner):
 
     def shrink(self, adapter_name: str | None = None) -> dict[str, int]:
         """Cut everything beyond evaluation's rank k out; what is left is DyLoRA of largest rank k."""
-        name = adapter_name or self._training_adapter()
+        name = adapter_name or self.training_adapter()
         rank, config = self.rank_in_use(name), self.config_of(name)
         layers = self.adapted_layers(name)
         ranks = super().shrink(name)
@@ -197,7 +197,7 @@ class DyLoraModel(BayesTuner):
 
     def statistics(self) -> dict[str, float]:
         """What is logged beside the loss: the rank of the latest step."""
-        name = self._training_adapter()
+        name = self.training_adapter()
         drawn = [layer.sampled[name] for layer in self.adapted_layers(name) if name in layer.sampled]
         return {"sampled_rank": float(drawn[0])} if drawn else {}
 

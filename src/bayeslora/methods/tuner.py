@@ -237,7 +237,7 @@ class BayesTuner(BaseTuner):
         self._named_layers = None
         return super().unload()
 
-    def _training_adapter(self) -> str:
+    def training_adapter(self) -> str:
         """The one adapter that a training loop trains."""
         active = self.active_adapters
         if len(active) != 1:
@@ -246,12 +246,12 @@ class BayesTuner(BaseTuner):
 
     def describe(self, adapter_name: str | None = None) -> list[LayerDescription]:
         """Every adapted layer as evaluation sees it, in model order."""
-        name = adapter_name or self._training_adapter()
+        name = adapter_name or self.training_adapter()
         return [layer.describe(name, path) for path, layer in self.named_layers(name).items()]
 
     def shrink(self, adapter_name: str | None = None) -> dict[str, int]:
         """Cut the ranks that contribute nothing out of the adapter; returns the rank of each layer by name."""
-        name = adapter_name or self._training_adapter()
+        name = adapter_name or self.training_adapter()
         ranks = {path: layer.shrink(name) for path, layer in self.named_layers(name).items()}
         cast(Any, self.peft_config[name]).rank_pattern = ranks
         return ranks

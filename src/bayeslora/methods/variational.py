@@ -216,7 +216,7 @@ class VariationalModel(BayesTuner):
 
     def kl(self) -> Tensor:
         """KL divergence of the trained adapter's posterior from its prior, summed over layers, in nats."""
-        name = self._training_adapter()
+        name = self.training_adapter()
         parts = [layer.posterior(name) for layer in self.adapted_layers(name)]
         # One pass over all layers' entries instead of a few operations a layer.
         offsets = _gathered([mean.float() - prior for mean, _, prior in parts])
@@ -225,7 +225,7 @@ class VariationalModel(BayesTuner):
 
     def penalty(self) -> dict[str, Tensor]:
         r"""$\beta / N$ times the divergence (`kl`), at the warm-up's present share."""
-        config = self.config_of(self._training_adapter())
+        config = self.config_of(self.training_adapter())
         if not config.num_examples:
             raise BayesLoraError("N, the number of training examples, is not known: give num_examples in the config")
         return {"kl": self.kl() * (config.kl_weight * self.kl_warmup_factor / config.num_examples)}
@@ -234,15 +234,15 @@ class VariationalModel(BayesTuner):
         return next((role for container, role in self.roles.items() if f".{container}." in parameter_name), "weights")
 
     def rate_factor(self, role: ParameterRole) -> float:
-        return self.config_of(self._training_adapter()).variance_lr_factor if role == "variances" else 1.0
+        return self.config_of(self.training_adapter()).variance_lr_factor if role == "variances" else 1.0
 
     @property
     def num_examples(self) -> int | None:
-        return self.config_of(self._training_adapter()).num_examples
+        return self.config_of(self.training_adapter()).num_examples
 
     def begin(self, setup: TrainingSetup) -> None:
         """Fix N and the length of the warm-up; raises `BayesLoraError` where N is unknown or given in two ways."""
-        config = self.config_of(self._training_adapter())
+        config = self.config_of(self.training_adapter())
         if "kl" in self.penalty_names:
             self._fix_num_examples(config, setup.num_examples)
         self._run = VariationalRun(
@@ -269,7 +269,7 @@ class VariationalModel(BayesTuner):
         if stated is None:
             known = copy.copy(config)  # the caller's may go on to serve another training set
             known.num_examples = given
-            self.peft_config[self._training_adapter()] = known
+            self.peft_config[self.training_adapter()] = known
 
     def step_begin(self, step: int, seed: int) -> None:
         run = self.run_state()
@@ -278,7 +278,7 @@ class VariationalModel(BayesTuner):
     @torch.no_grad()
     def statistics(self) -> dict[str, float]:
         """What is logged beside the loss: the divergence in nats, its weight's share, mean scale, signal to noise."""
-        name = self._training_adapter()
+        name = self.training_adapter()
         parts = [layer.posterior(name) for layer in self.adapted_layers(name)]
         means, stds = (_gathered([part[index] for part in parts]) for index in (0, 1))
         if not len(stds):

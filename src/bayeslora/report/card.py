@@ -10,7 +10,7 @@ from typing import Any
 
 from bayeslora.errors import BayesLoraError
 from bayeslora.files import write_atomically
-from bayeslora.methods.registry import METHODS
+from bayeslora.methods.registry import package_of
 from bayeslora.model_card import CARD_FILE, front_matter, public_name
 from bayeslora.report import text
 from bayeslora.report.page import environment
@@ -61,7 +61,7 @@ def write_model_card(output_dir: Path) -> Path:
         ),
         "base": base,
         "adapter": adapter,
-        "needs_import": run.method in METHODS,
+        "needs_import": package_of(run.method),
         "auto_class": auto_class,
         "with_labels": task_type in ("SEQ_CLS", "TOKEN_CLS") and bool(run.labels),
         "regression": task_type == "SEQ_CLS" and not run.labels,

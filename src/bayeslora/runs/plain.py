@@ -12,6 +12,7 @@ from safetensors import SafetensorError, safe_open
 from transformers import AutoConfig, AutoModelForSequenceClassification, PretrainedConfig
 
 from bayeslora.errors import BayesLoraError
+from bayeslora.methods.registry import find_method
 from bayeslora.runs.base import load_errors, resolve_model, source
 from bayeslora.runs.info import Head, RunInfo
 
@@ -80,6 +81,7 @@ def _of_adapter(folder: Path, content: dict[str, Any], model: str | None) -> Run
     with load_errors(f"the configuration of {name}"):
         config = AutoConfig.from_pretrained(**source(resolve_model(name)))
     classes = _saved_classes(folder, config) if head == "sequence" else 0
+    find_method(str(content["peft_type"]).lower())
     with load_errors(f"the adapter in {folder}"):
         method = getattr(PeftConfig.from_pretrained(str(folder)), "method", str(content["peft_type"]).lower())
     return _info(str(method), str(name), str(content.get("base_model_name_or_path") or ""), head, config, classes)

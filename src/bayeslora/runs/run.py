@@ -21,6 +21,7 @@ from bayeslora.evaluation import predict_dataset
 from bayeslora.export.container import looks_packed
 from bayeslora.export.integer.index import is_integer_model
 from bayeslora.export.integer.reader import load_integer
+from bayeslora.methods.registry import find_method
 from bayeslora.posterior import POSTERIOR_FILE, WeightPosterior, load_posterior
 from bayeslora.prediction import Prediction, check_samples
 from bayeslora.runs.base import (
@@ -246,6 +247,7 @@ def _adapted(folder: Path, info: RunInfo, tokenizer: PreTrainedTokenizerBase, na
             f"the adapter in {folder} was trained on {info.model}, but the weights of {name} differ: "
             "give the right one as model (--model)"
         )
+    find_method(info.method)
     with load_errors(f"the adapter in {folder}"):
         adapted = PeftModel.from_pretrained(base.model, folder)
     _check_keys(adapted, folder)

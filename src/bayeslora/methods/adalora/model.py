@@ -92,18 +92,18 @@ class AdaLoraModel(BayesTuner):
 
     @property
     def penalty_names(self) -> tuple[str, ...]:
-        return ("orthogonality",) if self.config_of(self._training_adapter()).orth_reg_weight else ()
+        return ("orthogonality",) if self.config_of(self.training_adapter()).orth_reg_weight else ()
 
     def penalty(self) -> dict[str, Tensor]:
         r"""$\gamma$ times the mean over all A and B of their distance from orthonormal rows and columns."""
-        weight = self.config_of(self._training_adapter()).orth_reg_weight
+        weight = self.config_of(self.training_adapter()).orth_reg_weight
         if not weight:
             return {}
         return {"orthogonality": weight * distance_from_orthogonal(*self._rows_and_columns())}
 
     @torch.no_grad()
     def add_penalty(self, parameters: Sequence[nn.Parameter], scale: float = 1.0) -> dict[str, Tensor]:
-        weight = self.config_of(self._training_adapter()).orth_reg_weight
+        weight = self.config_of(self.training_adapter()).orth_reg_weight
         if not weight:
             return {}
         distance, pairs = distance_and_gradients(*self._rows_and_columns(), scale * weight)
@@ -118,7 +118,7 @@ class AdaLoraModel(BayesTuner):
 
     def begin(self, setup: TrainingSetup) -> None:
         """Fit the budget's schedule into the run; raises `BayesLoraError` where it cannot work."""
-        name, total = self._training_adapter(), setup.total_steps
+        name, total = self.training_adapter(), setup.total_steps
         config = self.config_of(name)
         if config.importance in NEED_STD and not setup.has_posterior:
             raise BayesLoraError(
@@ -165,7 +165,7 @@ class AdaLoraModel(BayesTuner):
         run.cut_before = []
 
     def _freeze(self, masks: Sequence[tuple[AdaLoraLayer, Tensor]]) -> None:
-        name = self._training_adapter()
+        name = self.training_adapter()
         for layer, mask in masks:
             layer.adalora_mask[name] = mask
 
@@ -173,7 +173,7 @@ class AdaLoraModel(BayesTuner):
         """Note |w g| of step `step`; the averages move in `allocate`, when the optimizer has made its own state."""
         run = self.run_state()
         run.observed = []
-        if self.config_of(self._training_adapter()).importance != "sensitivity" or step + 1 >= run.final_step:
+        if self.config_of(self.training_adapter()).importance != "sensitivity" or step + 1 >= run.final_step:
             return
         seen = [p for group in self._groups() for p in group.parameters if p.grad is not None]
         if seen:
@@ -187,9 +187,9 @@ class AdaLoraModel(BayesTuner):
         They may grow again until the last allocation, at `total_steps - tfinal`; afterwards they stay zero.
         """
         self._move_averages(optimizer)
-        run, config, done = self.run_state(), self.config_of(self._training_adapter()), step + 1
+        run, config, done = self.run_state(), self.config_of(self.training_adapter()), step + 1
         if done > run.final_step:
-            name = self._training_adapter()
+            name = self.training_adapter()
             layers = [layer for layer in self._layers() if name in layer.adalora_mask]
             entries = [layer.bayes_adalora_E[name] for layer in layers]
             _multiply(entries, [cast(Tensor, layer.adalora_mask[name]) for layer in layers], optimizer)
@@ -202,7 +202,7 @@ class AdaLoraModel(BayesTuner):
         observed = self.run_state().observed
         if not observed:
             return
-        config = self.config_of(self._training_adapter())
+        config = self.config_of(self.training_adapter())
         states = [optimizer.state[p] for p, _ in observed]
         for state, (_, seen) in zip(states, observed, strict=True):
             if "importance" not in state:
@@ -231,7 +231,7 @@ class AdaLoraModel(BayesTuner):
 
     def _scores(self, group: _Group, optimizer: Optimizer) -> tuple[Tensor, list[Tensor]]:
         """Score (layers, r) of every triplet of `group`, and the posterior's deviations, where there is one."""
-        importance = self.config_of(self._training_adapter()).importance
+        importance = self.config_of(self.training_adapter()).importance
         matrices = group.A, group.E, group.B
         if not hasattr(optimizer, "posterior"):
             if importance == "sensitivity":
@@ -255,7 +255,7 @@ class AdaLoraModel(BayesTuner):
             self.run_state().groups = None
 
     def _find_groups(self) -> list[_Group]:
-        name = self._training_adapter()
+        name = self.training_adapter()
         found: dict[Any, _Group] = {}
         for layer in self.adapted_layers(name):
             a, e, b = layer.triplets(name)
@@ -283,10 +283,10 @@ class AdaLoraModel(BayesTuner):
         With a posterior also `std_variation`, the coefficient of variation of all deviations at the latest allocation:
         near 0, every score is a function of the means alone.
         """
-        run, layers = self.run_state(), self.named_layers(self._training_adapter())
+        run, layers = self.run_state(), self.named_layers(self.training_adapter())
         kept = {path: run.kept.get(id(layer)) for path, layer in layers.items()}
         ranks = {
-            path: float(layer.bayes_adalora_E[self._training_adapter()].numel() if mask is None else mask.sum())
+            path: float(layer.bayes_adalora_E[self.training_adapter()].numel() if mask is None else mask.sum())
             for (path, mask), layer in zip(kept.items(), layers.values(), strict=True)
         }
         values = {"rank_budget": float(run.rank_budget), "mean_rank": sum(ranks.values()) / len(ranks)}

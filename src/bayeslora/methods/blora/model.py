@@ -55,13 +55,13 @@ class BLoraModel(BayesTuner):
 
     @property
     def penalty_names(self) -> tuple[str, ...]:
-        config = self.config_of(self._training_adapter())
+        config = self.config_of(self.training_adapter())
         return ("bits",) * config.learns_bits + ("rank",) * config.learns_ranks
 
     def penalty(self) -> dict[str, Tensor]:
         r"""$\lambda_q \sum_k R_k$ (`bits`) and $\lambda_r \sum_k R^{rank}_k$ (`rank`), while gates learn."""
         terms: dict[str, Tensor] = {}
-        name = self._training_adapter()
+        name = self.training_adapter()
         if layers := self._learning(name):
             config = self.config_of(name)
             if config.learns_bits:
@@ -97,7 +97,7 @@ class BLoraModel(BayesTuner):
 
     def begin(self, setup: TrainingSetup) -> None:
         """Fit the phases into `setup.total_steps` and check that the gates can close; raises `BayesLoraError`."""
-        name = self._training_adapter()
+        name = self.training_adapter()
         config = self.config_of(name)
         warm_up_end, frozen_from = _phases(config, setup.total_steps)
         steps = frozen_from - warm_up_end
@@ -128,7 +128,7 @@ class BLoraModel(BayesTuner):
 
     def _set_gate_rate(self, role: ParameterRole, steps: int, travel: float) -> None:
         """Gates move by about one rate a step at most (Adam normalises the penalty): it decides if they close."""
-        chosen = self.config_of(self._training_adapter()).gate_learning_rate
+        chosen = self.config_of(self.training_adapter()).gate_learning_rate
         if chosen is not None and chosen * steps < travel:
             raise BayesLoraError(
                 f"{role} cannot close: {steps} steps at gate_learning_rate {chosen} move a logit by about "
@@ -138,7 +138,7 @@ class BLoraModel(BayesTuner):
 
     def step_begin(self, step: int, seed: int) -> None:
         """Draw the gates' noise of optimizer step `step`, the same on every rank and for every micro-batch."""
-        name = self._training_adapter()
+        name = self.training_adapter()
         layers = self.adapted_layers(name)
         if layers[0].progress(name).current == Phase.WARM_UP:
             warm_up_end = self.run_state().warm_up_end
@@ -162,7 +162,7 @@ class BLoraModel(BayesTuner):
 
     def step_end(self, step: int) -> None:
         """Move to the next phase after optimizer step `step` (from 0) where it is due."""
-        name = self._training_adapter()
+        name = self.training_adapter()
         layers = self.adapted_layers(name)
         phase = layers[0].progress(name).current
         if phase == Phase.WARM_UP:
@@ -178,13 +178,13 @@ class BLoraModel(BayesTuner):
     @property
     def budget(self) -> float | None:
         """The share of bit operations to reach, while it still can be: None outside the gates' phase."""
-        name = self._training_adapter()
+        name = self.training_adapter()
         return self.config_of(name).target_bops if self._learning(name) else None
 
     @torch.no_grad()
     def update_budget_multiplier(self, share: float) -> None:
         """Raise the bit penalty while `share` of the bit operations is over budget, lower it below (dual ascent)."""
-        name = self._training_adapter()
+        name = self.training_adapter()
         target = self.config_of(name).target_bops
         if target is None:
             return
@@ -199,7 +199,7 @@ class BLoraModel(BayesTuner):
     @torch.no_grad()
     def close_lowest_gate(self) -> bool:
         """Close the open bit gate with the lowest logit, of a width that is learned; False when none is left."""
-        name = self._training_adapter()
+        name = self.training_adapter()
         fixed = self.config_of(name).fixed_bits or {}
         weakest: tuple[float, Tensor, tuple[int, int]] | None = None
         for layer in self._learning(name):
@@ -218,7 +218,7 @@ class BLoraModel(BayesTuner):
 
     def statistics(self) -> dict[str, float]:
         """What is logged beside the loss: phase, mean widths and open probabilities, mean ranks."""
-        name = self._training_adapter()
+        name = self.training_adapter()
         layers, config = self.adapted_layers(name), self.config_of(name)
         values = {"phase": float(layers[0].progress(name).current)}
         described = self.describe(name)
