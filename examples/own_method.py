@@ -24,6 +24,7 @@ from transformers import (
     DataCollatorWithPadding,
     Trainer,
     TrainingArguments,
+    set_seed,
 )
 
 import bayeslora
@@ -118,6 +119,7 @@ def main(arguments: list[str] | None = None) -> dict[str, float]:
     parser.add_argument("--learning_rate", type=float, default=1e-3)
     parser.add_argument("--sparsity", type=float, default=1e-3, help="weight of the gates' L1 norm")
     options = parser.parse_args(arguments)
+    set_seed(0)
 
     folder = options.model or packaged_model("minilm")
     tokenizer = AutoTokenizer.from_pretrained(folder)

@@ -25,6 +25,7 @@ from bayeslora.evaluation import letter_ids
 from tests.cli.conftest import write_jsonl
 from tests.conftest import build_tiny_bert, build_tiny_llama, build_tiny_tokenizer
 from tests.evaluation.choice_items import items
+from tests.methods.registered import forgotten_afterwards
 from tests.runs.conftest import tickets, trained
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -207,9 +208,11 @@ def test_the_code_of_a_page_runs(page: Path, tmp_path: Path, monkeypatch: pytest
         "TrainingArguments": TrainingArguments,
         "get_peft_model": get_peft_model,
     }
-    for number, code in enumerate(code for language, code in blocks(page) if language == "python"):
-        GIVEN.get((name, number), lambda names: None)(names)
-        exec(compile(code, f"{name}, block {number}", "exec"), names)
+    runnable = [code for language, code in blocks(page) if language == "python"]
+    with forgotten_afterwards():
+        for number, code in enumerate(runnable):
+            GIVEN.get((name, number), lambda names: None)(names)
+            exec(compile(code, f"{name}, block {number}", "exec"), names)
 
 
 def test_what_is_given_is_used() -> None:

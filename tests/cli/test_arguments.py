@@ -17,6 +17,7 @@ from bayeslora.cli.registry import _METHODS, method_names
 from bayeslora.errors import BayesLoraError
 from bayeslora.methods import METHODS
 from bayeslora.runs.plan import RunOptions, first_difference
+from tests.methods.registered import offer
 
 BASE = {"model": "m", "train_file": "a.jsonl", "eval_file": "b.jsonl", "text_column": "text", "output_dir": "out"}
 
@@ -213,3 +214,11 @@ def test_the_help_names_every_method(capsys: pytest.CaptureFixture[str]) -> None
     listed = " ".join(capsys.readouterr().out.split())
     *all_but_last, last = method_names()
     assert f"{', '.join(all_but_last)} or {last} (blora)" in listed
+
+
+def test_a_method_that_an_installed_package_offers_is_one_of_the_names(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    offer(tmp_path, "found_elsewhere", "package_with_a_method", "1 / 0  # names are listed without an import")
+    monkeypatch.syspath_prepend(tmp_path)
+    assert method_names()[len(_METHODS)] == "found_elsewhere"

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import shutil
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -12,43 +11,30 @@ from typing import Any
 import pytest
 import torch
 from peft import PeftModel, get_peft_model
-from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING, PEFT_TYPE_TO_TUNER_MAPPING
 from torch import nn
 from transformers import AutoModelForSequenceClassification
 
 import bayeslora
 from bayeslora.cli.main import main as command
-from bayeslora.methods.registry import _MODELS, METHODS
+from bayeslora.methods import METHODS
 from tests.examples.test_examples import EXAMPLES, lively_bert_folder, load, review_folder
+from tests.methods.registered import forgotten_afterwards, offer
 
 __all__ = ["lively_bert_folder", "review_folder"]
 
 
 @pytest.fixture(autouse=True)
-def forgotten_afterwards() -> Iterator[None]:
-    tables: Any = (METHODS, _MODELS, PEFT_TYPE_TO_CONFIG_MAPPING, PEFT_TYPE_TO_TUNER_MAPPING, sys.modules)
-    before = [dict(table) for table in tables[:4]]
-    yield
-    for table, kept in zip(tables, before, strict=False):
-        table.clear()
-        table.update(kept)
+def nothing_stays_registered() -> Iterator[None]:
+    with forgotten_afterwards():
+        yield
     sys.modules.pop("own_method", None)
 
 
 def test_it_trains_closes_gates_and_loads_again(lively_bert_folder: Path, review_folder: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
-    options: list[Any] = [
-        "--model",
-        lively_bert_folder,
-        "--task",
-        "sst2",
-        "--data_dir",
-        review_folder,
-        "--output_dir",
-        out,
-    ]
-    options += ["--steps", 60, "--learning_rate", 0.01, "--sparsity", 0.3]
-    result = load("own_method")([str(option) for option in options])
+    options: dict[str, Any] = {"model": lively_bert_folder, "task": "sst2", "data_dir": review_folder}
+    options |= {"output_dir": out, "steps": 60, "learning_rate": 0.01, "sparsity": 0.01}
+    result = load("own_method")([f"--{name}={value}" for name, value in options.items()])
     assert result["eval_accuracy"] > 0.8 and 0 < result["mean_rank"] < 8
     base = AutoModelForSequenceClassification.from_pretrained(lively_bert_folder)
     model = PeftModel.from_pretrained(base, out).eval()
@@ -78,11 +64,7 @@ def test_the_command_finds_it_by_its_entry_point(
     lively_bert_folder: Path, review_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     installed, out = tmp_path / "site", tmp_path / "out"
-    info = installed / "own_method-1.0.dist-info"
-    info.mkdir(parents=True)
-    shutil.copy(EXAMPLES / "own_method.py", installed)
-    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: own-method\nVersion: 1.0\n")
-    (info / "entry_points.txt").write_text("[bayeslora.methods]\nsora = own_method\n")
+    offer(installed, "sora", "own_method", (EXAMPLES / "own_method.py").read_text())
     monkeypatch.syspath_prepend(installed)
     options = {"method": "sora", "model": lively_bert_folder, "task": "sst2", "data-dir": review_folder}
     options |= {"output-dir": out, "max-steps": 4, "sparsity": 0.01, "max-length": 16}

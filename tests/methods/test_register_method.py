@@ -11,31 +11,24 @@ from typing import Any
 import pytest
 import torch
 from peft import PeftModel, get_peft_model
-from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING, PEFT_TYPE_TO_TUNER_MAPPING
 from torch import nn
 
 import bayeslora
 from bayeslora import BayesLoraError, register_method
-from bayeslora.cli.registry import method_names
 from bayeslora.methods import AdapterConfig, BayesTuner
 from bayeslora.methods.melora import MeLoraConfig, MeLoraLayer, MeLoraModel
-from bayeslora.methods.registry import _MODELS, METHODS, find_method, package_of, title_of
+from bayeslora.methods.registry import METHODS, find_method, package_of, title_of
 from tests.methods.reference import Tiny
+from tests.methods.registered import forgotten_afterwards, offer
 from tests.methods.variational_models import X
 
 
 @pytest.fixture(autouse=True)
-def registered_again() -> Iterator[None]:
-    """Forget what a test has registered."""
-    kept = [
-        (table, dict(table)) for table in (METHODS, _MODELS, PEFT_TYPE_TO_CONFIG_MAPPING, PEFT_TYPE_TO_TUNER_MAPPING)
-    ]
-    yield
+def nothing_stays_registered() -> Iterator[None]:
+    with forgotten_afterwards():
+        yield
     if "method" in vars(MineConfig):
         del MineConfig.method
-    for table, before in kept:
-        table.clear()
-        table.update(before)
 
 
 @dataclass
@@ -120,21 +113,12 @@ bayeslora.register_method("found", FoundConfig, FoundModel)
 """
 
 
-def offered(folder: Path, name: str, module: str, content: str) -> None:
-    """What an installed package with an entry point looks like."""
-    info = folder / f"{module}-1.0.dist-info"
-    info.mkdir(parents=True)
-    (info / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {module}\nVersion: 1.0\n")
-    (info / "entry_points.txt").write_text(f"[bayeslora.methods]\n{name} = {module}\n")
-    (folder / f"{module}.py").write_text(content)
-
-
 def test_an_installed_package_is_imported_when_its_method_is_asked_for(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    offered(tmp_path, "found", "package_with_method", MODULE)
+    offer(tmp_path, "found", "package_with_method", MODULE)
     monkeypatch.syspath_prepend(tmp_path)
-    assert "found" in method_names() and "found" not in METHODS
+    assert "found" not in METHODS
     assert find_method("found") is METHODS["found"] and package_of("found") == "package_with_method"
     assert find_method("unheard_of") is None
 
@@ -146,13 +130,14 @@ def test_a_package_that_does_not_keep_its_word_is_named(
     content: str, message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     module = "package_" + "".join(c for c in message if c.isalpha())
-    offered(tmp_path, "broken", module, content)
+    offer(tmp_path, "broken", module, content)
     monkeypatch.syspath_prepend(tmp_path)
     with pytest.raises(BayesLoraError, match=f"{module}, but that {message}"):
         find_method("broken")
 
 
 def test_every_method_of_the_package_says_its_title() -> None:
-    for name, config in METHODS.items():
+    for name in ("blora", "melora", "blob", "bayes_adalora", "dylora"):
+        config = METHODS[name]
         assert issubclass(config, AdapterConfig) and title_of(name) != name and package_of(name) == "bayeslora"
     assert title_of("full") == "full fine-tuning" and package_of("lora") is None
