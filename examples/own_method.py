@@ -30,7 +30,7 @@ from transformers import (
 import bayeslora
 from bayeslora.data import encode, load_task, packaged_model
 from bayeslora.evaluation import compute_metrics_for
-from bayeslora.methods import AdapterConfig, BayesLayer, BayesTuner, LayerDescription, add_update
+from bayeslora.methods import AdapterConfig, BayesLayer, BayesTuner, add_update
 
 
 @dataclass
@@ -41,27 +41,20 @@ class SoraConfig(AdapterConfig):
 
 class SoraLayer(BayesLayer):
     adapter_layer_names = ("sora_A", "sora_gate", "sora_B")
-    other_param_names = ("sora_dropout", "scaling")
 
     def __init__(self, base_layer: nn.Module, **kwargs: object) -> None:
         super().__init__(base_layer, **kwargs)
         self.sora_A, self.sora_gate, self.sora_B = nn.ParameterDict(), nn.ParameterDict(), nn.ParameterDict()
-        self.sora_dropout = nn.ModuleDict()
-        self.scaling: dict[str, float] = {}
 
-    def add_adapter(self, adapter_name: str, config: SoraConfig, rank: int, scaling: float) -> None:
-        self.scaling[adapter_name] = scaling
-        self.sora_dropout[adapter_name] = nn.Dropout(config.lora_dropout)
-        self.sora_A[adapter_name] = nn.Parameter(torch.randn(rank, self.in_features) / self.in_features**0.5)
+    def add_adapter(self, adapter_name: str, config: SoraConfig, rank: int) -> None:
+        self.sora_A[adapter_name], self.sora_B[adapter_name] = self.initial_factors(config, rank)
         self.sora_gate[adapter_name] = nn.Parameter(torch.full((rank,), 0.1))
-        std = 0.0 if config.init_weights else 1.0
-        self.sora_B[adapter_name] = nn.Parameter(torch.randn(self.out_features, rank) * std)
 
     def adapted(self, x: Tensor, adapter_names: list[str], *args: object, **kwargs: object) -> Tensor:
         result = self.base_layer(x, *args, **kwargs)
         for name in adapter_names:
             a, gate, b = self.sora_A[name], self.sora_gate[name], self.sora_B[name]
-            hidden = F.linear(self.sora_dropout[name](x.to(a.dtype)), a) * gate
+            hidden = F.linear(self.adapter_input(name, x, a.dtype), a) * gate
             result = add_update(result, hidden, b, self.scaling[name])
         return result
 
@@ -75,11 +68,6 @@ class SoraLayer(BayesLayer):
         self.cut(self.sora_gate, adapter_name, keep)
         self.cut(self.sora_B, adapter_name, (slice(None), keep))
         return int(keep.sum())
-
-    def describe(self, adapter_name: str, name: str) -> LayerDescription:
-        parts = self.factors(adapter_name)
-        rank, count = int(self.kept(adapter_name).sum()), sum(part.numel() for part in parts)
-        return LayerDescription(name, self.in_features, self.out_features, rank, len(parts[1]), count)
 
 
 class SoraModel(BayesTuner):

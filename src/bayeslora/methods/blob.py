@@ -55,7 +55,10 @@ class BlobConfig(VariationalConfig):
 
 
 class BlobLayer(VariationalLayer):
-    """One linear layer under BLoB: `blob_M` and `blob_G` (r, d_in), `blob_B` (d_out, r)."""
+    """One linear layer under BLoB: `blob_M` and `blob_G` (r, d_in), `blob_B` (d_out, r).
+
+    The same in plain torch on one page: `tests/oracles/blob.py`.
+    """
 
     adapter_layer_names = ("blob_M", "blob_G", "blob_B")
     matrix_B = "blob_B"
@@ -64,16 +67,11 @@ class BlobLayer(VariationalLayer):
         super().__init__(base_layer, **kwargs)
         self.blob_M, self.blob_G, self.blob_B = nn.ParameterDict(), nn.ParameterDict(), nn.ParameterDict()
 
-    def add_adapter(self, adapter_name: str, config: BlobConfig, rank: int, scaling: float) -> None:
-        self.add_common(adapter_name, config, scaling)
-        self.blob_M[adapter_name] = nn.Parameter(torch.empty(rank, self.in_features))
+    def add_adapter(self, adapter_name: str, config: BlobConfig, rank: int) -> None:
+        self.add_common(adapter_name, config, rank)
         scale = torch.empty(rank, self.in_features).uniform_(config.initial_scale / math.sqrt(2), config.initial_scale)
         self.blob_G[adapter_name] = nn.Parameter(scale)
-        self.blob_B[adapter_name] = nn.Parameter(torch.zeros(self.out_features, rank))
-        if rank:
-            nn.init.kaiming_uniform_(self.blob_M[adapter_name], a=math.sqrt(5))
-            if not config.init_weights:
-                nn.init.kaiming_uniform_(self.blob_B[adapter_name], a=math.sqrt(5))
+        self.blob_M[adapter_name], self.blob_B[adapter_name] = self.initial_factors(config, rank)
 
     def posterior(self, name: str) -> tuple[Tensor, Tensor, Tensor | float]:
         return self.blob_M[name], self.blob_G[name].float().square(), 0.0

@@ -10,7 +10,6 @@ those before it as they are.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -22,7 +21,6 @@ from torch import Tensor, nn
 
 from bayeslora.errors import BayesLoraError
 from bayeslora.methods.config import AdapterConfig
-from bayeslora.methods.description import LayerDescription
 from bayeslora.methods.layer import BayesLayer, add_update
 from bayeslora.methods.tuner import BayesTuner, TrainingSetup, step_generator, tuner_of
 
@@ -45,31 +43,26 @@ class DyLoraConfig(AdapterConfig):
 
 
 class DyLoraLayer(BayesLayer):
-    """One linear layer under DyLoRA: `dylora_A` (r, d_in) and `dylora_B` (d_out, r)."""
+    """One linear layer under DyLoRA: `dylora_A` (r, d_in) and `dylora_B` (d_out, r).
+
+    `scaling` is that of the rank that evaluation uses. The same in plain torch: `tests/oracles/dylora.py`.
+    """
 
     adapter_layer_names = ("dylora_A", "dylora_B")
-    other_param_names = ("dylora_dropout", "scaling", "configs", "full_scaling", "rank", "sampled")
+    other_param_names = (*BayesLayer.other_param_names, "configs", "full_scaling", "rank", "sampled")
 
     def __init__(self, base_layer: nn.Module, **kwargs: Any) -> None:
         super().__init__(base_layer, **kwargs)
-        self.dylora_A, self.dylora_B, self.dylora_dropout = nn.ParameterDict(), nn.ParameterDict(), nn.ModuleDict()
+        self.dylora_A, self.dylora_B = nn.ParameterDict(), nn.ParameterDict()
         self.configs: dict[str, DyLoraConfig] = {}
         self.full_scaling: dict[str, float] = {}
-        self.scaling: dict[str, float] = {}  # of the rank that evaluation uses
         self.rank: dict[str, int] = {}
         self.sampled: dict[str, int] = {}
 
-    def add_adapter(self, adapter_name: str, config: DyLoraConfig, rank: int, scaling: float) -> None:
-        self.configs[adapter_name] = config
-        self.scaling[adapter_name] = self.full_scaling[adapter_name] = scaling
-        self.rank[adapter_name] = config.r
-        self.dylora_A[adapter_name] = nn.Parameter(torch.empty(rank, self.in_features))
-        self.dylora_B[adapter_name] = nn.Parameter(torch.zeros(self.out_features, rank))
-        if rank:
-            nn.init.kaiming_uniform_(self.dylora_A[adapter_name], a=math.sqrt(5))
-            if not config.init_weights:
-                nn.init.kaiming_uniform_(self.dylora_B[adapter_name], a=math.sqrt(5))
-        self.dylora_dropout[adapter_name] = nn.Dropout(config.lora_dropout) if config.lora_dropout else nn.Identity()
+    def add_adapter(self, adapter_name: str, config: DyLoraConfig, rank: int) -> None:
+        self.configs[adapter_name], self.initial_rank[adapter_name] = config, rank
+        self.rank[adapter_name], self.full_scaling[adapter_name] = config.r, self.scaling[adapter_name]
+        self.dylora_A[adapter_name], self.dylora_B[adapter_name] = self.initial_factors(config, rank)
 
     def scaling_at(self, name: str, rank: int) -> float:
         """alpha / rank, or alpha / sqrt(rank) with `use_rslora`."""
@@ -94,8 +87,8 @@ class DyLoraLayer(BayesLayer):
             if self.training and self.configs[name].frozen:
                 a = torch.cat([a[:-1].detach(), a[-1:]])
                 b = torch.cat([b[:, :-1].detach(), b[:, -1:]], dim=1)
-            inner = self.dylora_dropout[name](self._cast_input_dtype(x, a.dtype))
-            result = add_update(result, F.linear(inner, a), b, self.scaling_at(name, rank))
+            hidden = F.linear(self.adapter_input(name, x, a.dtype), a)
+            result = add_update(result, hidden, b, self.scaling_at(name, rank))
         return result
 
     def factors(self, adapter_name: str) -> tuple[Tensor, Tensor, Tensor]:
@@ -110,14 +103,8 @@ class DyLoraLayer(BayesLayer):
         self.cut(self.dylora_A, adapter_name, slice(rank))
         self.cut(self.dylora_B, adapter_name, (slice(None), slice(rank)))
         self.sampled.pop(adapter_name, None)
-        return len(self.dylora_A[adapter_name])
-
-    def describe(self, adapter_name: str, name: str) -> LayerDescription:
-        a, b = self.dylora_A[adapter_name], self.dylora_B[adapter_name]
-        rank = min(self.rank[adapter_name], len(a))
-        described = LayerDescription(name, self.in_features, self.out_features, rank, len(a), a.numel() + b.numel())
-        described.bits["weight"] = self.base_width
-        return described
+        self.initial_rank[adapter_name] = len(self.dylora_A[adapter_name])
+        return self.initial_rank[adapter_name]
 
 
 class Linear(DyLoraLayer):

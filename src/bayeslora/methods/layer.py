@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -23,6 +24,7 @@ from bayeslora._peft import (
     resolve_quantization_backend,
 )
 from bayeslora.methods.description import LayerDescription
+from bayeslora.vocabulary import BASE_WEIGHT, KINDS, UNQUANTIZED
 
 
 class Float32Module(nn.Module):
@@ -66,9 +68,16 @@ class PackedTensors:
 class BayesLayer(nn.Module, BaseTunerLayer):
     """One adapted linear layer (`nn.Linear`, its 4- and 8-bit forms, or GPT-2's `Conv1D`) with any number of adapters.
 
-    A method implements `add_adapter`, `adapted`, `factors`, `shrink` and `describe`. Everything tensor-like it keeps
-    sits in dictionaries keyed by adapter name directly on the layer: what PEFT saves and loads.
+    A method implements `add_adapter`, `adapted`, `factors` and `shrink`. Everything tensor-like it keeps sits in
+    dictionaries keyed by adapter name directly on the layer: what PEFT saves and loads.
+
+    Attributes:
+        scaling: factor of each adapter's update.
+        initial_rank: the configured rank of each adapter.
+        adapter_dropout: dropout on each adapter's input.
     """
+
+    other_param_names: tuple[str, ...] = ("adapter_dropout", "scaling", "initial_rank")
 
     def __init__(self, base_layer: nn.Module, **kwargs: Any) -> None:
         super().__init__()
@@ -80,19 +89,16 @@ class BayesLayer(nn.Module, BaseTunerLayer):
         self.in_features, self.out_features = cast(int, d_in), cast(int, d_out)
         self.quantization_backend = resolve_quantization_backend(self.get_base_layer(), **kwargs)
         self._weight_backups: dict[str, Tensor] = {}
+        self.scaling: dict[str, float] = {}
+        self.initial_rank: dict[str, int] = {}
+        self.adapter_dropout = nn.ModuleDict()
 
-    scaling: dict[str, float]
-
-    def add_adapter(self, adapter_name: str, config: Any, rank: int, scaling: float) -> None:
-        """Create the tensors of one adapter of rank `rank` >= 0, whose update is multiplied by `scaling`."""
+    def add_adapter(self, adapter_name: str, config: Any, rank: int) -> None:
+        """Create the tensors of one adapter of rank `rank` >= 0."""
         raise NotImplementedError
 
     def adapted(self, x: Tensor, adapter_names: list[str], *args: Any, **kwargs: Any) -> Tensor:
         """Output (..., d_out) for `x` (..., d_in) under the named adapters, all of which this layer has."""
-        raise NotImplementedError
-
-    def describe(self, adapter_name: str, name: str) -> LayerDescription:
-        """Rank, widths and shapes as evaluation and deployment see them."""
         raise NotImplementedError
 
     def factors(self, adapter_name: str) -> tuple[Tensor, Tensor, Tensor]:
@@ -137,6 +143,37 @@ class BayesLayer(nn.Module, BaseTunerLayer):
         """Boolean mask (r,) of the ranks that contribute: those whose diagonal entry is not zero."""
         return self.factors(adapter_name)[1] != 0
 
+    def widths(self, adapter_name: str) -> dict[str, int]:
+        """Bits of every kind of tensor in evaluation, 32 where it is not quantized."""
+        return dict.fromkeys(KINDS, UNQUANTIZED) | {BASE_WEIGHT: self.base_width}
+
+    def describe(self, adapter_name: str, name: str) -> LayerDescription:
+        """Rank, widths and shapes of the layer called `name`, as evaluation and deployment see them."""
+        containers = [getattr(self, each) for each in self.adapter_layer_names]
+        trained = [container[adapter_name] for container in containers if adapter_name in container]
+        count = sum(p.numel() for each in trained for p in ([each] if isinstance(each, Tensor) else each.parameters()))
+        return LayerDescription(
+            name=name,
+            in_features=self.in_features,
+            out_features=self.out_features,
+            rank=int(self.kept(adapter_name).sum()),
+            initial_rank=self.initial_rank[adapter_name],
+            parameters=count,
+            bits=self.widths(adapter_name),
+        )
+
+    def initial_factors(self, config: Any, rank: int) -> tuple[nn.Parameter, nn.Parameter]:
+        """A (r, d_in) and B (d_out, r) as LoRA begins: A uniform, B zero unless `init_weights` is False."""
+        a, b = torch.empty(rank, self.in_features), torch.zeros(self.out_features, rank)
+        for matrix in (a,) if config.init_weights else (a, b):
+            if rank:
+                nn.init.kaiming_uniform_(matrix, a=math.sqrt(5))
+        return nn.Parameter(a), nn.Parameter(b)
+
+    def adapter_input(self, name: str, x: Tensor, dtype: torch.dtype) -> Tensor:
+        """`x` under the adapter's dropout, in the type of its matrices."""
+        return cast(Tensor, self.adapter_dropout[name](self._cast_input_dtype(x, dtype)))
+
     @torch.no_grad()
     def cut(self, container: nn.ParameterDict, adapter_name: str, part: Any) -> None:
         """Replace a tensor of the adapter by `tensor[part]`, in memory of its own."""
@@ -147,7 +184,7 @@ class BayesLayer(nn.Module, BaseTunerLayer):
     def base_width(self) -> int:
         """Bits of the stored base weight: 4 or 8 where it was loaded so, otherwise 32."""
         if self.quantization_backend is None:
-            return _UNQUANTIZED
+            return UNQUANTIZED
         layer = self.get_base_layer()
         described = f"{type(layer).__name__} {type(getattr(layer, 'weight', None)).__name__}".lower()
         if "4bit" in described or "int4" in described or getattr(layer, "nbits", None) == 4:
@@ -170,7 +207,9 @@ class BayesLayer(nn.Module, BaseTunerLayer):
         return self._get_available_adapters()
 
     def update_layer(self, adapter_name: str, config: Any, rank: int, scaling: float) -> None:
-        self.add_adapter(adapter_name, config, rank, scaling)
+        self.scaling[adapter_name], self.initial_rank[adapter_name] = scaling, config.r
+        self.adapter_dropout[adapter_name] = nn.Dropout(config.lora_dropout) if config.lora_dropout else nn.Identity()
+        self.add_adapter(adapter_name, config, rank)
         for container in self.children():
             if isinstance(container, nn.ModuleDict) and adapter_name in container:
                 container[adapter_name].train(self.training)  # PEFT leaves them in train mode inside an eval model
@@ -265,9 +304,6 @@ class BayesLayer(nn.Module, BaseTunerLayer):
 
     def extra_repr(self) -> str:
         return quantization_extra_repr(self)
-
-
-_UNQUANTIZED = 32
 
 
 def undo_cpu_order(module: nn.Module) -> None:

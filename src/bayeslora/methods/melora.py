@@ -14,7 +14,6 @@ subspace of ScalaBL (arXiv:2506.21408) without its fixed bases.
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -47,7 +46,7 @@ class MeLoraConfig(VariationalConfig):
 
 
 class MeLoraLayer(VariationalLayer):
-    """One linear layer under Me-LoRA.
+    """One linear layer under Me-LoRA; the same in plain torch on one page: `tests/oracles/melora.py`.
 
     Tensors of an adapter: `melora_A` (r, d_in), `melora_B` (d_out, r), `melora_M` and `melora_rho`, (r, r) for a full
     core and (r,) for a diagonal one.
@@ -61,17 +60,12 @@ class MeLoraLayer(VariationalLayer):
         self.melora_A, self.melora_B = nn.ParameterDict(), nn.ParameterDict()
         self.melora_M, self.melora_rho = nn.ParameterDict(), nn.ParameterDict()
 
-    def add_adapter(self, adapter_name: str, config: MeLoraConfig, rank: int, scaling: float) -> None:
-        self.add_common(adapter_name, config, scaling)
-        self.melora_A[adapter_name] = nn.Parameter(torch.empty(rank, self.in_features))
-        self.melora_B[adapter_name] = nn.Parameter(torch.zeros(self.out_features, rank))
+    def add_adapter(self, adapter_name: str, config: MeLoraConfig, rank: int) -> None:
+        self.add_common(adapter_name, config, rank)
+        self.melora_A[adapter_name], self.melora_B[adapter_name] = self.initial_factors(config, rank)
         core = torch.eye(rank) if config.core == "full" else torch.ones(rank)
         self.melora_M[adapter_name] = nn.Parameter(core)
         self.melora_rho[adapter_name] = nn.Parameter(torch.full_like(core, inverse_softplus(config.initial_std)))
-        if rank:
-            nn.init.kaiming_uniform_(self.melora_A[adapter_name], a=math.sqrt(5))
-            if not config.init_weights:
-                nn.init.kaiming_uniform_(self.melora_B[adapter_name], a=math.sqrt(5))
 
     def posterior(self, name: str) -> tuple[Tensor, Tensor, Tensor | float]:
         mean = self.melora_M[name]

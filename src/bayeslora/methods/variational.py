@@ -20,7 +20,6 @@ from torch import Tensor, nn
 
 from bayeslora.errors import BayesLoraError
 from bayeslora.methods.config import AdapterConfig
-from bayeslora.methods.description import LayerDescription
 from bayeslora.methods.layer import BayesLayer, add_update
 from bayeslora.methods.tuner import BayesTuner, ParameterRole, RunState, TrainingSetup, tuner_of
 from bayeslora.posterior import SCOPES, Noise, Scope, kl_divergence
@@ -67,12 +66,10 @@ class VariationalLayer(BayesLayer):
     matrix_B: ClassVar[str]
     """Name of the container of B (d_out, r)."""
 
-    other_param_names: tuple[str, ...] = ("variational_dropout", "scaling", "_fresh")
+    other_param_names = (*BayesLayer.other_param_names, "_fresh")
 
     def __init__(self, base_layer: nn.Module, **kwargs: Any) -> None:
         super().__init__(base_layer, **kwargs)
-        self.variational_dropout = nn.ModuleDict()
-        self.scaling: dict[str, float] = {}
         self.noise: Noise | None = None
         self.is_controlled = False  # whether `noise` (None: the mean) stands for what the mode would choose
         self._fresh: dict[str, Noise] = {}
@@ -89,11 +86,9 @@ class VariationalLayer(BayesLayer):
         """The first factor (r, d_in) under the first draw of `noise`, float32."""
         raise NotImplementedError
 
-    def add_common(self, adapter_name: str, config: VariationalConfig, scaling: float) -> None:
-        """What every variational adapter keeps beside its tensors."""
-        self.scaling[adapter_name] = scaling
-        dropout = nn.Dropout(config.lora_dropout) if config.lora_dropout else nn.Identity()
-        self.variational_dropout[adapter_name] = dropout
+    def add_common(self, adapter_name: str, config: VariationalConfig, rank: int) -> None:
+        """Keep what every variational adapter has besides its tensors."""
+        self.initial_rank[adapter_name] = rank
         self._fresh[adapter_name] = Noise(config.noise_scope, antithetic=config.antithetic)
 
     def noise_of(self, name: str, position: int = 0) -> Noise | None:
@@ -106,8 +101,7 @@ class VariationalLayer(BayesLayer):
         result = self.base_layer(x, *args, **kwargs)
         for position, name in enumerate(adapter_names):
             b = self.B(name)
-            inner = self.variational_dropout[name](self._cast_input_dtype(x, b.dtype))
-            hidden = self.hidden(name, inner, self.noise_of(name, position))
+            hidden = self.hidden(name, self.adapter_input(name, x, b.dtype), self.noise_of(name, position))
             result = add_update(result, hidden, b, self.scaling[name])
         return result
 
@@ -115,15 +109,11 @@ class VariationalLayer(BayesLayer):
         """The second factor (d_out, r)."""
         return cast(Tensor, getattr(self, self.matrix_B)[name])
 
-    def shrink(self, adapter_name: str) -> int:
-        return int(self.B(adapter_name).shape[1])  # every rank contributes
+    def kept(self, adapter_name: str) -> Tensor:
+        return torch.ones(self.B(adapter_name).shape[1], dtype=torch.bool)  # every rank contributes
 
-    def describe(self, adapter_name: str, name: str) -> LayerDescription:
-        rank = int(self.B(adapter_name).shape[1])
-        count = sum(getattr(self, each)[adapter_name].numel() for each in self.adapter_layer_names)
-        described = LayerDescription(name, self.in_features, self.out_features, rank, rank, count)
-        described.bits["weight"] = self.base_width
-        return described
+    def shrink(self, adapter_name: str) -> int:
+        return len(self.kept(adapter_name))
 
 
 def stochastic_layers(model: nn.Module) -> dict[str, VariationalLayer]:

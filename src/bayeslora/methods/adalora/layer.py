@@ -1,4 +1,4 @@
-"""The layer of AdaLoRA: its tensors, its forward pass, what of it is deployed. The method itself is in `adalora`."""
+"""The layer of AdaLoRA: its tensors, its forward pass, and what of it is deployed."""
 
 from __future__ import annotations
 
@@ -11,32 +11,27 @@ from torch import Tensor, nn
 
 from bayeslora._peft import BufferDict
 from bayeslora.methods.adalora.config import AdaLoraConfig
-from bayeslora.methods.description import LayerDescription
 from bayeslora.methods.layer import BayesLayer, add_update
 
 
 class AdaLoraLayer(BayesLayer):
-    """One linear layer under AdaLoRA.
+    """One linear layer under AdaLoRA; the same in plain torch on one page: `tests/oracles/adalora.py`.
 
     Tensors of an adapter: `bayes_adalora_A` (r, d_in), `bayes_adalora_E` (r,), `bayes_adalora_B` (d_out, r).
     `adalora_mask` (r,) is 1 for the ranks that the last allocation kept and 0 for the others; absent before it.
     """
 
     adapter_layer_names = ("bayes_adalora_A", "bayes_adalora_E", "bayes_adalora_B")
-    other_param_names = ("adalora_dropout", "adalora_mask", "scaling", "initial_rank")
+    other_param_names = (*BayesLayer.other_param_names, "adalora_mask")
 
     def __init__(self, base_layer: nn.Module, **kwargs: Any) -> None:
         super().__init__(base_layer, **kwargs)
         self.bayes_adalora_A, self.bayes_adalora_E = nn.ParameterDict(), nn.ParameterDict()
         self.bayes_adalora_B = nn.ParameterDict()
-        self.adalora_dropout = nn.ModuleDict()
         self.adalora_mask = BufferDict(persistent=False)
-        self.scaling: dict[str, float] = {}
-        self.initial_rank: dict[str, int] = {}
         self.register_load_state_dict_post_hook(_drop_contradicted_masks)
 
-    def add_adapter(self, adapter_name: str, config: AdaLoraConfig, rank: int, scaling: float) -> None:
-        self.scaling[adapter_name], self.initial_rank[adapter_name] = scaling, config.r
+    def add_adapter(self, adapter_name: str, config: AdaLoraConfig, rank: int) -> None:
         self.bayes_adalora_A[adapter_name] = nn.Parameter(torch.empty(rank, self.in_features))
         self.bayes_adalora_E[adapter_name] = nn.Parameter(torch.full((rank,), float(not config.init_weights)))
         self.bayes_adalora_B[adapter_name] = nn.Parameter(torch.empty(self.out_features, rank))
@@ -45,7 +40,6 @@ class AdaLoraLayer(BayesLayer):
                 nn.init.normal_(container[adapter_name], std=0.02)
             elif rank:
                 nn.init.kaiming_uniform_(container[adapter_name], a=math.sqrt(5))
-        self.adalora_dropout[adapter_name] = nn.Dropout(config.lora_dropout) if config.lora_dropout else nn.Identity()
 
     def triplets(self, name: str) -> tuple[nn.Parameter, nn.Parameter, nn.Parameter]:
         """A (r, d_in), E (r,) and B (d_out, r)."""
@@ -60,8 +54,7 @@ class AdaLoraLayer(BayesLayer):
         result = self.base_layer(x, *args, **kwargs)
         for name in adapter_names:
             a, _, b = self.triplets(name)
-            inner = self.adalora_dropout[name](self._cast_input_dtype(x, a.dtype))
-            hidden = F.linear(inner, a * self.diagonal(name).unsqueeze(1))
+            hidden = F.linear(self.adapter_input(name, x, a.dtype), a * self.diagonal(name).unsqueeze(1))
             result = add_update(result, hidden, b, self.scaling[name])
         return result
 
@@ -79,14 +72,6 @@ class AdaLoraLayer(BayesLayer):
         if adapter_name in self.adalora_mask:
             del self.adalora_mask[adapter_name]
         return int(keep.sum())
-
-    def describe(self, adapter_name: str, name: str) -> LayerDescription:
-        rank = int(self.kept(adapter_name).sum())
-        count = sum(tensor.numel() for tensor in self.triplets(adapter_name))
-        first = self.initial_rank[adapter_name]
-        described = LayerDescription(name, self.in_features, self.out_features, rank, first, count)
-        described.bits["weight"] = self.base_width
-        return described
 
 
 class Linear(AdaLoraLayer):

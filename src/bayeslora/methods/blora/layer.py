@@ -22,7 +22,6 @@ from bayeslora.methods.blora.gated_quantizers import (
     Unquantized,
     calibration_bits,
 )
-from bayeslora.methods.description import LayerDescription
 from bayeslora.methods.layer import BayesLayer, PackedTensors, add_update
 from bayeslora.quantization import SURE_LOGIT, fixed_logits, linear, optimal_range
 from bayeslora.vocabulary import ACTIVATIONS, BASE_WEIGHT, KINDS, MATRICES, UNQUANTIZED
@@ -36,31 +35,22 @@ class BLoraLayer(BayesLayer):
     """
 
     adapter_layer_names = ("blora_A", "blora_B", "blora_E", "blora_rank", "blora_quantizers")
-    other_param_names = ("blora_progress", "blora_dropout", "scaling", "initial_rank", "configs")
+    other_param_names = (*BayesLayer.other_param_names, "blora_progress", "configs")
 
     def __init__(self, base_layer: nn.Module, **kwargs: Any) -> None:
         super().__init__(base_layer, **kwargs)
         self.blora_A, self.blora_B, self.blora_E = nn.ParameterDict(), nn.ParameterDict(), nn.ParameterDict()
         self.blora_rank, self.blora_quantizers = nn.ModuleDict(), nn.ModuleDict()
-        self.blora_progress, self.blora_dropout = nn.ModuleDict(), nn.ModuleDict()
-        self.scaling: dict[str, float] = {}
-        self.initial_rank: dict[str, int] = {}
+        self.blora_progress = nn.ModuleDict()
         self.configs: dict[str, BLoraConfig] = {}
         self.training_adapters: set[str] = set()  # adapters whose calibration a training loop ends
         self.collects_ranges = True  # whether this step's activations count for their ranges
         self.frozen_weight = FrozenWeight()
 
-    def add_adapter(self, adapter_name: str, config: BLoraConfig, rank: int, scaling: float) -> None:
+    def add_adapter(self, adapter_name: str, config: BLoraConfig, rank: int) -> None:
         self.configs[adapter_name] = config
-        self.scaling[adapter_name], self.initial_rank[adapter_name] = scaling, config.r
-        self.blora_A[adapter_name] = nn.Parameter(torch.empty(rank, self.in_features))
-        self.blora_B[adapter_name] = nn.Parameter(torch.zeros(self.out_features, rank))
+        self.blora_A[adapter_name], self.blora_B[adapter_name] = self.initial_factors(config, rank)
         self.blora_E[adapter_name] = nn.Parameter(torch.ones(rank))
-        if rank:
-            nn.init.kaiming_uniform_(self.blora_A[adapter_name], a=math.sqrt(5))
-            if not config.init_weights:
-                nn.init.kaiming_uniform_(self.blora_B[adapter_name], a=math.sqrt(5))
-        self.blora_dropout[adapter_name] = nn.Dropout(config.lora_dropout) if config.lora_dropout else nn.Identity()
         self.blora_progress[adapter_name] = Progress()
         if config.learns_ranks:
             self.blora_rank[adapter_name] = RankGates(rank, config.initial_rank_logit)
@@ -103,7 +93,8 @@ class BLoraLayer(BayesLayer):
             )
         result = self.base_layer(x, *args, **kwargs)
         for name in adapter_names:
-            hidden = F.linear(self._dropped_out(name, x), self.blora_A[name])
+            a = self.blora_A[name]
+            hidden = F.linear(self.adapter_input(name, x, a.dtype), a)
             hidden = hidden * self._gated(name, self.blora_E[name]).to(hidden.dtype)
             result = add_update(result, hidden, self.blora_B[name], self.scaling[name])
         return result
@@ -122,14 +113,10 @@ class BLoraLayer(BayesLayer):
         a, b = quantized("A", self.blora_A[name]), quantized("B", self.blora_B[name])
         e = self._gated(name, quantized("E", self.blora_E[name]))
 
-        hidden = quantized("A_out", F.linear(self._dropped_out(name, inputs), a))
+        hidden = quantized("A_out", F.linear(self.adapter_input(name, inputs, a.dtype), a))
         hidden = quantized("E_out", hidden * e.to(hidden.dtype))
         result = add_update(result, hidden, b, self.scaling[name], in_place=quantized.replaces_weight)
         return quantized("out", result).view(*x.shape[:-1], self.out_features)
-
-    def _dropped_out(self, name: str, x: Tensor) -> Tensor:
-        """The adapter's input, in its own type."""
-        return cast(Tensor, self.blora_dropout[name](self._cast_input_dtype(x, self.blora_A[name].dtype)))
 
     def _gated(self, name: str, diagonal: Tensor) -> Tensor:
         r"""$E \circ G$ (r,) for the quantized diagonal E."""
@@ -240,9 +227,7 @@ class BLoraLayer(BayesLayer):
             )
 
     def widths(self, adapter_name: str) -> dict[str, int]:
-        """Evaluation width of every tensor, 32 where it is not quantized."""
-        widths = dict.fromkeys(KINDS, UNQUANTIZED)
-        widths[BASE_WEIGHT] = self.base_width
+        widths = super().widths(adapter_name)
         if self.configs[adapter_name].quantize_input:
             widths["in"] = UNQUANTIZED
         if self.is_quantizing(adapter_name):
@@ -265,22 +250,6 @@ class BLoraLayer(BayesLayer):
         if self.progress(adapter_name).current == Phase.LEARN:
             self.progress(adapter_name).advance(Phase.FROZEN)  # what has been cut cannot learn its rank any more
         return int(keep.sum())
-
-    def describe(self, adapter_name: str, name: str) -> LayerDescription:
-        trained = [self.blora_A, self.blora_B, self.blora_E]
-        count = sum(container[adapter_name].numel() for container in trained)
-        for modules in (self.blora_rank, self.blora_quantizers):
-            if adapter_name in modules:
-                count += sum(p.numel() for p in modules[adapter_name].parameters())
-        return LayerDescription(
-            name=name,
-            in_features=self.in_features,
-            out_features=self.out_features,
-            rank=int(self.kept(adapter_name).sum()),
-            initial_rank=self.initial_rank[adapter_name],
-            parameters=count,
-            bits=self.widths(adapter_name),
-        )
 
     @torch.no_grad()
     def packed_tensors(self, adapter_name: str) -> PackedTensors:
