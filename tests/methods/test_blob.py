@@ -172,10 +172,10 @@ def test_the_alternation_needs_a_cycle_but_no_n_and_its_cycle_nothing_else() -> 
         BayesLoop(model, torch.optim.SGD(parameter_groups(model, lr=0.1)), total_steps=10)
     _alternating(10, 2)
     for options, message in (
-        ({"kl_cycle": 3}, "kl_cycle=3 is of use only with kl_schedule='blob'"),
-        ({"kl_schedule": "blob", "kl_cycle": 0}, "kl_cycle must be at least 1, not 0"),
-        ({"kl_schedule": "x"}, "kl_schedule must be 'elbo' or 'blob', not 'x'"),
-        ({"initial_scale": 0.0}, "initial_scale must be positive, not 0.0"),
+        ({"kl_cycle": 3}, "kl_cycle is 3, but belongs to kl_schedule='blob'"),
+        ({"kl_schedule": "blob", "kl_cycle": 0}, "kl_cycle is 0, but must be at least 1"),
+        ({"kl_schedule": "x"}, "kl_schedule is 'x', but must be 'elbo' or 'blob'"),
+        ({"initial_scale": 0.0}, "initial_scale is 0.0, but must be above 0"),
     ):
         with pytest.raises(BayesLoraError, match=message):
             BlobConfig(target_modules=["first"], **options)

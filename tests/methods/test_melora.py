@@ -145,17 +145,20 @@ def test_variances_have_their_rate_and_only_the_two_factors_decay(core: str) -> 
 
 
 BAD_OPTIONS: list[tuple[dict[str, Any], str]] = [
-    ({"core": "x"}, "core must be 'full' or 'diagonal', not 'x'"),
-    ({"initial_std": 0.0}, "initial_std must be positive, not 0.0: without noise use plain LoRA"),
-    ({"prior_std": 0.0}, "prior_std must be positive, not 0.0"),
-    ({"kl_weight": -1.0}, "kl_weight must not be negative, not -1.0"),
-    ({"kl_warmup": 1.0}, r"kl_warmup is a share of the steps in \[0, 1\), not 1.0"),
-    ({"num_examples": 0}, "num_examples must be at least 1, not 0"),
-    ({"noise_scope": "row"}, "noise_scope must be 'example', 'token' or 'batch', not 'row'"),
-    ({"variance_lr_factor": -1.0}, "variance_lr_factor must not be negative, not -1.0"),
-    ({"noise_scope": "batch", "antithetic": True}, "antithetic noise needs noise_scope 'example', not 'batch'"),
-    ({"r": 0}, "r must be at least 1, not 0"),
-    ({"rank_pattern": {"first": -1}}, "rank_pattern must have whole numbers from 0, not -1 for .first."),
+    ({"core": "x"}, "core is 'x', but must be 'full' or 'diagonal'"),
+    ({"initial_std": 0.0}, "initial_std is 0.0, but must be above 0: use plain LoRA"),
+    ({"prior_std": 0.0}, "prior_std is 0.0, but must be above 0"),
+    ({"kl_weight": -1.0}, "kl_weight is -1.0, but must be at least 0"),
+    ({"kl_warmup": 1.0}, "kl_warmup is 1.0, but must be at least 0 and below 1"),
+    ({"num_examples": 0}, "num_examples is 0, but must be at least 1"),
+    ({"noise_scope": "row"}, "noise_scope is 'row', but must be 'example', 'token' or 'batch'"),
+    ({"variance_lr_factor": -1.0}, "variance_lr_factor is -1.0, but must be at least 0"),
+    (
+        {"noise_scope": "batch", "antithetic": True},
+        "noise_scope is 'batch', but must be 'example' for antithetic noise",
+    ),
+    ({"r": 0}, "r is 0, but must be at least 1"),
+    ({"rank_pattern": {"first": -1}}, "rank_pattern has -1 for .first., but must have whole numbers from 0"),
 ]
 
 

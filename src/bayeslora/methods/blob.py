@@ -45,13 +45,11 @@ class BlobConfig(VariationalConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        self._require("kl_schedule", ("elbo", "blob"))
-        if self.initial_scale <= 0:
-            raise BayesLoraError(f"initial_scale must be positive, not {self.initial_scale}: 0 has no gradient")
+        self._check_choice("kl_schedule", ("elbo", "blob"))
+        self._check("initial_scale", self.initial_scale > 0, "above 0", "give such as 0.05, because 0 has no gradient")
         if self.kl_schedule == "elbo" and self.kl_cycle is not None:
-            raise BayesLoraError(f"kl_cycle={self.kl_cycle} is of use only with kl_schedule='blob': drop it")
-        if self.kl_cycle is not None and self.kl_cycle < 1:
-            raise BayesLoraError(f"kl_cycle must be at least 1, not {self.kl_cycle}")
+            raise BayesLoraError(f"kl_cycle is {self.kl_cycle}, but belongs to kl_schedule='blob': drop it")
+        self._check("kl_cycle", self.kl_cycle is None or self.kl_cycle >= 1, "at least 1", "give a number of steps")
 
 
 class BlobLayer(VariationalLayer):

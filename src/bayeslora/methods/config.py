@@ -51,18 +51,22 @@ class AdapterConfig(PeftConfig):
             if isinstance(getattr(self, name), list):
                 setattr(self, name, set(getattr(self, name)))
         if self.layers_pattern and self.layers_to_transform is None:
-            raise BayesLoraError("layers_pattern needs layers_to_transform: name the indices, or drop the pattern")
-        if self.r <= 0:
-            raise BayesLoraError(f"r must be at least 1, not {self.r}: give the initial rank")
+            raise BayesLoraError(
+                "layers_pattern is given alone, but belongs to layers_to_transform: give both, or drop the pattern"
+            )
+        self._check("r", self.r >= 1, "at least 1", "give the initial rank, such as r=8")
         for name, rank in (self.rank_pattern or {}).items():
             if not isinstance(rank, int) or rank < 0:
-                raise BayesLoraError(f"rank_pattern must have whole numbers from 0, not {rank!r} for {name!r}")
-        if not 0 <= self.lora_dropout < 1:
-            raise BayesLoraError(f"lora_dropout must lie in [0, 1), not {self.lora_dropout}")
-        self._require("bias", ("none", "all"))
+                raise BayesLoraError(
+                    f"rank_pattern has {rank!r} for {name!r}, but must have whole numbers from 0: give a rank"
+                )
+        self._check("lora_dropout", 0 <= self.lora_dropout < 1, "at least 0 and below 1", "give 0 for none")
+        self._check_choice("bias", ("none", "all"))
 
-    def _require(self, name: str, allowed: tuple[str, ...]) -> None:
-        value = getattr(self, name)
-        if value not in allowed:
-            listed = ", ".join(repr(each) for each in allowed[:-1])
-            raise BayesLoraError(f"{name} must be {listed} or {allowed[-1]!r}, not {value!r}")
+    def _check(self, name: str, holds: bool, accepted: str, way_out: str) -> None:
+        if not holds:
+            raise BayesLoraError(f"{name} is {getattr(self, name)!r}, but must be {accepted}: {way_out}")
+
+    def _check_choice(self, name: str, allowed: tuple[str, ...]) -> None:
+        listed = ", ".join(repr(each) for each in allowed[:-1])
+        self._check(name, getattr(self, name) in allowed, f"{listed} or {allowed[-1]!r}", "choose one of them")

@@ -38,8 +38,7 @@ class DyLoraConfig(AdapterConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if not 1 <= self.min_rank <= self.r:
-            raise BayesLoraError(f"min_rank must lie in [1, r = {self.r}], not {self.min_rank}")
+        self._check("min_rank", 1 <= self.min_rank <= self.r, f"from 1 to r = {self.r}", "give such a rank")
 
 
 class DyLoraLayer(BayesLayer):

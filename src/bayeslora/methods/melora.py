@@ -21,7 +21,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from bayeslora.errors import BayesLoraError
 from bayeslora.methods.variational import VariationalConfig, VariationalLayer, VariationalModel, per_group
 from bayeslora.posterior import Noise, inverse_softplus, local_reparametrization, standard_deviation
 
@@ -40,9 +39,8 @@ class MeLoraConfig(VariationalConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        self._require("core", ("full", "diagonal"))
-        if self.initial_std <= 0:
-            raise BayesLoraError(f"initial_std must be positive, not {self.initial_std}: without noise use plain LoRA")
+        self._check_choice("core", ("full", "diagonal"))
+        self._check("initial_std", self.initial_std > 0, "above 0", "use plain LoRA where there is to be no noise")
 
 
 class MeLoraLayer(VariationalLayer):

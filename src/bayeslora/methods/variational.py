@@ -45,19 +45,17 @@ class VariationalConfig(AdapterConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        self._require("noise_scope", SCOPES)
-        if self.num_examples is not None and self.num_examples < 1:
-            raise BayesLoraError(f"num_examples must be at least 1, not {self.num_examples}: give the training set's")
-        if self.kl_weight < 0:
-            raise BayesLoraError(f"kl_weight must not be negative, not {self.kl_weight}")
-        if not 0 <= self.kl_warmup < 1:
-            raise BayesLoraError(f"kl_warmup is a share of the steps in [0, 1), not {self.kl_warmup}")
-        if self.prior_std <= 0:
-            raise BayesLoraError(f"prior_std must be positive, not {self.prior_std}")
-        if self.variance_lr_factor < 0:
-            raise BayesLoraError(f"variance_lr_factor must not be negative, not {self.variance_lr_factor}")
+        self._check_choice("noise_scope", SCOPES)
+        known = self.num_examples is None or self.num_examples >= 1
+        self._check("num_examples", known, "at least 1", "give the length of the training set")
+        self._check("kl_weight", self.kl_weight >= 0, "at least 0", "give 1 for the evidence lower bound")
+        self._check("kl_warmup", 0 <= self.kl_warmup < 1, "at least 0 and below 1", "give a share of the steps")
+        self._check("prior_std", self.prior_std > 0, "above 0", "give a standard deviation")
+        self._check("variance_lr_factor", self.variance_lr_factor >= 0, "at least 0", "give 0 to fix the variances")
         if self.antithetic and self.noise_scope != "example":
-            raise BayesLoraError(f"antithetic noise needs noise_scope 'example', not {self.noise_scope!r}")
+            raise BayesLoraError(
+                f"noise_scope is {self.noise_scope!r}, but must be 'example' for antithetic noise: drop antithetic"
+            )
 
 
 class VariationalLayer(BayesLayer):

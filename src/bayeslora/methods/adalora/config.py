@@ -5,7 +5,6 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
-from bayeslora.errors import BayesLoraError
 from bayeslora.methods.adalora.importance import IMPORTANCES, Importance
 from bayeslora.methods.config import AdapterConfig
 
@@ -38,25 +37,18 @@ class AdaLoraConfig(AdapterConfig):
 
     def __post_init__(self) -> None:
         self.r = self.init_r
-        if self.init_r < 1:
-            raise BayesLoraError(f"init_r must be at least 1, not {self.init_r}: give the initial rank")
+        self._check("init_r", self.init_r >= 1, "at least 1", "give the initial rank, such as 12")
         super().__post_init__()
-        self._require("importance", IMPORTANCES)
-        if not 0 <= self.target_r < self.init_r:
-            raise BayesLoraError(
-                f"target_r {self.target_r} must lie in [0, {self.init_r}), below init_r: a fixed rank is plain LoRA's"
-            )
-        if self.deltaT < 1:
-            raise BayesLoraError(f"deltaT must be at least 1 step, not {self.deltaT}")
+        self._check_choice("importance", IMPORTANCES)
+        below = f"at least 0 and below init_r = {self.init_r}"
+        self._check("target_r", 0 <= self.target_r < self.init_r, below, "use plain LoRA for a fixed rank")
+        self._check("deltaT", self.deltaT >= 1, "at least 1", "give a number of steps")
         for name in ("tinit", "tfinal"):
             steps = getattr(self, name)
-            if steps is not None and steps < 0:
-                raise BayesLoraError(f"{name} must not be negative, not {steps}")
+            self._check(name, steps is None or steps >= 0, "at least 0", "give a number of steps")
         for name in ("beta1", "beta2"):
-            if not 0 < getattr(self, name) < 1:
-                raise BayesLoraError(f"{name} must lie between 0 and 1, not {getattr(self, name)}")
-        if self.orth_reg_weight < 0:
-            raise BayesLoraError(f"orth_reg_weight must not be negative, not {self.orth_reg_weight}")
+            self._check(name, 0 < getattr(self, name) < 1, "between 0 and 1", "give such as 0.85")
+        self._check("orth_reg_weight", self.orth_reg_weight >= 0, "at least 0", "give 0 for no such penalty")
 
     def to_dict(self) -> dict[str, Any]:
         values: dict[str, Any] = super().to_dict()

@@ -62,50 +62,47 @@ class BLoraConfig(AdapterConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        self._require("mode", ("q+ra", "q", "ra"))
-        self._require("bit_weighting", ("const", "bits", "bops"))
-        self._require("calibration", ("mse", "absmax"))
-        if self.bit_penalty < 0 or self.rank_penalty < 0:
-            raise BayesLoraError(
-                f"penalties must not be negative, not bit_penalty={self.bit_penalty}, rank_penalty={self.rank_penalty}"
-            )
-        if self.target_bops is not None and not 0 < self.target_bops < 1:
-            raise BayesLoraError(f"target_bops is a share between 0 and 1, not {self.target_bops}")
-        if self.target_bops is not None and self.mode == "ra":
-            raise BayesLoraError("target_bops needs learned bit-widths: use mode 'q' or 'q+ra', or drop target_bops")
-        if self.quantize_input and self.mode == "ra":
-            raise BayesLoraError("quantize_input needs learned bit-widths: use mode 'q' or 'q+ra'")
-        if len(self.initial_bit_logits) != len(GATED_WIDTHS):
-            raise BayesLoraError(
-                f"initial_bit_logits has {len(self.initial_bit_logits)} numbers: give 4, for 4, 8, 16 and 32 bits"
-            )
+        self._check_choice("mode", ("q+ra", "q", "ra"))
+        self._check_choice("bit_weighting", ("const", "bits", "bops"))
+        self._check_choice("calibration", ("mse", "absmax"))
+        for name in ("bit_penalty", "rank_penalty"):
+            self._check(name, getattr(self, name) >= 0, "at least 0", "give 0 for no such penalty")
+        is_share = self.target_bops is None or 0 < self.target_bops < 1
+        self._check("target_bops", is_share, "between 0 and 1", "give a share of LoRA's bit operations")
+        for name in ("target_bops", "quantize_input", "fixed_bits"):
+            if getattr(self, name) and not self.learns_bits:
+                raise BayesLoraError(f"{name} is given, but mode 'ra' has no bit-widths: drop it, or use 'q+ra'")
+        four = len(self.initial_bit_logits) == len(GATED_WIDTHS)
+        self._check("initial_bit_logits", four, "4 numbers", "give those of the gates of 4, 8, 16 and 32 bits")
         self._check_fixed_bits()
         shares = (self.warmup_fraction, self.freeze_fraction)
         if min(shares) < 0 or sum(shares) >= 1:
             raise BayesLoraError(
-                f"warmup_fraction {shares[0]} and freeze_fraction {shares[1]} leave no steps for the gates: "
-                "keep their sum below 1"
+                f"warmup_fraction and freeze_fraction are {shares[0]} and {shares[1]}, but must leave steps for the "
+                "gates: keep their sum below 1"
             )
 
     def _check_fixed_bits(self) -> None:
-        if not self.fixed_bits:
-            return
-        if self.mode == "ra":
-            raise BayesLoraError("fixed_bits needs quantizers: use mode 'q' or 'q+ra', or drop fixed_bits")
         kinds = ALL_KINDS if self.quantize_input else KINDS
-        for kind, bits in self.fixed_bits.items():
+        for kind, bits in (self.fixed_bits or {}).items():
             if kind == "in" and kind not in kinds:
-                raise BayesLoraError("fixed_bits names in, which is quantized with quantize_input=True only")
+                raise BayesLoraError("fixed_bits names in, but the input is not quantized: set quantize_input=True")
             if kind not in kinds:
-                raise BayesLoraError(f"fixed_bits names {kind!r}: the kinds of tensors are {', '.join(kinds)}")
+                raise BayesLoraError(
+                    f"fixed_bits names {kind!r}, but the kinds of tensors are {', '.join(kinds)}: name one of these"
+                )
             if bits not in WIDTHS:
-                raise BayesLoraError(f"fixed_bits gives {kind} {bits} bits: choose from {', '.join(map(str, WIDTHS))}")
+                raise BayesLoraError(
+                    f"fixed_bits gives {kind} {bits} bits, but widths are {', '.join(map(str, WIDTHS))}: choose one"
+                )
         self.require_something_to_learn(kinds)
 
     def require_something_to_learn(self, kinds: Sequence[str]) -> None:
         """Refuse widths that are all fixed, where ranks are not learned and a layer has these kinds of tensors."""
         if self.mode == "q" and set(kinds) <= set(self.fixed_bits or {}):
-            raise BayesLoraError("fixed_bits leaves no width to learn: leave some kinds out, or use mode 'q+ra'")
+            raise BayesLoraError(
+                "fixed_bits names every kind of tensor, but mode 'q' must learn a width: leave one out, or use 'q+ra'"
+            )
 
     def bit_logits(self, kind: str) -> list[float]:
         """Starting logits of the gates of 4, 8, 16 and 32 bits of one kind of tensor."""
