@@ -319,7 +319,9 @@ def test_two_active_adapters_are_refused() -> None:
     model = tiny_model(WARM_UP)
     model.add_adapter("other", BLoraConfig(r=2, target_modules=["first"]))
     model.base_model.set_adapter(["default", "other"])
-    with pytest.raises(BayesLoraError, match="one adapter is trained at a time, not \\['default', 'other'\\]"):
+    with pytest.raises(
+        BayesLoraError, match="adapters \\['default', 'other'\\] are active, but one is trained at a time"
+    ):
         BayesLoop(model, _optimizer(model), total_steps=100)
 
 

@@ -1,4 +1,4 @@
-"""What every method's configuration has in common with `peft.LoraConfig`, under the same names."""
+"""Fields that every method's configuration shares with `peft.LoraConfig`, under the same names."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What an adapted layer is, in numbers: the one source for cost, report, model card and export."""
+"""An adapted layer in numbers: the one source for cost, report, model card and export."""
 
 from __future__ import annotations
 

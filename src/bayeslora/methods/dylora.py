@@ -97,7 +97,7 @@ class DyLoraLayer(BayesLayer):
 
     @torch.no_grad()
     def shrink(self, adapter_name: str) -> int:
-        """Cut what lies beyond evaluation's rank out of both matrices, and return the rank that is left."""
+        """Cut the ranks beyond evaluation's out of both matrices, and return the rank that is left."""
         rank = self.rank[adapter_name]
         self.cut(self.dylora_A, adapter_name, slice(rank))
         self.cut(self.dylora_B, adapter_name, (slice(None), slice(rank)))
@@ -182,7 +182,7 @@ class DyLoraModel(BayesTuner):
         return ranks
 
     def statistics(self) -> dict[str, float]:
-        """What is logged beside the loss: the rank of the latest step."""
+        """Return the rank of the latest step, to log with the loss."""
         name = self.training_adapter()
         drawn = [layer.sampled[name] for layer in self.adapted_layers(name) if name in layer.sampled]
         return {"sampled_rank": float(drawn[0])} if drawn else {}

@@ -98,11 +98,11 @@ class BayesLayer(nn.Module, BaseTunerLayer):
         raise NotImplementedError
 
     def adapted(self, x: Tensor, adapter_names: list[str], *args: Any, **kwargs: Any) -> Tensor:
-        """Output (..., d_out) for `x` (..., d_in) under the named adapters, all of which this layer has."""
+        """Return the output (..., d_out) for `x` (..., d_in) under the named adapters, all of which this layer has."""
         raise NotImplementedError
 
     def factors(self, adapter_name: str) -> tuple[Tensor, Tensor, Tensor]:
-        """A (r, d_in), diagonal (r,) and B (d_out, r) at the posterior mean, float32, without the scaling."""
+        """Return A (r, d_in), diagonal (r,) and B (d_out, r) at the posterior mean, float32, without the scaling."""
         raise NotImplementedError
 
     def shrink(self, adapter_name: str) -> int:
@@ -123,32 +123,32 @@ class BayesLayer(nn.Module, BaseTunerLayer):
         raise NotImplementedError
 
     def merged_weight(self, adapter_name: str, weight: Tensor) -> Tensor:
-        """The weight that stands for `weight` and the adapter together."""
+        """Return the weight that has the effect of `weight` and the adapter together."""
         return weight + self.get_delta_weight(adapter_name).to(weight.device, weight.dtype)
 
     def check_merge(self, adapter_name: str) -> None:
-        """Raise `BayesLoraError` where no weight can stand for the adapter."""
+        """Raise `BayesLoraError` if no weight can have the adapter's effect."""
 
     def needs_backup(self, adapter_name: str) -> bool:
-        """Whether merging replaces the base weight by something that a subtraction cannot undo."""
+        """Return True if a subtraction cannot undo a merge, so that the base weight must be kept."""
         return False
 
     def get_delta_weight(self, adapter_name: str) -> Tensor:
-        """The update of the base weight at the posterior mean, in the base weight's own layout, float32."""
+        """Return the update of the base weight at the posterior mean, in the base weight's layout, float32."""
         a, diagonal, b = self.factors(adapter_name)
         delta = (b * diagonal) @ a * self.scaling[adapter_name]
         return delta.T if self.is_transposed else delta
 
     def kept(self, adapter_name: str) -> Tensor:
-        """Boolean mask (r,) of the ranks that contribute: those whose diagonal entry is not zero."""
+        """Return a boolean mask (r,) of the ranks that contribute: those whose diagonal entry is not zero."""
         return self.factors(adapter_name)[1] != 0
 
     def widths(self, adapter_name: str) -> dict[str, int]:
-        """Bits of every kind of tensor in evaluation, 32 where it is not quantized."""
+        """Return the bits of every kind of tensor in evaluation, 32 where it is not quantized."""
         return dict.fromkeys(KINDS, UNQUANTIZED) | {BASE_WEIGHT: self.base_width}
 
     def describe(self, adapter_name: str, name: str) -> LayerDescription:
-        """Rank, widths and shapes of the layer called `name`, as evaluation and deployment see them."""
+        """Describe the layer, called `name`, as evaluation and deployment see it."""
         containers = [getattr(self, each) for each in self.adapter_layer_names]
         trained = [container[adapter_name] for container in containers if adapter_name in container]
         count = sum(p.numel() for each in trained for p in ([each] if isinstance(each, Tensor) else each.parameters()))
@@ -163,7 +163,7 @@ class BayesLayer(nn.Module, BaseTunerLayer):
         )
 
     def initial_factors(self, config: Any, rank: int) -> tuple[nn.Parameter, nn.Parameter]:
-        """A (r, d_in) and B (d_out, r) as LoRA begins: A uniform, B zero unless `init_weights` is False."""
+        """Return A (r, d_in) and B (d_out, r) as LoRA begins: A uniform, B zero unless `init_weights` is False."""
         a, b = torch.empty(rank, self.in_features), torch.zeros(self.out_features, rank)
         for matrix in (a,) if config.init_weights else (a, b):
             if rank:
@@ -171,12 +171,12 @@ class BayesLayer(nn.Module, BaseTunerLayer):
         return nn.Parameter(a), nn.Parameter(b)
 
     def adapter_input(self, name: str, x: Tensor, dtype: torch.dtype) -> Tensor:
-        """`x` under the adapter's dropout, in the type of its matrices."""
+        """Return `x` after the adapter's dropout, as `dtype`."""
         return cast(Tensor, self.adapter_dropout[name](self._cast_input_dtype(x, dtype)))
 
     @torch.no_grad()
     def cut(self, container: nn.ParameterDict, adapter_name: str, part: Any) -> None:
-        """Replace a tensor of the adapter by `tensor[part]`, in memory of its own."""
+        """Replace a tensor of the adapter by a copy of `tensor[part]`."""
         old = container[adapter_name]
         container[adapter_name] = nn.Parameter(old.detach()[part].contiguous(), requires_grad=old.requires_grad)
 
@@ -193,13 +193,13 @@ class BayesLayer(nn.Module, BaseTunerLayer):
 
     @property
     def has_plain_weight(self) -> bool:
-        """Whether W0 is an ordinary matrix; a base loaded in 4 or 8 bits keeps its width."""
+        """True if W0 is an ordinary matrix; a base loaded in 4 or 8 bits keeps its width."""
         forward = type(self.get_base_layer()).forward
         return self.quantization_backend is None and forward in (nn.Linear.forward, Conv1D.forward)
 
     @property
     def is_transposed(self) -> bool:
-        """Whether the base weight is stored as (d_in, d_out), as `Conv1D` does."""
+        """True if the base weight is stored as (d_in, d_out), as in `Conv1D`."""
         return isinstance(self.get_base_layer(), Conv1D)
 
     @property

@@ -40,7 +40,7 @@ class MeLoraConfig(VariationalConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         self._check_choice("core", ("full", "diagonal"))
-        self._check("initial_std", self.initial_std > 0, "above 0", "use plain LoRA where there is to be no noise")
+        self._check("initial_std", self.initial_std > 0, "above 0", "use plain LoRA for no noise")
 
 
 class MeLoraLayer(VariationalLayer):

@@ -24,12 +24,12 @@ from bayeslora.methods.description import LayerDescription
 from bayeslora.methods.layer import BayesLayer, adapter_names_by_row
 
 ParameterRole = str
-"""What a parameter is for: ``"weights"``, or a method's own such as ``"bit gates"``, with its own learning rate."""
+"""Group of parameters with its own learning rate: ``"weights"``, or a method's such as ``"bit gates"``."""
 
 
 @dataclass(frozen=True)
 class TrainingSetup:
-    """What a method needs to know of the run before it starts.
+    """Facts about a run that a method needs before it starts.
 
     Attributes:
         total_steps: optimizer steps of the whole run.
@@ -44,7 +44,7 @@ class TrainingSetup:
 
 @dataclass(kw_only=True)
 class RunState:
-    """What a method knows of the run it is in, made by `begin`; `learning_rates` are those it has fixed, by role."""
+    """State of a method during a run, made by `begin`; `learning_rates` are the rates that it fixes, by role."""
 
     learning_rates: dict[ParameterRole, float] = field(default_factory=dict)
 
@@ -57,7 +57,7 @@ class BayesTuner(BaseTuner):
     """
 
     budget_met = False
-    """Whether the present cost is below `budget`, so that nothing needs to become cheaper in this step."""
+    """True in a step whose cost is within `budget`, so that nothing needs to become cheaper."""
 
     least_travel: ClassVar[float] = 0.05
     """Distance that a weight must be able to move in a run of IVON, or the run is warned about."""
@@ -80,8 +80,9 @@ class BayesTuner(BaseTuner):
         current_key: str,
         parameter_name: str | None = None,
     ) -> None:
-        rank = peft_config.rank_pattern.get(_key(peft_config.rank_pattern, current_key), peft_config.r)
-        alpha = peft_config.alpha_pattern.get(_key(peft_config.alpha_pattern, current_key), peft_config.lora_alpha)
+        ranks, alphas = peft_config.rank_pattern, peft_config.alpha_pattern
+        rank = ranks.get(get_pattern_key(list(ranks), current_key), peft_config.r)
+        alpha = alphas.get(get_pattern_key(list(alphas), current_key), peft_config.lora_alpha)
         # A rank that was cut keeps the scaling it was trained with, so the configured rank is the divisor.
         scaling = alpha / (peft_config.r**0.5 if peft_config.use_rslora else peft_config.r)
         if isinstance(target, BayesLayer):
@@ -90,7 +91,7 @@ class BayesTuner(BaseTuner):
         base = target.get_base_layer() if isinstance(target, BaseTunerLayer) else target
         if not isinstance(base, (nn.Linear, Conv1D)) and not hasattr(base, "in_features"):
             raise BayesLoraError(
-                f"target module {current_key!r} is a {type(base).__name__}, and {type(peft_config).__name__} adapts "
+                f"target module {current_key!r} is a {type(base).__name__}, but {type(peft_config).__name__} adapts "
                 "linear layers (torch.nn.Linear, transformers' Conv1D and their 4- and 8-bit forms): choose others"
             )
         new = self.linear_class(target, **get_quantization_kwargs(self.model))
@@ -130,7 +131,7 @@ class BayesTuner(BaseTuner):
                 layer.check_merge(name)
 
     def penalty(self) -> dict[str, Tensor]:
-        """Named scalar terms to add to the mean loss, functions of the parameters alone; empty where none applies."""
+        """Return named scalar terms to add to the mean loss, functions of the parameters alone; {} where none applies."""
         return {}
 
     def add_penalty(self, parameters: Sequence[nn.Parameter], scale: float = 1.0) -> dict[str, Tensor]:
@@ -139,27 +140,25 @@ class BayesTuner(BaseTuner):
         if terms:
             total = torch.stack(list(terms.values())).sum() * scale
             gradients = torch.autograd.grad(total, list(parameters), allow_unused=True)
-            add_gradients(
-                [(p, gradient) for p, gradient in zip(parameters, gradients, strict=True) if gradient is not None]
-            )
+            add_gradients([(p, g) for p, g in zip(parameters, gradients, strict=True) if g is not None])
         return {name: value.detach() for name, value in terms.items()}
 
     @property
     def penalty_names(self) -> tuple[str, ...]:
-        """The terms that `penalty` can have in this configuration, whether or not they apply at the moment."""
+        """Names of the terms that `penalty` can have in this configuration, now or later."""
         return ()
 
     def role_of(self, parameter_name: str) -> ParameterRole:
-        """The role of one of this method's parameters, by its name in the model."""
+        """Return the role of one of this method's parameters, by its name in the model."""
         return "weights"
 
     def rate_factor(self, role: ParameterRole) -> float:
-        """Learning rate of `role` as a multiple of the weights', where it follows the same schedule."""
+        """Return the learning rate of `role` as a multiple of the weights', where both follow one schedule."""
         return 1.0
 
     @property
     def num_examples(self) -> int | None:
-        """N where the configuration states it."""
+        """N, where the configuration states it."""
         return None
 
     def begin(self, setup: TrainingSetup) -> None:
@@ -167,14 +166,14 @@ class BayesTuner(BaseTuner):
         self._run = RunState()
 
     def rate_of(self, role: ParameterRole, step: int) -> float | None:
-        """Learning rate of `role` in optimizer step `step` (from 0); None leaves it to the optimizer's schedule."""
+        """Return the learning rate of `role` in step `step` (from 0); None leaves it to the optimizer's schedule."""
         return None
 
     def step_begin(self, step: int, seed: int) -> None:
         """Draw what is random in optimizer step `step`, shared by its micro-batches and by all ranks."""
 
     def observe(self, step: int, optimizer: Optimizer, scale: float = 1.0) -> None:
-        """See the final gradients of optimizer step `step` (times `scale`) beside the weights they were taken at."""
+        """Look at the final gradients of optimizer step `step` (times `scale`), before the weights change."""
 
     def allocate(self, step: int, optimizer: Optimizer) -> None:
         """Divide a budget among the layers after optimizer step `step`; `optimizer` has the weights' statistics."""
@@ -183,41 +182,39 @@ class BayesTuner(BaseTuner):
         """Calibrate or freeze after optimizer step `step`."""
 
     def statistics(self) -> dict[str, float]:
-        """Numbers worth logging beside the loss."""
+        """Return numbers to log with the loss."""
         return {}
 
     @property
     def budget(self) -> float | None:
-        """Share of bit operations the method is to reach, where it has such a budget and can still act on it."""
+        """Share of bit operations to reach; None without such a budget, or when it can no longer be changed."""
         return None
 
     def update_budget_multiplier(self, share: float) -> None:
-        """Adapt to `share`, the present share of bit operations, on the way to `budget`."""
+        """Adapt the penalty to `share`, the present share of bit operations, on the way to `budget`."""
 
     def ends_learning(self, step: int) -> bool:
-        """Whether what `budget` limits is fixed after optimizer step `step`: the last chance to reach it."""
+        """Return True if the cost is fixed after optimizer step `step`: the last chance to reach `budget`."""
         return False
 
     def close_lowest_gate(self) -> bool:
-        """Lower the cost by the least important step there is; False where none is left."""
+        """Lower the cost by the least important step; return False if none is left."""
         return False
 
     @property
     def learning_rates(self) -> dict[ParameterRole, float]:
-        """Rates fixed by `begin`, by role."""
+        """Learning rates that the method has fixed, by role."""
         return self.run_state().learning_rates
 
     def run_state(self) -> RunState:
         """Return what `begin` has made; raises `BayesLoraError` before it."""
         if self._run is None:
-            raise BayesLoraError("training has not begun, but this needs its schedule: call begin() first")
+            raise BayesLoraError("no run has begun, but this call needs its schedule: call begin() first")
         return self._run
 
     def named_layers(self, adapter_name: str | None = None) -> dict[str, Any]:
-        """The adapted layers by their path in the base model, in its order; only those that have `adapter_name`.
-
-        A training loop asks several times a step, so the tree is walked once for every change of it.
-        """
+        """Return the adapted layers (only those with `adapter_name`) by their path in the base model, in its order."""
+        # A training loop asks several times a step, so the tree is walked once for every change of it.
         known = self._named_layers
         if known is None:
             known = {path: m for path, m in self.model.named_modules() if isinstance(m, BayesLayer)}
@@ -225,7 +222,7 @@ class BayesTuner(BaseTuner):
         return {path: m for path, m in known.items() if adapter_name is None or adapter_name in m.adapter_names}
 
     def adapted_layers(self, adapter_name: str | None = None) -> list[Any]:
-        """The adapted layers, in model order; only those that have `adapter_name` when one is given."""
+        """Return the adapted layers (only those with `adapter_name`), in the order of the model."""
         return list(self.named_layers(adapter_name).values())
 
     def inject_adapter(self, *args: Any, **kwargs: Any) -> None:
@@ -238,19 +235,21 @@ class BayesTuner(BaseTuner):
         return super().unload()
 
     def training_adapter(self) -> str:
-        """The one adapter that a training loop trains."""
+        """Return the name of the one adapter that a training loop trains."""
         active = self.active_adapters
         if len(active) != 1:
-            raise BayesLoraError(f"one adapter is trained at a time, not {sorted(active)}: call set_adapter with one")
+            raise BayesLoraError(
+                f"adapters {sorted(active)} are active, but one is trained at a time: call set_adapter with one"
+            )
         return active[0]
 
     def describe(self, adapter_name: str | None = None) -> list[LayerDescription]:
-        """Every adapted layer as evaluation sees it, in model order."""
+        """Describe every adapted layer as evaluation sees it, in the order of the model."""
         name = adapter_name or self.training_adapter()
         return [layer.describe(name, path) for path, layer in self.named_layers(name).items()]
 
     def shrink(self, adapter_name: str | None = None) -> dict[str, int]:
-        """Cut the ranks that contribute nothing out of the adapter; returns the rank of each layer by name."""
+        """Cut the ranks that contribute nothing out of the adapter; return the rank of each layer by name."""
         name = adapter_name or self.training_adapter()
         ranks = {path: layer.shrink(name) for path, layer in self.named_layers(name).items()}
         cast(Any, self.peft_config[name]).rank_pattern = ranks
@@ -258,7 +257,7 @@ class BayesTuner(BaseTuner):
 
 
 def tuner_of(model: nn.Module) -> BayesTuner | None:
-    """The method's tuner inside `model` (a PEFT model, possibly wrapped for distributed training), or None."""
+    """Return the method's tuner inside `model` (a PEFT model, perhaps wrapped for distributed training), or None."""
     for module in model.modules():
         if isinstance(module, BayesTuner):
             return module
@@ -266,7 +265,7 @@ def tuner_of(model: nn.Module) -> BayesTuner | None:
 
 
 def describe(model: nn.Module, adapter_name: str | None = None) -> list[LayerDescription]:
-    """One `LayerDescription` for every adapted layer of `model`, in model order; empty for a model without adapters.
+    """Describe every adapted layer of `model`, in its order; return an empty list for a model without adapters.
 
     Args:
         model: a PEFT model, with one of this library's methods or with LoRA.
@@ -284,7 +283,9 @@ def describe(model: nn.Module, adapter_name: str | None = None) -> list[LayerDes
         found = [_describe_lora(path, layer, adapter_name) for path, layer in layers]
         found = [layer for layer in found if layer.initial_rank or adapter_name is None]
     if adapter_name is not None and not found:
-        raise BayesLoraError(f"the model has no adapter {adapter_name!r}: name one of its adapters")
+        raise BayesLoraError(
+            f"the adapter {adapter_name!r} is asked for, but the model does not have it: name one of its adapters"
+        )
     return found
 
 
@@ -296,23 +297,24 @@ def _describe_lora(path: str, layer: LoraLayer, adapter_name: str | None) -> Lay
 
 
 def add_gradients(pairs: Sequence[tuple[Tensor, Tensor]]) -> None:
-    """Add to the `.grad` of each first tensor the second one, which becomes it where there is none yet."""
-    known: list[Tensor] = []
-    added: list[Tensor] = []
+    """Add the second tensor of each pair to the `.grad` of the first."""
+    known = [(p.grad, gradient) for p, gradient in pairs if p.grad is not None]
     for parameter, gradient in pairs:
         if parameter.grad is None:
             parameter.grad = gradient
-        else:
-            known.append(parameter.grad)
-            added.append(gradient)
     if known:
-        torch._foreach_add_(known, added)
+        torch._foreach_add_([grad for grad, _ in known], [gradient for _, gradient in known])
+
+
+def mean_ranks(ranks: dict[str, float]) -> dict[str, float]:
+    """Return the mean of the layers' ranks, over all and over those of one name (`query`, …), as they are logged."""
+    by_suffix: dict[str, list[float]] = {}
+    for path, rank in ranks.items():
+        by_suffix.setdefault(path.rpartition(".")[2], []).append(rank)
+    means = {f"rank/{suffix}": sum(group) / len(group) for suffix, group in by_suffix.items()}
+    return {"mean_rank": sum(ranks.values()) / len(ranks), **means}
 
 
 def step_generator(seed: int, step: int) -> torch.Generator:
-    """What optimizer step `step` draws from: the same on every rank, for every micro-batch and after a resume."""
+    """Return the generator of optimizer step `step`: the same on every rank, in every micro-batch, after a resume."""
     return torch.Generator().manual_seed((seed * 1_000_003 + step) % (1 << 63))
-
-
-def _key(pattern: dict[str, Any], name: str) -> str:
-    return get_pattern_key(list(pattern), name)

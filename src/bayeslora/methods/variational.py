@@ -154,7 +154,7 @@ def sampling(
         )
     if not has_posterior(model):
         raise BayesLoraError(
-            f"{type(model).__name__} has no posterior to draw from, its adapter is deterministic: use one of "
+            f"{type(model).__name__} has no posterior, but sampling draws from one: train with "
             "bayeslora.MeLoraConfig or bayeslora.BlobConfig, or drop the sampling"
         )
     with _controlled(model, lambda path: Noise(scope, seed, path, numbers, antithetic)):
@@ -265,7 +265,7 @@ class VariationalModel(BayesTuner):
 
     @torch.no_grad()
     def statistics(self) -> dict[str, float]:
-        """What is logged beside the loss: the divergence in nats, its weight's share, mean scale, signal to noise."""
+        """Return divergence in nats, its warm-up, mean deviation and signal to noise, to log with the loss."""
         name = self.training_adapter()
         parts = [layer.posterior(name) for layer in self.adapted_layers(name)]
         means, stds = (_gathered([part[index] for part in parts]) for index in (0, 1))

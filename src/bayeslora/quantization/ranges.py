@@ -14,7 +14,7 @@ Calibration = Literal["mse", "absmax"]
 FLOOR = 1e-6
 """Smallest range; an all-zero tensor gets this one, so that no step is ever zero."""
 
-# Beyond the largest magnitude too: the top level lies below the range, at 2/3 of it for two bits.
+# Beyond the largest magnitude too: the top level is below the range, at 2/3 of it for two bits.
 _COARSE = torch.logspace(-1.6, 0.1761, 80)
 _FINE = torch.linspace(0.95, 1.05, 41)
 _SAMPLE = 65_521
@@ -65,7 +65,7 @@ def _histogram(rows: Tensor, largest: Tensor) -> tuple[Tensor, Tensor]:
 def _best_share(rows: Tensor, counts: Tensor | None, largest: Tensor, bits: int, shares: Tensor) -> Tensor:
     """The one of `shares` of `largest` [rows, 1] with the least squared quantization error in each row.
 
-    With `counts` there is one row of values, each of which stands for so many.
+    With `counts`, `rows` is one row of values, and each stands for that many entries.
     """
     level = (1 << (bits - 1)) - 1
     if counts is not None:

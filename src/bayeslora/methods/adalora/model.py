@@ -33,7 +33,7 @@ from bayeslora.methods.adalora.importance import (
 )
 from bayeslora.methods.adalora.layer import AdaLoraLayer, Linear
 from bayeslora.methods.adalora.orthogonality import distance_and_gradients, distance_from_orthogonal
-from bayeslora.methods.tuner import BayesTuner, RunState, TrainingSetup, add_gradients
+from bayeslora.methods.tuner import BayesTuner, RunState, TrainingSetup, add_gradients, mean_ranks
 
 
 @dataclass
@@ -58,7 +58,7 @@ class AdaLoraRun(RunState):
         warm_up_end, final_step: steps between which the budget falls, from `initial_budget` to `target_budget` ranks.
         rank_budget: ranks allowed at present.
         groups: the layers by shape, kept because three calls a step ask for them; None after a change of the model.
-        observed: |w g| of the latest step, beside its parameters.
+        observed: parameters and their |w g| in the latest step.
         kept: masks of the latest allocation, by the identity of their layer.
         variation: coefficient of variation of the posterior's deviations at the latest allocation.
         cut_before: ranks that were cut before the run began; later weights may carry noise.
@@ -138,8 +138,8 @@ class AdaLoraModel(BayesTuner):
         target = config.target_r * sum(len(group.E) for group in groups)
         if target >= initial:
             raise BayesLoraError(
-                f"the layers have {initial} ranks and target_r {config.target_r} leaves {target}, so there is nothing "
-                "to cut: lower target_r"
+                f"the layers have {initial} ranks and target_r {config.target_r} leaves {target}, but some must be cut: "
+                "lower target_r"
             )
         run = self._run = AdaLoraRun(
             warm_up_end=warm_up_end,
@@ -278,7 +278,7 @@ class AdaLoraModel(BayesTuner):
         super().inject_adapter(*args, **kwargs)
 
     def statistics(self) -> dict[str, float]:
-        """What is logged beside the loss: the budget, and the ranks left by the latest allocation.
+        """Return the budget and the ranks left by the latest allocation, to log with the loss.
 
         With a posterior also `std_variation`, the coefficient of variation of all deviations at the latest allocation:
         near 0, every score is a function of the means alone.
@@ -289,11 +289,7 @@ class AdaLoraModel(BayesTuner):
             path: float(layer.bayes_adalora_E[self.training_adapter()].numel() if mask is None else mask.sum())
             for (path, mask), layer in zip(kept.items(), layers.values(), strict=True)
         }
-        values = {"rank_budget": float(run.rank_budget), "mean_rank": sum(ranks.values()) / len(ranks)}
-        by_suffix: dict[str, list[float]] = {}
-        for path, rank in ranks.items():
-            by_suffix.setdefault(path.rpartition(".")[2], []).append(rank)
-        values.update({f"rank/{suffix}": sum(group) / len(group) for suffix, group in by_suffix.items()})
+        values = {"rank_budget": float(run.rank_budget), **mean_ranks(ranks)}
         if run.variation is not None:
             values["std_variation"] = float(run.variation)
         return values

@@ -1,4 +1,4 @@
-r"""How far matrices are from orthonormal: one matrix product for all of a shape, with its gradient beside it.
+r"""Distance of matrices from orthonormal ones, with its gradient: one matrix product for all of a shape.
 
 $\|A A^\top - I\|_F$ has the gradient $2 (A A^\top - I) A / \|A A^\top - I\|_F$, whose factors the value needs anyway.
 """
@@ -22,7 +22,7 @@ def distance_from_orthogonal(rows: Sequence[Tensor], columns: Sequence[Tensor]) 
 def distance_and_gradients(
     rows: Sequence[Tensor], columns: Sequence[Tensor], scale: float = 1.0
 ) -> tuple[Tensor, list[tuple[Tensor, Tensor]]]:
-    """`distance_from_orthogonal`, and each matrix beside `scale` times its gradient, without a graph."""
+    """Return `distance_from_orthogonal`, and pairs of each matrix and `scale` times its gradient, without a graph."""
     factor = 2 * scale / (len(rows) + len(columns))
     sums, pairs = [], []
     for is_wide, matrices in _alike(rows, columns):

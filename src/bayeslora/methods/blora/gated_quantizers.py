@@ -18,7 +18,6 @@ from bayeslora.quantization import (
     evaluation_width,
     hard_concrete,
     mixture_weights,
-    nested_probability,
     optimal_range,
     quantize,
     quantize_mixture,
@@ -30,7 +29,7 @@ _LOG_LIMIT = 20.0  # keeps a range finite and non-zero whatever an optimizer doe
 
 
 class Phase(IntEnum):
-    """Where an adapter is in its training; stored with it, because evaluation depends on it."""
+    """Phase of an adapter's training; stored with it, because evaluation depends on it."""
 
     WARM_UP = 0  # full precision; ranges are being observed
     LEARN = 1  # gates are sampled and penalised
@@ -49,7 +48,7 @@ class Unquantized:
     """Take every tensor of a forward pass as it is."""
 
     replaces_weight = False
-    """Whether the pass multiplies by another weight than the base layer's own."""
+    """True if the pass multiplies by another weight than the base layer's."""
 
     def __call__(self, kind: str, tensor: Tensor) -> Tensor:
         return tensor
@@ -128,7 +127,7 @@ class DrawnWidths:
 
 
 class Progress(Float32Module):
-    """How far one adapter's training has come: its `phase`, and `penalty_scale`, what a budget made of its penalty."""
+    """Progress of one adapter: its `phase`, and `penalty_scale`, the factor that a budget has put on its penalty."""
 
     phase: Tensor
     penalty_scale: Tensor
@@ -282,10 +281,6 @@ class Quantizers(Float32Module):
     def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
         super()._load_from_state_dict(*args, **kwargs)
         self.generation += 1
-
-    def penalty_terms(self) -> Tensor:
-        """Nested open probabilities (kinds, 4): the terms of Equation 15, not weighted."""
-        return nested_probability(self.gate_logits)
 
 
 class RankGates(Float32Module):

@@ -3,7 +3,7 @@ r"""B-LoRA: ranks and bit-widths learned by Bayesian gates during fine-tuning (B
 $$ y = Q_{out}\bigl( Q_w(W_0) x + b + s\, Q_b(B)\, Q_E\bigl( (Q_e(E) \circ G) \circ Q_A(Q_a(A) x) \bigr) \bigr) $$
 
 with $s = \alpha / r$, which the paper's algorithm leaves out together with the bias and dropout. $E$ (r,) is the
-diagonal of an SVD-like form, $G$ its rank gates, and every $Q$ a quantizer with a range and gates of its own. The
+diagonal of an SVD-like form, $G$ its rank gates, and every $Q$ a quantizer with its own range and gates. The
 loss is the mean negative log-likelihood plus $\lambda_q \sum_k R_k + \lambda_r \sum_k R^{rank}_k$ (Equation 15, whose
 sign is that of a log-likelihood to be maximised). That is an expected-L0 penalty, not the divergence of the stated
 prior, which at the paper's $\lambda = 1$ would be smallest at an open probability of 1/e.
@@ -23,7 +23,7 @@ from bayeslora.errors import BayesLoraError
 from bayeslora.methods.blora.config import BLoraConfig
 from bayeslora.methods.blora.gated_quantizers import Phase
 from bayeslora.methods.blora.layer import BLoraLayer, Linear
-from bayeslora.methods.tuner import BayesTuner, ParameterRole, RunState, TrainingSetup, step_generator
+from bayeslora.methods.tuner import BayesTuner, ParameterRole, RunState, TrainingSetup, mean_ranks, step_generator
 from bayeslora.quantization import (
     GATED_WIDTHS,
     OPEN_LOGIT,
@@ -217,7 +217,7 @@ class BLoraModel(BayesTuner):
         return True
 
     def statistics(self) -> dict[str, float]:
-        """What is logged beside the loss: phase, mean widths and open probabilities, mean ranks."""
+        """Return phase, mean widths, open probabilities and mean ranks, to log with the loss."""
         name = self.training_adapter()
         layers, config = self.adapted_layers(name), self.config_of(name)
         values = {"phase": float(layers[0].progress(name).current)}
@@ -230,11 +230,7 @@ class BLoraModel(BayesTuner):
             gates = torch.cat([layer.quantizers(name).gate_logits.detach() for layer in layers])
             means = open_probability(gates).mean(0).tolist()
             values.update({f"gates/{bits}": p for bits, p in zip(GATED_WIDTHS, means, strict=True)})
-        values["mean_rank"] = sum(d.rank for d in described) / len(described)
-        by_suffix: dict[str, list[int]] = {}
-        for layer in described:
-            by_suffix.setdefault(layer.name.rpartition(".")[2], []).append(layer.rank)
-        values.update({f"rank/{suffix}": sum(ranks) / len(ranks) for suffix, ranks in by_suffix.items()})
+        values.update(mean_ranks({layer.name: float(layer.rank) for layer in described}))
         return values
 
 
@@ -242,7 +238,7 @@ GATE_STEPS = 8
 """Fewest steps for the gates, whatever the fractions, but at most a third of the run."""
 
 GATE_TRAVEL = 2.0
-"""How many times the distance to closing a gate may move in its phase, at the learning rate derived from the steps."""
+"""Distance that a gate may move in its phase, as a multiple of the distance to closing: it sets the default rate."""
 
 OBSERVED_STEPS = 32
 """Most steps of the warm-up in which activations are observed: a search for the best range costs about a step."""
