@@ -131,7 +131,7 @@ class BayesTuner(BaseTuner):
                 layer.check_merge(name)
 
     def penalty(self) -> dict[str, Tensor]:
-        """Return named scalar terms to add to the mean loss, functions of the parameters alone; {} where none applies."""
+        """Return named scalar terms to add to the mean loss, functions of the parameters alone; {} for none."""
         return {}
 
     def add_penalty(self, parameters: Sequence[nn.Parameter], scale: float = 1.0) -> dict[str, Tensor]:

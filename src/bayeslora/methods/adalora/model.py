@@ -138,7 +138,7 @@ class AdaLoraModel(BayesTuner):
         target = config.target_r * sum(len(group.E) for group in groups)
         if target >= initial:
             raise BayesLoraError(
-                f"the layers have {initial} ranks and target_r {config.target_r} leaves {target}, but some must be cut: "
+                f"the layers have {initial} ranks and target_r {config.target_r} leaves {target}, but must cut some: "
                 "lower target_r"
             )
         run = self._run = AdaLoraRun(
