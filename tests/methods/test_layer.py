@@ -498,7 +498,7 @@ def test_an_embedding_is_refused_by_name() -> None:
             super().__init__()
             self.words = nn.Embedding(5, 4)
 
-    with pytest.raises(BayesLoraError, match="'words' is a Embedding, and BLoraConfig adapts linear layers"):
+    with pytest.raises(BayesLoraError, match="'words' is a Embedding, but BLoraConfig adapts linear layers"):
         get_peft_model(Words(), BLoraConfig(target_modules=["words"]))
 
 

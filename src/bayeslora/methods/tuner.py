@@ -283,9 +283,7 @@ def describe(model: nn.Module, adapter_name: str | None = None) -> list[LayerDes
         found = [_describe_lora(path, layer, adapter_name) for path, layer in layers]
         found = [layer for layer in found if layer.initial_rank or adapter_name is None]
     if adapter_name is not None and not found:
-        raise BayesLoraError(
-            f"the adapter {adapter_name!r} is asked for, but the model does not have it: name one of its adapters"
-        )
+        raise BayesLoraError(f"the model has no adapter {adapter_name!r}: name one of its adapters")
     return found
 
 
