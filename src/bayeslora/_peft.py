@@ -63,7 +63,7 @@ def peft_type(name: str) -> PeftType:
 
 
 def is_peft_method(name: str) -> bool:
-    """Whether PEFT has a method of this name, or a library that registered it there."""
+    """Return True if PEFT, or a library that registered it there, has a method of this name."""
     return name.upper() in PeftType.__members__ and PeftType[name.upper()] in PEFT_TYPE_TO_CONFIG_MAPPING
 
 

@@ -23,11 +23,10 @@ def few_shot_pool(task: Task) -> Dataset:
 
 
 def examples_for(rows: Sequence[Row], pool: Dataset | None, count: int, seed: int | None = None) -> list[list[Row]]:
-    """For each row the first `count` rows of `pool` (of its subject, where it has one) that are not the row itself
-    or its twin.
+    """Choose for each row the first `count` rows of `pool` that are neither the row itself nor its twin.
 
-    Where the pool has `count` rows, but one is the row itself or stands twice (as one does in MMLU's dev split of
-    college physics), the row gets fewer, and one warning says of how many that is so.
+    Where rows have a subject, examples share it. A pool that contains the question or a duplicate (as MMLU's dev split
+    of college physics does) may give fewer; one warning counts the rows concerned.
 
     Args:
         rows: items with `question`, `choices`, and maybe `subject`.

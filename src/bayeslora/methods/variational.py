@@ -1,4 +1,4 @@
-r"""What the variational methods share: a Gaussian inside each layer, its noise, and one evidence lower bound.
+r"""Shared by the variational methods: a Gaussian inside each layer, its noise, and one evidence lower bound.
 
 The loss is the mean negative log-likelihood plus $\frac{\beta}{N} \sum_{layers} \mathrm{KL}(q \| p)$, with N the
 number of training examples and a linear warm-up of $\beta$. A layer draws fresh noise while it trains, uses the

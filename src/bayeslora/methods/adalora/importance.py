@@ -1,4 +1,4 @@
-r"""How much a weight matters, from its gradients or from its Gaussian posterior, and which ranks a budget keeps.
+r"""Score a weight by its gradients or by its Gaussian posterior, and choose the ranks that a budget keeps.
 
 With a posterior $N(\mu, \sigma^2)$ an element scores
 

@@ -138,8 +138,8 @@ class AdaLoraModel(BayesTuner):
         target = config.target_r * sum(len(group.E) for group in groups)
         if target >= initial:
             raise BayesLoraError(
-                f"the layers have {initial} ranks and target_r {config.target_r} leaves {target}, but must cut some: "
-                "lower target_r"
+                f"the layers have {initial} ranks and target_r {config.target_r} leaves {target}, but some must be cut"
+                ": lower target_r"
             )
         run = self._run = AdaLoraRun(
             warm_up_end=warm_up_end,
