@@ -406,7 +406,7 @@ def test_one_that_does_not_allocates_with_adamw_alone(importance: Any) -> None:
 def test_schedules_that_cannot_work_are_refused_before_the_first_step() -> None:
     with pytest.raises(BayesLoraError, match="tinit 3 and tfinal 6 leave none of 9 steps to allocate ranks in"):
         loop_of(scored(), steps=9)
-    with pytest.raises(BayesLoraError, match="have 4 ranks and target_r 3 leaves 6, but must cut some"):
+    with pytest.raises(BayesLoraError, match="have 4 ranks and target_r 3 leaves 6, but some must be cut"):
         loop_of(scored(rank_pattern={"first": 2, "second": 2}))
     loop = loop_of(scored(tinit=None, tfinal=None), steps=100)
     assert (loop.tuner.run_state().warm_up_end, loop.tuner.run_state().final_step) == (10, 60)  # type: ignore[attr-defined]
