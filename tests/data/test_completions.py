@@ -34,7 +34,7 @@ def test_what_the_tokenizer_puts_first_stays_first_and_is_not_learned(tiny_token
 
 
 def test_a_completion_is_neither_cut_nor_empty(tokenizer: Any) -> None:
-    with pytest.raises(BayesLoraError, match="needs 3 tokens, max_length is 2"):
+    with pytest.raises(BayesLoraError, match="needs 3 tokens, but max_length is 2"):
         prompt_masked("who", "the cat", tokenizer, max_length=2)
     with pytest.raises(BayesLoraError, match="the completion is empty"):
         prompt_masked("who", "", tokenizer)

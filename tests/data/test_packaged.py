@@ -113,16 +113,18 @@ def test_the_unpacked_language_model_is_the_packaged_one(tmp_path: Path) -> None
 
 
 def test_unpacking_refuses_a_folder_of_something_else(tmp_path: Path) -> None:
-    with pytest.raises(BayesLoraError, match="exists and holds no model: name a new folder"):
+    with pytest.raises(BayesLoraError, match="exists, but is not a model: name a new folder"):
         packaged.unpack_model("smollm2", tmp_path)
     with pytest.raises(BayesLoraError, match="'bert' is not a packaged model"):
         packaged.unpack_model("bert", tmp_path)
 
 
 def test_what_is_not_installed_says_how_to_install_it() -> None:
-    with pytest.raises(BayesLoraError, match="no-such-package.* is not installed: run `make setup`"):
+    with pytest.raises(
+        BayesLoraError, match="no-such-package.* is not installed, but data.csv is needed: run `make setup`"
+    ):
         packaged.packaged_file("no-such-package", "data.csv")
-    with pytest.raises(BayesLoraError, match="does not contain nothing.bin"):
+    with pytest.raises(BayesLoraError, match="is installed, but lacks nothing.bin"):
         packaged.packaged_file("scattertext", "nothing.bin")
     with pytest.raises(BayesLoraError, match="'bert' is not a packaged model: use one of minilm, smollm2"):
         packaged_model("bert")

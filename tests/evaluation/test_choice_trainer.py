@@ -130,5 +130,5 @@ def test_a_diverged_model_stops_the_training(tmp_path: Path) -> None:
     trainer = make_trainer(adapted(), data, tokenizer, tmp_path)
     with torch.no_grad():
         next(p for name, p in trainer.model.named_parameters() if "lora_B" in name).fill_(float("nan"))
-    with pytest.raises(BayesLoraError, match="the logit of a right answer is not finite"):
+    with pytest.raises(BayesLoraError, match="the logit of a correct answer is not finite"):
         trainer.train()

@@ -61,7 +61,9 @@ def test_the_default_length_is_the_models_but_at_most_128() -> None:
     assert len(encode(task, tiny_tokenizer)["train"][0]["input_ids"]) == 64
     assert len(encode(task, build_tiny_tokenizer(causal=True))["train"][0]["input_ids"]) == 128
     for length in (2, 65):
-        with pytest.raises(BayesLoraError, match=rf"max_length is {length}, but this model and task take 3 to 64"):
+        with pytest.raises(
+            BayesLoraError, match=rf"max_length is {length}, but must be 3 to 64 for this model and task"
+        ):
             encode(task, tiny_tokenizer, length)
 
 
@@ -107,7 +109,9 @@ def test_a_split_without_labels_is_predicted_and_not_scored(tiny_bert: Any, tiny
     prediction = predict_dataset(tiny_bert, encoded["ood"], tiny_tokenizer, 2)
     same = evaluate(tiny_bert, encoded["validation"], task, tiny_tokenizer, 2)
     assert np.array_equal(prediction.probabilities.numpy(), same.predictions)
-    with pytest.raises(BayesLoraError, match="the split lacks labels .* use predict_dataset"):
+    with pytest.raises(
+        BayesLoraError, match="the split has the columns .*, but scoring needs labels: use predict_dataset"
+    ):
         evaluate(tiny_bert, encoded["ood"], task, tiny_tokenizer)
 
 

@@ -219,11 +219,11 @@ def test_histograms_count_every_example_on_shared_edges() -> None:
 
 
 def test_bad_input_is_named() -> None:
-    with pytest.raises(BayesLoraError, match="of the out-of-distribution uncertainties there are 0"):
+    with pytest.raises(BayesLoraError, match="0 out-of-distribution uncertainties were given"):
         uncertainty.detection_scores([1.0], [])
-    with pytest.raises(BayesLoraError, match="of the in-distribution uncertainties 1 of 2 are not finite"):
+    with pytest.raises(BayesLoraError, match="1 of 2 in-distribution uncertainties are not finite"):
         uncertainty.detection_scores([1.0, math.nan], [1.0])
     with pytest.raises(BayesLoraError, match="1 of 2 uncertainties are not finite"):
         uncertainty.area_under_risk_coverage([math.nan, 0.0], [0, 1])
-    with pytest.raises(BayesLoraError, match="2 predictions for 1 labels"):
+    with pytest.raises(BayesLoraError, match="2 predictions were given for 1 labels"):
         uncertainty.area_under_risk_coverage([0.1, 0.2], [0])

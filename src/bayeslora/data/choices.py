@@ -1,4 +1,4 @@
-"""Multiple-choice rows out of a table: questions, two to five choices each, the index of the right one."""
+"""Multiple-choice rows of a table: a question, two to five choices, and the index of the correct one."""
 
 from __future__ import annotations
 
@@ -11,16 +11,16 @@ from bayeslora.errors import BayesLoraError
 
 QUESTION, CHOICES, ANSWER, SUBJECT, LABEL = "question", "choices", "answer", "subject", "label"
 GROUP = "group"
-"""Column of items that belong together and must not be told apart by a split."""
+"""Column of related items that a split must keep together."""
 LETTERS = ("A", "B", "C", "D", "E")
-"""What choices are called, in their order; an item has at most as many."""
+"""Letters of the choices, in order; an item has at most as many choices."""
 GAP = "_"
-"""Mark in a sentence for the place of the choice."""
+"""Mark for the place of the choice in a sentence."""
 
 
 @dataclass(frozen=True)
 class ChoiceFiles:
-    """A published multiple-choice task: which files of a data folder can be which split, and whether it has gaps."""
+    """Published multiple-choice task: possible files of each split in a data folder; questions with gaps or not."""
 
     files: Mapping[str, tuple[str, ...]]
     gap: bool = False
@@ -35,27 +35,27 @@ CHOICE_FILES = {
     "winogrande": ChoiceFiles({"train": ("train_s", "train_xs", "train_m"), "validation": ("dev",)}, gap=True),
     "arc_easy": ChoiceFiles(_TRAIN_DEV_TEST),
     "openbookqa": ChoiceFiles(_TRAIN_DEV_TEST),
-    # Five examples a subject, for prompts: nothing to train on.
+    # Five examples per subject, for prompts and not for training.
     "mmlu": ChoiceFiles({"few_shot": ("dev",), "test": ("test",)}),
 }
 
 
 def choice_columns(table: Table, *, gap: bool = False, labelled: bool = True) -> dict[str, list[Any]]:
-    """The columns of a multiple-choice split.
+    """Return the columns of a multiple-choice split.
 
     Args:
         table: has `question`, `choices` and, unless `labelled` is False, `answer`; may have `subject` and `id`.
-        gap: the questions are sentences with one `_`. Each is cut there (`fill_gap`), and rows whose ids differ only
-            after the last hyphen, such as the two twins of a WinoGrande sentence, get one value in a column `group`.
+        gap: True if the questions are sentences with one `_`. Each is cut there (`fill_gap`), and rows whose ids
+            differ only after the last hyphen, such as the twins of a WinoGrande sentence, share a value in `group`.
         labelled: False for rows to predict on.
 
     Returns:
-        `question`, `choices` and, where the table says them, `label` (index of the right choice), `subject`, `group`.
+        `question`, `choices` and, if the table has them, `label` (index of the correct choice), `subject`, `group`.
 
     Raises:
-        BayesLoraError: a row that is not a multiple-choice item, with its place.
+        BayesLoraError: a row is not a multiple-choice item; the message names its place.
     """
-    questions = [_question(table, row, value) for row, value in enumerate(table.columns[QUESTION])]
+    questions = table.strings(QUESTION)
     choices = [_choices(table, row, value) for row, value in enumerate(table.columns[CHOICES])]
     columns: dict[str, list[Any]] = {QUESTION: questions, CHOICES: choices}
     if gap:
@@ -72,10 +72,10 @@ def choice_columns(table: Table, *, gap: bool = False, labelled: bool = True) ->
 
 
 def fill_gap(sentence: str, choices: list[str]) -> tuple[str, list[str]]:
-    """Cut a sentence at its gap `_`: the text before it, and each choice followed by the text after it.
+    """Cut a sentence at its gap `_` into the text before it, and each choice followed by the text after it.
 
-    So a choice is judged by how the sentence goes on with it, by a language model and by a pair encoder alike, and
-    the shared beginning is read once.
+    A language model and a pair encoder then both judge a choice by how the sentence continues with it, and read the
+    shared beginning once.
     """
     before, _, after = sentence.partition(GAP)
     return before.strip(), [choice + after.rstrip() for choice in choices]
@@ -89,18 +89,11 @@ def _fill(table: Table, row: int, question: str, choices: list[str]) -> tuple[st
     return fill_gap(question, choices)
 
 
-def _question(table: Table, row: int, value: Any) -> str:
-    if not isinstance(value, str):
-        seen = "an empty value" if value is None else f"{value!r} of type {type(value).__name__}"
-        raise BayesLoraError(
-            f"{table.where(row)} has {seen} in column {QUESTION!r}, but a string is needed: fill it in or drop the row"
-        )
-    return value
-
-
 def _choices(table: Table, row: int, value: Any) -> list[str]:
     if not isinstance(value, list) or not all(isinstance(choice, str) for choice in value):
-        raise BayesLoraError(f"{table.where(row)} needs a list of strings in column {CHOICES!r}: correct the row")
+        raise BayesLoraError(
+            f"{table.where(row)} has {value!r} in column {CHOICES!r}, but needs a list of strings: correct the row"
+        )
     if not 2 <= len(value) <= len(LETTERS):
         raise BayesLoraError(
             f"{table.where(row)} has {len(value)} choices, but needs 2 to {len(LETTERS)}: correct the row"

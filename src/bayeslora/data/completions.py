@@ -1,4 +1,4 @@
-"""Prompts and completions for fine-tuning a model to write: the loss counts the completion alone."""
+"""Prompts and completions to fine-tune a language model on, with the loss over the completion only."""
 
 from __future__ import annotations
 
@@ -7,31 +7,32 @@ from typing import Any
 from bayeslora.errors import BayesLoraError
 
 IGNORED = -100
-"""The label of a token that the loss leaves out."""
+"""Label of a token that the loss ignores."""
 
 
 def prompt_masked(prompt: str, completion: str, tokenizer: Any, max_length: int | None = None) -> dict[str, list[int]]:
-    """A prompt with its completion as one sequence, labelled so that only the completion is learned.
+    """Return a prompt and its completion as one sequence, labelled so that only the completion is learned.
 
-    Prompt and completion are tokenized apart and then joined, so that the prompt's tokens are those that `generate`
-    will see. A completion that begins a new word should begin with a space. The end-of-text token follows the
+    Prompt and completion are tokenized separately and then joined, so that the prompt has the tokens that `generate`
+    will get. A completion that begins a new word should begin with a space. The end-of-text token follows the
     completion and is learned with it, so that the model learns to stop.
 
     For batches, `transformers.DataCollatorForSeq2Seq(tokenizer, label_pad_token_id=-100)` pads the labels too. TRL's
-    `SFTTrainer` takes these rows as they are and packs them with `packing=True`.
+    `SFTTrainer` accepts these rows unchanged and packs them with `packing=True`.
 
     Args:
-        prompt: what is given; may be empty.
-        completion: what is to be written.
-        tokenizer: of the model.
-        max_length: tokens of the whole sequence. Of a longer one the prompt's beginning is cut (the text nearest to
-            the completion matters most), but not the tokens that open every text; the completion is never cut.
+        prompt: text to complete; may be empty.
+        completion: text to learn.
+        tokenizer: the model's tokenizer.
+        max_length: maximum length of the sequence in tokens. If it is longer, the prompt loses tokens at its beginning
+            (the text nearest to the completion matters most), but not those that open every text. The completion is
+            never cut.
 
     Returns:
-        `input_ids`, `attention_mask` and `labels`, of one length; `labels` is -100 over the prompt.
+        `input_ids`, `attention_mask` and `labels`, of equal length; `labels` is -100 over the prompt.
 
     Raises:
-        BayesLoraError: an empty completion, or one that alone is longer than `max_length`.
+        BayesLoraError: the completion is empty, or alone longer than `max_length`.
     """
     written = list(tokenizer(completion, add_special_tokens=False)["input_ids"])
     if not written:
@@ -44,8 +45,8 @@ def prompt_masked(prompt: str, completion: str, tokenizer: Any, max_length: int 
         room = max_length - len(start) - len(written)
         if room < 0:
             raise BayesLoraError(
-                f"the completion {completion[:40]!r} needs {len(start) + len(written)} tokens, max_length is "
-                f"{max_length}: completions are not cut, raise max_length or drop the row"
+                f"the completion {completion[:40]!r} needs {len(start) + len(written)} tokens, but max_length is "
+                f"{max_length} and completions are not cut: raise max_length or drop the row"
             )
         given = given[len(given) - min(room, len(given)) :]
     ids = [*start, *given, *written]

@@ -1,4 +1,4 @@
-"""Tokenize a task's rows, and pad them to batches."""
+"""Tokenize a task's rows, and pad them into batches."""
 
 from __future__ import annotations
 
@@ -19,23 +19,23 @@ Collate = Callable[[Sequence[Mapping[str, Any]]], dict[str, Tensor]]
 
 
 def encode(task: Task, tokenizer: Any, max_length: int | None = None) -> dict[str, Dataset]:
-    """Tokenize every split of a task: `encode_texts`, with the splits' labels as `label`."""
+    """Tokenize every split of a task with `encode_texts`; labels are in the column `label`."""
     return {name: encode_texts(split, task.text_columns, tokenizer, max_length) for name, split in task.splits.items()}
 
 
 def encode_texts(
     dataset: Dataset, text_columns: Sequence[str], tokenizer: Any, max_length: int | None = None
 ) -> Dataset:
-    """Tokenize texts or pairs: the tokenizer's outputs, not padded, and `label` where the data set has it.
+    """Tokenize texts or pairs into the tokenizer's outputs, without padding, and `label` if the data set has it.
 
     Args:
-        dataset: has the text columns; columns other than the label are left out.
-        text_columns: one name, or two for pairs; of a pair, the longer text is cut first.
-        tokenizer: of the model.
-        max_length: tokens of an example; by default 128, or less where the tokenizer says that the model takes less.
+        dataset: has the text columns; other columns except the label are dropped.
+        text_columns: one name, or two for pairs; the longer text of a pair is cut first.
+        tokenizer: the model's tokenizer.
+        max_length: maximum length of an example in tokens; by default 128, or the model's maximum if that is less.
 
     Raises:
-        BayesLoraError: a `max_length` that holds no text or is more than the model takes.
+        BayesLoraError: `max_length` leaves no room for text, or is more than the model's maximum.
     """
     length = _max_length(tokenizer, max_length, pair=len(text_columns) == 2)
 
@@ -45,7 +45,7 @@ def encode_texts(
         return _never_empty(dict(encoded), tokenizer)
 
     dropped = [column for column in dataset.column_names if column != LABEL]
-    # In memory: nothing is written to the user's cache.
+    # In memory, so that nothing is written to the user's cache.
     return dataset.map(
         tokenize, batched=True, remove_columns=dropped, keep_in_memory=True, load_from_cache_file=False,
         new_fingerprint=generate_random_fingerprint(), desc="Tokenizing",
@@ -55,14 +55,10 @@ def encode_texts(
 def collated(
     dataset: Dataset, order: np.ndarray, tokenizer: Any, batch_size: int, collate: Collate | None
 ) -> Iterator[dict[str, Any]]:
-    """Padded batches of an encoded split's inputs, its rows in this order; `collate` is that of multiple choice."""
+    """Yield padded batches of an encoded split's inputs, in this order; `collate` is that of multiple choice."""
     from transformers import DataCollatorWithPadding
 
-    if tokenizer.pad_token is None:
-        raise BayesLoraError(
-            "the tokenizer lacks a padding token, which batches of texts need: "
-            "set tokenizer.pad_token (its eos_token is the usual choice)"
-        )
+    pad_id(tokenizer)
     inputs = [name for name in dataset.column_names if name in tokenizer.model_input_names or collate]
     data = dataset.select_columns(inputs)
     for start in range(0, len(order), batch_size):
@@ -71,20 +67,30 @@ def collated(
         yield dict((collate or DataCollatorWithPadding(tokenizer))(rows))
 
 
+def pad_id(tokenizer: Any) -> int:
+    """Return the id of the padding token; raise `BayesLoraError` if the tokenizer lacks one."""
+    if tokenizer.pad_token_id is None:
+        raise BayesLoraError(
+            "the tokenizer lacks a padding token, but batches of texts need one: "
+            "set tokenizer.pad_token (its eos_token is the usual choice)"
+        )
+    return int(tokenizer.pad_token_id)
+
+
 def _max_length(tokenizer: Any, max_length: int | None, pair: bool) -> int:
-    # Tokenizers that do not know the model's limit say 1e30.
+    # Tokenizers that do not know the model's limit have 1e30 here.
     limit = int(min(tokenizer.model_max_length, 10**9))
     length = min(limit, DEFAULT_MAX_LENGTH) if max_length is None else max_length
     least = tokenizer.num_special_tokens_to_add(pair=pair) + (2 if pair else 1)
     if not least <= length <= limit:
         raise BayesLoraError(
-            f"max_length is {length}, but this model and task take {least} to {limit}: give a value in that range"
+            f"max_length is {length}, but must be {least} to {limit} for this model and task: give another one"
         )
     return length
 
 
 def _never_empty(encoded: dict[str, list[Any]], tokenizer: Any) -> dict[str, list[Any]]:
-    """Give an empty text one token where the tokenizer adds none: a model cannot run on zero tokens."""
+    """Give an empty text one token if the tokenizer adds none, because a model cannot run on zero tokens."""
     fillers = (tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id, 0)
     filler = next(token for token in fillers if token is not None)
     values = {"input_ids": filler, "attention_mask": 1}

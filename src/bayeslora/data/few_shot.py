@@ -18,7 +18,7 @@ Row = Mapping[str, Any]
 
 
 def few_shot_pool(task: Task) -> Dataset:
-    """The split that examples of a task come from: its `few_shot` split, or its training data."""
+    """Return the split that examples of a task come from: its `few_shot` split, or else its training data."""
     return task.splits["few_shot"] if "few_shot" in task.splits else task.train_split
 
 
@@ -30,40 +30,37 @@ def examples_for(rows: Sequence[Row], pool: Dataset | None, count: int, seed: in
 
     Args:
         rows: items with `question`, `choices`, and maybe `subject`.
-        pool: rows with `label`.
-        count: examples a row; 0 needs no pool.
-        seed: of a permutation of the pool; None keeps its order.
+        pool: rows with `label`; not needed for 0 examples.
+        count: examples for each row.
+        seed: seed of a permutation of the pool; None keeps its order.
 
     Raises:
-        BayesLoraError: a negative `count`, no pool, or fewer rows in it than asked for.
+        BayesLoraError: `count` is negative, or the pool is missing or has fewer rows.
     """
     if count < 0:
         raise BayesLoraError(f"few_shot is {count}, but must be at least 0: give the number of examples")
     if count == 0:
         return [[] for _ in rows]
     if pool is None or LABEL not in pool.column_names:
-        raise BayesLoraError(
-            f"few_shot is {count}, but no rows with answers were given to take examples from: give a pool"
-        )
+        raise BayesLoraError(f"few_shot is {count}, but a pool without answers was given: give rows with answers")
     candidates: list[Row] = list(pool)
     if seed is not None:
         candidates = [candidates[index] for index in np.random.default_rng(seed).permutation(len(candidates))]
     by_subject: dict[str | None, list[Row]] = {}
-    known = Counter(candidate.get(SUBJECT) for candidate in candidates)
+    totals = Counter(candidate.get(SUBJECT) for candidate in candidates)
     for candidate in candidates:
         first = by_subject.setdefault(candidate.get(SUBJECT), [])
-        # One more than is shown, since the question itself may be among them; a duplicate counts once.
+        # One more than needed, since the question itself may be among them; duplicates count once.
         if len(first) <= count and not any(_same(candidate, other) for other in first):
             first.append(candidate)
     result, fewer = [], 0
     for row in rows:
-        there = by_subject.get(row.get(SUBJECT), [])
-        shown = [example for example in there if not _same(example, row)][:count]
-        if (rows_there := known[row.get(SUBJECT)]) < count:
-            subject = f" of the subject {row[SUBJECT]!r}" if row.get(SUBJECT) else ""
+        own = row.get(SUBJECT)
+        shown = [example for example in by_subject.get(own, []) if not _same(example, row)][:count]
+        if totals[own] < count:
+            subject = f" of the subject {own!r}" if own else ""
             raise BayesLoraError(
-                f"few_shot is {count}, but there are only {rows_there} rows{subject} to take examples from: "
-                "ask for fewer"
+                f"few_shot is {count}, but the pool has only {totals[own]} rows{subject}: ask for fewer examples"
             )
         fewer += len(shown) < count
         result.append(shown)
@@ -77,7 +74,7 @@ def examples_for(rows: Sequence[Row], pool: Dataset | None, count: int, seed: in
 
 
 def _same(one: Row, other: Row) -> bool:
-    """The same item, or its twin (of one group), whose answer would give this one's away."""
+    """Return True for the same item or its twin (of one group), whose answer would give this one away."""
     if one.get(GROUP) is not None and one[GROUP] == other.get(GROUP):
         return True
     return bool(one[QUESTION] == other[QUESTION] and one[CHOICES] == other[CHOICES])

@@ -1,4 +1,4 @@
-"""From the labels in a file to class ids and class names, or to numbers."""
+"""Class ids and class names, or numbers, from the labels in a file."""
 
 from __future__ import annotations
 
@@ -17,13 +17,13 @@ _INTEGER = re.compile(r"[+-]?\d+")
 
 @dataclass
 class LabelMap:
-    """The meaning of the training labels, to be applied to other files as well.
+    """Meaning of the training labels, to apply to other files as well.
 
     Attributes:
-        kind: whether labels are classes or numbers.
+        kind: `"classification"` or `"regression"`.
         names: class names, index = class id; empty for regression.
-        ids: class id by the value in the file; empty for regression.
-        named: the caller gave the names, so classes may be missing from the training data.
+        ids: class id by label in the file; empty for regression.
+        named: True if the caller gave the names; classes may then be missing from the training data.
     """
 
     kind: Kind
@@ -32,15 +32,15 @@ class LabelMap:
     named: bool = False
 
     def apply(self, table: Table, column: str) -> list[Any]:
-        """Class ids (int) or numbers (float), a row each.
+        """Return the class id (int) or number (float) of each row.
 
         Raises:
-            BayesLoraError: a label that the training data does not have, or for regression one that is not a number.
+            BayesLoraError: a label is missing from the training data or, for regression, is not a number.
         """
         values = _values(table, column)
         if self.kind == "regression":
             return [_number(value, table, row) for row, value in enumerate(values)]
-        # The training labels decide how labels without a type are read, not what else is in this file.
+        # The training labels decide how untyped labels are read, not the other labels of this file.
         integers = table.untyped and all(isinstance(key, int) for key in self.ids)
         result = []
         for row, raw in enumerate(values):
@@ -49,8 +49,8 @@ class LabelMap:
                 known = ", ".join(repr(key) for key in list(self.ids)[:20])
                 source = "that were named" if self.named else "of the training data"
                 raise BayesLoraError(
-                    f"{table.where(row)} has the label {value!r}, which is none of the labels {source} ({known}): "
-                    "correct the label or take the row out"
+                    f"{table.where(row)} has the label {value!r}, but the labels {source} are {known}: "
+                    "correct the label or drop the row"
                 )
             result.append(self.ids[value])
         return result
@@ -60,22 +60,22 @@ def learn_labels(
     table: Table, column: str, names_column: str | None = None, names: Sequence[str] | None = None,
     kind: Kind | None = None,
 ) -> LabelMap:  # fmt: skip
-    """Read the meaning of labels off the training data.
+    """Learn the meaning of labels from the training data.
 
-    Strings become ids in order of first appearance, integers in their numerical order. Numbers with a fraction are
-    targets of a regression.
+    Strings become ids in order of first appearance, integers in numerical order. Numbers with a fraction are targets
+    of a regression.
 
     Args:
         table: the training data.
         column: the label's column in `table`.
-        names_column: a column of `table` that spells each integer label out.
-        names: class names, where the caller knows them. String labels are looked up in them; integers too where all
-            the names are integers, through `names_column` where it says otherwise, and else index them.
-        kind: decided by the labels when None.
+        names_column: column of `table` with the name of each integer label.
+        names: class names, if the caller knows them. String labels are looked up in them, and so are integers if all
+            names are integers. Otherwise integers index the names, unless `names_column` maps them differently.
+        kind: None lets the labels decide.
 
     Raises:
-        BayesLoraError: labels that are missing, neither all strings nor all integers (nor all numbers), have several
-            names, or are all the same.
+        BayesLoraError: labels are missing, are neither all strings nor all integers (nor all numbers), have several
+            names, or are all equal.
     """
     values = _typed(table, _values(table, column))
     if kind is None:
@@ -91,15 +91,14 @@ def learn_labels(
             f"{table.where(row)} has the label {values[row]!r}, but labels are all integers or all strings: "
             "write every label the same way"
         )
+    spelled = _spelled(table, values, names_column) if types == {int} else {}
     if names:
-        spelled = _spelled(table, values, names_column) if types == {int} else {}
         return LabelMap("classification", list(names), _named_ids(names, values, spelled), named=True)
     distinct = sorted(set(values)) if types == {int} else list(dict.fromkeys(values))
     if len(distinct) < 2:
         raise BayesLoraError(
             f"every label in {table.path} is {distinct[0]!r}, but training needs 2 classes: check the file"
         )
-    spelled = _spelled(table, values, names_column) if types == {int} else {}
     return LabelMap(
         "classification",
         [spelled.get(value, str(value)) for value in distinct],
@@ -108,11 +107,13 @@ def learn_labels(
 
 
 def _values(table: Table, column: str) -> list[Any]:
-    """Return the labels as the file has them; raises where one is missing."""
+    """Return the labels as the file has them; raise if one is missing or has another type."""
     values = table.columns[column]
     for row, value in enumerate(values):
         if value is None or value == "":
-            raise BayesLoraError(f"{table.where(row)} needs a label in column {column!r}: fill it in or drop the row")
+            raise BayesLoraError(
+                f"{table.where(row)} is empty in column {column!r}, but needs a label: fill it in or drop the row"
+            )
         if isinstance(value, bool) or not isinstance(value, (int, float, str)):
             raise BayesLoraError(
                 f"{table.where(row)} has the label {value!r} of type {type(value).__name__}, "
@@ -122,7 +123,7 @@ def _values(table: Table, column: str) -> list[Any]:
 
 
 def _typed(table: Table, values: list[Any]) -> list[Any]:
-    """The labels; of a file without types, numbers where all of them are numbers."""
+    """Return the labels, as numbers if the file is untyped and all of them are numbers."""
     if table.untyped:
         stripped = [value.strip() for value in values]
         if all(_INTEGER.fullmatch(value) for value in stripped):
@@ -139,16 +140,13 @@ def _named_ids(names: Sequence[str], values: list[Any], spelled: dict[Any, str])
     if all(_INTEGER.fullmatch(name) for name in names):
         return {int(name): index for index, name in enumerate(names)}
     ids = {index: index for index in range(len(names))}
-    said = {value: names.index(name) for value, name in spelled.items() if name in names}
-    return ids if all(ids.get(value) == index for value, index in said.items()) else said
+    stated = {value: names.index(name) for value, name in spelled.items() if name in names}
+    return ids if all(ids.get(value) == index for value, index in stated.items()) else stated
 
 
 def _number(value: Any, table: Table, row: int) -> float:
-    if isinstance(value, str) and not (table.untyped and _is_number(value)):
-        raise BayesLoraError(
-            f"{table.where(row)} has the label {value!r}, but regression needs a number: correct the row"
-        )
-    if not math.isfinite(float(value)):
+    is_word = isinstance(value, str) and not (table.untyped and _is_number(value))
+    if is_word or not math.isfinite(float(value)):
         raise BayesLoraError(
             f"{table.where(row)} has the label {value!r}, but regression needs a finite number: correct the row"
         )
@@ -160,7 +158,7 @@ def _is_number(text: str) -> bool:
         float(text)
     except ValueError:
         return False
-    # float() also takes "nan", "infinity" and "1_0", which in a file of class names are words.
+    # float() also accepts "nan", "infinity" and "1_0", which are words in a file of class names.
     return bool(re.match(r"[+-]?[\d.]", text)) and "_" not in text
 
 
@@ -172,6 +170,6 @@ def _spelled(table: Table, values: list[Any], names_column: str | None) -> dict[
         if not isinstance(name, str) or names.setdefault(value, name) != name:
             raise BayesLoraError(
                 f"{table.where(row)} calls the label {value!r} {name!r}, but each label needs one name "
-                f"in column {names_column!r}"
+                f"in column {names_column!r}: correct the row"
             )
     return names

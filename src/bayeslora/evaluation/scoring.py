@@ -1,4 +1,4 @@
-"""Tokenize a task, run a model over a split, score it."""
+"""Run a model over a split of a task, and score it."""
 
 from __future__ import annotations
 
@@ -31,17 +31,17 @@ from bayeslora.prediction import Logits, Predictable, Prediction, predict
 
 @dataclass(frozen=True)
 class Evaluation:
-    """A model's scores on a split, with the predictions and labels behind them, in the split's order.
+    """Scores of a model on a split, with the predictions and labels behind them, in the split's order.
 
     Attributes:
-        scores: by name, the task's headline first.
+        scores: scores by name, the task's headline first.
         predictions: (n, C) class probabilities, averaged over samples; (n,) values for regression.
         labels: (n,) class ids or values.
         reliability: confidence bins as in metrics.json; empty for regression.
         seconds: wall time of the forward passes.
         entropy: (n,) of the predictions, in nats; 0 for regression.
         mutual_information: (n,) the part of the entropy that the samples disagree about, in nats; 0 without samples.
-        samples: of the posterior, drawn for each prediction; 0 is the posterior mean.
+        samples: number of draws from the posterior for each prediction; 0 is the posterior mean.
     """
 
     scores: dict[str, float]
@@ -55,12 +55,12 @@ class Evaluation:
 
     @property
     def expected_entropy(self) -> NDArray[np.float64]:
-        """(n,) mean entropy of each sample's own prediction: what knowing the weights would leave."""
+        """Mean entropy (n,) of the single samples' predictions: the part that known weights would leave."""
         return self.entropy - self.mutual_information
 
     @property
     def uncertainties(self) -> dict[str, NDArray[np.float64]]:
-        """(n,) each, larger = less sure; see `uncertainty.uncertainties`. None for regression."""
+        """Measures of uncertainty, (n,) each, larger = less sure (`uncertainty.uncertainties`); {} for regression."""
         if self.predictions.ndim == 1:
             return {}
         return uncertainties(self.predictions, self.entropy, self.mutual_information)
@@ -73,7 +73,7 @@ class Evaluation:
         return risk_coverage_curve(self.uncertainties["max_probability"], ~self._correct)
 
     def histograms(self, outside: Prediction | None = None) -> dict[str, dict[str, Any]]:
-        """Entropy and mutual information of `correct` and `wrong` predictions, and of `ood` ones, as in metrics.json.
+        """Count entropy and mutual information of `correct`, `wrong` and `ood` predictions, as in metrics.json.
 
         Args:
             outside: predictions for out-of-distribution inputs by the same model with the same samples.
@@ -106,27 +106,27 @@ def evaluate(
     """Score a model on one encoded split with labels.
 
     Args:
-        model: a model, left in the mode it was in and on its device; or a predictor around one, as `predict` takes it.
+        model: a model, which keeps its mode and device; or a predictor around one, as for `predict`.
         dataset: a split as `encode` returns it.
         task: decides the scores.
         tokenizer: pads the batches.
-        batch_size: examples a forward pass; every example is used, and the scores do not depend on it.
-        samples: of the posterior; probabilities are averaged over them. 0 uses the posterior mean.
-        seed: of the samples; the same seed gives the same scores.
-        antithetic: draw the samples in pairs of opposite noise.
+        batch_size: examples per forward pass; every example is used, and the scores do not depend on it.
+        samples: draws from the posterior to average probabilities over; 0 uses the posterior mean.
+        seed: seed of the draws; the same seed gives the same scores.
+        antithetic: pair draws of opposite noise.
 
     Returns:
-        For classification the task's metrics, `accuracy`, `nll`, `ece`, `adaptive_ece`, `classwise_ece`, `brier` and
-        `aurc`; for regression `pearson`, `spearman` and `mse`.
+        The `Evaluation`. Its scores are for classification the task's metrics, `accuracy`, `nll`, `ece`,
+        `adaptive_ece`, `classwise_ece`, `brier` and `aurc`; for regression `pearson`, `spearman` and `mse`.
 
     Raises:
-        BayesLoraError: no labels or no rows in `dataset`, a model of another kind or number of classes than the task,
-            outputs that are not finite, or samples of a model without a posterior.
+        BayesLoraError: `dataset` lacks labels or rows, the model's kind or number of classes is not that of the task,
+            outputs are not finite, or samples are wanted but the model lacks a posterior.
     """
     if LABEL not in dataset.column_names:
         raise BayesLoraError(
-            f"the split lacks labels (its columns are {', '.join(dataset.column_names)}), "
-            "which scoring needs: use predict_dataset to predict without scores"
+            f"the split has the columns {', '.join(dataset.column_names)}, but scoring needs labels: use "
+            "predict_dataset to predict without scores"
         )
     labels = np.asarray(dataset[LABEL])
     start = time.perf_counter()
@@ -144,13 +144,13 @@ def predict_dataset(
     seed: int = 0,
     antithetic: bool = False,
 ) -> Prediction:
-    """`predict` over an encoded split: padded per batch, examples of like length together, results in its order.
+    """Return `predict` of an encoded split, in its order; batches are padded and hold examples of similar length.
 
-    Prompts that begin alike (few-shot ones) share a batch, and a model without samples reads what they share once.
+    Prompts that begin alike (few-shot ones) share a batch, and a model without samples reads their beginning once.
 
     Raises:
-        BayesLoraError: no rows, `batch_size` below 1, a tokenizer that cannot pad, or samples of a model without a
-            posterior.
+        BayesLoraError: `dataset` lacks rows, `batch_size` is below 1, the tokenizer cannot pad, or samples are wanted
+            but the model lacks a posterior.
     """
     if batch_size < 1:
         raise BayesLoraError(f"batch_size is {batch_size}, but must be at least 1: give a larger one")
@@ -162,7 +162,7 @@ def predict_dataset(
     if isinstance(logits, LetterLogits) and samples == 0:
         logits = dataclasses.replace(logits, share_prefix=True)
         alike = rows_that_begin_alike(dataset["input_ids"])
-    # Longest first: what does not fit in memory fails at once. Stable, so equal lengths keep their order.
+    # Longest first, so that a lack of memory shows at once. Stable, so that equal lengths keep their order.
     lengths = -np.asarray(row_lengths(dataset))
     groups = [np.asarray(rows)[np.argsort(lengths[rows], kind="stable")] for rows in alike if rows]
     groups.sort(key=lambda rows: lengths[rows[0]])
@@ -171,7 +171,7 @@ def predict_dataset(
     order = np.concatenate(groups)
     prediction = predict(model, batches, samples, seed, antithetic=antithetic, logits=logits)
     back = torch.from_numpy(np.argsort(order, kind="stable"))
-    # Outputs of single samples were not asked for and are None.
+    # Fields of single samples are None.
     return dataclasses.replace(
         prediction, **{name: value[back] for name, value in vars(prediction).items() if value is not None}
     )
@@ -205,12 +205,12 @@ def _scored(task: Task, prediction: Prediction, labels: NDArray[Any], seconds: f
             f"the model has {outputs} outputs, but the task {task.name!r} needs {expected}: "
             f"load the model with num_labels={expected}"
         )
-    # Not the logits: a class may be ruled out by one of minus infinity.
+    # Not the logits, since an absent class has minus infinity.
     predicted = prediction.labels[:, None].double() if task.kind == "regression" else prediction.probabilities
     broken = int((~torch.isfinite(predicted)).any(dim=1).sum())
     if broken:
         raise BayesLoraError(
-            f"the model's outputs are not finite for {broken} of {len(predicted)} examples: "
+            f"the model's outputs are not finite for {broken} of {len(predicted)} examples, but must be: "
             "train with a smaller learning rate or in float32"
         )
     found: dict[str, Any] = {

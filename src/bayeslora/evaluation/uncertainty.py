@@ -1,8 +1,8 @@
-r"""Scores of a model's uncertainty: calibration, selective prediction, detection. In float64.
+r"""Scores of a model's uncertainty, in float64: calibration, selective prediction, detection.
 
 Calibration asks whether confidence is a probability, selective prediction whether the model is unsure where it is
-wrong, detection whether it is unsure about inputs unlike those it was trained on. Examples that tie are never put in
-an order: every score depends on the set of examples alone, and says how it treats ties.
+wrong, detection whether it is unsure about inputs unlike its training data. Ties are never broken: every score depends
+only on the set of examples, and its docstring says how it treats ties.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ BINS = 15
 HISTOGRAM_BINS = 30
 CURVE_POINTS = 100
 UNCERTAINTIES = ("max_probability", "entropy", "mutual_information")
-"""Names of the measures of uncertainty that detection is scored with, see `uncertainties`."""
+"""Names of the measures of uncertainty that detection is scored with; see `uncertainties`."""
 
 
 def uncertainties(probabilities: ArrayLike, entropy: ArrayLike, mutual_information: ArrayLike) -> dict[str, Array]:
@@ -35,8 +35,8 @@ def uncertainties(probabilities: ArrayLike, entropy: ArrayLike, mutual_informati
         mutual_information: (n,), in nats.
 
     Returns:
-        `max_probability`, negated as 1 - max p; `entropy`; `mutual_information`, which is left out where it is 0 for
-        every example: a model with one set of weights does not disagree with itself.
+        `max_probability`, negated as 1 - max p; `entropy`; `mutual_information`, unless it is 0 for every example:
+        one set of weights does not disagree with itself.
     """
     found = {
         "max_probability": 1.0 - np.asarray(probabilities, dtype=np.float64).max(axis=1),
@@ -49,13 +49,12 @@ def uncertainties(probabilities: ArrayLike, entropy: ArrayLike, mutual_informati
 
 
 def adaptive_calibration_error(probabilities: ArrayLike, labels: ArrayLike, bins: int = BINS) -> float:
-    r"""Calibration error over bins of equal mass, $\frac1B \sum_b |\text{acc}_b - \text{conf}_b|$.
+    r"""Return the calibration error over bins of equal mass, $\frac1B \sum_b |\text{acc}_b - \text{conf}_b|$.
 
     Examples are sorted by the predicted class's probability and cut into B bins of n/B examples (Nixon et al., 2019,
-    arXiv:1904.01685, for the predicted class alone), so that a model whose confidences crowd near 1 is still looked at
-    in B places. Where a cut falls inside an example, or inside a group of examples with the same confidence, each side
-    takes its share of the group's mean: no order among ties, and B bins of exactly equal mass for every n. Fewer than
-    B examples make a bin each.
+    arXiv:1904.01685, for the predicted class alone), so that confidences that crowd near 1 still fill B bins. If a cut
+    falls inside an example, or inside a group of equal confidences, each side takes its share of the group's mean:
+    ties are not ordered, and all B bins have exactly equal mass for every n. Fewer than B examples have a bin each.
     """
     chosen, labels = class_arrays(probabilities, labels)
     confidence = chosen.max(axis=1)
@@ -67,12 +66,12 @@ def adaptive_calibration_error(probabilities: ArrayLike, labels: ArrayLike, bins
 
 
 def classwise_calibration_error(probabilities: ArrayLike, labels: ArrayLike, bins: int = BINS) -> float:
-    r"""Calibration error of every class's probability, averaged over classes (Kull et al., 2019, arXiv:1910.12656).
+    r"""Return the calibration error averaged over all classes' probabilities (Kull et al., 2019, arXiv:1910.12656).
 
     $$ \frac1C \sum_k \sum_b \frac{n_{bk}}{n} \bigl| \text{share of class } k - \text{mean } p_k \bigr| $$
 
-    over equal-width bins (lower, upper] of $p_k$, with 0 in the lowest. Unlike the expected calibration error it sees
-    the probabilities of the classes that were not predicted.
+    The bins (lower, upper] of $p_k$ have equal width, with 0 in the lowest. Unlike the expected calibration error, it
+    includes the probabilities of the classes that were not predicted.
     """
     chosen, labels = class_arrays(probabilities, labels)
     n, count = chosen.shape
@@ -86,27 +85,30 @@ def classwise_calibration_error(probabilities: ArrayLike, labels: ArrayLike, bin
 def bin_index(values: Array, bins: int) -> np.ndarray:
     """Return the index of each value's bin among equal-width bins (lower, upper] of [0, 1]; 0 is in the first."""
     edges = np.linspace(0.0, 1.0, bins + 1)
-    # The probabilities of a row may sum to 1 + 1e-16, and their maximum be that too.
+    # The probabilities of a row may sum to 1 + 1e-16, and their maximum may be that too.
     return np.clip(np.searchsorted(edges, values, side="left") - 1, 0, bins - 1)
 
 
 def area_under_risk_coverage(uncertainty: ArrayLike, wrong: ArrayLike) -> float:
-    r"""AURC, $\frac1n \sum_{i=1}^n \frac1i \sum_{j \le i} e_{(j)}$: 0 is best, the error rate is what chance gives.
+    r"""Return the AURC $\frac1n \sum_{i=1}^n \frac1i \sum_{j \le i} e_{(j)}$: 0 is best, chance gives the error rate.
 
-    The mean, over the numbers i of examples a model might be asked to answer, of the error rate among the i it is
-    surest of (Geifman and El-Yaniv, 2018, arXiv:1805.08206). It holds both the error rate and the order of the
-    examples; `excess_area` leaves the first out. Ties: among examples of equal uncertainty every order is equally
-    likely and the expectation is taken, so a constant uncertainty has the error rate as its area.
+    It is the mean over i = 1, …, n of the error rate among the i examples that the model is surest of (Geifman and
+    El-Yaniv, 2018, arXiv:1805.08206). It depends on the error rate and on the order of the examples; `excess_area`
+    removes the former. Ties: the expectation over all orders of examples with equal uncertainty, so a constant
+    uncertainty has the error rate as its area.
 
     Args:
         uncertainty: (n,) larger = less sure.
         wrong: (n,) 1 for an error and 0 otherwise, or any loss.
     """
-    return float(np.mean(_risks(uncertainty, wrong)))
+    scores, losses = aligned(uncertainty, wrong)
+    count, total = _cumulative(scores, losses)
+    answered = np.arange(1, len(losses) + 1)
+    return float(np.mean(np.interp(answered, count, total) / answered))
 
 
 def excess_area(uncertainty: ArrayLike, wrong: ArrayLike) -> float:
-    """E-AURC: the area minus that of the best order of the same losses, to compare methods of unlike accuracy by."""
+    """Return the E-AURC: the area minus that of the best order, to compare methods of different accuracy."""
     _, losses = aligned(uncertainty, wrong)
     return area_under_risk_coverage(uncertainty, wrong) - area_under_risk_coverage(losses, losses)
 
@@ -114,11 +116,11 @@ def excess_area(uncertainty: ArrayLike, wrong: ArrayLike) -> float:
 def risk_coverage_curve(
     uncertainty: ArrayLike, wrong: ArrayLike, points: int = CURVE_POINTS
 ) -> dict[str, list[float]]:
-    """Error rate among the share of examples a model is surest of, on an even grid of shares.
+    """Return the error rate among the share of examples that a model is surest of, on an even grid of shares.
 
     Returns:
-        `coverage` (1/points, …, 1) and `risk`, lists of `points` numbers, as metrics.json holds them. Ties as in
-        `area_under_risk_coverage`; a coverage that ends inside an example counts its part.
+        `coverage` (1/points, …, 1) and `risk`, lists of `points` numbers, as in metrics.json. Ties as in
+        `area_under_risk_coverage`; a coverage that ends inside an example counts that part of it.
     """
     scores, losses = aligned(uncertainty, wrong)
     count, total = _cumulative(scores, losses)
@@ -135,14 +137,14 @@ def detection_scores(inside: ArrayLike, outside: ArrayLike) -> dict[str, float]:
         outside: (m,) uncertainty of out-of-distribution examples.
 
     Returns:
-        `auroc`: the probability that an outside example is less sure than an inside one, a tie counting one half.
+        `auroc`: the probability that an outside example is less sure than an inside one; a tie counts one half.
         `aupr`: average precision, $\sum_t (R_t - R_{t-1}) P_t$ over the distinct thresholds, so examples that tie
-        are flagged together; chance gives m / (n + m), so it compares only at equal n and m.
+        are flagged together; chance gives m / (n + m), so compare it only at equal n and m.
         `fpr95`: the share of inside examples flagged at the highest threshold that flags at least 95 % of the outside
         ones (Hendrycks et al., 2019, arXiv:1812.04606, who also count the outside as positive); ties are flagged.
 
     Raises:
-        BayesLoraError: no example on one side, or a value that is not finite.
+        BayesLoraError: one side lacks examples, or a value is not finite.
     """
     negative, positive = _side(inside, "in-distribution"), _side(outside, "out-of-distribution")
     truth = np.repeat([0, 1], [len(negative), len(positive)])
@@ -156,20 +158,20 @@ def detection_scores(inside: ArrayLike, outside: ArrayLike) -> dict[str, float]:
 
 
 def detection(inside: Mapping[str, Array], outside: Mapping[str, Array]) -> dict[str, dict[str, float]]:
-    """`detection_scores` by measure of uncertainty, for those (of `uncertainties`) that both sides have."""
+    """Return `detection_scores` for each measure of uncertainty (of `uncertainties`) that both sides have."""
     return {name: detection_scores(inside[name], outside[name]) for name in inside if name in outside}
 
 
 def histograms(groups: Mapping[str, Mapping[str, Array]], classes: int) -> dict[str, dict[str, Any]]:
-    """Counts of entropy and mutual information by group of examples, on shared bins, as metrics.json holds them.
+    """Count entropy and mutual information by group of examples, on shared bins, as in metrics.json.
 
     Args:
         groups: `uncertainties` by name of a group, such as `correct`, `wrong` and `ood`.
-        classes: C; no entropy is above log C, where the bins end. Those of mutual information, which is often far
-            smaller, end at the first of log C, log C / 2, log C / 4, … that still holds every value.
+        classes: C. The bins end at log C, the maximum of the entropy. Those of mutual information, which is often far
+            smaller, end at the last of log C, log C / 2, log C / 4, … that is not exceeded.
 
     Returns:
-        By measure, `edges` (31 numbers, in nats) and a list of 30 counts for each group.
+        For each measure, `edges` (31 numbers, in nats) and a list of 30 counts for each group.
     """
     found: dict[str, dict[str, Any]] = {}
     for name in ("entropy", "mutual_information"):
@@ -188,12 +190,12 @@ def histograms(groups: Mapping[str, Mapping[str, Array]], classes: int) -> dict[
 
 
 def aligned(predicted: ArrayLike, labels: ArrayLike) -> tuple[Array, Array]:
-    """Return two flat float64 arrays of one length, at least 1."""
+    """Return two flat float64 arrays of equal length, at least 1."""
     a = np.asarray(predicted, dtype=np.float64).reshape(-1)
     b = np.asarray(labels, dtype=np.float64).reshape(-1)
     if len(a) != len(b) or not len(a):
         raise BayesLoraError(
-            f"{len(a)} predictions for {len(b)} labels: give one prediction for each label, and at least one"
+            f"{len(a)} predictions were given for {len(b)} labels, but each needs one: give as many, and at least one"
         )
     return a, b
 
@@ -204,7 +206,8 @@ def class_arrays(probabilities: ArrayLike, labels: ArrayLike) -> tuple[Array, ND
     ids = np.asarray(labels).astype(np.int64).reshape(-1)
     if chosen.ndim != 2 or len(chosen) != len(ids) or not len(ids):
         raise BayesLoraError(
-            f"probabilities of shape {chosen.shape} for {len(ids)} labels: give (n, classes) for n labels"
+            f"probabilities have shape {chosen.shape} for {len(ids)} labels, but must be (n, classes): "
+            "give one row for each label"
         )
     if ids.min() < 0 or ids.max() >= chosen.shape[1]:
         raise BayesLoraError(
@@ -214,21 +217,12 @@ def class_arrays(probabilities: ArrayLike, labels: ArrayLike) -> tuple[Array, ND
     return chosen, ids
 
 
-def _risks(uncertainty: ArrayLike, wrong: ArrayLike) -> Array:
-    """Expected loss among the i surest examples, i = 1..n."""
-    scores, losses = aligned(uncertainty, wrong)
-    count, total = _cumulative(scores, losses)
-    answered = np.arange(1, len(losses) + 1)
-    return np.asarray(np.interp(answered, count, total) / answered)
-
-
 def _cumulative(keys: Array, values: Array) -> tuple[Array, Array]:
-    """Cumulative count and sum of `values` after each distinct key in rising order, both from 0.
+    """Return the cumulative count and sum of `values` after each distinct key in rising order, both from 0.
 
-    Between two keys the sum is read off by linear interpolation: its expectation over the orders of the tied examples.
+    Interpolate linearly between two keys for the expected sum over all orders of the tied examples.
     """
-    if not np.isfinite(keys).all():
-        raise BayesLoraError(f"{int((~np.isfinite(keys)).sum())} of {len(keys)} uncertainties are not finite numbers")
+    _check_finite(keys, "uncertainties")
     _, index, sizes = np.unique(keys, return_inverse=True, return_counts=True)
     sums = np.bincount(index, weights=values)
     return np.concatenate([[0.0], np.cumsum(sizes)]), np.concatenate([[0.0], np.cumsum(sums)])
@@ -236,8 +230,13 @@ def _cumulative(keys: Array, values: Array) -> tuple[Array, Array]:
 
 def _side(scores: ArrayLike, name: str) -> Array:
     values = np.asarray(scores, dtype=np.float64).reshape(-1)
-    if not len(values) or not np.isfinite(values).all():
-        broken = int((~np.isfinite(values)).sum())
-        seen = f"{broken} of {len(values)} are not finite" if len(values) else "there are 0"
-        raise BayesLoraError(f"of the {name} uncertainties {seen}: give at least 1, and finite numbers only")
+    if not len(values):
+        raise BayesLoraError(f"0 {name} uncertainties were given, but at least 1 is needed: give examples")
+    _check_finite(values, f"{name} uncertainties")
     return values
+
+
+def _check_finite(values: Array, name: str) -> None:
+    broken = int((~np.isfinite(values)).sum())
+    if broken:
+        raise BayesLoraError(f"{broken} of {len(values)} {name} are not finite, but must be: drop those examples")
