@@ -176,7 +176,7 @@ def test_what_does_not_fit_is_refused_in_one_line(
     assert "lacks training data" in train("--task", "mmlu", "--data-dir", data)
     assert "--few-shot is 1" in train("--task", "arc_easy", "--data-dir", data, "--few-shot", "1")
     assert "--few-shot is -1" in train("--task", "arc_easy", "--data-dir", data, "--few-shot", "-1")
-    assert "the training split 'train_l'" in train(
+    assert "the training split is 'train_l'" in train(
         "--task", "winogrande", "--data-dir", data, "--train-split", "train_l"
     )
     assert "give --data-dir" in train("--task", "arc_easy")

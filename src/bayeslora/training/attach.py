@@ -166,7 +166,7 @@ class BayesCallback(TrainerCallback):
 
 
 def _restore_after_training(trainer: Trainer, callback: BayesCallback) -> None:
-    """Set the weights back to the mean at the end of `trainer.train`, also after an exception, which raises no event."""
+    """Set the weights back to the mean at the end of `trainer.train`, even after an exception."""
     train = trainer.train
 
     @functools.wraps(train)
