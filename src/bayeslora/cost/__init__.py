@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from bayeslora.cost.bops import bops_by_scope, macs_by_scope, relative_bops
+from bayeslora.cost.budget import bops_cost, bytes_cost, rank_cost
 from bayeslora.cost.macs import SCOPES, LayerCost, Operation, Scope, operations
 from bayeslora.cost.parameters import count_parameters
 from bayeslora.cost.plan import TASK_TYPES, Plan, build_for_task, plan
@@ -16,12 +17,15 @@ __all__ = [
     "Plan",
     "Scope",
     "bops_by_scope",
+    "bops_cost",
     "build_for_task",
     "build_on_meta",
+    "bytes_cost",
     "count_parameters",
     "from_config",
     "macs_by_scope",
     "operations",
     "plan",
+    "rank_cost",
     "relative_bops",
 ]

@@ -58,11 +58,14 @@ def relative_bops(
         layers = described_layers(built)
     structure = read_structure(built)
     actual = bops_by_scope(structure_operations(structure, tokens, layers))
-    baseline = bops_by_scope(_baseline(structure, tokens, layers, baseline_rank))
+    baseline = bops_by_scope(baseline_operations(structure, tokens, layers, baseline_rank))
     return {scope: actual[scope] / baseline[scope] if baseline[scope] else 1.0 for scope in SCOPES}
 
 
-def _baseline(structure: ModelStructure, tokens: int, layers: Sequence[LayerCost], rank: int) -> list[Operation]:
+def baseline_operations(
+    structure: ModelStructure, tokens: int, layers: Sequence[LayerCost], rank: int
+) -> list[Operation]:
+    """Return the operations that `relative_bops` compares a model with these adapted layers to."""
     targets = structure.projections or [layer.name for layer in layers if layer.name in structure.matrices]
     matrices = [structure.matrices[name] for name in targets]
     lora = [LayerDescription(m.name, m.in_features, m.out_features, rank, rank, parameters=0) for m in matrices]

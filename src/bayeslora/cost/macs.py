@@ -20,7 +20,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 from bayeslora.cost.structure import (
     Attention,
@@ -35,6 +35,7 @@ from bayeslora.cost.structure import (
 )
 from bayeslora.errors import BayesLoraError
 from bayeslora.methods import describe
+from bayeslora.methods.allocation import TensorKey
 from bayeslora.vocabulary import COST_SCOPES as SCOPES
 from bayeslora.vocabulary import UNQUANTIZED as FULL_WIDTH
 from bayeslora.vocabulary import CostScope as Scope
@@ -64,6 +65,9 @@ class Operation:
     the transformer blocks) or "model" (embeddings' projections, pooler, head, `lm_head`). Each scope holds the
     narrower regions: encoder includes attention, model includes all. An adapted layer counts in "adapted" and in the
     scopes of its region, so an adapted feed-forward layer never enters "attention".
+
+    `weight_of` and `input_of` are the tensors of adapted layers whose widths the operands have, None for other
+    operands; `rank_of` is the adapted layer whose rank is a factor of the MACs, or None.
     """
 
     name: str
@@ -72,6 +76,9 @@ class Operation:
     weight_bits: int = FULL_WIDTH
     input_bits: int = FULL_WIDTH
     region: Region = "attention"
+    weight_of: TensorKey | None = None
+    input_of: TensorKey | None = None
+    rank_of: str | None = None
 
     @property
     def bops(self) -> int:
@@ -174,8 +181,17 @@ def _check(structure: ModelStructure, layer: LayerCost) -> None:
         raise BayesLoraError(f"layer {layer.name!r} has rank {layer.rank}, but must have at least 0: give its rank")
 
 
-def _width(layer: LayerCost | None, kind: str, default: int = FULL_WIDTH) -> int:
-    return default if layer is None else int(layer.bits.get(kind, default))
+class _Operand(NamedTuple):
+    """The width of one side of a product, and the adapted layer's tensor that has it."""
+
+    bits: int
+    tensor: TensorKey | None
+
+
+def _operand(layer: LayerCost | None, kind: str, default: int = FULL_WIDTH) -> _Operand:
+    if layer is None:
+        return _Operand(default, None)
+    return _Operand(int(layer.bits.get(kind, default)), (layer.name, kind))
 
 
 def _matrix_operations(
@@ -191,45 +207,56 @@ def _matrix_operations(
     if all(matrix.name in attention.projections for attention in attentions):
         calls.append(("", structure.positions(matrix.name, tokens)))
     calls += [(".positions", attention.positions * structure.calls(matrix.name)) for attention in attentions]
-    input_bits = _width(layer, "in")
+    weight, x = _operand(layer, "weight", matrix.bits), _operand(layer, "in")
     for suffix, positions in calls:
         prefix, macs = matrix.name + suffix, positions * matrix.macs
-        yield Operation(f"{prefix}.weight", scope, macs, _width(layer, "weight", matrix.bits), input_bits, region)
+        yield _operation(f"{prefix}.weight", scope, macs, weight, x, region)
         if layer is not None:
             macs = positions * layer.rank * matrix.in_features
-            yield Operation(f"{prefix}.A", scope, macs, _width(layer, "A"), input_bits, region)
+            yield _operation(f"{prefix}.A", scope, macs, _operand(layer, "A"), x, region, layer.name)
             yield from _expansion(prefix, scope, region, positions, layer)
+
+
+def _operation(
+    name: str,
+    scope: Scope,
+    macs: int,
+    weight: _Operand,
+    x: _Operand,
+    region: Region = "attention",
+    rank_of: str | None = None,
+) -> Operation:
+    return Operation(name, scope, macs, weight.bits, x.bits, region, weight.tensor, x.tensor, rank_of)
 
 
 def _expansion(prefix: str, scope: Scope, region: Region, positions: int, layer: LayerCost) -> Iterator[Operation]:
     """Yield the products of E and B; without an E, the n · r operations are the scaling by α / r."""
     macs = positions * layer.rank
-    yield Operation(f"{prefix}.E", scope, macs, _width(layer, "E"), _width(layer, "A_out"), region)
-    macs *= layer.out_features
-    yield Operation(f"{prefix}.B", scope, macs, _width(layer, "B"), _width(layer, "E_out"), region)
+    for kind, x, each in (("E", "A_out", 1), ("B", "E_out", layer.out_features)):
+        operands = _operand(layer, kind), _operand(layer, x)
+        yield _operation(f"{prefix}.{kind}", scope, macs * each, *operands, region, layer.name)
 
 
 def _products(
     structure: ModelStructure, attention: Attention, tokens: int, layers: Mapping[str, LayerCost]
 ) -> Iterator[Operation]:
     """Yield the products between activations of one attention module."""
+    full = _Operand(FULL_WIDTH, None)
 
-    def out(name: str, exact: bool) -> int:
-        return _width(layers.get(name), "out") if exact else FULL_WIDTH
+    def out(name: str, exact: bool) -> _Operand:
+        return _operand(layers.get(name), "out") if exact else full
 
     calls = structure.calls(f"{attention.name}.scores")
     query = out(attention.query, attention.exact_scores)
     key = out(attention.key, attention.exact_scores)
     value = out(attention.value, attention.exact_values)
     squared = calls * tokens * tokens
-    yield Operation(f"{attention.name}.scores", "attention", squared * attention.score_width, query, key)
-    yield Operation(
-        f"{attention.name}.weighted_values", "attention", squared * attention.value_width, FULL_WIDTH, value
-    )
+    yield _operation(f"{attention.name}.scores", "attention", squared * attention.score_width, query, key)
+    yield _operation(f"{attention.name}.weighted_values", "attention", squared * attention.value_width, full, value)
     between = calls * tokens * attention.positions * attention.score_width
     for kind, content, positions in (
         ("content_to_position", query, attention.content_to_position),
         ("position_to_content", key, attention.position_to_content),
     ):
         if positions is not None:
-            yield Operation(f"{attention.name}.{kind}", "attention", between, content, out(positions, True))
+            yield _operation(f"{attention.name}.{kind}", "attention", between, content, out(positions, True))

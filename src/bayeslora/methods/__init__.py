@@ -1,6 +1,7 @@
 """The methods: low-rank adapters whose rank, widths or weights are random variables."""
 
 from bayeslora.methods.adalora import AdaLoraConfig
+from bayeslora.methods.allocation import Allocation, CostModel, Evidence, Product, allocate, least_share
 from bayeslora.methods.blob import BlobConfig
 from bayeslora.methods.blora import BLoraConfig, BLoraModel
 from bayeslora.methods.config import AdapterConfig
@@ -17,19 +18,25 @@ __all__ = [
     "METHODS",
     "AdaLoraConfig",
     "AdapterConfig",
+    "Allocation",
     "BLoraConfig",
     "BLoraModel",
     "BayesLayer",
     "BayesTuner",
     "BlobConfig",
+    "CostModel",
     "DyLoraConfig",
+    "Evidence",
     "LayerDescription",
     "MeLoraConfig",
+    "Product",
     "TrainingSetup",
     "add_update",
+    "allocate",
     "at_rank",
     "describe",
     "has_posterior",
+    "least_share",
     "posterior_mean",
     "rank_curve",
     "register_method",
