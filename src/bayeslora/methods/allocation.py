@@ -155,8 +155,8 @@ def allocate(
     Starts with the widest widths and all components, and closes the gate with the least loss per share saved, over
     all tensors and layers; a width may narrow by several steps at once if that is better. Closing a gate makes its
     partners cheaper, so gates that are then worth more than their price open again, in rounds. With a target, what is
-    left of it at the end goes to the gates that are worth the most and still fit. Every move is the best single one, so
-    a better choice that needs two moves at once can be missed.
+    left of it at the end goes to the gates that are worth the most and still fit. Every move is the best single one,
+    so a better choice that needs two moves at once can be missed.
 
     Negative increases are noise and count as 0; an increase that is smaller at fewer bits counts as the larger one. A
     tensor whose width changes no cost keeps its widest. Equal gates close in the order of the evidence, tensors first.
