@@ -11,7 +11,7 @@ from typing import Any
 from bayeslora.cli.inputs import refuse
 from bayeslora.cli.progress import disable_progress_bars
 from bayeslora.data import Task, load_task
-from bayeslora.data.choices import CHOICE_FILES
+from bayeslora.data.known import KNOWN
 from bayeslora.errors import BayesLoraError
 from bayeslora.evaluation import Evaluation, evaluate, predict_dataset
 from bayeslora.files import check_new, finite, new_folder
@@ -75,7 +75,8 @@ def _info(given: dict[str, Any]) -> RunInfo:
     `--few-shot` overrides the number of examples that the run was trained with.
     """
     folder = Path(given["folder"])
-    if (folder / RUN_FILE).is_file() or given.get("task") not in CHOICE_FILES:
+    known = KNOWN.get(given.get("task", ""))
+    if (folder / RUN_FILE).is_file() or known is None or known.kind != "multiple_choice":
         info = RunInfo.load(folder)
         return replace(info, few_shot=given.get("few_shot", info.few_shot))
     return untrained_info(str(given["folder"]), str(given["task"]), given.get("few_shot", 0))

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass
 from typing import Any
 
 from bayeslora.data.tables import Table
@@ -16,28 +14,6 @@ LETTERS = ("A", "B", "C", "D", "E")
 """Letters of the choices, in order; an item has at most as many choices."""
 GAP = "_"
 """Mark for the place of the choice in a sentence."""
-
-
-@dataclass(frozen=True)
-class ChoiceFiles:
-    """Published multiple-choice task: possible files of each split in a data folder; questions with gaps or not."""
-
-    files: Mapping[str, tuple[str, ...]]
-    gap: bool = False
-
-    @property
-    def train_files(self) -> tuple[str, ...]:
-        return self.files.get("train", ())
-
-
-_TRAIN_DEV_TEST = {"train": ("train",), "validation": ("dev", "validation"), "test": ("test",)}
-CHOICE_FILES = {
-    "winogrande": ChoiceFiles({"train": ("train_s", "train_xs", "train_m"), "validation": ("dev",)}, gap=True),
-    "arc_easy": ChoiceFiles(_TRAIN_DEV_TEST),
-    "openbookqa": ChoiceFiles(_TRAIN_DEV_TEST),
-    # Five examples per subject, for prompts and not for training.
-    "mmlu": ChoiceFiles({"few_shot": ("dev",), "test": ("test",)}),
-}
 
 
 def choice_columns(table: Table, *, gap: bool = False, labelled: bool = True) -> dict[str, list[Any]]:

@@ -12,6 +12,7 @@ from bayeslora.data.tables import Table
 from bayeslora.errors import BayesLoraError
 
 Kind = Literal["classification", "regression"]
+TaskKind = Kind | Literal["multiple_choice"]
 _INTEGER = re.compile(r"[+-]?\d+")
 
 

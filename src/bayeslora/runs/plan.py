@@ -41,7 +41,10 @@ class RunOptions:
         None, "FOLDER_OR_ID", "folder, installed model package or hub id of the base model", required=True
     )
     task: str | None = declared(
-        None, "NAME", "sst2, cola, mrpc, rte, stsb, rotten_tomatoes, winogrande, arc_easy or openbookqa"
+        None,
+        "NAME",
+        "mnli, sst2, cola, qqp, qnli, rte, mrpc, stsb, snli, boolq, ag_news, subj, trec, winogrande, arc_easy, "
+        "arc_challenge, openbookqa, commonsenseqa, piqa or rotten_tomatoes",
     )
     data_dir: str | None = declared(None, "DIR", "folder with <task>/<split>.jsonl (the hub's data set)")
     train_split: str | None = declared(None, "NAME", "train_xs, train_s (the default) or train_m of winogrande")

@@ -8,7 +8,7 @@ takes its default, a number that was not finite is null, and unknown keys are ig
 | `method`, `title` | the method's name in `--method`, and in prose |
 | `task`, `dataset`, `model` | the task, hub id of its data set if it has one, and the base model |
 | `seed`, `steps`, `samples` | of training; optimizer steps; samples of the posterior per prediction, 0 for its mean |
-| `metric`, `scores` | name of the headline score; scores by name |
+| `metric`, `scores` | name of the headline score; scores by name (`accuracy_mismatched`: MNLI's second split) |
 | `split`, `rows` | the split that was scored, by default `validation`; its number of rows |
 | `scores_test` | scores of the test split, if there is one |
 | `reliability.bins` | `lower`, `upper`, `count`, mean `confidence` and `accuracy` by bin of confidence |

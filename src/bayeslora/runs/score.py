@@ -6,6 +6,7 @@ import platform
 import resource
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -15,6 +16,7 @@ from transformers import PreTrainedTokenizerBase
 
 from bayeslora.cost import count_parameters, relative_bops
 from bayeslora.data import Task
+from bayeslora.data.known import MISMATCHED
 from bayeslora.evaluation import Evaluation, evaluate, predict_dataset, uncertainties_of
 from bayeslora.evaluation.uncertainty import detection
 from bayeslora.methods import describe
@@ -36,10 +38,14 @@ def measure(
 ) -> dict[str, Any]:
     """Return the measured part of `metrics.json`.
 
-    `scores` are those of `predictor`, by default of `model`, on the evaluation split.
+    `scores` are those of `predictor`, by default of `model`, on the evaluation split; those of MNLI
+    include the accuracy on its mismatched split.
     """
     scored_model = predictor or model
     evaluation = evaluate(scored_model, data[EVALUATION], task, tokenizer, batch_size, samples)
+    if MISMATCHED in data:
+        other = evaluate(scored_model, data[MISMATCHED], task, tokenizer, batch_size, samples).scores[task.metric]
+        evaluation = replace(evaluation, scores={**evaluation.scores, f"{task.metric}_mismatched": other})
     found = {"metric": task.metric, **scored(evaluation), **described(model), "labels": list(task.labels)}
     if TEST in data:
         found["scores_test"] = evaluate(scored_model, data[TEST], task, tokenizer, batch_size, samples).scores
@@ -48,7 +54,7 @@ def measure(
 
 def rows_to_score(data: dict[str, Any]) -> int:
     """Return the number of rows that `measure` predicts."""
-    return sum(len(data[name]) for name in (EVALUATION, TEST) if name in data)
+    return sum(len(data[name]) for name in (EVALUATION, MISMATCHED, TEST) if name in data)
 
 
 def scored(evaluation: Evaluation) -> dict[str, Any]:
