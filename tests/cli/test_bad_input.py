@@ -104,6 +104,11 @@ def test_contradictory_options(train_refused: Refused) -> None:
     assert "change them" in train_refused(load_best_model_at_end="true", eval_strategy="epoch", save_strategy="no")
 
 
+def test_a_best_model_from_before_the_gates(train_refused: Refused) -> None:
+    saving = {"load_best_model_at_end": "true", "eval_strategy": "steps", "eval_steps": 10, "eval_delay": 31}
+    assert "no evaluation falls in steps 23 to 30" in train_refused(**saving)
+
+
 def test_wrong_options_are_told_before_a_missing_model(train_refused: Refused) -> None:
     assert "target_bops" in train_refused(model="no/such/model", target_bops=1.5)
     saving = {"load_best_model_at_end": "true", "eval_strategy": "epoch", "save_strategy": "no"}

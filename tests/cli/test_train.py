@@ -136,6 +136,23 @@ def test_bfloat16_needs_no_word_about_the_cpu_on_a_machine_without_a_gpu(
     assert "use_cpu" not in yaml.safe_load((tmp_path / "run" / "config.yaml").read_text())
 
 
+def test_the_best_model_of_blora_is_one_of_the_frozen_phase(setting: Setting, tmp_path: Path) -> None:
+    saving = ["--load_best_model_at_end", "true", "--eval_strategy", "steps", "--eval_steps", "3"]
+    options = [
+        "--max-steps",
+        "30",
+        "--learning-rate",
+        "0",
+        "--target-bops",
+        "0.1",
+        "--output-dir",
+        str(tmp_path / "out"),
+    ]
+    assert main(["train", "--method", "blora", *setting.options, *saving, *options]) == 0
+    metrics = json.loads((tmp_path / "out" / "metrics.json").read_text())
+    assert metrics["relative_bops"]["attention"] <= 0.1
+
+
 def test_a_pair_and_a_test_file_and_kept_checkpoints(setting: Setting, tmp_path: Path) -> None:
     rows = [
         {"left": row["text"], "right": "the film", "y": ("no", "yes")[int(str(row["label"]))]}

@@ -16,7 +16,7 @@ MODES = ("q+ra", "q", "ra")
 
 
 def _run(run: Run, folder: Path) -> list[dict[str, Any]]:
-    if run.ranks == 1:
+    if not run.distributed:
         return [worker.train(run, 0)]
     mp.spawn(worker.main, args=(run, str(folder)), nprocs=run.ranks)
     return [torch.load(folder / f"{rank}.pt") for rank in range(run.ranks)]
@@ -83,3 +83,17 @@ def _assert_penalty_counted_once(result: dict[str, Any]) -> None:
             penalty.backward()
             torch.testing.assert_close(gradients[name], value.grad, atol=1e-6, rtol=1e-4, msg=name)
     assert added == STEPS // 2  # a quarter warms up, a quarter is frozen
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_adam_counts_the_same_steps_under_ddp_as_in_one_process(ranks: int, tmp_path: Path) -> None:
+    """DDP gives gates and ranges a gradient of zeros in every step, but they have an optimizer state as of LEARN."""
+    alone = worker.train(Run(1, 1, "q+ra", adam=True), 0)
+    results = _run(Run(ranks, 1, "q+ra", adam=True, wrapped=True), tmp_path)
+    _assert_same_update(results, alone)
+    for result in results:
+        assert result["steps counted"] == alone["steps counted"]
+        assert result["widths"] == alone["widths"]
+    gated = {name: steps for name, steps in alone["steps counted"].items() if ".blora_quantizers." in name}
+    assert gated and set(gated.values()) == {STEPS // 2}  # a quarter warms up, a quarter is frozen
+    assert {steps for name, steps in alone["steps counted"].items() if ".blora_A." in name} == {STEPS}

@@ -13,7 +13,7 @@ from peft import get_peft_model
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from bayeslora import BayesLoop, BLoraConfig, parameter_groups
+from bayeslora import BayesLoop, BLoraConfig, describe, parameter_groups
 
 STEPS = 8
 BATCH = 16
@@ -28,6 +28,13 @@ class Run:
     ranks: int
     accumulation: int
     mode: str
+    adam: bool = False
+    wrapped: bool = False
+    """Under DDP even on one rank."""
+
+    @property
+    def distributed(self) -> bool:
+        return self.wrapped or self.ranks > 1
 
 
 class Tiny(nn.Module):
@@ -62,15 +69,26 @@ def _gates(model: nn.Module) -> dict[str, nn.Parameter]:
     return {name: p for name, p in model.named_parameters() if name.endswith((".gates", "blora_rank.default.logits"))}
 
 
+def _optimizer(run: Run, model: nn.Module) -> torch.optim.Optimizer:
+    groups = parameter_groups(model, lr=0.05)
+    # Adam would turn the rounding of a tiny gradient into a whole step, so it gets a large epsilon.
+    return torch.optim.AdamW(groups, lr=0.05, eps=1e-2) if run.adam else torch.optim.SGD(groups, lr=0.05)
+
+
+def _steps_counted(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, int]:
+    """How many steps Adam has counted for each parameter; 0 without a state."""
+    trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    return {name: int(optimizer.state.get(p, {}).get("step", 0)) for name, p in trained.items()}
+
+
 def train(run: Run, rank: int) -> dict[str, Any]:
     """Train `STEPS` optimizer steps on the share of `rank`; returns parameters, gate samples and penalty gradients."""
     model = _model(run.mode)
     inputs = torch.randn(STEPS, BATCH, 6)
     targets = torch.randint(0, 3, (STEPS, BATCH))
     torch.manual_seed(1000 + rank)  # what is equal on all ranks must not be equal by luck
-    wrapped = DistributedDataParallel(model) if run.ranks > 1 else model
-    # Plain gradient descent: Adam would turn the rounding of a tiny gradient into a whole step.
-    optimizer = torch.optim.SGD(parameter_groups(wrapped, lr=0.05), lr=0.05)
+    wrapped = DistributedDataParallel(model) if run.distributed else model
+    optimizer = _optimizer(run, wrapped)
     loop = BayesLoop(wrapped, optimizer, total_steps=STEPS)
     micro = BATCH // (run.ranks * run.accumulation)
     noise, penalty_gradients, logits = [], [], []
@@ -88,7 +106,7 @@ def train(run: Run, rank: int) -> dict[str, Any]:
         logits.append({name: p.detach().clone() for name, p in gates.items()})
         loop.before_optimizer_step()
         penalty_gradients.append(
-            {n: (torch.zeros_like(p) if p.grad is None else p.grad) - before[n] for n, p in gates.items()}
+            {n: torch.zeros_like(p) if p.grad is None else p.grad - before[n] for n, p in gates.items()}
         )
         optimizer.step()
         loop.step_end()
@@ -99,6 +117,8 @@ def train(run: Run, rank: int) -> dict[str, Any]:
         "noise": noise,
         "logits": logits,
         "penalty_gradients": penalty_gradients,
+        "steps counted": _steps_counted(model, optimizer),
+        "widths": [layer.bits for layer in describe(model)],
     }
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -11,10 +12,17 @@ from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.utils.data import Dataset
-from transformers import EvalPrediction, PreTrainedModel, Trainer, TrainerCallback, TrainingArguments
+from transformers import (
+    EarlyStoppingCallback,
+    EvalPrediction,
+    PreTrainedModel,
+    Trainer,
+    TrainerCallback,
+    TrainingArguments,
+)
 
 import bayeslora
-from bayeslora import BayesLoraError, BLoraConfig, describe
+from bayeslora import AdaLoraConfig, BayesLoraError, BlobConfig, BLoraConfig, describe
 from bayeslora.cost import relative_bops
 from tests.conftest import VOCABULARY, build_tiny_bert
 from tests.methods.reference import FROZEN, LEARN, WARM_UP, layers_of
@@ -264,36 +272,129 @@ def test_a_run_resumed_in_any_phase_ends_bit_for_bit_where_the_uninterrupted_one
         assert _training_logs(resumed)[-1]["loss"] == _training_logs(trainer)[-1]["loss"]
 
 
-def test_the_best_checkpoint_is_loaded_at_the_end_with_its_phase_and_its_widths(tmp_path: Path) -> None:
-    scores = iter([0.1, 0.2, 0.9, 0.3, 0.2, 0.1])  # best after step 6, while gates learn
+BEST = {
+    "eval_strategy": "steps",
+    "eval_steps": 2,
+    "save_strategy": "steps",
+    "save_steps": 2,
+    "load_best_model_at_end": True,
+    "metric_for_best_model": "score",
+}
 
-    def metrics(prediction: EvalPrediction) -> dict[str, float]:
-        return {"score": next(scores)}
 
-    trainer = _trainer(
-        _model(),
-        tmp_path,
-        compute_metrics=metrics,
-        eval_strategy="steps",
-        eval_steps=2,
-        save_strategy="steps",
-        save_steps=2,
-        load_best_model_at_end=True,
-        metric_for_best_model="score",
-    )
+def _scoring(scores: list[float]) -> Callable[[EvalPrediction], dict[str, float]]:
+    """Metrics of a run whose evaluations give `scores`, one after another."""
+    left = iter(scores)
+    return lambda prediction: {"score": next(left)}
+
+
+def test_the_best_checkpoint_of_the_frozen_phase_is_loaded_at_the_end(tmp_path: Path) -> None:
+    # The best of all while gates learn; the phases begin after steps 4 and 8.
+    metrics = _scoring([0.8, 0.7, 0.9, 0.3, 0.2, 0.1])
+    trainer = _trainer(_model(), tmp_path, compute_metrics=metrics, save_total_limit=2, **BEST)
     trainer.train()
-    assert trainer.state.best_model_checkpoint.endswith("checkpoint-6")
-    saved = load_file(tmp_path / "checkpoint-6" / "adapter_model.safetensors")
+    assert trainer.state.best_model_checkpoint.endswith("checkpoint-10")
+    assert trainer.state.best_metric == 0.2
+    assert sorted(path.name for path in tmp_path.glob("checkpoint-*")) == ["checkpoint-10", "checkpoint-12"]
+    saved = load_file(tmp_path / "checkpoint-10" / "adapter_model.safetensors")
     ours = {name.replace(".default", ""): value for name, value in trainer.model.state_dict().items()}
     compared = [name for name in saved if name in ours]
     assert len(compared) >= len(saved) - 2 and all(torch.equal(saved[name], ours[name]) for name in compared)
-    assert _phase(trainer.model) == int(LEARN)
+    assert _phase(trainer.model) == int(FROZEN)
     tokens = Rows().tokens
-    again = bayeslora_reload(tmp_path / "checkpoint-6")
+    again = bayeslora_reload(tmp_path / "checkpoint-10")
     with torch.no_grad():
         torch.testing.assert_close(
             trainer.model.eval()(input_ids=tokens).logits, again(input_ids=tokens).logits, atol=1e-6, rtol=0
         )
+
+
+def test_a_run_whose_lowest_loss_is_early_ends_with_the_learned_widths(tmp_path: Path) -> None:
+    def worse_and_worse(outputs: Any, labels: Tensor, num_items_in_batch: Any = None) -> Tensor:
+        loss = nn.functional.cross_entropy(outputs["logits"], labels)
+        return -loss if torch.is_grad_enabled() else loss  # training maximizes what evaluation reports
+
+    options = {**BEST, "metric_for_best_model": "loss", "learning_rate": 1e-2}
+    trainer = _trainer(_model(target_bops=0.3), tmp_path, compute_loss_func=worse_and_worse, **options)
+    trainer.train()
+    losses = {entry["step"]: entry["eval_loss"] for entry in trainer.state.log_history if "eval_loss" in entry}
+    assert min(losses, key=lambda step: losses[step]) == 2
+    assert _phase(trainer.model) == int(FROZEN)
+    assert relative_bops(trainer.model)["attention"] <= 0.3
+
+
+@pytest.mark.parametrize("step", [6, 10])
+def test_a_resumed_run_has_the_same_best_checkpoint(step: int, tmp_path: Path) -> None:
+    scores = [0.8, 0.7, 0.9, 0.3, 0.2, 0.1]
+    _trainer(_model(), tmp_path, compute_metrics=_scoring(scores), **BEST).train()
+    resumed = _trainer(_model(), tmp_path, compute_metrics=_scoring(scores[step // 2 :]), **BEST)
+    resumed.train(resume_from_checkpoint=str(tmp_path / f"checkpoint-{step}"))
+    assert resumed.state.best_model_checkpoint.endswith("checkpoint-10")
+    assert _phase(resumed.model) == int(FROZEN)
+
+
+def test_early_stopping_waits_for_the_frozen_phase(tmp_path: Path) -> None:
+    trainer = _trainer(
+        _model(warmup_fraction=0.1, freeze_fraction=0.5),
+        tmp_path,
+        compute_metrics=_scoring([0.9, 0.8, 0.7, 0.6, 0.5, 0.4]),
+        callbacks=[EarlyStoppingCallback(early_stopping_patience=1)],
+        **BEST,
+    )
+    trainer.train()
+    assert trainer.state.global_step == 8  # the second evaluation of the frozen phase, which begins after step 6
+    assert trainer.state.best_model_checkpoint.endswith("checkpoint-6")
+
+
+def test_only_better_models_of_the_frozen_phase_are_saved_last(tmp_path: Path) -> None:
+    options = {**BEST, "save_strategy": "best", "load_best_model_at_end": False, "save_total_limit": 1}
+    metrics = _scoring([0.9, 0.8, 0.7, 0.1, 0.3, 0.2])
+    trainer = _trainer(_model(), tmp_path, compute_metrics=metrics, **options)
+    trainer.train()
+    assert [path.name for path in tmp_path.glob("checkpoint-*")] == ["checkpoint-10"]
+
+
+def test_the_best_bayesian_adalora_has_its_final_ranks(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    config = AdaLoraConfig(
+        init_r=4,
+        target_r=2,
+        tinit=2,
+        tfinal=4,
+        importance="sensitivity",
+        target_modules=["query", "value"],
+        task_type="SEQ_CLS",
+    )
+    metrics = _scoring([0.9, 0.8, 0.7, 0.2, 0.3, 0.1])  # the last allocation is after step 8
+    trainer = _trainer(get_peft_model(build_tiny_bert(), config), tmp_path, compute_metrics=metrics, **BEST)
+    trainer.train()
+    assert trainer.state.best_model_checkpoint.endswith("checkpoint-10")
+    described = describe(trainer.model)
+    assert sum(layer.rank for layer in described) == 2 * len(described)
+
+
+def test_other_methods_may_have_their_best_model_early(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    config = BlobConfig(r=2, target_modules=["query", "value"], task_type="SEQ_CLS")
+    metrics = _scoring([0.9, 0.8, 0.7, 0.2, 0.3, 0.1])
+    trainer = _trainer(get_peft_model(build_tiny_bert(), config), tmp_path, compute_metrics=metrics, **BEST)
+    trainer.train()
+    assert trainer.state.best_model_checkpoint.endswith("checkpoint-2")
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"eval_delay": 13},
+        {"eval_strategy": "epoch", "save_strategy": "epoch", "eval_delay": 4},
+        {"eval_strategy": "no", "save_strategy": "no"},
+    ],
+)
+def test_a_best_model_that_cannot_be_in_its_final_form_is_refused(options: dict[str, Any], tmp_path: Path) -> None:
+    trainer = _trainer(_model(), tmp_path, **{**BEST, **options})
+    said = "no evaluation falls in steps 9 to 12, in which B-LoRA has its final form: use .* save_steps 1, and an"
+    with pytest.raises(BayesLoraError, match=said):
+        trainer.train()
 
 
 def bayeslora_reload(folder: Path) -> nn.Module:

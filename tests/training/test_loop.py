@@ -48,13 +48,32 @@ def _snapshot(model: nn.Module, *parts: str) -> dict[str, Tensor]:
     return {name: p.detach().clone() for name, p in _named(model, *parts).items()}
 
 
+def test_gates_and_ranges_have_no_optimizer_state_outside_their_phase() -> None:
+    """Whatever has a gradient, as everything does under DDP: Adam would count the step."""
+    model = tiny_model(WARM_UP, warmup_fraction=0.25, freeze_fraction=0.25)
+    loop = BayesLoop(model, _optimizer(model), total_steps=24)
+    gated = _named(model, ".blora_quantizers.", ".blora_rank.")
+    counted = []
+    for _ in range(24):
+        loop.step_begin()
+        nn.functional.cross_entropy(model(X), Y).backward()
+        for p in _named(model, "").values():
+            p.grad = torch.zeros_like(p) if p.grad is None else p.grad
+        loop.before_optimizer_step()
+        loop.optimizer.step()
+        loop.step_end()
+        loop.optimizer.zero_grad()
+        counted.append({int(loop.optimizer.state.get(p, {}).get("step", 0)) for p in gated.values()})
+    assert counted == [{0}] * 6 + [{step} for step in range(1, 13)] + [{12}] * 6
+
+
 # The penalty ----------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("accumulation", [1, 4])
 def test_the_penaltys_gradient_is_added_once_whatever_the_accumulation(accumulation: int) -> None:
     model = tiny_model(LEARN, bit_penalty=0.3, rank_penalty=0.7)
-    loop = BayesLoop(model, _optimizer(model), total_steps=100, step=20)
+    loop = BayesLoop(model, _optimizer(model), total_steps=100, step=60)
     loop.step_begin()
     for x in X.chunk(accumulation):
         (model(x).sum() * 0).backward()
@@ -73,7 +92,7 @@ def test_it_is_added_to_the_tasks_gradient() -> None:
     gradients = {}
     for weight in (0.0, 0.5):
         model = tiny_model(LEARN, bit_penalty=weight, rank_penalty=weight)
-        loop = BayesLoop(model, _optimizer(model), total_steps=100, step=20)
+        loop = BayesLoop(model, _optimizer(model), total_steps=100, step=60)
         loop.step_begin()
         nn.functional.cross_entropy(model(X), Y).backward()
         task = {name: p.grad.clone() for name, p in _named(model, "").items() if p.grad is not None}
@@ -87,7 +106,7 @@ def test_a_loss_scale_multiplies_the_penalty_so_that_unscaling_leaves_it() -> No
     found = []
     for scale in (1.0, 1024.0):
         model = tiny_model(LEARN)
-        loop = BayesLoop(model, _optimizer(model), total_steps=100, step=20)
+        loop = BayesLoop(model, _optimizer(model), total_steps=100, step=60)
         loop.step_begin()
         loop.before_optimizer_step(scale)
         found.append({n: p.grad / scale for n, p in _named(model, *GATES).items()})
@@ -340,7 +359,7 @@ def test_statistics_hold_the_penalty_that_was_added() -> None:
     for layer in layers_of(model):
         for p in (layer.blora_quantizers["default"].gate_logits, layer.blora_rank["default"].logits):
             p.data.fill_(50.0)
-    loop = BayesLoop(model, _optimizer(model), total_steps=100, step=20)
+    loop = BayesLoop(model, _optimizer(model), total_steps=100, step=60)
     loop.step_begin()
     loop.before_optimizer_step()
     values = loop.statistics()

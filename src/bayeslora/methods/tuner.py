@@ -202,6 +202,16 @@ class BayesTuner(BaseTuner):
         return False
 
     @property
+    def is_final(self) -> bool:
+        """True if the adapter has its final form, so that a model evaluated now can be the best of its run."""
+        return True
+
+    @property
+    def final_from(self) -> int:
+        """Fewest optimizer steps of the run after which `is_final` holds."""
+        return 0
+
+    @property
     def learning_rates(self) -> dict[ParameterRole, float]:
         """Learning rates that the method has fixed, by role."""
         return self.run_state().learning_rates

@@ -13,6 +13,7 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from bayeslora.errors import BayesLoraError
 from bayeslora.methods.tuner import tuner_of
 from bayeslora.posterior import unwrapped
+from bayeslora.training.best_model import check_best_model, forget_early_best
 from bayeslora.training.loop import BayesLoop
 from bayeslora.training.loss_scale import correct_loss_scale
 from bayeslora.training.optimizers import (
@@ -124,12 +125,14 @@ class BayesCallback(TrainerCallback):
         )
         for hook in self._loop.hooks:
             hook.check_trainer()
+        check_best_model(args, state, tuner)
 
     def on_step_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         self.loop.step = state.global_step
         self.loop.step_begin()
+        forget_early_best(state, self.loop.tuner)  # of an evaluation without a save, or of the checkpoint resumed
 
     def on_pre_optimizer_step(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -146,10 +149,18 @@ class BayesCallback(TrainerCallback):
         else:
             self.loop.step_end()
 
+    def on_evaluate(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Forget earlier evaluations before `EarlyStoppingCallback` compares with them, until the form is final."""
+        if self._loop is not None:
+            forget_early_best(state, self._loop.tuner)
+
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         assert args.output_dir is not None
         for hook in self.loop.hooks:
             hook.save(Path(args.output_dir) / f"{PREFIX_CHECKPOINT_DIR}-{state.global_step}")
+        forget_early_best(state, self.loop.tuner)
 
     def restore(self) -> None:
         """Set the weights back to the mean after an interrupted step."""

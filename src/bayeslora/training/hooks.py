@@ -88,7 +88,19 @@ class MethodHook(LoopHook):
         # From the optimizer's groups, because a walk over the model's tree would take longer than all that follows.
         trained = [p for group in self.optimizer.param_groups for p in group["params"] if p.requires_grad]
         self.penalties = self.tuner.add_penalty(trained, scale)
+        self._drop_unused_gradients(step)
         self.tuner.observe(step, self.optimizer, scale)
+
+    def _drop_unused_gradients(self, step: int) -> None:
+        """Clear the gradients of roles whose rate is 0 in this step, so that the optimizer leaves them out.
+
+        Adam would count the step and remember the gradient. DDP gives every parameter one, if only zeros, so gates
+        would begin to learn with other bias corrections than in a single process.
+        """
+        for group in self.optimizer.param_groups:
+            if self.tuner.rate_of(group.get(ROLE, "weights"), step) == 0:
+                for parameter in group["params"]:
+                    parameter.grad = None
 
     def step_end(self, step: int) -> None:
         target = self.tuner.budget

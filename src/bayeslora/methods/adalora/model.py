@@ -198,6 +198,15 @@ class AdaLoraModel(BayesTuner):
             if done == run.final_step:
                 self._freeze(list(zip(self._layers(), masks, strict=True)))
 
+    @property
+    def is_final(self) -> bool:
+        """True after the last allocation; an earlier model has more ranks than the budget allows."""
+        return all(self.training_adapter() in layer.adalora_mask for layer in self._layers())
+
+    @property
+    def final_from(self) -> int:
+        return self.run_state().final_step
+
     def _move_averages(self, optimizer: Optimizer) -> None:
         observed = self.run_state().observed
         if not observed:

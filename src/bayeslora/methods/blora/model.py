@@ -193,6 +193,16 @@ class BLoraModel(BayesTuner):
             scale = layer.progress(name).penalty_scale
             scale.mul_(factor).clamp_(1e-3, 1e3)
 
+    @property
+    def is_final(self) -> bool:
+        """True if the gates are frozen; a model of the warm-up has all ranks, in full precision."""
+        name = self.training_adapter()
+        return all(layer.progress(name).current == Phase.FROZEN for layer in self.adapted_layers(name))
+
+    @property
+    def final_from(self) -> int:
+        return 0 if self.is_final else self.run_state().frozen_from
+
     def ends_learning(self, step: int) -> bool:
         return step + 1 >= self.run_state().frozen_from
 
