@@ -34,7 +34,16 @@ if TYPE_CHECKING:  # import functions that share a module's name from the module
     )
     from bayeslora.optim import IVON
     from bayeslora.posterior import WeightPosterior, load_posterior, save_posterior
-    from bayeslora.posthoc import DeepEnsemble, LaplacePredictor, MCDropout, TemperatureScaling, bayesianize
+    from bayeslora.posthoc import (
+        DeepEnsemble,
+        LaplacePredictor,
+        MCDropout,
+        RoundedModel,
+        TemperatureScaling,
+        bayesianize,
+        round_after_training,
+        truncate_rank,
+    )
     from bayeslora.prediction import ModelPredictor
     from bayeslora.prediction.generate import Generation, generate
     from bayeslora.prediction.predict import Prediction, predict
@@ -62,6 +71,7 @@ __all__ = [
     "MeLoraConfig",
     "ModelPredictor",
     "Prediction",
+    "RoundedModel",
     "TemperatureScaling",
     "WeightPosterior",
     "at_rank",
@@ -80,9 +90,11 @@ __all__ = [
     "predict",
     "rank_curve",
     "register_method",
+    "round_after_training",
     "sampling",
     "save_posterior",
     "shrink",
+    "truncate_rank",
 ]
 
 # Public names by package; packages without names are attributes too.
@@ -97,7 +109,10 @@ _NAMES = {
     ),
     "optim": ("IVON",),
     "posterior": ("WeightPosterior", "load_posterior", "save_posterior"),
-    "posthoc": ("DeepEnsemble", "LaplacePredictor", "MCDropout", "TemperatureScaling", "bayesianize"),
+    "posthoc": (
+        *("DeepEnsemble", "LaplacePredictor", "MCDropout", "RoundedModel", "TemperatureScaling", "bayesianize"),
+        *("round_after_training", "truncate_rank"),
+    ),
     "prediction": ("Generation", "ModelPredictor", "Prediction", "generate", "predict"),
     "runs": ("load",),
     "runtime": ("compile_inference",),

@@ -10,7 +10,7 @@ from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from bayeslora.quantization import optimal_range, quantize
+from bayeslora.quantization import codes, grid_step, magnitude_counts, optimal_range, quantize, range_of_counts
 from tests.oracles import blora as oracle
 
 # The same examples every time, on a busy machine too.
@@ -175,3 +175,22 @@ def test_a_range_carries_no_gradient_and_leaves_its_tensor_alone() -> None:
     before = x.detach().clone()
     assert not optimal_range(x, 4).requires_grad
     assert torch.equal(x, before)
+
+
+@pytest.mark.parametrize("bits", [2, 3, 4, 8, 16])
+def test_counts_of_parts_give_the_range_of_the_whole(bits: int) -> None:
+    x = torch.randn(5, 4000) * torch.tensor([0.1, 0.5, 1.0, 2.0, 3.0]).unsqueeze(1)
+    largest = x.abs().max()
+    counts = sum(magnitude_counts(part, largest) for part in x)
+    assert torch.equal(range_of_counts(counts, largest, bits), optimal_range(x, bits))
+
+
+@pytest.mark.parametrize("bits", [3, 5, 6])
+def test_widths_between_those_with_gates_are_grids_too(bits: int) -> None:
+    x = torch.randn(1000, requires_grad=True)
+    bound = torch.tensor(2.0)
+    found = quantize(x, bound, bits)
+    assert torch.equal(found.detach(), codes(x, bound, bits) * grid_step(bound, bits))
+    assert len(found.unique()) <= 2**bits - 1
+    (gradient,) = torch.autograd.grad(found.sum(), x)
+    assert torch.equal(gradient, (x.abs() <= bound).float())

@@ -1,4 +1,4 @@
-"""Uncertainty for a finished adapter of any kind: temperature, dropout, ensembles, Laplace, training-free noise."""
+"""Finished adapters: uncertainty (temperature, dropout, ensembles, Laplace, noise), rounding, and lower ranks."""
 
 from __future__ import annotations
 
@@ -6,12 +6,17 @@ from bayeslora.posthoc.bayesianize import bayesianize
 from bayeslora.posthoc.dropout import MCDropout
 from bayeslora.posthoc.ensemble import DeepEnsemble
 from bayeslora.posthoc.laplace import LaplacePredictor
+from bayeslora.posthoc.rounding import RoundedModel, round_after_training
 from bayeslora.posthoc.temperature import TemperatureScaling
+from bayeslora.posthoc.truncation import truncate_rank
 
 __all__ = [
     "DeepEnsemble",
     "LaplacePredictor",
     "MCDropout",
+    "RoundedModel",
     "TemperatureScaling",
     "bayesianize",
+    "round_after_training",
+    "truncate_rank",
 ]

@@ -16,13 +16,13 @@ from typing import Any
 
 import torch
 from peft import PeftModel, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
-from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 
 from bayeslora.errors import BayesLoraError
 from bayeslora.methods.blob import BlobConfig
 from bayeslora.methods.config import KEPT_FIELDS
 from bayeslora.methods.variational import stochastic_layers
+from bayeslora.posthoc.plain_lora import lora_factors, lora_layers, only_lora
 from bayeslora.posthoc.temperature import predictive_nll
 from bayeslora.prediction import Logits, ModelPredictor, labels_of, sampled_logits
 
@@ -66,7 +66,7 @@ def bayesianize(
             f"tolerance is {tolerance}, samples {samples} and steps {steps}, but they must be above 0, at least 1 and "
             "at least 0: give others, or leave them out"
         )
-    name, config = _adapter_of(model)
+    name, config = only_lora(model)
     batches = [anchor] if isinstance(anchor, Mapping) else list(anchor)
     before = sampled_logits(ModelPredictor(model), batches, 0, logits=logits)
     labels = _labels(batches, before)
@@ -86,8 +86,8 @@ def bayesianize(
 
 def _as_blob(model: Any, name: str, config: Any) -> tuple[PeftModel, dict[str, Tensor]]:
     """Return a BLoB model with the same mean and without noise, and the singular values (k,) of B by layer."""
-    layers = {path: module for path, module in model.get_base_model().named_modules() if isinstance(module, LoraLayer)}
-    factors = {path: _decomposed(layer, name) for path, layer in layers.items() if name in layer.lora_A}
+    layers = lora_layers(model, name)
+    factors = {path: _decomposed(layer, name) for path, layer in layers.items()}
     scalings = {path: float(layers[path].scaling[name]) for path in factors}
     saved = get_peft_model_state_dict(model, adapter_name=name)
     state = {key: value.clone() for key, value in saved.items() if ".lora_" not in key}
@@ -124,23 +124,6 @@ def largest_allowed(allowed: Callable[[float], bool], steps: int) -> float:
     return low
 
 
-def _adapter_of(model: nn.Module) -> tuple[str, Any]:
-    configs = getattr(model, "peft_config", None) if isinstance(model, PeftModel) else None
-    kinds = [str(getattr(config.peft_type, "value", config.peft_type)) for config in (configs or {}).values()]
-    if configs is None or kinds != ["LORA"]:
-        raise BayesLoraError(
-            f"the model ({type(model).__name__}) has the adapters {', '.join(kinds) or 'none'}, but must have exactly "
-            "one LORA: load that one alone"
-        )
-    name, config = next(iter(configs.items()))
-    unusual = [field for field in ("use_dora", "lora_bias", "target_parameters") if getattr(config, field, None)]
-    if config.bias not in ("none", "all"):
-        unusual.append(f"bias={config.bias!r}")
-    if unusual:
-        raise BayesLoraError(f"the adapter has {', '.join(unusual)}, but must be plain LoRA: train one without")
-    return name, config
-
-
 def _labels(batches: list[Mapping[str, Any]], logits: Tensor) -> Tensor:
     if logits.shape[-1] == 1:
         raise BayesLoraError("the model has 1 output (a regression), but must have classes: use a classifier")
@@ -151,11 +134,7 @@ def _labels(batches: list[Mapping[str, Any]], logits: Tensor) -> Tensor:
 
 def _decomposed(layer: Any, name: str) -> tuple[Tensor, Tensor, Tensor]:
     """Return A' (k, d_in), B' (d_out, k) and the singular values (k,) of B, with k = min(r, d_out), float32."""
-    if not isinstance(layer.lora_A[name], nn.Linear):
-        raise BayesLoraError(
-            f"the adapter is on a {type(layer.get_base_layer()).__name__}, but must be on linear layers: retrain it"
-        )
-    a, b = layer.lora_A[name].weight.detach().double(), layer.lora_B[name].weight.detach().double()
+    a, b = lora_factors(layer, name)
     u, d, vh = torch.linalg.svd(b, full_matrices=False)
     return (vh @ a).float().contiguous(), (u * d).float().contiguous(), d.float()
 

@@ -23,7 +23,7 @@ from bayeslora.quantization.quantizer import (
     rank_gates,
     rank_probability,
 )
-from bayeslora.quantization.ranges import FLOOR, Calibration, optimal_range
+from bayeslora.quantization.ranges import FLOOR, Calibration, magnitude_counts, optimal_range, range_of_counts
 from bayeslora.vocabulary import WIDTHS
 
 __all__ = [
@@ -43,6 +43,7 @@ __all__ = [
     "grid_step",
     "hard_concrete",
     "linear",
+    "magnitude_counts",
     "mixture_weights",
     "nested_probability",
     "open_probability",
@@ -50,6 +51,7 @@ __all__ = [
     "optimal_range",
     "quantize",
     "quantize_mixture",
+    "range_of_counts",
     "rank_gates",
     "rank_probability",
 ]

@@ -48,7 +48,8 @@ SURE_LOGIT = 20.0
 GATED_WIDTHS = WIDTHS[1:]
 """Widths with a gate; two bits are always there."""
 
-_ONE_HOT = dict(zip(WIDTHS, torch.eye(len(WIDTHS)), strict=True))
+_WHOLE = torch.ones(())
+"""Weight of a single width."""
 
 
 def hard_concrete(logits: Tensor, uniform: Tensor) -> Tensor:
@@ -145,13 +146,13 @@ def quantize(x: Tensor, range: Tensor, bits: int) -> Tensor:  # noqa: A002
     Args:
         x: any shape and floating dtype; the result has the same.
         range: positive, 0-d, one element, or broadcastable to `x` (``[d_out, 1]`` for per-channel ranges).
-        bits: one of `WIDTHS`; 32 clips to the range and rounds nothing.
+        bits: from 2 to 16, also between the `WIDTHS` with a gate; 32 clips to the range and rounds nothing.
     """
-    return quantize_mixture(x, range, _ONE_HOT[bits].to(x.device), (bits,))
+    return quantize_mixture(x, range, _WHOLE.to(x.device), (bits,))
 
 
 def quantize_mixture(x: Tensor, range: Tensor, weights: Tensor, widths: tuple[int, ...]) -> Tensor:  # noqa: A002
-    r"""$\sum_b w_b Q_b(x)$ for `weights` (5,) that sum to one and are zero outside `widths`.
+    r"""$\sum_b w_b Q_b(x)$ for `weights` (5,) that sum to one and are zero outside `widths`; unused for one width.
 
     $\partial x_q / \partial x$ is 1 inside the range and 0 outside; $\partial x_q / \partial \beta$ is
     $\mathrm{sign}(x)$ on clipped entries, and inside it is
@@ -181,7 +182,7 @@ def _traced(x: Tensor, range: Tensor, weights: Tensor, widths: tuple[int, ...]) 
     clipped = torch.where(inside, value, value.sign() * bound)
     out = torch.zeros_like(value)
     for bits in widths:
-        weight = weights[WIDTHS.index(bits)].float()
+        weight = weights[WIDTHS.index(bits)].float() if len(widths) > 1 else 1.0
         if bits == UNQUANTIZED:
             out = out + weight * clipped
             continue

@@ -43,23 +43,47 @@ def optimal_range(x: Tensor, bits: int = 8, method: Calibration = "mse", dim: in
     else:
         found = rows.abs().amax(1, keepdim=True).clamp_min(FLOOR)
         if method == "mse" and bits < 16:
-            counted = rows.numel() > _BINS and dim is None
-            sample, counts = _histogram(rows, found) if counted else (_spread(rows), None)
+            if rows.numel() > _BINS and dim is None:
+                return range_of_counts(magnitude_counts(rows, found), found, bits)
+            sample = _spread(rows)
             for shares in (_COARSE, _FINE):
-                found = found * _best_share(sample, counts, found, bits, shares.to(rows.device))
+                found = found * _best_share(sample, None, found, bits, shares.to(rows.device))
     return found.reshape(()) if dim is None else found
+
+
+@torch.no_grad()
+def magnitude_counts(x: Tensor, largest: Tensor) -> Tensor:
+    """Count the magnitudes of `x`, of any shape, in 2,048 equal bins up to `largest`, its maximum or a larger number.
+
+    Counts of parts of a tensor, with the maximum over all parts, add up to those of the whole.
+    """
+    return torch.histc(x.detach().float().abs(), _BINS, 0.0, float(largest))
+
+
+@torch.no_grad()
+def range_of_counts(counts: Tensor, largest: Tensor, bits: int) -> Tensor:
+    """Return the range (0-d, float32) with the least squared error at `bits` for counts of magnitudes.
+
+    Args:
+        counts: as `magnitude_counts` returns them, or their sum over parts.
+        largest: the maximum that they were counted with, one positive number.
+        bits: as for `optimal_range`, which gives the same for a large tensor.
+    """
+    largest = largest.float().reshape(1, 1)
+    if bits >= 16:
+        return largest.reshape(())
+    # Quantization is symmetric, so that signs do not matter.
+    centres = (torch.arange(_BINS, device=counts.device) + 0.5) * (largest / _BINS)
+    found = largest
+    for shares in (_COARSE, _FINE):
+        found = found * _best_share(centres, counts.float(), found, bits, shares.to(counts.device))
+    return found.reshape(())
 
 
 def _spread(rows: Tensor) -> Tensor:
     """At most `_SAMPLE` columns; a prime number of them, so that a flattened matrix is not sampled in few columns."""
     size = rows.shape[1]
     return rows if size <= _SAMPLE else rows[:, torch.arange(_SAMPLE, device=rows.device) * size // _SAMPLE]
-
-
-def _histogram(rows: Tensor, largest: Tensor) -> tuple[Tensor, Tensor]:
-    """Centres and counts [_BINS] of the magnitudes: quantization is symmetric, so that signs do not matter."""
-    counts = torch.histc(rows.abs(), _BINS, 0.0, float(largest))
-    return (torch.arange(_BINS, device=rows.device) + 0.5) * (largest / _BINS), counts
 
 
 def _best_share(rows: Tensor, counts: Tensor | None, largest: Tensor, bits: int, shares: Tensor) -> Tensor:

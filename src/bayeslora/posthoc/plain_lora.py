@@ -1,0 +1,52 @@
+"""Checks and factors of a trained LoRA adapter that plain matrices A and B describe."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from peft import PeftModel
+from peft.tuners.lora import LoraLayer
+from torch import Tensor, nn
+
+from bayeslora.errors import BayesLoraError
+
+
+def only_lora(model: nn.Module) -> tuple[str, Any]:
+    """Return the name and the configuration of the only adapter of `model`.
+
+    Raises:
+        BayesLoraError: the model does not have exactly one adapter, or that is not LoRA of A and B alone.
+    """
+    configs = getattr(model, "peft_config", None) if isinstance(model, PeftModel) else None
+    kinds = [str(getattr(config.peft_type, "value", config.peft_type)) for config in (configs or {}).values()]
+    if configs is None or kinds != ["LORA"]:
+        raise BayesLoraError(
+            f"the model ({type(model).__name__}) has the adapters {', '.join(kinds) or 'none'}, but must have exactly "
+            "one LORA: load that one alone"
+        )
+    name, config = next(iter(configs.items()))
+    unusual = [field for field in ("use_dora", "lora_bias", "target_parameters") if getattr(config, field, None)]
+    if config.bias not in ("none", "all"):
+        unusual.append(f"bias={config.bias!r}")
+    if unusual:
+        raise BayesLoraError(f"the adapter has {', '.join(unusual)}, but must be plain LoRA: train one without")
+    return name, config
+
+
+def lora_layers(model: Any, name: str) -> dict[str, LoraLayer]:
+    """Return the layers with the adapter `name`, by their path in the base model."""
+    modules = model.get_base_model().named_modules()
+    return {path: m for path, m in modules if isinstance(m, LoraLayer) and {name} & {*m.lora_A, *m.lora_embedding_A}}
+
+
+def lora_factors(layer: Any, name: str) -> tuple[Tensor, Tensor]:
+    """Return A (r, d_in) and B (d_out, r) of a linear layer in float64.
+
+    Raises:
+        BayesLoraError: the layer is not linear.
+    """
+    if name not in layer.lora_A or not isinstance(layer.lora_A[name], nn.Linear):
+        raise BayesLoraError(
+            f"the adapter is on a {type(layer.get_base_layer()).__name__}, but must be on linear layers: retrain it"
+        )
+    return layer.lora_A[name].weight.detach().double(), layer.lora_B[name].weight.detach().double()

@@ -1,0 +1,275 @@
+r"""Rounding after training: a finished adapter, merged, with narrow weights and activations and no further training.
+
+A chosen linear layer computes
+
+$$ y = Q_{out}(Q_w(W)\, Q_{in}(x) + b) $$
+
+with the grids of B-LoRA: symmetric, $2^b - 1$ levels at b bits. W has one range for each output channel, an activation
+one static range. Every range is the one with the least squared error, an activation's over all calibration rows.
+Quantization is simulated in floating point.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any, Literal, cast, get_args
+
+import torch
+import torch.nn.functional as F
+from peft import PeftModel
+from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
+
+from bayeslora.cost.structure import ModelStructure, base_model, read_structure
+from bayeslora.errors import BayesLoraError
+from bayeslora.export.formats import inputs_for
+from bayeslora.methods import LayerDescription, describe
+from bayeslora.prediction import evaluation_mode
+from bayeslora.quantization import FLOOR, magnitude_counts, optimal_range, quantize, range_of_counts
+from bayeslora.vocabulary import UNQUANTIZED
+
+RoundingScope = Literal["adapted", "attention", "encoder"]
+_Key = tuple[str, Literal["in", "out"]]
+_NAMES = {"weight": "weight_bits", "in": "input_bits", "out": "output_bits"}
+_FLOAT32_BYTES = 4
+
+
+@dataclass(frozen=True)
+class RoundedModel:
+    """A rounded model, with what its cost depends on.
+
+    ```python
+    rounded = bayeslora.round_after_training(model, batches, weight_bits=4, input_bits=8, scope="attention")
+    bayeslora.cost.relative_bops(rounded.model, layers=rounded.layers)
+    ```
+
+    Attributes:
+        model: in evaluation mode, without an adapter.
+        layers: the rounded layers, of rank 0, with their widths `weight`, `in` and `out`.
+    """
+
+    model: nn.Module
+    layers: list[LayerDescription]
+
+    @property
+    def layer_bytes(self) -> int:
+        """Bytes of the rounded layers: codes at their width, ranges and biases in float32."""
+        return sum(module.stored_bytes for module in self.model.modules() if isinstance(module, RoundedLinear))
+
+    @property
+    def model_bytes(self) -> int:
+        """Bytes of the whole model: the rounded layers' and four for each other parameter."""
+        inside = [m for m in self.model.modules() if isinstance(m, RoundedLinear)]
+        own = {id(parameter) for module in inside for parameter in module.parameters()}
+        return self.layer_bytes + _FLOAT32_BYTES * sum(p.numel() for p in self.model.parameters() if id(p) not in own)
+
+
+class RoundedLinear(nn.Module):
+    """Linear layer with a rounded weight (d_out, d_in) and rounded activations; 32 bits round nothing.
+
+    Args:
+        layer: a linear layer, or GPT-2's `Conv1D`.
+        bits: widths of `weight`, `in` and `out`.
+        input_range, output_range: positive, one element; None at 32 bits.
+    """
+
+    input_range: Tensor | None
+    output_range: Tensor | None
+
+    def __init__(
+        self, layer: nn.Module, bits: Mapping[str, int], input_range: Tensor | None, output_range: Tensor | None
+    ) -> None:
+        super().__init__()
+        weight = cast(Tensor, layer.weight).detach()
+        weight = weight.T.contiguous() if isinstance(layer, Conv1D) else weight
+        if bits["weight"] < UNQUANTIZED:
+            bound = optimal_range(weight, bits["weight"], dim=1)
+            weight = quantize(weight, bound, bits["weight"])
+        self.out_features, self.in_features = weight.shape
+        self.bits = dict(bits)
+        self.weight = nn.Parameter(weight, requires_grad=False)
+        bias = cast("Tensor | None", getattr(layer, "bias", None))
+        self.bias = None if bias is None else nn.Parameter(bias.detach(), requires_grad=False)
+        self.register_buffer("input_range", input_range)
+        self.register_buffer("output_range", output_range)
+
+    @property
+    def stored_bytes(self) -> int:
+        """Bytes of the codes at their width, and of ranges and biases in float32."""
+        ranges = sum(each is not None for each in (self.input_range, self.output_range))
+        ranges += self.out_features if self.bits["weight"] < UNQUANTIZED else 0
+        biases = 0 if self.bias is None else self.bias.numel()
+        return -(-self.weight.numel() * self.bits["weight"] // 8) + _FLOAT32_BYTES * (ranges + biases)
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.input_range is not None:
+            x = quantize(x, self.input_range, self.bits["in"])
+        y = F.linear(x, self.weight, self.bias)
+        return y if self.output_range is None else quantize(y, self.output_range, self.bits["out"])
+
+    def extra_repr(self) -> str:
+        widths = ", ".join(f"{kind}={bits}" for kind, bits in self.bits.items())
+        return f"in_features={self.in_features}, out_features={self.out_features}, {widths}"
+
+
+def round_after_training(
+    model: nn.Module,
+    batches: Mapping[str, Any] | Iterable[Mapping[str, Any]],
+    weight_bits: int = 8,
+    input_bits: int = 8,
+    output_bits: int | None = None,
+    *,
+    scope: RoundingScope = "adapted",
+) -> RoundedModel:
+    """Merge the adapter into a copy of `model`, and round linear layers without training.
+
+    Args:
+        model: a PEFT model with one active adapter that can be merged, such as LoRA, or a model without adapters; left
+            unchanged.
+        batches: a batch or batches of inputs that the ranges of activations are set on, such as 128 training rows;
+            padding is left out where they have an `attention_mask`. Labels are ignored.
+        weight_bits, input_bits: widths from 2 to 16, or 32 to round nothing.
+        output_bits: width of the outputs of query, key and value projections, which attention multiplies with each
+            other; by default they are not rounded. Other outputs are rounded as inputs of the next layer only.
+        scope: the layers with an adapter, the query, key and value projections (`"attention"`), or all linear layers
+            of the transformer blocks (`"encoder"`). The head is never rounded.
+
+    Raises:
+        BayesLoraError: for another width or scope, a scope without layers, layers that are not linear or have a
+            quantized base weight, or batches that do not use a layer or make its activations infinite.
+    """
+    bits = {"weight": weight_bits, "in": input_bits, "out": UNQUANTIZED if output_bits is None else output_bits}
+    for kind, width in bits.items():
+        if isinstance(width, bool) or not isinstance(width, int) or not (2 <= width <= 16 or width == UNQUANTIZED):
+            raise BayesLoraError(f"{_NAMES[kind]} is {width!r}, but must be from 2 to 16, or 32: give such a width")
+    given = [batches] if isinstance(batches, Mapping) else list(batches)
+    chosen = _chosen(model, scope)
+    merged = _merged(model)
+    structure = read_structure(merged)
+    modules = {path: base_model(merged).get_submodule(path) for path in chosen}
+    _check(structure, modules)
+    widths = {path: {**bits, "out": bits["out"] if path in structure.projections else 32} for path in chosen}
+    if bits["out"] < UNQUANTIZED and not set(chosen) & set(structure.projections):
+        raise BayesLoraError(
+            f"output_bits is {output_bits}, but scope {scope!r} has no query, key or value projection: leave it out"
+        )
+    ranges = _activation_ranges(merged, modules, widths, given)
+    rounded = {
+        id(module): RoundedLinear(module, widths[path], ranges.get((path, "in")), ranges.get((path, "out")))
+        for path, module in modules.items()
+    }
+    for parent in list(merged.modules()):
+        for name, child in parent._modules.items():
+            if id(child) in rounded:
+                parent._modules[name] = rounded[id(child)]
+    matrices = structure.matrices
+    layers = [
+        LayerDescription(path, matrices[path].in_features, matrices[path].out_features, 0, 0, 0, widths[path])
+        for path in chosen
+    ]
+    return RoundedModel(merged.eval(), layers)
+
+
+def _chosen(model: nn.Module, scope: RoundingScope) -> list[str]:
+    """Return the paths of the layers of a scope, in the order of the model."""
+    if scope not in get_args(RoundingScope):
+        raise BayesLoraError(
+            f"scope is {scope!r}, but must be one of {', '.join(map(repr, get_args(RoundingScope)))}: choose one"
+        )
+    structure = read_structure(model)
+    if scope == "adapted":
+        found = [layer.name for layer in describe(model)]
+    elif scope == "attention":
+        found = list(dict.fromkeys(structure.projections))
+    else:
+        found = [name for name in structure.matrices if structure.region(name) != "model"]
+    if not found:
+        raise BayesLoraError(
+            f"scope is {scope!r}, but {type(base_model(model)).__name__} has no such layers: choose another scope"
+        )
+    return found
+
+
+def _merged(model: nn.Module) -> nn.Module:
+    copied: Any = copy.deepcopy(model)
+    return cast(nn.Module, copied.merge_and_unload(safe_merge=True)) if isinstance(copied, PeftModel) else copied
+
+
+def _check(structure: ModelStructure, modules: Mapping[str, nn.Module]) -> None:
+    for path, module in modules.items():
+        matrix = structure.matrices.get(path)
+        if matrix is None or matrix.bits != UNQUANTIZED or type(module) not in (nn.Linear, Conv1D):
+            stored = f" of {matrix.bits} bits" if matrix is not None and matrix.bits != UNQUANTIZED else ""
+            raise BayesLoraError(
+                f"{path} is a {type(module).__name__}{stored}, but must be a linear layer in floating point: "
+                "load the base in float32, or choose another scope"
+            )
+
+
+@torch.no_grad()
+def _activation_ranges(
+    model: nn.Module,
+    modules: Mapping[str, nn.Module],
+    widths: Mapping[str, Mapping[str, int]],
+    batches: list[Mapping[str, Any]],
+) -> dict[_Key, Tensor]:
+    """Return the range of each rounded activation: one pass finds the maxima, a second one counts magnitudes."""
+    wanted: set[_Key] = {
+        (path, kind) for path in modules for kind in ("in", "out") if widths[path][kind] < UNQUANTIZED
+    }
+    largest: dict[_Key, Tensor] = {}
+    counts: dict[_Key, Tensor] = {}
+    if not wanted:
+        return {}
+
+    def see_largest(key: _Key, x: Tensor) -> None:
+        found = x.abs().max().float().clamp_min(FLOOR)
+        largest[key] = torch.maximum(largest.get(key, found), found)
+
+    def see_counts(key: _Key, x: Tensor) -> None:
+        counts[key] = counts.get(key, 0) + magnitude_counts(x, largest[key]).double()
+
+    _watch(model, modules, wanted, batches, see_largest)
+    for path, kind in sorted(wanted - largest.keys()):
+        raise BayesLoraError(
+            f"the calibration batches do not reach {path}, but its {kind}put needs a range: give other batches, or "
+            "choose another scope"
+        )
+    for (path, kind), value in largest.items():
+        if not torch.isfinite(value):
+            raise BayesLoraError(f"an {kind}put of {path} is not finite, but must be: check the model and the batches")
+    _watch(model, modules, wanted, batches, see_counts)
+    return {key: range_of_counts(counts[key], largest[key], widths[key[0]][key[1]]) for key in wanted}
+
+
+def _watch(
+    model: nn.Module,
+    modules: Mapping[str, nn.Module],
+    wanted: set[_Key],
+    batches: list[Mapping[str, Any]],
+    see: Callable[[_Key, Tensor], None],
+) -> None:
+    """Run the batches, and show the wanted activations without padding to `see`."""
+    mask: Tensor | None = None
+
+    def watcher(path: str) -> Callable[[nn.Module, tuple[Tensor, ...], Tensor], None]:
+        def watch(_: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+            pairs: tuple[tuple[_Key, Tensor], ...] = (((path, "in"), inputs[0]), ((path, "out"), output))
+            for key, x in pairs:
+                if key in wanted:
+                    see(key, x if mask is None or mask.shape != x.shape[:-1] else x[mask])
+
+        return watch
+
+    handles = [module.register_forward_hook(watcher(path)) for path, module in modules.items()]
+    try:
+        with evaluation_mode(model):
+            for batch in batches:
+                inputs = inputs_for(model, batch) or {}
+                mask = inputs["attention_mask"].bool() if "attention_mask" in inputs else None
+                model(**inputs)
+    finally:
+        for handle in handles:
+            handle.remove()
