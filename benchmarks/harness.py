@@ -47,6 +47,7 @@ from bayeslora.errors import BayesLoraError
 from bayeslora.evaluation import ChoiceTrainer, choice_scoring, encode_prompts
 from bayeslora.optim import IVON
 from bayeslora.posterior import unwrapped
+from bayeslora.runs.eva import initialize_eva
 from bayeslora.runs.train import precision_options
 from bayeslora.training.hooks import posterior_statistics
 
@@ -143,6 +144,7 @@ def fine_tune(
         mixin: a class to put before the Trainer's.
     """
     model: nn.Module = base if config is None else get_peft_model(base, config)
+    initialize_eva(model, data, tokenizer, training.batch_size, seed)
     parameters = bayeslora.cost.count_parameters(model)
     causal = "choice_mask" in data.column_names
     with tempfile.TemporaryDirectory() as scratch:

@@ -24,8 +24,11 @@ TASK_TITLES = {
 }  # fmt: skip
 GLUE_ROWS = {
     "full": "full fine-tuning",
+    "lora-r1": "LoRA r = 1",
     "lora-r2": "LoRA r = 2",
     "lora": "LoRA r = 8",
+    "rslora": "rsLoRA r = 8 (PEFT)",
+    "eva": "EVA, mean r = 8 (PEFT)",
     "lora-nf4": "LoRA r = 8, NF4 base",
     "adalora": "AdaLoRA (PEFT, AdamW)",
     "bayes_adalora": "Bayesian AdaLoRA (IVON)",

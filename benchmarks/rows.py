@@ -1,7 +1,8 @@
 """The rows of the GLUE table: how each is configured, trained and described. Their titles are in `records.py`.
 
-All rows adapt the same layers of the same model for the same number of steps, with a scaling of 2. What differs is in
-`ROWS`. Learning rates other than the task's, as multiples of it:
+All rows adapt the same layers of the same model for the same number of steps, with a scaling of 2; rsLoRA's is
+16 / √8 = 5.7. EVA gives each layer a rank of its own. What differs is in `ROWS`. Learning rates other than the task's,
+as multiples of it:
 
     full            a twentieth: a rate for adapters destroys a whole model
     pvera           10: what it trains are scales of random matrices, as in VeRA
@@ -119,8 +120,11 @@ def falling_ranks(kind: type[PeftConfig]) -> Callable[[Options, int], PeftConfig
 
 ROWS = {
     "full": Row(lambda shared, steps: None, rate=0.05),
+    "lora-r1": Row(lora(1)),
     "lora-r2": Row(lora(2)),
     "lora": Row(lora(RANK)),
+    "rslora": Row(lora(RANK, use_rslora=True)),
+    "eva": Row(lora(RANK, init_lora_weights="eva")),
     "lora-nf4": Row(lora(RANK), loading=nf4),
     "adalora": Row(falling_ranks(AdaLoraConfig), rate=10, callback=Allocation),
     "bayes_adalora": Row(falling_ranks(bayeslora.AdaLoraConfig), ivon="short"),

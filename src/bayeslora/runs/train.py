@@ -56,6 +56,7 @@ from bayeslora.runs.base import (
     tokenizer_digest,
 )
 from bayeslora.runs.callbacks import Clock, Interruption
+from bayeslora.runs.eva import initialize_eva
 from bayeslora.runs.info import Head, RunInfo
 from bayeslora.runs.plan import TrainPlan, first_difference, read_config
 from bayeslora.runs.record import HISTORY_FILE, RunRecord
@@ -222,6 +223,7 @@ def prepare(plan: TrainPlan, partial: Path) -> Session:
         name: encode_split(split, task, tokenizer, head, length, options.few_shot)
         for name, split in task.splits.items()
     }
+    initialize_eva(model, data[TRAIN], tokenizer, arguments.per_device_train_batch_size, plan.seed)
     return Session(plan, arguments, task, tokenizer, base, model, data, length, head, partial)
 
 

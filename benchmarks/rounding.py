@@ -1,0 +1,237 @@
+"""What people do instead of B-LoRA: a trained LoRA, merged and rounded, or cut to lower ranks, without training on.
+
+    python benchmarks/rounding.py --data-dir DATA --adapters FOLDER --threads 1       # every missing file
+    python benchmarks/rounding.py --data-dir DATA --adapters FOLDER --tasks sst2 mrpc --seeds 0
+    python benchmarks/rounding.py --data-dir DATA --adapters FOLDER --steps 3 --results DIR     # does it run?
+
+One file a task and seed, in results/rounding. The LoRA is the table's (`glue.py`, row `lora`): the adapter in
+FOLDER/TASK-lora-SEED is read where it exists, and otherwise trained and saved there. That folder may also be a run of
+`bayeslora train --method lora`.
+
+Each file holds the scores, the shares of bit operations (`bayeslora.cost.relative_bops`) and the bytes of
+
+    lora        the LoRA at 32 bits
+    rounded     W8A8, W4A8, W4A4, W3A4, W2A8, W2A4 on query, key and value and on all linear layers of the blocks; the
+                outputs of query, key and value have 8 bits, and in a second variant those of the inputs
+    cut         its SVD at mean ranks 1, 1.5, 2 and 4 over all layers, and at ranks 1 and 2 in each
+
+Ranges are set on 128 training rows. Bytes are those of the model's parameters: codes at their width, ranges, and four
+for each other number.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import statistics
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from datasets import Dataset, concatenate_datasets
+from glue import ALL_LINEAR, TRAINING
+from harness import Training, classifier, fine_tune, run_missing
+from peft import PeftModel
+from records import GLUE_TASKS, RESULTS, Run
+from rows import ROWS, adapter_options, target_modules, training_of
+from torch import Tensor, nn
+from transformers import PreTrainedModel, set_seed
+
+import bayeslora
+from bayeslora.cost import relative_bops
+from bayeslora.data import load_task
+from bayeslora.data.encode import collated
+from bayeslora.evaluation import evaluate
+from bayeslora.methods import LayerDescription
+
+WIDTHS = ((8, 8), (4, 8), (4, 4), (3, 4), (2, 8), (2, 4))
+"""Bits of weights and of inputs."""
+OUTPUT_BITS = 8
+SCOPES = ("attention", "encoder")
+MEAN_RANKS = (1, 1.5, 2, 4)
+RANKS = (1, 2)
+CALIBRATION_ROWS = 128
+SETTINGS_FILE = "training.json"
+
+
+@dataclass(frozen=True)
+class Job:
+    """One LoRA: its task and seed, how it is trained, and where it and its data are."""
+
+    task: str
+    seed: int
+    model: str
+    data_dir: Path
+    adapter: Path
+    target_modules: list[str]
+    steps: int | None = None
+
+    @property
+    def training(self) -> Training:
+        return training_of(ROWS["lora"], TRAINING[self.task], {} if self.steps is None else {"steps": self.steps})
+
+    @property
+    def config(self) -> Any:
+        return ROWS["lora"].build({"target_modules": self.target_modules, "task_type": "SEQ_CLS"}, self.training.steps)
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """What has to be the same in a file that is already there."""
+        return {
+            "model": self.model,
+            "training": vars(self.training),
+            "target_modules": self.target_modules,
+            "adapter": adapter_options(self.config),
+            "calibration_rows": CALIBRATION_ROWS,
+        }
+
+
+def run(job: Job) -> Run:
+    """Train or load the LoRA, and score it, its roundings and its cuts; returns what the file holds."""
+    set_seed(job.seed)
+    task = load_task(job.task, job.data_dir)
+    base, tokenizer, encoded = classifier(task, job.training, job.model)
+    lora = trained(job, base, tokenizer, encoded["train"])
+    held_out = concatenate_datasets([encoded[split] for split in ("validation", "test") if split in encoded])
+
+    def scores(model: nn.Module) -> dict[str, float]:
+        return evaluate(model, held_out, task, tokenizer, 64).scores
+
+    batches = calibration(encoded["train"], tokenizer, job.seed)
+    return {
+        "task": job.task,
+        "method": "lora",
+        "seed": job.seed,
+        **job.settings,
+        "metric": task.metric,
+        "held_out": len(held_out),
+        "lora": adapted(lora, bayeslora.describe(lora), scores),
+        "rounded": list(rounded(lora, batches, scores)),
+        "cut": list(cuts(lora, scores)),
+    }
+
+
+def trained(job: Job, base: PreTrainedModel, tokenizer: Any, data: Dataset) -> nn.Module:
+    """The saved adapter on its base; trained and saved where there is none."""
+    if (job.adapter / "adapter_config.json").exists():
+        check_trained_alike(job)
+        return PeftModel.from_pretrained(base, job.adapter).eval()
+    model, _ = fine_tune(base, tokenizer, data, job.config, job.training, job.seed)
+    beside = job.adapter.with_name(job.adapter.name + ".partial")
+    model.save_pretrained(str(beside), save_embedding_layers=False)
+    written = json.dumps({**job.settings, "seed": job.seed}, indent=1)
+    (beside / SETTINGS_FILE).write_text(written + "\n", encoding="utf-8")
+    beside.rename(job.adapter)
+    return model.eval()
+
+
+def check_trained_alike(job: Job) -> None:
+    """Raise where an adapter of this benchmark was trained with other settings; a run of the command says its own."""
+    path = job.adapter / SETTINGS_FILE
+    if not path.exists():
+        return
+    found = json.loads(path.read_text(encoding="utf-8"))
+    wanted = json.loads(json.dumps({**job.settings, "seed": job.seed}))
+    for name in ("seed", "model", "training", "target_modules"):
+        if found[name] != wanted[name]:
+            raise bayeslora.BayesLoraError(
+                f"{path} records {name} {json.dumps(found[name])}, but the benchmark now wants "
+                f"{json.dumps(wanted[name])}: move the adapter elsewhere or restore the settings"
+            )
+
+
+def calibration(data: Dataset, tokenizer: Any, seed: int) -> list[dict[str, Tensor]]:
+    """Batches of 32 of the rows that ranges are set on, drawn from the training rows."""
+    order = np.random.default_rng(seed).permutation(len(data))[:CALIBRATION_ROWS]
+    return list(collated(data, order, tokenizer, 32, None))
+
+
+Scores = Callable[[nn.Module], dict[str, float]]
+
+
+def adapted(model: Any, layers: list[LayerDescription], scores: Scores) -> Run:
+    """Scores, operations and bytes of a model with plain LoRA."""
+    modules = [model.get_base_model().get_submodule(layer.name) for layer in layers]
+    once = {name: p.numel() for name, p in model.named_parameters() if ".original_module." not in name}
+    return {
+        "scores": scores(model),
+        "relative_bops": relative_bops(model, layers=layers),
+        "bytes": {
+            "layers": 4 * sum(p.numel() for module in modules for p in module.parameters()),
+            "model": 4 * sum(once.values()),
+            "adapter": 4 * sum(layer.parameters for layer in layers),
+        },
+        "mean_rank": statistics.fmean(layer.rank for layer in layers),
+    }
+
+
+def rounded(lora: nn.Module, batches: list[dict[str, Tensor]], scores: Scores) -> Iterator[Run]:
+    for scope in SCOPES:
+        for weight_bits, input_bits in WIDTHS:
+            for output_bits in dict.fromkeys((OUTPUT_BITS, input_bits)):
+                widths = {"weight_bits": weight_bits, "input_bits": input_bits, "output_bits": output_bits}
+                found = bayeslora.round_after_training(lora, batches, **widths, scope=scope)
+                yield {
+                    "setting": f"W{weight_bits}A{input_bits}",
+                    "scope": scope,
+                    **widths,
+                    "scores": scores(found.model),
+                    "relative_bops": relative_bops(found.model, layers=found.layers),
+                    "bytes": {"layers": found.layer_bytes, "model": found.model_bytes},
+                }
+
+
+def cuts(lora: nn.Module, scores: Scores) -> Iterator[Run]:
+    before = {layer.name: layer for layer in bayeslora.describe(lora)}
+    wanted: list[dict[str, Any]] = [{"mean_rank": mean} for mean in MEAN_RANKS] + [{"rank": rank} for rank in RANKS]
+    for asked in wanted:
+        model = bayeslora.truncate_rank(lora, **asked)
+        left = {layer.name: layer for layer in bayeslora.describe(model)}
+        # A layer without an adapter has rank 0, and counts in the scope "adapted" as the others do.
+        layers = [left.get(name) or dataclasses.replace(was, rank=0, parameters=0) for name, was in before.items()]
+        yield {**asked, **adapted(model, layers, scores), "ranks": {layer.name: layer.rank for layer in layers}}
+
+
+def jobs(given: argparse.Namespace) -> dict[Path, Job]:
+    """The files that are asked for, with the LoRA that each is about; all tasks of a seed before the next."""
+    folder = given.results / ("rounding" if given.model == "minilm" else f"rounding-{Path(given.model).name}")
+    targets = {every: target_modules(given.model, every) for every in (False, True)}
+    found = {}
+    for seed in given.seeds:
+        for task in given.tasks:
+            name = f"{task}-lora-{seed}"
+            found[folder / f"{name}.json"] = Job(
+                task,
+                seed,
+                given.model,
+                given.data_dir,
+                given.adapters / name,
+                targets[task in ALL_LINEAR],
+                given.steps,
+            )
+    return found
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data-dir", type=Path, required=True)
+    parser.add_argument("--adapters", type=Path, required=True, help="folder of the trained adapters")
+    parser.add_argument("--tasks", nargs="+", choices=GLUE_TASKS, default=list(GLUE_TASKS))
+    parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
+    parser.add_argument("--model", default="minilm", metavar="minilm|FOLDER", help="the packaged encoder or a folder")
+    parser.add_argument("--threads", type=int)
+    parser.add_argument("--steps", type=int, help="instead of the table's, for a trial")
+    parser.add_argument("--results", type=Path, default=RESULTS, help="the folder of all results")
+    given = parser.parse_args()
+    if given.threads:
+        torch.set_num_threads(given.threads)
+    given.adapters.mkdir(parents=True, exist_ok=True)
+    run_missing(parser, jobs(given), run)
+
+
+if __name__ == "__main__":
+    main()
