@@ -101,7 +101,7 @@ def run(job: Job) -> Run:
     def scores(model: nn.Module) -> dict[str, float]:
         return evaluate(model, held_out, task, tokenizer, 64).scores
 
-    batches = calibration(encoded["train"], tokenizer, job.seed)
+    seen = bayeslora.ActivationCounts(lora, calibration(encoded["train"], tokenizer, job.seed))
     return {
         "task": job.task,
         "method": "lora",
@@ -110,7 +110,7 @@ def run(job: Job) -> Run:
         "metric": task.metric,
         "held_out": len(held_out),
         "lora": adapted(lora, bayeslora.describe(lora), scores),
-        "rounded": list(rounded(lora, batches, scores)),
+        "rounded": list(rounded(lora, seen, scores)),
         "cut": list(cuts(lora, scores)),
     }
 
@@ -169,12 +169,12 @@ def adapted(model: Any, layers: list[LayerDescription], scores: Scores) -> Run:
     }
 
 
-def rounded(lora: nn.Module, batches: list[dict[str, Tensor]], scores: Scores) -> Iterator[Run]:
+def rounded(lora: nn.Module, seen: bayeslora.ActivationCounts, scores: Scores) -> Iterator[Run]:
     for scope in SCOPES:
         for weight_bits, input_bits in WIDTHS:
             for output_bits in dict.fromkeys((OUTPUT_BITS, input_bits)):
                 widths = {"weight_bits": weight_bits, "input_bits": input_bits, "output_bits": output_bits}
-                found = bayeslora.round_after_training(lora, batches, **widths, scope=scope)
+                found = bayeslora.round_after_training(lora, seen, **widths, scope=scope)
                 yield {
                     "setting": f"W{weight_bits}A{input_bits}",
                     "scope": scope,

@@ -35,6 +35,7 @@ if TYPE_CHECKING:  # import functions that share a module's name from the module
     from bayeslora.optim import IVON
     from bayeslora.posterior import WeightPosterior, load_posterior, save_posterior
     from bayeslora.posthoc import (
+        ActivationCounts,
         DeepEnsemble,
         LaplacePredictor,
         MCDropout,
@@ -57,6 +58,7 @@ __version__ = "0.1.0"
 __all__ = [
     "IVON",
     "METHODS",
+    "ActivationCounts",
     "AdaLoraConfig",
     "BLoraConfig",
     "BayesLoop",
@@ -110,7 +112,15 @@ _NAMES = {
     "optim": ("IVON",),
     "posterior": ("WeightPosterior", "load_posterior", "save_posterior"),
     "posthoc": (
-        *("DeepEnsemble", "LaplacePredictor", "MCDropout", "RoundedModel", "TemperatureScaling", "bayesianize"),
+        *(
+            "ActivationCounts",
+            "DeepEnsemble",
+            "LaplacePredictor",
+            "MCDropout",
+            "RoundedModel",
+            "TemperatureScaling",
+            "bayesianize",
+        ),
         *("round_after_training", "truncate_rank"),
     ),
     "prediction": ("Generation", "ModelPredictor", "Prediction", "generate", "predict"),

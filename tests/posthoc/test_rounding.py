@@ -12,7 +12,7 @@ from torch import Tensor, nn
 import bayeslora
 from bayeslora.cost import operations, relative_bops
 from bayeslora.errors import BayesLoraError
-from bayeslora.posthoc import RoundedModel, round_after_training
+from bayeslora.posthoc import ActivationCounts, RoundedModel, round_after_training
 from bayeslora.posthoc.rounding import RoundedLinear
 from bayeslora.prediction import predict
 from tests.cost.models import QKV, family_model
@@ -105,6 +105,9 @@ def test_ranges_are_those_of_all_rows_together_without_padding() -> None:
     for path in (layer.name for layer in whole.layers):
         assert torch.equal(layer_of(whole, path).input_range, layer_of(split, path).input_range)
         assert torch.equal(layer_of(whole, path).output_range, layer_of(split, path).output_range)
+    counted = round_after_training(model, ActivationCounts(model, parts), 4, 4, 4)
+    for name, value in counted.model.state_dict().items():
+        assert torch.equal(value, whole.model.state_dict()[name]), name
     changed = {**batch, "input_ids": batch["input_ids"].clone()}
     changed["input_ids"][:, -3:] = 7  # what stands under the padding
     other = round_after_training(model, changed, 4, 4, 4)

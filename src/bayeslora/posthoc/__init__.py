@@ -6,11 +6,12 @@ from bayeslora.posthoc.bayesianize import bayesianize
 from bayeslora.posthoc.dropout import MCDropout
 from bayeslora.posthoc.ensemble import DeepEnsemble
 from bayeslora.posthoc.laplace import LaplacePredictor
-from bayeslora.posthoc.rounding import RoundedModel, round_after_training
+from bayeslora.posthoc.rounding import ActivationCounts, RoundedModel, round_after_training
 from bayeslora.posthoc.temperature import TemperatureScaling
 from bayeslora.posthoc.truncation import truncate_rank
 
 __all__ = [
+    "ActivationCounts",
     "DeepEnsemble",
     "LaplacePredictor",
     "MCDropout",

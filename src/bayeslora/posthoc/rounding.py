@@ -114,9 +114,63 @@ class RoundedLinear(nn.Module):
         return f"in_features={self.in_features}, out_features={self.out_features}, {widths}"
 
 
+class ActivationCounts:
+    """Magnitudes of the activations of linear layers over calibration rows.
+
+    Given to `round_after_training` in place of the batches, they are counted once for several widths and scopes. One
+    pass over the batches finds the maxima, and a second one counts magnitudes in bins up to them.
+
+    Args:
+        model: as for `round_after_training`.
+        batches: as for `round_after_training`.
+
+    Raises:
+        BayesLoraError: an activation is not finite.
+    """
+
+    def __init__(self, model: nn.Module, batches: Mapping[str, Any] | Iterable[Mapping[str, Any]]) -> None:
+        given = [batches] if isinstance(batches, Mapping) else list(batches)
+        merged = _merged(model) if isinstance(model, PeftModel) else model
+        structure, root = read_structure(merged), base_model(merged)
+        modules = {path: root.get_submodule(path) for path in structure.matrices}
+        linear = {path: module for path, module in modules.items() if type(module) in (nn.Linear, Conv1D)}
+        wanted: set[_Key] = {(path, "in") for path in linear}
+        wanted |= {(path, "out") for path in structure.projections if path in linear}
+        self._largest: dict[_Key, Tensor] = {}
+        self._counts: dict[_Key, Tensor] = {}
+        with torch.no_grad():
+            _watch(merged, linear, wanted, given, self._see_largest)
+            for (path, kind), value in self._largest.items():
+                if not torch.isfinite(value):
+                    raise BayesLoraError(
+                        f"an {kind}put of {path} is not finite, but must be: check the model and the batches"
+                    )
+            _watch(merged, linear, wanted, given, self._see_counts)
+
+    def range(self, path: str, kind: Literal["in", "out"], bits: int) -> Tensor:
+        """Return the range (0-d) of a layer's input or output with the least squared error at `bits`.
+
+        Raises:
+            BayesLoraError: the batches have not reached the layer.
+        """
+        if (path, kind) not in self._counts:
+            raise BayesLoraError(
+                f"the calibration batches do not reach {path}, but its {kind}put needs a range: give other batches, "
+                "or choose another scope"
+            )
+        return range_of_counts(self._counts[path, kind], self._largest[path, kind], bits)
+
+    def _see_largest(self, key: _Key, x: Tensor) -> None:
+        found = x.abs().max().float().clamp_min(FLOOR)
+        self._largest[key] = torch.maximum(self._largest.get(key, found), found)
+
+    def _see_counts(self, key: _Key, x: Tensor) -> None:
+        self._counts[key] = self._counts.get(key, 0) + magnitude_counts(x, self._largest[key]).double()
+
+
 def round_after_training(
     model: nn.Module,
-    batches: Mapping[str, Any] | Iterable[Mapping[str, Any]],
+    batches: Mapping[str, Any] | Iterable[Mapping[str, Any]] | ActivationCounts,
     weight_bits: int = 8,
     input_bits: int = 8,
     output_bits: int | None = None,
@@ -129,7 +183,8 @@ def round_after_training(
         model: a PEFT model with one active adapter that can be merged, such as LoRA, or a model without adapters; left
             unchanged.
         batches: a batch or batches of inputs that the ranges of activations are set on, such as 128 training rows;
-            padding is left out where they have an `attention_mask`. Labels are ignored.
+            padding is left out where they have an `attention_mask`. Labels are ignored. `ActivationCounts` of the same
+            model save the passes over them.
         weight_bits, input_bits: widths from 2 to 16, or 32 to round nothing.
         output_bits: width of the outputs of query, key and value projections, which attention multiplies with each
             other; by default they are not rounded. Other outputs are rounded as inputs of the next layer only.
@@ -144,7 +199,6 @@ def round_after_training(
     for kind, width in bits.items():
         if isinstance(width, bool) or not isinstance(width, int) or not (2 <= width <= 16 or width == UNQUANTIZED):
             raise BayesLoraError(f"{_NAMES[kind]} is {width!r}, but must be from 2 to 16, or 32: give such a width")
-    given = [batches] if isinstance(batches, Mapping) else list(batches)
     chosen = _chosen(model, scope)
     merged = _merged(model)
     structure = read_structure(merged)
@@ -155,11 +209,8 @@ def round_after_training(
         raise BayesLoraError(
             f"output_bits is {output_bits}, but scope {scope!r} has no query, key or value projection: leave it out"
         )
-    ranges = _activation_ranges(merged, modules, widths, given)
-    rounded = {
-        id(module): RoundedLinear(module, widths[path], ranges.get((path, "in")), ranges.get((path, "out")))
-        for path, module in modules.items()
-    }
+    seen = batches if isinstance(batches, ActivationCounts) else ActivationCounts(merged, batches)
+    rounded = {id(module): _rounded(path, module, widths[path], seen) for path, module in modules.items()}
     for parent in list(merged.modules()):
         for name, child in parent._modules.items():
             if id(child) in rounded:
@@ -170,6 +221,12 @@ def round_after_training(
         for path in chosen
     ]
     return RoundedModel(merged.eval(), layers)
+
+
+def _rounded(path: str, module: nn.Module, bits: Mapping[str, int], seen: ActivationCounts) -> RoundedLinear:
+    input_range = seen.range(path, "in", bits["in"]) if bits["in"] < UNQUANTIZED else None
+    output_range = seen.range(path, "out", bits["out"]) if bits["out"] < UNQUANTIZED else None
+    return RoundedLinear(module, bits, input_range, output_range)
 
 
 def _chosen(model: nn.Module, scope: RoundingScope) -> list[str]:
@@ -206,42 +263,6 @@ def _check(structure: ModelStructure, modules: Mapping[str, nn.Module]) -> None:
                 f"{path} is a {type(module).__name__}{stored}, but must be a linear layer in floating point: "
                 "load the base in float32, or choose another scope"
             )
-
-
-@torch.no_grad()
-def _activation_ranges(
-    model: nn.Module,
-    modules: Mapping[str, nn.Module],
-    widths: Mapping[str, Mapping[str, int]],
-    batches: list[Mapping[str, Any]],
-) -> dict[_Key, Tensor]:
-    """Return the range of each rounded activation: one pass finds the maxima, a second one counts magnitudes."""
-    wanted: set[_Key] = {
-        (path, kind) for path in modules for kind in ("in", "out") if widths[path][kind] < UNQUANTIZED
-    }
-    largest: dict[_Key, Tensor] = {}
-    counts: dict[_Key, Tensor] = {}
-    if not wanted:
-        return {}
-
-    def see_largest(key: _Key, x: Tensor) -> None:
-        found = x.abs().max().float().clamp_min(FLOOR)
-        largest[key] = torch.maximum(largest.get(key, found), found)
-
-    def see_counts(key: _Key, x: Tensor) -> None:
-        counts[key] = counts.get(key, 0) + magnitude_counts(x, largest[key]).double()
-
-    _watch(model, modules, wanted, batches, see_largest)
-    for path, kind in sorted(wanted - largest.keys()):
-        raise BayesLoraError(
-            f"the calibration batches do not reach {path}, but its {kind}put needs a range: give other batches, or "
-            "choose another scope"
-        )
-    for (path, kind), value in largest.items():
-        if not torch.isfinite(value):
-            raise BayesLoraError(f"an {kind}put of {path} is not finite, but must be: check the model and the batches")
-    _watch(model, modules, wanted, batches, see_counts)
-    return {key: range_of_counts(counts[key], largest[key], widths[key[0]][key[1]]) for key in wanted}
 
 
 def _watch(
