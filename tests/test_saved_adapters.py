@@ -75,6 +75,8 @@ def test_an_adapter_is_saved_again_as_it_was(name: str, tmp_path: Path) -> None:
         old = bayeslora.load_packed(FOLDER / name)
     else:
         old = load_file(FOLDER / name / "adapter_model.safetensors")
+    # A factor of a penalty that nothing reads any more.
+    old = {key: tensor for key, tensor in old.items() if not key.endswith("blora_progress.penalty_scale")}
     new = load_file(tmp_path / "adapter_model.safetensors")
     assert new.keys() == old.keys()
     for key, tensor in old.items():

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, cast
+from typing import Any, ClassVar, cast
 
 import torch
 import torch.nn.functional as F
@@ -78,6 +78,8 @@ class BayesLayer(nn.Module, BaseTunerLayer):
     """
 
     other_param_names: tuple[str, ...] = ("adapter_dropout", "scaling", "initial_rank")
+    optional_state: ClassVar[tuple[str, ...]] = ()
+    """Parts of the names of tensors that only training needs: a file may have them or not."""
 
     def __init__(self, base_layer: nn.Module, **kwargs: Any) -> None:
         super().__init__()

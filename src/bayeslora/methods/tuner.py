@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, cast
 
@@ -20,6 +20,7 @@ from bayeslora._peft import (
     get_quantization_kwargs,
 )
 from bayeslora.errors import BayesLoraError
+from bayeslora.methods.allocation import CostModel
 from bayeslora.methods.description import LayerDescription
 from bayeslora.methods.layer import BayesLayer, adapter_names_by_row
 
@@ -35,11 +36,13 @@ class TrainingSetup:
         total_steps: optimizer steps of the whole run.
         num_examples: N, the number of training examples; None where a method does not need it.
         has_posterior: whether the optimizer keeps a Gaussian of every weight, `optimizer.posterior(p) -> (mean, std)`.
+        cost_of: from a currency (`"bops"`, `"bytes"` or `"rank"`) to the cost of the model in it.
     """
 
     total_steps: int
     num_examples: int | None = None
     has_posterior: bool = False
+    cost_of: Callable[[str], CostModel] | None = None
 
 
 @dataclass(kw_only=True)
@@ -55,9 +58,6 @@ class BayesTuner(BaseTuner):
     A training loop calls `begin` once, then around every optimizer step `step_begin`, `add_penalty` and `observe`
     before it, `allocate` and `step_end` after it.
     """
-
-    budget_met = False
-    """True in a step whose cost is within `budget`, so that nothing needs to become cheaper."""
 
     least_travel: ClassVar[float] = 0.05
     """Distance that a weight must be able to move in a run of IVON, or the run is warned about."""
@@ -184,22 +184,6 @@ class BayesTuner(BaseTuner):
     def statistics(self) -> dict[str, float]:
         """Return numbers to log with the loss."""
         return {}
-
-    @property
-    def budget(self) -> float | None:
-        """Share of bit operations to reach; None without such a budget, or when it can no longer be changed."""
-        return None
-
-    def update_budget_multiplier(self, share: float) -> None:
-        """Adapt the penalty to `share`, the present share of bit operations, on the way to `budget`."""
-
-    def ends_learning(self, step: int) -> bool:
-        """Return True if the cost is fixed after optimizer step `step`: the last chance to reach `budget`."""
-        return False
-
-    def close_lowest_gate(self) -> bool:
-        """Lower the cost by the least important step; return False if none is left."""
-        return False
 
     @property
     def is_final(self) -> bool:

@@ -21,6 +21,7 @@ from bayeslora.evaluation import predict_dataset
 from bayeslora.export.container import looks_packed
 from bayeslora.export.integer.index import is_integer_model
 from bayeslora.export.integer.reader import load_integer
+from bayeslora.methods import tuner_of
 from bayeslora.methods.registry import find_method
 from bayeslora.posterior import POSTERIOR_FILE, WeightPosterior, load_posterior
 from bayeslora.prediction import Prediction, check_samples
@@ -276,12 +277,14 @@ def _check_keys(model: PeftModel, folder: Path) -> None:
     """Raise BayesLoraError if tensors of the adapter are missing or unused; PEFT would run it untrained."""
     if looks_packed(folder / ADAPTER_FILE):
         return  # already compared with the model while loading
+    tuner = tuner_of(model)
+    optional = () if tuner is None else tuner.linear_class.optional_state
     wanted = set(get_peft_model_state_dict(model, save_embedding_layers=False))
     with safe_open(folder / ADAPTER_FILE, framework="pt") as file:
         # PEFT may save embeddings in addition to what an adapter trains.
         found = {key for key in file.keys() if key in wanted or "embed" not in key}
     for keys, has in ((wanted - found, "lacks"), (found - wanted, "has")):
-        if keys:
+        if keys := {key for key in keys if not any(part in key for part in optional)}:
             raise BayesLoraError(
                 f"{folder / ADAPTER_FILE} {has} {min(keys)}, but must hold the tensors that its config names: "
                 "restore the adapter files of the run"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import warnings
 from pathlib import Path
 from typing import Any
@@ -10,8 +11,9 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from bayeslora.cost import relative_bops
+from bayeslora.cost import SCOPES, bops_cost, bytes_cost, operations, rank_cost, relative_bops
 from bayeslora.errors import BayesLoraError
+from bayeslora.methods.allocation import CostModel
 from bayeslora.methods.tuner import BayesTuner, TrainingSetup
 from bayeslora.optim import IVON
 from bayeslora.posterior import save_posterior
@@ -66,7 +68,8 @@ class MethodHook(LoopHook):
 
     def begin(self, total_steps: int) -> None:
         has_posterior = hasattr(self.optimizer, "posterior")
-        self.tuner.begin(TrainingSetup(total_steps, self.num_examples, has_posterior=has_posterior))
+        cost_of = functools.partial(cost_in, self.model)
+        self.tuner.begin(TrainingSetup(total_steps, self.num_examples, has_posterior, cost_of))
         roles = {group.get(ROLE) for group in self.optimizer.param_groups}
         trained = {self.tuner.role_of(name) for name, p in self.tuner.named_parameters() if p.requires_grad}
         if missing := (trained | set(self.tuner.learning_rates)) - roles - {"weights"}:
@@ -76,8 +79,6 @@ class MethodHook(LoopHook):
             )
 
     def step_begin(self, step: int) -> None:
-        target = self.tuner.budget
-        self.tuner.budget_met = target is not None and self._attention_bops() <= target
         self.tuner.step_begin(step, self.seed)
         for group in self.optimizer.param_groups:
             rate = self.tuner.rate_of(group.get(ROLE, "weights"), step)
@@ -103,13 +104,6 @@ class MethodHook(LoopHook):
                     parameter.grad = None
 
     def step_end(self, step: int) -> None:
-        target = self.tuner.budget
-        if target is not None:
-            share = self._attention_bops()
-            self.tuner.update_budget_multiplier(share)
-            if self.tuner.ends_learning(step):
-                while share > target and self.tuner.close_lowest_gate():
-                    share = self._attention_bops()
         self.tuner.allocate(step, self.optimizer)
         self.tuner.step_end(step)
 
@@ -193,3 +187,16 @@ def _largest_step(group: dict[str, Any]) -> float:
     rate = float(group.get("initial_lr", group["lr"]))  # a schedule may begin at zero
     scale = group["hess_init"] + group["weight_decay"] if group["rescale_lr"] else 1.0
     return rate * scale * float(group["clip_radius"])
+
+
+def cost_in(model: nn.Module, currency: str) -> CostModel:
+    """Return the cost of `model` in bit operations (`"bops"`), bytes or ranks.
+
+    Bit operations are those of attention if only its projections are adapted, otherwise those of the encoder.
+    """
+    if currency == "rank":
+        return rank_cost(model)
+    if currency == "bytes":
+        return bytes_cost(model)
+    adapted = [operation for operation in operations(model) if operation.scope == "adapted"]
+    return bops_cost(model, max((operation.region for operation in adapted), key=SCOPES.index, default="attention"))

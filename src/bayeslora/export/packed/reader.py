@@ -44,7 +44,13 @@ _WAY_OUT = "load it with its own adapter_config.json and base model"
 
 
 class PackedState(dict[str, Tensor]):
-    """The state dict of a packed adapter, under the keys that PEFT saves."""
+    """The state dict of a packed adapter, under the keys that PEFT saves.
+
+    Attributes:
+        optional: parts of the keys of tensors that only training needs, which the file lacks.
+    """
+
+    optional: tuple[str, ...] = ()
 
     def check(self, wanted: dict[str, Tensor], others: dict[str, Tensor]) -> None:
         """Compare with the tensors of the model's adapter (`wanted`) and those of the rest of the model (`others`).
@@ -53,7 +59,8 @@ class PackedState(dict[str, Tensor]):
             BayesLoraError: a missing or unknown key, or a tensor of another shape.
         """
         known = {**others, **wanted}
-        if missing := wanted.keys() - self.keys():
+        absent = wanted.keys() - self.keys()
+        if missing := {key for key in absent if not any(part in key for part in self.optional)}:
             raise BayesLoraError(f"the packed adapter lacks {min(missing)}: {_WAY_OUT}")
         if unknown := self.keys() - known.keys():
             raise BayesLoraError(f"the packed adapter has {min(unknown)}, but the model does not: {_WAY_OUT}")
@@ -65,7 +72,7 @@ class PackedState(dict[str, Tensor]):
                 )
 
 
-def load_packed(path: str | os.PathLike[str]) -> dict[str, Tensor]:
+def load_packed(path: str | os.PathLike[str]) -> PackedState:
     """Return the tensors of a packed adapter by the keys that PEFT saves, without a model.
 
     Matrices with codes are returned as float32, codes times steps; other tensors keep the type they were saved in.
@@ -88,6 +95,7 @@ def load_packed(path: str | os.PathLike[str]) -> dict[str, Tensor]:
     if len(buffer) != index.buffer_size:
         PACKED.damaged(f"its layers take {index.buffer_size} bytes of codes, but it has {len(buffer)}")
     state = PackedState(tensors)
+    state.optional = layer_class(index.method).optional_state
     position = used = 0
     for layer in index.layers:
         parts = layer.parts(index.per_channel)
@@ -246,7 +254,9 @@ def _names(coded: list[Any]) -> list[str]:
 def read_adapter(path: str, device: str) -> PackedState | None:
     """Return the tensors of the packed adapter at `path`; None for an ordinary adapter, which PEFT reads."""
     if looks_packed(path):
-        return PackedState({key: tensor.to(device) for key, tensor in load_packed(path).items()})
+        state = load_packed(path)
+        state.update({key: tensor.to(device) for key, tensor in state.items()})
+        return state
     if _has_our_config(Path(path)):
         try:
             with safe_open(path, framework="pt"):

@@ -25,14 +25,28 @@ class BLoraConfig(AdapterConfig):
         default=False, metadata={"help": "Also quantize the layer's input, which integer kernels need."}
     )
     per_channel: bool = field(default=False, metadata={"help": "One range an output channel for W0 and for A."})
-    bit_penalty: float = field(default=4e-4, metadata={"help": "lambda_q, the weight of the bit penalty."})
-    rank_penalty: float = field(default=1e-5, metadata={"help": "lambda_r, the weight of the rank penalty."})
-    bit_weighting: Literal["const", "bits", "bops"] = field(
-        default="const", metadata={"help": "Weight of the gate of b bits: 1, b, or b x MACs relative to the largest."}
+    gates: Literal["evidence", "paper"] | None = field(
+        default=None,
+        metadata={"help": "Close gates by their evidence and one price (evidence, the default), or as the paper does."},
+    )
+    rotate: bool = field(
+        default=True, metadata={"help": "Rotate A, E, B into their singular value decomposition before gates close."}
     )
     target_bops: float | None = field(
-        default=None,
-        metadata={"help": "Share of LoRA r=16's 32-bit attention BOPs to reach; the bit penalty adapts to it."},
+        default=None, metadata={"help": "Share of the bit operations of LoRA r=16 at 32 bits to reach."}
+    )
+    target_bytes: float | None = field(
+        default=None, metadata={"help": "Share of the bytes of the adapted layers under LoRA r=16 in float32 to reach."}
+    )
+    target_rank: float | None = field(default=None, metadata={"help": "Mean rank to reach."})
+    bops_price: float = field(
+        default=0.05, metadata={"help": "Nats of mean loss that all bit operations of LoRA r=16 are worth."}
+    )
+    rank_price: float = field(default=1e-3, metadata={"help": "Nats of mean loss that a rank is worth."})
+    bit_penalty: float = field(default=4e-4, metadata={"help": "lambda_q, the weight of the bit penalty (paper)."})
+    rank_penalty: float = field(default=1e-5, metadata={"help": "lambda_r, the weight of the rank penalty (paper)."})
+    bit_weighting: Literal["const", "bits", "bops"] = field(
+        default="const", metadata={"help": "Weight of the gate of b bits: 1, b, or b x MACs relative to the largest."}
     )
     initial_bit_logits: list[float] = field(
         default_factory=lambda: [4.0, 4.0, 1.0, 0.0],
@@ -61,17 +75,17 @@ class BLoraConfig(AdapterConfig):
     )
 
     def __post_init__(self) -> None:
+        if self.gates is None:
+            # A file from before there was a choice names a version of PEFT, but no gates.
+            self.gates = "evidence" if self.peft_version is None else "paper"
         super().__post_init__()
         self._check_choice("mode", ("q+ra", "q", "ra"))
         self._check_choice("bit_weighting", ("const", "bits", "bops"))
         self._check_choice("calibration", ("mse", "absmax"))
-        for name in ("bit_penalty", "rank_penalty"):
-            self._check(name, getattr(self, name) >= 0, "at least 0", "give 0 for no such penalty")
-        is_share = self.target_bops is None or 0 < self.target_bops < 1
-        self._check("target_bops", is_share, "between 0 and 1", "give a share of LoRA's bit operations")
-        for name in ("target_bops", "quantize_input", "fixed_bits"):
-            if getattr(self, name) and not self.learns_bits:
-                raise BayesLoraError(f"{name} is given, but mode 'ra' has no bit-widths: drop it, or use 'q+ra'")
+        self._check_choice("gates", ("evidence", "paper"))
+        for name in ("bit_penalty", "rank_penalty", "bops_price", "rank_price"):
+            self._check(name, getattr(self, name) >= 0, "at least 0", "give 0 for none")
+        self._check_targets()
         four = len(self.initial_bit_logits) == len(GATED_WIDTHS)
         self._check("initial_bit_logits", four, "4 numbers", "give those of the gates of 4, 8, 16 and 32 bits")
         self._check_fixed_bits()
@@ -81,6 +95,23 @@ class BLoraConfig(AdapterConfig):
                 f"warmup_fraction and freeze_fraction are {shares[0]} and {shares[1]}, but must leave steps for the "
                 "gates: keep their sum below 1"
             )
+
+    def _check_targets(self) -> None:
+        for name in ("target_bops", "target_bytes"):
+            target = getattr(self, name)
+            self._check(name, target is None or 0 < target < 1, "between 0 and 1", "give a share of LoRA's cost")
+        rank = self.target_rank
+        self._check("target_rank", rank is None or 0 < rank < self.r, f"between 0 and r = {self.r}", "give a mean rank")
+        for name in ("target_bops", "target_bytes", "quantize_input", "fixed_bits"):
+            if getattr(self, name) and not self.learns_bits:
+                raise BayesLoraError(f"{name} is given, but mode 'ra' has no bit-widths: drop it, or use 'q+ra'")
+        if rank is not None and not self.learns_ranks:
+            raise BayesLoraError("target_rank is given, but mode 'q' keeps all ranks: drop it, or use 'q+ra'")
+        if self.target_bops is not None and self.target_bytes is not None:
+            raise BayesLoraError("target_bops and target_bytes are given, but widths have one price: drop one of them")
+        for name in ("target_bops", "target_bytes", "target_rank"):
+            if getattr(self, name) is not None and self.gates == "paper":
+                raise BayesLoraError(f"{name} is given, but gates='paper' follow penalties: use gates='evidence'")
 
     def _check_fixed_bits(self) -> None:
         kinds = ALL_KINDS if self.quantize_input else KINDS

@@ -13,9 +13,11 @@ from torch import Tensor, nn
 from bayeslora.methods.layer import Float32Module
 from bayeslora.quantization import (
     FLOOR,
+    SURE_LOGIT,
     Calibration,
     active_widths,
     evaluation_width,
+    fixed_logits,
     hard_concrete,
     mixture_weights,
     optimal_range,
@@ -127,15 +129,13 @@ class DrawnWidths:
 
 
 class Progress(Float32Module):
-    """Progress of one adapter: its `phase`, and `penalty_scale`, the factor that a budget has put on its penalty."""
+    """Progress of one adapter: its `phase`."""
 
     phase: Tensor
-    penalty_scale: Tensor
 
     def __init__(self) -> None:
         super().__init__()
         self.register_buffer("phase", torch.tensor(int(Phase.WARM_UP)))
-        self.register_buffer("penalty_scale", torch.tensor(1.0))
         self._known: tuple[Tensor, int, Phase] | None = None
 
     @property
@@ -215,6 +215,19 @@ class Quantizers(Float32Module):
         ranges = tuple(bound.detach() for bound in self.ranges())
         return Assignment(ranges, None, tuple((bits,) for bits in self._frozen_widths.of(self)))
 
+    def chosen(self) -> Assignment:
+        """Every tensor at the width that evidence has chosen; ranges of all but the base weight learn."""
+        ranges = self.ranges()
+        if BASE_WEIGHT in self.kinds:
+            ranges = (ranges[0].detach(), *ranges[1:])
+        return Assignment(ranges, None, tuple((bits,) for bits in self._frozen_widths.of(self)))
+
+    @torch.no_grad()
+    def set_width(self, kind: str, bits: int, value: Tensor) -> None:
+        """Give `kind` another width, and `value` as its range."""
+        self.gates[self.kinds.index(kind)] = torch.tensor(fixed_logits(bits)).to(self.gates)
+        self.set_range(kind, value)
+
     @property
     def version(self) -> tuple[int, ...]:
         """Changes with every write to the gates, or to the base weight's range, but an optimizer's."""
@@ -284,14 +297,25 @@ class Quantizers(Float32Module):
 
 
 class RankGates(Float32Module):
-    """Logits (r,) of the rank gates of one layer; float32 whatever the model is cast to."""
+    """Logits (r,) of the rank gates of one layer; float32 whatever the model is cast to.
 
-    def __init__(self, rank: int, initial_logit: float) -> None:
+    Gates are nested, as the paper has them, or `independent`: open where their logit is positive.
+    """
+
+    def __init__(self, rank: int, initial_logit: float, independent: bool = False) -> None:
         super().__init__()
         self.logits = nn.Parameter(torch.full((rank,), initial_logit, dtype=torch.float32))
+        self.independent = independent
 
     def forward(self) -> Tensor:
+        if self.independent:
+            return (self.logits.detach() > 0).float()
         return rank_gates(self.logits.float())
+
+    @torch.no_grad()
+    def set_open(self, is_open: Tensor) -> None:
+        """Open the gates that `is_open` (r,) names, and close the others."""
+        self.logits.copy_(torch.where(is_open, SURE_LOGIT, -SURE_LOGIT))
 
 
 def calibration_bits(kind: str) -> int:

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from bayeslora.errors import BayesLoraError
 from bayeslora.methods.blora.config import BLoraConfig
+from bayeslora.methods.blora.evidence import Evidence, Probe, probed_forward
 from bayeslora.methods.blora.gated_quantizers import (
     FrozenWeight,
     Observing,
@@ -35,33 +36,46 @@ class BLoraLayer(BayesLayer):
     """
 
     adapter_layer_names = ("blora_A", "blora_B", "blora_E", "blora_rank", "blora_quantizers")
-    other_param_names = (*BayesLayer.other_param_names, "blora_progress", "configs")
+    other_param_names = (*BayesLayer.other_param_names, "blora_progress", "blora_evidence", "configs")
+    optional_state = (".blora_evidence.", ".blora_progress.penalty_scale")
 
     def __init__(self, base_layer: nn.Module, **kwargs: Any) -> None:
         super().__init__(base_layer, **kwargs)
         self.blora_A, self.blora_B, self.blora_E = nn.ParameterDict(), nn.ParameterDict(), nn.ParameterDict()
         self.blora_rank, self.blora_quantizers = nn.ModuleDict(), nn.ModuleDict()
-        self.blora_progress = nn.ModuleDict()
+        self.blora_progress, self.blora_evidence = nn.ModuleDict(), nn.ModuleDict()
         self.configs: dict[str, BLoraConfig] = {}
         self.training_adapters: set[str] = set()  # adapters whose calibration a training loop ends
         self.collects_ranges = True  # whether this step's activations count for their ranges
         self.frozen_weight = FrozenWeight()
+        self.probe: Probe | None = None  # measures the evidence of one pass
+        self._weight_ranges: dict[int, Tensor] = {}
 
     def add_adapter(self, adapter_name: str, config: BLoraConfig, rank: int) -> None:
         self.configs[adapter_name] = config
         self.blora_A[adapter_name], self.blora_B[adapter_name] = self.initial_factors(config, rank)
         self.blora_E[adapter_name] = nn.Parameter(torch.ones(rank))
         self.blora_progress[adapter_name] = Progress()
+        by_evidence = config.gates == "evidence"
         if config.learns_ranks:
-            self.blora_rank[adapter_name] = RankGates(rank, config.initial_rank_logit)
+            self.blora_rank[adapter_name] = RankGates(rank, config.initial_rank_logit, independent=by_evidence)
         if config.learns_bits:
             self.blora_quantizers[adapter_name] = self._make_quantizers(config, rank)
+        if by_evidence:
+            self.blora_evidence[adapter_name] = Evidence(len(self.quantized_kinds(adapter_name)), rank)
 
     def quantizers(self, name: str) -> Quantizers:
         return cast(Quantizers, self.blora_quantizers[name])
 
     def rank_gates(self, name: str) -> RankGates:
         return cast(RankGates, self.blora_rank[name])
+
+    def evidence(self, name: str) -> Evidence:
+        return cast(Evidence, self.blora_evidence[name])
+
+    def quantized_kinds(self, name: str) -> tuple[str, ...]:
+        """Kinds of tensors that have quantizers."""
+        return self.quantizers(name).kinds if name in self.blora_quantizers else ()
 
     def progress(self, name: str) -> Progress:
         return cast(Progress, self.blora_progress[name])
@@ -95,12 +109,14 @@ class BLoraLayer(BayesLayer):
         for name in adapter_names:
             a = self.blora_A[name]
             hidden = F.linear(self.adapter_input(name, x, a.dtype), a)
-            hidden = hidden * self._gated(name, self.blora_E[name]).to(hidden.dtype)
+            hidden = hidden * self.gated(name, self.blora_E[name]).to(hidden.dtype)
             result = add_update(result, hidden, self.blora_B[name], self.scaling[name])
         return result
 
     def _adapted_by(self, name: str, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         r"""$Q_{out}(Q_w(W_0) Q_{in}(x) + b + s Q_b(B) Q_E((Q_e(E) \circ G) \circ Q_A(Q_a(A) Q_{in}(x))))$."""
+        if self.probe is not None:
+            return probed_forward(self, name, x, self.probe, *args, **kwargs)
         quantized = self._quantization(name, x, *args, **kwargs)
         x = quantized("in", x)
         if quantized.replaces_weight:
@@ -111,14 +127,14 @@ class BLoraLayer(BayesLayer):
             inputs, result = x, self.base_layer(x, *args, **kwargs)
 
         a, b = quantized("A", self.blora_A[name]), quantized("B", self.blora_B[name])
-        e = self._gated(name, quantized("E", self.blora_E[name]))
+        e = self.gated(name, quantized("E", self.blora_E[name]))
 
         hidden = quantized("A_out", F.linear(self.adapter_input(name, inputs, a.dtype), a))
         hidden = quantized("E_out", hidden * e.to(hidden.dtype))
         result = add_update(result, hidden, b, self.scaling[name], in_place=quantized.replaces_weight)
         return quantized("out", result).view(*x.shape[:-1], self.out_features)
 
-    def _gated(self, name: str, diagonal: Tensor) -> Tensor:
+    def gated(self, name: str, diagonal: Tensor) -> Tensor:
         r"""$E \circ G$ (r,) for the quantized diagonal E."""
         if name in self.blora_rank:
             diagonal = diagonal * self.rank_gates(name)().to(diagonal.dtype)
@@ -134,6 +150,8 @@ class BLoraLayer(BayesLayer):
         if name not in self.blora_quantizers:
             return _UNQUANTIZED
         quantizers, progress = self.quantizers(name), self.progress(name)
+        if name in self.blora_evidence and progress.current != Phase.FROZEN:
+            return self.current_quantization(name)
         if progress.current == Phase.WARM_UP:
             if not self.training:
                 return _UNQUANTIZED
@@ -147,8 +165,27 @@ class BLoraLayer(BayesLayer):
             return Quantizing(quantizers, assignment)
         return Quantizing(quantizers, assignment, self.frozen_weight.of(quantizers, self.weight, assignment))
 
+    def current_quantization(self, name: str) -> Unquantized:
+        """Every tensor at the width that evidence has chosen."""
+        if not self.is_quantizing(name):
+            return _UNQUANTIZED
+        quantizers = self.quantizers(name)
+        assignment = quantizers.chosen()
+        if BASE_WEIGHT not in quantizers.kinds:
+            return Quantizing(quantizers, assignment)
+        return Quantizing(quantizers, assignment, self.frozen_weight.of(quantizers, self.weight, assignment))
+
+    def weight_range(self, name: str, kind: str, bits: int) -> Tensor:
+        """Best range of a weight at `bits` bits: one, or one a channel (channels, 1)."""
+        if kind == BASE_WEIGHT:
+            if bits not in self._weight_ranges:
+                self._weight_ranges[bits] = self._best_range(name, kind, bits)
+            return self._weight_ranges[bits]
+        return self._best_range(name, kind, bits)
+
     def _apply(self, fn: Any, recurse: bool = True) -> Any:
         self.frozen_weight.cached = None
+        self._weight_ranges.clear()
         return super()._apply(fn, recurse)
 
     def _anchor(self, name: str) -> Tensor | float:
@@ -166,24 +203,23 @@ class BLoraLayer(BayesLayer):
 
     @torch.no_grad()
     def start_learning(self, name: str) -> None:
-        """Set every range from what was observed, or from the tensor itself, and let the gates learn."""
-        if name in self.blora_quantizers:
+        """Let the gates learn; those of the paper start with every range as observed, or from the tensor itself."""
+        if name in self.blora_quantizers and name not in self.blora_evidence:
             quantizers = self.quantizers(name)
             for kind, observed in zip(quantizers.kinds, quantizers.observed.tolist(), strict=True):
                 if kind in ACTIVATIONS:
                     # A layer that no batch has reached keeps a range wide enough to clip nothing it is likely to see.
                     quantizers.set_range(kind, torch.tensor(observed if observed > 0 else 10.0))
                 else:
-                    quantizers.set_range(kind, self._weight_range(name, kind))
+                    quantizers.set_range(kind, self._best_range(name, kind, calibration_bits(kind)))
         self.progress(name).advance(Phase.LEARN)
 
-    def _weight_range(self, name: str, kind: str) -> Tensor:
+    def _best_range(self, name: str, kind: str, bits: int) -> Tensor:
         tensor = self.weight if kind == BASE_WEIGHT else getattr(self, f"blora_{kind}")[name]
         config = self.configs[name]
         if kind != BASE_WEIGHT and not tensor.any():
             # A factor that is still zero has no scale of its own; it will grow to about that of A's initial values.
             return torch.tensor(1 / math.sqrt(self.in_features))
-        bits = calibration_bits(kind)
         if not (config.per_channel and kind in (BASE_WEIGHT, "A")):
             return optimal_range(tensor, bits, config.calibration)
         transposed = kind == BASE_WEIGHT and self.is_transposed
@@ -245,6 +281,8 @@ class BLoraLayer(BayesLayer):
         if adapter_name in self.blora_rank:
             gates = self.rank_gates(adapter_name)
             gates.logits = nn.Parameter(gates.logits.detach()[keep].contiguous(), gates.logits.requires_grad)
+        if adapter_name in self.blora_evidence:
+            self.evidence(adapter_name).cut(keep)
         if adapter_name in self.blora_quantizers:
             self.quantizers(adapter_name).cut_channels("A", keep)
         if self.progress(adapter_name).current == Phase.LEARN:
@@ -283,7 +321,6 @@ class BLoraLayer(BayesLayer):
             state["blora_quantizers.gates"] = torch.tensor([fixed_logits(bits) for bits in packed.widths.values()])
             state["blora_quantizers.observed"] = torch.zeros(len(packed.widths))
         state["blora_progress.phase"] = torch.tensor(int(Phase.FROZEN))
-        state["blora_progress.penalty_scale"] = torch.tensor(1.0)
         return state
 
 

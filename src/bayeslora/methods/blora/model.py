@@ -11,18 +11,24 @@ prior, which at the paper's $\lambda = 1$ would be smallest at an open probabili
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import cast
+from dataclasses import dataclass, field
+from typing import Any, cast
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.optim import Optimizer
 
 from bayeslora.errors import BayesLoraError
+from bayeslora.methods.allocation import CostModel
 from bayeslora.methods.blora.config import BLoraConfig
+from bayeslora.methods.blora.decisions import MEMORY, Schedule, apply, choose, pooled, record_prices
+from bayeslora.methods.blora.evidence import Probe, evaluating, score_seed
 from bayeslora.methods.blora.gated_quantizers import Phase
 from bayeslora.methods.blora.layer import BLoraLayer, Linear
+from bayeslora.methods.blora.rotation import rotate
 from bayeslora.methods.tuner import BayesTuner, ParameterRole, RunState, TrainingSetup, mean_ranks, step_generator
 from bayeslora.quantization import (
     GATED_WIDTHS,
@@ -32,14 +38,28 @@ from bayeslora.quantization import (
     opened,
     rank_probability,
 )
+from bayeslora.vocabulary import WIDTHS
 
 
 @dataclass(kw_only=True)
 class BLoraRun(RunState):
-    """First step after the warm-up, in which gates begin to learn, and first step in which they are frozen."""
+    """Phases of a run, as steps counted from 0.
 
+    Attributes:
+        rotated_after: number of steps after which the factors are rotated, near the end of the warm-up.
+        warm_up_end: first step in which gates learn.
+        frozen_from: first step in which they are frozen.
+        schedule: decisions by evidence; None for the paper's gates.
+        costs: what bit operations, bytes and ranks cost, by currency.
+        found: evidence of the current step, by layer.
+    """
+
+    rotated_after: int
     warm_up_end: int
     frozen_from: int
+    schedule: Schedule | None = None
+    costs: dict[str, CostModel] = field(default_factory=dict)
+    found: dict[str, dict[str, Tensor]] = field(default_factory=dict)
 
 
 class BLoraModel(BayesTuner):
@@ -49,6 +69,9 @@ class BLoraModel(BayesTuner):
     prefix = "blora_"
     tuner_layer_cls = BLoraLayer
     linear_class = Linear
+    _measured_step: int | None = None
+    """The current step if evidence is gathered in it."""
+    _hooked = False
 
     def config_of(self, name: str) -> BLoraConfig:
         return cast(BLoraConfig, self.peft_config[name])
@@ -56,14 +79,16 @@ class BLoraModel(BayesTuner):
     @property
     def penalty_names(self) -> tuple[str, ...]:
         config = self.config_of(self.training_adapter())
+        if config.gates == "evidence":
+            return ()
         return ("bits",) * config.learns_bits + ("rank",) * config.learns_ranks
 
     def penalty(self) -> dict[str, Tensor]:
         r"""$\lambda_q \sum_k R_k$ (`bits`) and $\lambda_r \sum_k R^{rank}_k$ (`rank`), while gates learn."""
         terms: dict[str, Tensor] = {}
         name = self.training_adapter()
-        if layers := self._learning(name):
-            config = self.config_of(name)
+        config = self.config_of(name)
+        if config.gates == "paper" and (layers := self._learning(name)):
             if config.learns_bits:
                 terms["bits"] = self._bit_penalty(name, layers)
             if config.learns_ranks:
@@ -81,7 +106,7 @@ class BLoraModel(BayesTuner):
         if config.bit_weighting == "bops":
             macs = torch.tensor([m for layer in layers for m in _quantizer_macs(layer, name)], device=terms.device)
             terms = terms * (macs / macs.max()).unsqueeze(1)
-        return config.bit_penalty * layers[0].progress(name).penalty_scale * terms.sum()
+        return config.bit_penalty * terms.sum()
 
     def _learning(self, name: str) -> list[BLoraLayer]:
         return [layer for layer in self.adapted_layers(name) if layer.progress(name).current == Phase.LEARN]
@@ -106,11 +131,24 @@ class BLoraModel(BayesTuner):
                 f"{setup.total_steps} training steps leave {max(steps, 0)} for the gates of B-LoRA: "
                 "train longer, or lower warmup_fraction and freeze_fraction"
             )
-        self._run = BLoraRun(warm_up_end=warm_up_end, frozen_from=frozen_from)
+        observed = max(1, warm_up_end // OBSERVED_SHARE)
+        run = BLoraRun(
+            rotated_after=max(1, warm_up_end - observed), warm_up_end=warm_up_end, frozen_from=frozen_from
+        )
+        self._run = run
         if config.learns_bits:
             self.learning_rates["ranges"] = config.range_learning_rate
             if any(layer.has_plain_weight for layer in self.adapted_layers(name)):
                 self.learning_rates["weight ranges"] = config.range_learning_rate
+        if config.gates == "paper":
+            self._begin_paper(config, steps)
+        else:
+            self._begin_evidence(config, setup)
+        for layer in self.adapted_layers(name):
+            layer.training_adapters.add(name)
+
+    def _begin_paper(self, config: BLoraConfig, steps: int) -> None:
+        if config.learns_bits:
             self._set_gate_rate("bit gates", steps, max(config.initial_bit_logits) - OPEN_LOGIT)
         if config.learns_ranks:
             # The last rank closes when the product of all gates falls to a half, the second only at a logit of 0.
@@ -120,8 +158,45 @@ class BLoraModel(BayesTuner):
                     f"initial_rank_logit {config.initial_rank_logit} starts r = {config.r} with ranks already closed: "
                     "raise it"
                 )
-        for layer in self.adapted_layers(name):
-            layer.training_adapters.add(name)
+
+    def _begin_evidence(self, config: BLoraConfig, setup: TrainingSetup) -> None:
+        run = self.run_state()
+        run.schedule = Schedule.of(run.warm_up_end, run.frozen_from, setup.total_steps)
+        if setup.cost_of is None:
+            raise BayesLoraError(
+                "TrainingSetup lacks cost_of, but gates='evidence' weigh the loss against a cost: train with BayesLoop "
+                "or attach"
+            )
+        run.costs["rank"] = setup.cost_of("rank")
+        if config.learns_bits:
+            self.learning_rates.update({"bit gates": 0.0, "weight ranges": 0.0})
+            currency = self._currency(config)
+            cost = run.costs[currency] = setup.cost_of(currency)
+            target = config.target_bops if currency == "bops" else config.target_bytes
+            if target is not None:
+                self._check_reachable(cost, currency, target)
+        if config.learns_ranks:
+            self.learning_rates["rank gates"] = 0.0
+        if not self._hooked:
+            # A model without a task calls its base model itself, one with a task calls `forward` below.
+            self.model.register_forward_pre_hook(self._before_forward, with_kwargs=True)
+            self._hooked = True
+
+    def _currency(self, config: BLoraConfig) -> str:
+        return "bytes" if config.target_bytes is not None else "bops"
+
+    def _check_reachable(self, cost: CostModel, currency: str, target: float) -> None:
+        name = self.training_adapter()
+        config, layers = self.config_of(name), self.named_layers(name)
+        fixed = config.fixed_bits or {}
+        narrow = {(path, kind): fixed.get(kind, WIDTHS[0]) for path, layer in layers.items() for kind in layer.quantized_kinds(name)}
+        least = cost.share(narrow, {path: 0 if config.learns_ranks else len(layer.blora_E[name]) for path, layer in layers.items()})
+        if least > target:
+            wider = "" if config.quantize_input else "; quantize_input=True lowers it"
+            raise BayesLoraError(
+                f"target_{currency} is {target:g}, but the least that these layers can reach is {least:.4f}: products "
+                f"with an operand of 32 bits set it{wider}"
+            )
 
     def run_state(self) -> BLoraRun:
         return cast(BLoraRun, super().run_state())
@@ -136,14 +211,55 @@ class BLoraModel(BayesTuner):
             )
         self.learning_rates[role] = chosen if chosen is not None else GATE_TRAVEL * travel / steps
 
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        self._before_forward(self.model, args, kwargs)
+        return super().forward(*args, **kwargs)
+
+    def _before_forward(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """Gather evidence on a batch that is about to be trained on, in the steps that the schedule names."""
+        if self._measured_step is None or not self.training or not torch.is_grad_enabled():
+            return
+        step, self._measured_step = self._measured_step, None
+        try:
+            self._measure(args, kwargs, step)
+        finally:
+            self._measured_step = step
+
+    def _measure(self, args: tuple[Any, ...], kwargs: dict[str, Any], step: int) -> None:
+        name, run = self.training_adapter(), self.run_state()
+        layers, config = self.named_layers(name), self.config_of(name)
+        batch = next((v for v in (*kwargs.values(), *args) if isinstance(v, Tensor) and v.ndim), None)
+        rows, fixed = 1 if batch is None else len(batch), frozenset(config.fixed_bits or {})
+        probes = {}
+        for path, layer in layers.items():
+            ranges = functools.partial(layer.weight_range, name)
+            probes[path] = layer.probe = Probe(layer.quantized_kinds(name), len(layer.blora_E[name]), rows, fixed, ranges)
+        try:
+            with evaluating(self.model), torch.enable_grad():
+                output = self.model(*args, **kwargs)
+                logits, seed, terms = score_seed(output, kwargs, getattr(self.model, "config", None), step)
+                used = [probe.anchor for probe in probes.values() if probe.used]
+                torch.autograd.grad(logits, used, seed, allow_unused=True)
+        finally:
+            for layer in layers.values():
+                layer.probe = None
+        for path, probe in probes.items():
+            sums = {**probe.found, "terms": torch.tensor(float(terms))}
+            known = run.found.get(path)
+            run.found[path] = sums if known is None else {key: known[key] + value for key, value in sums.items()}
+
     def step_begin(self, step: int, seed: int) -> None:
         """Draw the gates' noise of optimizer step `step`, the same on every rank and for every micro-batch."""
-        name = self.training_adapter()
+        name, run = self.training_adapter(), self.run_state()
+        if run.schedule is not None:
+            self._measured_step = step if step in run.schedule.passes else None
+            return
         layers = self.adapted_layers(name)
         if layers[0].progress(name).current == Phase.WARM_UP:
-            warm_up_end = self.run_state().warm_up_end
+            spread = math.ceil((run.warm_up_end - run.rotated_after) / OBSERVED_STEPS)
+            observes = step == run.warm_up_end - 1 or (step >= run.rotated_after and step % spread == 0)
             for layer in layers:
-                layer.collects_ranges = step % math.ceil(warm_up_end / OBSERVED_STEPS) == 0
+                layer.collects_ranges = observes
         learning = self._learning(name) if self.config_of(name).learns_bits else []
         if not learning:
             return
@@ -156,42 +272,53 @@ class BLoraModel(BayesTuner):
         if role not in self.learning_rates:
             return None
         learning = self.run_state().warm_up_end <= step < self.run_state().frozen_from
-        if role == "bit gates" and self.budget_met:
-            learning = False  # a smaller penalty would not do: Adam divides its size out again
         return self.learning_rates[role] if learning else 0.0
+
+    @torch.no_grad()
+    def allocate(self, step: int, optimizer: Optimizer) -> None:
+        """Rotate the factors near the end of the warm-up; afterwards choose widths and ranks when it is time."""
+        name, run = self.training_adapter(), self.run_state()
+        layers, config = self.named_layers(name), self.config_of(name)
+        if step + 1 == run.rotated_after and config.rotate:
+            for layer in layers.values():
+                rotate(layer.blora_A[name], layer.blora_E[name], layer.blora_B[name], optimizer)
+        if run.schedule is None:
+            return
+        self._measured_step = None
+        if step in run.schedule.passes:
+            found, run.found = run.found, {}
+            for path, sums in zip(layers, pooled([found[path] for path in layers]), strict=True):
+                layers[path].evidence(name).add(sums)
+        if step in run.schedule.decisions:
+            self._decide(step)
+
+    def _decide(self, step: int) -> None:
+        name, run = self.training_adapter(), self.run_state()
+        assert run.schedule is not None
+        layers, config = self.named_layers(name), self.config_of(name)
+        widths, ranks = choose(layers, name, config, run.costs, run.schedule.progress(step))
+        apply(layers, name, widths, ranks)
+        if step == run.schedule.decisions[-1]:
+            record_prices(layers, name, widths, ranks, run.costs, self._currency(config))
+            return
+        for layer in layers.values():
+            layer.evidence(name).forget(MEMORY)
 
     def step_end(self, step: int) -> None:
         """Move to the next phase after optimizer step `step` (from 0) where it is due."""
         name = self.training_adapter()
-        layers = self.adapted_layers(name)
+        layers, config = self.adapted_layers(name), self.config_of(name)
         phase = layers[0].progress(name).current
         if phase == Phase.WARM_UP:
-            if self.config_of(name).learns_bits:  # every step: DDP overwrites other ranks' buffers with the first's
+            if config.learns_bits and config.gates == "paper":
+                # Every step: DDP overwrites other ranks' buffers with the first's.
                 _share_observations([layer.quantizers(name).observed for layer in layers])
             if step + 1 >= self.run_state().warm_up_end:
                 for layer in layers:
                     layer.start_learning(name)
-        elif phase == Phase.LEARN and self.ends_learning(step):
+        elif phase == Phase.LEARN and step + 1 >= self.run_state().frozen_from:
             for layer in layers:
                 layer.progress(name).advance(Phase.FROZEN)
-
-    @property
-    def budget(self) -> float | None:
-        """The share of bit operations to reach, while it still can be: None outside the gates' phase."""
-        name = self.training_adapter()
-        return self.config_of(name).target_bops if self._learning(name) else None
-
-    @torch.no_grad()
-    def update_budget_multiplier(self, share: float) -> None:
-        """Raise the bit penalty while `share` of the bit operations is over budget, lower it below (dual ascent)."""
-        name = self.training_adapter()
-        target = self.config_of(name).target_bops
-        if target is None:
-            return
-        factor = math.exp(max(-BUDGET_RATE, min(BUDGET_RATE, BUDGET_RATE * (share / target - 1) * 4)))
-        for layer in self.adapted_layers(name):
-            scale = layer.progress(name).penalty_scale
-            scale.mul_(factor).clamp_(1e-3, 1e3)
 
     @property
     def is_final(self) -> bool:
@@ -202,29 +329,6 @@ class BLoraModel(BayesTuner):
     @property
     def final_from(self) -> int:
         return 0 if self.is_final else self.run_state().frozen_from
-
-    def ends_learning(self, step: int) -> bool:
-        return step + 1 >= self.run_state().frozen_from
-
-    @torch.no_grad()
-    def close_lowest_gate(self) -> bool:
-        """Close the open bit gate with the lowest logit, of a width that is learned; False when none is left."""
-        name = self.training_adapter()
-        fixed = self.config_of(name).fixed_bits or {}
-        weakest: tuple[float, Tensor, tuple[int, int]] | None = None
-        for layer in self._learning(name):
-            quantizers = layer.quantizers(name)
-            gates = quantizers.gate_logits
-            for row, logits in enumerate(gates.tolist()):
-                if quantizers.kinds[row] in fixed:
-                    continue
-                last = opened(logits) - 1
-                if last >= 0 and (weakest is None or logits[last] < weakest[0]):
-                    weakest = (logits[last], gates, (row, last))
-        if weakest is None:
-            return False
-        weakest[1][weakest[2]] = OPEN_LOGIT - 1e-3
-        return True
 
     def statistics(self) -> dict[str, float]:
         """Return phase, mean widths, open probabilities and mean ranks, to log with the loss."""
@@ -237,9 +341,10 @@ class BLoraModel(BayesTuner):
             by_kind = {kind: sum(d.bits[kind] for d in described) / len(described) for kind in kinds}
             values["mean_bits"] = sum(by_kind.values()) / len(by_kind)
             values.update({f"bits/{kind}": bits for kind, bits in by_kind.items()})
-            gates = torch.cat([layer.quantizers(name).gate_logits.detach() for layer in layers])
-            means = open_probability(gates).mean(0).tolist()
-            values.update({f"gates/{bits}": p for bits, p in zip(GATED_WIDTHS, means, strict=True)})
+            if config.gates == "paper":
+                gates = torch.cat([layer.quantizers(name).gate_logits.detach() for layer in layers])
+                means = open_probability(gates).mean(0).tolist()
+                values.update({f"gates/{bits}": p for bits, p in zip(GATED_WIDTHS, means, strict=True)})
         values.update(mean_ranks({layer.name: float(layer.rank) for layer in described}))
         return values
 
@@ -251,10 +356,10 @@ GATE_TRAVEL = 2.0
 """Distance that a gate may move in its phase, as a multiple of the distance to closing: it sets the default rate."""
 
 OBSERVED_STEPS = 32
-"""Most steps of the warm-up in which activations are observed: a search for the best range costs about a step."""
+"""Most steps in which activations are observed: a search for the best range costs about a step."""
 
-BUDGET_RATE = 0.1
-"""Largest change of the penalty's logarithm in one step of the budget's dual ascent."""
+OBSERVED_SHARE = 4
+"""The last quarter of the warm-up comes after the rotation: activations are observed in it."""
 
 
 def _phases(config: BLoraConfig, total_steps: int) -> tuple[int, int]:

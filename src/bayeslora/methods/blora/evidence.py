@@ -1,0 +1,295 @@
+r"""Evidence of the gates: the rise of the mean loss when a gate closes, by second order, from a few batches.
+
+Closing a gate changes a tensor x by e: $Q_b(x) - x$ for a width, minus the component for a rank. With labels drawn
+from the model's own prediction the mean of $\langle \partial\ell/\partial x, e \rangle$ is zero and its variance over
+rows is the Fisher information along e, so that
+
+$$ \Delta(e) = \tfrac{1}{2}\,\mathrm{E}_{rows}\bigl[ \langle \partial\ell/\partial x, e \rangle^2 \bigr]. $$
+
+A sum of squares has no sign to lose: a few batches give it to some per cent. The first-order term with the data's
+labels is left out, because its standard error over n rows, $\sqrt{2\Delta / n}$, is larger than Δ itself for every gate
+in question; at an optimum it is zero. With labels of the data instead of the model's Δ would vanish as a model fits its
+training rows.
+
+One pass runs the model once, forward and backward, without dropout, and touches neither gradients nor random numbers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from bayeslora.methods.layer import Float32Module
+from bayeslora.quantization import optimal_range, quantize
+
+MEASURED = (2, 4, 8)
+"""Widths whose error is measured; at 16 bits it is 2^-16 of that at 8 in the square, and at 32 there is none."""
+
+RANGED = (*MEASURED, 16)
+"""Widths for which the best ranges of activations are kept."""
+
+_GOLDEN = 0.6180339887498949
+_LARGEST_CHUNK = 1 << 24  # entries of the gradients of single rows that are held at once
+
+
+class Evidence(Float32Module):
+    """Evidence gathered for one layer, kept with the adapter: a run resumes with it, `describe` reports it.
+
+    Tensors: `width_sums` (kinds, 3), sums over rows of squared directional derivatives for 2, 4 and 8 bits;
+    `rank_sums` (r,), the same for each component; `terms`, the number of terms of the loss in these sums; `ranges`
+    (kinds, 4), sums of the best ranges of activations for 2, 4, 8 and 16 bits, and `passes`, their number;
+    `width_savings` (kinds, 4) and `rank_savings` (r,), the cost that closing a gate saves; `prices` (2,), in nats of
+    mean loss for a unit of that cost, of widths and of ranks.
+    """
+
+    width_sums: Tensor
+    rank_sums: Tensor
+    terms: Tensor
+    ranges: Tensor
+    passes: Tensor
+    width_savings: Tensor
+    rank_savings: Tensor
+    prices: Tensor
+
+    def __init__(self, kinds: int, rank: int) -> None:
+        super().__init__()
+        self.register_buffer("width_sums", torch.zeros(kinds, len(MEASURED)))
+        for name in ("ranges", "width_savings"):
+            self.register_buffer(name, torch.zeros(kinds, len(RANGED)))
+        for name in ("rank_sums", "rank_savings"):
+            self.register_buffer(name, torch.zeros(rank))
+        for name in ("terms", "passes"):
+            self.register_buffer(name, torch.zeros(()))
+        self.register_buffer("prices", torch.zeros(2))
+
+    @property
+    def width_deltas(self) -> Tensor:
+        """Rise of the mean loss (kinds, 3) when a tensor has 2, 4 or 8 bits instead of none."""
+        return self.width_sums / (2 * self.terms).clamp_min(1)
+
+    @property
+    def rank_deltas(self) -> Tensor:
+        """Rise of the mean loss (r,) when a component is left out."""
+        return self.rank_sums / (2 * self.terms).clamp_min(1)
+
+    @torch.no_grad()
+    def add(self, found: Mapping[str, Tensor]) -> None:
+        """Add one step's sums, by the names of the buffers."""
+        for name, value in found.items():
+            getattr(self, name).add_(value.to(getattr(self, name)))
+
+    @torch.no_grad()
+    def forget(self, share: float) -> None:
+        """Give what was found until now the weight `share` beside what will be."""
+        for name in ("width_sums", "rank_sums", "terms", "ranges", "passes"):
+            getattr(self, name).mul_(share)
+
+    def _load_from_state_dict(self, state: Any, prefix: str, *args: Any) -> None:
+        """Load what is there; what a file lacks keeps its initial value."""
+        for name, tensor in self._buffers.items():
+            state.setdefault(prefix + name, tensor)
+        super()._load_from_state_dict(state, prefix, *args)
+
+    def cut(self, keep: Tensor) -> None:
+        """Drop the components that `keep` (r,) does not name."""
+        self.rank_sums = self.rank_sums[keep].contiguous()
+        self.rank_savings = self.rank_savings[keep].contiguous()
+
+
+class Probe:
+    """What one pass finds in one layer; `widths` and the rest are sums over the pass's rows.
+
+    Args:
+        kinds: the quantized tensors of the layer, in order; empty where only ranks are learned.
+        rank: r.
+        rows: the batch's rows. A tensor that is not divided by rows (relative positions) counts as one row: with drawn
+            labels the square of a sum over rows is the sum of their squares on average.
+        fixed: kinds that are not measured, because their width is given.
+        weight_range: from kind and bits to the range of a weight.
+    """
+
+    def __init__(self, kinds: Sequence[str], rank: int, rows: int, fixed: frozenset[str], weight_range: Any) -> None:
+        self.kinds, self.rows, self.fixed, self.weight_range = tuple(kinds), rows, fixed, weight_range
+        self.widths = torch.zeros(len(kinds), len(MEASURED))
+        self.ranks = torch.zeros(rank)
+        self.ranges = torch.zeros(len(kinds), len(RANGED))
+        self.anchor = torch.zeros((), requires_grad=True)
+        self.used = False
+
+    def _measures(self, kind: str) -> bool:
+        return kind in self.kinds and kind not in self.fixed
+
+    def _row_count(self, tensor: Tensor) -> int:
+        return self.rows if tensor.shape[0] % self.rows == 0 else 1
+
+    def activation(self, kind: str, before: Tensor, after: Tensor) -> Tensor:
+        """Measure the activation `before` where its gradient arrives at `after`, which is returned."""
+        if not self._measures(kind):
+            return after
+        index, values = self.kinds.index(kind), before.detach()
+        bounds = [optimal_range(values, bits) for bits in RANGED]
+        self.ranges[index] += torch.stack([bound.float().cpu() for bound in bounds])
+
+        def measure(gradient: Tensor) -> None:
+            rows = self._row_count(gradient)
+            gradient = gradient.float()
+            for column, (bits, bound) in enumerate(zip(MEASURED, bounds, strict=False)):
+                error = quantize(values, bound, bits).float() - values.float()
+                along = (error * gradient).reshape(rows, -1).sum(1)
+                self.widths[index, column] += along.square().sum().cpu()
+
+        after.register_hook(measure)
+        return after
+
+    def weight(self, kind: str, weight: Tensor, inputs: Tensor, output: Tensor) -> None:
+        """Measure the weight (d_out, d_in) that multiplied `inputs` (..., d_in), where its gradient reaches `output`."""
+        if not self._measures(kind):
+            return
+        index, values, inputs = self.kinds.index(kind), weight.detach().float(), inputs.detach()
+
+        def measure(gradient: Tensor) -> None:
+            rows = self._row_count(gradient)
+            x = inputs.float().reshape(rows, -1, values.shape[1])
+            g = gradient.float().reshape(rows, -1, values.shape[0])
+            errors = [quantize(values, self.weight_range(kind, bits), bits) - values for bits in MEASURED]
+            directions = torch.stack([error.flatten() for error in errors], dim=1)
+            step = max(1, _LARGEST_CHUNK // values.numel())
+            for start in range(0, rows, step):
+                products = torch.bmm(g[start : start + step].transpose(1, 2), x[start : start + step])
+                along = products.flatten(1) @ directions
+                self.widths[index] += along.square().sum(0).cpu()
+
+        output.register_hook(measure)
+
+    def diagonal(self, values: Tensor, inputs: Tensor, output: Tensor) -> None:
+        """Measure the diagonal E (r,), its width and its components, where its gradient reaches `output` (..., r)."""
+        values, inputs = values.detach().float(), inputs.detach()
+
+        def measure(gradient: Tensor) -> None:
+            rows = self._row_count(gradient)
+            products = (gradient.float() * inputs.float()).reshape(rows, -1, len(values)).sum(1)
+            self.ranks += (products * values).square().sum(0).cpu()
+            if self._measures("E"):
+                errors = [quantize(values, self.weight_range("E", bits), bits) - values for bits in MEASURED]
+                along = products @ torch.stack(errors, dim=1)
+                self.widths[self.kinds.index("E")] += along.square().sum(0).cpu()
+
+        output.register_hook(measure)
+
+    @property
+    def found(self) -> dict[str, Tensor]:
+        return {
+            "width_sums": self.widths,
+            "rank_sums": self.ranks,
+            "ranges": self.ranges,
+            "passes": torch.tensor(float(self.used)),
+        }
+
+
+def probed_forward(layer: Any, name: str, x: Tensor, probe: Probe, *args: Any, **kwargs: Any) -> Tensor:
+    """Forward pass of Algorithm 1, as `BLoraLayer` has it, with the tensors of `probe` measured on the way."""
+    probe.used = True
+    quantized = layer.current_quantization(name)
+    x = x + probe.anchor.to(x.device, x.dtype)
+    inputs = probe.activation("in", x, quantized("in", x))
+    if quantized.replaces_weight:
+        weight = quantized("weight", layer.weight)
+        result = F.linear(inputs, weight.T if layer.is_transposed else weight, layer.bias)
+    else:
+        result = layer.base_layer(inputs, *args, **kwargs)
+    if layer.has_plain_weight:
+        probe.weight("weight", layer.weight.T if layer.is_transposed else layer.weight, inputs, result)
+
+    a, e, b = layer.blora_A[name], layer.blora_E[name], layer.blora_B[name]
+    branch = layer.adapter_input(name, inputs, a.dtype)
+    hidden = F.linear(branch, quantized("A", a).detach())
+    probe.weight("A", a, branch, hidden)
+    hidden = probe.activation("A_out", hidden, quantized("A_out", hidden))
+    diagonal = layer.gated(name, quantized("E", e)).detach()
+    scaled = hidden * diagonal.to(hidden.dtype)
+    probe.diagonal(e, hidden, scaled)
+    scaled = probe.activation("E_out", scaled, quantized("E_out", scaled))
+    update = F.linear(scaled, quantized("B", b).detach())
+    probe.weight("B", b, scaled, update)
+    result = result + (update * layer.scaling[name]).to(result.dtype)
+    return probe.activation("out", result, quantized("out", result))
+
+
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Put every module in evaluation mode, and back into its own mode afterwards."""
+    training = [module for module in model.modules() if module.training]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module in training:
+            module.training = True
+
+
+def score_seed(output: Any, inputs: Mapping[str, Any], config: Any, step: int) -> tuple[Tensor, Tensor, int]:
+    """Return logits, the derivative of drawn negative log-likelihoods by them, and the number of terms of the loss.
+
+    Two classes need no draw: their two scores differ by a factor only. Regression is a Gaussian of variance 1/2, whose
+    likelihood is the squared error; several labels are Bernoulli variables. Draws depend on a row's tokens and on
+    `step` alone, so that they are the same on any rank.
+    """
+    logits = _logits(output)
+    values = logits.detach().float()
+    problem = getattr(config, "problem_type", None)
+    outputs = values.shape[-1]
+    present = _present(values, inputs)
+    terms = int(present.sum())
+    if problem == "regression" or (outputs == 1 and problem is None):
+        signs = torch.where(_uniform(values.shape, inputs, step, values.device) < 0.5, -1.0, 1.0)
+        seed = signs * (2 / outputs) ** 0.5
+    elif problem == "multi_label_classification":
+        probability = torch.sigmoid(values)
+        drawn = (_uniform(values.shape, inputs, step, values.device) < probability).float()
+        seed = (probability - drawn) / outputs**0.5
+    elif outputs == 2:
+        probability = torch.softmax(values, -1)
+        size = probability.prod(-1, keepdim=True).sqrt()
+        seed = torch.cat([-size, size], -1)
+    else:
+        probability = torch.softmax(values, -1)
+        uniform = _uniform((*values.shape[:-1], 1), inputs, step, values.device)
+        drawn = (probability.cumsum(-1) < uniform).sum(-1).clamp(max=outputs - 1)
+        seed = probability - F.one_hot(drawn, outputs)
+    seed = seed * present.reshape(*present.shape, *[1] * (seed.ndim - present.ndim))
+    return logits, seed.to(logits.dtype), max(terms, 1)
+
+
+def _logits(output: Any) -> Tensor:
+    if isinstance(output, Tensor):
+        return output
+    found = getattr(output, "logits", None)
+    return found if isinstance(found, Tensor) else next(v for v in output if isinstance(v, Tensor) and v.ndim > 1)
+
+
+def _present(logits: Tensor, inputs: Mapping[str, Any]) -> Tensor:
+    """1 where a prediction counts: every row, or every token that is not padding and has a label."""
+    if logits.ndim < 3:
+        return logits.new_ones(logits.shape[:1])
+    for name in ("labels", "attention_mask"):
+        given = inputs.get(name)
+        if isinstance(given, Tensor) and given.shape == logits.shape[:2]:
+            return ((given != -100) if name == "labels" else given.bool()).to(logits.dtype)
+    return logits.new_ones(logits.shape[:2])
+
+
+def _uniform(shape: Sequence[int], inputs: Mapping[str, Any], step: int, device: torch.device) -> Tensor:
+    """Numbers in [0, 1) that a row's tokens, the step and the position decide."""
+    tokens = next((v for v in inputs.values() if isinstance(v, Tensor) and not v.is_floating_point() and v.ndim), None)
+    rows = torch.zeros(shape[0], dtype=torch.float64)
+    if tokens is not None and len(tokens) == shape[0]:
+        flat = tokens.reshape(len(tokens), -1).cpu().double()
+        rows = (flat * (torch.arange(flat.shape[1]) % 97 + 1)).sum(1)
+    places = torch.arange(int(torch.Size(shape[1:]).numel()), dtype=torch.float64).reshape(1, -1)
+    mixed = (rows.reshape(-1, 1) + 1) * _GOLDEN + places * 0.7548776662466927 + step * 0.5698402909980532
+    return (mixed % 1).reshape(tuple(shape)).to(device, torch.float32)

@@ -1,0 +1,76 @@
+r"""Rotation of a low-rank update into its singular value decomposition.
+
+$s\,B\,\mathrm{diag}(E)\,A$ is the same function for every invertible change of basis of its r components, so that after
+training all of them matter a little and none can go. In the singular value decomposition $U S V^\top$ of
+$B\,\mathrm{diag}(E)\,A$ they are sorted and as few as possible carry the update. It is found from the factors alone:
+two QR decompositions, and the decomposition of the r × r middle, $O((d_{in} + d_{out}) r^2)$.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+
+class Factors(NamedTuple):
+    """A (r, d_in), E (r,) and B (d_out, r)."""
+
+    A: Tensor
+    E: Tensor
+    B: Tensor
+
+
+@torch.no_grad()
+def rotated(factors: Factors) -> Factors:
+    r"""Return factors with the same $B\,\mathrm{diag}(E)\,A$: $A = V^\top$, $E = S$ in falling order, $B = U$.
+
+    Rows of A and columns of B have unit length: every entry of a factor then is of one size, whatever its component is
+    worth, which a range for all of them quantizes with the least error in the product (with S divided between A and B
+    the small components would set the error of the large ones). A component beyond the smaller dimension of the layer
+    has S = 0.
+    """
+    a, e, b = (factor.double() for factor in factors)
+    rank = len(e)
+    columns, upper = torch.linalg.qr(b * e)
+    rows, lower = torch.linalg.qr(a.T)
+    u, s, v = torch.linalg.svd(upper @ lower.T)
+    left, right = columns @ u, v @ rows.T
+    found = Factors(a.new_zeros(a.shape), e.new_zeros(rank), b.new_zeros(b.shape))
+    found.A[: right.shape[0]], found.B[:, : left.shape[1]], found.E[: len(s)] = right, left, s
+    return Factors(*(new.to(old.dtype) for new, old in zip(found, factors, strict=True)))
+
+
+@torch.no_grad()
+def rotate(a: nn.Parameter, e: nn.Parameter, b: nn.Parameter, optimizer: Optimizer) -> None:
+    r"""Rotate the three parameters in place, and what Adam knows of them with them.
+
+    With $A' = T A$ the gradient of B changes by $\partial B' = \partial B\, M$, $M = \mathrm{diag}(E)^{-1} T^\top
+    \mathrm{diag}(E')$, and likewise for A. First moments start again at zero; second moments are mixed by the squares
+    of M, as those of independent entries would be. E, whose gradient is another one in the new basis, starts anew.
+    """
+    old = Factors(*(p.detach().clone() for p in (a, e, b)))
+    new = rotated(old)
+    of_a = torch.linalg.lstsq(old.A.T.double(), new.A.T.double()).solution.T  # T with A' = T A
+    of_b = torch.linalg.lstsq(old.B.double(), new.B.double()).solution.T  # R with B' = B R^T
+    for parameter, value in zip((a, e, b), new, strict=True):
+        parameter.copy_(value)
+    inverse = torch.where(old.E != 0, 1 / old.E, torch.zeros_like(old.E)).double()
+    mix_b = (inverse.unsqueeze(1) * of_a.T * new.E.double()).square()
+    mix_a = (new.E.double().unsqueeze(1) * of_b * inverse).square()
+    _mix(optimizer, b, lambda moment: moment @ mix_b.to(moment))
+    _mix(optimizer, a, lambda moment: mix_a.to(moment) @ moment)
+    optimizer.state.pop(e, None)
+
+
+def _mix(optimizer: Optimizer, parameter: nn.Parameter, mixed: Any) -> None:
+    """Restart the first moment of Adam and mix the second; drop the state that another optimizer keeps."""
+    state = optimizer.state.get(parameter, {})
+    second = state.get("exp_avg_sq")
+    if set(state) <= {"step", "exp_avg", "exp_avg_sq"} and isinstance(second, Tensor) and second.is_floating_point():
+        second.copy_(mixed(second.clone()))
+        state["exp_avg"].zero_()
+    else:
+        optimizer.state.pop(parameter, None)
