@@ -27,7 +27,9 @@ class BLoraConfig(AdapterConfig):
     per_channel: bool = field(default=False, metadata={"help": "One range an output channel for W0 and for A."})
     gates: Literal["evidence", "paper"] | None = field(
         default=None,
-        metadata={"help": "Close gates by their evidence and one price (evidence, the default), or as the paper does."},
+        metadata={
+            "help": "Close gates by their evidence and one price (evidence, the default), or as the paper does."
+        },
     )
     rotate: bool = field(
         default=True, metadata={"help": "Rotate A, E, B into their singular value decomposition before gates close."}
@@ -36,7 +38,8 @@ class BLoraConfig(AdapterConfig):
         default=None, metadata={"help": "Share of the bit operations of LoRA r=16 at 32 bits to reach."}
     )
     target_bytes: float | None = field(
-        default=None, metadata={"help": "Share of the bytes of the adapted layers under LoRA r=16 in float32 to reach."}
+        default=None,
+        metadata={"help": "Share of the bytes of the adapted layers under LoRA r=16 in float32 to reach."},
     )
     target_rank: float | None = field(default=None, metadata={"help": "Mean rank to reach."})
     bops_price: float = field(
@@ -101,7 +104,9 @@ class BLoraConfig(AdapterConfig):
             target = getattr(self, name)
             self._check(name, target is None or 0 < target < 1, "between 0 and 1", "give a share of LoRA's cost")
         rank = self.target_rank
-        self._check("target_rank", rank is None or 0 < rank < self.r, f"between 0 and r = {self.r}", "give a mean rank")
+        self._check(
+            "target_rank", rank is None or 0 < rank < self.r, f"between 0 and r = {self.r}", "give a mean rank"
+        )
         for name in ("target_bops", "target_bytes", "quantize_input", "fixed_bits"):
             if getattr(self, name) and not self.learns_bits:
                 raise BayesLoraError(f"{name} is given, but mode 'ra' has no bit-widths: drop it, or use 'q+ra'")
@@ -139,6 +144,11 @@ class BLoraConfig(AdapterConfig):
         """Starting logits of the gates of 4, 8, 16 and 32 bits of one kind of tensor."""
         fixed = (self.fixed_bits or {}).get(kind)
         return self.initial_bit_logits if fixed is None else fixed_logits(fixed)
+
+    @property
+    def currency(self) -> tuple[str, float | None]:
+        """Currency of the widths' cost, `"bops"` or `"bytes"`, and the budget in it, if there is one."""
+        return ("bops", self.target_bops) if self.target_bytes is None else ("bytes", self.target_bytes)
 
     @property
     def learns_bits(self) -> bool:

@@ -10,10 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bayeslora.methods import allocation
-from bayeslora.methods.allocation import Allocation, CostModel
+from bayeslora.methods.allocation import Allocation, CostModel, Evidence, Product, TensorKey, allocate
 from bayeslora.methods.blora.config import BLoraConfig
-from bayeslora.methods.blora.evidence import MEASURED, RANGED, Evidence
+from bayeslora.methods.blora.evidence import MEASURED, RANGED
 from bayeslora.vocabulary import ACTIVATIONS, WIDTHS
 
 DECISIONS = 4
@@ -61,43 +60,68 @@ def falling(progress: float, start: float, target: float) -> float:
     return target + (start - target) * (1 - progress) ** 3
 
 
-@torch.no_grad()
+@dataclass
+class Choice:
+    """Widths and open components of every layer, and the prices at which they were decided."""
+
+    widths: dict[TensorKey, int]
+    open: dict[str, list[bool]]
+    prices: tuple[float, float]
+
+    @property
+    def ranks(self) -> dict[str, int]:
+        """Number of open components of each layer."""
+        return {path: sum(components) for path, components in self.open.items()}
+
+
 def choose(
     layers: Mapping[str, Any], name: str, config: BLoraConfig, costs: Mapping[str, CostModel], progress: float
-) -> tuple[Allocation | None, Allocation | None]:
-    """Return the choice of widths and that of ranks at `progress`; None where they are not learned."""
-    ranks = widths = None
+) -> Choice:
+    """Choose what the evidence of `layers` and the budgets or prices of `config` ask for at `progress` in [0, 1].
+
+    Ranks are closed under their own budget or price first; then widths under theirs, which may close further ranks.
+    """
+    deltas = {path: layer.evidence(name).rank_deltas.tolist() for path, layer in layers.items()}
+    found = Choice({}, {path: [True] * len(row) for path, row in deltas.items()}, (0.0, 0.0))
     if config.learns_ranks:
-        found = allocation.Evidence({}, {path: layer.evidence(name).rank_deltas.tolist() for path, layer in layers.items()})
-        ranks = _allocate(found, costs["rank"], config.target_rank, config.rank_price, progress, _ranks(layers, name))
+        evidence = Evidence({}, deltas)
+        chosen = _allocate(evidence, costs["rank"], config.target_rank, config.rank_price, progress)
+        found.open, found.prices = chosen.open, (0.0, chosen.price)
     if config.learns_bits:
-        tables = {(path, kind): table for path, layer in layers.items() for kind, table in width_table(layer, name, config)}
-        kept = ranks.ranks if ranks is not None else _ranks(layers, name)
-        currency = "bytes" if config.target_bytes is not None else "bops"
-        target = config.target_bytes if config.target_bytes is not None else config.target_bops
-        cost = replace(costs[currency], default_ranks=kept)
-        widths = _allocate(allocation.Evidence(tables, {}), cost, target, config.bops_price, progress, kept)
-    return widths, ranks
+        tables = {
+            (path, kind): table for path, layer in layers.items() for kind, table in width_table(layer, name, config)
+        }
+        kept = {
+            path: [delta for delta, stays in zip(row, found.open[path], strict=True) if stays]
+            for path, row in deltas.items()
+        }
+        evidence = Evidence(tables, kept if config.learns_ranks else {})
+        currency, target = config.currency
+        chosen = _allocate(evidence, costs[currency], target, config.bops_price, progress)
+        found.widths, found.prices = chosen.widths, (chosen.price, found.prices[1])
+        for path, components in chosen.open.items():
+            stays = iter(components)
+            found.open[path] = [was_open and next(stays) for was_open in found.open[path]]
+    return found
 
 
-def _allocate(
-    evidence: allocation.Evidence,
-    cost: CostModel,
-    target: float | None,
-    price: float,
-    progress: float,
-    ranks: Mapping[str, int],
-) -> Allocation:
+def _allocate(evidence: Evidence, cost: CostModel, target: float | None, price: float, progress: float) -> Allocation:
     if target is None:
-        return allocation.allocate(evidence, cost, price=price * progress**3)
-    start = cost.share({key: max(table) for key, table in evidence.widths.items()}, ranks)
+        return allocate(evidence, cost, price=price * progress**3)
+    widest = {key: max(table) for key, table in evidence.widths.items()}
+    start = cost.share(widest, {path: len(row) for path, row in evidence.ranks.items()})
     if start <= target:
-        return allocation.allocate(evidence, cost, price=0.0)
-    return allocation.allocate(evidence, cost, target=falling(progress, start, target))
+        return allocate(evidence, cost, price=0.0)
+    return allocate(evidence, cost, target=falling(progress, start, target))
 
 
-def _ranks(layers: Mapping[str, Any], name: str) -> dict[str, int]:
-    return {path: len(layer.blora_E[name]) for path, layer in layers.items()}
+def check_reachable(layers: Mapping[str, Any], name: str, config: BLoraConfig, cost: CostModel, target: float) -> None:
+    """Raise BayesLoraError if not even the narrowest widths reach `target`."""
+    tables = {
+        (path, kind): table for path, layer in layers.items() for kind, table in width_table(layer, name, config)
+    }
+    ranks = {path: layer.evidence(name).rank_deltas.tolist() for path, layer in layers.items()}
+    allocate(Evidence(tables, ranks if config.learns_ranks else {}), cost, target=target)
 
 
 def width_table(layer: Any, name: str, config: BLoraConfig) -> list[tuple[str, dict[int, float]]]:
@@ -114,25 +138,23 @@ def width_table(layer: Any, name: str, config: BLoraConfig) -> list[tuple[str, d
 
 
 @torch.no_grad()
-def apply(layers: Mapping[str, Any], name: str, widths: Allocation | None, ranks: Allocation | None) -> None:
+def apply(layers: Mapping[str, Any], name: str, choice: Choice) -> None:
     """Give every layer its new widths and ranks; a tensor whose width changes gets the best range for it."""
     for path, layer in layers.items():
-        if ranks is not None:
-            layer.rank_gates(name).set_open(torch.tensor(ranks.open[path], device=layer.blora_E[name].device))
-        if widths is None:
-            continue
-        quantizers, present = layer.quantizers(name), layer.widths(name)
-        for kind in quantizers.kinds:
-            bits = widths.widths[path, kind]
+        if name in layer.blora_rank:
+            layer.rank_gates(name).set_open(torch.tensor(choice.open[path], device=layer.blora_E[name].device))
+        present = layer.widths(name)
+        for kind in layer.quantized_kinds(name):
+            bits = choice.widths[path, kind]
             if bits != present[kind]:
-                quantizers.set_width(kind, bits, best_range(layer, name, kind, bits))
+                layer.quantizers(name).set_width(kind, bits, best_range(layer, name, kind, bits))
 
 
 def best_range(layer: Any, name: str, kind: str, bits: int) -> Tensor:
     """Return the range with the least squared error at `bits` bits: of a weight, or of the activations observed."""
     if kind not in ACTIVATIONS:
         return layer.weight_range(name, kind, bits)
-    evidence: Evidence = layer.evidence(name)
+    evidence = layer.evidence(name)
     index = layer.quantizers(name).kinds.index(kind)
     column = RANGED.index(min(bits, RANGED[-1]))
     if not evidence.passes or not evidence.ranges[index, column]:
@@ -153,23 +175,22 @@ def pooled(found: Sequence[dict[str, Tensor]]) -> list[dict[str, Tensor]]:
     return [{key: next(parts).view(tensor.shape) for key, tensor in sums.items()} for sums in found]
 
 
-def record_prices(
-    layers: Mapping[str, Any], name: str, widths: Allocation | None, ranks: Allocation | None, costs: Mapping[str, CostModel], currency: str
+def record(
+    layers: Mapping[str, Any], name: str, choice: Choice, costs: Mapping[str, CostModel], currency: str
 ) -> None:
-    """Keep with the evidence of each layer what its gates save, and at which price they were decided."""
+    """Keep with the evidence of each layer what its gates save, and the prices at which they were decided."""
+    by_layer: dict[str, list[Product]] = {path: [] for path in layers}
+    cost = costs.get(currency, CostModel((), 0.0))
+    for product in cost.products:
+        for path in {side[0] for side in (product.left, product.right) if not isinstance(side, int)} & layers.keys():
+            by_layer[path].append(product)
     for path, layer in layers.items():
         evidence = layer.evidence(name)
-        if ranks is not None:
-            evidence.prices[1] = ranks.price
-            evidence.rank_savings.fill_(1 / len(layers))
-        if widths is None:
-            continue
-        evidence.prices[0] = widths.price
-        kept = ranks.ranks if ranks is not None else _ranks(layers, name)
-        cost = costs[currency]
-        own = [p for p in cost.products if any(isinstance(side, tuple) and side[0] == path for side in (p.left, p.right))]
-        for row, kind in enumerate(layer.quantizers(name).kinds):
+        evidence.prices.copy_(torch.tensor(choice.prices))
+        evidence.rank_savings.fill_(1 / len(layers))
+        for row, kind in enumerate(layer.quantized_kinds(name)):
             key = (path, kind)
-            partial = CostModel(tuple(p for p in own if key in (p.left, p.right)), cost.baseline)
-            shares = [partial.share({**widths.widths, key: bits}, kept) for bits in WIDTHS]
-            evidence.width_savings[row] = torch.tensor([b - a for a, b in zip(shares, shares[1:], strict=False)])
+            own = replace(cost, products=tuple(p for p in by_layer[path] if key in (p.left, p.right)))
+            shares = [own.share({**choice.widths, key: bits}, choice.ranks) for bits in WIDTHS]
+            savings = [wide - narrow for narrow, wide in zip(shares, shares[1:], strict=False)]
+            evidence.width_savings[row] = torch.tensor(savings)

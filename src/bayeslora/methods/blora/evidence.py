@@ -147,7 +147,7 @@ class Probe:
         return after
 
     def weight(self, kind: str, weight: Tensor, inputs: Tensor, output: Tensor) -> None:
-        """Measure the weight (d_out, d_in) that multiplied `inputs` (..., d_in), where its gradient reaches `output`."""
+        """Measure the weight (d_out, d_in) that multiplied `inputs` (..., d_in), where its gradient meets `output`."""
         if not self._measures(kind):
             return
         index, values, inputs = self.kinds.index(kind), weight.detach().float(), inputs.detach()

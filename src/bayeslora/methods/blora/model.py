@@ -24,7 +24,7 @@ from torch.optim import Optimizer
 from bayeslora.errors import BayesLoraError
 from bayeslora.methods.allocation import CostModel
 from bayeslora.methods.blora.config import BLoraConfig
-from bayeslora.methods.blora.decisions import MEMORY, Schedule, apply, choose, pooled, record_prices
+from bayeslora.methods.blora.decisions import MEMORY, Schedule, apply, check_reachable, choose, pooled, record
 from bayeslora.methods.blora.evidence import Probe, evaluating, score_seed
 from bayeslora.methods.blora.gated_quantizers import Phase
 from bayeslora.methods.blora.layer import BLoraLayer, Linear
@@ -35,10 +35,8 @@ from bayeslora.quantization import (
     OPEN_LOGIT,
     nested_probability,
     open_probability,
-    opened,
     rank_probability,
 )
-from bayeslora.vocabulary import WIDTHS
 
 
 @dataclass(kw_only=True)
@@ -132,9 +130,7 @@ class BLoraModel(BayesTuner):
                 "train longer, or lower warmup_fraction and freeze_fraction"
             )
         observed = max(1, warm_up_end // OBSERVED_SHARE)
-        run = BLoraRun(
-            rotated_after=max(1, warm_up_end - observed), warm_up_end=warm_up_end, frozen_from=frozen_from
-        )
+        run = BLoraRun(rotated_after=max(1, warm_up_end - observed), warm_up_end=warm_up_end, frozen_from=frozen_from)
         self._run = run
         if config.learns_bits:
             self.learning_rates["ranges"] = config.range_learning_rate
@@ -164,39 +160,23 @@ class BLoraModel(BayesTuner):
         run.schedule = Schedule.of(run.warm_up_end, run.frozen_from, setup.total_steps)
         if setup.cost_of is None:
             raise BayesLoraError(
-                "TrainingSetup lacks cost_of, but gates='evidence' weigh the loss against a cost: train with BayesLoop "
-                "or attach"
+                "TrainingSetup lacks cost_of, but gates='evidence' weigh the loss against a cost: train with "
+                "BayesLoop or attach"
             )
         run.costs["rank"] = setup.cost_of("rank")
         if config.learns_bits:
             self.learning_rates.update({"bit gates": 0.0, "weight ranges": 0.0})
-            currency = self._currency(config)
+            currency, target = config.currency
             cost = run.costs[currency] = setup.cost_of(currency)
-            target = config.target_bops if currency == "bops" else config.target_bytes
             if target is not None:
-                self._check_reachable(cost, currency, target)
+                name = self.training_adapter()
+                check_reachable(self.named_layers(name), name, config, cost, target)
         if config.learns_ranks:
             self.learning_rates["rank gates"] = 0.0
         if not self._hooked:
             # A model without a task calls its base model itself, one with a task calls `forward` below.
             self.model.register_forward_pre_hook(self._before_forward, with_kwargs=True)
             self._hooked = True
-
-    def _currency(self, config: BLoraConfig) -> str:
-        return "bytes" if config.target_bytes is not None else "bops"
-
-    def _check_reachable(self, cost: CostModel, currency: str, target: float) -> None:
-        name = self.training_adapter()
-        config, layers = self.config_of(name), self.named_layers(name)
-        fixed = config.fixed_bits or {}
-        narrow = {(path, kind): fixed.get(kind, WIDTHS[0]) for path, layer in layers.items() for kind in layer.quantized_kinds(name)}
-        least = cost.share(narrow, {path: 0 if config.learns_ranks else len(layer.blora_E[name]) for path, layer in layers.items()})
-        if least > target:
-            wider = "" if config.quantize_input else "; quantize_input=True lowers it"
-            raise BayesLoraError(
-                f"target_{currency} is {target:g}, but the least that these layers can reach is {least:.4f}: products "
-                f"with an operand of 32 bits set it{wider}"
-            )
 
     def run_state(self) -> BLoraRun:
         return cast(BLoraRun, super().run_state())
@@ -233,7 +213,9 @@ class BLoraModel(BayesTuner):
         probes = {}
         for path, layer in layers.items():
             ranges = functools.partial(layer.weight_range, name)
-            probes[path] = layer.probe = Probe(layer.quantized_kinds(name), len(layer.blora_E[name]), rows, fixed, ranges)
+            probes[path] = layer.probe = Probe(
+                layer.quantized_kinds(name), len(layer.blora_E[name]), rows, fixed, ranges
+            )
         try:
             with evaluating(self.model), torch.enable_grad():
                 output = self.model(*args, **kwargs)
@@ -296,10 +278,10 @@ class BLoraModel(BayesTuner):
         name, run = self.training_adapter(), self.run_state()
         assert run.schedule is not None
         layers, config = self.named_layers(name), self.config_of(name)
-        widths, ranks = choose(layers, name, config, run.costs, run.schedule.progress(step))
-        apply(layers, name, widths, ranks)
+        choice = choose(layers, name, config, run.costs, run.schedule.progress(step))
+        apply(layers, name, choice)
         if step == run.schedule.decisions[-1]:
-            record_prices(layers, name, widths, ranks, run.costs, self._currency(config))
+            record(layers, name, choice, run.costs, config.currency[0])
             return
         for layer in layers.values():
             layer.evidence(name).forget(MEMORY)

@@ -1,7 +1,7 @@
 r"""Rotation of a low-rank update into its singular value decomposition.
 
-$s\,B\,\mathrm{diag}(E)\,A$ is the same function for every invertible change of basis of its r components, so that after
-training all of them matter a little and none can go. In the singular value decomposition $U S V^\top$ of
+$s\,B\,\mathrm{diag}(E)\,A$ is the same function for every invertible change of basis of its r components, so that
+after training all of them matter a little and none can go. In the singular value decomposition $U S V^\top$ of
 $B\,\mathrm{diag}(E)\,A$ they are sorted and as few as possible carry the update. It is found from the factors alone:
 two QR decompositions, and the decomposition of the r × r middle, $O((d_{in} + d_{out}) r^2)$.
 """
