@@ -176,17 +176,18 @@ def pooled(found: Sequence[dict[str, Tensor]]) -> list[dict[str, Tensor]]:
 
 
 def record(
-    layers: Mapping[str, Any], name: str, choice: Choice, costs: Mapping[str, CostModel], currency: str
+    layers: Mapping[str, Any], name: str, choice: Choice, cost: CostModel | None, num_examples: int | None
 ) -> None:
     """Keep with the evidence of each layer what its gates save, and the prices at which they were decided."""
     by_layer: dict[str, list[Product]] = {path: [] for path in layers}
-    cost = costs.get(currency, CostModel((), 0.0))
+    cost = cost or CostModel((), 0.0)
     for product in cost.products:
         for path in {side[0] for side in (product.left, product.right) if not isinstance(side, int)} & layers.keys():
             by_layer[path].append(product)
     for path, layer in layers.items():
         evidence = layer.evidence(name)
         evidence.prices.copy_(torch.tensor(choice.prices))
+        evidence.examples.fill_(num_examples or 0)
         evidence.rank_savings.fill_(1 / len(layers))
         for row, kind in enumerate(layer.quantized_kinds(name)):
             key = (path, kind)

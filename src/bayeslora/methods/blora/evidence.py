@@ -43,7 +43,7 @@ class Evidence(Float32Module):
     `rank_sums` (r,), the same for each component; `terms`, the number of terms of the loss in these sums; `ranges`
     (kinds, 4), sums of the best ranges of activations for 2, 4, 8 and 16 bits, and `passes`, their number;
     `width_savings` (kinds, 4) and `rank_savings` (r,), the cost that closing a gate saves; `prices` (2,), in nats of
-    mean loss for a unit of that cost, of widths and of ranks.
+    mean loss for a unit of that cost, of widths and of ranks; `examples`, N, 0 where it is unknown.
     """
 
     width_sums: Tensor
@@ -54,6 +54,7 @@ class Evidence(Float32Module):
     width_savings: Tensor
     rank_savings: Tensor
     prices: Tensor
+    examples: Tensor
 
     def __init__(self, kinds: int, rank: int) -> None:
         super().__init__()
@@ -62,7 +63,7 @@ class Evidence(Float32Module):
             self.register_buffer(name, torch.zeros(kinds, len(RANGED)))
         for name in ("rank_sums", "rank_savings"):
             self.register_buffer(name, torch.zeros(rank))
-        for name in ("terms", "passes"):
+        for name in ("terms", "passes", "examples"):
             self.register_buffer(name, torch.zeros(()))
         self.register_buffer("prices", torch.zeros(2))
 
