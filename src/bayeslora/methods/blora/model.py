@@ -48,6 +48,7 @@ class BLoraRun(RunState):
         warm_up_end: first step in which gates learn.
         frozen_from: first step in which they are frozen.
         schedule: decisions by evidence; None for the paper's gates.
+        num_examples: N, where it is known.
         costs: what bit operations, bytes and ranks cost, by currency.
         found: evidence of the current step, by layer.
     """
@@ -55,6 +56,7 @@ class BLoraRun(RunState):
     rotated_after: int
     warm_up_end: int
     frozen_from: int
+    num_examples: int | None = None
     schedule: Schedule | None = None
     costs: dict[str, CostModel] = field(default_factory=dict)
     found: dict[str, dict[str, Tensor]] = field(default_factory=dict)
@@ -130,7 +132,12 @@ class BLoraModel(BayesTuner):
                 "train longer, or lower warmup_fraction and freeze_fraction"
             )
         observed = max(1, warm_up_end // OBSERVED_SHARE)
-        run = BLoraRun(rotated_after=max(1, warm_up_end - observed), warm_up_end=warm_up_end, frozen_from=frozen_from)
+        run = BLoraRun(
+            rotated_after=max(1, warm_up_end - observed),
+            warm_up_end=warm_up_end,
+            frozen_from=frozen_from,
+            num_examples=setup.num_examples,
+        )
         self._run = run
         if config.learns_bits:
             self.learning_rates["ranges"] = config.range_learning_rate
@@ -281,7 +288,7 @@ class BLoraModel(BayesTuner):
         choice = choose(layers, name, config, run.costs, run.schedule.progress(step))
         apply(layers, name, choice)
         if step == run.schedule.decisions[-1]:
-            record(layers, name, choice, run.costs, config.currency[0])
+            record(layers, name, choice, run.costs.get(config.currency[0]), run.num_examples)
             return
         for layer in layers.values():
             layer.evidence(name).forget(MEMORY)
