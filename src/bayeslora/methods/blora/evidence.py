@@ -7,7 +7,7 @@ rows is the Fisher information along e, so that
 $$ \Delta(e) = \tfrac{1}{2}\,\mathrm{E}_{rows}\bigl[ \langle \partial\ell/\partial x, e \rangle^2 \bigr]. $$
 
 A sum of squares has no sign to lose: a few batches give it to some per cent. The first-order term with the labels of
-the data is left out: at an optimum it is zero, and its standard error over n rows, $\sqrt{2\Delta / n}$, is larger than
+the data is left out: it is zero at an optimum, and its standard error over n rows, $\sqrt{2\Delta / n}$, exceeds
 Δ itself for every gate in question. With those labels instead of drawn ones Δ would vanish as a model fits its rows.
 
 One pass runs the model once, forward and backward, without dropout, and touches neither gradients nor random numbers.
