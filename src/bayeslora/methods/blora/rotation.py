@@ -25,12 +25,11 @@ class Factors(NamedTuple):
 
 @torch.no_grad()
 def rotated(factors: Factors) -> Factors:
-    r"""Return factors with the same $B\,\mathrm{diag}(E)\,A$: $A = V^\top$, $E = S$ in falling order, $B = U$.
+    r"""Return factors with the same $B\,\mathrm{diag}(E)\,A$: $A = V^\top$, $E = 1$, $B = U S$ with S in falling order.
 
-    Rows of A and columns of B have unit length: every entry of a factor then is of one size, whatever its component is
-    worth, which a range for all of them quantizes with the least error in the product (with S divided between A and B
-    the small components would set the error of the large ones). A component beyond the smaller dimension of the layer
-    has S = 0.
+    Rows of A have unit length, as they begin in LoRA, and a step of B changes the function as much as before: with S
+    in E the small components would hardly learn any more. E = 1 is exact at any width. A component beyond the smaller
+    dimension of the layer has S = 0.
     """
     a, e, b = (factor.double() for factor in factors)
     rank = len(e)
@@ -38,8 +37,8 @@ def rotated(factors: Factors) -> Factors:
     rows, lower = torch.linalg.qr(a.T)
     u, s, v = torch.linalg.svd(upper @ lower.T)
     left, right = columns @ u, v @ rows.T
-    found = Factors(a.new_zeros(a.shape), e.new_zeros(rank), b.new_zeros(b.shape))
-    found.A[: right.shape[0]], found.B[:, : left.shape[1]], found.E[: len(s)] = right, left, s
+    found = Factors(a.new_zeros(a.shape), e.new_ones(rank), b.new_zeros(b.shape))
+    found.A[: right.shape[0]], found.B[:, : left.shape[1]] = right, left * s
     return Factors(*(new.to(old.dtype) for new, old in zip(found, factors, strict=True)))
 
 
