@@ -23,6 +23,7 @@ from bayeslora.errors import BayesLoraError
 from bayeslora.methods.allocation import CostModel
 from bayeslora.methods.description import LayerDescription
 from bayeslora.methods.layer import BayesLayer, adapter_names_by_row
+from bayeslora.vocabulary import CostScope
 
 ParameterRole = str
 """Group of parameters with its own learning rate: ``"weights"``, or a method's such as ``"bit gates"``."""
@@ -36,13 +37,14 @@ class TrainingSetup:
         total_steps: optimizer steps of the whole run.
         num_examples: N, the number of training examples; None where a method does not need it.
         has_posterior: whether the optimizer keeps a Gaussian of every weight, `optimizer.posterior(p) -> (mean, std)`.
-        cost_of: from a currency (`"bops"`, `"bytes"` or `"rank"`) to the cost of the model in it.
+        cost_of: from a currency (`"bops"`, `"bytes"` or `"rank"`) and a scope of bit operations, or None for that of
+            the adapted layers' region, to the cost of the model.
     """
 
     total_steps: int
     num_examples: int | None = None
     has_posterior: bool = False
-    cost_of: Callable[[str], CostModel] | None = None
+    cost_of: Callable[[str, CostScope | None], CostModel] | None = None
 
 
 @dataclass(kw_only=True)

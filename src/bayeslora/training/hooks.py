@@ -19,6 +19,7 @@ from bayeslora.optim import IVON
 from bayeslora.posterior import save_posterior
 from bayeslora.posterior.draws import local
 from bayeslora.training.groups import ROLE
+from bayeslora.vocabulary import CostScope
 
 
 class LoopHook:
@@ -189,14 +190,17 @@ def _largest_step(group: dict[str, Any]) -> float:
     return rate * scale * float(group["clip_radius"])
 
 
-def cost_in(model: nn.Module, currency: str) -> CostModel:
+def cost_in(model: nn.Module, currency: str, scope: CostScope | None = None) -> CostModel:
     """Return the cost of `model` in bit operations (`"bops"`), bytes or ranks.
 
-    Bit operations are those of attention if only its projections are adapted, otherwise those of the encoder.
+    Without a scope, bit operations are those of attention if only its projections are adapted, otherwise those of the
+    encoder.
     """
     if currency == "rank":
         return rank_cost(model)
     if currency == "bytes":
         return bytes_cost(model)
+    if scope is not None:
+        return bops_cost(model, scope)
     adapted = [operation for operation in operations(model) if operation.scope == "adapted"]
     return bops_cost(model, max((operation.region for operation in adapted), key=SCOPES.index, default="attention"))

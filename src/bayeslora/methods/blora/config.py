@@ -37,6 +37,12 @@ class BLoraConfig(AdapterConfig):
     target_bops: float | None = field(
         default=None, metadata={"help": "Share of the bit operations of LoRA r=16 at 32 bits to reach."}
     )
+    bops_scope: Literal["adapted", "attention", "encoder"] | None = field(
+        default=None,
+        metadata={
+            "help": "Bit operations that count: by default attention's, or the encoder's where more is adapted."
+        },
+    )
     target_bytes: float | None = field(
         default=None,
         metadata={"help": "Share of the bytes of the adapted layers under LoRA r=16 in float32 to reach."},
@@ -61,7 +67,7 @@ class BLoraConfig(AdapterConfig):
     )
     initial_rank_logit: float = field(default=6.0, metadata={"help": "Starting logit of the rank gates."})
     calibration: Literal["mse", "absmax"] = field(
-        default="mse", metadata={"help": "Initial ranges: least squared error, or largest magnitude."}
+        default="mse", metadata={"help": "Ranges: least squared error, or largest magnitude."}
     )
     warmup_fraction: float = field(
         default=0.6, metadata={"help": "Share of the steps in full precision while ranges are observed."}
@@ -88,6 +94,8 @@ class BLoraConfig(AdapterConfig):
         self._check_choice("gates", ("evidence", "paper"))
         for name in ("bit_penalty", "rank_penalty", "bops_price", "rank_price"):
             self._check(name, getattr(self, name) >= 0, "at least 0", "give 0 for none")
+        if self.bops_scope is not None:
+            self._check_choice("bops_scope", ("adapted", "attention", "encoder"))
         self._check_targets()
         four = len(self.initial_bit_logits) == len(GATED_WIDTHS)
         self._check("initial_bit_logits", four, "4 numbers", "give those of the gates of 4, 8, 16 and 32 bits")

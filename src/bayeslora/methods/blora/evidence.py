@@ -15,7 +15,7 @@ One pass runs the model once, forward and backward, without dropout, and touches
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -24,7 +24,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from bayeslora.methods.layer import Float32Module
-from bayeslora.quantization import optimal_range, quantize
+from bayeslora.quantization import Calibration, optimal_range, quantize
 
 MEASURED = (2, 4, 8)
 """Widths whose error is measured; at 16 bits it is 2^-16 of that at 8 in the square, and at 32 there is none."""
@@ -109,12 +109,22 @@ class Probe:
         rank: r.
         rows: the batch's rows. A tensor that is not divided by rows (relative positions) counts as one row: with drawn
             labels the square of a sum over rows is the sum of their squares on average.
-        fixed: kinds that are not measured, because their width is given.
+        fixed: kinds whose width is given: only the ranges of activations are found.
+        calibration: how the range of an activation is found.
         weight_range: from kind and bits to the range of a weight.
     """
 
-    def __init__(self, kinds: Sequence[str], rank: int, rows: int, fixed: frozenset[str], weight_range: Any) -> None:
-        self.kinds, self.rows, self.fixed, self.weight_range = tuple(kinds), rows, fixed, weight_range
+    def __init__(
+        self,
+        kinds: Sequence[str],
+        rank: int,
+        rows: int,
+        fixed: frozenset[str],
+        calibration: Calibration,
+        weight_range: Callable[[str, int], Tensor],
+    ) -> None:
+        self.kinds, self.rows, self.fixed = tuple(kinds), rows, fixed
+        self.calibration, self.weight_range = calibration, weight_range
         self.widths = torch.zeros(len(kinds), len(MEASURED))
         self.ranks = torch.zeros(rank)
         self.ranges = torch.zeros(len(kinds), len(RANGED))
@@ -129,10 +139,10 @@ class Probe:
 
     def activation(self, kind: str, before: Tensor, after: Tensor) -> Tensor:
         """Measure the activation `before` where its gradient arrives at `after`, which is returned."""
-        if not self._measures(kind):
+        if kind not in self.kinds:
             return after
         index, values = self.kinds.index(kind), before.detach()
-        bounds = [optimal_range(values, bits) for bits in RANGED]
+        bounds = [optimal_range(values, bits, self.calibration) for bits in RANGED]
         self.ranges[index] += torch.stack([bound.float().cpu() for bound in bounds])
 
         def measure(gradient: Tensor) -> None:
@@ -143,7 +153,8 @@ class Probe:
                 along = (error * gradient).reshape(rows, -1).sum(1)
                 self.widths[index, column] += along.square().sum().cpu()
 
-        after.register_hook(measure)
+        if self._measures(kind):
+            after.register_hook(measure)
         return after
 
     def weight(self, kind: str, weight: Tensor, inputs: Tensor, output: Tensor) -> None:

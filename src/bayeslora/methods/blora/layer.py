@@ -96,7 +96,9 @@ class BLoraLayer(BayesLayer):
                 BASE_WEIGHT: (1, self.out_features) if self.is_transposed else (self.out_features, 1),
                 "A": (rank, 1),
             }
-        return Quantizers(tuple(kinds), shapes, [config.bit_logits(kind) for kind in kinds])
+        by_evidence = config.gates == "evidence"  # which begins at full precision, at given widths too
+        logits = [fixed_logits(UNQUANTIZED) if by_evidence else config.bit_logits(kind) for kind in kinds]
+        return Quantizers(tuple(kinds), shapes, logits)
 
     def adapted(self, x: Tensor, adapter_names: list[str], *args: Any, **kwargs: Any) -> Tensor:
         if len(adapter_names) == 1:

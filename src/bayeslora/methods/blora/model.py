@@ -170,11 +170,11 @@ class BLoraModel(BayesTuner):
                 "TrainingSetup lacks cost_of, but gates='evidence' weigh the loss against a cost: train with "
                 "BayesLoop or attach"
             )
-        run.costs["rank"] = setup.cost_of("rank")
+        run.costs["rank"] = setup.cost_of("rank", None)
         if config.learns_bits:
             self.learning_rates.update({"bit gates": 0.0, "weight ranges": 0.0})
             currency, target = config.currency
-            cost = run.costs[currency] = setup.cost_of(currency)
+            cost = run.costs[currency] = setup.cost_of(currency, config.bops_scope)
             if target is not None:
                 name = self.training_adapter()
                 check_reachable(self.named_layers(name), name, config, cost, target)
@@ -219,10 +219,9 @@ class BLoraModel(BayesTuner):
         rows, fixed = 1 if batch is None else len(batch), frozenset(config.fixed_bits or {})
         probes = {}
         for path, layer in layers.items():
+            kinds, rank = layer.quantized_kinds(name), len(layer.blora_E[name])
             ranges = functools.partial(layer.weight_range, name)
-            probes[path] = layer.probe = Probe(
-                layer.quantized_kinds(name), len(layer.blora_E[name]), rows, fixed, ranges
-            )
+            probes[path] = layer.probe = Probe(kinds, rank, rows, fixed, config.calibration, ranges)
         try:
             with evaluating(self.model), torch.enable_grad():
                 output = self.model(*args, **kwargs)
