@@ -25,7 +25,7 @@ class Factors(NamedTuple):
 
 @torch.no_grad()
 def rotated(factors: Factors) -> Factors:
-    r"""Return factors with the same $B\,\mathrm{diag}(E)\,A$: $A = V^\top$, $E = 1$, $B = U S$ with S in falling order.
+    r"""Return factors with the same $B\,\mathrm{diag}(E)\,A$: $A = V^\top$, $E = 1$ and $B = U S$, S in falling order.
 
     Rows of A have unit length, as they begin in LoRA, and a step of B changes the function as much as before: with S
     in E the small components would hardly learn any more. E = 1 is exact at any width. A component beyond the smaller
