@@ -5,7 +5,7 @@ from bayeslora.methods.allocation import Allocation, CostModel, Evidence, Produc
 from bayeslora.methods.blob import BlobConfig
 from bayeslora.methods.blora import BLoraConfig, BLoraModel
 from bayeslora.methods.config import AdapterConfig
-from bayeslora.methods.description import KINDS, LayerDescription
+from bayeslora.methods.description import KINDS, GateDescription, LayerDescription
 from bayeslora.methods.dylora import DyLoraConfig, at_rank, rank_curve
 from bayeslora.methods.layer import BayesLayer, add_update
 from bayeslora.methods.melora import MeLoraConfig
@@ -27,6 +27,7 @@ __all__ = [
     "CostModel",
     "DyLoraConfig",
     "Evidence",
+    "GateDescription",
     "LayerDescription",
     "MeLoraConfig",
     "Product",

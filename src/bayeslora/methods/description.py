@@ -9,6 +9,33 @@ from bayeslora.vocabulary import KINDS
 
 
 @dataclass(frozen=True)
+class GateDescription:
+    r"""One gate of a layer, as the last decision by evidence left it.
+
+    A gate is worth its price where $\Delta > \lambda w$, and its probability is $\sigma(N (\Delta - \lambda w))$ over
+    the N examples of training (`methods.allocation`).
+
+    Attributes:
+        kind: the tensor whose width the gate is, one of `vocabulary.ALL_KINDS`, or ``"rank"``.
+        gate: the bits that it opens (4, 8, 16 or 32), or the index of the component, counted before any cut.
+        is_open: True if evaluation uses those bits or that component.
+        delta: Δ, the rise of the mean loss in nats when the gate closes: from b to b/2 bits, or without the component.
+        saving: w, what closing it saves: a share of the baseline's cost, or of the mean rank for most ranks. A rank
+            that bit operations or bytes decide counts in these instead.
+        price: λ, in nats of mean loss per unit of the saving.
+        probability: of being open, between 0 and 1; None if N is unknown.
+    """
+
+    kind: str
+    gate: int
+    is_open: bool
+    delta: float
+    saving: float
+    price: float
+    probability: float | None = None
+
+
+@dataclass(frozen=True)
 class LayerDescription:
     """One adapted layer as evaluation sees it.
 
@@ -19,6 +46,8 @@ class LayerDescription:
         initial_rank: the configured rank.
         parameters: number of trained scalars the adapter has here.
         bits: width of each tensor, by the names in `KINDS`; 32 means not quantized.
+        gates: the gates that evidence has decided, those of cut components included; empty for other methods, for the
+            gates of the paper, and before the last decision.
     """
 
     name: str
@@ -28,7 +57,11 @@ class LayerDescription:
     initial_rank: int
     parameters: int
     bits: dict[str, int] = field(default_factory=lambda: dict.fromkeys(KINDS, 32))
+    gates: list[GateDescription] = field(default_factory=list)
 
     def to_dict(self) -> dict[str, Any]:
-        """The entry of `metrics.json`."""
-        return asdict(self)
+        """The entry of `metrics.json`; `gates` is left out if there are none."""
+        found = asdict(self)
+        if not self.gates:
+            del found["gates"]
+        return found

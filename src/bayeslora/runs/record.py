@@ -17,6 +17,8 @@ takes its default, a number that was not finite is null, and unknown keys are ig
 | `ood` | of out-of-distribution inputs: `name`, `rows`, `rows_in`; by measure the `scores` `auroc`, `aupr`, `fpr95` |
 | `labels`, `confusion` | class names by id; examples by true class (rows) and predicted class (columns) |
 | `layers` | by adapted matrix `name`, `rank`, `initial_rank`, `bits` by kind of tensor, shape and parameters |
+| `layers.gates` | of B-LoRA by evidence: `kind` of tensor or `rank`, `gate` (its bits, or the component's index), |
+| | `is_open`, `delta` (nats), `saving` (share), `price` (nats), `probability` (unless N is unknown) |
 | `parameters` | numbers of `trainable`, `adapter` and `total` scalars |
 | `relative_bops` | by scope (`adapted`, `attention`, `encoder`, `model`), relative to LoRA r = 16 at 32 x 32 bits |
 | `seconds`, `peak_memory_bytes` | wall time of `train` and `evaluate`; the largest amount of memory held |
@@ -58,8 +60,26 @@ History = list[dict[str, float]]
 
 
 @dataclass(frozen=True)
+class GateRecord:
+    """One gate that evidence has decided; `methods.description.GateDescription` explains each field."""
+
+    kind: Name
+    gate: Count
+    is_open: bool
+    delta: Finite
+    saving: Finite
+    price: Finite
+    probability: Share | None = None
+
+    @property
+    def is_sure(self) -> bool | None:
+        """Return whether its probability is below 0.05 or above 0.95; None if it is unknown."""
+        return None if self.probability is None else not 0.05 <= self.probability <= 0.95
+
+
+@dataclass(frozen=True)
 class LayerRecord:
-    """One adapted matrix: its module path, effective and initial rank, width in bits by kind, shape and parameters."""
+    """One adapted matrix: its path, effective and initial rank, bits by kind, shape, parameters and gates."""
 
     name: Name
     rank: Count
@@ -68,6 +88,7 @@ class LayerRecord:
     in_features: int | None = None
     out_features: int | None = None
     parameters: int | None = None
+    gates: list[GateRecord] = field(default_factory=list)
 
     def __post_init__(self) -> None:
         if self.initial_rank < self.rank:
@@ -255,6 +276,11 @@ class RunRecord:
         """Return the kinds of tensor that have a width in this run."""
         present = {kind for layer in self.layers for kind in layer.bits}
         return [kind for kind in ALL_KINDS if kind in present] + sorted(present - set(ALL_KINDS))
+
+    @property
+    def gates(self) -> list[GateRecord]:
+        """Return the gates of all layers that evidence has decided."""
+        return [gate for layer in self.layers for gate in layer.gates]
 
     @property
     def is_quantized(self) -> bool:

@@ -1,7 +1,7 @@
 """Read and write JSON files with dataclasses as their schema: reading checks types and ranges.
 
 `from_json` understands dataclasses, `list`, `dict` with text keys, `X | None`, `str`, `int` and `float`, each also as
-`Annotated[X, Limit(...)]`. Unknown keys are ignored, so that older versions read newer files.
+`Annotated[X, Limit(...)]`; and `bool`. Unknown keys are ignored, so that older versions read newer files.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from types import UnionType
 from typing import Annotated, Any, Union, get_args, get_origin, get_type_hints
 
-_NAMES = {str: "a text", int: "a whole number", float: "a number"}
+_NAMES = {str: "a text", int: "a whole number", float: "a number", bool: "true or false"}
 
 
 class Mismatch(ValueError):
@@ -57,7 +57,7 @@ def from_json(kind: Any, value: Any) -> Any:
     if origin is dict:
         items = _object(value).items()
         return {name: _at(name, arguments[1], item) for name, item in items if item is not None}
-    if kind is str and isinstance(value, str):
+    if kind in (str, bool) and isinstance(value, kind):
         return value
     is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
     if kind is float and is_number or kind is int and is_number and math.isfinite(value) and value == int(value):

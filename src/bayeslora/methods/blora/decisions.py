@@ -186,9 +186,16 @@ def record(
             by_layer[path].append(product)
     for path, layer in layers.items():
         evidence = layer.evidence(name)
-        evidence.prices.copy_(torch.tensor(choice.prices))
+        price, rank_price = choice.prices
+        rank_saving = 1 / len(layers)
+        # A rank must be worth both prices; the one that decides it is kept.
+        own = replace(cost, products=tuple(p for p in by_layer[path] if p.rank_of == path))
+        saving = own.share(choice.widths, {**choice.ranks, path: 1})
+        if cost.baseline and price * saving > rank_price * rank_saving:
+            rank_price, rank_saving = price, saving
+        evidence.prices.copy_(torch.tensor([price, rank_price]))
         evidence.examples.fill_(num_examples or 0)
-        evidence.rank_savings.fill_(1 / len(layers))
+        evidence.rank_savings.fill_(rank_saving)
         for row, kind in enumerate(layer.quantized_kinds(name)):
             key = (path, kind)
             own = replace(cost, products=tuple(p for p in by_layer[path] if key in (p.left, p.right)))

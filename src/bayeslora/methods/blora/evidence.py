@@ -43,7 +43,8 @@ class Evidence(Float32Module):
     `rank_sums` (r,), the same for each component; `terms`, the number of terms of the loss in these sums; `ranges`
     (kinds, 4), sums of the best ranges of activations for 2, 4, 8 and 16 bits, and `passes`, their number;
     `width_savings` (kinds, 4) and `rank_savings` (r,), the cost that closing a gate saves; `prices` (2,), in nats of
-    mean loss for a unit of that cost, of widths and of ranks; `examples`, N, 0 where it is unknown.
+    mean loss for a unit of that cost, of widths and of ranks; `examples`, N, 0 where it is unknown; `present` (r,), 0
+    for components that have been cut since: r is the rank before the cut, so that their numbers stay.
     """
 
     width_sums: Tensor
@@ -55,6 +56,7 @@ class Evidence(Float32Module):
     rank_savings: Tensor
     prices: Tensor
     examples: Tensor
+    present: Tensor
 
     def __init__(self, kinds: int, rank: int) -> None:
         super().__init__()
@@ -66,6 +68,7 @@ class Evidence(Float32Module):
         for name in ("terms", "passes", "examples"):
             self.register_buffer(name, torch.zeros(()))
         self.register_buffer("prices", torch.zeros(2))
+        self.register_buffer("present", torch.ones(rank))
 
     @property
     def width_deltas(self) -> Tensor:
@@ -74,14 +77,33 @@ class Evidence(Float32Module):
 
     @property
     def rank_deltas(self) -> Tensor:
-        """Rise of the mean loss (r,) when a component is left out."""
+        """Rise of the mean loss when a component is left out, of those that have not been cut."""
+        return self.all_rank_deltas[self.is_present]
+
+    @property
+    def all_rank_deltas(self) -> Tensor:
+        """Rise of the mean loss (r,) when a component is left out, cut ones included."""
         return self.rank_sums / (2 * self.terms).clamp_min(1)
+
+    @property
+    def is_present(self) -> Tensor:
+        """Boolean mask (r,) of the components that have not been cut."""
+        return self.present > 0
+
+    @property
+    def is_decided(self) -> bool:
+        """Whether the last decision has been made: what the gates save is known from then on."""
+        return bool(self.width_savings.any() or self.rank_savings.any())
 
     @torch.no_grad()
     def add(self, found: Mapping[str, Tensor]) -> None:
         """Add one step's sums, by the names of the buffers."""
         for name, value in found.items():
-            getattr(self, name).add_(value.to(getattr(self, name)))
+            buffer = getattr(self, name)
+            if name == "rank_sums":
+                buffer[self.is_present] += value.to(buffer)
+            else:
+                buffer.add_(value.to(buffer))
 
     @torch.no_grad()
     def forget(self, share: float) -> None:
@@ -92,13 +114,22 @@ class Evidence(Float32Module):
     def _load_from_state_dict(self, state: Any, prefix: str, *args: Any) -> None:
         """Load what is there; what a file lacks keeps its initial value."""
         for name, tensor in self._buffers.items():
-            state.setdefault(prefix + name, tensor)
+            given = state.setdefault(prefix + name, tensor)
+            if tensor is not None and name in ("rank_sums", "rank_savings", "present"):
+                self._buffers[name] = tensor.new_zeros(given.shape)  # with the components that have been cut
         super()._load_from_state_dict(state, prefix, *args)
 
     def cut(self, keep: Tensor) -> None:
-        """Drop the components that `keep` (r,) does not name."""
-        self.rank_sums = self.rank_sums[keep].contiguous()
-        self.rank_savings = self.rank_savings[keep].contiguous()
+        """Mark the components that `keep` does not name as cut; before the last decision, drop them.
+
+        Args:
+            keep: mask of those that have not been cut before.
+        """
+        if self.is_decided:
+            self.present[self.is_present] = keep.to(self.present)
+            return
+        for name in ("rank_sums", "rank_savings", "present"):
+            self._buffers[name] = getattr(self, name)[keep].contiguous()
 
 
 class Probe:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from typing import Any, cast
 
 import torch
@@ -23,6 +24,8 @@ from bayeslora.methods.blora.gated_quantizers import (
     Unquantized,
     calibration_bits,
 )
+from bayeslora.methods.blora.gates import described_gates
+from bayeslora.methods.description import LayerDescription
 from bayeslora.methods.layer import BayesLayer, PackedTensors, add_update
 from bayeslora.quantization import SURE_LOGIT, fixed_logits, linear, optimal_range
 from bayeslora.vocabulary import ACTIVATIONS, BASE_WEIGHT, KINDS, MATRICES, UNQUANTIZED
@@ -272,6 +275,9 @@ class BLoraLayer(BayesLayer):
             quantizers = self.quantizers(adapter_name)
             widths.update(zip(quantizers.kinds, quantizers.evaluation_widths(), strict=True))
         return widths
+
+    def describe(self, adapter_name: str, name: str) -> LayerDescription:
+        return replace(super().describe(adapter_name, name), gates=described_gates(self, adapter_name))
 
     @torch.no_grad()
     def shrink(self, adapter_name: str) -> int:
