@@ -20,7 +20,14 @@ EXAMPLES = 500
 def trained(steps: int = 24, num_examples: int | None = EXAMPLES, **options: object) -> nn.Module:
     """Return a tiny BERT whose adapter has been through `steps` of 24 steps of the library's loop."""
     torch.manual_seed(0)
-    settings = {"r": 4, "target_modules": ["query", "value"], "warmup_fraction": 0.25, "target_bops": 0.6, **options}
+    settings = {
+        "r": 4,
+        "target_modules": ["query", "value"],
+        "warmup_fraction": 0.25,
+        "target_bops": 0.6,
+        "init_weights": False,
+    }
+    settings |= options
     model = get_peft_model(build_tiny_bert(), BLoraConfig(task_type="SEQ_CLS", **settings))  # type: ignore[arg-type]
     optimizer = torch.optim.AdamW(parameter_groups(model, lr=1e-2))
     loop = BayesLoop(model, optimizer, total_steps=24, num_examples=num_examples)
@@ -45,7 +52,7 @@ def test_every_gate_has_its_numbers_and_their_probability(model: nn.Module) -> N
         names = [(gate.kind, gate.gate) for gate in layer.gates]
         assert names == [(kind, bits) for kind in KINDS for bits in (4, 8, 16, 32)] + [("rank", i) for i in range(4)]
         for gate in layer.gates:
-            assert gate.delta >= 0 and gate.saving > 0 and gate.price > 0
+            assert gate.delta >= 0 and gate.saving >= 0 and gate.price > 0
             logit = EXAMPLES * (gate.delta - gate.price * gate.saving)
             assert gate.probability == pytest.approx(1 / (1 + math.exp(-logit)))
             if gate.kind != "rank":
@@ -69,7 +76,14 @@ def test_fixed_widths_and_unlearned_halves_have_no_gates() -> None:
     kinds = {gate.kind for layer in describe(trained(fixed_bits={"A": 4})) for gate in layer.gates}
     assert kinds == {*KINDS, "rank"} - {"A"}
     ranks = [gate for layer in describe(trained(mode="ra", target_bops=None)) for gate in layer.gates]
-    assert {(gate.kind, gate.price, gate.saving) for gate in ranks} == {("rank", pytest.approx(1e-3), 1 / 4)}
+    assert [(gate.kind, gate.price, gate.saving) for gate in ranks] == [("rank", pytest.approx(1e-3), 1 / 4)] * 16
+
+
+def test_a_rank_that_bit_operations_decide_counts_in_these() -> None:
+    found = describe(trained(target_bops=None, bops_price=0.5, rank_price=1e-9))
+    ranks = [gate for layer in found for gate in layer.gates if gate.kind == "rank"]
+    assert {gate.price for gate in ranks} == {0.5} and {gate.is_open for gate in ranks} == {True, False}
+    assert all(gate.is_open == (gate.delta > gate.price * gate.saving) for gate in ranks)
 
 
 def test_without_a_decision_there_are_no_gates() -> None:

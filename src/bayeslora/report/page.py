@@ -12,7 +12,7 @@ from jinja2 import Environment, PackageLoader, StrictUndefined, select_autoescap
 from matplotlib.figure import Figure
 
 from bayeslora.files import write_atomically
-from bayeslora.report import figures, text, training_figures, uncertainty_figures
+from bayeslora.report import evidence_figures, figures, text, training_figures, uncertainty_figures
 from bayeslora.report.style import png_bytes
 from bayeslora.runs.names import order_matrices, shortest_labels
 from bayeslora.runs.record import RunRecord, read_history, read_run
@@ -30,8 +30,8 @@ def write_report(output_dir: Path) -> list[Path]:
         output_dir: the output folder of `bayeslora train`.
 
     Returns:
-        The files written: the PNGs (`ranks`, `bits`, `gates`, `cost`, `calibration`, `selective`, `uncertainty`,
-        `loss`), then `report.html`.
+        The files written: the PNGs (`ranks`, `bits`, `evidence`, `gates`, `cost`, `calibration`, `selective`,
+        `uncertainty`, `loss`), then `report.html`.
 
     Raises:
         BayesLoraError: a file is missing or malformed.
@@ -41,6 +41,7 @@ def write_report(output_dir: Path) -> list[Path]:
     drawn = {
         "ranks": figures.rank_figure(run),
         "bits": figures.bits_figure(run),
+        "evidence": evidence_figures.evidence_figure(run),
         "gates": training_figures.gates_figure(run, history),
         "cost": figures.cost_figure(run),
         **_score_figures(run),
@@ -96,7 +97,8 @@ def environment() -> Environment:
         keep_trailing_newline=True,
     )
     made.filters.update(
-        number=text.number, percent=text.percent, count=text.count, compact=text.compact, duration=text.duration,
+        significant=text.significant, number=text.number,
+        percent=text.percent, count=text.count, compact=text.compact, duration=text.duration,
         memory=text.memory, md=text.markdown_text, score_name=text.score_name,
     )  # fmt: skip
     return made
@@ -118,6 +120,7 @@ def _context(run: RunRecord) -> dict[str, Any]:
         "run": run,
         "matrices": [labels[matrix] for matrix in matrices],
         "ranks": [layer.rank for layer in run.layers],
+        "evidence": evidence_figures.summarize_evidence(run),
         "has_unadapted_part": figures.has_unadapted_part(run),
         "confusion": run.confusion if len(run.confusion) == len(run.labels) else [],
     }

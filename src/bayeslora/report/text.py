@@ -31,6 +31,11 @@ def number(value: float | None, digits: int = 3) -> str:
     return f"{value:.{digits}f}"
 
 
+def significant(value: float) -> str:
+    """Format `value` with two significant digits."""
+    return f"{value:.2g}"
+
+
 def percent(share: float | None) -> str:
     """Format a share (0..1) as per cent with one decimal."""
     return "–" if share is None or math.isnan(share) else f"{100 * share:.1f} %"
