@@ -68,6 +68,7 @@ def evidence_figure(run: RunRecord) -> Figure | None:
         kinds = [kind for kind in ALL_KINDS if any(gate.kind == kind for gate in widths)]
         handles = [_handle(kind, style.KIND_LABELS[kind], style.KIND_STYLE[kind][0], True) for kind in kinds]
         handles += [_handle("", "open", style.GREY, True), _handle("", "closed", style.GREY, False)]
+        handles.append(Line2D([], [], color=style.INK, linewidth=1.1, label=r"price $\lambda w$"))
         figure.legend(handles=handles, loc="outside lower center", ncols=5, handletextpad=0.2, columnspacing=1.2)
     return figure
 
@@ -94,7 +95,7 @@ def _draw_widths(axes: Axes, gates: Sequence[GateRecord]) -> None:
         axes.plot(ends, price * ends, color=style.INK, linewidth=1.1)
         axes.set_xlim(*ends)
     axes.set_xlabel("what closing the gate saves, share of the baseline's cost")
-    axes.set_title(r"Widths: evidence, and its price $\lambda w$ (line)")
+    axes.set_title("Widths: evidence against saving")
 
 
 def _draw_ranks(axes: Axes, gates: Sequence[GateRecord]) -> None:
@@ -111,7 +112,7 @@ def _draw_ranks(axes: Axes, gates: Sequence[GateRecord]) -> None:
         place, [max(gate.price * gate.saving, low) for gate in ordered], where="mid", color=style.INK, linewidth=1.1
     )
     axes.set_xlabel("component, by evidence")
-    axes.set_title(r"Ranks: evidence, and its price $\lambda w$ (line)")
+    axes.set_title("Ranks: evidence against the price")
 
 
 def _log_axis(axes: Axes, gates: Sequence[GateRecord]) -> float:

@@ -97,8 +97,8 @@ def environment() -> Environment:
         keep_trailing_newline=True,
     )
     made.filters.update(
-        significant=text.significant, number=text.number,
-        percent=text.percent, count=text.count, compact=text.compact, duration=text.duration,
+        number=text.number, significant=text.significant, percent=text.percent,
+        count=text.count, compact=text.compact, duration=text.duration,
         memory=text.memory, md=text.markdown_text, score_name=text.score_name,
     )  # fmt: skip
     return made
