@@ -6,40 +6,14 @@ import math
 from pathlib import Path
 
 import pytest
-import torch
-from peft import PeftModel, get_peft_model
+from peft import PeftModel
 from torch import nn
 
-from bayeslora import BayesLoop, BLoraConfig, GateDescription, describe, parameter_groups, shrink
+from bayeslora import GateDescription, describe, shrink
 from tests.conftest import build_tiny_bert
+from tests.methods.evidence_models import EXAMPLES, trained
 
 KINDS = ["weight", "A", "E", "B", "A_out", "E_out", "out"]
-EXAMPLES = 500
-
-
-def trained(steps: int = 24, num_examples: int | None = EXAMPLES, **options: object) -> nn.Module:
-    """Return a tiny BERT whose adapter has been through `steps` of 24 steps of the library's loop."""
-    torch.manual_seed(0)
-    settings = {
-        "r": 4,
-        "target_modules": ["query", "value"],
-        "warmup_fraction": 0.25,
-        "target_bops": 0.6,
-        "init_weights": False,
-    }
-    settings |= options
-    model = get_peft_model(build_tiny_bert(), BLoraConfig(task_type="SEQ_CLS", **settings))  # type: ignore[arg-type]
-    optimizer = torch.optim.AdamW(parameter_groups(model, lr=1e-2))
-    loop = BayesLoop(model, optimizer, total_steps=24, num_examples=num_examples)
-    tokens = torch.randint(5, 30, (16, 8))
-    for _ in range(steps):
-        loop.step_begin()
-        model(input_ids=tokens, labels=tokens[:, 0] % 2).loss.backward()
-        loop.before_optimizer_step()
-        optimizer.step()
-        loop.step_end()
-        optimizer.zero_grad()
-    return model.eval()
 
 
 @pytest.fixture(scope="module")

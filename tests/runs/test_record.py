@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import math
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from bayeslora import describe, load
 from bayeslora.files import finite
-from bayeslora.runs.record import LayerRecord, ReliabilityBin, RunRecord, read_run
+from bayeslora.runs.record import GateRecord, LayerRecord, ReliabilityBin, RunRecord, read_run
 from bayeslora.runs.schema import Mismatch, from_json
 from tests.report.synthetic import make_metrics, write_run
 
@@ -40,6 +43,23 @@ def test_what_is_saved_is_read_back(tmp_path: Path) -> None:
     assert read.scores == {"accuracy": 0.5}, "a number that is not finite is null in the file"
     assert (read.title, read.where, read.layers) == ("Mine", "rotten_tomatoes, test", written.layers)
     assert read.reliability.filled == written.reliability.filled
+
+
+def test_the_gates_of_a_run_are_those_of_its_adapter_with_the_components_that_were_cut(
+    run_of: Callable[[str], Path],
+) -> None:
+    record, model = read_run(run_of("blora")), load(run_of("blora")).model
+    for layer, described in zip(record.layers, describe(model), strict=True):
+        assert [gate.gate for gate in layer.gates if gate.kind == "rank"] == list(range(layer.initial_rank))
+        assert [dataclasses.asdict(gate) for gate in layer.gates] == described.to_dict()["gates"]
+    assert RunRecord.from_dict(record.to_dict()).gates == record.gates
+
+
+def test_a_gate_that_is_neither_open_nor_closed_is_refused() -> None:
+    gate = {"kind": "A", "gate": 4, "is_open": 1, "delta": 0.1, "saving": 0.1, "price": 0.1}
+    with pytest.raises(Mismatch, match="'is_open' is 1, but must be true or false"):
+        from_json(GateRecord, gate)
+    assert from_json(GateRecord, gate | {"is_open": True}).is_sure is None
 
 
 def test_empty_fields_and_unknown_keys_are_left_out() -> None:
