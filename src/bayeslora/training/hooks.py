@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from peft import PeftModel
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
@@ -90,19 +91,24 @@ class MethodHook(LoopHook):
         # From the optimizer's groups, because a walk over the model's tree would take longer than all that follows.
         trained = [p for group in self.optimizer.param_groups for p in group["params"] if p.requires_grad]
         self.penalties = self.tuner.add_penalty(trained, scale)
-        self._drop_unused_gradients(step)
+        self._even_gradients(step)
         self.tuner.observe(step, self.optimizer, scale)
 
-    def _drop_unused_gradients(self, step: int) -> None:
-        """Clear the gradients of roles whose rate is 0 in this step, so that the optimizer leaves them out.
+    def _even_gradients(self, step: int) -> None:
+        """Clear the gradients of roles whose rate is 0 in this step, and give the other such roles one of zeros.
 
-        Adam would count the step and remember the gradient. DDP gives every parameter one, if only zeros, so gates
-        would begin to learn with other bias corrections than in a single process.
+        Adam counts a step, and remembers the gradient, where there is one. DDP gives every parameter one, if only
+        zeros, so gates and ranges would learn with other bias corrections than in a single process.
         """
         for group in self.optimizer.param_groups:
-            if self.tuner.rate_of(group.get(ROLE, "weights"), step) == 0:
-                for parameter in group["params"]:
+            rate = self.tuner.rate_of(group.get(ROLE, "weights"), step)
+            if rate is None:
+                continue
+            for parameter in group["params"]:
+                if rate == 0:
                     parameter.grad = None
+                elif parameter.grad is None:
+                    parameter.grad = torch.zeros_like(parameter)
 
     def step_end(self, step: int) -> None:
         self.tuner.allocate(step, self.optimizer)
@@ -196,6 +202,7 @@ def cost_in(model: nn.Module, currency: str, scope: CostScope | None = None) -> 
     Without a scope, bit operations are those of attention if only its projections are adapted, otherwise those of the
     encoder.
     """
+    model = next((module for module in model.modules() if isinstance(module, PeftModel)), model)
     if currency == "rank":
         return rank_cost(model)
     if currency == "bytes":

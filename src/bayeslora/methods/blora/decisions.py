@@ -97,7 +97,10 @@ def choose(
         }
         evidence = Evidence(tables, kept if config.learns_ranks else {})
         currency, target = config.currency
-        chosen = _allocate(evidence, costs[currency], target, config.bops_price, progress)
+        # Components that the rotation has left at zero cost nothing, in a run that is resumed after it as well.
+        ranks = {path: int(layer.kept(name).sum()) for path, layer in layers.items()}
+        cost = replace(costs[currency], default_ranks=ranks)
+        chosen = _allocate(evidence, cost, target, config.bops_price, progress)
         found.widths, found.prices = chosen.widths, (chosen.price, found.prices[1])
         for path, components in chosen.open.items():
             stays = iter(components)
@@ -142,7 +145,9 @@ def apply(layers: Mapping[str, Any], name: str, choice: Choice) -> None:
     """Give every layer its new widths and ranks; a tensor whose width changes gets the best range for it."""
     for path, layer in layers.items():
         if name in layer.blora_rank:
-            layer.rank_gates(name).set_open(torch.tensor(choice.open[path], device=layer.blora_E[name].device))
+            layer.rank_gates(name).set_open(
+                torch.tensor(choice.open[path], dtype=torch.bool, device=layer.blora_E[name].device)
+            )
         present = layer.widths(name)
         for kind in layer.quantized_kinds(name):
             bits = choice.widths[path, kind]

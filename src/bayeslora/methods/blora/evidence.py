@@ -32,7 +32,7 @@ MEASURED = (2, 4, 8)
 RANGED = (*MEASURED, 16)
 """Widths for which the best ranges of activations are kept."""
 
-_GOLDEN = 0.6180339887498949
+_ODD = 0x5851F42D4C957F2D  # an odd factor with bits set throughout
 _LARGEST_CHUNK = 1 << 24  # entries of the gradients of single rows that are held at once
 
 
@@ -170,7 +170,7 @@ class Probe:
 
     def activation(self, kind: str, before: Tensor, after: Tensor) -> Tensor:
         """Measure the activation `before` where its gradient arrives at `after`, which is returned."""
-        if kind not in self.kinds:
+        if kind not in self.kinds or not before.numel():
             return after
         index, values = self.kinds.index(kind), before.detach()
         bounds = [optimal_range(values, bits, self.calibration) for bits in RANGED]
@@ -190,7 +190,7 @@ class Probe:
 
     def weight(self, kind: str, weight: Tensor, inputs: Tensor, output: Tensor) -> None:
         """Measure the weight (d_out, d_in) that multiplied `inputs` (..., d_in), where its gradient meets `output`."""
-        if not self._measures(kind):
+        if not self._measures(kind) or not weight.numel():
             return
         index, values, inputs = self.kinds.index(kind), weight.detach().float(), inputs.detach()
 
@@ -210,6 +210,8 @@ class Probe:
 
     def diagonal(self, values: Tensor, inputs: Tensor, output: Tensor) -> None:
         """Measure the diagonal E (r,), its width and its components, where its gradient reaches `output` (..., r)."""
+        if not len(values):
+            return
         values, inputs = values.detach().float(), inputs.detach()
 
         def measure(gradient: Tensor) -> None:
@@ -277,9 +279,9 @@ def evaluating(model: nn.Module) -> Iterator[None]:
 def score_seed(output: Any, inputs: Mapping[str, Any], config: Any, step: int) -> tuple[Tensor, Tensor, int]:
     """Return logits, the derivative of drawn negative log-likelihoods by them, and the number of terms of the loss.
 
-    Two classes need no draw: their two scores differ by a factor only. Regression is a Gaussian of variance 1/2, whose
-    likelihood is the squared error; several labels are Bernoulli variables. Draws depend on a row's tokens and on
-    `step` alone, so that they are the same on any rank.
+    Two classes need no draw but that of a sign: their two scores differ by a factor only. Regression is a Gaussian of
+    variance 1/2, whose likelihood is the squared error; several labels are Bernoulli variables. Draws depend on a
+    row's tokens and on `step` alone, so that they are the same on any rank.
     """
     logits = _logits(output)
     values = logits.detach().float()
@@ -297,6 +299,7 @@ def score_seed(output: Any, inputs: Mapping[str, Any], config: Any, step: int) -
     elif outputs == 2:
         probability = torch.softmax(values, -1)
         size = probability.prod(-1, keepdim=True).sqrt()
+        size = torch.where(_uniform(size.shape, inputs, step, values.device) < 0.5, -size, size)
         seed = torch.cat([-size, size], -1)
     else:
         probability = torch.softmax(values, -1)
@@ -326,12 +329,28 @@ def _present(logits: Tensor, inputs: Mapping[str, Any]) -> Tensor:
 
 
 def _uniform(shape: Sequence[int], inputs: Mapping[str, Any], step: int, device: torch.device) -> Tensor:
-    """Numbers in [0, 1) that a row's tokens, the step and the position decide."""
-    tokens = next((v for v in inputs.values() if isinstance(v, Tensor) and not v.is_floating_point() and v.ndim), None)
-    rows = torch.zeros(shape[0], dtype=torch.float64)
-    if tokens is not None and len(tokens) == shape[0]:
-        flat = tokens.reshape(len(tokens), -1).cpu().double()
-        rows = (flat * (torch.arange(flat.shape[1]) % 97 + 1)).sum(1)
-    places = torch.arange(int(torch.Size(shape[1:]).numel()), dtype=torch.float64).reshape(1, -1)
-    mixed = (rows.reshape(-1, 1) + 1) * _GOLDEN + places * 0.7548776662466927 + step * 0.5698402909980532
-    return (mixed % 1).reshape(tuple(shape)).to(device, torch.float32)
+    """Numbers in [0, 1) that a row's tokens (or other inputs), the step and the position decide.
+
+    They are a hash of the three: those of two rows are independent over steps, as the square of a sum over rows needs.
+    """
+    given = {name: v for name, v in inputs.items() if isinstance(v, Tensor) and v.ndim and len(v) == shape[0]}
+    chosen = given.get("input_ids", next(iter(given.values()), None))
+    rows = torch.zeros(shape[0], dtype=torch.int64)
+    if chosen is not None:
+        flat = chosen.detach().reshape(len(chosen), -1).cpu()
+        flat = flat.float().view(torch.int32).long() if flat.is_floating_point() else flat.long()
+        entries = _hashed(flat + torch.arange(flat.shape[1]) * _ODD)
+        mask = given.get("attention_mask")
+        if mask is not None and mask.shape == flat.shape:
+            entries = entries * mask.cpu().long()  # how far a row is padded depends on its batch
+        rows = entries.sum(1)
+    places = torch.arange(int(torch.Size(shape[1:]).numel()))
+    mixed = _hashed(_hashed(rows.reshape(-1, 1) + step) + places)
+    return ((mixed >> 20) & 0xFFFFFF).reshape(tuple(shape)).to(device, torch.float32) / 2**24
+
+
+def _hashed(values: Tensor) -> Tensor:
+    """Mix the bits of 64-bit integers; products wrap around."""
+    for _ in range(3):
+        values = (values ^ ((values >> 31) & 0x1FFFFFFFF)) * _ODD
+    return values ^ ((values >> 31) & 0x1FFFFFFFF)

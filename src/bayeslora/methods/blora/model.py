@@ -181,7 +181,6 @@ class BLoraModel(BayesTuner):
         if config.learns_ranks:
             self.learning_rates["rank gates"] = 0.0
         if not self._hooked:
-            # A model without a task calls its base model itself, one with a task calls `forward` below.
             self.model.register_forward_pre_hook(self._before_forward, with_kwargs=True)
             self._hooked = True
 
@@ -198,10 +197,6 @@ class BLoraModel(BayesTuner):
             )
         self.learning_rates[role] = chosen if chosen is not None else GATE_TRAVEL * travel / steps
 
-    def forward(self, *args: Any, **kwargs: Any) -> Any:
-        self._before_forward(self.model, args, kwargs)
-        return super().forward(*args, **kwargs)
-
     def _before_forward(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Gather evidence on a batch that is about to be trained on, in the steps that the schedule names."""
         if self._measured_step is None or not self.training or not torch.is_grad_enabled():
@@ -215,7 +210,8 @@ class BLoraModel(BayesTuner):
     def _measure(self, args: tuple[Any, ...], kwargs: dict[str, Any], step: int) -> None:
         name, run = self.training_adapter(), self.run_state()
         layers, config = self.named_layers(name), self.config_of(name)
-        batch = next((v for v in (*kwargs.values(), *args) if isinstance(v, Tensor) and v.ndim), None)
+        inputs = {**kwargs, **{str(place): value for place, value in enumerate(args)}}
+        batch = next((v for v in inputs.values() if isinstance(v, Tensor) and v.ndim), None)
         rows, fixed = 1 if batch is None else len(batch), frozenset(config.fixed_bits or {})
         probes = {}
         for path, layer in layers.items():
@@ -225,7 +221,7 @@ class BLoraModel(BayesTuner):
         try:
             with evaluating(self.model), torch.enable_grad():
                 output = self.model(*args, **kwargs)
-                logits, seed, terms = score_seed(output, kwargs, getattr(self.model, "config", None), step)
+                logits, seed, terms = score_seed(output, inputs, getattr(self.model, "config", None), step)
                 used = [probe.anchor for probe in probes.values() if probe.used]
                 torch.autograd.grad(logits, used, seed, allow_unused=True)
         finally:

@@ -52,8 +52,9 @@ def rotate(a: nn.Parameter, e: nn.Parameter, b: nn.Parameter, optimizer: Optimiz
     """
     old = Factors(*(p.detach().clone() for p in (a, e, b)))
     new = rotated(old)
-    of_a = torch.linalg.lstsq(old.A.T.double(), new.A.T.double()).solution.T  # T with A' = T A
-    of_b = torch.linalg.lstsq(old.B.double(), new.B.double()).solution.T  # R with B' = B R^T
+    # By pseudo-inverses, which zeros do not disturb: least squares on CUDA wants full rank.
+    of_a = new.A.double() @ torch.linalg.pinv(old.A.double())  # T with A' = T A
+    of_b = (torch.linalg.pinv(old.B.double()) @ new.B.double()).T  # R with B' = B R^T
     for parameter, value in zip((a, e, b), new, strict=True):
         parameter.copy_(value)
     inverse = torch.where(old.E != 0, 1 / old.E, torch.zeros_like(old.E)).double()
