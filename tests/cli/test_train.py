@@ -53,8 +53,7 @@ def test_history_is_the_trainers_log(runs: dict[str, Path]) -> None:
     losses = [entry["loss"] for entry in history if "loss" in entry]
     assert len(losses) == 30
     assert all(math.isfinite(loss) for loss in losses)
-    # Early steps are a warm-up without a penalty.
-    assert {"penalty_bits", "mean_bits", "mean_rank", "relative_bops"} <= {name for entry in history for name in entry}
+    assert {"mean_bits", "mean_rank", "relative_bops"} <= {name for entry in history for name in entry}
 
 
 def test_an_adapter_is_an_ordinary_peft_folder(runs: dict[str, Path], setting: Setting) -> None:

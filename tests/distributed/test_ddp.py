@@ -12,7 +12,7 @@ import torch.multiprocessing as mp
 from tests.distributed import worker
 from tests.distributed.worker import BIT_PENALTY, RANK_PENALTY, STEPS, Run
 
-MODES = ("q+ra", "q", "ra")
+MODES = [(gates, mode) for gates in ("evidence", "paper") for mode in ("q+ra", "q", "ra")]
 
 
 def _run(run: Run, folder: Path) -> list[dict[str, Any]]:
@@ -22,9 +22,10 @@ def _run(run: Run, folder: Path) -> list[dict[str, Any]]:
     return [torch.load(folder / f"{rank}.pt") for rank in range(run.ranks)]
 
 
-@pytest.fixture(scope="module", params=MODES)
-def reference(request: pytest.FixtureRequest) -> tuple[str, dict[str, Any]]:
-    return request.param, worker.train(Run(1, 1, request.param), 0)
+@pytest.fixture(scope="module", params=MODES, ids=" ".join)
+def reference(request: pytest.FixtureRequest) -> tuple[tuple[str, str], dict[str, Any]]:
+    gates, mode = request.param
+    return request.param, worker.train(Run(1, 1, mode, gates), 0)
 
 
 def _assert_same_update(results: list[dict[str, Any]], expected: dict[str, Any]) -> None:
@@ -32,26 +33,31 @@ def _assert_same_update(results: list[dict[str, Any]], expected: dict[str, Any])
         assert result["parameters"].keys() == expected["parameters"].keys()
         for name, value in expected["parameters"].items():
             torch.testing.assert_close(result["parameters"][name], value, atol=2e-5, rtol=1e-4, msg=name)
+        assert result["widths"] == expected["widths"] and result["ranks"] == expected["ranks"]
 
 
-def test_the_reference_run_moves_gates_and_weights(reference: tuple[str, dict[str, Any]]) -> None:
-    _, expected = reference
+def test_the_reference_run_moves_gates_and_weights(reference: tuple[tuple[str, str], dict[str, Any]]) -> None:
+    (gates, mode), expected = reference
     first, last = expected["logits"][0], expected["logits"][-1]
     assert all((last[name] - first[name]).abs().max() > 1e-2 for name in first)
+    if gates == "evidence":
+        assert "q" not in mode or len({bits for widths in expected["widths"] for bits in widths.values()}) >= 2
+        assert mode != "ra" or sum(expected["ranks"]) == 5
+        assert mode != "q+ra" or 0 < sum(expected["ranks"]) <= 5  # the price of bits closes further ranks
     assert all(value.isfinite().all() for value in expected["parameters"].values())
 
 
-def test_four_micro_batches_give_the_update_of_one_batch(reference: tuple[str, dict[str, Any]]) -> None:
-    mode, expected = reference
-    _assert_same_update([worker.train(Run(1, 4, mode), 0)], expected)
+def test_four_micro_batches_give_the_update_of_one_batch(reference: tuple[tuple[str, str], dict[str, Any]]) -> None:
+    (gates, mode), expected = reference
+    _assert_same_update([worker.train(Run(1, 4, mode, gates), 0)], expected)
 
 
 @pytest.mark.parametrize("accumulation", [1, 4])
 def test_two_ranks_give_the_update_of_one_process(
-    reference: tuple[str, dict[str, Any]], accumulation: int, tmp_path: Path
+    reference: tuple[tuple[str, str], dict[str, Any]], accumulation: int, tmp_path: Path
 ) -> None:
-    mode, expected = reference
-    results = _run(Run(2, accumulation, mode), tmp_path)
+    (gates, mode), expected = reference
+    results = _run(Run(2, accumulation, mode, gates), tmp_path)
     _assert_same_update(results, expected)
 
     first, second = results
@@ -63,11 +69,11 @@ def test_two_ranks_give_the_update_of_one_process(
         ):
             assert torch.equal(ours, theirs) and torch.equal(ours, alone)
     for result in results:
-        _assert_penalty_counted_once(result)
+        _assert_penalty_counted_once(result, STEPS // 2 if gates == "paper" else 0)
 
 
-def _assert_penalty_counted_once(result: dict[str, Any]) -> None:
-    """What was added to the gates' gradient is that of the penalty written out here, once, and 0 outside its phase."""
+def _assert_penalty_counted_once(result: dict[str, Any], steps: int) -> None:
+    """What was added to the gates' gradient in `steps` is that of the penalty written out here, once; else it is 0."""
     added = 0
     for logits, gradients in zip(result["logits"], result["penalty_gradients"], strict=True):
         if not any(gradient.any() for gradient in gradients.values()):
@@ -82,18 +88,28 @@ def _assert_penalty_counted_once(result: dict[str, Any]) -> None:
                 penalty = RANK_PENALTY * torch.sigmoid(value[1:]).cumprod(0).sum()
             penalty.backward()
             torch.testing.assert_close(gradients[name], value.grad, atol=1e-6, rtol=1e-4, msg=name)
-    assert added == STEPS // 2  # a quarter warms up, a quarter is frozen
+    assert added == steps  # a quarter warms up, a quarter is frozen
 
 
+@pytest.mark.parametrize("gates", ["evidence", "paper"])
 @pytest.mark.parametrize("ranks", [1, 2])
-def test_adam_counts_the_same_steps_under_ddp_as_in_one_process(ranks: int, tmp_path: Path) -> None:
+def test_adam_counts_the_same_steps_under_ddp_as_in_one_process(ranks: int, gates: str, tmp_path: Path) -> None:
     """DDP gives gates and ranges a gradient of zeros in every step, but they have an optimizer state as of LEARN."""
-    alone = worker.train(Run(1, 1, "q+ra", adam=True), 0)
-    results = _run(Run(ranks, 1, "q+ra", adam=True, wrapped=True), tmp_path)
+    alone = worker.train(Run(1, 1, "q+ra", gates, adam=True), 0)
+    results = _run(Run(ranks, 1, "q+ra", gates, adam=True, wrapped=True), tmp_path)
     _assert_same_update(results, alone)
     for result in results:
         assert result["steps counted"] == alone["steps counted"]
         assert result["widths"] == alone["widths"]
-    gated = {name: steps for name, steps in alone["steps counted"].items() if ".blora_quantizers." in name}
+    # Evidence moves gates and the base weight's range without a gradient.
+    learned = ".log_ranges" if gates == "evidence" else ".blora_quantizers."
+    gated = {name: steps for name, steps in alone["steps counted"].items() if learned in name}
     assert gated and set(gated.values()) == {STEPS // 2}  # a quarter warms up, a quarter is frozen
     assert {steps for name, steps in alone["steps counted"].items() if ".blora_A." in name} == {STEPS}
+
+
+def test_ranks_that_see_other_activations_choose_alike(tmp_path: Path) -> None:
+    """Ranges of activations depend on how a batch is divided, but never on the rank."""
+    first, second = _run(Run(2, 2, "q+ra", activations=True), tmp_path)
+    assert first["widths"] == second["widths"] and first["ranks"] == second["ranks"]
+    assert all(torch.equal(value, second["parameters"][name]) for name, value in first["parameters"].items())

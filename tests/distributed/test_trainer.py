@@ -40,5 +40,5 @@ def test_two_ranks_under_torchrun_give_the_update_of_one(tmp_path: Path) -> None
                 assert torch.equal(first, second), f"{kind}: {key} differs by rank"
                 torch.testing.assert_close(first, value, atol=5e-5, rtol=1e-3, msg=f"{name}, {kind}: {key}")
             assert results[0][kind]["evaluation loss"] == pytest.approx(expected["evaluation loss"], rel=1e-4)
-    logged = [entry for entry in alone["blora"]["history"] if "loss" in entry]
+    logged = [entry for entry in alone["blora paper"]["history"] if "loss" in entry]
     assert logged and all("penalty_bits" in entry for entry in logged if entry["phase"] == 1)

@@ -21,7 +21,7 @@ from transformers import Trainer, TrainingArguments, set_seed  # noqa: E402
 import bayeslora  # noqa: E402
 from tests.conftest import build_tiny_bert, build_tiny_llama  # noqa: E402
 
-KINDS = ("blora", "ivon", "language model")
+KINDS = ("blora", "blora paper", "ivon", "language model")
 
 
 def _model(kind: str) -> nn.Module:
@@ -32,10 +32,18 @@ def _model(kind: str) -> nn.Module:
     options: dict[str, Any] = {"r": 4, "lora_alpha": 4, "target_modules": ["query", "value"], "task_type": "SEQ_CLS"}
     if kind == "ivon":
         return get_peft_model(build_tiny_bert(), LoraConfig(**options))
+    if kind == "blora paper":
+        gates: dict[str, Any] = {
+            "gates": "paper",
+            "calibration": "absmax",
+            "bit_penalty": 1e-2,
+            "rank_penalty": 1e-2,
+        }
+    else:  # the best range of a batch of activations is not the mean of those of its parts
+        activations = dict.fromkeys(("A_out", "E_out", "out"), 32)
+        gates = {"fixed_bits": activations, "target_bops": 0.75, "target_rank": 2.0}
     config = bayeslora.BLoraConfig(
-        calibration="absmax",
-        bit_penalty=1e-2,
-        rank_penalty=1e-2,
+        **gates,
         warmup_fraction=0.2,
         freeze_fraction=0.2,
         **options,

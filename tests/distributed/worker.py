@@ -28,6 +28,9 @@ class Run:
     ranks: int
     accumulation: int
     mode: str
+    gates: str = "evidence"
+    activations: bool = False
+    """Whether evidence chooses widths of activations too; their ranges are means over ranks and micro-batches."""
     adam: bool = False
     wrapped: bool = False
     """Under DDP even on one rank."""
@@ -47,13 +50,20 @@ class Tiny(nn.Module):
         return self.lin1(torch.tanh(self.lin0(x)))
 
 
-def _model(mode: str) -> nn.Module:
+def _model(run: Run) -> nn.Module:
     torch.manual_seed(0)
+    options: dict[str, Any] = {}
+    if run.gates == "evidence":
+        options = {"bops_price": 0.5} if "q" in run.mode else {}
+        options |= {"target_rank": 2.5} if "ra" in run.mode else {}
+        if "q" in run.mode and not run.activations:
+            options["fixed_bits"] = dict.fromkeys(("A_out", "E_out", "out"), 32)
     config = BLoraConfig(
         r=4,
         lora_alpha=4,
         target_modules=["lin0", "lin1"],
-        mode=mode,
+        mode=run.mode,
+        gates=run.gates,
         # The largest magnitude of two halves is that of the whole; the best range in least squares is not.
         calibration="absmax",
         bit_penalty=BIT_PENALTY,
@@ -61,6 +71,7 @@ def _model(mode: str) -> nn.Module:
         warmup_fraction=0.25,
         freeze_fraction=0.25,
         init_weights=False,
+        **options,
     )
     return get_peft_model(Tiny(), config).train()
 
@@ -83,7 +94,7 @@ def _steps_counted(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[s
 
 def train(run: Run, rank: int) -> dict[str, Any]:
     """Train `STEPS` optimizer steps on the share of `rank`; returns parameters, gate samples and penalty gradients."""
-    model = _model(run.mode)
+    model = _model(run)
     inputs = torch.randn(STEPS, BATCH, 6)
     targets = torch.randint(0, 3, (STEPS, BATCH))
     torch.manual_seed(1000 + rank)  # what is equal on all ranks must not be equal by luck
@@ -119,6 +130,7 @@ def train(run: Run, rank: int) -> dict[str, Any]:
         "penalty_gradients": penalty_gradients,
         "steps counted": _steps_counted(model, optimizer),
         "widths": [layer.bits for layer in describe(model)],
+        "ranks": [layer.rank for layer in describe(model)],
     }
 
 

@@ -104,8 +104,9 @@ def test_a_shrunk_adapter_is_saved_small_and_reloads_equal(tmp_path: Path) -> No
     shrink(model)
     model.save_pretrained(tmp_path / "small")
     sizes = [(tmp_path / name / "adapter_model.safetensors").stat().st_size for name in ("full", "small")]
-    # Four bytes for each entry of a row of A, a column of B, the diagonal and the gates: two ranks here, four there.
-    saved = 4 * (2 * (D_IN + D_OUT + 2) + 4 * (D_OUT + D_OUT + 2))
+    # Four bytes for each entry of a row of A, a column of B, the diagonal, the gates, and two numbers of evidence: two
+    # ranks here, four there.
+    saved = 4 * (2 * (D_IN + D_OUT + 4) + 4 * (D_OUT + D_OUT + 4))
     assert sizes[0] - sizes[1] == pytest.approx(saved, abs=64)
     config = PeftConfig.from_pretrained(tmp_path / "small")
     assert config.rank_pattern == {"first": 2, "second": 0} and config.r == RANK

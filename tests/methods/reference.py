@@ -75,7 +75,8 @@ def randomize(layer: Any, generator: torch.Generator, phase: Phase, name: str = 
         container[name].copy_(rand(container[name]) - 0.5)
     layer.blora_E[name].copy_(rand(layer.blora_E[name]) + 0.5)
     if name in layer.blora_rank:
-        layer.blora_rank[name].logits.copy_(rand(layer.blora_rank[name].logits) * 2 + 0.5)
+        lowest = 0.5 if layer.configs[name].gates == "paper" else -0.5
+        layer.blora_rank[name].logits.copy_(rand(layer.blora_rank[name].logits) * 2 + lowest)
     if name in layer.blora_quantizers:
         quantizers = layer.blora_quantizers[name]
         quantizers.gate_logits.copy_(rand(quantizers.gate_logits) * 5 - 2)
@@ -111,9 +112,17 @@ def oracle_forward(layer: Any, x: Tensor, name: str = "default") -> Tensor:
         layer.blora_E[name],
         layer.blora_B[name],
         layer.scaling[name],
-        layer.blora_rank[name].logits if name in layer.blora_rank else None,
+        oracle_rank_gates(layer, name),
         oracle_quantizers(layer, name),
     )
+
+
+def oracle_rank_gates(layer: Any, name: str = "default") -> Tensor | None:
+    """Rank gates (r,): nested, as the paper has them, or each by the sign of its logit; None where there are none."""
+    if name not in layer.blora_rank:
+        return None
+    logits = layer.blora_rank[name].logits
+    return oracle.rank_gates(logits) if layer.configs[name].gates == "paper" else (logits > 0).float()
 
 
 def oracle_quantizers(layer: Any, name: str = "default") -> dict[str, oracle.Quantizer]:
@@ -122,7 +131,7 @@ def oracle_quantizers(layer: Any, name: str = "default") -> dict[str, oracle.Qua
     if name not in layer.blora_quantizers or phase == int(WARM_UP):
         return {}
     quantizers = layer.blora_quantizers[name]
-    if layer.training and phase == int(LEARN):
+    if layer.training and phase == int(LEARN) and layer.configs[name].gates == "paper":
         gates = oracle.hard_concrete(quantizers.gate_logits, quantizers.noise)
     else:
         gates = (1 - oracle.open_probability(quantizers.gate_logits) < 0.34).float()

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+import json
 import math
 import subprocess
 import sys
@@ -18,6 +20,7 @@ from transformers import PreTrainedModel
 import bayeslora
 from bayeslora import BayesLoraError, BLoraConfig, describe, parameter_groups, shrink
 from bayeslora.methods import TrainingSetup
+from bayeslora.training.hooks import cost_in
 from tests.methods.reference import (
     D_IN,
     D_OUT,
@@ -36,6 +39,7 @@ from tests.methods.reference import (
 from tests.oracles import blora as oracle
 
 X = torch.randn(3, 5, D_IN, generator=torch.Generator().manual_seed(7))
+GATES = ("evidence", "paper")
 KINDS = ["weight", "A", "E", "B", "A_out", "E_out", "out"]
 
 
@@ -54,6 +58,17 @@ BAD_OPTIONS: list[tuple[dict[str, Any], str]] = [
     ({"rank_penalty": -1.0}, "rank_penalty is -1.0, but must be at least 0"),
     ({"target_bops": 0.0}, "target_bops is 0.0, but must be between 0 and 1"),
     ({"target_bops": 30}, "target_bops is 30, but must be between 0 and 1"),
+    ({"target_bytes": 1.5}, "target_bytes is 1.5, but must be between 0 and 1"),
+    ({"target_rank": 0.0}, "target_rank is 0.0, but must be between 0 and r = 8"),
+    ({"target_rank": 4, "r": 4}, "target_rank is 4, but must be between 0 and r = 4"),
+    ({"target_rank": 2, "mode": "q"}, "target_rank is given, but mode 'q' keeps all ranks: drop it, or use 'q\\+ra'"),
+    ({"target_bytes": 0.3, "mode": "ra"}, "target_bytes is given, but mode 'ra' has no bit-widths: drop it, or use"),
+    ({"target_bytes": 0.3, "target_bops": 0.3}, "but widths have one price: drop one of them"),
+    ({"target_bops": 0.3, "gates": "paper"}, "target_bops is given, but gates='paper' follow penalties: use gates="),
+    ({"target_rank": 3, "gates": "paper"}, "target_rank is given, but gates='paper' follow penalties: use gates="),
+    ({"bops_price": -1.0}, "bops_price is -1.0, but must be at least 0"),
+    ({"rank_price": -1.0}, "rank_price is -1.0, but must be at least 0"),
+    ({"gates": "x"}, "gates is 'x', but must be 'evidence' or 'paper'"),
     ({"target_bops": 0.3, "mode": "ra"}, "target_bops is given, but mode 'ra' has no bit-widths: drop it, or use"),
     ({"quantize_input": True, "mode": "ra"}, "quantize_input is given, but mode 'ra' has no bit-widths"),
     ({"initial_bit_logits": [1.0, 2.0]}, r"initial_bit_logits is \[1.0, 2.0\], but must be 4 numbers"),
@@ -121,6 +136,17 @@ def test_the_configuration_survives_a_file(tmp_path: Path) -> None:
     assert again.to_dict() == config.to_dict()
 
 
+def test_a_file_that_names_no_gates_has_those_of_the_paper(tmp_path: Path) -> None:
+    config = BLoraConfig(target_modules=["first"])
+    assert config.gates == "evidence"
+    config.save_pretrained(tmp_path)
+    assert PeftConfig.from_pretrained(tmp_path).gates == "evidence"
+    saved = json.loads((tmp_path / "adapter_config.json").read_text())
+    del saved["gates"]
+    (tmp_path / "adapter_config.json").write_text(json.dumps(saved))
+    assert PeftConfig.from_pretrained(tmp_path).gates == "paper"
+
+
 def test_importing_twice_registers_once() -> None:
     members = list(PeftType)
     bayeslora._peft.register("blora", BLoraConfig, bayeslora.methods.BLoraModel)
@@ -143,7 +169,7 @@ def _macs(layer: Any, rank: int = RANK) -> list[int]:
 
 @pytest.mark.parametrize("weighting", ["const", "bits", "bops"])
 def test_the_penalty_and_its_gradient_equal_the_reference(weighting: str) -> None:
-    model = tiny_model(LEARN, bit_weighting=weighting, bit_penalty=0.3, rank_penalty=0.7)
+    model = tiny_model(LEARN, gates="paper", bit_weighting=weighting, bit_penalty=0.3, rank_penalty=0.7)
     terms = model.base_model.penalty()
     assert set(terms) == {"bits", "rank"}
     layers = layers_of(model)
@@ -162,7 +188,7 @@ def test_the_penalty_and_its_gradient_equal_the_reference(weighting: str) -> Non
 
 def test_the_penalty_of_closed_and_of_open_gates_is_known() -> None:
     """Closed everywhere it is 0 bits and one rank a layer, open everywhere 4 terms a quantizer and all ranks."""
-    model = tiny_model(LEARN, bit_penalty=1.0, rank_penalty=1.0)
+    model = tiny_model(LEARN, gates="paper", bit_penalty=1.0, rank_penalty=1.0)
     for logit, bits, ranks in ((-50.0, 0.0, 2.0), (50.0, 2 * 7 * 4.0, 2.0 * RANK)):
         for layer in layers_of(model):
             layer.blora_quantizers["default"].gate_logits.data.fill_(logit)
@@ -174,9 +200,9 @@ def test_the_penalty_of_closed_and_of_open_gates_is_known() -> None:
 
 @pytest.mark.parametrize(("mode", "terms"), [("q", {"bits"}), ("ra", {"rank"}), ("q+ra", {"bits", "rank"})])
 def test_only_what_the_mode_learns_is_penalised_and_only_while_gates_learn(mode: str, terms: set[str]) -> None:
-    assert set(tiny_model(LEARN, mode=mode).base_model.penalty()) == terms
-    assert tiny_model(WARM_UP, mode=mode).base_model.penalty() == {}
-    assert tiny_model(FROZEN, mode=mode).base_model.penalty() == {}
+    assert set(tiny_model(LEARN, gates="paper", mode=mode).base_model.penalty()) == terms
+    assert tiny_model(WARM_UP, gates="paper", mode=mode).base_model.penalty() == {}
+    assert tiny_model(FROZEN, gates="paper", mode=mode).base_model.penalty() == {}
 
 
 # Learning rates and phases --------------------------------------------------------------------------------------
@@ -218,7 +244,7 @@ def test_parameter_groups_of_a_model_without_our_adapters_are_the_usual_two() ->
 
 
 def test_phases_follow_the_fractions_and_gates_move_only_in_theirs() -> None:
-    model = tiny_model(WARM_UP, warmup_fraction=0.2, freeze_fraction=0.3, range_learning_rate=0.25)
+    model = tiny_model(WARM_UP, gates="paper", warmup_fraction=0.2, freeze_fraction=0.3, range_learning_rate=0.25)
     tuner = model.base_model
     tuner.begin(TrainingSetup(total_steps=10))
     phases, rates = [], {role: [] for role in ("bit gates", "rank gates", "weight ranges", "ranges", "weights")}
@@ -236,19 +262,44 @@ def test_phases_follow_the_fractions_and_gates_move_only_in_theirs() -> None:
     assert rates["weights"] == [None] * 10  # the optimizer's own schedule
 
 
+def setup_of(model: nn.Module, total_steps: int) -> TrainingSetup:
+    return TrainingSetup(total_steps, cost_of=functools.partial(cost_in, model))
+
+
+def test_gates_that_evidence_decides_have_no_rate_in_any_phase() -> None:
+    model = tiny_model(WARM_UP, warmup_fraction=0.2, freeze_fraction=0.3, range_learning_rate=0.25)
+    tuner = model.base_model
+    tuner.begin(setup_of(model, 10))
+    for step in range(10):
+        for role in ("bit gates", "rank gates", "weight ranges"):
+            assert tuner.rate_of(role, step) == 0.0
+        assert tuner.rate_of("ranges", step) == (0.25 if 2 <= step < 7 else 0.0)
+        assert tuner.rate_of("weights", step) is None
+    assert tuner.penalty() == {} and tuner.penalty_names == ()
+
+
+def test_evidence_needs_costs_and_says_so() -> None:
+    with pytest.raises(BayesLoraError, match="TrainingSetup lacks cost_of, but gates='evidence' weigh .*: train with"):
+        tiny_model(WARM_UP).base_model.begin(TrainingSetup(total_steps=100))
+
+
+@pytest.mark.parametrize("gates", GATES)
 @pytest.mark.parametrize(
     ("total", "warm_up_end", "frozen_from"), [(1000, 600, 700), (80, 48, 56), (60, 35, 43), (21, 10, 17), (6, 3, 5)]
 )
-def test_a_short_run_leaves_the_gates_eight_steps_or_a_third(total: int, warm_up_end: int, frozen_from: int) -> None:
-    tuner = tiny_model(WARM_UP).base_model
-    tuner.begin(TrainingSetup(total_steps=total))
+def test_a_short_run_leaves_the_gates_eight_steps_or_a_third(
+    total: int, warm_up_end: int, frozen_from: int, gates: str
+) -> None:
+    model = tiny_model(WARM_UP, gates=gates)
+    tuner = model.base_model
+    tuner.begin(setup_of(model, total))
     assert (tuner.run_state().warm_up_end, tuner.run_state().frozen_from) == (warm_up_end, frozen_from)
 
 
 @pytest.mark.parametrize("options", [{"gate_learning_rate": 1e-3}, {"gate_learning_rate": 1e-3, "mode": "ra"}])
 def test_gates_that_cannot_close_are_refused_with_the_rate_that_would_do(options: dict[str, Any]) -> None:
     options = {"warmup_fraction": 0.1, "freeze_fraction": 0.4, "initial_bit_logits": [4.0, 4.0, 1.0, 0.0], **options}
-    tuner = tiny_model(WARM_UP, **options).base_model
+    tuner = tiny_model(WARM_UP, gates="paper", **options).base_model
     with pytest.raises(
         BayesLoraError, match=r"gates cannot close: 50 steps at gate_learning_rate 0.001 .* use (\S+)"
     ) as e:
@@ -256,22 +307,23 @@ def test_gates_that_cannot_close_are_refused_with_the_rate_that_would_do(options
     enough = float(str(e.value).rpartition("use ")[2].split()[0])
     assert 50 * enough == pytest.approx(6.0 if options.get("mode") == "ra" else 4.0 + 0.9353, rel=0.05)
     with pytest.raises(BayesLoraError):
-        tiny_model(WARM_UP, **{**options, "gate_learning_rate": enough * 0.9}).base_model.begin(TrainingSetup(100))
-    tiny_model(
-        WARM_UP, **{**options, "mode": options.get("mode", "q"), "gate_learning_rate": enough * 1.1}
-    ).base_model.begin(TrainingSetup(100))
+        tuner = tiny_model(WARM_UP, gates="paper", **{**options, "gate_learning_rate": enough * 0.9}).base_model
+        tuner.begin(TrainingSetup(100))
+    options = {**options, "mode": options.get("mode", "q"), "gate_learning_rate": enough * 1.1}
+    tiny_model(WARM_UP, gates="paper", **options).base_model.begin(TrainingSetup(100))
 
 
+@pytest.mark.parametrize("gates", GATES)
 @pytest.mark.parametrize("steps", [1, 2])
-def test_a_run_too_short_for_the_gates_is_refused(steps: int) -> None:
+def test_a_run_too_short_for_the_gates_is_refused(steps: int, gates: str) -> None:
     with pytest.raises(BayesLoraError, match=f"{steps} training steps leave . for the gates .* train longer"):
-        tiny_model(WARM_UP).base_model.begin(TrainingSetup(total_steps=steps))
+        tiny_model(WARM_UP, gates=gates).base_model.begin(TrainingSetup(total_steps=steps))
 
 
 def test_a_fixed_width_stays_under_any_penalty_while_the_others_are_learned() -> None:
     fixed = {"weight": 8, "out": 16, "A": 2, "in": 32}
     options = {"fixed_bits": fixed, "quantize_input": True, "bit_penalty": 10.0, "warmup_fraction": 0.1}
-    model = get_peft_model(Tiny(), BLoraConfig(target_modules=["first", "second"], **options))
+    model = get_peft_model(Tiny(), BLoraConfig(gates="paper", target_modules=["first", "second"], **options))
     optimizer = torch.optim.AdamW(bayeslora.parameter_groups(model, lr=1e-3))
     loop = bayeslora.BayesLoop(model, optimizer, total_steps=40, num_examples=40)
     drawn: set[tuple[tuple[int, ...], ...]] = set()
@@ -294,7 +346,7 @@ def test_a_fixed_width_stays_under_any_penalty_while_the_others_are_learned() ->
 
 def test_rank_gates_that_start_closed_are_refused() -> None:
     with pytest.raises(BayesLoraError, match="initial_rank_logit 0.5 starts r = 4 with ranks already closed"):
-        tiny_model(WARM_UP, initial_rank_logit=0.5).base_model.begin(TrainingSetup(total_steps=100))
+        tiny_model(WARM_UP, gates="paper", initial_rank_logit=0.5).base_model.begin(TrainingSetup(total_steps=100))
 
 
 # Calibration ----------------------------------------------------------------------------------------------------
@@ -308,7 +360,9 @@ def _ranges(layer: Any) -> dict[str, Tensor]:
 @pytest.mark.parametrize("driven", [True, False], ids=["at the end of the warm-up", "on the first batch"])
 def test_calibration_by_the_largest_magnitude_finds_the_largest_magnitudes(driven: bool) -> None:
     """Without a loop and without a warm-up the first training batch calibrates."""
-    model = tiny_model(WARM_UP, calibration="absmax", quantize_input=True, warmup_fraction=0.2 if driven else 0.0)
+    model = tiny_model(
+        WARM_UP, gates="paper", calibration="absmax", quantize_input=True, warmup_fraction=0.2 if driven else 0.0
+    )
     layer = layers_of(model)[0]
     plain = oracle_forward(layer, X)
     if driven:
@@ -344,7 +398,7 @@ def test_evaluation_before_training_does_not_calibrate() -> None:
 
 @pytest.mark.parametrize("kind", ["linear", "conv1d"])
 def test_per_channel_ranges_are_those_of_the_rows(kind: str) -> None:
-    model = tiny_model(WARM_UP, kind, per_channel=True, calibration="absmax", warmup_fraction=0.0)
+    model = tiny_model(WARM_UP, kind, gates="paper", per_channel=True, calibration="absmax", warmup_fraction=0.0)
     layer = layers_of(model)[0]
     model(X)
     ranges = _ranges(layer)
@@ -357,14 +411,17 @@ def test_per_channel_ranges_are_those_of_the_rows(kind: str) -> None:
 # Numbers --------------------------------------------------------------------------------------------------------
 
 
-def test_describe_reports_ranks_widths_shapes_and_parameters() -> None:
-    model = tiny_model(FROZEN)
+@pytest.mark.parametrize("gates", GATES)
+def test_describe_reports_ranks_widths_shapes_and_parameters(gates: str) -> None:
+    model = tiny_model(FROZEN, gates=gates)
     first, second = layers_of(model)
     set_widths(first, weight=8, A=2, E=16, B=4, A_out=4, E_out=2, out=32)
     all_widths(second, 16)
     with torch.no_grad():
         first.blora_E["default"].fill_(1.0)
-        first.blora_rank["default"].logits.copy_(torch.tensor([-9.0, 9.0, 9.0, -9.0]))  # the first has no effect
+        # The paper's first gate has no effect, and its gates are nested.
+        logits = [-9.0, 9.0, 9.0, -9.0] if gates == "paper" else [9.0, 9.0, -9.0, 9.0]
+        first.blora_rank["default"].logits.copy_(torch.tensor(logits))
         second.blora_rank["default"].logits.fill_(9.0)
         second.blora_E["default"].copy_(torch.tensor([1.0, 0.0, 1.0, 1.0]))
     one, two = describe(model)
@@ -430,7 +487,7 @@ def test_describe_of_other_models() -> None:
 
 
 def test_statistics_are_means_over_layers() -> None:
-    model = tiny_model(LEARN)
+    model = tiny_model(LEARN, gates="paper")
     first, second = layers_of(model)
     all_widths(first, 4)
     all_widths(second, 16)
@@ -457,7 +514,14 @@ def _reloaded(folder: Path, kind: str = "linear", **options: Any) -> nn.Module:
 @pytest.mark.parametrize("shrunk", [False, True])
 @pytest.mark.parametrize("phase", [WARM_UP, LEARN, FROZEN])
 @pytest.mark.parametrize(
-    "options", [{}, {"per_channel": True, "quantize_input": True, "kind": "conv1d"}, {"mode": "q"}, {"mode": "ra"}]
+    "options",
+    [
+        {},
+        {"per_channel": True, "quantize_input": True, "kind": "conv1d"},
+        {"mode": "q"},
+        {"mode": "ra"},
+        {"gates": "paper"},
+    ],
 )
 def test_a_saved_adapter_reloads_with_equal_outputs(
     options: dict[str, Any], phase: Any, shrunk: bool, tmp_path: Path
@@ -479,12 +543,14 @@ def test_a_saved_adapter_reloads_with_equal_outputs(
     )
 
 
-def test_a_reloaded_adapter_goes_on_training_as_the_saved_one_would(tmp_path: Path) -> None:
-    model = tiny_model(LEARN)
+@pytest.mark.parametrize("gates", GATES)
+def test_a_reloaded_adapter_goes_on_training_as_the_saved_one_would(gates: str, tmp_path: Path) -> None:
+    model = tiny_model(LEARN, gates=gates)
     model.save_pretrained(tmp_path)
     again = _reloaded(tmp_path, is_trainable=True).train()
     gradients = []
     for one in (model, again):
+        one.base_model.begin(setup_of(one, 100))
         one.base_model.step_begin(step=20, seed=0)
         one(X).square().sum().backward()
         gradients.append({name: p.grad for name, p in one.named_parameters() if p.grad is not None})
@@ -553,8 +619,9 @@ def oracle_forward_without_update(layer: Any) -> Tensor:
     return oracle.forward(X, base.weight, base.bias, zero_a, torch.zeros(1), zero_b, 1.0, None, quantizers)
 
 
-def test_rank_zero_trains_through_all_phases() -> None:
-    model = tiny_model(WARM_UP, rank_pattern={"first": 0}, warmup_fraction=0.25, freeze_fraction=0.25)
+@pytest.mark.parametrize("gates", GATES)
+def test_rank_zero_trains_through_all_phases(gates: str) -> None:
+    model = tiny_model(WARM_UP, gates=gates, rank_pattern={"first": 0}, warmup_fraction=0.25, freeze_fraction=0.25)
     optimizer = torch.optim.AdamW(parameter_groups(model, lr=1e-3))
     loop = bayeslora.BayesLoop(model, optimizer, total_steps=8)
     for _ in range(8):

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from bayeslora import BayesLoop, BayesLoraError, BLoraConfig, describe, parameter_groups
+from bayeslora.methods import TrainingSetup
 from tests.methods.reference import (
     D_IN,
     FROZEN,
@@ -39,6 +40,14 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "quantized input": {"quantize_input": True},
     "quantized input, Conv1D, per channel": {"quantize_input": True, "kind": "conv1d", "per_channel": True},
     "rank-stabilised scaling": {"use_rslora": True, "lora_alpha": 3},
+    "gates of the paper": {"gates": "paper"},
+    "gates of the paper, mode q": {"gates": "paper", "mode": "q"},
+    "gates of the paper, quantized input, Conv1D, per channel": {
+        "gates": "paper",
+        "quantize_input": True,
+        "kind": "conv1d",
+        "per_channel": True,
+    },
 }
 PHASES = [(WARM_UP, True), (WARM_UP, False), (LEARN, True), (LEARN, False), (FROZEN, True), (FROZEN, False)]
 X = torch.randn(3, 5, D_IN, generator=torch.Generator().manual_seed(7))
@@ -68,6 +77,8 @@ def test_forward_and_gradients_equal_the_reference(options: dict[str, Any], phas
     learned = dict(layer.named_parameters())
     if phase == FROZEN:  # widths and ranges are final
         learned = {name: p for name, p in learned.items() if "quantizers" not in name}
+    elif options.get("gates") != "paper":  # evidence chooses the width and the range of the base weight
+        learned = {name: p for name, p in learned.items() if "log_weight_range" not in name}
     learned = {name: p for name, p in learned.items() if p.requires_grad}
     of_ours, of_reference = (
         torch.autograd.grad(output, [x, *learned.values()], direction, allow_unused=True)
@@ -122,7 +133,7 @@ def test_dropout_acts_on_the_adapter_alone_and_only_in_training() -> None:
 
 
 def _learning_loop(**options: Any) -> tuple[nn.Module, BayesLoop]:
-    model = tiny_model(LEARN, **options)
+    model = tiny_model(LEARN, **{"gates": "paper", **options})
     loop = BayesLoop(model, torch.optim.AdamW(parameter_groups(model, lr=1e-3)), total_steps=100)
     return model, loop
 
@@ -142,9 +153,10 @@ def test_all_forward_passes_of_one_step_share_one_gate_sample_and_the_next_step_
 def test_noise_depends_on_seed_and_step_and_not_on_the_global_generator() -> None:
     noises = []
     for seed, step, torch_seed in ((0, 3, 0), (0, 3, 1), (1, 3, 0), (0, 4, 0)):
-        model = tiny_model(LEARN)
+        model = tiny_model(LEARN, gates="paper")
         torch.manual_seed(torch_seed)
         before = torch.get_rng_state()
+        model.base_model.begin(TrainingSetup(total_steps=100))
         model.base_model.step_begin(step, seed)
         assert torch.equal(torch.get_rng_state(), before)
         noises.append(torch.cat([layer.blora_quantizers["default"].noise for layer in layers_of(model)]))
@@ -180,7 +192,9 @@ def test_gradient_checkpointing_gives_the_same_gradients(reentrant: bool, announ
 @pytest.mark.parametrize("fused", [True, False])
 def test_the_optimizer_really_changes_the_evaluation_widths(fused: bool) -> None:
     """Fused optimizers write without raising a parameter's version, so no cache may rely on it."""
-    model = tiny_model(LEARN, bit_penalty=1.0, gate_learning_rate=0.5, warmup_fraction=0.2, freeze_fraction=0.4)
+    model = tiny_model(
+        LEARN, gates="paper", bit_penalty=1.0, gate_learning_rate=0.5, warmup_fraction=0.2, freeze_fraction=0.4
+    )
     for layer in layers_of(model):
         all_widths(layer, 32)
     optimizer = torch.optim.AdamW(parameter_groups(model, lr=0.0), fused=fused)
@@ -207,13 +221,14 @@ def test_the_optimizer_really_changes_the_evaluation_widths(fused: bool) -> None
 # Types ----------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("gates", ["evidence", "paper"])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_gates_and_ranges_stay_float32_when_the_model_is_cast(dtype: torch.dtype) -> None:
-    model = tiny_model(LEARN, per_channel=True)
+def test_gates_and_ranges_stay_float32_when_the_model_is_cast(dtype: torch.dtype, gates: str) -> None:
+    model = tiny_model(LEARN, gates=gates, per_channel=True)
     before = _states(model)
     model = model.to(dtype) if dtype == torch.bfloat16 else model.half()
-    kept = [name for name in before if any(part in name for part in ("quantizers", "blora_rank", "penalty_scale"))]
-    assert len(kept) == 2 * 6
+    kept = [name for name in before if any(part in name for part in ("quantizers", "blora_rank", "evidence"))]
+    assert len(kept) == 2 * (5 if gates == "paper" else 14)
     after = model.state_dict()
     for name in kept:
         assert after[name].dtype == torch.float32 and torch.equal(after[name], before[name]), name
@@ -221,7 +236,9 @@ def test_gates_and_ranges_stay_float32_when_the_model_is_cast(dtype: torch.dtype
     y = model(X.to(dtype))
     y.float().sum().backward()
     assert y.dtype == dtype and y.isfinite().all()
-    assert all(layer.blora_quantizers["default"].gate_logits.grad.dtype == torch.float32 for layer in layers_of(model))
+    learned = "log_ranges" if gates == "evidence" else "gate_logits"
+    for layer in layers_of(model):
+        assert getattr(layer.blora_quantizers["default"], learned).grad.dtype == torch.float32
 
 
 def test_autocast_to_bfloat16_leaves_quantizers_in_float32() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -13,10 +14,11 @@ from torch import nn
 import bayeslora
 from bayeslora import BayesLoraError
 from bayeslora.methods import TrainingSetup
+from bayeslora.training.hooks import cost_in
 
 
-def tuner_with(config: Any) -> Any:
-    return get_peft_model(nn.Sequential(nn.Linear(6, 6), nn.Linear(6, 2)), config(target_modules=["0"])).base_model
+def model_with(config: Any) -> Any:
+    return get_peft_model(nn.Sequential(nn.Linear(6, 6), nn.Linear(6, 2)), config(target_modules=["0"]))
 
 
 CALLS: dict[str, tuple[Any, Callable[[Any], Any]]] = {
@@ -35,15 +37,17 @@ CALLS: dict[str, tuple[Any, Callable[[Any], Any]]] = {
 @pytest.mark.parametrize("name", CALLS)
 def test_a_call_that_needs_the_schedule_asks_for_begin(name: str) -> None:
     config, call = CALLS[name]
-    tuner = tuner_with(config)
+    model = model_with(config)
+    tuner = model.base_model
     with pytest.raises(BayesLoraError, match=r"call begin\(\) first"):
         call(tuner)
-    tuner.begin(TrainingSetup(total_steps=100, num_examples=10, has_posterior=True))
+    cost_of = functools.partial(cost_in, model)
+    tuner.begin(TrainingSetup(total_steps=100, num_examples=10, has_posterior=True, cost_of=cost_of))
     call(tuner)
 
 
 def test_a_begin_that_fails_leaves_no_run() -> None:
-    tuner = tuner_with(bayeslora.BLoraConfig)
+    tuner = model_with(bayeslora.BLoraConfig).base_model
     with pytest.raises(BayesLoraError, match="training steps"):
         tuner.begin(TrainingSetup(total_steps=2))
     with pytest.raises(BayesLoraError, match=r"call begin\(\) first"):

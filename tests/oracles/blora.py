@@ -96,12 +96,12 @@ def forward(
     E: Tensor,
     B: Tensor,
     scaling: float,
-    rank_logits: Tensor | None,
+    gates: Tensor | None,
     quantizers: dict[str, Quantizer],
 ) -> Tensor:
     """Algorithm 1 for one linear layer; a name missing from `quantizers` is not quantized.
 
-    Shapes: `x` (..., d_in), `weight` (d_out, d_in), `A` (r, d_in), `E` (r,), `B` (d_out, r), `rank_logits` (r,).
+    Shapes: `x` (..., d_in), `weight` (d_out, d_in), `A` (r, d_in), `E` (r,), `B` (d_out, r), `gates` (r,).
     """
 
     def q(name: str, value: Tensor) -> Tensor:
@@ -109,8 +109,8 @@ def forward(
 
     x = q("in", x)
     diagonal = q("E", E)
-    if rank_logits is not None:
-        diagonal = diagonal * rank_gates(rank_logits)
+    if gates is not None:
+        diagonal = diagonal * gates
     low = q("A_out", x @ q("A", A).T)
     low = q("E_out", low * diagonal)
     y = x @ q("weight", weight).T + scaling * (low @ q("B", B).T)

@@ -562,7 +562,9 @@ def test_algorithm_1_built_from_these_parts_equals_the_reference(quantize_input:
     def reference(*values: Tensor) -> Tensor:
         t = dict(zip(tensors, values, strict=True))
         quantizers = {kind: oracle.Quantizer(t[f"range/{kind}"], t[f"gates/{kind}"]) for kind in kinds}
-        return oracle.forward(t["x"], t["weight"], t["bias"], t["A"], t["E"], t["B"], 2.0, t["xi"], quantizers)
+        return oracle.forward(
+            t["x"], t["weight"], t["bias"], t["A"], t["E"], t["B"], 2.0, oracle.rank_gates(t["xi"]), quantizers
+        )
 
     def built(*values: Tensor) -> Tensor:
         t = dict(zip(tensors, values, strict=True))

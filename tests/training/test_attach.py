@@ -32,9 +32,11 @@ KINDS = ("weight", "A", "E", "B", "A_out", "E_out", "out")
 LOGGED = {
     *("loss", "learning_rate", "step", "phase", "mean_bits", "mean_rank", "relative_bops"),
     *(f"bits/{kind}" for kind in KINDS),
-    *(f"gates/{bits}" for bits in (4, 8, 16, 32)),
     *(f"rank/{name}" for name in ("query", "value")),
 }
+
+
+LOGGED_BY_THE_PAPER = {"penalty_bits", "penalty_rank", *(f"gates/{bits}" for bits in (4, 8, 16, 32))}
 
 
 class Rows(Dataset):
@@ -94,6 +96,10 @@ def _phase(model: nn.Module) -> int:
     return int(layers_of(model)[0].blora_progress["default"].phase)
 
 
+def _gates(trainer: Trainer) -> str:
+    return trainer.model.peft_config["default"].gates
+
+
 def _training_logs(trainer: Trainer) -> list[dict[str, float]]:
     return [entry for entry in trainer.state.log_history if "loss" in entry]
 
@@ -101,8 +107,10 @@ def _training_logs(trainer: Trainer) -> list[dict[str, float]]:
 # Training and its log -------------------------------------------------------------------------------------------
 
 
-@pytest.fixture(scope="module")
-def trained(tmp_path_factory: pytest.TempPathFactory) -> tuple[Trainer, list[dict[str, float]]]:
+@pytest.fixture(scope="module", params=["evidence", "paper"])
+def trained(
+    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
+) -> tuple[Trainer, list[dict[str, float]]]:
     """One run through all phases, and what a reporter saw of it."""
     seen: list[dict[str, float]] = []
 
@@ -111,7 +119,7 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> tuple[Trainer, list[dic
             seen.append(dict(logs))
 
     trainer = _trainer(
-        _model(bit_penalty=50.0, rank_penalty=50.0),
+        _model(gates=request.param, bit_penalty=50.0, rank_penalty=50.0),
         tmp_path_factory.mktemp("run"),
         callbacks=[Reporter()],
         eval_strategy="steps",
@@ -131,14 +139,17 @@ def test_every_number_reaches_the_history_and_the_reporters(trained: Any) -> Non
     trainer, seen = trained
     history = _training_logs(trainer)
     assert len(history) == 12
+    expected = LOGGED | LOGGED_BY_THE_PAPER if _gates(trainer) == "paper" else LOGGED
     for entry in history:
-        assert LOGGED <= set(entry)
+        assert expected <= set(entry)
+        assert _gates(trainer) == "paper" or not LOGGED_BY_THE_PAPER & set(entry)
     learning = [entry for entry in history if "penalty_bits" in entry and entry["penalty_bits"] > 0]
-    assert len(learning) == 5 and all("penalty_rank" in entry for entry in learning)
+    assert len(learning) == (5 if _gates(trainer) == "paper" else 0)
+    assert all("penalty_rank" in entry for entry in learning)
     reported = [entry for entry in seen if "loss" in entry]
     assert len(reported) == 12
     for theirs, ours in zip(reported, history, strict=True):
-        assert all(theirs[name] == ours[name] for name in LOGGED - {"step"})
+        assert all(theirs[name] == ours[name] for name in expected - {"step"})
     last = history[-1]
     described = describe(trainer.model)
     assert last["mean_rank"] == sum(layer.rank for layer in described) / len(described)
@@ -148,12 +159,15 @@ def test_every_number_reaches_the_history_and_the_reporters(trained: Any) -> Non
 def test_the_penalty_keys_are_in_every_line_of_the_log(trained: Any) -> None:
     """A reporter that fixes its columns on the first line must not lose them."""
     trainer, _ = trained
-    assert all({"penalty_bits", "penalty_rank"} <= set(entry) for entry in _training_logs(trainer))
+    names = {"penalty_bits", "penalty_rank"} if _gates(trainer) == "paper" else set()
+    assert all(names <= set(entry) for entry in _training_logs(trainer))
+    assert len({frozenset(entry) for entry in _training_logs(trainer)}) == 1
 
 
 def test_neither_the_training_loss_nor_the_evaluation_loss_has_the_penalty_in_it(trained: Any) -> None:
     trainer, _ = trained
-    assert max(entry.get("penalty_bits", 0.0) for entry in _training_logs(trainer)) > 1000
+    largest = max(entry.get("penalty_bits", 0.0) for entry in _training_logs(trainer))
+    assert largest > 1000 if _gates(trainer) == "paper" else largest == 0
     losses = [entry["loss"] for entry in _training_logs(trainer)]
     losses += [entry["eval_loss"] for entry in trainer.state.log_history if "eval_loss" in entry]
     assert len(losses) == 15 and max(losses) < 5
@@ -204,7 +218,7 @@ class GateGradients(TrainerCallback):
 def test_the_optimizer_gets_the_penaltys_gradient_once_and_not_clipped_with_the_tasks(
     accumulation: int, tmp_path: Path
 ) -> None:
-    model = _model(bit_penalty=30.0, rank_penalty=7.0)
+    model = _model(gates="paper", bit_penalty=30.0, rank_penalty=7.0)
     spy = GateGradients(model, 30.0, 7.0)
 
     def no_task(outputs: Any, labels: Tensor, num_items_in_batch: Any = None) -> Tensor:
@@ -225,10 +239,19 @@ def test_the_optimizer_gets_the_penaltys_gradient_once_and_not_clipped_with_the_
     assert max(expected.norm() for _, expected in spy.pairs) > 1.0  # a global clip at 1 would have shown
 
 
-def test_accumulation_gives_the_update_of_one_batch(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"gates": "paper", "calibration": "absmax"},
+        # The best range of a batch of activations is not the mean of those of its parts.
+        {"target_bops": 0.75, "target_rank": 2.0, "fixed_bits": dict.fromkeys(("A_out", "E_out", "out"), 32)},
+    ],
+    ids=["paper", "evidence"],
+)
+def test_accumulation_gives_the_update_of_one_batch(options: dict[str, Any], tmp_path: Path) -> None:
     states = []
     for accumulation in (1, 4):
-        model = _model(calibration="absmax", init_weights=False)
+        model = _model(init_weights=False, **options)
         trainer = _trainer(
             model,
             tmp_path,
@@ -246,7 +269,11 @@ def test_accumulation_gives_the_update_of_one_batch(tmp_path: Path) -> None:
 # Checkpoints ----------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("options", [{}, {"target_bops": 0.3, "bit_weighting": "bops"}], ids=["penalty", "budget"])
+@pytest.mark.parametrize(
+    "options",
+    [{"gates": "paper", "bit_weighting": "bops"}, {}, {"target_bops": 0.3}],
+    ids=["penalty", "price", "budget"],
+)
 def test_a_run_resumed_in_any_phase_ends_bit_for_bit_where_the_uninterrupted_one_does(
     options: dict[str, Any], tmp_path: Path
 ) -> None:
@@ -254,7 +281,7 @@ def test_a_run_resumed_in_any_phase_ends_bit_for_bit_where_the_uninterrupted_one
     trainer = _trainer(_model(**options), tmp_path / "whole", **schedule)
     trainer.train()
     expected = {name: value.clone() for name, value in trainer.model.state_dict().items()}
-    if options:
+    if "target_bops" in options:
         assert relative_bops(trainer.model)["attention"] <= 0.3
     for step, phase in ((2, WARM_UP), (6, LEARN), (10, FROZEN)):
         resumed = _trainer(_model(**options), tmp_path / str(step), **schedule)
@@ -497,7 +524,11 @@ def test_a_second_call_changes_nothing_and_with_other_arguments_is_refused(tmp_p
 
 @pytest.mark.parametrize(
     ("options", "steps", "message"),
-    [({}, 2, "train longer"), ({"gate_learning_rate": 1e-5}, 12, "cannot close")],
+    [
+        ({}, 2, "train longer"),
+        ({"gates": "paper", "gate_learning_rate": 1e-5}, 12, "cannot close"),
+        ({"target_bops": 1e-3}, 12, "but the least share that these widths and ranks can reach"),
+    ],
 )
 def test_a_run_in_which_gates_cannot_move_does_not_start(
     options: dict[str, Any], steps: int, message: str, tmp_path: Path

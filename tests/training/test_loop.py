@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import itertools
 from typing import Any
 
 import pytest
@@ -12,7 +13,8 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from bayeslora import BayesLoop, BayesLoraError, BLoraConfig, describe, parameter_groups
-from bayeslora.cost import relative_bops
+from bayeslora.cost import bops_cost, bytes_cost, relative_bops
+from bayeslora.methods.allocation import CostModel
 from tests.methods.reference import D_IN, FROZEN, LEARN, WARM_UP, Tiny, all_widths, layers_of, seeded, tiny_model
 from tests.oracles import blora as oracle
 
@@ -48,11 +50,15 @@ def _snapshot(model: nn.Module, *parts: str) -> dict[str, Tensor]:
     return {name: p.detach().clone() for name, p in _named(model, *parts).items()}
 
 
-def test_gates_and_ranges_have_no_optimizer_state_outside_their_phase() -> None:
+@pytest.mark.parametrize("gates", ["evidence", "paper"])
+def test_gates_and_ranges_have_no_optimizer_state_outside_their_phase(gates: str) -> None:
     """Whatever has a gradient, as everything does under DDP: Adam would count the step."""
-    model = tiny_model(WARM_UP, warmup_fraction=0.25, freeze_fraction=0.25)
+    model = tiny_model(WARM_UP, gates=gates, warmup_fraction=0.25, freeze_fraction=0.25)
     loop = BayesLoop(model, _optimizer(model), total_steps=24)
-    gated = _named(model, ".blora_quantizers.", ".blora_rank.")
+    # Where evidence decides, the other ranges learn alone.
+    learned = (".log_ranges",) if gates == "evidence" else (".blora_quantizers.", ".blora_rank.")
+    gated = _named(model, *learned)
+    still = [p for name, p in _named(model, ".blora_quantizers.", ".blora_rank.").items() if name not in gated]
     counted = []
     for _ in range(24):
         loop.step_begin()
@@ -65,6 +71,7 @@ def test_gates_and_ranges_have_no_optimizer_state_outside_their_phase() -> None:
         loop.optimizer.zero_grad()
         counted.append({int(loop.optimizer.state.get(p, {}).get("step", 0)) for p in gated.values()})
     assert counted == [{0}] * 6 + [{step} for step in range(1, 13)] + [{12}] * 6
+    assert not any(loop.optimizer.state.get(p) for p in still) and bool(still) == (gates == "evidence")
 
 
 # The penalty ----------------------------------------------------------------------------------------------------
@@ -72,7 +79,7 @@ def test_gates_and_ranges_have_no_optimizer_state_outside_their_phase() -> None:
 
 @pytest.mark.parametrize("accumulation", [1, 4])
 def test_the_penaltys_gradient_is_added_once_whatever_the_accumulation(accumulation: int) -> None:
-    model = tiny_model(LEARN, bit_penalty=0.3, rank_penalty=0.7)
+    model = tiny_model(LEARN, gates="paper", bit_penalty=0.3, rank_penalty=0.7)
     loop = BayesLoop(model, _optimizer(model), total_steps=100, step=60)
     loop.step_begin()
     for x in X.chunk(accumulation):
@@ -91,7 +98,7 @@ def test_the_penaltys_gradient_is_added_once_whatever_the_accumulation(accumulat
 def test_it_is_added_to_the_tasks_gradient() -> None:
     gradients = {}
     for weight in (0.0, 0.5):
-        model = tiny_model(LEARN, bit_penalty=weight, rank_penalty=weight)
+        model = tiny_model(LEARN, gates="paper", bit_penalty=weight, rank_penalty=weight)
         loop = BayesLoop(model, _optimizer(model), total_steps=100, step=60)
         loop.step_begin()
         nn.functional.cross_entropy(model(X), Y).backward()
@@ -105,7 +112,7 @@ def test_it_is_added_to_the_tasks_gradient() -> None:
 def test_a_loss_scale_multiplies_the_penalty_so_that_unscaling_leaves_it() -> None:
     found = []
     for scale in (1.0, 1024.0):
-        model = tiny_model(LEARN)
+        model = tiny_model(LEARN, gates="paper")
         loop = BayesLoop(model, _optimizer(model), total_steps=100, step=60)
         loop.step_begin()
         loop.before_optimizer_step(scale)
@@ -114,15 +121,26 @@ def test_a_loss_scale_multiplies_the_penalty_so_that_unscaling_leaves_it() -> No
         torch.testing.assert_close(found[1][name], value, atol=0, rtol=1e-6)
 
 
-def test_four_micro_batches_train_as_one_batch_does() -> None:
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"gates": "paper", "calibration": "absmax"},
+        # Ranges of activations are means over micro-batches; those of four parts are not those of the whole.
+        {"fixed_bits": dict.fromkeys(("A_out", "E_out", "out"), 32), "target_bops": 0.4, "target_rank": 2.5},
+        {"mode": "ra", "target_rank": 2.5},
+    ],
+    ids=["paper", "evidence", "ranks by evidence"],
+)
+def test_four_micro_batches_train_as_one_batch_does(options: dict[str, Any]) -> None:
     states = []
     for accumulation in (1, 4):
         # The largest magnitude of four parts is that of the whole; the best range in least squares is not.
-        model = tiny_model(WARM_UP, calibration="absmax", warmup_fraction=0.2, freeze_fraction=0.3)
+        model = tiny_model(WARM_UP, warmup_fraction=0.2, freeze_fraction=0.3, **options)
         loop = BayesLoop(model, _optimizer(model, lr=1e-3), total_steps=10)
         for _ in range(10):
             _step(model, loop, accumulation)
-        states.append(model.state_dict())
+        # How many passes evidence took is that of the micro-batches.
+        states.append({name: v for name, v in model.state_dict().items() if not name.endswith((".passes", ".ranges"))})
     for name, value in states[0].items():
         torch.testing.assert_close(states[1][name], value, atol=2e-5, rtol=1e-4, msg=name)
 
@@ -132,7 +150,9 @@ def test_four_micro_batches_train_as_one_batch_does() -> None:
 
 @pytest.mark.parametrize("steps", [20, 150])
 def test_gates_nobody_resists_all_close_in_their_phase_at_the_derived_rate(steps: int) -> None:
-    model = get_peft_model(seeded(Tiny), BLoraConfig(target_modules=["first", "second"], init_weights=False)).train()
+    model = get_peft_model(
+        seeded(Tiny), BLoraConfig(gates="paper", target_modules=["first", "second"], init_weights=False)
+    ).train()
     loop = BayesLoop(model, _optimizer(model), total_steps=steps)
     for _ in range(steps):
         _step(model, loop, task=0.0)
@@ -142,7 +162,7 @@ def test_gates_nobody_resists_all_close_in_their_phase_at_the_derived_rate(steps
 
 def test_gates_that_only_the_task_moves_do_not_all_close() -> None:
     """The other end: without a penalty widths stay what the initial logits make them, up to what the task wants."""
-    model = tiny_model(WARM_UP, bit_penalty=0.0, rank_penalty=0.0)
+    model = tiny_model(WARM_UP, gates="paper", bit_penalty=0.0, rank_penalty=0.0)
     for layer in layers_of(model):
         all_widths(layer, 8)
         layer.blora_rank["default"].logits.data.fill_(6.0)
@@ -153,7 +173,7 @@ def test_gates_that_only_the_task_moves_do_not_all_close() -> None:
 
 
 def test_gates_are_still_outside_their_phase_and_the_weights_schedule_is_left_alone() -> None:
-    model = tiny_model(WARM_UP, warmup_fraction=0.3, freeze_fraction=0.3)
+    model = tiny_model(WARM_UP, gates="paper", warmup_fraction=0.3, freeze_fraction=0.3)
     optimizer = _optimizer(model, lr=0.02)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1 - step / 10)
     loop = BayesLoop(model, optimizer, total_steps=10)
@@ -209,17 +229,15 @@ def test_stochastic_gradient_descent_drives_it_in_every_mode(mode: str) -> None:
 # The budget -----------------------------------------------------------------------------------------------------
 
 
-def _shares_under_a_budget(base: PreTrainedModel, mode: str, target: float) -> list[float]:
-    """The share of bit operations before training and after each of 20 steps, of which the gates learn in 3 to 16."""
+def _run_under_a_budget(base: PreTrainedModel, **options: Any) -> tuple[nn.Module, list[float]]:
+    """A model and its share of bit operations before training and after each of 20 steps; gates move in 3 to 16."""
     config = BLoraConfig(
         r=4,
         target_modules=["query", "key", "value"],
-        mode=mode,
-        target_bops=target,
-        bit_penalty=1e-6,
-        rank_penalty=0.0,
         warmup_fraction=0.1,
         freeze_fraction=0.2,
+        init_weights=False,
+        **options,
     )
     model = get_peft_model(base, config).train()
     loop = BayesLoop(model, _optimizer(model, lr=1e-3), total_steps=20)
@@ -233,78 +251,140 @@ def _shares_under_a_budget(base: PreTrainedModel, mode: str, target: float) -> l
         loop.step_end()
         loop.optimizer.zero_grad()
         shares.append(relative_bops(model)["attention"])
-    return shares
+    return model, shares
 
 
-@pytest.mark.parametrize(("mode", "target"), [("q+ra", 0.25), ("q", 0.5)])
-def test_a_budget_is_met_when_gates_freeze(mode: str, target: float, tiny_bert: PreTrainedModel) -> None:
-    shares = _shares_under_a_budget(tiny_bert, mode, target)
-    assert shares[0] == shares[1] > 0.8  # the warm-up is at full precision
-    assert shares[-1] == shares[16] <= target
+def _fits(model: nn.Module, cost: CostModel, target: float, mode: str) -> list[Any]:
+    """The gates of a small model that could be opened without leaving the budget, one at a time."""
+    found: list[Any] = []
+    now = cost.share({}, {})
+    for layer in describe(model):
+        for kind, bits in layer.bits.items():
+            wider = {(layer.name, kind): 2 * bits}
+            if bits < 32 and now < cost.share(wider, {}) <= target:
+                found.append((layer.name, kind))
+        if (
+            mode != "q"
+            and layer.rank < layer.initial_rank
+            and now < cost.share({}, {layer.name: layer.rank + 1}) <= target
+        ):
+            found.append(layer.name)
+    return found
 
 
-def test_a_budget_is_not_overshot_by_much(tiny_bert: PreTrainedModel) -> None:
-    assert _shares_under_a_budget(tiny_bert, "q", 0.5)[-1] > 0.5 / 3
+def _mean_rank(model: nn.Module) -> float:
+    ranks = [layer.rank for layer in describe(model)]
+    return sum(ranks) / len(ranks)
 
 
-def test_a_penalty_under_a_budget_grows_above_it_and_shrinks_below_it() -> None:
-    for share, grows in ((0.9, True), (0.1, False)):
-        model = tiny_model(LEARN, target_bops=0.3)
-        before = model.base_model.penalty()["bits"].item()
-        model.base_model.update_budget_multiplier(share)
-        assert (model.base_model.penalty()["bits"].item() > before) == grows
+@pytest.mark.parametrize(
+    ("mode", "target"), [("q+ra", 0.6), ("q+ra", 0.25), ("q+ra", 0.05), ("q", 0.5), ("q", 0.25), ("q", 0.1)]
+)
+def test_a_budget_of_bit_operations_is_met_when_gates_freeze(
+    mode: str, target: float, tiny_bert: PreTrainedModel
+) -> None:
+    model, shares = _run_under_a_budget(tiny_bert, mode=mode, target_bops=target, rank_price=0.0)
+    assert shares[0] == shares[2] > 0.8  # the warm-up is at full precision
+    assert shares[-1] == shares[16]
+    assert shares[-1] <= target
+    assert shares[-1] >= 0.98 * target or not _fits(model, bops_cost(model, "attention"), target, mode)
+    assert all(after <= before for before, after in itertools.pairwise(shares))
 
 
-def test_closing_the_weakest_gate_lowers_one_width_by_one_step() -> None:
-    model = tiny_model(LEARN, target_bops=0.3)
-    for layer in layers_of(model):
-        all_widths(layer, 8)
-    weakest = layers_of(model)[1].blora_quantizers["default"]
-    with torch.no_grad():
-        weakest.gate_logits[weakest.kinds.index("E"), 1] = 0.5  # open, but less than any other
-    assert model.base_model.close_lowest_gate()
-    first, second = describe(model)
-    assert set(first.bits.values()) == {8}
-    assert second.bits == {**dict.fromkeys(first.bits, 8), "E": 4}
-    for config in model.peft_config.values():
-        config.fixed_bits = dict.fromkeys(set(first.bits) - {"B"}, 8)  # of these no gate is closed
-    for layer in layers_of(model):
-        all_widths(layer, 4)
-    assert model.base_model.close_lowest_gate() and model.base_model.close_lowest_gate()
-    assert [each.bits for each in describe(model)] == [{**dict.fromkeys(first.bits, 4), "B": 2}] * 2
-    assert not model.base_model.close_lowest_gate()
-    for config in model.peft_config.values():
-        config.fixed_bits = None
-    for layer in layers_of(model):
-        all_widths(layer, 2)
-    assert not model.base_model.close_lowest_gate()
+@pytest.mark.parametrize(("mode", "target"), [("q+ra", 0.5), ("q+ra", 0.2), ("q", 0.4), ("q", 0.15)])
+def test_a_budget_of_bytes_is_met(mode: str, target: float, tiny_bert: PreTrainedModel) -> None:
+    model, _ = _run_under_a_budget(tiny_bert, mode=mode, target_bytes=target, rank_price=0.0)
+    share = bytes_cost(model).share({}, {})
+    assert share <= target
+    assert share >= 0.98 * target or not _fits(model, bytes_cost(model), target, mode)
+
+
+@pytest.mark.parametrize(("mode", "target"), [("ra", 3.5), ("ra", 2.0), ("ra", 0.5), ("q+ra", 1.5)])
+def test_a_mean_rank_is_met(mode: str, target: float, tiny_bert: PreTrainedModel) -> None:
+    model, _ = _run_under_a_budget(
+        tiny_bert, mode=mode, target_rank=target, **({"bops_price": 0.0} if "q" in mode else {})
+    )
+    assert _mean_rank(model) == target
+
+
+@pytest.mark.parametrize("rank", [2.0, 3.0])
+def test_ranks_and_bit_operations_have_budgets_of_their_own(rank: float, tiny_bert: PreTrainedModel) -> None:
+    model, shares = _run_under_a_budget(tiny_bert, target_rank=rank, target_bops=0.25)
+    assert 0.98 * 0.25 <= shares[-1] <= 0.25
+    assert rank - 0.5 <= _mean_rank(model) <= rank
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"target_bops": 1e-4}, "target is 0.0001, but the least share that these widths and ranks can reach is"),
+        ({"target_bytes": 1e-4, "mode": "q"}, "target is 0.0001, but the least share"),
+        ({"target_bops": 0.1, "fixed_bits": {"weight": 32}}, "products with an operand fixed at 32 bits"),
+    ],
+)
+def test_a_budget_out_of_reach_is_refused_before_the_first_step(
+    options: dict[str, Any], message: str, tiny_bert: PreTrainedModel
+) -> None:
+    model = get_peft_model(tiny_bert, BLoraConfig(r=4, target_modules=["query", "key", "value"], **options))
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    with pytest.raises(BayesLoraError, match=message) as caught:
+        BayesLoop(model, _optimizer(model), total_steps=100)
+    assert "\n" not in str(caught.value)
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
 
 
 # Resuming -------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("at", [2, 6, 10], ids=["warm-up", "gates learn", "frozen"])
-def test_a_loop_resumed_from_its_saved_state_continues_bit_for_bit(at: int) -> None:
+def _resumed_at_every_step(steps: int, at: list[int], **options: Any) -> None:
     def start() -> tuple[nn.Module, torch.optim.Optimizer]:
-        model = tiny_model(WARM_UP, warmup_fraction=0.3, freeze_fraction=0.3, target_bops=0.3)
+        model = tiny_model(WARM_UP, warmup_fraction=0.3, freeze_fraction=0.3, **options)
         return model, _optimizer(model)
 
     model, optimizer = start()
-    loop = BayesLoop(model, optimizer, total_steps=12, seed=3)
-    saved: Any = None
-    for step in range(12):
-        if step == at:
-            saved = copy.deepcopy((model.state_dict(), optimizer.state_dict()))
+    loop = BayesLoop(model, optimizer, total_steps=steps, seed=3)
+    saved: dict[int, Any] = {}
+    for step in range(steps):
+        if step in at:
+            saved[step] = copy.deepcopy((model.state_dict(), optimizer.state_dict()))
         _step(model, loop)
 
-    again, optimizer = start()
-    again.load_state_dict(saved[0])
-    optimizer.load_state_dict(saved[1])
-    loop = BayesLoop(again, optimizer, total_steps=12, seed=3, step=at)
-    for _ in range(at, 12):
-        _step(again, loop)
-    for name, value in model.state_dict().items():
-        assert torch.equal(again.state_dict()[name], value), name
+    for step in at:
+        again, optimizer = start()
+        again.load_state_dict(saved[step][0])
+        optimizer.load_state_dict(saved[step][1])
+        loop = BayesLoop(again, optimizer, total_steps=steps, seed=3, step=step)
+        for _ in range(step, steps):
+            _step(again, loop)
+        for name, value in model.state_dict().items():
+            assert torch.equal(again.state_dict()[name], value), f"resumed at {step}: {name}"
+        assert [layer.to_dict() for layer in describe(again)] == [layer.to_dict() for layer in describe(model)]
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"gates": "paper"},
+        {"target_bops": 0.3},
+        {"target_bytes": 0.3, "target_rank": 2.0},
+        {"mode": "ra"},
+        {"mode": "q", "target_bops": 0.3, "rank_pattern": {"second": 14}},
+        {"bops_price": 0.5, "rank_price": 0.1},
+    ],
+    ids=lambda options: ", ".join(options),
+)
+def test_a_loop_resumed_from_its_saved_state_continues_bit_for_bit(options: dict[str, Any]) -> None:
+    """In the warm-up, between decisions of the gates and while they are frozen."""
+    _resumed_at_every_step(12, [1, 2, 3, 4, 5, 6, 7, 10], **options)
+
+
+def test_a_loop_resumed_between_two_passes_of_one_decision_continues_bit_for_bit() -> None:
+    steps = 600
+    loop = BayesLoop(model := tiny_model(WARM_UP, warmup_fraction=0.3, freeze_fraction=0.3), _optimizer(model), steps)
+    schedule = loop.tuner.run_state().schedule
+    between = [step for step in schedule.passes if step - 1 in schedule.passes]
+    assert len(between) == len(schedule.decisions) == 4
+    _resumed_at_every_step(steps, [min(between), max(between)], target_bops=0.3, target_rank=2.5)
 
 
 # What it refuses ------------------------------------------------------------------------------------------------
@@ -329,7 +409,7 @@ def test_a_run_that_cannot_work_is_refused_when_the_loop_is_made() -> None:
     model = tiny_model(WARM_UP)
     with pytest.raises(BayesLoraError, match="train longer"):
         BayesLoop(model, _optimizer(model), total_steps=2)
-    model = tiny_model(WARM_UP, gate_learning_rate=1e-5)
+    model = tiny_model(WARM_UP, gates="paper", gate_learning_rate=1e-5)
     with pytest.raises(BayesLoraError, match="cannot close"):
         BayesLoop(model, _optimizer(model), total_steps=100)
 
@@ -355,7 +435,7 @@ def test_a_wrapped_model_is_looked_into() -> None:
 
 
 def test_statistics_hold_the_penalty_that_was_added() -> None:
-    model = tiny_model(LEARN, bit_penalty=1.0, rank_penalty=1.0)
+    model = tiny_model(LEARN, gates="paper", bit_penalty=1.0, rank_penalty=1.0)
     for layer in layers_of(model):
         for p in (layer.blora_quantizers["default"].gate_logits, layer.blora_rank["default"].logits):
             p.data.fill_(50.0)
