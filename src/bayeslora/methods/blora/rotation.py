@@ -35,7 +35,7 @@ def rotated(factors: Factors) -> Factors:
     rank = len(e)
     columns, upper = torch.linalg.qr(b * e)
     rows, lower = torch.linalg.qr(a.T)
-    u, s, v = torch.linalg.svd(upper @ lower.T)
+    u, s, v = torch.linalg.svd(upper @ lower.T, full_matrices=False)
     left, right = columns @ u, v @ rows.T
     found = Factors(a.new_zeros(a.shape), e.new_ones(rank), b.new_zeros(b.shape))
     found.A[: right.shape[0]], found.B[:, : left.shape[1]] = right, left * s
