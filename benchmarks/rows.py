@@ -118,6 +118,10 @@ def falling_ranks(kind: type[PeftConfig]) -> Callable[[Options, int], PeftConfig
     return build
 
 
+PAPER: Options = {"gates": "paper", "rotate": False}
+QUANTIZED: Options = {"quantize_input": True, "per_channel": True}
+"""What a cost below 6% needs: products without a 32-bit operand, and one range a channel of W0."""
+
 ROWS = {
     "full": Row(lambda shared, steps: None, rate=0.05),
     "lora-r1": Row(lora(1)),
@@ -129,9 +133,13 @@ ROWS = {
     "adalora": Row(falling_ranks(AdaLoraConfig), rate=10, callback=Allocation),
     "bayes_adalora": Row(falling_ranks(bayeslora.AdaLoraConfig), ivon="short"),
     "dylora": Row(ours("dylora")),
-    "blora-q": Row(ours("blora", mode="q")),
-    "blora-ra": Row(ours("blora", mode="ra")),
-    "blora-q+ra": Row(ours("blora", mode="q+ra")),
+    "blora-q": Row(ours("blora", mode="q", **PAPER)),
+    "blora-ra": Row(ours("blora", mode="ra", **PAPER)),
+    "blora-q+ra": Row(ours("blora", mode="q+ra", **PAPER)),
+    "rotated-ra": Row(ours("blora", mode="ra", gates="paper", rotate=True)),
+    "evidence-q": Row(ours("blora", mode="q", **QUANTIZED)),
+    "evidence-ra": Row(ours("blora", mode="ra")),
+    "evidence-q+ra": Row(ours("blora", mode="q+ra", **QUANTIZED)),
     "melora": Row(ours("melora"), samples=10),
     "monteclora": Row(lora(RANK, monteclora_config=MontecloraConfig()), mixin=MontecloraTrainerMixin),
     # PEFT's default rank: two vectors a layer are trained, on random matrices that all layers share.

@@ -216,7 +216,7 @@ class Probe:
 
         def measure(gradient: Tensor) -> None:
             rows = self._row_count(gradient)
-            products = (gradient.float() * inputs.float()).reshape(rows, -1, len(values)).sum(1)
+            products = (gradient.float() * inputs.float()).unflatten(0, (rows, -1)).flatten(1, -2).sum(1)
             self.ranks += (products * values).square().sum(0).cpu()
             if self._measures("E"):
                 errors = [quantize(values, self.weight_range("E", bits), bits) - values for bits in MEASURED]

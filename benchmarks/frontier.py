@@ -1,0 +1,61 @@
+"""Score against bit operations: B-LoRA at several budgets, beside a LoRA that is rounded after training.
+
+    python benchmarks/frontier.py --data-dir DATA --threads 1                    # every missing run
+    python benchmarks/frontier.py --data-dir DATA --tasks sst2 --seeds 0 --scopes attention
+
+One file a run, in results/frontier. Each trains the widths of query, key and value, or of all linear layers of the
+blocks, under the steps and the rate of the GLUE table (`glue.py`), to a budget that one of the roundings in
+`rounding.py` costs in the same scope. Ranks close where that is the cheapest way to save bit operations. The score is
+the task's metric on all held-out rows, looked at once, after training. With `--select` a fifth of the training rows is
+held out and scored instead, in results/frontier-selection.
+"""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+import torch
+from glue import TRAINING, Job, run
+from harness import run_missing
+from records import RESULTS
+from rows import target_modules
+
+BUDGETS = {"attention": (0.075, 0.039, 0.033, 0.018), "encoder": (0.066, 0.037, 0.023, 0.0154)}
+"""Shares of the bit operations of LoRA r = 16 at 32 bits: of W8A8, W4A4, W2A4 with outputs at 8 bits and W2A4 with
+outputs at 4 in attention; of W8A8, W4A8, W4A4 and W2A4, with outputs at 8 bits, in the encoder."""
+
+
+def jobs(given: argparse.Namespace) -> dict[Path, Job]:
+    folder = given.results / ("frontier-selection" if given.select else "frontier")
+    found = {}
+    for seed in given.seeds:
+        for task in given.tasks:
+            for scope in given.scopes:
+                targets = target_modules("minilm", all_linear=scope == "encoder")
+                for budget in BUDGETS[scope]:
+                    options = {"target_bops": budget, "bops_scope": scope, "rank_price": 0.0}
+                    file = folder / f"{task}-{scope}-{budget}-{seed}.json"
+                    found[file] = Job(
+                        task, "evidence-q+ra", seed, "minilm", given.data_dir, targets, given.select, options=options
+                    )
+    return found
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data-dir", type=Path, required=True)
+    parser.add_argument("--tasks", nargs="+", choices=list(TRAINING), default=["sst2", "mrpc"])
+    parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
+    parser.add_argument("--scopes", nargs="+", choices=list(BUDGETS), default=list(BUDGETS))
+    parser.add_argument("--select", action="store_true", help="hold rows of train out, and score on them alone")
+    parser.add_argument("--threads", type=int)
+    parser.add_argument("--results", type=Path, default=RESULTS, help="the folder of all results")
+    given = parser.parse_args()
+    if given.threads:
+        torch.set_num_threads(given.threads)
+    run_missing(parser, jobs(given), run)
+
+
+if __name__ == "__main__":
+    main()
