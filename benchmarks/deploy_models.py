@@ -44,6 +44,7 @@ DECODER = {
     # Base weights in bytes, which kernels read; a few of a language model's large entries must not be clipped.
     "fixed_bits": {"weight": 8},
     "calibration": "absmax",
+    "gates": "paper",
     "bit_penalty": 1e-3,
     "warmup_fraction": 0.4,
     "freeze_fraction": 0.4,

@@ -31,15 +31,7 @@ SHARED: dict[str, Any] = {
 SAMPLES = 10
 METHODS: dict[str, dict[str, Any]] = {
     "lora": {},
-    # Longer gate phase than by default: the task is learned early, and the widths should become narrow.
-    "blora": {
-        "mode": "q+ra",
-        "quantize_input": True,
-        "bit_penalty": 1e-3,
-        "rank_penalty": 1e-4,
-        "warmup_fraction": 0.4,
-        "freeze_fraction": 0.4,
-    },
+    "blora": {"mode": "q+ra", "quantize_input": True, "per_channel": True, "target_bops": 0.03},
     # Less noise than by default: noise costs steps, and 300 are little more than one epoch.
     "melora": {"samples": SAMPLES, "prior_std": 0.2, "initial_std": 0.07},
 }
