@@ -28,7 +28,7 @@ from datasets import Dataset, concatenate_datasets
 from harness import ATTENTION, Training, fine_tune, run_missing, training_arithmetic
 from peft import PeftConfig
 from records import MMLU_ROWS, RESULTS, SHOTS, Run
-from rows import RANK, adapter_options, describe, lora, nf4, ours
+from rows import PAPER, RANK, adapter_options, describe, lora, nf4, ours
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, set_seed
 
 import bayeslora
@@ -93,7 +93,7 @@ def training_rows(data_dir: Path, tokenizer: Any, max_length: int) -> Dataset:
 
 
 def configuration(row: str) -> PeftConfig:
-    build = lora(RANK) if row in ("lora", "qlora") else ours("blora", mode=row.removeprefix("blora-"))
+    build = lora(RANK) if row in ("lora", "qlora") else ours("blora", mode=row.removeprefix("blora-"), **PAPER)
     return build({"target_modules": TARGETS, "task_type": "CAUSAL_LM"}, TRAINING.steps)
 
 

@@ -8,9 +8,11 @@ figures are medians over rounds and medians of the ratio round by round. Memory 
 step, in a process of its own for each variant. Variants:
 
     lora            PEFT's LoRA
-    blora-learning  B-LoRA q + ra in the middle of the gates' phase, with what `BayesLoop` does around the step
-    blora-start     the same at the phase's first step, when the gates of 16 and 32 bits are undecided
-    blora-frozen    B-LoRA q + ra with gates frozen
+    blora-learning  B-LoRA q + ra in the gates' phase at 3% of the bit operations, inputs quantized, one range a channel
+    blora-evidence  the same in a step that gathers evidence
+    blora-frozen    the same with gates frozen
+    paper-learning  the paper's gates in the middle of their phase, with what `BayesLoop` does around the step
+    paper-start     the same at the phase's first step, when the gates of 16 and 32 bits are undecided
     residual        the original residual form of the quantizer in plain autograd: the baseline to beat
     melora          Me-LoRA, one core for each sequence
     blob            BLoB with flipout
@@ -37,7 +39,8 @@ from bayeslora.data import packaged_model
 from bayeslora.methods.blora.gated_quantizers import Assignment, Phase, Quantizers
 from bayeslora.quantization import WIDTHS, grid_step
 
-VARIANTS = ("lora", "blora-learning", "blora-start", "blora-frozen", "residual", "melora", "blob")
+BY_EVIDENCE = ("blora-learning", "blora-evidence", "blora-frozen")
+VARIANTS = ("lora", *BY_EVIDENCE, "paper-learning", "paper-start", "residual", "melora", "blob")
 
 VARIATIONAL = ("melora", "blob")
 
@@ -76,7 +79,9 @@ def configuration(variant: str, shared: dict[str, Any]) -> PeftConfig:
         return LoraConfig(**shared)
     if variant in VARIATIONAL:
         return bayeslora.METHODS[variant](num_examples=10_000, **shared)
-    return bayeslora.BLoraConfig(**shared)
+    if variant in BY_EVIDENCE:
+        return bayeslora.BLoraConfig(**shared, quantize_input=True, per_channel=True, target_bops=0.03)
+    return bayeslora.BLoraConfig(**shared, gates="paper")
 
 
 def make_step(variant: str, batch_size: int, length: int) -> Callable[[], None]:
@@ -104,18 +109,32 @@ def make_step(variant: str, batch_size: int, length: int) -> Callable[[], None]:
         optimizer.zero_grad()
 
     if loop is not None and variant not in VARIATIONAL:
-        for _ in range(2):  # ranges are observed
+        advance(loop, variant, step)
+    if loop is not None and variant == "blora-evidence":
+        measured = loop.tuner.run_state().schedule.decisions[-1] - 1
+
+        def measuring_step() -> None:
+            loop.step = measured
             step()
-        loop.step = loop.tuner.run_state().warm_up_end - 1
-        step()
-        if variant != "blora-start":
-            spread_gates(loop)
-        if variant == "blora-frozen":
-            loop.step = loop.tuner.run_state().frozen_from - 1
-            step()
-        expected = Phase.FROZEN if variant == "blora-frozen" else Phase.LEARN
-        assert {layer.progress("default").current for layer in loop.tuner.adapted_layers()} == {expected}
+
+        return measuring_step
     return with_own_quantizer(variant, step)
+
+
+def advance(loop: bayeslora.BayesLoop, variant: str, step: Callable[[], None]) -> None:
+    """Take the steps of a run that lead to the phase of `variant`, and leave out those between them."""
+    run = loop.tuner.run_state()
+    stops = [run.rotated_after - 1, run.warm_up_end - 2, run.warm_up_end - 1]  # rotated, observed, learning
+    if run.schedule is not None:
+        stops += run.schedule.decisions
+    if variant == "blora-frozen":
+        stops.append(run.frozen_from - 1)
+    for loop.step in stops:
+        step()
+    if variant in ("paper-learning", "residual"):
+        spread_gates(loop)
+    expected = Phase.FROZEN if variant == "blora-frozen" else Phase.LEARN
+    assert {layer.progress("default").current for layer in loop.tuner.adapted_layers()} == {expected}
 
 
 def spread_gates(loop: bayeslora.BayesLoop) -> None:
