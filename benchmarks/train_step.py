@@ -8,7 +8,7 @@ figures are medians over rounds and medians of the ratio round by round. Memory 
 step, in a process of its own for each variant. Variants:
 
     lora            PEFT's LoRA
-    blora-learning  B-LoRA q + ra in the gates' phase at 3% of the bit operations, inputs quantized, one range a channel
+    blora-learning  B-LoRA q + ra in the gates' phase at 3% of the bit operations, with quantized inputs
     blora-evidence  the same in a step that gathers evidence
     blora-frozen    the same with gates frozen
     paper-learning  the paper's gates in the middle of their phase, with what `BayesLoop` does around the step
