@@ -24,7 +24,7 @@ from __future__ import annotations
 import argparse
 import json
 import statistics
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -143,7 +143,7 @@ def run(job: Job) -> Run:
         "relative_bops": relative_bops(model, layers=layers),
         "median_adapter_bits": statistics.median(adapted) if adapted else None,
         "mean_rank": statistics.mean(layer.rank for layer in layers) if layers else None,
-        "layers": [layer.to_dict() for layer in layers],
+        "layers": [replace(layer, gates=[]).to_dict() for layer in layers],
     }
     return {**found, **trained}
 

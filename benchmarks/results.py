@@ -16,6 +16,7 @@ from matplotlib.figure import Figure
 from records import RESULTS, read_runs, row_titles
 from results_calibration import calibration_section
 from results_figures import bits_figure, cost_figure, mmlu_figure, ranks_figure
+from results_frontier import frontier_figure, frontier_section
 from results_glue import PAPERS, glue_runs, glue_section, patterns_section
 from results_sections import (
     importance_section,
@@ -49,12 +50,14 @@ FIGURES: Figures = {
     "results-ranks": lambda results: ranks_figure(read_runs(results / "glue")),
     "results-bits": lambda results: bits_figure(read_runs(results / "glue")),
     "results-score-bops": lambda results: _cost_figure(results),
+    "results-frontier": frontier_figure,
     "results-mmlu": lambda results: mmlu_figure(read_runs(results / "mmlu")),
 }
 CAPTIONS = {
     "results-ranks": "Ranks by layer and matrix, B-LoRA and AdaLoRA",
     "results-bits": "Share of matrices at each width, B-LoRA q + ra",
     "results-score-bops": "Score against the bit operations of attention",
+    "results-frontier": "Score against bit operations, B-LoRA and LoRA rounded after training",
     "results-mmlu": "MMLU, zero- and five-shot",
 }
 
@@ -78,6 +81,7 @@ def page(results: Path, figures: Iterable[str]) -> str:
 
     runs = glue_runs(results / "glue")
     sections = {
+        "Ranks and bits against rounding": frontier_section(results) + figure("results-frontier"),
         "GLUE": (GLUE_INTRO.format(**PAPERS["glue"]) + glue_section(results) + figure("results-score-bops")),
         "Patterns": patterns_section(results) + figure("results-ranks") + figure("results-bits"),
         "Importance": importance_section(results) + posterior_table(runs),

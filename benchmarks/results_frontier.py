@@ -1,0 +1,133 @@
+"""The part of the results page that compares B-LoRA with a LoRA that is rounded, or cut, after training."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+from matplotlib.figure import Figure
+from matplotlib.ticker import PercentFormatter
+from records import TASK_TITLES, Run, markdown_table, read_runs, score
+
+from bayeslora.report import style
+
+INTRO = """One LoRA of r = 8 on query, key and value is merged and rounded after training (`benchmarks/rounding.py`):
+per-channel weights, static inputs, ranges with the least squared error on 128 training rows. B-LoRA is trained to the
+budgets that these roundings cost (`benchmarks/frontier.py`), in the same number of steps. Bit operations are a share of
+LoRA r = 16 at 32 bits in the scope of the table, counted by one function. Scores are in per cent, on all held-out rows.
+
+"""
+SCOPES = {"attention": "Attention", "encoder": "Whole encoder"}
+
+
+def frontier_section(results: Path) -> str:
+    """Tables of scores by cost, by task and scope; LoRA at 32 bits first."""
+    trained, rounded = read_runs(results / "frontier"), read_runs(results / "rounding")
+    if not trained and not rounded:
+        return "Not run.\n"
+    parts = [INTRO]
+    for task in dict.fromkeys(run["task"] for run in [*rounded, *trained]):
+        for scope, title in SCOPES.items():
+            rows = [*_lora_rows(rounded, task, scope), *_rounded_rows(rounded, task, scope)]
+            rows += _trained_rows(trained, task, scope)
+            if rows:
+                rows.sort(key=lambda row: -row[1])
+                cells = [
+                    [name, f"{cost:.2%}", *(f"{value:.{digits}f}" for value, digits in numbers)]
+                    for name, cost, *numbers in rows
+                ]
+                heading = ["", "BOPs", "score", "NLL", "seeds"]
+                parts.append(f"**{TASK_TITLES[task]}, {title.lower()}**\n\n{markdown_table(heading, cells)}\n")
+    cut = _cut_table(rounded)
+    return "\n".join([*parts, cut] if cut else parts)
+
+
+def _means(entries: Sequence[Run]) -> list[tuple[float, int]]:
+    """Mean score in per cent, mean NLL, and the number of seeds, each with its digits."""
+    likelihoods = [entry["scores"]["nll"] for entry in entries if "nll" in entry["scores"]]
+    nll = statistics.fmean(likelihoods) if likelihoods else float("nan")
+    return [(statistics.fmean(map(score, entries)), 2), (nll, 3), (len(entries), 0)]
+
+
+def _of(run: Run, entry: dict[str, Any]) -> Run:
+    return {**entry, "metric": run["metric"], "seed": run["seed"], "task": run["task"]}
+
+
+def _lora_rows(rounded: Iterable[Run], task: str, scope: str) -> list[list[Any]]:
+    found = [_of(run, run["lora"]) for run in rounded if run["task"] == task]
+    return [["LoRA, 32 bits", found[0]["relative_bops"][scope], *_means(found)]] if found else []
+
+
+def _rounded_rows(rounded: Iterable[Run], task: str, scope: str) -> list[list[Any]]:
+    groups: dict[tuple[str, int | None], list[Run]] = {}
+    for run in rounded:
+        for entry in run["rounded"]:
+            if run["task"] == task and entry["scope"] == scope:
+                groups.setdefault((entry["setting"], entry.get("output_bits")), []).append(_of(run, entry))
+    return [
+        [f"LoRA, rounded {setting}, outputs {bits}", group[0]["relative_bops"][scope], *_means(group)]
+        for (setting, bits), group in groups.items()
+    ]
+
+
+def _trained_rows(trained: Iterable[Run], task: str, scope: str) -> list[list[Any]]:
+    groups: dict[float, list[Run]] = {}
+    for run in trained:
+        if run["task"] == task and run["options"]["bops_scope"] == scope:
+            groups.setdefault(run["options"]["target_bops"], []).append(run)
+    return [
+        [f"**B-LoRA**, mean rank {statistics.fmean(run['mean_rank'] for run in group):.1f}",
+         statistics.fmean(run["relative_bops"][scope] for run in group), *_means(group)]
+        for group in groups.values()
+    ]  # fmt: skip
+
+
+def _cut_table(rounded: Sequence[Run]) -> str:
+    rows = []
+    for run in rounded:
+        for entry in run["cut"]:
+            asked = f"mean rank {entry['mean_rank']:.2g}" if "rank" not in entry else f"rank {entry['rank']} in each"
+            likelihood = f"{entry['scores']['nll']:.3f}" if "nll" in entry["scores"] else "–"
+            rows.append(
+                [TASK_TITLES[run["task"]], str(run["seed"]), asked, f"{score(_of(run, entry)):.2f}", likelihood]
+            )
+    if not rows:
+        return ""
+    return (
+        "**LoRA cut by SVD, without training on**\n\n"
+        + markdown_table(["", "seed", "cut to", "score", "NLL"], rows)
+        + "\n"
+    )
+
+
+def frontier_figure(results: Path) -> Figure | None:
+    """Score against bit operations: a panel for each task and scope."""
+    trained, rounded = read_runs(results / "frontier"), read_runs(results / "rounding")
+    tasks = list(dict.fromkeys(run["task"] for run in trained))
+    if not tasks:
+        return None
+    with style.paper_style():
+        figure = style.new_figure(style.PAGE_WIDTH, 2.4 * len(tasks))
+        panels = figure.subplots(len(tasks), len(SCOPES), squeeze=False)
+        for line, task in zip(panels, tasks, strict=True):
+            for axes, (scope, title) in zip(line, SCOPES.items(), strict=True):
+                curves = {
+                    "B-LoRA": _trained_rows(trained, task, scope),
+                    "LoRA, rounded": _rounded_rows(rounded, task, scope),
+                }
+                for (name, rows), marker in zip(curves.items(), ("o-", "s"), strict=True):
+                    points = sorted((row[1], row[2][0]) for row in rows)
+                    if points:
+                        axes.plot(*zip(*points, strict=True), marker, label=name, markersize=4)
+                for row in _lora_rows(rounded, task, scope):
+                    axes.axhline(row[2][0], color="0.5", linestyle="--", linewidth=1, label="LoRA, 32 bits")
+                axes.set_xscale("log")
+                axes.xaxis.set_major_formatter(PercentFormatter(1, decimals=0))
+                axes.set_title(f"{TASK_TITLES[task]}, {title.lower()}")
+                axes.set_xlabel("bit operations")
+                axes.set_ylabel("score")
+                style.light_grid(axes)
+        panels[0, 0].legend()
+    return figure
