@@ -15,8 +15,9 @@ from bayeslora.report import style
 
 INTRO = """One LoRA of r = 8 on query, key and value is merged and rounded after training (`benchmarks/rounding.py`):
 per-channel weights, static inputs, ranges with the least squared error on 128 training rows. B-LoRA is trained to the
-budgets that these roundings cost (`benchmarks/frontier.py`), in the same number of steps. Bit operations are a share of
-LoRA r = 16 at 32 bits in the scope of the table, counted by one function. Scores are in per cent, on all held-out rows.
+budgets that these roundings cost (`benchmarks/frontier.py`), in the same number of steps. Bit operations are a share
+of LoRA r = 16 at 32 bits in the scope of the table, counted by one function. Scores are in per cent, on all held-out
+rows.
 
 """
 SCOPES = {"attention": "Attention", "encoder": "Whole encoder"}
