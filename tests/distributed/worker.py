@@ -130,6 +130,7 @@ def train(run: Run, rank: int) -> dict[str, Any]:
         "penalty_gradients": penalty_gradients,
         "steps counted": _steps_counted(model, optimizer),
         "widths": [layer.bits for layer in describe(model)],
+        "activations are fixed": run.gates == "evidence" and not run.activations,
         "ranks": [layer.rank for layer in describe(model)],
     }
 
