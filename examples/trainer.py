@@ -35,9 +35,7 @@ class ModelArguments:
     data_dir: str | None = field(default=None, metadata={"help": "folder with <task>/<split>.jsonl"})
     target_modules: str = field(default="query,key,value", metadata={"help": "layers to adapt, separated by commas"})
     r: int = field(default=8, metadata={"help": "initial rank"})
-    target_bops: float | None = field(
-        default=None, metadata={"help": "budget: share of LoRA's bit operations"}
-    )
+    target_bops: float | None = field(default=None, metadata={"help": "budget: share of LoRA's bit operations"})
     max_length: int = field(default=128, metadata={"help": "maximum input length in tokens"})
     rows: int | None = field(default=None, metadata={"help": "use at most this many rows of each split"})
 

@@ -297,7 +297,7 @@ def _mean_rank(model: nn.Module) -> float:
 def test_a_budget_of_bit_operations_is_met_when_gates_freeze(
     mode: str, target: float, tiny_bert: PreTrainedModel
 ) -> None:
-    model, shares = _run_under_a_budget(tiny_bert, mode=mode, target_bops=target, rank_price=0.0)
+    model, shares = _run_under_a_budget(tiny_bert, mode=mode, target_bops=target)
     assert shares[0] == shares[2] > 0.8  # the warm-up is at full precision
     assert shares[-1] == shares[16]
     assert shares[-1] <= target
@@ -307,7 +307,7 @@ def test_a_budget_of_bit_operations_is_met_when_gates_freeze(
 
 @pytest.mark.parametrize(("mode", "target"), [("q+ra", 0.5), ("q+ra", 0.2), ("q", 0.4), ("q", 0.15)])
 def test_a_budget_of_bytes_is_met(mode: str, target: float, tiny_bert: PreTrainedModel) -> None:
-    model, _ = _run_under_a_budget(tiny_bert, mode=mode, target_bytes=target, rank_price=0.0)
+    model, _ = _run_under_a_budget(tiny_bert, mode=mode, target_bytes=target)
     share = bytes_cost(model).share({}, {})
     assert share <= target
     assert share >= 0.98 * target or not _fits(model, bytes_cost(model), target, mode)

@@ -11,6 +11,9 @@ from bayeslora.methods.config import AdapterConfig
 from bayeslora.quantization import GATED_WIDTHS, fixed_logits
 from bayeslora.vocabulary import ALL_KINDS, KINDS, WIDTHS
 
+RANK_PRICE = 1e-3
+"""Default price of a rank, in nats of mean loss, in a run without a budget for widths."""
+
 
 @dataclass
 class BLoraConfig(AdapterConfig):
@@ -51,7 +54,12 @@ class BLoraConfig(AdapterConfig):
     bops_price: float = field(
         default=0.05, metadata={"help": "Nats of mean loss that all bit operations of LoRA r=16 are worth."}
     )
-    rank_price: float = field(default=1e-3, metadata={"help": "Nats of mean loss that a rank is worth."})
+    rank_price: float | None = field(
+        default=None,
+        metadata={
+            "help": "Nats of mean loss that a rank is worth: by default 1e-3, or 0 where a budget closes ranks."
+        },
+    )
     bit_penalty: float = field(default=4e-4, metadata={"help": "lambda_q, the weight of the bit penalty (paper)."})
     rank_penalty: float = field(default=1e-5, metadata={"help": "lambda_r, the weight of the rank penalty (paper)."})
     bit_weighting: Literal["const", "bits", "bops"] = field(
@@ -73,7 +81,7 @@ class BLoraConfig(AdapterConfig):
         default=0.6, metadata={"help": "Share of the steps in full precision while ranges are observed."}
     )
     freeze_fraction: float = field(
-        default=0.3, metadata={"help": "Share of the steps, at the end, that train under frozen gates."}
+        default=0.05, metadata={"help": "Share of the steps, at the end, that train under frozen gates."}
     )
     gate_learning_rate: float | None = field(
         default=None, metadata={"help": "Constant rate of the gates; by default derived from the number of steps."}
@@ -93,7 +101,7 @@ class BLoraConfig(AdapterConfig):
         self._check_choice("calibration", ("mse", "absmax"))
         self._check_choice("gates", ("evidence", "paper"))
         for name in ("bit_penalty", "rank_penalty", "bops_price", "rank_price"):
-            self._check(name, getattr(self, name) >= 0, "at least 0", "give 0 for none")
+            self._check(name, (getattr(self, name) or 0) >= 0, "at least 0", "give 0 for none")
         if self.bops_scope is not None:
             self._check_choice("bops_scope", ("adapted", "attention", "encoder"))
         self._check_targets()
@@ -157,6 +165,13 @@ class BLoraConfig(AdapterConfig):
     def currency(self) -> tuple[str, float | None]:
         """Currency of the widths' cost, `"bops"` or `"bytes"`, and the budget in it, if there is one."""
         return ("bops", self.target_bops) if self.target_bytes is None else ("bytes", self.target_bytes)
+
+    @property
+    def price_of_rank(self) -> float:
+        """Nats of mean loss that a rank is worth, beside what a budget for widths makes it worth."""
+        if self.rank_price is not None:
+            return self.rank_price
+        return RANK_PRICE if self.currency[1] is None else 0.0
 
     @property
     def learns_bits(self) -> bool:

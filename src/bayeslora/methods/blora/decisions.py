@@ -85,7 +85,7 @@ def choose(
     found = Choice({}, {path: [True] * len(row) for path, row in deltas.items()}, (0.0, 0.0))
     if config.learns_ranks:
         evidence = Evidence({}, deltas)
-        chosen = _allocate(evidence, costs["rank"], config.target_rank, config.rank_price, progress)
+        chosen = _allocate(evidence, costs["rank"], config.target_rank, config.price_of_rank, progress)
         found.open, found.prices = chosen.open, (0.0, chosen.price)
     if config.learns_bits:
         tables = {
