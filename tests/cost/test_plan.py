@@ -114,7 +114,7 @@ def test_activations_are_what_autograd_keeps_of_a_real_pass(family: str, dropout
 def test_activations_of_quantizers_are_near_what_a_real_pass_keeps(family: str) -> None:
     """Left out: ranges and gates. Too much: quantized weights of a first layer, whose input needs no gradient."""
     config = family_config(family, 0.1)
-    adapter = method_config("blora", family, **NARROW)
+    adapter = method_config("blora", family, gates="paper", **NARROW)
     planned = plan(config, adapter, task_type="SEQ_CLS", batch_size=16, tokens=40).bytes["activations"]
     adapter.task_type = "SEQ_CLS"
     base = transformers.AutoModelForSequenceClassification.from_config(copy.deepcopy(config))

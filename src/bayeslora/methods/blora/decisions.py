@@ -12,7 +12,7 @@ from torch import Tensor
 
 from bayeslora.methods.allocation import Allocation, CostModel, Evidence, Product, TensorKey, allocate
 from bayeslora.methods.blora.config import BLoraConfig
-from bayeslora.methods.blora.evidence import MEASURED, RANGED
+from bayeslora.methods.blora.evidence import RANGED, width_table
 from bayeslora.vocabulary import ACTIVATIONS, WIDTHS
 
 DECISIONS = 4
@@ -42,7 +42,7 @@ class Schedule:
     def of(cls, begin: int, end: int, total_steps: int) -> Schedule:
         """Return the schedule of a run whose gates may move in steps `begin` to `end` - 1."""
         length = end - begin
-        count = max(1, min(DECISIONS, length // 3))
+        count = max(1, min(DECISIONS, length // 2))
         last = max(count, math.ceil(DECIDED * length))
         decisions = tuple(begin + math.ceil(last * k / count) - 1 for k in range(1, count + 1))
         each = max(1, int(EVIDENCE_SHARE * total_steps / PASS_COST / count))
@@ -51,8 +51,12 @@ class Schedule:
         return cls(decisions, frozenset(step for group in passes for step in group))
 
     def progress(self, step: int) -> float:
-        """Return the share of the decisions that are made after `step`, which is that of a decision."""
-        return (self.decisions.index(step) + 1) / len(self.decisions)
+        """Return how far prices and budgets have come after `step`, which is that of a decision: 1 in the last two.
+
+        The last decision sees the network that the one before it has made. A gate that looked worthless when it was
+        open, because the layers after it had saturated, shows its worth when it is closed, and opens again.
+        """
+        return min(1.0, (self.decisions.index(step) + 1) / max(1, len(self.decisions) - 1))
 
 
 def falling(progress: float, start: float, target: float) -> float:
@@ -125,19 +129,6 @@ def check_reachable(layers: Mapping[str, Any], name: str, config: BLoraConfig, c
     }
     ranks = {path: layer.evidence(name).rank_deltas.tolist() for path, layer in layers.items()}
     allocate(Evidence(tables, ranks if config.learns_ranks else {}), cost, target=target)
-
-
-def width_table(layer: Any, name: str, config: BLoraConfig) -> list[tuple[str, dict[int, float]]]:
-    """Return for each kind of tensor the rise of the mean loss by width; only the given width where it is fixed."""
-    fixed = config.fixed_bits or {}
-    tables = []
-    for kind, deltas in zip(layer.quantizers(name).kinds, layer.evidence(name).width_deltas.tolist(), strict=True):
-        if kind in fixed:
-            tables.append((kind, {fixed[kind]: 0.0}))
-            continue
-        known = dict(zip(MEASURED, deltas, strict=True))
-        tables.append((kind, {**known, 16: known[8] / 2**16, 32: 0.0}))
-    return tables
 
 
 @torch.no_grad()

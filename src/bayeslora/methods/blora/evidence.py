@@ -1,30 +1,22 @@
-r"""Evidence of the gates: the rise of the mean loss when a gate closes, by second order, from a few batches.
+r"""Evidence of the gates: by how much the mean loss rises when a gate closes, as it is kept and described.
 
-Closing a gate changes a tensor x by e: $Q_b(x) - x$ for a width, minus the component for a rank. With labels drawn
-from the model's own prediction the mean of $\langle \partial\ell/\partial x, e \rangle$ is zero and its variance over
-rows is the Fisher information along e, so that
-
-$$ \Delta(e) = \tfrac{1}{2}\,\mathrm{E}_{rows}\bigl[ \langle \partial\ell/\partial x, e \rangle^2 \bigr]. $$
-
-A sum of squares has no sign to lose: a few batches give it to some per cent. The first-order term with the labels of
-the data is left out: it is zero at an optimum, and its standard error over n rows, $\sqrt{2\Delta / n}$, exceeds
-Δ itself for every gate in question. With those labels instead of drawn ones Δ would vanish as a model fits its rows.
-
-One pass runs the model once, forward and backward, without dropout, and touches neither gradients nor random numbers.
+`probe.py` measures it, `decisions.py` decides by it.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterator, Mapping
+from itertools import accumulate
 from typing import Any
 
 import torch
-import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
+from bayeslora.methods.allocation import open_probability
+from bayeslora.methods.blora.config import BLoraConfig
+from bayeslora.methods.description import GateDescription
 from bayeslora.methods.layer import Float32Module
-from bayeslora.quantization import Calibration, optimal_range, quantize
+from bayeslora.vocabulary import WIDTHS
 
 MEASURED = (2, 4, 8)
 """Widths whose error is measured; at 16 bits it is 2^-16 of that at 8 in the square, and at 32 there is none."""
@@ -32,8 +24,8 @@ MEASURED = (2, 4, 8)
 RANGED = (*MEASURED, 16)
 """Widths for which the best ranges of activations are kept."""
 
-_ODD = 0x5851F42D4C957F2D  # an odd factor with bits set throughout
-_LARGEST_CHUNK = 1 << 24  # entries of the gradients of single rows that are held at once
+RANK = "rank"
+"""Kind of the gates of components."""
 
 
 class Evidence(Float32Module):
@@ -132,225 +124,56 @@ class Evidence(Float32Module):
             self._buffers[name] = getattr(self, name)[keep].contiguous()
 
 
-class Probe:
-    """What one pass finds in one layer; `widths` and the rest are sums over the pass's rows.
-
-    Args:
-        kinds: the quantized tensors of the layer, in order; empty where only ranks are learned.
-        rank: r.
-        rows: the batch's rows. A tensor that is not divided by rows (relative positions) counts as one row: with drawn
-            labels the square of a sum over rows is the sum of their squares on average.
-        fixed: kinds whose width is given: only the ranges of activations are found.
-        calibration: how the range of an activation is found.
-        weight_range: from kind and bits to the range of a weight.
-    """
-
-    def __init__(
-        self,
-        kinds: Sequence[str],
-        rank: int,
-        rows: int,
-        fixed: frozenset[str],
-        calibration: Calibration,
-        weight_range: Callable[[str, int], Tensor],
-    ) -> None:
-        self.kinds, self.rows, self.fixed = tuple(kinds), rows, fixed
-        self.calibration, self.weight_range = calibration, weight_range
-        self.widths = torch.zeros(len(kinds), len(MEASURED))
-        self.ranks = torch.zeros(rank)
-        self.ranges = torch.zeros(len(kinds), len(RANGED))
-        self.anchor = torch.zeros((), requires_grad=True)
-        self.used = False
-
-    def _measures(self, kind: str) -> bool:
-        return kind in self.kinds and kind not in self.fixed
-
-    def _row_count(self, tensor: Tensor) -> int:
-        return self.rows if tensor.shape[0] % self.rows == 0 else 1
-
-    def activation(self, kind: str, before: Tensor, after: Tensor) -> Tensor:
-        """Measure the activation `before` where its gradient arrives at `after`, which is returned."""
-        if kind not in self.kinds or not before.numel():
-            return after
-        index, values = self.kinds.index(kind), before.detach()
-        bounds = [optimal_range(values, bits, self.calibration) for bits in RANGED]
-        self.ranges[index] += torch.stack([bound.float().cpu() for bound in bounds])
-
-        def measure(gradient: Tensor) -> None:
-            rows = self._row_count(gradient)
-            gradient = gradient.float()
-            for column, (bits, bound) in enumerate(zip(MEASURED, bounds, strict=False)):
-                error = quantize(values, bound, bits).float() - values.float()
-                along = (error * gradient).reshape(rows, -1).sum(1)
-                self.widths[index, column] += along.square().sum().cpu()
-
-        if self._measures(kind):
-            after.register_hook(measure)
-        return after
-
-    def weight(self, kind: str, weight: Tensor, inputs: Tensor, output: Tensor) -> None:
-        """Measure the weight (d_out, d_in) that multiplied `inputs` (..., d_in), where its gradient meets `output`."""
-        if not self._measures(kind) or not weight.numel():
-            return
-        index, values, inputs = self.kinds.index(kind), weight.detach().float(), inputs.detach()
-
-        def measure(gradient: Tensor) -> None:
-            rows = self._row_count(gradient)
-            x = inputs.float().reshape(rows, -1, values.shape[1])
-            g = gradient.float().reshape(rows, -1, values.shape[0])
-            errors = [quantize(values, self.weight_range(kind, bits), bits) - values for bits in MEASURED]
-            directions = torch.stack([error.flatten() for error in errors], dim=1)
-            step = max(1, _LARGEST_CHUNK // values.numel())
-            for start in range(0, rows, step):
-                products = torch.bmm(g[start : start + step].transpose(1, 2), x[start : start + step])
-                along = products.flatten(1) @ directions
-                self.widths[index] += along.square().sum(0).cpu()
-
-        output.register_hook(measure)
-
-    def diagonal(self, values: Tensor, inputs: Tensor, output: Tensor) -> None:
-        """Measure the diagonal E (r,), its width and its components, where its gradient reaches `output` (..., r)."""
-        if not len(values):
-            return
-        values, inputs = values.detach().float(), inputs.detach()
-
-        def measure(gradient: Tensor) -> None:
-            rows = self._row_count(gradient)
-            products = (gradient.float() * inputs.float()).unflatten(0, (rows, -1)).flatten(1, -2).sum(1)
-            self.ranks += (products * values).square().sum(0).cpu()
-            if self._measures("E"):
-                errors = [quantize(values, self.weight_range("E", bits), bits) - values for bits in MEASURED]
-                along = products @ torch.stack(errors, dim=1)
-                self.widths[self.kinds.index("E")] += along.square().sum(0).cpu()
-
-        output.register_hook(measure)
-
-    @property
-    def found(self) -> dict[str, Tensor]:
-        return {
-            "width_sums": self.widths,
-            "rank_sums": self.ranks,
-            "ranges": self.ranges,
-            "passes": torch.tensor(float(self.used)),
-        }
+def width_table(layer: Any, name: str, config: BLoraConfig) -> list[tuple[str, dict[int, float]]]:
+    """Return for each kind of tensor the rise of the mean loss by width; only the given width where it is fixed."""
+    fixed = config.fixed_bits or {}
+    tables = []
+    for kind, deltas in zip(layer.quantizers(name).kinds, layer.evidence(name).width_deltas.tolist(), strict=True):
+        if kind in fixed:
+            tables.append((kind, {fixed[kind]: 0.0}))
+            continue
+        known = dict(zip(MEASURED, deltas, strict=True))
+        tables.append((kind, {**known, 16: known[8] / 2**16, 32: 0.0}))
+    return tables
 
 
-def probed_forward(layer: Any, name: str, x: Tensor, probe: Probe, *args: Any, **kwargs: Any) -> Tensor:
-    """Forward pass of Algorithm 1, as `BLoraLayer` has it, with the tensors of `probe` measured on the way."""
-    probe.used = True
-    quantized = layer.current_quantization(name)
-    x = x + probe.anchor.to(x.device, x.dtype)
-    inputs = probe.activation("in", x, quantized("in", x))
-    if quantized.replaces_weight:
-        weight = quantized("weight", layer.weight)
-        result = F.linear(inputs, weight.T if layer.is_transposed else weight, layer.bias)
-    else:
-        result = layer.base_layer(inputs, *args, **kwargs)
-    if layer.has_plain_weight:
-        probe.weight("weight", layer.weight.T if layer.is_transposed else layer.weight, inputs, result)
-
-    a, e, b = layer.blora_A[name], layer.blora_E[name], layer.blora_B[name]
-    branch = layer.adapter_input(name, inputs, a.dtype)
-    hidden = F.linear(branch, quantized("A", a).detach())
-    probe.weight("A", a, branch, hidden)
-    hidden = probe.activation("A_out", hidden, quantized("A_out", hidden))
-    diagonal = layer.gated(name, quantized("E", e)).detach()
-    scaled = hidden * diagonal.to(hidden.dtype)
-    probe.diagonal(e, hidden, scaled)
-    scaled = probe.activation("E_out", scaled, quantized("E_out", scaled))
-    update = F.linear(scaled, quantized("B", b).detach())
-    probe.weight("B", b, scaled, update)
-    result = result + (update * layer.scaling[name]).to(result.dtype)
-    return probe.activation("out", result, quantized("out", result))
+def described_gates(layer: Any, name: str) -> list[GateDescription]:
+    """Return the gates of adapter `name` in a B-LoRA layer: of widths by kind, then of ranks; empty if undecided."""
+    if name not in layer.blora_evidence or not layer.evidence(name).is_decided:
+        return []
+    return [*_width_gates(layer, name), *_rank_gates(layer, name)]
 
 
-@contextmanager
-def evaluating(model: nn.Module) -> Iterator[None]:
-    """Put every module in evaluation mode, and back into its own mode afterwards."""
-    training = [module for module in model.modules() if module.training]
-    model.eval()
-    try:
-        yield
-    finally:
-        for module in training:
-            module.training = True
+def _width_gates(layer: Any, name: str) -> Iterator[GateDescription]:
+    if not layer.quantized_kinds(name):
+        return
+    evidence, present = layer.evidence(name), layer.widths(name)
+    price, examples = float(evidence.prices[0]), float(evidence.examples)
+    savings = evidence.width_savings.tolist()
+    for (kind, table), saved in zip(width_table(layer, name, layer.configs[name]), savings, strict=True):
+        if len(table) == 1:
+            continue  # a fixed width has no gates
+        # A narrower width counts as no better than a wider one, as in the decision.
+        losses = list(accumulate((max(table[bits], 0.0) for bits in reversed(WIDTHS)), max))[::-1]
+        for column, bits in enumerate(WIDTHS[1:]):
+            delta = losses[column] - losses[column + 1]
+            yield _gate(kind, bits, bits <= present[kind], delta, saved[column], price, examples)
 
 
-def score_seed(output: Any, inputs: Mapping[str, Any], config: Any, step: int) -> tuple[Tensor, Tensor, int]:
-    """Return logits, the derivative of drawn negative log-likelihoods by them, and the number of terms of the loss.
-
-    Two classes need no draw but that of a sign: their two scores differ by a factor only. Regression is a Gaussian of
-    variance 1/2, whose likelihood is the squared error; several labels are Bernoulli variables. Draws depend on a
-    row's tokens and on `step` alone, so that they are the same on any rank.
-    """
-    logits = _logits(output)
-    values = logits.detach().float()
-    problem = getattr(config, "problem_type", None)
-    outputs = values.shape[-1]
-    present = _present(values, inputs)
-    terms = int(present.sum())
-    if problem == "regression" or (outputs == 1 and problem is None):
-        signs = torch.where(_uniform(values.shape, inputs, step, values.device) < 0.5, -1.0, 1.0)
-        seed = signs * (2 / outputs) ** 0.5
-    elif problem == "multi_label_classification":
-        probability = torch.sigmoid(values)
-        drawn = (_uniform(values.shape, inputs, step, values.device) < probability).float()
-        seed = (probability - drawn) / outputs**0.5
-    elif outputs == 2:
-        probability = torch.softmax(values, -1)
-        size = probability.prod(-1, keepdim=True).sqrt()
-        size = torch.where(_uniform(size.shape, inputs, step, values.device) < 0.5, -size, size)
-        seed = torch.cat([-size, size], -1)
-    else:
-        probability = torch.softmax(values, -1)
-        uniform = _uniform((*values.shape[:-1], 1), inputs, step, values.device)
-        drawn = (probability.cumsum(-1) < uniform).sum(-1).clamp(max=outputs - 1)
-        seed = probability - F.one_hot(drawn, outputs)
-    seed = seed * present.reshape(*present.shape, *[1] * (seed.ndim - present.ndim))
-    return logits, seed.to(logits.dtype), max(terms, 1)
+def _rank_gates(layer: Any, name: str) -> Iterator[GateDescription]:
+    if name not in layer.blora_rank:
+        return
+    evidence = layer.evidence(name)
+    price, examples = float(evidence.prices[1]), float(evidence.examples)
+    kept = iter(layer.kept(name).tolist())
+    is_open = [next(kept) if present else False for present in evidence.is_present.tolist()]
+    savings = evidence.rank_savings.tolist()
+    for index, (delta, saved) in enumerate(zip(evidence.all_rank_deltas.tolist(), savings, strict=True)):
+        yield _gate(RANK, index, is_open[index], delta, saved, price, examples)
 
 
-def _logits(output: Any) -> Tensor:
-    if isinstance(output, Tensor):
-        return output
-    found = getattr(output, "logits", None)
-    return found if isinstance(found, Tensor) else next(v for v in output if isinstance(v, Tensor) and v.ndim > 1)
-
-
-def _present(logits: Tensor, inputs: Mapping[str, Any]) -> Tensor:
-    """1 where a prediction counts: every row, or every token that is not padding and has a label."""
-    if logits.ndim < 3:
-        return logits.new_ones(logits.shape[:1])
-    for name in ("labels", "attention_mask"):
-        given = inputs.get(name)
-        if isinstance(given, Tensor) and given.shape == logits.shape[:2]:
-            return ((given != -100) if name == "labels" else given.bool()).to(logits.dtype)
-    return logits.new_ones(logits.shape[:2])
-
-
-def _uniform(shape: Sequence[int], inputs: Mapping[str, Any], step: int, device: torch.device) -> Tensor:
-    """Numbers in [0, 1) that a row's tokens (or other inputs), the step and the position decide.
-
-    They are a hash of the three: those of two rows are independent over steps, as the square of a sum over rows needs.
-    """
-    given = {name: v for name, v in inputs.items() if isinstance(v, Tensor) and v.ndim and len(v) == shape[0]}
-    chosen = given.get("input_ids", next(iter(given.values()), None))
-    rows = torch.zeros(shape[0], dtype=torch.int64)
-    if chosen is not None:
-        flat = chosen.detach().reshape(len(chosen), -1).cpu()
-        flat = flat.float().view(torch.int32).long() if flat.is_floating_point() else flat.long()
-        entries = _hashed(flat + torch.arange(flat.shape[1]) * _ODD)
-        mask = given.get("attention_mask")
-        if mask is not None and mask.shape == flat.shape:
-            entries = entries * mask.cpu().long()  # how far a row is padded depends on its batch
-        rows = entries.sum(1)
-    places = torch.arange(int(torch.Size(shape[1:]).numel()))
-    mixed = _hashed(_hashed(rows.reshape(-1, 1) + step) + places)
-    return ((mixed >> 20) & 0xFFFFFF).reshape(tuple(shape)).to(device, torch.float32) / 2**24
-
-
-def _hashed(values: Tensor) -> Tensor:
-    """Mix the bits of 64-bit integers; products wrap around."""
-    for _ in range(3):
-        values = (values ^ ((values >> 31) & 0x1FFFFFFFF)) * _ODD
-    return values ^ ((values >> 31) & 0x1FFFFFFFF)
+def _gate(
+    kind: str, gate: int, is_open: bool, delta: float, saving: float, price: float, examples: float
+) -> GateDescription:
+    probability = open_probability(delta, price, saving, examples) if examples else None
+    return GateDescription(kind, gate, is_open, delta, saving, price, probability)

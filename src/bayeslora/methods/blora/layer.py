@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from bayeslora.errors import BayesLoraError
 from bayeslora.methods.blora.config import BLoraConfig
-from bayeslora.methods.blora.evidence import Evidence, Probe, probed_forward
+from bayeslora.methods.blora.evidence import Evidence, described_gates
 from bayeslora.methods.blora.gated_quantizers import (
     FrozenWeight,
     Observing,
@@ -24,7 +24,7 @@ from bayeslora.methods.blora.gated_quantizers import (
     Unquantized,
     calibration_bits,
 )
-from bayeslora.methods.blora.gates import described_gates
+from bayeslora.methods.blora.probe import Probe, probed_forward
 from bayeslora.methods.description import LayerDescription
 from bayeslora.methods.layer import BayesLayer, PackedTensors, add_update
 from bayeslora.quantization import SURE_LOGIT, fixed_logits, linear, optimal_range
@@ -277,7 +277,10 @@ class BLoraLayer(BayesLayer):
         return widths
 
     def describe(self, adapter_name: str, name: str) -> LayerDescription:
-        return replace(super().describe(adapter_name, name), gates=described_gates(self, adapter_name))
+        described = super().describe(adapter_name, name)
+        if adapter_name not in self.blora_evidence or not self.evidence(adapter_name).passes:
+            return described
+        return replace(described, gates=described_gates(self, adapter_name))
 
     @torch.no_grad()
     def shrink(self, adapter_name: str) -> int:
@@ -289,7 +292,7 @@ class BLoraLayer(BayesLayer):
         if adapter_name in self.blora_rank:
             gates = self.rank_gates(adapter_name)
             gates.logits = nn.Parameter(gates.logits.detach()[keep].contiguous(), gates.logits.requires_grad)
-        if adapter_name in self.blora_evidence:
+        if adapter_name in self.blora_evidence and not keep.all():
             self.evidence(adapter_name).cut(keep)
         if adapter_name in self.blora_quantizers:
             self.quantizers(adapter_name).cut_channels("A", keep)

@@ -25,9 +25,9 @@ from bayeslora.errors import BayesLoraError
 from bayeslora.methods.allocation import CostModel
 from bayeslora.methods.blora.config import BLoraConfig
 from bayeslora.methods.blora.decisions import MEMORY, Schedule, apply, check_reachable, choose, pooled, record
-from bayeslora.methods.blora.evidence import Probe, evaluating, score_seed
 from bayeslora.methods.blora.gated_quantizers import Phase
 from bayeslora.methods.blora.layer import BLoraLayer, Linear
+from bayeslora.methods.blora.probe import Probe, evaluating, score_seed
 from bayeslora.methods.blora.rotation import rotate
 from bayeslora.methods.tuner import BayesTuner, ParameterRole, RunState, TrainingSetup, mean_ranks, step_generator
 from bayeslora.quantization import (
@@ -172,7 +172,9 @@ class BLoraModel(BayesTuner):
             )
         run.costs["rank"] = setup.cost_of("rank", None)
         if config.learns_bits:
-            self.learning_rates.update({"bit gates": 0.0, "weight ranges": 0.0})
+            self.learning_rates["bit gates"] = 0.0
+            if "weight ranges" in self.learning_rates:
+                self.learning_rates["weight ranges"] = 0.0  # the best for their widths
             currency, target = config.currency
             cost = run.costs[currency] = setup.cost_of(currency, config.bops_scope)
             if target is not None:
@@ -236,7 +238,7 @@ class BLoraModel(BayesTuner):
         """Draw the gates' noise of optimizer step `step`, the same on every rank and for every micro-batch."""
         name, run = self.training_adapter(), self.run_state()
         if run.schedule is not None:
-            self._measured_step = step if step in run.schedule.passes else None
+            self._measured_step = step if step in run.schedule.passes and self._learning(name) else None
             return
         layers = self.adapted_layers(name)
         if layers[0].progress(name).current == Phase.WARM_UP:
@@ -263,14 +265,20 @@ class BLoraModel(BayesTuner):
         """Rotate the factors near the end of the warm-up; afterwards choose widths and ranks when it is time."""
         name, run = self.training_adapter(), self.run_state()
         layers, config = self.named_layers(name), self.config_of(name)
-        if step + 1 == run.rotated_after and config.rotate:
+        phases = {layer.progress(name).current for layer in layers.values()}
+        if step + 1 == run.rotated_after and config.rotate and phases == {Phase.WARM_UP}:
             for layer in layers.values():
                 rotate(layer.blora_A[name], layer.blora_E[name], layer.blora_B[name], optimizer)
-        if run.schedule is None:
-            return
+        if run.schedule is None or phases != {Phase.LEARN}:
+            return  # an adapter whose gates are frozen trains on as it is
         self._measured_step = None
         if step in run.schedule.passes:
             found, run.found = run.found, {}
+            if not found:
+                raise BayesLoraError(
+                    f"step {step + 1} has shown no evidence for the gates, but a decision needs it: call the model "
+                    "itself in training, not its parts"
+                )
             for path, sums in zip(layers, pooled([found[path] for path in layers]), strict=True):
                 layers[path].evidence(name).add(sums)
         if step in run.schedule.decisions:
