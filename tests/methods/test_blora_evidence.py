@@ -58,6 +58,12 @@ def layer_of(model: Any) -> Any:
     return model.base_model.adapted_layers()[0]
 
 
+def start_learning(model: Any) -> None:
+    """Begin the phase in which evidence is gathered, with every tensor at 32 bits."""
+    for layer in model.base_model.adapted_layers():
+        layer.start_learning("default")
+
+
 def gathered(model: Any, call: Callable[[], Any], passes: int = 1) -> None:
     """Gather evidence in `passes` steps, before the first decision, of a run that moves no weight."""
     optimizer = torch.optim.SGD(parameter_groups(model, lr=0.0), lr=0.0)
@@ -66,6 +72,7 @@ def gathered(model: Any, call: Callable[[], Any], passes: int = 1) -> None:
     first = schedule.decisions[0] - passes
     assert set(range(first, first + passes)) <= schedule.passes
     loop = BayesLoop(model, optimizer, total_steps=total, step=first)
+    start_learning(model)
     for _ in range(passes):
         loop.step_begin()
         call()
@@ -168,6 +175,7 @@ def test_a_pass_leaves_gradients_parameters_random_state_and_modes_as_they_were(
     modes = [module.training for module in model.modules()]
     optimizer = torch.optim.SGD(parameter_groups(model, lr=0.0), lr=0.0)
     loop = BayesLoop(model, optimizer, total_steps=400)
+    start_learning(model)
     step = loop.tuner.run_state().schedule.decisions[0]
     parameters = {name: p.detach().clone() for name, p in model.named_parameters()}
     outputs, gradients = [], []

@@ -71,7 +71,7 @@ def test_without_the_number_of_examples_there_are_no_probabilities() -> None:
 
 
 def test_components_keep_their_numbers_when_they_are_cut_and_in_a_file(tmp_path: Path) -> None:
-    model = trained(target_rank=1.5, target_bops=None)
+    model = trained(target_rank=1.5, target_bops=None, bops_price=0.0)
     before = [layer.gates for layer in describe(model)]
     ranks = shrink(model)
     assert sum(ranks.values()) == 6 and shrink(model) == ranks, "the second cut finds nothing to cut"

@@ -81,7 +81,7 @@ class BLoraConfig(AdapterConfig):
         default=0.6, metadata={"help": "Share of the steps in full precision while ranges are observed."}
     )
     freeze_fraction: float = field(
-        default=0.05, metadata={"help": "Share of the steps, at the end, that train under frozen gates."}
+        default=0.3, metadata={"help": "Share of the steps, at the end, that train under frozen gates."}
     )
     gate_learning_rate: float | None = field(
         default=None, metadata={"help": "Constant rate of the gates; by default derived from the number of steps."}
