@@ -32,7 +32,9 @@ WIDTHS = {"weight": 8, "A": 4, "E": 8, "B": 2, "A_out": 8, "E_out": 4, "out": 8}
 
 def _blora(base: nn.Module, targets: list[str], widths: dict[str, int] | None = None, **options: Any) -> nn.Module:
     """A frozen adapter with random factors and the given widths, whose activations' ranges fit what they see."""
-    settings = {"r": RANK, "lora_alpha": 8, "target_modules": targets, "init_weights": False, **options}
+    # The gates of the paper, whose ranges are those of the tensors as soon as they learn.
+    fixed = {"r": RANK, "lora_alpha": 8, "target_modules": targets, "init_weights": False, "gates": "paper"}
+    settings = {**fixed, **options}
     model = get_peft_model(base, BLoraConfig(**settings)).eval()
     generator = torch.Generator().manual_seed(3)
     for layer in layers_of(model):

@@ -84,7 +84,7 @@ class Plan:
 
     def to_dict(self) -> dict[str, Any]:
         """Return the plan, under the keys of `metrics.json` as far as it has them."""
-        return asdict(self)
+        return {**asdict(self), "layers": [layer.to_dict() for layer in self.layers]}
 
 
 def plan(

@@ -238,12 +238,8 @@ class RunRecord:
         return from_json(cls, content)
 
     def to_dict(self) -> dict[str, Any]:
-        """Return the content of `metrics.json`; layers without gates leave them out."""
-        found = to_json(self)
-        for layer in found["layers"]:
-            if not layer.get("gates"):
-                layer.pop("gates", None)
-        return found
+        """Return the content of `metrics.json`."""
+        return to_json(self)
 
     def save(self, folder: Path) -> None:
         """Write `folder/metrics.json`."""
