@@ -44,3 +44,8 @@ def close_matches(word: str, known: Iterable[str]) -> str:
     """Return `", did you mean …"` with up to three names similar to `word`, or an empty string."""
     near = difflib.get_close_matches(word, sorted(known), n=3, cutoff=0.6)
     return f", did you mean {' or '.join(near)}" if near else ""
+
+
+def one_line(error: Exception) -> str:
+    """Return the message of `error` without line breaks."""
+    return " ".join(str(error).split())

@@ -31,8 +31,8 @@ from bayeslora.cost.bops import macs_by_scope, relative_bops
 from bayeslora.cost.macs import operations
 from bayeslora.cost.memory import Device, activation_bytes
 from bayeslora.cost.parameters import added_parameters, count_parameters
-from bayeslora.cost.structure import build_on_meta, from_config, is_adapted, is_decoder, one_line, read_structure
-from bayeslora.errors import BayesLoraError
+from bayeslora.cost.structure import build_on_meta, from_config, is_adapted, is_decoder, read_structure
+from bayeslora.errors import BayesLoraError, one_line
 from bayeslora.methods import LayerDescription
 
 Dtype: TypeAlias = Literal["float32", "bfloat16", "float16"]

@@ -21,7 +21,7 @@ from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, Pretrained
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_FOR_MASKED_LM_MAPPING
 from transformers.pytorch_utils import Conv1D
 
-from bayeslora.errors import BayesLoraError
+from bayeslora.errors import BayesLoraError, one_line
 from bayeslora.vocabulary import FUSED_PROJECTIONS, KEY_NAMES, QUERY_NAMES, VALUE_NAMES
 
 ModelOrConfig: TypeAlias = nn.Module | PretrainedConfig
@@ -101,11 +101,6 @@ def build_on_meta(config: PretrainedConfig) -> nn.Module:
 def is_decoder(config: PretrainedConfig) -> bool:
     """Return whether Transformers has a causal but not a masked language model of this architecture."""
     return type(config) in MODEL_FOR_CAUSAL_LM_MAPPING and type(config) not in MODEL_FOR_MASKED_LM_MAPPING
-
-
-def one_line(error: Exception) -> str:
-    """Return the message of `error` without line breaks."""
-    return " ".join(str(error).split())
 
 
 def as_model(model_or_config: ModelOrConfig) -> nn.Module:

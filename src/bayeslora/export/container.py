@@ -26,7 +26,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from bayeslora.errors import BayesLoraError
+from bayeslora.errors import BayesLoraError, one_line
 from bayeslora.vocabulary import BASE_WEIGHT, UNQUANTIZED, WIDTHS
 
 INDEX_KEY = "bayeslora.packed"
@@ -246,7 +246,7 @@ def read_container(path: Path, form: FileFormat) -> tuple[str, dict[str, Tensor]
     except OSError as error:
         raise BayesLoraError(f"{path} cannot be read ({error.strerror}): check its permissions") from error
     except (SafetensorError, RuntimeError, OverflowError, TypeError) as error:
-        form.damaged(" ".join(str(error).split())[:120])
+        form.damaged(one_line(error)[:120])
     if metadata[CHECKSUM_KEY] != checksum(metadata[INDEX_KEY], tensors):
         form.damaged("its checksum does not match")
     return metadata[INDEX_KEY], tensors

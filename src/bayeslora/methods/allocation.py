@@ -99,7 +99,7 @@ class CostModel:
 
 @dataclass(frozen=True)
 class Evidence:
-    """What each width and each component is worth, in nats of mean loss.
+    """Worth of each width and each component, in nats of mean loss.
 
     Attributes:
         widths: for each tensor, increase of the mean loss when it has that many bits (2, 4, 8, 16, 32), against its
@@ -136,7 +136,7 @@ class Allocation:
 
 @dataclass(frozen=True)
 class Savings:
-    """What closing one more gate would save now, as shares of the baseline.
+    """Savings of closing one more gate now, as shares of the baseline.
 
     Attributes:
         widths: for each tensor, saving of the next narrower width; 0.0 at the narrowest.

@@ -337,6 +337,21 @@ def add_update(result: Tensor, hidden: Tensor, b: Tensor, scaling: float, in_pla
 
 
 @contextmanager
+def evaluation_mode(model: nn.Module) -> Iterator[None]:
+    """Put the model in evaluation mode, and restore the mode of every submodule afterwards.
+
+    `model.train()` would not do: parts of a model may be in evaluation mode on purpose.
+    """
+    modes = [(module, module.training) for module in model.modules()]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, training in modes:
+            module.training = training
+
+
+@contextmanager
 def adapter_names_by_row(tuner: Any, *args: Any, **kwargs: Any) -> Iterator[None]:
     """Hand `adapter_names`, one for each row of the batch, to every adapted layer of `tuner`: PEFT's forward hook."""
     names = kwargs.pop("adapter_names", None)

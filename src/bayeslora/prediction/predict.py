@@ -25,6 +25,7 @@ import torch
 from torch import Tensor, nn
 
 from bayeslora.errors import BayesLoraError
+from bayeslora.methods.layer import evaluation_mode
 from bayeslora.prediction.predictor import (
     Logits,
     ModelPredictor,
@@ -147,21 +148,6 @@ def _drawn_by(optimizer: object, model: Predictable) -> Predictor:
             "or build the predictor around bayeslora.ModelPredictor(model, optimizer)"
         )
     return ModelPredictor(model, optimizer)
-
-
-@contextmanager
-def evaluation_mode(model: nn.Module) -> Iterator[None]:
-    """Put the model in evaluation mode, and restore the mode of every submodule afterwards.
-
-    `model.train()` would not do: parts of a model may be in evaluation mode on purpose.
-    """
-    modes = [(module, module.training) for module in model.modules()]
-    model.eval()
-    try:
-        yield
-    finally:
-        for module, training in modes:
-            module.training = training
 
 
 @contextmanager

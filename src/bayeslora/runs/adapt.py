@@ -11,8 +11,7 @@ from peft import PeftConfig, get_peft_model
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
-from bayeslora.cost.structure import one_line
-from bayeslora.errors import BayesLoraError, close_matches
+from bayeslora.errors import BayesLoraError, close_matches, one_line
 from bayeslora.runs.base import BaseModel
 
 # Names of query, key and value projections in model families; the first set that a model has is the default.

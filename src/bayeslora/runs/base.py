@@ -26,9 +26,9 @@ from transformers import (
 )
 from transformers.utils import logging as transformers_logging
 
-from bayeslora.cost.structure import is_decoder, one_line
+from bayeslora.cost.structure import is_decoder
 from bayeslora.data.packaged import as_dense, gguf_options
-from bayeslora.errors import BayesLoraError
+from bayeslora.errors import BayesLoraError, one_line
 from bayeslora.evaluation.multiple_choice import DEFAULT_PROMPT_LENGTH
 from bayeslora.runs.info import Head
 

@@ -15,7 +15,7 @@ from transformers import AutoConfig, GenerationConfig, PreTrainedModel
 from transformers.activations import GELUActivation
 from transformers.pytorch_utils import Conv1D
 
-from bayeslora.errors import BayesLoraError
+from bayeslora.errors import BayesLoraError, one_line
 from bayeslora.export.container import INTEGER, MAX_INDEX, Parts, check_ranges, read_container, split
 from bayeslora.export.integer.index import BIAS, INDEX_FILE, IntegerIndex, IntegerLayer
 from bayeslora.quantization import grid_step
@@ -104,7 +104,7 @@ def _empty(folder: Path, index: IntegerIndex) -> PreTrainedModel:
         with torch.device("meta"):
             return kind(config).eval()
     except Exception as error:  # Transformers raises many types for an invalid configuration
-        reason = " ".join(str(error).split())[:160]
+        reason = one_line(error)[:160]
         raise BayesLoraError(
             f"{folder / 'config.json'} does not describe a {index.architecture} ({reason}): restore it from a copy"
         ) from error

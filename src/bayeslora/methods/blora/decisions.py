@@ -85,21 +85,18 @@ def choose(
 
     Ranks are closed under their own budget or price first; then widths under theirs, which may close further ranks.
     """
-    deltas = {path: layer.evidence(name).rank_deltas.tolist() for path, layer in layers.items()}
+    deltas = _rank_deltas(layers, name)
     found = Choice({}, {path: [True] * len(row) for path, row in deltas.items()}, (0.0, 0.0))
     if config.learns_ranks:
         evidence = Evidence({}, deltas)
         chosen = _allocate(evidence, costs["rank"], config.target_rank, config.price_of_rank, progress)
         found.open, found.prices = chosen.open, (0.0, chosen.price)
     if config.learns_bits:
-        tables = {
-            (path, kind): table for path, layer in layers.items() for kind, table in width_table(layer, name, config)
-        }
         kept = {
             path: [delta for delta, stays in zip(row, found.open[path], strict=True) if stays]
             for path, row in deltas.items()
         }
-        evidence = Evidence(tables, kept if config.learns_ranks else {})
+        evidence = _with_widths(layers, name, config, kept)
         currency, target = config.currency
         # Components that the rotation has left at zero cost nothing, in a run that is resumed after it as well.
         ranks = {path: int(layer.kept(name).sum()) for path, layer in layers.items()}
@@ -124,11 +121,21 @@ def _allocate(evidence: Evidence, cost: CostModel, target: float | None, price: 
 
 def check_reachable(layers: Mapping[str, Any], name: str, config: BLoraConfig, cost: CostModel, target: float) -> None:
     """Raise BayesLoraError if not even the narrowest widths reach `target`."""
+    allocate(_with_widths(layers, name, config, _rank_deltas(layers, name)), cost, target=target)
+
+
+def _rank_deltas(layers: Mapping[str, Any], name: str) -> dict[str, list[float]]:
+    return {path: layer.evidence(name).rank_deltas.tolist() for path, layer in layers.items()}
+
+
+def _with_widths(
+    layers: Mapping[str, Any], name: str, config: BLoraConfig, ranks: Mapping[str, list[float]]
+) -> Evidence:
+    """Return the evidence for all widths, and for the components in `ranks` where ranks are learned."""
     tables = {
         (path, kind): table for path, layer in layers.items() for kind, table in width_table(layer, name, config)
     }
-    ranks = {path: layer.evidence(name).rank_deltas.tolist() for path, layer in layers.items()}
-    allocate(Evidence(tables, ranks if config.learns_ranks else {}), cost, target=target)
+    return Evidence(tables, ranks if config.learns_ranks else {})
 
 
 @torch.no_grad()

@@ -84,7 +84,7 @@ class Evidence(Float32Module):
 
     @property
     def is_decided(self) -> bool:
-        """Whether the last decision has been made: what the gates save is known from then on."""
+        """True once the last decision has been made: what the gates save is known from then on."""
         return bool(self.width_savings.any() or self.rank_savings.any())
 
     @torch.no_grad()

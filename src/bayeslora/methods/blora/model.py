@@ -27,8 +27,9 @@ from bayeslora.methods.blora.config import BLoraConfig
 from bayeslora.methods.blora.decisions import MEMORY, Schedule, apply, check_reachable, choose, pooled, record
 from bayeslora.methods.blora.gated_quantizers import Phase
 from bayeslora.methods.blora.layer import BLoraLayer, Linear
-from bayeslora.methods.blora.probe import Probe, evaluating, score_seed
+from bayeslora.methods.blora.probe import Probe, score_seed
 from bayeslora.methods.blora.rotation import rotate
+from bayeslora.methods.layer import evaluation_mode
 from bayeslora.methods.tuner import BayesTuner, ParameterRole, RunState, TrainingSetup, mean_ranks, step_generator
 from bayeslora.quantization import (
     GATED_WIDTHS,
@@ -142,7 +143,9 @@ class BLoraModel(BayesTuner):
         if config.learns_bits:
             self.learning_rates["ranges"] = config.range_learning_rate
             if any(layer.has_plain_weight for layer in self.adapted_layers(name)):
-                self.learning_rates["weight ranges"] = config.range_learning_rate
+                # By evidence a base weight keeps the best range for its width.
+                learns = config.gates == "paper"
+                self.learning_rates["weight ranges"] = config.range_learning_rate if learns else 0.0
         if config.gates == "paper":
             self._begin_paper(config, steps)
         else:
@@ -173,8 +176,6 @@ class BLoraModel(BayesTuner):
         run.costs["rank"] = setup.cost_of("rank", None)
         if config.learns_bits:
             self.learning_rates["bit gates"] = 0.0
-            if "weight ranges" in self.learning_rates:
-                self.learning_rates["weight ranges"] = 0.0  # the best for their widths
             currency, target = config.currency
             cost = run.costs[currency] = setup.cost_of(currency, config.bops_scope)
             if target is not None:
@@ -221,7 +222,7 @@ class BLoraModel(BayesTuner):
             ranges = functools.partial(layer.weight_range, name)
             probes[path] = layer.probe = Probe(kinds, rank, rows, fixed, config.calibration, ranges)
         try:
-            with evaluating(self.model), torch.enable_grad():
+            with evaluation_mode(self.model), torch.enable_grad():
                 output = self.model(*args, **kwargs)
                 logits, seed, terms = score_seed(output, inputs, getattr(self.model, "config", None), step)
                 used = [probe.anchor for probe in probes.values() if probe.used]

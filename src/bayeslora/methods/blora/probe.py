@@ -15,13 +15,12 @@ One pass runs the model once, forward and backward, without dropout, and touches
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 from bayeslora.errors import BayesLoraError
 from bayeslora.methods.blora.evidence import MEASURED, RANGED
@@ -32,7 +31,7 @@ _LARGEST_CHUNK = 1 << 24  # entries of the gradients of single rows that are hel
 
 
 class Probe:
-    """What one pass finds in one layer; `widths` and the rest are sums over the pass's rows.
+    """Findings of one pass in one layer; `widths` and the rest are sums over the pass's rows.
 
     Args:
         kinds: the quantized tensors of the layer, in order; empty where only ranks are learned.
@@ -161,18 +160,6 @@ def probed_forward(layer: Any, name: str, x: Tensor, probe: Probe, *args: Any, *
     probe.weight("B", b, scaled, update)
     result = result + (update * layer.scaling[name]).to(result.dtype)
     return probe.activation("out", result, quantized("out", result))
-
-
-@contextmanager
-def evaluating(model: nn.Module) -> Iterator[None]:
-    """Put every module in evaluation mode, and back into its own mode afterwards."""
-    training = [module for module in model.modules() if module.training]
-    model.eval()
-    try:
-        yield
-    finally:
-        for module in training:
-            module.training = True
 
 
 def score_seed(output: Any, inputs: Mapping[str, Any], config: Any, step: int) -> tuple[Tensor, Tensor, int]:
