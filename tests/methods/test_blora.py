@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import torch
 from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model
-from peft.utils import PeftType
+from peft.utils import PeftType, get_peft_model_state_dict
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
@@ -208,8 +208,9 @@ def test_only_what_the_mode_learns_is_penalised_and_only_while_gates_learn(mode:
 # Learning rates and phases --------------------------------------------------------------------------------------
 
 
-def test_parameter_groups_name_every_role_and_decay_only_matrices() -> None:
-    model = tiny_model(LEARN, modules_to_save=["head"], lora_alpha=6)
+@pytest.mark.parametrize("gates", ["evidence", "paper"])
+def test_parameter_groups_name_every_role_and_decay_only_matrices(gates: str) -> None:
+    model = tiny_model(LEARN, gates=gates, modules_to_save=["head"], lora_alpha=6)
     names = {id(p): name for name, p in model.named_parameters()}
     groups = parameter_groups(model, lr=1e-3, weight_decay=0.1)
     found = {}
@@ -226,11 +227,14 @@ def test_parameter_groups_name_every_role_and_decay_only_matrices() -> None:
             f"{layer}.blora_A.default": ("weights", 0.1),
             f"{layer}.blora_B.default": ("weights", 0.1),
             f"{layer}.blora_E.default": ("weights", 0.0),
-            f"{layer}.blora_rank.default.logits": ("rank gates", 0.0),
-            f"{layer}.blora_quantizers.default.gates": ("bit gates", 0.0),
-            f"{layer}.blora_quantizers.default.log_weight_range": ("weight ranges", 0.0),
             f"{layer}.blora_quantizers.default.log_ranges": ("ranges", 0.0),
         }
+        if gates == "paper":  # evidence sets the others, which are no parameters then
+            expected |= {
+                f"{layer}.blora_rank.default.logits": ("rank gates", 0.0),
+                f"{layer}.blora_quantizers.default.gates": ("bit gates", 0.0),
+                f"{layer}.blora_quantizers.default.log_weight_range": ("weight ranges", 0.0),
+            }
     assert found == expected
     assert all(group["lr"] == 1e-3 for group in groups)
 
@@ -266,16 +270,19 @@ def setup_of(model: nn.Module, total_steps: int) -> TrainingSetup:
     return TrainingSetup(total_steps, cost_of=functools.partial(cost_in, model))
 
 
-def test_gates_that_evidence_decides_have_no_rate_in_any_phase() -> None:
+def test_what_evidence_sets_is_stored_but_not_trained() -> None:
     model = tiny_model(WARM_UP, warmup_fraction=0.2, freeze_fraction=0.3, range_learning_rate=0.25)
     tuner = model.base_model
     tuner.begin(setup_of(model, 10))
     for step in range(10):
-        for role in ("bit gates", "rank gates", "weight ranges"):
-            assert tuner.rate_of(role, step) == 0.0
         assert tuner.rate_of("ranges", step) == (0.25 if 2 <= step < 7 else 0.0)
         assert tuner.rate_of("weights", step) is None
     assert tuner.penalty() == {} and tuner.penalty_names == ()
+    ours = [name for name, p in model.named_parameters() if ".blora_" in name and p.requires_grad]
+    trained = {name.rpartition(".")[2] for name in ours}
+    assert trained == {"default", "log_ranges"}
+    stored = {name.rpartition(".")[2] for name in get_peft_model_state_dict(model)}
+    assert {"gates", "logits", "log_weight_range", "log_ranges"} <= stored
 
 
 def test_evidence_needs_costs_and_says_so() -> None:
@@ -425,7 +432,8 @@ def test_describe_reports_ranks_widths_shapes_and_parameters(gates: str) -> None
         second.blora_rank["default"].logits.fill_(9.0)
         second.blora_E["default"].copy_(torch.tensor([1.0, 0.0, 1.0, 1.0]))
     one, two = describe(model)
-    trained = RANK * (D_IN + D_OUT + 1) + RANK + 7 * 4 + 7
+    learned = RANK + 7 * 4 + 7 if gates == "paper" else 6  # the other ranges than the base weight's
+    trained = RANK * (D_IN + D_OUT + 1) + learned
     assert one.to_dict() == {
         "name": "first",
         "in_features": D_IN,

@@ -160,26 +160,33 @@ class Quantizers(Float32Module):
         kinds: names of the quantized tensors, in order.
         shapes: shape of the range of each kind that has one a channel, such as (d_out, 1); the others have one number.
         initial_logits: for each kind the starting logits of the gates of 4, 8, 16 and 32 bits.
+        learned: gates and the base weight's range are trained; otherwise evidence sets them, and they are buffers.
 
     Tensors (all float32 whatever the model is cast to): `gates` (kinds, 4) logits; `log_weight_range`, the logarithm
-    of the base weight's range, which stops learning when gates freeze; `log_ranges`, those of the other kinds;
-    `observed` (kinds,), the largest range seen in calibration, 0 where none was.
+    of the base weight's range, which stops learning when gates freeze; `log_ranges`, those of the other kinds, always
+    trained; `observed` (kinds,), the largest range seen in calibration, 0 where none was.
     """
 
+    gates: Tensor
+    log_weight_range: Tensor
     observed: Tensor
 
     def __init__(
-        self, kinds: tuple[str, ...], shapes: dict[str, tuple[int, int]], initial_logits: Sequence[Sequence[float]]
+        self,
+        kinds: tuple[str, ...],
+        shapes: dict[str, tuple[int, int]],
+        initial_logits: Sequence[Sequence[float]],
+        learned: bool = True,
     ) -> None:
         super().__init__()
         self.kinds = kinds
         self.shapes: list[tuple[int, ...]] = [shapes.get(kind, ()) for kind in kinds]
         self.channels = [math.prod(shape) for shape in self.shapes]
-        self.gates = nn.Parameter(torch.tensor([list(row) for row in initial_logits], dtype=torch.float32))
+        _hold(self, "gates", torch.tensor([list(row) for row in initial_logits], dtype=torch.float32), learned)
         if BASE_WEIGHT in kinds:
             if kinds[0] != BASE_WEIGHT:
                 raise ValueError(f"the base weight comes first among the quantized tensors, not {kinds}")
-            self.log_weight_range = nn.Parameter(torch.zeros(self.channels[0]))
+            _hold(self, "log_weight_range", torch.zeros(self.channels[0]), learned)
         self.log_ranges = nn.Parameter(torch.zeros(sum(self.channels[BASE_WEIGHT in kinds :])))
         self.register_buffer("observed", torch.zeros(len(kinds)))
         self.generation = 0  # counts writes to the ranges other than an optimizer's
@@ -191,7 +198,7 @@ class Quantizers(Float32Module):
         return tuple(evaluation_width(row) for row in self.gate_logits.detach().tolist())
 
     @property
-    def gate_logits(self) -> nn.Parameter:
+    def gate_logits(self) -> Tensor:
         """Logits (kinds, 4) of the bit gates; checkpoints know them as `gates`."""
         return self.gates
 
@@ -299,17 +306,26 @@ class Quantizers(Float32Module):
 class RankGates(Float32Module):
     """Logits (r,) of the rank gates of one layer; float32 whatever the model is cast to.
 
-    Gates are nested, as the paper has them, or `independent`: open where their logit is positive.
+    Gates are nested and learned, as the paper has them, or `independent`: open where their logit is positive, which
+    evidence sets.
     """
+
+    logits: Tensor
 
     def __init__(self, rank: int, initial_logit: float, independent: bool = False) -> None:
         super().__init__()
-        self.logits = nn.Parameter(torch.full((rank,), initial_logit, dtype=torch.float32))
         self.independent = independent
+        _hold(self, "logits", torch.full((rank,), initial_logit, dtype=torch.float32), not independent)
+
+    @torch.no_grad()
+    def cut(self, keep: Tensor) -> None:
+        """Drop the gates that `keep` (r,) does not name."""
+        left = self.logits.detach()[keep].contiguous()
+        self.logits = left if self.independent else nn.Parameter(left, self.logits.requires_grad)
 
     def forward(self) -> Tensor:
         if self.independent:
-            return (self.logits.detach() > 0).float()
+            return (self.logits > 0).float()
         return rank_gates(self.logits.float())
 
     @torch.no_grad()
@@ -321,6 +337,13 @@ class RankGates(Float32Module):
 def calibration_bits(kind: str) -> int:
     """Width at which a range starts out best: where its tensor is likely to end."""
     return 8 if kind in (BASE_WEIGHT, "in", "out") else 4
+
+
+def _hold(module: nn.Module, name: str, value: Tensor, learned: bool) -> None:
+    if learned:
+        module.register_parameter(name, nn.Parameter(value))
+    else:
+        module.register_buffer(name, value)
 
 
 def _exp(logarithm: Tensor) -> Tensor:

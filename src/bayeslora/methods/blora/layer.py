@@ -101,7 +101,7 @@ class BLoraLayer(BayesLayer):
             }
         by_evidence = config.gates == "evidence"  # which begins at full precision, at given widths too
         logits = [fixed_logits(UNQUANTIZED) if by_evidence else config.bit_logits(kind) for kind in kinds]
-        return Quantizers(tuple(kinds), shapes, logits)
+        return Quantizers(tuple(kinds), shapes, logits, learned=not by_evidence)
 
     def adapted(self, x: Tensor, adapter_names: list[str], *args: Any, **kwargs: Any) -> Tensor:
         if len(adapter_names) == 1:
@@ -290,8 +290,7 @@ class BLoraLayer(BayesLayer):
         self.cut(self.blora_E, adapter_name, keep)
         self.cut(self.blora_B, adapter_name, (slice(None), keep))
         if adapter_name in self.blora_rank:
-            gates = self.rank_gates(adapter_name)
-            gates.logits = nn.Parameter(gates.logits.detach()[keep].contiguous(), gates.logits.requires_grad)
+            self.rank_gates(adapter_name).cut(keep)
         if adapter_name in self.blora_evidence and not keep.all():
             self.evidence(adapter_name).cut(keep)
         if adapter_name in self.blora_quantizers:

@@ -142,10 +142,9 @@ class BLoraModel(BayesTuner):
         self._run = run
         if config.learns_bits:
             self.learning_rates["ranges"] = config.range_learning_rate
-            if any(layer.has_plain_weight for layer in self.adapted_layers(name)):
-                # By evidence a base weight keeps the best range for its width.
-                learns = config.gates == "paper"
-                self.learning_rates["weight ranges"] = config.range_learning_rate if learns else 0.0
+            # By evidence a base weight keeps the best range for its width.
+            if config.gates == "paper" and any(layer.has_plain_weight for layer in self.adapted_layers(name)):
+                self.learning_rates["weight ranges"] = config.range_learning_rate
         if config.gates == "paper":
             self._begin_paper(config, steps)
         else:
@@ -175,14 +174,11 @@ class BLoraModel(BayesTuner):
             )
         run.costs["rank"] = setup.cost_of("rank", None)
         if config.learns_bits:
-            self.learning_rates["bit gates"] = 0.0
             currency, target = config.currency
             cost = run.costs[currency] = setup.cost_of(currency, config.bops_scope)
             if target is not None:
                 name = self.training_adapter()
                 check_reachable(self.named_layers(name), name, config, cost, target)
-        if config.learns_ranks:
-            self.learning_rates["rank gates"] = 0.0
         if not self._hooked:
             self.model.register_forward_pre_hook(self._before_forward, with_kwargs=True)
             self._hooked = True
