@@ -8,6 +8,9 @@ blocks, under the steps and the rate of the GLUE table (`glue.py`), to a budget 
 `rounding.py` costs in the same scope. Ranks close where that is the cheapest way to save bit operations. The score is
 the task's metric on all held-out rows, looked at once, after training. With `--select` a fifth of the training rows is
 held out and scored instead, in results/frontier-selection.
+
+The budgets of a task, scope and seed have the same warm-up. With `--warm-ups FOLDER` it is trained once and kept
+there, and the other runs resume from it: other seconds, and the rows in another order than without that option.
 """
 
 from __future__ import annotations
@@ -37,8 +40,9 @@ def jobs(given: argparse.Namespace) -> dict[Path, Job]:
                     options = {"target_bops": budget, "bops_scope": scope, "rank_price": 0.0}
                     file = folder / f"{task}-{scope}-{budget}-{seed}.json"
                     found[file] = Job(
-                        task, "evidence-q+ra", seed, "minilm", given.data_dir, targets, given.select, options=options
-                    )
+                        task, "evidence-q+ra", seed, "minilm", given.data_dir, targets, given.select, options=options,
+                        warm_up=given.warm_ups and given.warm_ups / f"{task}-{scope}-{seed}",
+                    )  # fmt: skip
     return found
 
 
@@ -49,6 +53,7 @@ def main() -> None:
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
     parser.add_argument("--scopes", nargs="+", choices=list(BUDGETS), default=list(BUDGETS))
     parser.add_argument("--select", action="store_true", help="hold rows of train out, and score on them alone")
+    parser.add_argument("--warm-ups", type=Path, metavar="FOLDER", help="train each warm-up once, and keep it here")
     parser.add_argument("--threads", type=int)
     parser.add_argument("--results", type=Path, default=RESULTS, help="the folder of all results")
     given = parser.parse_args()

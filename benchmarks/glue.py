@@ -48,6 +48,9 @@ TRAINING = {
     "mrpc": Training(345),
     "rte": Training(312),
     "stsb": Training(720),
+    "qnli": Training(400),
+    "mnli": Training(400),
+    "qqp": Training(400),
 }
 # With attention alone, this encoder of sentence meanings has learned next to nothing of grammar after 800 steps.
 ALL_LINEAR = ("cola",)
@@ -57,7 +60,7 @@ CURVE = (1, 2, 4)
 
 @dataclass(frozen=True)
 class Job:
-    """One run: what it is, how it is trained, and where its data are."""
+    """One run: what it is, how it is trained, where its data are, and a folder for a warm-up shared with others."""
 
     task: str
     method: str
@@ -68,6 +71,7 @@ class Job:
     select: bool = False
     setting: str | None = None
     options: dict[str, Any] = field(default_factory=dict)
+    warm_up: Path | None = None
 
     @property
     def row(self) -> Row:
@@ -114,7 +118,7 @@ def run(job: Job) -> Run:
     ivon = {name: value for name, value in job.optimizer.items() if name != "name"} if row.ivon else None
     model, trained = fine_tune(
         base, tokenizer, encoded["train"], job.config, training, job.seed,
-        ivon=ivon, callback=row.callback, mixin=row.mixin,
+        ivon=ivon, callback=row.callback, mixin=row.mixin, warm_up=job.warm_up,
     )  # fmt: skip
     scored = ["selection"] if job.select else [split for split in ("validation", "test") if split in encoded]
     held_out = concatenate_datasets([encoded[split] for split in scored])

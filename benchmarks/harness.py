@@ -6,10 +6,12 @@ import argparse
 import fcntl
 import functools
 import json
+import math
 import multiprocessing
 import os
 import platform
 import resource
+import shutil
 import sys
 import tempfile
 import threading
@@ -38,6 +40,8 @@ from transformers import (
     PreTrainedTokenizerBase,
     Trainer,
     TrainerCallback,
+    TrainerControl,
+    TrainerState,
     TrainingArguments,
 )
 
@@ -122,6 +126,7 @@ def fine_tune(
     ivon: Mapping[str, Any] | None = None,
     callback: Callable[[nn.Module], TrainerCallback] | None = None,
     mixin: type | None = None,
+    warm_up: Path | None = None,
 ) -> tuple[nn.Module, dict[str, Any]]:
     """The adapted and trained model, with what is known of the training.
 
@@ -142,6 +147,8 @@ def fine_tune(
         ivon: options of IVON, which trains instead of AdamW, at `training.learning_rate`; adds `posterior`.
         callback: makes one for the adapted model, for methods that have to be called in each step.
         mixin: a class to put before the Trainer's.
+        warm_up: a checkpoint of the end of B-LoRA's warm-up to resume from; written where there is none. The clocks
+            then show the rest of the run, and `resumed_from` its first step.
     """
     model: nn.Module = base if config is None else get_peft_model(base, config)
     initialize_eva(model, data, tokenizer, training.batch_size, seed)
@@ -175,18 +182,47 @@ def fine_tune(
         else:
             options = {"data_collator": DataCollatorWithPadding(tokenizer)}
         callbacks = [] if callback is None else [callback(model)]
+        begin = 0
+        if warm_up is not None:
+            begin = math.ceil(config.warmup_fraction * training.steps)
+            callbacks.append(SharedWarmUp(begin, seed))
+        resumed = warm_up is not None and warm_up.exists()
         trainer = kind(model=model, args=arguments, train_dataset=data, callbacks=callbacks, **options)
         examples = len(data) if ivon is not None or bayeslora.methods.has_posterior(model) else None
         factory = None if ivon is None else functools.partial(IVON, **ivon)
         bayeslora.attach(trainer, num_examples=examples, optimizer=factory)
         start, computed = time.perf_counter(), time.process_time()
-        trainer.train()
+        trainer.train(str(warm_up) if resumed else None)
         seconds, computed = time.perf_counter() - start, time.process_time() - computed
+        if warm_up is not None and not warm_up.exists():
+            shutil.copytree(Path(scratch) / f"checkpoint-{begin}", warm_up)
     clocks = {"seconds": seconds, "processor_seconds": computed}
     found = {**clocks, "peak_memory_bytes": peak_memory(), "parameters": parameters, "machine": machine()}
+    if resumed:
+        found["resumed_from"] = begin
     if ivon is not None:
         found["posterior"] = posterior_statistics(unwrapped(trainer.optimizer))
     return model, {**found, "history": trainer.state.log_history}
+
+
+class SharedWarmUp(TrainerCallback):
+    """A checkpoint after one step, and an order of the rows in each epoch that a resumed run finds again.
+
+    The sampler that groups rows by length draws from torch's global generator, whose state a resumed run lacks.
+    """
+
+    def __init__(self, step: int, seed: int) -> None:
+        self.step, self.seed = step, seed
+
+    def on_epoch_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        torch.manual_seed(10_000 * self.seed + int((state.epoch or 0) + 1e-6))
+
+    def on_step_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        control.should_save = control.should_save or state.global_step == self.step
 
 
 def peak_memory() -> int:

@@ -17,9 +17,12 @@ from bayeslora.errors import BayesLoraError
 RESULTS = Path(__file__).parent / "results"
 Run = dict[str, Any]
 
-GLUE_TASKS = ("sst2", "cola", "mrpc", "rte", "stsb")
+FIRST_TASKS = ("sst2", "cola", "mrpc", "rte", "stsb")
+"""Those that every row has been run on."""
+GLUE_TASKS = (*FIRST_TASKS, "qnli", "mnli", "qqp")
 TASK_TITLES = {
     "sst2": "SST-2", "cola": "CoLA", "mrpc": "MRPC", "rte": "RTE", "stsb": "STS-B",
+    "qnli": "QNLI", "mnli": "MNLI", "qqp": "QQP",
     "winogrande": "WinoGrande", "arc_easy": "ARC-easy",
 }  # fmt: skip
 GLUE_ROWS = {
@@ -31,6 +34,7 @@ GLUE_ROWS = {
     "eva": "EVA, mean r = 8 (PEFT)",
     "lora-nf4": "LoRA r = 8, NF4 base",
     "adalora": "AdaLoRA (PEFT, AdamW)",
+    "adalora-r2": "AdaLoRA, mean r = 2 (PEFT, AdamW)",
     "bayes_adalora": "Bayesian AdaLoRA (IVON)",
     "dylora": "DyLoRA",
     "blora-q": "B-LoRA q, paper's gates",
@@ -38,7 +42,7 @@ GLUE_ROWS = {
     "blora-q+ra": "B-LoRA q + ra, paper's gates",
     "rotated-ra": "B-LoRA ra, paper's gates after the rotation",
     "evidence-q": "B-LoRA q",
-    "evidence-ra": "B-LoRA ra",
+    "evidence-ra": "B-LoRA ra, mean r = 1.5",
     "evidence-q+ra": "B-LoRA q + ra",
     "melora": "Me-LoRA, mean",
     "monteclora": "MonteCLoRA (PEFT)",

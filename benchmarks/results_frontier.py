@@ -41,7 +41,7 @@ def frontier_section(results: Path) -> str:
                 ]
                 heading = ["", "BOPs", "score", "NLL", "seeds"]
                 parts.append(f"**{TASK_TITLES[task]}, {title.lower()}**\n\n{markdown_table(heading, cells)}\n")
-    cut = _cut_table(rounded)
+    cut = _cut_table([*rounded, *read_runs(results / "cut")])
     return "\n".join([*parts, cut] if cut else parts)
 
 

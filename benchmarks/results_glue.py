@@ -9,6 +9,7 @@ from pathlib import Path
 
 from patterns import BLORA_PATTERNS, RANK_PATTERNS, Verdict, attention_bops_at_most, not_below
 from records import (
+    FIRST_TASKS,
     GLUE_ROWS,
     GLUE_TASKS,
     SAMPLED,
@@ -69,7 +70,8 @@ def paper_score(row: str, task: str) -> float | None:
 def score_table(runs: Group) -> str:
     """Rows × tasks: mean ± standard deviation over seeds, the paper's number behind it in parentheses."""
     groups = grouped(runs, "task", "method")
-    head = ["method", *(TASK_TITLES[task] for task in GLUE_TASKS), "average"]
+    head = ["method", *(TASK_TITLES[task] for task in GLUE_TASKS)]
+    head += [f"average of {len(tasks)}" for tasks in (FIRST_TASKS, GLUE_TASKS)]
     rows = []
     for method, title in row_titles(runs).items():
         here = {task: groups[task, method] for task in GLUE_TASKS if (task, method) in groups}
@@ -79,11 +81,13 @@ def score_table(runs: Group) -> str:
         cells = [
             beside(spread([score(run) for run in here.get(t, [])]), p) for t, p in zip(GLUE_TASKS, papers, strict=True)
         ]
-        whole = len(here) == len(GLUE_TASKS)
-        average = statistics.fmean(statistics.fmean(map(score, group)) for group in here.values()) if whole else None
-        known = [value for value in papers if value is not None]
-        theirs = statistics.fmean(known) if len(known) == len(papers) else None
-        rows.append([title, *cells, beside(number(average, 2), theirs)])
+        for tasks in (FIRST_TASKS, GLUE_TASKS):
+            known = [statistics.fmean(map(score, here[task])) for task in tasks if task in here]
+            average = statistics.fmean(known) if len(known) == len(tasks) else None
+            values = [value for task in tasks if (value := paper_score(method, task)) is not None]
+            theirs = statistics.fmean(values) if len(values) == len(tasks) else None
+            cells.append(beside(number(average, 2), theirs))
+        rows.append([title, *cells])
     return markdown_table(head, rows)
 
 

@@ -2,6 +2,7 @@
 
     python benchmarks/rounding.py --data-dir DATA --adapters FOLDER --threads 1       # every missing file
     python benchmarks/rounding.py --data-dir DATA --adapters FOLDER --tasks sst2 mrpc --seeds 0
+    python benchmarks/rounding.py --data-dir DATA --adapters FOLDER --only-cuts      # no roundings, in results/cut
     python benchmarks/rounding.py --data-dir DATA --adapters FOLDER --steps 3 --results DIR     # does it run?
 
 One file a task and seed, in results/rounding. The LoRA is the table's (`glue.py`, row `lora`): the adapter in
@@ -69,6 +70,7 @@ class Job:
     adapter: Path
     target_modules: list[str]
     steps: int | None = None
+    only_cuts: bool = False
 
     @property
     def training(self) -> Training:
@@ -101,8 +103,7 @@ def run(job: Job) -> Run:
     def scores(model: nn.Module) -> dict[str, float]:
         return evaluate(model, held_out, task, tokenizer, 64).scores
 
-    seen = bayeslora.ActivationCounts(lora, calibration(encoded["train"], tokenizer, job.seed))
-    return {
+    found: Run = {
         "task": job.task,
         "method": "lora",
         "seed": job.seed,
@@ -110,9 +111,12 @@ def run(job: Job) -> Run:
         "metric": task.metric,
         "held_out": len(held_out),
         "lora": adapted(lora, bayeslora.describe(lora), scores),
-        "rounded": list(rounded(lora, seen, scores)),
         "cut": list(cuts(lora, scores)),
     }
+    if not job.only_cuts:
+        seen = bayeslora.ActivationCounts(lora, calibration(encoded["train"], tokenizer, job.seed))
+        found["rounded"] = list(rounded(lora, seen, scores))
+    return found
 
 
 def trained(job: Job, base: PreTrainedModel, tokenizer: Any, data: Dataset) -> nn.Module:
@@ -198,7 +202,8 @@ def cuts(lora: nn.Module, scores: Scores) -> Iterator[Run]:
 
 def jobs(given: argparse.Namespace) -> dict[Path, Job]:
     """The files that are asked for, with the LoRA that each is about; all tasks of a seed before the next."""
-    folder = given.results / ("rounding" if given.model == "minilm" else f"rounding-{Path(given.model).name}")
+    what = "cut" if given.only_cuts else "rounding"
+    folder = given.results / (what if given.model == "minilm" else f"{what}-{Path(given.model).name}")
     targets = {every: target_modules(given.model, every) for every in (False, True)}
     found = {}
     for seed in given.seeds:
@@ -212,6 +217,7 @@ def jobs(given: argparse.Namespace) -> dict[Path, Job]:
                 given.adapters / name,
                 targets[task in ALL_LINEAR],
                 given.steps,
+                given.only_cuts,
             )
     return found
 
@@ -225,6 +231,7 @@ def main() -> None:
     parser.add_argument("--model", default="minilm", metavar="minilm|FOLDER", help="the packaged encoder or a folder")
     parser.add_argument("--threads", type=int)
     parser.add_argument("--steps", type=int, help="instead of the table's, for a trial")
+    parser.add_argument("--only-cuts", action="store_true", help="without the roundings, which take most of the time")
     parser.add_argument("--results", type=Path, default=RESULTS, help="the folder of all results")
     given = parser.parse_args()
     if given.threads:

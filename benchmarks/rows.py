@@ -105,14 +105,14 @@ def ours(method: str, **options: Any) -> Callable[[Options, int], PeftConfig]:
     return lambda shared, steps: bayeslora.METHODS[method](**{"r": RANK, "lora_alpha": 2 * RANK, **options, **shared})
 
 
-def falling_ranks(kind: type[PeftConfig]) -> Callable[[Options, int], PeftConfig]:
-    """AdaLoRA of either library on the same schedule."""
+def falling_ranks(kind: type[PeftConfig], rank: int = RANK) -> Callable[[Options, int], PeftConfig]:
+    """AdaLoRA of either library on the same schedule, to a mean rank of `rank`."""
 
     def build(shared: Options, steps: int) -> PeftConfig:
         schedule = {"tinit": steps // 10, "tfinal": 4 * steps // 10, "deltaT": 10}
         if kind is AdaLoraConfig:
             schedule["total_step"] = steps
-        ranks = {"init_r": INITIAL_RANK, "target_r": RANK, "lora_alpha": 2 * INITIAL_RANK}
+        ranks = {"init_r": INITIAL_RANK, "target_r": rank, "lora_alpha": 2 * INITIAL_RANK}
         return kind(**{**ranks, **schedule, **shared})
 
     return build
@@ -131,6 +131,7 @@ ROWS = {
     "eva": Row(lora(RANK, init_lora_weights="eva")),
     "lora-nf4": Row(lora(RANK), loading=nf4),
     "adalora": Row(falling_ranks(AdaLoraConfig), rate=10, callback=Allocation),
+    "adalora-r2": Row(falling_ranks(AdaLoraConfig, 2), rate=10, callback=Allocation),
     "bayes_adalora": Row(falling_ranks(bayeslora.AdaLoraConfig), ivon="short"),
     "dylora": Row(ours("dylora")),
     "blora-q": Row(ours("blora", mode="q", **PAPER)),
@@ -138,7 +139,7 @@ ROWS = {
     "blora-q+ra": Row(ours("blora", mode="q+ra", **PAPER)),
     "rotated-ra": Row(ours("blora", mode="ra", gates="paper", rotate=True)),
     "evidence-q": Row(ours("blora", mode="q", **QUANTIZED)),
-    "evidence-ra": Row(ours("blora", mode="ra")),
+    "evidence-ra": Row(ours("blora", mode="ra", target_rank=1.5)),
     "evidence-q+ra": Row(ours("blora", mode="q+ra", **QUANTIZED)),
     "melora": Row(ours("melora"), samples=10),
     "monteclora": Row(lora(RANK, monteclora_config=MontecloraConfig()), mixin=MontecloraTrainerMixin),

@@ -29,12 +29,17 @@ def job(tmp_path: Path, tiny_bert_folder: Path) -> rounding.Job:
     (tmp_path / "rte" / "dev.jsonl").write_text(rows(16), encoding="utf-8")
     given = Namespace(
         data_dir=tmp_path, adapters=tmp_path / "adapters", tasks=["rte"], seeds=[1], model=str(tiny_bert_folder),
-        steps=2, results=tmp_path,
+        steps=2, results=tmp_path, only_cuts=False,
     )  # fmt: skip
     given.adapters.mkdir()
     ((path, found),) = rounding.jobs(given).items()
     assert path == tmp_path / f"rounding-{tiny_bert_folder.name}" / "rte-lora-1.json"
     return found
+
+
+def test_cuts_alone_are_a_file_of_another_folder(job: rounding.Job) -> None:
+    found = rounding.run(dataclasses.replace(job, only_cuts=True))
+    assert "rounded" not in found and len(found["cut"]) == 6
 
 
 def test_a_file_has_every_setting_and_the_adapter_is_trained_once(job: rounding.Job) -> None:
