@@ -44,7 +44,7 @@ TRAINABLE_AT_ONCE = {
     "lora_alpha": 8,
     "calibration": "absmax",
     "warmup_fraction": 0.0,
-    # Gates by evidence have no gradients: a training loop decides them, which this suite does not have.
+    # Gates by evidence have no gradients to test; they have rows of their own.
     "gates": "paper",
     "initial_bit_logits": [1.0, 1.0, 1.0, 1.0],
     "initial_rank_logit": 2.5,
@@ -56,6 +56,8 @@ METHODS = [
     Method("blora-q+ra", BLoraConfig, {"mode": "q+ra", **TRAINABLE_AT_ONCE}, same_layer=NOT_CALIBRATED),
     Method("blora-q", BLoraConfig, {"mode": "q", **TRAINABLE_AT_ONCE}, same_layer=NOT_CALIBRATED),
     Method("blora-ra", BLoraConfig, {"mode": "ra", **TRAINABLE_AT_ONCE}),
+    Method("blora-ra-evidence", BLoraConfig, {"mode": "ra", "lora_alpha": 8}),
+    Method("blora-q+ra-evidence", BLoraConfig, {"mode": "q+ra", "lora_alpha": 8}),
     Method("melora", MeLoraConfig, {"lora_alpha": 8}),
     Method("melora-diagonal", MeLoraConfig, {"core": "diagonal", "lora_alpha": 8}),
     Method("blob", BlobConfig, {"lora_alpha": 8}),

@@ -17,7 +17,11 @@ RANK_PRICE = 1e-3
 
 @dataclass
 class BLoraConfig(AdapterConfig):
-    """Configuration of B-LoRA, on top of the fields shared with `peft.LoraConfig`."""
+    """Configuration of B-LoRA, on top of the fields shared with `peft.LoraConfig`.
+
+    Gates by evidence are decided by `attach` or `BayesLoop`: in a training loop without either, the adapter keeps full
+    precision and all its ranks.
+    """
 
     method = "blora"
 
