@@ -7,11 +7,11 @@ from typing import Any
 
 import pytest
 import torch
-import torch.multiprocessing as mp
 
 from tests.distributed import worker
 from tests.distributed.worker import BIT_PENALTY, RANK_PENALTY, STEPS, Run
 from tests.methods.reference import used_by_weights
+from tests.processes import run_ranks
 
 MODES = [(gates, mode) for gates in ("evidence", "paper") for mode in ("q+ra", "q", "ra")]
 
@@ -19,8 +19,7 @@ MODES = [(gates, mode) for gates in ("evidence", "paper") for mode in ("q+ra", "
 def _run(run: Run, folder: Path) -> list[dict[str, Any]]:
     if not run.distributed:
         return [worker.train(run, 0)]
-    mp.spawn(worker.main, args=(run, str(folder)), nprocs=run.ranks)
-    return [torch.load(folder / f"{rank}.pt") for rank in range(run.ranks)]
+    return run_ranks(worker.main, run, ranks=run.ranks, folder=folder)
 
 
 @pytest.fixture(scope="module", params=MODES, ids=" ".join)

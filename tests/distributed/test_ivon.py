@@ -6,9 +6,9 @@ from typing import Any
 
 import pytest
 import torch
-import torch.multiprocessing as mp
 
 from tests.distributed import ivon_worker as worker
+from tests.processes import run_ranks
 
 KINDS = ("replicated", "accumulated", "sharded")
 
@@ -17,8 +17,7 @@ KINDS = ("replicated", "accumulated", "sharded")
 def ranks(tmp_path_factory: pytest.TempPathFactory) -> tuple[dict[str, Any], dict[str, Any], dict[str, Any]]:
     """What two ranks found, and what one process alone finds."""
     folder = tmp_path_factory.mktemp("ivon-ranks")
-    mp.spawn(worker.main, args=(str(folder),), nprocs=2)
-    first, second = (torch.load(folder / f"{rank}.pt") for rank in range(2))
+    first, second = run_ranks(worker.main, ranks=2, folder=folder)
     return first, second, worker.train(0, 1)
 
 

@@ -6,17 +6,16 @@ from typing import Any
 
 import pytest
 import torch
-import torch.multiprocessing as mp
 
 from tests.distributed import variational_worker as worker
+from tests.processes import run_ranks
 
 
 @pytest.fixture(scope="module", params=["melora", "blob"])
 def ranks(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Any:
     """What two ranks found, and what one process alone finds."""
     folder = tmp_path_factory.mktemp("ranks")
-    mp.spawn(worker.main, args=(request.param, str(folder)), nprocs=2)
-    first, second = (torch.load(folder / f"{rank}.pt") for rank in range(2))
+    first, second = run_ranks(worker.main, request.param, ranks=2, folder=folder)
     return first, second, worker.results(request.param, 0, 1)
 
 

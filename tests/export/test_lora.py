@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +16,7 @@ from bayeslora import BayesLoraError, BLoraConfig, export
 from tests.conftest import build_tiny_bert, build_tiny_gpt2
 from tests.methods.reference import D_IN, FROZEN, LEARN, RANK, WARM_UP, Tiny, layers_of, randomize, seeded, set_widths
 from tests.methods.reference import tiny_model as make_tiny
+from tests.processes import run_code
 
 X = torch.randn(3, 5, D_IN, generator=torch.Generator().manual_seed(7))
 TOKENS = torch.arange(24).view(2, 12)
@@ -128,19 +127,18 @@ def test_a_process_that_knows_only_peft_computes_the_same(tmp_path: Path) -> Non
     assert len(set(ranks.values())) > 2
     torch.save({"x": TOKENS, "y": expected}, tmp_path / "outputs.pt")
     code = """
-import sys, torch
+import sys, warnings
+import torch
 from peft import PeftModel
 from transformers import AutoModelForCausalLM
+warnings.filterwarnings("error", category=UserWarning, module="peft")
 folder = sys.argv[1]
 model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(folder + "/base"), folder + "/lora").eval()
 saved = torch.load(folder + "/outputs.pt")
 assert not any(name.partition(".")[0] == "bayeslora" for name in sys.modules)
 print("largest difference", (model(input_ids=saved["x"]).logits - saved["y"]).abs().max().item())
 """
-    command = [sys.executable, "-W", "error::UserWarning:peft", "-c", code, str(tmp_path)]
-    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    assert float(done.stdout.rpartition("difference ")[2]) < 1e-5
+    assert float(run_code(code, tmp_path, str(tmp_path)).rpartition("difference ")[2]) < 1e-5
 
 
 def test_the_folder_is_what_peft_writes(tmp_path: Path) -> None:

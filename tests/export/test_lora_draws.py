@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +18,7 @@ from bayeslora.cli.main import main
 from tests.conftest import build_tiny_llama
 from tests.examples.finished_run import make_run
 from tests.prediction.models import TARGETS, classifier, inputs, noisy
+from tests.processes import run_code
 
 BATCH = inputs()
 
@@ -67,7 +66,6 @@ def test_a_draw_depends_on_seed_and_number_alone(tmp_path: Path) -> None:
         assert all(torch.equal(two[key], another[key]) for key in two if "lora_A" not in key)
 
 
-@pytest.mark.slow
 def test_a_process_without_the_package_computes_the_ensemble(tmp_path: Path) -> None:
     """In the uniform form, at one rank, with the package's import made impossible."""
     config = bayeslora.MeLoraConfig(
@@ -97,9 +95,7 @@ assert not any(name.startswith("bayeslora.") for name in sys.modules)
 print("draws apart", (found[0] - found[1]).abs().max().item())
 print("largest difference", (sum(found) / 2 - saved["y"]).abs().max().item())
 """
-    done = subprocess.run([sys.executable, "-c", code, str(tmp_path)], cwd=tmp_path, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    lines = done.stdout.splitlines()
+    lines = run_code(code, tmp_path, str(tmp_path)).splitlines()
     assert float(lines[0].rpartition(" ")[2]) > 1e-4
     assert float(lines[1].rpartition(" ")[2]) < 1e-5
 

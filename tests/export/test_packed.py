@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -40,6 +38,7 @@ from tests.methods.reference import (
     set_widths,
     tiny_model,
 )
+from tests.processes import run_code
 
 X = torch.randn(3, 5, D_IN, generator=torch.Generator().manual_seed(7))
 TOKENS = torch.arange(24).view(2, 12)
@@ -365,9 +364,7 @@ saved = torch.load(folder + "/outputs.pt")
 torch.set_num_threads(1)
 print("largest difference", (model(input_ids=saved["x"]).logits - saved["y"]).abs().max().item())
 """
-    done = subprocess.run([sys.executable, "-c", code, str(tmp_path)], cwd=tmp_path, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    assert float(done.stdout.rpartition("difference ")[2]) == 0.0
+    assert float(run_code(code, tmp_path, str(tmp_path)).rpartition("difference ")[2]) == 0.0
 
 
 def test_a_file_that_does_not_fit_its_config_or_model_is_refused(tmp_path: Path) -> None:

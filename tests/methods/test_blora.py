@@ -5,8 +5,6 @@ from __future__ import annotations
 import functools
 import json
 import math
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -37,6 +35,7 @@ from tests.methods.reference import (
     tiny_model,
 )
 from tests.oracles import blora as oracle
+from tests.processes import run_code
 
 X = torch.randn(3, 5, D_IN, generator=torch.Generator().manual_seed(7))
 GATES = ("evidence", "paper")
@@ -586,10 +585,7 @@ model = PeftModel.from_pretrained(seeded(Tiny), folder).eval()
 saved = torch.load(folder + "/outputs.pt")
 print("largest difference", (model(saved["x"]) - saved["y"]).abs().max().item())
 """
-    root = Path(__file__).parents[2]
-    done = subprocess.run([sys.executable, "-c", code, str(tmp_path)], cwd=root, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    assert float(done.stdout.rpartition("difference ")[2]) <= 1e-6
+    assert float(run_code(code, tmp_path, str(tmp_path)).rpartition("difference ")[2]) <= 1e-6
 
 
 def test_saved_files_hold_the_adapter_and_not_the_base_or_the_noise(tmp_path: Path) -> None:

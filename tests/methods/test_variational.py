@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import copy
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +19,7 @@ from tests.conftest import build_tiny_bert, build_tiny_gpt2
 from tests.methods.reference import D_IN, D_OUT, RANK, Tiny, layers_of, seeded
 from tests.methods.test_quantized_bases import BASES, TOKENS, _load, _stored, base_folder  # noqa: F401
 from tests.methods.variational_models import METHODS, X, config, oracle, randomize, sampled, tiny
+from tests.processes import run_code
 
 each_method = pytest.mark.parametrize("method", tuple(METHODS))
 
@@ -137,10 +136,7 @@ x, expected = torch.load(sys.argv[1] + "/outputs.pt")
 with bayeslora.sampling(model, "batch", seed=5, draws=[1, 3]):
     print("largest difference", (model(x.repeat(2, 1, 1)) - expected).abs().max().item())
 """
-    root = Path(__file__).parents[2]
-    done = subprocess.run([sys.executable, "-c", code, str(tmp_path)], cwd=root, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    assert float(done.stdout.rpartition("difference ")[2]) == 0.0
+    assert float(run_code(code, tmp_path, str(tmp_path)).rpartition("difference ")[2]) == 0.0
 
 
 @pytest.mark.parametrize("build", [build_tiny_bert, build_tiny_gpt2])

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -14,6 +12,7 @@ from torch import Tensor
 
 from bayeslora.errors import BayesLoraError
 from bayeslora.posterior import IndivisibleBatchError, Noise
+from tests.processes import run_code
 
 CPU = torch.device("cpu")
 SHAPE = (3, 5)
@@ -77,7 +76,7 @@ def test_seeded_noise_replays_and_leaves_the_global_generator_alone(scope: str) 
     assert torch.equal(first.normal_per_token((2, 3, 4), CPU), second.normal_per_token((2, 3, 4), CPU))
 
 
-def test_two_processes_draw_the_same_numbers() -> None:
+def test_two_processes_draw_the_same_numbers(tmp_path: Path) -> None:
     code = (
         "import torch; from bayeslora.posterior import Noise; cpu = torch.device('cpu')\n"
         "torch.manual_seed(99); torch.randn(7)\n"
@@ -86,9 +85,7 @@ def test_two_processes_draw_the_same_numbers() -> None:
         "c = Noise('token', 7, 'layer').signs((2, 3), cpu, 'in')\n"
         "print(*(value.hex() for value in torch.cat([a.flatten(), b.flatten(), c.flatten()]).tolist()))"
     )
-    root = Path(__file__).parents[2]
-    done = subprocess.run([sys.executable, "-c", code], cwd=root, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
+    printed = run_code(code, tmp_path)
     expected = torch.cat(
         [
             drawn([4, 2]).flatten(),
@@ -96,7 +93,7 @@ def test_two_processes_draw_the_same_numbers() -> None:
             Noise("token", 7, "layer").signs((2, 3), CPU, "in").flatten(),
         ]
     )
-    assert done.stdout.split() == [value.hex() for value in expected.tolist()]
+    assert printed.split() == [value.hex() for value in expected.tolist()]
 
 
 def test_adapters_side_by_side_on_a_layer_draw_independently() -> None:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -16,8 +14,7 @@ from bayeslora.prediction import Prediction, predict
 from bayeslora.prediction.predict import summarize
 from tests.conftest import build_tiny_deberta
 from tests.prediction.models import TARGETS, classifier, inputs, merged_draw, noisy
-
-ROOT = Path(__file__).resolve().parents[2]
+from tests.processes import run_code
 
 
 def same(one: Prediction, other: Prediction) -> None:
@@ -82,17 +79,15 @@ SCRIPT = """
 import torch
 from bayeslora.prediction import predict
 from tests.prediction.models import TARGETS, classifier, inputs, noisy
-torch.set_num_threads(1)
 torch.manual_seed(int(__import__("sys").argv[1]))
 torch.save(predict(noisy(classifier("bert"), TARGETS["bert"]), inputs(), samples=3, seed=4).logits, "{path}")
 """
 
 
-@pytest.mark.slow
 def test_the_same_seed_gives_the_same_prediction_in_another_process(tmp_path: Path) -> None:
     path = tmp_path / "logits.pt"
     script = SCRIPT.replace("{path}", path.as_posix())
-    subprocess.run([sys.executable, "-c", script, "77"], cwd=ROOT, check=True, timeout=120)
+    run_code(script, tmp_path, "77")
     here = predict(noisy(classifier("bert"), TARGETS["bert"]), inputs(), samples=3, seed=4).logits
     assert torch.equal(torch.load(path), here)
 

@@ -1,0 +1,44 @@
+"""New processes that start at once: forked from one that has imported torch, transformers and PEFT, but not bayeslora.
+
+Importing these takes a process several seconds, so each pytest worker has it done once. What runs here knows no model,
+no adapter and no random state of the test that starts it.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Callable
+from contextlib import redirect_stdout
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.multiprocessing as mp
+
+LIBRARIES = ["torch.distributed.fsdp", "transformers.models.bert.modeling_bert", "peft", "datasets"]
+mp.get_context("forkserver").set_forkserver_preload(LIBRARIES)
+
+
+def run_ranks(main: Callable[..., None], *arguments: object, ranks: int, folder: Path) -> list[dict[str, Any]]:
+    """Run `main(rank, *arguments, folder)` in a process for each rank; returns what each saves as `<rank>.pt`."""
+    mp.start_processes(main, args=(*arguments, str(folder)), nprocs=ranks, start_method="forkserver")
+    return [torch.load(folder / f"{rank}.pt") for rank in range(ranks)]
+
+
+def run_code(code: str, folder: Path, *arguments: str) -> str:
+    """Return what `code` prints in a new process with these arguments, whose working directory is `folder`.
+
+    An exception in it is one here, with its traceback. Imports find what they find in the test.
+    """
+    printed = folder / "printed.txt"
+    mp.start_processes(_run, args=(code, str(folder), arguments, str(printed)), nprocs=1, start_method="forkserver")
+    return printed.read_text(encoding="utf-8")
+
+
+def _run(_: int, code: str, folder: str, arguments: tuple[str, ...], printed: str) -> None:
+    os.chdir(folder)
+    sys.argv = ["-c", *arguments]
+    torch.set_num_threads(1)
+    with open(printed, "w", encoding="utf-8") as stream, redirect_stdout(stream):
+        exec(compile(code, "<code>", "exec"), {"__name__": "__main__"})
