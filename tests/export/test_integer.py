@@ -51,9 +51,15 @@ def _blora(base: nn.Module, targets: list[str], widths: dict[str, int] | None = 
 
 
 BASES: dict[str, Callable[..., nn.Module]] = {
-    "bert": lambda **options: _blora(build_tiny_bert(), ["query", "key", "value"], task_type="SEQ_CLS", **options),
-    "llama": lambda **options: _blora(build_tiny_llama(), LLAMA, quantize_input=True, **options),
-    "gpt2": lambda **options: _blora(build_tiny_gpt2(), ["c_attn", "c_proj"], quantize_input=True, **options),
+    "bert": lambda layers=2, **options: _blora(
+        build_tiny_bert(num_hidden_layers=layers), ["query", "key", "value"], task_type="SEQ_CLS", **options
+    ),
+    "llama": lambda layers=2, **options: _blora(
+        build_tiny_llama(num_hidden_layers=layers), LLAMA, quantize_input=True, **options
+    ),
+    "gpt2": lambda layers=2, **options: _blora(
+        build_tiny_gpt2(n_layer=layers), ["c_attn", "c_proj"], quantize_input=True, **options
+    ),
 }
 
 
@@ -239,7 +245,7 @@ def test_few_rows_are_what_they_are_among_many(base: str, dtype: torch.dtype, tm
 def test_a_compiled_model_is_one_graph_and_computes_the_same(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(integer_linear, "has_weight_kernel", lambda device: False)  # which rounds to bfloat16
     for base in BASES:
-        export(BASES[base](), tmp_path / base, format="integer")
+        export(BASES[base](layers=1), tmp_path / base, format="integer")
         model = load_integer(tmp_path / base)
         torch._dynamo.reset()
         compiled = torch.compile(model, backend="eager", fullgraph=True)
@@ -249,7 +255,7 @@ def test_a_compiled_model_is_one_graph_and_computes_the_same(tmp_path: Path, mon
 
 @torch.no_grad()
 def test_a_compiled_model_of_wide_inputs_computes_the_same_for_any_number_of_rows(tmp_path: Path) -> None:
-    export(_blora(build_tiny_llama(), LLAMA, {"in": 16}, quantize_input=True), tmp_path, format="integer")
+    export(BASES["llama"](layers=1, widths={"in": 16}), tmp_path, format="integer")
     layers = [layer for layer in _integer_layers(load_integer(tmp_path)) if layer.takes_int16]
     assert len(layers) > 3
     for rows in (1, 3, 40):
