@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import gc
+import weakref
 from typing import Any
 
 import pytest
@@ -13,6 +15,7 @@ from torch.utils.checkpoint import checkpoint
 
 from bayeslora import BayesLoop, BayesLoraError, BLoraConfig, describe, parameter_groups
 from bayeslora.methods import TrainingSetup
+from bayeslora.methods.blora.gated_quantizers import Quantizing
 from tests.methods.reference import (
     D_IN,
     FROZEN,
@@ -164,6 +167,38 @@ def test_noise_depends_on_seed_and_step_and_not_on_the_global_generator() -> Non
     assert not torch.equal(noises[0], noises[2]) and not torch.equal(noises[0], noises[3])
     assert all(0 < noise.min() and noise.max() < 1 for noise in noises)
     assert len(noises[0].unique()) == noises[0].numel()  # no two gates share a number
+
+
+@pytest.mark.parametrize("phase", [LEARN, FROZEN])
+def test_the_quantized_input_is_not_kept_for_the_backward_pass(phase: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = tiny_model(phase, quantize_input=True)
+    layer = layers_of(model)[0]
+    set_widths(layer, **{"in": 4})
+    kept: list[weakref.ref[Tensor]] = []
+    quantized = Quantizing.__call__
+
+    def noted(self: Quantizing, kind: str, tensor: Tensor) -> Tensor:
+        found = quantized(self, kind, tensor)
+        if kind == "in":
+            kept.append(weakref.ref(found))
+        return found
+
+    monkeypatch.setattr(Quantizing, "__call__", noted)
+    result = layer(X.clone().requires_grad_())
+    gc.collect()
+    assert len(kept) == 1 and kept[0]() is None
+    result.sum().backward()
+    assert layer.blora_A["default"].grad.any()
+
+
+def test_an_input_that_changes_before_the_backward_pass_is_an_error() -> None:
+    layer = layers_of(tiny_model(FROZEN, quantize_input=True))[0]
+    set_widths(layer, **{"in": 4})
+    x = X.clone()
+    result = layer(x)
+    x.add_(1)
+    with pytest.raises(RuntimeError, match="changed in place"):
+        result.sum().backward()
 
 
 @pytest.mark.parametrize("announced", [True, False], ids=["with a loop", "without a loop"])

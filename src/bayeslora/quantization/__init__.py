@@ -23,7 +23,14 @@ from bayeslora.quantization.quantizer import (
     rank_gates,
     rank_probability,
 )
-from bayeslora.quantization.ranges import FLOOR, Calibration, magnitude_counts, optimal_range, range_of_counts
+from bayeslora.quantization.ranges import (
+    FLOOR,
+    Calibration,
+    magnitude_counts,
+    optimal_range,
+    optimal_ranges,
+    range_of_counts,
+)
 from bayeslora.vocabulary import WIDTHS
 
 __all__ = [
@@ -49,6 +56,7 @@ __all__ = [
     "open_probability",
     "opened",
     "optimal_range",
+    "optimal_ranges",
     "quantize",
     "quantize_mixture",
     "range_of_counts",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Literal
 
 import torch
@@ -18,6 +19,7 @@ FLOOR = 1e-6
 _COARSE = torch.logspace(-1.6, 0.1761, 80)
 _FINE = torch.linspace(0.95, 1.05, 41)
 _SAMPLE = 65_521
+_AT_ONCE = 1 << 20
 _BINS = 2048  # 16 to a step of 8 bits; counts of them stand for a large tensor
 
 
@@ -49,6 +51,17 @@ def optimal_range(x: Tensor, bits: int = 8, method: Calibration = "mse", dim: in
             for shares in (_COARSE, _FINE):
                 found = found * _best_share(sample, None, found, bits, shares.to(rows.device))
     return found.reshape(()) if dim is None else found
+
+
+@torch.no_grad()
+def optimal_ranges(x: Tensor, widths: Sequence[int], method: Calibration = "mse") -> list[Tensor]:
+    """Return `optimal_range(x, bits, method)` for each of `widths`; the magnitudes of a large `x` are counted once."""
+    x = x.detach().float()
+    if method != "mse" or x.numel() <= _BINS:
+        return [optimal_range(x, bits, method) for bits in widths]
+    largest = x.abs().amax().clamp_min(FLOOR)
+    counts = magnitude_counts(x, largest)
+    return [range_of_counts(counts, largest, bits) for bits in widths]
 
 
 @torch.no_grad()
@@ -96,6 +109,10 @@ def _best_share(rows: Tensor, counts: Tensor | None, largest: Tensor, bits: int,
         steps = grid_step(largest * shares.unsqueeze(1), bits)
         error = torch.round(rows / steps).clamp_(max=level).mul_(steps).sub_(rows)
         return shares[(error.square_() @ counts).argmin()]
+    if len(shares) * rows.numel() <= _AT_ONCE:  # of a small matrix an operation costs more than its arithmetic
+        steps = grid_step(largest * shares, bits).unsqueeze(2)
+        error = torch.round(rows.unsqueeze(1) / steps).clamp_(-level, level).mul_(steps).sub_(rows.unsqueeze(1))
+        return shares[error.square_().sum(2).argmin(1)].unsqueeze(1)
     errors = []
     for share in shares.tolist():
         step = grid_step(largest * share, bits)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from enum import IntEnum
 from typing import Any, NamedTuple
 
@@ -55,6 +56,13 @@ class Unquantized:
     def __call__(self, kind: str, tensor: Tensor) -> Tensor:
         return tensor
 
+    def saving(self, kind: str, tensor: Tensor, quantized: Tensor) -> AbstractContextManager[Any]:
+        """Let the backward pass of what is computed inside quantize `tensor` again, instead of keeping `quantized`.
+
+        The input is kept anyway; its quantized form would take as much memory again.
+        """
+        return nullcontext()
+
 
 class Observing(Unquantized):
     """Take every tensor as it is, and widen the observed ranges by the activations among them."""
@@ -79,6 +87,28 @@ class Quantizing(Unquantized):
         if kind == BASE_WEIGHT and self.weight is not None:
             return self.weight
         return self.quantizers.quantized(kind, tensor, self.assignment)
+
+    def saving(self, kind: str, tensor: Tensor, quantized: Tensor) -> AbstractContextManager[Any]:
+        mixed = self.assignment.weights is not None  # of several widths, to quantize again costs too much
+        if mixed or not torch.is_grad_enabled() or torch.compiler.is_compiling():
+            return nullcontext()
+        place, size, source, version = quantized.data_ptr(), quantized.numel(), tensor.detach(), tensor._version
+        if place == tensor.data_ptr():  # not quantized at all
+            return nullcontext()
+
+        def pack(saved: Tensor) -> Tensor | torch.Size:
+            same = saved.data_ptr() == place and saved.numel() == size and saved.is_contiguous()
+            return saved.shape if same else saved
+
+        @torch.no_grad()
+        def unpack(kept: Tensor | torch.Size) -> Tensor:
+            if isinstance(kept, Tensor):
+                return kept
+            if source._version != version:
+                raise RuntimeError("the input of an adapted layer was changed in place after it had been used")
+            return self.quantizers.quantized(kind, source, self.assignment).view(kept)
+
+        return torch.autograd.graph.saved_tensors_hooks(pack, unpack)
 
 
 class FrozenWeight:

@@ -123,7 +123,7 @@ class BLoraLayer(BayesLayer):
         if self.probe is not None:
             return probed_forward(self, name, x, self.probe, *args, **kwargs)
         quantized = self._quantization(name, x, *args, **kwargs)
-        x = quantized("in", x)
+        source, x = x, quantized("in", x)
         if quantized.replaces_weight:
             weight = quantized(BASE_WEIGHT, self.weight)
             inputs = x.reshape(-1, x.shape[-1])
@@ -134,7 +134,8 @@ class BLoraLayer(BayesLayer):
         a, b = quantized("A", self.blora_A[name]), quantized("B", self.blora_B[name])
         e = self.gated(name, quantized("E", self.blora_E[name]))
 
-        hidden = quantized("A_out", F.linear(self.adapter_input(name, inputs, a.dtype), a))
+        with quantized.saving("in", source, inputs):
+            hidden = quantized("A_out", F.linear(self.adapter_input(name, inputs, a.dtype), a))
         hidden = quantized("E_out", hidden * e.to(hidden.dtype))
         result = add_update(result, hidden, b, self.scaling[name], in_place=quantized.replaces_weight)
         return quantized("out", result).view(*x.shape[:-1], self.out_features)

@@ -24,7 +24,7 @@ from torch import Tensor
 
 from bayeslora.errors import BayesLoraError
 from bayeslora.methods.blora.evidence import MEASURED, RANGED
-from bayeslora.quantization import Calibration, optimal_range, quantize
+from bayeslora.quantization import Calibration, optimal_ranges, quantize
 
 _ODD = 0x5851F42D4C957F2D  # an odd factor with bits set throughout
 _LARGEST_CHUNK = 1 << 24  # entries of the gradients of single rows that are held at once
@@ -71,7 +71,7 @@ class Probe:
         if kind not in self.kinds or not before.numel():
             return after
         index, values = self.kinds.index(kind), before.detach()
-        bounds = [optimal_range(values, bits, self.calibration) for bits in RANGED]
+        bounds = optimal_ranges(values, RANGED, self.calibration)
         self.ranges[index] += torch.stack([bound.float().cpu() for bound in bounds])
 
         def measure(gradient: Tensor) -> None:
