@@ -196,6 +196,15 @@ def least_share(evidence: Evidence, cost: CostModel) -> float:
     return cost.share(*_narrowest(evidence))
 
 
+def falling(progress: float, start: float, target: float) -> float:
+    r"""Return the budget at `progress` p in [0, 1]: AdaLoRA's $b_T + (b_0 - b_T)(1 - p)^3$.
+
+    All methods with a budget approach it so. AdaLoRA shares nothing else with `allocate`: its scores order the
+    components and are no losses, so that no price can be put on them.
+    """
+    return (start - target) * (1 - progress) ** 3 + target
+
+
 def savings(allocation: Allocation, cost: CostModel) -> Savings:
     """Return what closing one more gate of each tensor and layer would save at this allocation."""
     widths, ranks = allocation.widths, allocation.ranks

@@ -21,6 +21,8 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor
 
+from bayeslora.methods.allocation import falling
+
 Importance = Literal["sensitivity", "snr", "snr_abs", "magnitude", "inverse_std", "mean_abs"]
 IMPORTANCES: tuple[str, ...] = get_args(Importance)
 NEED_STD = ("snr", "snr_abs", "inverse_std", "mean_abs")
@@ -102,7 +104,7 @@ def budget_at(step: int, start: int, end: int, initial: int, target: int) -> int
         return initial
     if step >= end:
         return target
-    return int((initial - target) * (1 - (step - start) / (end - start)) ** 3 + target)
+    return int(falling((step - start) / (end - start), initial, target))
 
 
 def kept_ranks(scores: Tensor, budget: int) -> Tensor:

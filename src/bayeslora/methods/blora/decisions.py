@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bayeslora.methods.allocation import Allocation, CostModel, Evidence, Product, TensorKey, allocate
+from bayeslora.methods.allocation import Allocation, CostModel, Evidence, Product, TensorKey, allocate, falling
 from bayeslora.methods.blora.config import BLoraConfig
 from bayeslora.methods.blora.evidence import RANGED, width_table
 from bayeslora.vocabulary import ACTIVATIONS, WIDTHS
@@ -57,11 +57,6 @@ class Schedule:
         open, because the layers after it had saturated, shows its worth when it is closed, and opens again.
         """
         return min(1.0, (self.decisions.index(step) + 1) / max(1, len(self.decisions) - 1))
-
-
-def falling(progress: float, start: float, target: float) -> float:
-    """Return the budget at `progress` in [0, 1], from `start` to `target`: AdaLoRA's cubic schedule."""
-    return target + (start - target) * (1 - progress) ** 3
 
 
 @dataclass
