@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import statistics
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
-from records import Run, score
+from records import Run, markdown_table, score
 
 from bayeslora.runs.names import locate
 
@@ -112,14 +112,28 @@ RANK_PATTERNS: dict[str, Pattern] = {
     "V has a higher rank than Q and K": value_has_more_rank,
     "later layers have a higher rank than earlier ones": later_layers_have_more_rank,
 }
-BLORA_PATTERNS: dict[str, Pattern] = {
+CLOSING_PATTERNS: dict[str, Pattern] = {
     **RANK_PATTERNS,
     f"many matrices end at rank 1 (at least {100 * MANY:.0f}%)": many_matrices_at_rank_one,
+}
+BLORA_PATTERNS: dict[str, Pattern] = {
+    **CLOSING_PATTERNS,
     "V has more bits than Q and K": value_has_more_bits,
     "A, E and B end at 2 to 4 bits (their median does)": adapter_bits_are_low,
     "the base weight and the output have more bits than A, E and B": base_has_more_bits,
     "the task's head keeps full precision": head_is_untouched,
 }
+
+
+def pattern_table(title: str, groups: Mapping[str, Sequence[Run]], patterns: Mapping[str, Pattern]) -> str:
+    """A line for each pattern: what each group of runs shows, and whether all of them show it."""
+    rows = []
+    for claim, pattern in patterns.items():
+        verdicts = [pattern(group) for group in groups.values()]
+        together = all(verdict.holds for verdict in verdicts)
+        rows.append([claim, *(v.cell for v in verdicts), Verdict(together, "").text])
+    head = [f"{title}: the pattern", *groups, "together"]
+    return markdown_table(head, rows, left=len(head))
 
 
 def paired_means(runs: Iterable[Run], first: str, second: str) -> list[tuple[str, float, float]]:

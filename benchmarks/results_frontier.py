@@ -9,6 +9,7 @@ from typing import Any
 
 from matplotlib.figure import Figure
 from matplotlib.ticker import PercentFormatter
+from patterns import BLORA_PATTERNS, pattern_table
 from records import TASK_TITLES, Run, markdown_table, read_runs, score
 
 from bayeslora.report import style
@@ -41,6 +42,7 @@ def frontier_section(results: Path) -> str:
                 ]
                 heading = ["", "BOPs", "score", "NLL", "seeds"]
                 parts.append(f"**{TASK_TITLES[task]}, {title.lower()}**\n\n{markdown_table(heading, cells)}\n")
+    parts += _pattern_tables(trained)
     cut = _cut_table([*rounded, *read_runs(results / "cut")])
     return "\n".join([*parts, cut] if cut else parts)
 
@@ -83,6 +85,18 @@ def _trained_rows(trained: Iterable[Run], task: str, scope: str) -> list[list[An
          statistics.fmean(run["relative_bops"][scope] for run in group), *_means(group)]
         for group in groups.values()
     ]  # fmt: skip
+
+
+def _pattern_tables(trained: Sequence[Run]) -> list[str]:
+    """The paper's patterns by budget, over all tasks and seeds."""
+    found = []
+    for scope, title in SCOPES.items():
+        own = [run for run in trained if run["options"]["bops_scope"] == scope]
+        budgets = sorted({run["options"]["target_bops"] for run in own}, reverse=True)
+        groups = {f"{b:.2%}": [run for run in own if run["options"]["target_bops"] == b] for b in budgets}
+        if groups:
+            found.append(pattern_table(f"B-LoRA by evidence, {title.lower()}", groups, BLORA_PATTERNS))
+    return found
 
 
 def _cut_table(rounded: Sequence[Run]) -> str:

@@ -7,7 +7,14 @@ import statistics
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
-from patterns import BLORA_PATTERNS, RANK_PATTERNS, Verdict, attention_bops_at_most, not_below
+from patterns import (
+    BLORA_PATTERNS,
+    CLOSING_PATTERNS,
+    RANK_PATTERNS,
+    attention_bops_at_most,
+    not_below,
+    pattern_table,
+)
 from records import (
     FIRST_TASKS,
     GLUE_ROWS,
@@ -33,6 +40,8 @@ SCOPES = ("adapted", "attention", "encoder", "model")
 SCORE_COLUMNS = ("accuracy", "f1", "matthews_correlation", "pearson", "spearman", "nll", "ece")
 CLOSE = 0.5
 """Points below LoRA that B-LoRA may be, on average, and …"""
+NEAR = 0.3
+"""Points below LoRA that B-LoRA with low ranks may be, on average."""
 CHEAP = 0.25
 """… the share of attention's bit operations that it may cost then."""
 FAR_APART = 10
@@ -225,25 +234,26 @@ def patterns_section(results: Path) -> str:
     for method, patterns in (
         ("blora-q+ra", BLORA_PATTERNS),
         ("blora-ra", RANK_PATTERNS),
+        ("evidence-ra", CLOSING_PATTERNS),
         ("adalora", RANK_PATTERNS),
         ("bayes_adalora", RANK_PATTERNS),
     ):
         own = {task: [r for r in runs if r["method"] == method and r["task"] == task] for task in GLUE_TASKS}
         own = {task: group for task, group in own.items() if group}
         if own:
-            head = [f"{GLUE_ROWS[method]}: the pattern", *(TASK_TITLES[task] for task in own), "together"]
-            rows = []
-            for claim, pattern in patterns.items():
-                verdicts = [pattern(group) for group in own.values()]
-                together = all(verdict.holds for verdict in verdicts)
-                rows.append([claim, *(v.cell for v in verdicts), Verdict(together, "").text])
-            parts.append(markdown_table(head, rows, left=len(head)))
+            titled = {TASK_TITLES[task]: group for task, group in own.items()}
+            parts.append(pattern_table(GLUE_ROWS[method], titled, patterns))
     claims = {
         f"B-LoRA q + ra is at most {CLOSE} points below LoRA r = 8": not_below(runs, "blora-q+ra", "lora", CLOSE),
         f"its attention costs at most {100 * CHEAP:.0f}% of the bit operations": attention_bops_at_most(
             runs, "blora-q+ra", CHEAP
         ),
         "learning ranks as well costs nothing: q + ra is not below q": not_below(runs, "blora-q+ra", "blora-q", 0),
+        f"B-LoRA ra at a mean rank of 1.5 is at most {NEAR} points below LoRA r = 8": not_below(
+            runs, "evidence-ra", "lora", NEAR
+        ),
+        "B-LoRA ra at a mean rank of 1.5 is not below LoRA r = 2": not_below(runs, "evidence-ra", "lora-r2", 0),
+        "B-LoRA ra at a mean rank of 1.5 is not below LoRA r = 1": not_below(runs, "evidence-ra", "lora-r1", 0),
         "AdaLoRA is not below LoRA r = 8": not_below(runs, "adalora", "lora", 0),
         "Bayesian AdaLoRA with IVON is not below AdaLoRA with AdamW": not_below(runs, "bayes_adalora", "adalora", 0),
     }
