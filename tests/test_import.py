@@ -1,6 +1,6 @@
 """`import bayeslora` is quick, and still teaches PEFT, in whatever order and way the two are imported.
 
-Each scenario is a few lines in a process of its own, forked from one that has imported torch and transformers.
+Each scenario is a few lines in a process of its own, forked from one that has imported what PEFT and we import.
 """
 
 from __future__ import annotations
@@ -22,8 +22,10 @@ HEAVY = ("torch", "transformers", "peft", "numpy", "datasets", "scipy", "sklearn
 
 DRIVER = """
 import json, os, sys, traceback
-import torch, transformers
-from transformers import AutoModelForSequenceClassification
+import contextlib, datasets, networkx, scipy.stats, sklearn.metrics, torch._dynamo
+with contextlib.suppress(ImportError):
+    import bitsandbytes
+import transformers.models.bert.modeling_bert
 assert "peft" not in sys.modules and "bayeslora" not in sys.modules
 failed = {}
 for name, code in json.load(sys.stdin).items():
