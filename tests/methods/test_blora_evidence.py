@@ -14,6 +14,8 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from bayeslora import BayesLoop, BLoraConfig, parameter_groups
+from bayeslora.methods.blora import layer as layer_module
+from bayeslora.methods.blora import probe as probe_module
 from bayeslora.methods.blora.evidence import MEASURED
 from bayeslora.quantization import optimal_range, quantize
 from tests.methods.reference import seeded
@@ -82,16 +84,20 @@ def gathered(model: Any, call: Callable[[], Any], passes: int = 1) -> None:
 @pytest.fixture
 def ranges_found_once(monkeypatch: pytest.MonkeyPatch) -> None:
     """Search for each range once: passes over one batch, in which no weight moves, all find the same."""
-    known: dict[Any, Tensor] = {}
+    for module, name in ((layer_module, "optimal_range"), (probe_module, "optimal_ranges")):
+        monkeypatch.setattr(module, name, remembered(getattr(module, name)))
 
-    def found(x: Tensor, bits: int, *options: Any, **more: Any) -> Tensor:
-        key = (tuple(x.shape), x.detach().numpy().tobytes(), bits, options, *more.items())
+
+def remembered(search: Callable[..., Any]) -> Callable[..., Any]:
+    known: dict[Any, Any] = {}
+
+    def found(x: Tensor, *options: Any, **more: Any) -> Any:
+        key = (tuple(x.shape), x.detach().numpy().tobytes(), options, *more.items())
         if key not in known:
-            known[key] = optimal_range(x, bits, *options, **more)
+            known[key] = search(x, *options, **more)
         return known[key]
 
-    for module in ("layer", "probe"):
-        monkeypatch.setattr(f"bayeslora.methods.blora.{module}.optimal_range", found)
+    return found
 
 
 def reference(model: Any, kind: str) -> tuple[dict[str, list[float]], list[float]]:
