@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import math
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -46,6 +48,17 @@ def test_metrics_have_the_documented_keys(runs: dict[str, Path], method: str) ->
         assert {"name", "rank", "bits"} <= set(layer)
         assert set(layer["bits"]) == {"weight", "A", "E", "B", "A_out", "E_out", "out"}
     assert sum(row["count"] for row in metrics["reliability"]["bins"]) == 20
+
+
+def test_a_run_too_short_to_choose_well_says_so_on_stderr(setting: Setting, tmp_path: Path) -> None:
+    """In a process of its own: pytest would catch the warning."""
+    short = ["--method", "blora", "--max-steps", "12", "--per-device-train-batch-size", "4", "--output-dir", "out"]
+    command = [sys.executable, "-m", "bayeslora", "train", *setting.options, *short]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=300, check=False)
+    assert done.returncode == 0, done.stderr
+    said = [line for line in done.stderr.splitlines() if "UserWarning" in line]
+    assert len(said) == 1 and "12 training steps are few for B-LoRA to choose well" in said[0]
+    assert said[0].endswith("or for 80 with 16 rows in each")
 
 
 def test_history_is_the_trainers_log(runs: dict[str, Path]) -> None:

@@ -39,12 +39,14 @@ class TrainingSetup:
         has_posterior: whether the optimizer keeps a Gaussian of every weight, `optimizer.posterior(p) -> (mean, std)`.
         cost_of: from a currency (`"bops"`, `"bytes"` or `"rank"`) and a scope of bit operations, or None for that of
             the adapted layers' region, to the cost of the model.
+        rows: rows in an optimizer step, over its micro-batches and all ranks; None where they are not known yet.
     """
 
     total_steps: int
     num_examples: int | None = None
     has_posterior: bool = False
     cost_of: Callable[[str, CostScope | None], CostModel] | None = None
+    rows: int | None = None
 
 
 @dataclass(kw_only=True)

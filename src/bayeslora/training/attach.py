@@ -122,6 +122,7 @@ class BayesCallback(TrainerCallback):
             num_examples=stated or training_examples(self.trainer),
             seed=args.seed,
             step=state.global_step,
+            rows=self.trainer.get_total_train_batch_size(args),
         )
         for hook in self._loop.hooks:
             hook.check_trainer()

@@ -57,21 +57,27 @@ class MethodHook(LoopHook):
 
     Args:
         tuner: the tuner of `model`.
-        model, optimizer, num_examples, seed: as for `BayesLoop`.
+        model, optimizer, num_examples, seed, rows: as for `BayesLoop`.
     """
 
     def __init__(
-        self, tuner: BayesTuner, model: nn.Module, optimizer: Optimizer, num_examples: int | None, seed: int
+        self,
+        tuner: BayesTuner,
+        model: nn.Module,
+        optimizer: Optimizer,
+        num_examples: int | None,
+        seed: int,
+        rows: int | None,
     ) -> None:
         self.tuner, self.model, self.optimizer = tuner, model, optimizer
-        self.num_examples, self.seed = num_examples, seed
+        self.num_examples, self.seed, self.rows = num_examples, seed, rows
         self.penalties: dict[str, Tensor] = {}
         self._share: tuple[object, dict[str, float]] | None = None
 
     def begin(self, total_steps: int) -> None:
         has_posterior = hasattr(self.optimizer, "posterior")
         cost_of = functools.partial(cost_in, self.model)
-        self.tuner.begin(TrainingSetup(total_steps, self.num_examples, has_posterior, cost_of))
+        self.tuner.begin(TrainingSetup(total_steps, self.num_examples, has_posterior, cost_of, self.rows))
         roles = {group.get(ROLE) for group in self.optimizer.param_groups}
         trained = {self.tuner.role_of(name) for name, p in self.tuner.named_parameters() if p.requires_grad}
         if missing := (trained | set(self.tuner.learning_rates)) - roles - {"weights"}:

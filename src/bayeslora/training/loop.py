@@ -34,6 +34,8 @@ class BayesLoop:
         num_examples: N; only methods with a divergence need it.
         seed: seed of the noise that is drawn once per step.
         step: optimizer steps already taken, when a run is resumed.
+        rows: rows in an optimizer step, over its micro-batches and all ranks, so that B-LoRA can warn of too few
+            before training; if it is not given, it counts them at its first decision.
 
     Raises:
         BayesLoraError: neither the adapter nor the optimizer is of this library, the optimizer lacks the groups, or
@@ -48,12 +50,13 @@ class BayesLoop:
         num_examples: int | None = None,
         seed: int = 0,
         step: int = 0,
+        rows: int | None = None,
     ) -> None:
         self.model, self.optimizer, self.step = model, optimizer, step
         self.tuner = tuner_of(model)
         self.hooks: list[LoopHook] = []
         if self.tuner is not None:
-            self.hooks.append(MethodHook(self.tuner, model, optimizer, num_examples, seed))
+            self.hooks.append(MethodHook(self.tuner, model, optimizer, num_examples, seed, rows))
         if isinstance(optimizer, IVON):
             self.hooks.append(IvonHook(optimizer, model, self.tuner))
         if not self.hooks:

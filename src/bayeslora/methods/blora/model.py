@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import functools
 import math
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, cast
@@ -27,6 +28,7 @@ from bayeslora.methods.blora.config import BLoraConfig
 from bayeslora.methods.blora.decisions import MEMORY, Schedule, apply, check_reachable, choose, pooled, record
 from bayeslora.methods.blora.gated_quantizers import Phase
 from bayeslora.methods.blora.layer import BLoraLayer, Linear
+from bayeslora.methods.blora.length import phases, shortfall
 from bayeslora.methods.blora.probe import Probe, score_seed
 from bayeslora.methods.blora.rotation import rotate
 from bayeslora.methods.layer import evaluation_mode
@@ -45,22 +47,26 @@ class BLoraRun(RunState):
     """Phases of a run, as steps counted from 0.
 
     Attributes:
+        setup: the facts that the run has begun with.
         rotated_after: number of steps after which the factors are rotated, near the end of the warm-up.
         warm_up_end: first step in which gates learn.
         frozen_from: first step in which they are frozen.
         schedule: decisions by evidence; None for the paper's gates.
-        num_examples: N, where it is known.
         costs: what bit operations, bytes and ranks cost, by currency.
         found: evidence of the current step, by layer.
+        rows: rows of the current step that evidence was gathered from, on this rank.
+        warning: what was said about the run's length.
     """
 
+    setup: TrainingSetup
     rotated_after: int
     warm_up_end: int
     frozen_from: int
-    num_examples: int | None = None
     schedule: Schedule | None = None
     costs: dict[str, CostModel] = field(default_factory=dict)
     found: dict[str, dict[str, Tensor]] = field(default_factory=dict)
+    rows: int = 0
+    warning: str | None = None
 
 
 class BLoraModel(BayesTuner):
@@ -125,7 +131,7 @@ class BLoraModel(BayesTuner):
         """Fit the phases into `setup.total_steps` and check that the gates can close; raises `BayesLoraError`."""
         name = self.training_adapter()
         config = self.config_of(name)
-        warm_up_end, frozen_from = _phases(config, setup.total_steps)
+        warm_up_end, frozen_from = phases(config, setup.total_steps)
         steps = frozen_from - warm_up_end
         if steps < 2:
             raise BayesLoraError(
@@ -134,10 +140,10 @@ class BLoraModel(BayesTuner):
             )
         observed = max(1, warm_up_end // OBSERVED_SHARE)
         run = BLoraRun(
+            setup=setup,
             rotated_after=max(1, warm_up_end - observed),
             warm_up_end=warm_up_end,
             frozen_from=frozen_from,
-            num_examples=setup.num_examples,
         )
         self._run = run
         if config.learns_bits:
@@ -179,9 +185,18 @@ class BLoraModel(BayesTuner):
             if target is not None:
                 name = self.training_adapter()
                 check_reachable(self.named_layers(name), name, config, cost, target)
+        self._warn_if_short(setup.rows)
         if not self._hooked:
             self.model.register_forward_pre_hook(self._before_forward, with_kwargs=True)
             self._hooked = True
+
+    def _warn_if_short(self, rows: float | None) -> None:
+        """Warn if the run is too short for good choices; of unknown rows nothing is said until they are counted."""
+        run, config = self.run_state(), self.config_of(self.training_adapter())
+        sentence = shortfall(config, run.setup.total_steps, rows)
+        if sentence is not None and sentence != run.warning and not self.is_final:
+            warnings.warn(sentence, stacklevel=2)
+        run.warning = sentence
 
     def run_state(self) -> BLoraRun:
         return cast(BLoraRun, super().run_state())
@@ -212,6 +227,7 @@ class BLoraModel(BayesTuner):
         inputs = {**kwargs, **{str(place): value for place, value in enumerate(args)}}
         batch = next((v for v in inputs.values() if isinstance(v, Tensor) and v.ndim), None)
         rows, fixed = 1 if batch is None else len(batch), frozenset(config.fixed_bits or {})
+        run.rows += rows
         probes = {}
         for path, layer in layers.items():
             kinds, rank = layer.quantized_kinds(name), len(layer.blora_E[name])
@@ -236,6 +252,7 @@ class BLoraModel(BayesTuner):
         name, run = self.training_adapter(), self.run_state()
         if run.schedule is not None:
             self._measured_step = step if step in run.schedule.passes and self._learning(name) else None
+            run.rows = 0
             return
         layers = self.adapted_layers(name)
         if layers[0].progress(name).current == Phase.WARM_UP:
@@ -287,8 +304,11 @@ class BLoraModel(BayesTuner):
         layers, config = self.named_layers(name), self.config_of(name)
         choice = choose(layers, name, config, run.costs, run.schedule.progress(step))
         apply(layers, name, choice)
+        if run.setup.rows is None and step == run.schedule.decisions[0]:
+            (counted,) = pooled([{"rows": torch.tensor(float(run.rows))}])
+            self._warn_if_short(float(counted["rows"]))
         if step == run.schedule.decisions[-1]:
-            record(layers, name, choice, run.costs.get(config.currency[0]), run.num_examples)
+            record(layers, name, choice, run.costs.get(config.currency[0]), run.setup.num_examples)
             return
         for layer in layers.values():
             layer.evidence(name).forget(MEMORY)
@@ -338,9 +358,6 @@ class BLoraModel(BayesTuner):
         return values
 
 
-GATE_STEPS = 8
-"""Fewest steps for the gates, whatever the fractions, but at most a third of the run."""
-
 GATE_TRAVEL = 2.0
 """Distance that a gate may move in its phase, as a multiple of the distance to closing: it sets the default rate."""
 
@@ -349,14 +366,6 @@ OBSERVED_STEPS = 32
 
 OBSERVED_SHARE = 4
 """The last quarter of the warm-up comes after the rotation: activations are observed in it."""
-
-
-def _phases(config: BLoraConfig, total_steps: int) -> tuple[int, int]:
-    """The first step in which gates learn, and the first in which they do not; fractions yield in short runs."""
-    outside = config.warmup_fraction + config.freeze_fraction
-    most = 1 - min(GATE_STEPS, total_steps // 3) / total_steps
-    steps = total_steps * (most / outside if outside > most else 1)
-    return max(1, math.ceil(config.warmup_fraction * steps)), total_steps - math.floor(config.freeze_fraction * steps)
 
 
 def _all_open(logit: float, rank: int) -> float:
