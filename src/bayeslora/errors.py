@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable, Iterator
+import re
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 
 
@@ -38,6 +39,33 @@ class Problems(list[str]):
 def option(name: str) -> str:
     """Return the command-line spelling of a field: `lora_alpha` is `--lora-alpha`."""
     return "--" + name.replace("_", "-")
+
+
+def spelled_as_options(sentence: str, options: Mapping[str, str]) -> str:
+    """Return an error with the fields in it spelled as options: `gates='paper'` is `--gates paper`.
+
+    A field of one word, such as `mode`, may be a word of the sentence too. It is taken for the field before its value,
+    and where the sentence begins with "mode is".
+
+    Args:
+        sentence: the error.
+        options: names of options by field, both with underscores.
+    """
+    names = "|".join(sorted(map(re.escape, options), key=len, reverse=True))
+    value = r"=(?P<quote>['\"]?)(?P<value>[^\s'\",;:)]+)(?P=quote)"
+
+    def spell(match: re.Match[str]) -> str:
+        spelling, given = option(options[match["name"]]), match["value"]
+        if given in ("True", "False"):
+            return spelling if given == "True" else spelling.replace("--", "--no-", 1)
+        if given is not None:
+            return f"{spelling} {given}"
+        following = sentence[match.end() :]
+        is_field = "_" in match["name"] or (match.start() == 0 and following.startswith(" is "))
+        return spelling if is_field or re.match(r" ['\d]", following) else match[0]
+
+    # Not within a path, a dotted name, a quotation, or a call such as BLoraConfig(r=8).
+    return re.sub(rf"(?<![\w.'\"/-])(?<!\w\()(?P<name>{names})(?:{value}|(?![\w./(=-]))", spell, sentence)
 
 
 def close_matches(word: str, known: Iterable[str]) -> str:

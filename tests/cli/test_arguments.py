@@ -177,7 +177,24 @@ def test_what_the_config_and_the_trainer_refuse_is_told_together() -> None:
     with pytest.raises(BayesLoraError) as caught:
         build_plan({**BASE, "method": "blora", "target_bops": "1.5", **saving})
     assert len(caught.value.args) == 2
-    assert "target_bops" in caught.value.args[0] and "training" in caught.value.args[1]
+    assert "--target-bops is 1.5" in caught.value.args[0] and "training" in caught.value.args[1]
+
+
+@pytest.mark.parametrize(
+    ("options", "expected"),
+    [
+        ({"mode": "ra", "target_bops": "0.1"}, "--target-bops is given, but --mode 'ra' has no bit-widths: drop it"),
+        ({"fixed_bits": "{in: 8}"}, "--fixed-bits names in, but the input is not quantized: set --quantize-input"),
+        ({"gates": "paper", "target_rank": "2"}, "but --gates paper follow penalties: use --gates evidence"),
+        ({"bias": "some"}, "--bias is 'some', but must be 'none' or 'all': choose one of them"),
+        ({"warmup_fraction": "0.9"}, "--warmup-fraction and --freeze-fraction are 0.9 and 0.3, but must leave steps"),
+    ],
+)
+def test_an_error_of_the_library_names_options_as_they_are_typed(options: dict[str, Any], expected: str) -> None:
+    with pytest.raises(BayesLoraError) as caught:
+        build_plan({**BASE, "method": "blora", **options})
+    (sentence,) = caught.value.args
+    assert expected in sentence
 
 
 @pytest.mark.parametrize("method", [name for name in method_names() if name != "full"])

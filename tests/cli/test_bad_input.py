@@ -98,8 +98,8 @@ def test_a_rank_below_one(train_refused: Refused, method: str) -> None:
 
 def test_contradictory_options(train_refused: Refused) -> None:
     assert "with --task sst2" in train_refused(task="sst2", mistakes=3)
-    assert "target_bops" in train_refused(target_bops=1.5)
-    assert "target_bops" in train_refused(target_bops=0.3, mode="ra")
+    assert "--target-bops" in train_refused(target_bops=1.5)
+    assert "--target-bops" in train_refused(target_bops=0.3, mode="ra")
     assert "--max-length is 1000" in train_refused(max_length=1000)
     assert "change them" in train_refused(load_best_model_at_end="true", eval_strategy="epoch", save_strategy="no")
 
@@ -109,8 +109,14 @@ def test_a_best_model_from_before_the_gates(train_refused: Refused) -> None:
     assert "no evaluation falls in steps 23 to 30" in train_refused(**saving)
 
 
+def test_a_budget_out_of_reach_names_the_option(train_refused: Refused) -> None:
+    assert "--target-bops is 0.0001, but the least share" in train_refused(target_bops=1e-4)
+    line = train_refused(gate_learning_rate=1e-9, gates="paper")
+    assert "at --gate-learning-rate 1e-09 move" in line
+
+
 def test_wrong_options_are_told_before_a_missing_model(train_refused: Refused) -> None:
-    assert "target_bops" in train_refused(model="no/such/model", target_bops=1.5)
+    assert "--target-bops" in train_refused(model="no/such/model", target_bops=1.5)
     saving = {"load_best_model_at_end": "true", "eval_strategy": "epoch", "save_strategy": "no"}
     assert "change them" in train_refused(model="no/such/model", **saving)
 

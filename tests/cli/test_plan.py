@@ -113,6 +113,7 @@ def test_options_that_are_wrong(refused: Refused, llama_config: Path) -> None:
     assert "unknown option --lora-alhpa, did you mean --lora-alpha" in plan("--lora-alhpa", 4)
     assert "--core is given, but belongs to --method melora" in plan("--method", "lora", "--core", "full")
     assert "did you mean seq_cls" in plan("--task-type", "seq_clss")
-    assert "mode" in plan("--method", "blora", "--mode", "qq")
+    assert "--mode" in plan("--method", "blora", "--mode", "qq")
+    assert "--target-bops is 2.0, but must be between 0 and 1" in plan("--target-bops", 2)
     assert "--dtype is 'int3'" in plan("--dtype", "int3")
     assert "--device is 'tpu'" in plan("--device", "tpu")

@@ -328,8 +328,8 @@ def test_ranks_and_bit_operations_have_budgets_of_their_own(rank: float, tiny_be
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"target_bops": 1e-4}, "target is 0.0001, but the least share that these widths and ranks can reach is"),
-        ({"target_bytes": 1e-4, "mode": "q"}, "target is 0.0001, but the least share"),
+        ({"target_bops": 1e-4}, "target_bops is 0.0001, but the least share that these widths and ranks can reach is"),
+        ({"target_bytes": 1e-4, "mode": "q"}, "target_bytes is 0.0001, but the least share"),
         ({"target_bops": 0.1, "fixed_bits": {"weight": 32}}, "products with an operand fixed at 32 bits"),
     ],
 )

@@ -9,14 +9,15 @@ from __future__ import annotations
 
 import dataclasses
 import typing
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 from bayeslora.cli.coercion import coerce
 from bayeslora.cli.commands import COMMANDS, Command, Option, PlanOptions
 from bayeslora.cli.registry import check_method, method_config_class, method_names
-from bayeslora.errors import BayesLoraError, Problems, close_matches, option
-from bayeslora.runs.plan import IVON, IvonOptions, RunOptions, TrainPlan, read_config
+from bayeslora.errors import BayesLoraError, Problems, close_matches, option, spelled_as_options
+from bayeslora.runs.plan import IVON, IVON_PREFIX, IvonOptions, RunOptions, TrainPlan, read_config
 
 if TYPE_CHECKING:
     from peft import PeftConfig
@@ -204,10 +205,21 @@ def _check_with_libraries(plan: TrainPlan, problems: Problems) -> None:
     from bayeslora.runs.train import training_arguments
 
     if not problems:
-        with problems.collected():
+        with problems.collected(), fields_as_options(plan.options.method):
             check_options(plan.config_class, plan.method_options)
-        with problems.collected():
+        with problems.collected(), fields_as_options(plan.options.method):
             training_arguments(plan, plan.output_dir)
+
+
+@contextmanager
+def fields_as_options(method: str) -> Iterator[None]:
+    """Spell fields of configs that an error of the library names as the options they are given by."""
+    try:
+        yield
+    except BayesLoraError as error:
+        of_ivon = {name.removeprefix(IVON_PREFIX): name for name in ivon_field_hints()}
+        names = {name: name for name in (*method_field_hints(method), *training_field_hints())}
+        raise BayesLoraError(*(spelled_as_options(str(each), of_ivon | names) for each in error.args)) from error
 
 
 def method_field_hints(method: str) -> dict[str, Any]:

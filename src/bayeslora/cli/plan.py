@@ -9,6 +9,7 @@ from typing import Any
 from peft import PeftConfig
 from transformers import AutoConfig, PretrainedConfig
 
+from bayeslora.cli.arguments import fields_as_options
 from bayeslora.cli.commands import PlanOptions
 from bayeslora.cli.progress import disable_progress_bars
 from bayeslora.cost import Plan, build_for_task, from_config, plan
@@ -28,18 +29,19 @@ def run(resolved: tuple[PlanOptions, dict[str, Any], type[PeftConfig] | None]) -
     if options.num_labels is not None:
         config.num_labels = options.num_labels
     task_type = options.task_type.upper() if options.task_type else None
-    method = None
-    if config_class is not None:
-        method = _method_config(config, task_type, config_class, method_options)
-    found = plan(
-        config,
-        method,
-        task_type=task_type,
-        batch_size=options.batch_size,
-        tokens=options.tokens,
-        dtype=options.dtype,
-        device=options.device,
-    )
+    with fields_as_options(options.method):
+        method = None
+        if config_class is not None:
+            method = _method_config(config, task_type, config_class, method_options)
+        found = plan(
+            config,
+            method,
+            task_type=task_type,
+            batch_size=options.batch_size,
+            tokens=options.tokens,
+            dtype=options.dtype,
+            device=options.device,
+        )
     if options.json:
         record = {"method": options.method, **found.to_dict(), "model": options.model, "class": found.model}
         print(json.dumps(record, indent=2, ensure_ascii=False))

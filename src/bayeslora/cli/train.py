@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shlex
 
+from bayeslora.cli.arguments import fields_as_options
 from bayeslora.cli.progress import ProgressBar, disable_progress_bars
 from bayeslora.report import check_installed
 from bayeslora.runs import train as runs
@@ -15,7 +16,9 @@ def run(plan: TrainPlan) -> int:
     check_installed()
     disable_progress_bars()
     try:
-        record = runs.train(plan, ProgressBar(plan.options.method, bool(plan.training_options.get("disable_tqdm"))))
+        with fields_as_options(plan.options.method):
+            bar = ProgressBar(plan.options.method, bool(plan.training_options.get("disable_tqdm")))
+            record = runs.train(plan, bar)
     except runs.TrainingInterrupted as error:
         folders = ["--config", str(error.partial / runs.CONFIG_FILE), "--output-dir", str(error.output_dir)]
         command = shlex.join(["bayeslora", "train", *folders, "--resume"])

@@ -19,7 +19,7 @@ from __future__ import annotations
 import heapq
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import accumulate
 from typing import NamedTuple, TypeAlias
 
@@ -176,9 +176,7 @@ def allocate(
     _check(evidence)
     choice = _Choice(evidence, cost)
     if target is not None:
-        least = least_share(evidence, cost)
-        if not least <= target:
-            raise BayesLoraError(_out_of_reach(target, least, evidence, cost))
+        check_target(evidence, cost, target)
         price = choice.meet(target * cost.baseline) * cost.baseline
     else:
         assert price is not None
@@ -203,6 +201,24 @@ def falling(progress: float, start: float, target: float) -> float:
     components and are no losses, so that no price can be put on them.
     """
     return (start - target) * (1 - progress) ** 3 + target
+
+
+def check_target(evidence: Evidence, cost: CostModel, target: float, name: str = "target") -> None:
+    """Raise BayesLoraError, which calls the target `name`, if not even the narrowest widths reach it."""
+    widths, ranks = _narrowest(evidence)
+    least = cost.share(widths, ranks)
+    if least <= target:
+        return
+
+    def is_wide(operand: int | TensorKey) -> bool:
+        return cost.width(operand, widths) == UNQUANTIZED
+
+    wide = tuple(product for product in cost.products if is_wide(product.left) or is_wide(product.right))
+    part = replace(cost, products=wide).share(widths, ranks)
+    raise BayesLoraError(
+        f"{name} is {target:.4g}, but the least share that these widths and ranks can reach is {least:.4g}, of which "
+        f"{part:.4g} is products with an operand fixed at 32 bits: give a larger target, or quantize those operands"
+    )
 
 
 def savings(allocation: Allocation, cost: CostModel) -> Savings:
@@ -264,20 +280,6 @@ def _check_finite(name: str, losses: Iterable[float]) -> None:
         raise BayesLoraError(
             f"the evidence for {name} is {list(losses)}, but must be finite: estimate it at finite losses"
         )
-
-
-def _out_of_reach(target: float, least: float, evidence: Evidence, cost: CostModel) -> str:
-    widths, ranks = _narrowest(evidence)
-
-    def is_wide(operand: int | TensorKey) -> bool:
-        return cost.width(operand, widths) == UNQUANTIZED
-
-    wide = tuple(product for product in cost.products if is_wide(product.left) or is_wide(product.right))
-    part = CostModel(wide, cost.baseline, cost.default_widths, cost.default_ranks).share(widths, ranks)
-    return (
-        f"target is {target:.4g}, but the least share that these widths and ranks can reach is {least:.4g}, of which "
-        f"{part:.4g} is products with an operand fixed at 32 bits: give a larger target, or quantize those operands"
-    )
 
 
 class _Move(NamedTuple):

@@ -69,7 +69,7 @@ class RunOptions:
 
 
 IVON = "ivon"
-_IVON_PREFIX = "ivon_"
+IVON_PREFIX = "ivon_"
 
 
 @dataclass
@@ -87,7 +87,7 @@ class IvonOptions:
 
     def keywords(self) -> dict[str, Any]:
         """Return the keyword arguments of `bayeslora.IVON`."""
-        values = {f.name.removeprefix(_IVON_PREFIX): getattr(self, f.name) for f in dataclasses.fields(self)}
+        values = {f.name.removeprefix(IVON_PREFIX): getattr(self, f.name) for f in dataclasses.fields(self)}
         values["betas"] = (values.pop("beta1"), values.pop("beta2"))
         return {name: value for name, value in values.items() if value is not None}
 

@@ -10,7 +10,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bayeslora.methods.allocation import Allocation, CostModel, Evidence, Product, TensorKey, allocate, falling
+from bayeslora.methods.allocation import (
+    Allocation,
+    CostModel,
+    Evidence,
+    Product,
+    TensorKey,
+    allocate,
+    check_target,
+    falling,
+)
 from bayeslora.methods.blora.config import BLoraConfig
 from bayeslora.methods.blora.evidence import RANGED, width_table
 from bayeslora.vocabulary import ACTIVATIONS, WIDTHS
@@ -116,7 +125,8 @@ def _allocate(evidence: Evidence, cost: CostModel, target: float | None, price: 
 
 def check_reachable(layers: Mapping[str, Any], name: str, config: BLoraConfig, cost: CostModel, target: float) -> None:
     """Raise BayesLoraError if not even the narrowest widths reach `target`."""
-    allocate(_with_widths(layers, name, config, _rank_deltas(layers, name)), cost, target=target)
+    evidence = _with_widths(layers, name, config, _rank_deltas(layers, name))
+    check_target(evidence, cost, target, f"target_{config.currency[0]}")
 
 
 def _rank_deltas(layers: Mapping[str, Any], name: str) -> dict[str, list[float]]:
