@@ -45,6 +45,18 @@ def test_a_folder_appears_whole_or_not_at_all(tmp_path: Path) -> None:
         pass
 
 
+def test_innermost_values_stand_on_one_line_and_texts_stay_as_they_are(tmp_path: Path) -> None:
+    content = {
+        "rows": [{"a": 1, "b": "x"}, {"c": [1, 2]}],
+        "texts": ["{ [\n  1,\n  2 }", "]  [", '"\\'],
+        "empty": [{}, []],
+    }
+    save_json(tmp_path / "x.json", content)
+    text = (tmp_path / "x.json").read_text(encoding="utf-8")
+    assert json.loads(text) == content
+    assert '    { "a": 1, "b": "x" },\n' in text and '"c": [ 1, 2 ]\n' in text
+
+
 def test_numbers_that_are_not_finite_are_saved_as_null(tmp_path: Path) -> None:
     content = {"a": math.nan, "b": [1.0, -math.inf, (2, math.inf)], "c": {"é": "text"}}
     save_json(tmp_path / "x.json", content)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import re
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -57,8 +58,10 @@ def check_new(path: Path) -> None:
 
 
 def save_json(path: str | os.PathLike[str], content: Any) -> None:
-    """Write `content` as JSON, with null for numbers that are not finite."""
+    """Write `content` as JSON: null for numbers that are not finite, each innermost list or object on one line."""
     text = json.dumps(finite(content), indent=2, ensure_ascii=False, allow_nan=False)
+    # Within a text JSON has no line break, so only white space between values is changed.
+    text = re.sub(r"[\[{][^\[\]{}]*[\]}]", lambda innermost: re.sub(r"\n\s*", " ", innermost[0]), text)
     Path(path).write_text(text + "\n", encoding="utf-8")
 
 

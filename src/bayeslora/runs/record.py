@@ -61,7 +61,10 @@ History = list[dict[str, float]]
 
 @dataclass(frozen=True)
 class GateRecord:
-    """One gate that evidence has decided; `methods.description.GateDescription` explains each field."""
+    """One gate that evidence has decided; `methods.description.GateDescription` explains each field.
+
+    Its numbers are rounded to 4 significant digits: there are thousands, and of the evidence one or two are certain.
+    """
 
     kind: Name
     gate: Count
@@ -70,6 +73,11 @@ class GateRecord:
     saving: Finite
     price: Finite
     probability: Share | None = None
+
+    def __post_init__(self) -> None:
+        for name in ("delta", "saving", "price", "probability"):
+            if (value := getattr(self, name)) is not None:
+                object.__setattr__(self, name, float(f"{value:.4g}"))
 
     @property
     def is_sure(self) -> bool | None:
