@@ -16,6 +16,7 @@ os.environ.setdefault("MPLBACKEND", "agg")
 os.environ.setdefault("ACCELERATE_USE_CPU", "true")
 os.environ.setdefault("WANDB_DISABLED", "true")
 
+import base64  # noqa: E402
 import gc  # noqa: E402
 import random  # noqa: E402
 from collections.abc import Iterator  # noqa: E402
@@ -47,6 +48,11 @@ three cat dog sat ran mat tree house red blue green hello world who what when wh
 SPECIAL = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
 VOCABULARY = SPECIAL + WORDS + [chr(c) for c in range(ord("a"), ord("z") + 1) if chr(c) not in WORDS] + list(".,!?'-")
 
+EMPTY_PNG = base64.b64decode(
+    "iVBORw0KGgoAAAANSUhEUgAAAAEAAAABCAYAAAAfFcSJAAAADUlEQVR42mP8z8BQDwAEhQGAhKmMIQAAAABJRU5ErkJggg=="
+)
+"""One pixel."""
+
 # One compute thread a worker keeps parallel test runs from fighting over cores, and sums in one fixed order.
 torch.set_num_threads(1)
 
@@ -64,6 +70,15 @@ def _fixed_seeds() -> Iterator[None]:
     np.random.seed(0)
     torch.manual_seed(0)
     yield
+
+
+@pytest.fixture
+def undrawn_figures(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Reports are written with an empty picture for each figure, which saves two seconds a run.
+
+    For tests of something else: fixtures that train for a whole module, and the tests in `report`, draw them.
+    """
+    monkeypatch.setattr("bayeslora.report.page.png_bytes", lambda figure: EMPTY_PNG)
 
 
 def _seeded(build: type[PreTrainedModel], config: object) -> PreTrainedModel:

@@ -47,6 +47,11 @@ class Setting:
         return ["--model", str(self.model), *files]
 
 
+@pytest.fixture(autouse=True)
+def _undrawn_figures(undrawn_figures: None) -> None:
+    """Only the runs of whole modules draw the figures of their reports."""
+
+
 @pytest.fixture(scope="session")
 def setting(tmp_path_factory: pytest.TempPathFactory, tiny_bert_folder: Path) -> Setting:
     folder = tmp_path_factory.mktemp("data")

@@ -66,6 +66,11 @@ def trained(folder: Path, base: Path, rows: list[dict[str, Any]], method: str = 
     return folder
 
 
+@pytest.fixture(autouse=True)
+def _undrawn_figures(undrawn_figures: None) -> None:
+    """Only the runs of whole modules draw the figures of their reports."""
+
+
 @pytest.fixture(scope="session")
 def run_of(tmp_path_factory: pytest.TempPathFactory, tiny_bert_folder: Path) -> Callable[[str], Path]:
     """The folder of a finished run of a method on the tickets, trained when first asked for."""
