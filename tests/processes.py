@@ -7,9 +7,11 @@ no adapter and no random state of the test that starts it.
 from __future__ import annotations
 
 import os
+import runpy
 import sys
 from collections.abc import Callable
 from contextlib import redirect_stdout
+from multiprocessing.context import ForkServerProcess
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +19,8 @@ import torch
 import torch.multiprocessing as mp
 
 LIBRARIES = ["torch.distributed.fsdp", "transformers.models.bert.modeling_bert", "peft", "datasets"]
-mp.get_context("forkserver").set_forkserver_preload(LIBRARIES)
+CONTEXT = mp.get_context("forkserver")
+CONTEXT.set_forkserver_preload(LIBRARIES)
 
 
 def run_ranks(main: Callable[..., None], *arguments: object, ranks: int, folder: Path) -> list[dict[str, Any]]:
@@ -42,3 +45,19 @@ def _run(_: int, code: str, folder: str, arguments: tuple[str, ...], printed: st
     torch.set_num_threads(1)
     with open(printed, "w", encoding="utf-8") as stream, redirect_stdout(stream):
         exec(compile(code, "<code>", "exec"), {"__name__": "__main__"})
+
+
+def start_command(log: Path, folder: Path, *arguments: str) -> ForkServerProcess:
+    """Start `python -m bayeslora` with these arguments in `folder`; what it prints goes to `log`."""
+    process = CONTEXT.Process(target=_command, args=(str(log), str(folder), arguments))
+    process.start()
+    return process
+
+
+def _command(log: str, folder: str, arguments: tuple[str, ...]) -> None:
+    os.chdir(folder)
+    sys.argv = ["bayeslora", *arguments]
+    with open(log, "w", encoding="utf-8") as stream:
+        for standard in (1, 2):
+            os.dup2(stream.fileno(), standard)
+    runpy.run_module("bayeslora", run_name="__main__")

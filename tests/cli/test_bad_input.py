@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import json
 import shutil
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -13,6 +11,7 @@ import pytest
 
 from tests.cli.conftest import Setting, write_jsonl
 from tests.conftest import build_tiny_bert, build_tiny_tokenizer
+from tests.processes import start_command
 
 Refused = Callable[..., str]
 
@@ -308,9 +307,12 @@ def test_all_mistakes_of_a_command_line_are_told_at_once(refused: Refused) -> No
 
 
 def test_a_real_process_ends_with_the_line_and_the_status(setting: Setting, tmp_path: Path) -> None:
-    command = [sys.executable, "-m", "bayeslora", "train", *setting.options, "--r", "0", "--output-dir", "out"]
-    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=300, check=False)
-    assert done.returncode == 2, done.stderr
-    assert done.stderr.splitlines()[-1].startswith("bayeslora: --r is 0")
-    assert "Traceback" not in done.stderr
-    assert list(tmp_path.iterdir()) == []
+    log, folder = tmp_path / "log", tmp_path / "folder"
+    folder.mkdir()
+    process = start_command(log, folder, "train", *setting.options, "--r", "0", "--output-dir", "out")
+    process.join(300)
+    said = log.read_text()
+    assert process.exitcode == 2, said
+    assert said.splitlines()[-1].startswith("bayeslora: --r is 0")
+    assert "Traceback" not in said
+    assert list(folder.iterdir()) == []

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import os
 import signal
-import subprocess
-import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -18,6 +16,7 @@ from safetensors.torch import load_file
 from bayeslora.cli.main import main
 from bayeslora.cli.progress import ProgressBar
 from tests.cli.conftest import Setting
+from tests.processes import start_command
 
 STEPS = 30
 
@@ -122,26 +121,21 @@ def test_an_interruption_before_the_first_step_leaves_nothing(
 def test_ctrl_c_in_a_real_process(setting: Setting, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     out = tmp_path / "out"
     options = _options(setting, "lora", out, steps=20_000)
-    environment = {
-        **os.environ,
-        "PYTHONPATH": os.pathsep.join(path for path in sys.path if path),
-        "OMP_NUM_THREADS": "1",
-    }
-    log = tmp_path / "stderr"
-    with log.open("w") as stream:
-        command = [sys.executable, "-m", "bayeslora", *options, "--save-steps", "10", "--logging-steps", "10"]
-        process = subprocess.Popen(command, env=environment, stdout=stream, stderr=stream)
-        try:
-            deadline = time.monotonic() + 300
-            while not list((tmp_path / "out.partial" / "checkpoints").glob("checkpoint-*/trainer_state.json")):
-                assert process.poll() is None, log.read_text()
-                assert time.monotonic() < deadline
-                time.sleep(0.1)
-            process.send_signal(signal.SIGINT)
-            assert process.wait(timeout=300) == 130
-        finally:
-            process.kill()
-            process.wait()
+    log = tmp_path / "log"
+    process = start_command(log, tmp_path, *options, "--save-steps", "10", "--logging-steps", "10")
+    try:
+        deadline = time.monotonic() + 300
+        while not list((tmp_path / "out.partial" / "checkpoints").glob("checkpoint-*/trainer_state.json")):
+            assert process.is_alive(), log.read_text()
+            assert time.monotonic() < deadline
+            time.sleep(0.1)
+        assert process.pid is not None
+        os.kill(process.pid, signal.SIGINT)
+        process.join(300)
+        assert process.exitcode == 130
+    finally:
+        process.kill()
+        process.join()
     text = log.read_text()
     assert "Traceback" not in text
     assert "--resume" in text.splitlines()[-1]
