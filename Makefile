@@ -42,10 +42,10 @@ demo: $(STAMP)
 
 # One thread a worker: two workers on two cores would only steal from each other otherwise.
 test: $(STAMP)
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not slow" -n $(WORKERS) $(TEST_ARGS)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not slow" -n $(WORKERS) --dist worksteal $(TEST_ARGS)
 
 test-all: $(ALL_STAMP)
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) $(TEST_ARGS)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist worksteal $(TEST_ARGS)
 	OMP_NUM_THREADS=1 $(BIN)/python tests/peft_suite/run.py
 
 lint: $(STAMP)

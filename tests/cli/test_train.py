@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -17,6 +15,7 @@ from transformers import AutoModelForSequenceClassification
 
 from bayeslora.cli.main import main
 from tests.cli.conftest import Setting, review_rows, write_jsonl
+from tests.processes import start_command
 
 METHODS = ("lora", "blora", "full")
 
@@ -53,10 +52,11 @@ def test_metrics_have_the_documented_keys(runs: dict[str, Path], method: str) ->
 def test_a_run_too_short_to_choose_well_says_so_on_stderr(setting: Setting, tmp_path: Path) -> None:
     """In a process of its own: pytest would catch the warning."""
     short = ["--method", "blora", "--max-steps", "12", "--per-device-train-batch-size", "4", "--output-dir", "out"]
-    command = [sys.executable, "-m", "bayeslora", "train", *setting.options, *short]
-    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=300, check=False)
-    assert done.returncode == 0, done.stderr
-    said = [line for line in done.stderr.splitlines() if "UserWarning" in line]
+    process = start_command(tmp_path / "log", tmp_path, "train", *setting.options, *short)
+    process.join(300)
+    printed = (tmp_path / "log").read_text()
+    assert process.exitcode == 0, printed
+    said = [line for line in printed.splitlines() if "UserWarning" in line]
     assert len(said) == 1 and "12 training steps are few for B-LoRA to choose well" in said[0]
     assert said[0].endswith("or for 80 with 16 rows in each")
 

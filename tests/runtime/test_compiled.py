@@ -29,7 +29,7 @@ def _nothing_compiled_before() -> None:
 
 
 def _integer(path: Path, dtype: torch.dtype = torch.float32, **options: Any) -> Any:
-    export(BASES["llama"](**options), path, format="integer")
+    export(BASES["llama"](**{"layers": 1, **options}), path, format="integer")
     return load_integer(path, dtype=dtype)
 
 
@@ -44,7 +44,7 @@ def _generated(model: Any, prompt: Tensor = PROMPT, **settings: Any) -> Any:
 
 
 def test_one_graph_serves_calls_of_every_length_up_to_the_longest(tmp_path: Path) -> None:
-    plain = _integer(tmp_path)
+    plain = _integer(tmp_path, layers=2)
     model = _compiled(load_integer(tmp_path), "eager")
     for length in (6, 4, 5):
         prompt = PROMPT[:, :length]
@@ -109,7 +109,7 @@ def test_code_of_the_compiler_gives_the_same_scores(tmp_path: Path, dtype: torch
 
 @torch.no_grad()
 def test_an_encoder_is_one_graph_for_every_length(tmp_path: Path) -> None:
-    export(BASES["bert"](), tmp_path, format="integer")
+    export(BASES["bert"](layers=1), tmp_path, format="integer")
     plain, model = load_integer(tmp_path), _compiled(load_integer(tmp_path), "eager", None)
     assert inspect.signature(model.forward) == inspect.signature(plain.forward)
     for rows, length in ((2, 12), (2, 7), (3, 9), (4, 12)):
