@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from peft import LoraConfig, PeftConfig, get_peft_model
+from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model
 from torch import Tensor
 from transformers import PreTrainedModel
 
@@ -22,6 +22,108 @@ CORES = ("melora", "melora-diagonal")
 
 def _close(actual: Tensor, expected: Tensor, **kwargs: Any) -> None:
     torch.testing.assert_close(actual, expected, **{"atol": 1e-5, "rtol": 1e-5, **kwargs})
+
+
+# Deviations that are set ---------------------------------------------------------------------------------------
+
+DIAGONAL = ("full", "diagonal")
+LABELS = torch.tensor([0, 2, 1])
+
+
+def _step(model: Any, loop: bayeslora.BayesLoop, parts: int = 1) -> None:
+    loop.step_begin()
+    for x, labels in zip(X.chunk(parts), LABELS.chunk(parts), strict=True):
+        loss = torch.nn.functional.cross_entropy(model(x).mean(1), labels)
+        (loss / parts).backward()
+    loop.before_optimizer_step()
+    loop.step_end()  # without a step of the optimizer: the means stay where they are
+
+
+def _set(core: str, **options: Any) -> tuple[Any, bayeslora.BayesLoop]:
+    settings = {"core": core, "variance": "closed_form", "r": RANK, "num_examples": 40, "init_weights": False}
+    adapter = MeLoraConfig(**{**settings, "target_modules": ["first", "second"], **options})
+    model = seeded(lambda: get_peft_model(Tiny(), adapter)).train()
+    optimizer = torch.optim.SGD(parameter_groups(model, lr=0.1))
+    return model, bayeslora.BayesLoop(model, optimizer, total_steps=10)
+
+
+@pytest.mark.parametrize("parts", [1, 3])
+@pytest.mark.parametrize("core", DIAGONAL)
+def test_deviations_are_those_of_squared_gradients_of_single_rows(core: str, parts: int) -> None:
+    prior = 1e-5  # draws are the mean then, whose gradients autograd gives row by row
+    model, loop = _set(core, prior_std=prior, kl_weight=0.5)
+    layers = layers_of(model)
+    expected = [torch.zeros_like(layer.melora_M["default"]) for layer in layers]
+    for x, label in zip(X, LABELS, strict=True):
+        with bayeslora.posterior_mean(model):
+            loss = torch.nn.functional.cross_entropy(model(x[None]).mean(1), label[None])
+        gradients = torch.autograd.grad(loss, [layer.melora_M["default"] for layer in layers])
+        expected = [known + g.square() / len(X) for known, g in zip(expected, gradients, strict=True)]
+    _step(model, loop, parts)
+    for layer, fisher in zip(layers, expected, strict=True):
+        precision = 0.05 * fisher * 40 / 0.5
+        assert precision.max() > 1e-3
+        _close(layer.melora_precision["default"], precision, rtol=1e-3)
+        _close(layer.posterior("default")[1], (precision + prior**-2) ** -0.5)
+
+
+def test_a_new_adapter_has_the_priors_deviation_which_follows_its_rank() -> None:
+    model, loop = _set("full", init_weights=True)
+    for layer in layers_of(model):
+        _close(layer.posterior("default")[1], torch.full((RANK, RANK), 0.5 / RANK**0.5))
+    assert {name.rpartition(".")[0].rpartition(".")[2] for name, p in model.named_parameters() if p.requires_grad} == {
+        "melora_A", "melora_B", "melora_M"
+    }  # fmt: skip
+    _step(model, loop)  # B is zero: the data say nothing about the core
+    assert loop.statistics()["posterior_to_prior"] == pytest.approx(1.0)
+    assert loop.statistics()["kl"] == pytest.approx(0.0, abs=1e-4)
+
+
+def test_a_skipped_step_leaves_deviations_as_they_are() -> None:
+    model, loop = _set("full")
+    loop.step_begin()
+    torch.nn.functional.cross_entropy(model(X).mean(1), LABELS).backward()
+    loop.before_optimizer_step()
+    loop.restore()
+    before = [layer.melora_precision["default"].clone() for layer in layers_of(model)]
+    assert not any(each.any() for each in before)
+    _step(model, loop)
+    assert all(layer.melora_precision["default"].any() for layer in layers_of(model))
+
+
+def test_a_loss_scale_does_not_reach_deviations() -> None:
+    found = []
+    for scale in (1.0, 1024.0):
+        model, loop = _set("full", prior_std=1e-5)
+        loop.step_begin()
+        (scale * torch.nn.functional.cross_entropy(model(X).mean(1), LABELS)).backward()
+        loop.before_optimizer_step(scale)
+        loop.step_end()
+        found.append([layer.melora_precision["default"] for layer in layers_of(model)])
+    for one, other in zip(*found, strict=True):
+        _close(one, other)
+
+
+@pytest.mark.parametrize("core", DIAGONAL)
+def test_set_deviations_survive_a_file(core: str, tmp_path: Any) -> None:
+    model, loop = _set(core)
+    _step(model, loop)
+    model.save_pretrained(tmp_path)
+    again = PeftModel.from_pretrained(seeded(Tiny), tmp_path)
+    for one, other in zip(layers_of(model), layers_of(again), strict=True):
+        assert torch.equal(one.posterior("default")[1], other.posterior("default")[1])
+    with bayeslora.sampling(model, seed=5), bayeslora.sampling(again, seed=5):
+        assert torch.equal(model.eval()(X), again.eval()(X))
+
+
+def test_labelled_tokens_count_where_the_loss_is_a_mean_over_them() -> None:
+    model, loop = _set("full")
+    tuner = model.base_model
+    loop.step_begin()
+    tuner._count_terms(tuner.model, (), {"x": X, "labels": torch.tensor([[1, -100, 2], [3, 4, -100]])})
+    assert tuner._terms == 4
+    tuner._count_terms(tuner.model, (X,), {"labels": LABELS})
+    assert tuner._terms == 4 + len(X)
 
 
 # Token scope, the only one whose draw is not a weight ----------------------------------------------------------
@@ -148,6 +250,11 @@ BAD_OPTIONS: list[tuple[dict[str, Any], str]] = [
     ({"core": "x"}, "core is 'x', but must be 'full' or 'diagonal'"),
     ({"initial_std": 0.0}, "initial_std is 0.0, but must be above 0: use plain LoRA"),
     ({"prior_std": 0.0}, "prior_std is 0.0, but must be above 0"),
+    ({"variance": "closed_form", "noise_scope": "token"}, "noise_scope is 'token', but .* needs a core for each row"),
+    (
+        {"variance": "closed_form", "kl_weight": 0.0},
+        "kl_weight is 0.0, but must be above 0 with variance=",
+    ),
     ({"kl_weight": -1.0}, "kl_weight is -1.0, but must be at least 0"),
     ({"kl_warmup": 1.0}, "kl_warmup is 1.0, but must be at least 0 and below 1"),
     ({"num_examples": 0}, "num_examples is 0, but must be at least 1"),

@@ -474,7 +474,7 @@ def test_the_optimizer_is_the_one_the_arguments_ask_for_over_the_methods_groups(
     roles = {
         group["bayeslora_role"]: group["weight_decay"] for group in optimizer.param_groups if not group["weight_decay"]
     }
-    assert set(roles) == {"weights", "bit gates", "rank gates", "ranges", "weight ranges"}
+    assert set(roles) == {"weights", "ranges"}
     assert {g["weight_decay"] for g in optimizer.param_groups if g["bayeslora_role"] == "weights"} == {0.0, 0.1}
     trained = sum(p.numel() for p in trainer.model.parameters() if p.requires_grad)
     assert sum(p.numel() for group in optimizer.param_groups for p in group["params"]) == trained
@@ -508,7 +508,7 @@ def test_deepspeed_is_refused(tmp_path: Path) -> None:
 def test_a_callers_optimizer_without_the_groups_is_refused_and_with_them_is_kept(tmp_path: Path) -> None:
     model = _model()
     trainer = _trainer(model, tmp_path, optimizers=(torch.optim.AdamW(model.parameters()), None))
-    with pytest.raises(BayesLoraError, match="lacks a group for the bit gates.*parameter_groups"):
+    with pytest.raises(BayesLoraError, match="lacks a group for the ranges.*parameter_groups"):
         trainer.train()
     optimizer = torch.optim.AdamW(bayeslora.parameter_groups(model, lr=1e-3))
     trainer = _trainer(model, tmp_path, optimizers=(optimizer, None))

@@ -29,12 +29,15 @@ from bayeslora.posterior import SCOPES, Noise, Scope, kl_divergence
 class VariationalConfig(AdapterConfig):
     """Fields of every method with a Gaussian posterior."""
 
+    prior_is_derived: ClassVar[bool] = False
+    """True if `prior_std` may be None, for one that `prior_of` derives from the rank."""
+
     num_examples: int | None = field(
         default=None, metadata={"help": "N, the training examples that the divergence is divided by."}
     )
     kl_weight: float = field(default=1.0, metadata={"help": "beta, the weight of the divergence; 1 is the bound."})
     kl_warmup: float = field(default=0.1, metadata={"help": "Share of the steps in which beta rises from 0."})
-    prior_std: float = field(default=0.2, metadata={"help": "Standard deviation of the prior."})
+    prior_std: float | None = field(default=0.2, metadata={"help": "Standard deviation of the prior."})
     noise_scope: Scope = field(
         default="example", metadata={"help": "What shares a draw in training: 'example', 'token' or 'batch'."}
     )
@@ -50,12 +53,18 @@ class VariationalConfig(AdapterConfig):
         self._check("num_examples", known, "at least 1", "give the length of the training set")
         self._check("kl_weight", self.kl_weight >= 0, "at least 0", "give 1 for the evidence lower bound")
         self._check("kl_warmup", 0 <= self.kl_warmup < 1, "at least 0 and below 1", "give a share of the steps")
-        self._check("prior_std", self.prior_std > 0, "above 0", "give a standard deviation")
+        known = self.prior_is_derived if self.prior_std is None else self.prior_std > 0
+        self._check("prior_std", known, "above 0", "give a standard deviation")
         self._check("variance_lr_factor", self.variance_lr_factor >= 0, "at least 0", "give 0 to fix the variances")
         if self.antithetic and self.noise_scope != "example":
             raise BayesLoraError(
                 f"noise_scope is {self.noise_scope!r}, but must be 'example' for antithetic noise: drop antithetic"
             )
+
+    def prior_of(self, rank: int) -> float:
+        """Return the standard deviation of the prior in a layer of rank `rank`."""
+        assert self.prior_std is not None
+        return self.prior_std
 
 
 class VariationalLayer(BayesLayer):
@@ -189,6 +198,8 @@ class VariationalRun(RunState):
     total_steps: int
     warm_up_steps: int
     kl_warmup_factor: float = 1.0
+    found: list[Tensor] | None = None
+    """Mean squared gradients of single rows in the current step, by layer; of methods that set their deviations."""
 
 
 class VariationalModel(BayesTuner):
@@ -206,10 +217,16 @@ class VariationalModel(BayesTuner):
         """KL divergence of the trained adapter's posterior from its prior, summed over layers, in nats."""
         name = self.training_adapter()
         parts = [layer.posterior(name) for layer in self.adapted_layers(name)]
-        # One pass over all layers' entries instead of a few operations a layer.
-        offsets = _gathered([mean.float() - prior for mean, _, prior in parts])
-        stds = _gathered([std for _, std, _ in parts])
-        return kl_divergence(offsets, stds, 0.0, self.config_of(name).prior_std)
+        # One pass over all layers' entries instead of a few operations a layer; in units of each layer's prior.
+        priors = [self.prior_std(name, layer) for layer in self.adapted_layers(name)]
+        offsets = _gathered(
+            [(m.float() - centre) / prior for (m, _, centre), prior in zip(parts, priors, strict=True)]
+        )
+        stds = _gathered([std / prior for (_, std, _), prior in zip(parts, priors, strict=True)])
+        return kl_divergence(offsets, stds, 0.0, 1.0)
+
+    def prior_std(self, name: str, layer: VariationalLayer) -> float:
+        return self.config_of(name).prior_of(layer.initial_rank[name])
 
     def penalty(self) -> dict[str, Tensor]:
         r"""$\beta / N$ times the divergence (`kl`), at the warm-up's present share."""
@@ -265,16 +282,18 @@ class VariationalModel(BayesTuner):
 
     @torch.no_grad()
     def statistics(self) -> dict[str, float]:
-        """Return divergence in nats, its warm-up, mean deviation and signal to noise, to log with the loss."""
+        """Return divergence in nats, its warm-up, mean deviation (also by the prior's) and signal to noise, to log."""
         name = self.training_adapter()
         parts = [layer.posterior(name) for layer in self.adapted_layers(name)]
         means, stds = (_gathered([part[index] for part in parts]) for index in (0, 1))
         if not len(stds):
             return {"kl": 0.0, "kl_warmup": self.kl_warmup_factor}
+        priors = [self.prior_std(name, layer) for layer in self.adapted_layers(name)]
         return {
             "kl": float(self.kl()),
             "kl_warmup": self.kl_warmup_factor,
             "posterior_std": float(stds.mean()),
+            "posterior_to_prior": float(_gathered([p[1] / s for p, s in zip(parts, priors, strict=True)]).mean()),
             "signal_to_noise": float((means.abs() / stds).median()),
         }
 
