@@ -47,7 +47,7 @@ def test_shrinking_changes_no_output_and_no_description_but_the_parameters(
     after = [layer.to_dict() for layer in describe(model)]
     cut = [2, 4]
     for one, two, gone in zip(before, after, cut, strict=True):
-        per_rank = one["in_features"] + one["out_features"] + 1 + 1 + options.get("per_channel", False)
+        per_rank = one["in_features"] + one["out_features"] + 1 + options.get("per_channel", False)  # A, B, E, a range
         assert one.pop("parameters") - two.pop("parameters") == gone * per_rank
         assert one == two
 
