@@ -19,7 +19,7 @@ ALL_STAMP := $(VENV)/.installed-all
 DOCS_STAMP := $(VENV)/.installed-docs
 
 .DEFAULT_GOAL := setup
-.PHONY: setup demo test test-all lint types docs clean
+.PHONY: setup setup-docs demo test test-all lint types docs clean
 
 setup: $(STAMP)
 
@@ -58,6 +58,8 @@ types: $(STAMP)
 $(DOCS_STAMP): $(STAMP)
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[docs]'
 	@touch $@
+
+setup-docs: $(DOCS_STAMP)
 
 # Every warning is an error. The variable silences an announcement of the theme's authors.
 docs: $(DOCS_STAMP)
