@@ -6,7 +6,6 @@ import argparse
 import fcntl
 import functools
 import json
-import math
 import multiprocessing
 import os
 import platform
@@ -49,6 +48,7 @@ import bayeslora
 from bayeslora.data import Task, encode, packaged_model, unpack_model
 from bayeslora.errors import BayesLoraError
 from bayeslora.evaluation import ChoiceTrainer, choice_scoring, encode_prompts
+from bayeslora.methods.blora.length import phases
 from bayeslora.optim import IVON
 from bayeslora.posterior import unwrapped
 from bayeslora.runs.eva import initialize_eva
@@ -184,7 +184,7 @@ def fine_tune(
         callbacks = [] if callback is None else [callback(model)]
         begin = 0
         if warm_up is not None:
-            begin = math.ceil(config.warmup_fraction * training.steps)
+            begin, _ = phases(config, training.steps)
             callbacks.append(SharedWarmUp(begin, seed))
         resumed = warm_up is not None and warm_up.exists()
         trainer = kind(model=model, args=arguments, train_dataset=data, callbacks=callbacks, **options)

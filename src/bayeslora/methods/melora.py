@@ -34,7 +34,7 @@ from torch.optim import Optimizer
 
 from bayeslora._peft import BufferDict
 from bayeslora.errors import BayesLoraError
-from bayeslora.methods.tuner import TrainingSetup
+from bayeslora.methods.tuner import TrainingSetup, batch_rows, summed_over_ranks
 from bayeslora.methods.variational import VariationalConfig, VariationalLayer, VariationalModel, per_group
 from bayeslora.posterior import Noise, inverse_softplus, local_reparametrization, standard_deviation
 
@@ -99,7 +99,7 @@ class MeLoraLayer(VariationalLayer):
     `melora_rho`.
     """
 
-    other_param_names = (*VariationalLayer.other_param_names, "melora_precision", "_row_gradients", "_prior_stds")
+    other_param_names = (*VariationalLayer.other_param_names, "melora_precision", "_row_gradients")
 
     adapter_layer_names = ("melora_A", "melora_B", "melora_M", "melora_rho")
     matrix_B = "melora_B"
@@ -110,14 +110,12 @@ class MeLoraLayer(VariationalLayer):
         self.melora_M, self.melora_rho = nn.ParameterDict(), nn.ParameterDict()
         self.melora_precision = BufferDict({}, persistent=True)
         self._row_gradients: dict[str, Tensor | None] = {}
-        self._prior_stds: dict[str, float] = {}
 
     def add_adapter(self, adapter_name: str, config: MeLoraConfig, rank: int) -> None:
         self.add_common(adapter_name, config, rank)
         self.melora_A[adapter_name], self.melora_B[adapter_name] = self.initial_factors(config, rank)
         core = torch.eye(rank) if config.core == "full" else torch.ones(rank)
         self.melora_M[adapter_name] = nn.Parameter(core)
-        self._prior_stds[adapter_name] = config.prior_of(rank)
         if config.variance == "closed_form":
             self.melora_precision[adapter_name] = torch.zeros_like(core)
             self._row_gradients[adapter_name] = None
@@ -128,7 +126,7 @@ class MeLoraLayer(VariationalLayer):
         r"""Return $\Omega$, of the core's shape, in float32."""
         if name not in self.melora_precision:
             return standard_deviation(self.melora_rho[name])
-        return (self.melora_precision[name].float() + self._prior_stds[name] ** -2).rsqrt()
+        return (self.melora_precision[name].float() + self.prior_std[name] ** -2).rsqrt()
 
     def take_row_gradients(self, name: str) -> Tensor:
         """Return the sum over rows of squared gradients of the core since the last call, of the core's shape."""
@@ -221,8 +219,7 @@ class MeLoraModel(VariationalModel):
         if isinstance(labels, Tensor) and labels.ndim > 1 and not labels.is_floating_point():
             self._terms += int((labels != -100).sum())
             return
-        batch = next((value for value in (*kwargs.values(), *args) if isinstance(value, Tensor) and value.ndim), None)
-        self._terms += 1 if batch is None else len(batch)
+        self._terms += batch_rows(args, kwargs)
 
     def step_begin(self, step: int, seed: int) -> None:
         super().step_begin(step, seed)
@@ -248,9 +245,9 @@ class MeLoraModel(VariationalModel):
     def step_end(self, step: int) -> None:
         super().step_end(step)
         run, name = self.run_state(), self.training_adapter()
-        config = cast(MeLoraConfig, self.config_of(name))
-        if config.variance != "closed_form" or run.found is None:
+        if run.found is None:
             return
+        config = self.config_of(name)
         for layer, fisher in zip(self.adapted_layers(name), run.found, strict=True):
             wanted = fisher * (cast(int, config.num_examples) / config.kl_weight)
             layer.melora_precision[name].lerp_(wanted, FISHER_RATE)
@@ -259,10 +256,5 @@ class MeLoraModel(VariationalModel):
 
 def _with_all_ranks(squares: Tensor, terms: int) -> Tensor:
     """Return the mean over all ranks' terms of squared gradients, from each rank's sum of those of its mean loss."""
-    flat = torch.cat([squares * terms**2, torch.tensor([float(terms)])])
-    if torch.distributed.is_available() and torch.distributed.is_initialized():
-        device = "cuda" if torch.distributed.get_backend() == "nccl" else "cpu"
-        flat = flat.to(device)
-        torch.distributed.all_reduce(flat)
-        flat = flat.cpu()
+    flat = summed_over_ranks(torch.cat([squares * terms**2, torch.tensor([float(terms)])]))
     return flat[:-1] / flat[-1].clamp_min(1)

@@ -302,6 +302,21 @@ def add_gradients(pairs: Sequence[tuple[Tensor, Tensor]]) -> None:
         torch._foreach_add_([grad for grad, _ in known], [gradient for _, gradient in known])
 
 
+def batch_rows(args: Sequence[Any], kwargs: dict[str, Any]) -> int:
+    """Return the rows of the batch that a model is called with: those of its first tensor, or 1 without one."""
+    batch = next((value for value in (*kwargs.values(), *args) if isinstance(value, Tensor) and value.ndim), None)
+    return 1 if batch is None else len(batch)
+
+
+def summed_over_ranks(values: Tensor) -> Tensor:
+    """Return the sum of `values`, on the CPU, over all ranks of a distributed run; `values` itself in one process."""
+    if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
+        return values
+    values = values.to("cuda" if torch.distributed.get_backend() == "nccl" else "cpu")
+    torch.distributed.all_reduce(values)
+    return values.cpu()
+
+
 def mean_ranks(ranks: dict[str, float]) -> dict[str, float]:
     """Return the mean of the layers' ranks, over all and over those of one name (`query`, …), as they are logged."""
     by_suffix: dict[str, list[float]] = {}

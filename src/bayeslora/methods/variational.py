@@ -73,12 +73,13 @@ class VariationalLayer(BayesLayer):
     matrix_B: ClassVar[str]
     """Name of the container of B (d_out, r)."""
 
-    other_param_names = (*BayesLayer.other_param_names, "_fresh")
+    other_param_names = (*BayesLayer.other_param_names, "prior_std", "_fresh")
 
     def __init__(self, base_layer: nn.Module, **kwargs: Any) -> None:
         super().__init__(base_layer, **kwargs)
         self.noise: Noise | None = None
         self.is_controlled = False  # whether `noise` (None: the mean) stands for what the mode would choose
+        self.prior_std: dict[str, float] = {}
         self._fresh: dict[str, Noise] = {}
 
     def hidden(self, name: str, x: Tensor, noise: Noise | None) -> Tensor:
@@ -96,6 +97,7 @@ class VariationalLayer(BayesLayer):
     def add_common(self, adapter_name: str, config: VariationalConfig, rank: int) -> None:
         """Keep what every variational adapter has besides its tensors."""
         self.initial_rank[adapter_name] = rank
+        self.prior_std[adapter_name] = config.prior_of(rank)
         self._fresh[adapter_name] = Noise(config.noise_scope, antithetic=config.antithetic)
 
     def noise_of(self, name: str, position: int = 0) -> Noise | None:
@@ -218,15 +220,12 @@ class VariationalModel(BayesTuner):
         name = self.training_adapter()
         parts = [layer.posterior(name) for layer in self.adapted_layers(name)]
         # One pass over all layers' entries instead of a few operations a layer; in units of each layer's prior.
-        priors = [self.prior_std(name, layer) for layer in self.adapted_layers(name)]
+        priors = [layer.prior_std[name] for layer in self.adapted_layers(name)]
         offsets = _gathered(
             [(m.float() - centre) / prior for (m, _, centre), prior in zip(parts, priors, strict=True)]
         )
         stds = _gathered([std / prior for (_, std, _), prior in zip(parts, priors, strict=True)])
         return kl_divergence(offsets, stds, 0.0, 1.0)
-
-    def prior_std(self, name: str, layer: VariationalLayer) -> float:
-        return self.config_of(name).prior_of(layer.initial_rank[name])
 
     def penalty(self) -> dict[str, Tensor]:
         r"""$\beta / N$ times the divergence (`kl`), at the warm-up's present share."""
@@ -288,7 +287,7 @@ class VariationalModel(BayesTuner):
         means, stds = (_gathered([part[index] for part in parts]) for index in (0, 1))
         if not len(stds):
             return {"kl": 0.0, "kl_warmup": self.kl_warmup_factor}
-        priors = [self.prior_std(name, layer) for layer in self.adapted_layers(name)]
+        priors = [layer.prior_std[name] for layer in self.adapted_layers(name)]
         return {
             "kl": float(self.kl()),
             "kl_warmup": self.kl_warmup_factor,

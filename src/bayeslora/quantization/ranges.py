@@ -109,14 +109,9 @@ def _best_share(rows: Tensor, counts: Tensor | None, largest: Tensor, bits: int,
         steps = grid_step(largest * shares.unsqueeze(1), bits)
         error = torch.round(rows / steps).clamp_(max=level).mul_(steps).sub_(rows)
         return shares[(error.square_() @ counts).argmin()]
-    if len(shares) * rows.numel() <= _AT_ONCE:  # of a small matrix an operation costs more than its arithmetic
-        steps = grid_step(largest * shares, bits).unsqueeze(2)
-        error = torch.round(rows.unsqueeze(1) / steps).clamp_(-level, level).mul_(steps).sub_(rows.unsqueeze(1))
-        return shares[error.square_().sum(2).argmin(1)].unsqueeze(1)
-    errors = []
-    for share in shares.tolist():
-        step = grid_step(largest * share, bits)
-        error = torch.round(rows / step).clamp_(-level, level).mul_(step).sub_(rows)
-        errors.append(error.square_().sum(1))
-    best = torch.stack(errors).argmin(0)
-    return shares[best].unsqueeze(1)
+    errors, values = [], rows.unsqueeze(1)
+    for some in shares.split(max(1, _AT_ONCE // rows.numel())):  # of a small matrix an operation is dearer than sums
+        steps = grid_step(largest * some, bits).unsqueeze(2)
+        error = torch.round(values / steps).clamp_(-level, level).mul_(steps).sub_(values)
+        errors.append(error.square_().sum(2))
+    return shares[torch.cat(errors, 1).argmin(1)].unsqueeze(1)

@@ -22,6 +22,7 @@ from bayeslora.methods.allocation import (
 )
 from bayeslora.methods.blora.config import BLoraConfig
 from bayeslora.methods.blora.evidence import RANGED, width_table
+from bayeslora.methods.tuner import summed_over_ranks
 from bayeslora.vocabulary import ACTIVATIONS, WIDTHS
 
 DECISIONS = 4
@@ -173,13 +174,8 @@ def best_range(layer: Any, name: str, kind: str, bits: int) -> Tensor:
 @torch.no_grad()
 def pooled(found: Sequence[dict[str, Tensor]]) -> list[dict[str, Tensor]]:
     """Return the sums of every layer over all ranks of a distributed run."""
-    if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
-        return list(found)
-    flat = torch.cat([tensor.flatten() for sums in found for tensor in sums.values()])
-    backend_device = "cuda" if torch.distributed.get_backend() == "nccl" else "cpu"
-    flat = flat.to(backend_device)
-    torch.distributed.all_reduce(flat)
-    parts = iter(flat.cpu().split([tensor.numel() for sums in found for tensor in sums.values()]))
+    flat = summed_over_ranks(torch.cat([tensor.flatten() for sums in found for tensor in sums.values()]))
+    parts = iter(flat.split([tensor.numel() for sums in found for tensor in sums.values()]))
     return [{key: next(parts).view(tensor.shape) for key, tensor in sums.items()} for sums in found]
 
 

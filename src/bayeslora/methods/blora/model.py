@@ -32,7 +32,15 @@ from bayeslora.methods.blora.length import phases, shortfall
 from bayeslora.methods.blora.probe import Probe, score_seed
 from bayeslora.methods.blora.rotation import rotate
 from bayeslora.methods.layer import evaluation_mode
-from bayeslora.methods.tuner import BayesTuner, ParameterRole, RunState, TrainingSetup, mean_ranks, step_generator
+from bayeslora.methods.tuner import (
+    BayesTuner,
+    ParameterRole,
+    RunState,
+    TrainingSetup,
+    batch_rows,
+    mean_ranks,
+    step_generator,
+)
 from bayeslora.quantization import (
     GATED_WIDTHS,
     OPEN_LOGIT,
@@ -225,8 +233,7 @@ class BLoraModel(BayesTuner):
         name, run = self.training_adapter(), self.run_state()
         layers, config = self.named_layers(name), self.config_of(name)
         inputs = {**kwargs, **{str(place): value for place, value in enumerate(args)}}
-        batch = next((v for v in inputs.values() if isinstance(v, Tensor) and v.ndim), None)
-        rows, fixed = 1 if batch is None else len(batch), frozenset(config.fixed_bits or {})
+        rows, fixed = batch_rows(args, kwargs), frozenset(config.fixed_bits or {})
         run.rows += rows
         probes = {}
         for path, layer in layers.items():
