@@ -53,12 +53,14 @@ if TYPE_CHECKING:  # import functions that share a module's name from the module
     from bayeslora.runtime import compile_inference
     from bayeslora.training import BayesLoop, parameter_groups
     from bayeslora.training.attach import attach
+    from bayeslora.training.swag import SWAG
 
 __version__ = "0.1.0"
 
 __all__ = [
     "IVON",
     "METHODS",
+    "SWAG",
     "ActivationCounts",
     "AdaLoraConfig",
     "BLoraConfig",
@@ -129,7 +131,7 @@ _NAMES = {
     "prediction": ("Generation", "ModelPredictor", "Prediction", "generate", "predict"),
     "runs": ("load",),
     "runtime": ("compile_inference",),
-    "training": ("BayesLoop", "attach", "parameter_groups"),
+    "training": ("SWAG", "BayesLoop", "attach", "parameter_groups"),
 }
 _HOMES = {name: package for package, names in _NAMES.items() for name in names}
 

@@ -18,23 +18,26 @@ _ALIGNED = 16
 
 
 class GaussianParameter(NamedTuple):
-    """The Gaussian of one parameter.
+    r"""The Gaussian of one parameter.
 
     Attributes:
         size: number of elements.
         parameter: None if it is frozen; it still uses up its share of a draw's random numbers.
         mean, deviation: posterior mean and standard deviation, of the parameter's shape; None if it is frozen.
+        columns: (K, *shape) factor L of a covariance shared by all parameters, $\mathrm{diag}(\text{deviation}^2) +
+            L^\top L$; None without one.
     """
 
     size: int
     parameter: nn.Parameter | None = None
     mean: Tensor | None = None
     deviation: Tensor | None = None
+    columns: Tensor | None = None
 
 
 @runtime_checkable
 class PosteriorSource(Protocol):
-    """An object that draws a model's weights: `bayeslora.IVON`, or the `WeightPosterior` saved from it."""
+    """An object that draws a model's weights: an `IVON`, a `SWAG`, or the `WeightPosterior` saved from one."""
 
     def gaussians(self) -> list[GaussianParameter]:
         """Return the Gaussian of every parameter, in the order of the optimizer that trained them."""
@@ -59,7 +62,7 @@ def posterior_source(given: object) -> PosteriorSource:
         return source
     raise BayesLoraError(
         f"{type(source).__name__} was given, but a posterior over the weights is needed to draw them: "
-        "give a bayeslora.IVON, or load_posterior(model, folder)"
+        "give a bayeslora.IVON or SWAG, or load_posterior(model, folder)"
     )
 
 
@@ -70,7 +73,8 @@ def drawn_weights(
     """Set each parameter to `mean + deviation * noise`, cast to its type, and restore it bit for bit afterwards.
 
     One call draws the noise of all parameters, so that a draw depends only on their order and sizes: an optimizer and
-    the posterior saved from it give the same draws.
+    the posterior saved from it give the same draws. `columns` are multiplied by K further numbers, the same for all
+    parameters.
 
     Args:
         gaussians: the Gaussian of every parameter, in order.
@@ -81,23 +85,32 @@ def drawn_weights(
     starts, length = aligned([entry.size for entry in gaussians])
     noise = Noise("batch", seed, "weights", draws=[draw], antithetic=antithetic)
     numbers = noise.normal(1, (length,), torch.device("cpu"))[0]
+    shared = _shared_numbers(gaussians, seed, draw, antithetic)
     before: list[tuple[Tensor, Tensor]] = []
     try:
         with torch.no_grad():
-            for start, (size, parameter, mean, deviation) in zip(starts, gaussians, strict=True):
+            for start, (size, parameter, mean, deviation, columns) in zip(starts, gaussians, strict=True):
                 if parameter is None or mean is None or deviation is None:
                     continue
                 weight = local(parameter.detach())
                 before.append((weight, weight.clone()))
                 part = numbers[start : start + size].view(parameter.shape)
-                weight.copy_(
-                    local_like(parameter, mean) + local_like(parameter, deviation) * local_like(parameter, part)
-                )
+                drawn = local_like(parameter, mean) + local_like(parameter, deviation) * local_like(parameter, part)
+                if columns is not None:
+                    drawn = drawn + local_like(parameter, torch.tensordot(shared, columns, dims=1))
+                weight.copy_(drawn)
         yield
     finally:
         with torch.no_grad():
             for weight, value in before:
                 weight.copy_(value)
+
+
+def _shared_numbers(gaussians: Sequence[GaussianParameter], seed: int, draw: int, antithetic: bool) -> Tensor:
+    """Return (K,) standard normal numbers for the columns that the parameters share; K may be 0."""
+    count = next((len(entry.columns) for entry in gaussians if entry.columns is not None), 0)
+    noise = Noise("batch", seed, "columns", draws=[draw], antithetic=antithetic)
+    return noise.normal(1, (count,), torch.device("cpu"))[0]
 
 
 def aligned(sizes: Sequence[int]) -> tuple[list[int], int]:

@@ -2,7 +2,8 @@
 
 The adapter itself is the mean. The file holds the standard deviations in float32, under the parameters' names without
 the adapter's name (as PEFT names the tensors it saves). Its metadata holds the optimizer's order of the parameters,
-which is the order of a draw's random numbers: a seed gives the same weights before saving and after loading.
+which is the order of a draw's random numbers: a seed gives the same weights before saving and after loading. A
+posterior from SWAG also has the columns of a covariance of low rank, and means where the weights are too coarse.
 """
 
 from __future__ import annotations
@@ -27,6 +28,8 @@ from bayeslora.posterior.draws import GaussianParameter, PosteriorSource, drawn_
 
 POSTERIOR_FILE = "posterior.safetensors"
 _ORDER = "order"
+_COLUMNS, _MEAN = "columns:", "mean:"
+"""Prefixes of tensors in the file; one without a prefix is a standard deviation."""
 _WRAPPERS = ("module", "_orig_mod", "_fsdp_wrapped_module", "modules_to_save")
 """Parts of parameter names that distributed training, compilation and PEFT add, and that PEFT does not save."""
 
@@ -41,13 +44,23 @@ class WeightPosterior:
         order: name and number of elements of every parameter of the optimizer, in its order; frozen ones have an
             empty name.
         deviations: standard deviations by name, float32 on the CPU.
+        columns: (K, *shape) factors of a further covariance, by name, as in `GaussianParameter`; empty for none.
+        means: means in float32, by name, of 16-bit parameters, whose weights round them.
 
     Raises:
         BayesLoraError: the model lacks a parameter, or has it in another shape.
     """
 
-    def __init__(self, model: nn.Module, order: list[tuple[str, int]], deviations: dict[str, Tensor]) -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        order: list[tuple[str, int]],
+        deviations: dict[str, Tensor],
+        columns: dict[str, Tensor] | None = None,
+        means: dict[str, Tensor] | None = None,
+    ) -> None:
         self.model, self.order, self.deviations = model, order, deviations
+        self.columns, self.means = columns or {}, means or {}
         self._parameters = dict(_named(model))
         for name, deviation in deviations.items():
             parameter = self._parameters.get(name)
@@ -57,6 +70,12 @@ class WeightPosterior:
                     f"{name} has shape {tuple(deviation.shape)} in the posterior, but {found} the model: "
                     "load the adapter that the posterior was saved with"
                 )
+        for name, factor in self.columns.items():
+            if name not in deviations or factor.shape[1:] != deviations[name].shape:
+                raise BayesLoraError(
+                    f"{name} has columns of shape {tuple(factor.shape)} in the posterior, but they must be those of "
+                    "its deviations: save the posterior again"
+                )
 
     @classmethod
     def of(cls, model: nn.Module, source: Optimizer | PosteriorSource) -> WeightPosterior:
@@ -64,7 +83,9 @@ class WeightPosterior:
         names = {id(parameter): name for name, parameter in _named(model)}
         order: list[tuple[str, int]] = []
         deviations: dict[str, Tensor] = {}
-        for size, parameter, _, deviation in posterior_source(source).gaussians():
+        columns: dict[str, Tensor] = {}
+        means: dict[str, Tensor] = {}
+        for size, parameter, mean, deviation, factor in posterior_source(source).gaussians():
             if parameter is None or deviation is None:
                 order.append(("", size))
                 continue
@@ -74,10 +95,13 @@ class WeightPosterior:
                     "save the posterior before the adapter is shrunk, merged or replaced"
                 )
             name = names[id(parameter)]
-            whole: Any = deviation.full_tensor() if hasattr(deviation, "full_tensor") else deviation
             order.append((name, size))
-            deviations[name] = whole.to(device="cpu", dtype=torch.float32).contiguous()
-        return cls(model, order, deviations)
+            deviations[name] = _whole(deviation)
+            if factor is not None:
+                columns[name] = _whole(factor)
+                if mean is not None and parameter.dtype in (torch.bfloat16, torch.float16):
+                    means[name] = _whole(mean)
+        return cls(model, order, deviations, columns, means)
 
     def cut(self, model: nn.Module, kept: Mapping[str, Tensor]) -> WeightPosterior:
         """Return the posterior of `model`, from which ranks have been removed since.
@@ -87,14 +111,17 @@ class WeightPosterior:
             kept: the mask (r,) of the remaining ranks, by layer path.
         """
         shapes = {name: parameter.shape for name, parameter in _named(model)}
-        deviations = dict(self.deviations)
+        deviations, columns, means = dict(self.deviations), dict(self.columns), dict(self.means)
         for name, old in self.deviations.items():
             axis = next((axis for axis in range(old.ndim) if old.shape[axis] != shapes[name][axis]), None)
             if axis is not None:
                 mask = next(mask for path, mask in kept.items() if f".{path}." in f".{name}.")
-                deviations[name] = old.index_select(axis, mask.nonzero()[:, 0].cpu())
+                ranks = mask.nonzero()[:, 0].cpu()
+                for values, along in ((deviations, axis), (columns, axis + 1), (means, axis)):
+                    if name in values:
+                        values[name] = values[name].index_select(along, ranks)
         order = [(name, deviations[name].numel() if name else size) for name, size in self.order]
-        return WeightPosterior(model, order, deviations)
+        return WeightPosterior(model, order, deviations, columns, means)
 
     def save(self, folder: str | os.PathLike[str]) -> Path:
         """Write `posterior.safetensors` in `folder`, on the first rank only, and return its path."""
@@ -103,8 +130,11 @@ class WeightPosterior:
         if ranks and torch.distributed.get_rank() > 0:
             return path
         path.parent.mkdir(parents=True, exist_ok=True)
+        tensors = dict(self.deviations)
+        for prefix, values in ((_COLUMNS, self.columns), (_MEAN, self.means)):
+            tensors |= {prefix + name: value for name, value in values.items()}
         with write_atomically(path) as partial:
-            save_file(self.deviations, partial, metadata={"format": "pt", _ORDER: json.dumps(self.order)})
+            save_file(tensors, partial, metadata={"format": "pt", _ORDER: json.dumps(self.order)})
         return path
 
     def gaussians(self) -> list[GaussianParameter]:
@@ -112,8 +142,8 @@ class WeightPosterior:
         found = []
         for name, size in self.order:
             parameter = self._parameters.get(name)
-            mean = None if parameter is None else parameter.detach()
-            found.append(GaussianParameter(size, parameter, mean, self.deviations.get(name)))
+            mean = self.means.get(name, None if parameter is None else parameter.detach())
+            found.append(GaussianParameter(size, parameter, mean, self.deviations.get(name), self.columns.get(name)))
         return found
 
     @contextmanager
@@ -128,14 +158,14 @@ class WeightPosterior:
             yield
 
 
-def save_posterior(model: nn.Module, optimizer: Optimizer, folder: str | os.PathLike[str]) -> Path:
+def save_posterior(model: nn.Module, optimizer: Optimizer | PosteriorSource, folder: str | os.PathLike[str]) -> Path:
     """Write the posterior that `optimizer` has learned to `posterior.safetensors` in `folder`, next to the adapter.
 
     Distributed tensors are gathered: call it on every rank; the first one writes.
 
     Args:
         model: the trained model, wrapped or not.
-        optimizer: an `IVON`.
+        optimizer: an `IVON` or a `SWAG`.
         folder: usually that of `save_pretrained`; created if it is missing.
 
     Returns:
@@ -166,21 +196,32 @@ def load_posterior(model: nn.Module, folder: str | os.PathLike[str]) -> WeightPo
     path = Path(folder) / POSTERIOR_FILE
     if not path.is_file():
         raise BayesLoraError(
-            f"{path} is missing, but samples need it: train with IVON and call save_posterior, or use samples=0"
+            f"{path} is missing, but samples need it: train with IVON or SWAG and call save_posterior, or use "
+            "samples=0"
         )
     try:
         with safe_open(path, framework="pt") as file:
             order = [(str(name), int(size)) for name, size in json.loads(file.metadata()[_ORDER])]
             deviations = {name: file.get_tensor(name) for name, _ in order if name}
+            columns, means = (
+                {key.removeprefix(prefix): file.get_tensor(key) for key in file.keys() if key.startswith(prefix)}
+                for prefix in (_COLUMNS, _MEAN)
+            )
     except (SafetensorError, OSError, ValueError, KeyError, TypeError) as error:
         raise BayesLoraError(f"{path} is damaged ({error}), but must be a saved posterior: save it again") from error
-    return WeightPosterior(model, order, deviations)
+    return WeightPosterior(model, order, deviations, columns, means)
 
 
 def check_unmerged(model: nn.Module) -> None:
     """Raise `BayesLoraError` if an adapter is merged into the base weights, where draws cannot reach it."""
     if any(isinstance(module, BaseTunerLayer) and module.merged for module in model.modules()):
         raise BayesLoraError("the adapter is merged, but its weights are drawn apart: call unmerge_adapter first")
+
+
+def _whole(tensor: Any) -> Tensor:
+    """Return a tensor, gathered if it is distributed, in float32 on the CPU."""
+    gathered: Tensor = tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
+    return gathered.to(device="cpu", dtype=torch.float32).contiguous()
 
 
 def _named(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
