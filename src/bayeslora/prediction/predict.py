@@ -166,17 +166,33 @@ def labels_of(batches: Iterable[Mapping[str, Any]]) -> Tensor:
         BayesLoraError: there are no batches, a batch lacks labels, or labels are not class ids.
     """
     found = []
+    for labels in _labels(batches):
+        if labels.is_floating_point():
+            raise BayesLoraError(f"the labels are {labels.dtype}, but must be class ids: give a classifier's data")
+        found.append(labels.to("cpu", torch.int64))
+    return torch.cat(found)
+
+
+def values_of(batches: Iterable[Mapping[str, Any]]) -> Tensor:
+    """Return (n,) labels of all batches as numbers, float64 on the CPU, for a regression.
+
+    Raises:
+        BayesLoraError: there are no batches, or a batch lacks labels.
+    """
+    return torch.cat([labels.to("cpu", torch.float64) for labels in _labels(batches)])
+
+
+def _labels(batches: Iterable[Mapping[str, Any]]) -> list[Tensor]:
+    """Return the flat labels of each batch."""
+    found = []
     for batch in batches:
         given = next((batch[name] for name in _LABEL_KEYS if batch.get(name) is not None), None)
         if given is None:
             raise BayesLoraError(f"a batch has {', '.join(batch)}, but labels are needed too: give labelled data")
-        labels = torch.as_tensor(given)
-        if labels.is_floating_point():
-            raise BayesLoraError(f"the labels are {labels.dtype}, but must be class ids: give a classifier's data")
-        found.append(labels.reshape(-1).to("cpu", torch.int64))
+        found.append(torch.as_tensor(given).reshape(-1))
     if not found:
         raise BayesLoraError(_NO_BATCH)
-    return torch.cat(found)
+    return found
 
 
 def summarize(logits: Tensor) -> Prediction:
