@@ -1,8 +1,9 @@
-"""Finished adapters: uncertainty (temperature, dropout, ensembles, Laplace, noise), rounding, and lower ranks."""
+"""Finished adapters: uncertainty (calibration, dropout, ensembles, Laplace, noise), rounding, and lower ranks."""
 
 from __future__ import annotations
 
 from bayeslora.posthoc.bayesianize import bayesianize
+from bayeslora.posthoc.calibrators import IsotonicCalibration, VectorScaling
 from bayeslora.posthoc.dropout import MCDropout
 from bayeslora.posthoc.ensemble import DeepEnsemble
 from bayeslora.posthoc.laplace import LaplacePredictor
@@ -13,10 +14,12 @@ from bayeslora.posthoc.truncation import truncate_rank
 __all__ = [
     "ActivationCounts",
     "DeepEnsemble",
+    "IsotonicCalibration",
     "LaplacePredictor",
     "MCDropout",
     "RoundedModel",
     "TemperatureScaling",
+    "VectorScaling",
     "bayesianize",
     "round_after_training",
     "truncate_rank",

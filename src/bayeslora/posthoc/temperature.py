@@ -86,5 +86,10 @@ class TemperatureScaling:
 
 def predictive_nll(logits: Tensor, labels: Tensor) -> float:
     """Return the mean over examples of -log of the mean probability over samples, in nats, for (S, n, C) logits."""
+    return float(predictive_loss(logits, labels))
+
+
+def predictive_loss(logits: Tensor, labels: Tensor) -> Tensor:
+    """Return what `predictive_nll` returns, as a 0-d tensor with a gradient."""
     log_p = logits.log_softmax(dim=-1).logsumexp(dim=0) - math.log(len(logits))
-    return float(nn.functional.nll_loss(log_p, labels))
+    return nn.functional.nll_loss(log_p, labels)

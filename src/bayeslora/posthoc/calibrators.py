@@ -1,0 +1,203 @@
+"""Calibration maps with more freedom than a temperature, for a finished classifier: vector scaling and isotonic."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import numpy as np
+import torch
+from scipy.optimize import minimize
+from sklearn.isotonic import IsotonicRegression
+from torch import Tensor
+
+from bayeslora.errors import BayesLoraError
+from bayeslora.posthoc.temperature import predictive_loss
+from bayeslora.prediction import Logits, Predictable, Sampler, as_predictor, check_samples, labels_of, sampled_logits
+
+_LEAST_ROWS = 10
+"""Fewest held-out rows of each class: with fewer the maps fit the rows and not the model's errors."""
+
+
+class VectorScaling:
+    r"""Logits times one factor and plus one offset a class (Guo et al., 2017, arXiv:1706.04599).
+
+    $$ z'_c = w_c z_c + b_c, \qquad w_c > 0, \quad \textstyle\sum_c b_c = 0 $$
+
+    Unlike a temperature it corrects classes that are predicted too often, and the most probable class may change.
+    Around another predictor it maps the logits of each sample.
+
+    Args:
+        model: a model or another predictor.
+
+    Attributes:
+        weight, bias: w and b, (C,) float64; None before `fit`.
+    """
+
+    bounds = (0.02, 50.0)
+    """Smallest and largest factor that `fit` tries; offsets go up to the largest in size."""
+
+    def __init__(self, model: Predictable) -> None:
+        self.predictor = as_predictor(model)
+        self.model = self.predictor.model
+        self.weight: Tensor | None = None
+        self.bias: Tensor | None = None
+
+    def check_samples(self, samples: int) -> None:
+        _check_fitted(self, self.weight)
+        check_samples(self.predictor, samples)
+
+    def sampler(self, samples: int, seed: int, antithetic: bool, read: Logits) -> Sampler:
+        inner = self.predictor.sampler(samples, seed, antithetic, read)
+        weight, bias = self.weight, self.bias
+        assert weight is not None and bias is not None  # check_samples
+
+        def scaled(batch: Mapping[str, Tensor]) -> Tensor:
+            return _affine(inner(batch).to("cpu", torch.float64), weight, bias)
+
+        return scaled
+
+    def fit(
+        self,
+        loader: Mapping[str, Any] | Iterable[Mapping[str, Any]],
+        samples: int = 0,
+        seed: int = 0,
+        logits: Logits | None = None,
+    ) -> VectorScaling:
+        """Set the factors and offsets that minimize the negative log-likelihood of held-out labels, and return self.
+
+        Args:
+            loader: a batch or batches with `labels`, of data that the model was not trained on.
+            samples, seed, logits: as they will be given to `predict`.
+
+        Raises:
+            BayesLoraError: labels are missing or not classes, a class has fewer than 10 rows, or the likelihood is
+                best at a bound, as when every held-out label is predicted correctly.
+        """
+        outputs, labels = _held_out(self.predictor, loader, samples, seed, logits)
+        classes = outputs.shape[2]
+
+        def objective(values: np.ndarray) -> tuple[float, np.ndarray]:
+            both = torch.tensor(values, requires_grad=True)
+            loss = predictive_loss(_affine(outputs, both[:classes], both[classes:] - both[classes:].mean()), labels)
+            (gradient,) = torch.autograd.grad(loss, both)
+            return float(loss.detach()), gradient.numpy()
+
+        low, high = self.bounds
+        limits = [(low, high)] * classes + [(-high, high)] * classes
+        start = np.concatenate([np.ones(classes), np.zeros(classes)])
+        best = minimize(objective, start, jac=True, method="L-BFGS-B", bounds=limits).x
+        # Where every row is right, larger factors are always likelier, if ever less so.
+        if np.abs(best).max() > 0.999 * high or objective(2 * best)[0] <= objective(best)[0]:
+            raise BayesLoraError(
+                f"the best factors and offsets for the {len(labels)} held-out examples are as large as can be, but "
+                f"must be below {high:g}: use more examples, or others"
+            )
+        found = torch.from_numpy(best)
+        self.weight, self.bias = found[:classes], found[classes:] - found[classes:].mean()
+        return self
+
+
+class IsotonicCalibration:
+    """Each class's probability mapped by a rising step function, and the classes normalized again.
+
+    One function a class (isotonic regression of "is it this class?" on the probability; Zadrozny and Elkan, 2002) can
+    have any shape, and needs more rows than a temperature: some hundreds. Its levels stay 1 / (n + 2) away from 0 and
+    1, so that one mistake does not make the likelihood zero. Rows that fall on one step get equal probabilities, so
+    that the order of predictions by confidence, and with it AURC, becomes coarser.
+
+    Samples are averaged before they are mapped: the prediction is one set of probabilities, without a part that the
+    samples disagree about.
+
+    Args:
+        model: a model or another predictor.
+
+    Attributes:
+        maps: the C fitted regressions; empty before `fit`.
+    """
+
+    def __init__(self, model: Predictable) -> None:
+        self.predictor = as_predictor(model)
+        self.model = self.predictor.model
+        self.maps: list[IsotonicRegression] = []
+
+    def check_samples(self, samples: int) -> None:
+        _check_fitted(self, self.maps or None)
+        check_samples(self.predictor, samples)
+
+    def sampler(self, samples: int, seed: int, antithetic: bool, read: Logits) -> Sampler:
+        inner = self.predictor.sampler(samples, seed, antithetic, read)
+
+        def calibrated(batch: Mapping[str, Tensor]) -> Tensor:
+            p = inner(batch).to("cpu", torch.float64).softmax(dim=-1).mean(dim=0).numpy()
+            if p.shape[1] != len(self.maps):
+                raise BayesLoraError(
+                    f"the model has {p.shape[1]} classes, but was fitted with {len(self.maps)}: fit again"
+                )
+            mapped = np.stack([each.predict(p[:, c]) for c, each in enumerate(self.maps)], axis=1)
+            # A class that a row lacks has probability 0, and keeps it.
+            return torch.from_numpy(np.where(p > 0, mapped, 0.0)).log().unsqueeze(0)
+
+        return calibrated
+
+    def fit(
+        self,
+        loader: Mapping[str, Any] | Iterable[Mapping[str, Any]],
+        samples: int = 0,
+        seed: int = 0,
+        logits: Logits | None = None,
+    ) -> IsotonicCalibration:
+        """Fit the step functions to held-out labels, and return self.
+
+        Args:
+            loader: a batch or batches with `labels`, of data that the model was not trained on.
+            samples, seed, logits: as they will be given to `predict`.
+
+        Raises:
+            BayesLoraError: labels are missing or not classes, or a class has fewer than 10 rows.
+        """
+        outputs, labels = _held_out(self.predictor, loader, samples, seed, logits)
+        p, is_class = outputs.softmax(dim=-1).mean(dim=0).numpy(), labels.numpy()
+        edge = 1 / (len(labels) + 2)
+        self.maps = [
+            IsotonicRegression(y_min=edge, y_max=1 - edge, out_of_bounds="clip").fit(p[:, c], is_class == c)
+            for c in range(p.shape[1])
+        ]
+        return self
+
+
+def _held_out(
+    predictor: Any,
+    loader: Mapping[str, Any] | Iterable[Mapping[str, Any]],
+    samples: int,
+    seed: int,
+    logits: Logits | None,
+) -> tuple[Tensor, Tensor]:
+    """Return logits (S, n, C) and labels (n,) of held-out rows, at least 10 of each class."""
+    batches = [loader] if isinstance(loader, Mapping) else list(loader)
+    labels = labels_of(batches)
+    check_samples(predictor, samples)
+    outputs = sampled_logits(predictor, batches, samples, seed, logits=logits)
+    classes = outputs.shape[2]
+    if classes == 1:
+        raise BayesLoraError("the model has 1 output (a regression), but must have classes: use a classifier")
+    counts = torch.bincount(labels, minlength=classes)
+    if len(counts) > classes or int(counts.min()) < _LEAST_ROWS:
+        rarest = int(counts.argmin())
+        raise BayesLoraError(
+            f"{int(counts[rarest])} of the {len(labels)} held-out rows are of class {rarest}, but each of the "
+            f"{classes} classes needs at least {_LEAST_ROWS}: give more rows, or use TemperatureScaling"
+        )
+    return outputs, labels
+
+
+def _affine(logits: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    """Return w z + b by class; the logit -inf of a class that a row lacks stays, and has no gradient."""
+    absent = torch.isneginf(logits)
+    return (logits.masked_fill(absent, 0.0) * weight + bias).masked_fill(absent, -math.inf)
+
+
+def _check_fitted(predictor: object, fitted: object) -> None:
+    if fitted is None:
+        raise BayesLoraError(f"{type(predictor).__name__} is not fitted, but must be: call fit with held-out data")
