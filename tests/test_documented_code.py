@@ -179,6 +179,16 @@ def _(names: Names) -> None:
     data = bayeslora.data.encode(task, tokenizer, max_length=32)
     data = {"validation": data["validation"].select(range(32)), "ood": data["train"].select(range(16))}
     names.update(model=classifier(), tokenizer=tokenizer, task=task, data=data)
+    # Answers by chance: a factor and an offset for each class can be found.
+    names.update(held_out=batches(8), train=batches())
+    for number, batch in enumerate(names["held_out"]):
+        batch["labels"] = torch.randint(0, 2, (8,), generator=torch.Generator().manual_seed(number))
+
+
+@given("docs/uncertainty.md", 1)
+def _(names: Names) -> None:
+    names.update(lora_model=classifier(LoraConfig), arguments=arguments(max_steps=16), batch=batches(1)[0])
+    names["train_rows"] = Dataset.from_list(rows())
 
 
 PAGES_WITH_CODE = [page for page in PAGES if page.name != "README.md" and "python" in dict(blocks(page))]

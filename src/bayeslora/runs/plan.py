@@ -64,6 +64,9 @@ class RunOptions:
     samples: int = declared(
         0, "N", "Monte-Carlo samples of a stochastic adapter for the final scores (0: the mean)", least=0
     )
+    swag: int | None = declared(
+        None, "K", "learn a posterior by SWAG: K iterates of the last quarter of training (none)", least=2
+    )
     resume: bool = declared(False, None, "continue the interrupted run in OUT.partial")
     keep_checkpoints: bool = declared(False, None, "keep the last checkpoints in OUT/checkpoints")
 
@@ -106,6 +109,11 @@ class TrainPlan:
     def output_dir(self) -> Path:
         assert self.options.output_dir is not None
         return Path(self.options.output_dir)
+
+    @property
+    def has_weight_posterior(self) -> bool:
+        """True if the run saves a posterior over its weights, from IVON or SWAG."""
+        return self.ivon is not None or self.options.swag is not None
 
     @property
     def seed(self) -> int:

@@ -63,7 +63,7 @@ from bayeslora.runs.record import HISTORY_FILE, RunRecord
 from bayeslora.runs.rows import EVALUATION, encode_split
 from bayeslora.runs.run import load
 from bayeslora.runs.score import measure, rows_to_score, verify_reload
-from bayeslora.training import attach
+from bayeslora.training import SWAG, attach
 
 CONFIG_FILE = "config.yaml"
 TRAIN = "train"
@@ -201,6 +201,8 @@ def prepare(plan: TrainPlan, partial: Path) -> Session:
     # Check what is quick to read first, and load the model last.
     check_options(plan.config_class, plan.method_options)
     arguments = training_arguments(plan, partial / _CHECKPOINTS)
+    if options.swag is not None and plan.ivon is not None:
+        raise BayesLoraError("--swag and --optim ivon are given, but a run has one posterior: leave one of them out")
     task = _load_data(plan)
     assert options.model is not None
     resolved = resolve_model(options.model)
@@ -216,7 +218,7 @@ def prepare(plan: TrainPlan, partial: Path) -> Session:
         head=head,
     )
     model = adapt(base, plan.config_class, plan.method_options)
-    if plan.ivon is None:
+    if not plan.has_weight_posterior:
         check_samples(model, options.samples)
     length = longest_input(base.model, tokenizer, options.max_length, head)
     data = {
@@ -247,7 +249,9 @@ def _load_data(plan: TrainPlan) -> Task:
 
 def fit(session: Session, callbacks: list[TrainerCallback]) -> Trainer:
     """Train, from the last checkpoint if the plan resumes; return the Trainer after its last step."""
-    trainer = _build_trainer(session, callbacks)
+    columns = session.plan.options.swag
+    swag = [] if columns is None else [SWAG(session.model, rank=columns)]
+    trainer = _build_trainer(session, [*callbacks, *swag])
     checkpoint = _last_checkpoint(session.partial / _CHECKPOINTS) if session.plan.options.resume else None
     with _quick_attention(session.base.model, trainer.args):
         trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
@@ -319,7 +323,7 @@ def finish(session: Session, trainer: Trainer, seconds: float, reporter: Reporte
     model = trainer.accelerator.unwrap_model(session.model, keep_fp32_wrapper=False)
     if not all(bool(torch.isfinite(p).all()) for p in model.parameters() if p.requires_grad):
         raise BayesLoraError("a trained weight is not finite, but must be (training diverged): lower --learning-rate")
-    posterior = _cut_ranks(model, _posterior(trainer) if plan.ivon is not None else None)
+    posterior = _cut_ranks(model, _posterior(trainer) if plan.has_weight_posterior else None)
     if posterior is not None:
         posterior.save(partial)
     reporter.on_scoring(rows_to_score(session.data), plan.options.samples)
@@ -338,7 +342,7 @@ def finish(session: Session, trainer: Trainer, seconds: float, reporter: Reporte
 
 def _record(session: Session, trainer: Trainer, model: nn.Module, seconds: float) -> RunRecord:
     plan, task = session.plan, session.task
-    predictor = None if plan.ivon is None else load_posterior(model, session.partial)
+    predictor = load_posterior(model, session.partial) if plan.has_weight_posterior else None
     started = time.perf_counter()
     batch_size = trainer.args.per_device_eval_batch_size
     measured = measure(model, session.data, task, session.tokenizer, batch_size, plan.options.samples, predictor)
@@ -358,8 +362,11 @@ def _record(session: Session, trainer: Trainer, model: nn.Module, seconds: float
 
 
 def _posterior(trainer: Trainer) -> WeightPosterior:
-    """Return the posterior of IVON, from the best checkpoint if the Trainer has loaded its weights."""
+    """Return the posterior of SWAG or IVON, from the best checkpoint if the Trainer has loaded its weights."""
     assert trainer.model is not None and trainer.optimizer is not None
+    for callback in trainer.callback_handler.callbacks:
+        if isinstance(callback, SWAG):
+            return WeightPosterior.of(trainer.model, callback)
     if trainer.args.load_best_model_at_end and trainer.state.best_model_checkpoint:
         return load_posterior(trainer.model, trainer.state.best_model_checkpoint)
     return WeightPosterior.of(trainer.model, trainer.optimizer)
