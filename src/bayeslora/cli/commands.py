@@ -14,6 +14,8 @@ from bayeslora.errors import option
 from bayeslora.runs.plan import RunOptions, declared
 
 DESCRIPTION = "Bayesian low-rank adapters for pretrained transformers: train, judge, export."
+SelectionScore = Literal["mutual_information", "entropy", "margin", "random"]
+CalibrationScore = Literal["lac", "aps", "residual", "scaled"]
 ExportFormat = Literal["lora", "merged", "packed", "integer"]
 TaskType = Literal["seq_cls", "causal_lm", "token_cls", "question_ans", "seq_2_seq_lm", "feature_extraction"]
 
@@ -120,6 +122,14 @@ def _contradictions_of_evaluate(given: dict[str, Any]) -> Iterator[str]:
         yield "--ood-text-column is given, but needs --ood-file: add that or leave this out"
 
 
+def _contradictions_of_predict(given: dict[str, Any]) -> Iterator[str]:
+    for name in _among(given, "coverage", "risk", "delta"):
+        if isinstance(given[name], float) and not 0 < given[name] < 1:
+            yield f"{option(name)} is {given[name]:g}, but must be between 0 and 1: give 0.9 for 90%"
+    if "delta" in given and "risk" not in given:
+        yield "--delta is given, but needs --risk: add that or leave this out"
+
+
 def _contradictions_of_export(given: dict[str, Any]) -> Iterator[str]:
     chosen = given.get("format")
     owners = {"allow_error": "merged", "unadapted": "integer", "calibrate": "integer"}
@@ -139,6 +149,14 @@ _SAMPLING = (
     _number("batch_size", "N", "rows per batch (64)", least=1),
 )
 _TEXT_COLUMN = Option("text_column", "A[,B]", "text column or columns (as trained)", list[str])
+_LABELLED = (
+    Option("task", "NAME", "a named task (as trained)"),
+    Option("data_dir", "DIR", "folder with <task>/<split>.jsonl (as trained)"),
+)
+_LABELLED_FILE = (
+    _TEXT_COLUMN,
+    Option("label_column", "NAME", "label column (as trained)"),
+)
 
 COMMANDS = {
     "train": Command(
@@ -153,11 +171,9 @@ COMMANDS = {
         "score a finished run without changing it",
         (
             *_SAMPLING,
-            Option("task", "NAME", "a named task (as trained)"),
-            Option("data_dir", "DIR", "folder with <task>/<split>.jsonl (as trained)"),
+            *_LABELLED,
             Option("eval_file", "FILE", "rows to score instead of a task"),
-            _TEXT_COLUMN,
-            Option("label_column", "NAME", "label column (as trained)"),
+            *_LABELLED_FILE,
             Option("split", "NAME", "split of the task to score (its evaluation split)"),
             _switch("ood", "also detect the task's out-of-distribution texts"),
             Option("ood_file", "FILE", "also detect these out-of-distribution texts"),
@@ -175,6 +191,44 @@ COMMANDS = {
             *_SAMPLING,
             Option("input", "FILE", "rows to label (.jsonl or .csv)", required=True),
             Option("output", "FILE.jsonl", "file for the predictions", required=True),
+            _TEXT_COLUMN,
+            Option("coverage", "P", "add the set of labels that has the right one with this probability", float),
+            Option("risk", "P", "add ask_a_human, so that at most this share of the other labels is wrong", float),
+            Option("delta", "P", "probability that --risk is exceeded (.05)", float),
+        ),
+        _RUN,
+        epilog="--coverage and --risk need `bayeslora calibrate OUT`, and predict with its samples and seed.",
+        contradictions=_contradictions_of_predict,
+    ),
+    "calibrate": Command(
+        "prepare --coverage and --risk of `predict` on labelled rows that the run has not seen",
+        (
+            *_SAMPLING,
+            *_LABELLED,
+            Option("eval_file", "FILE", "labelled rows instead of a task"),
+            *_LABELLED_FILE,
+            Option("split", "NAME", "split of the task (its evaluation split)"),
+            Option("score", "NAME", "lac or aps; for numbers residual or scaled (lac, residual)", CalibrationScore),
+            _switch("by_class", "give each class the coverage"),
+            _switch("json", "print JSON instead of a table"),
+        ),
+        _RUN,
+        epilog="Writes conformal.json into OUT, in place of an earlier one.",
+        contradictions=_contradictions_of_evaluate,
+    ),
+    "select": Command(
+        "choose the unlabelled rows to label next",
+        (
+            _BASE,
+            _number("samples", "N", "Monte-Carlo samples (10 for mutual_information, otherwise 0)", least=0),
+            _number("seed", "N", "seed for the samples and for random (0)"),
+            _number("batch_size", "N", "rows per batch (64)", least=1),
+            Option("input", "FILE", "unlabelled rows (.jsonl or .csv)", required=True),
+            Option("output", "FILE.jsonl", "file for the chosen rows, the first to label first", required=True),
+            Option("budget", "N", "number of rows to choose", int, required=True, least=1),
+            Option(
+                "score", "NAME", "mutual_information, entropy, margin or random (mutual_information)", SelectionScore
+            ),
             _TEXT_COLUMN,
         ),
         _RUN,

@@ -30,7 +30,7 @@ def run(given: dict[str, Any]) -> int:
     folder, size = Path(given["folder"]), given.get("batch_size", 64)
     info = _info(given)
     target = _target(given)
-    task, split = _task(given, info)
+    task, split = rows_to_score(given, info)
     outside = _outside(given, info, task)
     disable_progress_bars()
     if info.method == UNTRAINED:
@@ -144,7 +144,7 @@ def _write(target: Path, folder: Path, found: dict[str, Any], model: dict[str, A
         write_figures(partial)
 
 
-def _task(given: dict[str, Any], info: RunInfo) -> tuple[Task, str]:
+def rows_to_score(given: dict[str, Any], info: RunInfo) -> tuple[Task, str]:
     """Return the rows to score and their split, from a file, a named task or the run's data."""
     if "eval_file" in given:
         if info.kind == "multiple_choice":

@@ -2,11 +2,25 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
-from bayeslora.errors import Problems, option
+from bayeslora.errors import BayesLoraError, Problems, option
+from bayeslora.runs.info import RunInfo
 
 
 def refuse(given: dict[str, Any], names: tuple[str, ...], reason: str) -> None:
     """Raise for each of the options `names` that is given; its message is the option and `reason`."""
     Problems(f"{option(name)} {reason}" for name in names if name in given).tell()
+
+
+def check_files(given: dict[str, Any], info: RunInfo) -> tuple[Path, Path]:
+    """Return `--input` and `--output` of a command that writes a line for rows of a file, checked with the run."""
+    source, target = Path(given["input"]), Path(given["output"])
+    if target.is_dir() or not target.absolute().parent.is_dir():
+        raise BayesLoraError(f"--output is {target}, but must be a file in an existing folder: name another path")
+    if target.exists() and source.exists() and target.samefile(source):
+        raise BayesLoraError(f"--output is {target}, but must not be the input file: name another file")
+    if info.kind == "multiple_choice":
+        refuse(given, ("text_column",), "is given, but multiple choice fixes it: leave it out")
+    return source, target

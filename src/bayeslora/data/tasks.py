@@ -20,6 +20,8 @@ from bayeslora.errors import BayesLoraError
 
 LABEL = "label"
 """Name of the label column in every split."""
+Source = str | Path | Sequence[Mapping[str, Any]]
+"""A data file, or rows in memory."""
 
 
 @dataclass(frozen=True)
@@ -117,16 +119,16 @@ def load_task(name: str, data_dir: str | Path | None = None, *, train_split: str
 
 
 def load_files(
-    train_file: str | Path,
-    eval_file: str | Path,
+    train_file: Source,
+    eval_file: Source,
     text_columns: str | Sequence[str],
     label_column: str,
     *,
-    test_file: str | Path | None = None,
+    test_file: Source | None = None,
     labels: Sequence[str] | None = None,
     kind: Kind | None = None,
 ) -> Task:
-    """Load a task from data files: `.jsonl`, `.json`, `.csv` or `.parquet`, by the extension.
+    """Load a task from data files (`.jsonl`, `.json`, `.csv` or `.parquet`, by the extension) or from rows in memory.
 
     String labels become class ids in order of first appearance in the training file, integers in numerical order (with
     names from the column `<label_column>_text`, if it exists). Numbers with a fraction make it a regression. In CSV,
@@ -157,11 +159,8 @@ def load_files(
         for split, file in files.items()
         if file is not None
     }
-    return _build(Path(train_file).stem, tables, columns, label_column, kind=kind, names=labels)
-
-
-Source = str | Path | Sequence[Mapping[str, Any]]
-"""A data file, or rows in memory."""
+    name = Path(train_file).stem if isinstance(train_file, (str, Path)) else "rows"
+    return _build(name, tables, columns, label_column, kind=kind, names=labels)
 
 
 def load_texts(file: Source, text_columns: str | Sequence[str]) -> Dataset:

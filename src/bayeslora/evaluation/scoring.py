@@ -143,6 +143,8 @@ def predict_dataset(
     samples: int = 0,
     seed: int = 0,
     antithetic: bool = False,
+    *,
+    per_sample: bool = False,
 ) -> Prediction:
     """Return `predict` of an encoded split, in its order; batches are padded and hold examples of similar length.
 
@@ -169,11 +171,13 @@ def predict_dataset(
     collate = scoring.collate if scoring else None
     batches = itertools.chain.from_iterable(collated(dataset, rows, tokenizer, batch_size, collate) for rows in groups)
     order = np.concatenate(groups)
-    prediction = predict(model, batches, samples, seed, antithetic=antithetic, logits=logits)
+    prediction = predict(model, batches, samples, seed, per_sample=per_sample, antithetic=antithetic, logits=logits)
     back = torch.from_numpy(np.argsort(order, kind="stable"))
-    # Fields of single samples are None.
+    fields = {name: value for name, value in vars(prediction).items() if value is not None}
+    # The first dimension of the fields of single samples is the sample.
     return dataclasses.replace(
-        prediction, **{name: value[back] for name, value in vars(prediction).items() if value is not None}
+        prediction,
+        **{name: value[:, back] if name.startswith("sample_") else value[back] for name, value in fields.items()},
     )
 
 

@@ -252,8 +252,13 @@ def _fingerprint(model: PreTrainedModel, fresh: list[str]) -> str:
     for name, parameter in sorted(model.named_parameters()):
         if name.removeprefix(prefix).split(".")[0] in fresh or not name.startswith(prefix):
             continue
-        values = parameter.detach().flatten()
-        probe = values[:: max(1, values.numel() // _TENSOR_PROBE)][:_TENSOR_PROBE].float().cpu()
-        digest.update(f"{name}{tuple(parameter.shape)}".encode())
-        digest.update(probe.numpy().tobytes())
+        add_tensor(digest, name, parameter)
     return digest.hexdigest()[:16]
+
+
+def add_tensor(digest: Any, name: str, tensor: torch.Tensor) -> None:
+    """Update a digest of `hashlib` with the name, the shape and a sample of the values of a tensor."""
+    values = tensor.detach().flatten()
+    probe = values[:: max(1, values.numel() // _TENSOR_PROBE)][:_TENSOR_PROBE].float().cpu()
+    digest.update(f"{name}{tuple(tensor.shape)}".encode())
+    digest.update(probe.numpy().tobytes())

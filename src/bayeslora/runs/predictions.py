@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from torch import Tensor
@@ -22,6 +22,9 @@ class PredictedRow:
         expected_entropy: aleatoric part of the entropy, in nats; None for regression.
         mutual_information: epistemic part of the entropy, in nats; None for regression.
         std: standard deviation over the samples, for regression; None for classes.
+        set: names of the labels in the conformal set, with a coverage; None otherwise.
+        interval: lower and upper bound for regression, with a coverage; a missing bound is None.
+        ask_a_human: whether a person should decide, with a risk; None otherwise.
     """
 
     label: str | float
@@ -30,10 +33,34 @@ class PredictedRow:
     expected_entropy: float | None = None
     mutual_information: float | None = None
     std: float | None = None
+    set: list[str] | None = None
+    interval: list[float | None] | None = None
+    ask_a_human: bool | None = None
 
     def to_dict(self) -> dict[str, Any]:
-        """Return the fields that `bayeslora predict` writes; `std` for regression only."""
-        return {name: value for name, value in vars(self).items() if name != "std" or value is not None}
+        """Return the fields that `bayeslora predict` writes; those from `std` on only where they have a value."""
+        optional = ("std", "set", "interval", "ask_a_human")
+        return {name: value for name, value in vars(self).items() if name not in optional or value is not None}
+
+
+@dataclass
+class Decisions:
+    """Decisions for n rows; an empty list where none were asked for.
+
+    Attributes:
+        sets: names of the labels in the conformal set of each row.
+        intervals: lower and upper bound of each row; None for an infinite one.
+        ask_a_human: whether a person should decide each row.
+    """
+
+    sets: list[list[str]] = field(default_factory=list)
+    intervals: list[list[float | None]] = field(default_factory=list)
+    ask_a_human: list[bool] = field(default_factory=list)
+
+    def of(self, row: int) -> dict[str, Any]:
+        """Return the fields of a `PredictedRow` that these decisions give."""
+        columns: dict[str, list[Any]] = {"set": self.sets, "interval": self.intervals, "ask_a_human": self.ask_a_human}
+        return {name: values[row] for name, values in columns.items() if values}
 
 
 class Predictions(Sequence[PredictedRow]):
@@ -42,10 +69,11 @@ class Predictions(Sequence[PredictedRow]):
     Attributes:
         prediction: the underlying tensors, for calibration, conformal sets and metrics.
         labels: (n) names of the most probable classes; values for regression.
+        decisions: conformal sets and rows that a person should decide, as far as they were asked for.
     """
 
-    def __init__(self, prediction: Prediction, names: Sequence[str]) -> None:
-        self.prediction = prediction
+    def __init__(self, prediction: Prediction, names: Sequence[str], decisions: Decisions | None = None) -> None:
+        self.prediction, self.decisions = prediction, decisions or Decisions()
         self._regression = prediction.probabilities.shape[1] == 0
         found = prediction.labels.tolist()
         self.labels: list[str] | list[float] = found if self._regression else [names[index] for index in found]
@@ -76,15 +104,16 @@ class Predictions(Sequence[PredictedRow]):
     def __getitem__(self, row: Any) -> Any:
         if isinstance(row, slice):
             return [self[number] for number in range(*row.indices(len(self)))]
-        label, prediction = self.labels[row], self.prediction
+        label, prediction, decided = self.labels[row], self.prediction, self.decisions.of(row)
         if self._regression:
-            return PredictedRow(label, std=float(prediction.std[row]))
+            return PredictedRow(label, std=float(prediction.std[row]), **decided)
         return PredictedRow(
             label,
             prediction.probabilities[row].tolist(),
             float(prediction.entropy[row]),
             float(prediction.expected_entropy[row]),
             float(prediction.mutual_information[row]),
+            **decided,
         )
 
     def __iter__(self) -> Iterator[PredictedRow]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -18,7 +18,7 @@ from bayeslora.data.encode import collated
 from bayeslora.data.few_shot import few_shot_pool
 from bayeslora.data.labels import Kind
 from bayeslora.data.tables import EXTENSIONS
-from bayeslora.data.tasks import load_choices
+from bayeslora.data.tasks import Source, load_choices
 from bayeslora.errors import BayesLoraError
 from bayeslora.evaluation.multiple_choice import choice_scoring, encode_pairs, encode_prompts, is_multiple_choice
 from bayeslora.runs.info import Head, RunInfo
@@ -76,11 +76,7 @@ def rows_to_predict(inputs: Any, info: RunInfo, text_columns: list[str] | None =
     Raises:
         BayesLoraError: there are 0 rows, a column is missing, or a value has the wrong type.
     """
-    if info.kind == "generation":
-        raise BayesLoraError(
-            "the run is a language model without labels, but predict needs a classifier: "
-            "use bayeslora.generate(run.predictor, …)"
-        )
+    _check_labels(info)
     if not isinstance(inputs, Path):
         inputs = _records(inputs, info)
     if info.kind == "multiple_choice":
@@ -90,16 +86,34 @@ def rows_to_predict(inputs: Any, info: RunInfo, text_columns: list[str] | None =
 
 
 def labelled_rows(
-    info: RunInfo, file: str | Path, text_columns: list[str] | None = None, label_column: str | None = None
+    info: RunInfo, file: Source, text_columns: list[str] | None = None, label_column: str | None = None
 ) -> Task:
-    """Read the rows of a file as the split `validation`; labels become the ids of the run."""
+    """Read the rows of a file, or in memory, as the split `validation`; labels become the ids of the run."""
+    _check_labels(info)
     if info.kind == "multiple_choice":
-        return _choices(Path(file), info, answers=True)
+        return _choices(Path(file) if isinstance(file, str) else file, info, answers=True)
     columns = _checked_columns(text_columns, info)
     # `load_files` needs training data too; with the class names given, it learns nothing from them.
     label = label_column or info.label_column
     kind: Kind = "regression" if info.kind == "regression" else "classification"
     return load_files(file, file, columns, label, labels=info.labels or None, kind=kind)
+
+
+def check_not_training(info: RunInfo, source: str, split: str) -> None:
+    """Raise if rows are those that the run was trained on: its file, or a split for training.
+
+    Args:
+        info: of the run.
+        source: where the rows come from, perhaps a file.
+        split: of a task.
+    """
+    file = Path(info.files.get("train_file", ""))
+    same_file = file.is_file() and Path(source).is_file() and file.samefile(source)
+    if same_file or split.startswith("train"):
+        raise BayesLoraError(
+            f"the rows are those of {source if same_file else split}, but the run was trained on them: calibrate on "
+            "rows that it has not seen"
+        )
 
 
 def training_batches(
@@ -156,7 +170,15 @@ def outside_rows(info: RunInfo, task: Task, file: Path | None, text_columns: lis
     return OutsideRows(str(file), load_texts(file, columns), replace(task, text_columns=tuple(columns)), [])
 
 
-def _choices(source: Path | list[Mapping[str, Any]], info: RunInfo, *, answers: bool = False) -> Task:
+def _check_labels(info: RunInfo) -> None:
+    if info.kind == "generation":
+        raise BayesLoraError(
+            "the run is a language model without labels, but predict needs a classifier: "
+            "use bayeslora.generate(run.predictor, …)"
+        )
+
+
+def _choices(source: Path | Sequence[Mapping[str, Any]], info: RunInfo, *, answers: bool = False) -> Task:
     """Read multiple-choice rows as the split `validation` of a task, with the splits for few-shot examples."""
     rows = load_choices(source, task_name=info.task_name, answers=answers)
     most = max(len(choices) for choices in rows["choices"])

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import os
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ from safetensors import SafetensorError, safe_open
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 
+from bayeslora.data.tasks import LABEL, Task
 from bayeslora.errors import BayesLoraError
 from bayeslora.evaluation import predict_dataset
 from bayeslora.export.container import looks_packed
@@ -37,11 +39,12 @@ from bayeslora.runs.base import (
     resolve_model,
     tokenizer_digest,
 )
+from bayeslora.runs.decisions import Calibration, calibrated, model_digest
 from bayeslora.runs.info import RUN_FILE, RunInfo, RunKind
 from bayeslora.runs.plain import ADAPTER_FILE, CONFIG_FILE, adapter_config, plain_info
 from bayeslora.runs.predictions import Predictions
 from bayeslora.runs.record import METRICS_FILE, RunRecord, read_run
-from bayeslora.runs.rows import EVALUATION, encode_for, rows_to_predict
+from bayeslora.runs.rows import EVALUATION, check_not_training, encode_for, labelled_rows, rows_to_predict
 
 
 @dataclass(frozen=True, repr=False)
@@ -113,23 +116,47 @@ class Run:
         return with_posterior(self.model, self.folder)
 
     @quiet_loading()
-    def predict(self, inputs: Any, samples: int = 0, seed: int = 0, batch_size: int = 64) -> Predictions:
-        """Predict labels and their uncertainty.
+    def predict(
+        self,
+        inputs: Any,
+        samples: int | None = None,
+        seed: int | None = None,
+        batch_size: int = 64,
+        *,
+        coverage: float | None = None,
+        risk: float | None = None,
+        delta: float | None = None,
+    ) -> Predictions:
+        """Predict labels and their uncertainty, and decide with them.
 
         Args:
             inputs: a text, a pair (a tuple of two strings) or a row (a dict); an iterable of them, such as a list or
                 a `datasets.Dataset`; or the `pathlib.Path` of a data file. Rows have the columns of the training,
                 `question` and `choices` for multiple choice; other columns are ignored.
-            samples: Monte-Carlo samples of the weights; 0 uses their mean.
-            seed: for the samples.
+            samples: Monte-Carlo samples of the weights; 0 uses their mean. By default 0, or with a coverage or a risk
+                the number that `calibrate` used.
+            seed: for the samples; by default 0, or that of `calibrate`.
             batch_size: rows per batch; the result does not depend on it.
+            coverage: add the set of labels (or interval) that contains the right one with this probability.
+            risk: add whether to `ask_a_human`, so that at most this share of the other labels is wrong.
+            delta: probability that the risk is exceeded, see `RiskControl`; .05 by default.
 
         Raises:
-            BayesLoraError: there are 0 rows, a row does not fit, or the model is deterministic and `samples` > 0.
+            BayesLoraError: there are 0 rows, a row does not fit, the model is deterministic and `samples` > 0; or a
+                coverage or risk without `calibrate` with these samples.
         """
+        calibration = None
+        if coverage is not None or risk is not None:
+            calibration = Calibration.load(self.folder)
+            samples, seed = calibration.check(self.folder, samples, seed)
+            calibration.check_model(self.folder, self.model)
         task = rows_to_predict(inputs, self.info)
         data = encode_for(task.splits[EVALUATION], task, self.tokenizer, self.info)
-        return self.predict_encoded(data, samples, seed, batch_size)
+        found = self.predict_encoded(data, samples or 0, seed or 0, batch_size)
+        if calibration is None:
+            return found
+        decisions = calibration.decide(found.prediction, coverage, risk, delta)
+        return Predictions(found.prediction, self.labels, decisions)
 
     def predict_encoded(self, data: Any, samples: int = 0, seed: int = 0, batch_size: int = 64) -> Predictions:
         """Predict like `predict` for rows that `runs.rows.encode_for` has tokenized."""
@@ -137,6 +164,55 @@ class Run:
         check_samples(predictor, samples)
         prediction: Prediction = predict_dataset(predictor, data, self.tokenizer, batch_size, samples, seed)
         return Predictions(prediction, self.labels)
+
+    @quiet_loading()
+    def calibrate(
+        self,
+        rows: str | os.PathLike[str] | Iterable[Mapping[str, Any]],
+        samples: int = 0,
+        seed: int = 0,
+        batch_size: int = 64,
+        *,
+        score: str | None = None,
+        by_class: bool = False,
+        save: bool = True,
+    ) -> Calibration:
+        """Calibrate conformal sets and the risk on labelled rows, for `predict` with a coverage or a risk.
+
+        Args:
+            rows: a data file, or rows (dicts), with the columns of the training. The run must not be trained on them.
+            samples, seed: of the predictions; `predict` then uses the same.
+            batch_size: rows per batch.
+            score: `lac` (the default) or `aps`, see `ConformalSets`; for a regression `residual` (the default) or
+                `scaled`, see `ConformalIntervals`.
+            by_class: give each class the coverage.
+            save: write `conformal.json` into the run's folder, in place of an earlier one.
+
+        Raises:
+            BayesLoraError: the rows are those of the training or do not fit, or the model is deterministic and
+                `samples` > 0.
+        """
+        given: str | Path | list[dict[str, Any]]
+        given = Path(rows) if isinstance(rows, (str, os.PathLike)) else [dict(row) for row in rows]
+        task = labelled_rows(self.info, given)
+        source = str(given) if isinstance(given, Path) else f"{len(given)} rows"
+        options = {"score": score, "by_class": by_class, "source": source}
+        return self.calibrate_split(task, EVALUATION, samples, seed, batch_size, save=save, **options)
+
+    def calibrate_split(
+        self, task: Task, split: str, samples: int, seed: int, batch_size: int, *, save: bool = True, **options: Any
+    ) -> Calibration:
+        """Calibrate like `calibrate` on a split of a task; `options` are those of `decisions.calibrated`."""
+        check_not_training(self.info, options["source"], split)
+        check_samples(self.predictor, samples)
+        data = encode_for(task.splits[split], task, self.tokenizer, self.info)
+        found = self.predict_encoded(data, samples, seed, batch_size).prediction
+        fingerprint = model_digest(self.model, self.folder)
+        settings = {"samples": samples, "seed": seed, "fingerprint": fingerprint, **options}
+        calibration = calibrated(found, list(data[LABEL]), self.info, **settings)
+        if save:
+            calibration.save(self.folder)
+        return calibration
 
 
 @quiet_loading()

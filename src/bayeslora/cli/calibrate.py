@@ -1,0 +1,89 @@
+"""`bayeslora calibrate OUT`: prepare conformal sets and the risk of `predict` on labelled rows."""
+
+from __future__ import annotations
+
+import json
+import math
+import warnings
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from bayeslora.cli.evaluate import rows_to_score
+from bayeslora.cli.progress import disable_progress_bars
+from bayeslora.files import finite
+from bayeslora.posthoc import ConformalSets
+from bayeslora.posthoc.conformal import conformal_quantile
+from bayeslora.runs.decisions import CALIBRATION_FILE, Calibration
+from bayeslora.runs.info import RunInfo
+from bayeslora.runs.rows import check_not_training
+from bayeslora.runs.run import load
+
+COVERAGES = (0.8, 0.9, 0.95)
+RISKS = (0.01, 0.05, 0.1)
+
+
+def run(given: dict[str, Any]) -> int:
+    """Run the command with the options `given` on the command line."""
+    folder = Path(given["folder"])
+    info = RunInfo.load(folder)
+    task, split = rows_to_score(given, info)
+    source = str(given.get("eval_file", f"{task.name}, {split}"))
+    check_not_training(info, source, split)
+    disable_progress_bars()
+    calibration = load(folder, given.get("model")).calibrate_split(
+        task,
+        split,
+        given.get("samples", 0),
+        given.get("seed", 0),
+        given.get("batch_size", 64),
+        source=source,
+        score=given.get("score"),
+        by_class=given.get("by_class", False),
+    )
+    found = described(calibration)
+    if given.get("json"):
+        print(json.dumps(finite({"folder": str(folder), **found}), indent=2, ensure_ascii=False))
+        return 0
+    drawn = f", {calibration.samples} samples" if calibration.samples else ""
+    print(f"{folder / CALIBRATION_FILE}: {calibration.rows} rows of {source}{drawn}, score {calibration.score}")
+    for row in found["coverage"]:
+        print(f"  --coverage {row['coverage']:<5g} {_limit(row)}")
+    for row in found.get("risk", []):
+        print(f"  --risk {row['risk']:<9g} answers {row['answered']:.1%} of these rows")
+    return 0
+
+
+def described(calibration: Calibration) -> dict[str, Any]:
+    """Return what usual levels of coverage and risk mean for the calibration rows, as `--json` prints it."""
+    sets = calibration.sets
+    found: dict[str, Any] = {
+        name: getattr(calibration, name) for name in ("rows", "source", "samples", "seed", "score")
+    }
+    if isinstance(sets, ConformalSets):
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            limits = {coverage: sets.thresholds(coverage) for coverage in COVERAGES}
+        found["coverage"] = [
+            {"coverage": coverage, "limit": float(np.max(limit)), "labels": _always(limit, calibration.labels)}
+            for coverage, limit in limits.items()
+        ]
+    else:
+        quantiles = {coverage: conformal_quantile(sets.scores, coverage) for coverage in COVERAGES}
+        found["coverage"] = [{"coverage": coverage, "limit": limit} for coverage, limit in quantiles.items()]
+    if calibration.risk is not None:
+        found["risk"] = [{"risk": risk, "answered": calibration.threshold(risk).coverage} for risk in RISKS]
+    return found
+
+
+def _always(limits: Any, labels: list[str]) -> list[str]:
+    return [name for name, limit in zip(labels, limits, strict=True) if math.isinf(limit)]
+
+
+def _limit(row: dict[str, Any]) -> str:
+    if row.get("labels"):
+        return f"too few rows: {', '.join(row['labels'])} in every set"
+    if math.isinf(row["limit"]):
+        return "too few rows: no bounds"
+    return f"score up to {row['limit']:.4g}"

@@ -1,0 +1,239 @@
+"""Calibrated decisions of a run: `conformal.json` in its folder, sets of labels, and rows that a person should decide.
+
+The file holds the scores of the calibration rows, so that any coverage and any risk can be asked for later. They are
+those of one model, one number of samples and one seed, which the file names: other predictions have other scores.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from torch import Tensor, nn
+
+from bayeslora.errors import BayesLoraError
+from bayeslora.files import save_json, write_atomically
+from bayeslora.posterior import POSTERIOR_FILE
+from bayeslora.posthoc.conformal import ConformalIntervals, ConformalSets
+from bayeslora.posthoc.risk import RiskControl, Threshold
+from bayeslora.prediction import Prediction
+from bayeslora.runs.base import add_tensor
+from bayeslora.runs.info import RunInfo
+from bayeslora.runs.predictions import Decisions
+
+CALIBRATION_FILE = "conformal.json"
+_VERSION = 1
+_OF_CLASSES, _OF_NUMBERS = ("lac", "aps"), ("residual", "scaled")
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """Scores of labelled rows that a run was not trained on.
+
+    Attributes:
+        sets: of a classifier's labels, or intervals of a regression.
+        risk: for `ask_a_human`; None for a regression.
+        labels: class names by id; empty for a regression.
+        samples, seed: of the predictions.
+        source: the file or split of the rows.
+        fingerprint: digest of the model.
+    """
+
+    sets: ConformalSets | ConformalIntervals
+    risk: RiskControl | None
+    labels: list[str]
+    samples: int
+    seed: int
+    source: str
+    fingerprint: str
+
+    @property
+    def rows(self) -> int:
+        """Number of calibration rows."""
+        return self.sets.rows
+
+    @property
+    def score(self) -> str:
+        """`lac` or `aps`; for a regression `residual` or `scaled`."""
+        if isinstance(self.sets, ConformalSets):
+            return self.sets.score
+        return _OF_NUMBERS[self.sets.scaled]
+
+    def check(self, folder: Path, samples: int | None, seed: int | None) -> tuple[int, int]:
+        """Return the number of samples and the seed of the calibration; raise if others are given."""
+        for name, given, own in (("samples", samples, self.samples), ("seed", seed, self.seed)):
+            if given not in (None, own) and (name == "samples" or self.samples):
+                raise BayesLoraError(
+                    f"{name} is {given}, but {folder / CALIBRATION_FILE} was made with {own}: leave it out, or "
+                    "calibrate again"
+                )
+        return self.samples, self.seed
+
+    def check_model(self, folder: Path, model: nn.Module) -> None:
+        """Raise if the model is not the one that was calibrated."""
+        found = model_digest(model, folder)
+        if found != self.fingerprint:
+            raise BayesLoraError(
+                f"{folder / CALIBRATION_FILE} was made for the model {self.fingerprint}, but the model is {found}: "
+                "calibrate again"
+            )
+
+    def threshold(self, risk: float, delta: float | None = None) -> Threshold:
+        """Return the confidence above which rows are answered so that at most a share `risk` of answers is wrong.
+
+        Raises:
+            BayesLoraError: the run is a regression, or a number is not between 0 and 1.
+        """
+        return self._controlled(delta).threshold(risk)
+
+    def decide(
+        self,
+        prediction: Prediction,
+        coverage: float | None = None,
+        risk: float | None = None,
+        delta: float | None = None,
+    ) -> Decisions:
+        """Return the sets or intervals at a coverage, and the rows that a person should decide at a risk.
+
+        Args:
+            prediction: of the calibrated model with the calibration's samples and seed.
+            coverage: share of the sets that contain the right label; None for no sets.
+            risk: maximum share of wrong answers; None to mark no rows.
+            delta: probability that the risk is exceeded, see `RiskControl`; .05 by default.
+
+        Raises:
+            BayesLoraError: a risk for a regression, or numbers that are not between 0 and 1.
+        """
+        found = Decisions()
+        if coverage is not None and isinstance(self.sets, ConformalSets):
+            chosen = self.sets.sets(prediction, coverage).tolist()
+            found.sets = [[name for name, inside in zip(self.labels, row, strict=True) if inside] for row in chosen]
+        elif coverage is not None:
+            bounds = self.sets.intervals(prediction, coverage).tolist()  # type: ignore[union-attr]
+            found.intervals = [[end if math.isfinite(end) else None for end in row] for row in bounds]
+        if risk is not None:
+            found.ask_a_human = self._controlled(delta).ask_a_human(prediction, risk).tolist()
+        return found
+
+    def _controlled(self, delta: float | None) -> RiskControl:
+        if self.risk is None:
+            raise BayesLoraError("a risk is given, but the run predicts numbers: give a coverage for intervals")
+        if delta is None:
+            return self.risk
+        other = RiskControl(delta=delta)
+        other.confidence, other.wrong = self.risk.confidence, self.risk.wrong
+        return other
+
+    def save(self, folder: Path) -> Path:
+        """Write `conformal.json` in one step, in place of an earlier one."""
+        content: dict[str, Any] = {
+            "version": _VERSION,
+            "rows": self.rows,
+            "source": self.source,
+            "samples": self.samples,
+            "seed": self.seed,
+            "fingerprint": self.fingerprint,
+            "score": self.score,
+        }
+        if isinstance(self.sets, ConformalSets):
+            assert self.risk is not None
+            content |= {
+                "by_class": self.sets.by_class,
+                "labels": self.labels,
+                "scores": [of_class.tolist() for of_class in self.sets.scores],
+                "confidence": self.risk.confidence.tolist(),
+                "wrong": self.risk.wrong.astype(int).tolist(),
+            }
+        else:
+            content["scores"] = self.sets.scores.tolist()
+        path = folder / CALIBRATION_FILE
+        with write_atomically(path) as partial:
+            save_json(partial, content)
+        return path
+
+    @classmethod
+    def load(cls, folder: Path) -> Calibration:
+        """Read `conformal.json`.
+
+        Raises:
+            BayesLoraError: the file is missing or damaged, or a newer version wrote it.
+        """
+        path = folder / CALIBRATION_FILE
+        if not path.is_file():
+            raise BayesLoraError(
+                f"{folder} lacks {CALIBRATION_FILE}, but a coverage or risk needs it: run "
+                f"`bayeslora calibrate {folder}` first"
+            )
+        try:
+            content = json.loads(path.read_text(encoding="utf-8"))
+            if content["version"] > _VERSION:
+                raise BayesLoraError(f"{path} is of a newer version of bayeslora, but must be of this one: update it")
+            return cls._read(content)
+        except BayesLoraError:
+            raise
+        except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
+            raise BayesLoraError(
+                f"{path} is damaged ({type(error).__name__}): run `bayeslora calibrate` again"
+            ) from error
+
+    @classmethod
+    def _read(cls, content: dict[str, Any]) -> Calibration:
+        shared = {name: content[name] for name in ("samples", "seed", "source", "fingerprint")}
+        if content["score"] in _OF_NUMBERS:
+            intervals = ConformalIntervals(scaled=content["score"] == "scaled")
+            intervals.scores = np.asarray(content["scores"], dtype=np.float64)
+            return cls(intervals, None, [], **shared)
+        sets = ConformalSets(content["score"], by_class=content["by_class"], seed=content["seed"])
+        sets.scores = [np.asarray(scores, dtype=np.float64) for scores in content["scores"]]
+        risk = RiskControl()
+        risk.confidence = np.asarray(content["confidence"], dtype=np.float64)
+        risk.wrong = np.asarray(content["wrong"], dtype=bool)
+        if not len(risk.confidence) == len(risk.wrong) == sets.rows or len(sets.scores) != len(content["labels"]):
+            raise ValueError("lists of different lengths")
+        return cls(sets, risk, content["labels"], **shared)
+
+
+def calibrated(
+    prediction: Prediction,
+    truth: Sequence[float],
+    info: RunInfo,
+    *,
+    score: str | None = None,
+    by_class: bool = False,
+    **settings: Any,
+) -> Calibration:
+    """Return the `Calibration` from predictions of labelled rows; `settings` are its other fields.
+
+    Raises:
+        BayesLoraError: the score or `by_class` is not for this kind of run.
+    """
+    numbers = info.kind == "regression"
+    known = _OF_NUMBERS if numbers else _OF_CLASSES
+    if score is not None and score not in known:
+        raise BayesLoraError(f"score is {score}, but must be {' or '.join(known)} for this run: give one of these")
+    if numbers:
+        if by_class:
+            raise BayesLoraError("by_class is given, but the run predicts numbers: leave it out")
+        return Calibration(ConformalIntervals(scaled=score == "scaled").fit(prediction, truth), None, [], **settings)
+    sets = ConformalSets("aps" if score == "aps" else "lac", by_class=by_class, seed=settings["seed"])
+    return Calibration(
+        sets.fit(prediction, truth), RiskControl().fit(prediction, truth), list(info.labels), **settings
+    )
+
+
+def model_digest(model: nn.Module, folder: Path) -> str:
+    """Return a digest of the tensors that a loaded model computes with, and of the posterior in its folder."""
+    digest = hashlib.sha256()
+    for name, value in sorted(model.state_dict().items()):
+        # PEFT keeps the head that a trained one replaces, with new random values each time it is loaded.
+        if isinstance(value, Tensor) and ".original_module." not in name:
+            add_tensor(digest, name, value)
+    if (folder / POSTERIOR_FILE).is_file():
+        digest.update((folder / POSTERIOR_FILE).read_bytes())
+    return digest.hexdigest()[:16]
