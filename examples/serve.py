@@ -5,9 +5,9 @@
     curl -s localhost:8000/health
 
 RUN is an output folder of `bayeslora train` on a classification task. For a task on pairs, each text is a list of two
-strings. `ask_a_human` is true if the confidence is below a threshold. The threshold is chosen on labelled rows so that
-the error rate among the answered rows is at most --risk. These are the run's evaluation rows, or the rows in the file
---calibration.
+strings. `ask_a_human` is true if the confidence is not above a threshold. The threshold is chosen on labelled rows so
+that, with a probability of 95%, at most a share --risk of the answers is wrong (`bayeslora.RiskControl`). The rows are
+those in the file --calibration, those of `bayeslora calibrate RUN`, or the run's evaluation rows.
 
 One thread runs the model. Requests that arrive in the meantime wait, and then share one batch. The answer for a text
 does not depend on the other texts, because all requests use the same draws of the weights (--seed). Needs
@@ -36,8 +36,9 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 
 import bayeslora
 from bayeslora.data import load_files, load_task
-from bayeslora.evaluation.uncertainty import risk_coverage_curve
+from bayeslora.posthoc.risk import RiskControl, Threshold
 from bayeslora.prediction import Prediction, check_samples
+from bayeslora.runs.decisions import CALIBRATION_FILE, Calibration
 
 Row = tuple[str, ...]
 """A text, or a pair of texts."""
@@ -55,16 +56,6 @@ class Limits:
     batch: int = 32
 
 
-@dataclass(frozen=True)
-class Threshold:
-    """The minimum confidence for an answer; a share `coverage` of the rows has it, with error rate `risk`."""
-
-    confidence: float
-    coverage: float
-    risk: float
-    rows: int
-
-
 class Question(BaseModel):  # the body of a request
     model_config = ConfigDict(extra="forbid", strict=True)
     texts: list[str | tuple[str, str]]
@@ -75,6 +66,7 @@ class Classifier:
 
     def __init__(self, run: Path, samples: int = 0, seed: int = 0, base: str | None = None) -> None:
         loaded = bayeslora.load(run, base)
+        self.folder = loaded.folder
         self.model, self.tokenizer, self.info = loaded.model, loaded.tokenizer, loaded.info
         if self.info.kind != "classification":
             raise bayeslora.BayesLoraError(f"{run} is a run on {self.info.kind}: serve one on classification")
@@ -89,7 +81,7 @@ class Classifier:
         return bayeslora.predict(self.predictor, dict(batch), self.samples, self.seed)
 
     def answers(self, rows: Sequence[Row], least: float) -> list[dict[str, Any]]:
-        """Return the answer for each row; a person should decide those with a confidence below `least`."""
+        """Return the answer for each row; a person should decide those whose confidence is not above `least`."""
         prediction = self(rows)
         confidence, chosen = prediction.probabilities.max(dim=1)
         return [
@@ -98,14 +90,22 @@ class Classifier:
                 "probability": float(confidence[row]),
                 "entropy": float(prediction.entropy[row]),
                 "mutual_information": float(prediction.mutual_information[row]),
-                "ask_a_human": float(confidence[row]) < least,
+                "ask_a_human": float(confidence[row]) <= least,
             }
             for row in range(len(rows))
         ]
 
     def threshold(self, file: Path | None, risk: float, most: int) -> Threshold:
-        """Return the threshold from at most `most` labelled rows of a file, or of the run's evaluation rows."""
+        """Return the threshold from at most `most` labelled rows of a file or of the run's evaluation rows.
+
+        Without a file, the rows of `bayeslora calibrate` come first, all of them.
+        """
         info = self.info
+        if file is None and (self.folder / CALIBRATION_FILE).is_file():
+            calibration = Calibration.load(self.folder)
+            calibration.check(self.folder, self.samples, self.seed)
+            calibration.check_model(self.folder, self.model)
+            return calibration.threshold(risk)
         if file is None and info.task_name is not None:
             task = load_task(info.task_name, info.data_dir)
         else:
@@ -115,22 +115,7 @@ class Classifier:
         split = task.eval_split.select(np.linspace(0, n - 1, min(most, n)).astype(int))
         rows = list(zip(*(split[name] for name in task.text_columns), strict=True))
         probabilities = np.concatenate([self(rows[i : i + 32]).probabilities.numpy() for i in range(0, len(rows), 32)])
-        wrong = probabilities.argmax(axis=1) != np.asarray(split["label"])
-        return choose_threshold(probabilities.max(axis=1), wrong, risk)
-
-
-def choose_threshold(confidence: np.ndarray, wrong: np.ndarray, risk: float) -> Threshold:
-    """Return the threshold that answers the most rows with an error rate of at most `risk` among them."""
-    n = len(confidence)
-    ranked = np.sort(confidence)[::-1]
-    risks = np.asarray(risk_coverage_curve(1 - confidence, wrong, points=n)["risk"])
-    # A threshold cannot separate rows of equal confidence.
-    can_cut = np.append(ranked[:-1] > ranked[1:], True)
-    allowed = np.flatnonzero(can_cut & (risks <= risk + 1e-12))
-    if not len(allowed):
-        return Threshold(2.0, 0.0, 0.0, n)  # more than any confidence
-    last = int(allowed[-1])
-    return Threshold(float(ranked[last]), (last + 1) / n, float(risks[last]), n)
+        return RiskControl(risk).fit(probabilities, list(split["label"])).threshold()
 
 
 class Batcher:
@@ -240,8 +225,10 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--port", type=int, default=8000)
     parser.add_argument("--samples", type=int, default=0, help="draws of the weights; 0 is their mean")
     parser.add_argument("--seed", type=int, default=0, help="seed of the draws")
-    parser.add_argument("--risk", type=float, default=0.05, help="maximum error rate on answered rows")
-    parser.add_argument("--calibration", type=Path, help="file of labelled rows (default: the run's evaluation rows)")
+    parser.add_argument(
+        "--risk", type=float, default=0.05, help="maximum share of wrong answers, with probability 95%%"
+    )
+    parser.add_argument("--calibration", type=Path, help="labelled rows (default: conformal.json, or evaluation rows)")
     parser.add_argument("--calibration-rows", type=int, default=500, help="use at most this many of them")
     for name, value in vars(Limits()).items():
         parser.add_argument(f"--max-{name.replace('_', '-')}", type=type(value), default=value, dest=name)

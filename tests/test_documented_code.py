@@ -86,6 +86,25 @@ def language_model(config: type = bayeslora.MeLoraConfig, **options: Any) -> Pef
     return get_peft_model(build_tiny_llama(), config(**settings))
 
 
+@given("docs/decisions.md")
+def _(names: Names) -> None:
+    trained(Path("out"), tiny_bert_in("base"), tickets(24, 0))
+    write_jsonl(Path("held_out.jsonl"), tickets(24, 1))
+    names["texts"] = [row["text"] for row in tickets(4, 2)]
+
+
+@given("docs/decisions.md", 1)
+def _(names: Names) -> None:
+    held_out = batches(40)
+    labels = torch.cat([batch["labels"] for batch in held_out])
+    names.update(model=classifier(), held_out=held_out, held_out_labels=labels, batch=batches(1)[0])
+
+
+@given("docs/decisions.md", 3)
+def _(names: Names) -> None:
+    names["unlabelled"] = batches(2)
+
+
 @given("docs/dylora.md", 1)
 def _(names: Names) -> None:
     model = get_peft_model(build_tiny_bert(), names["config"])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import shutil
 import sys
 import threading
 import time
@@ -16,7 +17,7 @@ import numpy as np
 import pytest
 
 import bayeslora
-from tests.cli.conftest import review_rows
+from tests.cli.conftest import review_rows, write_jsonl
 from tests.examples.finished_run import make_run
 
 pytest.importorskip("fastapi")
@@ -62,7 +63,7 @@ def test_each_answer_is_what_predict_says_about_the_text_alone(client: Any, run:
     assert [reply.status_code for reply in replies] == [200] * 6
     answers = [answer for reply in replies for answer in reply.json()["predictions"]]
     assert len(answers) == len(texts)
-    least = client.get("/health").json()["threshold"]["confidence"]
+    threshold = client.get("/health").json()["threshold"]["confidence"]
     for text, answer in zip(texts, answers, strict=True):
         batch = tokenizer([text], truncation=True, max_length=16, return_tensors="pt")
         expected = bayeslora.predict(model, dict(batch), samples=SAMPLES, seed=SEED)
@@ -70,7 +71,7 @@ def test_each_answer_is_what_predict_says_about_the_text_alone(client: Any, run:
         assert answer["probability"] == pytest.approx(float(expected.probabilities.max()), abs=1e-5)
         assert answer["entropy"] == pytest.approx(float(expected.entropy[0]), abs=1e-5)
         assert answer["mutual_information"] == pytest.approx(float(expected.mutual_information[0]), abs=1e-5)
-        assert answer["ask_a_human"] == (answer["probability"] < least)
+        assert answer["ask_a_human"] == (answer["probability"] <= threshold)
     assert max(answer["mutual_information"] for answer in answers) > 1e-3
 
 
@@ -121,32 +122,51 @@ def test_pairs_are_lists_of_two(tmp_path: Path, tiny_bert_folder: Path) -> None:
         assert client.post("/predict", json={"texts": ["alone"]}).status_code == 422
 
 
-@pytest.mark.parametrize(
-    ("risk", "answered", "found"), [(0.0, 2, 0.0), (0.2, 2, 0.0), (0.25, 4, 0.25), (0.4, 5, 0.4), (1.0, 5, 0.4)]
-)
-def test_the_threshold_answers_the_most_rows_at_the_risk(risk: float, answered: int, found: float) -> None:
-    """From the surest down: right, right, then a tie of one right and one wrong, then wrong."""
-    confidence = np.array([0.7, 0.99, 0.6, 0.9, 0.7])
-    wrong = np.array([True, False, True, False, False])
-    chosen = serve.choose_threshold(confidence, wrong, risk)
-    assert (confidence >= chosen.confidence).sum() == answered
-    assert chosen.coverage == pytest.approx(answered / 5) and chosen.risk == pytest.approx(found)
+def own_answers(run: Path, tmp_path: Path, count: int) -> Path:
+    """Rows with the run's own answers as labels, but for every tenth of the least confident half."""
+    texts = [str(row["text"]) for row in review_rows(count, seed=1)]
+    found = bayeslora.load(run).predict(texts, samples=SAMPLES, seed=SEED)
+    confidence = found.probabilities.max(dim=1).values
+    unsure = confidence < confidence.median()
+    rows = [
+        {"text": text, "label": {"bad": "good", "good": "bad"}[label] if low and index % 3 == 0 else label}
+        for index, (text, label, low) in enumerate(zip(texts, found.labels, unsure.tolist(), strict=True))
+    ]
+    return write_jsonl(tmp_path / "calibration.jsonl", rows)
 
 
-def test_where_no_threshold_will_do_a_person_is_always_asked() -> None:
-    chosen = serve.choose_threshold(np.array([1.0, 0.8]), np.array([True, False]), 0.3)
-    assert chosen.confidence > 1 and chosen.coverage == 0
-
-
-def test_the_answered_calibration_rows_keep_the_risk(run: Path) -> None:
+def test_the_threshold_is_that_of_risk_control_on_the_file(run: Path, tmp_path: Path) -> None:
+    file = own_answers(run, tmp_path, 200)
     classifier = serve.Classifier(run, SAMPLES, SEED)
-    rows = review_rows(40, seed=1)
-    answers = classifier.answers([(str(row["text"]),) for row in rows], classifier.threshold(None, 0.2, 40).confidence)
-    both = list(zip(answers, rows, strict=True))
-    wrong = [answer["label"] != ["bad", "good"][int(str(row["label"]))] for answer, row in both]
-    kept = [error for error, answer in zip(wrong, answers, strict=True) if not answer["ask_a_human"]]
-    assert not kept or sum(kept) / len(kept) <= 0.2
-    assert sum(wrong) / len(wrong) > 0.2  # without the threshold it would not be kept
+    rows = [json.loads(line) for line in file.read_text().splitlines()]
+    chosen = classifier.threshold(file, 0.1, 200)
+    assert chosen.rows == 200 and 0.3 < chosen.coverage < 1 and chosen.risk <= 0.1
+    probabilities = classifier([(row["text"],) for row in rows]).probabilities.numpy()
+    labels = [["bad", "good"].index(row["label"]) for row in rows]
+    expected = bayeslora.RiskControl(0.1).fit(probabilities, labels).threshold()
+    assert chosen.confidence == pytest.approx(expected.confidence, abs=1e-6)
+    answers = classifier.answers([(row["text"],) for row in rows], chosen.confidence)
+    wrong = np.array([answer["label"] != row["label"] for answer, row in zip(answers, rows, strict=True)])
+    answered = ~np.array([answer["ask_a_human"] for answer in answers])
+    assert wrong[answered].mean() <= 0.1 < wrong.mean()  # without the threshold it would not be kept
+
+
+def test_where_no_threshold_will_do_a_person_is_always_asked(run: Path) -> None:
+    """Forty rows cannot show an error rate of 1%."""
+    classifier = serve.Classifier(run, SAMPLES, SEED)
+    chosen = classifier.threshold(None, 0.01, 100)
+    assert chosen.confidence > 1 and chosen.coverage == 0 and chosen.rows == 40
+    assert all(answer["ask_a_human"] for answer in classifier.answers([("good",), ("bad",)], chosen.confidence))
+
+
+def test_the_calibration_in_the_folder_comes_before_the_evaluation_rows(run: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    shutil.copytree(run, folder)
+    made = bayeslora.load(folder).calibrate(own_answers(run, tmp_path, 200), samples=SAMPLES, seed=SEED)
+    chosen = serve.Classifier(folder, SAMPLES, SEED).threshold(None, 0.2, 100)
+    assert chosen == made.threshold(0.2) and chosen.rows == 200
+    with pytest.raises(bayeslora.BayesLoraError, match="samples is 0, but"):
+        serve.Classifier(folder, 0, SEED).threshold(None, 0.2, 100)
 
 
 class Slow:
