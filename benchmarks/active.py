@@ -1,0 +1,165 @@
+"""Active learning: accuracy by number of labels, rows chosen by mutual information against random rows.
+
+    python benchmarks/active.py --data-dir DATA                              # every missing run, then the table
+    python benchmarks/active.py --data-dir DATA --tasks mrpc --seeds 0       # some of them
+    python benchmarks/active.py --table                                      # only the table
+
+Each run begins with 50 random labelled rows, the same for every way of choosing. It trains Me-LoRA on MiniLM-L6 from
+the start, scores it with samples of the weights, chooses rows of the pool with `bayeslora.select_rows`, adds their
+labels and repeats, until 800 rows have labels. The pool is 3,000 rows of train, drawn by the seed; steps and learning
+rate are the same in every round. One JSON file a run in benchmarks/results/active; runs whose file exists are skipped,
+and several processes share the work. Scores are of the test split.
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, get_args
+
+import numpy as np
+import torch
+from harness import Training, classifier, fine_tune, run_missing, training_arithmetic
+from records import RESULTS, TASK_TITLES, Run, markdown_table, read_runs, spread
+from transformers import set_seed
+
+import bayeslora
+from bayeslora.data import load_task
+from bayeslora.evaluation import evaluate, predict_dataset
+from bayeslora.posthoc.acquisition import SelectionScore
+
+FOLDER = RESULTS / "active"
+LABELS = (50, 100, 200, 400, 800)
+POOL, SAMPLES, SCORED = 3000, 20, 10
+TRAINING = {
+    "sst2": Training(steps=200, learning_rate=1e-3, max_length=64),
+    "mrpc": Training(steps=300, learning_rate=2e-3, max_length=96),
+}
+STRATEGIES: tuple[SelectionScore, ...] = ("mutual_information", "random")
+
+
+@dataclass(frozen=True)
+class Job:
+    """One run: a task, how rows are chosen, and the seed of the pool, the first rows, the order and the weights."""
+
+    task: str
+    strategy: SelectionScore
+    seed: int
+    data_dir: Path
+    training: Training
+    labels: tuple[int, ...] = LABELS
+    pool: int = POOL
+    samples: int = SAMPLES
+    model: str = "minilm"
+    config: dict[str, Any] = field(default_factory=lambda: {"r": 8, "lora_alpha": 16, "variance": "closed_form"})
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        names = ("labels", "pool", "samples", "model", "config")
+        return {"training": vars(self.training), **{name: getattr(self, name) for name in names}}
+
+
+def run(job: Job) -> dict[str, Any]:
+    """All rounds of one run; returns what its file holds."""
+    task = load_task(job.task, job.data_dir)
+    generator = np.random.default_rng(job.seed)
+    order = generator.permutation(len(task.train_split))[: job.pool]
+    labelled = list(range(job.labels[0]))  # of the pool, which is in random order
+    rounds, seconds = [], 0.0
+    for number, count in enumerate(job.labels):
+        set_seed(job.seed)
+        base, tokenizer, encoded = classifier(task, job.training, job.model)
+        pool = encoded["train"].select(order)
+        config = bayeslora.MeLoraConfig(target_modules=["query", "key", "value"], task_type="SEQ_CLS", **job.config)
+        model, trained = fine_tune(base, tokenizer, pool.select(labelled), config, job.training, job.seed)
+        seconds += trained["seconds"]
+        scored = encoded["test" if "test" in encoded else "validation"]
+        with training_arithmetic(model):
+            scores = evaluate(model, scored, task, tokenizer, 64, SCORED, job.seed).scores
+            rounds.append({"labels": count, "scores": scores, "chosen": sorted(int(order[row]) for row in labelled)})
+            if number + 1 == len(job.labels):
+                break
+            rest = sorted(set(range(len(pool))) - set(labelled))
+            prediction = predict_dataset(
+                model, pool.select(rest), tokenizer, 64, job.samples, job.seed, per_sample=True
+            )
+        wanted = job.labels[number + 1] - count
+        chosen = bayeslora.select_rows(prediction, wanted, job.strategy, job.seed + number)
+        labelled += [rest[row] for row in chosen]
+    return {
+        "task": job.task,
+        "method": job.strategy,
+        "seed": job.seed,
+        **job.settings,
+        "metric": task.metric,
+        "rounds": rounds,
+        "seconds": seconds,
+        "machine": trained["machine"],
+    }
+
+
+def table(runs: list[Run]) -> str:
+    """Accuracy by labels, in per cent: mean ± standard deviation over seeds, and the paired differences to random."""
+    lines = []
+    for task in dict.fromkeys(each["task"] for each in runs):
+        by_way = {way: {r["seed"]: r for r in runs if (r["task"], r["method"]) == (task, way)} for way in STRATEGIES}
+        found = {
+            way: {seed: [100 * one["scores"]["accuracy"] for one in each["rounds"]] for seed, each in seeds.items()}
+            for way, seeds in by_way.items()
+        }
+        counts = [one["labels"] for each in runs if each["task"] == task for one in each["rounds"]]
+        for number, count in enumerate(dict.fromkeys(counts)):
+            values = {
+                way: {s: row[number] for s, row in seeds.items() if number < len(row)} for way, seeds in found.items()
+            }
+            first, second = (values[way] for way in STRATEGIES)
+            differences = [first[seed] - second[seed] for seed in first if seed in second]
+            lines.append(
+                [
+                    TASK_TITLES.get(task, task),
+                    str(count),
+                    *(spread(list(values[way].values()), 1) for way in STRATEGIES),
+                    interval(differences),
+                ]
+            )
+    return markdown_table(["task", "labels", *STRATEGIES, "difference, 95% interval"], lines, left=1)
+
+
+def interval(differences: list[float]) -> str:
+    """The mean of paired differences and its 95% interval by Student's t; a dash where there are fewer than two."""
+    if len(differences) < 2:
+        return "–"
+    from scipy.stats import t
+
+    half = t.ppf(0.975, len(differences) - 1) * statistics.stdev(differences) / len(differences) ** 0.5
+    mean = statistics.fmean(differences)
+    return f"{mean:+.1f} [{mean - half:+.1f}, {mean + half:+.1f}]"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data-dir", type=Path)
+    parser.add_argument("--tasks", nargs="+", default=list(TRAINING), choices=list(TRAINING))
+    parser.add_argument("--scores", nargs="+", default=list(STRATEGIES), choices=get_args(SelectionScore))
+    parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2, 3, 4])
+    parser.add_argument("--threads", type=int)
+    parser.add_argument("--results", type=Path, default=FOLDER)
+    parser.add_argument("--table", action="store_true", help="only print the table")
+    given = parser.parse_args()
+    if given.threads:
+        torch.set_num_threads(given.threads)
+    jobs = {
+        given.results / f"{task}-{way}-{seed}.json": Job(task, way, seed, given.data_dir, TRAINING[task])
+        for seed in given.seeds
+        for task in given.tasks
+        for way in given.scores
+    }
+    if not given.table:
+        run_missing(parser, jobs, run)
+    print(table(read_runs(given.results)))
+
+
+if __name__ == "__main__":
+    main()
