@@ -46,3 +46,8 @@ VALUE_NAMES = tuple(value for _, _, value in SEPARATE_PROJECTIONS)
 
 METHOD_ENTRY_POINTS = "bayeslora.methods"
 """Group of entry points under which an installed package offers methods: name = module that registers it."""
+
+Scoring = Literal["letters", "cloze"]
+"""How a language model answers multiple choice: by the letter of a choice, or by the likelihood of its text."""
+Normalization = Literal["none", "tokens", "bytes"]
+"""What the log-likelihood of a choice is divided by: nothing, or the length of its text in this unit."""

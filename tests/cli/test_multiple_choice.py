@@ -54,14 +54,19 @@ def runs(
     tmp_path_factory: pytest.TempPathFactory, data: Path, tiny_causal_folder: Path, tiny_bert_folder: Path
 ) -> dict[str, Path]:
     folder = tmp_path_factory.mktemp("runs")
-    for name, model, method in (("letters", tiny_causal_folder, "melora"), ("choices", tiny_bert_folder, "lora")):
-        options = ["--task", "arc_easy", "--data-dir", data, "--max-steps", "6", "--learning-rate", "0.01"]
+    by_letters = ["--scoring", "letters"]
+    for name, model, method, more in (
+        ("letters", tiny_causal_folder, "melora", by_letters),
+        ("cloze", tiny_causal_folder, "melora", []),
+        ("choices", tiny_bert_folder, "lora", []),
+    ):
+        options = ["--task", "arc_easy", "--data-dir", data, "--max-steps", "6", "--learning-rate", "0.01", *more]
         command = ["train", "--method", method, "--model", model, *options, "--output-dir", folder / name]
         assert main([str(word) for word in command]) == 0
     return {path.name: path for path in folder.iterdir()}
 
 
-@pytest.mark.parametrize("head", ["letters", "choices"])
+@pytest.mark.parametrize("head", ["letters", "cloze", "choices"])
 def test_a_run_is_scored_over_the_choices(runs: dict[str, Path], head: str) -> None:
     metrics = json.loads((runs[head] / "metrics.json").read_text())
     assert metrics["labels"] == list("ABCD") and metrics["metric"] == "accuracy"
@@ -70,12 +75,12 @@ def test_a_run_is_scored_over_the_choices(runs: dict[str, Path], head: str) -> N
     info = json.loads((runs[head] / "run.json").read_text())
     assert (info["kind"], info["head"]) == ("multiple_choice", head)
     config = json.loads((runs[head] / "adapter_config.json").read_text())
-    assert config["task_type"] == ("CAUSAL_LM" if head == "letters" else None)
-    auto_class = "AutoModelForCausalLM" if head == "letters" else "AutoModelForMultipleChoice"
+    assert config["task_type"] == (None if head == "choices" else "CAUSAL_LM")
+    auto_class = "AutoModelForMultipleChoice" if head == "choices" else "AutoModelForCausalLM"
     assert f"base = {auto_class}.from_pretrained(name)\n" in (runs[head] / "README.md").read_text()
 
 
-@pytest.mark.parametrize("head", ["letters", "choices"])
+@pytest.mark.parametrize("head", ["letters", "cloze", "choices"])
 def test_evaluate_gives_the_runs_own_scores(
     runs: dict[str, Path], head: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -96,7 +101,7 @@ def test_a_run_answers_another_tasks_questions(
         assert 0 <= found["scores"]["accuracy"] <= 1
 
 
-@pytest.mark.parametrize("head", ["letters", "choices"])
+@pytest.mark.parametrize("head", ["letters", "cloze", "choices"])
 def test_predict_answers_rows_of_a_file_in_order(runs: dict[str, Path], head: str, data: Path, tmp_path: Path) -> None:
     source, target = data / "arc_easy" / "dev.jsonl", tmp_path / "answers.jsonl"
     assert main(["predict", str(runs[head]), "--input", str(source), "--output", str(target)]) == 0

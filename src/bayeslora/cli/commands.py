@@ -12,6 +12,7 @@ from typing import Any, Literal
 
 from bayeslora.errors import option
 from bayeslora.runs.plan import RunOptions, declared
+from bayeslora.vocabulary import Normalization, Scoring
 
 DESCRIPTION = "Bayesian low-rank adapters for pretrained transformers: train, judge, export."
 SelectionScore = Literal["mutual_information", "entropy", "margin", "random"]
@@ -180,6 +181,8 @@ COMMANDS = {
             Option("ood_text_column", "A[,B]", "column or columns of --ood-file (as trained)", list[str]),
             Option("output_dir", "DIR", "new folder for scores and figures; `compare` reads it"),
             _number("few_shot", "K", "examples in each prompt (as trained; 0)", least=0),
+            Option("scoring", "NAME", "language models answer by letters or cloze (as trained)", Scoring),
+            Option("normalization", "UNIT", "cloze: divide by none, tokens or bytes (as trained)", Normalization),
             _switch("json", "print JSON instead of a table"),
         ),
         _RUN,

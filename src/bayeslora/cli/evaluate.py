@@ -19,9 +19,9 @@ from bayeslora.prediction import check_samples
 from bayeslora.report import check_installed
 from bayeslora.runs.info import RUN_FILE, RunInfo
 from bayeslora.runs.record import METRICS_FILE, RunRecord, read_run
-from bayeslora.runs.rows import EVALUATION, OutsideRows, encode_for, labelled_rows, outside_rows
+from bayeslora.runs.rows import EVALUATION, OutsideRows, answering, encode_for, labelled_rows, outside_rows
 from bayeslora.runs.run import Run, load
-from bayeslora.runs.score import described, detected, scored
+from bayeslora.runs.score import answered, described, detected, scored
 from bayeslora.runs.zero_shot import UNTRAINED, load_untrained, untrained_info
 
 
@@ -47,6 +47,7 @@ def run(given: dict[str, Any]) -> int:
         "task": task.name,
         "split": split,
         "rows": len(data),
+        **answered(info),
         "seed": seed,
         "metric": task.metric,
         **scored(evaluation),
@@ -60,7 +61,8 @@ def run(given: dict[str, Any]) -> int:
         print(json.dumps(finite(found), indent=2, ensure_ascii=False))
         return 0
     drawn = f", {samples} samples" if samples else ""
-    print(f"{folder} on {task.name} ({split}, {found['rows']} rows{drawn})")
+    how = f", by {info.scoring}" if info.scoring else ""
+    print(f"{folder} on {task.name} ({split}, {found['rows']} rows{how}{drawn})")
     width = max(len(name) for name in evaluation.scores)
     for name, value in evaluation.scores.items():
         print(f"  {name:<{width}}  {value:.4f}")
@@ -72,14 +74,16 @@ def run(given: dict[str, Any]) -> int:
 def _info(given: dict[str, Any]) -> RunInfo:
     """Read the run in the folder, or describe an untrained language model on a multiple-choice task.
 
-    `--few-shot` overrides the number of examples that the run was trained with.
+    `--few-shot`, `--scoring` and `--normalization` override those that the run was trained with.
     """
     folder = Path(given["folder"])
     known = KNOWN.get(given.get("task", ""))
     if (folder / RUN_FILE).is_file() or known is None or known.kind != "multiple_choice":
         info = RunInfo.load(folder)
-        return replace(info, few_shot=given.get("few_shot", info.few_shot))
-    return untrained_info(str(given["folder"]), str(given["task"]), given.get("few_shot", 0))
+        info = replace(info, few_shot=given.get("few_shot", info.few_shot))
+    else:
+        info = untrained_info(str(given["folder"]), str(given["task"]), given.get("few_shot", 0))
+    return answering(info, given.get("scoring"), given.get("normalization"))
 
 
 def _outside(given: dict[str, Any], info: RunInfo, task: Task) -> OutsideRows | None:

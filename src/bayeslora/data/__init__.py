@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from bayeslora.data.choices import Cloze
 from bayeslora.data.completions import prompt_masked
 from bayeslora.data.encode import encode, encode_texts
 from bayeslora.data.few_shot import few_shot_pool
@@ -9,6 +10,7 @@ from bayeslora.data.packaged import packaged_model, unpack_model
 from bayeslora.data.tasks import TASKS, Task, hold_out, load_files, load_task, load_texts
 
 __all__ = [
+    "Cloze",
     "TASKS",
     "Task",
     "encode",

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, get_args
 
 from bayeslora.data.tables import Table
 from bayeslora.errors import BayesLoraError
+from bayeslora.vocabulary import Normalization
 
 QUESTION, CHOICES, ANSWER, SUBJECT, LABEL = "question", "choices", "answer", "subject", "label"
 GROUP = "group"
@@ -14,6 +16,38 @@ LETTERS = ("A", "B", "C", "D", "E")
 """Letters of the choices, in order; an item has at most as many choices."""
 GAP = "_"
 """Mark for the place of the choice in a sentence."""
+ENDING = "ending"
+"""Column of the text that follows the choice in a sentence with a gap."""
+
+
+@dataclass(frozen=True)
+class Cloze:
+    """How choices are scored by the likelihood of their text.
+
+    Attributes:
+        context: text before a choice, a `str.format` template with `question`. The choice follows after one space, so
+            it must not end in white space.
+        normalization: `"none"` for the sum of the tokens' log-likelihoods, which favours short choices; `"tokens"` for
+            their mean; `"bytes"` for the sum divided by the length of the text in UTF-8 bytes, which does not depend
+            on the tokenizer.
+
+    Raises:
+        BayesLoraError: the context ends in white space, or the normalization is unknown.
+    """
+
+    context: str = "Question: {question}\nAnswer:"
+    normalization: Normalization = "none"
+
+    def __post_init__(self) -> None:
+        if self.context[-1:].isspace():
+            raise BayesLoraError(
+                f"the context is {self.context!r}, but must not end in white space: leave the space out, which "
+                "belongs to the choice's first token"
+            )
+        if self.normalization not in get_args(Normalization):
+            raise BayesLoraError(
+                f"normalization is {self.normalization!r}, but must be {', '.join(get_args(Normalization))}: give one"
+            )
 
 
 def choice_columns(table: Table, *, gap: bool = False, labelled: bool = True) -> dict[str, list[Any]]:
@@ -23,10 +57,12 @@ def choice_columns(table: Table, *, gap: bool = False, labelled: bool = True) ->
         table: has `question`, `choices` and, unless `labelled` is False, `answer`; may have `subject` and `id`.
         gap: True if the questions are sentences with one `_`. Each is cut there (`fill_gap`), and rows whose ids
             differ only after the last hyphen, such as the twins of a WinoGrande sentence, share a value in `group`.
+            `ending` is the text after the gap.
         labelled: False for rows to predict on.
 
     Returns:
-        `question`, `choices` and, if the table has them, `label` (index of the correct choice), `subject`, `group`.
+        `question`, `choices` and, if the table has them, `label` (index of the correct choice), `subject`, `group`,
+        `ending`.
 
     Raises:
         BayesLoraError: a row is not a multiple-choice item; the message names its place.
@@ -37,6 +73,7 @@ def choice_columns(table: Table, *, gap: bool = False, labelled: bool = True) ->
     if gap:
         filled = [_fill(table, row, *item) for row, item in enumerate(zip(questions, choices, strict=True))]
         columns = {QUESTION: [stem for stem, _ in filled], CHOICES: [endings for _, endings in filled]}
+        columns[ENDING] = [question.partition(GAP)[2].rstrip() for question in questions]
         if "id" in table.columns:
             columns[GROUP] = [str(name).rpartition("-")[0] or str(name) for name in table.columns["id"]]
     if labelled:

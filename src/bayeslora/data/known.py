@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Final
 
-from bayeslora.data.choices import ANSWER, CHOICES, LABEL, QUESTION, SUBJECT
+from bayeslora.data.choices import ANSWER, CHOICES, LABEL, QUESTION, SUBJECT, Cloze
 from bayeslora.data.labels import TaskKind
 from bayeslora.data.tables import Table, read_table
 from bayeslora.errors import BayesLoraError
@@ -39,6 +39,8 @@ class Known:
         sizes: training files of a folder to choose from, instead of one; the first that exists is the default.
         gap: True for sentences with a gap instead of questions.
         unlabelled: True if files have rows labelled -1, for which annotators did not agree; they are dropped.
+        cloze: of multiple choice that a language model answers by cloze by default, as in lm-evaluation-harness, whose
+            scores others publish: how its choices are scored by their text. Otherwise it answers by letters.
     """
 
     name: str
@@ -53,6 +55,7 @@ class Known:
     sizes: tuple[str, ...] = ()
     gap: bool = False
     unlabelled: bool = False
+    cloze: Cloze | None = None
 
     @property
     def text_columns(self) -> tuple[str, ...]:
@@ -68,6 +71,7 @@ class Known:
 
 
 _GLUE, _ARC = "nyu-mll/glue", "allenai/ai2_arc"
+_WINO, _OPEN = "allenai/winogrande", "allenai/openbookqa"
 _TEXT, _PAIR, _NLI, _ITEM = ("text",), ("sentence1", "sentence2"), ("premise", "hypothesis"), ("question", "choices")
 _TWO_WAY, _THREE_WAY = ("entailment", "not_entailment"), ("entailment", "neutral", "contradiction")
 _TOPICS, _ANSWERS = ("World", "Sports", "Business", "Sci/Tech"), ("ABBR", "ENTY", "DESC", "HUM", "LOC", "NUM")
@@ -83,6 +87,8 @@ _SUBJECTS = {"few_shot": ("dev",), TEST: ("test",)}
 _SENTENCES, _GAP = ("train_sentences", "train"), ("sentence", "option1", "option2")
 _SIZES = ("train_s", "train_xs", "train_m")
 _CHOICE: Final = "multiple_choice"
+# A choice answers a question or continues a sentence. OpenBookQA's differ much in length: a sum favours the shortest.
+_ANSWER, _STEM, _STEM_BY_TOKEN = Cloze(), Cloze("{question}"), Cloze("{question}", "tokens")
 _TABLE = (
     Known("mnli", _GLUE, "mnli", _NLI, "label", _THREE_WAY, splits=_MATCHED),
     Known("sst2", _GLUE, "sst2", ("sentence",), "label", ("negative", "positive"), splits=_splits(_SENTENCES)),
@@ -97,12 +103,12 @@ _TABLE = (
     Known("ag_news", "fancyzhx/ag_news", None, _TEXT, "label", _TOPICS, splits=_NO_DEV),
     Known("subj", "SetFit/subj", None, _TEXT, "label", ("objective", "subjective"), splits=_NO_DEV),
     Known("trec", "SetFit/TREC-QC", None, _TEXT, "label_coarse_original", _ANSWERS, splits=_NO_DEV),
-    Known("winogrande", "allenai/winogrande", "winogrande_{}", _GAP, "answer", kind=_CHOICE, sizes=_SIZES, gap=True),
-    Known("arc_easy", _ARC, "ARC-Easy", _ITEM, "answerKey", kind=_CHOICE),
-    Known("arc_challenge", _ARC, "ARC-Challenge", _ITEM, "answerKey", kind=_CHOICE),
-    Known("openbookqa", "allenai/openbookqa", "main", ("question_stem", "choices"), "answerKey", kind=_CHOICE),
+    Known("winogrande", _WINO, "winogrande_{}", _GAP, "answer", kind=_CHOICE, sizes=_SIZES, gap=True, cloze=_STEM),
+    Known("arc_easy", _ARC, "ARC-Easy", _ITEM, "answerKey", kind=_CHOICE, cloze=_ANSWER),
+    Known("arc_challenge", _ARC, "ARC-Challenge", _ITEM, "answerKey", kind=_CHOICE, cloze=_ANSWER),
+    Known("openbookqa", _OPEN, "main", ("question_stem", "choices"), "answerKey", kind=_CHOICE, cloze=_STEM_BY_TOKEN),
     Known("commonsenseqa", "tau/commonsense_qa", None, _ITEM, "answerKey", kind=_CHOICE),
-    Known("piqa", "baber/piqa", None, ("goal", "sol1", "sol2"), "label", kind=_CHOICE),
+    Known("piqa", "baber/piqa", None, ("goal", "sol1", "sol2"), "label", kind=_CHOICE, cloze=_ANSWER),
     Known("mmlu", "cais/mmlu", "all", _ITEM, "answer", kind=_CHOICE, splits=_SUBJECTS),
 )
 KNOWN = {known.name: known for known in _TABLE}

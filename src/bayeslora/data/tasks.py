@@ -12,11 +12,21 @@ import numpy as np
 from datasets import Dataset
 
 from bayeslora.data import packaged
-from bayeslora.data.choices import ANSWER, CHOICES, GROUP, LETTERS, QUESTION, SUBJECT, choice_columns
+from bayeslora.data.choices import (
+    ANSWER,
+    CHOICES,
+    GROUP,
+    LETTERS,
+    QUESTION,
+    SUBJECT,
+    Cloze,
+    choice_columns,
+)
 from bayeslora.data.known import KNOWN, Known, known_tables
 from bayeslora.data.labels import Kind, TaskKind, learn_labels
 from bayeslora.data.tables import Table, read_table
 from bayeslora.errors import BayesLoraError
+from bayeslora.vocabulary import Scoring
 
 LABEL = "label"
 """Name of the label column in every split."""
@@ -42,6 +52,8 @@ class Task:
             labels) and `few_shot` (examples for prompts, in tasks without `train`).
         extra_metrics: other usual scores of the predicted classes.
         group_column: column of `splits` whose values must not be shared between training and held-out examples.
+        scoring: of multiple choice, how a language model answers: `"letters"` or `"cloze"`.
+        cloze: how choices are scored by their text.
     """
 
     name: str
@@ -53,6 +65,8 @@ class Task:
     splits: dict[str, Dataset]
     extra_metrics: tuple[str, ...] = ()
     group_column: str | None = None
+    scoring: Scoring = "letters"
+    cloze: Cloze = Cloze()
 
     @property
     def metrics(self) -> tuple[str, ...]:
@@ -289,6 +303,8 @@ def _choice_task(known: Known, tables: Mapping[str, Table]) -> Task:
         metric=known.metrics[0],
         splits=splits,
         group_column=GROUP if "train" in splits and GROUP in splits["train"].column_names else None,
+        scoring="cloze" if known.cloze else "letters",
+        cloze=known.cloze or Cloze(),
     )
 
 

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from bayeslora.evaluation.choice_trainer import ChoiceTrainer
+from bayeslora.evaluation.cloze import ClozeLogits, encode_cloze
 from bayeslora.evaluation.multiple_choice import (
     ChoicePrompt,
     LetterLogits,
     PairLogits,
     choice_scoring,
+    encode_choices,
     encode_pairs,
     encode_prompts,
     letter_ids,
@@ -17,11 +19,14 @@ from bayeslora.evaluation.scoring import Evaluation, compute_metrics_for, evalua
 __all__ = [
     "ChoicePrompt",
     "ChoiceTrainer",
+    "ClozeLogits",
     "Evaluation",
     "LetterLogits",
     "PairLogits",
     "choice_scoring",
     "compute_metrics_for",
+    "encode_choices",
+    "encode_cloze",
     "encode_pairs",
     "encode_prompts",
     "evaluate",

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from transformers import Trainer
 
 from bayeslora.errors import BayesLoraError
-from bayeslora.evaluation.multiple_choice import ClassLogits
+from bayeslora.evaluation.items import ClassLogits
 
 
 class ChoiceTrainer(Trainer):
@@ -31,7 +31,8 @@ class ChoiceTrainer(Trainer):
     ```
 
     Args:
-        class_logits: function from the model and a batch to (B, C) logits, such as `LetterLogits` or `PairLogits`.
+        class_logits: function from the model and a batch to (B, C) logits, such as `LetterLogits`, `ClozeLogits`
+            or `PairLogits`.
 
     Raises:
         BayesLoraError: label smoothing, which would give probability to absent choices.

@@ -6,6 +6,8 @@ and those of absent choices are $-\infty$:
 
 $$ p(y = k \mid x) = \frac{\exp z_{t_k}}{\sum_{j \le m} \exp z_{t_j}}. $$
 
+Or it answers by cloze: the logits are the log-likelihoods of the choices' texts (`evaluation.cloze`).
+
 An **encoder** with a one-logit head (`AutoModelForMultipleChoice`) scores each pair of question and choice; the same
 softmax runs over the scores of an item's choices.
 
@@ -20,31 +22,36 @@ vocabulary: what is trained is what is scored, and examples need not teach that 
 
 from __future__ import annotations
 
-import inspect
-import warnings
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from datasets import Dataset
-from peft import PeftModel
 from torch import Tensor, nn
 
 from bayeslora.data.choices import CHOICES, LABEL, LETTERS, QUESTION, SUBJECT
 from bayeslora.data.encode import Collate, pad_id
-from bayeslora.data.few_shot import Row, examples_for
+from bayeslora.data.few_shot import Row, examples_for, few_shot_pool
+from bayeslora.data.tasks import Task
 from bayeslora.errors import BayesLoraError
+from bayeslora.evaluation.cloze import CHOICE_IDS, ClozeCollator, ClozeLogits, encode_cloze, is_cloze
+from bayeslora.evaluation.items import (
+    DEFAULT_PROMPT_LENGTH,
+    PRESENT,
+    Batch,
+    ClassLogits,
+    check_classes,
+    fitted,
+    forward_names,
+    targets,
+    tokenize,
+    with_labels,
+)
 from bayeslora.evaluation.prefix_sharing import cache_of, split_at_common_start
 
-PRESENT = "choice_mask"
-"""Column and batch key of the mask, (C,) or (B, C), of the choices that an item has."""
 CACHE = "past_key_values"
-DEFAULT_PROMPT_LENGTH = 2048
 DEFAULT_PAIR_LENGTH = 128
-
-Batch = Mapping[str, Tensor]
-ClassLogits = Callable[[nn.Module, Batch], Tensor]
 
 
 @dataclass(frozen=True)
@@ -119,30 +126,16 @@ def encode_prompts(
     """
     form = prompt or ChoicePrompt()
     rows = list(split)
-    _check_classes(rows, classes)
-    examples = examples_for(rows, pool, few_shot, seed)
-    texts = [form.render(row, shown) for row, shown in zip(rows, examples, strict=True)]
-    ids = _tokenize(texts, tokenizer)
-    shortened = 0
-    for index, row in enumerate(rows):
-        shown = examples[index]
-        shortened += len(ids[index]) > max_length
-        while len(ids[index]) > max_length:
-            if not shown:
-                raise BayesLoraError(
-                    f"question {index + 1} ({row[QUESTION][:40]!r}…) has {len(ids[index])} tokens, but max_length is "
-                    f"{max_length} and questions are not cut: raise max_length to at least {len(ids[index])}"
-                )
-            shown = shown[1:]
-            ids[index] = _tokenize([form.render(row, shown)], tokenizer)[0]
-    if shortened:
-        warnings.warn(
-            f"{shortened} of {len(rows)} prompts lost few-shot examples, to fit in {max_length} tokens: "
-            "raise max_length to keep them all",
-            stacklevel=2,
-        )
+    check_classes(rows, classes)
+    ids = fitted(
+        rows,
+        examples_for(rows, pool, few_shot, seed),
+        lambda pairs: tokenize([form.render(row, shown) for row, shown in pairs], tokenizer),
+        len,
+        max_length,
+    )
     columns: dict[str, list[Any]] = {"input_ids": ids, "attention_mask": [[1] * len(row) for row in ids]}
-    return _with_labels(columns, split, rows, classes)
+    return with_labels(columns, split, rows, classes)
 
 
 def encode_pairs(split: Dataset, tokenizer: Any, *, classes: int, max_length: int = DEFAULT_PAIR_LENGTH) -> Dataset:
@@ -155,7 +148,7 @@ def encode_pairs(split: Dataset, tokenizer: Any, *, classes: int, max_length: in
         BayesLoraError: a row has more choices than `classes`, or `max_length` leaves no room for a pair.
     """
     rows = list(split)
-    _check_classes(rows, classes)
+    check_classes(rows, classes)
     least = tokenizer.num_special_tokens_to_add(pair=True) + 2
     if max_length < least:
         raise BayesLoraError(f"max_length is {max_length}, but must be at least {least} for a pair of texts: raise it")
@@ -167,7 +160,33 @@ def encode_pairs(split: Dataset, tokenizer: Any, *, classes: int, max_length: in
         name: [values[start : start + classes] for start in range(0, len(values), classes)]
         for name, values in encoded.items()
     }
-    return _with_labels(columns, split, rows, classes)
+    return with_labels(columns, split, rows, classes)
+
+
+def encode_choices(
+    split: Dataset, task: Task, tokenizer: Any, *, max_length: int = DEFAULT_PROMPT_LENGTH, few_shot: int = 0
+) -> Dataset:
+    """Encode rows for a language model that answers as `task.scoring` says, by letters or by cloze.
+
+    Args:
+        split: rows with the columns of the task.
+        task: decides the number of classes, and has the rows that few-shot examples come from.
+        tokenizer: the model's tokenizer.
+        max_length: maximum length in tokens, of a prompt or of a context with its longest choice.
+        few_shot: solved examples before each item, the first of the task's.
+
+    Raises:
+        BayesLoraError: as `encode_prompts` and `encode_cloze`.
+    """
+    options: dict[str, Any] = {
+        "classes": len(task.labels),
+        "max_length": max_length,
+        "few_shot": few_shot,
+        "pool": few_shot_pool(task) if few_shot else None,
+    }
+    if task.scoring == "cloze":
+        return encode_cloze(split, tokenizer, cloze=task.cloze, **options)
+    return encode_prompts(split, tokenizer, **options)
 
 
 def letter_ids(tokenizer: Any, classes: int) -> list[int]:
@@ -214,7 +233,7 @@ class LetterLogits:
             raise BayesLoraError(
                 f"the batch has {present.shape[1]} choices, but {len(self.letter_ids)} letters: give an id for each"
             )
-        accepted = _forward_names(model)
+        accepted = forward_names(model)
         inputs = self._after_shared_start(model, ids, mask, accepted) if self.share_prefix else None
         if inputs is None:
             inputs = {"input_ids": ids, "attention_mask": mask}
@@ -274,7 +293,7 @@ class PromptCollator:
         pad = pad_id(self.tokenizer)
         ids = [[pad] * (length - len(row["input_ids"])) + list(row["input_ids"]) for row in rows]
         mask = [[0] * (length - len(row["input_ids"])) + [1] * len(row["input_ids"]) for row in rows]
-        return {"input_ids": torch.tensor(ids), "attention_mask": torch.tensor(mask), **_targets(rows)}
+        return {"input_ids": torch.tensor(ids), "attention_mask": torch.tensor(mask), **targets(rows)}
 
 
 @dataclass(frozen=True)
@@ -285,12 +304,12 @@ class PairCollator:
 
     def __call__(self, rows: Sequence[Mapping[str, Any]]) -> dict[str, Tensor]:
         """Return (B, C, T) inputs, `choice_mask` (B, C) and, if known, `labels` (B,)."""
-        targets = _targets(rows)
-        batch, classes = targets[PRESENT].shape
+        found = targets(rows)
+        batch, classes = found[PRESENT].shape
         names = [name for name in rows[0] if name in self.tokenizer.model_input_names]
         flat = {name: [values for row in rows for values in row[name]] for name in names}
         padded = self.tokenizer.pad(flat, return_tensors="pt")
-        return {**{name: value.view(batch, classes, -1) for name, value in padded.items()}, **targets}
+        return {**{name: value.view(batch, classes, -1) for name, value in padded.items()}, **found}
 
 
 @dataclass(frozen=True)
@@ -302,12 +321,12 @@ class ChoiceScoring:
 
 
 def is_multiple_choice(dataset: Dataset) -> bool:
-    """Return True if `encode_prompts` or `encode_pairs` made the data set."""
+    """Return True if `encode_prompts`, `encode_cloze` or `encode_pairs` made the data set."""
     return PRESENT in dataset.column_names
 
 
 def choice_scoring(dataset: Dataset, tokenizer: Any) -> ChoiceScoring:
-    """Return how to score an encoded data set: letters for prompts, pairs for pairs.
+    """Return how to score an encoded data set: prompts by letters, contexts and choices by cloze, pairs by pairs.
 
     Raises:
         BayesLoraError: the data set is of another kind, or the tokenizer lacks letters of one token or padding.
@@ -315,63 +334,20 @@ def choice_scoring(dataset: Dataset, tokenizer: Any) -> ChoiceScoring:
     if not is_multiple_choice(dataset) or not len(dataset):
         raise BayesLoraError(
             f"the data set has {len(dataset)} rows and the columns {', '.join(dataset.column_names)}, but must have "
-            "encoded multiple-choice items: use encode_prompts or encode_pairs"
+            "encoded multiple-choice items: use encode_prompts, encode_cloze or encode_pairs"
         )
     first = dataset[0]
     if isinstance(first["input_ids"][0], list):
         return ChoiceScoring(PairCollator(tokenizer), PairLogits())
     pad_id(tokenizer)
+    if is_cloze(dataset):
+        return ChoiceScoring(ClozeCollator(tokenizer), ClozeLogits())
     return ChoiceScoring(PromptCollator(tokenizer), LetterLogits(tuple(letter_ids(tokenizer, len(first[PRESENT])))))
 
 
 def row_lengths(dataset: Dataset) -> list[int]:
     """Return the number of tokens of each encoded row, or of the longest pair in a row of pairs."""
+    if is_cloze(dataset):
+        columns = zip(dataset["input_ids"], dataset[CHOICE_IDS], strict=True)
+        return [len(context) + sum(map(len, choices)) for context, choices in columns]
     return [max(map(len, ids)) if ids and isinstance(ids[0], list) else len(ids) for ids in dataset["input_ids"]]
-
-
-def _check_classes(rows: Sequence[Row], classes: int) -> None:
-    most = max((len(row[CHOICES]) for row in rows), default=0)
-    if not 2 <= classes <= len(LETTERS) or most > classes:
-        raise BayesLoraError(
-            f"classes is {classes} and an item has {most} choices, but at least as many classes are needed, and 2 to "
-            f"{len(LETTERS)}: give another number of classes"
-        )
-
-
-def _tokenize(texts: list[str], tokenizer: Any) -> list[list[int]]:
-    """Tokenize without special tokens at the end of a text, because the answer comes next."""
-    encoded = tokenizer(texts, return_special_tokens_mask=True)
-    result = []
-    for ids, special in zip(encoded["input_ids"], encoded["special_tokens_mask"], strict=True):
-        end = len(ids)
-        while end and special[end - 1]:
-            end -= 1
-        result.append(list(ids[:end]))
-    return result
-
-
-def _with_labels(columns: dict[str, list[Any]], split: Dataset, rows: Sequence[Row], classes: int) -> Dataset:
-    columns[PRESENT] = [[1] * len(row[CHOICES]) + [0] * (classes - len(row[CHOICES])) for row in rows]
-    if LABEL in split.column_names:
-        columns[LABEL] = [row[LABEL] for row in rows]
-    return Dataset.from_dict(columns)
-
-
-def _targets(rows: Sequence[Mapping[str, Any]]) -> dict[str, Tensor]:
-    if PRESENT not in rows[0]:
-        raise BayesLoraError(
-            f"the rows have the columns {', '.join(rows[0])}, but {PRESENT!r} is needed to tell absent choices: "
-            "encode with encode_prompts or encode_pairs, and train with remove_unused_columns=False"
-        )
-    found = {PRESENT: torch.tensor([row[PRESENT] for row in rows])}
-    if LABEL in rows[0]:
-        found["labels"] = torch.tensor([row[LABEL] for row in rows])
-    return found
-
-
-def _forward_names(model: nn.Module) -> frozenset[str]:
-    """Return the arguments that the innermost model's forward takes; wrappers only declare `**kwargs`."""
-    inner: Any = model
-    while isinstance(inner, PeftModel) or isinstance(getattr(inner, "module", None), nn.Module):
-        inner = inner.get_base_model() if isinstance(inner, PeftModel) else inner.module
-    return frozenset(inspect.signature(inner.forward).parameters)

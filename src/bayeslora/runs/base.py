@@ -29,8 +29,9 @@ from transformers.utils import logging as transformers_logging
 from bayeslora.cost.structure import is_decoder
 from bayeslora.data.packaged import as_dense, gguf_options
 from bayeslora.errors import BayesLoraError, one_line
-from bayeslora.evaluation.multiple_choice import DEFAULT_PROMPT_LENGTH
+from bayeslora.evaluation.items import DEFAULT_PROMPT_LENGTH
 from bayeslora.runs.info import Head
+from bayeslora.vocabulary import Scoring
 
 TOKENIZER_FILES = (
     "tokenizer_config.json",
@@ -49,9 +50,16 @@ AUTO_CLASSES = {
     "sequence": AutoModelForSequenceClassification,
     "choices": AutoModelForMultipleChoice,
     "letters": AutoModelForCausalLM,
+    "cloze": AutoModelForCausalLM,
 }
+LANGUAGE_HEADS = ("letters", "cloze")
 # PEFT lacks a task type for multiple choice; without a type it wraps the model unchanged.
-_TASK_TYPES = {"sequence": TaskType.SEQ_CLS, "choices": None, "letters": TaskType.CAUSAL_LM}
+_TASK_TYPES = {
+    "sequence": TaskType.SEQ_CLS,
+    "choices": None,
+    "letters": TaskType.CAUSAL_LM,
+    "cloze": TaskType.CAUSAL_LM,
+}
 
 
 @dataclass
@@ -89,15 +97,18 @@ def resolve_model(name: str, *, tokenizer_only: bool = False) -> str:
     return name
 
 
-def head_for(kind: str, resolved: str, name: str) -> Head:
-    """Return the head that a task of this kind needs on the model `name`, resolved to `resolved`."""
+def head_for(kind: str, resolved: str, name: str, scoring: Scoring = "letters") -> Head:
+    """Return the head that a task of this kind needs on the model `name`, resolved to `resolved`.
+
+    That of a language model on multiple choice is `scoring`.
+    """
     if kind != "multiple_choice":
         return "sequence"
     if resolved.endswith(_GGUF):  # always a language model, and slow to read
-        return "letters"
+        return scoring
     with load_errors(f"the configuration of {name}"):
         config = AutoConfig.from_pretrained(resolved)
-    return "letters" if is_decoder(config) else "choices"
+    return scoring if is_decoder(config) else "choices"
 
 
 def source(resolved: str) -> dict[str, Any]:
@@ -235,7 +246,7 @@ def longest_input(
     It is `wanted`, by default 128 (2,048 for prompts, which are not truncated) or the model's limit if that is lower.
     """
     config: Any = model.config
-    default = DEFAULT_PROMPT_LENGTH if head == "letters" else _DEFAULT_LENGTH
+    default = DEFAULT_PROMPT_LENGTH if head in LANGUAGE_HEADS else _DEFAULT_LENGTH
     positions = getattr(config, "max_position_embeddings", None)
     # RoBERTa's positions start after its padding id.
     offset = config.pad_token_id + 1 if config.model_type in _OFFSET_POSITIONS else 0

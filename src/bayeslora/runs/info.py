@@ -8,13 +8,15 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
+from bayeslora.data.choices import Cloze
 from bayeslora.errors import BayesLoraError
+from bayeslora.vocabulary import Normalization, Scoring
 
 RUN_FILE = "run.json"
 
-Head = Literal["sequence", "choices", "letters"]
+Head = Literal["sequence", "choices", "letters", "cloze"]
 """Source of the class logits: a classifier (or regressor) of a text or pair, a scorer of questions with a choice, or a
-language model's head at the letters of the choices."""
+language model's head, at the letters of the choices or at the tokens of their text."""
 RunKind = Literal["classification", "regression", "multiple_choice", "generation"]
 
 
@@ -37,7 +39,9 @@ class RunInfo:
         base_name: `base_model_name_or_path` of the adapter's configuration.
         task_name: of a named task.
         data_dir: the named task's folder.
-        head: of the model.
+        head: of the model; `"letters"` or `"cloze"` for language models.
+        context: of a run by cloze, the text before a choice (`Cloze.context`).
+        normalization: of a run by cloze, what log-likelihoods are divided by.
         train_split: of a named task with several training splits.
         few_shot: examples in each prompt.
         files: `train_file`, `eval_file` and `test_file` of a task from files.
@@ -59,10 +63,24 @@ class RunInfo:
     task_name: str | None = None
     data_dir: str | None = None
     head: Head = "sequence"
+    context: str = ""
+    normalization: Normalization = "none"
     train_split: str | None = None
     few_shot: int = 0
     files: dict[str, str] = field(default_factory=dict)
     tokenizer_digest: str | None = None
+
+    @property
+    def scoring(self) -> Scoring | None:
+        """How a language model answers multiple choice; None for other models."""
+        if self.kind != "multiple_choice":
+            return None
+        return "letters" if self.head == "letters" else "cloze" if self.head == "cloze" else None
+
+    @property
+    def cloze(self) -> Cloze:
+        """How choices are scored by their text, of a run by cloze."""
+        return Cloze(self.context, self.normalization)
 
     def save(self, folder: Path) -> None:
         """Write `run.json`."""

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from bayeslora.errors import BayesLoraError
+from bayeslora.vocabulary import Normalization, Scoring
 
 if TYPE_CHECKING:
     from peft import PeftConfig
@@ -49,6 +50,10 @@ class RunOptions:
     data_dir: str | None = declared(None, "DIR", "folder with <task>/<split>.jsonl (the hub's data set)")
     train_split: str | None = declared(None, "NAME", "train_xs, train_s (the default) or train_m of winogrande")
     few_shot: int = declared(0, "K", "training rows shown before each question of a prompt (0)", least=0)
+    scoring: Scoring | None = declared(None, "NAME", "language models answer by letters or cloze (that of the task)")
+    normalization: Normalization | None = declared(
+        None, "UNIT", "cloze: divide log-likelihoods by none, tokens or bytes (that of the task)"
+    )
     train_file: str | None = declared(None, "FILE", "training rows (.jsonl, .json, .csv, .parquet)")
     eval_file: str | None = declared(None, "FILE", "rows to score")
     test_file: str | None = declared(None, "FILE", "further rows to score")

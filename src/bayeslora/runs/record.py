@@ -10,6 +10,7 @@ takes its default, a number that was not finite is null, and unknown keys are ig
 | `seed`, `steps`, `samples` | of training; optimizer steps; samples of the posterior per prediction, 0 for its mean |
 | `metric`, `scores` | name of the headline score; scores by name (`accuracy_mismatched`: MNLI's second split) |
 | `split`, `rows` | the split that was scored, by default `validation`; its number of rows |
+| `scoring`, `normalization` | how a language model answers: `letters` or `cloze`; the unit of cloze's divisor |
 | `scores_test` | scores of the test split, if there is one |
 | `reliability.bins` | `lower`, `upper`, `count`, mean `confidence` and `accuracy` by bin of confidence |
 | `risk_coverage` | `coverage`, the shares of examples answered, and `risk`, the error rate among each |
@@ -215,6 +216,8 @@ class RunRecord:
     steps: int | None = None
     samples: Count = 0
     dataset: str | None = None
+    scoring: str = ""
+    normalization: str = ""
     split: str | None = None
     rows: Count | None = None
     scores_test: dict[str, float] = field(default_factory=dict)

@@ -13,15 +13,18 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from bayeslora.data import Task, encode_texts, load_files, load_task, load_texts
-from bayeslora.data.choices import CHOICES, QUESTION
+from bayeslora.data.choices import CHOICES, QUESTION, Cloze
 from bayeslora.data.encode import collated
-from bayeslora.data.few_shot import few_shot_pool
+from bayeslora.data.known import KNOWN
 from bayeslora.data.labels import Kind
 from bayeslora.data.tables import EXTENSIONS
 from bayeslora.data.tasks import Source, load_choices
 from bayeslora.errors import BayesLoraError
-from bayeslora.evaluation.multiple_choice import choice_scoring, encode_pairs, encode_prompts, is_multiple_choice
+from bayeslora.evaluation.cloze import copies, is_cloze
+from bayeslora.evaluation.multiple_choice import choice_scoring, encode_choices, encode_pairs, is_multiple_choice
+from bayeslora.runs.base import LANGUAGE_HEADS
 from bayeslora.runs.info import Head, RunInfo
+from bayeslora.vocabulary import Normalization, Scoring
 
 EVALUATION, TEST = "validation", "test"
 OUT_OF_DISTRIBUTION = "ood"
@@ -37,7 +40,7 @@ def encode_split(
 
     Args:
         split: rows with the task's text columns.
-        task: with the classes, and the rows that few-shot examples are drawn from.
+        task: with the classes, how choices are scored by their text, and the rows of few-shot examples.
         tokenizer: of the model.
         head: of the model.
         length: maximum input length in tokens.
@@ -46,21 +49,58 @@ def encode_split(
     Raises:
         BayesLoraError: few-shot examples for a model without prompts, or rows that do not fit.
     """
-    if few_shot and head != "letters":
+    if few_shot and head not in LANGUAGE_HEADS:
         raise BayesLoraError(
             f"--few-shot is {few_shot}, but only language models on multiple choice have prompts: leave it out"
         )
     if head == "sequence":
         return encode_texts(split, task.text_columns, tokenizer, length)
-    classes = len(task.labels)
     if head == "choices":
-        return encode_pairs(split, tokenizer, classes=classes, max_length=length)
-    pool = few_shot_pool(task) if few_shot else None
-    return encode_prompts(split, tokenizer, classes=classes, max_length=length, few_shot=few_shot, pool=pool)
+        return encode_pairs(split, tokenizer, classes=len(task.labels), max_length=length)
+    task = asked(task, "cloze" if head == "cloze" else "letters", None)
+    return encode_choices(split, task, tokenizer, max_length=length, few_shot=few_shot)
+
+
+def asked(task: Task, scoring: Scoring | None, normalization: Normalization | None) -> Task:
+    """Return the task with another way for language models to answer; None keeps that of the task."""
+    if normalization is not None:
+        task = replace(task, cloze=replace(task.cloze, normalization=normalization))
+    return task if scoring is None else replace(task, scoring=scoring)
+
+
+def check_asked(head: Head, scoring: Scoring | None, normalization: Normalization | None) -> None:
+    """Raise `BayesLoraError` if a model with this head does not answer as asked."""
+    if scoring is not None and head not in LANGUAGE_HEADS:
+        raise BayesLoraError(
+            f"--scoring is {scoring}, but only language models on multiple choice answer by letters or cloze: leave "
+            "it out"
+        )
+    if normalization is not None and head != "cloze":
+        raise BayesLoraError(
+            f"--normalization is {normalization}, but only scores by cloze have one: add --scoring cloze or leave it "
+            "out"
+        )
+
+
+def answering(info: RunInfo, scoring: Scoring | None, normalization: Normalization | None) -> RunInfo:
+    """Return the run with another way to answer multiple choice; None keeps that of the training.
+
+    Raises:
+        BayesLoraError: the run is not a language model on multiple choice, or only scores by cloze are normalized.
+    """
+    if scoring is not None and info.scoring is not None:
+        known = KNOWN.get(info.task_name or "")
+        usual = info.cloze if info.head == "cloze" else known and known.cloze or Cloze()
+        kept = usual if scoring == "cloze" else Cloze("")
+        info = replace(info, head=scoring, context=kept.context, normalization=kept.normalization)
+    check_asked(info.head, scoring, normalization)
+    return info if normalization is None else replace(info, normalization=normalization)
 
 
 def encode_for(split: Dataset, task: Task, tokenizer: PreTrainedTokenizerBase, info: RunInfo) -> Dataset:
     """Tokenize `split` with the settings that the run was trained with."""
+    if info.head == "cloze":
+        task = replace(task, cloze=info.cloze)
     return encode_split(split, task, tokenizer, info.head, info.max_length, info.few_shot)
 
 
@@ -134,6 +174,9 @@ def training_batches(
     data = encode_for(rows, task, tokenizer, info)
     collate = choice_scoring(data, tokenizer).collate if is_multiple_choice(data) else None
     batches = collated(data, np.arange(len(data)), tokenizer, size, collate)
+    if is_cloze(data):
+        sequences = (copies(batch) for batch in batches)
+        return [{"input_ids": ids, "attention_mask": mask} for ids, mask, _, _ in sequences]
     return [{name: batch[name] for name in tokenizer.model_input_names if name in batch} for batch in batches]
 
 

@@ -21,6 +21,7 @@ from bayeslora.evaluation import Evaluation, evaluate, predict_dataset, uncertai
 from bayeslora.evaluation.uncertainty import detection
 from bayeslora.methods import describe
 from bayeslora.prediction import Predictable, Prediction
+from bayeslora.runs.info import RunInfo
 from bayeslora.runs.rows import EVALUATION, TEST, OutsideRows
 
 _PROBE_ROWS = 16
@@ -50,6 +51,13 @@ def measure(
     if TEST in data:
         found["scores_test"] = evaluate(scored_model, data[TEST], task, tokenizer, batch_size, samples).scores
     return found
+
+
+def answered(info: RunInfo) -> dict[str, Any]:
+    """Return the part of `metrics.json` about how a language model answers multiple choice; {} for other models."""
+    if info.scoring is None:
+        return {}
+    return {"scoring": info.scoring, **({"normalization": info.normalization} if info.scoring == "cloze" else {})}
 
 
 def rows_to_score(data: dict[str, Any]) -> int:

@@ -60,9 +60,9 @@ from bayeslora.runs.eva import initialize_eva
 from bayeslora.runs.info import Head, RunInfo
 from bayeslora.runs.plan import TrainPlan, first_difference, read_config
 from bayeslora.runs.record import HISTORY_FILE, RunRecord
-from bayeslora.runs.rows import EVALUATION, encode_split
+from bayeslora.runs.rows import EVALUATION, asked, check_asked, encode_split
 from bayeslora.runs.run import load
-from bayeslora.runs.score import measure, rows_to_score, verify_reload
+from bayeslora.runs.score import answered, measure, rows_to_score, verify_reload
 from bayeslora.training import SWAG, attach
 
 CONFIG_FILE = "config.yaml"
@@ -207,7 +207,8 @@ def prepare(plan: TrainPlan, partial: Path) -> Session:
     assert options.model is not None
     resolved = resolve_model(options.model)
     tokenizer = load_tokenizer(resolved, options.model)
-    head = head_for(task.kind, resolved, options.model)
+    head = head_for(task.kind, resolved, options.model, task.scoring)
+    check_asked(head, options.scoring, options.normalization)
     set_seed(plan.seed)
     base = load_base(
         options.model,
@@ -235,7 +236,7 @@ def _load_data(plan: TrainPlan) -> Task:
         task = load_task(options.task, options.data_dir, train_split=options.train_split)
         if TRAIN not in task.splits:
             raise BayesLoraError(f"--task is {task.name}, but it lacks training data: train on another task")
-        return task
+        return asked(task, options.scoring, options.normalization)
     assert options.train_file and options.eval_file and options.text_column and options.label_column
     return load_files(
         options.train_file,
@@ -353,6 +354,7 @@ def _record(session: Session, trainer: Trainer, model: nn.Module, seconds: float
             "task": task.name,
             "dataset": hub_dataset(plan.options.task),
             "model": plan.options.model,
+            **answered(_run_info(session)),
             "seed": plan.seed,
             "steps": trainer.state.global_step,
             **measured,
@@ -402,6 +404,8 @@ def _run_info(session: Session) -> RunInfo:
         task_name=plan.options.task,
         data_dir=record.get("data_dir"),
         head=session.head,
+        context=task.cloze.context if session.head == "cloze" else "",
+        normalization=task.cloze.normalization if session.head == "cloze" else "none",
         train_split=plan.options.train_split,
         few_shot=plan.options.few_shot,
         tokenizer_digest=tokenizer_digest(session.tokenizer),

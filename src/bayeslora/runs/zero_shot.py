@@ -4,8 +4,17 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from bayeslora.data.known import KNOWN
 from bayeslora.errors import BayesLoraError
-from bayeslora.runs.base import head_for, load_base, load_tokenizer, longest_input, ready, resolve_model
+from bayeslora.runs.base import (
+    LANGUAGE_HEADS,
+    head_for,
+    load_base,
+    load_tokenizer,
+    longest_input,
+    ready,
+    resolve_model,
+)
 from bayeslora.runs.info import RunInfo
 from bayeslora.runs.run import Run
 
@@ -15,10 +24,13 @@ UNTRAINED = "none"
 def untrained_info(model: str, task: str, few_shot: int = 0) -> RunInfo:
     """Describe an untrained model on a multiple-choice task as a run; `load_untrained` sets `max_length`.
 
+    It answers as usual for the task.
+
     Raises:
         BayesLoraError: the base model is not a language model; its head would be random.
     """
-    if head_for("multiple_choice", resolve_model(model), model) != "letters":
+    usual = KNOWN[task].cloze
+    if head_for("multiple_choice", resolve_model(model), model) not in LANGUAGE_HEADS:
         raise BayesLoraError(
             f"{model} is not a run of `bayeslora train`, but an untrained model must be a language model: "
             "name a run or a language model"
@@ -37,7 +49,9 @@ def untrained_info(model: str, task: str, few_shot: int = 0) -> RunInfo:
         base_fingerprint="",
         base_name=model,
         task_name=task,
-        head="letters",
+        head="cloze" if usual else "letters",
+        context=usual.context if usual else "",
+        normalization=usual.normalization if usual else "none",
         few_shot=few_shot,
     )
 
