@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import yaml
 
+import bayeslora
 from bayeslora.cli.main import main
 from bayeslora.runs.base import head_for, resolve_model
 from tests.cli.conftest import write_jsonl
@@ -88,6 +89,70 @@ def test_evaluate_gives_the_runs_own_scores(
     found = json.loads(capsys.readouterr().out)
     expected = json.loads((runs[head] / "metrics.json").read_text())["scores"]
     assert found["scores"] == pytest.approx(expected, abs=1e-5)
+
+
+def test_a_run_by_cloze_says_so_and_is_scored_so(runs: dict[str, Path], capsys: pytest.CaptureFixture[str]) -> None:
+    info = json.loads((runs["cloze"] / "run.json").read_text())
+    assert (info["context"], info["normalization"]) == ("Question: {question}\nAnswer:", "none")
+    trained = json.loads((runs["cloze"] / "metrics.json").read_text())
+    assert (trained["scoring"], trained["normalization"]) == ("cloze", "none")
+    assert json.loads((runs["letters"] / "metrics.json").read_text())["scoring"] == "letters"
+    assert "scoring" not in json.loads((runs["choices"] / "metrics.json").read_text())
+    found = []
+    for options in (["--normalization", "bytes"], ["--scoring", "letters"], ["--scoring", "cloze"]):
+        assert main(["evaluate", str(runs["cloze"]), "--json", *options]) == 0
+        found.append(json.loads(capsys.readouterr().out))
+    assert [each["scoring"] for each in found] == ["cloze", "letters", "cloze"]
+    assert [each.get("normalization") for each in found] == ["bytes", None, "none"]
+    nll = [each["scores"]["nll"] for each in found]
+    assert nll[2] == pytest.approx(trained["scores"]["nll"], abs=1e-5)
+    assert len({round(value, 4) for value in nll}) == 3
+    assert main(["evaluate", str(runs["letters"]), "--json", "--scoring", "cloze"]) == 0
+    again = json.loads(capsys.readouterr().out)
+    assert (again["scoring"], again["normalization"]) == ("cloze", "none")
+
+
+def test_samples_of_a_run_by_cloze_are_those_of_python(runs: dict[str, Path], data: Path, tmp_path: Path) -> None:
+    source, target = data / "arc_easy" / "dev.jsonl", tmp_path / "answers.jsonl"
+    options = ["--samples", "3", "--seed", "5"]
+    assert main(["predict", str(runs["cloze"]), "--input", str(source), "--output", str(target), *options]) == 0
+    lines = [json.loads(line) for line in target.read_text().splitlines()]
+    found = bayeslora.load(runs["cloze"]).predict(source, samples=3, seed=5)
+    for line, row in zip(lines, found, strict=True):
+        assert line["probabilities"] == pytest.approx(row.probabilities, abs=1e-6)
+    assert max(line["mutual_information"] for line in lines) > 0
+
+
+@pytest.mark.parametrize("form", ["lora", "merged", "packed"])
+def test_an_export_of_a_run_by_cloze_answers_by_cloze(
+    form: str, runs: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    command = ["export", str(runs["cloze"]), "--format", form, "--output-dir", str(tmp_path / "out")]
+    assert main([*command, *(["--allow-error"] if form == "merged" else [])]) == 0
+    capsys.readouterr()
+    assert main(["evaluate", str(tmp_path / "out"), "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    trained = json.loads((runs["cloze"] / "metrics.json").read_text())
+    assert found["scoring"] == "cloze"
+    assert found["scores"]["nll"] == pytest.approx(trained["scores"]["nll"], abs=1e-4)
+
+
+def test_an_untrained_model_answers_as_usual_for_the_task(
+    data: Path, tiny_causal_folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    usual = {
+        "arc_easy": ("cloze", "none"), "openbookqa": ("cloze", "tokens"), "winogrande": ("cloze", "none"),
+        "mmlu": ("letters", None),
+    }  # fmt: skip
+    for task, expected in usual.items():
+        split = ["--split", "test"] if task == "mmlu" else []
+        command = ["evaluate", str(tiny_causal_folder), "--task", task, "--data-dir", str(data), "--json", *split]
+        assert main(command) == 0
+        found = json.loads(capsys.readouterr().out)
+        assert (found["scoring"], found.get("normalization")) == expected
+        assert 0 <= found["scores"]["accuracy"] <= 1
+    assert main([*command, "--scoring", "cloze", "--normalization", "bytes", "--few-shot", "1"]) == 0
+    assert json.loads(capsys.readouterr().out)["normalization"] == "bytes"
 
 
 def test_a_run_answers_another_tasks_questions(
@@ -190,6 +255,11 @@ def test_what_does_not_fit_is_refused_in_one_line(
     assert "an untrained model must be a language model" in refused("evaluate", tiny_bert_folder, *task)
     assert "--few-shot is 2" in refused("evaluate", runs["choices"], "--few-shot", "2")
     assert "is deterministic" in refused("evaluate", tiny_causal_folder, *task, "--samples", "2")
+    assert "--scoring is cloze, but only language models" in train(*task, "--scoring", "cloze")
+    assert "--normalization is bytes, but only scores by cloze have one" in train(*task, "--normalization", "bytes")
+    assert "--scoring is 'answers', but" in train(*task, "--scoring", "answers")
+    assert "but only scores by cloze" in refused("evaluate", runs["letters"], "--normalization", "tokens")
+    assert "but only language models" in refused("evaluate", runs["choices"], "--scoring", "letters")
     many = write_jsonl(tmp_path / "many.jsonl", [{"question": "who", "choices": list("abcde")}])
     line = refused("predict", runs["letters"], "--input", many, "--output", tmp_path / "x.jsonl")
     assert "a row with 5 choices, but the run was trained on at most 4" in line

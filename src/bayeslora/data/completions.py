@@ -40,7 +40,7 @@ def prompt_masked(prompt: str, completion: str, tokenizer: Any, max_length: int 
     if tokenizer.eos_token_id is not None:
         written.append(int(tokenizer.eos_token_id))
     given = list(tokenizer(prompt, add_special_tokens=False)["input_ids"])
-    start = _opening(tokenizer)
+    start = opening(tokenizer)
     if max_length is not None:
         room = max_length - len(start) - len(written)
         if room < 0:
@@ -54,7 +54,7 @@ def prompt_masked(prompt: str, completion: str, tokenizer: Any, max_length: int 
     return {"input_ids": ids, "attention_mask": [1] * len(ids), "labels": [IGNORED] * masked + written}
 
 
-def _opening(tokenizer: Any) -> list[int]:
+def opening(tokenizer: Any) -> list[int]:
     """Return the tokens that the tokenizer puts before every text, such as a beginning-of-text token."""
     encoded = tokenizer("a", return_special_tokens_mask=True)
     opening: list[int] = []

@@ -39,6 +39,7 @@ from datasets import Dataset
 from torch import Tensor, nn
 
 from bayeslora.data.choices import CHOICES, ENDING, LABEL, QUESTION, SUBJECT, Cloze
+from bayeslora.data.completions import opening
 from bayeslora.data.encode import pad_id
 from bayeslora.data.few_shot import Row, examples_for
 from bayeslora.errors import BayesLoraError
@@ -131,7 +132,8 @@ def encode_cloze(
 def _encoded(pairs: Sequence[tuple[Row, list[Row]]], tokenizer: Any, form: Cloze) -> list[_Item]:
     parts = [part for row, shown in pairs for part in _texts(row, shown, form)]
     contexts = list(dict.fromkeys(context for context, _ in parts))
-    alone = dict(zip(contexts, tokenize(contexts, tokenizer), strict=True))
+    # Of an empty text, `tokenize` takes the tokens that open it for those that end it.
+    alone = dict(zip(contexts, tokenize(contexts, tokenizer), strict=True)) | {"": opening(tokenizer)}
     whole = tokenize([context + text for context, text in parts], tokenizer)
     items, start = [], 0
     for row, _ in pairs:
@@ -188,11 +190,11 @@ def _item(
         "bytes": [max(1, len(text.strip().encode())) for _, text in texts],
     }[form.normalization]
     # The first token of a text is predicted from the token that opens or ends texts.
-    context = whole[0][:shared] or [_opening(tokenizer)]
+    context = whole[0][:shared] or [_first(tokenizer)]
     return _Item(context, [ids[shared:] for ids in whole], scored, lengths)
 
 
-def _opening(tokenizer: Any) -> int:
+def _first(tokenizer: Any) -> int:
     found = tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.eos_token_id
     if found is None:
         raise BayesLoraError(
