@@ -22,6 +22,7 @@ from results_sections import (
     importance_section,
     missing_section,
     mmlu_section,
+    mmlu_title,
     other_runs_section,
     posterior_table,
     timing_section,
@@ -86,7 +87,7 @@ def page(results: Path, figures: Iterable[str]) -> str:
         "Patterns": patterns_section(results) + figure("results-ranks") + figure("results-bits"),
         "Importance": importance_section(results) + posterior_table(runs),
         "Calibration": calibration_section(results / "calibration"),
-        "MMLU": mmlu_section(results) + figure("results-mmlu"),
+        mmlu_title(results): mmlu_section(results) + figure("results-mmlu"),
         "Time": timing_section(results),
     }
     named = {"glue", "glue-selection", "glue-earlier"}

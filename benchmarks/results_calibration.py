@@ -29,9 +29,12 @@ ROWS = {
 SCORES = ("accuracy", "ece", "nll", "brier", "aurc")
 INTRO = """The models are MiniLM-L6 and, for the multiple-choice tasks, SmolLM2-135M. All rows of a table use the same
 layers, steps, learning rate and data (90% of train). Temperatures are fitted on the other 10%. Scores are the mean ±
-standard deviation over seeds, as fractions of 1.
+standard deviation over seeds, as fractions of 1. Where a heading says "guesses", every run is within two standard
+errors of guessing, so its table compares how confident each method is when it knows nothing.
 
 """
+GUESSING = {"winogrande": 0.5, "arc_easy": 0.25, "openbookqa": 0.25}
+"""Accuracy of guesses at the choices of a language model's task."""
 POINTS = {"rte": 2.0}
 """Points of accuracy that Me-LoRA may be short of LoRA where it is more than one: RTE is near chance for MiniLM."""
 
@@ -45,7 +48,7 @@ def calibration_section(folder: Path) -> str:
     if not runs:
         return "Not run.\n"
     tables = {task: rows_of([run for run in runs if run["task"] == task]) for task in TASKS}
-    parts = [f"### {TASK_TITLES[task]}\n\n{task_table(rows)}" for task, rows in tables.items() if rows]
+    parts = [f"### {title(task, rows)}\n\n{task_table(rows)}" for task, rows in tables.items() if rows]
     return "\n".join([INTRO, *parts, "### Claims\n", claims_table(tables)])
 
 
@@ -74,6 +77,18 @@ def ensemble(members: Sequence[Run]) -> Run:
     scores = classification_scores(mean, np.asarray(members[0]["labels"]), (members[0]["metric"],))
     parameters = {"adapter": sum(each["parameters"]["adapter"] for each in members)}
     return {**members[0], "forms": {"ensemble": {"scores": scores}}, "parameters": parameters}
+
+
+def title(task: str, rows: Table) -> str:
+    """The task, and of a language model how it answers, and whether no row is better than guesses."""
+    if task not in GUESSING:
+        return TASK_TITLES[task]
+    runs = [(name, run) for name, found in rows.items() for run in found]
+    how = f"{TASK_TITLES[task]} by {runs[0][1].get('scoring', 'letters')}"
+    guess = GUESSING[task]
+    error = (guess * (1 - guess) / len(runs[0][1]["labels"])) ** 0.5
+    accuracies = [run["forms"][name]["scores"]["accuracy"] for name, run in runs]
+    return f"{how} (guesses)" if all(abs(each - guess) <= 2 * error for each in accuracies) else how
 
 
 def task_table(rows: Table) -> str:
@@ -107,7 +122,9 @@ def claims_table(tables: Mapping[str, Table]) -> str:
     lines = [
         [claim, *(ask(tables[task], POINTS.get(task, 1.0)).cell for task in tasks)] for claim, ask in CLAIMS.items()
     ]
-    return markdown_table(["Me-LoRA, 10 samples", *(TASK_TITLES[task] for task in tasks)], lines, left=len(tasks) + 1)
+    return markdown_table(
+        ["Me-LoRA, 10 samples", *(title(task, tables[task]) for task in tasks)], lines, left=len(tasks) + 1
+    )
 
 
 def half_the_error(rows: Table, points: float) -> Verdict:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import statistics
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -97,6 +98,23 @@ GUESSING = 0.25
 """Accuracy of guesses at MMLU's four choices."""
 
 
+def guessing_error(rows: int) -> float:
+    """The standard error of the accuracy of guesses on this many rows."""
+    return float((GUESSING * (1 - GUESSING) / rows) ** 0.5)
+
+
+def guesses(runs: Sequence[Run]) -> bool:
+    """Whether no run on MMLU differs from guessing by more than two standard errors."""
+    scores = [(run["shots"][shots]["accuracy"], guessing_error(run["held_out"])) for run in runs for shots in SHOTS]
+    return all(abs(score - GUESSING) <= 2 * error for score, error in scores)
+
+
+def mmlu_title(results: Path) -> str:
+    """The heading of the section: how the model answers, and whether it is better than guesses."""
+    runs = read_runs(results / "mmlu")
+    return "MMLU by letters (guesses)" if runs and guesses(runs) else "MMLU by letters"
+
+
 def mmlu_section(results: Path) -> str:
     """Accuracy of each row without and with examples, and what holds of the paper's findings."""
     runs = read_runs(results / "mmlu")
@@ -126,13 +144,12 @@ def mmlu_section(results: Path) -> str:
         "memory, MB",
     ]
     first = next((run for run in runs if run["training"]), runs[0])
-    error = (GUESSING * (1 - GUESSING) / first["held_out"]) ** 0.5
+    error = guessing_error(first["held_out"])
     subset = (
         f"Scores are for the first {first['subset']['per_subject']} test questions of each subject, "
         f"{first['held_out']} in total. The standard error is about {100 * error:.1f} points. "
     )
-    scores = [run["shots"][shots]["accuracy"] for run in runs for shots in SHOTS]
-    if all(abs(score - GUESSING) <= 2 * error for score in scores):
+    if guesses(runs):
         subset += (
             f"**Every run is within two standard errors of guessing ({GUESSING:.0%}). This model does not learn to "
             "answer by letter, so the claims below compare noise.** "
