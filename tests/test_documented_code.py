@@ -143,7 +143,7 @@ def _(names: Names) -> None:
     names.update(tokenizer=build_tiny_tokenizer(causal=True), model=language_model(), args=arguments())
 
 
-@given("docs/multiple-choice.md", 2)
+@given("docs/multiple-choice.md", 3)
 def _(names: Names) -> None:
     names.update(model=language_model(), number_of_completion_tokens=4)
 
