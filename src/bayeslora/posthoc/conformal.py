@@ -67,7 +67,7 @@ class ConformalSets:
     | `aps` | $\sum_{j: p_j > p_k} p_j + u\,p_k$ (Romano et al., 2020, arXiv:2006.02544) | larger for harder rows |
 
     Labels whose score is at most the quantile of the calibration rows form the set. For `aps`, u is uniform in (0, 1)
-    for each row, or 1 without `randomized`. Rows with equal probabilities then have the same set, but with few classes
+    for each row. Without `randomized` it is 1: rows with equal probabilities have the same set, but with few classes
     many scores are 1, and the sets are larger.
 
     Args:

@@ -59,6 +59,8 @@ class Threshold:
 class RiskControl:
     """The rows that a person should decide, so that errors stay below a level.
 
+    With probability 1 - `delta` over calibration sets, at most a share `risk` of the answers is wrong.
+
     Args:
         risk: the level r, between 0 and 1; can be changed in each call.
         of: `answers` bounds the error rate among the answered rows, with probability 1 - `delta`; `rows` bounds the
