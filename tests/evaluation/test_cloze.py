@@ -291,7 +291,8 @@ SLOW = [pytest.param(name, marks=pytest.mark.slow) for name in ("blora", "blob",
 def test_a_model_learns_to_prefer_the_right_text(method: str, tokenizer: Any, tmp_path: Path) -> None:
     data = encode_cloze(worded(16, most=3), tokenizer, classes=3)
     options: dict[str, Any] = {"target_modules": ["q_proj", "v_proj", "o_proj"], "task_type": "CAUSAL_LM"}
-    options |= {"init_r": 8, "target_r": 4} if method == "bayes_adalora" else {"r": 8}
+    ranks = {"init_r": 8, "target_r": 4, "importance": "sensitivity"}
+    options |= ranks if method == "bayes_adalora" else {"r": 8}
     configs = {"lora": LoraConfig, **bayeslora.METHODS}
     model = adapted(configs[method](**options))
     steps = 12 if method in ("lora", "melora") else 40
