@@ -15,6 +15,7 @@ from bayeslora._peft_hook import teach_peft
 from bayeslora.errors import BayesLoraError
 
 if TYPE_CHECKING:  # import functions that share a module's name from the module, or mypy takes the module
+    from bayeslora.evaluation import FeatureDetector
     from bayeslora.export import export as export
     from bayeslora.export import load_integer, load_packed, shrink
     from bayeslora.methods import (
@@ -77,6 +78,7 @@ __all__ = [
     "ConformalSets",
     "DeepEnsemble",
     "DyLoraConfig",
+    "FeatureDetector",
     "GateDescription",
     "Generation",
     "IsotonicCalibration",
@@ -119,7 +121,7 @@ __all__ = [
 _NAMES = {
     "cost": (),
     "data": (),
-    "evaluation": (),
+    "evaluation": ("FeatureDetector",),
     "export": ("export", "load_integer", "load_packed", "shrink"),
     "methods": (
         *("METHODS", "AdaLoraConfig", "BLoraConfig", "BlobConfig", "DyLoraConfig", "MeLoraConfig"),

@@ -28,6 +28,10 @@ CostScope = Literal["adapted", "attention", "encoder", "model"]
 COST_SCOPES: tuple[CostScope, ...] = get_args(CostScope)
 """Parts of a model in which operations are counted; each contains the one before."""
 
+ShiftName = Literal["typos", "truncation", "casing", "punctuation"]
+SHIFTS: tuple[ShiftName, ...] = get_args(ShiftName)
+"""Suites that shift texts; `evaluation.shift` has their levels."""
+
 SEPARATE_PROJECTIONS = (
     ("query", "key", "value"),
     ("query_proj", "key_proj", "value_proj"),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from bayeslora.evaluation.choice_trainer import ChoiceTrainer
 from bayeslora.evaluation.cloze import ClozeLogits, encode_cloze
+from bayeslora.evaluation.features import FeatureDetector, FeatureSpace
 from bayeslora.evaluation.multiple_choice import (
     ChoicePrompt,
     LetterLogits,
@@ -14,23 +15,35 @@ from bayeslora.evaluation.multiple_choice import (
     encode_prompts,
     letter_ids,
 )
-from bayeslora.evaluation.scoring import Evaluation, compute_metrics_for, evaluate, predict_dataset, uncertainties_of
+from bayeslora.evaluation.scoring import (
+    Evaluation,
+    compute_metrics_for,
+    dataset_features,
+    evaluate,
+    predict_dataset,
+    uncertainties_of,
+)
+from bayeslora.evaluation.shift import shifted
 
 __all__ = [
     "ChoicePrompt",
     "ChoiceTrainer",
     "ClozeLogits",
     "Evaluation",
+    "FeatureDetector",
+    "FeatureSpace",
     "LetterLogits",
     "PairLogits",
     "choice_scoring",
     "compute_metrics_for",
     "encode_choices",
     "encode_cloze",
+    "dataset_features",
     "encode_pairs",
     "encode_prompts",
     "evaluate",
     "letter_ids",
     "predict_dataset",
+    "shifted",
     "uncertainties_of",
 ]

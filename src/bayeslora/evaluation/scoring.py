@@ -26,7 +26,7 @@ from bayeslora.evaluation.multiple_choice import (
 )
 from bayeslora.evaluation.prefix_sharing import rows_that_begin_alike
 from bayeslora.evaluation.uncertainty import histograms, risk_coverage_curve, uncertainties
-from bayeslora.prediction import Logits, Predictable, Prediction, predict
+from bayeslora.prediction import Logits, Predictable, Prediction, features_and_logits, predict
 
 
 @dataclass(frozen=True)
@@ -154,10 +154,7 @@ def predict_dataset(
         BayesLoraError: `dataset` lacks rows, `batch_size` is below 1, the tokenizer cannot pad, or samples are wanted
             but the model lacks a posterior.
     """
-    if batch_size < 1:
-        raise BayesLoraError(f"batch_size is {batch_size}, but must be at least 1: give a larger one")
-    if not len(dataset):
-        raise BayesLoraError("the split has 0 rows, but at least 1 is needed: check the data behind it")
+    _check_rows(dataset, batch_size)
     scoring = choice_scoring(dataset, tokenizer) if is_multiple_choice(dataset) else None
     logits: Logits | None = scoring.logits if scoring else None
     alike: list[list[int]] = [list(range(len(dataset)))]
@@ -181,6 +178,21 @@ def predict_dataset(
     )
 
 
+def dataset_features(
+    model: Predictable, dataset: Dataset, tokenizer: Any, batch_size: int = 64
+) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    """Return the (n, d) features and (n, C) logits of an encoded split, in its order; see `features_and_logits`.
+
+    Raises:
+        BayesLoraError: `dataset` lacks rows, `batch_size` is below 1, or the model is not a sequence classifier.
+    """
+    _check_rows(dataset, batch_size)
+    order = np.argsort(-np.asarray(row_lengths(dataset)), kind="stable")
+    features, logits = features_and_logits(model, collated(dataset, order, tokenizer, batch_size, None))
+    back = np.argsort(order, kind="stable")
+    return features.numpy()[back], logits.numpy()[back]
+
+
 def uncertainties_of(prediction: Prediction) -> dict[str, NDArray[np.float64]]:
     """Return a classifier's measures of uncertainty; see `uncertainty.uncertainties`."""
     return uncertainties(
@@ -200,6 +212,13 @@ def compute_metrics_for(task: Task) -> Callable[[Any], dict[str, float]]:
         return classification_scores(softmax(logits), evaluated.label_ids, task.metrics)
 
     return compute_metrics
+
+
+def _check_rows(dataset: Dataset, batch_size: int) -> None:
+    if batch_size < 1:
+        raise BayesLoraError(f"batch_size is {batch_size}, but must be at least 1: give a larger one")
+    if not len(dataset):
+        raise BayesLoraError("the split has 0 rows, but at least 1 is needed: check the data behind it")
 
 
 def _scored(task: Task, prediction: Prediction, labels: NDArray[Any], seconds: float, samples: int) -> Evaluation:

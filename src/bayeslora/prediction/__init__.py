@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from bayeslora.prediction.features import features_and_logits
 from bayeslora.prediction.generate import Generation, generate
 from bayeslora.prediction.predict import Prediction, evaluation_mode, labels_of, predict, sampled_logits
 from bayeslora.prediction.predictor import (
@@ -25,6 +26,7 @@ __all__ = [
     "as_predictor",
     "check_samples",
     "evaluation_mode",
+    "features_and_logits",
     "generate",
     "labels_of",
     "predict",

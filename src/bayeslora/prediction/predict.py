@@ -36,7 +36,7 @@ from bayeslora.prediction.predictor import (
 )
 
 _LABEL_KEYS = ("labels", "label", "label_ids")
-_NO_BATCH = "the loader gave 0 batches, but at least 1 is needed: check the data set behind it"
+NO_BATCH = "the loader gave 0 batches, but at least 1 is needed: check the data set behind it"
 
 
 @dataclass(frozen=True)
@@ -136,7 +136,7 @@ def sampled_logits(
         for batch in batches:
             collected.append(sample(_inputs(batch, device)).to(device="cpu", dtype=torch.float64))
     if not collected:
-        raise BayesLoraError(_NO_BATCH)
+        raise BayesLoraError(NO_BATCH)
     # Unlike a tensor made in inference mode, a copy made outside of it can be used with autograd.
     return torch.cat(collected, dim=1).clone()
 
@@ -191,7 +191,7 @@ def _labels(batches: Iterable[Mapping[str, Any]]) -> list[Tensor]:
             raise BayesLoraError(f"a batch has {', '.join(batch)}, but labels are needed too: give labelled data")
         found.append(torch.as_tensor(given).reshape(-1))
     if not found:
-        raise BayesLoraError(_NO_BATCH)
+        raise BayesLoraError(NO_BATCH)
     return found
 
 

@@ -1,0 +1,87 @@
+"""Features of a classifier: the input of its head, the last linear layer, beside the logits of the same pass."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from bayeslora._peft import BaseTunerLayer
+from bayeslora.errors import BayesLoraError
+from bayeslora.prediction.predict import NO_BATCH, sampled_logits
+from bayeslora.prediction.predictor import ModelPredictor, Predictable, as_predictor
+
+_PROBE_ROWS = 2
+_TOLERANCE = 1e-3
+
+
+def features_and_logits(
+    model: Predictable, loader_or_batch: Mapping[str, Any] | Iterable[Mapping[str, Any]]
+) -> tuple[Tensor, Tensor]:
+    """Return the features and the logits of a sequence classifier with its mean weights, from one pass over the data.
+
+    The features are what the last linear layer of the head reads: the pooled and transformed first token of BERT and
+    RoBERTa, the last token of a decoder. A hook puts them beside the layer's output, so that the model itself chooses
+    the token, whatever its architecture.
+
+    Args:
+        model: a sequence classifier with an adapter or without, or a predictor around one, whose `model` is used.
+        loader_or_batch: as for `predict`; labels are ignored.
+
+    Returns:
+        (n, d) features and (n, C) logits, float64 on the CPU, in the order of the rows.
+
+    Raises:
+        BayesLoraError: there are 0 batches, or the logits do not come straight from a linear layer of two or more
+            classes.
+    """
+    plain = ModelPredictor(as_predictor(model).model)
+    batches = iter([loader_or_batch] if isinstance(loader_or_batch, Mapping) else loader_or_batch)
+    first = next(batches, None)
+    if first is None:
+        raise BayesLoraError(NO_BATCH)
+    head, classes = _find_head(plain, first)
+    found = _with_features(head, plain, itertools.chain([first], batches))
+    return found[:, :-classes].clone(), found[:, -classes:].clone()
+
+
+def _with_features(head: nn.Module, model: ModelPredictor, batches: Iterable[Mapping[str, Any]]) -> Tensor:
+    """Return the (n, d + C) input and output of the head, at the token that the model predicts from."""
+    handle = head.register_forward_hook(lambda _, inputs, output: torch.cat([inputs[0], output], dim=-1))
+    try:
+        return sampled_logits(model, batches, 0)[0]
+    finally:
+        handle.remove()
+
+
+def _find_head(model: ModelPredictor, batch: Mapping[str, Any]) -> tuple[nn.Module, int]:
+    """Return the layer that the logits come from, and their number."""
+    probe = {name: value[:_PROBE_ROWS] if isinstance(value, Tensor) else value for name, value in batch.items()}
+    network = model.model
+    layers = [module for module in network.modules() if isinstance(module, BaseTunerLayer)]
+    # An adapted layer's output is a sum, which none of the layers inside it gives alone.
+    inner = {part for layer in layers if isinstance(layer, nn.Module) for part in layer.modules()} - set(layers)
+    called: list[nn.Module] = []
+    handles = [
+        module.register_forward_hook(lambda module, *_: called.append(module))
+        for module in network.modules()
+        if isinstance(getattr(module, "out_features", None), int) and module not in inner
+    ]
+    try:
+        expected = sampled_logits(model, probe, 0)[0]
+    finally:
+        for handle in handles:
+            handle.remove()
+    classes = expected.shape[1]
+    if called and classes > 1 and called[-1].out_features == classes:
+        found = _with_features(called[-1], model, [probe])
+        width = called[-1].in_features + classes  # type: ignore[operator]
+        if found.shape[1] == width and torch.allclose(found[:, -classes:], expected, _TOLERANCE, _TOLERANCE):
+            return called[-1], classes
+    raise BayesLoraError(
+        f"the logits of {type(network).__name__} do not come straight from a linear layer of two or more classes, "
+        "but its features are the input of one: use a sequence classifier"
+    )
