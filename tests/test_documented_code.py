@@ -193,18 +193,24 @@ def _(names: Names) -> None:
 
 @given("docs/uncertainty.md")
 def _(names: Names) -> None:
+    names.update(model=classifier(), train_loader=batches(4), loader=batches())
+
+
+@given("docs/uncertainty.md", 1)
+def _(names: Names) -> None:
     tokenizer = build_tiny_tokenizer()
     task = bayeslora.data.load_task("rotten_tomatoes")
+    task.splits["validation"] = task.eval_split.select(range(32))
     data = bayeslora.data.encode(task, tokenizer, max_length=32)
-    data = {"validation": data["validation"].select(range(32)), "ood": data["train"].select(range(16))}
-    names.update(model=classifier(), tokenizer=tokenizer, task=task, data=data)
+    data = {"validation": data["validation"], "ood": data["train"].select(range(16))}
+    names.update(tokenizer=tokenizer, task=task, data=data)
     # Answers by chance: a factor and an offset for each class can be found.
     names.update(held_out=batches(8), train=batches())
     for number, batch in enumerate(names["held_out"]):
         batch["labels"] = torch.randint(0, 2, (8,), generator=torch.Generator().manual_seed(number))
 
 
-@given("docs/uncertainty.md", 1)
+@given("docs/uncertainty.md", 2)
 def _(names: Names) -> None:
     names.update(lora_model=classifier(LoraConfig), arguments=arguments(max_steps=16), batch=batches(1)[0])
     names["train_rows"] = Dataset.from_list(rows())

@@ -237,6 +237,18 @@ def test_wrong_files_for_detection(runs: dict[str, Path], setting: Setting, tmp_
     assert "--samples is -1" in refused("evaluate", run, "--samples", -1)
 
 
+def test_wrong_shifts(runs: dict[str, Path], setting: Setting, tmp_path: Path, refused: Refused) -> None:
+    run = runs["lora"]
+    assert "--shift is 'typo'" in refused("evaluate", run, "--shift", "typo")
+    assert "needs --shift:" in refused("evaluate", run, "--shift-column", "text")
+    assert "but the texts are in text" in refused("evaluate", run, "--shift", "--shift-column", "words")
+    assert "needs --shift-file" in refused("evaluate", run, "--shift-text-column", "words")
+    assert "exclude each other" in refused("evaluate", run, "--shift-task", "snli", "--shift-file", setting.dev)
+    assert "not a known task" in refused("evaluate", run, "--shift-task", "sst3")
+    unseen = write_jsonl(tmp_path / "unseen.jsonl", [{"text": "good", "label": 5}])
+    assert "label 5" in refused("evaluate", run, "--shift-file", unseen)
+
+
 def test_samples_are_refused_before_training(setting: Setting, tmp_path: Path, refused: Refused) -> None:
     out = tmp_path / "out"
     line = refused("train", "--method", "lora", *setting.options, "--samples", 10, "--output-dir", out)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -137,7 +138,9 @@ def test_evaluate_samples_a_posterior_and_detects_foreign_texts(
     found = _json(capsys, *options, "--samples", 4, "--json")
     assert found["samples"] == 4 and found["seed"] == 0
     assert found["ood"]["rows"] == 12 and found["ood"]["rows_in"] == 20
-    assert list(found["ood"]["scores"]) == ["max_probability", "entropy", "mutual_information"]
+    by_features = ["energy", "mahalanobis", "relative_mahalanobis", "nearest_neighbors"]
+    assert list(found["ood"]["scores"]) == ["max_probability", "entropy", "mutual_information", *by_features]
+    assert found["ood"]["rows_fitted"] == 64
     for scores in found["ood"]["scores"].values():
         assert list(scores) == ["auroc", "aupr", "fpr95"] and all(0 <= value <= 1 for value in scores.values())
     for histogram in found["uncertainty"].values():
@@ -151,7 +154,9 @@ def test_evaluate_samples_a_posterior_and_detects_foreign_texts(
     other = _json(capsys, *options, "--samples", 4, "--seed", 1, "--json")
     assert other["scores"]["nll"] != found["scores"]["nll"]
     mean = _json(capsys, *options, "--json")
-    assert mean["samples"] == 0 and list(mean["ood"]["scores"]) == ["max_probability", "entropy"]
+    assert mean["samples"] == 0 and list(mean["ood"]["scores"]) == ["max_probability", "entropy", *by_features]
+    for name in by_features:  # of one pass with the mean weights
+        assert mean["ood"]["scores"][name] == pytest.approx(found["ood"]["scores"][name], abs=1e-6)
 
 
 def test_evaluate_prints_a_line_for_each_measure_of_uncertainty(
@@ -169,6 +174,58 @@ def test_evaluate_prints_a_line_for_each_measure_of_uncertainty(
     assert len(line) == 4 and all(0 <= float(value) <= 1 for value in line[1:])
 
 
+def test_scores_by_features_are_left_out_where_the_training_rows_are_gone(
+    runs: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    moved = shutil.copytree(runs["lora"], tmp_path / "moved")
+    content = json.loads((moved / "run.json").read_text())
+    content["files"]["train_file"] = "gone.jsonl"
+    (moved / "run.json").write_text(json.dumps(content))
+    options = ["--ood-file", foreign(tmp_path / "foreign.jsonl"), "--ood-text-column", "words", "--json"]
+    with pytest.warns(UserWarning, match="scores by features are left out, because .*gone.jsonl"):
+        found = _json(capsys, "evaluate", moved, *options)
+    assert list(found["ood"]["scores"]) == ["max_probability", "entropy"] and "rows_fitted" not in found["ood"]
+
+
+def test_evaluate_scores_shifted_texts_and_another_domain(
+    runs: dict[str, Path], setting: Setting, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    other = write_jsonl(tmp_path / "other.jsonl", [{"words": "the film was warm", "class": 1}] * 6)
+    domain = ["--shift-file", other, "--shift-text-column", "words", "--shift-label-column", "class"]
+    target = tmp_path / "shifted"
+    command = ["evaluate", runs["full"], *domain, "--json", "--output-dir", target, "--shift"]
+    found = _json(capsys, *command)
+    levels = found["shift"]["levels"]
+    assert [(level["suite"], level["severity"]) for level in levels[:5]] == [
+        ("none", 0.0), ("typos", 0.02), ("typos", 0.05), ("typos", 0.1), ("truncation", 0.25)
+    ]  # fmt: skip
+    assert len(levels) == 14 and levels[-1]["name"] == str(other) and levels[-1]["rows"] == 6
+    # What nothing was done to, by no shift or by one that the tokenizer does not see, has exactly the same scores.
+    assert levels[0]["scores"] == found["scores"]
+    assert [level["scores"] for level in levels if level["suite"] == "casing"] == [found["scores"]] * 3
+    cut = next(level for level in levels if (level["suite"], level["severity"]) == ("truncation", 0.75))
+    words = [{**row, "text": " ".join(str(row["text"]).split()[:2])} for row in review_rows(20, seed=1)]
+    short = _json(capsys, "evaluate", runs["full"], "--eval-file", write_jsonl(tmp_path / "s.jsonl", words), "--json")
+    assert cut["scores"] == short["scores"]
+    metrics = json.loads((target / "metrics.json").read_text())
+    assert metrics["shift"] == found["shift"]
+    assert (target / "shift.png").is_file() and "Shifted texts" in (target / "report.html").read_text()
+    again = _json(capsys, "evaluate", runs["full"], "--json", "--shift", "truncation,typos")
+    assert [level["suite"] for level in again["shift"]["levels"]] == ["none", *["truncation"] * 3, *["typos"] * 3]
+    assert again["shift"]["levels"][4:] == levels[1:4]
+
+
+def test_evaluate_prints_a_table_of_shifts(runs: dict[str, Path], capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["evaluate", str(runs["lora"]), "--shift", "truncation"]) == 0
+    printed = capsys.readouterr().out
+    lines = [line.split() for line in printed.splitlines()]
+    start = lines.index(["suite", "severity", "accuracy", "nll", "ece", "brier"])
+    assert [line[:2] for line in lines[start + 1 :]] == [
+        ["none", "0%"], ["truncation", "25%"], ["truncation", "50%"], ["truncation", "75%"]
+    ]  # fmt: skip
+    assert ["accuracy", lines[start + 1][2]] in lines  # as in the table of scores
+
+
 def test_evaluations_are_folders_that_compare_sets_beside_the_run(
     runs: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -183,6 +240,7 @@ def test_evaluations_are_folders_that_compare_sets_beside_the_run(
         "calibration.png",
         "config.yaml",
         "metrics.json",
+        "report.html",
         "selective.png",
         "uncertainty.png",
     ]

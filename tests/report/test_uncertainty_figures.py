@@ -12,7 +12,7 @@ from matplotlib.figure import Figure
 
 from bayeslora.errors import BayesLoraError
 from bayeslora.report import uncertainty_figures as figures
-from bayeslora.report import write_comparison, write_figures, write_report
+from bayeslora.report import write_comparison, write_report
 from bayeslora.runs.record import Histogram, RunRecord, read_run
 from tests.report.synthetic import make_metrics, write_run
 
@@ -108,8 +108,50 @@ def test_reports_gain_the_two_figures_and_evaluations_have_them_without_a_histor
     assert "Dashed: headlines" in page and "10 Monte-Carlo samples" in page and "class-wise ECE" in page
     bare = tmp_path / "bare"
     bare.mkdir()
-    (bare / "metrics.json").write_text(json.dumps(uncertain()))
-    assert [path.name for path in write_figures(bare)] == ["calibration.png", "selective.png", "uncertainty.png"]
+    evaluated = {"folder": "run", "seed": 0}
+    (bare / "metrics.json").write_text(json.dumps(uncertain(evaluated=evaluated)))
+    names = ["calibration.png", "selective.png", "uncertainty.png", "report.html"]
+    assert [path.name for path in write_report(bare)] == names
+    page = (bare / "report.html").read_text(encoding="utf-8")
+    assert "history.json" not in page and "detection of headlines" in page
+
+
+def shifted_scores(**changes: Any) -> dict[str, Any]:
+    """Two suites and a domain; scores fall and the calibration error rises with the level."""
+    levels = [{"suite": "none", "severity": 0.0, "rows": 100, "scores": {"accuracy": 0.8, "nll": 0.5, "ece": 0.02}}]
+    for suite in ("typos", "truncation"):
+        for level in (1, 2, 3):
+            scores = {"accuracy": 0.8 - 0.1 * level, "nll": 0.5 + level, "ece": 0.02 + 0.03 * level}
+            levels.append({"suite": suite, "severity": level / 10, "rows": 100, "scores": scores})
+    other = {"suite": "domain", "severity": 1.0, "rows": 50, "name": "news.jsonl"}
+    levels.append({**other, "scores": {"accuracy": 0.41, "nll": 0.9, "ece": 0.2}})
+    return {"columns": ["text"], "seed": 0, "levels": levels, **changes}
+
+
+def test_scores_by_shift_have_a_line_for_each_suite_and_a_table(tmp_path: Path) -> None:
+    folder = write_run(tmp_path / "run", uncertain(shift=shifted_scores(), evaluated={"folder": "x", "seed": 0}))
+    run = read_run(folder)
+    figure = figures.shift_figure(run)
+    assert figure is not None and [axes.get_ylabel() for axes in figure.axes] == ["accuracy", "ECE"]
+    lines = {line.get_label(): line.get_ydata() for line in figure.axes[0].lines}
+    assert list(lines) == ["typos", "truncation", "domain"]
+    assert list(lines["typos"]) == pytest.approx([0.8, 0.7, 0.6, 0.5]) and list(lines["domain"]) == [0.41, 0.41]
+    assert (folder / "shift.png") in write_report(folder)
+    page = (folder / "report.html").read_text(encoding="utf-8")
+    assert "Dashed: news.jsonl" in page and page.count("<tr><th>typos") == 3
+    assert run.to_dict()["shift"] == shifted_scores()
+    assert figures.shift_figure(record(tmp_path / "other")) is None
+
+
+def test_a_regression_under_shift_has_one_panel(tmp_path: Path) -> None:
+    levels = [
+        {"suite": suite, "severity": severity, "rows": 9, "scores": {"pearson": 0.9 - severity, "mse": 1.0}}
+        for suite, severity in (("none", 0.0), ("casing", 0.25), ("casing", 0.5), ("casing", 1.0))
+    ]
+    scores = {"pearson": 0.9, "mse": 1.0}
+    metrics = make_metrics("lora", scores=scores, metric="pearson", shift={"levels": levels}, labels=[])
+    figure = figures.shift_figure(read_run(write_run(tmp_path / "run", metrics)))
+    assert figure is not None and [axes.get_ylabel() for axes in figure.axes] == ["Pearson correlation"]
 
 
 def test_seeds_are_averaged_and_pooled() -> None:
@@ -202,6 +244,8 @@ def test_measures_are_drawn_in_blocks_and_curves_in_a_panel_a_task() -> None:
         ({"uncertainty": {"entropy": {"edges": [0, 1], "correct": [1, 2]}}}, "one count for each bin"),
         ({"uncertainty": {"entropy": {"edges": [0, "x"]}}}, r"'uncertainty.entropy.edges\[1\]' is 'x'"),
         ({"ood": {"scores": {}}}, "'ood.name'"),
+        ({"shift": {"levels": [{"suite": "typos", "scores": {}}]}}, r"'shift.levels\[0\].severity'"),
+        ({"shift": {"levels": [{"suite": "typos", "severity": 2, "scores": {}}]}}, r"'shift.levels\[0\].severity'"),
         ({"ood": {"name": "x", "scores": {"entropy": {"auroc": "high"}}}}, "'ood.scores.entropy.auroc'"),
     ],
 )

@@ -104,6 +104,8 @@ def read_options(command: Command, given: dict[str, Any], problems: Problems) ->
 
 
 def _read(item: Option, given: Any) -> Any:
+    if given is True and item.alone is not None:
+        return item.alone
     if given is True and item.metavar is not None:
         raise BayesLoraError(f"{option(item.name)} is given without a value, but needs one: write {item.spelling}")
     value = coerce(item.name, given, item.hint)

@@ -12,7 +12,7 @@ from typing import Any, Literal
 
 from bayeslora.errors import option
 from bayeslora.runs.plan import RunOptions, declared
-from bayeslora.vocabulary import Normalization, Scoring
+from bayeslora.vocabulary import SHIFTS, Normalization, Scoring, ShiftName
 
 DESCRIPTION = "Bayesian low-rank adapters for pretrained transformers: train, judge, export."
 SelectionScore = Literal["mutual_information", "entropy", "margin", "random"]
@@ -23,7 +23,7 @@ TaskType = Literal["seq_cls", "causal_lm", "token_cls", "question_ans", "seq_2_s
 
 @dataclass(frozen=True)
 class Option:
-    """An option of a command; without a metavar it is a switch."""
+    """An option of a command; without a metavar it is a switch. Given without a value, it takes `alone`, if any."""
 
     name: str
     metavar: str | None
@@ -31,6 +31,7 @@ class Option:
     hint: Any = str
     required: bool = False
     least: int | None = None
+    alone: Any = None
 
     @property
     def spelling(self) -> str:
@@ -114,13 +115,24 @@ def _among(given: dict[str, Any], *names: str) -> list[str]:
     return [name for name in names if name in given]
 
 
+_SHIFT_NEEDS = {"shift_column": "shift", "shift_text_column": "shift_file", "shift_label_column": "shift_file"}
+
+
 def _contradictions_of_evaluate(given: dict[str, Any]) -> Iterator[str]:
-    for chosen, others in (("eval_file", ("task", "data_dir", "split")), ("ood", ("ood_file", "ood_text_column"))):
+    exclusive = {
+        "eval_file": ("task", "data_dir", "split"),
+        "ood": ("ood_file", "ood_text_column"),
+        "shift_task": ("shift_file", "shift_text_column", "shift_label_column"),
+    }
+    for chosen, others in exclusive.items():
         for name in _among(given, *others):
             if chosen in given:
                 yield f"{option(name)} is given with {option(chosen)}, but they exclude each other: leave one out"
     if "ood_text_column" in given and not {"ood", "ood_file"} & given.keys():
         yield "--ood-text-column is given, but needs --ood-file: add that or leave this out"
+    for name, needed in _SHIFT_NEEDS.items():
+        if name in given and needed not in given and not (needed == "shift_file" and "shift_task" in given):
+            yield f"{option(name)} is given, but needs {option(needed)}: add that or leave this out"
 
 
 def _contradictions_of_predict(given: dict[str, Any]) -> Iterator[str]:
@@ -179,7 +191,19 @@ COMMANDS = {
             _switch("ood", "also detect the task's out-of-distribution texts"),
             Option("ood_file", "FILE", "also detect these out-of-distribution texts"),
             Option("ood_text_column", "A[,B]", "column or columns of --ood-file (as trained)", list[str]),
-            Option("output_dir", "DIR", "new folder for scores and figures; `compare` reads it"),
+            Option(
+                "shift",
+                "[A,B]",
+                f"also score shifted texts: {', '.join(SHIFTS)} (all)",
+                list[ShiftName],
+                alone=list(SHIFTS),
+            ),
+            Option("shift_column", "NAME", "the column of a pair to shift (both)"),
+            Option("shift_task", "NAME", "also score this task, with the same labels, as another domain"),
+            Option("shift_file", "FILE", "also score these labelled rows as another domain"),
+            Option("shift_text_column", "A[,B]", "column or columns of --shift-file (as trained)", list[str]),
+            Option("shift_label_column", "NAME", "label column of --shift-file (as trained)"),
+            Option("output_dir", "DIR", "new folder for scores, figures and a report; `compare` reads it"),
             _number("few_shot", "K", "examples in each prompt (as trained; 0)", least=0),
             Option("scoring", "NAME", "language models answer by letters or cloze (as trained)", Scoring),
             Option("normalization", "UNIT", "cloze: divide by none, tokens or bytes (as trained)", Normalization),

@@ -4,16 +4,19 @@ from __future__ import annotations
 
 import json
 import shutil
+import warnings
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
+
+from datasets import Dataset
 
 from bayeslora.cli.inputs import refuse
 from bayeslora.cli.progress import disable_progress_bars
 from bayeslora.data import Task, load_task
 from bayeslora.data.known import KNOWN
 from bayeslora.errors import BayesLoraError
-from bayeslora.evaluation import Evaluation, evaluate, predict_dataset
+from bayeslora.evaluation import Evaluation, dataset_features, evaluate, predict_dataset
 from bayeslora.files import check_new, finite, new_folder
 from bayeslora.prediction import check_samples
 from bayeslora.report import check_installed
@@ -21,8 +24,12 @@ from bayeslora.runs.info import RUN_FILE, RunInfo
 from bayeslora.runs.record import METRICS_FILE, RunRecord, read_run
 from bayeslora.runs.rows import EVALUATION, OutsideRows, answering, encode_for, labelled_rows, outside_rows
 from bayeslora.runs.run import Run, load
-from bayeslora.runs.score import answered, described, detected, scored
+from bayeslora.runs.score import answered, described, detected, fitted_space, scored
+from bayeslora.runs.shift import Domain, scored_shift, shift_columns
 from bayeslora.runs.zero_shot import UNTRAINED, load_untrained, untrained_info
+
+_SHIFT_SCORES = ("accuracy", "nll", "ece", "brier", "mse", "coverage", "set_size")
+"""Scores in the table of `--shift` beside the headline score, if the run has them."""
 
 
 def run(given: dict[str, Any]) -> int:
@@ -32,6 +39,8 @@ def run(given: dict[str, Any]) -> int:
     target = _target(given)
     task, split = rows_to_score(given, info)
     outside = _outside(given, info, task)
+    columns = shift_columns(task, given.get("shift_column"))
+    domain = _domain(given, info)
     disable_progress_bars()
     if info.method == UNTRAINED:
         loaded = load_untrained(info)
@@ -39,14 +48,18 @@ def run(given: dict[str, Any]) -> int:
         loaded = replace(load(folder, given.get("model")), info=info)
     samples, seed = given.get("samples", 0), given.get("seed", 0)
     check_samples(loaded.predictor, samples)
-    data = encode_for(task.splits[split], task, loaded.tokenizer, loaded.info)
-    evaluation = evaluate(loaded.predictor, data, task, loaded.tokenizer, size, samples, seed)
+
+    def score(rows: Dataset, of: Task) -> Evaluation:
+        encoded = encode_for(rows, of, loaded.tokenizer, loaded.info)
+        return evaluate(loaded.predictor, encoded, of, loaded.tokenizer, size, samples, seed)
+
+    evaluation = score(task.splits[split], task)
     found = {
         "folder": str(folder),
         "method": info.method,
         "task": task.name,
         "split": split,
-        "rows": len(data),
+        "rows": len(evaluation.labels),
         **answered(info),
         "seed": seed,
         "metric": task.metric,
@@ -54,21 +67,30 @@ def run(given: dict[str, Any]) -> int:
         "seconds": evaluation.seconds,
     }
     if outside is not None:
-        found |= _detection(loaded, evaluation, outside, size, samples, seed)
+        found |= _detection(loaded, task, split, evaluation, outside, size, seed)
+    if "shift" in given or domain is not None:
+        suites = given.get("shift", [])
+        found["shift"] = scored_shift(evaluation, task.splits[split], task, score, suites, columns, seed, domain)
     if target is not None:
         _write(target, folder, found, described(loaded.model), info)
     if given.get("json"):
         print(json.dumps(finite(found), indent=2, ensure_ascii=False))
-        return 0
-    drawn = f", {samples} samples" if samples else ""
-    how = f", by {info.scoring}" if info.scoring else ""
-    print(f"{folder} on {task.name} ({split}, {found['rows']} rows{how}{drawn})")
-    width = max(len(name) for name in evaluation.scores)
-    for name, value in evaluation.scores.items():
+    else:
+        _print(found)
+    return 0
+
+
+def _print(found: dict[str, Any]) -> None:
+    drawn = f", {found['samples']} samples" if found["samples"] else ""
+    how = f", by {found['scoring']}" if found.get("scoring") else ""
+    print(f"{found['folder']} on {found['task']} ({found['split']}, {found['rows']} rows{how}{drawn})")
+    width = max(len(name) for name in found["scores"])
+    for name, value in found["scores"].items():
         print(f"  {name:<{width}}  {value:.4f}")
     if "ood" in found:
         print("\n".join(detection_lines(found["ood"])))
-    return 0
+    if "shift" in found:
+        print("\n".join(shift_lines(found["shift"], found["metric"])))
 
 
 def _info(given: dict[str, Any]) -> RunInfo:
@@ -96,12 +118,42 @@ def _outside(given: dict[str, Any], info: RunInfo, task: Task) -> OutsideRows | 
     return outside_rows(info, task, file, given.get("ood_text_column"))
 
 
+def _domain(given: dict[str, Any], info: RunInfo) -> Domain | None:
+    """Return the rows that `--shift-task` or `--shift-file` names."""
+    if "shift_task" in given:
+        task = _named_task(given["shift_task"], info, given.get("data_dir", info.data_dir))
+        return Domain(task.name, task, task.splits[EVALUATION])
+    if "shift_file" not in given:
+        return None
+    if info.kind == "multiple_choice":
+        names = ("shift_text_column", "shift_label_column")
+        refuse(given, names, "is given, but multiple choice fixes it: leave it out")
+    file, columns = given["shift_file"], given.get("shift_text_column")
+    task = labelled_rows(info, file, columns, given.get("shift_label_column"))
+    return Domain(str(file), task, task.splits[EVALUATION])
+
+
 def _detection(
-    loaded: Run, evaluation: Evaluation, outside: OutsideRows, size: int, samples: int, seed: int
+    loaded: Run, task: Task, split: str, evaluation: Evaluation, outside: OutsideRows, size: int, seed: int
 ) -> dict[str, Any]:
-    foreign = encode_for(outside.rows, outside.task, loaded.tokenizer, loaded.info)
-    prediction = predict_dataset(loaded.predictor, foreign, loaded.tokenizer, size, samples, seed)
-    return {"uncertainty": evaluation.histograms(prediction), "ood": detected(outside, evaluation, prediction)}
+    tokenizer = loaded.tokenizer
+    foreign = encode_for(outside.rows, outside.task, tokenizer, loaded.info)
+    prediction = predict_dataset(loaded.predictor, foreign, tokenizer, size, evaluation.samples, seed)
+    features = None
+    if loaded.info.head == "sequence":
+        inside = encode_for(task.splits[split], task, tokenizer, loaded.info)
+        try:
+            space = fitted_space(loaded.model, tokenizer, loaded.info, size)
+            of_inside, of_outside = (
+                dataset_features(loaded.model, rows, tokenizer, size) for rows in (inside, foreign)
+            )
+            features = space, of_inside, of_outside
+        except BayesLoraError as error:
+            warnings.warn(f"scores by features are left out, because {error}", stacklevel=2)
+    return {
+        "uncertainty": evaluation.histograms(prediction),
+        "ood": detected(outside, evaluation, prediction, features),
+    }
 
 
 def detection_lines(block: dict[str, Any]) -> list[str]:
@@ -118,6 +170,20 @@ def detection_lines(block: dict[str, Any]) -> list[str]:
     return lines
 
 
+def shift_lines(block: dict[str, Any], metric: str) -> list[str]:
+    """Return the lines of the `shift` block: a table of scores by suite and severity."""
+    levels = block["levels"]
+    names = [name for name in dict.fromkeys((metric, *_SHIFT_SCORES)) if name in levels[-1]["scores"]]
+    columns = f" of {', '.join(block['columns'])}" if block["columns"] else ""
+    lines = [f"shift{columns} (seed {block['seed']})"]
+    lines.append("  suite        severity  " + "  ".join(f"{name:>8}" for name in names))
+    for level in levels:
+        scores = "  ".join(f"{level['scores'][name]:>{max(8, len(name))}.4f}" for name in names)
+        place = f"  {level['name']}" if "name" in level else ""
+        lines.append(f"  {level['suite']:<11}  {level['severity']:>8.0%}  {scores}{place}")
+    return lines
+
+
 def _target(given: dict[str, Any]) -> Path | None:
     """Return `--output-dir`; it must not exist."""
     if "output_dir" not in given:
@@ -130,7 +196,7 @@ def _target(given: dict[str, Any]) -> Path | None:
 
 def _write(target: Path, folder: Path, found: dict[str, Any], model: dict[str, Any], info: RunInfo) -> None:
     """Write a folder that `compare` reads like a run's: the run's record with these scores."""
-    from bayeslora.report import write_figures  # which imports Matplotlib
+    from bayeslora.report import write_report  # which imports Matplotlib
 
     trained: dict[str, Any] = {"method": info.method, "model": info.model, "labels": info.labels, **model}
     if (folder / METRICS_FILE).is_file():
@@ -145,7 +211,7 @@ def _write(target: Path, folder: Path, found: dict[str, Any], model: dict[str, A
         for name in ("config.yaml", "adapter_config.json"):
             if (folder / name).is_file():
                 shutil.copy(folder / name, partial)
-        write_figures(partial)
+        write_report(partial)
 
 
 def rows_to_score(given: dict[str, Any], info: RunInfo) -> tuple[Task, str]:
@@ -162,9 +228,16 @@ def rows_to_score(given: dict[str, Any], info: RunInfo) -> tuple[Task, str]:
     refuse(given, ("text_column", "label_column"), "is given, but needs --eval-file: add that or leave this out")
     name = str(given.get("task", info.task_name))
     own = name == info.task_name
-    task = load_task(
-        name, given.get("data_dir", info.data_dir if own else None), train_split=info.train_split if own else None
-    )
+    task = _named_task(name, info, given.get("data_dir", info.data_dir if own else None))
+    split = given.get("split", EVALUATION)
+    if split not in task.splits:
+        raise BayesLoraError(f"--split is {split!r}, but task {name} has {', '.join(task.splits)}: name one of these")
+    return task, split
+
+
+def _named_task(name: str, info: RunInfo, data_dir: str | None) -> Task:
+    """Return a named task; it must have the kind and the labels of the run."""
+    task = load_task(name, data_dir, train_split=info.train_split if name == info.task_name else None)
     # All multiple-choice tasks share their letters; each item has its number of choices.
     fits = task.kind == info.kind and (task.kind == "multiple_choice" or list(task.labels) == info.labels)
     if not fits:
@@ -172,7 +245,4 @@ def rows_to_score(given: dict[str, Any], info: RunInfo) -> tuple[Task, str]:
             f"task {name} has labels {', '.join(task.labels) or 'none'}, but the run was trained on "
             f"{', '.join(info.labels) or 'numbers'}: name a task with the same labels"
         )
-    split = given.get("split", EVALUATION)
-    if split not in task.splits:
-        raise BayesLoraError(f"--split is {split!r}, but task {name} has {', '.join(task.splits)}: name one of these")
-    return task, split
+    return task

@@ -15,12 +15,11 @@ from bayeslora.errors import BayesLoraError
 if TYPE_CHECKING:
     from bayeslora.report.card import write_model_card
     from bayeslora.report.comparison import write_comparison
-    from bayeslora.report.page import write_figures, write_report
+    from bayeslora.report.page import write_report
 
-__all__ = ["check_installed", "write_comparison", "write_figures", "write_model_card", "write_report"]
+__all__ = ["check_installed", "write_comparison", "write_model_card", "write_report"]
 _HOME = {
     "write_comparison": "comparison",
-    "write_figures": "page",
     "write_model_card": "card",
     "write_report": "page",
 }

@@ -20,6 +20,10 @@ _SCORES: list[Column] = [
     ("ood_max_probability_auroc", "OOD AUROC, max probability", text.number),
     ("ood_entropy_auroc", "OOD AUROC, entropy", text.number),
     ("ood_mutual_information_auroc", "OOD AUROC, mutual information", text.number),
+    ("ood_energy_auroc", "OOD AUROC, energy", text.number),
+    ("ood_mahalanobis_auroc", "OOD AUROC, Mahalanobis", text.number),
+    ("ood_relative_mahalanobis_auroc", "OOD AUROC, relative Mahalanobis", text.number),
+    ("ood_nearest_neighbors_auroc", "OOD AUROC, nearest neighbors", text.number),
 ]
 _COSTS: list[Column] = [
     ("trainable_parameters", "trainable", text.count),

@@ -15,7 +15,7 @@ from bayeslora.files import write_atomically
 from bayeslora.report import evidence_figures, figures, text, training_figures, uncertainty_figures
 from bayeslora.report.style import png_bytes
 from bayeslora.runs.names import order_matrices, shortest_labels
-from bayeslora.runs.record import RunRecord, read_history, read_run
+from bayeslora.runs.record import History, RunRecord, read_history, read_run
 
 REPORT_NAME = "report.html"
 
@@ -27,26 +27,19 @@ def write_report(output_dir: Path) -> list[Path]:
     earlier report is removed, so that the folder never shows figures of another run.
 
     Args:
-        output_dir: the output folder of `bayeslora train`.
+        output_dir: the output folder of `bayeslora train`; or of `bayeslora evaluate`, with the figures of its
+            predictions only, from `metrics.json`.
 
     Returns:
         The files written: the PNGs (`ranks`, `bits`, `evidence`, `gates`, `cost`, `calibration`, `selective`,
-        `uncertainty`, `loss`), then `report.html`.
+        `uncertainty`, `shift`, `loss`), then `report.html`.
 
     Raises:
         BayesLoraError: a file is missing or malformed.
     """
     folder = Path(output_dir)
-    run, history = read_run(folder), read_history(folder)
-    drawn = {
-        "ranks": figures.rank_figure(run),
-        "bits": figures.bits_figure(run),
-        "evidence": evidence_figures.evidence_figure(run),
-        "gates": training_figures.gates_figure(run, history),
-        "cost": figures.cost_figure(run),
-        **_score_figures(run),
-        "loss": training_figures.loss_figure(run, history),
-    }
+    run = read_run(folder)
+    drawn = _score_figures(run) if run.evaluated else _run_figures(run, read_history(folder))
     shown = {name: figure for name, figure in drawn.items() if figure is not None}
     images = {name: png_bytes(figure) for name, figure in shown.items()}
     pictures = [
@@ -65,16 +58,6 @@ def write_report(output_dir: Path) -> list[Path]:
     with write_atomically(folder / REPORT_NAME) as path:
         path.write_text(html, encoding="utf-8")
     return [*written, folder / REPORT_NAME]
-
-
-def write_figures(folder: Path) -> list[Path]:
-    """Draw `calibration`, `selective` and `uncertainty`, which need `metrics.json` only.
-
-    Raises:
-        BayesLoraError: the file is missing or malformed.
-    """
-    drawn = _score_figures(read_run(folder))
-    return write_pngs(Path(folder), {name: png_bytes(figure) for name, figure in drawn.items() if figure is not None})
 
 
 def write_pngs(folder: Path, images: Mapping[str, bytes]) -> list[Path]:
@@ -97,11 +80,24 @@ def environment() -> Environment:
         keep_trailing_newline=True,
     )
     made.filters.update(
-        number=text.number, significant=text.significant, percent=text.percent,
+        measure_name=text.measure_name, number=text.number, significant=text.significant, percent=text.percent,
         count=text.count, compact=text.compact, duration=text.duration,
         memory=text.memory, md=text.markdown_text, score_name=text.score_name,
     )  # fmt: skip
     return made
+
+
+def _run_figures(run: RunRecord, history: History) -> dict[str, Figure | None]:
+    """Return all figures of a trained run."""
+    return {
+        "ranks": figures.rank_figure(run),
+        "bits": figures.bits_figure(run),
+        "evidence": evidence_figures.evidence_figure(run),
+        "gates": training_figures.gates_figure(run, history),
+        "cost": figures.cost_figure(run),
+        **_score_figures(run),
+        "loss": training_figures.loss_figure(run, history),
+    }
 
 
 def _score_figures(run: RunRecord) -> dict[str, Figure | None]:
@@ -110,6 +106,7 @@ def _score_figures(run: RunRecord) -> dict[str, Figure | None]:
         "calibration": training_figures.calibration_figure(run),
         "selective": uncertainty_figures.selective_figure(run),
         "uncertainty": uncertainty_figures.uncertainty_figure(run),
+        "shift": uncertainty_figures.shift_figure(run),
     }
 
 

@@ -11,7 +11,10 @@ _SCORE_NAMES = {
     "matthews_correlation": "Matthews correlation", "pearson": "Pearson correlation",
     "spearman": "Spearman correlation", "auroc": "AUROC", "aurc": "AURC", "mse": "MSE",
 }  # fmt: skip
-_MEASURE_NAMES = {"max_probability": "1 − max probability", "mutual_information": "mutual information"}
+_MEASURE_NAMES = {
+    "max_probability": "1 − max probability", "mahalanobis": "Mahalanobis distance",
+    "relative_mahalanobis": "relative Mahalanobis distance", "nearest_neighbors": "distance to nearest neighbors",
+}  # fmt: skip
 
 
 def score_name(name: str) -> str:

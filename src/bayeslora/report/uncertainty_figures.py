@@ -18,13 +18,16 @@ from matplotlib.patches import Patch
 from matplotlib.ticker import MaxNLocator, PercentFormatter
 
 from bayeslora.report import style
-from bayeslora.report.text import measure_name
-from bayeslora.runs.record import Histogram, RunRecord
+from bayeslora.report.text import measure_name, score_name
+from bayeslora.runs.record import DOMAIN, NO_SHIFT, Histogram, RunRecord
 
 Curve = Sequence[tuple[float, float]]
 _GROUPS = {"correct": "right", "wrong": "wrong", "ood": "out of distribution"}
-_MARKERS = {"max_probability": "o", "entropy": "s", "mutual_information": "D"}
-_COLORS = {"max_probability": style.BLUE, "entropy": style.ORANGE, "mutual_information": style.GREEN}
+_MARKERS = {
+    "max_probability": "o", "entropy": "s", "mutual_information": "D",
+    "energy": "^", "mahalanobis": "v", "relative_mahalanobis": "P", "nearest_neighbors": "X",
+}  # fmt: skip
+_COLORS = dict(zip(_MARKERS, style.CYCLE, strict=True))
 _LINES = ("-", "--", "-.", ":")
 
 
@@ -131,15 +134,16 @@ def detection_figure(found: Sequence[Detections]) -> Figure | None:
     measures = [m for m in _MARKERS if any(m in d.auroc for d in drawn)]
     values = [value for d in drawn for values in d.auroc.values() for value in values]
     with style.paper_style():
-        height = 0.75 + sum(0.35 + 0.34 * len(row) for row in rows)
+        step = min(0.2, 0.8 / len(measures))
+        height = 0.75 + sum(0.35 + max(0.34, 0.1 * len(measures)) * len(row) for row in rows)
         figure = style.new_figure(style.PAGE_WIDTH * 0.8, max(height, 1.7))
         ratios = [len(row) + 0.8 for row in rows]
         all_axes = figure.subplots(len(tasks), 1, squeeze=False, sharex=True, height_ratios=ratios)[:, 0]
         for axes, task, row in zip(all_axes, tasks, rows, strict=True):
             for position, setting in enumerate(row):
                 for offset, measure in enumerate(measures):
-                    _marks(axes, setting.auroc.get(measure, []), position + 0.2 * (offset - (len(measures) - 1) / 2),
-                           measure)  # fmt: skip
+                    place = position + step * (offset - (len(measures) - 1) / 2)
+                    _marks(axes, setting.auroc.get(measure, []), place, measure)
             axes.set_yticks(range(len(row)), [textwrap.fill(d.label, 40) for d in row])
             axes.set_ylim(len(row) - 0.5, -0.5)
             axes.tick_params(axis="y", length=0)
@@ -153,6 +157,32 @@ def detection_figure(found: Sequence[Detections]) -> Figure | None:
             for m in measures
         ]
         figure.legend(handles=handles, loc="outside lower center", ncols=3, handletextpad=0.3)
+    return figure
+
+
+def shift_figure(run: RunRecord) -> Figure | None:
+    """Draw accuracy (or the headline score) and ECE by level of shift, one line per suite; a domain is dashed."""
+    plain = None if run.shift is None else run.shift.of(NO_SHIFT)
+    if run.shift is None or plain is None or len(run.shift.levels) < 2:
+        return None
+    names = ["accuracy" if "accuracy" in plain.scores else run.metric, *(["ece"] if "ece" in plain.scores else [])]
+    with style.paper_style():
+        figure = style.new_figure(style.PAGE_WIDTH if len(names) > 1 else style.COLUMN_WIDTH, 2.9)
+        all_axes = style.panels(figure, len(names), len(names))
+        for axes, name in zip(all_axes, names, strict=True):
+            for index, (suite, levels) in enumerate(run.shift.suites.items()):
+                values = [plain.scores[name], *(level.scores[name] for level in levels)]
+                axes.plot(range(len(values)), values, color=style.CYCLE[index], marker="os^D"[index % 4],
+                          markersize=4, label=suite)  # fmt: skip
+            domain = run.shift.of(DOMAIN)
+            if domain is not None:
+                axes.axhline(domain.scores[name], color=style.INK, linewidth=0.9, linestyle="--", label=DOMAIN)
+            axes.set_xticks(range(4), ["none", "1", "2", "3"])
+            axes.set_xlabel("level of shift")
+            axes.set_ylabel(score_name(name))
+            style.light_grid(axes)
+        handles, labels = all_axes[0].get_legend_handles_labels()
+        figure.legend(handles, labels, loc="outside lower center", ncols=5, handlelength=1.8)
     return figure
 
 

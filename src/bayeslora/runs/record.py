@@ -16,6 +16,9 @@ takes its default, a number that was not finite is null, and unknown keys are ig
 | `risk_coverage` | `coverage`, the shares of examples answered, and `risk`, the error rate among each |
 | `uncertainty` | by measure (`entropy`, `mutual_information`): `edges` in nats, counts of `correct`, `wrong`, `ood` |
 | `ood` | of out-of-distribution inputs: `name`, `rows`, `rows_in`; by measure the `scores` `auroc`, `aupr`, `fpr95` |
+| `ood.rows_fitted` | number of training rows that the scores by features were fitted to |
+| `shift` | of shifted texts: `columns`, `seed`, and `levels` by `suite` and `severity` with `rows` and `scores` |
+| `shift.levels` | `none` (severity 0) first; `domain` has the `name` of its file or task |
 | `labels`, `confusion` | class names by id; examples by true class (rows) and predicted class (columns) |
 | `layers` | by adapted matrix `name`, `rank`, `initial_rank`, `bits` by kind of tensor, shape and parameters |
 | `layers.gates` | of B-LoRA by evidence: `kind` of tensor or `rank`, `gate` (its bits, or the component's index), |
@@ -49,6 +52,8 @@ from bayeslora.runs.schema import Limit, Mismatch, from_json, to_json
 from bayeslora.vocabulary import ALL_KINDS, COST_SCOPES, MATRICES, UNQUANTIZED
 
 METRICS_FILE, HISTORY_FILE = "metrics.json", "history.json"
+NO_SHIFT, DOMAIN = "none", "domain"
+"""Names in `shift.levels` beside the suites: texts as they are, and labelled rows of another source."""
 # Older files do not name their headline score; it is the first of these that they have.
 _HEADLINES = ("matthews_correlation", "pearson", "accuracy", "spearman", "f1")
 
@@ -190,7 +195,38 @@ class Detection:
     name: str = ""
     rows: Count | None = None
     rows_in: Count | None = None
+    rows_fitted: Count | None = None
     by_source: dict[str, Detection] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class ShiftLevel:
+    """Scores of the split with its texts shifted by a suite, or of `rows` of the domain `name`."""
+
+    suite: Name
+    severity: Share
+    scores: dict[str, float]
+    rows: Count | None = None
+    name: str = ""
+
+
+@dataclass(frozen=True)
+class Shift:
+    """Scores by suite and severity, of texts without a shift first; the texts in `columns` were shifted."""
+
+    levels: list[ShiftLevel]
+    columns: list[str] = field(default_factory=list)
+    seed: int | None = None
+
+    @property
+    def suites(self) -> dict[str, list[ShiftLevel]]:
+        """Return the levels by suite, without `none` and `domain`."""
+        names = dict.fromkeys(level.suite for level in self.levels if level.suite not in (NO_SHIFT, DOMAIN))
+        return {name: [level for level in self.levels if level.suite == name] for name in names}
+
+    def of(self, suite: str) -> ShiftLevel | None:
+        """Return the first level of a suite; None without any."""
+        return next((level for level in self.levels if level.suite == suite), None)
 
 
 @dataclass(frozen=True)
@@ -225,6 +261,7 @@ class RunRecord:
     risk_coverage: RiskCoverage = field(default_factory=RiskCoverage)
     uncertainty: dict[str, Histogram] = field(default_factory=dict)
     ood: Detection | None = None
+    shift: Shift | None = None
     labels: list[str] = field(default_factory=list)
     confusion: list[list[Count]] = field(default_factory=list)
     parameters: dict[str, int] = field(default_factory=dict)

@@ -28,6 +28,8 @@ from bayeslora.vocabulary import Normalization, Scoring
 
 EVALUATION, TEST = "validation", "test"
 OUT_OF_DISTRIBUTION = "ood"
+FITTED_ROWS = 2000
+"""Number of training rows that scores by features are fitted to."""
 _SOURCE = "source"
 _TEXT_COLUMNS = {1: ["text"], 2: ["text_a", "text_b"]}
 """Column names by number of texts, for an adapter without `run.json`."""
@@ -164,13 +166,8 @@ def training_batches(
     Raises:
         BayesLoraError: the training rows cannot be found.
     """
-    if info.task_name is None:
-        if "train_file" not in info.files:
-            raise BayesLoraError("run.json does not name the training data")
-        task, split = labelled_rows(info, info.files["train_file"]), EVALUATION
-    else:
-        task, split = load_task(info.task_name, info.data_dir, train_split=info.train_split), "train"
-    rows = task.splits[split].select(range(min(len(task.splits[split]), count * size)))
+    task, training = _training_split(info)
+    rows = training.select(range(min(len(training), count * size)))
     data = encode_for(rows, task, tokenizer, info)
     collate = choice_scoring(data, tokenizer).collate if is_multiple_choice(data) else None
     batches = collated(data, np.arange(len(data)), tokenizer, size, collate)
@@ -178,6 +175,35 @@ def training_batches(
         sequences = (copies(batch) for batch in batches)
         return [{"input_ids": ids, "attention_mask": mask} for ids, mask, _, _ in sequences]
     return [{name: batch[name] for name in tokenizer.model_input_names if name in batch} for batch in batches]
+
+
+def training_rows(info: RunInfo, count: int = FITTED_ROWS, seed: int = 0) -> tuple[Task, Dataset]:
+    """Return the run's task, and `count` of its training rows in their order, or all if there are no more.
+
+    Args:
+        info: of the run.
+        count: maximum number of rows.
+        seed: seed of the choice.
+
+    Raises:
+        BayesLoraError: the training rows cannot be found.
+    """
+    task, rows = _training_split(info)
+    if len(rows) > count:
+        rows = rows.select(np.sort(np.random.default_rng(seed).choice(len(rows), count, replace=False)))
+    return task, rows
+
+
+def _training_split(info: RunInfo) -> tuple[Task, Dataset]:
+    if info.task_name is None:
+        if "train_file" not in info.files:
+            raise BayesLoraError("run.json does not name the training data, but they are needed: train the run again")
+        task = labelled_rows(info, info.files["train_file"])
+        return task, task.splits[EVALUATION]
+    task = load_task(info.task_name, info.data_dir, train_split=info.train_split)
+    if "train" not in task.splits:
+        raise BayesLoraError(f"{info.task_name} lacks training rows, but they are needed: name a run with such rows")
+    return task, task.splits["train"]
 
 
 @dataclass(frozen=True)

@@ -11,18 +11,27 @@ from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 
 from bayeslora.cost import count_parameters, relative_bops
 from bayeslora.data import Task
 from bayeslora.data.known import MISMATCHED
-from bayeslora.evaluation import Evaluation, evaluate, predict_dataset, uncertainties_of
+from bayeslora.data.tasks import LABEL
+from bayeslora.evaluation import (
+    Evaluation,
+    FeatureSpace,
+    dataset_features,
+    evaluate,
+    predict_dataset,
+    uncertainties_of,
+)
 from bayeslora.evaluation.uncertainty import detection
 from bayeslora.methods import describe
 from bayeslora.prediction import Predictable, Prediction
 from bayeslora.runs.info import RunInfo
-from bayeslora.runs.rows import EVALUATION, TEST, OutsideRows
+from bayeslora.runs.rows import EVALUATION, FITTED_ROWS, TEST, OutsideRows, encode_for, training_rows
 
 _PROBE_ROWS = 16
 _RELOAD_TOLERANCE = {"float32": 1e-5, "bfloat16": 5e-2, "float16": 1e-2}
@@ -76,15 +85,49 @@ def scored(evaluation: Evaluation) -> dict[str, Any]:
     }
 
 
-def detected(outside: OutsideRows, evaluation: Evaluation, prediction: Prediction) -> dict[str, Any]:
-    """Return the `ood` block of `metrics.json`: AUROC, AUPR and FPR95 by measure of uncertainty and by source."""
+def fitted_space(
+    model: nn.Module, tokenizer: PreTrainedTokenizerBase, info: RunInfo, batch_size: int = 64, count: int = FITTED_ROWS
+) -> FeatureSpace:
+    """Return the features of `count` of the run's training rows, for scores by features.
+
+    Raises:
+        BayesLoraError: the training rows cannot be found, or the model is not a sequence classifier.
+    """
+    task, rows = training_rows(info, count)
+    data = encode_for(rows, task, tokenizer, info)
+    return FeatureSpace(dataset_features(model, data, tokenizer, batch_size)[0], data[LABEL])
+
+
+Features = tuple[NDArray[np.float64], NDArray[np.float64]]
+"""Features (n, d) and logits (n, C) of a split, as `dataset_features` returns them."""
+
+
+def detected(
+    outside: OutsideRows,
+    evaluation: Evaluation,
+    prediction: Prediction,
+    features: tuple[FeatureSpace, Features, Features] | None = None,
+) -> dict[str, Any]:
+    """Return the `ood` block of `metrics.json`: AUROC, AUPR and FPR95 by measure of uncertainty and by source.
+
+    Args:
+        outside: the out-of-distribution rows.
+        evaluation: of the in-distribution rows.
+        prediction: for the rows of `outside`.
+        features: training rows' features, and those of the in- and out-of-distribution rows, for scores by features.
+    """
     inside, found = evaluation.uncertainties, uncertainties_of(prediction)
+    if features is not None:
+        space, of_inside, of_outside = features
+        inside, found = inside | space.scores(*of_inside), found | space.scores(*of_outside)
     block: dict[str, Any] = {
         "name": outside.name,
         "rows": len(outside.rows),
         "rows_in": len(evaluation.labels),
         "scores": detection(inside, found),
     }
+    if features is not None:
+        block["rows_fitted"] = len(features[0].labels)
     sources = np.asarray(outside.sources)
     kinds = list(dict.fromkeys(outside.sources))
     if len(kinds) > 1:

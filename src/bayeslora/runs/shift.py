@@ -1,0 +1,82 @@
+"""Scores of a run on shifted texts and on another domain, by suite and severity."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from datasets import Dataset
+
+from bayeslora.data import Task
+from bayeslora.data.choices import QUESTION
+from bayeslora.errors import BayesLoraError
+from bayeslora.evaluation import Evaluation, shifted
+from bayeslora.evaluation.shift import SEVERITIES
+from bayeslora.runs.record import DOMAIN, NO_SHIFT
+
+Score = Callable[[Dataset, Task], Evaluation]
+"""Function that encodes rows with the columns and labels of a task, and scores the run on them."""
+
+
+@dataclass(frozen=True)
+class Domain:
+    """Labelled rows of another source, with the classes of the run."""
+
+    name: str
+    task: Task
+    rows: Dataset
+
+
+def shift_columns(task: Task, column: str | None = None) -> list[str]:
+    """Return the columns to shift: all texts, of multiple choice the question; or the one that is named.
+
+    Raises:
+        BayesLoraError: `column` is not one of them.
+    """
+    columns = [QUESTION] if task.kind == "multiple_choice" else list(task.text_columns)
+    if column is None:
+        return columns
+    if column not in columns:
+        raise BayesLoraError(
+            f"--shift-column is {column!r}, but the texts are in {', '.join(columns)}: name one of these"
+        )
+    return [column]
+
+
+def scored_shift(
+    plain: Evaluation,
+    rows: Dataset,
+    task: Task,
+    score: Score,
+    suites: Sequence[str] = (),
+    columns: Sequence[str] = (),
+    seed: int = 0,
+    domain: Domain | None = None,
+    more: Callable[[Evaluation], Mapping[str, float]] = lambda evaluation: {},
+) -> dict[str, Any]:
+    """Return the `shift` block of `metrics.json`: scores by suite and severity, those without a shift first.
+
+    Args:
+        plain: evaluation of `rows` as they are; its scores are those of severity 0.
+        rows: of `task`, with labels.
+        task: of the run.
+        score: scores the run on other rows.
+        suites: some of `evaluation.shift.SEVERITIES`, each at all of its levels.
+        columns: to shift; see `shift_columns`.
+        seed: of the edits.
+        domain: also score these rows, as they are.
+        more: further scores of an evaluation, by name, such as the coverage of conformal sets.
+    """
+
+    def level(suite: str, severity: float, evaluation: Evaluation, **named: str) -> dict[str, Any]:
+        scores = {**evaluation.scores, **more(evaluation)}
+        return {"suite": suite, "severity": severity, **named, "rows": len(evaluation.labels), "scores": scores}
+
+    levels = [level(NO_SHIFT, 0.0, plain)]
+    for suite in suites:
+        for severity in SEVERITIES[suite]:
+            levels.append(level(suite, severity, score(shifted(rows, columns, suite, severity, seed), task)))
+    if domain is not None:
+        levels.append(level(DOMAIN, 1.0, score(domain.rows, domain.task), name=domain.name))
+    return {"columns": list(columns) if suites else [], "seed": seed, "levels": levels}
