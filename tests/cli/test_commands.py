@@ -215,6 +215,26 @@ def test_evaluate_scores_shifted_texts_and_another_domain(
     assert again["shift"]["levels"][4:] == levels[1:4]
 
 
+def test_shifted_scores_have_the_coverage_of_a_calibrated_run(
+    runs: dict[str, Path], setting: Setting, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = shutil.copytree(runs["lora"], tmp_path / "run")
+    held_out = write_jsonl(tmp_path / "held_out.jsonl", review_rows(40, seed=9))
+    assert main(["calibrate", str(run), "--eval-file", str(held_out)]) == 0
+    plain = _json(capsys, "evaluate", run, "--shift", "truncation", "--json")["shift"]["levels"][0]["scores"]
+    target = tmp_path / "predictions.jsonl"
+    predict = ["predict", run, "--input", setting.dev, "--output", target, "--coverage", "0.9"]
+    assert main([str(word) for word in predict]) == 0
+    sets = [json.loads(line)["set"] for line in target.read_text().splitlines()]
+    held = [str(row["label"]) in found for row, found in zip(review_rows(20, seed=1), sets, strict=True)]
+    assert plain["coverage"] == sum(held) / 20 and plain["set_size"] == sum(map(len, sets)) / 20
+    content = json.loads((run / "conformal.json").read_text())
+    (run / "conformal.json").write_text(json.dumps({**content, "fingerprint": "another"}))
+    with pytest.warns(UserWarning, match="the coverage of conformal sets is left out, because .* calibrate again"):
+        found = _json(capsys, "evaluate", run, "--shift", "truncation", "--json")
+    assert "coverage" not in found["shift"]["levels"][0]["scores"]
+
+
 def test_evaluate_prints_a_table_of_shifts(runs: dict[str, Path], capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["evaluate", str(runs["lora"]), "--shift", "truncation"]) == 0
     printed = capsys.readouterr().out

@@ -25,7 +25,7 @@ from bayeslora.runs.record import METRICS_FILE, RunRecord, read_run
 from bayeslora.runs.rows import EVALUATION, OutsideRows, answering, encode_for, labelled_rows, outside_rows
 from bayeslora.runs.run import Run, load
 from bayeslora.runs.score import answered, described, detected, fitted_space, scored
-from bayeslora.runs.shift import Domain, scored_shift, shift_columns
+from bayeslora.runs.shift import Domain, conformal_scores, scored_shift, shift_columns
 from bayeslora.runs.zero_shot import UNTRAINED, load_untrained, untrained_info
 
 _SHIFT_SCORES = ("accuracy", "nll", "ece", "brier", "mse", "coverage", "set_size")
@@ -70,7 +70,9 @@ def run(given: dict[str, Any]) -> int:
         found |= _detection(loaded, task, split, evaluation, outside, size, seed)
     if "shift" in given or domain is not None:
         suites = given.get("shift", [])
-        found["shift"] = scored_shift(evaluation, task.splits[split], task, score, suites, columns, seed, domain)
+        more = conformal_scores(folder, loaded.model, samples, seed)
+        rows = task.splits[split]
+        found["shift"] = scored_shift(evaluation, rows, task, score, suites, columns, seed, domain, more)
     if target is not None:
         _write(target, folder, found, described(loaded.model), info)
     if given.get("json"):

@@ -2,19 +2,27 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
+import numpy as np
 from datasets import Dataset
+from torch import nn
 
 from bayeslora.data import Task
 from bayeslora.data.choices import QUESTION
 from bayeslora.errors import BayesLoraError
 from bayeslora.evaluation import Evaluation, shifted
 from bayeslora.evaluation.shift import SEVERITIES
+from bayeslora.posthoc.conformal import ConformalSets
+from bayeslora.runs.decisions import CALIBRATION_FILE, Calibration
 from bayeslora.runs.record import DOMAIN, NO_SHIFT
 
+COVERAGE = 0.9
+"""Coverage that the conformal sets of `conformal_scores` are for."""
 Score = Callable[[Dataset, Task], Evaluation]
 """Function that encodes rows with the columns and labels of a task, and scores the run on them."""
 
@@ -42,6 +50,36 @@ def shift_columns(task: Task, column: str | None = None) -> list[str]:
             f"--shift-column is {column!r}, but the texts are in {', '.join(columns)}: name one of these"
         )
     return [column]
+
+
+def conformal_scores(
+    folder: Path, model: nn.Module, samples: int, seed: int
+) -> Callable[[Evaluation], dict[str, float]]:
+    """Return a function that gives coverage and mean size of the run's conformal sets, as `more` of `scored_shift`.
+
+    It gives nothing without `conformal.json`, for a regression, or where that file was made with other samples or for
+    another model.
+    """
+    none: Callable[[Evaluation], dict[str, float]] = lambda evaluation: {}  # noqa: E731
+    if not (folder / CALIBRATION_FILE).is_file():
+        return none
+    found = Calibration.load(folder)
+    if not isinstance(found.sets, ConformalSets):
+        return none
+    try:
+        found.check(folder, samples, seed)
+        found.check_model(folder, model)
+    except BayesLoraError as error:
+        warnings.warn(f"the coverage of conformal sets is left out, because {error}", stacklevel=2)
+        return none
+    sets = found.sets
+
+    def scores(evaluation: Evaluation) -> dict[str, float]:
+        chosen = sets.sets(evaluation.predictions, COVERAGE).numpy()
+        held = chosen[np.arange(len(chosen)), evaluation.labels]
+        return {"coverage": float(held.mean()), "set_size": float(chosen.sum(axis=1).mean())}
+
+    return scores
 
 
 def scored_shift(
