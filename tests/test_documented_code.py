@@ -134,6 +134,11 @@ def _(names: Names) -> None:
     names.update(model=get_peft_model(build_tiny_bert(), names["config"]), batch=batches(1)[0])
 
 
+@given("docs/melora.md", 3)
+def _(names: Names) -> None:
+    names.update(model=get_peft_model(build_tiny_bert(), names["config"]), folder="members")
+
+
 @given("docs/multiple-choice.md")
 def _(names: Names) -> None:
     for name, seed in (("train", 1), ("dev", 2), ("test", 3)):

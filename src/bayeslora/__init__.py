@@ -27,6 +27,7 @@ if TYPE_CHECKING:  # import functions that share a module's name from the module
         GateDescription,
         LayerDescription,
         MeLoraConfig,
+        PosteriorWidth,
         at_rank,
         describe,
         posterior_mean,
@@ -53,7 +54,7 @@ if TYPE_CHECKING:  # import functions that share a module's name from the module
         select_rows,
         truncate_rank,
     )
-    from bayeslora.prediction import ModelPredictor
+    from bayeslora.prediction import CoreEnsemble, ModelPredictor
     from bayeslora.prediction.generate import Generation, generate
     from bayeslora.prediction.predict import Prediction, predict
     from bayeslora.runs.run import load
@@ -76,6 +77,7 @@ __all__ = [
     "BlobConfig",
     "ConformalIntervals",
     "ConformalSets",
+    "CoreEnsemble",
     "DeepEnsemble",
     "DyLoraConfig",
     "FeatureDetector",
@@ -87,6 +89,7 @@ __all__ = [
     "MCDropout",
     "MeLoraConfig",
     "ModelPredictor",
+    "PosteriorWidth",
     "Prediction",
     "RiskControl",
     "RoundedModel",
@@ -125,7 +128,7 @@ _NAMES = {
     "export": ("export", "load_integer", "load_packed", "shrink"),
     "methods": (
         *("METHODS", "AdaLoraConfig", "BLoraConfig", "BlobConfig", "DyLoraConfig", "MeLoraConfig"),
-        *("GateDescription", "LayerDescription"),
+        *("GateDescription", "LayerDescription", "PosteriorWidth"),
         *("at_rank", "describe", "posterior_mean", "rank_curve", "register_method", "sampling"),
     ),
     "optim": ("IVON",),
@@ -147,7 +150,7 @@ _NAMES = {
         ),
         *("round_after_training", "select_rows", "truncate_rank"),
     ),
-    "prediction": ("Generation", "ModelPredictor", "Prediction", "generate", "predict"),
+    "prediction": ("CoreEnsemble", "Generation", "ModelPredictor", "Prediction", "generate", "predict"),
     "runs": ("load",),
     "runtime": ("compile_inference",),
     "training": ("SWAG", "BayesLoop", "attach", "parameter_groups"),

@@ -120,10 +120,10 @@ def test_labelled_tokens_count_where_the_loss_is_a_mean_over_them() -> None:
     model, loop = _set("full")
     tuner = model.base_model
     loop.step_begin()
-    tuner._count_terms(tuner.model, (), {"x": X, "labels": torch.tensor([[1, -100, 2], [3, 4, -100]])})
-    assert tuner._terms == 4
-    tuner._count_terms(tuner.model, (X,), {"labels": LABELS})
-    assert tuner._terms == 4 + len(X)
+    tuner._begin_pass(tuner.model, (), {"x": X, "labels": torch.tensor([[1, -100, 2], [3, 4, -100]])})
+    assert tuner.run_state().terms.sum() == 4
+    tuner._begin_pass(tuner.model, (X,), {"labels": LABELS})
+    assert tuner.run_state().terms.sum() == 4 + len(X)
 
 
 # Token scope, the only one whose draw is not a weight ----------------------------------------------------------

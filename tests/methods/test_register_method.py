@@ -81,7 +81,7 @@ class WrongTensors(MeLoraModel):
     [
         ("Mine", MineConfig, MineModel, "lower-case letters"),
         ("mine_", MineConfig, MineModel, "lower-case letters"),
-        ("melora", MineConfig, MineModel, "a method of bayeslora.methods.melora already"),
+        ("melora", MineConfig, MineModel, "a method of bayeslora.methods.melora.config already"),
         ("lora", MineConfig, MineModel, "a method of PEFT"),
         ("full", MineConfig, MineModel, "a method of PEFT or of the command"),
         ("mine", MeLoraConfig, MineModel, "derive a configuration class"),

@@ -59,6 +59,8 @@ METHODS = [
     Method("blora-ra-evidence", BLoraConfig, {"mode": "ra", "lora_alpha": 8}),
     Method("blora-q+ra-evidence", BLoraConfig, {"mode": "q+ra", "lora_alpha": 8}),
     Method("melora", MeLoraConfig, {"lora_alpha": 8}),
+    Method("melora-cores", MeLoraConfig, {"cores": 3, "lora_alpha": 8}),
+    Method("melora-closed-form", MeLoraConfig, {"variance": "closed_form", "lora_alpha": 8}),
     Method("melora-diagonal", MeLoraConfig, {"core": "diagonal", "lora_alpha": 8}),
     Method("blob", BlobConfig, {"lora_alpha": 8}),
     Method("bayes_adalora", AdaLoraConfig, {"lora_alpha": 8, "init_r": 8, "target_r": 4}),

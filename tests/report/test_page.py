@@ -191,3 +191,18 @@ def test_numbers_that_are_none_are_dashes(tmp_path: Path) -> None:
     write_report(folder)
     words = " ".join(read_page(folder / "report.html").text).split()
     assert "0.5000" in words and "–" in words and "nan" not in words
+
+
+def test_a_posterior_shows_by_matrix_how_far_it_has_left_its_prior(tmp_path: Path) -> None:
+    metrics = make_metrics("lora")
+    first, *others = (layer["name"] for layer in metrics["layers"])
+    widths = {name: {"mean": 0.5, "low": 0.25, "median": 0.75, "high": 1.0} for name in others}
+    widths[first] = {"mean": 0.111, "low": 0.022, "median": 0.133, "high": 0.444}
+    folder = write_run(tmp_path, {**metrics, "posterior": widths})
+    write_report(folder)
+    text = " ".join(read_page(folder / "report.html").text)
+    assert "posterior by prior deviation, mean" in text
+    row = text[text.index(first) :][:200].split()
+    assert [cell for cell in row if cell.startswith("0.")][:4] == ["0.111", "0.022", "0.133", "0.444"]
+    write_report(write_run(tmp_path / "plain", metrics))
+    assert "posterior" not in " ".join(read_page(tmp_path / "plain" / "report.html").text)

@@ -146,7 +146,7 @@ def _contradictions_of_predict(given: dict[str, Any]) -> Iterator[str]:
 def _contradictions_of_export(given: dict[str, Any]) -> Iterator[str]:
     chosen = given.get("format")
     owners = {"allow_error": "merged", "unadapted": "integer", "calibrate": "integer"}
-    for name, owner in (owners | dict.fromkeys(("uniform", "draws", "seed"), "lora")).items():
+    for name, owner in (owners | dict.fromkeys(("uniform", "draws", "members", "seed"), "lora")).items():
         if name in given and chosen not in (owner, None):
             yield f"{option(name)} is given with --format {chosen}, but needs --format {owner}: leave it out"
     if "seed" in given and "draws" not in given and chosen == "lora":
@@ -276,6 +276,7 @@ COMMANDS = {
             _number("rank", "K", "rank to export from a run of dylora (all)"),
             _switch("uniform", "lora: one rank for all layers, for vLLM, SGLang and llama.cpp"),
             _number("draws", "K", "lora: export draws of the posterior, not its mean"),
+            _switch("members", "lora: export each core of an adapter with several (cores)"),
             _number("seed", "N", "seed for the draws (0)"),
             Option("unadapted", "TYPE", "integer: type of layers without adapter: int8, bfloat16 or float32 (int8)"),
             _switch("calibrate", "integer: 8-bit inputs of those layers, calibrated on 256 training rows"),

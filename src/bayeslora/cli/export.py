@@ -45,7 +45,7 @@ def run(given: dict[str, Any]) -> int:
         options = {**_options(form, given, loaded), **_batches(form, given, loaded)}
         with bayeslora.at_rank(loaded.model, rank) if rank is not None else nullcontext():
             measured = bayeslora.export(loaded.model, partial, format=form, **options)
-        for folder in sorted(partial.glob("draw-*")) or [partial]:
+        for folder in sorted([*partial.glob("draw-*"), *partial.glob("member-*")]) or [partial]:
             loaded.tokenizer.save_pretrained(folder)
             # run.json lets `bayeslora.load`, `evaluate` and `predict` read the export like the run.
             dataclasses.replace(loaded.info, **_loaded_as(form, folder)).save(folder)
@@ -88,7 +88,9 @@ def _options(form: str, given: dict[str, Any], loaded: Run) -> dict[str, Any]:
     from bayeslora.posterior import POSTERIOR_FILE
 
     if form == "lora":
-        options: dict[str, Any] = {name: given[name] for name in ("uniform", "draws", "seed") if name in given}
+        options: dict[str, Any] = {
+            name: given[name] for name in ("uniform", "draws", "seed", "members") if name in given
+        }
         drawn = "draws" in given and (loaded.folder / POSTERIOR_FILE).is_file()
         return {**options, "posterior": loaded.predictor} if drawn else options
     if form == "packed" and (loaded.folder / POSTERIOR_FILE).is_file():

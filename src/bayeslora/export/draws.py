@@ -1,7 +1,8 @@
 """The matrices of one draw of an adapter's weights: the draw that `predict` and `generate` use for the same seed.
 
 Draw number d depends on the seed and d only. So K exported draws are the ensemble whose mean
-`predict(model, batch, samples=K, seed=seed)` returns, and K + 1 draws begin with the same K.
+`predict(model, batch, samples=K, seed=seed)` returns, and K + 1 draws begin with the same K. Without noise, draw k of
+an adapter with several cores is its member k.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ from torch import Tensor, nn
 
 from bayeslora.errors import BayesLoraError
 from bayeslora.methods.layer import BayesLayer
-from bayeslora.methods.variational import VariationalLayer, has_posterior, posterior_mean, sampling
+from bayeslora.methods.variational import VariationalLayer, has_posterior, member_count, posterior_mean, sampling
 from bayeslora.posterior import Noise, PosteriorSource, posterior_source
 
 Factors = Callable[[str, BayesLayer], tuple[Tensor, Tensor, Tensor]]
@@ -35,11 +36,29 @@ def check_draws(model: nn.Module, draws: int, seed: int, posterior: object | Non
         )
 
 
+def check_members(model: nn.Module, adapter_name: str, draws: int | None) -> int:
+    """Return K, the number of cores; raise `BayesLoraError` for a single one, or if draws are asked for as well."""
+    count = member_count(model, adapter_name)
+    if draws is not None:
+        raise BayesLoraError(f"draws is {draws}, but members have no noise: give draws or members, not both")
+    if count < 2:
+        raise BayesLoraError("members is True, but the adapter has no more than one core: leave it out")
+    return count
+
+
 @contextmanager
 def drawn(
-    model: nn.Module, adapter_name: str, seed: int, draw: int, posterior: PosteriorSource | None
+    model: nn.Module,
+    adapter_name: str,
+    seed: int,
+    draw: int,
+    posterior: PosteriorSource | None,
+    scale: float = 1.0,
 ) -> Iterator[Factors]:
-    """Run `model` with draw number `draw` inside the context; the context's value returns a layer's matrices."""
+    """Run `model` with draw number `draw` inside the context; the context's value returns a layer's matrices.
+
+    `scale` multiplies the standard deviations of an adapter's own posterior.
+    """
     if posterior is not None:
         with posterior_mean(model), posterior_source(posterior).sampled(seed, draw):
             yield lambda _path, layer: layer.factors(adapter_name)
@@ -47,8 +66,8 @@ def drawn(
 
     def factors(path: str, layer: BayesLayer) -> tuple[Tensor, Tensor, Tensor]:
         assert isinstance(layer, VariationalLayer)
-        a = layer.drawn_A(adapter_name, Noise("batch", seed, path, [draw]))
+        a = layer.drawn_A(adapter_name, Noise("batch", seed, path, [draw], scale=scale))
         return a, a.new_ones(len(a)), layer.B(adapter_name).float()
 
-    with sampling(model, "batch", seed, [draw]):
+    with sampling(model, "batch", seed, [draw], scale=scale):
         yield factors

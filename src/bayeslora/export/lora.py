@@ -21,7 +21,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from bayeslora.errors import BayesLoraError
-from bayeslora.export.draws import Factors, check_draws, drawn
+from bayeslora.export.draws import Factors, check_draws, check_members, drawn
 from bayeslora.export.formats import adapted_parts, inputs_for, output_error, output_of, saved_state
 from bayeslora.methods.config import KEPT_FIELDS
 from bayeslora.methods.layer import BayesLayer
@@ -42,8 +42,9 @@ def export_lora(
     draws: int | None = None,
     seed: int = 0,
     posterior: PosteriorSource | None = None,
+    members: bool = False,
 ) -> dict[str, Any]:
-    """Write the adapter as a PEFT LoRA folder, or K draws of its posterior as K folders.
+    """Write the adapter as a PEFT LoRA folder, or K draws of its posterior, or its K members, as K folders.
 
     Args:
         model: a PEFT model with an adapter of this library.
@@ -56,16 +57,29 @@ def export_lora(
             draw-(K - 1) of `path`. Their mean probabilities equal `predict(model, batch, samples=K, seed=seed)`.
         seed: seed of the draws, by default 0.
         posterior: source of the draws of a deterministic adapter: the `IVON` that trained it, or `load_posterior(…)`.
+        members: True to write each of the K cores of `MeLoraConfig(cores=K)`, at its mean, into the folders member-0 …
+            member-(K - 1) of `path`. Their mean probabilities equal `predict(CoreEnsemble(model), batch)`.
 
     Returns:
         `max_output_error` and `max_output`, over the outputs of this model and of the exported one on the batch (None
-        without inputs to measure on), and `ranks` by layer; for draws the maximum over draws, and their number.
+        without inputs to measure on), and `ranks` by layer; for draws and members the maximum over them, and their
+        number, `draws` or `members`.
 
     Raises:
-        BayesLoraError: if the model lacks an adapter of this library, for draws of a deterministic adapter, or for a
-            uniform export of an adapter that trains more than its matrices (a head, biases).
+        BayesLoraError: if the model lacks an adapter of this library, for draws of a deterministic adapter, for
+            members of an adapter with a single core, or for a uniform export of an adapter that trains more than its
+            matrices (a head, biases).
     """
     tuner: BayesTuner | None
+    if members:
+        inner, tuner, name = adapted_parts(model, adapter_name)
+        count = check_members(inner, name, draws)
+        found = []
+        for member in range(count):
+            with drawn(inner, name, seed, member, None, scale=0.0) as factors:
+                folder = Path(path) / f"member-{member}"
+                found.append(_export_one(inner, tuner, name, folder, batch, uniform, factors))
+        return {**_largest(found), "members": count}
     if draws is None:
         inner, tuner, name = adapted_parts(model, adapter_name)
         return _export_one(inner, tuner, name, Path(path), batch, uniform, lambda _, layer: layer.factors(name))
@@ -74,7 +88,7 @@ def export_lora(
         inner, tuner, name = model, None, adapter_name or model.active_adapter
     else:
         inner, tuner, name = adapted_parts(model, adapter_name)
-    found: list[dict[str, Any]] = []
+    found = []
     for draw in range(draws):
         folder = Path(path) / f"draw-{draw}"
         with drawn(inner, name, seed, draw, posterior) as factors:
@@ -84,12 +98,17 @@ def export_lora(
                 found.append({**output_error(None, None), "ranks": ranks})
             else:
                 found.append(_export_one(inner, tuner, name, folder, batch, uniform, factors))
+    return {**_largest(found), "draws": draws}
+
+
+def _largest(found: list[dict[str, Any]]) -> dict[str, Any]:
+    """Return the maxima of several exports' measurements and ranks."""
+    ranks = {layer: max(each["ranks"][layer] for each in found) for layer in found[0]["ranks"]}
     largest = {
         key: None if found[0][key] is None else max(each[key] for each in found)
         for key in ("max_output_error", "max_output")
     }
-    ranks = {layer: max(each["ranks"][layer] for each in found) for layer in found[0]["ranks"]}
-    return {**largest, "draws": draws, "ranks": ranks}
+    return {**largest, "ranks": ranks}
 
 
 def _export_one(

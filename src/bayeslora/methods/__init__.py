@@ -5,13 +5,13 @@ from bayeslora.methods.allocation import Allocation, CostModel, Evidence, Produc
 from bayeslora.methods.blob import BlobConfig
 from bayeslora.methods.blora import BLoraConfig, BLoraModel
 from bayeslora.methods.config import AdapterConfig
-from bayeslora.methods.description import KINDS, GateDescription, LayerDescription
+from bayeslora.methods.description import KINDS, GateDescription, LayerDescription, PosteriorWidth
 from bayeslora.methods.dylora import DyLoraConfig, at_rank, rank_curve
 from bayeslora.methods.layer import BayesLayer, add_update
 from bayeslora.methods.melora import MeLoraConfig
 from bayeslora.methods.registry import METHODS, register_method
 from bayeslora.methods.tuner import BayesTuner, TrainingSetup, describe, tuner_of
-from bayeslora.methods.variational import has_posterior, posterior_mean, sampling, stochastic_layers
+from bayeslora.methods.variational import has_posterior, member_count, posterior_mean, sampling, stochastic_layers
 
 __all__ = [
     "KINDS",
@@ -30,6 +30,7 @@ __all__ = [
     "GateDescription",
     "LayerDescription",
     "MeLoraConfig",
+    "PosteriorWidth",
     "Product",
     "TrainingSetup",
     "add_update",
@@ -38,6 +39,7 @@ __all__ = [
     "describe",
     "has_posterior",
     "least_share",
+    "member_count",
     "posterior_mean",
     "rank_curve",
     "register_method",

@@ -36,6 +36,23 @@ class GateDescription:
 
 
 @dataclass(frozen=True)
+class PosteriorWidth:
+    r"""How far a layer's posterior has left its prior: $\Omega / \sigma_p$ over the layer's entries.
+
+    1 is the prior's width: the data have said nothing. 0 is certainty.
+
+    Attributes:
+        mean: over all entries.
+        low, median, high: the 5th, 50th and 95th percentile.
+    """
+
+    mean: float
+    low: float
+    median: float
+    high: float
+
+
+@dataclass(frozen=True)
 class LayerDescription:
     """One adapted layer as evaluation sees it.
 
@@ -48,6 +65,7 @@ class LayerDescription:
         bits: width of each tensor, by the names in `KINDS`; 32 means not quantized.
         gates: the gates that evidence has decided, those of cut components included; empty for other methods, for the
             gates of the paper, and before the last decision.
+        posterior_to_prior: posterior by prior standard deviation; None for methods without a posterior.
     """
 
     name: str
@@ -58,10 +76,15 @@ class LayerDescription:
     parameters: int
     bits: dict[str, int] = field(default_factory=lambda: dict.fromkeys(KINDS, 32))
     gates: list[GateDescription] = field(default_factory=list)
+    posterior_to_prior: PosteriorWidth | None = None
 
     def to_dict(self) -> dict[str, Any]:
-        """The entry of `metrics.json`; `gates` is left out if there are none."""
+        """The entry of `layers` in `metrics.json`; `gates` is left out if there are none.
+
+        `posterior_to_prior` has an entry of its own, `posterior`.
+        """
         found = asdict(self)
+        del found["posterior_to_prior"]
         if not self.gates:
             del found["gates"]
         return found

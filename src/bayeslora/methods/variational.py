@@ -12,7 +12,7 @@ import copy
 import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar, cast
 
 import torch
@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from bayeslora.errors import BayesLoraError
 from bayeslora.methods.config import AdapterConfig
+from bayeslora.methods.description import LayerDescription, PosteriorWidth
 from bayeslora.methods.layer import BayesLayer, add_update
 from bayeslora.methods.tuner import BayesTuner, ParameterRole, RunState, TrainingSetup, tuner_of
 from bayeslora.posterior import SCOPES, Noise, Scope, kl_divergence
@@ -53,16 +54,19 @@ class VariationalConfig(AdapterConfig):
         self._check("num_examples", known, "at least 1", "give the length of the training set")
         self._check("kl_weight", self.kl_weight >= 0, "at least 0", "give 1 for the evidence lower bound")
         self._check("kl_warmup", 0 <= self.kl_warmup < 1, "at least 0 and below 1", "give a share of the steps")
-        known = self.prior_is_derived if self.prior_std is None else self.prior_std > 0
-        self._check("prior_std", known, "above 0", "give a standard deviation")
+        self._check_prior()
         self._check("variance_lr_factor", self.variance_lr_factor >= 0, "at least 0", "give 0 to fix the variances")
         if self.antithetic and self.noise_scope != "example":
             raise BayesLoraError(
                 f"noise_scope is {self.noise_scope!r}, but must be 'example' for antithetic noise: drop antithetic"
             )
 
+    def _check_prior(self) -> None:
+        known = self.prior_is_derived if self.prior_std is None else self.prior_std > 0
+        self._check("prior_std", known, "above 0", "give a standard deviation")
+
     def prior_of(self, rank: int) -> float:
-        """Return the standard deviation of the prior in a layer of rank `rank`."""
+        """Return the standard deviation of the prior in a new layer of rank `rank`."""
         assert self.prior_std is not None
         return self.prior_std
 
@@ -89,6 +93,27 @@ class VariationalLayer(BayesLayer):
     def posterior(self, name: str) -> tuple[Tensor, Tensor, Tensor | float]:
         """Mean and standard deviation of the Gaussian matrix, of one shape, and the prior's mean."""
         raise NotImplementedError
+
+    def prior(self, name: str) -> float | Tensor:
+        """Standard deviation of the prior."""
+        return self.prior_std[name]
+
+    @torch.no_grad()
+    def posterior_to_prior(self, name: str) -> Tensor:
+        """Posterior by prior standard deviation of every entry, of the matrix's shape, float32."""
+        return self.posterior(name)[1].float() / self.prior(name)
+
+    def describe(self, adapter_name: str, name: str) -> LayerDescription:
+        found = super().describe(adapter_name, name)
+        ratios = self.posterior_to_prior(adapter_name)
+        if ratios.is_meta or not ratios.any():
+            return found
+        parts = torch.quantile(ratios.flatten().cpu(), torch.tensor([0.05, 0.5, 0.95])).tolist()
+        return replace(found, posterior_to_prior=PosteriorWidth(float(ratios.mean()), *parts))
+
+    def member_count(self, name: str) -> int:
+        """Members of an adapter that is an ensemble by itself; 1 for others."""
+        return 1
 
     def drawn_A(self, name: str, noise: Noise) -> Tensor:
         """The first factor (r, d_in) under the first draw of `noise`, float32."""
@@ -136,6 +161,17 @@ def has_posterior(model: nn.Module) -> bool:
     return bool(stochastic_layers(model))
 
 
+def member_count(model: nn.Module, adapter_name: str | None = None) -> int:
+    """Return K, the cores of an adapter (by default the active one), members of an ensemble; 1 for other models."""
+    counts = [
+        layer.member_count(name)
+        for layer in stochastic_layers(model).values()
+        for name in ([adapter_name] if adapter_name else layer.active_adapters)
+        if name in layer.adapter_names
+    ]
+    return max(counts, default=1)
+
+
 @contextmanager
 def sampling(
     model: nn.Module,
@@ -143,6 +179,7 @@ def sampling(
     seed: int | None = None,
     draws: int | Sequence[int] = 1,
     antithetic: bool = False,
+    scale: float = 1.0,
 ) -> Iterator[None]:
     """Let every stochastic layer compute with drawn weights, in training and in evaluation mode alike.
 
@@ -153,6 +190,10 @@ def sampling(
         draws: number of draws of the weights that a batch holds, or their numbers; more than one needs scope `batch`,
             and rows in that many groups of equal size, one after the other.
         antithetic: draws in pairs of opposite noise.
+        scale: factor of the standard deviations. 0 draws the means: with several cores, those of the members.
+
+    With K cores, draw d belongs to member d mod K (with `antithetic`, pair by pair), and so does row d of scope
+    `example`. So K draws have each member once.
 
     Raises:
         BayesLoraError: for a model without a posterior, or with its mean merged into the base weights; for an unknown
@@ -168,7 +209,7 @@ def sampling(
             f"{type(model).__name__} has no posterior, but sampling draws from one: train with "
             "bayeslora.MeLoraConfig or bayeslora.BlobConfig, or drop the sampling"
         )
-    with _controlled(model, lambda path: Noise(scope, seed, path, numbers, antithetic)):
+    with _controlled(model, lambda path: Noise(scope, seed, path, numbers, antithetic, scale)):
         yield
 
 
@@ -200,8 +241,6 @@ class VariationalRun(RunState):
     total_steps: int
     warm_up_steps: int
     kl_warmup_factor: float = 1.0
-    found: list[Tensor] | None = None
-    """Mean squared gradients of single rows in the current step, by layer; of methods that set their deviations."""
 
 
 class VariationalModel(BayesTuner):
@@ -216,16 +255,19 @@ class VariationalModel(BayesTuner):
         return cast(VariationalConfig, self.peft_config[name])
 
     def kl(self) -> Tensor:
-        """KL divergence of the trained adapter's posterior from its prior, summed over layers, in nats."""
+        """KL divergence of the trained adapter's posterior from its prior, summed over layers, in nats.
+
+        An entry with a deviation of 0 counts as one with the prior's: what is left is the penalty of its mean.
+        """
         name = self.training_adapter()
         parts = [layer.posterior(name) for layer in self.adapted_layers(name)]
         # One pass over all layers' entries instead of a few operations a layer; in units of each layer's prior.
-        priors = [layer.prior_std[name] for layer in self.adapted_layers(name)]
+        priors = [layer.prior(name) for layer in self.adapted_layers(name)]
         offsets = _gathered(
             [(m.float() - centre) / prior for (m, _, centre), prior in zip(parts, priors, strict=True)]
         )
         stds = _gathered([std / prior for (_, std, _), prior in zip(parts, priors, strict=True)])
-        return kl_divergence(offsets, stds, 0.0, 1.0)
+        return kl_divergence(offsets, torch.where(stds > 0, stds, 1.0), 0.0, 1.0)
 
     def penalty(self) -> dict[str, Tensor]:
         r"""$\beta / N$ times the divergence (`kl`), at the warm-up's present share."""
@@ -287,13 +329,14 @@ class VariationalModel(BayesTuner):
         means, stds = (_gathered([part[index] for part in parts]) for index in (0, 1))
         if not len(stds):
             return {"kl": 0.0, "kl_warmup": self.kl_warmup_factor}
-        priors = [layer.prior_std[name] for layer in self.adapted_layers(name)]
+        ratios = _gathered([layer.posterior_to_prior(name) for layer in self.adapted_layers(name)])
+        noise = {"signal_to_noise": float((means.abs() / stds).median())} if stds.any() else {}
         return {
             "kl": float(self.kl()),
             "kl_warmup": self.kl_warmup_factor,
             "posterior_std": float(stds.mean()),
-            "posterior_to_prior": float(_gathered([p[1] / s for p, s in zip(parts, priors, strict=True)]).mean()),
-            "signal_to_noise": float((means.abs() / stds).median()),
+            "posterior_to_prior": float(ratios.mean()),
+            **noise,
         }
 
 

@@ -89,6 +89,7 @@ class Noise:
             `draws[i // (N / D)]`.
         antithetic: pair draws of opposite noise, which cancels the odd part of a function in every average: seeded
             draws 2k and 2k + 1, otherwise the two halves of the rows (`example`) or of the draws.
+        scale: factor of the normal numbers; 0 leaves the means.
 
     Raises:
         BayesLoraError: for an unknown scope, an empty `draws`, several draws with a scope other than `batch`, or
@@ -102,6 +103,7 @@ class Noise:
         key: str = "",
         draws: Sequence[int] = range(1),
         antithetic: bool = False,
+        scale: float = 1.0,
     ) -> None:
         if scope not in SCOPES:
             raise BayesLoraError(f"scope is {scope!r}, but must be {' or '.join(SCOPES)}: give scope='example'")
@@ -112,13 +114,14 @@ class Noise:
         if antithetic and scope == "token":
             raise BayesLoraError("antithetic is True, but scope is 'token': give scope='example' or scope='batch'")
         self.scope, self.seed, self.key, self.draws, self.antithetic = scope, seed, key, draws, antithetic
+        self.scale = scale
         self._kept: dict[tuple[object, ...], Tensor] = {}
 
     def for_adapter(self, position: int) -> Noise:
         """Return the noise for the adapter at `position` among the layer's active ones, independent of the others'."""
         if position == 0 or self.seed is None:
             return self
-        return Noise(self.scope, self.seed, f"{self.key}+{position}", self.draws, self.antithetic)
+        return Noise(self.scope, self.seed, f"{self.key}+{position}", self.draws, self.antithetic, self.scale)
 
     def groups(self, rows: int) -> int:
         """Return the number of equal, consecutive groups that `rows` rows form: one for each draw of the weights."""
@@ -131,7 +134,10 @@ class Noise:
         return len(self.draws)
 
     def normal(self, groups: int, shape: Sequence[int], device: torch.device) -> Tensor:
-        """Draw standard normal numbers (groups, *shape), float32: one entry for each draw of the weights."""
+        """Draw normal numbers (groups, *shape) of deviation `scale`, float32: one entry for each draw."""
+        return self._scaled(self._normal(groups, shape, device))
+
+    def _normal(self, groups: int, shape: Sequence[int], device: torch.device) -> Tensor:
         if self.seed is None:
             generator = rank_generator(device)
             return self._paired(groups, lambda count: torch.randn(count, *shape, device=device, generator=generator))
@@ -145,10 +151,13 @@ class Noise:
         return self._kept[key]
 
     def normal_per_token(self, shape: Sequence[int], device: torch.device) -> Tensor:
-        """Draw standard normal numbers of `shape`, float32, for scope `token`."""
+        """Draw normal numbers of `shape` and deviation `scale`, float32, for scope `token`."""
         if self.seed is None:
-            return torch.randn(tuple(shape), device=device, generator=rank_generator(device))
-        return self._seeded("", shape[0], shape[1:]).to(device)
+            return self._scaled(torch.randn(tuple(shape), device=device, generator=rank_generator(device)))
+        return self._scaled(self._seeded("", shape[0], shape[1:]).to(device))
+
+    def _scaled(self, drawn: Tensor) -> Tensor:
+        return drawn if self.scale == 1.0 else drawn * self.scale
 
     def signs(self, shape: Sequence[int], device: torch.device, name: str) -> Tensor:
         """Draw random signs -1 and 1 of `shape`, float32; each call in one layer needs a different `name`."""

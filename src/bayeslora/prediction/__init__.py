@@ -6,6 +6,7 @@ from bayeslora.prediction.features import features_and_logits
 from bayeslora.prediction.generate import Generation, generate
 from bayeslora.prediction.predict import Prediction, evaluation_mode, labels_of, predict, sampled_logits
 from bayeslora.prediction.predictor import (
+    CoreEnsemble,
     Logits,
     ModelPredictor,
     Predictable,
@@ -16,6 +17,7 @@ from bayeslora.prediction.predictor import (
 )
 
 __all__ = [
+    "CoreEnsemble",
     "Generation",
     "Logits",
     "ModelPredictor",

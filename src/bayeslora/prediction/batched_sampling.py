@@ -48,11 +48,11 @@ class BatchedSampler:
     Args:
         model: a model with a posterior, in evaluation mode.
         read: function from the model and a batch to logits.
-        seed, antithetic: options of the draws; draw d does not depend on which draws share its batch.
+        seed, antithetic, scale: options of `sampling`; draw d does not depend on which draws share its batch.
     """
 
-    def __init__(self, model: nn.Module, read: Read, seed: int, antithetic: bool = False) -> None:
-        self.model, self.read, self.seed, self.antithetic = model, read, seed, antithetic
+    def __init__(self, model: nn.Module, read: Read, seed: int, antithetic: bool = False, scale: float = 1.0) -> None:
+        self.model, self.read, self.seed, self.antithetic, self.scale = model, read, seed, antithetic, scale
         self.layers = stochastic_layers(model)
         # An expert sees only the tokens that are routed to it, and cannot tell which draw they belong to.
         self.batchable = not any("expert" in path for path in self.layers)
@@ -94,7 +94,8 @@ class BatchedSampler:
     def _run(self, batch: Mapping[str, Tensor], draws: Sequence[int]) -> Tensor:
         rows, times = row_count(batch), len(draws)
         repeated = batch if times == 1 else repeat_rows(dict(batch), rows, times)
-        with sampling(self.model, "batch", self.seed, draws, self.antithetic), self._guarded(rows * times, times):
+        drawn = sampling(self.model, "batch", self.seed, draws, self.antithetic, self.scale)
+        with drawn, self._guarded(rows * times, times):
             logits = self.read(self.model, repeated)
         # Some models return one row for several rows of inputs (multiple choice). With several draws it is unknown
         # which row belongs to which draw; with one draw it does not matter.

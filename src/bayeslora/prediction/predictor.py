@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from bayeslora.errors import BayesLoraError
-from bayeslora.methods.variational import has_posterior, posterior_mean
+from bayeslora.methods.variational import has_posterior, member_count, posterior_mean
 from bayeslora.posterior import WeightPosterior, posterior_source
 from bayeslora.posterior.saved import check_unmerged
 from bayeslora.prediction.batched_sampling import BatchedSampler, first_token_only
@@ -80,13 +80,7 @@ class ModelPredictor:
             return self._mean(read)
         if self.source is not None:
             return self._draws_of_source(samples, seed, antithetic, read)
-        batched = BatchedSampler(self.model, read, seed, antithetic)
-
-        def draws(batch: Mapping[str, Tensor]) -> Tensor:
-            with first_token_only(self.model):
-                return batched.logits(batch, range(samples))
-
-        return draws
+        return _of_draws(BatchedSampler(self.model, read, seed, antithetic), samples)
 
     def _mean(self, read: Logits) -> Sampler:
         def mean(batch: Mapping[str, Tensor]) -> Tensor:
@@ -109,6 +103,48 @@ class ModelPredictor:
             return torch.stack(found)
 
         return draws
+
+
+class CoreEnsemble:
+    """Predictor with the mean of an adapter's cores, each without noise; `samples` must be their number K, or 0.
+
+    It takes K passes. `predict(model, …)` without it uses the mean core, in one pass, or K draws, which have the noise
+    of each member as well.
+
+    Args:
+        model: a model with an adapter of `MeLoraConfig(cores=K)`.
+
+    Raises:
+        BayesLoraError: the adapter has a single core, or none.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        self.model, self.size = model, member_count(model)
+        if self.size < 2:
+            raise BayesLoraError(
+                "the adapter has no more than one core, but an ensemble needs two: train with "
+                "bayeslora.MeLoraConfig(cores=4), or predict without CoreEnsemble"
+            )
+
+    def check_samples(self, samples: int) -> None:
+        if samples not in (0, self.size):
+            raise BayesLoraError(
+                f"samples is {samples}, but the ensemble's samples are its {self.size} cores: give "
+                f"samples={self.size}, or 0 for the same"
+            )
+
+    def sampler(self, samples: int, seed: int, antithetic: bool, read: Logits) -> Sampler:
+        return _of_draws(BatchedSampler(self.model, read, seed, scale=0.0), self.size)
+
+
+def _of_draws(batched: BatchedSampler, count: int) -> Sampler:
+    """Return the sampler of the draws 0 … `count` - 1."""
+
+    def draws(batch: Mapping[str, Tensor]) -> Tensor:
+        with first_token_only(batched.model):
+            return batched.logits(batch, range(count))
+
+    return draws
 
 
 Predictable = nn.Module | Predictor | WeightPosterior

@@ -21,6 +21,8 @@ takes its default, a number that was not finite is null, and unknown keys are ig
 | `shift.levels` | `none` (severity 0) first; `domain` has the `name` of its file or task |
 | `labels`, `confusion` | class names by id; examples by true class (rows) and predicted class (columns) |
 | `layers` | by adapted matrix `name`, `rank`, `initial_rank`, `bits` by kind of tensor, shape and parameters |
+| `posterior` | of variational methods, by matrix: posterior by prior standard deviation, its `mean`, and `low`, |
+| | `median` and `high`, the 5th, 50th and 95th percentile |
 | `layers.gates` | of B-LoRA by evidence: `kind` of tensor or `rank`, `gate` (its bits, or the component's index), |
 | | `is_open`, `delta` (nats), `saving` (share), `price` (nats), `probability` (unless N is unknown) |
 | `parameters` | numbers of `trainable`, `adapter` and `total` scalars |
@@ -112,6 +114,16 @@ class LayerRecord:
     def address(self) -> Address:
         """Return the place of the matrix in the model."""
         return locate(self.name)
+
+
+@dataclass(frozen=True)
+class WidthRecord:
+    """Posterior by prior standard deviation over the entries of a matrix; 1 where the data have said nothing."""
+
+    mean: Finite
+    low: Finite
+    median: Finite
+    high: Finite
 
 
 @dataclass(frozen=True)
@@ -266,6 +278,7 @@ class RunRecord:
     confusion: list[list[Count]] = field(default_factory=list)
     parameters: dict[str, int] = field(default_factory=dict)
     relative_bops: dict[str, float] = field(default_factory=dict)
+    posterior: dict[str, WidthRecord] = field(default_factory=dict)
     seconds: dict[str, float] = field(default_factory=dict)
     peak_memory_bytes: int | None = None
     versions: dict[str, str] = field(default_factory=dict)
@@ -324,6 +337,11 @@ class RunRecord:
         """Return the kinds of tensor that have a width in this run."""
         present = {kind for layer in self.layers for kind in layer.bits}
         return [kind for kind in ALL_KINDS if kind in present] + sorted(present - set(ALL_KINDS))
+
+    @property
+    def posterior_to_prior(self) -> float | None:
+        """Return the mean over matrices of posterior by prior standard deviation; None without a posterior."""
+        return statistics.fmean(width.mean for width in self.posterior.values()) if self.posterior else None
 
     @property
     def gates(self) -> list[GateRecord]:

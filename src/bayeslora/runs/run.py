@@ -263,8 +263,9 @@ def _place(name: str | os.PathLike[str]) -> Path:
     """Return the folder `name`, or the cached files of that hub id."""
     folder, text = Path(name).expanduser(), str(name)
     if folder.is_dir():
-        if (folder / "draw-0").is_dir():
-            raise BayesLoraError(f"{folder} has several draws, but load takes one model: give {folder / 'draw-0'}")
+        for several in ("draw", "member"):
+            if (first := folder / f"{several}-0").is_dir():
+                raise BayesLoraError(f"{folder} has several {several}s, but load takes one model: give {first}")
         return folder
     if folder.exists() or text.startswith((".", "~", "/")) or text.count("/") != 1 or os.sep != "/" and os.sep in text:
         raise BayesLoraError(f"{text} is not a folder, but must be one or a hub id such as owner/name: check the path")

@@ -6,7 +6,7 @@ import platform
 import resource
 import sys
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import asdict, replace
 from typing import Any
 
 import numpy as np
@@ -144,7 +144,9 @@ def detected(
 def described(model: nn.Module) -> dict[str, Any]:
     """Return the part of `metrics.json` about the model and the software."""
     layers = describe(model)
+    widths = {layer.name: asdict(layer.posterior_to_prior) for layer in layers if layer.posterior_to_prior}
     return {
+        **({"posterior": widths} if widths else {}),
         "parameters": count_parameters(model),
         "relative_bops": relative_bops(model, layers),
         "layers": [layer.to_dict() for layer in layers],
