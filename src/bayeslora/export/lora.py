@@ -74,11 +74,7 @@ def export_lora(
     if members:
         inner, tuner, name = adapted_parts(model, adapter_name)
         count = check_members(inner, name, draws)
-        found = []
-        for member in range(count):
-            with drawn(inner, name, seed, member, None, scale=0.0) as factors:
-                folder = Path(path) / f"member-{member}"
-                found.append(_export_one(inner, tuner, name, folder, batch, uniform, factors))
+        found = list(_export_members(inner, tuner, name, Path(path), batch, uniform, count))
         return {**_largest(found), "members": count}
     if draws is None:
         inner, tuner, name = adapted_parts(model, adapter_name)
@@ -99,6 +95,21 @@ def export_lora(
             else:
                 found.append(_export_one(inner, tuner, name, folder, batch, uniform, factors))
     return {**_largest(found), "draws": draws}
+
+
+def _export_members(
+    model: PeftModel,
+    tuner: BayesTuner,
+    name: str,
+    path: Path,
+    batch: Mapping[str, Tensor] | None,
+    uniform: bool,
+    count: int,
+) -> Iterator[dict[str, Any]]:
+    """Write each core at its mean, and yield its measurements."""
+    for member in range(count):
+        with drawn(model, name, 0, member, None, scale=0.0) as factors:
+            yield _export_one(model, tuner, name, path / f"member-{member}", batch, uniform, factors)
 
 
 def _largest(found: list[dict[str, Any]]) -> dict[str, Any]:

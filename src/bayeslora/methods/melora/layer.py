@@ -60,7 +60,7 @@ class MeLoraLayer(VariationalLayer):
         self.melora_A[adapter_name], self.melora_B[adapter_name] = self.initial_factors(config, rank)
         self.cores[adapter_name] = config.cores
         self._start[adapter_name] = (config.cores, rank, config.core_spread, config.core == "diagonal")
-        core = starting_cores(*self._start[adapter_name], self.melora_A[adapter_name].device)
+        core = starting_cores(*self._start[adapter_name], torch.device("cpu"))
         self.melora_M[adapter_name] = nn.Parameter(core.clone())
         if config.variance == "closed_form":
             self.melora_precision[adapter_name] = torch.zeros_like(core)
