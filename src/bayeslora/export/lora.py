@@ -72,10 +72,7 @@ def export_lora(
     """
     tuner: BayesTuner | None
     if members:
-        inner, tuner, name = adapted_parts(model, adapter_name)
-        count = check_members(inner, name, draws)
-        found = list(_export_members(inner, tuner, name, Path(path), batch, uniform, count))
-        return {**_largest(found), "members": count}
+        return _export_members(model, Path(path), adapter_name, batch, uniform, draws)
     if draws is None:
         inner, tuner, name = adapted_parts(model, adapter_name)
         return _export_one(inner, tuner, name, Path(path), batch, uniform, lambda _, layer: layer.factors(name))
@@ -98,18 +95,20 @@ def export_lora(
 
 
 def _export_members(
-    model: PeftModel,
-    tuner: BayesTuner,
-    name: str,
+    model: nn.Module,
     path: Path,
+    adapter_name: str | None,
     batch: Mapping[str, Tensor] | None,
     uniform: bool,
-    count: int,
-) -> Iterator[dict[str, Any]]:
-    """Write each core at its mean, and yield its measurements."""
-    for member in range(count):
-        with drawn(model, name, 0, member, None, scale=0.0) as factors:
-            yield _export_one(model, tuner, name, path / f"member-{member}", batch, uniform, factors)
+    draws: int | None,
+) -> dict[str, Any]:
+    """Write each core at its mean into a folder of its own."""
+    inner, tuner, name = adapted_parts(model, adapter_name)
+    found = []
+    for member in range(check_members(inner, name, draws)):
+        with drawn(inner, name, 0, member, None, scale=0.0) as factors:
+            found.append(_export_one(inner, tuner, name, path / f"member-{member}", batch, uniform, factors))
+    return {**_largest(found), "members": len(found)}
 
 
 def _largest(found: list[dict[str, Any]]) -> dict[str, Any]:
