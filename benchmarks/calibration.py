@@ -1,76 +1,63 @@
-"""How far probabilities can be trusted after fine-tuning: Me-LoRA and BLoB against LoRA and what is put on top of it.
+"""How far probabilities can be trusted after fine-tuning, with every method of uncertainty on the same footing.
 
     python benchmarks/calibration.py --data-dir DATA                             # every missing run, then the tables
     python benchmarks/calibration.py --data-dir DATA --tasks mrpc --seeds 0      # some of them
     python benchmarks/calibration.py --table                                     # only the tables
-    python benchmarks/calibration.py --data-dir DATA --select --set prior_std=0.1    # to choose Me-LoRA's settings
+    python benchmarks/calibration.py --data-dir DATA --select --methods melora-closed --set prior_std=0.1
 
-Three adapters are trained for each task and seed, with the same layers, steps, learning rate and data (90% of train):
-LoRA with dropout 0.1, BLoB and Me-LoRA. Rows of the table that need no training of their own are read off them: LoRA
-with a temperature fitted on the other 10% of train, Monte-Carlo dropout, and the ensemble of the seeds' LoRA adapters.
-The language model is trained on the first 240 rows of train and scored on the first 256 of development, so that steps
-and samples fit a CPU; of its LoRA adapters only seed 0's dropout is sampled.
-One JSON file a run in benchmarks/results/calibration; runs whose file exists are skipped, and several processes share
-the work. Scores are of the test split where it has labels, otherwise of the development split, looked at once. With
-`--select` 30% of train are held out and nothing else is scored; files go to benchmarks/results/calibration-selection.
+Trained for each task and seed, on the same layers and 90% of train:
+
+- `tuned`: LoRA with dropout 0.1 at the best of three learning rates, stopped early; both are chosen on the other 10%
+  of train. It also fills the rows that need no training of their own: temperature, vector scaling and isotonic maps
+  (fitted on the 10%), Monte-Carlo dropout, Laplace on the head (fitted on the training rows), training-free
+  Bayesianization (on the 10%), and ensembles of three seeds.
+- `swag`, `ivon`: the same LoRA, at the task's learning rate, with a posterior over its weights.
+- `blob`, `melora-closed` (closed-form variance) and `melora-cores` (four cores), at the task's learning rate. The last
+  two also with a temperature. A version of the library without cores leaves that row out.
+
+`lora` and `melora` are the rows of an earlier table: LoRA without tuning, and Me-LoRA whose variance is learned.
+SST-2 and QNLI are trained on 10,000 rows of train, and QNLI is scored on 2,000 rows. The language model is trained on
+the first 240 rows of train and scored on the first 256 of development, so that steps and samples fit a CPU; of its
+untuned adapters only seed 0's dropout is sampled.
+One JSON file a run in benchmarks/results/calibration, with the probabilities of every row; runs whose file exists are
+skipped, and several processes share the work. Scores are of the test split where it has labels, otherwise of the
+development split, looked at once. Intervals of the differences to tuned LoRA with a temperature are bootstrapped from
+the files over rows and seeds, and kept in benchmarks/results/calibration-differences.json. With `--select` 30% of
+train are held out and nothing else is scored; files go to benchmarks/results/calibration-selection.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-import math
-import sys
-from collections.abc import Iterable
-from dataclasses import dataclass
+import time
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from datasets import Dataset
-from harness import Training, classifier, fine_tune, language_model, run_missing, training_arithmetic
-from peft import LoraConfig, PeftConfig
-from results_calibration import SAMPLES, calibration_section
-from torch import nn
-from torch.utils.data import DataLoader
-from transformers import DataCollatorWithPadding, set_seed
+from forms import LANGUAGE, METHODS, OPTIONS, Form, available, forms, trained
+from harness import Training, run_missing, training_arithmetic
+from intervals import encoded
+from results_calibration import calibration_section, write_differences
 
-import bayeslora
-from bayeslora.data import hold_out, load_task
-from bayeslora.errors import BayesLoraError
-from bayeslora.evaluation import choice_scoring, evaluate
-from bayeslora.posthoc import MCDropout, TemperatureScaling
-from bayeslora.prediction import Predictable
+from bayeslora.data import Task, hold_out, load_task
+from bayeslora.evaluation import evaluate
+from bayeslora.evaluation.uncertainty import excess_area
 
 RESULTS = Path(__file__).parent / "results" / "calibration"
-SELECTION = RESULTS.with_name("calibration-selection")
-LANGUAGE = ("winogrande", "arc_easy")
 TRAINING = {
     "mrpc": Training(steps=480, learning_rate=2e-3, max_length=96),
     "rte": Training(steps=400, learning_rate=1e-3, max_length=96),
     "cola": Training(steps=640, learning_rate=5e-4, max_length=64),
+    "sst2": Training(steps=400, learning_rate=1e-3, max_length=64),
+    "qnli": Training(steps=400, learning_rate=1e-3, max_length=128),
     "winogrande": Training(steps=216, learning_rate=1e-3, batch_size=8),
     "arc_easy": Training(steps=216, learning_rate=1e-3, batch_size=8, max_length=256),
 }
-ATTENTION = ["query", "key", "value"]
-DECODER = ["q_proj", "v_proj"]
-FEW_ROWS, FEW_SCORED = 240, 256
-TARGETS = {"mrpc": ATTENTION, "rte": ATTENTION, "cola": [*ATTENTION, "dense"]}
-
-
-def configuration(method: str, task: str, options: dict[str, Any], rows: int) -> PeftConfig:
-    """The adapter's; BLoB follows its published schedule, whose cycle depends on the number of training `rows`."""
-    shared: dict[str, Any] = {"r": 8, "lora_alpha": 16}
-    if task in LANGUAGE:
-        shared |= {"target_modules": DECODER, "task_type": "CAUSAL_LM"}
-    else:
-        shared |= {"target_modules": TARGETS[task], "task_type": "SEQ_CLS"}
-    if method == "lora":
-        return LoraConfig(lora_dropout=0.1, **shared)
-    if method == "blob":
-        cycle = int(100 * rows ** (math.pi / 8) / TRAINING[task].batch_size)
-        shared |= {"kl_schedule": "blob", "kl_cycle": cycle}
-    return bayeslora.METHODS[method](**{**shared, **options})
+FEW = {"sst2": (10_000, None), "qnli": (10_000, 2_000)} | dict.fromkeys(LANGUAGE, (240, 256))
+"""By task, rows of train (the first; a fixed choice of the large sets) and rows to score, where not all are used."""
+DEFAULT_TASKS = tuple(task for task in TRAINING if task not in LANGUAGE)
 
 
 @dataclass(frozen=True)
@@ -83,95 +70,115 @@ class Job:
     data_dir: Path
     options: dict[str, Any]
     select: bool
+    training: Training
+    rows: int | None = None
 
     @property
     def settings(self) -> dict[str, Any]:
         """What its file records of how it was trained."""
-        return {"training": vars(TRAINING[self.task]), "options": self.options}
+        return {"training": vars(self.training), "options": self.options}
 
 
 def run(job: Job) -> dict[str, Any]:
     """Train one adapter and score it in every form; returns what its file holds."""
-    method, task_name, seed, select = job.method, job.task, job.seed, job.select
-    training = TRAINING[task_name]
-    set_seed(seed)
-    is_language = task_name in LANGUAGE
-    task = load_task(task_name, job.data_dir)
-    if is_language:
-        for name, count in (("train", FEW_ROWS), ("validation", FEW_SCORED)):
-            task.splits[name] = task.splits[name].select(range(count))
-    task = hold_out(task, 0.3 if select else 0.1)
-    base, tokenizer, encoded = (language_model if is_language else classifier)(task, training)
-    config = configuration(method, task_name, job.options, len(encoded["train"]))
-    model, trained = fine_tune(base, tokenizer, encoded["train"], config, training, seed)
-    labelled = "test" if "test" in encoded and task_name != "arc_easy" else "validation"
-    rows = encoded["selection" if select else labelled]
+    is_language = job.task in LANGUAGE
+    task = hold_out(_fewer(load_task(job.task, job.data_dir), job), 0.3 if job.select else 0.1)
+    done = trained(job.method, task, job.training, job.seed, job.options)
+    rows_of = done.data.encoded
+    labelled = "test" if "test" in rows_of and job.task != "arc_easy" else "validation"
+    rows = rows_of["selection" if job.select else labelled]
     found: dict[str, Any] = {}
-    with training_arithmetic(model):
-        for name, predictor, samples in forms(method, model, encoded["selection"], tokenizer):
-            if name == "dropout" and is_language and seed:
+    with training_arithmetic(done.model):
+        for form in forms(job.method, done):
+            if form.name == "dropout" and is_language and job.seed:
                 continue
-            scored = evaluate(predictor, rows, task, tokenizer, 64, samples, seed)
-            found[name] = {"scores": scored.scores, "probabilities": scored.predictions.round(5).tolist()}
+            found[form.name] = _scored(form, rows, task, done.data.tokenizer, job.seed)
     return {
-        "task": task_name,
-        "method": method,
-        "seed": seed,
+        "task": job.task,
+        "method": job.method,
+        "seed": job.seed,
         **job.settings,
         "metric": task.metric,
-        "split": "selection" if select else labelled,
+        "split": "selection" if job.select else labelled,
         "labels": list(rows["label"]),
         "forms": found,
-        **trained,
+        **done.facts,
     }
 
 
-def forms(method: str, model: nn.Module, selection: Dataset, tokenizer: Any) -> Iterable[tuple[str, Predictable, int]]:
-    """Names of the table's rows that one adapter fills, what predicts there, and with how many samples."""
-    if method != "lora":
-        yield f"{method}-mean", model, 0
-        yield method, model, SAMPLES
-        return
-    yield "lora", model, 0
-    scoring = choice_scoring(selection, tokenizer) if "choice_mask" in selection.column_names else None
-    collate = scoring.collate if scoring else DataCollatorWithPadding(tokenizer)
-    loader = DataLoader(selection, 64, collate_fn=collate)  # type: ignore[arg-type]
-    try:
-        yield "temperature", TemperatureScaling(model).fit(loader, logits=scoring.logits if scoring else None), 0
-    except BayesLoraError as error:  # a model that knows nothing of held-out rows has no best temperature
-        print(f"no temperature: {error}", file=sys.stderr)
-    yield "dropout", MCDropout(model), SAMPLES
+def _fewer(task: Task, job: Job) -> Task:
+    """The task with the rows that are used of it."""
+    train, scored = FEW.get(job.task, (None, None))
+    if job.rows is not None:
+        train = scored = job.rows
+    for name, count in (("train", train), ("validation", scored), ("test", scored)):
+        if count is None or name not in task.splits:
+            continue
+        rows = task.splits[name]
+        chosen = rows if job.task in LANGUAGE or name != "train" else rows.shuffle(seed=0)
+        task.splits[name] = chosen.select(range(min(count, len(rows))))
+    return task
+
+
+def _scored(form: Form, rows: Any, task: Task, tokenizer: Any, seed: int) -> dict[str, Any]:
+    """What a file holds of one form."""
+    start = time.perf_counter()
+    scored = evaluate(form.predictor, rows, task, tokenizer, 64, form.samples, seed)
+    p = scored.predictions
+    excess = excess_area(1 - p.max(axis=1), p.argmax(axis=1) != scored.labels)
+    return {
+        "scores": {**scored.scores, "excess_aurc": excess},
+        "passes": form.passes,
+        "numbers": form.numbers,
+        "fit_seconds": form.seconds,
+        "predict_seconds": time.perf_counter() - start,
+        "log_odds": encoded(p),
+    }
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data-dir", type=Path)
-    parser.add_argument("--tasks", nargs="+", default=list(TRAINING), choices=list(TRAINING))
-    parser.add_argument("--methods", nargs="+", default=["lora", "melora", "blob"])
-    parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
+    parser.add_argument("--tasks", nargs="+", default=list(DEFAULT_TASKS), choices=list(TRAINING))
+    parser.add_argument(
+        "--methods", nargs="+", default=list(METHODS), choices=[*METHODS, "lora", "melora"], metavar="METHOD"
+    )
+    parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2, 3, 4])
     parser.add_argument("--threads", type=int)
     parser.add_argument("--select", action="store_true", help="score on the rows held out of train alone")
     parser.add_argument("--set", nargs="+", default=[], metavar="FIELD=JSON", help="the configuration, with --select")
+    parser.add_argument("--results", type=Path, default=RESULTS, help="the folder of the runs' files")
+    parser.add_argument("--steps", type=int, help="of every run, to try the benchmark out in another --results")
+    parser.add_argument("--rows", type=int, help="of train and to score, to try the benchmark out")
     parser.add_argument("--table", action="store_true", help="only print the tables, as on the results page")
     given = parser.parse_args()
     if given.set and not given.select:
         parser.error("--set belongs to --select: the benchmark itself runs the defaults")
     if given.threads:
         torch.set_num_threads(given.threads)
+    if (given.steps or given.rows) and given.results == RESULTS:
+        parser.error("--steps and --rows make other runs than the benchmark's: give another folder as --results")
+    if not given.table:
+        run_missing(parser, jobs(given), run)
+    if not given.select:
+        write_differences(given.results)
+        print(calibration_section(given.results))
+
+
+def jobs(given: argparse.Namespace) -> dict[Path, Job]:
+    """The runs that are asked for, by the file that each is written to; all methods of a seed before the next."""
     options = {name: json.loads(value) for name, value in (item.split("=", 1) for item in given.set)}
     changed = "".join(f"-{name}={value}" for name, value in options.items())
-    wanted = [(t, m, s) for s in given.seeds for t in given.tasks for m in given.methods]
-    folder = SELECTION if given.select else RESULTS
-    jobs = {
-        folder / f"{task}-{method}{changed}-{seed}.json": Job(
-            method, task, seed, given.data_dir, options, given.select
-        )
-        for task, method, seed in wanted
-    }
-    if not given.table:
-        run_missing(parser, jobs, run)
-    if not given.select:
-        print(calibration_section(RESULTS))
+    folder = given.results.with_name(given.results.name + "-selection") if given.select else given.results
+    found = {}
+    for seed in given.seeds:
+        for task in given.tasks:
+            for method in filter(available, given.methods):
+                training = TRAINING[task] if given.steps is None else replace(TRAINING[task], steps=given.steps)
+                own = {**OPTIONS.get(method, {}), **options}
+                file = folder / f"{task}-{method}{changed}-{seed}.json"
+                found[file] = Job(method, task, seed, given.data_dir, own, given.select, training, given.rows)
+    return found
 
 
 if __name__ == "__main__":

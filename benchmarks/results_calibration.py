@@ -2,18 +2,24 @@
 
 from __future__ import annotations
 
+import json
 import statistics
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+from intervals import differences, probabilities_of
 from patterns import Verdict
 from records import TASK_TITLES, Run, check_alike, markdown_table, read_runs, spread
 from results_glue import missing
 
 from bayeslora.evaluation.metrics import classification_scores
+from bayeslora.evaluation.uncertainty import excess_area
 
 TASKS = ("mrpc", "cola", "rte", "winogrande", "arc_easy")
+"""Those of the earlier table."""
+MORE_TASKS = ("mrpc", "cola", "rte", "sst2", "qnli", "winogrande", "arc_easy")
 METHODS = {"lora": "LoRA", "melora": "Me-LoRA", "blob": "BLoB"}
 SAMPLES = 10
 ROWS = {
@@ -26,6 +32,33 @@ ROWS = {
     "melora-mean": "Me-LoRA, mean",
     "melora": f"Me-LoRA, {SAMPLES} samples",
 }
+TUNED_ROWS = {
+    "tuned": "LoRA, tuned",
+    "tuned-temperature": "LoRA + temperature",
+    "tuned-vector": "LoRA + vector scaling",
+    "tuned-isotonic": "LoRA + isotonic",
+    "tuned-dropout": "MC dropout",
+    "tuned-ensemble": "ensemble of 3",
+    "laplace": "Laplace on the head",
+    "swag-mean": "SWAG, mean",
+    "swag": "SWAG",
+    "tfb": "TFB (bayesianize)",
+    "ivon-mean": "IVON, mean",
+    "ivon": "IVON",
+    "blob-mean": "BLoB, mean",
+    "blob": "BLoB",
+    "melora-closed-mean": "Me-LoRA, mean",
+    "melora-closed": "Me-LoRA",
+    "melora-closed-temperature": "Me-LoRA + temperature",
+    "melora-cores": "Me-LoRA, 4 cores",
+    "melora-cores-means": "Me-LoRA, 4 cores without noise",
+    "melora-cores-temperature": "Me-LoRA, 4 cores + temperature",
+}
+"""Rows of the table that a tuned LoRA is the baseline of."""
+BASELINE = "tuned-temperature"
+MEMBERS = 3
+TUNED_SCORES = ("accuracy", "nll", "ece", "brier", "aurc", "excess_aurc")
+LOWER_IS_BETTER = TUNED_SCORES[1:]
 SCORES = ("accuracy", "ece", "nll", "brier", "aurc")
 INTRO = """The models are MiniLM-L6 and, for the multiple-choice tasks, SmolLM2-135M. All rows of a table use the same
 layers, steps, learning rate and data (90% of train). Temperatures are fitted on the other 10%. Scores are the mean ±
@@ -47,9 +80,51 @@ def calibration_section(folder: Path) -> str:
     runs = read_runs(folder)
     if not runs:
         return "Not run.\n"
-    tables = {task: rows_of([run for run in runs if run["task"] == task]) for task in TASKS}
-    parts = [f"### {title(task, rows)}\n\n{task_table(rows)}" for task, rows in tables.items() if rows]
-    return "\n".join([INTRO, *parts, "### Claims\n", claims_table(tables)])
+    by_task = {task: rows_of([run for run in runs if run["task"] == task]) for task in MORE_TASKS}
+    tables = {task: by_task[task] for task in TASKS}
+    parts = [f"### {title(task, rows)}\n\n{task_table(rows)}" for task, rows in tables.items() if "lora" in rows]
+    if any("lora" in rows for rows in tables.values()):
+        parts += ["### Claims\n", claims_table(tables)]
+    intervals = _differences(folder)
+    for task, rows in by_task.items():
+        if "tuned" in rows:
+            parts.append(f"### {TASK_TITLES[task]}, LoRA tuned\n\n{tuned_table(rows)}")
+            parts += [differences_table(intervals[task])] if task in intervals else []
+    return "\n".join([INTRO, *parts])
+
+
+def write_differences(folder: Path) -> None:
+    """Write the differences of every row to tuned LoRA with a temperature, task by task, beside the runs' folder."""
+    runs = read_runs(folder)
+    found: dict[str, Any] = {}
+    for task in dict.fromkeys(run["task"] for run in runs):
+        rows = rows_of([run for run in runs if run["task"] == task])
+        if BASELINE in rows:
+            others = [name for name in TUNED_ROWS if name in rows and name != BASELINE]
+            found[task] = {name: _against(rows[name], rows[BASELINE], name) for name in others}
+    if found:
+        _differences_file(folder).write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
+
+
+def _against(runs: Sequence[Run], others: Sequence[Run], name: str) -> dict[str, Any]:
+    """The differences of one row to the baseline, over the seeds that both have."""
+    one, other = ({run["seed"]: run for run in each} for each in (runs, others))
+    seeds = sorted(one.keys() & other.keys())
+    if not seeds or any(one[seed]["labels"] != other[seed]["labels"] for seed in seeds):
+        return {"seeds": []}
+    labels = np.asarray(one[seeds[0]]["labels"], dtype=np.int64)
+    ours = [probabilities_of(one[seed]["forms"][name], len(labels)) for seed in seeds]
+    theirs = [probabilities_of(other[seed]["forms"][BASELINE], len(labels)) for seed in seeds]
+    return {"seeds": seeds, **differences(ours, theirs, labels)}
+
+
+def _differences_file(folder: Path) -> Path:
+    return folder.with_name(folder.name + "-differences.json")
+
+
+def _differences(folder: Path) -> dict[str, Any]:
+    path = _differences_file(folder)
+    return dict(json.loads(path.read_text(encoding="utf-8"))) if path.exists() else {}
 
 
 def missing_calibration(folder: Path) -> list[str]:
@@ -66,17 +141,93 @@ def rows_of(runs: Sequence[Run]) -> Table:
     for rows in found.values():
         check_alike(rows)
     if len(found.get("lora", [])) > 1:
-        found["ensemble"] = [ensemble(found["lora"])]
+        found["ensemble"] = [ensemble(found["lora"], "lora", "ensemble")]
+    if len(members := found.get("tuned", [])) >= MEMBERS:
+        # One for each seed: that seed's and the next two in a circle. With three seeds all are the same.
+        circle = [*members, *members[: MEMBERS - 1]]
+        groups = [circle[start : start + MEMBERS] for start in range(len(members))]
+        found["tuned-ensemble"] = [ensemble(group, "tuned", "tuned-ensemble") for group in groups]
     return found
 
 
-def ensemble(members: Sequence[Run]) -> Run:
-    """A run that scores the members' averaged probabilities."""
-    mean = np.mean([each["forms"]["lora"]["probabilities"] for each in members], axis=0)
-    mean /= mean.sum(axis=1, keepdims=True)  # rounded in the files
-    scores = classification_scores(mean, np.asarray(members[0]["labels"]), (members[0]["metric"],))
+def ensemble(members: Sequence[Run], form: str, name: str) -> Run:
+    """A run called as the first member's that scores the members' averaged probabilities."""
+    labels = np.asarray(members[0]["labels"])
+    mean = np.mean([probabilities_of(each["forms"][form], len(labels)) for each in members], axis=0)
+    scores = classification_scores(mean, labels, (members[0]["metric"],))
+    excess = excess_area(1 - mean.max(axis=1), mean.argmax(axis=1) != labels)
     parameters = {"adapter": sum(each["parameters"]["adapter"] for each in members)}
-    return {**members[0], "forms": {"ensemble": {"scores": scores}}, "parameters": parameters}
+    own = {
+        "scores": {**scores, "excess_aurc": excess},
+        "passes": len(members),
+        "numbers": parameters["adapter"],
+        "probabilities": mean.tolist(),
+    }
+    seconds = sum(each.get("seconds", 0.0) for each in members)
+    return {**members[0], "forms": {name: own}, "parameters": parameters, "seconds": seconds}
+
+
+def tuned_table(rows: Table) -> str:
+    """Scores and costs of the rows around a tuned LoRA."""
+    first = rows["tuned"][0]
+    lines = []
+    for name, title in TUNED_ROWS.items():
+        runs = rows.get(name, [])
+        if not runs:
+            continue
+        seconds = [run["seconds"] + run["forms"][name].get("fit_seconds", 0.0) for run in runs]
+        lines.append(
+            [
+                title,
+                str(len(runs)),
+                *(spread([_score(run, name, score) for run in runs], 3) for score in TUNED_SCORES),
+                f"{statistics.fmean(seconds):,.0f}",
+                str(runs[0]["forms"][name].get("passes", SAMPLES if name == "blob" else 1)),
+                f"{runs[0]['forms'][name].get('numbers', runs[0]['parameters']['adapter']):,}",
+            ]
+        )
+    scores = [score.replace("_", " ") for score in TUNED_SCORES]
+    head = ["method", "seeds", *scores, "seconds to train", "passes to predict", "parameters"]
+    search = statistics.fmean(sum(each["seconds"] for each in run["search"]) for run in rows["tuned"])
+    training = first["training"]
+    return (
+        f"At most {training['steps']} steps of {training['batch_size']} rows; {len(first['labels']):,} rows of the "
+        f"{first['split']} split. LoRA's learning rate and length are chosen on held-out rows of train, in "
+        f"{search:,.0f} seconds that the table leaves out; the other methods take the rate "
+        f"{training['learning_rate']:g}.\n\n{markdown_table(head, lines)}"
+    )
+
+
+def _score(run: Run, name: str, score: str) -> float:
+    """A score of a row; older files lack the excess of the area, but have the probabilities."""
+    form = run["forms"][name]
+    if score in form["scores"]:
+        return float(form["scores"][score])
+    labels = np.asarray(run["labels"])
+    p = probabilities_of(form, len(labels))
+    return excess_area(1 - p.max(axis=1), p.argmax(axis=1) != labels)
+
+
+def differences_table(found: Mapping[str, Any]) -> str:
+    """Differences to the baseline with their intervals; bold where the interval excludes zero."""
+    lines = []
+    for name, title in TUNED_ROWS.items():
+        if found.get(name, {}).get("seeds"):
+            cells = (_difference(score, *found[name][score]) for score in TUNED_SCORES)
+            lines.append([title, str(len(found[name]["seeds"])), *cells])
+    head = ["minus LoRA + temperature", "seeds", *(score.replace("_", " ") for score in TUNED_SCORES)]
+    return (
+        "Difference and its 95% interval (bootstrap over rows and seeds, paired). Bold: better, the interval excludes "
+        f"zero; italic: worse. Where an interval includes zero it is a tie.\n\n{markdown_table(head, lines)}"
+    )
+
+
+def _difference(score: str, value: float, low: float, high: float) -> str:
+    text = f"{value:+.3f} [{low:+.3f}, {high:+.3f}]"
+    if low <= 0 <= high:
+        return text
+    is_better = (value < 0) == (score in LOWER_IS_BETTER)
+    return f"**{text}**" if is_better else f"*{text}*"
 
 
 def title(task: str, rows: Table) -> str:

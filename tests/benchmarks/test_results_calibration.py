@@ -6,10 +6,13 @@ import json
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
-from results_calibration import calibration_section, missing_calibration, rows_of
+from intervals import encoded
+from results_calibration import calibration_section, missing_calibration, rows_of, write_differences
 
 from bayeslora.errors import BayesLoraError
+from bayeslora.evaluation.metrics import classification_scores
 
 from .files import TRAINING, write
 
@@ -66,3 +69,38 @@ def test_runs_of_different_length_are_refused(tmp_path: Path) -> None:
     write(tmp_path, *runs)
     with pytest.raises(BayesLoraError, match="different settings"):
         rows_of([{**json.loads(path.read_text()), "file": path.name} for path in sorted(tmp_path.glob("*.json"))])
+
+
+def test_a_tuned_lora_is_the_baseline_of_a_table_with_costs_and_intervals(tmp_path: Path) -> None:
+    folder = tmp_path / "calibration"
+    sure = np.array([[0.9, 0.1], [0.8, 0.2], [0.2, 0.8], [0.3, 0.7]])
+    unsure = np.array([[0.6, 0.4], [0.6, 0.4], [0.4, 0.6], [0.4, 0.6]])
+
+    def form(p: np.ndarray, passes: int) -> dict[str, Any]:
+        found = classification_scores(p, np.array(LABELS), ("accuracy",))
+        own = {"passes": passes, "numbers": 1002, "fit_seconds": 2.0, "log_odds": encoded(p)}
+        return {"scores": {**found, "excess_aurc": 0.0}, **own}
+
+    for seed in range(3):
+        forms = {"tuned": form(unsure, 1), "tuned-temperature": form(unsure, 1)}
+        search = [{"learning_rate": 1e-3, "step": 10, "nll": 0.5, "seconds": 40.0}] * 3
+        tuned = run("tuned", seed, {}, forms=forms, seconds=50.0, search=search)
+        write(folder, tuned, run("swag", seed, {}, forms={"swag": form(sure, 10)}, seconds=60.0))
+    write_differences(folder)
+    text = calibration_section(folder)
+    assert "in 120 seconds that the table leaves out" in text and "### Claims" not in text
+    assert "| SWAG | 3 | 1.000 ± 0.000 | 0.227 ± 0.000 |" in text and "| 62 | 10 | 1,002 |" in text
+    assert "| ensemble of 3 | 3 | 1.000 ± 0.000 | 0.511 ± 0.000 |" in text and "| 150 | 3 | 3,000 |" in text
+    line = next(line for line in text.splitlines() if line.startswith("| SWAG | 3 | +0.000 [+0.000, +0.000] | **-0.2"))
+    assert line.count("**") >= 2
+
+
+def test_runs_on_other_rows_are_not_compared(tmp_path: Path) -> None:
+    folder = tmp_path / "calibration"
+    p = np.array([[0.9, 0.1], [0.8, 0.2], [0.2, 0.8], [0.3, 0.7]])
+    own = {"scores": scores(1.0, 0.1, 0.2), "log_odds": encoded(p)}
+    write(folder, run("tuned", 0, {}, forms={"tuned": own, "tuned-temperature": own}))
+    write(folder, run("swag", 0, {}, forms={"swag": own}, labels=[1, 0, 1, 1]))
+    write_differences(folder)
+    found = json.loads((tmp_path / "calibration-differences.json").read_text())
+    assert found["mrpc"]["swag"] == {"seeds": []} and found["mrpc"]["tuned"]["seeds"] == [0]

@@ -1,0 +1,291 @@
+"""What the calibration benchmark scores: how each method is trained, and every form in which its model predicts."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import math
+import sys
+import time
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from datasets import Dataset
+from harness import Training, classifier, fine_tune, language_model
+from peft import LoraConfig, PeftConfig
+from records import IVON_SETTINGS
+from results_calibration import SAMPLES
+from torch import nn
+from torch.utils.data import DataLoader
+from transformers import DataCollatorWithPadding, TrainerCallback, set_seed
+
+import bayeslora
+from bayeslora.data import Task
+from bayeslora.errors import BayesLoraError
+from bayeslora.evaluation import choice_scoring
+from bayeslora.posterior import WeightPosterior, unwrapped
+from bayeslora.posthoc import (
+    IsotonicCalibration,
+    LaplacePredictor,
+    MCDropout,
+    TemperatureScaling,
+    VectorScaling,
+    bayesianize,
+)
+from bayeslora.posthoc.temperature import predictive_nll
+from bayeslora.prediction import ModelPredictor, Predictable, labels_of, sampled_logits
+from bayeslora.training import SWAG
+
+LANGUAGE = ("winogrande", "arc_easy")
+ATTENTION = ["query", "key", "value"]
+DECODER = ["q_proj", "v_proj"]
+ALL_LINEAR = ("cola",)
+SWAG_RANK = 20
+RATES = (0.5, 1.0, 2.0)
+"""Learning rates that the tuned LoRA tries, times the task's."""
+CHECKS = 8
+"""Times that a tuned LoRA looks at the held-out rows in a whole run; after three without a gain it stops."""
+PATIENCE = 3
+CORES = 4
+OPTIONS: dict[str, dict[str, Any]] = {
+    "tuned": {"rates": list(RATES)},
+    "swag": {"rank": SWAG_RANK},
+    "ivon": {"ivon": IVON_SETTINGS["paper"], "rate": 2e3},
+    "melora-closed": {"variance": "closed_form"},
+    "melora-cores": {"variance": "closed_form", "cores": CORES},
+}
+"""By method, what is not a default."""
+METHODS = ("tuned", "swag", "ivon", "blob", "melora-closed", "melora-cores")
+
+
+def available(method: str) -> bool:
+    """Whether this version of the library has what the method needs."""
+    return method != "melora-cores" or "cores" in {f.name for f in dataclasses.fields(bayeslora.MeLoraConfig)}
+
+
+@dataclass(frozen=True)
+class Form:
+    """One way to predict with a trained model: a row of the table.
+
+    Attributes:
+        name: of the row.
+        predictor, samples: as for `bayeslora.predict`.
+        passes: forward passes to predict one batch.
+        numbers: of the adapter, and what the form stores beside it.
+        seconds: to make it from the trained model.
+    """
+
+    name: str
+    predictor: Predictable
+    samples: int
+    passes: int
+    numbers: int
+    seconds: float = 0.0
+
+
+@dataclass
+class Data:
+    """A task's encoded rows, and batches of the held-out and of the training rows, made when asked for."""
+
+    task: Task
+    tokenizer: Any
+    encoded: Mapping[str, Dataset]
+
+    @property
+    def logits(self) -> Any:
+        return self._scoring.logits if self._scoring else None
+
+    def batches(self, split: str) -> list[Mapping[str, Any]]:
+        collate = self._scoring.collate if self._scoring else DataCollatorWithPadding(self.tokenizer)
+        return list(DataLoader(self.encoded[split], 64, collate_fn=collate))  # type: ignore[arg-type]
+
+    @property
+    def _scoring(self) -> Any:
+        rows = self.encoded["selection"]
+        return choice_scoring(rows, self.tokenizer) if "choice_mask" in rows.column_names else None
+
+
+def prepared(task: Task, training: Training) -> tuple[Any, Data]:
+    """The base model of a task, with a new head, and its data."""
+    load: Callable[..., Any] = language_model if task.name in LANGUAGE else classifier
+    base, tokenizer, encoded = load(task, training)
+    return base, Data(task, tokenizer, encoded)
+
+
+def configuration(method: str, task: str, options: dict[str, Any], training: Training, rows: int) -> PeftConfig:
+    """The adapter's; BLoB follows its published schedule, whose cycle depends on the number of training `rows`."""
+    shared: dict[str, Any] = {"r": 8, "lora_alpha": 16}
+    if task in LANGUAGE:
+        shared |= {"target_modules": DECODER, "task_type": "CAUSAL_LM"}
+    else:
+        linear = [*ATTENTION, "dense"] if task in ALL_LINEAR else ATTENTION
+        shared |= {"target_modules": linear, "task_type": "SEQ_CLS"}
+    kind = method.partition("-")[0]
+    if kind in ("lora", "tuned", "swag", "ivon"):
+        return LoraConfig(lora_dropout=0.1, **shared)
+    if kind == "blob":
+        cycle = int(100 * rows ** (math.pi / 8) / training.batch_size)
+        shared |= {"kl_schedule": "blob", "kl_cycle": cycle}
+    return bayeslora.METHODS[kind](**{**shared, **options})
+
+
+class BestSoFar(TrainerCallback):
+    """Early stopping on held-out rows: looks at their likelihood, and keeps the best weights."""
+
+    def __init__(self, model: nn.Module, data: Data, every: int) -> None:
+        self.model, self.data, self.every = model, data, max(1, every)
+        self.batches = data.batches("selection")
+        self.best, self.step, self.stale = math.inf, 0, 0
+        self.weights: dict[str, torch.Tensor] = {}
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if state.global_step % self.every:
+            return
+        outputs = sampled_logits(ModelPredictor(self.model), self.batches, 0, logits=self.data.logits)
+        nll = predictive_nll(outputs, labels_of(self.batches))
+        self.stale += 1
+        if nll < self.best:
+            self.best, self.step, self.stale = nll, state.global_step, 0
+            trained = {name: p for name, p in self.model.named_parameters() if p.requires_grad}
+            self.weights = {name: p.detach().clone() for name, p in trained.items()}
+        control.should_training_stop = self.stale >= PATIENCE
+
+    @torch.no_grad()
+    def restore(self) -> None:
+        parameters = dict(self.model.named_parameters())
+        for name, value in self.weights.items():
+            parameters[name].copy_(value)
+
+
+@dataclass
+class Trained:
+    """A trained model, its data, what is known of the training, and a posterior that the model itself lacks."""
+
+    model: Any
+    data: Data
+    facts: dict[str, Any]
+    posterior: Any = None
+
+
+def tuned(task: Task, training: Training, seed: int, options: Mapping[str, Any]) -> Trained:
+    """LoRA at the learning rate, and stopped at the step, that is best on the held-out rows."""
+    found: list[tuple[float, Trained]] = []
+    search = []
+    for factor in options["rates"]:
+        set_seed(seed)
+        base, data = prepared(task, training)
+        own = dataclasses.replace(training, learning_rate=factor * training.learning_rate)
+        config = configuration("tuned", task.name, {}, own, len(data.encoded["train"]))
+        kept: list[BestSoFar] = []
+
+        def watch(model: nn.Module, data: Data = data, kept: list[BestSoFar] = kept) -> BestSoFar:
+            kept.append(BestSoFar(model, data, training.steps // CHECKS))
+            return kept[0]
+
+        model, facts = fine_tune(base, data.tokenizer, data.encoded["train"], config, own, seed, callback=watch)
+        (best,) = kept
+        best.restore()
+        rate = own.learning_rate
+        search.append({"learning_rate": rate, "step": best.step, "nll": best.best, "seconds": facts["seconds"]})
+        found.append((best.best, Trained(model, data, {**facts, "learning_rate": rate, "best_step": best.step})))
+    chosen = min(found, key=lambda each: each[0])[1]
+    chosen.facts["search"] = search
+    return chosen
+
+
+def trained(method: str, task: Task, training: Training, seed: int, options: dict[str, Any]) -> Trained:
+    """Train one method once."""
+    if method == "tuned":
+        return tuned(task, training, seed, options)
+    set_seed(seed)
+    base, data = prepared(task, training)
+    kept: list[Any] = []
+    if method == "swag":
+
+        def collect(model: nn.Module) -> SWAG:
+            kept.append(SWAG(model, **options))
+            return kept[0]
+
+        more: dict[str, Any] = {"callback": collect}
+    elif method == "ivon":
+        training = dataclasses.replace(training, learning_rate=options["rate"] * training.learning_rate)
+        more = {"ivon": options["ivon"], "callback": lambda model: KeptPosterior(model, kept)}
+    else:
+        more = {}
+    config = configuration(method, task.name, options, training, len(data.encoded["train"]))
+    model, facts = fine_tune(base, data.tokenizer, data.encoded["train"], config, training, seed, **more)
+    return Trained(model, data, facts, kept[-1] if kept else None)
+
+
+class KeptPosterior(TrainerCallback):
+    """Keeps the posterior that an IVON has learned."""
+
+    def __init__(self, model: nn.Module, kept: list[Any]) -> None:
+        self.model, self.kept = model, kept
+
+    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.kept.append(WeightPosterior.of(self.model, unwrapped(kwargs["optimizer"])))
+
+
+def forms(method: str, run: Trained) -> Iterator[Form]:
+    """Every row that one trained model fills; the last ones may use the model up."""
+    model, numbers = run.model, int(run.facts["parameters"]["adapter"])
+    kind = method.partition("-")[0]
+    if kind in ("swag", "ivon"):
+        yield Form(f"{method}-mean", model, 0, 1, numbers)
+        stored = numbers * (2 if kind == "ivon" else SWAG_RANK + 2)
+        yield Form(method, ModelPredictor(model, run.posterior), SAMPLES, SAMPLES, stored)
+    elif kind in ("lora", "tuned"):
+        yield from _forms_of_lora(method, run, numbers)
+    elif method == "melora-cores":
+        # Every core is drawn once: as many passes as members.
+        yield Form(method, model, CORES, CORES, numbers)
+        yield from _fitted(f"{method}-temperature", TemperatureScaling, run, numbers, CORES)
+        if hasattr(bayeslora, "CoreEnsemble"):
+            yield Form(f"{method}-means", bayeslora.CoreEnsemble(model), 0, CORES, numbers)
+    else:
+        yield Form(f"{method}-mean", model, 0, 1, numbers)
+        yield Form(method, model, SAMPLES, SAMPLES, numbers)
+        if method == "melora-closed":
+            yield from _fitted(f"{method}-temperature", TemperatureScaling, run, numbers, SAMPLES)
+
+
+def _forms_of_lora(method: str, run: Trained, numbers: int) -> Iterator[Form]:
+    """Rows of a LoRA; an older run (`lora`) has three of them, under names without its own."""
+    model, data = run.model, run.data
+    yield Form(method, model, 0, 1, numbers)
+    prefix = "tuned-" if method == "tuned" else ""
+    yield from _fitted(f"{prefix}temperature", TemperatureScaling, run, numbers, 0)
+    yield Form(f"{prefix}dropout", MCDropout(model), SAMPLES, SAMPLES, numbers)
+    if method == "lora":
+        return
+    for name, calibrator in (("vector", VectorScaling), ("isotonic", IsotonicCalibration)):
+        yield from _fitted(f"{prefix}{name}", calibrator, run, numbers, 0)
+    if data.task.name not in LANGUAGE:  # whose head has a class for each token
+        start = time.perf_counter()
+        laplace = LaplacePredictor(model, probit=True).fit(data.batches("train"))
+        curvature: Any = laplace._curvature
+        parts = (curvature.eigenvalues, curvature.left, curvature.right, curvature.whole)
+        stored = numbers + sum(part.numel() for part in parts if part is not None)
+        yield Form("laplace", laplace, 0, 1, stored, time.perf_counter() - start)
+    start = time.perf_counter()
+    try:
+        noisy = bayesianize(copy.deepcopy(model), data.batches("selection"), logits=data.logits)
+    except BayesLoraError as error:
+        print(f"no tfb: {error}", file=sys.stderr)
+        return
+    stored = bayeslora.cost.count_parameters(noisy)["adapter"]
+    yield Form("tfb", noisy, SAMPLES, SAMPLES, stored, time.perf_counter() - start)
+
+
+def _fitted(name: str, kind: Callable[[Any], Any], run: Trained, numbers: int, samples: int) -> Iterator[Form]:
+    """The row of a calibrator, unless the held-out rows do not determine it: a model that knows nothing of them."""
+    start = time.perf_counter()
+    try:
+        fitted = kind(run.model).fit(run.data.batches("selection"), samples, logits=run.data.logits)
+    except BayesLoraError as error:
+        print(f"no {name}: {error}", file=sys.stderr)
+        return
+    yield Form(name, fitted, samples, max(1, samples), numbers, time.perf_counter() - start)

@@ -1,0 +1,91 @@
+"""The calibration benchmark in small: every method trains, and fills its rows, on the tiny BERT."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+from typing import Any
+
+import calibration
+import harness
+import numpy as np
+import pytest
+from forms import METHODS, OPTIONS, available
+from harness import Training
+from intervals import probabilities_of
+from results_calibration import TUNED_ROWS
+
+from bayeslora.evaluation.metrics import classification_scores
+from tests.conftest import build_tiny_bert, build_tiny_tokenizer
+
+ROWS = {
+    "tuned": {"tuned", "tuned-dropout", "laplace"},
+    "swag": {"swag", "swag-mean"},
+    "ivon": {"ivon", "ivon-mean"},
+    "blob": {"blob", "blob-mean"},
+    "melora-closed": {"melora-closed", "melora-closed-mean"},
+    "melora-cores": {"melora-cores"},
+}
+"""Rows that a model fills even if it knows nothing of held-out rows, which determine the others."""
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny encoder, and the files of SST-2."""
+    folder = tmp_path_factory.mktemp("calibration")
+    build_tiny_bert().bert.save_pretrained(folder / "tiny")
+    build_tiny_tokenizer().save_pretrained(folder / "tiny")
+    (folder / "sst2").mkdir()
+    for name, count in (("train", 120), ("validation", 40)):
+        rows = [{"text": f"the film was {('good', 'dull')[i % 2]}", "label": i % 2} for i in range(count)]
+        (folder / "sst2" / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return folder
+
+
+def given(folder: Path, **changes: Any) -> argparse.Namespace:
+    defaults = {"data_dir": folder, "tasks": ["sst2"], "methods": list(METHODS), "seeds": [0], "select": False}
+    more = {"set": [], "steps": None, "rows": None, "results": folder / "results" / "calibration"}
+    return argparse.Namespace(**{**defaults, **more, **changes})
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:IVON can move")  # in eight steps
+@pytest.mark.parametrize("method", METHODS)
+def test_a_method_fills_its_rows(method: str, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    if not available(method):
+        assert not calibration.jobs(given(folder, methods=[method]))
+        return
+    monkeypatch.setattr(harness, "packaged_model", lambda name: folder / "tiny")
+    job = next(iter(calibration.jobs(given(folder, methods=[method], steps=8, rows=100)).values()))
+    found = calibration.run(job)
+    assert ROWS[method] <= found["forms"].keys() <= TUNED_ROWS.keys()
+    labels = np.asarray(found["labels"])
+    for form in found["forms"].values():
+        p = probabilities_of(form, len(labels))
+        assert classification_scores(p, labels, ())["nll"] == pytest.approx(form["scores"]["nll"], abs=1e-3)
+        assert form["passes"] >= 1 and form["numbers"] >= found["parameters"]["adapter"]
+    if method == "tuned":
+        assert [each["learning_rate"] for each in found["search"]] == [5e-4, 1e-3, 2e-3]
+        assert found["best_step"] in range(1, 9)
+    assert len(json.dumps(found)) < 100_000
+
+
+def test_runs_have_names_settings_and_the_schedule_of_their_task(folder: Path) -> None:
+    wanted = calibration.jobs(given(folder, tasks=["mrpc", "qnli"], methods=["tuned", "blob"], seeds=[4]))
+    assert [path.name for path in wanted] == [f"{t}-{m}-4.json" for t in ("mrpc", "qnli") for m in ("tuned", "blob")]
+    job = next(iter(wanted.values()))
+    assert job.settings == {"training": vars(Training(480, 2e-3, max_length=96)), "options": OPTIONS["tuned"]}
+    chosen = calibration.jobs(given(folder, methods=["melora-closed"], select=True, set=["prior_std=0.1"]))
+    (path,), (job,) = chosen.keys(), chosen.values()
+    assert path.parent.name == "calibration-selection" and path.name == "sst2-melora-closed-prior_std=0.1-0.json"
+    assert job.options == {"variance": "closed_form", "prior_std": 0.1}
+
+
+def test_the_committed_files_are_those_of_the_benchmark() -> None:
+    """Runs of the methods that older tables had are not trained again."""
+    namespace = given(Path(), tasks=["mrpc", "cola", "rte"], methods=["blob", "lora", "melora"], seeds=[0, 1, 2])
+    namespace.results = calibration.RESULTS
+    for path, job in calibration.jobs(namespace).items():
+        harness.check_settings(path, job.settings)
+        assert path.exists()
