@@ -308,6 +308,14 @@ def batch_rows(args: Sequence[Any], kwargs: dict[str, Any]) -> int:
     return 1 if batch is None else len(batch)
 
 
+def loss_terms(labels: Any, rows: int) -> Tensor:
+    """Return how many terms of the mean loss each row has (rows,): one, or its labelled tokens."""
+    if not isinstance(labels, Tensor) or labels.ndim < 2 or labels.is_floating_point():
+        return torch.ones(rows)
+    terms = (labels != -100).flatten(1).sum(1).float().cpu()
+    return terms if len(terms) == rows else terms.sum().expand(rows) / rows
+
+
 def summed_over_ranks(values: Tensor) -> Tensor:
     """Return the sum of `values`, on the CPU, over all ranks of a distributed run; `values` itself in one process."""
     if not (torch.distributed.is_available() and torch.distributed.is_initialized()):

@@ -20,6 +20,7 @@ from bayeslora.methods.allocation import (
     check_target,
     falling,
 )
+from bayeslora.methods.blora.components import close_together, taken_over
 from bayeslora.methods.blora.config import BLoraConfig
 from bayeslora.methods.blora.evidence import RANGED, width_table
 from bayeslora.methods.tuner import summed_over_ranks
@@ -93,9 +94,8 @@ def choose(
     deltas = _rank_deltas(layers, name)
     found = Choice({}, {path: [True] * len(row) for path, row in deltas.items()}, (0.0, 0.0))
     if config.learns_ranks:
-        evidence = Evidence({}, deltas)
-        chosen = _allocate(evidence, costs["rank"], config.target_rank, config.price_of_rank, progress)
-        found.open, found.prices = chosen.open, (0.0, chosen.price)
+        found.open, price = _close_components(layers, name, costs["rank"], config, progress)
+        found.prices = (0.0, price)
     if config.learns_bits:
         kept = {
             path: [delta for delta, stays in zip(row, found.open[path], strict=True) if stays]
@@ -112,6 +112,38 @@ def choose(
             stays = iter(components)
             found.open[path] = [was_open and next(stays) for was_open in found.open[path]]
     return found
+
+
+def _close_components(
+    layers: Mapping[str, Any], name: str, cost: CostModel, config: BLoraConfig, progress: float
+) -> tuple[dict[str, list[bool]], float]:
+    """Return the components that stay open in each layer, and the price of a rank at which the last one closed."""
+    sizes = {path: len(layer.evidence(name).rank_deltas) for path, layer in layers.items()}
+    columns = _columns([layer.evidence(name) for layer in layers.values()])
+    unit = cost.share({}, {**dict.fromkeys(sizes, 0), next(iter(sizes)): 1})  # all ranks cost the same
+    if config.target_rank is None:
+        price = config.price_of_rank * progress**3
+        is_open, _ = close_together(columns, price=price * unit)
+    else:
+        start = cost.share({}, sizes)
+        share = min(start, falling(progress, start, config.target_rank)) if start > config.target_rank else start
+        is_open, rise = close_together(columns, limit=math.floor(share / unit + 1e-9))
+        price = rise / unit
+    return {path: part.tolist() for path, part in zip(sizes, is_open.split(list(sizes.values())), strict=True)}, price
+
+
+def _columns(evidence: Sequence[Any]) -> Tensor:
+    """Return the columns (m, K) of a square root of F, for all layers' components: of the sketch, where there is one.
+
+    The trace of F is that of the passes, whose labels are the model's own.
+    """
+    deltas = torch.cat([each.rank_deltas for each in evidence]).double().clamp_min(0)
+    if all(len(each.rank_sketch) for each in evidence):
+        columns = torch.cat([each.rank_sketch for each in evidence], dim=1).double()
+        trace = columns.square().sum()
+        if trace > 0 and deltas.sum() > 0:
+            return columns * (2 * deltas.sum() / trace).sqrt()
+    return (2 * deltas).sqrt().diag()
 
 
 def _allocate(evidence: Evidence, cost: CostModel, target: float | None, price: float, progress: float) -> Allocation:
@@ -147,16 +179,26 @@ def _with_widths(
 @torch.no_grad()
 def apply(layers: Mapping[str, Any], name: str, choice: Choice) -> None:
     """Give every layer its new widths and ranks; a tensor whose width changes gets the best range for it."""
+    if all(name in layer.blora_rank for layer in layers.values()):
+        _set_components(layers, name, choice)
     for path, layer in layers.items():
-        if name in layer.blora_rank:
-            layer.rank_gates(name).set_open(
-                torch.tensor(choice.open[path], dtype=torch.bool, device=layer.blora_E[name].device)
-            )
         present = layer.widths(name)
         for kind in layer.quantized_kinds(name):
             bits = choice.widths[path, kind]
             if bits != present[kind]:
                 layer.quantizers(name).set_width(kind, bits, best_range(layer, name, kind, bits))
+
+
+def _set_components(layers: Mapping[str, Any], name: str, choice: Choice) -> None:
+    """Open and close components; those that stay take over from those that go, where it is known how."""
+    open_now = [torch.tensor(choice.open[path], dtype=torch.bool) for path in layers]
+    columns = _columns([layer.evidence(name) for layer in layers.values()])
+    was_open = torch.cat([layer.kept(name).cpu() for layer in layers.values()])
+    factors = taken_over(columns, was_open, torch.cat(open_now)).split([len(mask) for mask in open_now])
+    for layer, is_open, factor in zip(layers.values(), open_now, factors, strict=True):
+        diagonal = layer.blora_E[name]
+        layer.rank_gates(name).set_open(is_open.to(diagonal.device))
+        diagonal.mul_(factor.to(diagonal))
 
 
 def best_range(layer: Any, name: str, kind: str, bits: int) -> Tensor:

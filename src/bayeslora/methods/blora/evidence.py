@@ -32,7 +32,8 @@ class Evidence(Float32Module):
     """Evidence gathered for one layer, kept with the adapter: a run resumes with it, `describe` reports it.
 
     Tensors: `width_sums` (kinds, 3), sums over rows of squared directional derivatives for 2, 4 and 8 bits;
-    `rank_sums` (r,), the same for each component; `terms`, the number of terms of the loss in these sums; `ranges`
+    `rank_sums` (r,), the same for each component; `terms`, the number of terms of the loss in these sums;
+    `rank_sketch` (m, r), derivatives along the components (`components.py`), empty when they are not needed; `ranges`
     (kinds, 4), sums of the best ranges of activations for 2, 4, 8 and 16 bits, and `passes`, their number;
     `width_savings` (kinds, 4) and `rank_savings` (r,), the cost that closing a gate saves; `prices` (2,), in nats of
     mean loss for a unit of that cost, of widths and of ranks; `examples`, N, 0 where it is unknown; `present` (r,), 0
@@ -41,6 +42,7 @@ class Evidence(Float32Module):
 
     width_sums: Tensor
     rank_sums: Tensor
+    rank_sketch: Tensor
     terms: Tensor
     ranges: Tensor
     passes: Tensor
@@ -59,6 +61,7 @@ class Evidence(Float32Module):
             self.register_buffer(name, torch.zeros(rank))
         for name in ("terms", "passes", "examples"):
             self.register_buffer(name, torch.zeros(()))
+        self.register_buffer("rank_sketch", torch.zeros(0, rank))
         self.register_buffer("prices", torch.zeros(2))
         self.register_buffer("present", torch.ones(rank))
 
@@ -98,8 +101,19 @@ class Evidence(Float32Module):
                 buffer.add_(value.to(buffer))
 
     @torch.no_grad()
+    def add_sketch(self, sketch: Tensor) -> None:
+        """Add one step's sketch (m, components that have not been cut)."""
+        if not len(self.rank_sketch):
+            self.rank_sketch = self.rank_sketch.new_zeros(len(sketch), self.rank_sketch.shape[1])
+        self.rank_sketch += sketch.to(self.rank_sketch)
+
+    def drop_sketch(self) -> None:
+        self.rank_sketch = self.rank_sketch.new_zeros(0, self.rank_sketch.shape[1])
+
+    @torch.no_grad()
     def forget(self, share: float) -> None:
         """Give what was found until now the weight `share` beside what will be."""
+        self.rank_sketch.mul_(share**0.5)
         for name in ("width_sums", "rank_sums", "terms", "ranges", "passes"):
             getattr(self, name).mul_(share)
 
@@ -107,7 +121,7 @@ class Evidence(Float32Module):
         """Load what is there; what a file lacks keeps its initial value."""
         for name, tensor in self._buffers.items():
             given = state.setdefault(prefix + name, tensor)
-            if tensor is not None and name in ("rank_sums", "rank_savings", "present"):
+            if tensor is not None and name in ("rank_sums", "rank_sketch", "rank_savings", "present"):
                 self._buffers[name] = tensor.new_zeros(given.shape)  # with the components that have been cut
         super()._load_from_state_dict(state, prefix, *args)
 
@@ -120,8 +134,8 @@ class Evidence(Float32Module):
         if self.is_decided:
             self.present[self.is_present] = keep.to(self.present)
             return
-        for name in ("rank_sums", "rank_savings", "present"):
-            self._buffers[name] = getattr(self, name)[keep].contiguous()
+        for name in ("rank_sums", "rank_sketch", "rank_savings", "present"):
+            self._buffers[name] = getattr(self, name)[..., keep].contiguous()
 
 
 def width_table(layer: Any, name: str, config: BLoraConfig) -> list[tuple[str, dict[int, float]]]:

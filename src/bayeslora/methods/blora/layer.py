@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from bayeslora.errors import BayesLoraError
+from bayeslora.methods.blora.components import Watch
 from bayeslora.methods.blora.config import BLoraConfig
 from bayeslora.methods.blora.evidence import Evidence, described_gates
 from bayeslora.methods.blora.gated_quantizers import (
@@ -52,6 +53,7 @@ class BLoraLayer(BayesLayer):
         self.collects_ranges = True  # whether this step's activations count for their ranges
         self.frozen_weight = FrozenWeight()
         self.probe: Probe | None = None  # measures the evidence of one pass
+        self.watch: Watch | None = None  # gathers that of the components in one training step
         self._weight_ranges: dict[int, Tensor] = {}
 
     def add_adapter(self, adapter_name: str, config: BLoraConfig, rank: int) -> None:
@@ -136,7 +138,10 @@ class BLoraLayer(BayesLayer):
 
         with quantized.saving("in", source, inputs):
             hidden = quantized("A_out", F.linear(self.adapter_input(name, inputs, a.dtype), a))
-        hidden = quantized("E_out", hidden * e.to(hidden.dtype))
+        scaled = hidden * e.to(hidden.dtype)
+        if self.watch is not None:
+            self.watch.diagonal(self.blora_E[name], hidden, scaled)
+        hidden = quantized("E_out", scaled)
         result = add_update(result, hidden, b, self.scaling[name], in_place=quantized.replaces_weight)
         return quantized("out", result).view(*x.shape[:-1], self.out_features)
 

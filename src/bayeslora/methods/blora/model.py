@@ -24,12 +24,13 @@ from torch.optim import Optimizer
 
 from bayeslora.errors import BayesLoraError
 from bayeslora.methods.allocation import CostModel
+from bayeslora.methods.blora.components import Watch, as_if_drawn, deal
 from bayeslora.methods.blora.config import BLoraConfig
 from bayeslora.methods.blora.decisions import MEMORY, Schedule, apply, check_reachable, choose, pooled, record
 from bayeslora.methods.blora.gated_quantizers import Phase
 from bayeslora.methods.blora.layer import BLoraLayer, Linear
 from bayeslora.methods.blora.length import phases, shortfall
-from bayeslora.methods.blora.probe import Probe, score_seed
+from bayeslora.methods.blora.probe import Probe, logits_of, score_seed
 from bayeslora.methods.blora.rotation import rotate
 from bayeslora.methods.layer import evaluation_mode
 from bayeslora.methods.tuner import (
@@ -38,6 +39,7 @@ from bayeslora.methods.tuner import (
     RunState,
     TrainingSetup,
     batch_rows,
+    loss_terms,
     mean_ranks,
     step_generator,
 )
@@ -63,6 +65,9 @@ class BLoraRun(RunState):
         costs: what bit operations, bytes and ranks cost, by currency.
         found: evidence of the current step, by layer.
         rows: rows of the current step that evidence was gathered from, on this rank.
+        watches: what gathers the components' evidence in the current step, by layer.
+        terms: terms of the current step's loss, on this rank, where it is watched.
+        watched_step: the current step.
         warning: what was said about the run's length.
     """
 
@@ -74,6 +79,9 @@ class BLoraRun(RunState):
     costs: dict[str, CostModel] = field(default_factory=dict)
     found: dict[str, dict[str, Tensor]] = field(default_factory=dict)
     rows: int = 0
+    watches: dict[str, Watch] = field(default_factory=dict)
+    terms: float = 0.0
+    watched_step: int = 0
     warning: str | None = None
 
 
@@ -196,6 +204,7 @@ class BLoraModel(BayesTuner):
         self._warn_if_short(setup.rows)
         if not self._hooked:
             self.model.register_forward_pre_hook(self._before_forward, with_kwargs=True)
+            self.model.register_forward_hook(self._after_forward, with_kwargs=True)
             self._hooked = True
 
     def _warn_if_short(self, rows: float | None) -> None:
@@ -221,13 +230,38 @@ class BLoraModel(BayesTuner):
 
     def _before_forward(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Gather evidence on a batch that is about to be trained on, in the steps that the schedule names."""
-        if self._measured_step is None or not self.training or not torch.is_grad_enabled():
+        if not self.training or not torch.is_grad_enabled():
+            return
+        self._watch(args, kwargs)
+        if self._measured_step is None:
             return
         step, self._measured_step = self._measured_step, None
         try:
             self._measure(args, kwargs, step)
         finally:
             self._measured_step = step
+
+    def _watch(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        run = self.run_state()
+        if not run.watches:
+            return
+        rows = batch_rows(args, kwargs)
+        run.terms += float(loss_terms(kwargs.get("labels"), rows).sum())
+        inputs = {**kwargs, **{str(place): value for place, value in enumerate(args)}}
+        dealt = deal(inputs, rows, run.watched_step)
+        for watch in run.watches.values():
+            watch.dealt = dealt
+
+    def _after_forward(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+        """Scale the rows' gradients, which are about to come, as if the model had drawn their labels."""
+        watch = next(iter(self.run_state().watches.values()), None)
+        if not self.training or watch is None or watch.dealt is None:
+            return
+        logits, signs = logits_of(output), watch.dealt.signs
+        problem = getattr(getattr(model, "config", None), "problem_type", None)
+        factors = None if logits is None else as_if_drawn(logits, kwargs.get("labels"), problem)
+        # Of a row whose gradient cannot be scaled nothing is kept: then the passes alone count.
+        signs.mul_(factors if factors is not None and len(factors) == len(signs) else 0.0)
 
     def _measure(self, args: tuple[Any, ...], kwargs: dict[str, Any], step: int) -> None:
         name, run = self.training_adapter(), self.run_state()
@@ -260,6 +294,7 @@ class BLoraModel(BayesTuner):
         if run.schedule is not None:
             self._measured_step = step if step in run.schedule.passes and self._learning(name) else None
             run.rows = 0
+            self._begin_watching(step)
             return
         layers = self.adapted_layers(name)
         if layers[0].progress(name).current == Phase.WARM_UP:
@@ -274,6 +309,33 @@ class BLoraModel(BayesTuner):
         for layer in learning:
             quantizers = layer.quantizers(name)
             quantizers.draw(torch.rand(quantizers.gate_logits.shape, generator=generator))
+
+    def _begin_watching(self, step: int) -> None:
+        """Watch the components from the rotation to the last decision."""
+        name, run = self.training_adapter(), self.run_state()
+        assert run.schedule is not None
+        run.watches, run.terms, run.watched_step = {}, 0.0, step
+        due = self.config_of(name).learns_ranks and run.rotated_after <= step <= run.schedule.decisions[-1]
+        for path, layer in self.named_layers(name).items():
+            layer.watch = None
+            if due and layer.progress(name).current != Phase.FROZEN:
+                diagonal = layer.blora_E[name]
+                layer.watch = run.watches[path] = Watch(len(diagonal), diagonal.device)
+
+    @torch.no_grad()
+    def observe(self, step: int, optimizer: Optimizer, scale: float = 1.0) -> None:
+        super().observe(step, optimizer, scale)
+        name, run = self.training_adapter(), self.run_state()
+        watches, run.watches = run.watches, {}
+        if not watches:
+            return
+        # A rank's loss is the mean of its own terms: times their number it is a sum, as the sketch wants.
+        found = pooled([{"sketch": watch.sketch.cpu() * (run.terms / scale)} for watch in watches.values()])
+        for path, sums in zip(watches, found, strict=True):
+            layer = self.named_layers(name)[path]
+            layer.watch = None
+            if bool(sums["sketch"].isfinite().all()):  # of a step that the loss scale skips it is not
+                layer.evidence(name).add_sketch(sums["sketch"])
 
     def rate_of(self, role: ParameterRole, step: int) -> float | None:
         if role not in self.learning_rates:
@@ -316,6 +378,8 @@ class BLoraModel(BayesTuner):
             self._warn_if_short(float(counted["rows"]))
         if step == run.schedule.decisions[-1]:
             record(layers, name, choice, run.costs.get(config.currency[0]), run.setup.num_examples)
+            for layer in layers.values():
+                layer.evidence(name).drop_sketch()
             return
         for layer in layers.values():
             layer.evidence(name).forget(MEMORY)

@@ -170,7 +170,7 @@ def score_seed(output: Any, inputs: Mapping[str, Any], config: Any, step: int) -
     row's tokens and on `step` alone, so that they are the same on any rank. Of a model that returns no logits the loss
     on the labels of the data is used.
     """
-    logits = _logits(output)
+    logits = logits_of(output)
     if logits is None:
         return _score_of_data(output, inputs)
     values = logits.detach().float()
@@ -179,27 +179,27 @@ def score_seed(output: Any, inputs: Mapping[str, Any], config: Any, step: int) -
     present = _present(values, inputs)
     terms = int(present.sum())
     if problem == "regression" or (outputs == 1 and problem is None):
-        signs = torch.where(_uniform(values.shape, inputs, step, values.device) < 0.5, -1.0, 1.0)
+        signs = torch.where(row_uniform(values.shape, inputs, step, values.device) < 0.5, -1.0, 1.0)
         seed = signs * (2 / outputs) ** 0.5
     elif problem == "multi_label_classification":
         probability = torch.sigmoid(values)
-        drawn = (_uniform(values.shape, inputs, step, values.device) < probability).float()
+        drawn = (row_uniform(values.shape, inputs, step, values.device) < probability).float()
         seed = (probability - drawn) / outputs**0.5
     elif outputs == 2:
         probability = torch.softmax(values, -1)
         size = probability.prod(-1, keepdim=True).sqrt()
-        size = torch.where(_uniform(size.shape, inputs, step, values.device) < 0.5, -size, size)
+        size = torch.where(row_uniform(size.shape, inputs, step, values.device) < 0.5, -size, size)
         seed = torch.cat([-size, size], -1)
     else:
         probability = torch.softmax(values, -1)
-        uniform = _uniform((*values.shape[:-1], 1), inputs, step, values.device)
+        uniform = row_uniform((*values.shape[:-1], 1), inputs, step, values.device)
         drawn = (probability.cumsum(-1) < uniform).sum(-1).clamp(max=outputs - 1)
         seed = probability - F.one_hot(drawn, outputs)
     seed = seed * present.reshape(*present.shape, *[1] * (seed.ndim - present.ndim))
     return logits, seed.to(logits.dtype), max(terms, 1)
 
 
-def _logits(output: Any) -> Tensor | None:
+def logits_of(output: Any) -> Tensor | None:
     if isinstance(output, Tensor):
         return output
     if isinstance(output, tuple):
@@ -234,7 +234,7 @@ def _present(logits: Tensor, inputs: Mapping[str, Any]) -> Tensor:
     return logits.new_ones(logits.shape[:2])
 
 
-def _uniform(shape: Sequence[int], inputs: Mapping[str, Any], step: int, device: torch.device) -> Tensor:
+def row_uniform(shape: Sequence[int], inputs: Mapping[str, Any], step: int, device: torch.device) -> Tensor:
     """Numbers in [0, 1) that a row's tokens (or other inputs), the step and the position decide.
 
     They are a hash of the three: those of two rows are independent over steps, as the square of a sum over rows needs.

@@ -13,7 +13,7 @@ from torch.optim import Optimizer
 from bayeslora.methods.melora.config import MeLoraConfig
 from bayeslora.methods.melora.cores import Deal
 from bayeslora.methods.melora.layer import Linear, MeLoraLayer
-from bayeslora.methods.tuner import TrainingSetup, batch_rows, summed_over_ranks
+from bayeslora.methods.tuner import TrainingSetup, batch_rows, loss_terms, summed_over_ranks
 from bayeslora.methods.variational import VariationalModel, VariationalRun
 
 
@@ -78,7 +78,7 @@ class MeLoraModel(VariationalModel):
         run = self.run_state()
         members = run.deal.begin_pass(batch_rows(args, kwargs))
         if self._sets_deviations:
-            run.terms.index_add_(0, members, _terms(kwargs.get("labels"), len(members)))
+            run.terms.index_add_(0, members, loss_terms(kwargs.get("labels"), len(members)))
 
     def _end_pass(self, *_: Any) -> None:
         if self._run is not None:
@@ -119,14 +119,6 @@ class MeLoraModel(VariationalModel):
         for layer, fisher in zip(self.adapted_layers(name), run.found, strict=True):
             layer.set_precision(name, fisher * (cast(int, config.num_examples) / config.kl_weight), run.seen)
         run.found = None
-
-
-def _terms(labels: Any, rows: int) -> Tensor:
-    """Return how many terms of the mean loss each row has (rows,)."""
-    if not isinstance(labels, Tensor) or labels.ndim < 2 or labels.is_floating_point():
-        return torch.ones(rows)
-    terms = (labels != -100).flatten(1).sum(1).float().cpu()
-    return terms if len(terms) == rows else terms.sum().expand(rows) / rows
 
 
 def _with_all_ranks(squares: Tensor, terms: Tensor) -> tuple[Tensor, Sequence[bool]]:
