@@ -1,6 +1,6 @@
 """Whether conformal sets cover and answers keep their risk, on saved predictions of fine-tuned models.
 
-    python benchmarks/conformal.py                                # results/calibration, into results/conformal.json
+    python benchmarks/conformal.py                                # results/calibration, into results/decisions
     python benchmarks/conformal.py --predictions FOLDER --output FILE
     python benchmarks/conformal.py --table                        # only the tables
 
@@ -155,7 +155,7 @@ def tables(records: list[dict[str, Any]]) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--predictions", type=Path, default=RESULTS / "calibration", help="folder of files to read")
-    parser.add_argument("--output", type=Path, default=RESULTS / "conformal.json")
+    parser.add_argument("--output", type=Path, default=RESULTS / "decisions" / "conformal.json")
     parser.add_argument("--table", action="store_true", help="only print the tables of --output")
     given = parser.parse_args()
     if not given.table:
