@@ -2,8 +2,9 @@
 
     python benchmarks/components.py --data-dir DATA --adapters FOLDER --tasks mrpc --seeds 0
 
-FOLDER is that of `rounding.py`, which trains the adapters. The components are those of the singular value decomposition
-of each layer's update. Nothing trains on. 512 training rows give the evidence, 512 others the divergence, in nats:
+FOLDER is that of `rounding.py`, which trains the adapters. The components are those of the singular value
+decomposition of each layer's update. Nothing trains on. 512 training rows give the evidence, 512 others the
+divergence, in nats:
 
     values      the largest singular values over all layers stay
     single      those with the largest second-order rise of the loss
