@@ -13,8 +13,8 @@ from sklearn.isotonic import IsotonicRegression
 from torch import Tensor
 
 from bayeslora.errors import BayesLoraError
-from bayeslora.posthoc.temperature import predictive_loss
-from bayeslora.prediction import Logits, Predictable, Sampler, as_predictor, check_samples, labels_of, sampled_logits
+from bayeslora.posthoc.temperature import held_out_logits, predictive_loss
+from bayeslora.prediction import Logits, Predictable, Sampler, as_predictor, check_samples
 
 _LEAST_ROWS = 10
 """Fewest held-out rows of each class: with fewer the maps fit the rows and not the model's errors."""
@@ -75,7 +75,8 @@ class VectorScaling:
             BayesLoraError: labels are missing or not classes, a class has fewer than 10 rows, or the likelihood is
                 best at a bound, as when every held-out label is predicted correctly.
         """
-        outputs, labels = _held_out(self.predictor, loader, samples, seed, logits)
+        outputs, labels = held_out_logits(self.predictor, loader, samples, seed, logits)
+        _check_rows(outputs, labels)
         classes = outputs.shape[2]
 
         def objective(values: np.ndarray) -> tuple[float, np.ndarray]:
@@ -157,7 +158,8 @@ class IsotonicCalibration:
         Raises:
             BayesLoraError: labels are missing or not classes, or a class has fewer than 10 rows.
         """
-        outputs, labels = _held_out(self.predictor, loader, samples, seed, logits)
+        outputs, labels = held_out_logits(self.predictor, loader, samples, seed, logits)
+        _check_rows(outputs, labels)
         p, is_class = outputs.softmax(dim=-1).mean(dim=0).numpy(), labels.numpy()
         edge = 1 / (len(labels) + 2)
         self.maps = [
@@ -167,18 +169,8 @@ class IsotonicCalibration:
         return self
 
 
-def _held_out(
-    predictor: Any,
-    loader: Mapping[str, Any] | Iterable[Mapping[str, Any]],
-    samples: int,
-    seed: int,
-    logits: Logits | None,
-) -> tuple[Tensor, Tensor]:
-    """Return logits (S, n, C) and labels (n,) of held-out rows, at least 10 of each class."""
-    batches = [loader] if isinstance(loader, Mapping) else list(loader)
-    labels = labels_of(batches)
-    check_samples(predictor, samples)
-    outputs = sampled_logits(predictor, batches, samples, seed, logits=logits)
+def _check_rows(outputs: Tensor, labels: Tensor) -> None:
+    """Refuse held-out rows with fewer than 10 of a class."""
     classes = outputs.shape[2]
     if classes == 1:
         raise BayesLoraError("the model has 1 output (a regression), but must have classes: use a classifier")
@@ -189,7 +181,6 @@ def _held_out(
             f"{int(counts[rarest])} of the {len(labels)} held-out rows are of class {rarest}, but each of the "
             f"{classes} classes needs at least {_LEAST_ROWS}: give more rows, or use TemperatureScaling"
         )
-    return outputs, labels
 
 
 def _affine(logits: Tensor, weight: Tensor, bias: Tensor) -> Tensor:

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from bayeslora.errors import BayesLoraError
 from bayeslora.prediction import Logits, Predictable, Sampler, as_predictor, check_samples, labels_of, sampled_logits
+from bayeslora.prediction.predictor import Predictor
 
 
 class TemperatureScaling:
@@ -64,10 +65,7 @@ class TemperatureScaling:
             BayesLoraError: labels are missing or not classes, or the likelihood is best at a bound, as when every
                 held-out label is predicted correctly, or none better than by chance.
         """
-        batches = [loader] if isinstance(loader, Mapping) else list(loader)
-        labels = labels_of(batches)
-        check_samples(self.predictor, samples)
-        outputs = sampled_logits(self.predictor, batches, samples, seed, logits=logits)
+        outputs, labels = held_out_logits(self.predictor, loader, samples, seed, logits)
         low, high = (math.log(bound) for bound in self.bounds)
 
         def nll(log_temperature: float) -> float:
@@ -82,6 +80,20 @@ class TemperatureScaling:
             )
         self.temperature = math.exp(best)
         return self
+
+
+def held_out_logits(
+    predictor: Predictor,
+    loader: Mapping[str, Any] | Iterable[Mapping[str, Any]],
+    samples: int,
+    seed: int,
+    logits: Logits | None,
+) -> tuple[Tensor, Tensor]:
+    """Return logits (S, n, C) and labels (n,) of the rows that a calibration is fitted on."""
+    batches = [loader] if isinstance(loader, Mapping) else list(loader)
+    labels = labels_of(batches)
+    check_samples(predictor, samples)
+    return sampled_logits(predictor, batches, samples, seed, logits=logits), labels
 
 
 def predictive_nll(logits: Tensor, labels: Tensor) -> float:
