@@ -5,10 +5,10 @@
     python benchmarks/active.py --table                                      # only the table
 
 Each run begins with 50 random labelled rows, the same for every way of choosing. It trains Me-LoRA on MiniLM-L6 from
-the start, scores it with samples of the weights, chooses rows of the pool with `bayeslora.select_rows`, adds their
-labels and repeats, until 800 rows have labels. The pool is 3,000 rows of train, drawn by the seed; steps and learning
-rate are the same in every round. One JSON file a run in benchmarks/results/active; runs whose file exists are skipped,
-and several processes share the work. Scores are of the test split.
+the start, scores it at the mean weights, chooses rows of the pool with `bayeslora.select_rows`, adds their labels and
+repeats, until 800 rows have labels. The pool is 2,000 rows of train, drawn by the seed. Steps and learning rate are
+the same in every round. One JSON file a run in benchmarks/results/active; runs whose file exists are skipped, and
+several processes share the work. Scores are of the test split.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ from bayeslora.posthoc.acquisition import SelectionScore
 
 FOLDER = RESULTS / "active"
 LABELS = (50, 100, 200, 400, 800)
-POOL, SAMPLES, SCORED = 3000, 20, 10
+POOL, SAMPLES = 2000, 20
 TRAINING = {
     "sst2": Training(steps=200, learning_rate=1e-3, max_length=64),
     "mrpc": Training(steps=300, learning_rate=2e-3, max_length=96),
@@ -77,14 +77,13 @@ def run(job: Job) -> dict[str, Any]:
         seconds += trained["seconds"]
         scored = encoded["test" if "test" in encoded else "validation"]
         with training_arithmetic(model):
-            scores = evaluate(model, scored, task, tokenizer, 64, SCORED, job.seed).scores
+            scores = evaluate(model, scored, task, tokenizer, 64, 0, job.seed).scores
             rounds.append({"labels": count, "scores": scores, "chosen": sorted(int(order[row]) for row in labelled)})
             if number + 1 == len(job.labels):
                 break
             rest = sorted(set(range(len(pool))) - set(labelled))
-            prediction = predict_dataset(
-                model, pool.select(rest), tokenizer, 64, job.samples, job.seed, per_sample=True
-            )
+            samples = 0 if job.strategy == "random" else job.samples
+            prediction = predict_dataset(model, pool.select(rest), tokenizer, 64, samples, job.seed, per_sample=True)
         wanted = job.labels[number + 1] - count
         chosen = bayeslora.select_rows(prediction, wanted, job.strategy, job.seed + number)
         labelled += [rest[row] for row in chosen]
