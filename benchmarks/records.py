@@ -43,6 +43,7 @@ GLUE_ROWS = {
     "rotated-ra": "B-LoRA ra, paper's gates after the rotation",
     "evidence-q": "B-LoRA q",
     "evidence-ra": "B-LoRA ra, mean r = 1.5",
+    "evidence-ra-r1": "B-LoRA ra, mean r = 1",
     "evidence-q+ra": "B-LoRA q + ra",
     "melora": "Me-LoRA, mean",
     "monteclora": "MonteCLoRA (PEFT)",

@@ -140,6 +140,7 @@ ROWS = {
     "rotated-ra": Row(ours("blora", mode="ra", gates="paper", rotate=True)),
     "evidence-q": Row(ours("blora", mode="q", **QUANTIZED)),
     "evidence-ra": Row(ours("blora", mode="ra", target_rank=1.5)),
+    "evidence-ra-r1": Row(ours("blora", mode="ra", target_rank=1.0)),
     "evidence-q+ra": Row(ours("blora", mode="q+ra", **QUANTIZED)),
     "melora": Row(ours("melora"), samples=10),
     "monteclora": Row(lora(RANK, monteclora_config=MontecloraConfig()), mixin=MontecloraTrainerMixin),
