@@ -53,7 +53,7 @@ class Job:
     pool: int = POOL
     samples: int = SAMPLES
     model: str = "minilm"
-    config: dict[str, Any] = field(default_factory=lambda: {"r": 8, "lora_alpha": 16, "variance": "closed_form"})
+    config: dict[str, Any] = field(default_factory=lambda: {"r": 8, "lora_alpha": 16})
 
     @property
     def settings(self) -> dict[str, Any]:

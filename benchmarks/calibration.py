@@ -8,11 +8,11 @@
 Trained for each task and seed, on the same layers and 90% of train:
 
 - `tuned`: LoRA with dropout 0.1 at the best of three learning rates, stopped early; both are chosen on the other 10%
-  of train. It also fills the rows that need no training of their own: temperature, vector scaling and isotonic maps
-  (fitted on the 10%), Monte-Carlo dropout, Laplace on the head (fitted on the training rows), training-free
-  Bayesianization (on the 10%), and ensembles of three seeds.
+  of train, the rate with seed 0 where its file is there. It also fills the rows that need no training of their own:
+  temperature, vector scaling and isotonic maps (fitted on the 10%), Monte-Carlo dropout, Laplace on the head (fitted
+  on the training rows), training-free Bayesianization (on the 10%), and ensembles of three seeds.
 - `swag`, `ivon`: the same LoRA, at the task's learning rate, with a posterior over its weights.
-- `blob`, `melora-closed` (closed-form variance) and `melora-cores` (four cores), at the task's learning rate. The last
+- `blob`, `melora-closed` (with its defaults) and `melora-cores` (four cores), at the task's learning rate. The last
   two also with a temperature. A version of the library without cores leaves that row out.
 
 `lora` and `melora` are the rows of an earlier table: LoRA without tuning, and Me-LoRA whose variance is learned.
@@ -70,6 +70,7 @@ class Job:
     data_dir: Path
     options: dict[str, Any]
     select: bool
+    folder: Path
     training: Training
     rows: int | None = None
 
@@ -83,7 +84,7 @@ def run(job: Job) -> dict[str, Any]:
     """Train one adapter and score it in every form; returns what its file holds."""
     is_language = job.task in LANGUAGE
     task = hold_out(_fewer(load_task(job.task, job.data_dir), job), 0.3 if job.select else 0.1)
-    done = trained(job.method, task, job.training, job.seed, job.options)
+    done = trained(job.method, task, job.training, job.seed, {**job.options, **_found_rate(job)})
     rows_of = done.data.encoded
     labelled = "test" if "test" in rows_of and job.task != "arc_easy" else "validation"
     rows = rows_of["selection" if job.select else labelled]
@@ -104,6 +105,15 @@ def run(job: Job) -> dict[str, Any]:
         "forms": found,
         **done.facts,
     }
+
+
+def _found_rate(job: Job) -> dict[str, Any]:
+    """The learning rate that seed 0 has found, for the tuned LoRA of other seeds."""
+    first = job.folder / f"{job.task}-tuned-0.json"
+    if job.method != "tuned" or job.seed == 0 or not first.exists():
+        return {}
+    best = min(json.loads(first.read_text())["search"], key=lambda each: each["nll"])
+    return {"rates": [best["learning_rate"] / job.training.learning_rate]}
 
 
 def _fewer(task: Task, job: Job) -> Task:
@@ -177,7 +187,7 @@ def jobs(given: argparse.Namespace) -> dict[Path, Job]:
                 training = TRAINING[task] if given.steps is None else replace(TRAINING[task], steps=given.steps)
                 own = {**OPTIONS.get(method, {}), **options}
                 file = folder / f"{task}-{method}{changed}-{seed}.json"
-                found[file] = Job(method, task, seed, given.data_dir, own, given.select, training, given.rows)
+                found[file] = Job(method, task, seed, given.data_dir, own, given.select, folder, training, given.rows)
     return found
 
 

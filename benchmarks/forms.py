@@ -48,13 +48,16 @@ RATES = (0.5, 1.0, 2.0)
 CHECKS = 8
 """Times that a tuned LoRA looks at the held-out rows in a whole run; after three without a gain it stops."""
 PATIENCE = 3
+TFB_STEPS = 4
+"""Bisections by which training-free Bayesianization finds its scale: to 4%."""
 CORES = 4
+CLOSED: dict[str, Any] = {"variance": "closed_form", "noise_fade_in": [0.4, 0.66]}
 OPTIONS: dict[str, dict[str, Any]] = {
     "tuned": {"rates": list(RATES)},
     "swag": {"rank": SWAG_RANK},
     "ivon": {"ivon": IVON_SETTINGS["paper"], "rate": 2e3},
-    "melora-closed": {"variance": "closed_form"},
-    "melora-cores": {"variance": "closed_form", "cores": CORES},
+    "melora-closed": CLOSED,
+    "melora-cores": {**CLOSED, "cores": CORES},
 }
 """By method, what is not a default."""
 METHODS = ("tuned", "swag", "ivon", "blob", "melora-closed", "melora-cores")
@@ -125,6 +128,8 @@ def configuration(method: str, task: str, options: dict[str, Any], training: Tra
     kind = method.partition("-")[0]
     if kind in ("lora", "tuned", "swag", "ivon"):
         return LoraConfig(lora_dropout=0.1, **shared)
+    if method == "melora":  # an earlier row: the default of its time
+        shared["variance"] = "learned"
     if kind == "blob":
         cycle = int(100 * rows ** (math.pi / 8) / training.batch_size)
         shared |= {"kl_schedule": "blob", "kl_cycle": cycle}
@@ -272,7 +277,7 @@ def _forms_of_lora(method: str, run: Trained, numbers: int) -> Iterator[Form]:
         yield Form("laplace", laplace, 0, 1, stored, time.perf_counter() - start)
     start = time.perf_counter()
     try:
-        noisy = bayesianize(copy.deepcopy(model), data.batches("selection"), logits=data.logits)
+        noisy = bayesianize(copy.deepcopy(model), data.batches("selection"), steps=TFB_STEPS, logits=data.logits)
     except BayesLoraError as error:
         print(f"no tfb: {error}", file=sys.stderr)
         return

@@ -45,7 +45,8 @@ GLUE_ROWS = {
     "evidence-ra": "B-LoRA ra, mean r = 1.5",
     "evidence-ra-r1": "B-LoRA ra, mean r = 1",
     "evidence-q+ra": "B-LoRA q + ra",
-    "melora": "Me-LoRA, mean",
+    "melora": "Me-LoRA, learned variances, mean",
+    "melora-closed": "Me-LoRA, mean",
     "monteclora": "MonteCLoRA (PEFT)",
     "pvera": "PVeRA (PEFT)",
 }

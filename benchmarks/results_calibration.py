@@ -20,7 +20,7 @@ from bayeslora.evaluation.uncertainty import excess_area
 TASKS = ("mrpc", "cola", "rte", "winogrande", "arc_easy")
 """Those of the earlier table."""
 MORE_TASKS = ("mrpc", "cola", "rte", "sst2", "qnli", "winogrande", "arc_easy")
-METHODS = {"lora": "LoRA", "melora": "Me-LoRA", "blob": "BLoB"}
+METHODS = {"lora": "LoRA", "melora": "Me-LoRA, learned variances", "blob": "BLoB"}
 SAMPLES = 10
 ROWS = {
     "lora": "LoRA",
@@ -29,8 +29,8 @@ ROWS = {
     "ensemble": "ensemble of the seeds",
     "blob-mean": "BLoB, mean",
     "blob": f"BLoB, {SAMPLES} samples",
-    "melora-mean": "Me-LoRA, mean",
-    "melora": f"Me-LoRA, {SAMPLES} samples",
+    "melora-mean": "Me-LoRA, learned variances, mean",
+    "melora": f"Me-LoRA, learned variances, {SAMPLES} samples",
 }
 TUNED_ROWS = {
     "tuned": "LoRA, tuned",

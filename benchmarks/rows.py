@@ -142,7 +142,8 @@ ROWS = {
     "evidence-ra": Row(ours("blora", mode="ra", target_rank=1.5)),
     "evidence-ra-r1": Row(ours("blora", mode="ra", target_rank=1.0)),
     "evidence-q+ra": Row(ours("blora", mode="q+ra", **QUANTIZED)),
-    "melora": Row(ours("melora"), samples=10),
+    "melora": Row(ours("melora", variance="learned"), samples=10),
+    "melora-closed": Row(ours("melora"), samples=10),
     "monteclora": Row(lora(RANK, monteclora_config=MontecloraConfig()), mixin=MontecloraTrainerMixin),
     # PEFT's default rank: two vectors a layer are trained, on random matrices that all layers share.
     "pvera": Row(lambda shared, steps: PveraConfig(**{"r": 256, **shared}), rate=10),

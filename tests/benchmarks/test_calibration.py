@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -68,6 +69,11 @@ def test_a_method_fills_its_rows(method: str, folder: Path, monkeypatch: pytest.
     if method == "tuned":
         assert [each["learning_rate"] for each in found["search"]] == [5e-4, 1e-3, 2e-3]
         assert found["best_step"] in range(1, 9)
+        job.folder.mkdir(parents=True)
+        (job.folder / "sst2-tuned-0.json").write_text(json.dumps(found))
+        best = min(found["search"], key=lambda each: each["nll"])["learning_rate"]
+        (rate,) = calibration._found_rate(replace(job, seed=1))["rates"]
+        assert rate * job.training.learning_rate == pytest.approx(best) and not calibration._found_rate(job)
     assert len(json.dumps(found)) < 100_000
 
 
@@ -79,7 +85,7 @@ def test_runs_have_names_settings_and_the_schedule_of_their_task(folder: Path) -
     chosen = calibration.jobs(given(folder, methods=["melora-closed"], select=True, set=["prior_std=0.1"]))
     (path,), (job,) = chosen.keys(), chosen.values()
     assert path.parent.name == "calibration-selection" and path.name == "sst2-melora-closed-prior_std=0.1-0.json"
-    assert job.options == {"variance": "closed_form", "prior_std": 0.1}
+    assert job.options == {**OPTIONS["melora-closed"], "prior_std": 0.1}
 
 
 def test_the_committed_files_are_those_of_the_benchmark() -> None:

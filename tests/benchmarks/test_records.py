@@ -79,4 +79,4 @@ def test_samples_are_a_row_of_their_own_behind_the_mean() -> None:
     assert [each["scores"]["accuracy"] for each in both] == [0.8, 0.9]
     names = list(row_titles([melora]))
     assert names.index("melora-sampled") == names.index("melora") + 1
-    assert row_titles([melora])["melora-sampled"] == "Me-LoRA, 10 samples"
+    assert row_titles([melora])["melora-sampled"] == "Me-LoRA, learned variances, 10 samples"

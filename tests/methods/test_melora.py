@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -250,6 +251,7 @@ BAD_OPTIONS: list[tuple[dict[str, Any], str]] = [
     ({"core": "x"}, "core is 'x', but must be 'full' or 'diagonal'"),
     ({"initial_std": 0.0}, "initial_std is 0.0, but must be above 0: use plain LoRA"),
     ({"prior_std": 0.0}, "prior_std is 0.0, but must be above 0"),
+    ({"variance": "closed_form", "initial_std": 0.2}, "initial_std is given, but variance is 'closed_form'"),
     ({"variance": "closed_form", "noise_scope": "token"}, "noise_scope is 'token', but .* needs a core for each row"),
     (
         {"variance": "closed_form", "kl_weight": 0.0},
@@ -283,11 +285,38 @@ def test_the_configuration_survives_a_file(tmp_path: Any) -> None:
     assert type(again) is MeLoraConfig and again.to_dict() == options.to_dict()
 
 
+@pytest.mark.parametrize(
+    ("options", "variance", "fade_in"),
+    [
+        ({}, "closed_form", [0.4, 0.66]),
+        ({"cores": 3}, "closed_form", [0.4, 0.66]),
+        ({"noise_fade_in": (0, 0)}, "closed_form", [0.0, 0.0]),
+        ({"variance": "learned"}, "learned", None),
+        ({"cores": 3, "variance": "none"}, "none", None),
+        # What a closed form lacks, or would ignore, is a choice against it.
+        ({"noise_scope": "token"}, "learned", None),
+        ({"kl_weight": 0.0}, "learned", None),
+        ({"initial_std": 0.1}, "learned", None),
+        # Files from before these were the defaults.
+        ({"peft_version": "0.18.0"}, "learned", None),
+        ({"peft_version": "0.18.0", "initial_std": 0.35, "variance": "closed_form"}, "closed_form", None),
+    ],
+)
+def test_variances_are_in_closed_form_unless_something_speaks_against_it(
+    options: dict[str, Any], variance: str, fade_in: list[float] | None, tmp_path: Path
+) -> None:
+    config = MeLoraConfig(**options)
+    assert (config.variance, config.noise_fade_in) == (variance, fade_in)
+    config.save_pretrained(str(tmp_path))
+    again: Any = MeLoraConfig.from_pretrained(str(tmp_path))
+    assert (again.variance, again.noise_fade_in, again.initial_std) == (variance, fade_in, config.initial_std)
+
+
 def test_gpt2_and_bert_adapt_through_all_doors(tiny_gpt2: PreTrainedModel, tiny_bert: PreTrainedModel) -> None:
     tokens = torch.arange(12).view(2, 6)
     for base, target in ((tiny_gpt2, ["c_attn"]), (tiny_bert, ["query", "key", "value"])):
         expected = base(input_ids=tokens).logits
-        model = get_peft_model(base, MeLoraConfig(r=4, target_modules=target)).eval()
+        model = get_peft_model(base, MeLoraConfig(r=4, target_modules=target, variance="learned")).eval()
         _close(model(input_ids=tokens).logits, expected)
         for layer in layers_of(model):
             layer.melora_B["default"].data.normal_()

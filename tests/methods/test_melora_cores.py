@@ -295,7 +295,8 @@ def test_noise_rises_between_two_shares_of_the_steps() -> None:
     assert [config.noise_at(step, 100) for step in (0, 40, 50, 65, 99)] == pytest.approx([0, 0, 0.4, 1, 1])
     jump = MeLoraConfig(noise_fade_in=[0.5, 0.5])
     assert [jump.noise_at(step, 10) for step in (4, 5)] == [0.0, 1.0]
-    assert MeLoraConfig().noise_at(0, 10) == 1.0
+    assert MeLoraConfig(variance="learned").noise_at(0, 10) == 1.0
+    assert MeLoraConfig(noise_fade_in=(0, 0)).noise_at(0, 10) == 1.0
 
 
 def test_a_pass_has_the_share_of_the_noise_that_its_step_has() -> None:
@@ -496,7 +497,10 @@ BAD_OPTIONS: list[tuple[dict[str, Any], str]] = [
     ({"noise_fade_in": (0.6, 0.4)}, r"noise_fade_in is \(0.6, 0.4\), but must be two rising shares"),
     ({"noise_fade_in": [0.5]}, r"noise_fade_in is \[0.5\], but must be two rising shares"),
     ({"prior_std": "data"}, "prior_std is 'data', but must be a number above 0 or 'evidence'"),
-    ({"prior_std": "evidence"}, "prior_std is 'evidence' with variance='learned', but needs deviations that are set"),
+    (
+        {"prior_std": "evidence", "variance": "learned"},
+        "prior_std is 'evidence' with variance='learned', but needs deviations that are set",
+    ),
 ]
 
 

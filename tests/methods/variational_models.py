@@ -17,8 +17,8 @@ from tests.oracles import blob, melora
 X = torch.randn(3, 5, D_IN, generator=torch.Generator().manual_seed(7))
 CPU = torch.device("cpu")
 METHODS: dict[str, tuple[type[Any], dict[str, Any]]] = {
-    "melora": (MeLoraConfig, {}),
-    "melora-diagonal": (MeLoraConfig, {"core": "diagonal"}),
+    "melora": (MeLoraConfig, {"variance": "learned"}),
+    "melora-diagonal": (MeLoraConfig, {"variance": "learned", "core": "diagonal"}),
     "blob": (BlobConfig, {}),
 }
 

@@ -32,8 +32,7 @@ SAMPLES = 10
 METHODS: dict[str, dict[str, Any]] = {
     "lora": {},
     "blora": {"mode": "q+ra", "quantize_input": True, "per_channel": True, "target_bops": 0.03},
-    # Less noise than by default: noise costs steps, and 300 are little more than one epoch.
-    "melora": {"samples": SAMPLES, "prior_std": 0.2, "initial_std": 0.07},
+    "melora": {"samples": SAMPLES},
 }
 _SHOWN = 3
 _ASKED = 500

@@ -18,6 +18,13 @@ CORE_SPREAD = 1.0
 PRIOR_NOISE = 0.5
 r"""Default noise over signal, $\sigma_p \sqrt{r}$, of the prior of a core whose deviations are set."""
 
+INITIAL_STD = 0.35
+"""Default start of deviations that are learned."""
+
+NOISE_FADE_IN = (0.4, 0.66)
+"""Default shares of the steps between which the noise rises where deviations are set: a run at full noise from the
+start may never leave the loss of a constant prediction."""
+
 
 @dataclass
 class MeLoraConfig(VariationalConfig):
@@ -33,28 +40,42 @@ class MeLoraConfig(VariationalConfig):
     core_spread: float = field(
         default=CORE_SPREAD, metadata={"help": "Distance at which several cores start; 1: rotated by about a radian."}
     )
-    variance: Literal["learned", "closed_form", "none"] = field(
-        default="learned",
+    variance: Literal["closed_form", "learned", "none"] | None = field(
+        default=None,
         metadata={
-            "help": "Deviations of the core: learned by gradient, set from gradients of single rows, or none (cores)."
+            "help": "Deviations of the core: set from gradients of single rows (closed_form, the default), learned "
+            "by gradient, or none (cores)."
         },
     )
     prior_std: float | Literal["evidence"] | None = field(  # type: ignore[assignment]  # wider than the base's
         default=None,
         metadata={
-            "help": "Deviation of the prior of the core's entries (0.35; with closed_form 0.5 / sqrt(r)), or evidence."
+            "help": "Deviation of the prior of the core's entries (0.5 / sqrt(r); 0.35 where learned), or evidence."
         },
     )
     noise_fade_in: list[float] | None = field(
-        default=None, metadata={"help": "Shares of the steps between which noise rises from none to all: 0.4,0.66."}
+        default=None,
+        metadata={
+            "help": "Shares of the steps between which noise rises from none to all (0.4,0.66 with closed_form; 0,0: "
+            "all from the start)."
+        },
     )
-    initial_std: float = field(default=0.35, metadata={"help": "Starting standard deviation of the core's entries."})
+    initial_std: float | None = field(
+        default=None,
+        metadata={"help": "Starting standard deviation of the core's entries where it is learned (0.35)."},
+    )
 
     def __post_init__(self) -> None:
+        # A file from before a field had its default of today names a version of PEFT.
+        is_new = self.peft_version is None
+        if self.variance is None:
+            self.variance = "closed_form" if is_new and self._can_be_set else "learned"
+        if is_new and self.noise_fade_in is None and self.variance == "closed_form":
+            self.noise_fade_in = list(NOISE_FADE_IN)
         super().__post_init__()
         self._check_choice("core", ("full", "diagonal"))
-        self._check_choice("variance", ("learned", "closed_form", "none"))
-        self._check("initial_std", self.initial_std > 0, "above 0", "use plain LoRA for no noise")
+        self._check_choice("variance", ("closed_form", "learned", "none"))
+        self._check_initial_std(is_new)
         if self.variance == "closed_form":
             if self.noise_scope != "example":
                 raise BayesLoraError(
@@ -64,6 +85,21 @@ class MeLoraConfig(VariationalConfig):
             self._check("kl_weight", self.kl_weight > 0, "above 0 with variance='closed_form'", "give 1 for the bound")
         self._check_cores()
         self._check_fade_in()
+
+    @property
+    def _can_be_set(self) -> bool:
+        """Whether nothing is asked for that a closed form lacks: another scope, no weight, a start to learn from."""
+        return self.noise_scope == "example" and self.kl_weight > 0 and self.initial_std is None
+
+    def _check_initial_std(self, is_new: bool) -> None:
+        if self.variance == "learned":
+            self.initial_std = INITIAL_STD if self.initial_std is None else self.initial_std
+            self._check("initial_std", self.initial_std > 0, "above 0", "use plain LoRA for no noise")
+        elif is_new and self.initial_std is not None:
+            raise BayesLoraError(
+                f"initial_std is given, but variance is {self.variance!r}, which starts at the prior or has no noise: "
+                "leave it out, or use variance='learned'"
+            )
 
     def _check_cores(self) -> None:
         whole = isinstance(self.cores, int) and not isinstance(self.cores, bool)

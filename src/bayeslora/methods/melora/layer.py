@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from bayeslora._peft import BufferDict
 from bayeslora.errors import BayesLoraError
-from bayeslora.methods.melora.config import MeLoraConfig
+from bayeslora.methods.melora.config import INITIAL_STD, MeLoraConfig
 from bayeslora.methods.melora.cores import Deal, in_turn, starting_cores
 from bayeslora.methods.variational import VariationalLayer, per_group
 from bayeslora.posterior import Noise, inverse_softplus, local_reparametrization, standard_deviation
@@ -66,7 +66,9 @@ class MeLoraLayer(VariationalLayer):
             self.melora_precision[adapter_name] = torch.zeros_like(core)
             self._row_gradients[adapter_name] = None
         elif config.variance == "learned":
-            self.melora_rho[adapter_name] = nn.Parameter(torch.full_like(core, inverse_softplus(config.initial_std)))
+            self.melora_rho[adapter_name] = nn.Parameter(
+                torch.full_like(core, inverse_softplus(config.initial_std or INITIAL_STD))
+            )
         if config.prior_std == "evidence":
             self.melora_prior[adapter_name] = torch.full((1,), self.prior_std[adapter_name])
 
