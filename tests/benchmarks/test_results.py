@@ -34,9 +34,10 @@ def test_costs_and_samples_are_in_the_table_of_the_task(tmp_path: Path) -> None:
     write_runs(tmp_path / "glue", run("melora", sampled=sampled))
     text = glue_section(tmp_path)
     assert (
-        "| Me-LoRA, mean | 1 | 80.00 | 90.00 | 0.500 | 0.050 | 20.0% | 25.0% | 60.0% | 70.0% | 1,000 | 900 |" in text
+        "| Me-LoRA, learned variances, mean | 1 | 80.00 | 90.00 | 0.500 | 0.050 | 20.0% | 25.0% | 60.0% | 70.0% | 1,000 | 900 |"
+        in text
     )
-    assert "| Me-LoRA, 10 samples | 1 | 85.00 |" in text
+    assert "| Me-LoRA, learned variances, 10 samples | 1 | 85.00 |" in text
     assert "345 steps of 32 rows" in text
 
 

@@ -36,8 +36,8 @@ def test_a_run_holds_what_the_contract_names(run: tuple[str, Path]) -> None:
     metrics = json.loads((folder / "metrics.json").read_text())
     assert (metrics["method"], metrics["steps"], metrics["samples"]) == (method, 6, 0)
     assert {"accuracy", "nll", "ece", "brier"} <= set(metrics["scores"])
-    # query, key and value of two layers of width 32 at rank 8
-    adapter = 6 * (8 * 64 + 2 * 64 if method == "melora" else 8 * 96)
+    # query, key and value of two layers of width 32 at rank 8; Me-LoRA's precisions are not trained
+    adapter = 6 * (8 * 64 + 64 if method == "melora" else 8 * 96)
     assert metrics["parameters"]["adapter"] == adapter
     assert [layer["rank"] for layer in metrics["layers"]] == [8] * 6
     assert all(set(layer["bits"].values()) == {32} for layer in metrics["layers"])

@@ -68,12 +68,13 @@ TARGETS = {
 def noisy(base: nn.Module, targets: list[str], method: str = "melora", **settings: Any) -> nn.Module:
     """`base` with a variational adapter, in evaluation mode, whose draws differ visibly."""
     config = {"melora": bayeslora.MeLoraConfig, "blob": bayeslora.BlobConfig}[method]
+    settings = {"prior_std": 1.0, **settings}  # what deviations in closed form start at
     model = get_peft_model(base, config(r=4, target_modules=targets, init_weights=False, **settings))
     with torch.no_grad():
         for layer in stochastic_layers(model).values():
             layer.B("default").mul_(3)
             for container in ("melora_rho", "blob_G"):
-                if hasattr(layer, container):
+                if "default" in getattr(layer, container, {}):
                     getattr(layer, container)["default"].fill_(0.5)
     return model.eval()
 

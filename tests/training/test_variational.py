@@ -187,7 +187,7 @@ def test_neither_loss_has_the_divergence_in_it_and_evaluation_is_at_the_mean(tmp
 def test_the_variances_keep_their_factor_under_the_schedule(tmp_path: Path) -> None:
     trainer = bayeslora.attach(
         _trainer(
-            _bert(variance_lr_factor=5.0),
+            _bert(variance="learned", variance_lr_factor=5.0),
             tmp_path,
             attached=False,
             max_steps=6,
@@ -210,7 +210,9 @@ def test_the_variances_keep_their_factor_under_the_schedule(tmp_path: Path) -> N
         assert step[("means", 0.0)] == pytest.approx(step[("weights", 0.1)])
 
 
-@pytest.mark.parametrize("options", [{}, {"core": "diagonal", "noise_scope": "token"}, {"antithetic": True}])
+@pytest.mark.parametrize(
+    "options", [{}, {"variance": "learned"}, {"core": "diagonal", "noise_scope": "token"}, {"antithetic": True}]
+)
 def test_a_stopped_and_resumed_run_equals_an_uninterrupted_one_to_the_last_bit(
     options: dict[str, Any], tmp_path: Path
 ) -> None:
@@ -225,8 +227,8 @@ def test_a_stopped_and_resumed_run_equals_an_uninterrupted_one_to_the_last_bit(
     for name, value in final.items():
         assert torch.equal(continued[name], value), name
     halfway = load_file(tmp_path / "whole" / "checkpoint-5" / "adapter_model.safetensors")
-    assert any("rho" in name for name in halfway)
-    assert not any(torch.equal(final[f"{name}.default"], value) for name, value in halfway.items() if "rho" in name)
+    deviations = {name: value for name, value in halfway.items() if "rho" in name or "precision" in name}
+    assert deviations and not any(torch.equal(final[f"{name}.default"], value) for name, value in deviations.items())
 
 
 def test_checkpointed_training_equals_plain_training(tmp_path: Path) -> None:
