@@ -33,10 +33,8 @@ def test_costs_and_samples_are_in_the_table_of_the_task(tmp_path: Path) -> None:
     sampled = {"samples": 10, "scores": {"accuracy": 0.85, "f1": 0.9, "nll": 0.4, "ece": 0.02}}
     write_runs(tmp_path / "glue", run("melora", sampled=sampled))
     text = glue_section(tmp_path)
-    assert (
-        "| Me-LoRA, learned variances, mean | 1 | 80.00 | 90.00 | 0.500 | 0.050 | 20.0% | 25.0% | 60.0% | 70.0% | 1,000 | 900 |"
-        in text
-    )
+    row = "| 1 | 80.00 | 90.00 | 0.500 | 0.050 | 20.0% | 25.0% | 60.0% | 70.0% | 1,000 | 900 |"
+    assert f"| Me-LoRA, learned variances, mean {row}" in text
     assert "| Me-LoRA, learned variances, 10 samples | 1 | 85.00 |" in text
     assert "345 steps of 32 rows" in text
 
