@@ -7,13 +7,14 @@
 
 Trained for each task and seed, on the same layers and 90% of train:
 
-- `tuned`: LoRA with dropout 0.1 at the best of three learning rates, stopped early; both are chosen on the other 10%
-  of train, the rate with seed 0 where its file is there. It also fills the rows that need no training of their own:
+- `tuned`: LoRA with dropout 0.1 at the best of three learning rates, stopped early; the rate is chosen on the other
+  10% of train with seed 0, the length with every seed. It also fills the rows that need no training of their own:
   temperature, vector scaling and isotonic maps (fitted on the 10%), Monte-Carlo dropout, Laplace on the head (fitted
   on the training rows), training-free Bayesianization (on the 10%), and ensembles of three seeds.
-- `swag`, `ivon`: the same LoRA, at the task's learning rate, with a posterior over its weights.
-- `blob`, `melora-closed` (with its defaults) and `melora-cores` (four cores), at the task's learning rate. The last
-  two also with a temperature. A version of the library without cores leaves that row out.
+- `swag`, `ivon`: the same LoRA, with a posterior over its weights.
+- `blob`, `melora-closed` (with its defaults) and `melora-cores` (four cores). The last two also with a temperature.
+
+Learning rate and steps of the others are those of the tuned LoRA with seed 0, whose run comes first.
 
 `lora` and `melora` are the rows of an earlier table: LoRA without tuning, and Me-LoRA whose variance is learned.
 SST-2 and QNLI are trained on 10,000 rows of train, and QNLI is scored on 2,000 rows. The language model is trained on
@@ -42,6 +43,7 @@ from intervals import encoded
 from results_calibration import calibration_section, write_differences
 
 from bayeslora.data import Task, hold_out, load_task
+from bayeslora.errors import BayesLoraError
 from bayeslora.evaluation import evaluate
 from bayeslora.evaluation.uncertainty import excess_area
 
@@ -84,7 +86,8 @@ def run(job: Job) -> dict[str, Any]:
     """Train one adapter and score it in every form; returns what its file holds."""
     is_language = job.task in LANGUAGE
     task = hold_out(_fewer(load_task(job.task, job.data_dir), job), 0.3 if job.select else 0.1)
-    done = trained(job.method, task, job.training, job.seed, {**job.options, **_found_rate(job)})
+    training, options = tuned_settings(job)
+    done = trained(job.method, task, training, job.seed, options)
     rows_of = done.data.encoded
     labelled = "test" if "test" in rows_of and job.task != "arc_easy" else "validation"
     rows = rows_of["selection" if job.select else labelled]
@@ -103,17 +106,30 @@ def run(job: Job) -> dict[str, Any]:
         "split": "selection" if job.select else labelled,
         "labels": list(rows["label"]),
         "forms": found,
+        "found": {"learning_rate": training.learning_rate, "steps": training.steps},
         **done.facts,
     }
 
 
-def _found_rate(job: Job) -> dict[str, Any]:
-    """The learning rate that seed 0 has found, for the tuned LoRA of other seeds."""
+def tuned_settings(job: Job) -> tuple[Training, dict[str, Any]]:
+    """The training and options of a run: the learning rate and length are those that seed 0's tuned LoRA has found.
+
+    A tuned LoRA of another seed takes the rate, and finds its own length.
+
+    Raises:
+        BayesLoraError: that run is missing, and this one belongs to the table.
+    """
+    if job.method not in METHODS or (job.method == "tuned" and job.seed == 0):
+        return job.training, job.options
     first = job.folder / f"{job.task}-tuned-0.json"
-    if job.method != "tuned" or job.seed == 0 or not first.exists():
-        return {}
-    best = min(json.loads(first.read_text())["search"], key=lambda each: each["nll"])
-    return {"rates": [best["learning_rate"] / job.training.learning_rate]}
+    if not (first.exists() and first.stat().st_size):
+        if job.select or job.rows is not None:
+            return job.training, job.options
+        raise BayesLoraError(f"{first} is missing, but has the settings of the other runs: run --methods tuned first")
+    best = min(json.loads(first.read_text(encoding="utf-8"))["search"], key=lambda each: each["nll"])
+    if job.method == "tuned":
+        return job.training, {**job.options, "rates": [best["learning_rate"] / job.training.learning_rate]}
+    return replace(job.training, learning_rate=best["learning_rate"], steps=best["step"]), job.options
 
 
 def _fewer(task: Task, job: Job) -> Task:

@@ -1,6 +1,6 @@
-"""The results page, docs/results.md, and its figures, from the committed files of benchmarks/results alone.
+"""Pages from the committed files of benchmarks/results alone: docs/results.md with its figures, and docs/choose.md.
 
-    python benchmarks/results.py                              # writes docs/results.md and docs/figures/results-*.png
+    python benchmarks/results.py                              # writes the pages and docs/figures/results-*.png
     python benchmarks/results.py --results FOLDER --docs DIR  # of other results, elsewhere
 
 Nothing on the page is typed by hand. Runs that are missing are listed at the end.
@@ -15,6 +15,7 @@ from pathlib import Path
 from matplotlib.figure import Figure
 from records import RESULTS, read_runs, row_titles
 from results_calibration import calibration_section
+from results_choice import choice_page
 from results_figures import bits_figure, cost_figure, mmlu_figure, ranks_figure
 from results_frontier import frontier_figure, frontier_section
 from results_glue import PAPERS, glue_runs, glue_section, patterns_section
@@ -118,6 +119,7 @@ def write(results: Path, docs: Path) -> None:
             path.write_bytes(style.png_bytes(figure))
     shown = [name for name, figure in drawn.items() if figure is not None]
     (docs / "results.md").write_text(page(results, shown), encoding="utf-8")
+    (docs / "choose.md").write_text(choice_page(results), encoding="utf-8")
 
 
 def main() -> None:

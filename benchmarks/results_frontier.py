@@ -21,6 +21,8 @@ of LoRA r = 16 at 32 bits in the scope of the table, counted by one function. Sc
 rows.
 
 """
+CLOSE = 0.005
+"""Share by which a rounding may cost more than the budget that it is compared at."""
 SCOPES = {"attention": "Attention", "encoder": "Whole encoder"}
 
 
@@ -85,6 +87,26 @@ def _trained_rows(trained: Iterable[Run], task: str, scope: str) -> list[list[An
          statistics.fmean(run["relative_bops"][scope] for run in group), *_means(group)]
         for group in groups.values()
     ]  # fmt: skip
+
+
+def budget_rows(results: Path, scope: str) -> dict[tuple[str, float], tuple[str, str]]:
+    """By task and budget, the score of the best rounding that costs no more, and of B-LoRA, with numbers of seeds.
+
+    LoRA at 32 bits stands at a budget of 1.
+    """
+    trained, rounded = read_runs(results / "frontier"), read_runs(results / "rounding")
+    found = {}
+    for task in dict.fromkeys(run["task"] for run in [*rounded, *trained]):
+        for _, _, (value, _), _, (seeds, _) in _lora_rows(rounded, task, scope):
+            found[task, 1.0] = (f"{value:.1f} ({seeds})", "–")
+        others = _rounded_rows(rounded, task, scope)
+        for _, cost, (value, _), _, (seeds, _) in _trained_rows(trained, task, scope):
+            budget = round(cost, 3)
+            cheap = [row[2:] for row in others if row[1] <= cost * (1 + CLOSE)]
+            best = max(cheap, key=lambda row: row[0][0]) if cheap else None
+            simple = "–" if best is None else f"{best[0][0]:.1f} ({best[2][0]})"
+            found[task, budget] = (simple, f"{value:.1f} ({seeds})")
+    return found
 
 
 def _pattern_tables(trained: Sequence[Run]) -> list[str]:

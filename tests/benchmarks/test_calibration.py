@@ -72,8 +72,11 @@ def test_a_method_fills_its_rows(method: str, folder: Path, monkeypatch: pytest.
         job.folder.mkdir(parents=True)
         (job.folder / "sst2-tuned-0.json").write_text(json.dumps(found))
         best = min(found["search"], key=lambda each: each["nll"])["learning_rate"]
-        (rate,) = calibration._found_rate(replace(job, seed=1))["rates"]
-        assert rate * job.training.learning_rate == pytest.approx(best) and not calibration._found_rate(job)
+        (rate,) = calibration.tuned_settings(replace(job, seed=1))[1]["rates"]
+        assert rate * job.training.learning_rate == pytest.approx(best)
+        assert calibration.tuned_settings(job) == (job.training, job.options)
+        other = calibration.tuned_settings(replace(job, method="swag", options={}, seed=1))
+        assert (other[0].learning_rate, other[1]) == (best, {}) and other[0].steps <= 8
     assert len(json.dumps(found)) < 100_000
 
 

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 from records import IVON_SETTINGS, RESULTS
 from results import DOCS, FIGURES, page, write
+from results_choice import choice_page
 from results_glue import glue_section, missing, score_table
 from results_sections import importance_section, mmlu_section, nested_tables
 
@@ -21,6 +22,8 @@ def test_the_committed_page_is_what_the_generator_writes() -> None:
     figures = [name for name in FIGURES if (DOCS / "figures" / f"{name}.png").exists()]
     committed = (DOCS / "results.md").read_text(encoding="utf-8")
     assert page(RESULTS, figures) == committed, "run `python benchmarks/results.py` and commit what it writes"
+    advice = (DOCS / "choose.md").read_text(encoding="utf-8")
+    assert choice_page(RESULTS) == advice, "run `python benchmarks/results.py` and commit what it writes"
 
 
 def test_a_cell_is_mean_and_deviation_over_seeds_beside_the_papers_number() -> None:

@@ -1,0 +1,162 @@
+"""The page that says which method to use, docs/choose.md: its advice in words, its tables from the committed files."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Iterable
+from pathlib import Path
+
+from records import TASK_TITLES, Run, markdown_table, mean_at, read_runs, score
+from results_calibration import GUESSING, MORE_TASKS, Table, rows_of
+from results_frontier import SCOPES, budget_rows
+
+PAGE = """# Which of these should I use?
+
+Start with LoRA. Then read the line of what you are missing.
+
+| you want | use | because |
+|---|---|---|
+| labels, and nothing else | LoRA | nothing here is more accurate at the same cost |
+| probabilities that are right on average | LoRA, then [`TemperatureScaling`](prediction.md) | one number, fitted in \
+seconds on held-out rows; [see below](#probabilities) |
+| the best order of doubtful rows | an ensemble of three LoRAs (`DeepEnsemble`) | it has the lowest AURC below, for \
+three trainings and three passes |
+| uncertainty from one adapter and one training: draws, mutual information, which rows to label next | \
+[Me-LoRA](melora.md) | its mean is an ordinary LoRA, and a draw costs one pass |
+| labels that are right with a given probability, rows for a person | any, then [`calibrate`](decisions.md) | \
+the guarantee holds for every model; a better model answers more rows |
+| to notice texts unlike the training data | any of these, then \
+[distances of features](uncertainty.md#does-it-notice-foreign-inputs-out-of-distribution-detection) | they look at \
+the input, not at the answer |
+| a smaller model, up to a twelfth of the bit operations | LoRA, merged and rounded to 8 bits | it costs no training; \
+[see below](#bits) |
+| a smaller model than that | [B-LoRA](blora.md) with `target_bops` | rounding to 4 and fewer bits loses points that \
+training keeps |
+| small ranks | LoRA of r = 8, then [`truncate_rank`](blora.md) | about as good as ranks that are learned; \
+[see below](#ranks) |
+| ranks from 1 up to choose among later | [DyLoRA](dylora.md) | one training for all ranks |
+
+All tables come from the files in `benchmarks/results/`; the [results page](results.md) has every row of them.
+
+## Probabilities
+
+Each method on the same layers, the same steps and 90% of the training rows; temperatures are fitted on the other 10%.
+Means over seeds; lower is better. NLL is the negative log-likelihood in nats. AURC is the mean error rate over all
+shares of answered rows, the most certain first: a temperature cannot change it for two classes.
+{tuned}
+
+{probabilities}
+
+## Bits
+
+LoRA of rank 8, merged and rounded without training on, against B-LoRA trained to the same budget in the same number of
+steps. The budget is a share of the bit operations of LoRA of rank 16 at 32 bits. Beside each budget is the best
+rounding that costs no more. Scores in per cent, means over the seeds in parentheses.
+
+{bits}
+
+## Ranks
+
+Accuracy in per cent and NLL, means over seeds, on query, key and value. The cut takes the singular values of a trained
+LoRA of rank 8, and does not train on.
+
+{ranks}
+"""
+PROBABILITIES = {
+    "LoRA": ("tuned", "lora"),
+    "LoRA + temperature": ("tuned-temperature", "temperature"),
+    "MC dropout": ("tuned-dropout", "dropout"),
+    "Laplace on the head": ("laplace",),
+    "SWAG": ("swag",),
+    "TFB (`bayesianize`)": ("tfb",),
+    "BLoB": ("blob",),
+    "Me-LoRA, learned variances": ("melora",),
+    "Me-LoRA": ("melora-closed",),
+    "Me-LoRA + temperature": ("melora-closed-temperature",),
+    "Me-LoRA, 4 cores": ("melora-cores",),
+    "Me-LoRA, 4 cores + temperature": ("melora-cores-temperature",),
+    "ensemble of 3 LoRAs": ("tuned-ensemble", "ensemble"),
+}
+"""Rows of the first table, and which forms of the calibration runs fill them: around a tuned LoRA, or earlier."""
+RANKS = {"lora": "LoRA, r = 8", "lora-r2": "LoRA, r = 2", "lora-r1": "LoRA, r = 1"}
+LEARNED = {"evidence-ra": (1.5, "B-LoRA, mean rank 1.5"), "evidence-ra-r1": (1.0, "B-LoRA, mean rank 1")}
+
+
+def choice_page(results: Path) -> str:
+    """The whole page in Markdown."""
+    # By letters SmolLM2-135M guesses, and a table of guesses advises nobody.
+    runs = [
+        run
+        for run in read_runs(results / "calibration")
+        if run["task"] not in GUESSING or run.get("scoring") == "cloze"
+    ]
+    tables = {task: rows_of([run for run in runs if run["task"] == task]) for task in MORE_TASKS}
+    tables = {task: rows for task, rows in tables.items() if ("tuned" in rows or "lora" in rows)}
+    tuned = [TASK_TITLES[task] for task, rows in tables.items() if "tuned" in rows]
+    earlier = [TASK_TITLES[task] for task, rows in tables.items() if "tuned" not in rows]
+    note = f"On {', '.join(tuned)} LoRA's learning rate and length are tuned. " if tuned else ""
+    note += f"On {', '.join(earlier)} they are the task's for all methods." if earlier else ""
+    return PAGE.format(
+        tuned=note,
+        probabilities="\n\n".join(_probabilities(tables, key) for key in ("nll", "aurc")),
+        bits="\n\n".join(_bits(results)),
+        ranks=_ranks(results),
+    )
+
+
+def _probabilities(tables: dict[str, Table], key: str) -> str:
+    """One score by method and task."""
+    lines = []
+    for title, names in PROBABILITIES.items():
+        cells = []
+        for rows in tables.values():
+            name = next((name for name in names if name in rows), None)
+            found = [run["forms"][name]["scores"].get(key) for run in rows[name]] if name else []
+            known = [value for value in found if value is not None]
+            cells.append(f"{statistics.fmean(known):.3f}" if known else "–")
+        if set(cells) != {"–"}:
+            lines.append([title, *cells])
+    return markdown_table([key.upper(), *(TASK_TITLES[task] for task in tables)], lines)
+
+
+def _bits(results: Path) -> Iterable[str]:
+    """The best rounding and B-LoRA by budget, a table for each scope."""
+    for scope, title in SCOPES.items():
+        found = budget_rows(results, scope)
+        tasks = list(dict.fromkeys(task for task, _ in found))
+        budgets = sorted({budget for _, budget in found}, reverse=True)
+        head = [title, *(f"{TASK_TITLES[task]}: {name}" for task in tasks for name in ("rounded", "B-LoRA"))]
+        lines = []
+        for budget in budgets:
+            pairs = [found.get((task, budget), ("–", "–")) for task in tasks]
+            lines.append([f"{budget:.1%}", *(cell for pair in pairs for cell in pair)])
+        if lines:
+            yield markdown_table(head, lines)
+
+
+def _ranks(results: Path) -> str:
+    """LoRA of three ranks, its cuts, and ranks that are learned."""
+    runs = read_runs(results / "glue")
+    rounded = [*read_runs(results / "rounding"), *read_runs(results / "cut")]
+    tasks = list(dict.fromkeys(run["task"] for run in runs if run["method"] in LEARNED))
+    lines = [[title, *_scores(runs, tasks, method)] for method, title in RANKS.items()]
+    for method, (rank, title) in LEARNED.items():
+        cuts = [
+            {**entry, "metric": run["metric"], "task": run["task"], "method": "cut"}
+            for run in rounded
+            for entry in run["cut"]
+            if entry["mean_rank"] == rank and "rank" not in entry
+        ]
+        lines.append([f"LoRA of r = 8, cut to {rank:g}", *_scores(cuts, tasks, "cut")])
+        lines.append([title, *_scores(runs, tasks, method)])
+    return markdown_table(["", *(f"{TASK_TITLES[task]}{end}" for task in tasks for end in ("", ", NLL"))], lines)
+
+
+def _scores(runs: Iterable[Run], tasks: Iterable[str], method: str) -> list[str]:
+    cells = []
+    for task in tasks:
+        own = [run for run in runs if (run["task"], run["method"]) == (task, method)]
+        cells.append(f"{statistics.fmean(map(score, own)):.1f} ({len(own)})" if own else "–")
+        nll = mean_at(own, "scores", "nll") if own else None
+        cells.append("–" if nll is None else f"{nll:.3f}")
+    return cells
