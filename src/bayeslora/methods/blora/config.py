@@ -125,7 +125,10 @@ class BLoraConfig(AdapterConfig):
             self._check(name, target is None or 0 < target < 1, "between 0 and 1", "give a share of LoRA's cost")
         rank = self.target_rank
         self._check(
-            "target_rank", rank is None or 0 < rank < self.r, f"between 0 and r = {self.r}", "give a mean rank"
+            "target_rank",
+            rank is None or 0 < rank < self.r,
+            f"above 0 and below {self.r}, the initial rank",
+            "give a mean rank",
         )
         for name in ("target_bops", "target_bytes", "quantize_input", "fixed_bits"):
             if getattr(self, name) and not self.learns_bits:
