@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 
 from bayeslora.cli.main import main
+from bayeslora.runs.decisions import Calibration
 from tests.cli.conftest import Setting, review_rows, write_jsonl
 
 Refused = Callable[..., str]
@@ -61,7 +62,13 @@ def test_the_runs_own_evaluation_rows_are_the_default(run: Path, capsys: pytest.
     assert found["coverage"][0]["labels"] == [] and found["coverage"][2]["labels"] == ["0", "1"]  # 10 rows a class
     assert [each["answered"] for each in found["risk"]] == [0, 0, 0]  # 20 rows cannot show an error rate of 10%
     assert main(["calibrate", str(run), "--score", "aps", "--by-class"]) == 0
-    assert "too few rows: 0, 1 in every set" in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert "too few rows: 0, 1 in every set" in printed
+    assert "at a risk of 0.01 or 0.05 or 0.1 every row is left to a person: 20 rows of this model show none" in printed
+    assert f"below {found['lowest_risk']:.2g}; give a higher --risk, more rows, or a better model" in printed
+    calibration = Calibration.load(run)
+    assert calibration.threshold(found["lowest_risk"] - 1e-6).coverage == 0
+    assert calibration.threshold(found["lowest_risk"] + 1e-6).coverage > 0
 
 
 def test_decisions_that_cannot_be_are_refused(run: Path, setting: Setting, tmp_path: Path, refused: Refused) -> None:

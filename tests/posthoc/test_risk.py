@@ -53,6 +53,17 @@ def test_of_answers_is_the_largest_share_whose_upper_bound_is_below_the_risk() -
         assert found.risk == pytest.approx(wrong[order[: max(allowed)]].mean() if max(allowed) else 0)
 
 
+@pytest.mark.parametrize("of", ["answers", "rows"])
+def test_the_lowest_risk_is_where_rows_begin_to_be_answered(of: Any) -> None:
+    for seed, count in ((0, 400), (1, 60), (2, 3), (3, 1)):
+        confidence, wrong = draws(count, seed)
+        control = RiskControl(of=of).fit(*rows(confidence.round(1), wrong))
+        lowest = control.lowest()
+        assert 0 < lowest < 1
+        assert control.threshold(lowest - 1e-6).coverage == 0 < control.threshold(lowest + 1e-6).coverage
+    assert RiskControl().fit(*rows(np.full(20, 0.9), np.ones(20, dtype=bool))).lowest() == 1
+
+
 def test_rows_of_equal_confidence_are_answered_together_or_not_at_all() -> None:
     confidence = np.repeat([0.9, 0.8, 0.7], 200)
     wrong = np.repeat([False, True, True], 200)

@@ -52,6 +52,11 @@ def run(given: dict[str, Any]) -> int:
         print(f"  --coverage {row['coverage']:<5g} {_limit(row)}")
     for row in found.get("risk", []):
         print(f"  --risk {row['risk']:<9g} answers {row['answered']:.1%} of these rows")
+    if unanswered := [f"{row['risk']:g}" for row in found.get("risk", []) if not row["answered"]]:
+        print(
+            f"  at a risk of {' or '.join(unanswered)} every row is left to a person: {found['rows']} rows of this model "
+            f"show none below {found['lowest_risk']:.2g}; give a higher --risk, more rows, or a better model"
+        )
     return 0
 
 
@@ -74,6 +79,7 @@ def described(calibration: Calibration) -> dict[str, Any]:
         found["coverage"] = [{"coverage": coverage, "limit": limit} for coverage, limit in quantiles.items()]
     if calibration.risk is not None:
         found["risk"] = [{"risk": risk, "answered": calibration.threshold(risk).coverage} for risk in RISKS]
+        found["lowest_risk"] = calibration.risk.lowest()
     return found
 
 

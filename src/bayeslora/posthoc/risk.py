@@ -20,13 +20,14 @@ Both hold for every model, if calibration rows and new rows come from the same s
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Literal
 
 import numpy as np
 import torch
 from numpy.typing import ArrayLike, NDArray
-from scipy.stats import binom
+from scipy.stats import beta, binom
 from torch import Tensor
 
 from bayeslora.errors import BayesLoraError
@@ -110,15 +111,31 @@ class RiskControl:
         confidence = class_probabilities(prediction).max(axis=1)
         return torch.from_numpy(confidence <= self.threshold(risk).confidence)
 
+    def lowest(self) -> float:
+        """Return the lowest risk at which any of the calibration rows is answered; 1 if there is none below.
+
+        No threshold keeps a lower one with this model and so many rows.
+        """
+        if self.of == "rows":
+            surest = self.confidence == self.confidence.max(initial=0)
+            return min(1.0, float(self.wrong[surest].sum() + 1) / (len(self.confidence) + 1))
+        sums = [(int(self.wrong[answered].sum()), int(answered.sum())) for _, answered in self._tested()]
+        bounds = (beta.ppf(1 - self.delta / SHARES, wrong + 1, rows - wrong) for wrong, rows in sums if wrong < rows)
+        return float(min(bounds, default=1.0))
+
     def _of_answers(self, level: float) -> float:
+        for chosen, answered in self._tested():
+            if binom.cdf(self.wrong[answered].sum(), answered.sum(), level) <= self.delta / SHARES:
+                return chosen
+        return NONE
+
+    def _tested(self) -> Iterator[tuple[float, NDArray[np.bool_]]]:
+        """Yield the thresholds that are tested, from the lowest up, and which rows (n,) are above each."""
         n = len(self.confidence)
         for share in range(SHARES, 0, -1):
             first_left_out = n * share // SHARES
             chosen = float(self.confidence[first_left_out]) if first_left_out < n else ALL
-            answered = self.confidence > chosen
-            if binom.cdf(self.wrong[answered].sum(), answered.sum(), level) <= self.delta / SHARES:
-                return chosen
-        return NONE
+            yield chosen, self.confidence > chosen
 
     def _of_rows(self, level: float) -> float:
         allowed = math.floor(level * (len(self.confidence) + 1) - 1 + 1e-9)
