@@ -45,7 +45,8 @@ def spelled_as_options(sentence: str, options: Mapping[str, str]) -> str:
     """Return an error with the fields in it spelled as options: `gates='paper'` is `--gates paper`.
 
     A field of one word, such as `mode`, may be a word of the sentence too. It is taken for the field before its value,
-    and where the sentence begins with "mode is".
+    and where the sentence begins with "mode is". Values to type lose their Python quotes; the one that was given, after
+    "is", keeps them.
 
     Args:
         sentence: the error.
@@ -62,10 +63,14 @@ def spelled_as_options(sentence: str, options: Mapping[str, str]) -> str:
             return f"{spelling} {given}"
         following = sentence[match.end() :]
         is_field = "_" in match["name"] or (match.start() == 0 and following.startswith(" is "))
-        return spelling if is_field or re.match(r" ['\d]", following) else match[0]
+        has_value = re.match(r" ['\d]", following) and not sentence[: match.start()].endswith("the ")
+        return spelling if is_field or has_value else match[0]
 
     # Not within a path, a dotted name, a quotation, or a call such as BLoraConfig(r=8).
-    return re.sub(rf"(?<![\w.'\"/-])(?<!\w\()(?P<name>{names})(?:{value}|(?![\w./(=-]))", spell, sentence)
+    found = re.sub(rf"(?<![\w.'\"/-])(?<!\w\()(?P<name>{names})(?:{value}|(?![\w./(=-]))", spell, sentence)
+    found = re.sub(r"(--[\w-]+) '([\w+.-]+)'", r"\1 \2", found)
+    given, but, rest = found.partition(", but ")
+    return given + but + re.sub(r"(?<!\w)(?<! is )'([\w+-]+)'(?!\w)", r"\1", rest)
 
 
 def close_matches(word: str, known: Iterable[str]) -> str:

@@ -247,7 +247,7 @@ def test_unknown_tasks_missing_folders_and_the_hub_offline_say_the_way_out(tmp_p
     with pytest.raises(BayesLoraError, match="train.jsonl does not exist"):
         load_task("rte", tmp_path)
     with pytest.raises(
-        BayesLoraError, match="rte is read from nyu-mll/glue, but could not be loaded .*give --data-dir"
+        BayesLoraError, match="rte is read from nyu-mll/glue, but could not be loaded .*give data_dir, a folder"
     ):
         load_task("rte")
 
@@ -280,7 +280,7 @@ def test_multiple_choice_tasks_come_from_a_data_folder(tmp_path: Path) -> None:
     with pytest.raises(BayesLoraError, match="test.jsonl does not exist"):
         load_task("mmlu", tmp_path)
     with pytest.raises(
-        BayesLoraError, match="openbookqa is read from allenai/openbookqa, but could not be loaded .*give --data-dir"
+        BayesLoraError, match="openbookqa is read from allenai/openbookqa, but could not be loaded .*give data_dir, a folder"
     ):
         load_task("openbookqa")
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import typing
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
@@ -216,12 +216,29 @@ def _check_with_libraries(plan: TrainPlan, problems: Problems) -> None:
 @contextmanager
 def fields_as_options(method: str) -> Iterator[None]:
     """Spell fields of configs that an error of the library names as the options they are given by."""
+
+    def names() -> dict[str, str]:
+        of_ivon = {name.removeprefix(IVON_PREFIX): name for name in ivon_field_hints()}
+        return of_ivon | {name: name for name in (*method_field_hints(method), *training_field_hints())}
+
+    with _spelled(names):
+        yield
+
+
+@contextmanager
+def arguments_as_options(command: str) -> Iterator[None]:
+    """Spell arguments that an error of the library names as the options of a command that they are given by."""
+    with _spelled(lambda: {item.name: item.name for item in COMMANDS[command].options}):
+        yield
+
+
+@contextmanager
+def _spelled(names: Callable[[], dict[str, str]]) -> Iterator[None]:
     try:
         yield
     except BayesLoraError as error:
-        of_ivon = {name.removeprefix(IVON_PREFIX): name for name in ivon_field_hints()}
-        names = {name: name for name in (*method_field_hints(method), *training_field_hints())}
-        raise BayesLoraError(*(spelled_as_options(str(each), of_ivon | names) for each in error.args)) from error
+        options = names()
+        raise BayesLoraError(*(spelled_as_options(str(each), options) for each in error.args)) from error
 
 
 def method_field_hints(method: str) -> dict[str, Any]:

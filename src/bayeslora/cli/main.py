@@ -18,7 +18,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import bayeslora
-from bayeslora.cli.arguments import build_plan, parse, plan_options
+from bayeslora.cli.arguments import arguments_as_options, build_plan, parse, plan_options
 from bayeslora.cli.commands import COMMANDS, help_text
 from bayeslora.errors import BayesLoraError, close_matches
 
@@ -76,7 +76,8 @@ def _run(argv: list[str]) -> int:
             request = plan_options(given, problems)
         problems.tell()
         module = importlib.import_module(f"bayeslora.cli.{name}")
-    return int(module.run(request))
+    with arguments_as_options(name):
+        return int(module.run(request))
 
 
 @contextmanager

@@ -160,7 +160,7 @@ def _folder(known: Known, data_dir: Path, train: tuple[str, ...]) -> dict[str, T
     folder = data_dir / known.name
     if not folder.is_dir():
         raise BayesLoraError(
-            f"{folder} is not a folder, but one with a file for each split of {known.name} is needed: check --data-dir"
+            f"{folder} is not a folder, but one with a file for each split of {known.name} is needed: check data_dir"
         )
     names = _names(known, {path.stem for path in folder.glob("*.jsonl")}, train)
     wanted, optional = (*known.text_columns, known.answer), (LABEL_TEXT, SUBJECT, "id")
@@ -178,7 +178,7 @@ def _hub(known: Known, size: str) -> dict[str, Table]:
         files = " and ".join(f"{known.name}/{name}.jsonl" for name in _names(known, (), known.sizes).values())
         raise BayesLoraError(
             f"{known.name} is read from {known.hub}, but could not be loaded ({type(error).__name__}): "
-            f"give --data-dir (data_dir), a folder with {files}, to work without it"
+            f"give data_dir, a folder with {files}, to work without it"
         ) from error
     tables = {}
     for split, data in splits.items():

@@ -88,7 +88,7 @@ def export_merged(
 def _refusal(reason: str) -> BayesLoraError:
     return BayesLoraError(
         f"the merged model would have other outputs, because {reason}: export another format, or allow and measure "
-        "the error with allow_error=True (--allow-error)"
+        "the error with allow_error=True"
     )
 
 

@@ -323,7 +323,7 @@ def _adapted(folder: Path, info: RunInfo, tokenizer: PreTrainedTokenizerBase, na
     if info.base_fingerprint and base.fingerprint != info.base_fingerprint:
         raise BayesLoraError(
             f"the adapter in {folder} was trained on {info.model}, but the weights of {name} differ: "
-            "give the right one as model (--model)"
+            "give the one of the training as model=…"
         )
     find_method(info.method)
     with load_errors(f"the adapter in {folder}"):
