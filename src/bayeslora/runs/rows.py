@@ -19,7 +19,7 @@ from bayeslora.data.known import KNOWN
 from bayeslora.data.labels import Kind
 from bayeslora.data.tables import EXTENSIONS
 from bayeslora.data.tasks import Source, load_choices
-from bayeslora.errors import BayesLoraError
+from bayeslora.errors import BayesLoraError, Problems, option
 from bayeslora.evaluation.cloze import copies, is_cloze
 from bayeslora.evaluation.multiple_choice import choice_scoring, encode_choices, encode_pairs, is_multiple_choice
 from bayeslora.runs.base import LANGUAGE_HEADS
@@ -68,6 +68,25 @@ def asked(task: Task, scoring: Scoring | None, normalization: Normalization | No
     if normalization is not None:
         task = replace(task, cloze=replace(task.cloze, normalization=normalization))
     return task if scoring is None else replace(task, scoring=scoring)
+
+
+def check_task_asked(name: str | None, given: Mapping[str, Any]) -> None:
+    """Raise `BayesLoraError` if options about answers to multiple choice are given for another task.
+
+    Args:
+        name: of the task; None for data files.
+        given: fields of `RunOptions` about such answers; one that is None or 0 is not given.
+    """
+    choices = {known.name: known for known in KNOWN.values() if known.kind == "multiple_choice"}
+    if name in choices:
+        return
+    trained = ", ".join(name for name, known in choices.items() if "train" in known.splits)
+    Problems(
+        f"{option(field)} is {value}, but is only for language models on multiple choice ({trained}): leave it out, "
+        "or name one of these as --task"
+        for field, value in given.items()
+        if value
+    ).tell()
 
 
 def check_asked(head: Head, scoring: Scoring | None, normalization: Normalization | None) -> None:

@@ -33,7 +33,7 @@ from transformers import (
 )
 
 from bayeslora.data import Task, load_files, load_task
-from bayeslora.data.tasks import hub_dataset
+from bayeslora.data.tasks import TASKS, hub_dataset
 from bayeslora.errors import BayesLoraError, option
 from bayeslora.evaluation import compute_metrics_for
 from bayeslora.evaluation.choice_trainer import ChoiceTrainer
@@ -60,7 +60,7 @@ from bayeslora.runs.eva import initialize_eva
 from bayeslora.runs.info import Head, RunInfo
 from bayeslora.runs.plan import TrainPlan, first_difference, read_config
 from bayeslora.runs.record import HISTORY_FILE, RunRecord
-from bayeslora.runs.rows import EVALUATION, asked, check_asked, encode_split
+from bayeslora.runs.rows import EVALUATION, asked, check_asked, check_task_asked, encode_split
 from bayeslora.runs.run import load
 from bayeslora.runs.score import answered, measure, rows_to_score, verify_reload
 from bayeslora.training import SWAG, attach
@@ -232,6 +232,9 @@ def prepare(plan: TrainPlan, partial: Path) -> Session:
 
 def _load_data(plan: TrainPlan) -> Task:
     options = plan.options
+    if options.task is None or options.task in TASKS:  # otherwise load_task tells
+        names = ("scoring", "normalization", "few_shot")
+        check_task_asked(options.task, {name: getattr(options, name) for name in names})
     if options.task:
         task = load_task(options.task, options.data_dir, train_split=options.train_split)
         if TRAIN not in task.splits:
