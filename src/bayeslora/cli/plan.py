@@ -60,7 +60,7 @@ def read_configuration(name: str) -> PretrainedConfig:
     resolved = Path(resolve_model(name))
     if resolved.is_dir():
         return from_config(resolved)
-    with load_errors(f"the configuration of {name}"):
+    with load_errors(f"the configuration of {name}", str(resolved)):
         return AutoConfig.from_pretrained(**source(str(resolved)))
 
 

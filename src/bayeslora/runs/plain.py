@@ -78,8 +78,9 @@ def _of_adapter(folder: Path, content: dict[str, Any], model: str | None) -> Run
     head = _HEADS.get(str(kind)) or by_class
     if head is None:
         raise _other_task(folder, str(kind or named or "not named"))
-    with load_errors(f"the configuration of {name}"):
-        config = AutoConfig.from_pretrained(**source(resolve_model(name)))
+    resolved = resolve_model(name)
+    with load_errors(f"the configuration of {name}", resolved):
+        config = AutoConfig.from_pretrained(**source(resolved))
     classes = _saved_classes(folder, config) if head == "sequence" else 0
     find_method(str(content["peft_type"]).lower())
     with load_errors(f"the adapter in {folder}"):
