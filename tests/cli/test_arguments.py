@@ -186,7 +186,7 @@ def test_what_the_config_and_the_trainer_refuse_is_told_together() -> None:
         ({"mode": "ra", "target_bops": "0.1"}, "--target-bops is given, but --mode ra has no bit-widths: drop it"),
         ({"fixed_bits": "{in: 8}"}, "--fixed-bits names in, but the input is not quantized: set --quantize-input"),
         ({"gates": "paper", "target_rank": "2"}, "but --gates paper follow penalties: use --gates evidence"),
-        ({"bias": "some"}, "--bias is 'some', but must be 'none' or 'all': choose one of them"),
+        ({"bias": "some"}, "--bias is 'some', but must be none or all: choose one of them"),
         ({"warmup_fraction": "0.9"}, "--warmup-fraction and --freeze-fraction are 0.9 and 0.3, but must leave steps"),
     ],
 )

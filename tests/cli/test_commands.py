@@ -203,6 +203,10 @@ def test_evaluate_scores_shifted_texts_and_another_domain(
     # What nothing was done to, by no shift or by one that the tokenizer does not see, has exactly the same scores.
     assert levels[0]["scores"] == found["scores"]
     assert [level["scores"] for level in levels if level["suite"] == "casing"] == [found["scores"]] * 3
+    changed = {(level["suite"], level["severity"]): level.get("changed") for level in levels}
+    assert [changed["casing", severity] for severity in (0.25, 0.5, 1.0)] == [0, 0, 0]
+    assert changed["truncation", 0.25] == 20 and changed["none", 0.0] is changed["domain", 1.0] is None
+    assert [changed["punctuation", severity] for severity in (0.25, 0.5, 1.0)] == [0, 0, 0]  # there is none
     cut = next(level for level in levels if (level["suite"], level["severity"]) == ("truncation", 0.75))
     words = [{**row, "text": " ".join(str(row["text"]).split()[:2])} for row in review_rows(20, seed=1)]
     short = _json(capsys, "evaluate", runs["full"], "--eval-file", write_jsonl(tmp_path / "s.jsonl", words), "--json")
@@ -210,6 +214,8 @@ def test_evaluate_scores_shifted_texts_and_another_domain(
     metrics = json.loads((target / "metrics.json").read_text())
     assert metrics["shift"] == found["shift"]
     assert (target / "shift.png").is_file() and "Shifted texts" in (target / "report.html").read_text()
+    same = "asing (25%, 50%, 100%) and punctuation (25%, 50%, 100%) change no row: the model reads the same tokens"
+    assert f"C{same}" in (target / "report.html").read_text()
     again = _json(capsys, "evaluate", runs["full"], "--json", "--shift", "truncation,typos")
     assert [level["suite"] for level in again["shift"]["levels"]] == ["none", *["truncation"] * 3, *["typos"] * 3]
     assert again["shift"]["levels"][4:] == levels[1:4]
@@ -244,6 +250,10 @@ def test_evaluate_prints_a_table_of_shifts(runs: dict[str, Path], capsys: pytest
         ["none", "0%"], ["truncation", "25%"], ["truncation", "50%"], ["truncation", "75%"]
     ]  # fmt: skip
     assert ["accuracy", lines[start + 1][2]] in lines  # as in the table of scores
+    assert "no row" not in printed
+    assert main(["evaluate", str(runs["lora"]), "--shift", "truncation,casing"]) == 0
+    last = capsys.readouterr().out.splitlines()[-1]
+    assert last == "  casing (25%, 50%, 100%) changes no row: the model reads the same tokens as without it"
 
 
 def test_evaluations_are_folders_that_compare_sets_beside_the_run(

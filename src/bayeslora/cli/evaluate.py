@@ -21,9 +21,10 @@ from bayeslora.files import check_new, finite, new_folder
 from bayeslora.prediction import check_samples
 from bayeslora.report import check_installed
 from bayeslora.runs.info import RUN_FILE, RunInfo
-from bayeslora.runs.record import METRICS_FILE, RunRecord, read_run
+from bayeslora.runs.record import METRICS_FILE, RunRecord, Shift, read_run
 from bayeslora.runs.rows import EVALUATION, OutsideRows, answering, encode_for, labelled_rows, outside_rows
 from bayeslora.runs.run import Run, load
+from bayeslora.runs.schema import from_json
 from bayeslora.runs.score import answered, described, detected, fitted_space, scored
 from bayeslora.runs.shift import Domain, conformal_scores, scored_shift, shift_columns
 from bayeslora.runs.zero_shot import UNTRAINED, load_untrained, untrained_info
@@ -49,11 +50,13 @@ def run(given: dict[str, Any]) -> int:
     samples, seed = given.get("samples", 0), given.get("seed", 0)
     check_samples(loaded.predictor, samples)
 
-    def score(rows: Dataset, of: Task) -> Evaluation:
-        encoded = encode_for(rows, of, loaded.tokenizer, loaded.info)
+    def encode(rows: Dataset, of: Task) -> Dataset:
+        return encode_for(rows, of, loaded.tokenizer, loaded.info)
+
+    def score(encoded: Dataset, of: Task) -> Evaluation:
         return evaluate(loaded.predictor, encoded, of, loaded.tokenizer, size, samples, seed)
 
-    evaluation = score(task.splits[split], task)
+    evaluation = score(encode(task.splits[split], task), task)
     found = {
         "folder": str(folder),
         "method": info.method,
@@ -72,7 +75,7 @@ def run(given: dict[str, Any]) -> int:
         suites = given.get("shift", [])
         more = conformal_scores(folder, loaded.model, samples, seed)
         rows = task.splits[split]
-        found["shift"] = scored_shift(evaluation, rows, task, score, suites, columns, seed, domain, more)
+        found["shift"] = scored_shift(evaluation, rows, task, encode, score, suites, columns, seed, domain, more)
     if target is not None:
         _write(target, folder, found, described(loaded.model), info)
     if given.get("json"):
@@ -183,7 +186,8 @@ def shift_lines(block: dict[str, Any], metric: str) -> list[str]:
         scores = "  ".join(f"{level['scores'][name]:>{max(8, len(name))}.4f}" for name in names)
         place = f"  {level['name']}" if "name" in level else ""
         lines.append(f"  {level['suite']:<11}  {level['severity']:>8.0%}  {scores}{place}")
-    return lines
+    unchanged = from_json(Shift, block).unchanged
+    return [*lines, f"  {unchanged}"] if unchanged else lines
 
 
 def _target(given: dict[str, Any]) -> Path | None:

@@ -18,7 +18,7 @@ takes its default, a number that was not finite is null, and unknown keys are ig
 | `ood` | of out-of-distribution inputs: `name`, `rows`, `rows_in`; by measure the `scores` `auroc`, `aupr`, `fpr95` |
 | `ood.rows_fitted` | number of training rows that the scores by features were fitted to |
 | `shift` | of shifted texts: `columns`, `seed`, and `levels` by `suite` and `severity` with `rows` and `scores` |
-| `shift.levels` | `none` (severity 0) first; `domain` has the `name` of its file or task |
+| `shift.levels` | `none` (severity 0) first; `changed`: rows with other tokens; `domain` has the `name` of its source |
 | `labels`, `confusion` | class names by id; examples by true class (rows) and predicted class (columns) |
 | `layers` | by adapted matrix `name`, `rank`, `initial_rank`, `bits` by kind of tensor, shape and parameters |
 | `posterior` | of variational methods, by matrix: posterior by prior standard deviation, its `mean`, and `low`, |
@@ -213,12 +213,16 @@ class Detection:
 
 @dataclass(frozen=True)
 class ShiftLevel:
-    """Scores of the split with its texts shifted by a suite, or of `rows` of the domain `name`."""
+    """Scores of the split with its texts shifted by a suite, or of `rows` of the domain `name`.
+
+    `changed` is the number of rows whose tokens the shift has changed.
+    """
 
     suite: Name
     severity: Share
     scores: dict[str, float]
     rows: Count | None = None
+    changed: Count | None = None
     name: str = ""
 
 
@@ -239,6 +243,17 @@ class Shift:
     def of(self, suite: str) -> ShiftLevel | None:
         """Return the first level of a suite; None without any."""
         return next((level for level in self.levels if level.suite == suite), None)
+
+    @property
+    def unchanged(self) -> str:
+        """Return a sentence with the shifts that have changed no row; "" without any."""
+        found = {
+            suite: [f"{level.severity:.0%}" for level in levels if level.changed == 0]
+            for suite, levels in self.suites.items()
+        }
+        named = [f"{suite} ({', '.join(shares)})" for suite, shares in found.items() if shares]
+        verb = "changes" if len(named) == 1 else "change"
+        return f"{' and '.join(named)} {verb} no row: the model reads the same tokens as without it" if named else ""
 
 
 @dataclass(frozen=True)

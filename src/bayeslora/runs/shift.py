@@ -23,8 +23,10 @@ from bayeslora.runs.record import DOMAIN, NO_SHIFT
 
 COVERAGE = 0.9
 """Coverage that the conformal sets of `conformal_scores` are for."""
+Encode = Callable[[Dataset, Task], Dataset]
+"""Function that encodes rows with the columns and labels of a task."""
 Score = Callable[[Dataset, Task], Evaluation]
-"""Function that encodes rows with the columns and labels of a task, and scores the run on them."""
+"""Function that scores the run on encoded rows of a task."""
 
 
 @dataclass(frozen=True)
@@ -86,6 +88,7 @@ def scored_shift(
     plain: Evaluation,
     rows: Dataset,
     task: Task,
+    encode: Encode,
     score: Score,
     suites: Sequence[str] = (),
     columns: Sequence[str] = (),
@@ -99,7 +102,7 @@ def scored_shift(
         plain: evaluation of `rows` as they are; its scores are those of severity 0.
         rows: of `task`, with labels.
         task: of the run.
-        score: scores the run on other rows.
+        encode, score: for other rows. Rows that a shift does not change for the model are not scored again.
         suites: some of `evaluation.shift.SEVERITIES`, each at all of its levels.
         columns: to shift; see `shift_columns`.
         seed: of the edits.
@@ -107,14 +110,18 @@ def scored_shift(
         more: further scores of an evaluation, by name, such as the coverage of conformal sets.
     """
 
-    def level(suite: str, severity: float, evaluation: Evaluation, **named: str) -> dict[str, Any]:
+    def level(suite: str, severity: float, evaluation: Evaluation, **named: Any) -> dict[str, Any]:
         scores = {**evaluation.scores, **more(evaluation)}
         return {"suite": suite, "severity": severity, **named, "rows": len(evaluation.labels), "scores": scores}
 
     levels = [level(NO_SHIFT, 0.0, plain)]
+    before = encode(rows, task) if suites else rows
     for suite in suites:
         for severity in SEVERITIES[suite]:
-            levels.append(level(suite, severity, score(shifted(rows, columns, suite, severity, seed), task)))
+            after = encode(shifted(rows, columns, suite, severity, seed), task)
+            changed = sum(one != other for one, other in zip(before, after, strict=True))
+            levels.append(level(suite, severity, score(after, task) if changed else plain, changed=changed))
     if domain is not None:
-        levels.append(level(DOMAIN, 1.0, score(domain.rows, domain.task), name=domain.name))
+        evaluation = score(encode(domain.rows, domain.task), domain.task)
+        levels.append(level(DOMAIN, 1.0, evaluation, name=domain.name))
     return {"columns": list(columns) if suites else [], "seed": seed, "levels": levels}
