@@ -37,8 +37,8 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 import bayeslora
 from bayeslora.data import load_files, load_task
 from bayeslora.posthoc.risk import RiskControl, Threshold
-from bayeslora.prediction import Prediction, check_samples
-from bayeslora.runs.decisions import CALIBRATION_FILE, Calibration
+from bayeslora.prediction import Predictable, Prediction, check_samples
+from bayeslora.runs.decisions import CALIBRATION_FILE, Calibration, calibration_for
 
 Row = tuple[str, ...]
 """A text, or a pair of texts."""
@@ -70,9 +70,12 @@ class Classifier:
         self.model, self.tokenizer, self.info = loaded.model, loaded.tokenizer, loaded.info
         if self.info.kind != "classification":
             raise bayeslora.BayesLoraError(f"{run} is a run on {self.info.kind}: serve one on classification")
-        self.predictor = loaded.predictor
+        calibration, self.samples, self.seed = calibration_for(self.folder, samples, seed)
+        self.predictor: Predictable = loaded.predictor
+        if calibration is not None:  # it holds a temperature, which a threshold in it is for
+            calibration.check_model(self.folder, self.model)
+            self.predictor = calibration.around(loaded.predictor)
         check_samples(self.predictor, samples)
-        self.samples, self.seed = samples, seed
 
     def __call__(self, rows: Sequence[Row]) -> Prediction:
         columns = [list(column) for column in zip(*rows, strict=True)]

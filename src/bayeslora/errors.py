@@ -45,8 +45,8 @@ def spelled_as_options(sentence: str, options: Mapping[str, str]) -> str:
     """Return an error with the fields in it spelled as options: `gates='paper'` is `--gates paper`.
 
     A field of one word, such as `mode`, may be a word of the sentence too. It is taken for the field before its value,
-    and where the sentence begins with "mode is". Values to type lose their Python quotes; the one that was given, after
-    "is", keeps them.
+    and where the sentence begins with "mode is". Values to type lose their Python quotes; the one that was given,
+    after "is", keeps them.
 
     Args:
         sentence: the error.

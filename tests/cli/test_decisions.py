@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -11,7 +12,9 @@ from typing import Any
 import pytest
 
 from bayeslora.cli.main import main
+from bayeslora.report.comparison import group_runs
 from bayeslora.runs.decisions import Calibration
+from bayeslora.runs.record import read_run
 from tests.cli.conftest import Setting, review_rows, write_jsonl
 
 Refused = Callable[..., str]
@@ -69,6 +72,54 @@ def test_the_runs_own_evaluation_rows_are_the_default(run: Path, capsys: pytest.
     calibration = Calibration.load(run)
     assert calibration.threshold(found["lowest_risk"] - 1e-6).coverage == 0
     assert calibration.threshold(found["lowest_risk"] + 1e-6).coverage > 0
+
+
+def test_a_temperature_is_saved_used_and_left_out(
+    runs: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def told(*words: Any) -> str:
+        assert main([str(word) for word in words]) == 2
+        return capsys.readouterr().err
+
+    run = shutil.copytree(runs["blora"], tmp_path / "out")
+    noisy = [{**row, "label": int(row["label"] != (i % 5 == 0))} for i, row in enumerate(review_rows(81, seed=9))]  # type: ignore[comparison-overlap]
+    held_out = write_jsonl(tmp_path / "held_out.jsonl", noisy)  # type: ignore[arg-type]
+    source = write_jsonl(tmp_path / "rows.jsonl", [{"text": row["text"]} for row in review_rows(30, seed=4)])
+    target = tmp_path / "predictions.jsonl"
+    predict = ["predict", str(run), "--input", str(source), "--output", str(target)]
+    evaluate = ["evaluate", str(run)]
+    assert main(predict) == 0 and main([*evaluate, "--json"]) == 0
+    plain, scores = lines(target), json.loads(capsys.readouterr().out.partition("\n")[2])
+    calibrate = ["calibrate", str(run), "--eval-file", str(held_out)]
+    assert "--isotonic is given with --temperature" in told(*calibrate, "--temperature", "--isotonic")
+    assert main([*calibrate, "--temperature"]) == 0
+    printed = capsys.readouterr().out
+    temperature = json.loads((run / "conformal.json").read_text())["scaling"]["numbers"]["temperature"]
+    named = f"temperature {temperature:.4g}"
+    assert f": 41 rows of {held_out}" in printed and f"  {named}, fitted on 40 other rows of them" in printed
+    assert main([*predict, "--coverage", "0.8"]) == 0
+    assert capsys.readouterr().out == f"{target}: 30 rows, {named}\n"
+    for line, before in zip(lines(target), plain, strict=True):
+        odds = [math.log(each["probabilities"][1] / each["probabilities"][0]) for each in (line, before)]
+        assert odds[0] == pytest.approx(odds[1] / temperature, rel=1e-4) and line["label"] == before["label"]
+    assert main([*predict, "--uncalibrated"]) == 0
+    assert lines(target) == plain
+    assert "give --uncalibrated" in told(*predict, "--samples", 2)
+    assert "--uncalibrated is given, but the sets" in told(*predict, "--uncalibrated", "--coverage", 0.9)
+    assert main([*evaluate, "--json", "--output-dir", str(tmp_path / "scored")]) == 0
+    scaled = json.loads(capsys.readouterr().out)
+    assert scaled["calibrated"] == {"by": named, "rows": 40, "source": str(held_out)}
+    assert scaled["scores"]["accuracy"] == scores["scores"]["accuracy"] and "calibrated" not in scores
+    assert scaled["scores"]["nll"] != scores["scores"]["nll"]
+    assert json.loads((tmp_path / "scored" / "metrics.json").read_text())["calibrated"] == scaled["calibrated"]
+    assert f"{named}, fitted on 40 rows of" in (tmp_path / "scored" / "report.html").read_text()
+    assert main([*evaluate, "--json", "--uncalibrated", "--output-dir", str(tmp_path / "plain")]) == 0
+    assert json.loads(capsys.readouterr().out)["scores"] == scores["scores"]
+    groups = group_runs([read_run(tmp_path / name) for name in ("scored", "plain")])
+    assert len(groups) == 2 and "calibrated=temperature" in groups[0].label
+    with pytest.warns(UserWarning, match="was fitted on 40 of these rows, so that they have better scores"):
+        assert main([*evaluate, "--eval-file", str(held_out)]) == 0
+    assert f"  probabilities by {named}, fitted on 40 rows of {held_out}" in capsys.readouterr().out
 
 
 def test_decisions_that_cannot_be_are_refused(run: Path, setting: Setting, tmp_path: Path, refused: Refused) -> None:

@@ -280,7 +280,8 @@ def test_multiple_choice_tasks_come_from_a_data_folder(tmp_path: Path) -> None:
     with pytest.raises(BayesLoraError, match="test.jsonl does not exist"):
         load_task("mmlu", tmp_path)
     with pytest.raises(
-        BayesLoraError, match="openbookqa is read from allenai/openbookqa, but could not be loaded .*give data_dir, a folder"
+        BayesLoraError,
+        match="openbookqa is read from allenai/openbookqa, but could not be loaded .*give data_dir, a folder",
     ):
         load_task("openbookqa")
 

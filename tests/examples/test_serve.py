@@ -167,6 +167,13 @@ def test_the_calibration_in_the_folder_comes_before_the_evaluation_rows(run: Pat
     assert chosen == made.threshold(0.2) and chosen.rows == 200
     with pytest.raises(bayeslora.BayesLoraError, match="samples is 0, but"):
         serve.Classifier(folder, 0, SEED).threshold(None, 0.2, 100)
+    made = bayeslora.load(folder).calibrate(
+        own_answers(run, tmp_path, 200), samples=SAMPLES, seed=SEED, scaling="temperature"
+    )
+    classifier = serve.Classifier(folder, SAMPLES, SEED)
+    assert classifier.threshold(None, 0.2, 100) == made.threshold(0.2)
+    expected = bayeslora.load(folder).predict(["good", "bad"]).probabilities
+    torch.testing.assert_close(classifier([("good",), ("bad",)]).probabilities, expected)
 
 
 class Slow:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import math
 import warnings
@@ -10,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from bayeslora.cli.evaluate import rows_to_score
+from bayeslora.cli.evaluate import rows_to_score, source_of
 from bayeslora.cli.progress import disable_progress_bars
 from bayeslora.files import finite
 from bayeslora.posthoc import ConformalSets
@@ -19,9 +20,12 @@ from bayeslora.runs.decisions import CALIBRATION_FILE, Calibration
 from bayeslora.runs.info import RunInfo
 from bayeslora.runs.rows import check_not_training
 from bayeslora.runs.run import load
+from bayeslora.runs.scaling import ScalingName
 
 COVERAGES = (0.8, 0.9, 0.95)
 RISKS = (0.01, 0.05, 0.1)
+_SCALINGS: dict[str, ScalingName] = {"temperature": "temperature", "vector_scaling": "vector", "isotonic": "isotonic"}
+"""Maps of the probabilities by option."""
 
 
 def run(given: dict[str, Any]) -> int:
@@ -29,7 +33,7 @@ def run(given: dict[str, Any]) -> int:
     folder = Path(given["folder"])
     info = RunInfo.load(folder)
     task, split = rows_to_score(given, info)
-    source = str(given.get("eval_file", f"{task.name}, {split}"))
+    source = source_of(given, task, split)
     check_not_training(info, source, split)
     disable_progress_bars()
     calibration = load(folder, given.get("model")).calibrate_split(
@@ -41,6 +45,7 @@ def run(given: dict[str, Any]) -> int:
         source=source,
         score=given.get("score"),
         by_class=given.get("by_class", False),
+        scaling=next((scaling for name, scaling in _SCALINGS.items() if name in given), None),
     )
     found = described(calibration)
     if given.get("json"):
@@ -48,14 +53,16 @@ def run(given: dict[str, Any]) -> int:
         return 0
     drawn = f", {calibration.samples} samples" if calibration.samples else ""
     print(f"{folder / CALIBRATION_FILE}: {calibration.rows} rows of {source}{drawn}, score {calibration.score}")
+    if calibration.scaling is not None:
+        print(f"  {calibration.scaling}, fitted on {calibration.scaling.rows} other rows of them")
     for row in found["coverage"]:
         print(f"  --coverage {row['coverage']:<5g} {_limit(row)}")
     for row in found.get("risk", []):
         print(f"  --risk {row['risk']:<9g} answers {row['answered']:.1%} of these rows")
     if unanswered := [f"{row['risk']:g}" for row in found.get("risk", []) if not row["answered"]]:
         print(
-            f"  at a risk of {' or '.join(unanswered)} every row is left to a person: {found['rows']} rows of this model "
-            f"show none below {found['lowest_risk']:.2g}; give a higher --risk, more rows, or a better model"
+            f"  at a risk of {' or '.join(unanswered)} every row is left to a person: {found['rows']} rows of this "
+            f"model show none below {found['lowest_risk']:.2g}; give a higher --risk, more rows, or a better model"
         )
     return 0
 
@@ -66,6 +73,8 @@ def described(calibration: Calibration) -> dict[str, Any]:
     found: dict[str, Any] = {
         name: getattr(calibration, name) for name in ("rows", "source", "samples", "seed", "score")
     }
+    if calibration.scaling is not None:
+        found["scaling"] = dataclasses.asdict(calibration.scaling)
     if isinstance(sets, ConformalSets):
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")

@@ -135,6 +135,13 @@ def _contradictions_of_evaluate(given: dict[str, Any]) -> Iterator[str]:
             yield f"{option(name)} is given, but needs {option(needed)}: add that or leave this out"
 
 
+def _contradictions_of_calibrate(given: dict[str, Any]) -> Iterator[str]:
+    yield from _contradictions_of_evaluate(given)
+    chosen = [name for name in _among(given, "temperature", "vector_scaling", "isotonic") if given[name]]
+    for name in chosen[1:]:
+        yield f"{option(name)} is given with {option(chosen[0])}, but they exclude each other: leave one out"
+
+
 def _contradictions_of_predict(given: dict[str, Any]) -> Iterator[str]:
     for name in _among(given, "coverage", "risk", "delta"):
         if isinstance(given[name], float) and not 0 < given[name] < 1:
@@ -161,6 +168,7 @@ _SAMPLING = (
     _number("seed", "N", "seed for the samples (0)"),
     _number("batch_size", "N", "rows per batch (64)", least=1),
 )
+_UNCALIBRATED = _switch("uncalibrated", "leave out the temperature (or other map) that `calibrate` has saved")
 _TEXT_COLUMN = Option("text_column", "A[,B]", "text column or columns (as trained)", list[str])
 _LABELLED = (
     Option("task", "NAME", "a named task (as trained)"),
@@ -207,6 +215,7 @@ COMMANDS = {
             _number("few_shot", "K", "examples in each prompt (as trained; 0)", least=0),
             Option("scoring", "NAME", "language models answer by letters or cloze (as trained)", Scoring),
             Option("normalization", "UNIT", "cloze: divide by none, tokens or bytes (as trained)", Normalization),
+            _UNCALIBRATED,
             _switch("json", "print JSON instead of a table"),
         ),
         _RUN,
@@ -222,9 +231,11 @@ COMMANDS = {
             Option("coverage", "P", "add the set of labels that has the right one with this probability", float),
             Option("risk", "P", "add ask_a_human, so that at most this share of the other labels is wrong", float),
             Option("delta", "P", "probability that --risk is exceeded (.05)", float),
+            _UNCALIBRATED,
         ),
         _RUN,
-        epilog="--coverage and --risk need `bayeslora calibrate OUT`, and predict with its samples and seed.",
+        epilog="--coverage and --risk need `bayeslora calibrate OUT`. Its samples and seed are used for them, and "
+        "where it has saved a temperature.",
         contradictions=_contradictions_of_predict,
     ),
     "calibrate": Command(
@@ -237,11 +248,14 @@ COMMANDS = {
             Option("split", "NAME", "split of the task (its evaluation split)"),
             Option("score", "NAME", "lac or aps; for numbers residual or scaled (lac, residual)", CalibrationScore),
             _switch("by_class", "give each class the coverage"),
+            _switch("temperature", "also fit a temperature, on half of the rows; `predict` and `evaluate` use it"),
+            _switch("vector_scaling", "also fit a factor and an offset for each class instead"),
+            _switch("isotonic", "also fit a step function for each class instead"),
             _switch("json", "print JSON instead of a table"),
         ),
         _RUN,
         epilog="Writes conformal.json into OUT, in place of an earlier one.",
-        contradictions=_contradictions_of_evaluate,
+        contradictions=_contradictions_of_calibrate,
     ),
     "select": Command(
         "choose the unlabelled rows to label next",

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from datasets import Dataset
+from torch import nn
 
 from bayeslora.cli.inputs import refuse
 from bayeslora.cli.progress import disable_progress_bars
@@ -18,8 +19,9 @@ from bayeslora.data.known import KNOWN
 from bayeslora.errors import BayesLoraError
 from bayeslora.evaluation import Evaluation, dataset_features, evaluate, predict_dataset
 from bayeslora.files import check_new, finite, new_folder
-from bayeslora.prediction import check_samples
+from bayeslora.prediction import Predictable, check_samples
 from bayeslora.report import check_installed
+from bayeslora.runs.decisions import CALIBRATION_FILE, Calibration, calibration_for
 from bayeslora.runs.info import RUN_FILE, RunInfo
 from bayeslora.runs.record import METRICS_FILE, RunRecord, Shift, read_run
 from bayeslora.runs.rows import EVALUATION, OutsideRows, answering, encode_for, labelled_rows, outside_rows
@@ -47,14 +49,16 @@ def run(given: dict[str, Any]) -> int:
         loaded = load_untrained(info)
     else:
         loaded = replace(load(folder, given.get("model")), info=info)
-    samples, seed = given.get("samples", 0), given.get("seed", 0)
-    check_samples(loaded.predictor, samples)
+    uncalibrated = given.get("uncalibrated", False)
+    calibration, samples, seed = _calibration(given, info, loaded.model)
+    predictor = loaded.predictor if calibration is None else calibration.around(loaded.predictor)
+    check_samples(predictor, samples)
 
     def encode(rows: Dataset, of: Task) -> Dataset:
         return encode_for(rows, of, loaded.tokenizer, loaded.info)
 
     def score(encoded: Dataset, of: Task) -> Evaluation:
-        return evaluate(loaded.predictor, encoded, of, loaded.tokenizer, size, samples, seed)
+        return evaluate(predictor, encoded, of, loaded.tokenizer, size, samples, seed)
 
     evaluation = score(encode(task.splits[split], task), task)
     found = {
@@ -64,16 +68,17 @@ def run(given: dict[str, Any]) -> int:
         "split": split,
         "rows": len(evaluation.labels),
         **answered(info),
+        **({} if calibration is None else _calibrated(calibration, source_of(given, task, split))),
         "seed": seed,
         "metric": task.metric,
         **scored(evaluation),
         "seconds": evaluation.seconds,
     }
     if outside is not None:
-        found |= _detection(loaded, task, split, evaluation, outside, size, seed)
+        found |= _detection(loaded, predictor, task, split, evaluation, outside, size, seed)
     if "shift" in given or domain is not None:
         suites = given.get("shift", [])
-        more = conformal_scores(folder, loaded.model, samples, seed)
+        more = conformal_scores(folder, loaded.model, samples, seed, uncalibrated)
         rows = task.splits[split]
         found["shift"] = scored_shift(evaluation, rows, task, encode, score, suites, columns, seed, domain, more)
     if target is not None:
@@ -89,6 +94,9 @@ def _print(found: dict[str, Any]) -> None:
     drawn = f", {found['samples']} samples" if found["samples"] else ""
     how = f", by {found['scoring']}" if found.get("scoring") else ""
     print(f"{found['folder']} on {found['task']} ({found['split']}, {found['rows']} rows{how}{drawn})")
+    if "calibrated" in found:
+        by = found["calibrated"]
+        print(f"  probabilities by {by['by']}, fitted on {by['rows']} rows of {by['source']}")
     width = max(len(name) for name in found["scores"])
     for name, value in found["scores"].items():
         print(f"  {name:<{width}}  {value:.4f}")
@@ -138,12 +146,53 @@ def _domain(given: dict[str, Any], info: RunInfo) -> Domain | None:
     return Domain(str(file), task, task.splits[EVALUATION])
 
 
+def _calibration(given: dict[str, Any], info: RunInfo, model: nn.Module) -> tuple[Calibration | None, int, int]:
+    """Return the calibration whose map the scores use, if there is one, the number of samples and the seed."""
+    folder = Path(given["folder"])
+    found, samples, seed = calibration_for(
+        folder, given.get("samples"), given.get("seed"), uncalibrated=given.get("uncalibrated", False)
+    )
+    if found is not None:
+        if info != RunInfo.load(folder):
+            raise BayesLoraError(
+                f"{folder / CALIBRATION_FILE} has a {found.scaling} for answers as trained, but others are asked for: "
+                "add --uncalibrated"
+            )
+        found.check_model(folder, model)
+    # Without samples any seed is that of the calibration; this one shifts texts.
+    return found, samples, given.get("seed", seed)
+
+
+def _calibrated(calibration: Calibration, source: str) -> dict[str, Any]:
+    """Return the `calibrated` block of `metrics.json`; warn if the rows of `source` are those of the calibration."""
+    scaling = calibration.scaling
+    assert scaling is not None
+    if source == calibration.source:
+        warnings.warn(
+            f"the {scaling} was fitted on {scaling.rows} of these rows, so that they have better scores than others",
+            stacklevel=2,
+        )
+    return {"calibrated": {"by": str(scaling), "rows": scaling.rows, "source": calibration.source}}
+
+
+def source_of(given: dict[str, Any], task: Task, split: str) -> str:
+    """Return where the rows to score come from: the file, or the task and its split."""
+    return str(given.get("eval_file", f"{task.name}, {split}"))
+
+
 def _detection(
-    loaded: Run, task: Task, split: str, evaluation: Evaluation, outside: OutsideRows, size: int, seed: int
+    loaded: Run,
+    predictor: Predictable,
+    task: Task,
+    split: str,
+    evaluation: Evaluation,
+    outside: OutsideRows,
+    size: int,
+    seed: int,
 ) -> dict[str, Any]:
     tokenizer = loaded.tokenizer
     foreign = encode_for(outside.rows, outside.task, tokenizer, loaded.info)
-    prediction = predict_dataset(loaded.predictor, foreign, tokenizer, size, evaluation.samples, seed)
+    prediction = predict_dataset(predictor, foreign, tokenizer, size, evaluation.samples, seed)
     features = None
     if loaded.info.head == "sequence":
         inside = encode_for(task.splits[split], task, tokenizer, loaded.info)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -26,7 +26,16 @@ from bayeslora.evaluation.multiple_choice import (
 )
 from bayeslora.evaluation.prefix_sharing import rows_that_begin_alike
 from bayeslora.evaluation.uncertainty import histograms, risk_coverage_curve, uncertainties
-from bayeslora.prediction import Logits, Predictable, Prediction, features_and_logits, predict
+from bayeslora.prediction import (
+    Logits,
+    Predictable,
+    Prediction,
+    as_predictor,
+    check_samples,
+    features_and_logits,
+    predict,
+    sampled_logits,
+)
 
 
 @dataclass(frozen=True)
@@ -154,6 +163,36 @@ def predict_dataset(
         BayesLoraError: `dataset` lacks rows, `batch_size` is below 1, the tokenizer cannot pad, or samples are wanted
             but the model lacks a posterior.
     """
+    batches, order, logits = _batched(dataset, tokenizer, batch_size, samples)
+    prediction = predict(model, batches, samples, seed, per_sample=per_sample, antithetic=antithetic, logits=logits)
+    back = torch.from_numpy(np.argsort(order, kind="stable"))
+    fields = {name: value for name, value in vars(prediction).items() if value is not None}
+    # The first dimension of the fields of single samples is the sample.
+    return dataclasses.replace(
+        prediction,
+        **{name: value[:, back] if name.startswith("sample_") else value[back] for name, value in fields.items()},
+    )
+
+
+def dataset_logits(
+    model: Predictable, dataset: Dataset, tokenizer: Any, batch_size: int = 64, samples: int = 0, seed: int = 0
+) -> torch.Tensor:
+    """Return the (S, n, C) logits of an encoded split, in its order, for a calibration's `fit_logits`.
+
+    Raises:
+        BayesLoraError: as `predict_dataset`.
+    """
+    batches, order, logits = _batched(dataset, tokenizer, batch_size, samples)
+    predictor = as_predictor(model)
+    check_samples(predictor, samples)
+    found = sampled_logits(predictor, batches, samples, seed, logits=logits)
+    return found[:, torch.from_numpy(np.argsort(order, kind="stable"))]
+
+
+def _batched(
+    dataset: Dataset, tokenizer: Any, batch_size: int, samples: int
+) -> tuple[Iterator[dict[str, Any]], NDArray[np.int64], Logits | None]:
+    """Return batches for `predict`, the order of their rows, and its argument `logits`."""
     _check_rows(dataset, batch_size)
     scoring = choice_scoring(dataset, tokenizer) if is_multiple_choice(dataset) else None
     logits: Logits | None = scoring.logits if scoring else None
@@ -167,15 +206,7 @@ def predict_dataset(
     groups.sort(key=lambda rows: lengths[rows[0]])
     collate = scoring.collate if scoring else None
     batches = itertools.chain.from_iterable(collated(dataset, rows, tokenizer, batch_size, collate) for rows in groups)
-    order = np.concatenate(groups)
-    prediction = predict(model, batches, samples, seed, per_sample=per_sample, antithetic=antithetic, logits=logits)
-    back = torch.from_numpy(np.argsort(order, kind="stable"))
-    fields = {name: value for name, value in vars(prediction).items() if value is not None}
-    # The first dimension of the fields of single samples is the sample.
-    return dataclasses.replace(
-        prediction,
-        **{name: value[:, back] if name.startswith("sample_") else value[back] for name, value in fields.items()},
-    )
+    return batches, np.concatenate(groups), logits
 
 
 def dataset_features(

@@ -75,7 +75,10 @@ class VectorScaling:
             BayesLoraError: labels are missing or not classes, a class has fewer than 10 rows, or the likelihood is
                 best at a bound, as when every held-out label is predicted correctly.
         """
-        outputs, labels = held_out_logits(self.predictor, loader, samples, seed, logits)
+        return self.fit_logits(*held_out_logits(self.predictor, loader, samples, seed, logits))
+
+    def fit_logits(self, outputs: Tensor, labels: Tensor) -> VectorScaling:
+        """Fit like `fit` to logits (S, n, C) of S samples, float64, and class ids (n,)."""
         _check_rows(outputs, labels)
         classes = outputs.shape[2]
 
@@ -98,6 +101,20 @@ class VectorScaling:
         found = torch.from_numpy(best)
         self.weight, self.bias = found[:classes], found[classes:] - found[classes:].mean()
         return self
+
+    @property
+    def numbers(self) -> dict[str, Any]:
+        """What is fitted, for JSON and `from_numbers`."""
+        _check_fitted(self, self.weight)
+        assert self.weight is not None and self.bias is not None
+        return {"weight": self.weight.tolist(), "bias": self.bias.tolist()}
+
+    @classmethod
+    def from_numbers(cls, model: Predictable, numbers: Mapping[str, Any]) -> VectorScaling:
+        """Return the predictor with `numbers` around another model or predictor."""
+        found = cls(model)
+        found.weight, found.bias = (torch.tensor(numbers[name], dtype=torch.float64) for name in ("weight", "bias"))
+        return found
 
 
 class IsotonicCalibration:
@@ -158,7 +175,10 @@ class IsotonicCalibration:
         Raises:
             BayesLoraError: labels are missing or not classes, or a class has fewer than 10 rows.
         """
-        outputs, labels = held_out_logits(self.predictor, loader, samples, seed, logits)
+        return self.fit_logits(*held_out_logits(self.predictor, loader, samples, seed, logits))
+
+    def fit_logits(self, outputs: Tensor, labels: Tensor) -> IsotonicCalibration:
+        """Fit like `fit` to logits (S, n, C) of S samples, float64, and class ids (n,)."""
         _check_rows(outputs, labels)
         p, is_class = outputs.softmax(dim=-1).mean(dim=0).numpy(), labels.numpy()
         edge = 1 / (len(labels) + 2)
@@ -167,6 +187,20 @@ class IsotonicCalibration:
             for c in range(p.shape[1])
         ]
         return self
+
+    @property
+    def numbers(self) -> dict[str, Any]:
+        """What is fitted, for JSON and `from_numbers`: the corners of each class's step function."""
+        _check_fitted(self, self.maps or None)
+        return {"maps": [{"x": m.X_thresholds_.tolist(), "y": m.y_thresholds_.tolist()} for m in self.maps]}
+
+    @classmethod
+    def from_numbers(cls, model: Predictable, numbers: Mapping[str, Any]) -> IsotonicCalibration:
+        """Return the predictor with `numbers` around another model or predictor."""
+        found = cls(model)
+        # The corners rise, so that a fit to them goes through each.
+        found.maps = [IsotonicRegression(out_of_bounds="clip").fit(m["x"], m["y"]) for m in numbers["maps"]]
+        return found
 
 
 def _check_rows(outputs: Tensor, labels: Tensor) -> None:

@@ -42,8 +42,7 @@ class TemperatureScaling:
 
         def scaled(batch: Mapping[str, Tensor]) -> Tensor:
             logits = inner(batch)
-            if logits.shape[-1] == 1:
-                raise BayesLoraError("the model has 1 output (a regression), but must have classes: use a classifier")
+            _check_classes(logits)
             return logits / self.temperature
 
         return scaled
@@ -65,7 +64,11 @@ class TemperatureScaling:
             BayesLoraError: labels are missing or not classes, or the likelihood is best at a bound, as when every
                 held-out label is predicted correctly, or none better than by chance.
         """
-        outputs, labels = held_out_logits(self.predictor, loader, samples, seed, logits)
+        return self.fit_logits(*held_out_logits(self.predictor, loader, samples, seed, logits))
+
+    def fit_logits(self, outputs: Tensor, labels: Tensor) -> TemperatureScaling:
+        """Fit like `fit` to logits (S, n, C) of S samples, float64, and class ids (n,)."""
+        _check_classes(outputs)
         low, high = (math.log(bound) for bound in self.bounds)
 
         def nll(log_temperature: float) -> float:
@@ -80,6 +83,21 @@ class TemperatureScaling:
             )
         self.temperature = math.exp(best)
         return self
+
+    @property
+    def numbers(self) -> dict[str, Any]:
+        """What is fitted, for JSON and `from_numbers`."""
+        return {"temperature": self.temperature}
+
+    @classmethod
+    def from_numbers(cls, model: Predictable, numbers: Mapping[str, Any]) -> TemperatureScaling:
+        """Return the predictor with `numbers` around another model or predictor."""
+        return cls(model, numbers["temperature"])
+
+
+def _check_classes(logits: Tensor) -> None:
+    if logits.shape[-1] == 1:
+        raise BayesLoraError("the model has 1 output (a regression), but must have classes: use a classifier")
 
 
 def held_out_logits(

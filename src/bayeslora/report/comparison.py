@@ -104,7 +104,7 @@ def group_runs(runs: Sequence[RunRecord]) -> list[Group]:
     by_setting: dict[str, Group] = {}
     for run in runs:
         options = _options(run.folder)
-        key = json.dumps([run.method, run.model, run.where, run.steps, run.samples, options], default=str)
+        key = json.dumps([run.method, run.model, run.where, run.steps, run.samples, _map(run), options], default=str)
         by_setting.setdefault(key, Group(_name(run, sampled), [], options)).runs.append(run)
     groups: list[Group] = []
     for group in by_setting.values():
@@ -225,11 +225,19 @@ def _name(run: RunRecord, sampled: Container[str]) -> str:
     return run.title + (how if run.method in sampled else "")
 
 
+def _map(run: RunRecord) -> str | None:
+    """Return the kind of map of the probabilities that the scores use, without its numbers, which differ by seed."""
+    return run.calibrated.by.split()[0] if run.calibrated else None
+
+
 def _labels(same: Sequence[Group]) -> list[str]:
     """Return labels that distinguish groups of one name and task: by the options that differ, or by the folder."""
     if len(same) == 1:
         return [same[0].label]
-    options = [g.options | {"steps": g.runs[0].steps, "model": Path(g.runs[0].model).name} for g in same]
+    options = [
+        g.options | {"steps": g.runs[0].steps, "model": Path(g.runs[0].model).name, "calibrated": _map(g.runs[0])}
+        for g in same
+    ]
     names = sorted({name for own in options for name in own})
     telling = [name for name in names if len({json.dumps(own.get(name), default=str) for own in options}) > 1]
     labels = []

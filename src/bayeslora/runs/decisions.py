@@ -1,11 +1,13 @@
 """Calibrated decisions of a run: `conformal.json` in its folder, sets of labels, and rows that a person should decide.
 
 The file holds the scores of the calibration rows, so that any coverage and any risk can be asked for later. They are
-those of one model, one number of samples and one seed, which the file names: other predictions have other scores.
+those of one model, one number of samples and one seed, which the file names: other predictions have other scores. It
+may also hold a map of the probabilities, such as a temperature; then the scores are those of mapped probabilities.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import json
 import math
@@ -22,13 +24,15 @@ from bayeslora.files import save_json, write_atomically
 from bayeslora.posterior import POSTERIOR_FILE
 from bayeslora.posthoc.conformal import ConformalIntervals, ConformalSets
 from bayeslora.posthoc.risk import RiskControl, Threshold
-from bayeslora.prediction import Prediction
+from bayeslora.prediction import Predictable, Prediction
 from bayeslora.runs.base import add_tensor
 from bayeslora.runs.info import RunInfo
 from bayeslora.runs.predictions import Decisions
+from bayeslora.runs.scaling import Scaling
 
 CALIBRATION_FILE = "conformal.json"
-_VERSION = 1
+_VERSION = 2
+"""Written for a file with a map; those without are read by the first version too."""
 _OF_CLASSES, _OF_NUMBERS = ("lac", "aps"), ("residual", "scaled")
 
 
@@ -43,6 +47,7 @@ class Calibration:
         samples, seed: of the predictions.
         source: the file or split of the rows.
         fingerprint: digest of the model.
+        scaling: the map of the probabilities, fitted on rows other than those of `sets` and `risk`; None without one.
     """
 
     sets: ConformalSets | ConformalIntervals
@@ -52,10 +57,11 @@ class Calibration:
     seed: int
     source: str
     fingerprint: str
+    scaling: Scaling | None = None
 
     @property
     def rows(self) -> int:
-        """Number of calibration rows."""
+        """Number of calibration rows of the sets and the risk."""
         return self.sets.rows
 
     @property
@@ -67,11 +73,12 @@ class Calibration:
 
     def check(self, folder: Path, samples: int | None, seed: int | None) -> tuple[int, int]:
         """Return the number of samples and the seed of the calibration; raise if others are given."""
+        way_out = ", or give uncalibrated=True" if self.scaling else ""
         for name, given, own in (("samples", samples, self.samples), ("seed", seed, self.seed)):
             if given not in (None, own) and (name == "samples" or self.samples):
                 raise BayesLoraError(
                     f"{name} is {given}, but {folder / CALIBRATION_FILE} was made with {own}: leave it out, or "
-                    "calibrate again"
+                    f"calibrate again{way_out}"
                 )
         return self.samples, self.seed
 
@@ -81,8 +88,12 @@ class Calibration:
         if found != self.fingerprint:
             raise BayesLoraError(
                 f"{folder / CALIBRATION_FILE} was made for the model {self.fingerprint}, but the model is {found}: "
-                "calibrate again"
+                f"calibrate again{', or give uncalibrated=True' if self.scaling else ''}"
             )
+
+    def around(self, model: Predictable) -> Predictable:
+        """Return the predictor that the calibration is of: `model`, with the map around it if there is one."""
+        return model if self.scaling is None else self.scaling.around(model)
 
     def threshold(self, risk: float, delta: float | None = None) -> Threshold:
         """Return the confidence above which rows are answered so that at most a share `risk` of answers is wrong.
@@ -133,7 +144,7 @@ class Calibration:
     def save(self, folder: Path) -> Path:
         """Write `conformal.json` in one step, in place of an earlier one."""
         content: dict[str, Any] = {
-            "version": _VERSION,
+            "version": _VERSION if self.scaling else 1,
             "rows": self.rows,
             "source": self.source,
             "samples": self.samples,
@@ -152,6 +163,8 @@ class Calibration:
             }
         else:
             content["scores"] = self.sets.scores.tolist()
+        if self.scaling is not None:
+            content["scaling"] = dataclasses.asdict(self.scaling)
         path = folder / CALIBRATION_FILE
         with write_atomically(path) as partial:
             save_json(partial, content)
@@ -185,6 +198,8 @@ class Calibration:
     @classmethod
     def _read(cls, content: dict[str, Any]) -> Calibration:
         shared = {name: content[name] for name in ("samples", "seed", "source", "fingerprint")}
+        if "scaling" in content:
+            shared["scaling"] = Scaling(**content["scaling"])
         if content["score"] in _OF_NUMBERS:
             intervals = ConformalIntervals(scaled=content["score"] == "scaled")
             intervals.scores = np.asarray(content["scores"], dtype=np.float64)
@@ -225,6 +240,32 @@ def calibrated(
     return Calibration(
         sets.fit(prediction, truth), RiskControl().fit(prediction, truth), list(info.labels), **settings
     )
+
+
+def calibration_for(
+    folder: Path, samples: int | None, seed: int | None, *, decides: bool = False, uncalibrated: bool = False
+) -> tuple[Calibration | None, int, int]:
+    """Return the calibration that a prediction of the run in `folder` needs, its number of samples and its seed.
+
+    Args:
+        folder: of the run.
+        samples, seed: as given; by default those of the calibration, otherwise 0.
+        decides: whether sets or rows for a person are asked for. If not, only a map of the probabilities is needed.
+        uncalibrated: leave such a map out.
+
+    Raises:
+        BayesLoraError: the calibration is missing or damaged, has other samples, or is of mapped probabilities that
+            are to be left out.
+    """
+    found = Calibration.load(folder) if decides or (folder / CALIBRATION_FILE).is_file() and not uncalibrated else None
+    if found is not None and found.scaling is not None and uncalibrated:
+        raise BayesLoraError(
+            f"uncalibrated is given, but the sets and the risk of {folder / CALIBRATION_FILE} are for probabilities "
+            f"by {found.scaling}: leave it out, or calibrate again without that"
+        )
+    if found is None or not decides and found.scaling is None:
+        return None, samples or 0, seed or 0
+    return found, *found.check(folder, samples, seed)
 
 
 def model_digest(model: nn.Module, folder: Path) -> str:

@@ -18,7 +18,7 @@ takes its default, a number that was not finite is null, and unknown keys are ig
 | `ood` | of out-of-distribution inputs: `name`, `rows`, `rows_in`; by measure the `scores` `auroc`, `aupr`, `fpr95` |
 | `ood.rows_fitted` | number of training rows that the scores by features were fitted to |
 | `shift` | of shifted texts: `columns`, `seed`, and `levels` by `suite` and `severity` with `rows` and `scores` |
-| `shift.levels` | `none` (severity 0) first; `changed`: rows with other tokens; `domain` has the `name` of its source |
+| `shift.levels` | `none` (severity 0) first; `changed`, the number of rows with other tokens; `domain` has a `name` |
 | `labels`, `confusion` | class names by id; examples by true class (rows) and predicted class (columns) |
 | `layers` | by adapted matrix `name`, `rank`, `initial_rank`, `bits` by kind of tensor, shape and parameters |
 | `posterior` | of variational methods, by matrix: posterior by prior standard deviation, its `mean`, and `low`, |
@@ -29,6 +29,7 @@ takes its default, a number that was not finite is null, and unknown keys are ig
 | `relative_bops` | by scope (`adapted`, `attention`, `encoder`, `model`), relative to LoRA r = 16 at 32 x 32 bits |
 | `seconds`, `peak_memory_bytes` | wall time of `train` and `evaluate`; the largest amount of memory held |
 | `versions` | of Python, this package, torch, transformers and peft |
+| `calibrated` | `by`, the map of the probabilities that the scores use, and the `rows` and `source` it was fitted on |
 | `evaluated` | `folder` and `seed`, if `bayeslora evaluate` scored the run again |
 
 `history.json` is the Trainer's log, a list of objects with numbers by name: `step`, `loss`, `eval_loss`, `eval_*`, and
@@ -265,6 +266,15 @@ class Evaluated:
 
 
 @dataclass(frozen=True)
+class Calibrated:
+    """The map of the probabilities, such as `temperature 1.31`, and the rows it was fitted on."""
+
+    by: Name
+    rows: Count | None = None
+    source: str = ""
+
+
+@dataclass(frozen=True)
 class RunRecord:
     """Content of `metrics.json`; the module docstring explains each field."""
 
@@ -297,6 +307,7 @@ class RunRecord:
     seconds: dict[str, float] = field(default_factory=dict)
     peak_memory_bytes: int | None = None
     versions: dict[str, str] = field(default_factory=dict)
+    calibrated: Calibrated | None = None
     evaluated: Evaluated | None = None
     folder: Path = field(default=Path(), metadata={"stored": False})
 

@@ -19,14 +19,14 @@ from transformers import PreTrainedTokenizerBase
 
 from bayeslora.data.tasks import LABEL, Task
 from bayeslora.errors import BayesLoraError
-from bayeslora.evaluation import predict_dataset
+from bayeslora.evaluation import dataset_logits, predict_dataset
 from bayeslora.export.container import looks_packed
 from bayeslora.export.integer.index import is_integer_model
 from bayeslora.export.integer.reader import load_integer
 from bayeslora.methods import tuner_of
 from bayeslora.methods.registry import find_method
 from bayeslora.posterior import POSTERIOR_FILE, WeightPosterior, load_posterior
-from bayeslora.prediction import Prediction, check_samples
+from bayeslora.prediction import Predictable, Prediction, check_samples
 from bayeslora.runs.base import (
     AUTO_CLASSES,
     has_tokenizer,
@@ -39,12 +39,13 @@ from bayeslora.runs.base import (
     resolve_model,
     tokenizer_digest,
 )
-from bayeslora.runs.decisions import Calibration, calibrated, model_digest
+from bayeslora.runs.decisions import Calibration, calibrated, calibration_for, model_digest
 from bayeslora.runs.info import RUN_FILE, RunInfo, RunKind
 from bayeslora.runs.plain import ADAPTER_FILE, CONFIG_FILE, adapter_config, plain_info
 from bayeslora.runs.predictions import Predictions
 from bayeslora.runs.record import METRICS_FILE, RunRecord, read_run
 from bayeslora.runs.rows import EVALUATION, check_not_training, encode_for, labelled_rows, rows_to_predict
+from bayeslora.runs.scaling import Scaling, ScalingName, halves
 
 
 @dataclass(frozen=True, repr=False)
@@ -126,44 +127,63 @@ class Run:
         coverage: float | None = None,
         risk: float | None = None,
         delta: float | None = None,
+        uncalibrated: bool = False,
     ) -> Predictions:
         """Predict labels and their uncertainty, and decide with them.
+
+        If `calibrate` has saved a map of the probabilities, such as a temperature, it is used.
 
         Args:
             inputs: a text, a pair (a tuple of two strings) or a row (a dict); an iterable of them, such as a list or
                 a `datasets.Dataset`; or the `pathlib.Path` of a data file. Rows have the columns of the training,
                 `question` and `choices` for multiple choice; other columns are ignored.
-            samples: Monte-Carlo samples of the weights; 0 uses their mean. By default 0, or with a coverage or a risk
-                the number that `calibrate` used.
+            samples: Monte-Carlo samples of the weights; 0 uses their mean. By default 0, or with a coverage, a risk or
+                a map of the probabilities the number that `calibrate` used.
             seed: for the samples; by default 0, or that of `calibrate`.
             batch_size: rows per batch; the result does not depend on it.
             coverage: add the set of labels (or interval) that contains the right one with this probability.
             risk: add whether to `ask_a_human`, so that at most this share of the other labels is wrong.
             delta: probability that the risk is exceeded, see `RiskControl`; .05 by default.
+            uncalibrated: leave out a map of the probabilities.
 
         Raises:
             BayesLoraError: there are 0 rows, a row does not fit, the model is deterministic and `samples` > 0; or a
                 coverage or risk without `calibrate` with these samples.
         """
-        calibration = None
-        if coverage is not None or risk is not None:
-            calibration = Calibration.load(self.folder)
-            samples, seed = calibration.check(self.folder, samples, seed)
-            calibration.check_model(self.folder, self.model)
+        decides = coverage is not None or risk is not None
+        calibration, samples, seed = calibration_for(
+            self.folder, samples, seed, decides=decides, uncalibrated=uncalibrated
+        )
         task = rows_to_predict(inputs, self.info)
         data = encode_for(task.splits[EVALUATION], task, self.tokenizer, self.info)
-        found = self.predict_encoded(data, samples or 0, seed or 0, batch_size)
-        if calibration is None:
-            return found
-        decisions = calibration.decide(found.prediction, coverage, risk, delta)
-        return Predictions(found.prediction, self.labels, decisions)
+        return self.predict_encoded(
+            data, samples, seed, batch_size, calibration, coverage=coverage, risk=risk, delta=delta
+        )
 
-    def predict_encoded(self, data: Any, samples: int = 0, seed: int = 0, batch_size: int = 64) -> Predictions:
-        """Predict like `predict` for rows that `runs.rows.encode_for` has tokenized."""
-        predictor = self.predictor
+    def predict_encoded(
+        self,
+        data: Any,
+        samples: int = 0,
+        seed: int = 0,
+        batch_size: int = 64,
+        calibration: Calibration | None = None,
+        **asked: float | None,
+    ) -> Predictions:
+        """Predict like `predict` for rows that `runs.rows.encode_for` has tokenized.
+
+        Args:
+            data: encoded rows.
+            samples, seed, batch_size: as for `predict`; the former two must be those of the calibration.
+            calibration: of the run, to use its map of the probabilities and to decide with.
+            asked: coverage, risk and delta, as for `predict`.
+        """
+        if calibration is not None:
+            calibration.check_model(self.folder, self.model)
+        predictor = self.predictor if calibration is None else calibration.around(self.predictor)
         check_samples(predictor, samples)
         prediction: Prediction = predict_dataset(predictor, data, self.tokenizer, batch_size, samples, seed)
-        return Predictions(prediction, self.labels)
+        decided = None if calibration is None else calibration.decide(prediction, **asked)
+        return Predictions(prediction, self.labels, decided)
 
     @quiet_loading()
     def calibrate(
@@ -175,9 +195,14 @@ class Run:
         *,
         score: str | None = None,
         by_class: bool = False,
+        scaling: ScalingName | None = None,
         save: bool = True,
     ) -> Calibration:
         """Calibrate conformal sets and the risk on labelled rows, for `predict` with a coverage or a risk.
+
+        With `scaling`, a map of the probabilities is fitted on half of the rows, drawn at random with `seed`, and used
+        by `predict` from then on. The sets and the risk are calibrated with mapped probabilities of the other half.
+        For them the map is as fixed as the model, so that their guarantees hold.
 
         Args:
             rows: a data file, or rows (dicts), with the columns of the training. The run must not be trained on them.
@@ -186,6 +211,8 @@ class Run:
             score: `lac` (the default) or `aps`, see `ConformalSets`; for a regression `residual` (the default) or
                 `scaled`, see `ConformalIntervals`.
             by_class: give each class the coverage.
+            scaling: `temperature` (`TemperatureScaling`), `vector` (`VectorScaling`) or `isotonic`
+                (`IsotonicCalibration`), for classes.
             save: write `conformal.json` into the run's folder, in place of an earlier one.
 
         Raises:
@@ -197,18 +224,36 @@ class Run:
         task = labelled_rows(self.info, given)
         source = str(given) if isinstance(given, Path) else f"{len(given)} rows"
         options = {"score": score, "by_class": by_class, "source": source}
-        return self.calibrate_split(task, EVALUATION, samples, seed, batch_size, save=save, **options)
+        return self.calibrate_split(task, EVALUATION, samples, seed, batch_size, scaling=scaling, save=save, **options)
 
     def calibrate_split(
-        self, task: Task, split: str, samples: int, seed: int, batch_size: int, *, save: bool = True, **options: Any
+        self,
+        task: Task,
+        split: str,
+        samples: int,
+        seed: int,
+        batch_size: int,
+        *,
+        scaling: ScalingName | None = None,
+        save: bool = True,
+        **options: Any,
     ) -> Calibration:
         """Calibrate like `calibrate` on a split of a task; `options` are those of `decisions.calibrated`."""
         check_not_training(self.info, options["source"], split)
+        if scaling is not None and self.kind == "regression":
+            raise BayesLoraError(f"scaling is {scaling}, but the run predicts numbers: leave it out")
         check_samples(self.predictor, samples)
         data = encode_for(task.splits[split], task, self.tokenizer, self.info)
-        found = self.predict_encoded(data, samples, seed, batch_size).prediction
+        predictor: Predictable = self.predictor
+        fitted = None
+        if scaling is not None:
+            first, second = (data.select(half) for half in halves(len(data), seed))
+            logits = dataset_logits(predictor, first, self.tokenizer, batch_size, samples, seed)
+            fitted = Scaling.fitted(scaling, predictor, logits, torch.tensor(first[LABEL][:]))
+            data, predictor = second, fitted.around(predictor)
+        found = predict_dataset(predictor, data, self.tokenizer, batch_size, samples, seed)
         fingerprint = model_digest(self.model, self.folder)
-        settings = {"samples": samples, "seed": seed, "fingerprint": fingerprint, **options}
+        settings = {"samples": samples, "seed": seed, "fingerprint": fingerprint, "scaling": fitted, **options}
         calibration = calibrated(found, list(data[LABEL]), self.info, **settings)
         if save:
             calibration.save(self.folder)

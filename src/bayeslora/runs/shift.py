@@ -18,7 +18,7 @@ from bayeslora.errors import BayesLoraError
 from bayeslora.evaluation import Evaluation, shifted
 from bayeslora.evaluation.shift import SEVERITIES
 from bayeslora.posthoc.conformal import ConformalSets
-from bayeslora.runs.decisions import CALIBRATION_FILE, Calibration
+from bayeslora.runs.decisions import CALIBRATION_FILE, Calibration, calibration_for
 from bayeslora.runs.record import DOMAIN, NO_SHIFT
 
 COVERAGE = 0.9
@@ -55,12 +55,12 @@ def shift_columns(task: Task, column: str | None = None) -> list[str]:
 
 
 def conformal_scores(
-    folder: Path, model: nn.Module, samples: int, seed: int
+    folder: Path, model: nn.Module, samples: int, seed: int, uncalibrated: bool = False
 ) -> Callable[[Evaluation], dict[str, float]]:
     """Return a function that gives coverage and mean size of the run's conformal sets, as `more` of `scored_shift`.
 
-    It gives nothing without `conformal.json`, for a regression, or where that file was made with other samples or for
-    another model.
+    It gives nothing without `conformal.json`, for a regression, or where that file was made with other samples, for
+    another model, or with a map of the probabilities that is left out (`uncalibrated`).
     """
     none: Callable[[Evaluation], dict[str, float]] = lambda evaluation: {}  # noqa: E731
     if not (folder / CALIBRATION_FILE).is_file():
@@ -69,7 +69,7 @@ def conformal_scores(
     if not isinstance(found.sets, ConformalSets):
         return none
     try:
-        found.check(folder, samples, seed)
+        calibration_for(folder, samples, seed, decides=True, uncalibrated=uncalibrated)
         found.check_model(folder, model)
     except BayesLoraError as error:
         warnings.warn(f"the coverage of conformal sets is left out, because {error}", stacklevel=2)
