@@ -15,6 +15,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 
 import bayeslora
 from tests.cli.conftest import review_rows, write_jsonl
