@@ -19,6 +19,7 @@ OPTIONS = {name: name for name in ("target_bops", "target_bops_of", "gates", "mo
         ("mode is 'x', but the gates have one mode", "--mode is 'x', but the gates have one mode"),
         ("the cost in mode 'ra' is a rank r = 8", "the cost in --mode ra is a rank r = 8"),
         ("the mode 'ra' has a rank", "the mode 'ra' has a rank"),
+        ("mode 'x' has none: use mode 'q' or 'ra'", "--mode x has none: use --mode q or ra"),
         ("mode is 'x', but must be 'q+ra' or 'q': use 'q'", "--mode is 'x', but must be q+ra or q: use q"),
         ("gates is 'x', but mode is 'y': it's the runs' part", "--gates is 'x', but mode is 'y': it's the runs' part"),
         ("tinit 20 and tfinal 30 leave none", "--tinit 20 and --tfinal 30 leave none"),

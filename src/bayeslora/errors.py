@@ -69,8 +69,8 @@ def spelled_as_options(sentence: str, options: Mapping[str, str]) -> str:
     # Not within a path, a dotted name, a quotation, or a call such as BLoraConfig(r=8).
     found = re.sub(rf"(?<![\w.'\"/-])(?<!\w\()(?P<name>{names})(?:{value}|(?![\w./(=-]))", spell, sentence)
     found = re.sub(r"(--[\w-]+) '([\w+.-]+)'", r"\1 \2", found)
-    given, but, rest = found.partition(", but ")
-    return given + but + re.sub(r"(?<!\w)(?<! is )'([\w+-]+)'(?!\w)", r"\1", rest)
+    given = re.split(", but |: ", found, maxsplit=1)[0]
+    return given + re.sub(r"(?<!\w)(?<! is )'([\w+-]+)'(?!\w)", r"\1", found[len(given) :])
 
 
 def close_matches(word: str, known: Iterable[str]) -> str:

@@ -45,7 +45,8 @@ def test_a_score_that_adamw_has_no_posterior_for_is_refused_in_one_line(
 ) -> None:
     out = tmp_path / "out"
     line = refused("train", "--method", "bayes_adalora", *setting.options, "--max-steps", "12", "--output-dir", out)
-    assert "importance 'snr_abs' needs the posterior" in line and not out.exists()
+    assert "--importance snr_abs needs the posterior" in line
+    assert line.endswith("or use --importance sensitivity or magnitude") and not out.exists()
     assert "--r is given, but belongs to" in refused(
         "train", "--method", "bayes_adalora", "--r", "8", *setting.options, "--output-dir", out
     )
