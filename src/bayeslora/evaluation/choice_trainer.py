@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from transformers import Trainer
 
 from bayeslora.errors import BayesLoraError
-from bayeslora.evaluation.items import ClassLogits
+from bayeslora.evaluation.items import ClassLogits, trained_logits
 
 
 class ChoiceTrainer(Trainer):
@@ -61,7 +61,7 @@ class ChoiceTrainer(Trainer):
     ) -> Any:
         """Return the mean cross entropy over the items of a batch, and on request `{"logits": (B, C)}`."""
         batch = {name: value for name, value in inputs.items() if name != "labels"}
-        logits = self.class_logits(model, batch)
+        logits = trained_logits(model, self.class_logits, batch, inputs["labels"])
         labels = inputs["labels"].to(logits.device)
         if not torch.isfinite(logits.detach().gather(1, labels[:, None])).all():
             raise BayesLoraError(

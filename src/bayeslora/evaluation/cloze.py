@@ -53,6 +53,7 @@ from bayeslora.evaluation.items import (
     innermost,
     targets,
     tokenize,
+    trained_logits,
     with_labels,
 )
 from bayeslora.evaluation.prefix_sharing import common_start
@@ -218,8 +219,9 @@ class ClozeCollator:
     def __call__(self, rows: Sequence[Mapping[str, Any]]) -> dict[str, Tensor]:
         """Return the batch of `ClozeLogits` and, if known, `labels` (B,).
 
-        `input_ids` and `position_ids` (B, T); `token_choice` (B, T), 0 for the context, 1, 2, … for the choices and -1
-        for padding; `token_is_scored` (B, T); `choice_length` and `choice_mask` (B, C).
+        `input_ids`, `position_ids` and `attention_mask` (B, T), 0 for padding; `token_choice` (B, T), 0 for the
+        context, 1, 2, … for the choices and -1 for padding; `token_is_scored` (B, T); `choice_length` and
+        `choice_mask` (B, C).
         """
         pad = pad_id(self.tokenizer)
         before = max(len(row["input_ids"]) for row in rows)
@@ -232,6 +234,7 @@ class ClozeCollator:
             for name, value in empty.items():
                 columns[name].append([value] * left + laid[name] + [value] * right)
         batch = {name: torch.tensor(values) for name, values in columns.items()}
+        batch["attention_mask"] = (batch[OWNER] != _PADDING).long()
         return {**batch, LENGTH: torch.tensor([row[LENGTH] for row in rows]), **targets(rows)}
 
 
@@ -270,6 +273,9 @@ class ClozeLogits:
         Raises:
             BayesLoraError: a model with one of this library's adapters is to be trained on copies of the context.
         """
+        return trained_logits(model, self._logits, batch)
+
+    def _logits(self, model: nn.Module, batch: Batch) -> Tensor:
         if self.share_context and can_share_context(model, int(batch["position_ids"].max()) + 1):
             scores = _of_trees(model, batch)
         else:

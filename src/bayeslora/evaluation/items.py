@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from bayeslora.data.choices import CHOICES, LABEL, LETTERS, QUESTION
 from bayeslora.data.few_shot import Row
 from bayeslora.errors import BayesLoraError
+from bayeslora.methods.tuner import RowLoss, tuner_of
 
 PRESENT = "choice_mask"
 """Column and batch key of the mask, (C,) or (B, C), of the choices that an item has."""
@@ -111,6 +112,23 @@ def targets(rows: Sequence[Mapping[str, Any]]) -> dict[str, Tensor]:
     if LABEL in rows[0]:
         found["labels"] = torch.tensor([row[LABEL] for row in rows])
     return found
+
+
+def trained_logits(model: nn.Module, class_logits: ClassLogits, batch: Batch, labels: Tensor | None = None) -> Tensor:
+    """Return `class_logits(model, batch)`, and in training let the model's adapter know that the loss is over them.
+
+    B-LoRA's evidence then draws a row's label among its choices, not tokens from the vocabulary.
+
+    Args:
+        model: perhaps with one of this library's adapters.
+        class_logits: function from a model and a batch to (B, C) logits.
+        batch: its inputs.
+        labels: (B,) indices of the right choices, if known: then the gradients of training count as evidence too.
+    """
+    tuner = tuner_of(model) if model.training and torch.is_grad_enabled() else None
+    if tuner is None or tuner.row_loss is not None:
+        return class_logits(model, batch)
+    return tuner.row_logits(model, RowLoss(lambda each: class_logits(each, batch), batch, labels))
 
 
 def innermost(model: nn.Module) -> Any:

@@ -46,6 +46,7 @@ from bayeslora.evaluation.items import (
     forward_names,
     targets,
     tokenize,
+    trained_logits,
     with_labels,
 )
 from bayeslora.evaluation.prefix_sharing import cache_of, split_at_common_start
@@ -227,6 +228,9 @@ class LetterLogits:
 
     def __call__(self, model: nn.Module, batch: Batch) -> Tensor:
         """Return logits for `input_ids`, `attention_mask` (B, T) and `choice_mask` (B, C); ignore other keys."""
+        return trained_logits(model, self._logits, batch)
+
+    def _logits(self, model: nn.Module, batch: Batch) -> Tensor:
         ids, mask = batch["input_ids"], batch["attention_mask"]
         present = batch[PRESENT].bool()
         if present.shape[1] != len(self.letter_ids):
@@ -275,6 +279,9 @@ class PairLogits:
 
     def __call__(self, model: nn.Module, batch: Batch) -> Tensor:
         """Return logits for (B, C, T) inputs and `choice_mask` (B, C); ignore labels."""
+        return trained_logits(model, self._logits, batch)
+
+    def _logits(self, model: nn.Module, batch: Batch) -> Tensor:
         present = batch[PRESENT].bool()
         inputs = {name: value for name, value in batch.items() if name not in (PRESENT, LABEL, "labels")}
         logits = model(**inputs).logits.float()

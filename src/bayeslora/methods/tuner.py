@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, cast
 
@@ -49,6 +49,21 @@ class TrainingSetup:
     rows: int | None = None
 
 
+@dataclass(frozen=True)
+class RowLoss:
+    """Loss over logits that the model itself does not return, such as those of a row's choices: one term for each row.
+
+    Attributes:
+        logits: function from the model to logits (B, C), minus infinity for classes that a row lacks.
+        inputs: the batch's tensors, by which rows are told apart; the first dimension of `input_ids` is B.
+        labels: class ids (B,); None where they are unknown.
+    """
+
+    logits: Callable[[nn.Module], Tensor]
+    inputs: Mapping[str, Tensor]
+    labels: Tensor | None = None
+
+
 @dataclass(kw_only=True)
 class RunState:
     """State of a method during a run, made by `begin`; `learning_rates` are the rates that it fixes, by role."""
@@ -65,6 +80,9 @@ class BayesTuner(BaseTuner):
 
     least_travel: ClassVar[float] = 0.05
     """Distance that a weight must be able to move in a run of IVON, or the run is warned about."""
+
+    row_loss: RowLoss | None = None
+    """Loss of the forward pass that is under way, where it is not the model's own."""
 
     _run: RunState | None = None
     _named_layers: dict[str, Any] | None = None
@@ -168,6 +186,14 @@ class BayesTuner(BaseTuner):
     def begin(self, setup: TrainingSetup) -> None:
         """Fit the method's schedule into the run; raises `BayesLoraError` where it cannot work."""
         self._run = RunState()
+
+    def row_logits(self, model: nn.Module, loss: RowLoss) -> Tensor:
+        """Return `loss.logits(model)`; the method knows in the forward passes inside that they are for this loss."""
+        self.row_loss = loss
+        try:
+            return loss.logits(model)
+        finally:
+            self.row_loss = None
 
     def rate_of(self, role: ParameterRole, step: int) -> float | None:
         """Return the learning rate of `role` in step `step` (from 0); None leaves it to the optimizer's schedule."""

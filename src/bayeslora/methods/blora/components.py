@@ -70,7 +70,8 @@ def as_if_drawn(logits: Tensor, labels: Any, problem: str | None) -> Tensor | No
         return None
     if logits.ndim > 2:
         return torch.ones(len(logits))
-    values, outputs = logits.detach().float(), logits.shape[-1]
+    # In float64: of a sure prediction both lengths are differences of numbers that are nearly equal.
+    values, labels, outputs = logits.detach().cpu().double(), labels.cpu(), logits.shape[-1]
     if problem == "regression" or (outputs == 1 and problem is None):
         if outputs > 1:
             return None
@@ -84,7 +85,7 @@ def as_if_drawn(logits: Tensor, labels: Any, problem: str | None) -> Tensor | No
         given = (probability - F.one_hot(labels.clamp_min(0), outputs)).square().sum(1)
     else:
         return None
-    return (drawn.clamp_min(_LEAST) / given.clamp_min(_LEAST)).sqrt().cpu()
+    return (drawn.clamp_min(_LEAST) / given.clamp_min(_LEAST)).sqrt().float()
 
 
 class Watch:

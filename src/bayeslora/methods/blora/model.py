@@ -14,7 +14,7 @@ from __future__ import annotations
 import functools
 import math
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, cast
 
@@ -36,6 +36,7 @@ from bayeslora.methods.layer import evaluation_mode
 from bayeslora.methods.tuner import (
     BayesTuner,
     ParameterRole,
+    RowLoss,
     RunState,
     TrainingSetup,
     batch_rows,
@@ -247,26 +248,41 @@ class BLoraModel(BayesTuner):
             return
         rows = batch_rows(args, kwargs)
         run.terms += float(loss_terms(kwargs.get("labels"), rows).sum())
-        inputs = {**kwargs, **{str(place): value for place, value in enumerate(args)}}
-        dealt = deal(inputs, rows, run.watched_step)
+        dealt = deal(self._told_apart_by(args, kwargs), rows, run.watched_step)
         for watch in run.watches.values():
             watch.dealt = dealt
 
+    def _told_apart_by(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Mapping[str, Any]:
+        """Return the tensors whose rows decide the draws of each."""
+        if self.row_loss is not None:
+            return self.row_loss.inputs
+        return {**kwargs, **{str(place): value for place, value in enumerate(args)}}
+
     def _after_forward(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+        if self.row_loss is None:  # otherwise its logits are still to come
+            problem = getattr(getattr(model, "config", None), "problem_type", None)
+            self._scale_rows(logits_of(output), kwargs.get("labels"), problem)
+
+    def row_logits(self, model: nn.Module, loss: RowLoss) -> Tensor:
+        logits = super().row_logits(model, loss)
+        if self._run is not None:
+            self._scale_rows(logits, loss.labels, None)
+        return logits
+
+    def _scale_rows(self, logits: Tensor | None, labels: Any, problem: str | None) -> None:
         """Scale the rows' gradients, which are about to come, as if the model had drawn their labels."""
         watch = next(iter(self.run_state().watches.values()), None)
         if not self.training or watch is None or watch.dealt is None:
             return
-        logits, signs = logits_of(output), watch.dealt.signs
-        problem = getattr(getattr(model, "config", None), "problem_type", None)
-        factors = None if logits is None else as_if_drawn(logits, kwargs.get("labels"), problem)
+        signs = watch.dealt.signs
+        factors = None if logits is None else as_if_drawn(logits, labels, problem)
         # Of a row whose gradient cannot be scaled nothing is kept: then the passes alone count.
         signs.mul_(factors if factors is not None and len(factors) == len(signs) else 0.0)
 
     def _measure(self, args: tuple[Any, ...], kwargs: dict[str, Any], step: int) -> None:
         name, run = self.training_adapter(), self.run_state()
         layers, config = self.named_layers(name), self.config_of(name)
-        inputs = {**kwargs, **{str(place): value for place, value in enumerate(args)}}
+        inputs, loss = self._told_apart_by(args, kwargs), self.row_loss
         rows, fixed = batch_rows(args, kwargs), frozenset(config.fixed_bits or {})
         run.rows += rows
         probes = {}
@@ -276,7 +292,7 @@ class BLoraModel(BayesTuner):
             probes[path] = layer.probe = Probe(kinds, rank, rows, fixed, config.calibration, ranges)
         try:
             with evaluation_mode(self.model), torch.enable_grad():
-                output = self.model(*args, **kwargs)
+                output = self.model(*args, **kwargs) if loss is None else loss.logits(self.model)
                 logits, seed, terms = score_seed(output, inputs, getattr(self.model, "config", None), step)
                 used = [probe.anchor for probe in probes.values() if probe.used]
                 torch.autograd.grad(logits, used, seed, allow_unused=True)

@@ -168,7 +168,8 @@ def score_seed(output: Any, inputs: Mapping[str, Any], config: Any, step: int) -
     Two classes need no draw but that of a sign: their two scores differ by a factor only. Regression is a Gaussian of
     variance 1/2, whose likelihood is the squared error; several labels are Bernoulli variables. Draws depend on a
     row's tokens and on `step` alone, so that they are the same on any rank. Of a model that returns no logits the loss
-    on the labels of the data is used.
+    on the labels of the data is used. Logits (B, C) of choices (`RowLoss`) have a label for each row, drawn among the
+    choices that it has: of minus infinity neither a label nor a derivative comes.
     """
     logits = logits_of(output)
     if logits is None:
@@ -193,7 +194,8 @@ def score_seed(output: Any, inputs: Mapping[str, Any], config: Any, step: int) -
     else:
         probability = torch.softmax(values, -1)
         uniform = row_uniform((*values.shape[:-1], 1), inputs, step, values.device)
-        drawn = (probability.cumsum(-1) < uniform).sum(-1).clamp(max=outputs - 1)
+        cumulative = probability.cumsum(-1)
+        drawn = (cumulative < uniform * cumulative[..., -1:]).sum(-1)  # never a class of probability 0 at the end
         seed = probability - F.one_hot(drawn, outputs)
     seed = seed * present.reshape(*present.shape, *[1] * (seed.ndim - present.ndim))
     return logits, seed.to(logits.dtype), max(terms, 1)
@@ -245,10 +247,10 @@ def row_uniform(shape: Sequence[int], inputs: Mapping[str, Any], step: int, devi
     if chosen is not None:
         flat = chosen.detach().reshape(len(chosen), -1).cpu()
         flat = flat.float().view(torch.int32).long() if flat.is_floating_point() else flat.long()
-        entries = _hashed(flat + torch.arange(flat.shape[1]) * _ODD)
-        mask = given.get("attention_mask")
-        if mask is not None and mask.shape == flat.shape:
-            entries = entries * mask.cpu().long()  # how far a row is padded depends on its batch
+        kept, mask = torch.ones_like(flat), given.get("attention_mask")
+        if mask is not None and mask.shape == chosen.shape:
+            kept = mask.reshape(flat.shape).cpu().long()  # how far a row is padded depends on its batch
+        entries = _hashed(flat + (kept.cumsum(1) - 1) * _ODD) * kept
         rows = entries.sum(1)
     places = torch.arange(int(torch.Size(shape[1:]).numel()))
     mixed = _hashed(_hashed(rows.reshape(-1, 1) + step) + places)
