@@ -5,18 +5,18 @@ from __future__ import annotations
 import copy
 import dataclasses
 import math
-import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
+import numpy as np
 import torch
 from datasets import Dataset
 from harness import Training, classifier, fine_tune, language_model
 from peft import LoraConfig, PeftConfig
 from records import IVON_SETTINGS
-from results_calibration import SAMPLES
+from results_calibration import LANGUAGE, SAMPLES
 from torch import nn
 from torch.utils.data import DataLoader
 from transformers import DataCollatorWithPadding, TrainerCallback, set_seed
@@ -25,6 +25,7 @@ import bayeslora
 from bayeslora.data import Task
 from bayeslora.errors import BayesLoraError
 from bayeslora.evaluation import choice_scoring
+from bayeslora.evaluation.multiple_choice import row_lengths
 from bayeslora.posterior import WeightPosterior, unwrapped
 from bayeslora.posthoc import (
     IsotonicCalibration,
@@ -38,7 +39,15 @@ from bayeslora.posthoc.temperature import predictive_nll
 from bayeslora.prediction import ModelPredictor, Predictable, labels_of, sampled_logits
 from bayeslora.training import SWAG
 
-LANGUAGE = ("winogrande", "arc_easy")
+CLOZE_BATCH = 16
+BATCH = 64
+CLOZE_TFB_SAMPLES = 5
+"""Draws by which training-free Bayesianization finds its scale for a language model, whose passes cost the most."""
+NOT_BY_CLOZE = {
+    "tuned-isotonic": "its maps are one for each class, but a choice's place in its row means nothing",
+    "laplace": "there is no head: the classes are texts",
+}
+"""Rows that a model cannot fill whose classes are texts, and why."""
 ATTENTION = ["query", "key", "value"]
 DECODER = ["q_proj", "v_proj"]
 ALL_LINEAR = ("cola",)
@@ -101,8 +110,11 @@ class Data:
         return self._scoring.logits if self._scoring else None
 
     def batches(self, split: str) -> list[Mapping[str, Any]]:
-        collate = self._scoring.collate if self._scoring else DataCollatorWithPadding(self.tokenizer)
-        return list(DataLoader(self.encoded[split], 64, collate_fn=collate))  # type: ignore[arg-type]
+        rows: Any = self.encoded[split]
+        if self._scoring is None:
+            return list(DataLoader(rows, BATCH, collate_fn=DataCollatorWithPadding(self.tokenizer)))
+        rows = rows.select(np.argsort(row_lengths(rows)))  # next to rows of their length they are padded little
+        return list(DataLoader(rows, CLOZE_BATCH, collate_fn=self._scoring.collate))
 
     @property
     def _scoring(self) -> Any:
@@ -118,7 +130,11 @@ def prepared(task: Task, training: Training) -> tuple[Any, Data]:
 
 
 def configuration(method: str, task: str, options: dict[str, Any], training: Training, rows: int) -> PeftConfig:
-    """The adapter's; BLoB follows its published schedule, whose cycle depends on the number of training `rows`."""
+    """The adapter's; BLoB follows its published schedule, whose cycle depends on the number of training `rows`.
+
+    It is at most half of the run: of a longer one BLoB would only see the beginning, where its divergence weighs
+    nothing.
+    """
     shared: dict[str, Any] = {"r": 8, "lora_alpha": 16}
     if task in LANGUAGE:
         shared |= {"target_modules": DECODER, "task_type": "CAUSAL_LM"}
@@ -132,7 +148,7 @@ def configuration(method: str, task: str, options: dict[str, Any], training: Tra
         shared["variance"] = "learned"
     if kind == "blob":
         cycle = int(100 * rows ** (math.pi / 8) / training.batch_size)
-        shared |= {"kl_schedule": "blob", "kl_cycle": cycle}
+        shared |= {"kl_schedule": "blob", "kl_cycle": max(1, min(cycle, training.steps // 2))}
     return bayeslora.METHODS[kind](**{**shared, **options})
 
 
@@ -166,12 +182,16 @@ class BestSoFar(TrainerCallback):
 
 @dataclass
 class Trained:
-    """A trained model, its data, what is known of the training, and a posterior that the model itself lacks."""
+    """A trained model, its data, what is known of the training, and a posterior that the model itself lacks.
+
+    `left_out` are the rows that it cannot fill, and why, once its forms have been asked for.
+    """
 
     model: Any
     data: Data
     facts: dict[str, Any]
     posterior: Any = None
+    left_out: dict[str, str] = field(default_factory=dict)
 
 
 def tuned(task: Task, training: Training, seed: int, options: Mapping[str, Any]) -> Trained:
@@ -266,9 +286,12 @@ def _forms_of_lora(method: str, run: Trained, numbers: int) -> Iterator[Form]:
     yield Form(f"{prefix}dropout", MCDropout(model), SAMPLES, SAMPLES, numbers)
     if method == "lora":
         return
-    for name, calibrator in (("vector", VectorScaling), ("isotonic", IsotonicCalibration)):
-        yield from _fitted(f"{prefix}{name}", calibrator, run, numbers, 0)
-    if data.task.name not in LANGUAGE:  # whose head has a class for each token
+    is_language = data.task.name in LANGUAGE
+    yield from _fitted(f"{prefix}vector", VectorScaling, run, numbers, 0)
+    if is_language:
+        run.left_out |= NOT_BY_CLOZE
+    else:
+        yield from _fitted(f"{prefix}isotonic", IsotonicCalibration, run, numbers, 0)
         start = time.perf_counter()
         laplace = LaplacePredictor(model, probit=True).fit(data.batches("train"))
         curvature: Any = laplace._curvature
@@ -277,9 +300,11 @@ def _forms_of_lora(method: str, run: Trained, numbers: int) -> Iterator[Form]:
         yield Form("laplace", laplace, 0, 1, stored, time.perf_counter() - start)
     start = time.perf_counter()
     try:
-        noisy = bayesianize(copy.deepcopy(model), data.batches("selection"), steps=TFB_STEPS, logits=data.logits)
+        samples = CLOZE_TFB_SAMPLES if is_language else SAMPLES
+        batches = data.batches("selection")
+        noisy = bayesianize(copy.deepcopy(model), batches, samples=samples, steps=TFB_STEPS, logits=data.logits)
     except BayesLoraError as error:
-        print(f"no tfb: {error}", file=sys.stderr)
+        run.left_out["tfb"] = str(error)
         return
     stored = bayeslora.cost.count_parameters(noisy)["adapter"]
     yield Form("tfb", noisy, SAMPLES, SAMPLES, stored, time.perf_counter() - start)
@@ -291,6 +316,6 @@ def _fitted(name: str, kind: Callable[[Any], Any], run: Trained, numbers: int, s
     try:
         fitted = kind(run.model).fit(run.data.batches("selection"), samples, logits=run.data.logits)
     except BayesLoraError as error:
-        print(f"no {name}: {error}", file=sys.stderr)
+        run.left_out[name] = str(error)
         return
     yield Form(name, fitted, samples, max(1, samples), numbers, time.perf_counter() - start)

@@ -47,7 +47,7 @@ from transformers import (
 import bayeslora
 from bayeslora.data import Task, encode, packaged_model, unpack_model
 from bayeslora.errors import BayesLoraError
-from bayeslora.evaluation import ChoiceTrainer, choice_scoring, encode_prompts
+from bayeslora.evaluation import ChoiceTrainer, choice_scoring, encode_choices
 from bayeslora.methods.blora.length import phases
 from bayeslora.optim import IVON
 from bayeslora.posterior import unwrapped
@@ -103,13 +103,12 @@ def classifier(
 def language_model(
     task: Task, training: Training
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase, dict[str, Dataset]]:
-    """The packaged language model, its tokenizer, and the splits as prompts that ask for a letter."""
+    """The packaged language model, its tokenizer, and the splits encoded as the task is answered, such as by cloze."""
     folder = unpack_model("smollm2", Path(tempfile.gettempdir()) / "bayeslora-smollm2")
     tokenizer = AutoTokenizer.from_pretrained(folder)
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, **ATTENTION)
-    classes = len(task.labels)
     encoded = {
-        name: encode_prompts(split, tokenizer, classes=classes, max_length=training.max_length)
+        name: encode_choices(split, task, tokenizer, max_length=training.max_length)
         for name, split in task.splits.items()
     }
     return model, tokenizer, encoded

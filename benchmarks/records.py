@@ -23,7 +23,7 @@ GLUE_TASKS = (*FIRST_TASKS, "qnli", "mnli", "qqp")
 TASK_TITLES = {
     "sst2": "SST-2", "cola": "CoLA", "mrpc": "MRPC", "rte": "RTE", "stsb": "STS-B",
     "qnli": "QNLI", "mnli": "MNLI", "qqp": "QQP",
-    "winogrande": "WinoGrande", "arc_easy": "ARC-easy",
+    "winogrande": "WinoGrande", "arc_easy": "ARC-easy", "openbookqa": "OpenBookQA",
 }  # fmt: skip
 GLUE_ROWS = {
     "full": "full fine-tuning",

@@ -19,7 +19,11 @@ from bayeslora.evaluation.uncertainty import excess_area
 
 TASKS = ("mrpc", "cola", "rte", "winogrande", "arc_easy")
 """Those of the earlier table."""
-MORE_TASKS = ("mrpc", "cola", "rte", "sst2", "qnli", "winogrande", "arc_easy")
+CLOZE = "-cloze"
+"""Ending of the name of a task that a language model answers by cloze; the older runs answered by letters."""
+LANGUAGE = ("winogrande", "arc_easy", "openbookqa")
+"""Tasks of the language model; by cloze its classes are the texts of a row's choices."""
+MORE_TASKS = ("mrpc", "cola", "rte", "sst2", "qnli", *LANGUAGE, *(f"{task}{CLOZE}" for task in LANGUAGE))
 METHODS = {"lora": "LoRA", "melora": "Me-LoRA, learned variances", "blob": "BLoB"}
 SAMPLES = 10
 ROWS = {
@@ -61,9 +65,10 @@ TUNED_SCORES = ("accuracy", "nll", "ece", "brier", "aurc", "excess_aurc")
 LOWER_IS_BETTER = TUNED_SCORES[1:]
 SCORES = ("accuracy", "ece", "nll", "brier", "aurc")
 INTRO = """The models are MiniLM-L6 and, for the multiple-choice tasks, SmolLM2-135M. All rows of a table use the same
-layers, steps, learning rate and data (90% of train). Temperatures are fitted on the other 10%. Scores are the mean ±
-standard deviation over seeds, as fractions of 1. Where a heading says "guesses", every run is within two standard
-errors of guessing, so its table compares how confident each method is when it knows nothing.
+layers, steps, learning rate and data (90% of train, 80% by cloze). Temperatures are fitted on the rest. Scores are the
+mean ± standard deviation over seeds, as fractions of 1. SmolLM2 answers by letters (it names a choice by letter) or
+by cloze (the text of a choice is likely), as the heading says. Where a heading says "guesses", every run is within two
+standard errors of guessing, so its table compares how confident each method is when it knows nothing.
 
 """
 GUESSING = {"winogrande": 0.5, "arc_easy": 0.25, "openbookqa": 0.25}
@@ -80,7 +85,7 @@ def calibration_section(folder: Path) -> str:
     runs = read_runs(folder)
     if not runs:
         return "Not run.\n"
-    by_task = {task: rows_of([run for run in runs if run["task"] == task]) for task in MORE_TASKS}
+    by_task = {task: rows_of([run for run in runs if answered(run) == task]) for task in MORE_TASKS}
     tables = {task: by_task[task] for task in TASKS}
     parts = [f"### {title(task, rows)}\n\n{task_table(rows)}" for task, rows in tables.items() if "lora" in rows]
     if any("lora" in rows for rows in tables.values()):
@@ -88,7 +93,7 @@ def calibration_section(folder: Path) -> str:
     intervals = _differences(folder)
     for task, rows in by_task.items():
         if "tuned" in rows:
-            parts.append(f"### {TASK_TITLES[task]}, LoRA tuned\n\n{tuned_table(rows)}")
+            parts.append(f"### {title(task, rows)}, LoRA tuned\n\n{tuned_table(rows)}")
             parts += [differences_table(intervals[task])] if task in intervals else []
     return "\n".join([INTRO, *parts])
 
@@ -97,13 +102,18 @@ def write_differences(folder: Path) -> None:
     """Write the differences of every row to tuned LoRA with a temperature, task by task, beside the runs' folder."""
     runs = read_runs(folder)
     found: dict[str, Any] = {}
-    for task in dict.fromkeys(run["task"] for run in runs):
-        rows = rows_of([run for run in runs if run["task"] == task])
+    for task in dict.fromkeys(map(answered, runs)):
+        rows = rows_of([run for run in runs if answered(run) == task])
         if BASELINE in rows:
             others = [name for name in TUNED_ROWS if name in rows and name != BASELINE]
             found[task] = {name: _against(rows[name], rows[BASELINE], name) for name in others}
     if found:
         _differences_file(folder).write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
+
+
+def answered(run: Run) -> str:
+    """The task's name, and its ending where a language model has answered by cloze."""
+    return str(run["task"]) + (CLOZE if run.get("scoring") == "cloze" else "")
 
 
 def _against(runs: Sequence[Run], others: Sequence[Run], name: str) -> dict[str, Any]:
@@ -129,7 +139,7 @@ def _differences(folder: Path) -> dict[str, Any]:
 
 def missing_calibration(folder: Path) -> list[str]:
     titles = {name: f"calibration, {title}" for name, title in METHODS.items()}
-    return missing(read_runs(folder), titles, TASKS)
+    return missing([run for run in read_runs(folder) if answered(run) == run["task"]], titles, TASKS)
 
 
 def rows_of(runs: Sequence[Run]) -> Table:
@@ -194,8 +204,15 @@ def tuned_table(rows: Table) -> str:
         f"At most {training['steps']} steps of {training['batch_size']} rows; {len(first['labels']):,} rows of the "
         f"{first['split']} split. LoRA's learning rate and length are chosen on held-out rows of train, in "
         f"{search:,.0f} seconds that the table leaves out; the other methods take those of seed 0.\n\n"
-        f"{markdown_table(head, lines)}"
+        f"{markdown_table(head, lines)}{left_out(rows)}"
     )
+
+
+def left_out(rows: Table) -> str:
+    """The rows that no run fills, each with the reason that the files give."""
+    reasons = {name: why for run in rows["tuned"] for name, why in run.get("left_out", {}).items()}
+    lines = [f"- {TUNED_ROWS[name]}: {why}" for name, why in reasons.items() if name not in rows]
+    return "\nLeft out:\n\n" + "\n".join(lines) + "\n" if lines else ""
 
 
 def _score(run: Run, name: str, score: str) -> float:
@@ -232,10 +249,12 @@ def _difference(score: str, value: float, low: float, high: float) -> str:
 
 def title(task: str, rows: Table) -> str:
     """The task, and of a language model how it answers, and whether no row is better than guesses."""
+    task = task.removesuffix(CLOZE)
     if task not in GUESSING:
         return TASK_TITLES[task]
     runs = [(name, run) for name, found in rows.items() for run in found]
-    how = f"{TASK_TITLES[task]} by {runs[0][1].get('scoring', 'letters')}"
+    unit = {"tokens": " per token", "bytes": " per byte"}.get(runs[0][1].get("normalization", ""), "")
+    how = f"{TASK_TITLES[task]} by {runs[0][1].get('scoring', 'letters')}{unit}"
     guess = GUESSING[task]
     error = (guess * (1 - guess) / len(runs[0][1]["labels"])) ** 0.5
     accuracies = [run["forms"][name]["scores"]["accuracy"] for name, run in runs]

@@ -18,7 +18,7 @@ from intervals import probabilities_of
 from results_calibration import TUNED_ROWS
 
 from bayeslora.evaluation.metrics import classification_scores
-from tests.conftest import build_tiny_bert, build_tiny_tokenizer
+from tests.conftest import build_tiny_bert, build_tiny_llama, build_tiny_tokenizer
 
 ROWS = {
     "tuned": {"tuned", "tuned-dropout", "laplace"},
@@ -31,6 +31,15 @@ ROWS = {
 """Rows that a model fills even if it knows nothing of held-out rows, which determine the others."""
 
 
+BY_CLOZE = {
+    **ROWS,
+    "tuned": {"tuned", "tuned-temperature", "tuned-dropout"},
+    "melora-closed": {"melora-closed", "melora-closed-mean", "melora-closed-temperature"},
+    "melora-cores": {"melora-cores", "melora-cores-temperature", "melora-cores-means"},
+}
+"""The same of a language model, which has learned to prefer one word to the others."""
+
+
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A tiny encoder, and the files of SST-2."""
@@ -41,7 +50,23 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for name, count in (("train", 120), ("validation", 40)):
         rows = [{"text": f"the film was {('good', 'dull')[i % 2]}", "label": i % 2} for i in range(count)]
         (folder / "sst2" / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    build_tiny_llama().save_pretrained(folder / "tiny-llama")
+    build_tiny_tokenizer(causal=True).save_pretrained(folder / "tiny-llama")
+    for task in ("arc_easy", "openbookqa"):
+        (folder / task).mkdir()
+        for name, count in (("train", 120), ("dev", 40), ("test", 10)):
+            rows = [item(index) for index in range(count)]
+            (folder / task / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     return folder
+
+
+def item(index: int) -> dict[str, Any]:
+    """A question of two to four choices whose right one is about cats, but for every fifth question."""
+    others = ["red house", "dog ran", "mat tree"][: 1 + index % 3]
+    place = index % (len(others) + 1)
+    choices = [*others[:place], "cat sat", *others[place:]]
+    answer = (place + 1) % len(choices) if index % 5 == 0 else place
+    return {"question": f"the {('good', 'dull', 'warm')[index % 3]} film", "choices": choices, "answer": answer}
 
 
 def given(folder: Path, **changes: Any) -> argparse.Namespace:
@@ -78,6 +103,36 @@ def test_a_method_fills_its_rows(method: str, folder: Path, monkeypatch: pytest.
         other = calibration.tuned_settings(replace(job, method="swag", options={}, seed=1))
         assert (other[0].learning_rate, other[1]) == (best, {}) and other[0].steps <= 8
     assert len(json.dumps(found)) < 100_000
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:IVON can move")  # in eight steps
+@pytest.mark.parametrize(
+    ("method", "task", "normalization"),
+    [*((method, "arc_easy", "none") for method in METHODS), ("tuned", "openbookqa", "tokens")],
+)
+def test_a_method_fills_its_rows_by_cloze(
+    method: str, task: str, normalization: str, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(harness, "unpack_model", lambda name, where: folder / "tiny-llama")
+    ((path, job),) = calibration.jobs(given(folder, tasks=[task], methods=[method], steps=8, rows=100)).items()
+    assert path.name == f"{task}-cloze-{method}-0.json"
+    found = calibration.run(job)
+    assert (found["scoring"], found["normalization"]) == ("cloze", normalization)
+    assert found["split"] == "validation" and len(found["labels"]) == 40
+    assert BY_CLOZE[method] <= found["forms"].keys() <= TUNED_ROWS.keys()
+    if method == "tuned":
+        assert "no head" in found["left_out"]["laplace"] and "place" in found["left_out"]["tuned-isotonic"]
+        assert {"tuned-vector", "tfb"} <= found["forms"].keys() | found["left_out"].keys()
+    rows = [item(index) for index in range(40)]
+    for form in found["forms"].values():
+        p = probabilities_of(form, 40)
+        assert classification_scores(p, np.asarray(found["labels"]), ())["nll"] == pytest.approx(
+            form["scores"]["nll"], abs=1e-3
+        )
+        assert all(p[i, len(row["choices"]) :].sum() < 1e-9 for i, row in enumerate(rows))
+    # Of the 16 rows of a step it has learned that cats are right, which one word before a choice does not say.
+    assert found["forms"][next(iter(found["forms"]))]["scores"]["nll"] < 1.6
 
 
 def test_runs_have_names_settings_and_the_schedule_of_their_task(folder: Path) -> None:

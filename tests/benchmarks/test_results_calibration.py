@@ -104,3 +104,31 @@ def test_runs_on_other_rows_are_not_compared(tmp_path: Path) -> None:
     write_differences(folder)
     found = json.loads((tmp_path / "calibration-differences.json").read_text())
     assert found["mrpc"]["swag"] == {"seeds": []} and found["mrpc"]["tuned"]["seeds"] == [0]
+
+
+def test_a_task_by_cloze_has_a_table_of_its_own_beside_the_one_by_letters(tmp_path: Path) -> None:
+    folder = tmp_path / "calibration"
+    p = np.array([[0.9, 0.1], [0.8, 0.2], [0.2, 0.8], [0.3, 0.7]])
+    known = {"scores": {**scores(1.0, 0.2, 0.2), "excess_aurc": 0.0}, "log_odds": encoded(p)}
+    guessed = {"scores": scores(0.25, 0.1, 1.4), "log_odds": encoded(p)}
+    for method in ("lora", "blob"):
+        write(folder, run(method, 0, {}, "arc_easy", forms={method: guessed}))
+    by_cloze = {"scoring": "cloze", "normalization": "none", "training": {**TRAINING, "steps": 64}, "seconds": 9.0}
+    search = [{"learning_rate": 1e-3, "step": 10, "nll": 0.5, "seconds": 40.0}]
+    for method in ("tuned", "blob"):
+        forms = {method: known, **({"tuned-temperature": known} if method == "tuned" else {})}
+        own = {"search": search, "left_out": {"laplace": "there is no head"}}
+        found = run(method, 0, {}, "arc_easy", forms=forms, **by_cloze, **own)
+        (folder / f"arc_easy-cloze-{method}-0.json").write_text(json.dumps(found))
+    per_token = run("tuned", 0, {}, "openbookqa", forms={"tuned": known}, search=search, **by_cloze)
+    write(folder, {**per_token, "normalization": "tokens"})
+    write_differences(folder)
+    text = calibration_section(folder)
+    assert "### ARC-easy by letters (guesses)\n" in text and "### ARC-easy by cloze, LoRA tuned\n" in text
+    assert "### OpenBookQA by cloze per token, LoRA tuned\n" in text
+    assert "Left out:\n\n- Laplace on the head: there is no head\n" in text
+    assert list(json.loads((tmp_path / "calibration-differences.json").read_text())) == ["arc_easy-cloze"]
+    letters, _, cloze = text.partition("### ARC-easy by cloze")
+    assert "| BLoB, 10 samples |" in letters and "64 steps" not in letters
+    assert "| BLoB | 1 | 1.000 |" in cloze and "At most 64 steps" in cloze
+    assert "- calibration, BLoB: MRPC, CoLA, RTE, WinoGrande, ARC-easy (seed 1, 2)" in missing_calibration(folder)
