@@ -51,9 +51,9 @@ def test_options_of_the_method_change_the_plan(llama_config: Path, capfd: pytest
     diagonal = planned(
         capfd, "--model", llama_config, "--method=melora", "--target_modules", targets, "--r=4", "--core", "diagonal"
     )
-    pairs = 4 * (4 * (32 + 32) + 2 * 4 * 4) + 4 * (32 + 50) + 2 * 4 * 4
+    pairs = 4 * (4 * (32 + 32) + 4 * 4) + 4 * (32 + 50) + 4 * 4
     assert full["parameters"]["trainable"] == pairs
-    assert diagonal["parameters"]["trainable"] == pairs - 5 * 2 * (4 * 4 - 4)
+    assert diagonal["parameters"]["trainable"] == pairs - 5 * (4 * 4 - 4)
     assert (full["task_type"], full["class"]) == ("CAUSAL_LM", "LlamaForCausalLM")
 
 

@@ -2,28 +2,20 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import math
-import warnings
 from pathlib import Path
 from typing import Any
-
-import numpy as np
 
 from bayeslora.cli.evaluate import rows_to_score, source_of
 from bayeslora.cli.progress import disable_progress_bars
 from bayeslora.files import finite
-from bayeslora.posthoc import ConformalSets
-from bayeslora.posthoc.conformal import conformal_quantile
-from bayeslora.runs.decisions import CALIBRATION_FILE, Calibration
+from bayeslora.runs.decisions import CALIBRATION_FILE
 from bayeslora.runs.info import RunInfo
 from bayeslora.runs.rows import check_not_training
 from bayeslora.runs.run import load
 from bayeslora.runs.scaling import ScalingName
 
-COVERAGES = (0.8, 0.9, 0.95)
-RISKS = (0.01, 0.05, 0.1)
 _SCALINGS: dict[str, ScalingName] = {"temperature": "temperature", "vector_scaling": "vector", "isotonic": "isotonic"}
 """Maps of the probabilities by option."""
 
@@ -47,7 +39,7 @@ def run(given: dict[str, Any]) -> int:
         by_class=given.get("by_class", False),
         scaling=next((scaling for name, scaling in _SCALINGS.items() if name in given), None),
     )
-    found = described(calibration)
+    found = calibration.summary()
     if given.get("json"):
         print(json.dumps(finite({"folder": str(folder), **found}), indent=2, ensure_ascii=False))
         return 0
@@ -65,35 +57,6 @@ def run(given: dict[str, Any]) -> int:
             f"model show none below {found['lowest_risk']:.2g}; give a higher --risk, more rows, or a better model"
         )
     return 0
-
-
-def described(calibration: Calibration) -> dict[str, Any]:
-    """Return what usual levels of coverage and risk mean for the calibration rows, as `--json` prints it."""
-    sets = calibration.sets
-    found: dict[str, Any] = {
-        name: getattr(calibration, name) for name in ("rows", "source", "samples", "seed", "score")
-    }
-    if calibration.scaling is not None:
-        found["scaling"] = dataclasses.asdict(calibration.scaling)
-    if isinstance(sets, ConformalSets):
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            limits = {coverage: sets.thresholds(coverage) for coverage in COVERAGES}
-        found["coverage"] = [
-            {"coverage": coverage, "limit": float(np.max(limit)), "labels": _always(limit, calibration.labels)}
-            for coverage, limit in limits.items()
-        ]
-    else:
-        quantiles = {coverage: conformal_quantile(sets.scores, coverage) for coverage in COVERAGES}
-        found["coverage"] = [{"coverage": coverage, "limit": limit} for coverage, limit in quantiles.items()]
-    if calibration.risk is not None:
-        found["risk"] = [{"risk": risk, "answered": calibration.threshold(risk).coverage} for risk in RISKS]
-        found["lowest_risk"] = calibration.risk.lowest()
-    return found
-
-
-def _always(limits: Any, labels: list[str]) -> list[str]:
-    return [name for name, limit in zip(labels, limits, strict=True) if math.isinf(limit)]
 
 
 def _limit(row: dict[str, Any]) -> str:

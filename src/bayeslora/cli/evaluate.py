@@ -14,20 +14,28 @@ from torch import nn
 
 from bayeslora.cli.inputs import refuse
 from bayeslora.cli.progress import disable_progress_bars
-from bayeslora.data import Task, load_task
+from bayeslora.data import Task
 from bayeslora.data.known import KNOWN
 from bayeslora.errors import BayesLoraError
-from bayeslora.evaluation import Evaluation, dataset_features, evaluate, predict_dataset
+from bayeslora.evaluation import Evaluation, evaluate
 from bayeslora.files import check_new, finite, new_folder
-from bayeslora.prediction import Predictable, check_samples
+from bayeslora.prediction import check_samples
 from bayeslora.report import check_installed
 from bayeslora.runs.decisions import CALIBRATION_FILE, Calibration, calibration_for
 from bayeslora.runs.info import RUN_FILE, RunInfo
 from bayeslora.runs.record import METRICS_FILE, RunRecord, Shift, read_run
-from bayeslora.runs.rows import EVALUATION, OutsideRows, answering, encode_for, labelled_rows, outside_rows
-from bayeslora.runs.run import Run, load
+from bayeslora.runs.rows import (
+    EVALUATION,
+    OutsideRows,
+    answering,
+    encode_for,
+    labelled_rows,
+    named_task,
+    outside_rows,
+)
+from bayeslora.runs.run import load
 from bayeslora.runs.schema import from_json
-from bayeslora.runs.score import answered, described, detected, fitted_space, scored
+from bayeslora.runs.score import answered, described, foreign_scores, scored
 from bayeslora.runs.shift import Domain, conformal_scores, scored_shift, shift_columns
 from bayeslora.runs.zero_shot import UNTRAINED, load_untrained, untrained_info
 
@@ -75,7 +83,7 @@ def run(given: dict[str, Any]) -> int:
         "seconds": evaluation.seconds,
     }
     if outside is not None:
-        found |= _detection(loaded, predictor, task, split, evaluation, outside, size, seed)
+        found |= foreign_scores(loaded, predictor, task, split, evaluation, outside, size, seed)
     if "shift" in given or domain is not None:
         suites = given.get("shift", [])
         more = conformal_scores(folder, loaded.model, samples, seed, uncalibrated)
@@ -134,7 +142,7 @@ def _outside(given: dict[str, Any], info: RunInfo, task: Task) -> OutsideRows | 
 def _domain(given: dict[str, Any], info: RunInfo) -> Domain | None:
     """Return the rows that `--shift-task` or `--shift-file` names."""
     if "shift_task" in given:
-        task = _named_task(given["shift_task"], info, given.get("data_dir", info.data_dir))
+        task = named_task(given["shift_task"], info, given.get("data_dir", info.data_dir))
         return Domain(task.name, task, task.splits[EVALUATION])
     if "shift_file" not in given:
         return None
@@ -178,36 +186,6 @@ def _calibrated(calibration: Calibration, source: str) -> dict[str, Any]:
 def source_of(given: dict[str, Any], task: Task, split: str) -> str:
     """Return where the rows to score come from: the file, or the task and its split."""
     return str(given.get("eval_file", f"{task.name}, {split}"))
-
-
-def _detection(
-    loaded: Run,
-    predictor: Predictable,
-    task: Task,
-    split: str,
-    evaluation: Evaluation,
-    outside: OutsideRows,
-    size: int,
-    seed: int,
-) -> dict[str, Any]:
-    tokenizer = loaded.tokenizer
-    foreign = encode_for(outside.rows, outside.task, tokenizer, loaded.info)
-    prediction = predict_dataset(predictor, foreign, tokenizer, size, evaluation.samples, seed)
-    features = None
-    if loaded.info.head == "sequence":
-        inside = encode_for(task.splits[split], task, tokenizer, loaded.info)
-        try:
-            space = fitted_space(loaded.model, tokenizer, loaded.info, size)
-            of_inside, of_outside = (
-                dataset_features(loaded.model, rows, tokenizer, size) for rows in (inside, foreign)
-            )
-            features = space, of_inside, of_outside
-        except BayesLoraError as error:
-            warnings.warn(f"scores by features are left out, because {error}", stacklevel=2)
-    return {
-        "uncertainty": evaluation.histograms(prediction),
-        "ood": detected(outside, evaluation, prediction, features),
-    }
 
 
 def detection_lines(block: dict[str, Any]) -> list[str]:
@@ -283,21 +261,8 @@ def rows_to_score(given: dict[str, Any], info: RunInfo) -> tuple[Task, str]:
     refuse(given, ("text_column", "label_column"), "is given, but needs --eval-file: add that or leave this out")
     name = str(given.get("task", info.task_name))
     own = name == info.task_name
-    task = _named_task(name, info, given.get("data_dir", info.data_dir if own else None))
+    task = named_task(name, info, given.get("data_dir", info.data_dir if own else None))
     split = given.get("split", EVALUATION)
     if split not in task.splits:
         raise BayesLoraError(f"--split is {split!r}, but task {name} has {', '.join(task.splits)}: name one of these")
     return task, split
-
-
-def _named_task(name: str, info: RunInfo, data_dir: str | None) -> Task:
-    """Return a named task; it must have the kind and the labels of the run."""
-    task = load_task(name, data_dir, train_split=info.train_split if name == info.task_name else None)
-    # All multiple-choice tasks share their letters; each item has its number of choices.
-    fits = task.kind == info.kind and (task.kind == "multiple_choice" or list(task.labels) == info.labels)
-    if not fits:
-        raise BayesLoraError(
-            f"task {name} has labels {', '.join(task.labels) or 'none'}, but the run was trained on "
-            f"{', '.join(info.labels) or 'numbers'}: name a task with the same labels"
-        )
-    return task

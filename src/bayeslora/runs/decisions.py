@@ -11,6 +11,7 @@ import dataclasses
 import hashlib
 import json
 import math
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,7 +23,7 @@ from torch import Tensor, nn
 from bayeslora.errors import BayesLoraError
 from bayeslora.files import save_json, write_atomically
 from bayeslora.posterior import POSTERIOR_FILE
-from bayeslora.posthoc.conformal import ConformalIntervals, ConformalSets
+from bayeslora.posthoc.conformal import ConformalIntervals, ConformalSets, conformal_quantile
 from bayeslora.posthoc.risk import RiskControl, Threshold
 from bayeslora.prediction import Predictable, Prediction
 from bayeslora.runs.base import add_tensor
@@ -33,6 +34,9 @@ from bayeslora.runs.scaling import Scaling
 CALIBRATION_FILE = "conformal.json"
 _VERSION = 2
 """Written for a file with a map; those without are read by the first version too."""
+_COVERAGES = (0.8, 0.9, 0.95)
+_RISKS = (0.01, 0.05, 0.1)
+"""Levels of the summary."""
 _OF_CLASSES, _OF_NUMBERS = ("lac", "aps"), ("residual", "scaled")
 
 
@@ -169,6 +173,32 @@ class Calibration:
         with write_atomically(path) as partial:
             save_json(partial, content)
         return path
+
+    def summary(self) -> dict[str, Any]:
+        """Return what usual levels of coverage and risk mean for the calibration rows."""
+        sets = self.sets
+        found: dict[str, Any] = {name: getattr(self, name) for name in ("rows", "source", "samples", "seed", "score")}
+        if self.scaling is not None:
+            found["scaling"] = dataclasses.asdict(self.scaling)
+        if isinstance(sets, ConformalSets):
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")
+                limits = {coverage: sets.thresholds(coverage) for coverage in _COVERAGES}
+            always = {
+                coverage: [name for name, is_in in zip(self.labels, np.isinf(limit), strict=True) if is_in]
+                for coverage, limit in limits.items()
+            }
+            found["coverage"] = [
+                {"coverage": coverage, "limit": float(np.max(limit)), "labels": always[coverage]}
+                for coverage, limit in limits.items()
+            ]
+        else:
+            quantiles = {coverage: conformal_quantile(sets.scores, coverage) for coverage in _COVERAGES}
+            found["coverage"] = [{"coverage": coverage, "limit": limit} for coverage, limit in quantiles.items()]
+        if self.risk is not None:
+            found["risk"] = [{"risk": risk, "answered": self.threshold(risk).coverage} for risk in _RISKS]
+            found["lowest_risk"] = self.risk.lowest()
+        return found
 
     @classmethod
     def load(cls, folder: Path) -> Calibration:

@@ -146,6 +146,19 @@ def rows_to_predict(inputs: Any, info: RunInfo, text_columns: list[str] | None =
     return _task(info, tuple(columns), {EVALUATION: load_texts(inputs, columns)})
 
 
+def named_task(name: str, info: RunInfo, data_dir: str | None) -> Task:
+    """Return a named task; it must have the kind and the labels of the run."""
+    task = load_task(name, data_dir, train_split=info.train_split if name == info.task_name else None)
+    # All multiple-choice tasks share their letters; each item has its number of choices.
+    fits = task.kind == info.kind and (task.kind == "multiple_choice" or list(task.labels) == info.labels)
+    if not fits:
+        raise BayesLoraError(
+            f"task {name} has labels {', '.join(task.labels) or 'none'}, but the run was trained on "
+            f"{', '.join(info.labels) or 'numbers'}: name a task with the same labels"
+        )
+    return task
+
+
 def labelled_rows(
     info: RunInfo, file: Source, text_columns: list[str] | None = None, label_column: str | None = None
 ) -> Task:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import platform
 import resource
 import sys
+import warnings
 from collections.abc import Callable
 from dataclasses import asdict, replace
 from typing import Any
@@ -19,6 +20,7 @@ from bayeslora.cost import count_parameters, relative_bops
 from bayeslora.data import Task
 from bayeslora.data.known import MISMATCHED
 from bayeslora.data.tasks import LABEL
+from bayeslora.errors import BayesLoraError
 from bayeslora.evaluation import (
     Evaluation,
     FeatureSpace,
@@ -32,6 +34,7 @@ from bayeslora.methods import describe
 from bayeslora.prediction import Predictable, Prediction
 from bayeslora.runs.info import RunInfo
 from bayeslora.runs.rows import EVALUATION, FITTED_ROWS, TEST, OutsideRows, encode_for, training_rows
+from bayeslora.runs.run import Run
 
 _PROBE_ROWS = 16
 _RELOAD_TOLERANCE = {"float32": 1e-5, "bfloat16": 5e-2, "float16": 1e-2}
@@ -100,6 +103,37 @@ def fitted_space(
 
 Features = tuple[NDArray[np.float64], NDArray[np.float64]]
 """Features (n, d) and logits (n, C) of a split, as `dataset_features` returns them."""
+
+
+def foreign_scores(
+    loaded: Run,
+    predictor: Predictable,
+    task: Task,
+    split: str,
+    evaluation: Evaluation,
+    outside: OutsideRows,
+    size: int,
+    seed: int,
+) -> dict[str, Any]:
+    """Return the `uncertainty` and `ood` blocks of `metrics.json`: rows from outside against the scored ones."""
+    tokenizer = loaded.tokenizer
+    foreign = encode_for(outside.rows, outside.task, tokenizer, loaded.info)
+    prediction = predict_dataset(predictor, foreign, tokenizer, size, evaluation.samples, seed)
+    features = None
+    if loaded.info.head == "sequence":
+        inside = encode_for(task.splits[split], task, tokenizer, loaded.info)
+        try:
+            space = fitted_space(loaded.model, tokenizer, loaded.info, size)
+            of_inside, of_outside = (
+                dataset_features(loaded.model, rows, tokenizer, size) for rows in (inside, foreign)
+            )
+            features = space, of_inside, of_outside
+        except BayesLoraError as error:
+            warnings.warn(f"scores by features are left out, because {error}", stacklevel=2)
+    return {
+        "uncertainty": evaluation.histograms(prediction),
+        "ood": detected(outside, evaluation, prediction, features),
+    }
 
 
 def detected(
