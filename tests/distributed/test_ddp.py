@@ -14,6 +14,7 @@ from tests.methods.reference import used_by_weights
 from tests.processes import run_ranks
 
 MODES = [(gates, mode) for gates in ("evidence", "paper") for mode in ("q+ra", "q", "ra")]
+SHARDED = [(*each, False) for each in MODES] + [("evidence", "q+ra", True), ("paper", "q+ra", True)]
 
 
 def _run(run: Run, folder: Path) -> list[dict[str, Any]]:
@@ -92,6 +93,30 @@ def _assert_penalty_counted_once(result: dict[str, Any], steps: int) -> None:
             penalty.backward()
             torch.testing.assert_close(gradients[name], value.grad, atol=1e-6, rtol=1e-4, msg=name)
     assert added == steps  # a quarter warms up, a quarter is frozen
+
+
+@pytest.mark.parametrize(
+    ("sharded", "accumulation", "runs"),
+    [
+        ("layers", 1, [("evidence", "q+ra", True), ("paper", "q+ra", False), ("evidence", "ra", False)]),
+        pytest.param("layers", 4, SHARDED, marks=pytest.mark.slow),
+        pytest.param("model", 1, SHARDED, marks=pytest.mark.slow),
+    ],
+)
+def test_two_ranks_that_share_the_parameters_give_the_update_of_one_process(
+    sharded: str, accumulation: int, runs: list[tuple[str, str, bool]], tmp_path: Path
+) -> None:
+    """Under FSDP2: rotation, which mixes Adam's moments too, evidence and decisions gather what is shared."""
+    given = [Run(2, accumulation, mode, gates, adam=adam, sharded=sharded) for gates, mode, adam in runs]
+    results = run_ranks(worker.main_of_all, given, ranks=2, folder=tmp_path)
+    for run in given:
+        expected = worker.train(Run(1, 1, run.mode, run.gates, adam=run.adam), 0)
+        first, second = (found[worker.name_of(run)] for found in results)
+        _assert_same_update([first, second], expected)
+        for name, value in first["parameters"].items():
+            assert torch.equal(second["parameters"][name], value), f"{worker.name_of(run)}: {name} differs by rank"
+        assert first["steps counted"] == expected["steps counted"]
+        _assert_penalty_counted_once(first, STEPS // 2 if run.gates == "paper" else 0)
 
 
 @pytest.mark.parametrize("gates", ["evidence", "paper"])

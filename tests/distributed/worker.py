@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from contextlib import nullcontext
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from bayeslora import BayesLoop, BLoraConfig, describe, parameter_groups
+from bayeslora.posterior.draws import whole
 
 STEPS = 8
 BATCH = 16
@@ -34,6 +36,8 @@ class Run:
     adam: bool = False
     wrapped: bool = False
     """Under DDP even on one rank."""
+    sharded: str = ""
+    """Under FSDP2 in place of DDP: the `model` as one, or its `layers` as well, which are gathered one at a time."""
 
     @property
     def distributed(self) -> bool:
@@ -80,6 +84,32 @@ def _gates(model: nn.Module) -> dict[str, nn.Parameter]:
     return {name: p for name, p in model.named_parameters() if name.endswith((".gates", "blora_rank.default.logits"))}
 
 
+def _distributed(run: Run, model: Any) -> Any:
+    if not run.sharded:
+        return DistributedDataParallel(model) if run.distributed else model
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import fully_shard
+
+    mesh = init_device_mesh("cpu", (run.ranks,))
+    if run.sharded == "layers":
+        for layer in (model.base_model.model.lin0, model.base_model.model.lin1):
+            fully_shard(layer, mesh=mesh)
+    return fully_shard(model, mesh=mesh)
+
+
+@contextmanager
+def _gathering(run: Run, wrapped: Any, last: bool) -> Iterator[None]:
+    """Add up the gradients of micro-batches on each rank, and over the ranks with the last of them."""
+    if run.sharded:
+        wrapped.set_requires_gradient_sync(last)
+    with nullcontext() if last or run.sharded or not run.distributed else wrapped.no_sync():
+        yield
+
+
+def _gradient(parameter: nn.Parameter) -> Tensor:
+    return whole(torch.zeros_like(parameter) if parameter.grad is None else parameter.grad).detach().clone()
+
+
 def _optimizer(run: Run, model: nn.Module) -> torch.optim.Optimizer:
     groups = parameter_groups(model, lr=0.05)
     # Adam would turn the rounding of a tiny gradient into a whole step, so it gets a large epsilon.
@@ -98,7 +128,7 @@ def train(run: Run, rank: int) -> dict[str, Any]:
     inputs = torch.randn(STEPS, BATCH, 6)
     targets = torch.randint(0, 3, (STEPS, BATCH))
     torch.manual_seed(1000 + rank)  # what is equal on all ranks must not be equal by luck
-    wrapped = DistributedDataParallel(model) if run.distributed else model
+    wrapped = _distributed(run, model)
     optimizer = _optimizer(run, wrapped)
     loop = BayesLoop(wrapped, optimizer, total_steps=STEPS)
     micro = BATCH // (run.ranks * run.accumulation)
@@ -108,23 +138,22 @@ def train(run: Run, rank: int) -> dict[str, Any]:
         for index in range(run.accumulation):
             start = (index * run.ranks + rank) * micro
             rows = slice(start, start + micro)
-            last = index == run.accumulation - 1
-            with nullcontext() if last or run.ranks == 1 else wrapped.no_sync():
+            with _gathering(run, wrapped, last=index == run.accumulation - 1):
                 loss = nn.functional.cross_entropy(wrapped(inputs[step, rows]), targets[step, rows])
                 (loss / run.accumulation).backward()
         gates = _gates(model)
-        before = {name: torch.zeros_like(p) if p.grad is None else p.grad.clone() for name, p in gates.items()}
-        logits.append({name: p.detach().clone() for name, p in gates.items()})
+        before = {name: _gradient(p) for name, p in gates.items()}
+        logits.append({name: whole(p.detach()).clone() for name, p in gates.items()})
         loop.before_optimizer_step()
         penalty_gradients.append(
-            {n: torch.zeros_like(p) if p.grad is None else p.grad - before[n] for n, p in gates.items()}
+            {n: _gradient(p) - (before[n] if p.grad is not None else 0.0) for n, p in gates.items()}
         )
         optimizer.step()
         loop.step_end()
         optimizer.zero_grad()
         noise.append([m.noise for m in model.modules() if getattr(m, "noise", None) is not None])
     return {
-        "parameters": {name: p.detach() for name, p in model.named_parameters() if p.requires_grad},
+        "parameters": {name: whole(p.detach()) for name, p in model.named_parameters() if p.requires_grad},
         "noise": noise,
         "logits": logits,
         "penalty_gradients": penalty_gradients,
@@ -136,9 +165,26 @@ def train(run: Run, rank: int) -> dict[str, Any]:
 
 
 def main(rank: int, run: Run, folder: str) -> None:
+    _in_group(rank, run.ranks, folder, lambda: train(run, rank))
+
+
+def name_of(run: Run) -> str:
+    return f"{run.mode} by {run.gates} with {'Adam' if run.adam else 'SGD'}"
+
+
+def main_of_all(rank: int, runs: list[Run], folder: str) -> None:
+    """Runs of several modes one after the other, with the same number of ranks."""
+
+    def results() -> dict[str, Any]:
+        return {name_of(run): train(run, rank) for run in runs}
+
+    _in_group(rank, runs[0].ranks, folder, results)
+
+
+def _in_group(rank: int, ranks: int, folder: str, results: Callable[[], Any]) -> None:
     torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=run.ranks)
+    dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=ranks)
     try:
-        torch.save(train(run, rank), Path(folder) / f"{rank}.pt")
+        torch.save(results(), Path(folder) / f"{rank}.pt")
     finally:
         dist.destroy_process_group()

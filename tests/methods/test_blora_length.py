@@ -15,6 +15,7 @@ from torch import nn
 from bayeslora import BLoraConfig
 from bayeslora.methods import TrainingSetup
 from bayeslora.methods.blora.length import LEAST_ROWS, SPREAD, phases, shortfall
+from bayeslora.methods.blora.model import Batch
 from bayeslora.training.hooks import cost_in
 from tests.methods.evidence_models import trained
 
@@ -76,7 +77,8 @@ def test_the_error_that_it_names_is_not_below_that_of_a_tiny_model() -> None:
     for step in range(100):
         tokens = torch.randint(5, 30, (int(LEAST_ROWS), 8))
         tuner.run_state().found = {}
-        tuner._measure((), {"input_ids": tokens, "labels": tokens[:, 0] % 2}, 1000 + step)
+        given: dict[str, Any] = {"input_ids": tokens, "labels": tokens[:, 0] % 2}
+        tuner._measure(tuner.model, Batch(lambda m, given=given: m(**given), given, len(tokens)), 1000 + step)
         sums = tuner.run_state().found.values()
         estimates.append(torch.cat([s[name].flatten() for s in sums for name in ("width_sums", "rank_sums")]))
     found = torch.stack(estimates)

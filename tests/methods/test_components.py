@@ -96,11 +96,16 @@ def watched_model(num_labels: int) -> tuple[Any, Tensor, Tensor]:
     return model.train(), ids, labels
 
 
-def sketches(model: Any, ids: Tensor, labels: Tensor, micro_batches: int) -> tuple[Tensor, int]:
-    """The sketch (m, K) after one watched step that moves no weight, and that step."""
+def sketches(
+    model: Any, ids: Tensor, labels: Tensor, micro_batches: int, measured: bool = False
+) -> tuple[Tensor, int]:
+    """The sketch (m, K) after a watched step that moves no weight, and that step, `measured` or not."""
     optimizer = torch.optim.SGD(parameter_groups(model, lr=0.0), lr=0.0)
-    step = BayesLoop(model, optimizer, total_steps=300).tuner.run_state().rotated_after
-    loop = BayesLoop(model, optimizer, total_steps=300, step=step)
+    run = BayesLoop(model, optimizer, total_steps=1000).tuner.run_state()
+    step = min(run.schedule.passes) if measured else run.rotated_after
+    for layer in model.base_model.adapted_layers() if measured else ():
+        layer.start_learning("default")
+    loop = BayesLoop(model, optimizer, total_steps=1000, step=step)
     loop.step_begin()
     for rows in torch.arange(ROWS).chunk(micro_batches):
         (model(input_ids=ids[rows], labels=labels[rows]).loss / micro_batches).backward()
@@ -110,10 +115,13 @@ def sketches(model: Any, ids: Tensor, labels: Tensor, micro_batches: int) -> tup
     return torch.cat([layer.evidence("default").rank_sketch for layer in layers], dim=1), step
 
 
+@pytest.mark.parametrize("measured", [False, True])
 @pytest.mark.parametrize("num_labels", [1, 2])
-def test_the_sketch_is_that_of_gradients_of_single_rows_with_drawn_labels(num_labels: int) -> None:
+def test_the_sketch_is_that_of_gradients_of_single_rows_with_drawn_labels(num_labels: int, measured: bool) -> None:
     model, ids, labels = watched_model(num_labels)
-    found, step = sketches(model, ids, labels, 1)
+    found, step = sketches(model, ids, labels, 1, measured)
+    passes = {float(layer.evidence("default").passes) for layer in model.base_model.adapted_layers()}
+    assert passes == {float(measured)}
     diagonals = [layer.blora_E["default"] for layer in model.base_model.adapted_layers()]
     rows = []
     for row in range(ROWS):

@@ -505,6 +505,18 @@ def test_deepspeed_is_refused(tmp_path: Path) -> None:
         bayeslora.attach(trainer)
 
 
+def test_fsdp1_is_refused_for_a_method_that_needs_whole_factors_before_anything_changes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    trainer = _trainer(_model(), tmp_path, attached=False)
+    trainer.is_fsdp_enabled = True
+    with pytest.raises(BayesLoraError, match="FSDP1 flattens the factors, but B-LoRA rotates them: use FSDP2 or DDP"):
+        bayeslora.attach(trainer)
+    assert trainer.optimizer_cls_and_kwargs is None
+    monkeypatch.setattr(type(trainer.accelerator), "is_fsdp2", True)
+    assert bayeslora.attach(trainer).optimizer_cls_and_kwargs is not None
+
+
 def test_a_callers_optimizer_without_the_groups_is_refused_and_with_them_is_kept(tmp_path: Path) -> None:
     model = _model()
     trainer = _trainer(model, tmp_path, optimizers=(torch.optim.AdamW(model.parameters()), None))

@@ -40,6 +40,7 @@ class TrainingSetup:
         cost_of: from a currency (`"bops"`, `"bytes"` or `"rank"`) and a scope of bit operations, or None for that of
             the adapted layers' region, to the cost of the model.
         rows: rows in an optimizer step, over its micro-batches and all ranks; None where they are not known yet.
+        model: the model that the loop calls, perhaps wrapped for distributed training; None where it is not known.
     """
 
     total_steps: int
@@ -47,6 +48,7 @@ class TrainingSetup:
     has_posterior: bool = False
     cost_of: Callable[[str, CostScope | None], CostModel] | None = None
     rows: int | None = None
+    model: nn.Module | None = None
 
 
 @dataclass(frozen=True)
@@ -83,6 +85,9 @@ class BayesTuner(BaseTuner):
 
     row_loss: RowLoss | None = None
     """Loss of the forward pass that is under way, where it is not the model's own."""
+
+    needs_whole_factors: ClassVar[bool] = False
+    """True if the method reads whole factors while it trains: FSDP1, which flattens them, cannot give it any."""
 
     _run: RunState | None = None
     _named_layers: dict[str, Any] | None = None

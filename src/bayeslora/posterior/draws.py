@@ -127,6 +127,22 @@ def local(tensor: Tensor) -> Tensor:
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
+def whole(tensor: Tensor) -> Tensor:
+    """Return a distributed tensor gathered from all ranks, differentiable, or any other tensor itself."""
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
+def is_sharded(model: nn.Module) -> bool:
+    """Return True if ranks have parts of the parameters of `model`, as under FSDP2."""
+    return any(isinstance(parameter, DTensor) for parameter in model.parameters())
+
+
+@torch.no_grad()
+def write(parameter: Tensor, value: Tensor) -> None:
+    """Set a parameter, of which each rank may have a part, to `value`, which all ranks hold."""
+    local(parameter).copy_(local_like(parameter, value))
+
+
 def local_like(parameter: Tensor, whole: Tensor) -> Tensor:
     """Return this rank's part of `whole`, which all ranks hold, sharded as `parameter` is and on its device."""
     whole = whole.to(parameter.device)

@@ -24,7 +24,7 @@ from torch.optim import Optimizer
 from bayeslora._peft import BaseTunerLayer
 from bayeslora.errors import BayesLoraError
 from bayeslora.files import write_atomically
-from bayeslora.posterior.draws import GaussianParameter, PosteriorSource, drawn_weights, posterior_source
+from bayeslora.posterior.draws import GaussianParameter, PosteriorSource, drawn_weights, posterior_source, whole
 
 POSTERIOR_FILE = "posterior.safetensors"
 _ORDER = "order"
@@ -220,8 +220,7 @@ def check_unmerged(model: nn.Module) -> None:
 
 def _whole(tensor: Any) -> Tensor:
     """Return a tensor, gathered if it is distributed, in float32 on the CPU."""
-    gathered: Tensor = tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
-    return gathered.to(device="cpu", dtype=torch.float32).contiguous()
+    return whole(tensor).to(device="cpu", dtype=torch.float32).contiguous()
 
 
 def _named(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:

@@ -1,4 +1,4 @@
-r"""LoRA cut to lower ranks after training, by the singular value decomposition of its update.
+r"""LoRA cut to lower ranks after training, by the singular values of its update or by what its components are worth.
 
 With QR decompositions $B = Q_B R_B$ and $A^\top = Q_A R_A$, the decomposition of the r × r matrix
 $R_B R_A^\top = U \Sigma V^\top$ gives that of the update,
@@ -7,20 +7,28 @@ $$ s B A = (Q_B U)\, s \Sigma\, (Q_A V)^\top, $$
 
 without a d × d matrix. The k largest singular values are the best update of rank k in the Frobenius norm (Eckart and
 Young, 1936). Over several layers the largest of all singular values are the best for a mean rank.
+
+What matters is not the update but the predictions. Given data, the components that stay are those without which the
+mean loss rises least, together and to second order, and they take over what the others did:
+`bayeslora.methods.blora.components` has the equations. The singular vectors stay as they are.
 """
 
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping
-from typing import Any, NamedTuple
+import functools
+from collections.abc import Iterable, Mapping
+from typing import Any, NamedTuple, cast
 
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
 from torch import Tensor, nn
 
 from bayeslora.errors import BayesLoraError
+from bayeslora.methods.blora.components import Watch, close_together, deal, taken_over
+from bayeslora.methods.blora.probe import logits_of, score_seed
 from bayeslora.methods.config import KEPT_FIELDS
+from bayeslora.methods.tuner import batch_rows
 from bayeslora.posthoc.plain_lora import lora_factors, lora_layers, only_lora
 
 _CHANGES_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
@@ -35,25 +43,46 @@ class _Update(NamedTuple):
     right: Tensor
     scaling: float
 
+    def part(self, kept: Tensor | slice, factors: Tensor | None = None) -> _Update:
+        """Return the components that `kept` names, after each of all components is multiplied by its factor."""
+        values = self.values if factors is None else self.values * factors.to(self.values)
+        if isinstance(kept, Tensor):
+            kept = kept.to(values.device)
+        return _Update(self.left[:, kept], values[kept], self.right[kept], self.scaling)
+
 
 def truncate_rank(
-    model: nn.Module, rank: int | Mapping[str, int] | None = None, *, mean_rank: float | None = None
+    model: nn.Module,
+    rank: int | Mapping[str, int] | None = None,
+    *,
+    mean_rank: float | None = None,
+    data: Mapping[str, Any] | Iterable[Mapping[str, Any]] | None = None,
+    seed: int = 0,
 ) -> PeftModel:
     """Return a LoRA model whose update is that of `model` cut to lower ranks, without training.
 
     The result is ordinary PEFT LoRA with a `rank_pattern`, and is saved and loaded as such. Singular values are
     divided equally between A and B, and every layer keeps its scaling. A layer at rank 0 has no adapter.
 
+    Without `data` the largest singular values stay. With it one pass, forward and backward without dropout, finds the
+    derivatives of every row's log-likelihood along all components, for labels that the model draws itself. Components
+    are then chosen together: those stay without which the predictions change least, and they are rescaled to take over
+    what the others did. The pass keeps 256 numbers for each component, however many rows there are.
+
     Args:
         model: a PEFT model with one LoRA adapter on linear layers; left unchanged, its base model is copied.
         rank: maximum rank of every layer, or the rank of each layer by its path, as in `bayeslora.describe`; layers
             that are not named keep their rank.
-        mean_rank: mean over all layers instead. The largest singular values of the scaled updates are kept, so a
-            layer may have rank 0. At least one rank is kept.
+        mean_rank: mean over all layers instead. The largest singular values of the scaled updates are kept, or the
+            components that `data` say, so a layer may have rank 0. At least one rank is kept.
+        data: a batch or batches of inputs, such as a few hundred training rows, for `mean_rank` only. Labels are not
+            needed; those of a language model only say which tokens count, -100 being those that do not.
+        seed: seed of the drawn labels and of the sketch. Two classes and regression need no draw but that of a sign.
 
     Raises:
         BayesLoraError: the model does not have exactly one LoRA adapter of A and B alone, its initialization has
-            changed the base weights, a rank is impossible, a layer does not exist, or no rank would be left.
+            changed the base weights, a rank is impossible, a layer does not exist, or no rank would be left; `data`
+            is given without `mean_rank`, has no rows, or shows no effect of the adapter.
     """
     name, config = only_lora(model)
     start = getattr(config, "init_lora_weights", None)
@@ -66,12 +95,20 @@ def truncate_rank(
         raise BayesLoraError(
             f"rank is {rank!r} and mean_rank {mean_rank!r}, but exactly one must be given: give one of them"
         )
+    if data is not None and mean_rank is None:
+        raise BayesLoraError("data is given with rank, but chooses components for a mean rank: give mean_rank instead")
     updates = {path: _decomposed(layer, name) for path, layer in lora_layers(model, name).items()}
-    ranks = _by_values(updates, mean_rank) if mean_rank is not None else _by_layer(updates, rank)
-    kept = {path: k for path, k in ranks.items() if k > 0}
-    if not kept:
+    if mean_rank is None:
+        cut = _first(updates, _by_layer(updates, rank))
+    elif data is None:
+        cut = _first(updates, _by_values(updates, _total(updates, mean_rank)))
+    else:
+        total = _total(updates, mean_rank)
+        columns = component_sketch(_rebuilt(model, name, config, updates), name, list(updates), data, seed)
+        cut = _by_evidence(updates, total, columns)
+    if not any(len(update.values) for update in cut.values()):
         raise BayesLoraError("every rank is 0, but at least 1 must be left: use the base model alone")
-    return _rebuilt(model, name, config, updates, kept)
+    return _rebuilt(model, name, config, cut)
 
 
 def _decomposed(layer: Any, name: str) -> _Update:
@@ -103,40 +140,118 @@ def _by_layer(updates: Mapping[str, _Update], rank: int | Mapping[str, int] | No
     return {path: min(rank, most) for path, most in largest.items()}
 
 
-def _by_values(updates: Mapping[str, _Update], mean_rank: float) -> dict[str, int]:
-    """Return the ranks with which the largest singular values over all layers are kept."""
-    values = [(float(v) * abs(u.scaling), path) for path, u in updates.items() for v in u.values]
+def _total(updates: Mapping[str, _Update], mean_rank: float) -> int:
+    """Return the number of components for a mean rank."""
+    most = sum(len(update.values) for update in updates.values())
     total = round(mean_rank * len(updates)) if 0 < mean_rank < float("inf") else 0
-    if not 1 <= total <= len(values):
+    if not 1 <= total <= most:
         raise BayesLoraError(
-            f"mean_rank is {mean_rank!r}, but must be above 0, and at most {len(values) / len(updates):g} for this "
+            f"mean_rank is {mean_rank!r}, but must be above 0, and at most {most / len(updates):g} for this "
             "adapter: give such a mean"
         )
+    return total
+
+
+def _by_values(updates: Mapping[str, _Update], total: int) -> dict[str, int]:
+    """Return the ranks with which the `total` largest singular values over all layers are kept."""
+    values = [(float(v) * abs(u.scaling), path) for path, u in updates.items() for v in u.values]
     kept = [path for _, path in sorted(values, key=lambda each: -each[0])[:total]]
     return {path: kept.count(path) for path in updates}
 
 
-def _rebuilt(
-    model: nn.Module, name: str, config: Any, updates: dict[str, _Update], ranks: dict[str, int]
-) -> PeftModel:
-    """Return a copy of `model` whose layers have the given ranks; layers that are not named lose their adapter."""
+def _first(updates: Mapping[str, _Update], ranks: Mapping[str, int]) -> dict[str, _Update]:
+    return {path: update.part(slice(ranks[path])) for path, update in updates.items()}
+
+
+def _by_evidence(updates: Mapping[str, _Update], total: int, columns: Tensor) -> dict[str, _Update]:
+    """Return the `total` components that are worth the most together, rescaled to take over from the others.
+
+    Args:
+        updates: by layer.
+        total: number of components to keep.
+        columns: (m, K) for all components, in the order of the layers.
+    """
+    is_open, _ = close_together(columns, limit=total)
+    factors = taken_over(columns, torch.ones_like(is_open), is_open)
+    sizes = [len(update.values) for update in updates.values()]
+    parts = zip(updates.items(), is_open.split(sizes), factors.split(sizes), strict=True)
+    return {path: update.part(kept, factor) for (path, update), kept, factor in parts}
+
+
+def component_sketch(
+    model: PeftModel, name: str, paths: list[str], data: Mapping[str, Any] | Iterable[Mapping[str, Any]], seed: int
+) -> Tensor:
+    r"""Return the sketch (m, K) of the rows' derivatives along the components of all layers, float64.
+
+    Args:
+        model: with A of each layer such that its r outputs are those of the components.
+        name: of its adapter.
+        paths: of the adapted layers, in order.
+        data: a batch or batches.
+        seed: as for `truncate_rank`.
+    """
+    layers = lora_layers(model, name)
+    inner = [cast(nn.Linear, layers[path].lora_A[name]) for path in paths]
+    watches = [Watch(each.out_features, each.weight.device) for each in inner]
+    handles = []
+    for each, watch in zip(inner, watches, strict=True):
+        each.weight.requires_grad_()
+        handles.append(each.register_forward_hook(functools.partial(_watch, watch)))
+    try:
+        for index, batch in enumerate([data] if isinstance(data, Mapping) else data):
+            _show(model, [each.weight for each in inner], watches, batch, seed * 1_000_003 + index)
+    finally:
+        for handle in handles:
+            handle.remove()
+    columns = torch.cat([watch.sketch for watch in watches], dim=1).cpu().double()
+    if not columns.any() or not columns.isfinite().all():
+        raise BayesLoraError(
+            "the data show no finite effect of the adapter on the predictions, but the cut goes by that: give batches "
+            "of inputs, such as training rows"
+        )
+    return columns
+
+
+def _show(model: PeftModel, weights: list[Tensor], watches: list[Watch], batch: Mapping[str, Any], step: int) -> None:
+    """Show the derivatives of one batch, for labels that the model draws in `step`, to the watches."""
+    device = next(model.parameters()).device
+    given = {key: value.to(device) for key, value in batch.items() if isinstance(value, Tensor)}
+    dealt = deal(given, batch_rows((), given), -1 - step)  # not the numbers that draw the labels
+    for watch in watches:
+        watch.dealt = dealt
+    with torch.enable_grad():
+        output = model(**{key: value for key, value in given.items() if key != "labels"})
+        if logits_of(output) is None:
+            raise BayesLoraError("the model returns no logits, but data need them: give a model with a head")
+        logits, drawn, _ = score_seed(output, given, model.get_base_model(), step)
+        torch.autograd.grad(logits, weights, drawn, allow_unused=True)
+
+
+def _watch(watch: Watch, _: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+    """Add the derivatives by a factor 1 of each component, between A and B."""
+    watch.diagonal(output.new_ones(output.shape[-1]), output, output)
+
+
+def _rebuilt(model: nn.Module, name: str, config: Any, updates: Mapping[str, _Update]) -> PeftModel:
+    """Return a copy of `model` in which A and B of every layer are those of its update; one of rank 0 has none."""
     copied: Any = copy.deepcopy(model)
     saved = get_peft_model_state_dict(copied, adapter_name=name)
     state = {key: value.clone() for key, value in saved.items() if ".lora_" not in key}
-    for path, k in ranks.items():
-        update = updates[path]
-        roots = update.values[:k].sqrt()
-        state[f"base_model.model.{path}.lora_A.weight"] = (roots.unsqueeze(1) * update.right[:k]).float().contiguous()
-        state[f"base_model.model.{path}.lora_B.weight"] = (update.left[:, :k] * roots).float().contiguous()
-    new = get_peft_model(copied.unload(), _config(config, updates, ranks), adapter_name=name).eval()
+    left = {path: update for path, update in updates.items() if len(update.values)}
+    for path, update in left.items():
+        roots, signs = update.values.abs().sqrt(), update.values.sign()
+        state[f"base_model.model.{path}.lora_A.weight"] = (roots.unsqueeze(1) * update.right).float().contiguous()
+        state[f"base_model.model.{path}.lora_B.weight"] = (update.left * (roots * signs)).float().contiguous()
+    new = get_peft_model(copied.unload(), _config(config, left, len(updates)), adapter_name=name).eval()
     set_peft_model_state_dict(new, state, adapter_name=name)
     return new
 
 
-def _config(config: Any, updates: dict[str, _Update], ranks: dict[str, int]) -> LoraConfig:
-    """Return the configuration with these ranks and the layers' own scalings."""
+def _config(config: Any, updates: Mapping[str, _Update], layers: int) -> LoraConfig:
+    """Return the configuration with the ranks and scalings of these updates, which are all or some of the `layers`."""
+    ranks = {path: len(update.values) for path, update in updates.items()}
     shared = {field: getattr(config, field) for field in KEPT_FIELDS}
-    if len(ranks) < len(updates):  # full paths, because names such as `query` would match the other layers too
+    if len(ranks) < layers:  # full paths, because names such as `query` would match the other layers too
         shared |= {"target_modules": sorted(ranks), **dict.fromkeys(("exclude_modules", "layers_to_transform"))}
         shared["layers_pattern"] = None
     largest = max(ranks.values())

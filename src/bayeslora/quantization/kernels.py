@@ -42,7 +42,7 @@ _WORTHWHILE = 1 << 18
 def quantize_mixture_kernel(x: Tensor, bound: Number, terms: Terms) -> Tensor:
     """Weighted sum of the grids in `terms`."""
     if isinstance(bound, float) and _is_small(x):
-        return torch.from_numpy(_small_mixture(x.detach().numpy(), bound, terms))
+        return torch.from_numpy(_small_mixture(_array(x), bound, terms))
     out = torch.empty_like(x)
     spare = _scratch(x, bound, 1)[0] if len(terms) > 1 else out
     steps = [_step(bound, level) for _, level in terms]
@@ -69,7 +69,7 @@ def mixture_gradients(grad: Tensor, x: Tensor, bound: Number, terms: Terms) -> t
     without it no digits are lost in the difference of two nearly equal sums.
     """
     if isinstance(bound, float) and _is_small(x):
-        small, clipped_sum, sums = _small_sums(grad.detach().numpy(), x.detach().numpy(), bound, terms)
+        small, clipped_sum, sums = _small_sums(_array(grad), _array(x), bound, terms)
         return torch.from_numpy(small), *_collected(bound, terms, clipped_sum, sums)
     grad_x = torch.empty_like(x)
     first, second = _scratch(x, bound, 2)
@@ -101,6 +101,13 @@ def _collected(bound: Number, terms: Terms, outside: Number, inside: list[Number
 
 def _is_small(x: Tensor) -> bool:
     return len(x) <= _SMALL and type(x) in (Tensor, nn.Parameter)
+
+
+def _array(x: Tensor) -> Array:
+    """Return `x` for NumPy, as a copy under a distributed run: FSDP could not free what NumPy has seen."""
+    is_distributed = torch.distributed.is_available() and torch.distributed.is_initialized()
+    array: Array = (x.detach().clone() if is_distributed else x.detach()).numpy()
+    return array
 
 
 def _small_mixture(x: Array, bound: float, terms: Terms) -> Array:

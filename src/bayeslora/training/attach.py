@@ -11,7 +11,7 @@ from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState,
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from bayeslora.errors import BayesLoraError
-from bayeslora.methods.tuner import tuner_of
+from bayeslora.methods.tuner import BayesTuner, tuner_of
 from bayeslora.posterior import unwrapped
 from bayeslora.training.best_model import check_best_model, forget_early_best
 from bayeslora.training.loop import BayesLoop
@@ -52,9 +52,9 @@ def attach(
 
     Raises:
         BayesLoraError: under DeepSpeed, which owns the gradients; if the trainer was given an optimizer that lacks the
-            method's groups, or one in addition to `optimizer`; if N contradicts the configuration; for IVON under
-            FSDP1, with several Monte-Carlo samples, or for an adapter with other parameters than weights; after a
-            call with other arguments.
+            method's groups, or one in addition to `optimizer`; if N contradicts the configuration; for B-LoRA or IVON
+            under FSDP1; for IVON with several Monte-Carlo samples, or for an adapter with other parameters than
+            weights; after a call with other arguments.
     """
     arguments = (num_examples, optimizer)
     attached = [each for each in trainer.callback_handler.callbacks if isinstance(each, BayesCallback)]
@@ -67,11 +67,8 @@ def attach(
     tuner = tuner_of(trainer.model)
     if tuner is None and not by_ivon:
         return trainer
-    if getattr(trainer, "is_deepspeed_enabled", False):
-        raise BayesLoraError("DeepSpeed hides the gradients, but methods need them: use DDP or FSDP2 instead")
+    _check_distribution(trainer, tuner, by_ivon)
     _choose_optimizer(trainer, num_examples, optimizer)
-    if by_ivon and trainer.is_fsdp_enabled and not getattr(trainer.accelerator, "is_fsdp2", False):
-        raise BayesLoraError("FSDP1 hides which weights a rank has, but IVON's noise depends on it: use FSDP2 or DDP")
     stated = None if tuner is None else tuner.num_examples
     if stated is not None and num_examples not in (None, stated):
         raise BayesLoraError(
@@ -82,6 +79,17 @@ def attach(
     if by_ivon:
         _restore_after_training(trainer, callback)
     return trainer
+
+
+def _check_distribution(trainer: Trainer, tuner: BayesTuner | None, by_ivon: bool) -> None:
+    if getattr(trainer, "is_deepspeed_enabled", False):
+        raise BayesLoraError("DeepSpeed hides the gradients, but methods need them: use DDP or FSDP2 instead")
+    if not trainer.is_fsdp_enabled or getattr(trainer.accelerator, "is_fsdp2", False):
+        return
+    if by_ivon:
+        raise BayesLoraError("FSDP1 hides which weights a rank has, but IVON's noise depends on it: use FSDP2 or DDP")
+    if tuner is not None and tuner.needs_whole_factors:
+        raise BayesLoraError(f"FSDP1 flattens the factors, but {tuner.title} rotates them: use FSDP2 or DDP")
 
 
 def _choose_optimizer(trainer: Trainer, num_examples: int | None, optimizer: str | OptimizerFactory | None) -> None:

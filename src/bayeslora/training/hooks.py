@@ -77,7 +77,8 @@ class MethodHook(LoopHook):
     def begin(self, total_steps: int) -> None:
         has_posterior = hasattr(self.optimizer, "posterior")
         cost_of = functools.partial(cost_in, self.model)
-        self.tuner.begin(TrainingSetup(total_steps, self.num_examples, has_posterior, cost_of, self.rows))
+        setup = TrainingSetup(total_steps, self.num_examples, has_posterior, cost_of, self.rows, self.model)
+        self.tuner.begin(setup)
         roles = {group.get(ROLE) for group in self.optimizer.param_groups}
         trained = {self.tuner.role_of(name) for name, p in self.tuner.named_parameters() if p.requires_grad}
         if missing := (trained | set(self.tuner.learning_rates)) - roles - {"weights"}:

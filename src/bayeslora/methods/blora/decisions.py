@@ -24,6 +24,7 @@ from bayeslora.methods.blora.components import close_together, taken_over
 from bayeslora.methods.blora.config import BLoraConfig
 from bayeslora.methods.blora.evidence import RANGED, width_table
 from bayeslora.methods.tuner import summed_over_ranks
+from bayeslora.posterior.draws import whole, write
 from bayeslora.vocabulary import ACTIVATIONS, WIDTHS
 
 DECISIONS = 4
@@ -198,7 +199,7 @@ def _set_components(layers: Mapping[str, Any], name: str, choice: Choice) -> Non
     for layer, is_open, factor in zip(layers.values(), open_now, factors, strict=True):
         diagonal = layer.blora_E[name]
         layer.rank_gates(name).set_open(is_open.to(diagonal.device))
-        diagonal.mul_(factor.to(diagonal))
+        write(diagonal, whole(diagonal) * factor.to(diagonal.device, diagonal.dtype))
 
 
 def best_range(layer: Any, name: str, kind: str, bits: int) -> Tensor:

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from bayeslora.methods.layer import Float32Module
+from bayeslora.posterior.draws import whole, write
 from bayeslora.quantization import (
     FLOOR,
     SURE_LOGIT,
@@ -150,7 +151,7 @@ class DrawnWidths:
     def of(self, quantizers: Quantizers, gates: Tensor) -> tuple[tuple[int, ...], ...]:
         if torch.compiler.is_compiling():  # no branch on values in a traced graph: every term takes part
             return (WIDTHS,) * len(quantizers.kinds)
-        noise, version = quantizers.noise, quantizers.gate_logits._version
+        noise, version = quantizers.noise, quantizers.gates._version
         known = self._cached
         if noise is None or known is None or known[0] is not noise or known[1] != version:
             known = (noise, version, tuple(active_widths(row) for row in gates.detach().tolist()))
@@ -229,13 +230,13 @@ class Quantizers(Float32Module):
 
     @property
     def gate_logits(self) -> Tensor:
-        """Logits (kinds, 4) of the bit gates; checkpoints know them as `gates`."""
-        return self.gates
+        """Logits (kinds, 4) of the bit gates, gathered where they are sharded; checkpoints know them as `gates`."""
+        return whole(self.gates)
 
     def ranges(self) -> tuple[Tensor, ...]:
         """Positive ranges, one tensor a kind, differentiable: exp of the stored logarithms."""
-        ranges = _exp(self.log_ranges).split(self.channels[BASE_WEIGHT in self.kinds :])
-        return (_exp(self.log_weight_range), *ranges) if BASE_WEIGHT in self.kinds else ranges
+        ranges = _exp(whole(self.log_ranges)).split(self.channels[BASE_WEIGHT in self.kinds :])
+        return (_exp(whole(self.log_weight_range)), *ranges) if BASE_WEIGHT in self.kinds else ranges
 
     def sampled(self) -> Assignment:
         """Gates drawn with the step's noise, or with fresh noise where no step was announced."""
@@ -268,12 +269,12 @@ class Quantizers(Float32Module):
     @property
     def version(self) -> tuple[int, ...]:
         """Changes with every write to the gates, or to the base weight's range, but an optimizer's."""
-        learned = [self.gate_logits, self.log_weight_range] if BASE_WEIGHT in self.kinds else [self.gate_logits]
+        learned = [self.gates, self.log_weight_range] if BASE_WEIGHT in self.kinds else [self.gates]
         return (self.generation, *(p._version for p in learned), *(id(p) for p in learned))
 
     def draw(self, noise: Tensor) -> None:
         """Fix the gates' noise, uniform of shape (kinds, 4), until the next draw."""
-        self.noise = noise.to(self.gate_logits.device).clamp(1e-6, 1 - 1e-6)
+        self.noise = noise.to(self.gates.device).clamp(1e-6, 1 - 1e-6)
 
     def quantized(self, kind: str, x: Tensor, assignment: Assignment) -> Tensor:
         """`x` as `assignment` has it; unchanged where `kind` is not quantized in this layer."""
@@ -301,17 +302,19 @@ class Quantizers(Float32Module):
         value = value.reshape(-1).clamp_min(FLOOR).log()
         self.generation += 1
         if kind == BASE_WEIGHT:
-            self.log_weight_range.copy_(value)
+            write(self.log_weight_range, value.expand(self.log_weight_range.shape))
             return
         index = self.kinds.index(kind)
         start = sum(self.channels[BASE_WEIGHT in self.kinds : index])
-        self.log_ranges[start : start + self.channels[index]] = value.to(self.log_ranges)
+        logarithms = whole(self.log_ranges.detach()).clone()
+        logarithms[start : start + self.channels[index]] = value.to(logarithms)
+        write(self.log_ranges, logarithms)
 
     def log_range(self, kind: str) -> Tensor:
         """Logarithms of the range of `kind`, limited as `ranges` limits them: one number a channel."""
         if kind == BASE_WEIGHT:
-            return self.log_weight_range.detach().float().clamp(-_LOG_LIMIT, _LOG_LIMIT)
-        parts = self.log_ranges.detach().split(self.channels[BASE_WEIGHT in self.kinds :])
+            return whole(self.log_weight_range.detach()).float().clamp(-_LOG_LIMIT, _LOG_LIMIT)
+        parts = whole(self.log_ranges.detach()).split(self.channels[BASE_WEIGHT in self.kinds :])
         part = parts[self.kinds.index(kind) - (BASE_WEIGHT in self.kinds)]
         return part.float().clamp(-_LOG_LIMIT, _LOG_LIMIT)
 
@@ -356,7 +359,12 @@ class RankGates(Float32Module):
     def forward(self) -> Tensor:
         if self.independent:
             return (self.logits > 0).float()
-        return rank_gates(self.logits.float())
+        return rank_gates(self.all_logits.float())
+
+    @property
+    def all_logits(self) -> Tensor:
+        """The logits (r,), gathered where they are sharded."""
+        return whole(self.logits)
 
     @torch.no_grad()
     def set_open(self, is_open: Tensor) -> None:

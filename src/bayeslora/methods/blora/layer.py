@@ -28,6 +28,7 @@ from bayeslora.methods.blora.gated_quantizers import (
 from bayeslora.methods.blora.probe import Probe, probed_forward
 from bayeslora.methods.description import LayerDescription
 from bayeslora.methods.layer import BayesLayer, PackedTensors, add_update
+from bayeslora.posterior.draws import whole
 from bayeslora.quantization import SURE_LOGIT, fixed_logits, linear, optimal_range
 from bayeslora.vocabulary import ACTIVATIONS, BASE_WEIGHT, KINDS, MATRICES, UNQUANTIZED
 
@@ -226,7 +227,7 @@ class BLoraLayer(BayesLayer):
         self.progress(name).advance(Phase.LEARN)
 
     def _best_range(self, name: str, kind: str, bits: int) -> Tensor:
-        tensor = self.weight if kind == BASE_WEIGHT else getattr(self, f"blora_{kind}")[name]
+        tensor = whole(self.weight if kind == BASE_WEIGHT else getattr(self, f"blora_{kind}")[name])
         config = self.configs[name]
         if kind != BASE_WEIGHT and not tensor.any():
             # A factor that is still zero has no scale of its own; it will grow to about that of A's initial values.
@@ -237,19 +238,25 @@ class BLoraLayer(BayesLayer):
         return optimal_range(tensor.T if transposed else tensor, bits, config.calibration, dim=1)
 
     def _as_deployed(self, name: str, kind: str, tensor: Tensor) -> Tensor:
+        tensor = whole(tensor).float()
         if not self.is_quantizing(name):
-            return tensor.float()
+            return tensor
         quantizers = self.quantizers(name)
-        return quantizers.quantized(kind, tensor.float(), quantizers.fixed())
+        return quantizers.quantized(kind, tensor, quantizers.fixed())
 
     @torch.no_grad()
     def factors(self, name: str) -> tuple[Tensor, Tensor, Tensor]:
         """A (r, d_in), gated E (r,) and B (d_out, r) as evaluation uses them, float32."""
-        diagonal = self._as_deployed(name, "E", self.blora_E[name])
-        if name in self.blora_rank:
-            diagonal = diagonal * self.rank_gates(name)()
         a = self._as_deployed(name, "A", self.blora_A[name])
-        return a, diagonal, self._as_deployed(name, "B", self.blora_B[name])
+        return a, self._gated_diagonal(name), self._as_deployed(name, "B", self.blora_B[name])
+
+    def _gated_diagonal(self, name: str) -> Tensor:
+        diagonal = self._as_deployed(name, "E", self.blora_E[name])
+        return diagonal * self.rank_gates(name)() if name in self.blora_rank else diagonal
+
+    @torch.no_grad()
+    def kept(self, adapter_name: str) -> Tensor:
+        return self._gated_diagonal(adapter_name) != 0
 
     def merged_weight(self, adapter_name: str, weight: Tensor) -> Tensor:
         if self.is_quantizing(adapter_name):

@@ -14,13 +14,14 @@ from __future__ import annotations
 import functools
 import math
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, cast
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
+from torch.utils.hooks import RemovableHandle
 
 from bayeslora.errors import BayesLoraError
 from bayeslora.methods.allocation import CostModel
@@ -44,6 +45,7 @@ from bayeslora.methods.tuner import (
     mean_ranks,
     step_generator,
 )
+from bayeslora.posterior.draws import is_sharded
 from bayeslora.quantization import (
     GATED_WIDTHS,
     OPEN_LOGIT,
@@ -51,6 +53,14 @@ from bayeslora.quantization import (
     open_probability,
     rank_probability,
 )
+
+
+class Batch(NamedTuple):
+    """What evidence is gathered on: the model's output, the tensors that tell rows apart, and the number of rows."""
+
+    output: Callable[[nn.Module], Any]
+    inputs: Mapping[str, Any]
+    rows: int
 
 
 @dataclass(kw_only=True)
@@ -68,6 +78,7 @@ class BLoraRun(RunState):
         rows: rows of the current step that evidence was gathered from, on this rank.
         watches: what gathers the components' evidence in the current step, by layer.
         terms: terms of the current step's loss, on this rank, where it is watched.
+        batches: micro-batches of the current step that a sharded model is still to be measured on.
         watched_step: the current step.
         warning: what was said about the run's length.
     """
@@ -82,6 +93,7 @@ class BLoraRun(RunState):
     rows: int = 0
     watches: dict[str, Watch] = field(default_factory=dict)
     terms: float = 0.0
+    batches: list[Batch] = field(default_factory=list)
     watched_step: int = 0
     warning: str | None = None
 
@@ -93,9 +105,13 @@ class BLoraModel(BayesTuner):
     prefix = "blora_"
     tuner_layer_cls = BLoraLayer
     linear_class = Linear
+    needs_whole_factors = True
     _measured_step: int | None = None
     """The current step if evidence is gathered in it."""
     _hooked = False
+    _outer_call: tuple[tuple[Any, ...], dict[str, Any]] | None = None
+    """Arguments of the call of a sharded model that is under way."""
+    _outer_hook: RemovableHandle | None = None
 
     def config_of(self, name: str) -> BLoraConfig:
         return cast(BLoraConfig, self.peft_config[name])
@@ -116,7 +132,7 @@ class BLoraModel(BayesTuner):
             if config.learns_bits:
                 terms["bits"] = self._bit_penalty(name, layers)
             if config.learns_ranks:
-                logits = _stacked([layer.rank_gates(name).logits for layer in layers])
+                logits = _stacked([layer.rank_gates(name).all_logits for layer in layers])
                 expected = torch.stack([rank_probability(rows).sum() for rows in logits]).sum()
                 terms["rank"] = config.rank_penalty * expected
         return terms
@@ -207,6 +223,10 @@ class BLoraModel(BayesTuner):
             self.model.register_forward_pre_hook(self._before_forward, with_kwargs=True)
             self.model.register_forward_hook(self._after_forward, with_kwargs=True)
             self._hooked = True
+        if self._outer_hook is not None:
+            self._outer_hook.remove()
+        if setup.model is not None and is_sharded(setup.model):
+            self._outer_hook = setup.model.register_forward_pre_hook(self._before_outer_call, with_kwargs=True)
 
     def _warn_if_short(self, rows: float | None) -> None:
         """Warn if the run is too short for good choices; of unknown rows nothing is said until they are counted."""
@@ -236,11 +256,17 @@ class BLoraModel(BayesTuner):
         self._watch(args, kwargs)
         if self._measured_step is None:
             return
-        step, self._measured_step = self._measured_step, None
-        try:
-            self._measure(args, kwargs, step)
-        finally:
-            self._measured_step = step
+        outer, self._outer_call = self._outer_call, None
+        call = outer or (args, kwargs)
+        output = functools.partial(_called, *call) if self.row_loss is None else self.row_loss.logits
+        batch = Batch(output, self._told_apart_by(args, kwargs), batch_rows(args, kwargs))
+        if outer is None:
+            self._measure(self.model, batch, self._measured_step)
+        else:  # FSDP allows no pass inside a pass: `observe` makes up for it
+            self.run_state().batches.append(batch)
+
+    def _before_outer_call(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        self._outer_call = (args, kwargs)
 
     def _watch(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         run = self.run_state()
@@ -279,11 +305,11 @@ class BLoraModel(BayesTuner):
         # Of a row whose gradient cannot be scaled nothing is kept: then the passes alone count.
         signs.mul_(factors if factors is not None and len(factors) == len(signs) else 0.0)
 
-    def _measure(self, args: tuple[Any, ...], kwargs: dict[str, Any], step: int) -> None:
+    def _measure(self, model: nn.Module, batch: Batch, step: int) -> None:
+        """Gather the evidence of one batch in a pass through `model`: the one inside, or all of it."""
         name, run = self.training_adapter(), self.run_state()
         layers, config = self.named_layers(name), self.config_of(name)
-        inputs, loss = self._told_apart_by(args, kwargs), self.row_loss
-        rows, fixed = batch_rows(args, kwargs), frozenset(config.fixed_bits or {})
+        rows, fixed = batch.rows, frozenset(config.fixed_bits or {})
         run.rows += rows
         probes = {}
         for path, layer in layers.items():
@@ -291,9 +317,9 @@ class BLoraModel(BayesTuner):
             ranges = functools.partial(layer.weight_range, name)
             probes[path] = layer.probe = Probe(kinds, rank, rows, fixed, config.calibration, ranges)
         try:
-            with evaluation_mode(self.model), torch.enable_grad():
-                output = self.model(*args, **kwargs) if loss is None else loss.logits(self.model)
-                logits, seed, terms = score_seed(output, inputs, getattr(self.model, "config", None), step)
+            # The tuner is in evaluation mode as well, so that its own hooks leave this pass alone.
+            with evaluation_mode(model), evaluation_mode(self), torch.enable_grad():
+                logits, seed, terms = score_seed(batch.output(model), batch.inputs, self.model, step)
                 used = [probe.anchor for probe in probes.values() if probe.used]
                 torch.autograd.grad(logits, used, seed, allow_unused=True)
         finally:
@@ -324,7 +350,7 @@ class BLoraModel(BayesTuner):
         generator = step_generator(seed, step)
         for layer in learning:
             quantizers = layer.quantizers(name)
-            quantizers.draw(torch.rand(quantizers.gate_logits.shape, generator=generator))
+            quantizers.draw(torch.rand(quantizers.gates.shape, generator=generator))
 
     def _begin_watching(self, step: int) -> None:
         """Watch the components from the rotation to the last decision."""
@@ -343,6 +369,10 @@ class BLoraModel(BayesTuner):
         super().observe(step, optimizer, scale)
         name, run = self.training_adapter(), self.run_state()
         watches, run.watches = run.watches, {}
+        batches, run.batches = run.batches, []
+        for batch in batches:
+            assert run.setup.model is not None
+            self._measure(run.setup.model, batch, step)
         if not watches:
             return
         # A rank's loss is the mean of its own terms: times their number it is a sum, as the sketch wants.
@@ -453,6 +483,10 @@ OBSERVED_STEPS = 32
 
 OBSERVED_SHARE = 4
 """The last quarter of the warm-up comes after the rotation: activations are observed in it."""
+
+
+def _called(args: tuple[Any, ...], kwargs: dict[str, Any], model: nn.Module) -> Any:
+    return model(*args, **kwargs)
 
 
 def _all_open(logit: float, rank: int) -> float:

@@ -162,7 +162,7 @@ def probed_forward(layer: Any, name: str, x: Tensor, probe: Probe, *args: Any, *
     return probe.activation("out", result, quantized("out", result))
 
 
-def score_seed(output: Any, inputs: Mapping[str, Any], config: Any, step: int) -> tuple[Tensor, Tensor, int]:
+def score_seed(output: Any, inputs: Mapping[str, Any], model: Any, step: int) -> tuple[Tensor, Tensor, int]:
     """Return logits, the derivative of drawn negative log-likelihoods by them, and the number of terms of the loss.
 
     Two classes need no draw but that of a sign: their two scores differ by a factor only. Regression is a Gaussian of
@@ -170,14 +170,15 @@ def score_seed(output: Any, inputs: Mapping[str, Any], config: Any, step: int) -
     row's tokens and on `step` alone, so that they are the same on any rank. Of a model that returns no logits the loss
     on the labels of the data is used. Logits (B, C) of choices (`RowLoss`) have a label for each row, drawn among the
     choices that it has: of minus infinity neither a label nor a derivative comes.
+    on the labels of the data is used. The tokens of a language model count where they are labelled or are no padding.
     """
     logits = logits_of(output)
     if logits is None:
         return _score_of_data(output, inputs)
     values = logits.detach().float()
-    problem = getattr(config, "problem_type", None)
+    problem = getattr(getattr(model, "config", None), "problem_type", None)
     outputs = values.shape[-1]
-    present = _present(values, inputs)
+    present = _present(values, inputs, predicts_next(model))
     terms = int(present.sum())
     if problem == "regression" or (outputs == 1 and problem is None):
         signs = torch.where(row_uniform(values.shape, inputs, step, values.device) < 0.5, -1.0, 1.0)
@@ -225,15 +226,30 @@ def _score_of_data(output: Any, inputs: Mapping[str, Any]) -> tuple[Tensor, Tens
     return loss, torch.tensor(float(max(terms, 1))).to(loss), max(terms, 1)
 
 
-def _present(logits: Tensor, inputs: Mapping[str, Any]) -> Tensor:
-    """1 where a prediction counts: every row, or every token that is not padding and has a label."""
+def predicts_next(model: Any) -> bool:
+    """Return True if the logits at a token are for the one after it, as those of transformers' causal models are."""
+    if getattr(getattr(model, "config", None), "is_encoder_decoder", False) or not hasattr(model, "loss_type"):
+        return False
+    # None means the default loss of transformers, which is causal.
+    return model.loss_type in (None, "ForCausalLM", "ForConditionalGeneration")
+
+
+def _present(logits: Tensor, inputs: Mapping[str, Any], causal: bool) -> Tensor:
+    """1 where a prediction counts: every row, or every token that is not padding and has a label.
+
+    The labels are those of the tokens themselves, also in a causal model, which has the prediction one token earlier.
+    """
     if logits.ndim < 3:
         return logits.new_ones(logits.shape[:1])
+    present = torch.ones(logits.shape[:2], dtype=torch.bool, device=logits.device)
     for name in ("labels", "attention_mask"):
         given = inputs.get(name)
         if isinstance(given, Tensor) and given.shape == logits.shape[:2]:
-            return ((given != -100) if name == "labels" else given.bool()).to(logits.dtype)
-    return logits.new_ones(logits.shape[:2])
+            present = (given != -100) if name == "labels" else given.bool()
+            break
+    if causal:
+        present = F.pad(present[:, 1:], (0, 1))
+    return present.to(logits.device, logits.dtype)
 
 
 def row_uniform(shape: Sequence[int], inputs: Mapping[str, Any], step: int, device: torch.device) -> Tensor:

@@ -14,6 +14,8 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from bayeslora.posterior.draws import whole, write
+
 
 class Factors(NamedTuple):
     """A (r, d_in), E (r,) and B (d_out, r)."""
@@ -49,14 +51,15 @@ def rotate(a: nn.Parameter, e: nn.Parameter, b: nn.Parameter, optimizer: Optimiz
     With $A' = T A$ the gradient of B changes by $\partial B' = \partial B\, M$, $M = \mathrm{diag}(E)^{-1} T^\top
     \mathrm{diag}(E')$, and likewise for A. First moments start again at zero; second moments are mixed by the squares
     of M, as those of independent entries would be. E, whose gradient is another one in the new basis, starts anew.
+    Sharded parameters are gathered for it; every rank computes the same.
     """
-    old = Factors(*(p.detach().clone() for p in (a, e, b)))
+    old = Factors(*(whole(p.detach()).clone() for p in (a, e, b)))
     new = rotated(old)
     # By pseudo-inverses, which zeros do not disturb: least squares on CUDA wants full rank.
     of_a = new.A.double() @ torch.linalg.pinv(old.A.double())  # T with A' = T A
     of_b = (torch.linalg.pinv(old.B.double()) @ new.B.double()).T  # R with B' = B R^T
     for parameter, value in zip((a, e, b), new, strict=True):
-        parameter.copy_(value)
+        write(parameter, value)
     inverse = torch.where(old.E != 0, 1 / old.E, torch.zeros_like(old.E)).double()
     mix_b = (inverse.unsqueeze(1) * of_a.T * new.E.double()).square()
     mix_a = (new.E.double().unsqueeze(1) * of_b * inverse).square()
@@ -70,7 +73,7 @@ def _mix(optimizer: Optimizer, parameter: nn.Parameter, mixed: Any) -> None:
     state = optimizer.state.get(parameter, {})
     second = state.get("exp_avg_sq")
     if set(state) <= {"step", "exp_avg", "exp_avg_sq"} and isinstance(second, Tensor) and second.is_floating_point():
-        second.copy_(mixed(second.clone()))
+        write(second, mixed(whole(second).clone()))
         state["exp_avg"].zero_()
     else:
         optimizer.state.pop(parameter, None)
