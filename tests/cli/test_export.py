@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import shutil
 from collections.abc import Callable
@@ -11,7 +12,9 @@ from typing import Any
 import pytest
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
+import bayeslora
 from bayeslora.cli.main import main
+from bayeslora.runs.rows import training_batches
 
 Refused = Callable[..., str]
 
@@ -104,6 +107,30 @@ def test_output_errors_are_those_on_the_runs_own_rows(
     assert not (tmp_path / "refused").exists()
 
 
+def test_a_lora_is_cut_to_a_mean_rank_on_its_training_rows(
+    runs: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    target = tmp_path / "small"
+    argv = ["--format", "lora", "--mean-rank", 1.5, "--output-dir"]
+    measured = _json(capsys, "export", runs["lora"], *argv, target, "--json")
+    run = bayeslora.load(runs["lora"])
+    batches = training_batches(run.info, run.tokenizer, 32, seed=0)
+    wanted = bayeslora.truncate_rank(run.model, mean_rank=1.5, data=batches)
+    layers = len(bayeslora.describe(run.model))
+    assert sum(layer.rank for layer in bayeslora.describe(wanted)) == round(1.5 * layers)
+    found = bayeslora.load(target)
+    assert found.info.method == "lora" and measured["mean_rank"] == pytest.approx(1.5, abs=0.1)
+    assert measured["ranks"] == {name: 0 for name in measured["ranks"]} | {
+        layer.name: layer.rank for layer in bayeslora.describe(wanted)
+    }
+    assert measured["rows"] == 64 and 0 <= measured["divergence"] < 0.1 and 0 <= measured["changed"] <= 1
+    texts = ["a fine film", "a dull film"]
+    own = dataclasses.replace(run, model=wanted).predict(texts)
+    assert [row.probabilities for row in found.predict(texts)] == [
+        pytest.approx(row.probabilities, abs=1e-5) for row in own
+    ]
+
+
 def test_wrong_requests_write_nothing(runs: dict[str, Path], tmp_path: Path, refused: Refused) -> None:
     (tmp_path / "there").mkdir()
     target = ["--output-dir", tmp_path / "out"]
@@ -116,6 +143,14 @@ def test_wrong_requests_write_nothing(runs: dict[str, Path], tmp_path: Path, ref
     assert "is 'int4'" in refused("export", runs["blora"], "--format", "integer", "--unadapted", "int4", *target)
     assert "is not a folder" in refused("export", tmp_path / "nothing", "--format", "packed", *target)
     assert "no adapter of bayeslora" in refused("export", runs["lora"], "--format", "packed", *target)
+    assert "--mean-rank is 1, but" in refused("export", runs["blora"], "--format", "lora", "--mean-rank", 1, *target)
+    assert "--mean-rank and --uniform are given" in refused(
+        "export", runs["lora"], "--format", "lora", "--mean-rank", 1, "--uniform", *target
+    )
+    assert "--mean-rank is given" in refused("export", runs["lora"], "--format", "merged", "--mean-rank", 1, *target)
+    assert "mean-rank is 99.0, but must be above 0" in refused(
+        "export", runs["lora"], "--format", "lora", "--mean-rank", 99, *target
+    )
     assert "fully fine-tuned" in refused("export", runs["full"], "--format", "merged", *target)
     assert "--colour" in refused("export", runs["blora"], "--format", "packed", "--colour", "red", *target)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["there"]

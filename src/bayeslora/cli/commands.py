@@ -153,9 +153,11 @@ def _contradictions_of_predict(given: dict[str, Any]) -> Iterator[str]:
 def _contradictions_of_export(given: dict[str, Any]) -> Iterator[str]:
     chosen = given.get("format")
     owners = {"allow_error": "merged", "unadapted": "integer", "calibrate": "integer"}
-    for name, owner in (owners | dict.fromkeys(("uniform", "draws", "members", "seed"), "lora")).items():
+    for name, owner in (owners | dict.fromkeys(("mean_rank", "uniform", "draws", "members", "seed"), "lora")).items():
         if name in given and chosen not in (owner, None):
             yield f"{option(name)} is given with --format {chosen}, but needs --format {owner}: leave it out"
+    if "mean_rank" in given and (others := [name for name in ("uniform", "draws", "members") if name in given]):
+        yield f"--mean-rank and {option(others[0])} are given, but are two exports: leave one out"
     if "seed" in given and "draws" not in given and chosen == "lora":
         yield f"--seed is {given['seed']}, but nothing is drawn without --draws: leave it out"
 
@@ -288,6 +290,7 @@ COMMANDS = {
             Option("format", "NAME", "lora, merged, packed or integer", ExportFormat, required=True),
             Option("output_dir", "DIR", "new folder for the export", required=True),
             _number("rank", "K", "rank to export from a run of dylora (all)"),
+            Option("mean_rank", "R", "lora: cut a run of lora to this mean rank, on 1,024 training rows", float),
             _switch("uniform", "lora: one rank for all layers, for vLLM, SGLang and llama.cpp"),
             _number("draws", "K", "lora: export draws of the posterior, not its mean"),
             _switch("members", "lora: export each core of an adapter with several (cores)"),

@@ -38,13 +38,22 @@ def run(given: dict[str, Any]) -> int:
         raise BayesLoraError(f"{source} is fully fine-tuned, but export needs an adapter: use the model as it is")
     if rank is not None and method != "dylora":
         raise BayesLoraError(f"--rank is {rank}, but {source} was trained with {method}, not dylora: leave it out")
+    if "mean_rank" in given and method != "lora":
+        raise BayesLoraError(
+            f"--mean-rank is {given['mean_rank']:g}, but {source} was trained with {method}, not lora: export it "
+            "without, and cut the export"
+        )
     with new_folder(target) as partial:
         import bayeslora
+        from bayeslora.runs.cut import export_cut
 
         loaded = bayeslora.load(source, given.get("model"))
-        options = {**_options(form, given, loaded), **_batches(form, given, loaded)}
-        with bayeslora.at_rank(loaded.model, rank) if rank is not None else nullcontext():
-            measured = bayeslora.export(loaded.model, partial, format=form, **options)
+        if "mean_rank" in given:
+            measured = export_cut(loaded, given["mean_rank"], partial)
+        else:
+            options = {**_options(form, given, loaded), **_batches(form, given, loaded)}
+            with bayeslora.at_rank(loaded.model, rank) if rank is not None else nullcontext():
+                measured = bayeslora.export(loaded.model, partial, format=form, **options)
         for folder in sorted([*partial.glob("draw-*"), *partial.glob("member-*")]) or [partial]:
             loaded.tokenizer.save_pretrained(folder)
             # run.json lets `bayeslora.load`, `evaluate` and `predict` read the export like the run.

@@ -191,15 +191,18 @@ def check_not_training(info: RunInfo, source: str, split: str) -> None:
 
 
 def training_batches(
-    info: RunInfo, tokenizer: PreTrainedTokenizerBase, count: int, size: int = 32
+    info: RunInfo, tokenizer: PreTrainedTokenizerBase, count: int, size: int = 32, seed: int | None = None
 ) -> list[dict[str, Tensor]]:
-    """Return the first `count` batches of the training rows, as inputs of the model.
+    """Return `count` batches of the training rows, as inputs of the model: the first, or with a seed a random choice.
 
     Raises:
         BayesLoraError: the training rows cannot be found.
     """
-    task, training = _training_split(info)
-    rows = training.select(range(min(len(training), count * size)))
+    if seed is None:
+        task, training = _training_split(info)
+        rows = training.select(range(min(len(training), count * size)))
+    else:
+        task, rows = training_rows(info, count * size, seed)
     data = encode_for(rows, task, tokenizer, info)
     collate = choice_scoring(data, tokenizer).collate if is_multiple_choice(data) else None
     batches = collated(data, np.arange(len(data)), tokenizer, size, collate)
