@@ -126,6 +126,7 @@ def _cut_table(rounded: Sequence[Run]) -> str:
     for run in rounded:
         for entry in run["cut"]:
             asked = f"mean rank {entry['mean_rank']:.2g}" if "rank" not in entry else f"rank {entry['rank']} in each"
+            asked += ", by data" if "data_rows" in entry else ""
             likelihood = f"{entry['scores']['nll']:.3f}" if "nll" in entry["scores"] else "–"
             rows.append(
                 [TASK_TITLES[run["task"]], str(run["seed"]), asked, f"{score(_of(run, entry)):.2f}", likelihood]
@@ -133,7 +134,7 @@ def _cut_table(rounded: Sequence[Run]) -> str:
     if not rows:
         return ""
     return (
-        "**LoRA cut by SVD, without training on**\n\n"
+        "**LoRA cut by SVD, or by data, without training on**\n\n"
         + markdown_table(["", "seed", "cut to", "score", "NLL"], rows)
         + "\n"
     )

@@ -14,7 +14,8 @@ Each file holds the scores, the shares of bit operations (`bayeslora.cost.relati
     lora        the LoRA at 32 bits
     rounded     W8A8, W4A8, W4A4, W3A4, W2A8, W2A4 on query, key and value and on all linear layers of the blocks; the
                 outputs of query, key and value have 8 bits, and in a second variant those of the inputs
-    cut         its SVD at mean ranks 1, 1.5, 2 and 4 over all layers, and at ranks 1 and 2 in each
+    cut         its SVD at mean ranks 1, 1.5, 2 and 4 over all layers, and at ranks 1 and 2 in each; at mean ranks 1
+                and 1.5 also its components that matter most to the predictions of 1,024 training rows
 
 Ranges are set on 128 training rows. Bytes are those of the model's parameters: codes at their width, ranges, and four
 for each other number.
@@ -56,6 +57,8 @@ SCOPES = ("attention", "encoder")
 MEAN_RANKS = (1, 1.5, 2, 4)
 RANKS = (1, 2)
 CALIBRATION_ROWS = 128
+CUT_ROWS = 1024
+"""Training rows that components are chosen on, where data choose them."""
 SETTINGS_FILE = "training.json"
 
 
@@ -111,7 +114,7 @@ def run(job: Job) -> Run:
         "metric": task.metric,
         "held_out": len(held_out),
         "lora": adapted(lora, bayeslora.describe(lora), scores),
-        "cut": list(cuts(lora, scores)),
+        "cut": list(cuts(lora, calibration(encoded["train"], tokenizer, job.seed, CUT_ROWS), scores)),
     }
     if not job.only_cuts:
         seen = bayeslora.ActivationCounts(lora, calibration(encoded["train"], tokenizer, job.seed))
@@ -148,9 +151,9 @@ def check_trained_alike(job: Job) -> None:
             )
 
 
-def calibration(data: Dataset, tokenizer: Any, seed: int) -> list[dict[str, Tensor]]:
-    """Batches of 32 of the rows that ranges are set on, drawn from the training rows."""
-    order = np.random.default_rng(seed).permutation(len(data))[:CALIBRATION_ROWS]
+def calibration(data: Dataset, tokenizer: Any, seed: int, rows: int = CALIBRATION_ROWS) -> list[dict[str, Tensor]]:
+    """Batches of 32 of the rows that ranges, or components, are chosen on, drawn from the training rows."""
+    order = np.random.default_rng(seed).permutation(len(data))[:rows]
     return list(collated(data, order, tokenizer, 32, None))
 
 
@@ -189,11 +192,13 @@ def rounded(lora: nn.Module, seen: bayeslora.ActivationCounts, scores: Scores) -
                 }
 
 
-def cuts(lora: nn.Module, scores: Scores) -> Iterator[Run]:
+def cuts(lora: nn.Module, rows: list[Any], scores: Scores) -> Iterator[Run]:
     before = {layer.name: layer for layer in bayeslora.describe(lora)}
     wanted: list[dict[str, Any]] = [{"mean_rank": mean} for mean in MEAN_RANKS] + [{"rank": rank} for rank in RANKS]
+    wanted += [{"mean_rank": mean, "data_rows": CUT_ROWS} for mean in MEAN_RANKS[:2]]
     for asked in wanted:
-        model = bayeslora.truncate_rank(lora, **asked)
+        options = {name: value for name, value in asked.items() if name != "data_rows"}
+        model = bayeslora.truncate_rank(lora, **options, data=rows if "data_rows" in asked else None)
         left = {layer.name: layer for layer in bayeslora.describe(model)}
         # A layer without an adapter has rank 0, and counts in the scope "adapted" as the others do.
         layers = [left.get(name) or dataclasses.replace(was, rank=0, parameters=0) for name, was in before.items()]
