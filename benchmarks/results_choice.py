@@ -8,7 +8,7 @@ from pathlib import Path
 
 from records import TASK_TITLES, Run, markdown_table, mean_at, read_runs, score
 from results_calibration import GUESSING, MORE_TASKS, Table, rows_of
-from results_frontier import SCOPES, budget_rows
+from results_frontier import SCOPES, budget_rows, cut_runs
 
 PAGE = """# Which of these should I use?
 
@@ -17,8 +17,9 @@ Start with LoRA. Then read the line of what you are missing.
 | you want | use | because |
 |---|---|---|
 | labels, and nothing else | LoRA | nothing here is more accurate at the same cost |
-| probabilities that are right on average | LoRA, then [`TemperatureScaling`](prediction.md) | one number, fitted in \
-seconds on held-out rows; [see below](#probabilities) |
+| probabilities that are right on average | LoRA, then [`TemperatureScaling`](prediction.md), or \
+[`bayeslora calibrate --temperature`](decisions.md) | one number, fitted in seconds on held-out rows; \
+[see below](#probabilities) |
 | the best order of doubtful rows | an ensemble of three LoRAs (`DeepEnsemble`) | it has the lowest AURC below, for \
 three trainings and three passes |
 | uncertainty from one adapter and one training: draws, mutual information, which rows to label next | \
@@ -28,12 +29,12 @@ the guarantee holds for every model; a better model answers more rows |
 | to notice texts unlike the training data | any of these, then \
 [distances of features](uncertainty.md#does-it-notice-foreign-inputs-out-of-distribution-detection) | they look at \
 the input, not at the answer |
-| a smaller model, up to a twelfth of the bit operations | LoRA, merged and rounded to 8 bits | it costs no training; \
+| a smaller model, down to 8% of the bit operations | LoRA, merged and rounded to 8 bits | it costs no training; \
 [see below](#bits) |
 | a smaller model than that | [B-LoRA](blora.md) with `target_bops` | rounding to 4 and fewer bits loses points that \
 training keeps |
-| small ranks | LoRA of r = 8, then [`truncate_rank`](blora.md) | about as good as ranks that are learned; \
-[see below](#ranks) |
+| small ranks | LoRA of r = 8, then [`truncate_rank`](export.md#rounding-and-cutting-without-training) with training \
+rows as its `data`, or `bayeslora export --mean-rank 1` | one pass and no training; [see below](#ranks) |
 | ranks from 1 up to choose among later | [DyLoRA](dylora.md) | one training for all ranks |
 
 All tables come from the files in `benchmarks/results/`; the [results page](results.md) has every row of them.
@@ -138,7 +139,7 @@ def _bits(results: Path) -> Iterable[str]:
 def _ranks(results: Path) -> str:
     """LoRA of three ranks, its cuts, and ranks that are learned."""
     runs = read_runs(results / "glue")
-    rounded = [*read_runs(results / "rounding"), *read_runs(results / "cut")]
+    rounded = cut_runs(results)
     tasks = list(dict.fromkeys(run["task"] for run in runs if run["method"] in LEARNED))
     lines = [[title, *_scores(runs, tasks, method)] for method, title in RANKS.items()]
     for method, (rank, title) in LEARNED.items():

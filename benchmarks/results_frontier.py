@@ -45,7 +45,7 @@ def frontier_section(results: Path) -> str:
                 heading = ["", "BOPs", "score", "NLL", "seeds"]
                 parts.append(f"**{TASK_TITLES[task]}, {title.lower()}**\n\n{markdown_table(heading, cells)}\n")
     parts += _pattern_tables(trained)
-    cut = _cut_table([*rounded, *read_runs(results / "cut")])
+    cut = _cut_table(cut_runs(results))
     return "\n".join([*parts, cut] if cut else parts)
 
 
@@ -119,6 +119,13 @@ def _pattern_tables(trained: Sequence[Run]) -> list[str]:
         if groups:
             found.append(pattern_table(f"B-LoRA by evidence, {title.lower()}", groups, BLORA_PATTERNS))
     return found
+
+
+def cut_runs(results: Path) -> list[Run]:
+    """One run with its cuts for each task and seed; those of `--only-cuts` are newer than those beside roundings."""
+    runs = [*read_runs(results / "rounding"), *read_runs(results / "cut")]
+    found = {(run["task"], run["seed"]): run for run in runs}
+    return [found[key] for key in sorted(found)]
 
 
 def _cut_table(rounded: Sequence[Run]) -> str:

@@ -39,7 +39,7 @@ def job(tmp_path: Path, tiny_bert_folder: Path) -> rounding.Job:
 
 def test_cuts_alone_are_a_file_of_another_folder(job: rounding.Job) -> None:
     found = rounding.run(dataclasses.replace(job, only_cuts=True))
-    assert "rounded" not in found and len(found["cut"]) == 6
+    assert "rounded" not in found and len(found["cut"]) == 8
 
 
 def test_a_file_has_every_setting_and_the_adapter_is_trained_once(job: rounding.Job) -> None:
@@ -52,8 +52,8 @@ def test_a_file_has_every_setting_and_the_adapter_is_trained_once(job: rounding.
     for each in found["rounded"]:
         assert each["bytes"]["model"] < found["lora"]["bytes"]["model"]
         assert {"accuracy", "nll", "ece"} <= each["scores"].keys()
-    assert [each["mean_rank"] for each in found["cut"]] == [1, 1.5, 2, 4, 1, 2]
-    assert [each["bytes"]["adapter"] < found["lora"]["bytes"]["adapter"] for each in found["cut"]] == [True] * 6
+    assert [each["mean_rank"] for each in found["cut"]] == [1, 1.5, 2, 4, 1, 2, 1, 1.5]
+    assert [each["bytes"]["adapter"] < found["lora"]["bytes"]["adapter"] for each in found["cut"]] == [True] * 8
     trained = {path: path.read_bytes() for path in job.adapter.iterdir()}
     again = rounding.run(job)
     assert again == found and trained == {path: path.read_bytes() for path in job.adapter.iterdir()}

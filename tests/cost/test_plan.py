@@ -82,7 +82,9 @@ def test_the_parameters_of_llama_2_from_a_bare_configuration(
 ) -> None:
     path = tmp_path / "config.json"
     path.write_text(json.dumps({"model_type": "llama", "vocab_size": 32000, **LLAMA_2[size]}))
-    config = CLASSES[method](r=8, target_modules=["q_proj", "v_proj", "lm_head"])
+    # Me-LoRA's abstract counts deviations that are learned.
+    learned = {"variance": "learned"} if method == "melora" else {}
+    config = CLASSES[method](r=8, target_modules=["q_proj", "v_proj", "lm_head"], **learned)
     found = plan(path, config, batch_size=1, tokens=16)
     assert found.parameters["trainable"] == found.parameters["adapter"] == count
     assert (found.model, found.task_type) == ("LlamaForCausalLM", "CAUSAL_LM")

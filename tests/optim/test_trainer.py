@@ -181,7 +181,8 @@ def test_a_step_that_the_loss_scaler_skips_leaves_the_mean(tmp_path: Path) -> No
 
 
 def test_a_method_whose_parameters_have_rates_made_for_adam_is_refused() -> None:
-    refused = bayeslora.MeLoraConfig(r=2, target_modules=["query"], task_type="SEQ_CLS", num_examples=16)
+    options = {"r": 2, "target_modules": ["query"], "task_type": "SEQ_CLS", "num_examples": 16}
+    refused = bayeslora.MeLoraConfig(variance="learned", **options)
     model = _model(refused)
     optimizer = IVON(bayeslora.parameter_groups(model, lr=0.1), lr=0.1, ess=16)
     with pytest.raises(BayesLoraError, match="variance.*made for Adam's steps"):

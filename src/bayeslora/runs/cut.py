@@ -40,11 +40,8 @@ def export_cut(run: Run, mean_rank: float, folder: Path) -> dict[str, Any]:
     cut.save_pretrained(str(folder), save_embedding_layers=False)
     ranks = dict.fromkeys((layer.name for layer in describe(run.model)), 0)
     ranks |= {layer.name: layer.rank for layer in describe(cut)}
-    found = {
-        "mean_rank": sum(ranks.values()) / len(ranks),
-        "ranks": ranks,
-        "rows": sum(_rows(each) for each in batches),
-    }
+    rows = sum(len(batch["input_ids"]) for batch in batches)
+    found = {"mean_rank": sum(ranks.values()) / len(ranks), "ranks": ranks, "rows": rows}
     if run.info.kind != "classification":
         return found
     pairs = [
@@ -55,7 +52,3 @@ def export_cut(run: Run, mean_rank: float, folder: Path) -> dict[str, Any]:
     divergence = F.kl_div(after, before, reduction="batchmean", log_target=True)
     changed = (before.argmax(-1) != after.argmax(-1)).float().mean()
     return {**found, "divergence": float(divergence), "changed": float(changed)}
-
-
-def _rows(batch: dict[str, torch.Tensor]) -> int:
-    return len(next(iter(batch.values())))

@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 from bayeslora.methods.layer import Float32Module
 from bayeslora.posterior.draws import whole, write
@@ -231,12 +232,12 @@ class Quantizers(Float32Module):
     @property
     def gate_logits(self) -> Tensor:
         """Logits (kinds, 4) of the bit gates, gathered where they are sharded; checkpoints know them as `gates`."""
-        return whole(self.gates)
+        return gathered(self.gates)
 
     def ranges(self) -> tuple[Tensor, ...]:
         """Positive ranges, one tensor a kind, differentiable: exp of the stored logarithms."""
-        ranges = _exp(whole(self.log_ranges)).split(self.channels[BASE_WEIGHT in self.kinds :])
-        return (_exp(whole(self.log_weight_range)), *ranges) if BASE_WEIGHT in self.kinds else ranges
+        ranges = _exp(self.log_ranges).split(self.channels[BASE_WEIGHT in self.kinds :])
+        return (_exp(self.log_weight_range), *ranges) if BASE_WEIGHT in self.kinds else ranges
 
     def sampled(self) -> Assignment:
         """Gates drawn with the step's noise, or with fresh noise where no step was announced."""
@@ -306,15 +307,15 @@ class Quantizers(Float32Module):
             return
         index = self.kinds.index(kind)
         start = sum(self.channels[BASE_WEIGHT in self.kinds : index])
-        logarithms = whole(self.log_ranges.detach()).clone()
+        logarithms = gathered(self.log_ranges.detach()).clone()
         logarithms[start : start + self.channels[index]] = value.to(logarithms)
         write(self.log_ranges, logarithms)
 
     def log_range(self, kind: str) -> Tensor:
         """Logarithms of the range of `kind`, limited as `ranges` limits them: one number a channel."""
         if kind == BASE_WEIGHT:
-            return whole(self.log_weight_range.detach()).float().clamp(-_LOG_LIMIT, _LOG_LIMIT)
-        parts = whole(self.log_ranges.detach()).split(self.channels[BASE_WEIGHT in self.kinds :])
+            return gathered(self.log_weight_range.detach()).float().clamp(-_LOG_LIMIT, _LOG_LIMIT)
+        parts = gathered(self.log_ranges.detach()).split(self.channels[BASE_WEIGHT in self.kinds :])
         part = parts[self.kinds.index(kind) - (BASE_WEIGHT in self.kinds)]
         return part.float().clamp(-_LOG_LIMIT, _LOG_LIMIT)
 
@@ -364,7 +365,7 @@ class RankGates(Float32Module):
     @property
     def all_logits(self) -> Tensor:
         """The logits (r,), gathered where they are sharded."""
-        return whole(self.logits)
+        return gathered(self.logits)
 
     @torch.no_grad()
     def set_open(self, is_open: Tensor) -> None:
@@ -384,8 +385,13 @@ def _hold(module: nn.Module, name: str, value: Tensor, learned: bool) -> None:
         module.register_buffer(name, value)
 
 
+def gathered(tensor: Tensor) -> Tensor:
+    """Return `whole(tensor)`, and leave a forward pass in this file where nothing is sharded."""
+    return whole(tensor) if isinstance(tensor, DTensor) else tensor
+
+
 def _exp(logarithm: Tensor) -> Tensor:
-    return logarithm.float().clamp(-_LOG_LIMIT, _LOG_LIMIT).exp()
+    return gathered(logarithm).float().clamp(-_LOG_LIMIT, _LOG_LIMIT).exp()
 
 
 def _uniform(like: Tensor) -> Tensor:

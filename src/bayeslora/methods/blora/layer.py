@@ -24,11 +24,11 @@ from bayeslora.methods.blora.gated_quantizers import (
     RankGates,
     Unquantized,
     calibration_bits,
+    gathered,
 )
 from bayeslora.methods.blora.probe import Probe, probed_forward
 from bayeslora.methods.description import LayerDescription
 from bayeslora.methods.layer import BayesLayer, PackedTensors, add_update
-from bayeslora.posterior.draws import whole
 from bayeslora.quantization import SURE_LOGIT, fixed_logits, linear, optimal_range
 from bayeslora.vocabulary import ACTIVATIONS, BASE_WEIGHT, KINDS, MATRICES, UNQUANTIZED
 
@@ -227,7 +227,7 @@ class BLoraLayer(BayesLayer):
         self.progress(name).advance(Phase.LEARN)
 
     def _best_range(self, name: str, kind: str, bits: int) -> Tensor:
-        tensor = whole(self.weight if kind == BASE_WEIGHT else getattr(self, f"blora_{kind}")[name])
+        tensor = gathered(self.weight if kind == BASE_WEIGHT else getattr(self, f"blora_{kind}")[name])
         config = self.configs[name]
         if kind != BASE_WEIGHT and not tensor.any():
             # A factor that is still zero has no scale of its own; it will grow to about that of A's initial values.
@@ -238,7 +238,7 @@ class BLoraLayer(BayesLayer):
         return optimal_range(tensor.T if transposed else tensor, bits, config.calibration, dim=1)
 
     def _as_deployed(self, name: str, kind: str, tensor: Tensor) -> Tensor:
-        tensor = whole(tensor).float()
+        tensor = gathered(tensor).float()
         if not self.is_quantizing(name):
             return tensor
         quantizers = self.quantizers(name)
