@@ -18,7 +18,7 @@ Start with LoRA. Then read the line of what you are missing.
 |---|---|---|
 | labels, and nothing else | LoRA | nothing here is more accurate at the same cost |
 | probabilities that are right on average | LoRA, then [`TemperatureScaling`](prediction.md), or \
-[`bayeslora calibrate --temperature`](decisions.md) | one number, fitted in seconds on held-out rows; \
+[`calibrate --temperature`](decisions.md) | one number, fitted in seconds on held-out rows; \
 [see below](#probabilities) |
 | the best order of doubtful rows | an ensemble of three LoRAs (`DeepEnsemble`) | it has the lowest AURC below, for \
 three trainings and three passes |
@@ -34,7 +34,7 @@ the input, not at the answer |
 | a smaller model than that | [B-LoRA](blora.md) with `target_bops` | rounding to 4 and fewer bits loses points that \
 training keeps |
 | small ranks | LoRA of r = 8, then [`truncate_rank`](export.md#rounding-and-cutting-without-training) with training \
-rows as its `data`, or `bayeslora export --mean-rank 1` | one pass and no training; [see below](#ranks) |
+rows as its `data`, or `export --mean-rank 1` | one pass and no training; [see below](#ranks) |
 | ranks from 1 up to choose among later | [DyLoRA](dylora.md) | one training for all ranks |
 
 All tables come from the files in `benchmarks/results/`; the [results page](results.md) has every row of them.
