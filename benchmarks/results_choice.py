@@ -16,7 +16,7 @@ Start with LoRA. Then read the line of what you are missing.
 
 | you want | use | because |
 |---|---|---|
-| labels, and nothing else | LoRA | nothing here is more accurate at the same cost |
+| labels, and nothing else | LoRA | it is the simplest, and what everything here is judged against |
 | probabilities that are right on average | LoRA, then [`TemperatureScaling`](prediction.md), or \
 [`calibrate --temperature`](decisions.md) | one number, fitted in seconds on held-out rows; \
 [see below](#probabilities) |
