@@ -39,7 +39,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from forms import BATCH, CLOZE_BATCH, LANGUAGE, METHODS, OPTIONS, Form, available, forms, trained
+from forms import BATCH, CLOZE_BATCH, LANGUAGE, METHODS, OPTIONS, Form, forms, trained
 from harness import Training, run_missing, training_arithmetic
 from intervals import encoded
 from results_calibration import CLOZE, calibration_section, write_differences
@@ -209,7 +209,7 @@ def jobs(given: argparse.Namespace) -> dict[Path, Job]:
     found = {}
     for seed in given.seeds:
         for task in given.tasks:
-            for method in filter(available, given.methods):
+            for method in given.methods:
                 training = TRAINING[task] if given.steps is None else replace(TRAINING[task], steps=given.steps)
                 own = {**OPTIONS.get(method, {}), **options}
                 file = folder / f"{_file_name(task, method)}{changed}-{seed}.json"

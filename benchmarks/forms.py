@@ -72,11 +72,6 @@ OPTIONS: dict[str, dict[str, Any]] = {
 METHODS = ("tuned", "swag", "ivon", "blob", "melora-closed", "melora-cores")
 
 
-def available(method: str) -> bool:
-    """Whether this version of the library has what the method needs."""
-    return method != "melora-cores" or "cores" in {f.name for f in dataclasses.fields(bayeslora.MeLoraConfig)}
-
-
 @dataclass(frozen=True)
 class Form:
     """One way to predict with a trained model: a row of the table.
@@ -268,8 +263,7 @@ def forms(method: str, run: Trained) -> Iterator[Form]:
         # Every core is drawn once: as many passes as members.
         yield Form(method, model, CORES, CORES, numbers)
         yield from _fitted(f"{method}-temperature", TemperatureScaling, run, numbers, CORES)
-        if hasattr(bayeslora, "CoreEnsemble"):
-            yield Form(f"{method}-means", bayeslora.CoreEnsemble(model), 0, CORES, numbers)
+        yield Form(f"{method}-means", bayeslora.CoreEnsemble(model), 0, CORES, numbers)
     else:
         yield Form(f"{method}-mean", model, 0, 1, numbers)
         yield Form(method, model, SAMPLES, SAMPLES, numbers)

@@ -12,7 +12,7 @@ import calibration
 import harness
 import numpy as np
 import pytest
-from forms import METHODS, OPTIONS, available
+from forms import METHODS, OPTIONS
 from harness import Training
 from intervals import probabilities_of
 from results_calibration import TUNED_ROWS
@@ -79,9 +79,6 @@ def given(folder: Path, **changes: Any) -> argparse.Namespace:
 @pytest.mark.filterwarnings("ignore:IVON can move")  # in eight steps
 @pytest.mark.parametrize("method", METHODS)
 def test_a_method_fills_its_rows(method: str, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    if not available(method):
-        assert not calibration.jobs(given(folder, methods=[method]))
-        return
     monkeypatch.setattr(harness, "packaged_model", lambda name: folder / "tiny")
     job = next(iter(calibration.jobs(given(folder, methods=[method], steps=8, rows=100)).values()))
     found = calibration.run(job)

@@ -183,6 +183,16 @@ def test_evidence_by_letters_is_that_of_the_letters() -> None:
         close(layer.evidence("default").rank_deltas, total / (2 * len(data)), rtol=1e-5, atol=1e-12)
 
 
+def step_in_halves(loop: BayesLoop, trainer: Any, data: Any, scoring: Any) -> None:
+    """One step of the loop on all rows, in two micro-batches."""
+    loop.step_begin()
+    for rows in torch.arange(len(data)).chunk(2):
+        batch = scoring.collate([data[int(row)] for row in rows])
+        (trainer.compute_loss(trainer.model, batch) / 2).backward()
+    loop.before_optimizer_step()
+    loop.step_end()
+
+
 def test_the_sketch_of_components_is_that_of_gradients_of_rows_with_drawn_labels(tmp_path: Path) -> None:
     data, scoring = encoded(2)
     model = blora(mode="ra", target_rank=2.0)
@@ -190,12 +200,7 @@ def test_the_sketch_of_components_is_that_of_gradients_of_rows_with_drawn_labels
     optimizer = torch.optim.SGD(parameter_groups(model, lr=0.0), lr=0.0)
     step = BayesLoop(model, optimizer, total_steps=300).tuner.run_state().rotated_after  # type: ignore[union-attr]
     loop = BayesLoop(model, optimizer, total_steps=300, step=step)
-    loop.step_begin()
-    for rows in torch.arange(len(data)).chunk(2):
-        batch = scoring.collate([data[int(row)] for row in rows])
-        (trainer.compute_loss(model, batch) / 2).backward()
-    loop.before_optimizer_step()
-    loop.step_end()
+    step_in_halves(loop, trainer, data, scoring)
     layers = model.base_model.adapted_layers()
     found = torch.cat([layer.evidence("default").rank_sketch for layer in layers], dim=1)
     model.eval()
@@ -227,12 +232,7 @@ def test_deviations_are_those_of_gradients_of_rows(core: Any, tmp_path: Path) ->
     model = adapted(MeLoraConfig(core=core, variance="closed_form", prior_std=prior, kl_weight=0.5, **settings))
     trainer = make_trainer(model, data, TOKENIZER, tmp_path)
     loop = BayesLoop(model, torch.optim.SGD(parameter_groups(model, lr=0.0), lr=0.0), total_steps=10)
-    loop.step_begin()
-    for rows in torch.arange(len(data)).chunk(2):
-        batch = scoring.collate([data[int(row)] for row in rows])
-        (trainer.compute_loss(model, batch) / 2).backward()
-    loop.before_optimizer_step()
-    loop.step_end()
+    step_in_halves(loop, trainer, data, scoring)
     layers = model.base_model.adapted_layers()
     of_rows = row_gradients(model, data, [layer.melora_M["default"] for layer in layers])
     for place, layer in enumerate(layers):

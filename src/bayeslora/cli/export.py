@@ -41,14 +41,15 @@ def run(given: dict[str, Any]) -> int:
     if "mean_rank" in given and method != "lora":
         raise BayesLoraError(
             f"--mean-rank is {given['mean_rank']:g}, but {source} was trained with {method}, not lora: export it "
-            "without, and cut the export"
+            "as plain LoRA first, and cut that export"
         )
     with new_folder(target) as partial:
         import bayeslora
-        from bayeslora.runs.cut import export_cut
 
         loaded = bayeslora.load(source, given.get("model"))
         if "mean_rank" in given:
+            from bayeslora.runs.cut import export_cut
+
             measured = export_cut(loaded, given["mean_rank"], partial)
         else:
             options = {**_options(form, given, loaded), **_batches(form, given, loaded)}

@@ -56,7 +56,7 @@ from bayeslora.quantization import (
 
 
 class Batch(NamedTuple):
-    """What evidence is gathered on: the model's output, the tensors that tell rows apart, and the number of rows."""
+    """A pass to gather evidence on: the model's output, the tensors that tell rows apart, and the number of rows."""
 
     output: Callable[[nn.Module], Any]
     inputs: Mapping[str, Any]
