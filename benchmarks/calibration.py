@@ -10,7 +10,7 @@ Trained for each task and seed, on the same layers and 90% of train:
 - `tuned`: LoRA with dropout 0.1 at the best of three learning rates, stopped early; the rate is chosen on the other
   10% of train with seed 0, the length with every seed. It also fills the rows that need no training of their own:
   temperature, vector scaling and isotonic maps (fitted on the 10%), Monte-Carlo dropout, Laplace on the head (fitted
-  on the training rows), training-free Bayesianization (on the 10%), and ensembles of three seeds.
+  on the training rows), training-free Bayesianization (on 256 rows of the 10%), and ensembles of three seeds.
 - `swag`, `ivon`: the same LoRA, with a posterior over its weights.
 - `blob`, `melora-closed` (with its defaults) and `melora-cores` (four cores). The last two also with a temperature.
 
