@@ -23,6 +23,7 @@ from bayeslora.errors import BayesLoraError
 from bayeslora.methods.allocation import CostModel
 from bayeslora.methods.description import LayerDescription
 from bayeslora.methods.layer import BayesLayer, adapter_names_by_row
+from bayeslora.methods.targets import check_targets
 from bayeslora.vocabulary import CostScope
 
 ParameterRole = str
@@ -128,6 +129,12 @@ class BayesTuner(BaseTuner):
         if adapter_name not in self.active_adapters:
             new.requires_grad_(False)  # a further adapter does not start trainable
         self._replace_module(parent, target_name, new, target)
+
+    def _replace_module(self, parent: nn.Module, child_name: str, new_module: nn.Module, child: nn.Module) -> None:
+        if hasattr(new_module, "base_layer"):
+            super()._replace_module(parent, child_name, new_module, child)
+        else:  # an unloaded module has its own weights, and a head of several layers has no `weight` to hand over
+            setattr(parent, child_name, new_module)
 
     def _cast_adapter_dtype(self, adapter_name: str, autocast_adapter_dtype: bool = True) -> None:
         super()._cast_adapter_dtype(adapter_name, autocast_adapter_dtype)
@@ -254,9 +261,12 @@ class BayesTuner(BaseTuner):
         """Return the adapted layers (only those with `adapter_name`), in the order of the model."""
         return list(self.named_layers(adapter_name).values())
 
-    def inject_adapter(self, *args: Any, **kwargs: Any) -> None:
+    def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
         self._named_layers = None
-        super().inject_adapter(*args, **kwargs)
+        config = self.peft_config[adapter_name]
+        if not config.inference_mode:  # a saved adapter is what it is
+            check_targets(model, config)
+        super().inject_adapter(model, adapter_name, *args, **kwargs)
         self._named_layers = None
 
     def unload(self) -> nn.Module:

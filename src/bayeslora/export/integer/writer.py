@@ -139,10 +139,11 @@ def _written(
 ) -> tuple[IntegerIndex, dict[str, Tensor]]:
     """Return the index and the tensors by key: codes by layer, the rest by their path in the model."""
     index, tensors = IntegerIndex(type(base).__name__), {}
-    embedding, head = base.get_input_embeddings(), base.get_output_embeddings()
+    embedding, head = _input_embedding(base), base.get_output_embeddings()
     modules = dict(base.named_modules())
     paths = {id(module): path for path, module in modules.items()}
-    tie = paths.get(id(embedding)) if head is not None and head.weight is embedding.weight else None
+    is_tied = head is not None and embedding is not None and head.weight is embedding.weight
+    tie = paths.get(id(embedding)) if is_tied else None
     for path, module in modules.items():
         kept = _is_within(path, trained)
         if path in adapted:
@@ -167,7 +168,7 @@ def _add_the_rest(
 ) -> None:
     """Add every parameter and buffer outside the layers of `index`; shared ones are stored once."""
     coded = {*index.linear, *index.embeddings}
-    narrow = {id(base.get_input_embeddings())} if unadapted == "bfloat16" else set()
+    narrow = {id(_input_embedding(base))} if unadapted == "bfloat16" else set()
     if unadapted == "bfloat16":
         narrow |= {id(module) for module in base.modules() if type(module) in (nn.Linear, Conv1D)}
     first: dict[int, str] = {}
@@ -183,6 +184,14 @@ def _add_the_rest(
         is_narrow = id(module) in narrow and leaf == "weight" and not _is_within(owner, trained)
         # safetensors refuses two tensors that share memory, so copy.
         tensors[path] = stored.to(torch.bfloat16) if is_narrow else stored.clone()
+
+
+def _input_embedding(base: PreTrainedModel) -> nn.Module | None:
+    """Return the layer that embeds tokens; None for a model without one, such as one that hashes characters."""
+    try:
+        return base.get_input_embeddings()
+    except NotImplementedError:
+        return None
 
 
 def _is_within(path: str, modules: list[str]) -> bool:
