@@ -31,6 +31,7 @@ from bayeslora.prediction import (
     Predictable,
     Prediction,
     as_predictor,
+    check_one_label,
     check_samples,
     features_and_logits,
     predict,
@@ -160,10 +161,12 @@ def predict_dataset(
     Prompts that begin alike (few-shot ones) share a batch, and a model without samples reads their beginning once.
 
     Raises:
-        BayesLoraError: `dataset` lacks rows, `batch_size` is below 1, the tokenizer cannot pad, or samples are wanted
-            but the model lacks a posterior.
+        BayesLoraError: `dataset` lacks rows, `batch_size` is below 1, the tokenizer cannot pad, the model gives
+            several labels a row, or samples are wanted but the model lacks a posterior.
     """
     batches, order, logits = _batched(dataset, tokenizer, batch_size, samples)
+    if logits is None:
+        check_one_label(as_predictor(model).model)
     prediction = predict(model, batches, samples, seed, per_sample=per_sample, antithetic=antithetic, logits=logits)
     back = torch.from_numpy(np.argsort(order, kind="stable"))
     fields = {name: value for name, value in vars(prediction).items() if value is not None}

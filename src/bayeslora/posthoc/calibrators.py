@@ -14,7 +14,7 @@ from torch import Tensor
 
 from bayeslora.errors import BayesLoraError
 from bayeslora.posthoc.temperature import held_out_logits, predictive_loss
-from bayeslora.prediction import Logits, Predictable, Sampler, as_predictor, check_samples
+from bayeslora.prediction import Logits, Predictable, Sampler, as_predictor, check_one_label, check_samples
 
 _LEAST_ROWS = 10
 """Fewest held-out rows of each class: with fewer the maps fit the rows and not the model's errors."""
@@ -41,6 +41,7 @@ class VectorScaling:
     def __init__(self, model: Predictable) -> None:
         self.predictor = as_predictor(model)
         self.model = self.predictor.model
+        check_one_label(self.model)
         self.weight: Tensor | None = None
         self.bias: Tensor | None = None
 
@@ -138,6 +139,7 @@ class IsotonicCalibration:
     def __init__(self, model: Predictable) -> None:
         self.predictor = as_predictor(model)
         self.model = self.predictor.model
+        check_one_label(self.model)
         self.maps: list[IsotonicRegression] = []
 
     def check_samples(self, samples: int) -> None:

@@ -283,6 +283,11 @@ def class_probabilities(prediction: Prediction | ArrayLike) -> Array:
     Raises:
         BayesLoraError: the prediction is of numbers, or rows do not sum to 1, as those of several labels a row.
     """
+    if isinstance(prediction, Prediction) and prediction.labels.ndim == 2:
+        raise BayesLoraError(
+            "the prediction has several labels a row, but this needs one of several classes: decide each label by its "
+            "column of probabilities"
+        )
     found = prediction.probabilities.numpy() if isinstance(prediction, Prediction) else prediction
     probabilities = np.asarray(found, dtype=np.float64)
     if probabilities.ndim != 2 or probabilities.shape[1] < 2:

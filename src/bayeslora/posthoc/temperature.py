@@ -10,7 +10,16 @@ from scipy.optimize import minimize_scalar
 from torch import Tensor, nn
 
 from bayeslora.errors import BayesLoraError
-from bayeslora.prediction import Logits, Predictable, Sampler, as_predictor, check_samples, labels_of, sampled_logits
+from bayeslora.prediction import (
+    Logits,
+    Predictable,
+    Sampler,
+    as_predictor,
+    check_one_label,
+    check_samples,
+    labels_of,
+    sampled_logits,
+)
 from bayeslora.prediction.predictor import Predictor
 
 
@@ -33,6 +42,7 @@ class TemperatureScaling:
             raise BayesLoraError(f"the temperature is {temperature}, but must be positive: give 1 to change nothing")
         self.predictor, self.temperature = as_predictor(model), float(temperature)
         self.model = self.predictor.model
+        check_one_label(self.model)
 
     def check_samples(self, samples: int) -> None:
         check_samples(self.predictor, samples)

@@ -13,6 +13,7 @@ from bayeslora.prediction.predictor import (
     Predictor,
     Sampler,
     as_predictor,
+    check_one_label,
     check_samples,
 )
 
@@ -26,6 +27,7 @@ __all__ = [
     "Predictor",
     "Sampler",
     "as_predictor",
+    "check_one_label",
     "check_samples",
     "evaluation_mode",
     "features_and_logits",

@@ -11,6 +11,9 @@ $$ H(\bar p) = \tfrac1S \textstyle\sum_s H(p_s) + I. $$
 
 `entropy` is the left side, `expected_entropy` the mean on the right and `mutual_information` is $I$. A deterministic
 prediction comes from one set of weights, so $I = 0$.
+
+A model with several labels a row (`problem_type="multi_label_classification"`) answers yes or no for each label, with
+a sigmoid for its probability, and each label has its own entropies.
 """
 
 from __future__ import annotations
@@ -23,16 +26,20 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from bayeslora.errors import BayesLoraError
 from bayeslora.methods.layer import evaluation_mode
 from bayeslora.prediction.predictor import (
+    MULTI_LABEL,
     Logits,
     ModelPredictor,
     Predictable,
     Predictor,
     as_predictor,
+    check_one_label,
     check_samples,
+    problem_type,
 )
 
 _LABEL_KEYS = ("labels", "label", "label_ids")
@@ -43,9 +50,13 @@ NO_BATCH = "the loader gave 0 batches, but at least 1 is needed: check the data 
 class Prediction:
     """Predictions for n examples in the order they came in; float64 (labels: int64) tensors on the CPU.
 
+    Of a model with several labels a row, `probabilities` (n, C) are each label's own and do not sum to 1, `labels` are
+    (n, C), 1 where the probability is above one half, and `entropy`, `mutual_information`, `expected_entropy` and
+    `std` are (n, C), of each label.
+
     Attributes:
-        logits: (n, C) outputs of the model, or, with samples, the logarithms of `probabilities`; (n, 1) for
-            regression, with samples their mean.
+        logits: (n, C) outputs of the model, or, with samples, those that give `probabilities`: their logarithms, with
+            several labels a row their log-odds; (n, 1) for regression, with samples their mean.
         probabilities: (n, C) with rows that sum to 1, with samples their mean; (n, 0) for regression.
         labels: (n,) ids of the most probable class; for regression the predicted values, float64.
         entropy: (n,) entropy of `probabilities` in nats; 0 for regression.
@@ -105,14 +116,21 @@ def predict(
 
     Raises:
         BayesLoraError: `samples` is above 0 for a deterministic adapter, the optimizer lacks a posterior, the loader
-            is empty, inputs are not tensors, or the logits' shape is not (batch, C).
+            is empty, inputs are not tensors, the logits' shape is not (batch, C), or the model predicts several
+            numbers a row.
     """
     predictor = as_predictor(model) if optimizer is None else _drawn_by(optimizer, model)
     check_samples(predictor, samples)
+    problem = None if logits is not None else problem_type(predictor.model)
     if isinstance(seed, bool) or not isinstance(seed, int):
         raise BayesLoraError(f"the seed is {seed!r}, but must be a whole number: give seed=0")
-    collected = sampled_logits(predictor, loader_or_batch, samples, seed, antithetic, logits)
-    prediction = summarize(collected)
+    collected = _sampled_logits(predictor, loader_or_batch, samples, seed, antithetic, logits)
+    prediction = _of_labels(collected) if problem == MULTI_LABEL else summarize(collected)
+    if problem == "regression" and collected.shape[2] > 1:
+        raise BayesLoraError(
+            f"the model predicts {collected.shape[2]} numbers a row, but predict takes a regression of one: "
+            "call the model yourself"
+        )
     if samples == 0 and len(collected) == 1:
         prediction = replace(prediction, logits=collected[0])
     return prediction if per_sample else replace(prediction, sample_probabilities=None, sample_values=None)
@@ -126,7 +144,24 @@ def sampled_logits(
     antithetic: bool = False,
     logits: Logits | None = None,
 ) -> Tensor:
-    """Return the (S, n, C) logits of all samples and batches, float64 on the CPU; S = 1 for the mean weights."""
+    """Return the (S, n, C) logits of all samples and batches, float64 on the CPU; S = 1 for the mean weights.
+
+    Raises:
+        BayesLoraError: as `predict`, and for a model with several labels a row.
+    """
+    if logits is None:
+        check_one_label(predictor.model)
+    return _sampled_logits(predictor, loader_or_batch, samples, seed, antithetic, logits)
+
+
+def _sampled_logits(
+    predictor: Predictor,
+    loader_or_batch: Mapping[str, Any] | Iterable[Mapping[str, Any]],
+    samples: int,
+    seed: int,
+    antithetic: bool,
+    logits: Logits | None,
+) -> Tensor:
     batches = [loader_or_batch] if isinstance(loader_or_batch, Mapping) else loader_or_batch
     device = next((parameter.device for parameter in predictor.model.parameters()), torch.device("cpu"))
     read = _checked(logits or _forward)
@@ -204,8 +239,7 @@ def summarize(logits: Tensor) -> Prediction:
     if logits.shape[2] == 1:
         return _regression(logits)
     per_sample = logits.log_softmax(dim=-1)
-    # In logarithms, so that even the smallest probabilities keep their order of magnitude.
-    mean = per_sample.logsumexp(dim=0) - math.log(len(logits))
+    mean = _log_mean(per_sample)
     sample_probabilities, probabilities = per_sample.exp(), mean.exp()
     entropy, expected = _entropy(probabilities), _entropy(sample_probabilities).mean(dim=0)
     return Prediction(
@@ -219,6 +253,28 @@ def summarize(logits: Tensor) -> Prediction:
         std=torch.zeros_like(entropy),
         sample_probabilities=sample_probabilities,
     )
+
+
+def _of_labels(logits: Tensor) -> Prediction:
+    """Return the `Prediction` of S >= 1 samples with (S, n, C) logits, one yes or no for each of C labels."""
+    yes, no = (_log_mean(F.logsigmoid(sign * logits)) for sign in (1, -1))
+    entropy = _entropy(torch.stack([yes, no], dim=-1).exp())
+    expected = _entropy(torch.stack([logits.sigmoid(), (-logits).sigmoid()], dim=-1)).mean(dim=0)
+    return Prediction(
+        logits=yes - no,
+        probabilities=yes.exp(),
+        labels=(yes > no).to(torch.int64),
+        entropy=entropy,
+        mutual_information=(entropy - expected).clamp_min(0),
+        expected_entropy=expected,
+        std=torch.zeros_like(entropy),
+        sample_probabilities=logits.sigmoid(),
+    )
+
+
+def _log_mean(logarithms: Tensor) -> Tensor:
+    """Return the logarithm of the mean over the samples, in logarithms, so that small numbers keep their order."""
+    return logarithms.logsumexp(dim=0) - math.log(len(logarithms))
 
 
 def _regression(values: Tensor) -> Prediction:

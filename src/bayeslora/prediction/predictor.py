@@ -17,6 +17,9 @@ from bayeslora.prediction.batched_sampling import BatchedSampler, first_token_on
 Logits = Callable[[nn.Module, Mapping[str, Tensor]], Any]
 """Function from the model and a batch of B rows to class logits (B, C); -inf marks a class that a row lacks."""
 
+MULTI_LABEL = "multi_label_classification"
+"""The `problem_type` of Transformers' models with several labels a row."""
+
 Sampler = Callable[[Mapping[str, Tensor]], Tensor]
 """Function from a batch of B rows to (S, B, C) logits, one entry for each sample."""
 
@@ -163,6 +166,21 @@ def as_predictor(model: Predictable) -> Predictor:
         f"{type(model).__name__} was given, but a model or a predictor is needed: give a model, or a predictor "
         "around it"
     )
+
+
+def problem_type(model: nn.Module) -> str | None:
+    """Return what the configuration of `model`, or of the model inside it, says about its outputs, or None."""
+    configs = (getattr(module, "config", None) for module in model.modules())
+    return next((getattr(config, "problem_type", None) for config in configs if config is not None), None)
+
+
+def check_one_label(model: nn.Module) -> None:
+    """Raise BayesLoraError for a model with several labels a row, where classes have to exclude each other."""
+    if problem_type(model) == MULTI_LABEL:
+        raise BayesLoraError(
+            f"the model gives several labels a row (problem_type is {MULTI_LABEL!r}), but this needs one of several "
+            "classes: use bayeslora.predict, which gives the probability of each label"
+        )
 
 
 def check_samples(model: Predictable, samples: int) -> None:

@@ -13,6 +13,7 @@ from transformers import AutoConfig, AutoModelForSequenceClassification, Pretrai
 
 from bayeslora.errors import BayesLoraError
 from bayeslora.methods.registry import find_method
+from bayeslora.prediction.predictor import MULTI_LABEL
 from bayeslora.runs.base import load_errors, resolve_model, source
 from bayeslora.runs.info import Head, RunInfo
 
@@ -89,6 +90,12 @@ def _of_adapter(folder: Path, content: dict[str, Any], model: str | None) -> Run
 
 
 def _info(method: str, model: str, base_name: str, head: Head, config: PretrainedConfig, classes: int) -> RunInfo:
+    problem = getattr(config, "problem_type", None) if head == "sequence" else None
+    if problem == MULTI_LABEL or (problem == "regression" and classes > 1):
+        raise BayesLoraError(
+            f"{model} has problem_type {problem!r} with {classes} outputs, but load accepts one label a row: load it "
+            "with PEFT and use bayeslora.predict"
+        )
     labels: list[str] = []
     if head == "sequence" and classes > 1:
         known: dict[Any, str] = dict(config.id2label or {}) if config.num_labels == classes else {}
