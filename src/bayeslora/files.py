@@ -1,7 +1,8 @@
-"""Atomic output, and JSON without NaN or infinity."""
+"""Atomic output, JSON without NaN or infinity, and YAML as people mean it."""
 
 from __future__ import annotations
 
+import functools
 import json
 import math
 import os
@@ -74,6 +75,41 @@ def finite(content: Any) -> Any:
     if isinstance(content, (list, tuple)):
         return [finite(value) for value in content]
     return content
+
+
+def parse_yaml(text: str) -> Any:
+    """Parse YAML without tags; `1e-5` is a number, as in JSON and YAML 1.2.
+
+    Raises:
+        yaml.YAMLError: the text is not YAML, repeats a key in one mapping, or is nested too deeply.
+    """
+    import yaml
+
+    try:
+        return yaml.load(text, _yaml_loader())  # noqa: S506 - a SafeLoader
+    except RecursionError:
+        raise yaml.YAMLError("nested too deeply") from None
+
+
+@functools.cache
+def _yaml_loader() -> Any:
+    """Make the loader; yaml is imported only where it is needed."""
+    import yaml
+
+    class Loader(yaml.SafeLoader):
+        def construct_mapping(self, node: Any, deep: bool = False) -> Any:
+            seen = set()
+            for key, _ in node.value:
+                if isinstance(key, yaml.ScalarNode) and key.tag != "tag:yaml.org,2002:merge":
+                    if key.value in seen:
+                        raise yaml.constructor.ConstructorError(None, None, f"repeats {key.value!r}", key.start_mark)
+                    seen.add(key.value)
+            return super().construct_mapping(node, deep)
+
+    # YAML 1.1 wants a point before the exponent and takes 1e-5 for a text.
+    exponent = re.compile(r"[-+]?(?:\d+\.?\d*|\.\d+)[eE][-+]?\d+$")
+    Loader.add_implicit_resolver("tag:yaml.org,2002:float", exponent, list("-+.0123456789"))
+    return Loader
 
 
 def _partial(path: Path) -> Path:

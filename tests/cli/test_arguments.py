@@ -22,6 +22,9 @@ from tests.methods.registered import offer
 BASE = {"model": "m", "train_file": "a.jsonl", "eval_file": "b.jsonl", "text_column": "text", "output_dir": "out"}
 
 
+EXPONENTS = {"low": 1e-5, "high": -2000.0, "text": "1e-5", "word": "1e"}
+
+
 @pytest.mark.parametrize(
     ("value", "hint", "expected"),
     [
@@ -40,6 +43,7 @@ BASE = {"model": "m", "train_file": "a.jsonl", "eval_file": "b.jsonl", "text_col
         ([1, 2], list[float], [1.0, 2.0]),
         ("[1, 2]", list[int], [1, 2]),
         ("{query: 4, value: 2}", dict[str, int], {"query": 4, "value": 2}),
+        ('{"low": 1e-5, "high": -2E+3, "text": "1e-5", "word": 1e}', dict, EXPONENTS),
         ("epoch", IntervalStrategy | str, "epoch"),
         (False, IntervalStrategy | str, "no"),  # `eval_strategy: no` in YAML
         ("q", Literal["q+ra", "q", "ra"], "q"),
@@ -68,6 +72,8 @@ def test_a_value_becomes_what_the_hint_asks_for(value: Any, hint: Any, expected:
         ({"a": 1}, list[str], "a list"),
         ([1, "x"], list[int], "a whole number"),
         ("{a", dict, "YAML"),
+        ("{a: 1, a: 2}", dict, "YAML"),
+        (False, str, "quote a word such as no, which YAML takes for false"),
     ],
 )
 def test_a_value_of_another_type_is_refused_with_what_is_wanted(value: Any, hint: Any, wanted: str) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -127,6 +128,45 @@ def test_wrong_options_are_told_before_a_missing_model(train_refused: Refused) -
     assert "--target-bops" in train_refused(model="no/such/model", target_bops=1.5)
     saving = {"load_best_model_at_end": "true", "eval_strategy": "epoch", "save_strategy": "no"}
     assert "change them" in train_refused(model="no/such/model", **saving)
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "said"),
+    [
+        ("report_to", "wandb", "wandb"),
+        ("report_to", "tensorboard", "tensorboard"),
+        ("report_to", "paper", "paper"),
+        ("optim", "lomo", "lomo"),
+        ("optim", "galore_adamw", "galore"),
+        ("use_liger_kernel", "true", "liger-kernel"),
+        ("lr_scheduler_kwargs", "{no_such: 1}", "no_such"),
+        ("deepspeed", "{}", "hides the gradients"),
+    ],
+)
+def test_what_is_not_installed_is_told_before_a_missing_model(
+    train_refused: Refused, monkeypatch: pytest.MonkeyPatch, name: str, value: str, said: str
+) -> None:
+    for package in ("wandb", "tensorboard", "tensorboardX", "torch.utils.tensorboard"):
+        monkeypatch.setitem(sys.modules, package, None)
+    monkeypatch.setattr("transformers.integrations.integration_utils.is_wandb_available", lambda: False)
+    monkeypatch.setattr("transformers.integrations.integration_utils.is_tensorboard_available", lambda: False)
+    more = {"lr_scheduler_type": "cosine_with_min_lr"} if name == "lr_scheduler_kwargs" else {}
+    assert said in train_refused(model="no/such/model", **{name: value}, **more)
+
+
+def test_an_optimizer_that_the_model_does_not_suit(train_refused: Refused) -> None:
+    """It is built from the model, so this is told after loading; the folder is gone all the same."""
+    assert "Invalid beta parameter" in train_refused(adam_beta1=2, max_steps=2, method="lora")
+
+
+def test_options_in_yaml(train_refused: Refused, tmp_path: Path) -> None:
+    config = tmp_path / "options.yaml"
+    config.write_text("learning_rate: 0.1\nseed: 1\nlearning_rate: 0.2\n")
+    assert "not valid YAML in line 3 (repeats 'learning_rate')" in train_refused(config=config)
+    config.write_text("r: " + "[" * 5000)
+    assert "not valid YAML" in train_refused(config=config)
+    config.write_text("labels: [no, yes]\n")
+    assert "quote a word such as no, which YAML takes for false" in train_refused(config=config)
 
 
 def test_an_unknown_option_or_value(train_refused: Refused) -> None:

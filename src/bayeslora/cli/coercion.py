@@ -15,6 +15,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from bayeslora.errors import BayesLoraError, close_matches, option
+from bayeslora.files import parse_yaml
 
 _BOOLEANS = dict.fromkeys(("true", "yes", "on"), True) | dict.fromkeys(("false", "no", "off"), False)
 _NULL = {"null", "~"}
@@ -65,7 +66,7 @@ def _read_yaml(name: str, text: str) -> Any:
     import yaml
 
     try:
-        return yaml.safe_load(text)
+        return parse_yaml(text)
     except yaml.YAMLError as error:
         raise BayesLoraError(f"{option(name)} is {text!r}, but must be valid YAML: quote or correct it") from error
 
@@ -119,9 +120,10 @@ def _sequence(name: str, value: Any, members: list[Any]) -> Iterator[list[Any]]:
 
 
 def _other(name: str, value: Any, members: list[Any]) -> Iterator[Any]:
+    is_text = isinstance(value, (str, int, float)) and not isinstance(value, bool)
     if Any in members or (isinstance(value, dict) and _takes_mapping(members)):
         yield value
-    elif str in members and not _choices(members) and isinstance(value, (str, int, float)) and value is not True:
+    elif str in members and not _choices(members) and is_text:
         yield str(value)
 
 
@@ -159,5 +161,7 @@ def _wrong(name: str, value: Any, members: list[Any]) -> BayesLoraError:
         "null": type(None) in members,
     }
     near = close_matches(value, choices) if isinstance(value, str) else ""
+    if isinstance(value, bool) and wanted["a text"]:
+        near = f", quote a word such as {'yes' if value else 'no'}, which YAML takes for {str(value).lower()}"
     listed = " or ".join(text for text, takes in wanted.items() if takes)
     return BayesLoraError(f"{option(name)} is {value!r}, but must be {listed}{near.replace(', ', ': ', 1)}")

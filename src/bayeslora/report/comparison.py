@@ -15,7 +15,7 @@ import yaml
 from matplotlib.figure import Figure
 
 from bayeslora.errors import BayesLoraError
-from bayeslora.files import finite, save_json, write_atomically
+from bayeslora.files import finite, parse_yaml, save_json, write_atomically
 from bayeslora.report import comparison_figures, uncertainty_figures
 from bayeslora.report.comparison_table import markdown
 from bayeslora.report.page import write_pngs
@@ -198,7 +198,7 @@ def _options(folder: Path) -> dict[str, Any]:
         if not path.exists():
             continue
         try:
-            loaded = yaml.safe_load(path.read_text(encoding="utf-8"))
+            loaded = parse_yaml(path.read_text(encoding="utf-8"))
         except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
             raise BayesLoraError(
                 f"{path} cannot be read ({type(error).__name__}): repair it or train again"

@@ -62,7 +62,7 @@ def option_errors(what: str) -> Iterator[None]:
         yield
     except BayesLoraError:
         raise
-    except (ValueError, TypeError, ImportError, NotImplementedError) as error:
+    except (ValueError, TypeError, ImportError, NotImplementedError, RuntimeError) as error:
         raise BayesLoraError(f"{what} does not accept these options ({one_line(error)}): change them") from error
 
 

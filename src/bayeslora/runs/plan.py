@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from bayeslora.errors import BayesLoraError
+from bayeslora.files import parse_yaml
 from bayeslora.vocabulary import Normalization, Scoring
 
 if TYPE_CHECKING:
@@ -145,13 +146,14 @@ def read_config(path: str) -> dict[str, Any]:
     import yaml
 
     try:
-        content = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+        content = parse_yaml(Path(path).read_text(encoding="utf-8"))
     except OSError as error:
         raise BayesLoraError(f"cannot read --config {path} ({error.strerror}): name a YAML file") from error
     except (yaml.YAMLError, UnicodeDecodeError) as error:
-        mark = getattr(error, "problem_mark", None)
+        mark, problem = getattr(error, "problem_mark", None), getattr(error, "problem", None)
         where = f" in line {mark.line + 1}" if mark else ""
-        raise BayesLoraError(f"{path} is not valid YAML{where}: correct it or name another --config") from error
+        why = f" ({problem})" if problem else ""
+        raise BayesLoraError(f"{path} is not valid YAML{where}{why}: correct it or name another --config") from error
     if not isinstance(content, dict) or not all(isinstance(key, str) for key in content):
         raise BayesLoraError(f"{path} is not a mapping, but must hold options: write one `name: value` per line")
     return {key.replace("-", "_"): value for key, value in content.items()}

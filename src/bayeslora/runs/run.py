@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import yaml
 from peft import PeftModel, get_peft_model_state_dict
 from safetensors import SafetensorError, safe_open
 from torch import nn
@@ -23,6 +22,7 @@ from bayeslora.evaluation import dataset_logits, predict_dataset
 from bayeslora.export.container import looks_packed
 from bayeslora.export.integer.index import is_integer_model
 from bayeslora.export.integer.reader import load_integer
+from bayeslora.files import parse_yaml
 from bayeslora.methods import tuner_of
 from bayeslora.methods.registry import find_method
 from bayeslora.posterior import POSTERIOR_FILE, WeightPosterior, load_posterior
@@ -104,7 +104,7 @@ class Run:
     def config(self) -> dict[str, Any]:
         """The options of the training in `config.yaml`; empty without that file."""
         path = self.folder / "config.yaml"
-        return dict(yaml.safe_load(path.read_text(encoding="utf-8"))) if path.is_file() else {}
+        return dict(parse_yaml(path.read_text(encoding="utf-8"))) if path.is_file() else {}
 
     @property
     def metrics(self) -> RunRecord | None:

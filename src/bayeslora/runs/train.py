@@ -12,10 +12,10 @@ import os
 import shutil
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 import yaml
@@ -29,8 +29,11 @@ from transformers import (
     Trainer,
     TrainerCallback,
     TrainingArguments,
+    get_scheduler,
     set_seed,
 )
+from transformers.integrations import get_reporting_integration_callbacks
+from transformers.utils import is_liger_kernel_available
 
 from bayeslora.data import Task, load_files, load_task
 from bayeslora.data.tasks import TASKS, hub_dataset
@@ -256,6 +259,13 @@ def fit(session: Session, callbacks: list[TrainerCallback]) -> Trainer:
     columns = session.plan.options.swag
     swag = [] if columns is None else [SWAG(session.model, rank=columns)]
     trainer = _build_trainer(session, [*callbacks, *swag])
+    build = trainer.create_optimizer
+
+    def checked(*args: Any, **kwargs: Any) -> Any:
+        with option_errors("training"):
+            return build(*args, **kwargs)
+
+    trainer.create_optimizer = checked  # type: ignore[method-assign]
     checkpoint = _last_checkpoint(session.partial / _CHECKPOINTS) if session.plan.options.resume else None
     with _quick_attention(session.base.model, trainer.args):
         trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
@@ -265,10 +275,35 @@ def fit(session: Session, callbacks: list[TrainerCallback]) -> Trainer:
 def training_arguments(plan: TrainPlan, checkpoints: Path) -> TrainingArguments:
     """Return the `TrainingArguments`; raise BayesLoraError for those it refuses."""
     settings = {"dataloader_pin_memory": torch.cuda.is_available(), **plan.training_options, "disable_tqdm": True}
+    if settings.get("deepspeed") is not None:
+        raise BayesLoraError(
+            "--deepspeed is given, but DeepSpeed hides the gradients, which methods need: leave it out, and start the "
+            "command with torchrun for several processes"
+        )
     if settings.get("bf16") and not _has_accelerator():
         settings.setdefault("use_cpu", True)  # otherwise TrainingArguments looks for a GPU
     with option_errors("training"):
-        return TrainingArguments(output_dir=str(checkpoints), **settings)
+        arguments = TrainingArguments(output_dir=str(checkpoints), **settings)
+        _try_out(arguments)
+    return arguments
+
+
+def _try_out(arguments: TrainingArguments) -> None:
+    """Make the reporters, the optimizer and the schedule once, so that a missing package is told before any work."""
+    for reporter in get_reporting_integration_callbacks(arguments.report_to):
+        reporter()
+    if arguments.use_liger_kernel and not is_liger_kernel_available():
+        raise ImportError("use_liger_kernel needs the package liger-kernel")
+    layer = nn.Linear(1, 1)
+    with suppress(ValueError, TypeError, NotImplementedError):  # from those that look for layers of the real model
+        Trainer.get_optimizer_cls_and_kwargs(arguments, cast(PreTrainedModel, layer))
+    get_scheduler(
+        arguments.lr_scheduler_type,
+        optimizer=torch.optim.SGD(layer.parameters(), lr=arguments.learning_rate),
+        num_warmup_steps=1,
+        num_training_steps=10**6,
+        scheduler_specific_kwargs=cast("dict[str, Any]", arguments.lr_scheduler_kwargs or {}),
+    )
 
 
 def _build_trainer(session: Session, callbacks: list[TrainerCallback]) -> Trainer:
