@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import statistics
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
-from records import TASK_TITLES, Run, markdown_table, mean_at, read_runs, score
+from records import GLUE_TASKS, TASK_TITLES, Run, markdown_table, read_runs, score
 from results_calibration import GUESSING, MORE_TASKS, Table, rows_of
 from results_frontier import SCOPES, budget_rows, cut_runs
 
@@ -58,9 +58,9 @@ rounding that costs no more. Scores in per cent, means over the seeds in parenth
 
 ## Ranks
 
-Accuracy in per cent and NLL, means over seeds, on query, key and value. The cut takes the largest singular values of a
-trained LoRA of rank 8, or the components that matter most to its predictions of 1,024 training rows; it does not train
-on.
+The tasks' scores in per cent, and NLL, means over the seeds in parentheses, on query, key and value (CoLA: all linear
+layers of the blocks). The cut takes the largest singular values of a trained LoRA of rank 8, or the components that
+matter most to its predictions of 1,024 training rows; it does not train on.
 
 {ranks}
 """
@@ -137,34 +137,40 @@ def _bits(results: Path) -> Iterable[str]:
 
 
 def _ranks(results: Path) -> str:
-    """LoRA of three ranks, its cuts, and ranks that are learned."""
-    runs = read_runs(results / "glue")
-    rounded = cut_runs(results)
-    tasks = list(dict.fromkeys(run["task"] for run in runs if run["method"] in LEARNED))
-    lines = [[title, *_scores(runs, tasks, method)] for method, title in RANKS.items()]
+    """LoRA of three ranks, its cuts, and ranks that are learned: a table of scores and one of NLL."""
+    runs = [run for run in read_runs(results / "glue") if run["method"] in {*RANKS, *LEARNED}]
+    for run in cut_runs(results):  # of these very LoRAs
+        runs = [other for other in runs if (other["task"], other["seed"], other["method"]) != _key(run, "lora")]
+        runs.append({**run, **run["lora"], "method": "lora"})
+        for entry in run["cut"]:
+            if "rank" not in entry:
+                kind = "data" if "data_rows" in entry else "cut"
+                runs.append({**run, **entry, "method": f"{kind} {entry['mean_rank']:g}"})
+    rows = dict(RANKS)
     for method, (rank, title) in LEARNED.items():
-        cuts = [
-            {
-                **entry,
-                "metric": run["metric"],
-                "task": run["task"],
-                "method": "data" if "data_rows" in entry else "cut",
-            }
-            for run in rounded
-            for entry in run["cut"]
-            if entry["mean_rank"] == rank and "rank" not in entry
+        rows[f"cut {rank:g}"] = f"LoRA of r = 8, cut to {rank:g}"
+        rows[f"data {rank:g}"] = f"LoRA of r = 8, cut to {rank:g} by data"
+        rows[method] = title
+    compared = {run["task"] for run in runs if run["method"] not in RANKS}
+    tasks = [task for task in GLUE_TASKS if task in compared]
+    tables = []
+    for name, cell in {"Score": _mean_score, "NLL": _mean_nll}.items():
+        lines = [
+            [title, *(cell([run for run in runs if (run["task"], run["method"]) == (task, row)]) for task in tasks)]
+            for row, title in rows.items()
         ]
-        lines.append([f"LoRA of r = 8, cut to {rank:g}", *_scores(cuts, tasks, "cut")])
-        lines.append([f"LoRA of r = 8, cut to {rank:g} by data", *_scores(cuts, tasks, "data")])
-        lines.append([title, *_scores(runs, tasks, method)])
-    return markdown_table(["", *(f"{TASK_TITLES[task]}{end}" for task in tasks for end in ("", ", NLL"))], lines)
+        tables.append(markdown_table([name, *(TASK_TITLES[task] for task in tasks)], lines))
+    return "\n".join(tables)
 
 
-def _scores(runs: Iterable[Run], tasks: Iterable[str], method: str) -> list[str]:
-    cells = []
-    for task in tasks:
-        own = [run for run in runs if (run["task"], run["method"]) == (task, method)]
-        cells.append(f"{statistics.fmean(map(score, own)):.1f} ({len(own)})" if own else "–")
-        nll = mean_at(own, "scores", "nll") if own else None
-        cells.append("–" if nll is None else f"{nll:.3f}")
-    return cells
+def _key(run: Run, method: str) -> tuple[str, int, str]:
+    return run["task"], run["seed"], method
+
+
+def _mean_score(runs: Sequence[Run]) -> str:
+    return f"{statistics.fmean(map(score, runs)):.1f} ({len(runs)})" if runs else "–"
+
+
+def _mean_nll(runs: Sequence[Run]) -> str:
+    found = [run["scores"]["nll"] for run in runs if "nll" in run["scores"]]
+    return f"{statistics.fmean(found):.3f}" if found else "–"

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import math
 import statistics
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
 from matplotlib.figure import Figure
-from matplotlib.ticker import PercentFormatter
+from matplotlib.ticker import NullLocator
 from patterns import BLORA_PATTERNS, pattern_table
 from records import TASK_TITLES, Run, markdown_table, read_runs, score
 
@@ -23,6 +24,8 @@ rows.
 """
 CLOSE = 0.005
 """Share by which a rounding may cost more than the budget that it is compared at."""
+COSTS = (0.01, 0.02, 0.03, 0.05, 0.08)
+"""Marks of the figure's axis."""
 SCOPES = {"attention": "Attention", "encoder": "Whole encoder"}
 
 
@@ -148,31 +151,36 @@ def _cut_table(rounded: Sequence[Run]) -> str:
 
 
 def frontier_figure(results: Path) -> Figure | None:
-    """Score against bit operations: a panel for each task and scope."""
+    """Score against bit operations: a panel for each task and scope that have been trained."""
     trained, rounded = read_runs(results / "frontier"), read_runs(results / "rounding")
-    tasks = list(dict.fromkeys(run["task"] for run in trained))
-    if not tasks:
+    pairs = dict.fromkeys((run["task"], run["options"]["bops_scope"]) for run in trained)
+    shown = [(task, scope) for task in dict.fromkeys(task for task, _ in pairs) for scope in SCOPES]
+    shown = [pair for pair in shown if pair in pairs]
+    if not shown:
         return None
     with style.paper_style():
-        figure = style.new_figure(style.PAGE_WIDTH, 2.4 * len(tasks))
-        panels = figure.subplots(len(tasks), len(SCOPES), squeeze=False)
-        for line, task in zip(panels, tasks, strict=True):
-            for axes, (scope, title) in zip(line, SCOPES.items(), strict=True):
-                curves = {
-                    "B-LoRA": _trained_rows(trained, task, scope),
-                    "LoRA, rounded": _rounded_rows(rounded, task, scope),
-                }
-                for (name, rows), marker in zip(curves.items(), ("o-", "s"), strict=True):
-                    points = sorted((row[1], row[2][0]) for row in rows)
-                    if points:
-                        axes.plot(*zip(*points, strict=True), marker, label=name, markersize=4)
-                for row in _lora_rows(rounded, task, scope):
-                    axes.axhline(row[2][0], color="0.5", linestyle="--", linewidth=1, label="LoRA, 32 bits")
-                axes.set_xscale("log")
-                axes.xaxis.set_major_formatter(PercentFormatter(1, decimals=0))
-                axes.set_title(f"{TASK_TITLES[task]}, {title.lower()}")
-                axes.set_xlabel("bit operations")
-                axes.set_ylabel("score")
-                style.light_grid(axes)
-        panels[0, 0].legend()
+        lines = math.ceil(len(shown) / 2)
+        figure = style.new_figure(style.PAGE_WIDTH, 2.4 * lines)
+        panels = figure.subplots(lines, 2, squeeze=False).flatten()
+        for axes, (task, scope) in zip(panels, shown, strict=False):
+            curves = {
+                "B-LoRA": _trained_rows(trained, task, scope),
+                "LoRA, rounded": _rounded_rows(rounded, task, scope),
+            }
+            for (name, rows), marker in zip(curves.items(), ("o-", "s"), strict=True):
+                points = sorted((row[1], row[2][0]) for row in rows)
+                if points:
+                    axes.plot(*zip(*points, strict=True), marker, label=name, markersize=4)
+            for row in _lora_rows(rounded, task, scope):
+                axes.axhline(row[2][0], color="0.5", linestyle="--", linewidth=1, label="LoRA, 32 bits")
+            axes.set_xscale("log")
+            axes.set_xticks(COSTS, [f"{cost:.0%}" for cost in COSTS])
+            axes.xaxis.set_minor_locator(NullLocator())
+            axes.set_title(f"{TASK_TITLES[task]}, {SCOPES[scope].lower()}")
+            axes.set_xlabel("bit operations")
+            axes.set_ylabel("score")
+            style.light_grid(axes)
+        for axes in panels[len(shown) :]:
+            axes.set_axis_off()
+        figure.legend(*panels[0].get_legend_handles_labels(), loc="outside lower center", ncols=3)
     return figure
