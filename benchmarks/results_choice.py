@@ -8,7 +8,7 @@ from pathlib import Path
 
 from records import GLUE_TASKS, TASK_TITLES, Run, markdown_table, read_runs, score
 from results_calibration import GUESSING, MORE_TASKS, Table, rows_of
-from results_frontier import SCOPES, budget_rows, cut_runs
+from results_frontier import BYTES, SCOPES, budget_rows, bytes_table, cut_runs
 
 PAGE = """# Which of these should I use?
 
@@ -56,6 +56,9 @@ rounding that costs no more. Scores in per cent, means over the seeds in parenth
 
 {bits}
 
+{bytes}
+{by_bytes}
+
 ## Ranks
 
 The tasks' scores in per cent, and NLL, means over the seeds in parentheses, on query, key and value (CoLA: all linear
@@ -102,6 +105,8 @@ def choice_page(results: Path) -> str:
         tuned=note,
         probabilities="\n\n".join(_probabilities(tables, key) for key in ("nll", "aurc")),
         bits="\n\n".join(_bits(results)),
+        bytes=BYTES,
+        by_bytes=bytes_table(results),
         ranks=_ranks(results),
     )
 

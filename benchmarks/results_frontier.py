@@ -11,7 +11,7 @@ from typing import Any
 from matplotlib.figure import Figure
 from matplotlib.ticker import NullLocator
 from patterns import BLORA_PATTERNS, pattern_table
-from records import TASK_TITLES, Run, markdown_table, read_runs, score
+from records import TASK_TITLES, Run, grouped, markdown_table, read_runs, score
 
 from bayeslora.report import style
 
@@ -22,8 +22,11 @@ of LoRA r = 16 at 32 bits in the scope of the table, counted by one function. Sc
 rows.
 
 """
+BYTES = """The same runs by the bytes of their adapted layers: codes at their width, ranges and biases in float32.
+B-LoRA was trained for bit operations, not for bytes. Beside it is the best rounding that has no more bytes.
+"""
 CLOSE = 0.005
-"""Share by which a rounding may cost more than the budget that it is compared at."""
+"""Share by which a rounding may cost more than the budget, or the bytes, that it is compared at."""
 COSTS = (0.01, 0.02, 0.03, 0.05, 0.08)
 """Marks of the figure's axis."""
 SCOPES = {"attention": "Attention", "encoder": "Whole encoder"}
@@ -47,6 +50,8 @@ def frontier_section(results: Path) -> str:
                 ]
                 heading = ["", "BOPs", "score", "NLL", "seeds"]
                 parts.append(f"**{TASK_TITLES[task]}, {title.lower()}**\n\n{markdown_table(heading, cells)}\n")
+    if by_bytes := bytes_table(results):
+        parts.append(f"**Against bytes**\n\n{BYTES}\n{by_bytes}\n")
     parts += _pattern_tables(trained)
     cut = _cut_table(cut_runs(results))
     return "\n".join([*parts, cut] if cut else parts)
@@ -110,6 +115,41 @@ def budget_rows(results: Path, scope: str) -> dict[tuple[str, float], tuple[str,
             simple = "–" if best is None else f"{best[0][0]:.1f} ({best[2][0]})"
             found[task, budget] = (simple, f"{value:.1f} ({seeds})")
     return found
+
+
+def layer_bytes(layer: dict[str, Any]) -> float:
+    """Bytes of one layer of B-LoRA, counted as `rounding.py` counts a rounded one.
+
+    Codes at their width; in float32 the bias, a range for each channel of W0 and row of A, and one for each other
+    tensor.
+    """
+    d_in, d_out, rank, bits = layer["in_features"], layer["out_features"], layer["rank"], layer["bits"]
+    codes = d_in * d_out * bits["weight"] + rank * (d_in * bits["A"] + bits["E"] + d_out * bits["B"])
+    ranges = d_out + rank + len(bits) - 2  # all kinds but W0 and A have one
+    return codes / 8 + 4 * (d_out + ranges)
+
+
+def bytes_table(results: Path) -> str:
+    """B-LoRA of every budget beside the best rounding whose adapted layers have no more bytes."""
+    trained, rounded = read_runs(results / "frontier"), read_runs(results / "rounding")
+    lines = []
+    for (task, scope, _), group in grouped(
+        [{**run, "scope": run["options"]["bops_scope"], "budget": run["options"]["target_bops"]} for run in trained],
+        "task", "scope", "budget",
+    ).items():  # fmt: skip
+        size = statistics.fmean(sum(map(layer_bytes, run["layers"])) for run in group)
+        others: dict[tuple[str, int | None], list[Run]] = {}
+        for run in rounded:
+            for entry in run["rounded"]:
+                if run["task"] == task and entry["scope"] == scope and entry["bytes"]["layers"] <= size * (1 + CLOSE):
+                    others.setdefault((entry["setting"], entry.get("output_bits")), []).append(_of(run, entry))
+        best = max((_means(found) for found in others.values()), default=None)
+        simple = "–" if best is None else f"{best[0][0]:.1f} ({best[2][0]})"
+        own = _means(group)
+        lines.append((task, scope, -size, simple, f"{own[0][0]:.1f} ({own[2][0]})"))
+    head = ["", "", "MB", "rounded", "B-LoRA"]
+    rows = [[TASK_TITLES[t], SCOPES[s], f"{-size / 1e6:.2f}", *scores] for t, s, size, *scores in sorted(lines)]
+    return markdown_table(head, rows, left=2) if rows else ""
 
 
 def _pattern_tables(trained: Sequence[Run]) -> list[str]:

@@ -9,6 +9,7 @@ import pytest
 from records import IVON_SETTINGS, RESULTS
 from results import DOCS, FIGURES, page, write
 from results_choice import choice_page
+from results_frontier import bytes_table, layer_bytes
 from results_glue import glue_section, missing, score_table
 from results_sections import importance_section, mmlu_section, nested_tables
 
@@ -93,6 +94,25 @@ def test_a_timing_file_has_a_table_for_every_clock() -> None:
     wall, cpu = nested_tables("variants", clocks)
     assert wall.startswith("variants, wall:") and "| ivon | 2.5 |" in wall
     assert cpu.startswith("variants, cpu:") and "| ivon | 1.5 |" in cpu
+
+
+def test_a_layers_bytes_are_its_codes_ranges_and_bias() -> None:
+    """By hand: 16 codes of W0 at 2 bits, rank 3 of A at 4 and B at 8; bias, channels, rows of A, five other ranges."""
+    found = layer(0, "query", rank=3, weight=2, A=4, B=8, E=32)
+    assert layer_bytes(found) == 16 * 2 / 8 + 12 * 4 / 8 + 3 * 4 + 12 + 4 * (4 + 4 + 3 + 5)
+
+
+def test_bytes_are_compared_with_the_best_rounding_that_is_no_larger(tmp_path: Path) -> None:
+    size = 6 * layer_bytes(layer(0, "query"))
+    options = {"bops_scope": "attention", "target_bops": 0.1}
+    write_runs(tmp_path / "frontier", run("evidence-q+ra", accuracy=0.83, options=options))
+    roundings = [
+        {"setting": name, "scope": "attention", "output_bits": 8, "bytes": {"layers": size * share},
+         "scores": {"accuracy": accuracy, "nll": 0.5}}
+        for name, share, accuracy in (("W2A8", 0.5, 0.6), ("W4A8", 1.0, 0.7), ("W8A8", 1.1, 0.9))
+    ]  # fmt: skip
+    write_runs(tmp_path / "rounding", run(rounded=roundings))
+    assert f"| MRPC | Attention | {size / 1e6:.2f} | 70.0 (1) | 83.0 (1) |" in bytes_table(tmp_path)
 
 
 def test_a_page_of_a_few_runs_comes_with_its_figures(tmp_path: Path) -> None:
