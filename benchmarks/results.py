@@ -3,7 +3,8 @@
     python benchmarks/results.py                              # writes the pages and docs/figures/results-*.png
     python benchmarks/results.py --results FOLDER --docs DIR  # of other results, elsewhere
 
-Nothing on the page is typed by hand. Runs that are missing are listed at the end.
+Tables between marks in other pages, such as docs/blora.md, are written anew. Nothing of this is typed by hand. Runs
+that are missing are listed at the end of docs/results.md.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from pathlib import Path
 from matplotlib.figure import Figure
 from records import RESULTS, read_runs, row_titles
 from results_calibration import calibration_section
-from results_choice import choice_page
+from results_choice import choice_page, choice_tables, with_tables
 from results_figures import bits_figure, cost_figure, mmlu_figure, ranks_figure
 from results_frontier import frontier_figure, frontier_section
 from results_glue import PAPERS, glue_runs, glue_section, patterns_section
@@ -32,6 +33,8 @@ from results_sections import (
 from bayeslora.report import style
 
 DOCS = Path(__file__).resolve().parents[1] / "docs"
+WITH_TABLES = ("blora.md", "../README.md")
+"""Pages, beside the docs folder or in it, with tables between marks."""
 INTRO = """# Results
 
 `python benchmarks/results.py` generates this page from the files in `benchmarks/results/`. The README in that folder
@@ -120,6 +123,11 @@ def write(results: Path, docs: Path) -> None:
     shown = [name for name, figure in drawn.items() if figure is not None]
     (docs / "results.md").write_text(page(results, shown), encoding="utf-8")
     (docs / "choose.md").write_text(choice_page(results), encoding="utf-8")
+    tables = choice_tables(results)
+    for name in WITH_TABLES:
+        if (docs / name).exists():
+            text = (docs / name).read_text(encoding="utf-8")
+            (docs / name).write_text(with_tables(text, tables), encoding="utf-8")
 
 
 def main() -> None:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import re
 import statistics
-from collections.abc import Iterable, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from records import GLUE_TASKS, TASK_TITLES, Run, markdown_table, read_runs, score
@@ -101,14 +102,32 @@ def choice_page(results: Path) -> str:
     earlier = [TASK_TITLES[task] for task, rows in tables.items() if "tuned" not in rows]
     note = f"On {', '.join(tuned)} LoRA's learning rate and length are tuned. " if tuned else ""
     note += f"On {', '.join(earlier)} they are the task's for all methods." if earlier else ""
+    found = choice_tables(results)
     return PAGE.format(
         tuned=note,
         probabilities="\n\n".join(_probabilities(tables, key) for key in ("nll", "aurc")),
-        bits="\n\n".join(_bits(results)),
+        bits=f"{found['attention']}\n\n{found['encoder']}",
         bytes=BYTES,
-        by_bytes=bytes_table(results),
-        ranks=_ranks(results),
+        by_bytes=found["bytes"],
+        ranks=found["ranks"],
     )
+
+
+def choice_tables(results: Path) -> dict[str, str]:
+    """The tables by name that other pages show as well."""
+    return {
+        **{scope: _bits(results, scope) for scope in SCOPES},
+        "bytes": bytes_table(results),
+        "ranks": _ranks(results),
+    }
+
+
+_TABLE = re.compile(r"(<!-- table: (\w+) -->\n).*?(<!-- end of table -->)", re.DOTALL)
+
+
+def with_tables(text: str, tables: Mapping[str, str]) -> str:
+    """A page with each table between its marks (`<!-- table: NAME -->`, `<!-- end of table -->`) written anew."""
+    return _TABLE.sub(lambda mark: f"{mark[1]}\n{tables[mark[2]]}\n{mark[3]}", text)
 
 
 def _probabilities(tables: dict[str, Table], key: str) -> str:
@@ -126,19 +145,16 @@ def _probabilities(tables: dict[str, Table], key: str) -> str:
     return markdown_table([key.upper(), *(TASK_TITLES[task] for task in tables)], lines)
 
 
-def _bits(results: Path) -> Iterable[str]:
-    """The best rounding and B-LoRA by budget, a table for each scope."""
-    for scope, title in SCOPES.items():
-        found = budget_rows(results, scope)
-        tasks = list(dict.fromkeys(task for task, _ in found))
-        budgets = sorted({budget for _, budget in found}, reverse=True)
-        head = [title, *(f"{TASK_TITLES[task]}: {name}" for task in tasks for name in ("rounded", "B-LoRA"))]
-        lines = []
-        for budget in budgets:
-            pairs = [found.get((task, budget), ("–", "–")) for task in tasks]
-            lines.append([f"{budget:.1%}", *(cell for pair in pairs for cell in pair)])
-        if lines:
-            yield markdown_table(head, lines)
+def _bits(results: Path, scope: str) -> str:
+    """The best rounding and B-LoRA by budget."""
+    found = budget_rows(results, scope)
+    tasks = list(dict.fromkeys(task for task, _ in found))
+    head = [SCOPES[scope], *(f"{TASK_TITLES[task]}: {name}" for task in tasks for name in ("rounded", "B-LoRA"))]
+    lines = []
+    for budget in sorted({budget for _, budget in found}, reverse=True):
+        pairs = [found.get((task, budget), ("–", "–")) for task in tasks]
+        lines.append([f"{budget:.1%}", *(cell for pair in pairs for cell in pair)])
+    return markdown_table(head, lines) if lines else ""
 
 
 def _ranks(results: Path) -> str:

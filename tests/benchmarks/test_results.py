@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 from records import IVON_SETTINGS, RESULTS
-from results import DOCS, FIGURES, page, write
-from results_choice import choice_page
+from results import DOCS, FIGURES, WITH_TABLES, page, write
+from results_choice import choice_page, choice_tables, with_tables
 from results_frontier import bytes_table, layer_bytes
 from results_glue import glue_section, missing, score_table
 from results_sections import importance_section, mmlu_section, nested_tables
@@ -25,6 +25,17 @@ def test_the_committed_page_is_what_the_generator_writes() -> None:
     assert page(RESULTS, figures) == committed, "run `python benchmarks/results.py` and commit what it writes"
     advice = (DOCS / "choose.md").read_text(encoding="utf-8")
     assert choice_page(RESULTS) == advice, "run `python benchmarks/results.py` and commit what it writes"
+    tables = choice_tables(RESULTS)
+    for name in WITH_TABLES:
+        text = (DOCS / name).read_text(encoding="utf-8")
+        assert with_tables(text, tables) == text, f"run `python benchmarks/results.py` and commit {name}"
+
+
+def test_a_table_between_marks_is_written_anew_and_nothing_else() -> None:
+    text = "a\n<!-- table: bits -->\nold\n<!-- end of table -->\nb\n"
+    new = with_tables(text, {"bits": "| new |\n"})
+    assert new == "a\n<!-- table: bits -->\n\n| new |\n\n<!-- end of table -->\nb\n"
+    assert with_tables(new, {"bits": "| new |\n"}) == new
 
 
 def test_a_cell_is_mean_and_deviation_over_seeds_beside_the_papers_number() -> None:
