@@ -18,7 +18,7 @@ from records import RESULTS, read_runs, row_titles
 from results_calibration import calibration_section
 from results_choice import choice_page, choice_tables, with_tables
 from results_figures import bits_figure, cost_figure, mmlu_figure, ranks_figure
-from results_frontier import frontier_figure, frontier_section
+from results_frontier import first_figure, frontier_figure, frontier_section
 from results_glue import PAPERS, glue_runs, glue_section, patterns_section
 from results_sections import (
     importance_section,
@@ -56,6 +56,7 @@ FIGURES: Figures = {
     "results-bits": lambda results: bits_figure(read_runs(results / "glue")),
     "results-score-bops": lambda results: _cost_figure(results),
     "results-frontier": frontier_figure,
+    "readme": first_figure,
     "results-mmlu": lambda results: mmlu_figure(read_runs(results / "mmlu")),
 }
 CAPTIONS = {
@@ -120,7 +121,7 @@ def write(results: Path, docs: Path) -> None:
             path.unlink(missing_ok=True)
         else:
             path.write_bytes(style.png_bytes(figure))
-    shown = [name for name, figure in drawn.items() if figure is not None]
+    shown = [name for name, figure in drawn.items() if figure is not None and name in CAPTIONS]
     (docs / "results.md").write_text(page(results, shown), encoding="utf-8")
     (docs / "choose.md").write_text(choice_page(results), encoding="utf-8")
     tables = choice_tables(results)

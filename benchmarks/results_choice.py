@@ -90,14 +90,7 @@ LEARNED = {"evidence-ra": (1.5, "B-LoRA, mean rank 1.5"), "evidence-ra-r1": (1.0
 
 def choice_page(results: Path) -> str:
     """The whole page in Markdown."""
-    # By letters SmolLM2-135M guesses, and a table of guesses advises nobody.
-    runs = [
-        run
-        for run in read_runs(results / "calibration")
-        if run["task"] not in GUESSING or run.get("scoring") == "cloze"
-    ]
-    tables = {task: rows_of([run for run in runs if run["task"] == task]) for task in MORE_TASKS}
-    tables = {task: rows for task, rows in tables.items() if ("tuned" in rows or "lora" in rows)}
+    tables = _calibration_tables(results)
     tuned = [TASK_TITLES[task] for task, rows in tables.items() if "tuned" in rows]
     earlier = [TASK_TITLES[task] for task, rows in tables.items() if "tuned" not in rows]
     note = f"On {', '.join(tuned)} LoRA's learning rate and length are tuned. " if tuned else ""
@@ -105,7 +98,7 @@ def choice_page(results: Path) -> str:
     found = choice_tables(results)
     return PAGE.format(
         tuned=note,
-        probabilities="\n\n".join(_probabilities(tables, key) for key in ("nll", "aurc")),
+        probabilities=f"{found['nll']}\n\n{found['aurc']}",
         bits=f"{found['attention']}\n\n{found['encoder']}",
         bytes=BYTES,
         by_bytes=found["bytes"],
@@ -113,9 +106,23 @@ def choice_page(results: Path) -> str:
     )
 
 
+def _calibration_tables(results: Path) -> dict[str, Table]:
+    """The rows of each task that has a LoRA."""
+    # By letters SmolLM2-135M guesses, and a table of guesses advises nobody.
+    runs = [
+        run
+        for run in read_runs(results / "calibration")
+        if run["task"] not in GUESSING or run.get("scoring") == "cloze"
+    ]
+    tables = {task: rows_of([run for run in runs if run["task"] == task]) for task in MORE_TASKS}
+    return {task: rows for task, rows in tables.items() if ("tuned" in rows or "lora" in rows)}
+
+
 def choice_tables(results: Path) -> dict[str, str]:
     """The tables by name that other pages show as well."""
+    probabilities = _calibration_tables(results)
     return {
+        **{key: _probabilities(probabilities, key) for key in ("nll", "aurc")},
         **{scope: _bits(results, scope) for scope in SCOPES},
         "bytes": bytes_table(results),
         "ranks": _ranks(results),

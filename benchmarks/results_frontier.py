@@ -192,15 +192,26 @@ def _cut_table(rounded: Sequence[Run]) -> str:
 
 def frontier_figure(results: Path) -> Figure | None:
     """Score against bit operations: a panel for each task and scope that have been trained."""
-    trained, rounded = read_runs(results / "frontier"), read_runs(results / "rounding")
+    trained = read_runs(results / "frontier")
     pairs = dict.fromkeys((run["task"], run["options"]["bops_scope"]) for run in trained)
     shown = [(task, scope) for task in dict.fromkeys(task for task, _ in pairs) for scope in SCOPES]
-    shown = [pair for pair in shown if pair in pairs]
+    return _panels(results, [pair for pair in shown if pair in pairs])
+
+
+def first_figure(results: Path) -> Figure | None:
+    """The panels of attention alone where a LoRA has been rounded, for the first screen of the README."""
+    trained, rounded = read_runs(results / "frontier"), read_runs(results / "rounding")
+    tasks = {run["task"] for run in trained} & {run["task"] for run in rounded}
+    return _panels(results, [(task, "attention") for task in ("sst2", "mrpc") if task in tasks])
+
+
+def _panels(results: Path, shown: Sequence[tuple[str, str]]) -> Figure | None:
     if not shown:
         return None
+    trained, rounded = read_runs(results / "frontier"), read_runs(results / "rounding")
     with style.paper_style():
         lines = math.ceil(len(shown) / 2)
-        figure = style.new_figure(style.PAGE_WIDTH, 2.4 * lines)
+        figure = style.new_figure(style.PAGE_WIDTH, 2.4 * lines + 0.2)
         panels = figure.subplots(lines, 2, squeeze=False).flatten()
         for axes, (task, scope) in zip(panels, shown, strict=False):
             curves = {
