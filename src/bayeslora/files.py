@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import functools
 import json
 import math
@@ -14,6 +15,9 @@ from pathlib import Path
 from typing import Any
 
 from bayeslora.errors import BayesLoraError
+
+_FIRST_ROW = 2**20
+"""Maximum of characters that `first_columns` reads."""
 
 
 @contextmanager
@@ -110,6 +114,28 @@ def _yaml_loader() -> Any:
     exponent = re.compile(r"[-+]?(?:\d+\.?\d*|\.\d+)[eE][-+]?\d+$")
     Loader.add_implicit_resolver("tag:yaml.org,2002:float", exponent, list("-+.0123456789"))
     return Loader
+
+
+def first_columns(path: str | os.PathLike[str]) -> list[str]:
+    """Return the column names of the first row of a data file; an empty list if they cannot be told quickly.
+
+    Reading the file in full reports what is wrong with it.
+    """
+    path = Path(path)
+    extension = path.suffix.lower()
+    try:
+        if extension == ".parquet":
+            import pyarrow.parquet  # type: ignore[import-untyped]  # slow to load
+
+            return list(pyarrow.parquet.read_schema(path).names)
+        with path.open(encoding="utf-8-sig", newline="") as stream:
+            if extension == ".csv":
+                return next(csv.reader(stream), [])
+            start = stream.read(_FIRST_ROW).lstrip().removeprefix("[").lstrip()
+        row, _ = json.JSONDecoder().raw_decode(start)
+    except (OSError, ValueError, csv.Error):  # pyarrow's errors are among these
+        return []
+    return list(row) if isinstance(row, dict) else []
 
 
 def _partial(path: Path) -> Path:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from typing import Literal, get_args
 
 WIDTHS = (2, 4, 8, 16, 32)
@@ -55,3 +56,13 @@ Scoring = Literal["letters", "cloze"]
 """How a language model answers multiple choice: by the letter of a choice, or by the likelihood of its text."""
 Normalization = Literal["none", "tokens", "bytes"]
 """What the log-likelihood of a choice is divided by: nothing, or the length of its text in this unit."""
+
+MESSAGES, PROMPT, COMPLETION = "messages", "prompt", "completion"
+"""Columns of rows to generate text from: a conversation, or a text and what follows it."""
+
+
+def text_form(columns: Collection[str]) -> tuple[str, ...] | None:
+    """Return the columns of a file that a language model learns to write from; None for other files."""
+    if MESSAGES in columns:
+        return (MESSAGES,)
+    return (PROMPT, COMPLETION) if PROMPT in columns and COMPLETION in columns else None

@@ -198,7 +198,7 @@ def test_a_language_model_is_loaded_and_does_not_label(tmp_path: Path, tiny_caus
     model.save_pretrained(tmp_path / "adapter")
     run = bayeslora.load(tmp_path / "adapter", model=str(tiny_causal_folder))
     assert run.kind == "generation" and run.method == "lora"
-    with pytest.raises(BayesLoraError, match=r"use bayeslora\.generate"):
+    with pytest.raises(BayesLoraError, match=r"labels need a classifier: use `bayeslora generate`, or run\.generate"):
         run.predict("good")
 
 

@@ -289,14 +289,15 @@ def _fill_defaults(
     options: RunOptions, method_options: dict[str, Any], training: dict[str, Any], by_ivon: bool
 ) -> None:
     """Fill in the defaults that all methods share."""
-    if options.task is None and options.label_column is None:
+    generates = options.task is None and options.text_column is None
+    if options.task is None and options.label_column is None and not generates:
         options.label_column = "label"
     for name, value in shared_defaults(options.method).items():
         method_options.setdefault(name, value)
     evaluation = training.get("eval_strategy", "no")
     follow = evaluation if evaluation != "no" and training.get("load_best_model_at_end") else "steps"
-    training.setdefault("per_device_train_batch_size", 32)
-    training.setdefault("per_device_eval_batch_size", 64)
+    training.setdefault("per_device_train_batch_size", 8 if generates else 32)
+    training.setdefault("per_device_eval_batch_size", 8 if generates else 64)
     if by_ivon:
         # IVON divides by the Hessian without a square root, so its rate is larger. Clipping the whole gradient would
         # bias the Hessian, and the clip radius already bounds a step.

@@ -9,6 +9,7 @@ from typing import Any
 
 from bayeslora.cli.evaluate import rows_to_score, source_of
 from bayeslora.cli.progress import disable_progress_bars
+from bayeslora.errors import BayesLoraError
 from bayeslora.files import finite
 from bayeslora.runs.decisions import CALIBRATION_FILE
 from bayeslora.runs.info import RunInfo
@@ -24,6 +25,8 @@ def run(given: dict[str, Any]) -> int:
     """Run the command with the options `given` on the command line."""
     folder = Path(given["folder"])
     info = RunInfo.load(folder)
+    if info.kind == "generation":
+        raise BayesLoraError(f"{folder} generates text, but calibrate needs a classifier: use a run with labels")
     task, split = rows_to_score(given, info)
     source = source_of(given, task, split)
     check_not_training(info, source, split)

@@ -11,8 +11,9 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from bayeslora.errors import option
+from bayeslora.files import first_columns
 from bayeslora.runs.plan import RunOptions, declared
-from bayeslora.vocabulary import SHIFTS, Normalization, Scoring, ShiftName
+from bayeslora.vocabulary import SHIFTS, Normalization, Scoring, ShiftName, text_form
 
 DESCRIPTION = "Bayesian low-rank adapters for pretrained transformers: train, judge, export."
 SelectionScore = Literal["mutual_information", "entropy", "margin", "random"]
@@ -102,6 +103,10 @@ def _with_task(given: dict[str, Any]) -> Iterator[str]:
 def _with_files(given: dict[str, Any]) -> Iterator[str]:
     for name in _among(given, "train_split", "data_dir"):
         yield f"{option(name)} is given, but needs --task: add that or leave this out"
+    if _generates(given):
+        for name in _among(given, "text_column", "label_column", "labels"):
+            yield f"{option(name)} is given, but {given['train_file']} has answers and no labels: leave it out"
+        return
     for name in ("train_file", "eval_file"):
         if name not in given:
             yield f"{option(name)} is missing: give --task, or --train-file and --eval-file"
@@ -109,6 +114,13 @@ def _with_files(given: dict[str, Any]) -> Iterator[str]:
         yield "--text-column is missing: name the column (or two, a,b) that holds the text"
     elif len(given["text_column"]) > 2:
         yield f"--text-column names {len(given['text_column'])} columns, but a text has one or two: name those"
+
+
+def _generates(given: dict[str, Any]) -> bool:
+    """Return whether the training file holds conversations or completions and no labels."""
+    columns = first_columns(str(given.get("train_file", "")))
+    labelled = given.get("label_column", "label") in columns and "text_column" in given
+    return text_form(columns) is not None and not labelled
 
 
 def _among(given: dict[str, Any], *names: str) -> list[str]:
@@ -148,6 +160,15 @@ def _contradictions_of_predict(given: dict[str, Any]) -> Iterator[str]:
             yield f"{option(name)} is {given[name]:g}, but must be between 0 and 1: give 0.9 for 90%"
     if "delta" in given and "risk" not in given:
         yield "--delta is given, but needs --risk: add that or leave this out"
+
+
+def _contradictions_of_generate(given: dict[str, Any]) -> Iterator[str]:
+    if "input" in given and "prompt" in given:
+        yield "--prompt is given with --input, but they exclude each other: leave one out"
+    if "input" not in given and "prompt" not in given:
+        yield "--input is missing: give a file with messages or prompt, or one --prompt"
+    if given.get("temperature") and "samples" not in given:
+        yield "--temperature is given, but needs --samples: add that or leave this out"
 
 
 def _contradictions_of_export(given: dict[str, Any]) -> Iterator[str]:
@@ -239,6 +260,22 @@ COMMANDS = {
         epilog="--coverage and --risk need `bayeslora calibrate OUT`. Its samples and seed are used for them, and "
         "where it has saved a temperature.",
         contradictions=_contradictions_of_predict,
+    ),
+    "generate": Command(
+        "answer prompts with the uncertainty of each token and of the whole, one JSON line each, in order",
+        (
+            _BASE,
+            _number("samples", "K", "draws of the weights that score each answer and write their own (0)", least=0),
+            _number("seed", "N", "seed for the draws (0)"),
+            _number("batch_size", "N", "prompts per batch (8)", least=1),
+            Option("input", "FILE", "rows with messages or prompt (.jsonl, .json, .csv, .parquet)"),
+            Option("prompt", "TEXT", "one prompt, instead of a file"),
+            Option("output", "FILE.jsonl", "file for the answers (printed)"),
+            _number("max_new_tokens", "N", "maximum tokens of an answer (128)", least=1),
+            Option("temperature", "T", "of the tokens of the draws' answers (0: the most probable)", float),
+        ),
+        _RUN,
+        contradictions=_contradictions_of_generate,
     ),
     "calibrate": Command(
         "prepare --coverage and --risk of `predict` on labelled rows that the run has not seen",

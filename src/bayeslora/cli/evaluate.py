@@ -17,7 +17,7 @@ from bayeslora.cli.progress import disable_progress_bars
 from bayeslora.data import Task
 from bayeslora.data.known import KNOWN
 from bayeslora.errors import BayesLoraError
-from bayeslora.evaluation import Evaluation, evaluate
+from bayeslora.evaluation import Evaluation, TextEvaluation, evaluate, evaluate_text
 from bayeslora.files import check_new, finite, new_folder
 from bayeslora.prediction import check_samples
 from bayeslora.report import check_installed
@@ -32,6 +32,7 @@ from bayeslora.runs.rows import (
     labelled_rows,
     named_task,
     outside_rows,
+    own_rows,
 )
 from bayeslora.runs.run import load
 from bayeslora.runs.schema import from_json
@@ -42,12 +43,20 @@ from bayeslora.runs.zero_shot import UNTRAINED, load_untrained, untrained_info
 _SHIFT_SCORES = ("accuracy", "nll", "ece", "brier", "mse", "coverage", "set_size")
 """Scores in the table of `--shift` beside the headline score, if the run has them."""
 
+_OF_CLASSES = (
+    *("text_column", "label_column", "ood", "ood_file", "ood_text_column", "few_shot"),
+    *("shift", "shift_column", "shift_task", "shift_file", "shift_text_column", "shift_label_column"),
+)
+"""Options for runs that predict labels."""
+
 
 def run(given: dict[str, Any]) -> int:
     """Run the command with the options `given` on the command line."""
     folder, size = Path(given["folder"]), given.get("batch_size", 64)
     info = _info(given)
     target = _target(given)
+    if info.kind == "generation":
+        refuse(given, _OF_CLASSES, "is given, but the run generates text: leave it out")
     task, split = rows_to_score(given, info)
     outside = _outside(given, info, task)
     columns = shift_columns(task, given.get("shift_column"))
@@ -68,13 +77,18 @@ def run(given: dict[str, Any]) -> int:
     def score(encoded: Dataset, of: Task) -> Evaluation:
         return evaluate(predictor, encoded, of, loaded.tokenizer, size, samples, seed)
 
-    evaluation = score(encode(task.splits[split], task), task)
+    rows = encode(task.splits[split], task)
+    evaluation: Evaluation | TextEvaluation
+    if info.kind == "generation":
+        evaluation = evaluate_text(predictor, rows, loaded.tokenizer, size, samples, seed)
+    else:
+        evaluation = score(rows, task)
     found = {
         "folder": str(folder),
         "method": info.method,
         "task": task.name,
         "split": split,
-        "rows": len(evaluation.labels),
+        "rows": evaluation.rows,
         **answered(info),
         **({} if calibration is None else _calibrated(calibration, source_of(given, task, split))),
         "seed": seed,
@@ -82,13 +96,13 @@ def run(given: dict[str, Any]) -> int:
         **scored(evaluation),
         "seconds": evaluation.seconds,
     }
-    if outside is not None:
+    if outside is not None and isinstance(evaluation, Evaluation):
         found |= foreign_scores(loaded, predictor, task, split, evaluation, outside, size, seed)
-    if "shift" in given or domain is not None:
+    if ("shift" in given or domain is not None) and isinstance(evaluation, Evaluation):
         suites = given.get("shift", [])
         more = conformal_scores(folder, loaded.model, samples, seed, uncalibrated)
-        rows = task.splits[split]
-        found["shift"] = scored_shift(evaluation, rows, task, encode, score, suites, columns, seed, domain, more)
+        texts = task.splits[split]
+        found["shift"] = scored_shift(evaluation, texts, task, encode, score, suites, columns, seed, domain, more)
     if target is not None:
         _write(target, folder, found, described(loaded.model), info)
     if given.get("json"):
@@ -256,6 +270,8 @@ def rows_to_score(given: dict[str, Any], info: RunInfo) -> tuple[Task, str]:
     if "task" not in given and info.task_name is None:
         if "data_dir" in given or "split" in given:
             raise BayesLoraError("--data-dir or --split is given, but the run was trained on files: give --eval-file")
+        if info.kind == "generation":
+            return own_rows(info), EVALUATION
         task = labelled_rows(info, info.files["eval_file"], given.get("text_column"), given.get("label_column"))
         return replace(task, name=info.task), EVALUATION
     refuse(given, ("text_column", "label_column"), "is given, but needs --eval-file: add that or leave this out")

@@ -16,11 +16,17 @@ def refuse(given: dict[str, Any], names: tuple[str, ...], reason: str) -> None:
 
 def check_files(given: dict[str, Any], info: RunInfo) -> tuple[Path, Path]:
     """Return `--input` and `--output` of a command that writes a line for rows of a file, checked with the run."""
-    source, target = Path(given["input"]), Path(given["output"])
-    if target.is_dir() or not target.absolute().parent.is_dir():
-        raise BayesLoraError(f"--output is {target}, but must be a file in an existing folder: name another path")
-    if target.exists() and source.exists() and target.samefile(source):
-        raise BayesLoraError(f"--output is {target}, but must not be the input file: name another file")
+    source = Path(given["input"])
+    target = check_output(Path(given["output"]), source)
     if info.kind == "multiple_choice":
         refuse(given, ("text_column",), "is given, but multiple choice fixes it: leave it out")
     return source, target
+
+
+def check_output(target: Path, source: Path, name: str = "--output") -> Path:
+    """Return a file to write, given by the option `name`; raise unless its folder exists and it is not the input."""
+    if target.is_dir() or not target.absolute().parent.is_dir():
+        raise BayesLoraError(f"{name} is {target}, but must be a file in an existing folder: name another path")
+    if target.exists() and source.exists() and target.samefile(source):
+        raise BayesLoraError(f"{name} is {target}, but must not be the input file: name another file")
+    return target

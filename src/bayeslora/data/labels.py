@@ -12,7 +12,7 @@ from bayeslora.data.tables import Table
 from bayeslora.errors import BayesLoraError
 
 Kind = Literal["classification", "regression"]
-TaskKind = Kind | Literal["multiple_choice"]
+TaskKind = Kind | Literal["multiple_choice", "generation"]
 _INTEGER = re.compile(r"[+-]?\d+")
 
 

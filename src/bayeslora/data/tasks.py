@@ -36,17 +36,17 @@ Source = str | Path | Sequence[Mapping[str, Any]]
 
 @dataclass(frozen=True)
 class Task:
-    """Classification or regression of single texts or pairs, or multiple choice.
+    """Classification or regression of single texts or pairs, multiple choice, or generation of text.
 
     Attributes:
         name: name of the task in metrics.json.
-        kind: `"classification"`, `"regression"` or `"multiple_choice"`.
+        kind: `"classification"`, `"regression"`, `"multiple_choice"` or `"generation"`.
         text_columns: one column, or two for pairs; `question` and `choices` (a list of 2 to 5 strings) for multiple
-            choice.
+            choice; `messages`, or `prompt` and `completion`, for generation.
         label_column: label column in `splits`, with class ids (int) or numbers (float) for any name and type in the
-            files.
-        labels: class names, index = class id; empty for regression; the letters A, B, … of the choices for multiple
-            choice, as many as the item with the most choices has.
+            files; empty for generation.
+        labels: class names, index = class id; empty for regression and generation; the letters A, B, … of the choices
+            for multiple choice, as many as the item with the most choices has.
         metric: the headline score.
         splits: `train` and `validation`, and maybe `test`, `selection` (after `hold_out`), `ood` (texts without
             labels) and `few_shot` (examples for prompts, in tasks without `train`).
@@ -127,6 +127,7 @@ def load_task(name: str, data_dir: str | Path | None = None, *, train_split: str
     tables = known_tables(known, data_dir, train_split)
     if known.kind == "multiple_choice":
         return _choice_task(known, tables)
+    assert known.kind != "generation"
     return _build(
         name, tables, known.text_columns, LABEL, kind=known.kind, names=known.labels or None, metrics=known.metrics
     )

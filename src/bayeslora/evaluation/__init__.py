@@ -25,6 +25,7 @@ from bayeslora.evaluation.scoring import (
     uncertainties_of,
 )
 from bayeslora.evaluation.shift import shifted
+from bayeslora.evaluation.text import TextEvaluation, evaluate_text
 
 __all__ = [
     "ChoicePrompt",
@@ -35,6 +36,7 @@ __all__ = [
     "FeatureSpace",
     "LetterLogits",
     "PairLogits",
+    "TextEvaluation",
     "choice_scoring",
     "compute_metrics_for",
     "encode_choices",
@@ -44,6 +46,7 @@ __all__ = [
     "encode_pairs",
     "encode_prompts",
     "evaluate",
+    "evaluate_text",
     "letter_ids",
     "predict_dataset",
     "shifted",

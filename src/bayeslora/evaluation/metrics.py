@@ -7,7 +7,7 @@ here, because scikit-learn clips probabilities at 2e-16 and refuses those that r
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -97,8 +97,12 @@ def reliability_bins(probabilities: ArrayLike, labels: ArrayLike, bins: int = BI
         One dict per bin: `lower`, `upper`, `count`, and mean `confidence` and `accuracy`, None in an empty bin.
     """
     chosen, labels = class_arrays(probabilities, labels)
-    confidence = chosen.max(axis=1)
-    correct = (chosen.argmax(axis=1) == labels).astype(np.float64)
+    return confidence_bins(chosen.max(axis=1), chosen.argmax(axis=1) == labels, bins)
+
+
+def confidence_bins(confidence: ArrayLike, correct: ArrayLike, bins: int = BINS) -> list[dict[str, Any]]:
+    """Return `reliability_bins` from the probabilities (n,) of the predicted classes, and whether each is right."""
+    confidence, correct = aligned(confidence, correct)
     edges = np.linspace(0.0, 1.0, bins + 1)
     index = bin_index(confidence, bins)
     result: list[dict[str, Any]] = []
@@ -119,7 +123,12 @@ def reliability_bins(probabilities: ArrayLike, labels: ArrayLike, bins: int = BI
 
 def expected_calibration_error(probabilities: ArrayLike, labels: ArrayLike, bins: int = BINS) -> float:
     r"""Return the calibration error (ECE) $\sum_b \frac{n_b}{n} |\text{acc}_b - \text{conf}_b|$ (Guo et al., 2017)."""
-    filled = [b for b in reliability_bins(probabilities, labels, bins) if b["count"]]
+    return calibration_gap(reliability_bins(probabilities, labels, bins))
+
+
+def calibration_gap(bins: Sequence[Mapping[str, Any]]) -> float:
+    """Return the gap between accuracy and confidence, averaged over the examples in the bins."""
+    filled = [b for b in bins if b["count"]]
     total = sum(b["count"] for b in filled)
     return float(sum(b["count"] * abs(b["accuracy"] - b["confidence"]) for b in filled) / total)
 

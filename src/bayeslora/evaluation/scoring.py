@@ -64,6 +64,11 @@ class Evaluation:
     samples: int = 0
 
     @property
+    def rows(self) -> int:
+        """Number of rows."""
+        return len(self.labels)
+
+    @property
     def expected_entropy(self) -> NDArray[np.float64]:
         """Mean entropy (n,) of the single samples' predictions: the part that known weights would leave."""
         return self.entropy - self.mutual_information

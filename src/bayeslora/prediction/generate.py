@@ -1,34 +1,37 @@
 r"""Generate text under draws of the weights, with the model's uncertainty about it.
 
 Each sequence comes from one draw, which all of its tokens and its cached keys and values share: it is the text of one
-model of the posterior. For a token $t$ of a sequence from draw $s$, with $p_d$ the probabilities of the next token
-under draw $d$ given the tokens before it:
+model of the posterior. With `answers="mean"` it comes from the mean weights instead. For a token $t$ of a sequence
+from draw (or mean) $s$, with $p_d$ the probabilities of the next token under draw $d$ given the tokens before it:
 
 - `token_entropy`: $H(p_s)$, the uncertainty of that one model;
 - `predictive_entropy`: $H(\bar p)$ of the mean over all draws, and `mutual_information`, its part
   $H(\bar p) - \frac1S \sum_d H(p_d)$ that the draws disagree about (see `Prediction`).
 
-For a sequence $y$, `log_probability` is $\log p_s(y)$ under its own draw, `mixture_log_probability` is
-$\log \frac1S \sum_d p_d(y)$, and `log_probability_std` the standard deviation of $\log p_d(y)$ over the draws.
+For a sequence $y$, `log_probability` is $\log p_s(y)$ under its own draw, `draw_log_probabilities` are $\log p_d(y)$
+under all draws, `mixture_log_probability` is $\log \frac1S \sum_d p_d(y)$, and `log_probability_std` their standard
+deviation.
 """
 
 from __future__ import annotations
 
 import inspect
 import math
-from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
 from bayeslora.errors import BayesLoraError
-from bayeslora.methods.variational import posterior_mean, sampling
 from bayeslora.posterior import IndivisibleBatchError
 from bayeslora.prediction.batched_sampling import repeat_rows
 from bayeslora.prediction.predict import evaluation_mode, seeded
-from bayeslora.prediction.predictor import check_samples
+from bayeslora.prediction.predictor import Predictable
+from bayeslora.prediction.weights import Weights
+
+_MEAN = -1
+"""Number that stands for the mean weights among those of the draws."""
 
 _MAX_NUMBERS = 2**25
 """Maximum of probabilities (rows x tokens x vocabulary) in memory while sequences are scored: 128 MiB in float32."""
@@ -37,6 +40,8 @@ _MAX_NUMBERS = 2**25
 @dataclass(frozen=True)
 class Generation:
     """Sequences for n = rows x `num_return_sequences` prompts under S draws, on the model's device.
+
+    With `samples=0` or `answers="mean"`, S is 1: the sequences are those of the mean weights.
 
     Attributes:
         sequences: (S, n, L) token ids as `model.generate` returns them, with the prompts for decoder-only models;
@@ -47,6 +52,7 @@ class Generation:
         log_probability: (S, n) of the sequence under its own draw, in nats.
         predictive_entropy, mutual_information: (S, n, G); None without `uncertainty`.
         mixture_log_probability, log_probability_std: (S, n); None without `uncertainty`.
+        draw_log_probabilities: (D, S, n) of the sequences under each of D draws; None without `uncertainty`.
     """
 
     sequences: Tensor
@@ -58,10 +64,11 @@ class Generation:
     mutual_information: Tensor | None = None
     mixture_log_probability: Tensor | None = None
     log_probability_std: Tensor | None = None
+    draw_log_probabilities: Tensor | None = None
 
 
 def generate(
-    model: nn.Module,
+    model: Predictable,
     input_ids: Tensor,
     attention_mask: Tensor | None = None,
     *,
@@ -69,6 +76,7 @@ def generate(
     seed: int = 0,
     uncertainty: bool = True,
     antithetic: bool = False,
+    answers: Literal["draws", "mean"] = "draws",
     **generate_kwargs: Any,
 ) -> Generation:
     """Generate for every prompt under each of `samples` draws of the weights.
@@ -77,12 +85,15 @@ def generate(
     of `predict` with the same seed.
 
     Args:
-        model: a causal or encoder-decoder language model with an adapter that has a posterior.
+        model: a causal or encoder-decoder language model with an adapter that has a posterior; or the saved posterior
+            of its weights.
         input_ids, attention_mask: (B, T) prompts; padded on the left for decoder-only models, as always.
         samples: S, the draws of the weights; 0 generates once with the mean weights, for any model.
         seed: seed of the draws and of `do_sample`.
         uncertainty: score each sequence under all draws, not only its own; this takes S passes over all sequences.
         antithetic: pair draws of opposite noise.
+        answers: `"draws"` generates under every draw; `"mean"` generates once with the mean weights, and the draws
+            score that.
         generate_kwargs: options of `model.generate`: `max_new_tokens`, `num_beams`, `do_sample`, … Entropies and
             probabilities are the model's own, before any temperature or other processing.
 
@@ -90,61 +101,65 @@ def generate(
         BayesLoraError: samples are wanted but the model lacks a posterior, the inputs are not (B, T), or an option
             asks for anything but sequences.
     """
-    check_samples(model, samples)
+    weights = Weights(model, samples, seed, antithetic)
+    if answers not in ("draws", "mean"):
+        raise BayesLoraError(f"answers is {answers!r}, but must be 'draws' or 'mean': give one of them")
     if input_ids.ndim != 2 or not input_ids.numel():
         raise BayesLoraError(
             f"input_ids have shape {tuple(input_ids.shape)}, but must be (prompts, tokens): tokenize the prompts"
         )
     if generate_kwargs.pop("return_dict_in_generate", False):
         raise BayesLoraError("return_dict_in_generate is True, but generate returns a Generation: leave it out")
-    device = next(model.parameters()).device
+    device = next(weights.model.parameters()).device
     prompts = {"input_ids": input_ids.to(device)}
     prompts["attention_mask"] = torch.ones_like(prompts["input_ids"]) if attention_mask is None else attention_mask
     prompts["attention_mask"] = prompts["attention_mask"].to(device)
-    run = _Run(model, prompts, max(1, samples), None if samples == 0 else seed, antithetic)
-    with evaluation_mode(model), torch.inference_mode(), seeded(seed, device):
+    run = _Run(weights, prompts, of_mean=samples == 0 or answers == "mean")
+    with evaluation_mode(weights.model), torch.inference_mode(), seeded(seed, device):
         sequences = run.generated(generate_kwargs)
         found = run.scored(sequences, uncertainty)
     return Generation(**{name: value.clone() for name, value in found.items()})
 
 
 class _Run:
-    """State of one call: the model, B prompts, S draws (or, without a seed, the mean weights)."""
+    """State of one call: the weights, and B prompts to answer with their mean or under every draw."""
 
-    def __init__(
-        self, model: nn.Module, prompts: dict[str, Tensor], samples: int, seed: int | None, antithetic: bool
-    ) -> None:
-        self.model, self.prompts, self.samples, self.seed, self.antithetic = model, prompts, samples, seed, antithetic
-        base: Any = model.get_base_model() if hasattr(model, "get_base_model") else model  # type: ignore[operator]
+    def __init__(self, weights: Weights, prompts: dict[str, Tensor], *, of_mean: bool) -> None:
+        self.weights, self.model, self.prompts = weights, weights.model, prompts
+        self.owners = [_MEAN] if of_mean else list(range(weights.samples))
+        base: Any = self.model.get_base_model() if hasattr(self.model, "get_base_model") else self.model  # type: ignore[operator]
         config = base.config
         self.encodes = bool(getattr(config, "is_encoder_decoder", False))
         self.settings = getattr(base, "generation_config", None) or config
         self.takes_positions = "position_ids" in inspect.signature(base.forward).parameters
 
-    def _weights(self, draws: range) -> AbstractContextManager[None]:
-        if self.seed is None:
-            return posterior_mean(self.model)
-        return sampling(self.model, "batch", self.seed, draws, self.antithetic)
-
     def generated(self, options: dict[str, Any]) -> Tensor:
-        """Generate (S, n, L) sequences."""
+        """Generate (S, n, L) sequences, one of S for each owner."""
         self.end = _ids(options.get("eos_token_id", getattr(self.settings, "eos_token_id", None)))
         padding = options.get("pad_token_id", getattr(self.settings, "pad_token_id", None))
         if padding is None:
             padding = self.end[0] if self.end else 0
         options = {**options, "pad_token_id": padding}
-        try:
-            parts = [self._generate(range(self.samples), options)]
-        except IndivisibleBatchError:
-            parts = [self._generate(range(draw, draw + 1), options) for draw in range(self.samples)]
+        parts = self._together(options)
+        if parts is None:
+            parts = [self._generate(_only(owner), options) for owner in self.owners]
         longest = max(part.shape[1] for part in parts)
         padded = [nn.functional.pad(part, (0, longest - part.shape[1]), value=padding) for part in parts]
-        return torch.cat(padded).view(self.samples, -1, longest)
+        return torch.cat(padded).view(len(self.owners), -1, longest)
 
-    def _generate(self, draws: range, options: dict[str, Any]) -> Tensor:
+    def _together(self, options: dict[str, Any]) -> list[Tensor] | None:
+        """Generate under all draws in one batch; None if that is impossible."""
+        if self.owners == [_MEAN] or not self.weights.draws_share_a_pass:
+            return None
+        try:
+            return [self._generate(range(self.weights.samples), options)]
+        except IndivisibleBatchError:
+            return None
+
+    def _generate(self, draws: range | None, options: dict[str, Any]) -> Tensor:
         rows = len(self.prompts["input_ids"])
-        repeated = repeat_rows(self.prompts, rows, len(draws))
-        with self._weights(draws):
+        repeated = repeat_rows(self.prompts, rows, 1 if draws is None else len(draws))
+        with self.weights.at(draws):
             sequences: Tensor = self.model.generate(**repeated, **options)  # type: ignore[operator]
         return sequences
 
@@ -155,7 +170,7 @@ class _Run:
         tokens = sequences[..., start:]
         mask = _until_end(tokens, self.end)
         rows, valid = sequences.flatten(0, 1), mask.flatten(0, 1)
-        own = torch.arange(samples, device=rows.device).repeat_interleave(count)
+        own = torch.tensor(self.owners, device=rows.device).repeat_interleave(count)
         sizes = getattr(self.model, "config", None)
         vocabulary = int(getattr(getattr(sizes, "get_text_config", lambda: sizes)(), "vocab_size", 2**15))
         step = max(1, _MAX_NUMBERS // (max(1, length) * vocabulary))
@@ -167,6 +182,8 @@ class _Run:
             parts.append(self._score(rows[part], valid[part], own[part], prompt[part], start, uncertainty))
         found = {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
         shaped = {name: value.view(samples, count, *value.shape[1:]) for name, value in found.items()}
+        if uncertainty:
+            shaped["draw_log_probabilities"] = shaped["draw_log_probabilities"].movedim(-1, 0)
         return {"sequences": sequences, "tokens": tokens, "mask": mask, **shaped}
 
     def _score(
@@ -177,18 +194,20 @@ class _Run:
         entropy, log_probability = torch.zeros(mask.shape, device=device), torch.zeros(len(rows), device=device)
         mean, expected = torch.zeros((), device=device), torch.zeros((), device=device)
         of_draws = []
-        for draw in range(self.samples):
-            if not uncertainty and not bool((own == draw).any()):
+        draws = list(range(self.weights.samples)) or [_MEAN]
+        for number in dict.fromkeys([*self.owners, *draws]):
+            mine = own == number
+            scores = uncertainty and number in draws
+            if not scores and not bool(mine.any()):
                 continue
-            with self._weights(range(draw, draw + 1)):
+            with self.weights.at(_only(number)):
                 log_p = self._logits(rows, mask, prompt, start).float().log_softmax(dim=-1)
             p = log_p.exp()
             entropy_here = torch.special.entr(p).sum(dim=-1) * mask
             chosen = (log_p.gather(-1, targets.unsqueeze(-1)).squeeze(-1) * mask).sum(dim=-1)
-            mine = own == draw
             entropy[mine], log_probability[mine] = entropy_here[mine], chosen[mine]
-            if uncertainty:
-                mean, expected = mean + p / self.samples, expected + entropy_here / self.samples
+            if scores:
+                mean, expected = mean + p / len(draws), expected + entropy_here / len(draws)
                 of_draws.append(chosen)
         found = {"token_entropy": entropy, "log_probability": log_probability}
         if uncertainty:
@@ -196,8 +215,9 @@ class _Run:
             stacked = torch.stack(of_draws)
             found["predictive_entropy"] = total
             found["mutual_information"] = (total - expected).clamp_min(0)
-            found["mixture_log_probability"] = stacked.logsumexp(dim=0) - math.log(self.samples)
+            found["mixture_log_probability"] = stacked.logsumexp(dim=0) - math.log(len(draws))
             found["log_probability_std"] = stacked.std(dim=0, correction=0)
+            found["draw_log_probabilities"] = stacked.T
         return found
 
     def _logits(self, rows: Tensor, mask: Tensor, prompt: Tensor, start: int) -> Tensor:
@@ -211,6 +231,11 @@ class _Run:
         positions = {"position_ids": (whole.cumsum(dim=1) - 1).clamp_min(0)} if self.takes_positions else {}
         output = self.model(input_ids=rows[:, :-1], attention_mask=whole, **positions)
         return output.logits[:, start - 1 :]
+
+
+def _only(number: int) -> range | None:
+    """Return the draw of this number alone, as `Weights.at` takes it."""
+    return None if number == _MEAN else range(number, number + 1)
 
 
 def _until_end(tokens: Tensor, end: list[int]) -> Tensor:

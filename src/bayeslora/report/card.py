@@ -42,7 +42,9 @@ def write_model_card(output_dir: Path) -> Path:
     folder = Path(output_dir)
     run = read_run(folder)
     config = _adapter_config(folder)
-    task_type = _task_type(config)
+    info = RunInfo.load(folder) if (folder / RUN_FILE).is_file() else None
+    generates = info is not None and info.kind == "generation"
+    task_type = "CAUSAL_LM" if generates else _task_type(config)
     auto_class, pipeline_tag = _TASK_TYPES.get(task_type, ("AutoModel", None))
     base = public_name(str(config.get("base_model_name_or_path") or run.model), run.model)
     adapter = bool(run.layers)
@@ -65,7 +67,8 @@ def write_model_card(output_dir: Path) -> Path:
         "auto_class": auto_class,
         "with_labels": task_type in ("SEQ_CLS", "TOKEN_CLS") and bool(run.labels),
         "regression": task_type == "SEQ_CLS" and not run.labels,
-        "example": _example(folder),
+        "example": _example(info),
+        "generates": generates,
         "table": _by_matrix(run),
         "kinds": run.kinds if run.is_quantized else [],
         "literal": lambda value: json.dumps(value, ensure_ascii=False),
@@ -94,9 +97,8 @@ def _task_type(config: dict[str, Any]) -> str:
     return str(config.get("task_type") or "SEQ_CLS")
 
 
-def _example(folder: Path) -> str:
+def _example(info: RunInfo | None) -> str:
     """Return an example row for `Run.predict` as Python source."""
-    info = RunInfo.load(folder) if (folder / RUN_FILE).is_file() else None
     if info is not None and info.kind == "multiple_choice":
         return '{"question": "a question", "choices": ["one answer", "another"]}'
     return '"a text"' if info is None or len(info.text_columns) < 2 else '("a text", "its pair")'

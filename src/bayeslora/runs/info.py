@@ -14,9 +14,9 @@ from bayeslora.vocabulary import Normalization, Scoring
 
 RUN_FILE = "run.json"
 
-Head = Literal["sequence", "choices", "letters", "cloze"]
+Head = Literal["sequence", "choices", "letters", "cloze", "text"]
 """Source of the class logits: a classifier (or regressor) of a text or pair, a scorer of questions with a choice, or a
-language model's head, at the letters of the choices or at the tokens of their text."""
+language model's head, at the letters of the choices or at the tokens of their text; `text` answers in its words."""
 RunKind = Literal["classification", "regression", "multiple_choice", "generation"]
 
 
@@ -30,16 +30,17 @@ class RunInfo:
         task: name of the task.
         kind: of the task.
         metric: the task's headline score.
-        text_columns: one name, or two for pairs; empty if unknown (an adapter without `run.json`).
+        text_columns: one name, or two for pairs; `messages`, or `prompt` and `completion`, of generation; empty if
+            unknown (an adapter without `run.json`).
         label_column: name of the label column in the user's files.
-        labels: class names by id; empty for regression.
+        labels: class names by id; empty for regression and generation.
         max_length: maximum input length in tokens.
         dtype: of the base model.
         base_fingerprint: digest of the base model's weights; empty if unknown.
         base_name: `base_model_name_or_path` of the adapter's configuration.
         task_name: of a named task.
         data_dir: the named task's folder.
-        head: of the model; `"letters"` or `"cloze"` for language models.
+        head: of the model; `"letters"`, `"cloze"` or `"text"` for language models.
         context: of a run by cloze, the text before a choice (`Cloze.context`).
         normalization: of a run by cloze, what log-likelihoods are divided by.
         train_split: of a named task with several training splits.

@@ -19,8 +19,8 @@ from bayeslora.runs.info import Head, RunInfo
 
 CONFIG_FILE = "adapter_config.json"
 ADAPTER_FILE = "adapter_model.safetensors"
-_HEADS: dict[str, Head] = {"SEQ_CLS": "sequence", "CAUSAL_LM": "letters"}
-_SUFFIXES: dict[str, Head] = {"ForSequenceClassification": "sequence", "ForCausalLM": "letters"}
+_HEADS: dict[str, Head] = {"SEQ_CLS": "sequence", "CAUSAL_LM": "text"}
+_SUFFIXES: dict[str, Head] = {"ForSequenceClassification": "sequence", "ForCausalLM": "text"}
 _PROBE = 7919
 """A number of classes that differs from every other dimension of a model."""
 
@@ -100,13 +100,13 @@ def _info(method: str, model: str, base_name: str, head: Head, config: Pretraine
     if head == "sequence" and classes > 1:
         known: dict[Any, str] = dict(config.id2label or {}) if config.num_labels == classes else {}
         labels = [str(known.get(index, f"LABEL_{index}")) for index in range(classes)]
-    kind = "generation" if head == "letters" else "classification" if labels else "regression"
+    kind = "generation" if head == "text" else "classification" if labels else "regression"
     return RunInfo(
         method=method,
         model=model,
         task="unknown",
         kind=kind,  # type: ignore[arg-type]
-        metric="pearson" if kind == "regression" else "accuracy",
+        metric={"regression": "pearson", "generation": "perplexity"}.get(kind, "accuracy"),
         text_columns=[],
         label_column="label",
         labels=labels,

@@ -55,15 +55,17 @@ class RunOptions:
     normalization: Normalization | None = declared(
         None, "UNIT", "cloze: divide log-likelihoods by none, tokens or bytes (that of the task)"
     )
-    train_file: str | None = declared(None, "FILE", "training rows (.jsonl, .json, .csv, .parquet)")
-    eval_file: str | None = declared(None, "FILE", "rows to score")
+    train_file: str | None = declared(None, "FILE", "training rows, or conversations (.jsonl, .json, .csv, .parquet)")
+    eval_file: str | None = declared(None, "FILE", "rows to score (of text to generate: a tenth held out)")
     test_file: str | None = declared(None, "FILE", "further rows to score")
     text_column: list[str] | None = declared(None, "A[,B]", "text column, or two columns a,b for sentence pairs")
     label_column: str | None = declared(None, "NAME", "label column (label)")
     labels: list[str] | None = declared(None, "A,B,…", "class names in order of their ids (those in the data, sorted)")
     output_dir: str | None = declared(None, "OUT", "new folder for the result", required=True)
     config: str | None = declared(None, "FILE", "YAML file of options; the command line takes precedence")
-    max_length: int | None = declared(None, "N", "maximum input length in tokens (128 or the model's limit)", least=1)
+    max_length: int | None = declared(
+        None, "N", "maximum input length in tokens (128, of text to generate 1024, or the model's limit)", least=1
+    )
     dtype: typing.Literal["float32", "bfloat16", "float16"] = declared(
         "float32", "TYPE", "dtype of the base model (float32)"
     )

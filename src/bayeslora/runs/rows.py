@@ -1,4 +1,4 @@
-"""Read and encode rows for a run: texts and pairs for a classifier, prompts or pairs for multiple choice."""
+"""Read and encode rows for a run: texts or pairs, questions with choices, or conversations and completions."""
 
 from __future__ import annotations
 
@@ -12,9 +12,10 @@ from datasets import Dataset
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from bayeslora.data import Task, encode_texts, load_files, load_task, load_texts
+from bayeslora.data import Task, encode_generation, encode_texts, load_files, load_generation, load_task, load_texts
 from bayeslora.data.choices import CHOICES, QUESTION, Cloze
 from bayeslora.data.encode import collated
+from bayeslora.data.generation import answered_rows, text_task
 from bayeslora.data.known import KNOWN
 from bayeslora.data.labels import Kind
 from bayeslora.data.tables import EXTENSIONS
@@ -55,6 +56,8 @@ def encode_split(
         raise BayesLoraError(
             f"--few-shot is {few_shot}, but only language models on multiple choice have prompts: leave it out"
         )
+    if head == "text":
+        return encode_generation(split, tokenizer, length)
     if head == "sequence":
         return encode_texts(split, task.text_columns, tokenizer, length)
     if head == "choices":
@@ -162,8 +165,13 @@ def named_task(name: str, info: RunInfo, data_dir: str | None) -> Task:
 def labelled_rows(
     info: RunInfo, file: Source, text_columns: list[str] | None = None, label_column: str | None = None
 ) -> Task:
-    """Read the rows of a file, or in memory, as the split `validation`; labels become the ids of the run."""
-    _check_labels(info)
+    """Read the rows of a file, or in memory, as the split `validation`; labels become the ids of the run.
+
+    Those of a run that generates text have answers instead of labels.
+    """
+    if info.kind == "generation":
+        rows = answered_rows(file)
+        return text_task(info.task, tuple(rows.column_names), {EVALUATION: rows})
     if info.kind == "multiple_choice":
         return _choices(Path(file) if isinstance(file, str) else file, info, answers=True)
     columns = _checked_columns(text_columns, info)
@@ -233,6 +241,9 @@ def _training_split(info: RunInfo) -> tuple[Task, Dataset]:
     if info.task_name is None:
         if "train_file" not in info.files:
             raise BayesLoraError("run.json does not name the training data, but they are needed: train the run again")
+        if info.kind == "generation":
+            task = load_generation(info.files["train_file"], info.files.get("eval_file"))
+            return task, task.train_split
         task = labelled_rows(info, info.files["train_file"])
         return task, task.splits[EVALUATION]
     task = load_task(info.task_name, info.data_dir, train_split=info.train_split)
@@ -274,11 +285,19 @@ def outside_rows(info: RunInfo, task: Task, file: Path | None, text_columns: lis
     return OutsideRows(str(file), load_texts(file, columns), replace(task, text_columns=tuple(columns)), [])
 
 
+def own_rows(info: RunInfo) -> Task:
+    """Return the task of a run that learned text from files; the rows that scored it are the split `validation`."""
+    if "train_file" not in info.files:
+        raise BayesLoraError("run.json does not name the data of the run, but they are to be scored: give --eval-file")
+    if "eval_file" in info.files:
+        return replace(labelled_rows(info, info.files["eval_file"]), name=info.task)
+    return replace(load_generation(info.files["train_file"]), name=info.task)
+
+
 def _check_labels(info: RunInfo) -> None:
     if info.kind == "generation":
         raise BayesLoraError(
-            "the run is a language model without labels, but predict needs a classifier: "
-            "use bayeslora.generate(run.predictor, …)"
+            "the run generates text, but labels need a classifier: use `bayeslora generate`, or run.generate(…)"
         )
 
 

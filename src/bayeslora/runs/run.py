@@ -27,6 +27,7 @@ from bayeslora.methods import tuner_of
 from bayeslora.methods.registry import find_method
 from bayeslora.posterior import POSTERIOR_FILE, WeightPosterior, load_posterior
 from bayeslora.prediction import Predictable, Prediction, check_samples
+from bayeslora.runs.answers import MAX_NEW_TOKENS, Answer, Sampling, answer_rows, check_generates, read_prompts
 from bayeslora.runs.base import (
     AUTO_CLASSES,
     has_tokenizer,
@@ -159,6 +160,42 @@ class Run:
         return self.predict_encoded(
             data, samples, seed, batch_size, calibration, coverage=coverage, risk=risk, delta=delta
         )
+
+    @quiet_loading()
+    def generate(
+        self,
+        inputs: Any,
+        samples: int = 0,
+        seed: int = 0,
+        batch_size: int = 8,
+        *,
+        max_new_tokens: int = MAX_NEW_TOKENS,
+        temperature: float = 0.0,
+    ) -> list[Answer]:
+        """Answer prompts with the mean weights; draws of the weights score the answers and write their own.
+
+        Args:
+            inputs: a text, a row (a dict with `messages` or `prompt`) or a conversation (a list of messages with
+                `role` and `content`); an iterable of them; or the `pathlib.Path` of a data file. A text is a message
+                of the user for a run trained on conversations, and otherwise the prompt. Answers that end a row are
+                kept as its reference and not shown to the model.
+            samples: draws of the weights; 0 gives the answer of the mean weights alone.
+            seed: of the draws.
+            batch_size: prompts in a batch; with a temperature the draws' answers depend on it.
+            max_new_tokens: maximum number of tokens of an answer.
+            temperature: of the tokens of the draws' answers; 0 takes the most probable ones. Above 0 a deterministic
+                run has samples too, of its tokens.
+
+        Returns:
+            An `Answer` to each row, in order.
+
+        Raises:
+            BayesLoraError: the run predicts labels, an input does not fit, a prompt is too long for the model, or the
+                model is deterministic and `samples` > 0 without a temperature.
+        """
+        check_generates(self.info)
+        sampling = Sampling(samples, seed, max_new_tokens, temperature)
+        return answer_rows(self.predictor, self.tokenizer, read_prompts(inputs, self.info), sampling, batch_size)
 
     def predict_encoded(
         self,

@@ -12,20 +12,24 @@ from typing import Any
 
 import numpy as np
 import torch
+from datasets import Dataset
 from numpy.typing import NDArray
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 
 from bayeslora.cost import count_parameters, relative_bops
 from bayeslora.data import Task
+from bayeslora.data.chat import LABELS
 from bayeslora.data.known import MISMATCHED
 from bayeslora.data.tasks import LABEL
 from bayeslora.errors import BayesLoraError
 from bayeslora.evaluation import (
     Evaluation,
     FeatureSpace,
+    TextEvaluation,
     dataset_features,
     evaluate,
+    evaluate_text,
     predict_dataset,
     uncertainties_of,
 )
@@ -55,6 +59,8 @@ def measure(
     include the accuracy on its mismatched split.
     """
     scored_model = predictor or model
+    if task.kind == "generation":
+        return _measured_text(model, scored_model, data, task, tokenizer, batch_size, samples)
     evaluation = evaluate(scored_model, data[EVALUATION], task, tokenizer, batch_size, samples)
     if MISMATCHED in data:
         other = evaluate(scored_model, data[MISMATCHED], task, tokenizer, batch_size, samples).scores[task.metric]
@@ -63,6 +69,22 @@ def measure(
     if TEST in data:
         found["scores_test"] = evaluate(scored_model, data[TEST], task, tokenizer, batch_size, samples).scores
     return found
+
+
+def _measured_text(
+    model: nn.Module,
+    scored_model: Predictable,
+    data: dict[str, Any],
+    task: Task,
+    tokenizer: PreTrainedTokenizerBase,
+    batch_size: int,
+    samples: int,
+) -> dict[str, Any]:
+    """Return `measure` of a run that generates text: the scores of its tokens."""
+    splits = [name for name in (EVALUATION, TEST) if name in data]
+    found = {name: evaluate_text(scored_model, data[name], tokenizer, batch_size, samples) for name in splits}
+    tests = {"scores_test": found[TEST].scores} if TEST in found else {}
+    return {"metric": task.metric, **scored(found[EVALUATION]), **described(model), **tests}
 
 
 def answered(info: RunInfo) -> dict[str, Any]:
@@ -77,7 +99,7 @@ def rows_to_score(data: dict[str, Any]) -> int:
     return sum(len(data[name]) for name in (EVALUATION, MISMATCHED, TEST) if name in data)
 
 
-def scored(evaluation: Evaluation) -> dict[str, Any]:
+def scored(evaluation: Evaluation | TextEvaluation) -> dict[str, Any]:
     """Return the part of `metrics.json` about the predictions on a split."""
     return {
         "scores": evaluation.scores,
@@ -219,12 +241,19 @@ def verify_reload(
         RuntimeError: their outputs differ.
     """
     rows = dataset.select(range(min(_PROBE_ROWS, len(dataset))))
-    logits = [predict_dataset(m, rows, tokenizer).logits for m in (model, load())]
+    outputs = [_outputs(each, rows, tokenizer) for each in (model, load())]
     # The logit of a choice that an item lacks is minus infinity in both, and their difference would be NaN.
-    trained, saved = (values.masked_fill(torch.isneginf(values), 0.0) for values in logits)
+    trained, saved = (values.masked_fill(torch.isneginf(values), 0.0) for values in outputs)
     difference = float((trained - saved).abs().max() / trained.abs().max().clamp(min=1.0))
     if not difference <= _RELOAD_TOLERANCE[dtype]:
         raise RuntimeError(
             f"the saved run differs from the trained model by {difference:.2e} (relative), "
             f"but may differ by at most {_RELOAD_TOLERANCE[dtype]:.0e}: please report this with config.yaml"
         )
+
+
+def _outputs(model: nn.Module, rows: Dataset, tokenizer: PreTrainedTokenizerBase) -> torch.Tensor:
+    """Return the class logits of rows, or the log-probabilities of the tokens of their answers."""
+    if LABELS in rows.column_names:
+        return torch.from_numpy(evaluate_text(model, rows, tokenizer).log_probability)
+    return predict_dataset(model, rows, tokenizer).logits

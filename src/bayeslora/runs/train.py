@@ -21,6 +21,7 @@ import torch
 import yaml
 from torch import nn
 from transformers import (
+    DataCollatorForSeq2Seq,
     DataCollatorWithPadding,
     PreTrainedModel,
     PreTrainedTokenizerBase,
@@ -35,7 +36,7 @@ from transformers import (
 from transformers.integrations import get_reporting_integration_callbacks
 from transformers.utils import is_liger_kernel_available
 
-from bayeslora.data import Task, load_files, load_task
+from bayeslora.data import Task, labelled_tokens, load_files, load_generation, load_task
 from bayeslora.data.tasks import TASKS, hub_dataset
 from bayeslora.errors import BayesLoraError, option
 from bayeslora.evaluation import compute_metrics_for
@@ -243,7 +244,10 @@ def _load_data(plan: TrainPlan) -> Task:
         if TRAIN not in task.splits:
             raise BayesLoraError(f"--task is {task.name}, but it lacks training data: train on another task")
         return asked(task, options.scoring, options.normalization)
-    assert options.train_file and options.eval_file and options.text_column and options.label_column
+    assert options.train_file
+    if options.text_column is None:
+        return load_generation(options.train_file, options.eval_file, test_file=options.test_file)
+    assert options.eval_file and options.label_column
     return load_files(
         options.train_file,
         options.eval_file,
@@ -314,16 +318,25 @@ def _build_trainer(session: Session, callbacks: list[TrainerCallback]) -> Traine
             train_dataset=session.data[TRAIN],
             eval_dataset=session.data[EVALUATION],
             processing_class=session.tokenizer,
-            compute_metrics=compute_metrics_for(session.task),
+            # Of a language model only the loss: the logits of all tokens would not fit in memory.
+            compute_metrics=None if session.task.kind == "generation" else compute_metrics_for(session.task),
             callbacks=callbacks,
         )
     for printing in (PrinterCallback, ProgressCallback):
         trainer.remove_callback(printing)
-    # N counts examples for language models too, not tokens: every example adds one term to the loss.
     stated = session.plan.method_options.get("num_examples")
     ivon = session.plan.ivon
     optimizer = None if ivon is None else functools.partial(IVON, **ivon.keywords())
-    return attach(trainer, len(session.data[TRAIN]) if stated is None else stated, optimizer)
+    return attach(trainer, _terms(session) if stated is None else stated, optimizer)
+
+
+def _terms(session: Session) -> int:
+    """Return N, the terms that the loss is a mean of: labelled tokens for text, otherwise examples.
+
+    A language model on multiple choice has one term an example, too.
+    """
+    data = session.data[TRAIN]
+    return labelled_tokens(data) if session.task.kind == "generation" else len(data)
 
 
 @contextmanager
@@ -352,6 +365,8 @@ def _trainer_class(session: Session) -> Callable[..., Trainer]:
     if session.task.kind == "multiple_choice":
         scoring = choice_scoring(session.data[TRAIN], session.tokenizer)
         return functools.partial(ChoiceTrainer, class_logits=scoring.logits, data_collator=scoring.collate)
+    if session.task.kind == "generation":
+        return functools.partial(Trainer, data_collator=DataCollatorForSeq2Seq(session.tokenizer))
     return functools.partial(Trainer, data_collator=DataCollatorWithPadding(session.tokenizer))
 
 

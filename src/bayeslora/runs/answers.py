@@ -1,0 +1,337 @@
+r"""Answers of a language model, with their uncertainty.
+
+The answer is the text of the mean weights. S draws of the weights score it, token by token and as a whole, and each
+writes its own. Draws whose answers are equal but for case, punctuation and spaces form a cluster. With $n_c$ of the S
+answers in cluster $c$, the semantic entropy is
+
+$$ H = -\sum_c \frac{n_c}{S} \log \frac{n_c}{S}, $$
+
+the discrete form of Farquhar et al. (2024, doi:10.1038/s41586-024-07421-0), whose clusters also join paraphrases. It
+is 0 if all draws say the same, and at most $\log S$.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+import unicodedata
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from bayeslora.data.chat import answer_of, asked_of, end_tokens, prompt_tokens
+from bayeslora.data.encode import pad_id
+from bayeslora.data.generation import rows_to_answer
+from bayeslora.errors import BayesLoraError
+from bayeslora.methods.variational import has_posterior
+from bayeslora.posterior import WeightPosterior
+from bayeslora.prediction import Generation, check_samples, generate
+from bayeslora.runs.info import RunInfo
+from bayeslora.vocabulary import MESSAGES, PROMPT
+
+MAX_NEW_TOKENS = 128
+"""Default maximum of tokens of an answer."""
+
+
+@dataclass(frozen=True)
+class Cluster:
+    """Answers of the draws that say the same: that of the first one, and how many there are."""
+
+    text: str
+    count: int
+
+
+@dataclass(frozen=True)
+class Answer:
+    """The answer to one prompt.
+
+    Attributes:
+        prompt: the text, or the last message before the answer.
+        text: the answer of the mean weights.
+        tokens: its T tokens as text, with the one that ends it.
+        entropy: of each token's distribution, averaged over the draws, in nats.
+        mutual_information: the part of it that the draws disagree about, in nats; 0 without draws.
+        log_probability: of the answer under the mean weights, in nats.
+        mixture_log_probability: of the answer under the mean of the draws' probabilities, in nats.
+        draw_log_probabilities: of the answer under each draw, in nats; empty without draws.
+        draws: answers of the draws (or, of a deterministic model, of the sampled tokens); empty without.
+        clusters: of `draws`, the largest first.
+        semantic_entropy: of the clusters, in nats; None without draws.
+        is_finished: False if the answer was cut at the maximum of new tokens.
+        reference: the known answer, if the row has one.
+    """
+
+    prompt: str
+    text: str
+    tokens: list[str]
+    entropy: list[float]
+    mutual_information: list[float]
+    log_probability: float
+    mixture_log_probability: float
+    draw_log_probabilities: list[float] = field(default_factory=list)
+    draws: list[str] = field(default_factory=list)
+    clusters: list[Cluster] = field(default_factory=list)
+    semantic_entropy: float | None = None
+    is_finished: bool = True
+    reference: str | None = None
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the fields that `bayeslora generate` writes."""
+        clusters = [vars(cluster) for cluster in self.clusters]
+        return {name: value for name, value in {**vars(self), "clusters": clusters}.items() if value is not None}
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How answers are drawn: number and seed of the draws, maximum of new tokens, and the temperature of tokens."""
+
+    samples: int = 0
+    seed: int = 0
+    max_new_tokens: int = MAX_NEW_TOKENS
+    temperature: float = 0.0
+
+    def __post_init__(self) -> None:
+        if self.max_new_tokens < 1:
+            raise BayesLoraError(f"max_new_tokens is {self.max_new_tokens}, but must be at least 1: give a larger one")
+        if not (math.isfinite(self.temperature) and self.temperature >= 0):
+            raise BayesLoraError(
+                f"temperature is {self.temperature}, but must be at least 0: give 0 for the most probable tokens"
+            )
+
+
+def check_generates(info: RunInfo) -> None:
+    """Raise `BayesLoraError` unless the run generates text."""
+    if info.kind != "generation":
+        raise BayesLoraError(
+            f"the run has {len(info.labels) or 'no'} labels of {info.kind.replace('_', ' ')}, but generate needs a "
+            "language model that was trained on text: use `bayeslora predict`, or in Python run.predict(…)"
+        )
+
+
+def read_prompts(inputs: Any, info: RunInfo) -> list[dict[str, Any]]:
+    """Return rows with `messages` or `prompt`.
+
+    Args:
+        inputs: a text, a row (a dict) or a conversation (a list of messages); an iterable of them; or the `Path` of a
+            data file. A text becomes a message of the user for a run trained on conversations, and otherwise the
+            prompt.
+        info: of the run.
+
+    Raises:
+        BayesLoraError: there are 0 rows, or one has another form.
+    """
+    if isinstance(inputs, Path):
+        return rows_to_answer(inputs)
+    if isinstance(inputs, (str, Mapping)) or _is_conversation(inputs):
+        inputs = [inputs]
+    if not isinstance(inputs, Iterable):
+        raise BayesLoraError(
+            f"the input is of type {type(inputs).__name__}, but must be a text, a row or a list of them: give a list"
+        )
+    rows = [_row(number, value, info) for number, value in enumerate(inputs, start=1)]
+    if not rows:
+        raise BayesLoraError("the input has 0 rows, but must have at least 1: give a text")
+    return [row for each in rows for row in rows_to_answer([each])]
+
+
+def _row(number: int, value: Any, info: RunInfo) -> dict[str, Any]:
+    if isinstance(value, Mapping):
+        return dict(value)
+    if _is_conversation(value):
+        return {MESSAGES: list(value)}
+    if not isinstance(value, str):
+        raise BayesLoraError(
+            f"row {number} is of type {type(value).__name__}, but must be a text, a list of messages or a row with "
+            "messages or prompt: give one of them"
+        )
+    return {MESSAGES: [{"role": "user", "content": value}]} if info.text_columns == [MESSAGES] else {PROMPT: value}
+
+
+def _is_conversation(value: Any) -> bool:
+    is_list = isinstance(value, (list, tuple)) and len(value) > 0
+    return is_list and all(isinstance(message, Mapping) and "role" in message for message in value)
+
+
+def answer_rows(
+    predictor: nn.Module | WeightPosterior,
+    tokenizer: Any,
+    rows: Sequence[Mapping[str, Any]],
+    sampling: Sampling,
+    batch_size: int = 8,
+) -> list[Answer]:
+    """Answer rows of `read_prompts`, in their order.
+
+    Args:
+        predictor: the model, or the posterior of its weights.
+        tokenizer: of the model.
+        rows: what to answer.
+        sampling: number of draws, and how each answer is made.
+        batch_size: prompts in a batch.
+
+    Raises:
+        BayesLoraError: draws are wanted but the model is deterministic and the temperature is 0, or a prompt is too
+            long for the model.
+    """
+    writer = _Writer(predictor, tokenizer, sampling)
+    prompts = [prompt_tokens(row, tokenizer) for row in rows]
+    for number, prompt in enumerate(prompts, start=1):
+        writer.check_length(number, len(prompt))
+    order = sorted(range(len(rows)), key=lambda row: -len(prompts[row]))
+    found: dict[int, Answer] = {}
+    for start in range(0, len(order), batch_size):
+        chosen = order[start : start + batch_size]
+        answers = writer.answers([prompts[row] for row in chosen], [rows[row] for row in chosen])
+        found.update(zip(chosen, answers, strict=True))
+    return [found[row] for row in range(len(rows))]
+
+
+class _Writer:
+    """Writes the answers to batches of prompts."""
+
+    def __init__(self, predictor: nn.Module | WeightPosterior, tokenizer: Any, sampling: Sampling) -> None:
+        self.predictor, self.tokenizer, self.sampling = predictor, tokenizer, sampling
+        model = predictor.model if isinstance(predictor, WeightPosterior) else predictor
+        self.is_random = isinstance(predictor, WeightPosterior) or has_posterior(model)
+        base: Any = model
+        if not self.is_random and sampling.temperature == 0:
+            check_samples(predictor, sampling.samples)
+        config = base.config.get_text_config()
+        self.limit = getattr(config, "max_position_embeddings", None)
+        stated = getattr(getattr(base, "generation_config", None), "eos_token_id", None)
+        own = [] if stated is None else stated if isinstance(stated, list) else [stated]
+        self.ends = list(dict.fromkeys([*end_tokens(tokenizer), *own]))
+
+    def check_length(self, number: int, tokens: int) -> None:
+        """Raise `BayesLoraError` if the model cannot read a prompt of so many tokens and write its answer."""
+        new = self.sampling.max_new_tokens
+        if self.limit is not None and tokens + new > self.limit:
+            raise BayesLoraError(
+                f"prompt {number} has {tokens} tokens and the answer up to {new}, but the model reads {self.limit} in "
+                "all: shorten the prompt or lower max_new_tokens"
+            )
+
+    def answers(self, prompts: list[list[int]], rows: Sequence[Mapping[str, Any]]) -> list[Answer]:
+        """Return an `Answer` to each prompt."""
+        samples = self.sampling.samples
+        batch = _padded(prompts, pad_id(self.tokenizer))
+        found = self._generate(batch, samples if self.is_random else 0, answers="mean", do_sample=False)
+        own = self._own_answers(batch) if samples else []
+        return [self._answer(found, place, row, [texts[place] for texts in own]) for place, row in enumerate(rows)]
+
+    def _own_answers(self, batch: dict[str, Tensor]) -> list[list[str]]:
+        """Return the texts of every draw: S lists of one for each prompt."""
+        heat, samples = self.sampling.temperature, self.sampling.samples
+        options: dict[str, Any] = {"do_sample": False}
+        if heat:
+            options = {"do_sample": True, "temperature": heat, "top_k": 0, "top_p": 1.0}
+        if self.is_random:
+            found = self._generate(batch, samples, uncertainty=False, **options)
+            tokens, mask = found.tokens, found.mask
+        else:
+            found = self._generate(batch, 0, uncertainty=False, num_return_sequences=samples, **options)
+            # One after the other for each prompt.
+            tokens, mask = (part[0].unflatten(0, (-1, samples)).transpose(0, 1) for part in (found.tokens, found.mask))
+        return [
+            [self._text(ids[kept].tolist()) for ids, kept in zip(*rows, strict=True)]
+            for rows in zip(tokens, mask, strict=True)
+        ]
+
+    def _generate(self, batch: dict[str, Tensor], samples: int, **options: Any) -> Generation:
+        settings: dict[str, Any] = {
+            # Without these the model's own settings, which may sample, would hold.
+            **{"temperature": None, "top_k": None, "top_p": None, "num_beams": 1},
+            "max_new_tokens": self.sampling.max_new_tokens,
+            "eos_token_id": self.ends or None,
+            "pad_token_id": pad_id(self.tokenizer),
+            **options,
+        }
+        ids, mask = batch["input_ids"], batch["attention_mask"]
+        return generate(self.predictor, ids, mask, samples=samples, seed=self.sampling.seed, **settings)
+
+    def _answer(self, found: Generation, place: int, row: Mapping[str, Any], draws: list[str]) -> Answer:
+        kept = found.mask[0, place]
+        ids = found.tokens[0, place][kept].tolist()
+        assert found.predictive_entropy is not None and found.mutual_information is not None
+        assert found.mixture_log_probability is not None and found.draw_log_probabilities is not None
+        is_scored = self.is_random and self.sampling.samples > 0
+        clusters = clustered(draws)
+        return Answer(
+            prompt=_asked(row),
+            text=self._text(ids),
+            tokens=pieces(ids, self.tokenizer),
+            entropy=found.predictive_entropy[0, place][kept].tolist(),
+            mutual_information=found.mutual_information[0, place][kept].tolist(),
+            log_probability=float(found.log_probability[0, place]),
+            mixture_log_probability=float(found.mixture_log_probability[0, place]),
+            draw_log_probabilities=found.draw_log_probabilities[:, 0, place].tolist() if is_scored else [],
+            draws=draws,
+            clusters=clusters,
+            semantic_entropy=semantic_entropy([cluster.count for cluster in clusters]) if draws else None,
+            is_finished=bool(ids) and ids[-1] in self.ends,
+            reference=answer_of(row),
+        )
+
+    def _text(self, ids: list[int]) -> str:
+        ids = ids[:-1] if ids and ids[-1] in self.ends else ids
+        text: str = self.tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+        return text.strip()
+
+
+def _asked(row: Mapping[str, Any]) -> str:
+    return str(asked_of(row[MESSAGES])[-1]["content"] if MESSAGES in row else row[PROMPT])
+
+
+def _padded(prompts: list[list[int]], pad: int) -> dict[str, Tensor]:
+    """Return ids and mask (B, T), padded on the left."""
+    width = max(map(len, prompts))
+    ids = torch.tensor([[pad] * (width - len(prompt)) + prompt for prompt in prompts])
+    mask = torch.tensor([[0] * (width - len(prompt)) + [1] * len(prompt) for prompt in prompts])
+    return {"input_ids": ids, "attention_mask": mask}
+
+
+def pieces(ids: Sequence[int], tokenizer: Any) -> list[str]:
+    """Return the text of each token; together they are the text, with special tokens.
+
+    A token that ends inside a character has an empty piece: the next one has the character.
+    """
+    found: list[str] = []
+    before = ""
+    for stop in range(1, len(ids) + 1):
+        text: str = tokenizer.decode(ids[:stop], skip_special_tokens=False, clean_up_tokenization_spaces=False)
+        if stop < len(ids) and text.endswith("\ufffd") or not text.startswith(before):
+            found.append("")
+            continue
+        found.append(text[len(before) :])
+        before = text
+    return found
+
+
+def clustered(texts: Sequence[str]) -> list[Cluster]:
+    """Return clusters of equal texts after `normalized`, the largest first; of equal size, the first to appear."""
+    counts = Counter(map(normalized, texts))
+    first: dict[str, str] = {}
+    for text in texts:
+        first.setdefault(normalized(text), text)
+    return [Cluster(first[key], count) for key, count in counts.most_common()]
+
+
+def normalized(text: str) -> str:
+    """Return a text in lower case, without English articles and the punctuation around words, with single spaces.
+
+    The sign and the point of a number stay. A text of nothing else stays as it is.
+    """
+    lower = unicodedata.normalize("NFKC", text).lower()
+    words = [re.sub(r"^(?!-\d)\W+|\W+$", "", word) for word in lower.split()]
+    kept = [word for word in words if word and word not in ("a", "an", "the")]
+    return " ".join(kept or lower.split())
+
+
+def semantic_entropy(counts: Sequence[int]) -> float:
+    """Return the entropy of clusters of these sizes, in nats."""
+    total = sum(counts)
+    return math.fsum(-count / total * math.log(count / total) for count in counts) + 0.0
