@@ -11,6 +11,7 @@ from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
 from transformers import T5Config, T5ForConditionalGeneration
 
+from bayeslora import TemperatureScaling, WeightPosterior
 from bayeslora.errors import BayesLoraError
 from bayeslora.prediction import Generation, generate
 from tests.conftest import build_tiny_gpt2, build_tiny_llama
@@ -81,6 +82,50 @@ def check_mixture(
     chosen = log_p[:, torch.arange(len(tokens)), tokens].sum(-1)
     torch.testing.assert_close(found.mixture_log_probability[draw, row], chosen.exp().mean().log(), **close)
     torch.testing.assert_close(found.log_probability_std[draw, row], chosen.std(correction=0), **close)
+
+
+@torch.no_grad()
+def test_the_answer_of_the_mean_is_scored_by_every_draw() -> None:
+    model = causal("llama")
+    found = generate(model, PROMPTS, MASK, samples=SAMPLES, seed=SEED, answers="mean", max_new_tokens=NEW)
+    merged = [merged_draw(model, SEED, draw) for draw in range(SAMPLES)]
+    assert found.sequences.shape[:2] == (1, 2) and found.draw_log_probabilities is not None
+    assert found.draw_log_probabilities.shape == (SAMPLES, 1, 2)
+    for row in range(2):
+        prompt = PROMPTS[row][MASK[row].bool()]
+        tokens, log_p = by_hand(model, prompt, NEW)
+        assert found.tokens[0, row][found.mask[0, row]].tolist() == tokens
+        entropy = torch.stack([torch.special.entr(each.exp()).sum() for each in log_p])
+        torch.testing.assert_close(found.token_entropy[0, row][found.mask[0, row]], entropy, rtol=1e-3, atol=1e-4)
+        total = sum(each[token] for each, token in zip(log_p, tokens, strict=True))
+        torch.testing.assert_close(found.log_probability[0, row], total, rtol=1e-3, atol=1e-4)
+        check_mixture(found, merged, prompt, tokens, 0, row)
+        ids = torch.cat([prompt, torch.tensor(tokens)])[None, :-1]
+        for draw, each in enumerate(merged):
+            each_p = each(input_ids=ids).logits[0, len(prompt) - 1 :].log_softmax(-1)
+            chosen = each_p[torch.arange(len(tokens)), tokens].sum()
+            torch.testing.assert_close(found.draw_log_probabilities[draw, 0, row], chosen, rtol=1e-3, atol=1e-4)
+
+
+@torch.no_grad()
+def test_a_saved_posterior_draws_all_of_its_weights() -> None:
+    model = get_peft_model(build_tiny_llama(), LoraConfig(r=2, target_modules=["q_proj"], init_lora_weights=False))
+    trained = {n: p for n, p in model.named_parameters() if p.requires_grad}
+    names = {name: name.replace(".default", "") for name in trained}
+    deviations = {names[name]: torch.full_like(p, 0.5) for name, p in trained.items()}
+    posterior = WeightPosterior(model, [(names[n], p.numel()) for n, p in trained.items()], deviations)
+    found = generate(posterior, PROMPTS, MASK, samples=2, seed=SEED, max_new_tokens=NEW)
+    for draw in range(2):
+        with posterior.sampled(SEED, draw):
+            alone = generate(model, PROMPTS, MASK, samples=0, max_new_tokens=NEW)
+        width = alone.tokens.shape[2]
+        assert torch.equal(found.tokens[draw, :, :width][alone.mask[0]], alone.tokens[0][alone.mask[0]])
+        torch.testing.assert_close(found.log_probability[draw], alone.log_probability[0], rtol=1e-4, atol=1e-4)
+    assert not torch.equal(found.log_probability[0], found.log_probability[1])
+    with pytest.raises(
+        BayesLoraError, match="TemperatureScaling was given, but text is generated under draws of one model"
+    ):
+        generate(TemperatureScaling(model), PROMPTS, samples=2)
 
 
 @torch.no_grad()
@@ -156,5 +201,7 @@ def test_what_cannot_work_is_refused() -> None:
     model = causal("llama")
     with pytest.raises(BayesLoraError, match=r"shape \(5,\), but must be \(prompts, tokens\)"):
         generate(model, PROMPTS[0], samples=2)
+    with pytest.raises(BayesLoraError, match="answers is 'best', but must be"):
+        generate(model, PROMPTS, samples=2, answers="best")
     with pytest.raises(BayesLoraError, match="return_dict_in_generate is True"):
         generate(model, PROMPTS, samples=2, return_dict_in_generate=True)

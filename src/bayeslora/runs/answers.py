@@ -35,7 +35,7 @@ from bayeslora.runs.info import RunInfo
 from bayeslora.vocabulary import MESSAGES, PROMPT
 
 MAX_NEW_TOKENS = 128
-"""Default maximum of tokens of an answer."""
+"""Default maximum of tokens of an answer, less where the model has no room for them."""
 
 
 @dataclass(frozen=True)
@@ -92,11 +92,11 @@ class Sampling:
 
     samples: int = 0
     seed: int = 0
-    max_new_tokens: int = MAX_NEW_TOKENS
+    max_new_tokens: int | None = None
     temperature: float = 0.0
 
     def __post_init__(self) -> None:
-        if self.max_new_tokens < 1:
+        if self.max_new_tokens is not None and self.max_new_tokens < 1:
             raise BayesLoraError(f"max_new_tokens is {self.max_new_tokens}, but must be at least 1: give a larger one")
         if not (math.isfinite(self.temperature) and self.temperature >= 0):
             raise BayesLoraError(
@@ -208,11 +208,11 @@ class _Writer:
 
     def check_length(self, number: int, tokens: int) -> None:
         """Raise `BayesLoraError` if the model cannot read a prompt of so many tokens and write its answer."""
-        new = self.sampling.max_new_tokens
+        new = self.sampling.max_new_tokens or 1
         if self.limit is not None and tokens + new > self.limit:
             raise BayesLoraError(
-                f"prompt {number} has {tokens} tokens and the answer up to {new}, but the model reads {self.limit} in "
-                "all: shorten the prompt or lower max_new_tokens"
+                f"prompt {number} has {tokens} tokens and the answer {new}, but the model reads {self.limit} in all: "
+                "shorten the prompt or lower max_new_tokens"
             )
 
     def answers(self, prompts: list[list[int]], rows: Sequence[Mapping[str, Any]]) -> list[Answer]:
@@ -242,15 +242,16 @@ class _Writer:
         ]
 
     def _generate(self, batch: dict[str, Tensor], samples: int, **options: Any) -> Generation:
+        ids, mask = batch["input_ids"], batch["attention_mask"]
+        room = MAX_NEW_TOKENS if self.limit is None else min(MAX_NEW_TOKENS, self.limit - ids.shape[1])
         settings: dict[str, Any] = {
             # Without these the model's own settings, which may sample, would hold.
             **{"temperature": None, "top_k": None, "top_p": None, "num_beams": 1},
-            "max_new_tokens": self.sampling.max_new_tokens,
+            "max_new_tokens": self.sampling.max_new_tokens or room,
             "eos_token_id": self.ends or None,
             "pad_token_id": pad_id(self.tokenizer),
             **options,
         }
-        ids, mask = batch["input_ids"], batch["attention_mask"]
         return generate(self.predictor, ids, mask, samples=samples, seed=self.sampling.seed, **settings)
 
     def _answer(self, found: Generation, place: int, row: Mapping[str, Any], draws: list[str]) -> Answer:

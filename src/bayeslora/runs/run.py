@@ -27,7 +27,7 @@ from bayeslora.methods import tuner_of
 from bayeslora.methods.registry import find_method
 from bayeslora.posterior import POSTERIOR_FILE, WeightPosterior, load_posterior
 from bayeslora.prediction import Predictable, Prediction, check_samples
-from bayeslora.runs.answers import MAX_NEW_TOKENS, Answer, Sampling, answer_rows, check_generates, read_prompts
+from bayeslora.runs.answers import Answer, Sampling, answer_rows, check_generates, read_prompts
 from bayeslora.runs.base import (
     AUTO_CLASSES,
     has_tokenizer,
@@ -169,7 +169,7 @@ class Run:
         seed: int = 0,
         batch_size: int = 8,
         *,
-        max_new_tokens: int = MAX_NEW_TOKENS,
+        max_new_tokens: int | None = None,
         temperature: float = 0.0,
     ) -> list[Answer]:
         """Answer prompts with the mean weights; draws of the weights score the answers and write their own.
@@ -182,7 +182,7 @@ class Run:
             samples: draws of the weights; 0 gives the answer of the mean weights alone.
             seed: of the draws.
             batch_size: prompts in a batch; with a temperature the draws' answers depend on it.
-            max_new_tokens: maximum number of tokens of an answer.
+            max_new_tokens: maximum number of tokens of an answer; by default 128, or what the model has room for.
             temperature: of the tokens of the draws' answers; 0 takes the most probable ones. Above 0 a deterministic
                 run has samples too, of its tokens.
 

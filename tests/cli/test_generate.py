@@ -1,0 +1,142 @@
+"""From a chat file to answers, by the commands alone."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import yaml
+
+from bayeslora.cli.main import main
+from tests.cli.conftest import write_jsonl
+from tests.conftest import EMPTY_PNG
+from tests.runs.test_answers import ASKED, chat, pairs
+
+Refused = Callable[..., str]
+CLASSIFIER = Path(__file__).parents[1] / "fixtures" / "adapters" / "run-melora"
+QUICK = ["--max-steps", "6", "--learning-rate", "0.02", "--r", "4", "--target-modules", "q_proj,lm_head"]
+
+
+@pytest.fixture(scope="module")
+def chat_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_jsonl(tmp_path_factory.mktemp("data") / "chat.jsonl", chat(30))
+
+
+@pytest.fixture(scope="module")
+def run(chat_file: Path, tiny_causal_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("runs") / "out"
+    options = ["--method", "melora", "--model", tiny_causal_folder, "--train-file", chat_file, "--samples", "2"]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("bayeslora.report.page.png_bytes", lambda figure: EMPTY_PNG)
+        assert main([str(word) for word in ["train", *options, *QUICK, "--output-dir", folder]]) == 0
+    return folder
+
+
+def test_a_chat_file_alone_trains_and_its_folder_says_how(run: Path, chat_file: Path) -> None:
+    config = yaml.safe_load((run / "config.yaml").read_text(encoding="utf-8"))
+    assert config["train_file"] == str(chat_file) and not {"eval_file", "text_column", "label_column"} & config.keys()
+    metrics = json.loads((run / "metrics.json").read_text(encoding="utf-8"))
+    assert metrics["metric"] == "perplexity" and set(metrics["uncertainty"]) == {"entropy", "mutual_information"}
+    card = (run / "README.md").read_text(encoding="utf-8")
+    assert 'run.generate(["a prompt"], samples=2)' in card and "pipeline_tag: text-generation" in card
+    assert "tokens in each bin" in (run / "report.html").read_text(encoding="utf-8")
+
+
+def test_its_config_repeats_the_run(run: Path, tmp_path: Path) -> None:
+    again = ["train", "--config", str(run / "config.yaml"), "--output-dir", str(tmp_path / "again")]
+    assert main(again) == 0
+    first, second = (json.loads((each / "metrics.json").read_text()) for each in (run, tmp_path / "again"))
+    assert first["scores"] == second["scores"]
+
+
+def test_evaluate_gives_the_scores_of_the_training(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["evaluate", str(run), "--samples", "2", "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    metrics = json.loads((run / "metrics.json").read_text(encoding="utf-8"))
+    assert found["scores"] == pytest.approx(metrics["scores"]) and found["rows"] == 3
+
+
+def test_evaluate_scores_another_file(
+    run: Path, chat_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    options = ["--eval-file", str(chat_file), "--output-dir", str(tmp_path / "scores"), "--json"]
+    assert main(["evaluate", str(run), *options]) == 0
+    assert json.loads(capsys.readouterr().out)["rows"] == 30
+    assert json.loads((tmp_path / "scores" / "metrics.json").read_text())["evaluated"]["folder"] == str(run)
+
+
+def test_generate_writes_an_answer_a_row_in_order(
+    run: Path, chat_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    options = ["--input", str(chat_file), "--samples", "3", "--max-new-tokens", "4"]
+    assert main(["generate", str(run), *options, "--output", str(tmp_path / "a.jsonl")]) == 0
+    assert capsys.readouterr().out == f"{tmp_path / 'a.jsonl'}: 30 answers\n"
+    lines = (tmp_path / "a.jsonl").read_text(encoding="utf-8").splitlines()
+    answers = [json.loads(line) for line in lines]
+    turns = [row["messages"] for row in chat(30)]
+    assert [answer["prompt"] for answer in answers] == [each[-2]["content"] for each in turns]
+    assert [answer["reference"] for answer in answers] == [each[-1]["content"] for each in turns]
+    for answer in answers:
+        assert len(answer["tokens"]) == len(answer["entropy"]) == len(answer["mutual_information"]) <= 4
+        assert len(answer["draws"]) == len(answer["draw_log_probabilities"]) == 3
+    assert main(["generate", str(run), *options]) == 0
+    assert capsys.readouterr().out.splitlines() == lines
+
+
+def test_generate_answers_one_prompt(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["generate", str(run), "--prompt", ASKED, "--max-new-tokens", "3"]) == 0
+    (line,) = capsys.readouterr().out.splitlines()
+    assert json.loads(line)["prompt"] == ASKED
+
+
+def test_what_does_not_fit_a_run_is_refused(run: Path, chat_file: Path, tmp_path: Path, refused: Refused) -> None:
+    said = refused("generate", CLASSIFIER, "--prompt", "good")
+    assert "2 labels of classification, but generate needs a language model" in said
+    said = refused("predict", run, "--input", chat_file, "--output", tmp_path / "x.jsonl")
+    assert "use `bayeslora generate`" in said
+    assert "--input is missing" in refused("generate", run)
+    assert "--prompt is given with --input" in refused("generate", run, "--prompt", "x", "--input", chat_file)
+    assert "--temperature is given, but needs --samples" in refused(
+        "generate", run, "--prompt", "x", "--temperature", 1
+    )
+    assert "must not be the input file" in refused("generate", run, "--input", chat_file, "--output", chat_file)
+    assert "--max-new-tokens is 0" in refused("generate", run, "--prompt", "x", "--max-new-tokens", 0)
+    assert "--temperature is -1" in refused("generate", run, "--prompt", "x", "--samples", 2, "--temperature", -1)
+    assert "does not exist" in refused("generate", run, "--input", tmp_path / "none.jsonl")
+    assert "generates text, but calibrate needs a classifier" in refused("calibrate", run)
+    assert "--ood-file is given, but the run generates text" in refused("evaluate", run, "--ood-file", chat_file)
+    assert "labels need a classifier" in refused(
+        "select", run, "--input", chat_file, "--budget", 1, "--output", tmp_path / "x.jsonl"
+    )
+
+
+def test_what_does_not_fit_a_chat_file_is_refused(
+    chat_file: Path, tiny_causal_folder: Path, tiny_bert_folder: Path, tmp_path: Path, refused: Refused
+) -> None:
+    out = tmp_path / "out"
+    options = ["--train-file", chat_file, "--output-dir", out, "--max-steps", 2]
+    said = refused("train", "--model", tiny_causal_folder, *options, "--text-column", "messages")
+    assert said.endswith(f"--text-column is given, but {chat_file} has answers and no labels: leave it out")
+    said = refused("train", "--model", tiny_bert_folder, *options)
+    assert "is a bert model, but text is generated by a decoder" in said
+    other = write_jsonl(tmp_path / "pairs.jsonl", pairs(6))
+    said = refused("train", "--model", tiny_causal_folder, *options, "--eval-file", other)
+    assert "the validation rows have prompt and completion, but the training rows have messages" in said
+    said = refused("train", "--model", tiny_causal_folder, *options, "--max-length", 1)
+    assert "--max-length is 1, but must be at least 2" in said
+    assert not list(tmp_path.glob("out*"))
+
+
+def test_a_prompt_column_with_labels_is_a_text_column_like_any_other(
+    tiny_bert_folder: Path, tmp_path: Path, refused: Refused
+) -> None:
+    rows: list[dict[str, object]] = [
+        {"prompt": f"good {index}", "completion": "x", "label": index % 2} for index in range(8)
+    ]
+    file = write_jsonl(tmp_path / "rows.jsonl", rows)
+    files = ["--train-file", str(file), "--eval-file", str(file), "--text-column", "prompt"]
+    steps = ["--method", "lora", "--max-steps", "1", "--output-dir", str(tmp_path / "out")]
+    assert main(["train", "--model", str(tiny_bert_folder), *files, *steps]) == 0
+    assert json.loads((tmp_path / "out" / "run.json").read_text())["kind"] == "classification"
