@@ -27,6 +27,8 @@ from tests.conftest import build_tiny_bert, build_tiny_llama, build_tiny_tokeniz
 from tests.evaluation.choice_items import items
 from tests.methods.registered import forgotten_afterwards
 from tests.runs.conftest import tickets, trained
+from tests.runs.text_runs import chat
+from tests.runs.text_runs import trained as text_run
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGES = sorted([ROOT / "README.md", ROOT / "CONTRIBUTING.md", *ROOT.glob("docs/**/*.md")])
@@ -115,6 +117,13 @@ def _(names: Names) -> None:
 @given("docs/get-started.md")
 def _(names: Names) -> None:
     trained(Path("out"), tiny_bert_in("base"), tickets(24, 0))
+
+
+@given("docs/generation.md")
+def _(names: Names) -> None:
+    build_tiny_llama().save_pretrained("base")
+    build_tiny_tokenizer(causal=True).save_pretrained("base")
+    text_run(Path("out"), Path("base").absolute(), chat(12), "melora", steps=2)
 
 
 @given("docs/ivon.md")

@@ -12,7 +12,7 @@ import yaml
 from bayeslora.cli.main import main
 from tests.cli.conftest import write_jsonl
 from tests.conftest import EMPTY_PNG
-from tests.runs.test_answers import ASKED, chat, pairs
+from tests.runs.text_runs import ASKED, chat, pairs
 
 Refused = Callable[..., str]
 CLASSIFIER = Path(__file__).parents[1] / "fixtures" / "adapters" / "run-melora"
