@@ -71,8 +71,12 @@ def test_generate_writes_an_answer_a_row_in_order(
     run: Path, chat_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     options = ["--input", str(chat_file), "--samples", "3", "--max-new-tokens", "4"]
-    assert main(["generate", str(run), *options, "--output", str(tmp_path / "a.jsonl")]) == 0
+    files = ["--output", str(tmp_path / "a.jsonl"), "--html", str(tmp_path / "a.html")]
+    assert main(["generate", str(run), *options, *files]) == 0
     assert capsys.readouterr().out == f"{tmp_path / 'a.jsonl'}: 30 answers\n"
+    page = (tmp_path / "a.html").read_text(encoding="utf-8")
+    assert page.count("<article>") == 30 and "Answers of Me-LoRA" in page and "chat · 3 draws" in page
+    assert str(tmp_path.parent) not in page, "the page can be shown to others"
     lines = (tmp_path / "a.jsonl").read_text(encoding="utf-8").splitlines()
     answers = [json.loads(line) for line in lines]
     turns = [row["messages"] for row in chat(30)]
@@ -102,6 +106,9 @@ def test_what_does_not_fit_a_run_is_refused(run: Path, chat_file: Path, tmp_path
         "generate", run, "--prompt", "x", "--temperature", 1
     )
     assert "must not be the input file" in refused("generate", run, "--input", chat_file, "--output", chat_file)
+    same = ["--output", tmp_path / "x", "--html", tmp_path / "x"]
+    assert "but --output is the same file" in refused("generate", run, "--prompt", "x", *same)
+    assert "--html is" in refused("generate", run, "--prompt", "x", "--html", tmp_path / "no" / "x.html")
     assert "--max-new-tokens is 0" in refused("generate", run, "--prompt", "x", "--max-new-tokens", 0)
     assert "--temperature is -1" in refused("generate", run, "--prompt", "x", "--samples", 2, "--temperature", -1)
     assert "does not exist" in refused("generate", run, "--input", tmp_path / "none.jsonl")

@@ -271,6 +271,7 @@ COMMANDS = {
             Option("input", "FILE", "rows with messages or prompt (.jsonl, .json, .csv, .parquet)"),
             Option("prompt", "TEXT", "one prompt, instead of a file"),
             Option("output", "FILE.jsonl", "file for the answers (printed)"),
+            Option("html", "FILE.html", "also a page of the answers, with tokens shaded by their uncertainty"),
             _number("max_new_tokens", "N", "maximum tokens of an answer (128)", least=1),
             Option("temperature", "T", "of the tokens of the draws' answers (0: the most probable)", float),
         ),

@@ -8,7 +8,11 @@ from typing import Any
 
 from bayeslora.cli.inputs import check_output
 from bayeslora.cli.progress import disable_progress_bars
+from bayeslora.errors import BayesLoraError
 from bayeslora.files import finite, write_atomically
+from bayeslora.methods.registry import title_of
+from bayeslora.model_card import public_name
+from bayeslora.report import check_installed, write_answers
 from bayeslora.runs.answers import Sampling, answer_rows, check_generates, read_prompts
 from bayeslora.runs.info import RunInfo
 from bayeslora.runs.run import load
@@ -22,12 +26,22 @@ def run(given: dict[str, Any]) -> int:
     info = RunInfo.load(folder)
     check_generates(info)
     target = check_output(Path(given["output"]), source) if "output" in given else None
+    page = check_output(Path(given["html"]), source, "--html") if "html" in given else None
+    if page is not None:
+        check_installed()
+        if target is not None and page.absolute() == target.absolute():
+            raise BayesLoraError(f"--html is {page}, but --output is the same file: name another")
     sampling = Sampling(**{name: given[name] for name in _SAMPLING if name in given})
     rows = read_prompts(source if "input" in given else given["prompt"], info)
     disable_progress_bars()
     loaded = load(folder, given.get("model"))
     answers = answer_rows(loaded.predictor, loaded.tokenizer, rows, sampling, given.get("batch_size", 8))
     lines = [json.dumps(finite(answer.to_dict()), ensure_ascii=False) + "\n" for answer in answers]
+    if page is not None:
+        drawn = f" · {sampling.samples} draws" if sampling.samples else ""
+        write_answers(
+            page, answers, f"Answers of {title_of(info.method)}", f"{public_name(info.model)} · {info.task}{drawn}"
+        )
     if target is None:
         print("".join(lines), end="")
         return 0

@@ -13,12 +13,14 @@ from typing import TYPE_CHECKING, Any
 from bayeslora.errors import BayesLoraError
 
 if TYPE_CHECKING:
+    from bayeslora.report.answers import write_answers
     from bayeslora.report.card import write_model_card
     from bayeslora.report.comparison import write_comparison
     from bayeslora.report.page import write_report
 
-__all__ = ["check_installed", "write_comparison", "write_model_card", "write_report"]
+__all__ = ["check_installed", "write_answers", "write_comparison", "write_model_card", "write_report"]
 _HOME = {
+    "write_answers": "answers",
     "write_comparison": "comparison",
     "write_model_card": "card",
     "write_report": "page",

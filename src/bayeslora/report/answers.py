@@ -1,0 +1,94 @@
+"""Write answers of a language model as an HTML page whose tokens are shaded by their uncertainty."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from bayeslora.errors import BayesLoraError
+from bayeslora.files import write_atomically
+from bayeslora.report.page import environment
+
+if TYPE_CHECKING:
+    from bayeslora.runs.answers import Answer
+
+_DARKEST = 0.95
+"""Quantile of a measure, over all tokens, with the darkest shade: a few extreme tokens must not hide the rest."""
+
+
+@dataclass(frozen=True)
+class ShadedToken:
+    """A token as it is shown: its text, its measures in nats, and its shades between 0 and 1."""
+
+    text: str
+    entropy: float
+    mutual_information: float
+    by_entropy: float
+    by_information: float
+    ends: bool = False
+
+
+def write_answers(path: str | Path, answers: Sequence[Answer], title: str = "Answers", about: str = "") -> Path:
+    """Write a self-contained HTML page of answers, in their order, and return its path.
+
+    Tokens are shaded by mutual information, or at a click by entropy; with the draws' answers in groups under each.
+
+    Args:
+        path: the file, replaced if it exists.
+        answers: from `Run.generate`.
+        title: heading of the page.
+        about: line under it, such as the run and the number of samples.
+
+    Raises:
+        BayesLoraError: there are no answers, or the file cannot be written.
+    """
+    if not answers:
+        raise BayesLoraError("0 answers were given, but a page needs at least 1: generate some")
+    tops = (
+        _top([value for answer in answers for value in answer.entropy]),
+        _top([value for answer in answers for value in answer.mutual_information]),
+    )
+    shown = [
+        {
+            "answer": answer,
+            "tokens": _shaded(answer, *tops),
+            "information": max(answer.mutual_information, default=0.0),
+            "nats_a_token": -answer.mixture_log_probability / max(1, len(answer.tokens)),
+        }
+        for answer in answers
+    ]
+    html = environment().get_template("answers.html.j2").render(
+        title=title, about=about, shown=shown, top_entropy=tops[0], top_information=tops[1],
+        has_draws=any(answer.draw_log_probabilities for answer in answers),
+    )  # fmt: skip
+    target = Path(path)
+    with write_atomically(target) as partial:
+        partial.write_text(html, encoding="utf-8")
+    return target
+
+
+def _top(values: Sequence[float]) -> float:
+    """Return the value of the darkest shade; 1 if all are 0."""
+    if len(values) < 2:
+        return next((value for value in values if value > 0), 1.0)
+    return statistics.quantiles(values, n=100, method="inclusive")[round(100 * _DARKEST) - 1] or max(values) or 1.0
+
+
+def _shaded(answer: Answer, top_entropy: float, top_information: float) -> list[ShadedToken]:
+    """Return the tokens to show; one inside a character adds to the next, which shows the larger measures."""
+    found = []
+    waiting = (0.0, 0.0)
+    last = len(answer.tokens) - 1
+    for place, text in enumerate(answer.tokens):
+        entropy = max(waiting[0], answer.entropy[place])
+        information = max(waiting[1], answer.mutual_information[place])
+        if not text and place < last:
+            waiting = entropy, information
+            continue
+        waiting = (0.0, 0.0)
+        shades = min(1.0, entropy / top_entropy), min(1.0, information / top_information)
+        found.append(ShadedToken(text, entropy, information, *shades, ends=answer.is_finished and place == last))
+    return found
