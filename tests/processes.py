@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import os
 import runpy
+import socket
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import redirect_stdout
 from multiprocessing.context import ForkServerProcess
 from pathlib import Path
@@ -54,8 +55,24 @@ def start_command(log: Path, folder: Path, *arguments: str) -> ForkServerProcess
     return process
 
 
-def _command(log: str, folder: str, arguments: tuple[str, ...]) -> None:
+def start_commands(logs: Sequence[Path], folder: Path, *arguments: str) -> list[ForkServerProcess]:
+    """Start `python -m bayeslora` once for each log, as torchrun does on one machine."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = str(probe.getsockname()[1])
+    shared = {"WORLD_SIZE": str(len(logs)), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    started = []
+    for rank, log in enumerate(logs):
+        variables = {**shared, "RANK": str(rank), "LOCAL_RANK": str(rank)}
+        process = CONTEXT.Process(target=_command, args=(str(log), str(folder), arguments, variables))
+        process.start()
+        started.append(process)
+    return started
+
+
+def _command(log: str, folder: str, arguments: tuple[str, ...], variables: dict[str, str] | None = None) -> None:
     os.chdir(folder)
+    os.environ.update(variables or {})
     sys.argv = ["bayeslora", *arguments]
     with open(log, "w", encoding="utf-8") as stream:
         for standard in (1, 2):

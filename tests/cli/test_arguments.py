@@ -90,6 +90,13 @@ def test_options_are_read_in_all_their_spellings() -> None:
     assert "--r is given twice" in sentence
 
 
+def test_rank_is_another_name_of_r() -> None:
+    given, problems = parse("train", "--model m --task sst2 --output-dir o --method lora --rank 3".split())
+    assert build_plan(given, problems).method_options["r"] == 3
+    with pytest.raises(BayesLoraError, match="--rank is given, but --r is given too"):
+        build_plan({**given, "r": "4"})
+
+
 def test_the_command_line_wins_over_the_file_and_the_file_over_the_defaults(tmp_path: Path) -> None:
     file = tmp_path / "options.yaml"
     file.write_text("method: blora\nr: 4\nlora-alpha: 32\nlearning_rate: 1e-2\neval_strategy: no\n")

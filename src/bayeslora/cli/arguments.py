@@ -122,6 +122,7 @@ def build_plan(given: dict[str, Any], problems: Problems | None = None) -> Train
             options that the config or `TrainingArguments` refuse. One sentence each.
     """
     problems = problems or Problems()
+    given = _rank_as_r(given, problems)
     values = {**(read_config(given["config"]) if given.get("config") else {}), **given}
     options = RunOptions(**read_options(COMMANDS["train"], values, problems))
     own = {item.name for item in dataclasses.fields(RunOptions)}
@@ -157,6 +158,7 @@ def plan_options(
     given: dict[str, Any], problems: Problems
 ) -> tuple[PlanOptions, dict[str, Any], type[PeftConfig] | None]:
     """Return the options of `bayeslora plan`, those of the method and its config class; raise like `build_plan`."""
+    given = _rank_as_r(given, problems)
     options = PlanOptions(**read_options(COMMANDS["plan"], given, problems))
     own = {item.name for item in dataclasses.fields(PlanOptions)}
     rest = {name: value for name, value in given.items() if name not in own}
@@ -169,6 +171,13 @@ def plan_options(
     (method_options,) = _sorted_out(rest, groups, options.method, own, where, problems)
     problems.tell()
     return options, shared_defaults(options.method) | method_options, method_config_class(options.method)
+
+
+def _rank_as_r(given: dict[str, Any], problems: Problems) -> dict[str, Any]:
+    """Take `--rank` for `--r`, which torchrun refuses on its command line as short for several options of its own."""
+    if "rank" in given and "r" in given:
+        problems.append("--rank is given, but --r is given too: leave one out")
+    return {"r" if name == "rank" else name: value for name, value in given.items()}
 
 
 def _check_method(method: str, rest: dict[str, Any], problems: Problems) -> None:

@@ -100,7 +100,14 @@ def _interrupts_at_once() -> Iterator[None]:
 
 
 def _say(sentence: str) -> None:
-    print(f"bayeslora: {' '.join(sentence.split())}", file=sys.stderr)
+    """Print an error, of several processes on a machine only in the first: all of them have met it."""
+    if not _follows():
+        print(f"bayeslora: {' '.join(sentence.split())}", file=sys.stderr)
+
+
+def _follows() -> bool:
+    """Return whether torchrun or `accelerate launch` started this process beside a first one on this machine."""
+    return os.environ.get("LOCAL_RANK", "0") != "0"
 
 
 @contextmanager
@@ -110,12 +117,14 @@ def _quiet_libraries() -> Iterator[None]:
     os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
     os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
     level = logging.root.manager.disable
     logging.disable(logging.WARNING)
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            warnings.filterwarnings("default", module=r"bayeslora(\.|$)")
+            if not _follows():
+                warnings.filterwarnings("default", module=r"bayeslora(\.|$)")
             yield
     finally:
         logging.disable(level)

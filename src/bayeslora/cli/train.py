@@ -8,6 +8,7 @@ from bayeslora.cli.arguments import fields_as_options
 from bayeslora.cli.progress import ProgressBar, disable_progress_bars
 from bayeslora.report import check_installed
 from bayeslora.runs import train as runs
+from bayeslora.runs.partial import CONFIG_FILE
 from bayeslora.runs.plan import TrainPlan
 
 
@@ -20,10 +21,12 @@ def run(plan: TrainPlan) -> int:
             bar = ProgressBar(plan.options.method, bool(plan.training_options.get("disable_tqdm")))
             record = runs.train(plan, bar)
     except runs.TrainingInterrupted as error:
-        folders = ["--config", str(error.partial / runs.CONFIG_FILE), "--output-dir", str(error.output_dir)]
+        folders = ["--config", str(error.partial / CONFIG_FILE), "--output-dir", str(error.output_dir)]
         command = shlex.join(["bayeslora", "train", *folders, "--resume"])
         hint = f"continue with `{command}`" if error.resumable else "nothing was saved"
         raise KeyboardInterrupt(f"interrupted; {hint}") from error
+    if record is None:  # not the first process of several
+        return 0
     scores = "  ".join(f"{name} {value:.4f}" for name, value in record.scores.items())
     print(f"{plan.output_dir}: {scores}")
     return 0

@@ -5,11 +5,15 @@ from __future__ import annotations
 import json
 import signal
 import time
+from contextlib import suppress
 from pathlib import Path
 from types import FrameType
 from typing import Any
 
 from transformers import TrainerCallback
+
+from bayeslora.files import write_atomically
+from bayeslora.runs import ranks
 
 _CLOCK_FILE = "seconds.json"
 
@@ -43,6 +47,7 @@ class Interruption(TrainerCallback):
         self._training = True
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.requested = ranks.any_of(self.requested)  # a signal may reach the processes in different steps
         if self.requested:
             control.should_save = True
             control.should_training_stop = True
@@ -65,12 +70,15 @@ class Clock(TrainerCallback):
         return self._before + time.perf_counter() - self._start
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        if state.global_step and self._file.is_file():
-            self._before = float(json.loads(self._file.read_text(encoding="utf-8")))
+        if state.global_step:
+            with suppress(OSError, ValueError, TypeError):  # a lost time is no reason not to resume
+                self._before = float(json.loads(self._file.read_text(encoding="utf-8")))
         self._start = time.perf_counter()
 
     def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self._file.write_text(json.dumps(self.seconds), encoding="utf-8")
+        if state.is_world_process_zero:
+            with write_atomically(self._file) as path:
+                path.write_text(json.dumps(self.seconds), encoding="utf-8")
 
     def discard(self) -> None:
         """Remove the file that passes the time to the next session."""

@@ -6,19 +6,19 @@ last checkpoint there, and a plan with `resume` continues it exactly.
 
 from __future__ import annotations
 
+import errno
 import functools
-import json
 import os
-import shutil
+import re
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
 
 import torch
-import yaml
+from safetensors import SafetensorError
 from torch import nn
 from transformers import (
     DataCollatorForSeq2Seq,
@@ -38,17 +38,18 @@ from transformers.utils import is_liger_kernel_available
 
 from bayeslora.data import Task, labelled_tokens, load_files, load_generation, load_task
 from bayeslora.data.tasks import TASKS, hub_dataset
-from bayeslora.errors import BayesLoraError, option
+from bayeslora.errors import BayesLoraError
 from bayeslora.evaluation import compute_metrics_for
 from bayeslora.evaluation.choice_trainer import ChoiceTrainer
 from bayeslora.evaluation.multiple_choice import choice_scoring
 from bayeslora.export.formats import shrink
-from bayeslora.files import check_new, save_json
+from bayeslora.files import save_json
 from bayeslora.methods import tuner_of
 from bayeslora.methods.registry import title_of
 from bayeslora.optim import IVON
 from bayeslora.posterior import WeightPosterior, load_posterior
 from bayeslora.prediction import check_samples
+from bayeslora.runs import ranks
 from bayeslora.runs.adapt import adapt, check_options, option_errors
 from bayeslora.runs.base import (
     BaseModel,
@@ -62,16 +63,18 @@ from bayeslora.runs.base import (
 from bayeslora.runs.callbacks import Clock, Interruption
 from bayeslora.runs.eva import initialize_eva
 from bayeslora.runs.info import Head, RunInfo
-from bayeslora.runs.plan import TrainPlan, first_difference, read_config
+from bayeslora.runs.partial import CHECKPOINTS, can_be_resumed, claimed, complete, last_checkpoint
+from bayeslora.runs.plan import TrainPlan
 from bayeslora.runs.record import HISTORY_FILE, RunRecord
 from bayeslora.runs.rows import EVALUATION, asked, check_asked, check_task_asked, encode_split
 from bayeslora.runs.run import load
 from bayeslora.runs.score import answered, measure, rows_to_score, verify_reload
 from bayeslora.training import SWAG, attach
 
-CONFIG_FILE = "config.yaml"
 TRAIN = "train"
-_CHECKPOINTS = "checkpoints"
+_YES = ("1", "true", "yes")
+_UNWRITTEN = "PytorchStreamWriter|inline_container|unexpected pos|os error 28"
+"""What torch and safetensors say where a file cannot be written."""
 
 
 @dataclass
@@ -108,30 +111,64 @@ class TrainingInterrupted(KeyboardInterrupt):
         self.partial, self.output_dir, self.resumable = partial, output_dir, resumable
 
 
-def train(plan: TrainPlan, reporter: Reporter | None = None) -> RunRecord:
+def train(plan: TrainPlan, reporter: Reporter | None = None) -> RunRecord | None:
     """Train as planned into the new folder `plan.output_dir`; return the content of its `metrics.json`.
 
-    SIGINT and SIGTERM stop the training after the current step.
+    SIGINT and SIGTERM stop the training after the current step. Of several processes, which torchrun or
+    `accelerate launch` have started, the first one writes, scores and reports; the others return None when the
+    training has ended.
 
     Raises:
         BayesLoraError: invalid options, data or model, or the folder exists.
         TrainingInterrupted: a signal stopped the run.
     """
-    reporter = reporter or Reporter()
-    partial = _claim(plan)
-    with Interruption() as interruption, _cleaned_up(plan, partial):
-        session = prepare(plan, partial)
-        clock = Clock(partial)
+    out = plan.output_dir
+    partial = out.with_name(out.name + ".partial")
+    training_arguments(plan, partial / CHECKPOINTS)  # joins the processes of the run, where there are several
+    with Interruption() as interruption, ExitStack() as owned:
+        ranks.by_first(lambda: _owned(owned, plan))
+        try:
+            return _train(plan, partial, interruption, (reporter if ranks.is_first() else None) or Reporter())
+        except KeyboardInterrupt as error:
+            raise TrainingInterrupted(partial, out, can_be_resumed(partial)) from error
+
+
+def _owned(owned: ExitStack, plan: TrainPlan) -> None:
+    owned.enter_context(claimed(plan))
+
+
+def _train(plan: TrainPlan, partial: Path, interruption: Interruption, reporter: Reporter) -> RunRecord | None:
+    session = ranks.together(lambda: prepare(plan, partial))
+    clock = Clock(partial)
+    with _full_disk(partial):
         trainer = fit(session, [interruption, clock, reporter])
         seconds = clock.seconds
         if interruption.requested and trainer.state.global_step < trainer.state.max_steps:
             raise KeyboardInterrupt
+        is_first = ranks.is_first()
+        ranks.leave()
+        if not is_first:
+            return None
         record = finish(session, trainer, seconds, reporter)
-        clock.discard()
-        if not plan.options.keep_checkpoints:
-            shutil.rmtree(partial / _CHECKPOINTS, ignore_errors=True)
-        os.rename(partial, plan.output_dir)
+    clock.discard()
+    complete(partial, plan.output_dir, plan.options.keep_checkpoints)
     return record
+
+
+@contextmanager
+def _full_disk(partial: Path) -> Iterator[None]:
+    """Turn the errors that torch and safetensors raise where they cannot write into a BayesLoraError."""
+    try:
+        yield
+    except BayesLoraError:
+        raise
+    except (RuntimeError, SafetensorError, OSError) as error:
+        is_full = isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)
+        if not is_full and not re.search(_UNWRITTEN, str(error)):
+            raise
+        raise BayesLoraError(
+            f"the disk is full, but {partial} needs more space: free some and continue with --resume"
+        ) from error
 
 
 def precision_options() -> dict[str, Any]:
@@ -142,69 +179,12 @@ def precision_options() -> dict[str, Any]:
     return {"bf16": True} if capabilities.get("amx_bf16") else {}
 
 
-def _claim(plan: TrainPlan) -> Path:
-    """Create `OUT.partial` with `config.yaml`, or check that the run in it can be resumed."""
-    out = plan.output_dir
-    partial = out.with_name(out.name + ".partial")
-    check_new(out)
-    if not plan.options.resume:
-        partial.parent.mkdir(parents=True, exist_ok=True)
-        try:
-            partial.mkdir()
-        except FileExistsError:
-            raise BayesLoraError(
-                f"{partial} holds an interrupted run, but must be new: continue it with --resume or delete it"
-            ) from None
-        record = yaml.safe_dump(plan.record(), sort_keys=False, allow_unicode=True)
-        (partial / CONFIG_FILE).write_text(record, encoding="utf-8")
-        return partial
-    if not (partial / CONFIG_FILE).is_file():
-        raise BayesLoraError(f"--resume is given, but {partial} lacks an interrupted run: leave it out to start one")
-    difference = first_difference(read_config(str(partial / CONFIG_FILE)), json.loads(json.dumps(plan.record())))
-    if difference is not None:
-        name, old, new = difference
-        raise BayesLoraError(
-            f"{option(name)} is {new!r}, but the interrupted run in {partial} has {old!r}: "
-            "resume with the same options or start a new run elsewhere"
-        )
-    return partial
-
-
-@contextmanager
-def _cleaned_up(plan: TrainPlan, partial: Path) -> Iterator[None]:
-    """After a failure or an interruption, remove `OUT.partial` unless it can be resumed.
-
-    The folder of a run that is being resumed is never removed.
-    """
-    try:
-        yield
-    except BaseException as error:
-        kept = _last_checkpoint(partial / _CHECKPOINTS) is not None
-        if not kept and not plan.options.resume:
-            shutil.rmtree(partial, ignore_errors=True)
-        if isinstance(error, KeyboardInterrupt):
-            raise TrainingInterrupted(partial, plan.output_dir, kept) from error
-        raise
-
-
-def _last_checkpoint(folder: Path) -> Path | None:
-    """Return the newest complete checkpoint: the trainer writes `trainer_state.json` last."""
-    complete = []
-    for path in folder.glob("checkpoint-*"):
-        try:
-            state = json.loads((path / "trainer_state.json").read_text(encoding="utf-8"))
-            complete.append((state["global_step"], path))
-        except (OSError, ValueError, KeyError):
-            continue
-    return max(complete)[1] if complete else None
-
-
 def prepare(plan: TrainPlan, partial: Path) -> Session:
     """Load data, tokenizer and model, and add the adapter; all errors of the input are raised here."""
     options = plan.options
     # Check what is quick to read first, and load the model last.
     check_options(plan.config_class, plan.method_options)
-    arguments = training_arguments(plan, partial / _CHECKPOINTS)
+    arguments = training_arguments(plan, partial / CHECKPOINTS)
     if options.swag is not None and plan.ivon is not None:
         raise BayesLoraError("--swag and --optim ivon are given, but a run has one posterior: leave one of them out")
     task = _load_data(plan)
@@ -270,7 +250,8 @@ def fit(session: Session, callbacks: list[TrainerCallback]) -> Trainer:
             return build(*args, **kwargs)
 
     trainer.create_optimizer = checked  # type: ignore[method-assign]
-    checkpoint = _last_checkpoint(session.partial / _CHECKPOINTS) if session.plan.options.resume else None
+    resume = session.plan.options.resume
+    checkpoint = ranks.by_first(lambda: last_checkpoint(session.partial)) if resume else None
     with _quick_attention(session.base.model, trainer.args):
         trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     return trainer
@@ -279,10 +260,15 @@ def fit(session: Session, callbacks: list[TrainerCallback]) -> Trainer:
 def training_arguments(plan: TrainPlan, checkpoints: Path) -> TrainingArguments:
     """Return the `TrainingArguments`; raise BayesLoraError for those it refuses."""
     settings = {"dataloader_pin_memory": torch.cuda.is_available(), **plan.training_options, "disable_tqdm": True}
-    if settings.get("deepspeed") is not None:
+    if settings.get("deepspeed") is not None or os.environ.get("ACCELERATE_USE_DEEPSPEED", "").lower() in _YES:
         raise BayesLoraError(
-            "--deepspeed is given, but DeepSpeed hides the gradients, which methods need: leave it out, and start the "
+            "DeepSpeed is asked for, but hides the gradients that methods need: leave it out, and start the "
             "command with torchrun for several processes"
+        )
+    if settings.get("fsdp") or os.environ.get("ACCELERATE_USE_FSDP", "").lower() in _YES:
+        raise BayesLoraError(
+            "FSDP is asked for, but the command trains whole copies of the model: leave it out, or use "
+            "bayeslora.attach in a script of your own"
         )
     if settings.get("bf16") and not _has_accelerator():
         settings.setdefault("use_cpu", True)  # otherwise TrainingArguments looks for a GPU
