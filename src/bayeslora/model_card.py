@@ -66,9 +66,12 @@ def front_matter(
 def public_name(*names: str) -> str:
     """Return the first name that is valid on other machines (a hub id or a package).
 
-    If all are local paths, which a card must not reveal, return the last part of the first.
+    If all are local paths, which a card must not reveal, return the last part of the first. If that is `model`, as
+    in a package, return the part before it.
     """
-    return next((name for name in names if not _is_path(name)), Path(names[0]).name)
+    path = Path(names[0])
+    last = path.parent.name if path.name == "model" and path.parent.name else path.name
+    return next((name for name in names if not _is_path(name)), last)
 
 
 def _is_path(name: str) -> bool:

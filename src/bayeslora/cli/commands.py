@@ -18,7 +18,7 @@ from bayeslora.vocabulary import SHIFTS, Normalization, Scoring, ShiftName, text
 DESCRIPTION = "Bayesian low-rank adapters for pretrained transformers: train, judge, export."
 SelectionScore = Literal["mutual_information", "entropy", "margin", "random"]
 CalibrationScore = Literal["lac", "aps", "residual", "scaled"]
-ExportFormat = Literal["lora", "merged", "packed", "integer"]
+ExportFormat = Literal["lora", "merged", "packed", "integer", "onnx"]
 TaskType = Literal["seq_cls", "causal_lm", "token_cls", "question_ans", "seq_2_seq_lm", "feature_extraction"]
 
 
@@ -173,10 +173,12 @@ def _contradictions_of_generate(given: dict[str, Any]) -> Iterator[str]:
 
 def _contradictions_of_export(given: dict[str, Any]) -> Iterator[str]:
     chosen = given.get("format")
-    owners = {"allow_error": "merged", "unadapted": "integer", "calibrate": "integer"}
-    for name, owner in (owners | dict.fromkeys(("mean_rank", "uniform", "draws", "members", "seed"), "lora")).items():
-        if name in given and chosen not in (owner, None):
-            yield f"{option(name)} is given with --format {chosen}, but needs --format {owner}: leave it out"
+    owners = {"allow_error": ("merged", "onnx"), "unadapted": ("integer", "onnx"), "calibrate": ("integer",)}
+    owners |= dict.fromkeys(("mean_rank", "uniform", "draws", "members", "seed"), ("lora",))
+    for name, formats in owners.items():
+        if name in given and chosen not in (*formats, None):
+            needed = " or ".join(formats)
+            yield f"{option(name)} is given with --format {chosen}, but needs --format {needed}: leave it out"
     if "mean_rank" in given and (others := [name for name in ("uniform", "draws", "members") if name in given]):
         yield f"--mean-rank and {option(others[0])} are given, but are two exports: leave one out"
     if "seed" in given and "draws" not in given and chosen == "lora":
@@ -325,7 +327,7 @@ COMMANDS = {
     "export": Command(
         "write a finished run in another format",
         (
-            Option("format", "NAME", "lora, merged, packed or integer", ExportFormat, required=True),
+            Option("format", "NAME", "lora, merged, packed, integer or onnx", ExportFormat, required=True),
             Option("output_dir", "DIR", "new folder for the export", required=True),
             _number("rank", "K", "rank to export from a run of dylora (all)"),
             Option("mean_rank", "R", "lora: cut a run of lora to this mean rank, on 1,024 training rows", float),
@@ -333,9 +335,11 @@ COMMANDS = {
             _number("draws", "K", "lora: export draws of the posterior, not its mean"),
             _switch("members", "lora: export each core of an adapter with several (cores)"),
             _number("seed", "N", "seed for the draws (0)"),
-            Option("unadapted", "TYPE", "integer: type of layers without adapter: int8, bfloat16 or float32 (int8)"),
+            Option(
+                "unadapted", "TYPE", "integer, onnx: type of layers without adapter: int8, bfloat16, float32 (int8)"
+            ),
             _switch("calibrate", "integer: 8-bit inputs of those layers, calibrated on 256 training rows"),
-            _switch("allow_error", "merged: allow an inexact merge and measure its error"),
+            _switch("allow_error", "merged, onnx: allow an inexact merge and measure its error"),
             _BASE,
             _switch("json", "print the measurements as JSON"),
         ),

@@ -21,6 +21,7 @@ FORMATS = {
     "integer": "integer model",
     "lora": "plain LoRA adapter",
     "merged": "merged Transformers model",
+    "onnx": "ONNX model",
     "packed": "packed adapter",
 }
 
@@ -55,7 +56,7 @@ def run(given: dict[str, Any]) -> int:
             options = {**_options(form, given, loaded), **_batches(form, given, loaded)}
             with bayeslora.at_rank(loaded.model, rank) if rank is not None else nullcontext():
                 measured = bayeslora.export(loaded.model, partial, format=form, **options)
-        for folder in sorted([*partial.glob("draw-*"), *partial.glob("member-*")]) or [partial]:
+        for folder in _folders(form, partial):
             loaded.tokenizer.save_pretrained(folder)
             # run.json lets `bayeslora.load`, `evaluate` and `predict` read the export like the run.
             dataclasses.replace(loaded.info, **_loaded_as(form, folder)).save(folder)
@@ -70,6 +71,13 @@ def run(given: dict[str, Any]) -> int:
     return 0
 
 
+def _folders(form: str, partial: Path) -> list[Path]:
+    """Return the folders that `bayeslora.load` reads like the run."""
+    if form == "onnx":
+        return []
+    return sorted([*partial.glob("draw-*"), *partial.glob("member-*")]) or [partial]
+
+
 def _batches(form: str, given: dict[str, Any], loaded: Run) -> dict[str, Any]:
     """Return training rows to measure the export's error on, and to calibrate on."""
     if form == "packed":
@@ -77,6 +85,9 @@ def _batches(form: str, given: dict[str, Any], loaded: Run) -> dict[str, Any]:
     from bayeslora.runs.rows import training_batches
 
     try:
+        if form == "onnx":
+            batches = training_batches(loaded.info, loaded.tokenizer, 2 * _CALIBRATION_BATCHES, seed=0)
+            return {"rows": batches[::2], "calibration": batches[1::2]}
         batches = training_batches(
             loaded.info, loaded.tokenizer, _CALIBRATION_BATCHES if given.get("calibrate") else 1
         )
@@ -92,8 +103,12 @@ def _options(form: str, given: dict[str, Any], loaded: Run) -> dict[str, Any]:
     """Return the options of `bayeslora.export` for this format."""
     if form == "merged":
         return {"allow_error": bool(given.get("allow_error"))}
+    unadapted = {"unadapted": given["unadapted"]} if "unadapted" in given else {}
     if form == "integer":
-        return {"unadapted": given["unadapted"]} if "unadapted" in given else {}
+        return unadapted
+    if form == "onnx":
+        own = {"tokenizer": loaded.tokenizer, "max_length": loaded.info.max_length}
+        return {**own, **unadapted, "allow_error": bool(given.get("allow_error"))}
     from bayeslora import describe
     from bayeslora.posterior import POSTERIOR_FILE
 

@@ -21,6 +21,7 @@ FORMATS = {
     "integer": "bayeslora.export.integer.writer",
     "lora": "bayeslora.export.lora",
     "merged": "bayeslora.export.merged",
+    "onnx": "bayeslora.export.onnx.writer",
     "packed": "bayeslora.export.packed.writer",
 }
 """Module of each format, imported at its first use; its function is named `export_` and the format."""
@@ -37,11 +38,11 @@ def export(
     """Write an adapter to the folder `path` in another format and return the measurements of that format.
 
     Args:
-        model: a PEFT model with an adapter of this library.
+        model: a PEFT model with an adapter of this library; for `onnx` also PEFT's LoRA.
         path: folder to write into.
         format: `lora` (default) for plain LoRA, which needs nothing but PEFT; `packed` for the adapter at its learned
             widths; `merged` for one model without an adapter; `integer` for one model of codes, which `load_integer`
-            loads.
+            loads; `onnx` for a graph that onnxruntime runs.
         adapter_name: by default the active adapter.
         batch: inputs to measure the output error on.
         options: further keyword arguments of the format's function, such as `export_lora`.
@@ -51,7 +52,12 @@ def export(
     """
     if format not in FORMATS:
         raise BayesLoraError(f"format is {format!r}, but must be one of {', '.join(sorted(FORMATS))}: choose one")
-    write = getattr(importlib.import_module(FORMATS[format]), f"export_{format}")
+    try:
+        write = getattr(importlib.import_module(FORMATS[format]), f"export_{format}")
+    except ModuleNotFoundError as error:
+        raise BayesLoraError(
+            f"{error.name} is not installed, but format {format!r} needs it: pip install 'bayeslora[{format}]'"
+        ) from error
     if unknown := sorted(set(options) - set(inspect.signature(write).parameters)):
         raise BayesLoraError(f"format {format!r} takes no option {unknown[0]!r}: drop it, or choose another format")
     return cast(dict[str, Any], write(model, path, adapter_name, batch, **options))

@@ -22,7 +22,7 @@ from bayeslora.methods.config import AdapterConfig
 from bayeslora.methods.layer import BayesLayer, undo_cpu_order
 from bayeslora.model_card import CARD_FILE, front_matter, public_name
 
-_TOLERANCE = 1e-4
+TOLERANCE = 1e-4
 """Largest output error, as a share of the largest output, that counts as float rounding through a deep model."""
 
 
@@ -67,10 +67,10 @@ def export_merged(
     whole.eval()
     inputs = inputs_for(whole, batch)
     ours = output_of(whole, inputs)
-    merged = _merged(whole, name)
+    merged = merge_into_base(whole, name)
     theirs = output_of(merged, inputs)
     measured: dict[str, Any] = {**output_error(ours, theirs), "inexact": reason}
-    far = theirs is not None and not measured["max_output_error"] <= _TOLERANCE * max(1.0, measured["max_output"])
+    far = theirs is not None and not measured["max_output_error"] <= TOLERANCE * max(1.0, measured["max_output"])
     if far and reason is None:
         measured["inexact"] = "a merged weight is used in a second place, such as a tied embedding"
         if not allow_error:
@@ -107,7 +107,7 @@ def _why_inexact(key: str, layer: BayesLayer, name: str) -> str | None:
     return None
 
 
-def _merged(whole: PeftModel, name: str) -> Any:
+def merge_into_base(whole: PeftModel, name: str) -> Any:
     """Merge the adapter into the copy `whole` and return its base model."""
     _, tuner, _ = adapted_parts(whole, name)
     config: Any = whole.peft_config[name]

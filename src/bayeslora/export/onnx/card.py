@@ -1,0 +1,146 @@
+"""The card of an ONNX folder: what it is, how to run it without this library, its error and its source."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from bayeslora.model_card import CARD_FILE, front_matter, public_name
+
+_FIELDS = {"input_ids": "ids", "attention_mask": "attention_mask", "token_type_ids": "type_ids"}
+_TEXTS = 'texts = ["The film is a joy.", "The film is a bore."]  # or pairs: [("A text.", "Another."), …]'
+_UNLIMITED = 1 << 20
+
+
+def write_card(
+    folder: Path,
+    model: PreTrainedModel,
+    config: Any,
+    tokenizer: PreTrainedTokenizerBase,
+    max_length: int | None,
+    inputs: Sequence[str],
+    measured: Mapping[str, Any],
+) -> None:
+    """Write `README.md`.
+
+    Args:
+        folder: of the graph.
+        model: that was written.
+        config: of the adapter.
+        tokenizer: beside the graph.
+        max_length: tokens of a text, by default as many as model and tokenizer take.
+        inputs: names of the graph's inputs.
+        measured: sizes and errors, as the export returns them.
+    """
+    path = config.base_model_name_or_path or getattr(model, "name_or_path", "")
+    base = public_name(str(path)) if path else type(model).__name__
+    method, is_learned = getattr(config, "method", "lora"), measured["widened"] is not None
+    front = front_matter(
+        f"{base} as ONNX",
+        base,
+        library="onnx",
+        relation="quantized" if is_learned else "merge",
+        pipeline_tag="text-classification",
+        tags=["bayeslora", method, "onnx", "onnxruntime"],
+    )
+    length = max_length or min(tokenizer.model_max_length, int(model.config.max_position_embeddings), _UNLIMITED)
+    labels = model.config.num_labels
+    text = f"""---
+{front}
+---
+
+# `{base}` as ONNX
+
+{_described(method, base, measured, is_learned)}
+
+| file | |
+|---|---|
+| `model.onnx` | the graph: {", ".join(inputs)}, int64 (batch, length), to logits, float32 (batch, {labels}) |
+| `config.json` | the model's configuration, with the names of the labels |
+| `tokenizer.json` | the tokenizer |
+
+## How to run it
+
+With `pip install onnxruntime tokenizers`, in this folder:
+
+```python
+{_code(tokenizer, length, inputs, measured)}
+```
+
+## Error
+
+{_error(measured)}
+"""
+    (folder / CARD_FILE).write_text(text, encoding="utf-8")
+
+
+def _described(method: str, base: str, measured: Mapping[str, Any], is_learned: bool) -> str:
+    said = f"`{base}` with an adapter that was trained with the method `{method}` of bayeslora"
+    size = f"The graph takes {measured['file_bytes']:,} bytes; the model in float32 {measured['float32_bytes']:,}."
+    if not is_learned:
+        return f"{said}, merged into its weights in float32; a posterior is merged at its mean. {size}"
+    return f"""{said}. The graph has the learned quantizers: weights are integer codes, and
+each activation has the static range that was learned. {size}
+
+Bits that were learned, and with which the graph computes instead: {measured["widened"]}. Layers without an adapter
+did not learn any; they have {_UNADAPTED[measured["unadapted"]]}."""
+
+
+_UNADAPTED = {
+    "float32": "float32 weights",
+    "int8 weights": "8-bit weights with a range for each row",
+    "int8 weights and inputs": "8-bit weights with a range for each row, and 8-bit inputs in static ranges",
+}
+
+
+def _code(tokenizer: PreTrainedTokenizerBase, length: int, inputs: Sequence[str], measured: Mapping[str, Any]) -> str:
+    """Return a program that needs onnxruntime, tokenizers and NumPy."""
+    padding = [f'pad_id={tokenizer.pad_token_id}, pad_token="{tokenizer.pad_token}"']
+    padding += ['direction="left"'] if tokenizer.padding_side == "left" else []
+    cut = ', direction="left"' if tokenizer.truncation_side == "left" else ""
+    feeds = "\n".join(f'        "{name}": [row.{_FIELDS[name]} for row in rows],' for name in inputs)
+    answer = "labels[str(row.argmax())]" if measured.get("changed") is not None else "row"
+    return f"""import json
+
+import numpy as np
+import onnxruntime
+from tokenizers import Tokenizer
+
+tokenizer = Tokenizer.from_file("tokenizer.json")
+tokenizer.enable_truncation({length}{cut})
+tokenizer.enable_padding({", ".join(padding)})
+session = onnxruntime.InferenceSession("model.onnx")
+labels = json.load(open("config.json", encoding="utf-8"))["id2label"]
+
+
+def logits(texts):
+    rows = tokenizer.encode_batch(texts)
+    feeds = {{
+{feeds}
+    }}
+    return session.run(["logits"], {{name: np.array(values) for name, values in feeds.items()}})[0]
+
+
+{_TEXTS}
+for text, row in zip(texts, logits(texts)):
+    print(text, {answer})"""
+
+
+def _error(measured: Mapping[str, Any]) -> str:
+    """Return a paragraph with the measured differences."""
+    if measured["max_output_error"] is None:
+        return "The difference from the trained model was not measured."
+    said = (
+        f"Measured on {measured['rows']:,} rows, in onnxruntime beside the trained model in PyTorch: the largest "
+        f"difference in outputs is {measured['max_output_error']:.3g}, where the largest output is "
+        f"{measured['max_output']:.3g}."
+    )
+    if measured.get("changed") is None:
+        return said
+    return (
+        f"{said} {measured['changed']:.2%} of the answers change. The mean Kullback-Leibler divergence is "
+        f"{measured['divergence']:.2g} nats."
+    )

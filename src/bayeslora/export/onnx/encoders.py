@@ -1,0 +1,273 @@
+r"""The graph of an encoder with a classifier: BERT, RoBERTa and DistilBERT.
+
+The graph computes what the model of Transformers computes in evaluation mode. Tokens are rows of matrices, (batch
+times length, width), so that every linear layer is one `Gemm`. Only the first token reaches the classifier, so the
+last block computes its queries, and all that follows them, for the first token only.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol, cast
+
+import numpy as np
+from numpy.typing import NDArray
+from onnx import TensorProto
+from torch import Tensor, nn
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from bayeslora.errors import BayesLoraError
+from bayeslora.export.onnx.graph import Graph
+from bayeslora.export.onnx.layers import array
+
+IDS, MASK, TYPES = "input_ids", "attention_mask", "token_type_ids"
+LOGITS = "logits"
+
+_ACTIVATIONS: dict[str, tuple[str, dict[str, Any]]] = {
+    "gelu": ("Gelu", {}),
+    "gelu_new": ("Gelu", {"approximate": "tanh"}),
+    "gelu_pytorch_tanh": ("Gelu", {"approximate": "tanh"}),
+    "relu": ("Relu", {}),
+}
+_HIDDEN = -1e30
+"""Score of a padded token before the softmax, whose exponential is 0 in float32."""
+
+
+@dataclass(frozen=True)
+class Family:
+    """Paths of an architecture's modules; those of a block are relative to it.
+
+    Attributes:
+        encoder: the part without the classifier.
+        blocks: list of blocks, relative to the encoder.
+        attention: query, key, value and output.
+        feed_forward: the two layers.
+        norms: after the attention and after the feed-forward network.
+        head: layers of the classifier, each with the activation that follows.
+        counts_padding: whether positions count from the first token (False: only tokens that are not padding).
+    """
+
+    encoder: str
+    blocks: str
+    attention: tuple[str, str, str, str]
+    feed_forward: tuple[str, str]
+    norms: tuple[str, str]
+    head: tuple[tuple[str, str | None], ...]
+    counts_padding: bool = True
+
+
+_BERT_BLOCK = {
+    "blocks": "encoder.layer",
+    "attention": ("attention.self.query", "attention.self.key", "attention.self.value", "attention.output.dense"),
+    "feed_forward": ("intermediate.dense", "output.dense"),
+    "norms": ("attention.output.LayerNorm", "output.LayerNorm"),
+}
+_ROBERTA = Family(
+    "roberta",
+    **cast(Any, _BERT_BLOCK),
+    head=(("classifier.dense", "Tanh"), ("classifier.out_proj", None)),
+    counts_padding=False,
+)
+FAMILIES = {
+    "BertForSequenceClassification": Family(
+        "bert", **cast(Any, _BERT_BLOCK), head=(("bert.pooler.dense", "Tanh"), ("classifier", None))
+    ),
+    "DistilBertForSequenceClassification": Family(
+        "distilbert",
+        "transformer.layer",
+        ("attention.q_lin", "attention.k_lin", "attention.v_lin", "attention.out_lin"),
+        ("ffn.lin1", "ffn.lin2"),
+        ("sa_layer_norm", "output_layer_norm"),
+        (("pre_classifier", "Relu"), ("classifier", None)),
+    ),
+    "RobertaForSequenceClassification": _ROBERTA,
+    "XLMRobertaForSequenceClassification": _ROBERTA,
+}
+"""Architectures that can be written, by the name of their class in Transformers."""
+
+
+def family_of(model: nn.Module) -> Family:
+    """Return the paths of the model's modules.
+
+    Raises:
+        BayesLoraError: another architecture, or an activation or attention that the graph does not have.
+    """
+    kind = type(model).__name__
+    if kind not in FAMILIES:
+        raise BayesLoraError(
+            f"the model is a {kind}, but format 'onnx' is for {', '.join(sorted(FAMILIES))}: export 'merged' instead"
+        )
+    config = cast(Any, model).config
+    activation = _activation_name(config)
+    if activation not in _ACTIVATIONS:
+        raise BayesLoraError(
+            f"the model's activation is {activation!r}, but format 'onnx' is for {', '.join(sorted(_ACTIVATIONS))}: "
+            "export 'merged' instead"
+        )
+    if getattr(config, "is_decoder", False):
+        raise BayesLoraError("the model is a decoder, but format 'onnx' is for encoders: export 'merged' instead")
+    return FAMILIES[kind]
+
+
+def embedding_path(model: nn.Module) -> str:
+    """Return the path of the word embedding."""
+    return f"{family_of(model).encoder}.embeddings.word_embeddings"
+
+
+def input_names(model: nn.Module, tokenizer: PreTrainedTokenizerBase) -> list[str]:
+    """Return the names of the graph's inputs: ids, mask, and token types if tokenizer and model distinguish them."""
+    embeddings: Any = model.get_submodule(f"{family_of(model).encoder}.embeddings")
+    types = getattr(embeddings, "token_type_embeddings", None)
+    has_types = types is not None and types.num_embeddings > 1 and TYPES in tokenizer.model_input_names
+    return [IDS, MASK, TYPES] if has_types else [IDS, MASK]
+
+
+def _activation_name(config: Any) -> str:
+    return str(config.activation if config.model_type == "distilbert" else config.hidden_act)
+
+
+class Layers(Protocol):
+    """What writes the layers with weights: in float32, or as codes."""
+
+    def linear(self, graph: Graph, path: str, x: str, factor: float = 1.0) -> str:
+        """Add the linear layer at `path` for rows `x` (n, d_in) and return its output (n, d_out) times a factor."""
+
+    def embedding(self, graph: Graph, path: str, ids: str) -> str:
+        """Add the embedding at `path` for `ids` of any shape and return (..., width)."""
+
+
+class Encoder:
+    """Writes a model into a graph.
+
+    Args:
+        model: of an architecture in `FAMILIES`, with merged weights.
+        layers: writes linear layers and the word embedding.
+        inputs: names of the graph's inputs.
+    """
+
+    def __init__(self, model: PreTrainedModel, layers: Layers, inputs: Sequence[str]) -> None:
+        self.model, self.layers, self.inputs = model, layers, inputs
+        self.config: Any = model.config
+        self.family = family_of(model)
+        self.width = int(self.config.hidden_size)
+        self.heads = int(self.config.num_attention_heads)
+        self.graph = Graph()
+
+    def write(self) -> Graph:
+        """Return the graph, from the inputs to the output `logits` (batch, labels)."""
+        graph, family = self.graph, self.family
+        self._shape = graph("Shape", IDS, name="shape")
+        self._sizes = graph(
+            "Concat", self._shape, graph.integers(self.heads, self.width // self.heads), name="sizes", axis=0
+        )
+        x, bias = self._embeddings(), self._attention_bias()
+        blocks = cast(nn.ModuleList, self._module(f"{family.encoder}.{family.blocks}"))
+        for number in range(len(blocks)):
+            x = self._block(f"{family.encoder}.{family.blocks}.{number}", x, bias, is_last=number == len(blocks) - 1)
+        for path, activation in family.head:
+            x = self.layers.linear(graph, path, x)
+            x = graph(activation, x, name=f"{path}.{activation.lower()}") if activation else x
+        graph("Identity", x, name=LOGITS)
+        return graph
+
+    def _module(self, path: str) -> nn.Module:
+        return self.model.get_submodule(path)
+
+    def _array(self, path: str, name: str = "weight") -> NDArray[np.float32]:
+        return array(cast(Tensor, getattr(self._module(path), name)))
+
+    def _norm(self, path: str, x: str) -> str:
+        weight, bias = (self.graph.constant(f"{path}.{name}", self._array(path, name)) for name in ("weight", "bias"))
+        epsilon = float(cast(nn.LayerNorm, self._module(path)).eps)
+        return self.graph("LayerNormalization", x, weight, bias, name=path, axis=-1, epsilon=epsilon)
+
+    def _embeddings(self) -> str:
+        """Return the embedded tokens as rows."""
+        graph, path = self.graph, f"{self.family.encoder}.embeddings"
+        words = self.layers.embedding(graph, f"{path}.word_embeddings", IDS)
+        positions = self._array(f"{path}.position_embeddings")
+        types = (
+            self._array(f"{path}.token_type_embeddings")
+            if hasattr(self._module(path), "token_type_embeddings")
+            else None
+        )
+        if types is not None and TYPES not in self.inputs:
+            positions = positions + types[0]  # without the input every token is of the first type
+        table = graph.constant(f"{path}.position_embeddings.weight", positions)
+        x = graph("Add", words, self._positions(path, table), name=f"{path}.positioned")
+        if types is not None and TYPES in self.inputs:
+            table = graph.constant(f"{path}.token_type_embeddings.weight", types)
+            typed = graph("Gather", table, TYPES, name=f"{path}.token_type_embeddings")
+            x = graph("Add", x, typed, name=f"{path}.typed")
+        x = self._norm(f"{path}.LayerNorm", x)
+        return graph("Reshape", x, graph.integers(-1, self.width), name=f"{path}.rows")
+
+    def _positions(self, path: str, table: str) -> str:
+        """Return the position embeddings, (1 or batch, length, width)."""
+        graph = self.graph
+        if self.family.counts_padding:
+            length = graph("Shape", IDS, name=f"{path}.length", start=1, end=2)
+            return graph(
+                "Slice", table, graph.integers(0), length, graph.integers(0), name=f"{path}.position_embeddings"
+            )
+        padding = graph.constant("padding", np.array(self.config.pad_token_id, dtype=np.int64))
+        is_padding = graph("Equal", IDS, padding, name=f"{path}.is_padding")
+        is_token = graph(
+            "Cast", graph("Not", is_padding, name=f"{path}.is_token"), name=f"{path}.tokens", to=TensorProto.INT64
+        )
+        counted = graph(
+            "CumSum", is_token, graph.constant("axis_1", np.array(1, dtype=np.int64)), name=f"{path}.counted"
+        )
+        numbers = graph("Mul", counted, is_token, name=f"{path}.numbers")
+        ids = graph("Add", numbers, padding, name=f"{path}.position_ids")
+        return graph("Gather", table, ids, name=f"{path}.position_embeddings")
+
+    def _attention_bias(self) -> str:
+        """Return what is added to the scores, (batch, 1, 1, length): 0, or a large negative number for padding."""
+        graph = self.graph
+        zero = graph.constant("int64_zero", np.array(0, dtype=np.int64))
+        hidden = graph("Equal", MASK, zero, name="attention.is_hidden")
+        added = graph("Where", hidden, graph.number(_HIDDEN), graph.number(0.0), name="attention.added")
+        return graph("Unsqueeze", added, graph.integers(1, 2), name="attention.bias")
+
+    def _block(self, path: str, x: str, bias: str, *, is_last: bool) -> str:
+        graph, family = self.graph, self.family
+        first = self._first_tokens(f"{path}.first", x) if is_last else x
+        attended = self._attention(path, x, first, bias)
+        first_norm, second_norm = (f"{path}.{name}" for name in family.norms)
+        x = self._norm(first_norm, graph("Add", attended, first, name=f"{first_norm}.sum"))
+        inner, outer = (f"{path}.{name}" for name in family.feed_forward)
+        operator, attributes = _ACTIVATIONS[_activation_name(self.config)]
+        hidden = graph(operator, self.layers.linear(graph, inner, x), name=f"{inner}.activation", **attributes)
+        return self._norm(
+            second_norm, graph("Add", self.layers.linear(graph, outer, hidden), x, name=f"{second_norm}.sum")
+        )
+
+    def _first_tokens(self, path: str, x: str) -> str:
+        """Return the rows of the first tokens, (batch, width)."""
+        sizes = self.graph("Concat", self._shape, self.graph.integers(self.width), name=f"{path}.sizes", axis=0)
+        tokens = self.graph("Reshape", x, sizes, name=f"{path}.tokens")
+        zero = self.graph.constant("int64_zero", np.array(0, dtype=np.int64))
+        return self.graph("Gather", tokens, zero, name=path, axis=1)
+
+    def _attention(self, path: str, x: str, queries_of: str, bias: str) -> str:
+        """Return softmax(q k^T / sqrt(d)) v of every head, through the output layer."""
+        graph, size = self.graph, self.width // self.heads
+        query, key, value, output = (f"{path}.{name}" for name in self.family.attention)
+        sizes = self._sizes if queries_of == x else graph.integers(-1, 1, self.heads, size)
+        q = self._by_head(query, self.layers.linear(graph, query, queries_of, size**-0.5), sizes, [0, 2, 1, 3])
+        k = self._by_head(key, self.layers.linear(graph, key, x), self._sizes, [0, 2, 3, 1])
+        v = self._by_head(value, self.layers.linear(graph, value, x), self._sizes, [0, 2, 1, 3])
+        path = f"{path}.attention"
+        scores = graph("Add", graph("MatMul", q, k, name=f"{path}.products"), bias, name=f"{path}.scores")
+        shares = graph("Softmax", scores, name=f"{path}.shares", axis=-1)
+        mixed = graph("MatMul", shares, v, name=f"{path}.mixed")
+        mixed = graph("Transpose", mixed, name=f"{path}.by_token", perm=[0, 2, 1, 3])
+        rows = graph("Reshape", mixed, graph.integers(-1, self.width), name=f"{path}.rows")
+        return self.layers.linear(graph, output, rows)
+
+    def _by_head(self, path: str, x: str, sizes: str, order: list[int]) -> str:
+        """Return rows (batch times length, width) as (batch, length, heads, size), in another order."""
+        split = self.graph("Reshape", x, sizes, name=f"{path}.heads")
+        return self.graph("Transpose", split, name=f"{path}.by_head", perm=order)

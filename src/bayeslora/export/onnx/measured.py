@@ -1,0 +1,82 @@
+"""The error of a graph: its outputs in onnxruntime beside those of the model that it was written from."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, cast
+
+import numpy as np
+import onnxruntime
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from bayeslora.export.formats import inputs_for, output_error, output_of
+
+
+def filled_inputs(
+    model: nn.Module, batches: Iterable[Mapping[str, Tensor] | None], names: Sequence[str]
+) -> Iterator[dict[str, Tensor]]:
+    """Yield the named inputs of the batches; None stands for the model's `dummy_inputs`.
+
+    A missing mask is 1 everywhere, and a missing type is 0.
+    """
+    for batch in batches:
+        found = inputs_for(model, batch)
+        if found is not None:
+            ids = found["input_ids"]
+            default = {"attention_mask": torch.ones_like(ids), "token_type_ids": torch.zeros_like(ids)}
+            yield {name: found.get(name, default.get(name, ids)) for name in names}
+
+
+class Measured:
+    """Rows with the outputs of the model, to compare a graph with.
+
+    Args:
+        model: in evaluation mode.
+        batches: of inputs; None stands for the model's `dummy_inputs`.
+        names: of the graph's inputs.
+    """
+
+    def __init__(self, model: nn.Module, batches: Iterable[Mapping[str, Tensor] | None], names: Sequence[str]) -> None:
+        self.batches = list(filled_inputs(model, batches, names))
+        self.outputs = [cast(Tensor, output_of(model, batch)).cpu() for batch in self.batches]
+        self.is_multi_label = _config_of(model).problem_type == "multi_label_classification"
+
+    def errors(self, path: Path) -> dict[str, Any]:
+        """Return the differences in the outputs of the graph in the file `path`."""
+        if not self.batches:
+            return {"rows": 0, **output_error(None, None)}
+        options = onnxruntime.SessionOptions()
+        options.log_severity_level = _ERROR
+        session = onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
+        found = torch.cat([torch.from_numpy(session.run(None, _arrays(batch))[0]) for batch in self.batches])
+        expected = torch.cat(self.outputs)
+        errors = {"rows": len(found), **output_error(expected, found)}
+        if expected.shape[1] > 1:
+            errors |= self._changes(expected, found)
+        return errors
+
+    def _changes(self, expected: Tensor, found: Tensor) -> dict[str, float]:
+        """Return the share of rows with other answers, and the mean divergence of a row in nats."""
+        if self.is_multi_label:
+            changed = ((expected > 0) != (found > 0)).any(1)
+            before, after = (torch.stack([F.logsigmoid(z), F.logsigmoid(-z)]) for z in (expected, found))
+            divergence = (before.exp() * (before - after)).sum() / len(found)
+        else:
+            changed = expected.argmax(1) != found.argmax(1)
+            before, after = F.log_softmax(expected, 1), F.log_softmax(found, 1)
+            divergence = F.kl_div(after, before, reduction="batchmean", log_target=True)
+        return {"changed": float(changed.float().mean()), "divergence": float(divergence.clamp_min(0))}
+
+
+_ERROR = 3  # onnxruntime's level, above the warnings about the processor
+
+
+def _arrays(batch: Mapping[str, Tensor]) -> dict[str, Any]:
+    return {name: np.ascontiguousarray(values.cpu().numpy().astype(np.int64)) for name, values in batch.items()}
+
+
+def _config_of(model: nn.Module) -> Any:
+    return cast(Any, model).config

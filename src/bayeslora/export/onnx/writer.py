@@ -1,0 +1,233 @@
+"""ONNX models of encoders with a classifier: merged in float32, or with the learned quantizers in the graph."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from peft import PeftModel
+from torch import Tensor, nn
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from bayeslora._peft import AuxiliaryTrainingWrapper
+from bayeslora.errors import BayesLoraError
+from bayeslora.export.formats import adapted_parts, check_unmerged, output_of, sharing_base
+from bayeslora.export.merged import TOLERANCE, merge_into_base
+from bayeslora.export.onnx.card import write_card
+from bayeslora.export.onnx.encoders import LOGITS, Encoder, embedding_path, family_of, input_names
+from bayeslora.export.onnx.layers import Grid, Product, ProductLayers, array, learned, plain, rounded, rounded_rows
+from bayeslora.export.onnx.measured import Measured, filled_inputs
+from bayeslora.methods.layer import BayesLayer
+from bayeslora.methods.tuner import tuner_of
+from bayeslora.model_card import CARD_FILE
+from bayeslora.quantization import optimal_range
+from bayeslora.vocabulary import UNQUANTIZED
+
+MODEL_FILE = "model.onnx"
+UNADAPTED = ("int8", "float32")
+
+_BYTE = 8
+_CODES = 255
+_ONE_SIDED = 0.25
+"""Inputs that never fall below this share of their range, negated, get a grid that does not reach further down."""
+
+
+def export_onnx(
+    model: nn.Module,
+    path: str | Path,
+    adapter_name: str | None = None,
+    batch: Mapping[str, Tensor] | None = None,
+    *,
+    tokenizer: PreTrainedTokenizerBase | None = None,
+    max_length: int | None = None,
+    unadapted: str | None = None,
+    calibration: Iterable[Mapping[str, Tensor]] | None = None,
+    rows: Iterable[Mapping[str, Tensor]] | None = None,
+    allow_error: bool = False,
+) -> dict[str, Any]:
+    """Write base, adapter and classifier as one ONNX graph, which onnxruntime runs without this library.
+
+    A method that learned widths keeps its quantizers: the graph has codes of the weights, and static ranges of the
+    activations. Any other adapter is merged in float32, a posterior at its mean.
+
+    Args:
+        model: BERT, RoBERTa or DistilBERT for sequence classification, with an adapter of this library or of PEFT's
+            LoRA; left unchanged.
+        path: folder for `model.onnx`, `config.json`, the tokenizer and a card, `README.md`; created if missing.
+        adapter_name: by default the active adapter.
+        batch: inputs to measure the error on, if `rows` is None; by default the model's `dummy_inputs`.
+        tokenizer: the model's, which must be a fast one; saved beside the graph. It decides the graph's inputs.
+        max_length: number of tokens to which the card's code cuts a text; by default the tokenizer's maximum.
+        unadapted: if widths were learned, type of the weights of linear layers without an adapter and of the word
+            embedding: `"int8"` (default), with a range per row, or `"float32"`. A trained classifier stays float32.
+        calibration: batches of inputs on which static 8-bit ranges of the inputs of the unadapted int8 layers are
+            fixed, so that their products use integers too; None (default) does not quantize these inputs.
+        rows: batches of inputs to measure the error on.
+        allow_error: True to write a merged graph although its outputs differ by more than float rounding.
+
+    Returns:
+        `file_bytes` of the graph; `float32_bytes` of the model; `rows`, the number of those that the rest was measured
+        on; `max_output_error` and `max_output`; for a classifier `changed`, the share of other answers, and
+        `divergence`, the mean Kullback-Leibler divergence in nats; `widened`, the learned widths that the graph
+        computes in more bits, or None; and `unadapted`, what the layers without an adapter are.
+
+    Raises:
+        BayesLoraError: a package is missing, another architecture, a base in 4 or 8 bits, a merged adapter, or an
+            error that is not allowed.
+    """
+    fast = _checked(tokenizer, unadapted)
+    whole, layers, name = _copied(model, adapter_name)
+    names = input_names(whole.get_base_model(), fast)
+    measured = Measured(whole, [batch] if rows is None else rows, names)
+    config = whole.peft_config[name]
+    if any(_learns_widths(layer, name) for layer in layers.values()):
+        grids = _input_grids(whole, filled_inputs(whole, calibration or [], names))
+        base, products = _quantized(whole, layers, name, unadapted or UNADAPTED[0], grids)
+    else:
+        base, products = _merged(whole, name, unadapted)
+    folder = Path(path)
+    _save(folder, base, products, names, fast)
+    result = {**_sizes(folder, base), **measured.errors(folder / MODEL_FILE)}
+    result |= {"widened": products.widened, "unadapted": products.unadapted}
+    _check_error(result, allowed=products.are_learned or allow_error)
+    write_card(folder, base, config, fast, max_length, names, result)
+    return result
+
+
+def _checked(tokenizer: PreTrainedTokenizerBase | None, unadapted: str | None) -> PreTrainedTokenizerBase:
+    """Return the tokenizer; raise if it is slow, or for an unknown type."""
+    if unadapted not in (None, *UNADAPTED):
+        raise BayesLoraError(f"unadapted is {unadapted!r}, but must be one of {', '.join(UNADAPTED)}: choose one")
+    if not hasattr(tokenizer, "backend_tokenizer"):
+        raise BayesLoraError(
+            f"tokenizer is of type {type(tokenizer).__name__}, but must be a fast one, which runs without "
+            "Transformers: give the model's tokenizer"
+        )
+    return cast(PreTrainedTokenizerBase, tokenizer)
+
+
+def _copied(model: nn.Module, adapter_name: str | None) -> tuple[PeftModel, dict[str, BayesLayer], str]:
+    """Return a copy of the model to take apart, its layers with an adapter of this library, and the adapter's name."""
+    if tuner_of(model) is None and isinstance(model, PeftModel):
+        family_of(model.get_base_model())
+        return copy.deepcopy(model).eval(), {}, adapter_name or model.active_adapter
+    original, tuner, name = adapted_parts(model, adapter_name)
+    family_of(original.get_base_model())
+    layers: dict[str, BayesLayer] = tuner.named_layers(name)
+    check_unmerged(layers)
+    for key, layer in layers.items():
+        if not layer.has_plain_weight:
+            raise BayesLoraError(
+                f"the base weight of {key} has {layer.base_width} bits, but must be in floating point: "
+                f"load the base in float32 and export adapter {name!r} on it"
+            )
+    whole = sharing_base(original, tuner)
+    whole.set_adapter(name)
+    _, tuner, _ = adapted_parts(whole, name)
+    return whole.eval(), tuner.named_layers(name), name
+
+
+def _merged(whole: PeftModel, name: str, unadapted: str | None) -> tuple[PreTrainedModel, ProductLayers]:
+    """Merge the adapter, and return the model and its layers in float32."""
+    if unadapted is not None:
+        raise BayesLoraError(
+            f"unadapted is {unadapted!r}, but without learned widths all layers are float32: leave it out"
+        )
+    merged = merge_into_base(whole, name) if tuner_of(whole) else whole.merge_and_unload(safe_merge=True)
+    base = cast(PreTrainedModel, merged)
+    linear = {path: plain(module) for path, module in base.named_modules() if isinstance(module, nn.Linear)}
+    path = embedding_path(base)
+    return base, ProductLayers(linear, {path: array(cast(Tensor, base.get_submodule(path).weight))})
+
+
+@torch.no_grad()
+def _quantized(
+    whole: PeftModel, layers: Mapping[str, BayesLayer], name: str, unadapted: str, grids: Mapping[str, Grid]
+) -> tuple[PreTrainedModel, ProductLayers]:
+    """Take the adapter out, and return the model and its layers on codes."""
+    adapted_parts(whole, name)[1].shrink(name)
+    modules = whole.get_base_model().named_modules()
+    trained = tuple(f"{key}." for key, module in modules if isinstance(module, AuxiliaryTrainingWrapper))
+    learned_layers = {path: learned(layer, name) for path, layer in layers.items()}
+    base = cast(PreTrainedModel, whole.unload())
+    linear: dict[str, Product] = {}
+    for path, module in base.named_modules():
+        if path in learned_layers:
+            linear[path] = learned_layers[path]
+        elif isinstance(module, nn.Linear):
+            is_plain = unadapted == "float32" or f"{path}.".startswith(trained)
+            linear[path] = plain(module) if is_plain else rounded(module, grids.get(path))
+    path = embedding_path(base)
+    words = cast(Tensor, base.get_submodule(path).weight)
+    return base, ProductLayers(linear, {path: array(words) if unadapted == "float32" else rounded_rows(words)})
+
+
+def _learns_widths(layer: BayesLayer, name: str) -> bool:
+    packed = layer.packed_tensors(name)
+    return packed is not None and any(bits < UNQUANTIZED for bits in packed.widths.values())
+
+
+def _input_grids(whole: PeftModel, batches: Iterable[dict[str, Tensor]]) -> dict[str, Grid]:
+    """Return a static 8-bit grid for the input of each linear layer without an adapter, as the batches need it."""
+    lowest: dict[str, float] = {}
+    ranges: dict[str, float] = {}
+    handles = []
+
+    def observer(path: str) -> Any:
+        def observe(_: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+            ranges[path] = max(ranges.get(path, 0.0), float(optimal_range(inputs[0], _BYTE)))
+            lowest[path] = min(lowest.get(path, 0.0), float(inputs[0].min()))
+
+        return observe
+
+    for path, module in whole.get_base_model().named_modules():
+        if type(module) is nn.Linear and not path.endswith(".base_layer"):
+            handles.append(module.register_forward_pre_hook(observer(path)))
+    try:
+        for batch in batches:
+            output_of(whole, batch)
+    finally:
+        for handle in handles:
+            handle.remove()
+    return {path: _grid(bound, lowest[path]) for path, bound in ranges.items()}
+
+
+def _grid(bound: float, lowest: float) -> Grid:
+    """Return the grid of an input between `lowest` and its optimal range; half the step if nearly all is positive."""
+    if lowest < -_ONE_SIDED * bound:
+        return Grid.of_range(bound, _BYTE)
+    step = (bound - lowest) / _CODES
+    return Grid(_BYTE, step, round(-lowest / step))
+
+
+def _save(
+    folder: Path, base: PreTrainedModel, products: ProductLayers, names: list[str], tokenizer: PreTrainedTokenizerBase
+) -> None:
+    """Write the graph, the configuration and the tokenizer."""
+    folder.mkdir(parents=True, exist_ok=True)
+    note = f"Written by bayeslora; {CARD_FILE} beside this file says how to run it."
+    graph = Encoder(base, products, names).write()
+    graph.save(folder / MODEL_FILE, type(base).__name__, names, LOGITS, int(cast(Any, base.config).num_labels), note)
+    base.config.architectures = [type(base).__name__]
+    base.config.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+
+
+def _sizes(folder: Path, base: PreTrainedModel) -> dict[str, int]:
+    return {
+        "file_bytes": (folder / MODEL_FILE).stat().st_size,
+        "float32_bytes": 4 * sum(parameter.numel() for parameter in base.parameters()),
+    }
+
+
+def _check_error(result: Mapping[str, Any], *, allowed: bool) -> None:
+    """Raise if the graph computes something else than the model and no error is allowed."""
+    error, largest = result["max_output_error"], result["max_output"]
+    if not allowed and error is not None and not error <= TOLERANCE * max(1.0, largest):
+        raise BayesLoraError(
+            f"outputs of the graph differ by {error:.2g}, where the largest is {largest:.2g}, but a merged graph must "
+            "be exact: load the base in float32, or allow and measure the error with allow_error=True"
+        )
