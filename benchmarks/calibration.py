@@ -14,7 +14,8 @@ Trained for each task and seed, on the same layers and 90% of train:
 - `swag`, `ivon`: the same LoRA, with a posterior over its weights.
 - `blob`, `melora-closed` (with its defaults) and `melora-cores` (four cores). The last two also with a temperature.
 
-Learning rate and steps of the others are those of the tuned LoRA with seed 0, whose run comes first.
+The others have the learning rate of the tuned LoRA with seed 0, whose run comes first. Their learning rate falls to
+zero, where the tuned LoRA is stopped on the way: they have as many steps as give the same sum of learning rates.
 
 `lora` and `melora` are the rows of an earlier table: LoRA without tuning, and Me-LoRA whose variance is learned.
 SST-2 and QNLI are trained on 10,000 rows of train, and QNLI is scored on 2,000 rows. The language model answers by
@@ -133,7 +134,16 @@ def tuned_settings(job: Job) -> tuple[Training, dict[str, Any]]:
     best = min(json.loads(first.read_text(encoding="utf-8"))["search"], key=lambda each: each["nll"])
     if job.method == "tuned":
         return job.training, {**job.options, "rates": [best["learning_rate"] / job.training.learning_rate]}
-    return replace(job.training, learning_rate=best["learning_rate"], steps=best["step"]), job.options
+    steps = as_many_steps(best["step"], job.training.steps)
+    return replace(job.training, learning_rate=best["learning_rate"], steps=steps), job.options
+
+
+def as_many_steps(stopped: int, planned: int) -> int:
+    """The length of a whole run whose learning rates have the sum of those of a longer run that is stopped early.
+
+    Rates fall linearly to zero: the first s of T steps have a mean of 1 - s / 2T times the peak, a whole run of 1 / 2.
+    """
+    return round(stopped * (2 - stopped / planned))
 
 
 def _file_name(task: str, method: str) -> str:

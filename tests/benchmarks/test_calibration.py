@@ -75,6 +75,13 @@ def given(folder: Path, **changes: Any) -> argparse.Namespace:
     return argparse.Namespace(**{**defaults, **more, **changes})
 
 
+@pytest.mark.parametrize(("stopped", "planned"), [(200, 400), (150, 400), (400, 400)])
+def test_a_run_of_its_own_length_has_the_learning_rates_of_one_that_is_stopped(stopped: int, planned: int) -> None:
+    whole = calibration.as_many_steps(stopped, planned)
+    rates = sum(1 - step / planned for step in range(stopped))
+    assert sum(1 - step / whole for step in range(whole)) == pytest.approx(rates, rel=0.01)
+
+
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:IVON can move")  # in eight steps
 @pytest.mark.parametrize("method", METHODS)
