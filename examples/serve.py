@@ -35,10 +35,11 @@ from fastapi import FastAPI, HTTPException, Request
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 import bayeslora
-from bayeslora.data import load_files, load_task
+from bayeslora.data import load_task
 from bayeslora.posthoc.risk import RiskControl, Threshold
 from bayeslora.prediction import Predictable, Prediction, check_samples
 from bayeslora.runs.decisions import CALIBRATION_FILE, Calibration, calibration_for
+from bayeslora.runs.rows import evaluation_task, labelled_rows
 
 Row = tuple[str, ...]
 """A text, or a pair of texts."""
@@ -112,8 +113,7 @@ class Classifier:
         if file is None and info.task_name is not None:
             task = load_task(info.task_name, info.data_dir)
         else:
-            path = str(file or info.files["eval_file"])
-            task = load_files(path, path, info.text_columns, info.label_column, labels=info.labels)
+            task = labelled_rows(info, file) if file else evaluation_task(info)
         n = len(task.eval_split)  # evenly from all of them: files may be sorted
         split = task.eval_split.select(np.linspace(0, n - 1, min(most, n)).astype(int))
         rows = list(zip(*(split[name] for name in task.text_columns), strict=True))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import functools
+import hashlib
 import json
 import math
 import os
@@ -68,6 +69,12 @@ def save_json(path: str | os.PathLike[str], content: Any) -> None:
     # Within a text JSON has no line break, so only white space between values is changed.
     text = re.sub(r"[\[{][^\[\]{}]*[\]}]", lambda innermost: re.sub(r"\n\s*", " ", innermost[0]), text)
     Path(path).write_text(text + "\n", encoding="utf-8")
+
+
+def file_digest(path: str | os.PathLike[str]) -> str:
+    """Return a digest of the content of a file, 16 characters."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()[:16]
 
 
 def finite(content: Any) -> Any:

@@ -114,10 +114,13 @@ def test_predict_writes_a_line_a_row_in_order(
         (alone,) = [json.loads(line) for line in target.read_text().splitlines()]
         assert alone["label"] == lines[index]["label"]
         assert alone["probabilities"] == pytest.approx(lines[index]["probabilities"], abs=1e-5)
-    for line in lines:
-        assert list(line) == ["label", "probabilities", "entropy", "expected_entropy", "mutual_information"]
-        assert sum(line["probabilities"]) == pytest.approx(1.0)
-        assert line["label"] == ("0", "1")[line["probabilities"].index(max(line["probabilities"]))]
+    given = ["id", "text"] if extension == "csv" else ["text"]
+    for line, row in zip(lines, rows, strict=True):
+        own = ["label", "confidence", "probabilities", "entropy", "expected_entropy", "mutual_information"]
+        assert list(line) == [*given, *own] and line["text"] == row["text"]
+        assert list(line["probabilities"]) == ["0", "1"]
+        assert sum(line["probabilities"].values()) == pytest.approx(1.0)
+        assert line["confidence"] == line["probabilities"][line["label"]] == max(line["probabilities"].values())
         assert 0 <= line["entropy"] <= 0.6932
         assert line["mutual_information"] == 0 and line["expected_entropy"] == line["entropy"]
     assert sorted(path.name for path in tmp_path.iterdir()) == sorted(
@@ -246,10 +249,10 @@ def test_evaluate_prints_a_table_of_shifts(runs: dict[str, Path], capsys: pytest
     printed = capsys.readouterr().out
     lines = [line.split() for line in printed.splitlines()]
     start = lines.index(["suite", "severity", "accuracy", "nll", "ece", "brier"])
+    assert ["accuracy", lines[start + 1][2], "(0.5000)"] in lines  # as in the table of scores, with the baseline
     assert [line[:2] for line in lines[start + 1 :]] == [
         ["none", "0%"], ["truncation", "25%"], ["truncation", "50%"], ["truncation", "75%"]
     ]  # fmt: skip
-    assert ["accuracy", lines[start + 1][2]] in lines  # as in the table of scores
     assert "no row" not in printed
     assert main(["evaluate", str(runs["lora"]), "--shift", "truncation,casing"]) == 0
     last = capsys.readouterr().out.splitlines()[-1]

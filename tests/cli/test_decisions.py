@@ -100,7 +100,7 @@ def test_a_temperature_is_saved_used_and_left_out(
     assert main([*predict, "--coverage", "0.8"]) == 0
     assert capsys.readouterr().out == f"{target}: 30 rows, {named}\n"
     for line, before in zip(lines(target), plain, strict=True):
-        odds = [math.log(each["probabilities"][1] / each["probabilities"][0]) for each in (line, before)]
+        odds = [math.log(each["probabilities"]["1"] / each["probabilities"]["0"]) for each in (line, before)]
         assert odds[0] == pytest.approx(odds[1] / temperature, rel=1e-4) and line["label"] == before["label"]
     assert main([*predict, "--uncalibrated"]) == 0
     assert lines(target) == plain

@@ -119,7 +119,7 @@ def test_samples_of_a_run_by_cloze_are_those_of_python(runs: dict[str, Path], da
     lines = [json.loads(line) for line in target.read_text().splitlines()]
     found = bayeslora.load(runs["cloze"]).predict(source, samples=3, seed=5)
     for line, row in zip(lines, found, strict=True):
-        assert line["probabilities"] == pytest.approx(row.probabilities, abs=1e-6)
+        assert list(line["probabilities"].values()) == pytest.approx(row.probabilities, abs=1e-6)
     assert max(line["mutual_information"] for line in lines) > 0
 
 
@@ -176,8 +176,10 @@ def test_predict_answers_rows_of_a_file_in_order(runs: dict[str, Path], head: st
     for question, line in zip(questions, lines, strict=True):
         there = len(question["choices"])
         assert line["label"] in "ABCD"[:there]
-        assert line["probabilities"][there:] == [0.0] * (4 - there)
-        assert sum(line["probabilities"]) == pytest.approx(1.0)
+        probabilities = list(line["probabilities"].values())
+        assert list(line["probabilities"]) == list("ABCD") and line["choices"] == question["choices"]
+        assert probabilities[there:] == [0.0] * (4 - there)
+        assert sum(probabilities) == pytest.approx(1.0)
     hits = [line["label"] == "ABCD"[question["answer"]] for question, line in zip(questions, lines, strict=True)]
     expected = json.loads((runs[head] / "metrics.json").read_text())["scores"]["accuracy"]
     assert sum(hits) / 12 == pytest.approx(expected)

@@ -47,6 +47,12 @@ def test_help_and_version_are_instant(tmp_path: Path, words: list[str]) -> None:
         assert all(item.spelling in printed for item in COMMANDS[words[0]].options)
 
 
+def test_inspect_is_instant(tmp_path: Path) -> None:
+    (tmp_path / "a.csv").write_text("text;label\n" + "".join(f"text number {i};{i % 3}\n" for i in range(2000)))
+    status, printed, said = quick(tmp_path, "inspect", "a.csv", "--eval-fraction", "0.2")
+    assert status == 0 and "a.csv: 2,000 rows" in printed and "evaluation: 399 rows" in printed and said == ""
+
+
 @pytest.mark.parametrize(
     ("words", "expected"),
     [

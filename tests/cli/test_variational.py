@@ -109,6 +109,6 @@ def test_prediction_with_samples_has_mutual_information(
     assert main(arguments) == 0
     rows = [json.loads(line) for line in output.read_text().splitlines()]
     assert len(rows) == 20
-    assert all(sum(row["probabilities"]) == pytest.approx(1.0, abs=1e-5) for row in rows)
+    assert all(sum(row["probabilities"].values()) == pytest.approx(1.0, abs=1e-5) for row in rows)
     assert all(0 <= row["mutual_information"] <= row["entropy"] for row in rows)
     assert max(row["mutual_information"] for row in rows) > 0

@@ -15,7 +15,7 @@ import bayeslora
 from bayeslora.runs.plan import IvonOptions, RunOptions, TrainPlan
 from bayeslora.runs.train import train
 
-NAMES = ["billing", "login", "refund", "shipping", "bug", "legal / GDPR"]
+NAMES = ["billing", "bug", "legal / GDPR", "login", "refund", "shipping"]
 WORDS = ["cat", "dog", "tree", "house", "red", "blue"]
 
 

@@ -87,16 +87,20 @@ def _number(name: str, metavar: str, text: str, least: int | None = None) -> Opt
     return Option(name, metavar, text, int, least=least)
 
 
+def _without_empty(given: dict[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in given.items() if value or isinstance(value, float)}
+
+
 def _contradictions_of_train(given: dict[str, Any]) -> Iterator[str]:
-    given = {name: value for name, value in given.items() if value}
+    given = _without_empty(given)
     yield from _with_task(given) if "task" in given else _with_files(given)
 
 
 def _with_task(given: dict[str, Any]) -> Iterator[str]:
     task = given["task"]
-    for name in _among(given, "train_file", "eval_file", "test_file"):
+    for name in _among(given, "train_file", "eval_file", "test_file", "eval_fraction"):
         yield f"{option(name)} is given with --task {task}, but a run trains on a task or on files: leave one out"
-    for name in _among(given, "text_column", "label_column", "labels"):
+    for name in _among(given, "text_column", "label_column", "labels", "kind"):
         yield f"{option(name)} is given with --task {task}, but the task sets its columns: leave it out"
 
 
@@ -104,12 +108,16 @@ def _with_files(given: dict[str, Any]) -> Iterator[str]:
     for name in _among(given, "train_split", "data_dir"):
         yield f"{option(name)} is given, but needs --task: add that or leave this out"
     if _generates(given):
-        for name in _among(given, "text_column", "label_column", "labels"):
+        for name in _among(given, "text_column", "label_column", "labels", "kind"):
             yield f"{option(name)} is given, but {given['train_file']} has answers and no labels: leave it out"
+        for name in _among(given, "eval_fraction", "group_column", "split_seed"):
+            yield f"{option(name)} is given, but a tenth of the answers is scored: leave it out, or give --eval-file"
         return
-    for name in ("train_file", "eval_file"):
-        if name not in given:
-            yield f"{option(name)} is missing: give --task, or --train-file and --eval-file"
+    if "train_file" not in given:
+        yield "--train-file is missing: give --task, or --train-file and --eval-file"
+    if "eval_file" not in given and "eval_fraction" not in given:
+        yield "--eval-file is missing: give it, or --eval-fraction 0.2 to score a fifth of --train-file"
+    yield from _held_out(given)
     if "text_column" not in given:
         yield "--text-column is missing: name the column (or two, a,b) that holds the text"
     elif len(given["text_column"]) > 2:
@@ -121,6 +129,17 @@ def _generates(given: dict[str, Any]) -> bool:
     columns = first_columns(str(given.get("train_file", "")))
     labelled = given.get("label_column", "label") in columns and "text_column" in given
     return text_form(columns) is not None and not labelled
+
+
+def _held_out(given: dict[str, Any]) -> Iterator[str]:
+    fraction = given.get("eval_fraction")
+    if fraction is None:
+        for name in _among(given, "group_column", "split_seed"):
+            yield f"{option(name)} is given, but needs --eval-fraction: add that or leave this out"
+    elif "eval_file" in given:
+        yield "--eval-fraction is given with --eval-file, but one of them has the rows to score: leave one out"
+    elif isinstance(fraction, float) and not 0 < fraction < 1:
+        yield f"--eval-fraction is {fraction:g}, but must be between 0 and 1: give 0.2 for a fifth"
 
 
 def _among(given: dict[str, Any], *names: str) -> list[str]:
@@ -145,6 +164,15 @@ def _contradictions_of_evaluate(given: dict[str, Any]) -> Iterator[str]:
     for name, needed in _SHIFT_NEEDS.items():
         if name in given and needed not in given and not (needed == "shift_file" and "shift_task" in given):
             yield f"{option(name)} is given, but needs {option(needed)}: add that or leave this out"
+
+
+def _contradictions_of_inspect(given: dict[str, Any]) -> Iterator[str]:
+    given = _without_empty(given)
+    yield from _held_out(given)
+    if "max_length" in given and "model" not in given:
+        yield "--max-length is given, but needs --model, whose tokens it counts: add that or leave this out"
+    if len(given.get("text_column", "")) > 2:
+        yield f"--text-column names {len(given['text_column'])} columns, but a text has one or two: name those"
 
 
 def _contradictions_of_calibrate(given: dict[str, Any]) -> Iterator[str]:
@@ -204,10 +232,25 @@ _LABELLED_FILE = (
     Option("label_column", "NAME", "label column (as trained)"),
 )
 
+_OF_TRAIN = {item.name: item for item in _of_fields(RunOptions)}
+
 COMMANDS = {
+    "inspect": Command(
+        "say what `train` would read from a data file: columns, labels, lengths, duplicates",
+        (
+            *(_OF_TRAIN[name] for name in ("text_column", "label_column", "eval_file", "eval_fraction")),
+            *(_OF_TRAIN[name] for name in ("group_column", "split_seed", "labels", "kind")),
+            Option("model", "FOLDER_OR_ID", "also count the tokens of this model"),
+            _number("max_length", "N", "tokens beyond which texts are cut (128 or the model's limit)", least=1),
+            _switch("json", "print JSON instead of a table"),
+        ),
+        ("file", "FILE", "rows (.jsonl, .json, .csv, .tsv, .parquet)"),
+        epilog="Without --text-column and --label-column it guesses them, and says so.",
+        contradictions=_contradictions_of_inspect,
+    ),
     "train": Command(
         "fine-tune a model with one method into a new folder",
-        (*_of_fields(RunOptions), _switch("list_options", "list every option with its type and exit")),
+        (*_OF_TRAIN.values(), _switch("list_options", "list every option with its type and exit")),
         epilog="Any field of the method's config and of TrainingArguments is an option too: --r 8 "
         "--target-modules query,key --learning-rate 1e-3. --list-options lists them.",
         is_open=True,
@@ -250,8 +293,8 @@ COMMANDS = {
         "label the rows of a file, one line per row, in order",
         (
             *_SAMPLING,
-            Option("input", "FILE", "rows to label (.jsonl or .csv)", required=True),
-            Option("output", "FILE.jsonl", "file for the predictions", required=True),
+            Option("input", "FILE", "rows to label (.jsonl, .json, .csv, .tsv, .parquet)", required=True),
+            Option("output", "FILE", "file for rows and predictions (.csv, .tsv, otherwise .jsonl)", required=True),
             _TEXT_COLUMN,
             Option("coverage", "P", "add the set of labels that has the right one with this probability", float),
             Option("risk", "P", "add ask_a_human, so that at most this share of the other labels is wrong", float),

@@ -23,12 +23,13 @@ from bayeslora.prediction import check_samples
 from bayeslora.report import check_installed
 from bayeslora.runs.decisions import CALIBRATION_FILE, Calibration, calibration_for
 from bayeslora.runs.info import RUN_FILE, RunInfo
-from bayeslora.runs.record import METRICS_FILE, RunRecord, Shift, read_run
+from bayeslora.runs.record import IN_BRACKETS, METRICS_FILE, RunRecord, Shift, read_run
 from bayeslora.runs.rows import (
     EVALUATION,
     OutsideRows,
     answering,
     encode_for,
+    evaluation_task,
     labelled_rows,
     named_task,
     outside_rows,
@@ -119,9 +120,10 @@ def _print(found: dict[str, Any]) -> None:
     if "calibrated" in found:
         by = found["calibrated"]
         print(f"  probabilities by {by['by']}, fitted on {by['rows']} rows of {by['source']}")
-    width = max(len(name) for name in found["scores"])
+    width, baseline = max(len(name) for name in found["scores"]), found["baseline"]
     for name, value in found["scores"].items():
-        print(f"  {name:<{width}}  {value:.4f}")
+        print(f"  {name:<{width}}  {value:.4f}" + (f"  ({baseline[name]:.4f})" if name in baseline else ""))
+    print(f"  {IN_BRACKETS}")
     if "ood" in found:
         print("\n".join(detection_lines(found["ood"])))
     if "shift" in found:
@@ -272,7 +274,7 @@ def rows_to_score(given: dict[str, Any], info: RunInfo) -> tuple[Task, str]:
             raise BayesLoraError("--data-dir or --split is given, but the run was trained on files: give --eval-file")
         if info.kind == "generation":
             return own_rows(info), EVALUATION
-        task = labelled_rows(info, info.files["eval_file"], given.get("text_column"), given.get("label_column"))
+        task = evaluation_task(info, given.get("text_column"), given.get("label_column"))
         return replace(task, name=info.task), EVALUATION
     refuse(given, ("text_column", "label_column"), "is given, but needs --eval-file: add that or leave this out")
     name = str(given.get("task", info.task_name))

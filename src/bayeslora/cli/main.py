@@ -118,8 +118,9 @@ def _quiet_libraries() -> Iterator[None]:
     os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
-    level = logging.root.manager.disable
+    level, formatted = logging.root.manager.disable, warnings.formatwarning
     logging.disable(logging.WARNING)
+    warnings.formatwarning = lambda message, *_, **__: f"bayeslora: note: {' '.join(str(message).split())}\n"
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
@@ -128,3 +129,4 @@ def _quiet_libraries() -> Iterator[None]:
             yield
     finally:
         logging.disable(level)
+        warnings.formatwarning = formatted

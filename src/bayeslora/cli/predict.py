@@ -1,17 +1,16 @@
-"""`bayeslora predict OUT --input F --output G.jsonl`: write one prediction per row, in order."""
+"""`bayeslora predict OUT --input F --output G`: write the rows with their predictions, in order."""
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
 from bayeslora.cli.inputs import check_files
 from bayeslora.cli.progress import disable_progress_bars
-from bayeslora.files import write_atomically
 from bayeslora.runs.decisions import calibration_for
 from bayeslora.runs.info import RunInfo
-from bayeslora.runs.rows import encode_for, rows_to_predict
+from bayeslora.runs.prediction_files import write_predictions
+from bayeslora.runs.rows import encode_for, rows_to_predict, table_to_predict
 from bayeslora.runs.run import load
 
 
@@ -28,14 +27,15 @@ def run(given: dict[str, Any]) -> int:
         decides=bool(asked),
         uncalibrated=given.get("uncalibrated", False),
     )
-    task = rows_to_predict(source, info, given.get("text_column"))
+    table = table_to_predict(source, info, given.get("text_column"))
+    task = rows_to_predict(table, info, given.get("text_column"))
     disable_progress_bars()
     loaded = load(folder, given.get("model"))
     data = encode_for(task.eval_split, task, loaded.tokenizer, loaded.info)
     predictions = loaded.predict_encoded(data, samples, seed, given.get("batch_size", 64), calibration, **asked)
-    with write_atomically(target) as partial, partial.open("w", encoding="utf-8") as file:
-        for row in predictions:
-            file.write(json.dumps(row.to_dict(), ensure_ascii=False) + "\n")
+    renamed = write_predictions(target, table, predictions)
     by = f", {calibration.scaling}" if calibration is not None and calibration.scaling else ""
     print(f"{target}: {len(predictions)} rows{by}")
+    if renamed:
+        print(f"  columns of the input renamed: {', '.join(f'{name} to input_{name}' for name in renamed)}")
     return 0

@@ -10,6 +10,7 @@ from bayeslora.report import check_installed
 from bayeslora.runs import train as runs
 from bayeslora.runs.partial import CONFIG_FILE
 from bayeslora.runs.plan import TrainPlan
+from bayeslora.runs.record import IN_BRACKETS
 
 
 def run(plan: TrainPlan) -> int:
@@ -27,6 +28,6 @@ def run(plan: TrainPlan) -> int:
         raise KeyboardInterrupt(f"interrupted; {hint}") from error
     if record is None:  # not the first process of several
         return 0
-    scores = "  ".join(f"{name} {value:.4f}" for name, value in record.scores.items())
-    print(f"{plan.output_dir}: {scores}")
+    print(f"{plan.output_dir}: {'  '.join(record.score_lines)}")
+    print(f"  {IN_BRACKETS}")
     return 0

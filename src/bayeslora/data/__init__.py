@@ -1,18 +1,31 @@
-"""Tasks, tables and tokenized rows: everything between a file and a batch."""
+"""Tasks, tables and tokenized rows: everything between a file and a batch.
+
+Its names are imported when they are first used: tables and labels need neither torch nor `datasets`.
+"""
 
 from __future__ import annotations
 
-from bayeslora.data.chat import encode_generation, labelled_tokens
-from bayeslora.data.choices import Cloze
-from bayeslora.data.completions import prompt_masked
-from bayeslora.data.encode import encode, encode_texts
-from bayeslora.data.few_shot import few_shot_pool
-from bayeslora.data.generation import load_generation
-from bayeslora.data.packaged import packaged_model, unpack_model
-from bayeslora.data.tasks import TASKS, Task, hold_out, load_files, load_task, load_texts
+import importlib
+import sys
+from types import ModuleType
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from bayeslora.data.chat import encode_generation, labelled_tokens
+    from bayeslora.data.choices import Cloze
+    from bayeslora.data.completions import prompt_masked
+    from bayeslora.data.encode import encode, encode_texts
+    from bayeslora.data.few_shot import few_shot_pool
+    from bayeslora.data.generation import load_generation
+    from bayeslora.data.inspection import Inspection, inspect_file
+    from bayeslora.data.packaged import packaged_model, unpack_model
+    from bayeslora.data.split import HoldOut
+    from bayeslora.data.tasks import TASKS, Task, hold_out, load_files, load_task, load_texts
 
 __all__ = [
     "Cloze",
+    "HoldOut",
+    "Inspection",
     "TASKS",
     "Task",
     "encode",
@@ -20,6 +33,7 @@ __all__ = [
     "encode_texts",
     "few_shot_pool",
     "hold_out",
+    "inspect_file",
     "labelled_tokens",
     "load_files",
     "load_generation",
@@ -29,3 +43,36 @@ __all__ = [
     "prompt_masked",
     "unpack_model",
 ]
+
+_MODULES = {
+    "chat": ("encode_generation", "labelled_tokens"),
+    "choices": ("Cloze",),
+    "completions": ("prompt_masked",),
+    "encode": ("encode", "encode_texts"),
+    "few_shot": ("few_shot_pool",),
+    "generation": ("load_generation",),
+    "inspection": ("Inspection", "inspect_file"),
+    "packaged": ("packaged_model", "unpack_model"),
+    "split": ("HoldOut",),
+    "tasks": ("TASKS", "Task", "hold_out", "load_files", "load_task", "load_texts"),
+}
+_HOMES = {name: module for module, names in _MODULES.items() for name in names}
+
+
+def __getattr__(name: str) -> Any:
+    """Import a public name when it is first used (PEP 562)."""
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = getattr(importlib.import_module(f"{__name__}.{_HOMES[name]}"), name)
+    globals()[name] = value
+    return value
+
+
+class _Package(ModuleType):
+    """Keep `bayeslora.data.encode` the function when the module of that name is imported."""
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        super().__setattr__(name, value.encode if name == "encode" and isinstance(value, ModuleType) else value)
+
+
+sys.modules[__name__].__class__ = _Package

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 import re
-from collections.abc import Sequence
+import warnings
+from collections import Counter
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -13,7 +16,81 @@ from bayeslora.errors import BayesLoraError
 
 Kind = Literal["classification", "regression"]
 TaskKind = Kind | Literal["multiple_choice", "generation"]
-_INTEGER = re.compile(r"[+-]?\d+")
+_INTEGER = re.compile(r"[+-]?\d{1,300}")
+_DECIMAL_COMMA = re.compile(r"[+-]?\d+(?:,\d+)?")
+_NOTHING = {"", "nan", "<na>", "#n/a"}
+"""Spellings of a missing label, which spreadsheets and pandas write; lower case."""
+_DOUBTFUL = {"none", "null", "na", "n/a"}
+"""Names of a class that may stand for a missing label; lower case."""
+_MANY_NUMBERS = 20
+"""More different whole numbers than this are told, as they may be amounts and not classes."""
+
+
+def labelled(table: Table, column: str, known: Collection[str] = ()) -> Table:
+    """Return the rows that have a label, stripped of blanks around it; a warning counts the others and the blanks.
+
+    A label is missing if it is None, NaN, blank, or the word `nan`, `<NA>` or `#N/A`. Booleans become the strings
+    `True` and `False`, as in CSV.
+
+    Args:
+        table: rows of a file.
+        column: its label column.
+        known: class names that the caller knows; a label that is one of them stays as it is.
+
+    Raises:
+        BayesLoraError: every row lacks a label, or a label is not a number, a string or a boolean.
+    """
+    values, known = table.columns[column], set(known)
+    found = [_label(table, column, row, value, known) for row, value in enumerate(values)]
+    kept = [row for row, value in enumerate(found) if value is not None]
+    if not kept:
+        raise BayesLoraError(f"{table.path} has 0 rows with a label in column {column!r}, but needs some: fill it in")
+    missing = len(found) - len(kept)
+    if missing:
+        warnings.warn(
+            f"{table.path} has {missing:,} of {len(found):,} rows without a label in column {column!r}, "
+            f"which are left out (the first is {table.places[found.index(None)]})",
+            stacklevel=3,
+        )
+    blanks = [value for value in values if _has_blanks(value, known)]
+    if blanks:
+        warnings.warn(
+            f"{table.path} has {len(blanks):,} of {len(kept):,} labels with blanks around them, such as "
+            f"{blanks[0]!r}, which are stripped",
+            stacklevel=3,
+        )
+    if table.delimiter not in ("", ",") and _has_decimal_commas([found[row] for row in kept]):
+        found = [value and value.replace(",", ".") for value in found]
+        warnings.warn(f"{table.path} has numbers with decimal commas in column {column!r}", stacklevel=3)
+    read = dataclasses.replace(table, columns={**table.columns, column: found})
+    return read.select(kept) if missing else read
+
+
+def _label(table: Table, column: str, row: int, value: Any, known: Collection[str]) -> Any:
+    """Return a label as the rest of this module reads it; None for a missing one."""
+    if value is None or (isinstance(value, float) and math.isnan(value)):
+        return None
+    if isinstance(value, str):
+        value = value if value in known else value.strip()
+        return None if value.lower() in _NOTHING and value not in known else value
+    if isinstance(value, bool):
+        return str(value)
+    if not isinstance(value, (int, float)):
+        raise BayesLoraError(
+            f"{table.where(row)} has the label {value!r} of type {type(value).__name__} in column {column!r}, "
+            "but it must be an integer, a string or a number: correct the row"
+        )
+    return value
+
+
+def _has_decimal_commas(values: list[str]) -> bool:
+    return all(map(_DECIMAL_COMMA.fullmatch, values)) and any("," in value for value in values)
+
+
+def _has_blanks(value: Any, known: Collection[str]) -> bool:
+    if not isinstance(value, str) or value in known:
+        return False
+    return value != value.strip() and value.strip().lower() not in _NOTHING
 
 
 @dataclass
@@ -33,28 +110,40 @@ class LabelMap:
     named: bool = False
 
     def apply(self, table: Table, column: str) -> list[Any]:
-        """Return the class id (int) or number (float) of each row.
+        """Return the class id (int) or number (float) of each row of a `labelled` table.
+
+        A label may be spelled in another way than in the training data if that is plain: `1`, `"1"` and `1.0`; `True`
+        and `true`.
 
         Raises:
             BayesLoraError: a label is missing from the training data or, for regression, is not a number.
         """
-        values = _values(table, column)
+        values = table.columns[column]
         if self.kind == "regression":
             return [_number(value, table, row) for row, value in enumerate(values)]
-        # The training labels decide how untyped labels are read, not the other labels of this file.
-        integers = table.untyped and all(isinstance(key, int) for key in self.ids)
+        truths = {key.lower(): key for key in self.ids if isinstance(key, str)}
+        truths = truths if truths.keys() == {"true", "false"} else {}
         result = []
         for row, raw in enumerate(values):
-            value = int(raw) if integers and _INTEGER.fullmatch(raw.strip()) else raw
-            if value not in self.ids:
+            found = next((key for key in _spellings(raw, truths) if key in self.ids), None)
+            if found is None:
                 known = ", ".join(repr(key) for key in list(self.ids)[:20])
                 source = "that were named" if self.named else "of the training data"
                 raise BayesLoraError(
-                    f"{table.where(row)} has the label {value!r}, but the labels {source} are {known}: "
+                    f"{table.where(row)} has the label {raw!r}, but the labels {source} are {known}: "
                     "correct the label or drop the row"
                 )
-            result.append(self.ids[value])
+            result.append(self.ids[found])
         return result
+
+
+def _spellings(value: Any, truths: dict[str, str]) -> list[Any]:
+    """Return a label as it may be a key of the training labels: itself, as a number, and as a string."""
+    if isinstance(value, str):
+        number = _as_number(value) if _is_number(value) else value
+        return [value, number, str(number), truths.get(value.lower(), value)]
+    number = int(value) if isinstance(value, float) and value.is_integer() else value
+    return [number, str(number)]
 
 
 def learn_labels(
@@ -63,43 +152,45 @@ def learn_labels(
 ) -> LabelMap:  # fmt: skip
     """Learn the meaning of labels from the training data.
 
-    Strings become ids in order of first appearance, integers in numerical order. Numbers with a fraction are targets
-    of a regression.
+    Classes have their ids in sorted order, numbers by value, whatever the order of the rows. Numbers are targets of a
+    regression if any has a fraction; whole numbers are classes, also those written 1.0.
 
     Args:
-        table: the training data.
+        table: the training data, `labelled`.
         column: the label's column in `table`.
         names_column: column of `table` with the name of each integer label.
-        names: class names, if the caller knows them. String labels are looked up in them, and so are integers if all
-            names are integers. Otherwise integers index the names, unless `names_column` maps them differently.
+        names: class names, if the caller knows them. String labels are looked up in them, and so are numbers if all
+            names are numbers. Otherwise integers index the names, unless `names_column` maps them differently.
         kind: None lets the labels decide.
 
     Raises:
-        BayesLoraError: labels are missing, are neither all strings nor all integers (nor all numbers), have several
-            names, or are all equal.
+        BayesLoraError: labels are neither all strings nor all numbers, have several names, or are all equal.
     """
-    values = _typed(table, _values(table, column))
+    values = _typed(table, table.columns[column])
+    numbers = all(isinstance(value, (int, float)) for value in values)
+    asked = kind is not None
     if kind is None:
-        numbers = all(isinstance(value, (int, float)) for value in values)
         fractions = numbers and any(isinstance(value, float) for value in values)
         kind = "regression" if fractions and not names else "classification"
     if kind == "regression":
         return LabelMap("regression", [], {})
-    types = {type(value) for value in values}
-    if types not in ({int}, {str}):
-        row = next(i for i, value in enumerate(values) if type(value) is not type(values[0]) or types == {float})
+    if not numbers and not all(isinstance(value, str) for value in values):
+        row = next(i for i, value in enumerate(values) if isinstance(value, str) != isinstance(values[0], str))
         raise BayesLoraError(
             f"{table.where(row)} has the label {values[row]!r}, but labels are all integers or all strings: "
             "write every label the same way"
         )
-    spelled = _spelled(table, values, names_column) if types == {int} else {}
+    spelled = _spelled(table, values, names_column) if numbers else {}
     if names:
         return LabelMap("classification", list(names), _named_ids(names, values, spelled), named=True)
-    distinct = sorted(set(values)) if types == {int} else list(dict.fromkeys(values))
+    by_value = numbers or all(map(_is_number, values))
+    distinct = sorted(set(values), key=lambda value: (float(value) if by_value else 0.0, value))
     if len(distinct) < 2:
         raise BayesLoraError(
             f"every label in {table.path} is {distinct[0]!r}, but training needs 2 classes: check the file"
         )
+    if not asked:
+        _tell_doubts(table, column, values)
     return LabelMap(
         "classification",
         [spelled.get(value, str(value)) for value in distinct],
@@ -107,46 +198,58 @@ def learn_labels(
     )
 
 
-def _values(table: Table, column: str) -> list[Any]:
-    """Return the labels as the file has them; raise if one is missing or has another type."""
-    values = table.columns[column]
-    for row, value in enumerate(values):
-        if value is None or value == "":
-            raise BayesLoraError(
-                f"{table.where(row)} is empty in column {column!r}, but needs a label: fill it in or drop the row"
-            )
-        if isinstance(value, bool) or not isinstance(value, (int, float, str)):
-            raise BayesLoraError(
-                f"{table.where(row)} has the label {value!r} of type {type(value).__name__}, "
-                "but it must be an integer, a string or a number: correct the row"
-            )
-    return values
+def _tell_doubts(table: Table, column: str, values: list[Any]) -> None:
+    """Warn where labels that become classes may be numbers to predict, or no labels."""
+    counts = Counter(values)
+    for name in sorted({str(value) for value in counts if str(value).lower() in _DOUBTFUL}):
+        warnings.warn(
+            f"{table.path} has {counts[name]:,} rows with the label {name!r}, which is read as a class: "
+            "leave the cell empty if they have no label",
+            stacklevel=4,
+        )
+    if isinstance(values[0], str):
+        return
+    decimals = any(isinstance(raw, float) or (isinstance(raw, str) and "." in raw) for raw in table.columns[column])
+    if decimals or len(counts) > max(_MANY_NUMBERS, len(values) // 10):
+        warnings.warn(
+            f"{table.path} has {len(counts):,} different whole numbers in column {column!r}, which are read as "
+            "classes: say kind regression to predict them as numbers",
+            stacklevel=4,
+        )
 
 
 def _typed(table: Table, values: list[Any]) -> list[Any]:
-    """Return the labels, as numbers if the file is untyped and all of them are numbers."""
-    if table.untyped:
-        stripped = [value.strip() for value in values]
-        if all(_INTEGER.fullmatch(value) for value in stripped):
-            return [int(value) for value in stripped]
-        if all(_is_number(value) for value in stripped):
-            return [float(value) for value in stripped]
+    """Return the labels, as numbers if all of them are; whole floats become integers if all numbers are whole."""
+    if table.untyped and all(_is_number(value) for value in values):
+        values = [_as_number(value) for value in values]
+    elif not all(isinstance(value, (int, float)) for value in values):
+        return values
+    if all(isinstance(value, int) or value.is_integer() for value in values):
+        return [int(value) for value in values]
     return values
 
 
+def _as_number(text: str) -> int | float:
+    if _INTEGER.fullmatch(text):
+        return int(text)
+    number = float(text)
+    return int(number) if number.is_integer() else number
+
+
 def _named_ids(names: Sequence[str], values: list[Any], spelled: dict[Any, str]) -> dict[Any, int]:
-    if all(isinstance(value, str) for value in values):
+    # A file may lack the words among names such as 1, 2 and other, so that all its labels are numbers.
+    if all(isinstance(value, str) for value in values) or {str(value) for value in values} <= {*names}:
         return {name: index for index, name in enumerate(names)}
-    # Integers are ids, unless they are the names themselves (grades called "1" to "5") or the file spells them out.
-    if all(_INTEGER.fullmatch(name) for name in names):
-        return {int(name): index for index, name in enumerate(names)}
+    # Numbers are ids, unless they are the names themselves (grades called "1" to "5") or the file spells them out.
+    if all(_is_number(name) for name in names):
+        return {_as_number(name): index for index, name in enumerate(names)}
     ids = {index: index for index in range(len(names))}
     stated = {value: names.index(name) for value, name in spelled.items() if name in names}
     return ids if all(ids.get(value) == index for value, index in stated.items()) else stated
 
 
 def _number(value: Any, table: Table, row: int) -> float:
-    is_word = isinstance(value, str) and not (table.untyped and _is_number(value))
+    is_word = isinstance(value, str) and not _is_number(value)
     if is_word or not math.isfinite(float(value)):
         raise BayesLoraError(
             f"{table.where(row)} has the label {value!r}, but regression needs a finite number: correct the row"

@@ -3,15 +3,27 @@
 from __future__ import annotations
 
 import csv
+import dataclasses
+import io
 import json
-from collections.abc import Iterator, Mapping, Sequence
+import warnings
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from bayeslora.data.guessing import (
+    decode,
+    described,
+    guess_delimiter,
+    rows_of_object,
+    split_off_separator,
+    whole,
+)
 from bayeslora.errors import BayesLoraError
 
-EXTENSIONS = (".jsonl", ".json", ".csv", ".parquet")
+EXTENSIONS = (".jsonl", ".json", ".csv", ".parquet", ".tsv")
+_LONGEST_FIELD = 2**31 - 1
 
 
 @dataclass
@@ -23,18 +35,27 @@ class Table:
         columns: values by column name.
         places: the place of each row, such as `line 7`.
         untyped: True if every value is a string because the format lacks types (CSV).
+        encoding: of the file, guessed; empty for Parquet and rows in memory.
+        delimiter: of a CSV file, guessed; empty for others.
     """
 
     path: Path
     columns: dict[str, list[Any]]
     places: Sequence[str]
     untyped: bool = False
+    encoding: str = ""
+    delimiter: str = ""
 
     def __len__(self) -> int:
         return len(self.places)
 
     def where(self, row: int) -> str:
         return f"{self.path}, {self.places[row]}"
+
+    def select(self, rows: Sequence[int]) -> Table:
+        """Return the table with these rows only, by number from 0."""
+        columns = {name: [values[row] for row in rows] for name, values in self.columns.items()}
+        return dataclasses.replace(self, columns=columns, places=[self.places[row] for row in rows])
 
     def strings(self, column: str) -> list[str]:
         """Return a column; raise `BayesLoraError` if a value is not a string."""
@@ -49,24 +70,34 @@ class Table:
 
 
 def read_table(
-    path: str | Path | Sequence[Mapping[str, Any]], wanted: Sequence[str], optional: Sequence[str] = ()
+    source: str | Path | Table | Sequence[Mapping[str, Any]],
+    wanted: Sequence[str],
+    optional: Sequence[str] | None = (),
 ) -> Table:
     """Read the named columns of a file, in the format of its extension.
 
+    The encoding of a text file and the delimiter of a CSV file are guessed; a warning says them unless they are UTF-8
+    and a comma. Half characters, such as half an emoji, become U+FFFD with a warning.
+
     Args:
-        path: a `.jsonl`, `.json` (a list of objects, or JSON Lines), `.csv` (with a header) or `.parquet` file; or
-            rows in memory, which are checked in the same way.
+        source: a `.jsonl`, `.json`, `.csv` or `.tsv` (with a header) or `.parquet` file; rows in memory, which are
+            checked in the same way; or a table that has been read. `.json` is a list of objects, JSON Lines, or what
+            `guessing.rows_of_object` reads.
         wanted: columns that every row must have.
-        optional: columns to keep if the file has them.
+        optional: columns to keep if the file has them; None keeps all.
 
     Raises:
         BayesLoraError: the file is missing, has another extension, is malformed (with the line), lacks a column (with
             the columns that it has), or lacks rows.
     """
-    if not isinstance(path, (str, Path)):
-        rows = ((f"row {number}", row) for number, row in enumerate(path, start=1))
+    if isinstance(source, Table):
+        _check_columns(source.path, list(source.columns), wanted)
+        kept = source.columns if optional is None else dict.fromkeys((*wanted, *optional))
+        return dataclasses.replace(source, columns={n: source.columns[n] for n in kept if n in source.columns})
+    if not isinstance(source, (str, Path)):
+        rows = ((f"row {number}", row) for number, row in enumerate(source, start=1))
         return _records(Path("the input"), rows, wanted, optional)
-    path = Path(path)
+    path = Path(source)
     extension = path.suffix.lower()
     if extension not in EXTENSIONS:
         known = ", ".join(EXTENSIONS)
@@ -77,65 +108,85 @@ def read_table(
     try:
         if extension == ".parquet":
             return _parquet(path, wanted, optional)
-        with path.open(encoding="utf-8-sig", newline="") as stream:
-            if extension == ".csv":
-                return _csv(path, stream, wanted, optional)
-            text = stream.read()
-    except UnicodeDecodeError as error:
-        raise BayesLoraError(f"{path} is not UTF-8 at byte {error.start}, but must be: save it as UTF-8") from None
+        content = path.read_bytes()
     except OSError as error:
         raise BayesLoraError(f"{path} cannot be read ({error.strerror}): check the file") from None
-    return _records(path, _json_records(path, text), wanted, optional)
+    text, encoding = decode(path, content)
+    if extension in (".csv", ".tsv"):
+        table = _csv(path, text, wanted, optional)
+    else:
+        table = _records(path, _json_records(path, text, wanted), wanted, optional)
+    unusual = list(described(encoding, "," if extension == ".tsv" else table.delimiter))
+    if unusual:
+        warnings.warn(f"{path} is read as a file {' and '.join(unusual)}", stacklevel=2)
+    return dataclasses.replace(table, encoding=encoding)
 
 
-def _json_records(path: Path, text: str) -> Iterator[tuple[str, Any]]:
-    if path.suffix.lower() == ".json" and text.lstrip().startswith("["):
+def _json_records(path: Path, text: str, wanted: Sequence[str]) -> Iterator[tuple[str, Any]]:
+    if path.suffix.lower() == ".json" and text.lstrip()[:1] in ("[", "{"):
         try:
-            entries = json.loads(text)
-        except json.JSONDecodeError as error:
-            raise BayesLoraError(
-                f"{path}, line {error.lineno} is not valid JSON ({error.msg}): correct the file"
-            ) from None
-        yield from ((f"entry {number}", entry) for number, entry in enumerate(entries, start=1))
-        return
+            content = json.loads(text)
+        except ValueError as error:
+            # After a whole first object there is a second: JSON Lines.
+            if text.lstrip()[0] == "[" or not str(error).startswith("Extra data"):
+                raise _not_json(path, error, "correct the file", getattr(error, "lineno", 1)) from None
+        else:
+            kind, entries = rows_of_object(content, wanted) if isinstance(content, dict) else ("entry", content)
+            yield from ((f"{kind} {number}", entry) for number, entry in enumerate(entries, start=1))
+            return
     # Not splitlines(): JSON strings may hold U+2028 and other characters that it treats as line ends.
     for number, line in enumerate(text.split("\n"), start=1):
         if not line.strip():
             continue
         try:
             yield f"line {number}", json.loads(line)
-        except json.JSONDecodeError as error:
-            raise BayesLoraError(
-                f"{path}, line {number} is not valid JSON ({error.msg} at column {error.colno}): "
-                "write one object a line"
-            ) from None
+        except ValueError as error:
+            raise _not_json(path, error, "write one object a line", number, getattr(error, "colno", 1)) from None
 
 
-def _records(path: Path, records: Iterator[tuple[str, Any]], wanted: Sequence[str], optional: Sequence[str]) -> Table:
-    columns: dict[str, list[Any]] = {name: [] for name in (*wanted, *optional)}
-    seen: set[str] = set()
+def _not_json(path: Path, error: ValueError, remedy: str, line: int, column: int | None = None) -> BayesLoraError:
+    reason = getattr(error, "msg", str(error)) + (f" at column {column}" if column else "")
+    return BayesLoraError(f"{path}, line {line} is not valid JSON ({reason}): {remedy}")
+
+
+def _records(
+    path: Path, records: Iterable[tuple[str, Any]], wanted: Sequence[str], optional: Sequence[str] | None
+) -> Table:
+    names = dict.fromkeys((*wanted, *(optional or ())))
+    rows: list[dict[str, Any]] = []
     places = []
     for place, record in records:
-        if not isinstance(record, dict):
+        if not isinstance(record, Mapping):
             kind = type(record).__name__
             raise BayesLoraError(f"{path}, {place} is a {kind}, but must be an object: name its columns")
         for name in wanted:
             if name not in record:
-                raise _missing(f"{path}, {place}", name, list(record))
-        for name, values in columns.items():
-            values.append(record.get(name))
-        seen.update(record)
+                raise _missing(f"{path}, {place}", name, list(map(str, record)))
+        rows.append({name: record[name] for name in (record if optional is None else names) if name in record})
         places.append(place)
     _check_rows(path, len(places))
-    return Table(path, {name: values for name, values in columns.items() if name in seen}, places)
+    found = {name for row in rows for name in row}
+    names |= dict.fromkeys(name for row in rows for name in row)
+    mended = [whole(row) for row in rows]
+    halves = [number for number, (row, new) in enumerate(zip(rows, mended, strict=True)) if row != new]
+    if halves:
+        warnings.warn(
+            f"{path} has half characters, such as half an emoji, in {_count(halves, 'row')} "
+            f"(first {places[halves[0]]}), which are replaced by U+FFFD",
+            stacklevel=3,
+        )
+    return Table(path, {name: [row.get(name) for row in mended] for name in names if name in found}, places)
 
 
-def _csv(path: Path, stream: Iterator[str], wanted: Sequence[str], optional: Sequence[str]) -> Table:
-    reader = csv.reader(stream, strict=True)
+def _csv(path: Path, text: str, wanted: Sequence[str], optional: Sequence[str] | None) -> Table:
+    text, delimiter = split_off_separator(text)
+    delimiter = delimiter or ("\t" if path.suffix.lower() == ".tsv" else guess_delimiter(text, wanted))
+    csv.field_size_limit(_LONGEST_FIELD)  # by default a text of 131,072 characters is refused
+    reader = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter, strict=True)
     rows: list[list[str]] = []
     places = []
     try:
-        header = next(reader, [])
+        header = [name.strip() for name in next(reader, [])]
         if not header:
             raise BayesLoraError(f"{path} is empty, but needs a header line: name the columns in it")
         _check_columns(path, header, wanted)
@@ -143,20 +194,22 @@ def _csv(path: Path, stream: Iterator[str], wanted: Sequence[str], optional: Seq
             if not row:
                 continue
             if len(row) != len(header):
+                kind = {",": "commas", ";": "semicolons", "\t": "tabs"}.get(delimiter, repr(delimiter))
                 raise BayesLoraError(
                     f"{path}, line {reader.line_num} has {len(row)} fields, but the header has {len(header)}: "
-                    "quote fields that hold commas"
+                    f"quote fields that hold {kind}"
                 )
             rows.append(row)
             places.append(f"line {reader.line_num}")
     except csv.Error as error:
         raise BayesLoraError(f"{path}, line {reader.line_num} is not valid CSV ({error}): correct the line") from None
     _check_rows(path, len(rows))
-    kept = [name for name in (*wanted, *optional) if name in header]
-    return Table(path, {name: [row[header.index(name)] for row in rows] for name in kept}, places, untyped=True)
+    kept = list(dict.fromkeys(header)) if optional is None else [n for n in (*wanted, *optional) if n in header]
+    columns = {name: [row[header.index(name)] for row in rows] for name in kept}
+    return Table(path, columns, places, untyped=True, delimiter=delimiter)
 
 
-def _parquet(path: Path, wanted: Sequence[str], optional: Sequence[str]) -> Table:
+def _parquet(path: Path, wanted: Sequence[str], optional: Sequence[str] | None) -> Table:
     # Imported here: only Parquet needs it, and it is slow to load.
     import pyarrow  # type: ignore[import-untyped]
     import pyarrow.parquet  # type: ignore[import-untyped]
@@ -165,13 +218,18 @@ def _parquet(path: Path, wanted: Sequence[str], optional: Sequence[str]) -> Tabl
         with pyarrow.parquet.ParquetFile(path) as file:
             names = list(file.schema_arrow.names)
             _check_columns(path, names, wanted)
-            table = file.read(columns=[name for name in (*wanted, *optional) if name in names])
+            kept = None if optional is None else [name for name in (*wanted, *optional) if name in names]
+            table = file.read(columns=kept)
     except pyarrow.ArrowException as error:
         reason = str(error).split("\n")[0].rstrip(".")
         raise BayesLoraError(f"{path} is not a valid Parquet file ({reason}): write it again") from None
     _check_rows(path, table.num_rows)
     columns = {name: table.column(name).to_pylist() for name in table.column_names}
     return Table(path, columns, [f"row {number}" for number in range(1, table.num_rows + 1)])
+
+
+def _count(things: Sequence[Any], name: str) -> str:
+    return f"{len(things):,} {name}{'' if len(things) == 1 else 's'}"
 
 
 def _check_rows(path: Path, count: int) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,15 +24,16 @@ from bayeslora.data.choices import (
     choice_columns,
 )
 from bayeslora.data.known import KNOWN, Known, known_tables
-from bayeslora.data.labels import Kind, TaskKind, learn_labels
+from bayeslora.data.labels import Kind, TaskKind, labelled, learn_labels
+from bayeslora.data.split import HoldOut
 from bayeslora.data.tables import Table, read_table
 from bayeslora.errors import BayesLoraError
 from bayeslora.vocabulary import Scoring
 
 LABEL = "label"
 """Name of the label column in every split."""
-Source = str | Path | Sequence[Mapping[str, Any]]
-"""A data file, or rows in memory."""
+Source = str | Path | Table | Sequence[Mapping[str, Any]]
+"""A data file, rows in memory, or what `read_table` has made of them."""
 
 
 @dataclass(frozen=True)
@@ -54,6 +56,7 @@ class Task:
         group_column: column of `splits` whose values must not be shared between training and held-out examples.
         scoring: of multiple choice, how a language model answers: `"letters"` or `"cloze"`.
         cloze: how choices are scored by their text.
+        evaluation_rows: of a task from one file, the rows of the file (from 0) that are `validation`.
     """
 
     name: str
@@ -67,6 +70,7 @@ class Task:
     group_column: str | None = None
     scoring: Scoring = "letters"
     cloze: Cloze = Cloze()
+    evaluation_rows: list[int] = dataclasses.field(default_factory=list)
 
     @property
     def metrics(self) -> tuple[str, ...]:
@@ -135,29 +139,31 @@ def load_task(name: str, data_dir: str | Path | None = None, *, train_split: str
 
 def load_files(
     train_file: Source,
-    eval_file: Source,
+    eval_file: Source | None,
     text_columns: str | Sequence[str],
     label_column: str,
     *,
     test_file: Source | None = None,
     labels: Sequence[str] | None = None,
     kind: Kind | None = None,
+    held_out: HoldOut | Sequence[int] | None = None,
 ) -> Task:
-    """Load a task from data files (`.jsonl`, `.json`, `.csv` or `.parquet`, by the extension) or from rows in memory.
+    """Load a task from data files (by the extension, see `tables.read_table`) or from rows in memory.
 
-    String labels become class ids in order of first appearance in the training file, integers in numerical order (with
-    names from the column `<label_column>_text`, if it exists). Numbers with a fraction make it a regression. In CSV,
-    labels are numbers if all of them can be read as numbers.
+    Class ids follow the sorted labels, numbers by value (with names from the column `<label_column>_text`, if it
+    exists). Numbers with a fraction make it a regression. In CSV, labels are numbers if all of them can be read as
+    numbers. Rows without a label are left out (`labels.labelled`). Warnings count them, and empty texts.
 
     Args:
         train_file: decides which labels exist.
-        eval_file: becomes the split `validation`.
+        eval_file: becomes the split `validation`; None takes it from the training file, as `held_out` says.
         text_columns: one name, or two for pairs.
         label_column: name of the label's column.
         test_file: becomes the split `test`.
         labels: class names in the order of their ids, to fix that order or to allow classes that are missing from the
             training file.
         kind: `"classification"` or `"regression"`; None lets the training labels decide.
+        held_out: which rows of the training file are `validation`: a share, or their numbers (from 0).
 
     Raises:
         BayesLoraError: a file cannot be used; the message has its name and line.
@@ -167,15 +173,21 @@ def load_files(
         raise BayesLoraError(
             f"the labels are {list(labels)}, but must be at least 2 different names: list every class once"
         )
+    if (eval_file is None) == (held_out is None):
+        raise BayesLoraError("eval_file and held_out are both given or both missing, but one is needed: give one")
     files = {"train": train_file, "validation": eval_file, "test": test_file}
     names_column = f"{label_column}_text"
+    optional = [] if names_column in columns else [names_column]
+    group_column = held_out.group_column if isinstance(held_out, HoldOut) else None
     tables = {
-        split: read_table(file, (*columns, label_column), () if names_column in columns else (names_column,))
+        split: read_table(
+            file, (*columns, label_column, *([group_column] if group_column and split == "train" else [])), optional
+        )
         for split, file in files.items()
         if file is not None
     }
     name = Path(train_file).stem if isinstance(train_file, (str, Path)) else "rows"
-    return _build(name, tables, columns, label_column, kind=kind, names=labels)
+    return _build(name, tables, columns, label_column, kind=kind, names=labels, held_out=held_out)
 
 
 def load_texts(file: Source, text_columns: str | Sequence[str]) -> Dataset:
@@ -185,7 +197,9 @@ def load_texts(file: Source, text_columns: str | Sequence[str]) -> Dataset:
         BayesLoraError: a file cannot be used; the message has its name and line.
     """
     columns = _checked_columns(text_columns)
-    return Dataset.from_dict(_texts(read_table(file, columns), columns))
+    table = read_table(file, columns)
+    _tell_empty_texts(table, columns)
+    return Dataset.from_dict(_texts(table, columns))
 
 
 def hold_out(task: Task, fraction: float = 0.1, seed: int = 0) -> Task:
@@ -241,10 +255,21 @@ def _whole_groups(groups: np.ndarray, fraction: float, generator: np.random.Gene
 
 
 def _build(
-    name: str, tables: Mapping[str, Table], text_columns: tuple[str, ...], label_column: str, *,
+    name: str, tables: dict[str, Table], text_columns: tuple[str, ...], label_column: str, *,
     kind: Kind | None = None, names: Sequence[str] | None = None, metrics: Sequence[str] = (),
+    held_out: HoldOut | Sequence[int] | None = None,
 ) -> Task:  # fmt: skip
-    labels = learn_labels(tables["train"], label_column, f"{label_column}_text", names, kind)
+    read = {split: labelled(table, label_column, names or ()) for split, table in tables.items()}
+    labels = learn_labels(read["train"], label_column, f"{label_column}_text", names, kind)
+    for table in read.values():
+        _tell_empty_texts(table, text_columns)
+    rows: list[int] = []
+    if held_out is not None:
+        table = read["train"]
+        classes = labels.apply(table, label_column) if labels.names else [0] * len(table)
+        held, rows = _held_out(tables["train"], table, classes, text_columns, held_out)
+        parts = {"train": sorted({*range(len(table))} - {*held}), "validation": held}
+        read = {**read, **{split: table.select(chosen) for split, chosen in parts.items()}}
     headline, *extra = metrics or (("pearson", "spearman") if labels.kind == "regression" else ("accuracy",))
     return Task(
         name=name,
@@ -255,14 +280,45 @@ def _build(
         metric=headline,
         splits={
             split: Dataset.from_dict({**_texts(table, text_columns), LABEL: labels.apply(table, label_column)})
-            for split, table in tables.items()
+            for split, table in read.items()
         },
         extra_metrics=tuple(extra),
+        evaluation_rows=rows,
     )
+
+
+def _held_out(
+    table: Table, read: Table, classes: Sequence[Any], text_columns: tuple[str, ...],
+    held_out: HoldOut | Sequence[int],
+) -> tuple[list[int], list[int]]:  # fmt: skip
+    """Return the rows of `read`, the labelled rows of `table`, to hold out, and their numbers in `table`."""
+    number_at = {place: number for number, place in enumerate(table.places)}
+    numbers = [number_at[place] for place in read.places]
+    if isinstance(held_out, HoldOut):
+        held = held_out.rows(read, classes, text_columns)
+    else:
+        recorded = set(held_out)
+        held = [row for row, number in enumerate(numbers) if number in recorded]
+    if not 0 < len(held) < len(read):
+        raise BayesLoraError(
+            f"{len(held)} of the {len(read)} labelled rows of {table.path} are held out, but both parts need at least "
+            "1: give an evaluation file"
+        )
+    return held, [numbers[row] for row in held]
 
 
 def _texts(table: Table, text_columns: tuple[str, ...]) -> dict[str, list[Any]]:
     return {name: table.strings(name) for name in text_columns}
+
+
+def _tell_empty_texts(table: Table, text_columns: tuple[str, ...]) -> None:
+    for name in text_columns:
+        empty = sum(isinstance(text, str) and not text.strip() for text in table.columns[name])
+        if empty:
+            warnings.warn(
+                f"{table.path} has {empty:,} of {len(table):,} rows with an empty text in column {name!r}",
+                stacklevel=3,
+            )
 
 
 def _checked_columns(text_columns: str | Sequence[str], label_column: str | None = None) -> tuple[str, ...]:

@@ -164,6 +164,25 @@ def classification_scores(
     return scores
 
 
+def baseline_scores(labels: ArrayLike, classes: int, metrics: Sequence[str] = ("accuracy",)) -> dict[str, float]:
+    """Return scores of the best constant prediction: the shares of the classes in the labels, for every example.
+
+    Its class is the most frequent one, its `nll` the entropy of the labels. Calibration errors are left out, since
+    shares are calibrated, and `aurc`, since all confidences are equal.
+
+    Args:
+        labels: (n,) class ids; values if `classes` is 0, whose mean is then predicted.
+        classes: number of classes C.
+        metrics: as for `classification_scores`.
+    """
+    values = np.asarray(labels)
+    if not classes:
+        return regression_scores(np.full(len(values), values.mean(dtype=np.float64)), values)
+    shares = np.bincount(values, minlength=classes) / len(values)
+    scores = classification_scores(np.tile(shares, (len(values), 1)), values, metrics)
+    return {name: scores[name] for name in dict.fromkeys((*metrics, "accuracy", "nll", "brier"))}
+
+
 def regression_scores(predicted: ArrayLike, values: ArrayLike) -> dict[str, float]:
     """Return `pearson`, `spearman` and the mean squared error `mse`."""
     predicted, values = aligned(predicted, values)

@@ -17,7 +17,13 @@ from numpy.typing import NDArray
 from bayeslora.data.encode import collated
 from bayeslora.data.tasks import LABEL, Task
 from bayeslora.errors import BayesLoraError
-from bayeslora.evaluation.metrics import classification_scores, regression_scores, reliability_bins, softmax
+from bayeslora.evaluation.metrics import (
+    baseline_scores,
+    classification_scores,
+    regression_scores,
+    reliability_bins,
+    softmax,
+)
 from bayeslora.evaluation.multiple_choice import (
     LetterLogits,
     choice_scoring,
@@ -52,6 +58,7 @@ class Evaluation:
         entropy: (n,) of the predictions, in nats; 0 for regression.
         mutual_information: (n,) the part of the entropy that the samples disagree about, in nats; 0 without samples.
         samples: number of draws from the posterior for each prediction; 0 is the posterior mean.
+        baseline: scores of the best constant prediction for these labels, `metrics.baseline_scores`.
     """
 
     scores: dict[str, float]
@@ -62,6 +69,7 @@ class Evaluation:
     entropy: NDArray[np.float64]
     mutual_information: NDArray[np.float64]
     samples: int = 0
+    baseline: dict[str, float] = dataclasses.field(default_factory=dict)
 
     @property
     def rows(self) -> int:
@@ -281,6 +289,7 @@ def _scored(task: Task, prediction: Prediction, labels: NDArray[Any], seconds: f
         "entropy": prediction.entropy.numpy(),
         "mutual_information": prediction.mutual_information.numpy(),
         "samples": samples,
+        "baseline": baseline_scores(labels, 0 if task.kind == "regression" else len(task.labels), task.metrics),
     }
     if task.kind == "regression":
         values = predicted[:, 0].numpy()

@@ -10,6 +10,7 @@ from typing import Any, Literal
 
 from bayeslora.data.choices import Cloze
 from bayeslora.errors import BayesLoraError
+from bayeslora.files import save_json
 from bayeslora.vocabulary import Normalization, Scoring
 
 RUN_FILE = "run.json"
@@ -46,6 +47,8 @@ class RunInfo:
         train_split: of a named task with several training splits.
         few_shot: examples in each prompt.
         files: `train_file`, `eval_file` and `test_file` of a task from files.
+        evaluation_rows: rows of `train_file` (from 0) that are held out for evaluation; empty with an `eval_file`.
+        train_digest: digest of `train_file`, if it has evaluation rows; None otherwise.
         tokenizer_digest: see `base.tokenizer_digest`; None in older folders, which are not checked.
     """
 
@@ -69,6 +72,8 @@ class RunInfo:
     train_split: str | None = None
     few_shot: int = 0
     files: dict[str, str] = field(default_factory=dict)
+    evaluation_rows: list[int] = field(default_factory=list)
+    train_digest: str | None = None
     tokenizer_digest: str | None = None
 
     @property
@@ -85,8 +90,7 @@ class RunInfo:
 
     def save(self, folder: Path) -> None:
         """Write `run.json`."""
-        text = json.dumps(dataclasses.asdict(self), indent=2, ensure_ascii=False)
-        (folder / RUN_FILE).write_text(text + "\n", encoding="utf-8")
+        save_json(folder / RUN_FILE, dataclasses.asdict(self))
 
     @classmethod
     def load(cls, folder: Path) -> RunInfo:

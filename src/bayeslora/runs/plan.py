@@ -8,10 +8,9 @@ from __future__ import annotations
 
 import dataclasses
 import os
-import typing
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from bayeslora.errors import BayesLoraError
 from bayeslora.files import parse_yaml
@@ -55,20 +54,26 @@ class RunOptions:
     normalization: Normalization | None = declared(
         None, "UNIT", "cloze: divide log-likelihoods by none, tokens or bytes (that of the task)"
     )
-    train_file: str | None = declared(None, "FILE", "training rows, or conversations (.jsonl, .json, .csv, .parquet)")
+    train_file: str | None = declared(
+        None, "FILE", "training rows, or conversations (.jsonl, .json, .csv, .tsv, .parquet)"
+    )
     eval_file: str | None = declared(None, "FILE", "rows to score (of text to generate: a tenth held out)")
+    eval_fraction: float | None = declared(None, "P", "score this share of --train-file instead, stratified by label")
+    group_column: str | None = declared(None, "NAME", "--eval-fraction keeps rows with the same value here together")
+    split_seed: int | None = declared(None, "N", "seed of --eval-fraction (0)", least=0)
     test_file: str | None = declared(None, "FILE", "further rows to score")
     text_column: list[str] | None = declared(None, "A[,B]", "text column, or two columns a,b for sentence pairs")
     label_column: str | None = declared(None, "NAME", "label column (label)")
     labels: list[str] | None = declared(None, "A,B,…", "class names in order of their ids (those in the data, sorted)")
+    kind: Literal["classification", "regression"] | None = declared(
+        None, "NAME", "classification or regression (regression if labels are numbers with a fraction)"
+    )
     output_dir: str | None = declared(None, "OUT", "new folder for the result", required=True)
     config: str | None = declared(None, "FILE", "YAML file of options; the command line takes precedence")
     max_length: int | None = declared(
         None, "N", "maximum input length in tokens (128, of text to generate 1024, or the model's limit)", least=1
     )
-    dtype: typing.Literal["float32", "bfloat16", "float16"] = declared(
-        "float32", "TYPE", "dtype of the base model (float32)"
-    )
+    dtype: Literal["float32", "bfloat16", "float16"] = declared("float32", "TYPE", "dtype of the base model (float32)")
     samples: int = declared(
         0, "N", "Monte-Carlo samples of a stochastic adapter for the final scores (0: the mean)", least=0
     )

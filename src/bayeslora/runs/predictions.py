@@ -37,8 +37,13 @@ class PredictedRow:
     interval: list[float | None] | None = None
     ask_a_human: bool | None = None
 
+    @property
+    def confidence(self) -> float | None:
+        """Probability of the label; None for regression."""
+        return None if self.probabilities is None else max(self.probabilities)
+
     def to_dict(self) -> dict[str, Any]:
-        """Return the fields that `bayeslora predict` writes; those from `std` on only where they have a value."""
+        """Return the fields by name; those from `std` on only where they have a value."""
         optional = ("std", "set", "interval", "ask_a_human")
         return {name: value for name, value in vars(self).items() if name not in optional or value is not None}
 
@@ -74,6 +79,7 @@ class Predictions(Sequence[PredictedRow]):
 
     def __init__(self, prediction: Prediction, names: Sequence[str], decisions: Decisions | None = None) -> None:
         self.prediction, self.decisions = prediction, decisions or Decisions()
+        self._names = list(names)
         self._regression = prediction.probabilities.shape[1] == 0
         found = prediction.labels.tolist()
         self.labels: list[str] | list[float] = found if self._regression else [names[index] for index in found]
@@ -115,6 +121,12 @@ class Predictions(Sequence[PredictedRow]):
             float(prediction.mutual_information[row]),
             **decided,
         )
+
+    def records(self) -> Iterator[dict[str, Any]]:
+        """Yield what `bayeslora predict` writes for each row: `to_dict`, the confidence, probabilities by label."""
+        for row in self:
+            named = None if row.probabilities is None else dict(zip(self._names, row.probabilities, strict=True))
+            yield {"label": row.label, "confidence": row.confidence, **row.to_dict(), "probabilities": named}
 
     def __iter__(self) -> Iterator[PredictedRow]:
         return (self[row] for row in range(len(self)))

@@ -11,6 +11,7 @@ takes its default, a number that was not finite is null, and unknown keys are ig
 | `metric`, `scores` | name of the headline score; scores by name (`accuracy_mismatched`: MNLI's second split) |
 | `split`, `rows` | the split that was scored, by default `validation`; its number of rows |
 | `scoring`, `normalization` | how a language model answers: `letters` or `cloze`; the unit of cloze's divisor |
+| `baseline` | scores of the best constant prediction: the shares of the classes in these rows, or the mean number |
 | `scores_test` | scores of the test split, if there is one |
 | `reliability.bins` | `lower`, `upper`, `count`, mean `confidence` and `accuracy` by bin of confidence |
 | `risk_coverage` | `coverage`, the shares of examples answered, and `risk`, the error rate among each |
@@ -57,6 +58,8 @@ from bayeslora.vocabulary import ALL_KINDS, COST_SCOPES, MATRICES, UNQUANTIZED
 METRICS_FILE, HISTORY_FILE = "metrics.json", "history.json"
 NO_SHIFT, DOMAIN = "none", "domain"
 """Names in `shift.levels` beside the suites: texts as they are, and labelled rows of another source."""
+IN_BRACKETS = "in brackets: the same prediction for every row, the shares of the classes or the mean number"
+"""What the numbers in brackets beside scores are."""
 # Older files do not name their headline score; it is the first of these that they have.
 _HEADLINES = ("matthews_correlation", "pearson", "accuracy", "spearman", "f1")
 
@@ -293,6 +296,7 @@ class RunRecord:
     normalization: str = ""
     split: str | None = None
     rows: Count | None = None
+    baseline: dict[str, float] = field(default_factory=dict)
     scores_test: dict[str, float] = field(default_factory=dict)
     reliability: Reliability = field(default_factory=Reliability)
     risk_coverage: RiskCoverage = field(default_factory=RiskCoverage)
@@ -341,6 +345,14 @@ class RunRecord:
     def score(self) -> float:
         """Return the headline score, which `metric` names."""
         return self.scores[self.metric]
+
+    @property
+    def score_lines(self) -> list[str]:
+        """Return the scores by name, each with that of the best constant prediction in brackets where there is one."""
+        return [
+            f"{name} {value:.4f}" + (f" ({self.baseline[name]:.4f})" if name in self.baseline else "")
+            for name, value in self.scores.items()
+        ]
 
     @property
     def detection(self) -> dict[str, dict[str, float]]:

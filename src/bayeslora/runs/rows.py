@@ -18,11 +18,12 @@ from bayeslora.data.encode import collated
 from bayeslora.data.generation import answered_rows, text_task
 from bayeslora.data.known import KNOWN
 from bayeslora.data.labels import Kind
-from bayeslora.data.tables import EXTENSIONS
+from bayeslora.data.tables import EXTENSIONS, Table, read_table
 from bayeslora.data.tasks import Source, load_choices
 from bayeslora.errors import BayesLoraError, Problems, option
 from bayeslora.evaluation.cloze import copies, is_cloze
 from bayeslora.evaluation.multiple_choice import choice_scoring, encode_choices, encode_pairs, is_multiple_choice
+from bayeslora.files import file_digest
 from bayeslora.runs.base import LANGUAGE_HEADS
 from bayeslora.runs.info import Head, RunInfo
 from bayeslora.vocabulary import Normalization, Scoring
@@ -132,8 +133,8 @@ def rows_to_predict(inputs: Any, info: RunInfo, text_columns: list[str] | None =
     """Read rows without labels as the split `validation` of a task that fits the run.
 
     Args:
-        inputs: a text, a pair (tuple) or a row (dict); an iterable of them, such as a list or a `Dataset`; or the
-            `Path` of a data file.
+        inputs: a text, a pair (tuple) or a row (dict); an iterable of them, such as a list or a `Dataset`; the `Path`
+            of a data file, or its `table_to_predict`.
         info: of the run.
         text_columns: text column or columns, by default those of the training.
 
@@ -141,12 +142,24 @@ def rows_to_predict(inputs: Any, info: RunInfo, text_columns: list[str] | None =
         BayesLoraError: there are 0 rows, a column is missing, or a value has the wrong type.
     """
     _check_labels(info)
-    if not isinstance(inputs, Path):
+    if not isinstance(inputs, (Path, Table)):
         inputs = _records(inputs, info)
     if info.kind == "multiple_choice":
         return _choices(inputs, info)
     columns = _checked_columns(text_columns, info) or _guessed_columns(inputs)
     return _task(info, tuple(columns), {EVALUATION: load_texts(inputs, columns)})
+
+
+def table_to_predict(file: Path, info: RunInfo, text_columns: list[str] | None = None) -> Table:
+    """Read a file with all its columns, after checking that those to predict on are there.
+
+    Raises:
+        BayesLoraError: as `rows_to_predict`.
+    """
+    _check_labels(info)
+    if info.kind == "multiple_choice":
+        return read_table(file, (QUESTION, CHOICES), None)
+    return read_table(file, _checked_columns(text_columns, info) or _guessed_columns(file), None)
 
 
 def named_task(name: str, info: RunInfo, data_dir: str | None) -> Task:
@@ -179,6 +192,35 @@ def labelled_rows(
     label = label_column or info.label_column
     kind: Kind = "regression" if info.kind == "regression" else "classification"
     return load_files(file, file, columns, label, labels=info.labels or None, kind=kind)
+
+
+def evaluation_task(info: RunInfo, text_columns: list[str] | None = None, label_column: str | None = None) -> Task:
+    """Return the evaluation rows of a run on files as the split `validation`.
+
+    Raises:
+        BayesLoraError: their file is missing, or was changed after they had been split off the training rows.
+    """
+    if info.evaluation_rows:
+        return _split_file(info, text_columns, label_column)
+    return labelled_rows(info, info.files["eval_file"], text_columns, label_column)
+
+
+def _split_file(info: RunInfo, text_columns: list[str] | None = None, label_column: str | None = None) -> Task:
+    """Return the training and the evaluation rows of a run on one file."""
+    file = info.files["train_file"]
+    if Path(file).is_file() and file_digest(file) != info.train_digest:
+        raise BayesLoraError(
+            f"{file} has changed, but the run's own evaluation rows are rows of it: restore it, or give --eval-file"
+        )
+    return load_files(
+        file,
+        None,
+        _checked_columns(text_columns, info),
+        label_column or info.label_column,
+        labels=info.labels or None,
+        kind="regression" if info.kind == "regression" else "classification",
+        held_out=info.evaluation_rows,
+    )
 
 
 def check_not_training(info: RunInfo, source: str, split: str) -> None:
@@ -244,6 +286,9 @@ def _training_split(info: RunInfo) -> tuple[Task, Dataset]:
         if info.kind == "generation":
             task = load_generation(info.files["train_file"], info.files.get("eval_file"))
             return task, task.train_split
+        if info.evaluation_rows:
+            task = _split_file(info)
+            return task, task.train_split
         task = labelled_rows(info, info.files["train_file"])
         return task, task.splits[EVALUATION]
     task = load_task(info.task_name, info.data_dir, train_split=info.train_split)
@@ -301,12 +346,12 @@ def _check_labels(info: RunInfo) -> None:
         )
 
 
-def _choices(source: Path | Sequence[Mapping[str, Any]], info: RunInfo, *, answers: bool = False) -> Task:
+def _choices(source: Path | Table | Sequence[Mapping[str, Any]], info: RunInfo, *, answers: bool = False) -> Task:
     """Read multiple-choice rows as the split `validation` of a task, with the splits for few-shot examples."""
     rows = load_choices(source, task_name=info.task_name, answers=answers)
     most = max(len(choices) for choices in rows["choices"])
     if most > len(info.labels):
-        where = source if isinstance(source, Path) else "the input"
+        where = source if isinstance(source, Path) else source.path if isinstance(source, Table) else "the input"
         raise BayesLoraError(
             f"{where} has a row with {most} choices, but the run was trained on at most {len(info.labels)}: "
             "remove the row"
@@ -333,9 +378,10 @@ def _checked_columns(given: list[str] | None, info: RunInfo, name: str = "--text
     return given
 
 
-def _guessed_columns(inputs: Path | list[Mapping[str, Any]]) -> list[str]:
+def _guessed_columns(inputs: Path | Table | list[Mapping[str, Any]]) -> list[str]:
     """Return default text columns for a run without names: `text`, or `text_a` and `text_b`."""
-    pairs = not isinstance(inputs, Path) and set(_TEXT_COLUMNS[2]) <= set(inputs[0])
+    names = inputs.columns if isinstance(inputs, Table) else [] if isinstance(inputs, Path) else inputs[0]
+    pairs = {*_TEXT_COLUMNS[2]} <= {*names}
     return _TEXT_COLUMNS[2 if pairs else 1]
 
 

@@ -36,14 +36,14 @@ from transformers import (
 from transformers.integrations import get_reporting_integration_callbacks
 from transformers.utils import is_liger_kernel_available
 
-from bayeslora.data import Task, labelled_tokens, load_files, load_generation, load_task
+from bayeslora.data import HoldOut, Task, labelled_tokens, load_files, load_generation, load_task
 from bayeslora.data.tasks import TASKS, hub_dataset
 from bayeslora.errors import BayesLoraError
 from bayeslora.evaluation import compute_metrics_for
 from bayeslora.evaluation.choice_trainer import ChoiceTrainer
 from bayeslora.evaluation.multiple_choice import choice_scoring
 from bayeslora.export.formats import shrink
-from bayeslora.files import save_json
+from bayeslora.files import file_digest, save_json
 from bayeslora.methods import tuner_of
 from bayeslora.methods.registry import title_of
 from bayeslora.optim import IVON
@@ -227,7 +227,8 @@ def _load_data(plan: TrainPlan) -> Task:
     assert options.train_file
     if options.text_column is None:
         return load_generation(options.train_file, options.eval_file, test_file=options.test_file)
-    assert options.eval_file and options.label_column
+    assert options.label_column
+    share = options.eval_fraction
     return load_files(
         options.train_file,
         options.eval_file,
@@ -235,6 +236,8 @@ def _load_data(plan: TrainPlan) -> Task:
         options.label_column,
         test_file=options.test_file,
         labels=options.labels,
+        kind=options.kind,
+        held_out=None if share is None else HoldOut(share, options.group_column, options.split_seed or 0),
     )
 
 
@@ -449,4 +452,6 @@ def _run_info(session: Session) -> RunInfo:
         few_shot=plan.options.few_shot,
         tokenizer_digest=tokenizer_digest(session.tokenizer),
         files={name: record[name] for name in ("train_file", "eval_file", "test_file") if name in record},
+        evaluation_rows=task.evaluation_rows,
+        train_digest=file_digest(record["train_file"]) if task.evaluation_rows else None,
     )

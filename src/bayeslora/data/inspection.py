@@ -1,0 +1,303 @@
+"""Say what training would read from a data file; imports neither torch, NumPy nor `datasets`."""
+
+from __future__ import annotations
+
+import math
+import statistics
+import warnings
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from bayeslora.data.labels import Kind, LabelMap, labelled, learn_labels
+from bayeslora.data.split import HoldOut
+from bayeslora.data.tables import Table, read_table
+from bayeslora.errors import BayesLoraError, Problems
+
+_LABELS = ("label", "labels", "class", "category", "target", "intent", "topic", "sentiment")
+"""Usual names of a label column, lower case."""
+_PAIR = ("text_a", "text_b")
+_FEW = 50
+"""A column of at most this many different values may be that of the labels."""
+_EXAMPLE = 40
+
+CountTokens = Callable[[list[tuple[str, ...]]], list[int]]
+"""Function that returns the number of tokens of each row of texts."""
+
+
+@dataclass(frozen=True)
+class Lengths:
+    """Lengths of the texts of a row: `median`, the 95th percentile `most`, and `longest`."""
+
+    median: int
+    most: int
+    longest: int
+
+    @classmethod
+    def of(cls, values: Sequence[int]) -> Lengths:
+        """Return the lengths of at least one row."""
+        ordered = sorted(values)
+        return cls(int(statistics.median_low(ordered)), ordered[math.ceil(0.95 * len(ordered)) - 1], ordered[-1])
+
+
+@dataclass(frozen=True)
+class Column:
+    """One column: its number of `different` values, of `empty` cells, and an `example`; lengths if it has strings."""
+
+    name: str
+    different: int
+    empty: int
+    example: str
+    characters: Lengths | None = None
+
+
+@dataclass(frozen=True)
+class Part:
+    """Labelled rows on one side of a split: their number, and by class name; `shared` texts with the training rows."""
+
+    rows: int
+    labels: dict[str, int] = field(default_factory=dict)
+    unlabelled: int = 0
+    empty_texts: int = 0
+    shared: int = 0
+    file: str = ""
+
+
+@dataclass(frozen=True)
+class Texts:
+    """Facts about the texts of all rows.
+
+    Attributes:
+        repeated: rows whose text an earlier row has.
+        contradicting: rows whose text has several labels.
+        characters, tokens: lengths; tokens only with a tokenizer, and then `too_long`, the rows beyond its limit.
+    """
+
+    repeated: int
+    contradicting: int
+    characters: Lengths
+    tokens: Lengths | None = None
+    too_long: int | None = None
+
+
+@dataclass(frozen=True)
+class Inspection:
+    """What training would read.
+
+    Attributes:
+        file: the training file.
+        rows: all rows of the file.
+        encoding, delimiter: as guessed; empty where the format has none.
+        columns: in their order in the file.
+        text_columns, label_column: as named or, if `guessed` has them, as guessed; None without a label column.
+        kind: `"classification"` or `"regression"`; None without labels.
+        numbers: of a regression, `least`, `mean`, `most` and `deviation`.
+        training: rows to train on.
+        evaluation: rows to score, from the evaluation file or held out; None without either.
+        texts: lengths and repetitions; None without rows to train on.
+        notes: what training would tell; `problems`: why it would refuse.
+    """
+
+    file: str
+    rows: int
+    encoding: str
+    delimiter: str
+    columns: list[Column]
+    text_columns: list[str]
+    label_column: str | None
+    guessed: list[str]
+    kind: Kind | None
+    numbers: dict[str, float]
+    training: Part
+    evaluation: Part | None
+    texts: Texts | None
+    notes: list[str]
+    problems: list[str]
+
+
+def inspect_file(
+    file: str | Path,
+    text_columns: Sequence[str] | None = None,
+    label_column: str | None = None,
+    *,
+    eval_file: str | Path | None = None,
+    held_out: HoldOut | None = None,
+    labels: Sequence[str] | None = None,
+    kind: Kind | None = None,
+    count_tokens: CountTokens | None = None,
+    max_length: int = 128,
+) -> Inspection:
+    """Return what `load_files` would read with the same arguments.
+
+    Args:
+        file: the training file.
+        text_columns: one or two; None takes `text`, or `text_a` and `text_b`, or the column with the longest texts.
+        label_column: None takes `label` or another usual name, or the only other column with few different values.
+        eval_file, held_out, labels, kind: as for `load_files`.
+        count_tokens: counts the tokens of rows; None leaves them out.
+        max_length: of the model in tokens; `too_long` counts the rows beyond it.
+
+    Raises:
+        BayesLoraError: the file cannot be read, or lacks a named column.
+    """
+    problems = Problems()
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        named = [*(text_columns or ()), *([label_column] if label_column else [])]
+        group = [held_out.group_column] if held_out and held_out.group_column else []
+        table = read_table(file, [*named, *group], None)
+        columns = {name: _column(name, values) for name, values in table.columns.items()}
+        texts = list(text_columns or _guessed_texts(columns, label_column))
+        label = label_column or _guessed_label(columns, texts)
+        found = _Rows(table, _texts(table, texts), None, [], 0)
+        with problems.collected():
+            found = _Rows.read(table, texts, label, labels, kind)
+        training, evaluation = Part(len(found.texts)), None
+        with problems.collected():
+            training, evaluation = _parts(found, texts, label, held_out, eval_file)
+    return Inspection(
+        file=str(file),
+        rows=len(table),
+        encoding=table.encoding,
+        delimiter=table.delimiter,
+        columns=list(columns.values()),
+        text_columns=texts,
+        label_column=label,
+        guessed=[name for name in (*texts, label) if name is not None and name not in named],
+        kind=found.map.kind if found.map else None,
+        numbers=_summary(found.values if found.map and found.map.kind == "regression" else []),
+        training=training,
+        evaluation=evaluation,
+        texts=_facts(found, count_tokens, max_length) if found.texts else None,
+        notes=list(dict.fromkeys(str(warning.message) for warning in caught)),
+        problems=[*problems],
+    )
+
+
+@dataclass(frozen=True)
+class _Rows:
+    """Labelled rows of a file: texts, meaning of the labels, class ids or numbers; `unlabelled` counts the others."""
+
+    table: Table
+    texts: list[tuple[str, ...]]
+    map: LabelMap | None
+    values: list[Any]
+    unlabelled: int
+
+    @classmethod
+    def read(
+        cls, table: Table, texts: list[str], label: str | None, names: Sequence[str] | None, kind: Kind | None
+    ) -> _Rows:
+        if not texts:
+            raise BayesLoraError(f"{table.path} lacks a column of texts, but needs one: name another file")
+        for name in texts:
+            table.strings(name)
+        if label is None:
+            return cls(table, _texts(table, texts), None, [], 0)
+        read = labelled(table, label, names or ())
+        learned = learn_labels(read, label, f"{label}_text", names, kind)
+        values = learned.apply(read, label)
+        return cls(read, _texts(read, texts), learned, values, len(table) - len(read))
+
+    def part(self, rows: Sequence[int], **more: Any) -> Part:
+        """Return the rows of one side."""
+        names = self.map.names if self.map else []
+        counts = Counter(self.values[row] for row in rows) if names else Counter()
+        empty = sum(not any(map(str.strip, self.texts[row])) for row in rows)
+        return Part(len(rows), {name: counts[index] for index, name in enumerate(names)}, empty_texts=empty, **more)
+
+
+def _parts(
+    found: _Rows, texts: list[str], label: str | None, held_out: HoldOut | None, eval_file: str | Path | None
+) -> tuple[Part, Part | None]:
+    """Return the rows to train on and those to score."""
+    numbers = range(len(found.texts))
+    held: list[int] = []
+    evaluation = None
+    if held_out is not None and found.values:
+        classes = found.values if found.map and found.map.names else [0] * len(numbers)
+        held = held_out.rows(found.table, classes, tuple(texts))
+        evaluation = found.part(held, shared=_shared(found.texts, held, sorted({*numbers} - {*held})))
+    elif eval_file is not None:
+        other = read_table(eval_file, [*texts, *([label] if label else [])])
+        read = labelled(other, label, found.map.names if found.map and found.map.named else ()) if label else other
+        values = found.map.apply(read, label) if found.map and label else []
+        rows = _Rows(read, _texts(read, texts), found.map, values, len(other) - len(read))
+        known = set(found.texts)
+        evaluation = rows.part(
+            range(len(rows.texts)),
+            unlabelled=rows.unlabelled,
+            shared=sum(text in known for text in rows.texts),
+            file=str(eval_file),
+        )
+    return found.part(sorted({*numbers} - {*held}), unlabelled=found.unlabelled), evaluation
+
+
+def _facts(found: _Rows, count_tokens: CountTokens | None, max_length: int) -> Texts:
+    labels: dict[tuple[str, ...], set[Any]] = {}
+    for text, value in zip(found.texts, found.values or [None] * len(found.texts), strict=True):
+        labels.setdefault(text, set()).add(value)
+    tokens = count_tokens(found.texts) if count_tokens else None
+    return Texts(
+        repeated=len(found.texts) - len(labels),
+        contradicting=sum(len(labels[text]) > 1 for text in found.texts),
+        characters=Lengths.of([sum(map(len, text)) for text in found.texts]),
+        tokens=Lengths.of(tokens) if tokens else None,
+        too_long=sum(count > max_length for count in tokens) if tokens else None,
+    )
+
+
+def _shared(texts: list[tuple[str, ...]], held: list[int], trained: list[int]) -> int:
+    known = {texts[row] for row in trained}
+    return sum(texts[row] in known for row in held)
+
+
+def _texts(table: Table, columns: Sequence[str]) -> list[tuple[str, ...]]:
+    return list(zip(*([str(text or "") for text in table.columns[name]] for name in columns), strict=True))
+
+
+def _column(name: str, values: list[Any]) -> Column:
+    filled = [value for value in values if not _is_empty(value)]
+    strings = [value for value in filled if isinstance(value, str)]
+    example = " ".join(str(filled[0]).split()) if filled else ""
+    return Column(
+        name,
+        len(set(map(repr, filled))),
+        len(values) - len(filled),
+        example if len(example) <= _EXAMPLE else example[: _EXAMPLE - 1] + "…",
+        Lengths.of(list(map(len, strings))) if strings else None,
+    )
+
+
+def _is_empty(value: Any) -> bool:
+    return value is None or value != value or (isinstance(value, str) and not value.strip())
+
+
+def _guessed_texts(columns: dict[str, Column], label: str | None) -> list[str]:
+    for names in ((("text",)), _PAIR):
+        if {*names} <= columns.keys():
+            return list(names)
+    lengths = {name: column.characters.median for name, column in columns.items() if column.characters}
+    lengths.pop(label or "", None)
+    return [max(lengths, key=lengths.__getitem__)] if lengths else []
+
+
+def _guessed_label(columns: dict[str, Column], texts: list[str]) -> str | None:
+    for usual in _LABELS:
+        if found := [name for name in columns if name.lower() == usual and name not in texts]:
+            return found[0]
+    few = [name for name, column in columns.items() if name not in texts and 2 <= column.different <= _FEW]
+    return few[0] if len(few) == 1 else None
+
+
+def _summary(values: list[float]) -> dict[str, float]:
+    if not values:
+        return {}
+    return {
+        "least": min(values),
+        "mean": statistics.fmean(values),
+        "most": max(values),
+        "deviation": statistics.pstdev(values),
+    }

@@ -1,0 +1,82 @@
+"""Write predictions beside the rows they are for, as JSON Lines or CSV."""
+
+from __future__ import annotations
+
+import csv
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from bayeslora.data.tables import Table
+from bayeslora.files import finite, write_atomically
+from bayeslora.runs.predictions import Predictions
+
+_SEPARATED = {".csv": ",", ".tsv": "\t"}
+_KEPT = "input_"
+"""Prefix of a column of the rows that has the name of one of the predictions."""
+
+
+def write_predictions(path: Path, table: Table, predictions: Predictions) -> list[str]:
+    """Write a row for each prediction: the columns of the table, then those of the prediction.
+
+    A path that ends in `.csv` or `.tsv` becomes a file with a header, in which each probability has a column
+    `probability_<label>`, an interval the columns `lower` and `upper`, and a set is a JSON list. It has the delimiter
+    of the table if that is CSV, and a byte-order mark, which Excel needs, unless the table is plain UTF-8. Other paths
+    become JSON Lines, with `probabilities` as an object by label.
+
+    Args:
+        path: file to write, completely or not at all.
+        table: the rows, with all their columns.
+        predictions: for these rows.
+
+    Returns:
+        The columns of the table that were renamed to `input_<name>`, because a prediction has their name.
+    """
+    separated = path.suffix.lower() in _SEPARATED
+    found = [_flat(row) if separated else row for row in predictions.records()]
+    taken = [name for name in table.columns if name in found[0]]
+    names = {name: _KEPT + name if name in taken else name for name in table.columns}
+    rows = (
+        {**{new: table.columns[name][number] for name, new in names.items()}, **row}
+        for number, row in enumerate(found)
+    )
+    with write_atomically(path) as partial:
+        if separated:
+            _write_separated(partial, _SEPARATED[path.suffix.lower()], table, rows)
+        else:
+            with partial.open("w", encoding="utf-8") as file:
+                for row in rows:
+                    file.write(json.dumps(finite(row), ensure_ascii=False, default=str) + "\n")
+    return taken
+
+
+def _flat(row: dict[str, Any]) -> dict[str, Any]:
+    """Return a prediction with a value for each column of a CSV file; those that are None have no column."""
+    flat: dict[str, Any] = {}
+    for name, value in row.items():
+        if name == "probabilities":
+            flat |= {f"probability_{label}": p for label, p in (value or {}).items()}
+        elif name == "interval":
+            flat |= {"lower": value[0], "upper": value[1]}
+        elif value is not None:
+            flat[name] = value
+    return flat
+
+
+def _write_separated(path: Path, delimiter: str, table: Table, rows: Iterator[dict[str, Any]]) -> None:
+    if delimiter == "," and table.delimiter:
+        delimiter = table.delimiter
+    encoding = "utf-8" if table.encoding in ("", "utf-8") else "utf-8-sig"
+    with path.open("w", encoding=encoding, newline="") as file:
+        writer = csv.writer(file, delimiter=delimiter, lineterminator="\n")
+        for number, row in enumerate(rows):
+            if number == 0:
+                writer.writerow(row)
+            writer.writerow(map(_cell, row.values()))
+
+
+def _cell(value: Any) -> Any:
+    if isinstance(value, bool) or isinstance(value, (list, dict)):
+        return json.dumps(value, ensure_ascii=False, default=str)
+    return value
