@@ -131,6 +131,24 @@ def test_what_training_refuses_is_a_problem_beside_the_rest(
     assert len(found.problems) == 1 and problem in found.problems[0] and found.rows == len(rows)
 
 
+def test_conversations_and_completions_are_text_to_generate(tmp_path: Path) -> None:
+    file = tmp_path / "a.jsonl"
+    turns = [{"role": "user", "content": "Hello"}, {"role": "assistant", "content": "Hi."}]
+    file.write_text((json.dumps({"messages": turns, "id": 1}) + "\n") * 2)
+    found = inspect_file(file)
+    assert (found.kind, found.text_columns, found.label_column, found.problems) == (
+        "generation",
+        ["messages"],
+        None,
+        [],
+    )
+    assert found.training.rows == 2 and found.texts == Texts(1, 0, Lengths(9, 9, 9))
+    file.write_text(json.dumps({"prompt": "ab", "completion": "cde", "label": 1}) + "\n")
+    found = inspect_file(file)
+    assert (found.kind, found.text_columns) == ("generation", ["prompt", "completion"])
+    assert found.texts == Texts(0, 0, Lengths(5, 5, 5))
+
+
 def test_a_named_column_must_be_there(tickets: Path) -> None:
     for columns in (["Text"], ["Message"]):
         with pytest.raises(BayesLoraError, match="but has columns ticket id, Message, Category, priority"):

@@ -120,10 +120,11 @@ def _print(found: dict[str, Any]) -> None:
     if "calibrated" in found:
         by = found["calibrated"]
         print(f"  probabilities by {by['by']}, fitted on {by['rows']} rows of {by['source']}")
-    width, baseline = max(len(name) for name in found["scores"]), found["baseline"]
+    width, baseline = max(len(name) for name in found["scores"]), found.get("baseline", {})
     for name, value in found["scores"].items():
         print(f"  {name:<{width}}  {value:.4f}" + (f"  ({baseline[name]:.4f})" if name in baseline else ""))
-    print(f"  {IN_BRACKETS}")
+    if baseline:
+        print(f"  {IN_BRACKETS}")
     if "ood" in found:
         print("\n".join(detection_lines(found["ood"])))
     if "shift" in found:

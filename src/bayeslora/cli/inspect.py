@@ -51,7 +51,9 @@ def lines(found: Inspection, length: int) -> Iterator[str]:
         yield f"  {column.name:<{width}}  {column.different:,} different{empty}  {column.example}"
     guess = {name: " (guessed)" if name in found.guessed else "" for name in (*found.text_columns, found.label_column)}
     yield f"text: {', '.join(name + guess[name] for name in found.text_columns) or 'none'}"
-    if found.label_column is None:
+    if found.kind == "generation":
+        yield "text to generate: the answers"
+    elif found.label_column is None:
         yield "label: none; name it with --label-column"
     else:
         yield f"label: {found.label_column}{guess[found.label_column]}, {found.kind or 'unreadable'}"

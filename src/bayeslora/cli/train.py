@@ -29,5 +29,6 @@ def run(plan: TrainPlan) -> int:
     if record is None:  # not the first process of several
         return 0
     print(f"{plan.output_dir}: {'  '.join(record.score_lines)}")
-    print(f"  {IN_BRACKETS}")
+    if record.baseline:
+        print(f"  {IN_BRACKETS}")
     return 0

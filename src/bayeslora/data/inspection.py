@@ -9,12 +9,13 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from bayeslora.data.labels import Kind, LabelMap, labelled, learn_labels
 from bayeslora.data.split import HoldOut
 from bayeslora.data.tables import Table, read_table
 from bayeslora.errors import BayesLoraError, Problems
+from bayeslora.vocabulary import MESSAGES, text_form
 
 _LABELS = ("label", "labels", "class", "category", "target", "intent", "topic", "sentiment")
 """Usual names of a label column, lower case."""
@@ -92,7 +93,8 @@ class Inspection:
         encoding, delimiter: as guessed; empty where the format has none.
         columns: in their order in the file.
         text_columns, label_column: as named or, if `guessed` has them, as guessed; None without a label column.
-        kind: `"classification"` or `"regression"`; None without labels.
+        kind: `"classification"` or `"regression"`, None without labels; `"generation"` for conversations and
+            completions.
         numbers: of a regression, `least`, `mean`, `most` and `deviation`.
         training: rows to train on.
         evaluation: rows to score, from the evaluation file or held out; None without either.
@@ -108,7 +110,7 @@ class Inspection:
     text_columns: list[str]
     label_column: str | None
     guessed: list[str]
-    kind: Kind | None
+    kind: Kind | Literal["generation"] | None
     numbers: dict[str, float]
     training: Part
     evaluation: Part | None
@@ -149,8 +151,9 @@ def inspect_file(
         group = [held_out.group_column] if held_out and held_out.group_column else []
         table = read_table(file, [*named, *group], None)
         columns = {name: _column(name, values) for name, values in table.columns.items()}
-        texts = list(text_columns or _guessed_texts(columns, label_column))
-        label = label_column or _guessed_label(columns, texts)
+        answers = None if text_columns else text_form(columns)
+        texts = list(text_columns or answers or _guessed_texts(columns, label_column))
+        label = label_column or (None if answers else _guessed_label(columns, texts))
         found = _Rows(table, _texts(table, texts), None, [], 0)
         with problems.collected():
             found = _Rows.read(table, texts, label, labels, kind)
@@ -166,7 +169,7 @@ def inspect_file(
         text_columns=texts,
         label_column=label,
         guessed=[name for name in (*texts, label) if name is not None and name not in named],
-        kind=found.map.kind if found.map else None,
+        kind="generation" if answers else found.map.kind if found.map else None,
         numbers=_summary(found.values if found.map and found.map.kind == "regression" else []),
         training=training,
         evaluation=evaluation,
@@ -193,7 +196,8 @@ class _Rows:
         if not texts:
             raise BayesLoraError(f"{table.path} lacks a column of texts, but needs one: name another file")
         for name in texts:
-            table.strings(name)
+            if name != MESSAGES:
+                table.strings(name)
         if label is None:
             return cls(table, _texts(table, texts), None, [], 0)
         read = labelled(table, label, names or ())
@@ -255,7 +259,14 @@ def _shared(texts: list[tuple[str, ...]], held: list[int], trained: list[int]) -
 
 
 def _texts(table: Table, columns: Sequence[str]) -> list[tuple[str, ...]]:
-    return list(zip(*([str(text or "") for text in table.columns[name]] for name in columns), strict=True))
+    return list(zip(*(map(_text, table.columns[name]) for name in columns), strict=True))
+
+
+def _text(value: Any) -> str:
+    """Return a text, or the contents of the messages of a conversation."""
+    if isinstance(value, list):
+        return "\n".join(str(message.get("content") or "") for message in value if isinstance(message, dict))
+    return str(value or "")
 
 
 def _column(name: str, values: list[Any]) -> Column:

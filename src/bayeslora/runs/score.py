@@ -103,7 +103,7 @@ def scored(evaluation: Evaluation | TextEvaluation) -> dict[str, Any]:
     """Return the part of `metrics.json` about the predictions on a split."""
     return {
         "scores": evaluation.scores,
-        "baseline": evaluation.baseline,
+        **({"baseline": evaluation.baseline} if isinstance(evaluation, Evaluation) else {}),
         "samples": evaluation.samples,
         "reliability": {"bins": evaluation.reliability},
         "risk_coverage": evaluation.risk_coverage,
