@@ -250,7 +250,11 @@ COMMANDS = {
     ),
     "train": Command(
         "fine-tune a model with one method into a new folder",
-        (*_OF_TRAIN.values(), _switch("list_options", "list every option with its type and exit")),
+        (
+            *_OF_TRAIN.values(),
+            Option("seeds", "A,B", "a run for each seed, in OUT/seed-N, and their comparison", list[int]),
+            _switch("list_options", "list every option with its type and exit"),
+        ),
         epilog="Any field of the method's config and of TrainingArguments is an option too: --r 8 "
         "--target-modules query,key --learning-rate 1e-3. --list-options lists them.",
         is_open=True,

@@ -20,6 +20,7 @@ from typing import Any
 import bayeslora
 from bayeslora.cli.arguments import arguments_as_options, build_plan, parse, plan_options
 from bayeslora.cli.commands import COMMANDS, help_text
+from bayeslora.cli.sweep import Sweep, build_sweep
 from bayeslora.errors import BayesLoraError, close_matches
 
 USER_ERROR = 2
@@ -71,11 +72,11 @@ def _run(argv: list[str]) -> int:
             return 0
         request: Any = given
         if name == "train":
-            request = build_plan(given, problems)
+            request = (build_sweep if "seeds" in given else build_plan)(given, problems)
         elif name == "plan":
             request = plan_options(given, problems)
         problems.tell()
-        module = importlib.import_module(f"bayeslora.cli.{name}")
+        module = importlib.import_module(f"bayeslora.cli.{'sweep' if isinstance(request, Sweep) else name}")
     with arguments_as_options(name):
         return int(module.run(request))
 

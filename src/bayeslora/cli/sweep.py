@@ -1,0 +1,89 @@
+"""`bayeslora train --seeds A,B`: one run a seed in a folder each, and their comparison."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from bayeslora.cli.arguments import build_plan
+from bayeslora.cli.coercion import coerce
+from bayeslora.errors import BayesLoraError, Problems
+from bayeslora.runs.plan import TrainPlan
+
+COMPARISON = "compare"
+_METRICS = "metrics.json"
+
+
+@dataclass(frozen=True)
+class Sweep:
+    """Runs that are still to be made, and the folder of all."""
+
+    plans: list[TrainPlan]
+    folder: Path
+
+
+def build_sweep(given: dict[str, Any], problems: Problems) -> Sweep:
+    """Return the plans of one run a seed, in `OUT/seed-N`.
+
+    With `resume` finished runs stay, an interrupted one continues, and the others begin.
+
+    Raises:
+        BayesLoraError: as for `build_plan`, seeds are no list of different whole numbers, or a folder exists.
+    """
+    seeds: list[int] = []
+    with problems.collected():
+        seeds = coerce("seeds", given["seeds"], list[int])
+    if "seed" in given:
+        problems.append("--seed is given with --seeds, which lists all of them: leave one out")
+    if not problems and (not seeds or len(set(seeds)) < len(seeds) or min(seeds) < 0):
+        problems.append(f"--seeds is {given['seeds']}, but must be different whole numbers: write --seeds 0,1,2")
+    if os.environ.get("WORLD_SIZE", "1") != "1":
+        problems.append(
+            "--seeds is given to several processes, but they share one run: give each seed its own command"
+        )
+    shared = {name: value for name, value in given.items() if name not in ("seeds", "seed", "resume")}
+    if problems or "output_dir" not in given:
+        build_plan(shared, problems)  # which says what else is wrong
+    out = Path(given["output_dir"])
+    plans = [
+        build_plan({**shared, **_own(out, seed, bool(given.get("resume")))})
+        for seed in seeds
+        if not (given.get("resume") and (_folder(out, seed) / _METRICS).exists())
+    ]
+    present = [folder for folder in (*(plan.output_dir for plan in plans), out / COMPARISON) if folder.exists()]
+    if present:
+        raise BayesLoraError(f"{present[0]} exists, but must be new: name another --output-dir")
+    return Sweep(plans, out)
+
+
+def run(sweep: Sweep) -> int:
+    """Train as planned, one after the other, and compare all runs of the folder; return 0."""
+    from bayeslora.cli.compare import compare
+    from bayeslora.cli.train import run as train
+
+    for plan in sweep.plans:
+        try:
+            train(plan)
+        except KeyboardInterrupt as error:
+            raise KeyboardInterrupt("interrupted; go on with the same command and --resume") from error
+    folders = sorted((path.parent for path in sweep.folder.glob(f"seed-*/{_METRICS}")), key=_seed)
+    target = sweep.folder / COMPARISON
+    compare(folders, target)
+    print((target / "table.md").read_text(encoding="utf-8").rstrip())
+    return 0
+
+
+def _seed(folder: Path) -> int:
+    return int(folder.name.removeprefix("seed-"))
+
+
+def _folder(out: Path, seed: int) -> Path:
+    return out / f"seed-{seed}"
+
+
+def _own(out: Path, seed: int, resume: bool) -> dict[str, Any]:
+    folder = _folder(out, seed)
+    own: dict[str, Any] = {"seed": seed, "output_dir": str(folder)}
+    return {**own, "resume": True} if resume and folder.with_name(folder.name + ".partial").is_dir() else own
