@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from bayeslora.cli.coercion import coerce
 from bayeslora.cli.commands import COMMANDS, Command, Option, PlanOptions
+from bayeslora.cli.goals import with_goal
 from bayeslora.cli.registry import check_method, method_config_class, method_names
 from bayeslora.errors import BayesLoraError, Problems, close_matches, option, spelled_as_options
 from bayeslora.runs.plan import IVON, IVON_PREFIX, IvonOptions, RunOptions, TrainPlan, read_config
@@ -123,7 +124,7 @@ def build_plan(given: dict[str, Any], problems: Problems | None = None) -> Train
     """
     problems = problems or Problems()
     given = _rank_as_r(given, problems)
-    values = {**(read_config(given["config"]) if given.get("config") else {}), **given}
+    values = with_goal({**(read_config(given["config"]) if given.get("config") else {}), **given}, problems)
     options = RunOptions(**read_options(COMMANDS["train"], values, problems))
     own = {item.name for item in dataclasses.fields(RunOptions)}
     rest = {name: value for name, value in values.items() if name not in own}

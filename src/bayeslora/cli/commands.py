@@ -252,6 +252,7 @@ COMMANDS = {
         "fine-tune a model with one method into a new folder",
         (
             *_OF_TRAIN.values(),
+            Option("goal", "NAME", "instead of a method: small, calibrated, both, ranks or draws"),
             Option("seeds", "A,B", "a run for each seed, in OUT/seed-N, and their comparison", list[int]),
             _switch("list_options", "list every option with its type and exit"),
         ),
