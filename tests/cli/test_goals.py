@@ -51,7 +51,7 @@ def test_options_that_are_given_win(setting: Setting) -> None:
     [
         (
             ["--goal", "smal"],
-            "--goal is 'smal', but must be small, calibrated, both, ranks, draws: choose one of them, did you mean small",
+            "must be small, calibrated, both, ranks, draws: choose one of them, did you mean small",
         ),
         (["--goal", "small", "--method", "lora"], "--goal is given with --method, but it chooses the method"),
     ],
