@@ -1,14 +1,18 @@
 r"""The graph of an encoder with a classifier: BERT, RoBERTa and DistilBERT.
 
-The graph computes what the model of Transformers computes in evaluation mode. Tokens are rows of matrices, (batch
-times length, width), so that every linear layer is one `Gemm`. Only the first token reaches the classifier, so the
-last block computes its queries, and all that follows them, for the first token only.
+The graph computes what the model of Transformers computes in evaluation mode, without what has no effect on it:
+
+- Padding is left out. Tokens are rows of matrices (tokens, width), on which every linear layer is one `Gemm`. Only the
+  products of the attention put them back in their places, (batch, length).
+- Only the first token reaches the classifier, so the last block computes its queries, and all that follows them, for
+  the first token only.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Protocol, cast
 
 import numpy as np
@@ -19,7 +23,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from bayeslora.errors import BayesLoraError
 from bayeslora.export.onnx.graph import Graph
-from bayeslora.export.onnx.layers import array
+from bayeslora.export.onnx.layers import Move, array
 
 IDS, MASK, TYPES = "input_ids", "attention_mask", "token_type_ids"
 LOGITS = "logits"
@@ -130,8 +134,25 @@ def _activation_name(config: Any) -> str:
 class Layers(Protocol):
     """What writes the layers with weights: in float32, or as codes."""
 
-    def linear(self, graph: Graph, path: str, x: str, factor: float = 1.0) -> str:
-        """Add the linear layer at `path` for rows `x` (n, d_in) and return its output (n, d_out) times a factor."""
+    def linear(
+        self,
+        graph: Graph,
+        path: str,
+        x: str,
+        factor: float = 1.0,
+        before: Move | None = None,
+        after: Move | None = None,
+    ) -> str:
+        """Add the linear layer at `path` and return its output.
+
+        Args:
+            graph: to add to.
+            path: of the layer.
+            x: rows (n, d_in), or what `before` makes rows of.
+            factor: of the output (n, d_out).
+            before: puts the input in another order; on codes, which are smaller, if there are any.
+            after: does the same with the output.
+        """
 
     def embedding(self, graph: Graph, path: str, ids: str) -> str:
         """Add the embedding at `path` for `ids` of any shape and return (..., width)."""
@@ -161,6 +182,7 @@ class Encoder:
         self._sizes = graph(
             "Concat", self._shape, graph.integers(self.heads, self.width // self.heads), name="sizes", axis=0
         )
+        self._find_tokens()
         x, bias = self._embeddings(), self._attention_bias()
         blocks = cast(nn.ModuleList, self._module(f"{family.encoder}.{family.blocks}"))
         for number in range(len(blocks)):
@@ -200,8 +222,34 @@ class Encoder:
             table = graph.constant(f"{path}.token_type_embeddings.weight", types)
             typed = graph("Gather", table, TYPES, name=f"{path}.token_type_embeddings")
             x = graph("Add", x, typed, name=f"{path}.typed")
-        x = self._norm(f"{path}.LayerNorm", x)
-        return graph("Reshape", x, graph.integers(-1, self.width), name=f"{path}.rows")
+        return self._norm(f"{path}.LayerNorm", self._rows(f"{path}.rows", x))
+
+    def _find_tokens(self) -> None:
+        """Add the indices of the tokens that are not padding, and for each place (batch, length) that of its row.
+
+        A first token is always among them, because the classifier reads it. Padding gets the row of a token before it,
+        to which the attention gives no weight.
+        """
+        graph = self.graph
+        one = graph.constant("int64_one", np.array(1, dtype=np.int64))
+        start, end, axis = graph.integers(1), graph.integers(np.iinfo(np.int64).max), graph.integers(1)
+        later = graph("Slice", MASK, start, end, axis, name="tokens.later")
+        first = graph("Slice", MASK, graph.integers(0), start, axis, name="tokens.first")
+        first = graph("Add", graph("Sub", first, first, name="tokens.zeros"), one, name="tokens.ones")
+        flat = graph("Concat", first, later, name="tokens.mask", axis=1)
+        flat = graph("Reshape", flat, graph.integers(-1), name="tokens.flat")
+        kept = graph("NonZero", flat, name="tokens.found")
+        self._kept = graph("Reshape", kept, graph.integers(-1), name="tokens.kept")
+        counted = graph(
+            "CumSum", flat, graph.constant("int64_zero", np.array(0, dtype=np.int64)), name="tokens.counted"
+        )
+        rows = graph("Sub", counted, one, name="tokens.rows")
+        self._places = graph("Reshape", rows, self._shape, name="tokens.places")
+
+    def _rows(self, path: str, x: str) -> str:
+        """Return the tokens of (batch, length, …) as rows (tokens, width)."""
+        flat = self.graph("Reshape", x, self.graph.integers(-1, self.width), name=f"{path}.flat")
+        return self.graph("Gather", flat, self._kept, name=path, axis=0)
 
     def _positions(self, path: str, table: str) -> str:
         """Return the position embeddings, (1 or batch, length, width)."""
@@ -246,28 +294,36 @@ class Encoder:
 
     def _first_tokens(self, path: str, x: str) -> str:
         """Return the rows of the first tokens, (batch, width)."""
-        sizes = self.graph("Concat", self._shape, self.graph.integers(self.width), name=f"{path}.sizes", axis=0)
-        tokens = self.graph("Reshape", x, sizes, name=f"{path}.tokens")
         zero = self.graph.constant("int64_zero", np.array(0, dtype=np.int64))
-        return self.graph("Gather", tokens, zero, name=path, axis=1)
+        places = self.graph("Gather", self._places, zero, name=f"{path}.places", axis=1)
+        return self.graph("Gather", x, places, name=path, axis=0)
 
     def _attention(self, path: str, x: str, queries_of: str, bias: str) -> str:
         """Return softmax(q k^T / sqrt(d)) v of every head, through the output layer."""
         graph, size = self.graph, self.width // self.heads
         query, key, value, output = (f"{path}.{name}" for name in self.family.attention)
-        sizes = self._sizes if queries_of == x else graph.integers(-1, 1, self.heads, size)
-        q = self._by_head(query, self.layers.linear(graph, query, queries_of, size**-0.5), sizes, [0, 2, 1, 3])
-        k = self._by_head(key, self.layers.linear(graph, key, x), self._sizes, [0, 2, 3, 1])
-        v = self._by_head(value, self.layers.linear(graph, value, x), self._sizes, [0, 2, 1, 3])
+        is_first = queries_of != x
+        sizes = graph.integers(-1, 1, self.heads, size) if is_first else None
+        q_by_head = partial(self._by_head, query, order=[0, 2, 1, 3], sizes=sizes)
+        q = self.layers.linear(graph, query, queries_of, size**-0.5, after=q_by_head)
+        k = self.layers.linear(graph, key, x, after=partial(self._by_head, key, order=[0, 2, 3, 1]))
+        v = self.layers.linear(graph, value, x, after=partial(self._by_head, value, order=[0, 2, 1, 3]))
         path = f"{path}.attention"
         scores = graph("Add", graph("MatMul", q, k, name=f"{path}.products"), bias, name=f"{path}.scores")
         shares = graph("Softmax", scores, name=f"{path}.shares", axis=-1)
         mixed = graph("MatMul", shares, v, name=f"{path}.mixed")
-        mixed = graph("Transpose", mixed, name=f"{path}.by_token", perm=[0, 2, 1, 3])
-        rows = graph("Reshape", mixed, graph.integers(-1, self.width), name=f"{path}.rows")
-        return self.layers.linear(graph, output, rows)
 
-    def _by_head(self, path: str, x: str, sizes: str, order: list[int]) -> str:
-        """Return rows (batch times length, width) as (batch, length, heads, size), in another order."""
+        def by_row(heads: str) -> str:
+            tokens = graph("Transpose", heads, name=f"{path}.by_token", perm=[0, 2, 1, 3])
+            if is_first:
+                return graph("Reshape", tokens, graph.integers(-1, self.width), name=f"{path}.rows")
+            return self._rows(f"{path}.rows", tokens)
+
+        return self.layers.linear(graph, output, mixed, before=by_row)
+
+    def _by_head(self, path: str, x: str, order: list[int], sizes: str | None = None) -> str:
+        """Return rows in their places as (batch, length, heads, size), or with other sizes, in another order."""
+        if sizes is None:
+            x, sizes = self.graph("Gather", x, self._places, name=f"{path}.places", axis=0), self._sizes
         split = self.graph("Reshape", x, sizes, name=f"{path}.heads")
         return self.graph("Transpose", split, name=f"{path}.by_head", perm=order)

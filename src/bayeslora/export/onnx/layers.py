@@ -13,7 +13,7 @@ Grids of 16 bits are computed in float32, because runtimes lack products for the
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any, cast
 
@@ -34,6 +34,8 @@ _ZERO_POINT = 128
 _FITS_INT4 = 7
 
 Array = NDArray[Any]
+Move = Callable[[str], str]
+"""Adds nodes that put values, or codes, in another order, and returns the result's name."""
 
 
 @dataclass(frozen=True)
@@ -56,23 +58,30 @@ class Grid:
         # float32 as in training, because codes at rounding ties depend on the step's last digit.
         return cls(bits, float(grid_step(torch.tensor(bound), bits)))
 
-    def rounded(self, graph: Graph, x: str, name: str, factor: float | Array = 1.0) -> str:
-        """Add the values that `x` is rounded to, times a factor: one number, or one for each column."""
+    def rounded(self, graph: Graph, x: str, name: str, factor: float | Array = 1.0, move: Move | None = None) -> str:
+        """Add the values that `x` is rounded to.
+
+        Args:
+            graph: to add to.
+            x: values.
+            name: of the result.
+            factor: of the result: one number, or one for each column.
+            move: puts values or codes in another order, before they become values again.
+        """
         level = (1 << (self.bits - 1)) - 1
         if self.bits > _BYTE:
-            steps = graph(
-                "Round", graph("Div", x, graph.number(self.step), name=f"{name}.steps"), name=f"{name}.codes"
-            )
+            steps = graph("Div", move(x) if move else x, graph.number(self.step), name=f"{name}.steps")
+            steps = graph("Round", steps, name=f"{name}.codes")
             clipped = graph("Clip", steps, graph.number(-level), graph.number(level), name=f"{name}.clipped")
             scale = np.asarray(self.step * factor, dtype=np.float32)
             return graph("Mul", clipped, graph.constant(f"{name}.scale", scale), name=name)
         zero = graph.constant(f"uint8_{self.zero_point}", np.array(self.zero_point, dtype=np.uint8))
         found = graph("QuantizeLinear", x, graph.number(self.step), zero, name=f"{name}.codes")
         if self.bits < _BYTE:
-            bounds = [np.array(self.zero_point + bound, dtype=np.uint8) for bound in (-level, level)]
-            found = graph(
-                "Clip", found, *(graph.constant(f"uint8_{each}", each) for each in bounds), name=f"{name}.clipped"
-            )
+            ends = [np.array(self.zero_point + end, dtype=np.uint8) for end in (-level, level)]
+            bounds = [graph.constant(f"uint8_{end}", end) for end in ends]
+            found = graph("Clip", found, *bounds, name=f"{name}.clipped")
+        found = move(found) if move else found
         if isinstance(factor, float):
             return graph("DequantizeLinear", found, graph.number(self.step * factor), zero, name=name)
         values = graph("DequantizeLinear", found, graph.number(self.step), zero, name=f"{name}.values")
@@ -86,24 +95,49 @@ class Product:
     Attributes:
         weight: codes (d_out, d_in), or values in float32.
         steps: (d_out,), one for each row of the weight: what a code or value is multiplied by.
-        bias: (d_out,).
+        bias: (d_out,), or None if the update includes it.
         grids: by kind of activation; kinds that are not quantized are missing.
         widths: learned bits by kind; empty for a layer without an adapter.
-        a: (r, d_in), codes or values, with `a_steps` (r,).
+        a: (r, d_in), codes or values, with `a_steps` (r,) and perhaps a bias `a_bias` (r,).
         diagonal: (r,), values of E.
         b: (d_out, r), codes or values, with `b_steps` (d_out,) that include the scaling.
     """
 
     weight: Array
     steps: Array
-    bias: Array
+    bias: Array | None
     grids: Mapping[str, Grid] = field(default_factory=dict)
     widths: Mapping[str, int] = field(default_factory=dict)
     a: Array | None = None
     a_steps: Array | None = None
+    a_bias: Array | None = None
     diagonal: Array | None = None
     b: Array | None = None
     b_steps: Array | None = None
+
+    @property
+    def has_coarse_sums(self) -> bool:
+        """True for a product of codes that may be few, whose sums have wide steps: no bias is a multiple of them."""
+        return bool(self.widths) and "in" in self.grids and self.grids["in"].bits <= _BYTE
+
+    def with_bias_in_update(self) -> Product:
+        """Return an equal product with an integer update that includes the bias, which takes one pass less.
+
+        A rank is added whose A is zero and has a bias of one step. Its E and B take this step to the layer's bias.
+        """
+        a, a_steps, b, b_steps = (cast(Array, each) for each in (self.a, self.a_steps, self.b, self.b_steps))
+        after_a, after_e = (self.grids[kind].step if kind in self.grids else 1.0 for kind in ("A_out", "E_out"))
+        values = np.column_stack([b * b_steps[:, None], cast(Array, self.bias) / after_e]).astype(np.float32)
+        return replace(
+            self,
+            bias=None,
+            a=np.concatenate([a, np.zeros((1, a.shape[1]), dtype=a.dtype)]),
+            a_steps=np.append(a_steps, after_a / self.grids["in"].step),
+            a_bias=np.append(np.zeros(len(a)), after_a),
+            diagonal=np.append(cast(Array, self.diagonal), after_e / after_a).astype(np.float32),
+            b=values,
+            b_steps=np.ones(len(values), dtype=np.float32),
+        )
 
     def computed(self) -> Iterator[tuple[str, int, int]]:
         """Yield the kinds with learned bits, these bits, and those that the graph computes with."""
@@ -117,7 +151,8 @@ class Product:
         """Return the product whose output is this one's times a factor, for an output that is not quantized."""
         number = np.float32(factor)
         b_steps = None if self.b_steps is None else self.b_steps * number
-        return replace(self, steps=self.steps * number, bias=self.bias * number, b_steps=b_steps)
+        bias = None if self.bias is None else self.bias * number
+        return replace(self, steps=self.steps * number, bias=bias, b_steps=b_steps)
 
 
 def learned(layer: BayesLayer, name: str) -> Product:
@@ -198,22 +233,35 @@ class ProductLayers:
         values = graph("Cast", gathered, name=f"{path}.values", to=TensorProto.FLOAT)
         return graph("Mul", values, scales, name=path)
 
-    def linear(self, graph: Graph, path: str, x: str, factor: float = 1.0) -> str:
+    def linear(
+        self,
+        graph: Graph,
+        path: str,
+        x: str,
+        factor: float = 1.0,
+        before: Move | None = None,
+        after: Move | None = None,
+    ) -> str:
         product = self.products[path]
         into, out = product.grids.get("in"), product.grids.get("out")
         if out is None and factor != 1.0:
             product = product.scaled(factor)
         if into is not None:
-            x = into.rounded(graph, x, f"{path}.input")
-        # Between codes of few bits the bias is no multiple of the sums' step.
-        bias = None if product.widths and into is not None and into.bits <= _BYTE else product.bias
-        found = _product(graph, path, x, product.weight, product.steps, bias, into)
+            x = into.rounded(graph, x, f"{path}.input", move=before)
+        elif before is not None:
+            x = before(x)
+        if product.has_coarse_sums and product.a is not None and product.a.dtype == np.int8:
+            product = product.with_bias_in_update()
+        bias = None if product.has_coarse_sums else product.bias
+        found = _product(graph, path, x, product.weight, product.steps, into, bias)
         if product.a is not None:
-            hidden = _product(graph, f"{path}.A", x, product.a, cast(Array, product.a_steps), None, into)
+            hidden = _product(graph, f"{path}.A", x, product.a, cast(Array, product.a_steps), into, product.a_bias)
             found = _update(graph, path, found, hidden, product)
-        if bias is None:
+        if product.bias is not None and bias is None:
             found = graph("Add", found, graph.constant(f"{path}.bias", product.bias), name=f"{path}.biased")
-        return found if out is None else out.rounded(graph, found, f"{path}.output", factor)
+        if out is not None:
+            return out.rounded(graph, found, f"{path}.output", factor, after)
+        return after(found) if after else found
 
     @property
     def are_learned(self) -> bool:
@@ -247,34 +295,30 @@ def _joined(numbers: Iterable[int]) -> str:
 
 
 def _product(
-    graph: Graph, path: str, x: str, weight: Array, steps: Array, bias: Array | None, grid: Grid | None
+    graph: Graph, path: str, x: str, weight: Array, steps: Array, grid: Grid | None, bias: Array | None
 ) -> str:
     """Add a product with a weight: of integers if the input is on a `grid` of 8 bits, otherwise of values.
 
-    Values of codes are computed once, when a runtime loads the graph.
+    Values of codes are computed once, when a runtime loads the graph. A bias of integers is rounded to the step of the
+    sums.
     """
-    is_integer = grid is not None and grid.bits <= _BYTE and weight.dtype == np.int8
-    values = (_by_row if is_integer else _values)(graph, f"{path}.weight", weight, steps)
-    terms = [x, values]
-    if bias is not None and is_integer:
-        sums = cast(Grid, grid).step * steps
-        terms.append(_by_row(graph, f"{path}.bias", _integer_bias(bias, sums), sums))
-    elif bias is not None:
-        terms.append(graph.constant(f"{path}.bias", bias))
-    return graph("Gemm", *terms, name=f"{path}.products", transB=1)
+    if grid is None or grid.bits > _BYTE or weight.dtype != np.int8:
+        terms = [_values(graph, f"{path}.weight", weight, steps)]
+        terms += [] if bias is None else [graph.constant(f"{path}.bias", bias)]
+    else:
+        terms = [_by_row(graph, f"{path}.weight", weight, steps)]
+        if bias is not None:
+            sums, limits = grid.step * steps, np.iinfo(np.int32)
+            whole = np.clip(np.round(bias / sums), limits.min, limits.max).astype(np.int32)
+            terms.append(_by_row(graph, f"{path}.bias", whole, sums))
+    return graph("Gemm", x, *terms, name=f"{path}.products", transB=1)
 
 
 def _by_row(graph: Graph, path: str, rows: Array, steps: Array) -> str:
-    """Add values from codes with one step for each row, as runtimes expect it before a product of integers."""
+    """Add values from codes with one step and, as runtimes expect, one zero point for each row."""
     zeros = graph.constant(f"{rows.dtype.name}_zeros_{len(steps)}", np.zeros(len(steps), dtype=rows.dtype))
     scales = graph.constant(f"{path}.steps", steps.astype(np.float32))
     return graph("DequantizeLinear", _stored(graph, path, rows), scales, zeros, name=path, axis=0)
-
-
-def _integer_bias(bias: Array, steps: Array) -> Array:
-    """Return the bias in steps of the sums, which are small where weights and inputs have 8 bits."""
-    limits = np.iinfo(np.int32)
-    return np.clip(np.round(bias / steps), limits.min, limits.max).astype(np.int32)
 
 
 def _update(graph: Graph, path: str, base: str, hidden: str, product: Product) -> str:
