@@ -12,8 +12,9 @@ import torch
 from peft import get_peft_model
 from torch import nn
 
-from bayeslora import BLoraConfig
+from bayeslora import BLoraConfig, describe
 from bayeslora.methods import TrainingSetup
+from bayeslora.methods.blora.decisions import Schedule
 from bayeslora.methods.blora.length import LEAST_ROWS, SPREAD, phases, shortfall
 from bayeslora.methods.blora.model import Batch
 from bayeslora.training.hooks import cost_in
@@ -67,6 +68,51 @@ def test_the_gates_may_take_from_the_other_phases_but_not_silently() -> None:
     assert phases(BLoraConfig(), 60) == (35, 43)
     assert shortfall(BLoraConfig(), 79, 32) is not None
     assert shortfall(BLoraConfig(), 80, 32) is None
+
+
+@pytest.mark.parametrize(
+    ("options", "shares"),
+    [
+        ({}, (0.6, 0.3)),
+        ({"mode": "q"}, (0.6, 0.3)),
+        ({"mode": "ra"}, (0.9, 0.0)),
+        ({"mode": "ra", "gates": "paper"}, (0.6, 0.3)),
+        ({"mode": "ra", "freeze_fraction": 0.3}, (0.6, 0.3)),
+        ({"mode": "ra", "warmup_fraction": 0.2}, (0.2, 0.0)),
+        ({"freeze_fraction": 0.5}, (0.4, 0.5)),
+        ({"warmup_fraction": 0.8}, (0.8, 0.1)),
+        ({"warmup_fraction": 0.95}, (0.95, 0.0)),
+    ],
+    ids=str,
+)
+def test_the_default_phases_fit_the_mode_and_yield_to_a_share_that_is_given(
+    options: dict[str, Any], shares: tuple[float, float]
+) -> None:
+    assert BLoraConfig(**options).phase_shares == pytest.approx(shares)
+
+
+def test_ranks_alone_are_decided_once_after_the_last_step_of_a_run() -> None:
+    begin, end = phases(BLoraConfig(mode="ra"), 400)
+    schedule = Schedule.of(begin, end, 400, learns_bits=False)
+    assert (begin, end) == (360, 400)
+    assert schedule.decisions == (399,) and schedule.progress(399) == 1.0
+    assert schedule.passes == {394, 395, 396, 397, 398, 399}  # 3% of 400 steps, at two steps a pass
+    assert len(Schedule.of(begin, end, 400, learns_bits=True).decisions) == 4
+
+
+@pytest.mark.parametrize(("mode", "earlier"), [("ra", False), ("q+ra", True)])
+def test_ranks_alone_are_rotated_when_the_warm_up_ends(mode: str, earlier: bool) -> None:
+    """The other modes rotate earlier, and observe activations in the new basis."""
+    model: Any = trained(0, mode=mode, target_bops=None, warmup_fraction=None, freeze_fraction=0.0)
+    run = model.base_model.run_state()
+    assert run.warm_up_end - run.rotated_after == (run.warm_up_end // 4 if earlier else 0)
+
+
+@pytest.mark.parametrize("steps", [23, 24])
+def test_a_run_that_learns_ranks_alone_has_all_of_them_until_its_last_step(steps: int) -> None:
+    model: Any = trained(steps, mode="ra", target_bops=None, target_rank=1.0, warmup_fraction=None)
+    assert model.base_model.is_final == (steps == 24)
+    assert sum(layer.rank for layer in describe(model)) == (4 if steps == 24 else 16)
 
 
 def test_the_error_that_it_names_is_not_below_that_of_a_tiny_model() -> None:

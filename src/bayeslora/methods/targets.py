@@ -44,7 +44,7 @@ def check_targets(model: nn.Module, config: Any) -> None:
                 f"experts), but {type(config).__name__} adapts linear layers: leave it out, or train it with "
                 "peft.LoraConfig(target_parameters=…)"
             )
-        else:
+        elif any(_ends(paths, other) for other in targets):  # otherwise PEFT refuses them
             names = {path.rpartition(".")[2] for path in paths} - {""}
             warnings.warn(
                 f"target {target!r} matches nothing in the model{close_matches(target, names)}: only the other "

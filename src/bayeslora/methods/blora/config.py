@@ -11,6 +11,15 @@ from bayeslora.methods.config import AdapterConfig
 from bayeslora.quantization import GATED_WIDTHS, fixed_logits
 from bayeslora.vocabulary import ALL_KINDS, KINDS, WIDTHS
 
+PHASES = (0.6, 0.3)
+"""Default shares of the steps before gates learn and after they do."""
+
+LATE_PHASES = (0.9, 0.0)
+"""The same where only ranks are learned, by evidence."""
+
+GATE_SHARE = 0.1
+"""Share of the steps that a default leaves to the gates beside a share that is given."""
+
 RANK_PRICE = 1e-3
 """Default price of a rank, in nats of mean loss, in a run without a budget for widths."""
 
@@ -81,11 +90,15 @@ class BLoraConfig(AdapterConfig):
     calibration: Literal["mse", "absmax"] = field(
         default="mse", metadata={"help": "Ranges: least squared error, or largest magnitude."}
     )
-    warmup_fraction: float = field(
-        default=0.6, metadata={"help": "Share of the steps in full precision while ranges are observed."}
+    warmup_fraction: float | None = field(
+        default=None,
+        metadata={
+            "help": "Share of the steps in full precision: by default 0.6, or 0.9 where only ranks are learned."
+        },
     )
-    freeze_fraction: float = field(
-        default=0.3, metadata={"help": "Share of the steps, at the end, that train under frozen gates."}
+    freeze_fraction: float | None = field(
+        default=None,
+        metadata={"help": "Share at the end under frozen gates: by default 0.3, or 0 where only ranks are learned."},
     )
     gate_learning_rate: float | None = field(
         default=None, metadata={"help": "Constant rate of the gates; by default derived from the number of steps."}
@@ -112,7 +125,7 @@ class BLoraConfig(AdapterConfig):
         four = len(self.initial_bit_logits) == len(GATED_WIDTHS)
         self._check("initial_bit_logits", four, "4 numbers", "give those of the gates of 4, 8, 16 and 32 bits")
         self._check_fixed_bits()
-        shares = (self.warmup_fraction, self.freeze_fraction)
+        shares = self.phase_shares
         if min(shares) < 0 or sum(shares) >= 1:
             raise BayesLoraError(
                 f"warmup_fraction and freeze_fraction are {shares[0]} and {shares[1]}, but must leave steps for the "
@@ -167,6 +180,26 @@ class BLoraConfig(AdapterConfig):
         """Starting logits of the gates of 4, 8, 16 and 32 bits of one kind of tensor."""
         fixed = (self.fixed_bits or {}).get(kind)
         return self.initial_bit_logits if fixed is None else fixed_logits(fixed)
+
+    @property
+    def phase_shares(self) -> tuple[float, float]:
+        """Shares of the steps before gates learn and after they do.
+
+        Ranks that close by evidence do so at the end of the run: the others take over, and nothing has to be learned
+        anew. Widths, and the paper's gates, leave a network that has to get used to them.
+        """
+        defaults = LATE_PHASES if self.closes_ranks_alone else PHASES
+        first, last = self.warmup_fraction, self.freeze_fraction
+        if first is None:
+            first = defaults[0] if last is None else max(0.0, min(defaults[0], 1 - GATE_SHARE - last))
+        if last is None:
+            last = max(0.0, min(defaults[1], 1 - GATE_SHARE - first))
+        return first, last
+
+    @property
+    def closes_ranks_alone(self) -> bool:
+        """True if ranks close by evidence, and nothing else is learned."""
+        return self.gates == "evidence" and not self.learns_bits
 
     @property
     def currency(self) -> tuple[str, float | None]:

@@ -51,11 +51,16 @@ class Schedule:
     passes: frozenset[int]
 
     @classmethod
-    def of(cls, begin: int, end: int, total_steps: int) -> Schedule:
-        """Return the schedule of a run whose gates may move in steps `begin` to `end` - 1."""
+    def of(cls, begin: int, end: int, total_steps: int, *, learns_bits: bool) -> Schedule:
+        """Return the schedule of a run whose gates may move in steps `begin` to `end` - 1.
+
+        Widths and ranks that are learned together are decided several times, and ranges then learn at the final ones.
+        Ranks alone are decided once, after the last of these steps: components are chosen together and those that stay
+        take over, so there is nothing to approach by degrees, and to train on at lower ranks only forgets.
+        """
         length = end - begin
-        count = max(1, min(DECISIONS, length // 2))
-        last = max(count, math.ceil(DECIDED * length))
+        count = max(1, min(DECISIONS, length // 2)) if learns_bits else 1
+        last = max(count, math.ceil(DECIDED * length)) if learns_bits else length
         decisions = tuple(begin + math.ceil(last * k / count) - 1 for k in range(1, count + 1))
         each = max(1, int(EVIDENCE_SHARE * total_steps / PASS_COST / count))
         starts = (begin, *(step + 1 for step in decisions[:-1]))

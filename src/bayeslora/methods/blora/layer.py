@@ -167,7 +167,7 @@ class BLoraLayer(BayesLayer):
         if progress.current == Phase.WARM_UP:
             if not self.training:
                 return _UNQUANTIZED
-            if name in self.training_adapters or self.configs[name].warmup_fraction > 0:
+            if name in self.training_adapters or self.configs[name].phase_shares[0] > 0:
                 return Observing(quantizers, self.configs[name].calibration) if self.collects_ranges else _UNQUANTIZED
             self._calibrate_on(name, x, *args, **kwargs)
         if progress.current != Phase.FROZEN:

@@ -38,12 +38,13 @@ def phases(config: BLoraConfig, total_steps: int) -> tuple[int, int]:
     """
     outside, most = _shares_outside(config, total_steps)
     steps = total_steps * (most / outside if outside > most else 1)
-    return max(1, math.ceil(config.warmup_fraction * steps)), total_steps - math.floor(config.freeze_fraction * steps)
+    first, last = config.phase_shares
+    return max(1, math.ceil(first * steps)), total_steps - math.floor(last * steps)
 
 
 def _shares_outside(config: BLoraConfig, total_steps: int) -> tuple[float, float]:
     """Return the share of the steps that the other two phases are configured to have, and the most they can have."""
-    return config.warmup_fraction + config.freeze_fraction, 1 - min(GATE_STEPS, total_steps // 3) / total_steps
+    return sum(config.phase_shares), 1 - min(GATE_STEPS, total_steps // 3) / total_steps
 
 
 def shortfall(config: BLoraConfig, total_steps: int, rows: float | None) -> str | None:
@@ -73,7 +74,7 @@ def _lacks(config: BLoraConfig, total_steps: int, rows: float | None) -> list[st
         left = f"{end - begin} steps for the gates leave less than the configured {outside:.0%} to the other phases"
         lacks.append(left)
     decisions = len(_schedule(config, total_steps).decisions)
-    if decisions < DECISIONS:
+    if config.learns_bits and decisions < DECISIONS:
         lacks.append(f"there is time for {decisions} of {DECISIONS} decisions")
     if rows is not None and not _has_rows(config, total_steps, rows):
         known = rows * _passes(config, total_steps)
@@ -111,4 +112,4 @@ def _passes(config: BLoraConfig, total_steps: int) -> float:
 
 
 def _schedule(config: BLoraConfig, total_steps: int) -> Schedule:
-    return Schedule.of(*phases(config, total_steps), total_steps)
+    return Schedule.of(*phases(config, total_steps), total_steps, learns_bits=config.learns_bits)

@@ -171,7 +171,8 @@ class BLoraModel(BayesTuner):
                 f"{setup.total_steps} training steps leave {max(steps, 0)} for the gates of B-LoRA: "
                 "train longer, or lower warmup_fraction and freeze_fraction"
             )
-        observed = max(1, warm_up_end // OBSERVED_SHARE)
+        # Ranks alone need no observed ranges: rotated as late as can be, training is LoRA's until then.
+        observed = 0 if config.closes_ranks_alone else max(1, warm_up_end // OBSERVED_SHARE)
         run = BLoraRun(
             setup=setup,
             rotated_after=max(1, warm_up_end - observed),
@@ -205,7 +206,7 @@ class BLoraModel(BayesTuner):
 
     def _begin_evidence(self, config: BLoraConfig, setup: TrainingSetup) -> None:
         run = self.run_state()
-        run.schedule = Schedule.of(run.warm_up_end, run.frozen_from, setup.total_steps)
+        run.schedule = Schedule.of(run.warm_up_end, run.frozen_from, setup.total_steps, learns_bits=config.learns_bits)
         if setup.cost_of is None:
             raise BayesLoraError(
                 "TrainingSetup lacks cost_of, but gates='evidence' weigh the loss against a cost: train with "
