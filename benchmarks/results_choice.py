@@ -187,6 +187,7 @@ def _ranks(results: Path) -> str:
             [title, *(cell([run for run in runs if (run["task"], run["method"]) == (task, row)]) for task in tasks)]
             for row, title in rows.items()
         ]
+        lines = [line for line in lines if set(line[1:]) != {"–"}]
         tables.append(markdown_table([name, *(TASK_TITLES[task] for task in tasks)], lines))
     return "\n".join(tables)
 
