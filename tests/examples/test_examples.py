@@ -39,6 +39,7 @@ def test_every_example_has_a_test() -> None:
         "hand_written_loop",
         "own_method",
         "sft_trainer",
+        "chat",
         "serve",
     }
 
@@ -117,6 +118,21 @@ def test_sft_trainer(tiny_causal_folder: Path, tmp_path: Path) -> None:
     model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(tiny_causal_folder), out)
     prompt = AutoTokenizer.from_pretrained(out)("the film was good", return_tensors="pt")
     assert model.generate(**prompt, max_new_tokens=2, do_sample=False).shape[1] > prompt["input_ids"].shape[1]
+
+
+def test_chat(tiny_causal_folder: Path, tmp_path: Path) -> None:
+    file, out = tmp_path / "chat.jsonl", tmp_path / "out"
+    rows = [
+        [{"role": "user", "content": f"the film was {word}"}, {"role": "assistant", "content": "yes"}]
+        for word in GOOD + BAD
+    ]
+    file.write_text("\n".join(json.dumps({"messages": row}) for row in rows * 4) + "\n")
+    options = {"model": tiny_causal_folder, "train_file": file, "output_dir": out, "r": 4, "max_steps": 12}
+    named = [token for name, value in options.items() for token in (f"--{name}", str(value))]
+    result = load("chat")([*named, "--learning_rate", "0.02", "--logging_steps", "1", "--use_cpu", "--samples", "2"])
+    assert result["last_loss"] < result["first_loss"] and result["mutual_information"] > 0
+    assert PeftConfig.from_pretrained(out).num_examples == 36 * 2  # a tenth is held out; a word and the end
+    assert (out / "answers.html").read_text(encoding="utf-8").count("<article>") == 4
 
 
 @pytest.mark.slow

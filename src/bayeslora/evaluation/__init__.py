@@ -26,6 +26,7 @@ from bayeslora.evaluation.scoring import (
 )
 from bayeslora.evaluation.shift import shifted
 from bayeslora.evaluation.text import TextEvaluation, evaluate_text
+from bayeslora.evaluation.text_metrics import text_scores
 
 __all__ = [
     "ChoicePrompt",
@@ -50,5 +51,6 @@ __all__ = [
     "letter_ids",
     "predict_dataset",
     "shifted",
+    "text_scores",
     "uncertainties_of",
 ]
