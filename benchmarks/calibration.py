@@ -7,15 +7,14 @@
 
 Trained for each task and seed, on the same layers and 90% of train:
 
-- `tuned`: LoRA with dropout 0.1 at the best of three learning rates, stopped early; the rate is chosen on the other
-  10% of train with seed 0, the length with every seed. It also fills the rows that need no training of their own:
-  temperature, vector scaling and isotonic maps (fitted on the 10%), Monte-Carlo dropout, Laplace on the head (fitted
-  on the training rows), training-free Bayesianization (on 256 rows of the 10%), and ensembles of three seeds.
+- `search`, with seed 0 alone and before all others: LoRA with dropout 0.1 at three learning rates, stopped early on
+  the other 10% of train. The best rate is that of all methods. Their rate falls to zero, where the search stops on the
+  way: they have as many steps as give the same sum of rates.
+- `tuned`: LoRA with these settings. It also fills the rows that need no training of their own: temperature, vector
+  scaling and isotonic maps (fitted on the 10%), Monte-Carlo dropout, Laplace on the head (fitted on the training
+  rows), training-free Bayesianization (on 256 rows of the 10%), and ensembles of three seeds.
 - `swag`, `ivon`: the same LoRA, with a posterior over its weights.
 - `blob`, `melora-closed` (with its defaults) and `melora-cores` (four cores). The last two also with a temperature.
-
-The others have the learning rate of the tuned LoRA with seed 0, whose run comes first. Their learning rate falls to
-zero, where the tuned LoRA is stopped on the way: they have as many steps as give the same sum of learning rates.
 
 `lora` and `melora` are the rows of an earlier table: LoRA without tuning, and Me-LoRA whose variance is learned.
 SST-2 and QNLI are trained on 10,000 rows of train, and QNLI is scored on 2,000 rows. The language model answers by
@@ -40,7 +39,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from forms import BATCH, CLOZE_BATCH, LANGUAGE, METHODS, OPTIONS, Form, forms, trained
+from forms import BATCH, CLOZE_BATCH, LANGUAGE, METHODS, OPTIONS, Form, forms, search, trained
 from harness import Training, run_missing, training_arithmetic
 from intervals import encoded
 from results_calibration import CLOZE, calibration_section, write_differences
@@ -92,50 +91,48 @@ def run(job: Job) -> dict[str, Any]:
     is_language = job.task in LANGUAGE
     held_out = 0.3 if job.select else 0.2 if is_language else 0.1
     task = hold_out(_fewer(load_task(job.task, job.data_dir), job), held_out)
-    training, options = tuned_settings(job)
-    done = trained(job.method, task, training, job.seed, options)
+    shared = {"task": job.task, "method": job.method, "seed": job.seed, **job.settings, "metric": task.metric}
+    if job.method == "search":
+        found = search(task, job.training, job.seed, **job.options)
+        return {**shared, "split": "selection", "labels": [], "forms": {}, "search": found}
+    training, searched = tuned_settings(job)
+    done = trained(job.method, task, training, job.seed, job.options)
     rows_of = done.data.encoded
     labelled = "test" if "test" in rows_of and not is_language else "validation"
     rows = rows_of["selection" if job.select else labelled]
-    found: dict[str, Any] = {}
+    scored: dict[str, Any] = {}
     with training_arithmetic(done.model):
         for form in forms(job.method, done):
-            found[form.name] = _scored(form, rows, task, done.data.tokenizer, job.seed)
+            scored[form.name] = _scored(form, rows, task, done.data.tokenizer, job.seed)
     return {
-        "task": job.task,
-        "method": job.method,
-        "seed": job.seed,
-        **job.settings,
-        "metric": task.metric,
+        **shared,
         "split": "selection" if job.select else labelled,
         "labels": list(rows["label"]),
-        "forms": found,
+        "forms": scored,
         "left_out": done.left_out,
+        **({"search": searched} if job.method == "tuned" else {}),
         "found": {"learning_rate": training.learning_rate, "steps": training.steps},
         **done.facts,
     }
 
 
-def tuned_settings(job: Job) -> tuple[Training, dict[str, Any]]:
-    """The training and options of a run: the learning rate and length are those that seed 0's tuned LoRA has found.
-
-    A tuned LoRA of another seed takes the rate, and finds its own length.
+def tuned_settings(job: Job) -> tuple[Training, list[dict[str, Any]]]:
+    """The training of a run, at the rate and of the length that the search has found, and what it has tried.
 
     Raises:
-        BayesLoraError: that run is missing, and this one belongs to the table.
+        BayesLoraError: the search is missing, and this run belongs to the table.
     """
-    if job.method not in METHODS or (job.method == "tuned" and job.seed == 0):
-        return job.training, job.options
-    first = job.folder / f"{_file_name(job.task, 'tuned')}-0.json"
+    if job.method not in METHODS:
+        return job.training, []
+    first = job.folder / f"{_file_name(job.task, 'search')}-0.json"
     if not (first.exists() and first.stat().st_size):
         if job.select or job.rows is not None:
-            return job.training, job.options
-        raise BayesLoraError(f"{first} is missing, but has the settings of the other runs: run --methods tuned first")
-    best = min(json.loads(first.read_text(encoding="utf-8"))["search"], key=lambda each: each["nll"])
-    if job.method == "tuned":
-        return job.training, {**job.options, "rates": [best["learning_rate"] / job.training.learning_rate]}
+            return job.training, []
+        raise BayesLoraError(f"{first} is missing, but has the settings of the other runs: run --methods search first")
+    found = json.loads(first.read_text(encoding="utf-8"))["search"]
+    best = min(found, key=lambda each: each["nll"])
     steps = as_many_steps(best["step"], job.training.steps)
-    return replace(job.training, learning_rate=best["learning_rate"], steps=steps), job.options
+    return replace(job.training, learning_rate=best["learning_rate"], steps=steps), found
 
 
 def as_many_steps(stopped: int, planned: int) -> int:
@@ -220,6 +217,8 @@ def jobs(given: argparse.Namespace) -> dict[Path, Job]:
     for seed in given.seeds:
         for task in given.tasks:
             for method in given.methods:
+                if method == "search" and seed:
+                    continue
                 training = TRAINING[task] if given.steps is None else replace(TRAINING[task], steps=given.steps)
                 own = {**OPTIONS.get(method, {}), **options}
                 file = folder / f"{_file_name(task, method)}{changed}-{seed}.json"

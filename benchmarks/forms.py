@@ -6,12 +6,11 @@ import copy
 import dataclasses
 import math
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
-import torch
 from datasets import Dataset
 from harness import Training, classifier, fine_tune, language_model
 from peft import LoraConfig, PeftConfig
@@ -53,9 +52,9 @@ DECODER = ["q_proj", "v_proj"]
 ALL_LINEAR = ("cola",)
 SWAG_RANK = 20
 RATES = (0.5, 1.0, 2.0)
-"""Learning rates that the tuned LoRA tries, times the task's."""
+"""Learning rates that are tried for LoRA, times the task's."""
 CHECKS = 8
-"""Times that a tuned LoRA looks at the held-out rows in a whole run; after three without a gain it stops."""
+"""Times that the search looks at the held-out rows in a whole run; after three without a gain it stops."""
 PATIENCE = 3
 TFB_STEPS = 4
 """Bisections by which training-free Bayesianization finds its scale: to 4%."""
@@ -64,14 +63,14 @@ TFB_BATCHES = 4
 CORES = 4
 CLOSED: dict[str, Any] = {"variance": "closed_form", "noise_fade_in": [0.4, 0.66]}
 OPTIONS: dict[str, dict[str, Any]] = {
-    "tuned": {"rates": list(RATES)},
+    "search": {"rates": list(RATES)},
     "swag": {"rank": SWAG_RANK},
     "ivon": {"ivon": IVON_SETTINGS["paper"], "rate": 2e3},
     "melora-closed": CLOSED,
     "melora-cores": {**CLOSED, "cores": CORES},
 }
 """By method, what is not a default."""
-METHODS = ("tuned", "swag", "ivon", "blob", "melora-closed", "melora-cores")
+METHODS = ("search", "tuned", "swag", "ivon", "blob", "melora-closed", "melora-cores")
 
 
 @dataclass(frozen=True)
@@ -150,13 +149,12 @@ def configuration(method: str, task: str, options: dict[str, Any], training: Tra
 
 
 class BestSoFar(TrainerCallback):
-    """Early stopping on held-out rows: looks at their likelihood, and keeps the best weights."""
+    """Early stopping on held-out rows: keeps the step at which their likelihood is best."""
 
     def __init__(self, model: nn.Module, data: Data, every: int) -> None:
         self.model, self.data, self.every = model, data, max(1, every)
         self.batches = data.batches("selection")
         self.best, self.step, self.stale = math.inf, 0, 0
-        self.weights: dict[str, torch.Tensor] = {}
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if state.global_step % self.every:
@@ -166,15 +164,7 @@ class BestSoFar(TrainerCallback):
         self.stale += 1
         if nll < self.best:
             self.best, self.step, self.stale = nll, state.global_step, 0
-            trained = {name: p for name, p in self.model.named_parameters() if p.requires_grad}
-            self.weights = {name: p.detach().clone() for name, p in trained.items()}
         control.should_training_stop = self.stale >= PATIENCE
-
-    @torch.no_grad()
-    def restore(self) -> None:
-        parameters = dict(self.model.named_parameters())
-        for name, value in self.weights.items():
-            parameters[name].copy_(value)
 
 
 @dataclass
@@ -191,11 +181,10 @@ class Trained:
     left_out: dict[str, str] = field(default_factory=dict)
 
 
-def tuned(task: Task, training: Training, seed: int, options: Mapping[str, Any]) -> Trained:
-    """LoRA at the learning rate, and stopped at the step, that is best on the held-out rows."""
-    found: list[tuple[float, Trained]] = []
-    search = []
-    for factor in options["rates"]:
+def search(task: Task, training: Training, seed: int, rates: Sequence[float]) -> list[dict[str, Any]]:
+    """For each rate, as a multiple of the task's, the step at which LoRA is best on the held-out rows, and its NLL."""
+    found = []
+    for factor in rates:
         set_seed(seed)
         base, data = prepared(task, training)
         own = dataclasses.replace(training, learning_rate=factor * training.learning_rate)
@@ -206,21 +195,15 @@ def tuned(task: Task, training: Training, seed: int, options: Mapping[str, Any])
             kept.append(BestSoFar(model, data, training.steps // CHECKS))
             return kept[0]
 
-        model, facts = fine_tune(base, data.tokenizer, data.encoded["train"], config, own, seed, callback=watch)
+        _, facts = fine_tune(base, data.tokenizer, data.encoded["train"], config, own, seed, callback=watch)
         (best,) = kept
-        best.restore()
-        rate = own.learning_rate
-        search.append({"learning_rate": rate, "step": best.step, "nll": best.best, "seconds": facts["seconds"]})
-        found.append((best.best, Trained(model, data, {**facts, "learning_rate": rate, "best_step": best.step})))
-    chosen = min(found, key=lambda each: each[0])[1]
-    chosen.facts["search"] = search
-    return chosen
+        one = {"learning_rate": own.learning_rate, "step": best.step, "nll": best.best, "seconds": facts["seconds"]}
+        found.append(one)
+    return found
 
 
 def trained(method: str, task: Task, training: Training, seed: int, options: dict[str, Any]) -> Trained:
     """Train one method once."""
-    if method == "tuned":
-        return tuned(task, training, seed, options)
     set_seed(seed)
     base, data = prepared(task, training)
     kept: list[Any] = []

@@ -136,8 +136,9 @@ def first_columns(path: str | os.PathLike[str]) -> list[str]:
 
             return list(pyarrow.parquet.read_schema(path).names)
         with path.open(encoding="utf-8-sig", newline="") as stream:
-            if extension == ".csv":
-                return next(csv.reader(stream), [])
+            if extension in (".csv", ".tsv"):
+                header = [stream.readline(_FIRST_ROW)]
+                return max((next(csv.reader(header, delimiter=each), []) for each in ",;\t|"), key=len)
             start = stream.read(_FIRST_ROW).lstrip().removeprefix("[").lstrip()
         row, _ = json.JSONDecoder().raw_decode(start)
     except (OSError, ValueError, csv.Error):  # pyarrow's errors are among these

@@ -66,3 +66,7 @@ def text_form(columns: Collection[str]) -> tuple[str, ...] | None:
     if MESSAGES in columns:
         return (MESSAGES,)
     return (PROMPT, COMPLETION) if PROMPT in columns and COMPLETION in columns else None
+
+
+TEXT_TASKS = ("squad", "e2e")
+"""Named tasks whose answers are text; `data.text_tasks` describes them."""

@@ -83,8 +83,24 @@ def test_a_run_of_its_own_length_has_the_learning_rates_of_one_that_is_stopped(s
 
 
 @pytest.mark.slow
+def test_the_search_sets_the_rate_and_length_of_all(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(harness, "packaged_model", lambda name: folder / "tiny")
+    (job,) = calibration.jobs(given(folder, methods=["search"], seeds=[0, 1], steps=8, rows=100)).values()
+    found = calibration.run(job)
+    assert [each["learning_rate"] for each in found["search"]] == [5e-4, 1e-3, 2e-3] and found["forms"] == {}
+    assert all(each["step"] in range(1, 9) for each in found["search"])
+    job.folder.mkdir(parents=True)
+    (job.folder / "sst2-search-0.json").write_text(json.dumps(found))
+    best = min(found["search"], key=lambda each: each["nll"])
+    steps = calibration.as_many_steps(best["step"], 8)
+    for method in ("tuned", "swag"):
+        training, searched = calibration.tuned_settings(replace(job, method=method, options={}, seed=1))
+        assert (training.learning_rate, training.steps, searched) == (best["learning_rate"], steps, found["search"])
+
+
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:IVON can move")  # in eight steps
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", ROWS)
 def test_a_method_fills_its_rows(method: str, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(harness, "packaged_model", lambda name: folder / "tiny")
     job = next(iter(calibration.jobs(given(folder, methods=[method], steps=8, rows=100)).values()))
@@ -95,17 +111,6 @@ def test_a_method_fills_its_rows(method: str, folder: Path, monkeypatch: pytest.
         p = probabilities_of(form, len(labels))
         assert classification_scores(p, labels, ())["nll"] == pytest.approx(form["scores"]["nll"], abs=1e-3)
         assert form["passes"] >= 1 and form["numbers"] >= found["parameters"]["adapter"]
-    if method == "tuned":
-        assert [each["learning_rate"] for each in found["search"]] == [5e-4, 1e-3, 2e-3]
-        assert found["best_step"] in range(1, 9)
-        job.folder.mkdir(parents=True)
-        (job.folder / "sst2-tuned-0.json").write_text(json.dumps(found))
-        best = min(found["search"], key=lambda each: each["nll"])["learning_rate"]
-        (rate,) = calibration.tuned_settings(replace(job, seed=1))[1]["rates"]
-        assert rate * job.training.learning_rate == pytest.approx(best)
-        assert calibration.tuned_settings(job) == (job.training, job.options)
-        other = calibration.tuned_settings(replace(job, method="swag", options={}, seed=1))
-        assert (other[0].learning_rate, other[1]) == (best, {}) and other[0].steps <= 8
     assert len(json.dumps(found)) < 100_000
 
 
@@ -113,7 +118,7 @@ def test_a_method_fills_its_rows(method: str, folder: Path, monkeypatch: pytest.
 @pytest.mark.filterwarnings("ignore:IVON can move")  # in eight steps
 @pytest.mark.parametrize(
     ("method", "task", "normalization"),
-    [*((method, "arc_easy", "none") for method in METHODS), ("tuned", "openbookqa", "tokens")],
+    [*((method, "arc_easy", "none") for method in ROWS), ("tuned", "openbookqa", "tokens")],
 )
 def test_a_method_fills_its_rows_by_cloze(
     method: str, task: str, normalization: str, folder: Path, monkeypatch: pytest.MonkeyPatch
@@ -143,7 +148,7 @@ def test_runs_have_names_settings_and_the_schedule_of_their_task(folder: Path) -
     wanted = calibration.jobs(given(folder, tasks=["mrpc", "qnli"], methods=["tuned", "blob"], seeds=[4]))
     assert [path.name for path in wanted] == [f"{t}-{m}-4.json" for t in ("mrpc", "qnli") for m in ("tuned", "blob")]
     job = next(iter(wanted.values()))
-    assert job.settings == {"training": vars(Training(480, 2e-3, max_length=96)), "options": OPTIONS["tuned"]}
+    assert job.settings == {"training": vars(Training(480, 2e-3, max_length=96)), "options": {}}
     chosen = calibration.jobs(given(folder, methods=["melora-closed"], select=True, set=["prior_std=0.1"]))
     (path,), (job,) = chosen.keys(), chosen.values()
     assert path.parent.name == "calibration-selection" and path.name == "sst2-melora-closed-prior_std=0.1-0.json"

@@ -147,3 +147,58 @@ def test_a_prompt_column_with_labels_is_a_text_column_like_any_other(
     steps = ["--method", "lora", "--max-steps", "1", "--output-dir", str(tmp_path / "out")]
     assert main(["train", "--model", str(tiny_bert_folder), *files, *steps]) == 0
     assert json.loads((tmp_path / "out" / "run.json").read_text())["kind"] == "classification"
+
+
+def questions(count: int) -> list[dict[str, object]]:
+    """Questions about a short text, a third of which it does not answer."""
+    asked = [("who sat ?", ["cat", "the cat"]), ("who ran ?", ["dog"]), ("who how ?", [])]
+    text = "the cat sat and the dog ran ."
+    return [{"context": text, "question": asked[i % 3][0], "answers": asked[i % 3][1]} for i in range(count)]
+
+
+@pytest.fixture(scope="module")
+def squad(tiny_causal_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run that has learned the answers by heart."""
+    folder = tmp_path_factory.mktemp("squad")
+    (folder / "data" / "squad").mkdir(parents=True)
+    for split, count in (("train", 24), ("dev", 6), ("test", 2)):
+        write_jsonl(folder / "data" / "squad" / f"{split}.jsonl", questions(count))
+    options = ["--method", "full", "--model", str(tiny_causal_folder), "--task", "squad", "--seed", "1"]
+    options += ["--data-dir", str(folder / "data"), "--max-steps", "120", "--learning-rate", "0.005"]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("bayeslora.report.page.png_bytes", lambda figure: EMPTY_PNG)
+        assert main(["train", *options, "--output-dir", str(folder / "out")]) == 0
+    return folder / "out"
+
+
+def test_a_named_task_is_scored_by_its_answers(squad: Path) -> None:
+    metrics = json.loads((squad / "metrics.json").read_text(encoding="utf-8"))
+    assert list(metrics["scores"])[:3] == ["f1", "exact_match", "aurc_probability"] and metrics["metric"] == "f1"
+    assert metrics["scores"]["f1"] == metrics["scores"]["exact_match"] == metrics["scores_test"]["f1"] == 1
+    assert metrics["scores"]["aurc_probability"] == 0 and metrics["scores"]["perplexity"] < 2
+    assert set(metrics["risk_coverage_by"]) == {"probability"}
+
+
+def test_draws_of_tokens_give_a_deterministic_run_a_semantic_entropy(
+    run: Path, squad: Path, capfd: pytest.CaptureFixture[str], refused: Refused
+) -> None:
+    options = ["--samples", "4", "--temperature", "1", "--split", "test"]
+    assert main(["evaluate", str(squad), *options, "--json"]) == 0
+    found = json.loads(capfd.readouterr().out)
+    assert set(found["risk_coverage_by"]) == {"probability", "semantic_entropy"} and found["rows"] == 2
+    assert "samples is 4, but" in refused("evaluate", squad, "--samples", 4)
+    assert "only squad and e2e score answers" in refused("evaluate", run, "--temperature", 1)
+
+
+def test_the_draws_of_a_posterior_order_the_answers_of_a_task(
+    run: Path, squad: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    options = ["--task", "squad", "--data-dir", str(squad.parent / "data"), "--samples", "2", "--json"]
+    assert main(["evaluate", str(run), *options]) == 0
+    found = json.loads(capsys.readouterr().out)
+    measures = {"probability", "mutual_information", "semantic_entropy"}
+    assert set(found["risk_coverage_by"]) == measures
+    # A run that has learned something else is always wrong, in any order.
+    assert all(0 < found["scores"][f"aurc_{name}"] <= 1 for name in measures)
+    for name in measures:
+        assert found["risk_coverage_by"][name]["risk"][-1] == pytest.approx(1 - found["scores"]["f1"])

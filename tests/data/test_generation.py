@@ -98,6 +98,9 @@ def test_the_form_of_a_file_shows_in_its_first_row(tmp_path: Path) -> None:
     assert first_columns(tmp_path / "a.json") == ["prompt", "completion"]
     (tmp_path / "a.csv").write_text("\ufeffprompt,label\nx,1\n", encoding="utf-8")
     assert first_columns(tmp_path / "a.csv") == ["prompt", "label"]
+    for name, delimiter in (("b.csv", ";"), ("b.csv", "|"), ("b.tsv", "\t")):
+        (tmp_path / name).write_text(f'prompt{delimiter}"completion"\n')
+        assert first_columns(tmp_path / name) == ["prompt", "completion"]
     pyarrow.parquet.write_table(pyarrow.table({"messages": [[ASK, TELL]]}), tmp_path / "a.parquet")
     assert first_columns(tmp_path / "a.parquet") == ["messages"]
     (tmp_path / "a.txt").write_text("no rows", encoding="utf-8")

@@ -46,6 +46,16 @@ def test_groups_stay_whole_and_classes_near_their_share(seed: int) -> None:
         assert abs(taken - 0.25 * count) <= max(4, 0.1 * count) and taken < count
 
 
+def test_large_groups_are_held_out_as_often_as_small_ones() -> None:
+    groups = [group for group in range(40) for _ in range(1 + group % 8)]
+    shares = []
+    for seed in range(100):
+        held = {groups[row] for row in held_out_rows([0] * len(groups), groups, 0.25, seed)}
+        shares.append([sum(group % 8 == size for group in held) / 5 for size in range(8)])
+    means = [sum(column) / 100 for column in zip(*shares, strict=True)]
+    assert all(0.15 < mean < 0.35 for mean in means), means
+
+
 def test_every_class_stays_in_training() -> None:
     # The only group with a class is not held out, whatever the share.
     classes, groups = ["a"] * 10 + ["b"] * 3, [*range(10), "all", "all", "all"]
@@ -95,6 +105,15 @@ def test_equal_texts_and_groups_are_on_one_side(tmp_path: Path) -> None:
     grouped = load_files(file, None, "text", "label", held_out=HoldOut(0.3, "user"))
     users = [{rows[row]["user"] for row in range(90) if (row in grouped.evaluation_rows) == side} for side in (0, 1)]
     assert users[0] & users[1] <= {""} and grouped.splits["train"].column_names == ["text", "label"]
+    for row in rows:
+        row["user"] = 0 if row["user"] == "u1" else None if row["user"] == "" else row["user"]
+    write(file, rows)  # a number is a name too, and 0 is one
+    zero = load_files(file, None, "text", "label", held_out=HoldOut(0.3, "user"))
+    assert len({row in zero.evaluation_rows for row in range(90) if rows[row]["user"] == 0}) == 1
+    empty = write(tmp_path / "b.jsonl", [{"text": " " if i % 2 else f"t{i}", "label": i // 2 % 2} for i in range(80)])
+    with pytest.warns(UserWarning, match="40 of 80 rows with an empty text"):
+        task = load_files(empty, None, "text", "label", held_out=HoldOut(0.3))
+    assert 3 < sum(not text.strip() for text in task.eval_split["text"]) < 21 and len(task.eval_split) == 24
     with pytest.raises(BayesLoraError, match="lacks column 'film'"):
         load_files(file, None, "text", "label", held_out=HoldOut(0.3, "film"))
 

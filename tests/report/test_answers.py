@@ -77,6 +77,8 @@ def test_the_page_fetches_nothing_and_runs_no_text(tmp_path: Path) -> None:
 def test_without_draws_the_shade_is_the_entropy(tmp_path: Path) -> None:
     alone = answer(draw_log_probabilities=[], draws=[], clusters=[], semantic_entropy=None, is_finished=False)
     page = write_answers(tmp_path / "a.html", [alone]).read_text(encoding="utf-8")
+    agreed = write_answers(tmp_path / "b.html", [answer(clusters=[Cluster("the cat", 2)])])
+    assert "2 draws, one answer" in agreed.read_text(encoding="utf-8")
     assert "by-information" not in page and 'id="by-entropy" checked' in page
     assert "cut at the maximum of new tokens" in page and "semantic entropy" not in page
     with pytest.raises(BayesLoraError, match="0 answers were given"):

@@ -73,6 +73,21 @@ def test_the_curve_and_the_rate_of_any_order(tmp_path: Path) -> None:
     assert set(level.get_ydata()) == {0.2}
 
 
+def test_answers_have_a_curve_for_each_measure(tmp_path: Path) -> None:
+    shares = [0.5, 1.0]
+    curves = {name: {"coverage": shares, "risk": [low, 0.4]} for name, low in (("probability", 0.1), ("entropy", 0.3))}
+    run = record(tmp_path, risk_coverage_by=curves)
+    assert run.risk_coverage_by["entropy"].points == [(0.5, 0.3), (1.0, 0.4)]
+    figure = figures.selective_figure(run)
+    assert figure is not None and titles(figure) == ["Selective answers"]
+    first, second, level = figure.axes[0].lines
+    np.testing.assert_allclose(first.get_xydata(), [(0.5, 0.1), (1.0, 0.4)])
+    np.testing.assert_allclose(second.get_xydata(), [(0.5, 0.3), (1.0, 0.4)])
+    assert set(level.get_ydata()) == {0.4}
+    legend = figure.axes[0].get_legend()
+    assert [text.get_text() for text in legend.get_texts()] == ["probability of the answer", "entropy", "in any order"]
+
+
 def test_each_measure_has_a_panel_with_every_group_as_shares_of_itself(tmp_path: Path) -> None:
     figure = figures.uncertainty_figure(record(tmp_path))
     assert figure is not None and titles(figure) == ["entropy, AUROC 0.700", "mutual information, AUROC 0.800"]

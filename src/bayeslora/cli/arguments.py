@@ -19,6 +19,7 @@ from bayeslora.cli.goals import with_goal
 from bayeslora.cli.registry import check_method, method_config_class, method_names
 from bayeslora.errors import BayesLoraError, Problems, close_matches, option, spelled_as_options
 from bayeslora.runs.plan import IVON, IVON_PREFIX, IvonOptions, RunOptions, TrainPlan, read_config
+from bayeslora.vocabulary import TEXT_TASKS
 
 if TYPE_CHECKING:
     from peft import PeftConfig
@@ -299,7 +300,7 @@ def _fill_defaults(
     options: RunOptions, method_options: dict[str, Any], training: dict[str, Any], by_ivon: bool
 ) -> None:
     """Fill in the defaults that all methods share."""
-    generates = options.task is None and options.text_column is None
+    generates = options.text_column is None if options.task is None else options.task in TEXT_TASKS
     if options.task is None and options.label_column is None and not generates:
         options.label_column = "label"
     for name, value in shared_defaults(options.method).items():

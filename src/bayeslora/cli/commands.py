@@ -288,6 +288,7 @@ COMMANDS = {
             _number("few_shot", "K", "examples in each prompt (as trained; 0)", least=0),
             Option("scoring", "NAME", "language models answer by letters or cloze (as trained)", Scoring),
             Option("normalization", "UNIT", "cloze: divide by none, tokens or bytes (as trained)", Normalization),
+            Option("temperature", "T", "text: of the tokens of the draws' answers (0: the most probable)", float),
             _UNCALIBRATED,
             _switch("json", "print JSON instead of a table"),
         ),

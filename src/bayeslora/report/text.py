@@ -10,8 +10,10 @@ _SCORE_NAMES = {
     "brier": "Brier score", "f1": "F1",
     "matthews_correlation": "Matthews correlation", "pearson": "Pearson correlation",
     "spearman": "Spearman correlation", "auroc": "AUROC", "aurc": "AURC", "mse": "MSE",
+    "bleu": "BLEU", "rouge_l": "ROUGE-L",
 }  # fmt: skip
 _MEASURE_NAMES = {
+    "probability": "probability of the answer",
     "max_probability": "1 − max probability", "mahalanobis": "Mahalanobis distance",
     "relative_mahalanobis": "relative Mahalanobis distance", "nearest_neighbors": "distance to nearest neighbors",
 }  # fmt: skip
@@ -19,6 +21,8 @@ _MEASURE_NAMES = {
 
 def score_name(name: str) -> str:
     """Return the readable name of a score."""
+    if name.startswith("aurc_"):
+        return f"AURC by {measure_name(name.removeprefix('aurc_'))}"
     return _SCORE_NAMES.get(name, name.replace("_", " "))
 
 

@@ -52,6 +52,8 @@ class Detections:
 
 def selective_figure(run: RunRecord) -> Figure | None:
     """Draw the error rate among the most confident predictions by their share, with the AURC in the title."""
+    if run.risk_coverage_by:
+        return _answers_figure(run)
     curve = run.risk_coverage.points
     if not curve:
         return None
@@ -64,6 +66,23 @@ def selective_figure(run: RunRecord) -> Figure | None:
         _selection_axes(axes, final)
         area = run.scores.get("aurc")
         axes.set_title("Selective prediction" if area is None else f"AURC {area:.4f}")
+        axes.legend(loc="upper center", bbox_to_anchor=(0.5, -0.2), ncols=2, handlelength=1.8)
+    return figure
+
+
+def _answers_figure(run: RunRecord) -> Figure:
+    """Draw the mean loss among the surest answers by their share, a curve for each measure of uncertainty."""
+    with style.paper_style():
+        figure = style.new_figure(style.COLUMN_WIDTH + 0.6, 3.2)
+        axes = figure.add_subplot()
+        curves = run.risk_coverage_by.items()
+        for (name, curve), color, dashes in zip(curves, style.CYCLE, ("-", "--", "-."), strict=False):
+            _curve(axes, curve.points, color, dashes, measure_name(name))
+        final = next(iter(run.risk_coverage_by.values())).points[-1][1]
+        axes.axhline(final, color=style.INK, linewidth=0.9, linestyle=":", label="in any order")
+        _selection_axes(axes, final)
+        axes.set_ylabel("mean loss among them")
+        axes.set_title("Selective answers")
         axes.legend(loc="upper center", bbox_to_anchor=(0.5, -0.2), ncols=2, handlelength=1.8)
     return figure
 

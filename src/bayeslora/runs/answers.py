@@ -190,13 +190,18 @@ def answer_rows(
     return [found[row] for row in range(len(rows))]
 
 
+def is_random(predictor: nn.Module | WeightPosterior) -> bool:
+    """Return whether the weights can be drawn."""
+    return isinstance(predictor, WeightPosterior) or has_posterior(predictor)
+
+
 class _Writer:
     """Writes the answers to batches of prompts."""
 
     def __init__(self, predictor: nn.Module | WeightPosterior, tokenizer: Any, sampling: Sampling) -> None:
         self.predictor, self.tokenizer, self.sampling = predictor, tokenizer, sampling
         model = predictor.model if isinstance(predictor, WeightPosterior) else predictor
-        self.is_random = isinstance(predictor, WeightPosterior) or has_posterior(model)
+        self.is_random = is_random(predictor)
         base: Any = model
         if not self.is_random and sampling.temperature == 0:
             check_samples(predictor, sampling.samples)

@@ -76,6 +76,10 @@ class RunInfo:
     train_digest: str | None = None
     tokenizer_digest: str | None = None
 
+    def __post_init__(self) -> None:
+        if not isinstance(self.evaluation_rows, list) or not all(type(row) is int for row in self.evaluation_rows):
+            raise TypeError("evaluation_rows must be a list of row numbers")
+
     @property
     def scoring(self) -> Scoring | None:
         """How a language model answers multiple choice; None for other models."""

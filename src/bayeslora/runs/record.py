@@ -15,6 +15,7 @@ takes its default, a number that was not finite is null, and unknown keys are ig
 | `scores_test` | scores of the test split, if there is one |
 | `reliability.bins` | `lower`, `upper`, `count`, mean `confidence` and `accuracy` by bin of confidence |
 | `risk_coverage` | `coverage`, the shares of examples answered, and `risk`, the error rate among each |
+| `risk_coverage_by` | of named tasks of text: the same by measure of uncertainty; the risk is the mean loss |
 | `uncertainty` | by measure (`entropy`, `mutual_information`): `edges` in nats, counts of `correct`, `wrong`, `ood` |
 | `ood` | of out-of-distribution inputs: `name`, `rows`, `rows_in`; by measure the `scores` `auroc`, `aupr`, `fpr95` |
 | `ood.rows_fitted` | number of training rows that the scores by features were fitted to |
@@ -300,6 +301,7 @@ class RunRecord:
     scores_test: dict[str, float] = field(default_factory=dict)
     reliability: Reliability = field(default_factory=Reliability)
     risk_coverage: RiskCoverage = field(default_factory=RiskCoverage)
+    risk_coverage_by: dict[str, RiskCoverage] = field(default_factory=dict)
     uncertainty: dict[str, Histogram] = field(default_factory=dict)
     ood: Detection | None = None
     shift: Shift | None = None

@@ -26,7 +26,6 @@ from bayeslora.errors import BayesLoraError
 from bayeslora.evaluation import (
     Evaluation,
     FeatureSpace,
-    TextEvaluation,
     dataset_features,
     evaluate,
     evaluate_text,
@@ -36,9 +35,11 @@ from bayeslora.evaluation import (
 from bayeslora.evaluation.uncertainty import detection
 from bayeslora.methods import describe
 from bayeslora.prediction import Predictable, Prediction
+from bayeslora.runs.answers import Sampling
 from bayeslora.runs.info import RunInfo
 from bayeslora.runs.rows import EVALUATION, FITTED_ROWS, TEST, OutsideRows, encode_for, training_rows
 from bayeslora.runs.run import Run
+from bayeslora.runs.text_scores import scored_text
 
 _PROBE_ROWS = 16
 _RELOAD_TOLERANCE = {"float32": 1e-5, "bfloat16": 5e-2, "float16": 1e-2}
@@ -59,8 +60,6 @@ def measure(
     include the accuracy on its mismatched split.
     """
     scored_model = predictor or model
-    if task.kind == "generation":
-        return _measured_text(model, scored_model, data, task, tokenizer, batch_size, samples)
     evaluation = evaluate(scored_model, data[EVALUATION], task, tokenizer, batch_size, samples)
     if MISMATCHED in data:
         other = evaluate(scored_model, data[MISMATCHED], task, tokenizer, batch_size, samples).scores[task.metric]
@@ -71,22 +70,6 @@ def measure(
     return found
 
 
-def _measured_text(
-    model: nn.Module,
-    scored_model: Predictable,
-    data: dict[str, Any],
-    task: Task,
-    tokenizer: PreTrainedTokenizerBase,
-    batch_size: int,
-    samples: int,
-) -> dict[str, Any]:
-    """Return `measure` of a run that generates text: the scores of its tokens."""
-    splits = [name for name in (EVALUATION, TEST) if name in data]
-    found = {name: evaluate_text(scored_model, data[name], tokenizer, batch_size, samples) for name in splits}
-    tests = {"scores_test": found[TEST].scores} if TEST in found else {}
-    return {"metric": task.metric, **scored(found[EVALUATION]), **described(model), **tests}
-
-
 def answered(info: RunInfo) -> dict[str, Any]:
     """Return the part of `metrics.json` about how a language model answers multiple choice; {} for other models."""
     if info.scoring is None:
@@ -94,12 +77,32 @@ def answered(info: RunInfo) -> dict[str, Any]:
     return {"scoring": info.scoring, **({"normalization": info.normalization} if info.scoring == "cloze" else {})}
 
 
+def measure_text(
+    model: nn.Module,
+    predictor: Predictable,
+    data: dict[str, Any],
+    task: Task,
+    tokenizer: PreTrainedTokenizerBase,
+    batch_size: int,
+    samples: int = 0,
+) -> dict[str, Any]:
+    """Return `measure` of a run that generates text, with the number of draws in `samples`."""
+    splits = [name for name in (EVALUATION, TEST) if name in data]
+    found = {
+        name: scored_text(predictor, task, task.splits[name], data[name], tokenizer, batch_size, Sampling(samples))
+        for name in splits
+    }
+    tests = {"scores_test": found[TEST]["scores"]} if TEST in found else {}
+    own = {name: value for name, value in found[EVALUATION].items() if name not in ("rows", "seconds")}
+    return {"metric": task.metric, **own, **described(model), **tests}
+
+
 def rows_to_score(data: dict[str, Any]) -> int:
     """Return the number of rows that `measure` predicts."""
     return sum(len(data[name]) for name in (EVALUATION, MISMATCHED, TEST) if name in data)
 
 
-def scored(evaluation: Evaluation | TextEvaluation) -> dict[str, Any]:
+def scored(evaluation: Evaluation) -> dict[str, Any]:
     """Return the part of `metrics.json` about the predictions on a split."""
     return {
         "scores": evaluation.scores,

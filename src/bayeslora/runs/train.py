@@ -68,7 +68,8 @@ from bayeslora.runs.plan import TrainPlan
 from bayeslora.runs.record import HISTORY_FILE, RunRecord
 from bayeslora.runs.rows import EVALUATION, asked, check_asked, check_task_asked, encode_split
 from bayeslora.runs.run import load
-from bayeslora.runs.score import answered, measure, rows_to_score, verify_reload
+from bayeslora.runs.score import answered, measure, measure_text, rows_to_score, verify_reload
+from bayeslora.runs.text_scores import check_text_metrics
 from bayeslora.training import SWAG, attach
 
 TRAIN = "train"
@@ -188,6 +189,7 @@ def prepare(plan: TrainPlan, partial: Path) -> Session:
     if options.swag is not None and plan.ivon is not None:
         raise BayesLoraError("--swag and --optim ivon are given, but a run has one posterior: leave one of them out")
     task = _load_data(plan)
+    check_text_metrics(task)
     assert options.model is not None
     resolved = resolve_model(options.model)
     tokenizer = load_tokenizer(resolved, options.model)
@@ -388,7 +390,11 @@ def _record(session: Session, trainer: Trainer, model: nn.Module, seconds: float
     predictor = load_posterior(model, session.partial) if plan.has_weight_posterior else None
     started = time.perf_counter()
     batch_size = trainer.args.per_device_eval_batch_size
-    measured = measure(model, session.data, task, session.tokenizer, batch_size, plan.options.samples, predictor)
+    of_rows = (session.data, task, session.tokenizer, batch_size, plan.options.samples)
+    if task.kind == "generation":
+        measured = measure_text(model, predictor or model, *of_rows)
+    else:
+        measured = measure(model, *of_rows, predictor)
     return RunRecord.from_dict(
         {
             "method": plan.options.method,
