@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import math
+import os
+import threading
 from pathlib import Path
 
 import pytest
@@ -62,3 +64,37 @@ def test_numbers_that_are_not_finite_are_saved_as_null(tmp_path: Path) -> None:
     save_json(tmp_path / "x.json", content)
     assert json.loads((tmp_path / "x.json").read_text(encoding="utf-8")) == finite(content)
     assert finite(content) == {"a": None, "b": [1.0, None, [2, None]], "c": {"é": "text"}}
+
+
+def test_a_link_stays_and_its_file_is_replaced(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("old")
+    (tmp_path / "link").symlink_to("file")
+    with write_atomically(tmp_path / "link") as path:
+        path.write_text("new")
+    assert (tmp_path / "link").is_symlink()
+    assert (tmp_path / "file").read_text() == "new"
+    assert {path.name for path in tmp_path.iterdir()} == {"file", "link"}
+
+
+def test_a_pipe_is_written_to_and_stays(tmp_path: Path) -> None:
+    pipe = tmp_path / "pipe"
+    os.mkfifo(pipe)
+    received: list[str] = []
+    reader = threading.Thread(target=lambda: received.append(pipe.read_text()))
+    reader.start()
+    with write_atomically(pipe) as path:
+        path.write_text("content")
+    reader.join(10)
+    assert received == ["content"]
+    assert pipe.is_fifo()
+
+
+def test_a_full_device_is_one_error_and_stays(tmp_path: Path) -> None:
+    with pytest.raises(BayesLoraError, match="/dev/full cannot be written"), write_atomically("/dev/full") as path:
+        path.write_text("content")
+    assert Path("/dev/full").is_char_device()
+
+
+def test_a_folder_is_no_file(tmp_path: Path) -> None:
+    with pytest.raises(BayesLoraError, match="is a folder, but must be a file"), write_atomically(tmp_path):
+        pass

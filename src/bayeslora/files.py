@@ -25,18 +25,26 @@ _FIRST_ROW = 2**20
 def write_atomically(path: str | os.PathLike[str]) -> Iterator[Path]:
     """Yield a hidden path in the same folder to write to; on success it replaces the file `path`.
 
+    A link stays, and the file that it names is replaced. A device or a pipe is written to directly.
+
     Raises:
         BayesLoraError: the file cannot be written.
     """
     path = Path(path)
-    partial = _partial(path)
+    if path.is_dir():
+        raise BayesLoraError(f"{path} is a folder, but must be a file: give another name")
+    is_special = path.exists() and not path.is_file()
+    target = path if is_special else path.resolve()
+    partial = target if is_special else _partial(target)
     try:
         yield partial
-        os.replace(partial, path)
+        if not is_special:
+            os.replace(partial, target)
     except OSError as error:
         raise BayesLoraError(f"{path} cannot be written ({error.strerror}): choose a writable folder") from error
     finally:
-        partial.unlink(missing_ok=True)
+        if not is_special:
+            partial.unlink(missing_ok=True)
 
 
 @contextmanager

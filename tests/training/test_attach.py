@@ -498,6 +498,34 @@ def test_other_models_train_as_without_it(adapted: bool, tmp_path: Path) -> None
     assert losses[0] == losses[1]
 
 
+def _diverging(model: nn.Module, folder: Path, **options: Any) -> Trainer:
+    return _trainer(model, folder, learning_rate=1e30, optim="sgd", max_grad_norm=0, **options)
+
+
+def test_divergence_stops_the_run_at_the_next_log(tmp_path: Path) -> None:
+    """The Trainer replaces a loss that is not a number in its log by 0 and trains on."""
+    model = get_peft_model(build_tiny_bert(), BlobConfig(target_modules=["query"], task_type="SEQ_CLS"))
+    trainer = _diverging(model, tmp_path)
+    with pytest.raises(BayesLoraError, match=r"is not finite after \d+ steps, but must be \(training diverged\)"):
+        trainer.train()
+    assert trainer.state.global_step < 12
+    unlogged = _diverging(model, tmp_path, logging_strategy="no")
+    with pytest.raises(BayesLoraError, match="training diverged"):
+        unlogged.train()
+
+
+def test_divergence_before_the_ranges_are_calibrated_is_one_sentence(tmp_path: Path) -> None:
+    with pytest.raises(BayesLoraError, match="not finite.*training diverged"):
+        _diverging(_model(), tmp_path, logging_strategy="no").train()
+
+
+def test_several_gpus_in_one_process_are_refused(tmp_path: Path) -> None:
+    trainer = _trainer(_model(), tmp_path, attached=False)
+    trainer.args._n_gpu = 2
+    with pytest.raises(BayesLoraError, match="2 GPUs would share one process .* start with torchrun"):
+        bayeslora.attach(trainer)
+
+
 def test_deepspeed_is_refused(tmp_path: Path) -> None:
     trainer = _trainer(_model(), tmp_path, attached=False)
     trainer.is_deepspeed_enabled = True

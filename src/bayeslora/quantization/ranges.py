@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Literal
 
 import torch
 from torch import Tensor
 
+from bayeslora.errors import BayesLoraError
 from bayeslora.quantization.quantizer import grid_step
 
 Calibration = Literal["mse", "absmax"]
@@ -70,7 +72,12 @@ def magnitude_counts(x: Tensor, largest: Tensor) -> Tensor:
 
     Counts of parts of a tensor, with the maximum over all parts, add up to those of the whole.
     """
-    return torch.histc(x.detach().float().abs(), _BINS, 0.0, float(largest))
+    most = float(largest)
+    if not math.isfinite(most):
+        raise BayesLoraError(
+            "a value to quantize is not finite, but must be (training diverged): lower the learning rate"
+        )
+    return torch.histc(x.detach().float().abs(), _BINS, 0.0, most)
 
 
 @torch.no_grad()

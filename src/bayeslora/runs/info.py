@@ -6,11 +6,13 @@ import dataclasses
 import json
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from types import UnionType
+from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 from bayeslora.data.choices import Cloze
 from bayeslora.errors import BayesLoraError
 from bayeslora.files import save_json
+from bayeslora.runs.digests import save_digests
 from bayeslora.vocabulary import Normalization, Scoring
 
 RUN_FILE = "run.json"
@@ -93,7 +95,8 @@ class RunInfo:
         return Cloze(self.context, self.normalization)
 
     def save(self, folder: Path) -> None:
-        """Write `run.json`."""
+        """Write `run.json` and the digests of the files beside it, which have to be there."""
+        save_digests(folder)
         save_json(folder / RUN_FILE, dataclasses.asdict(self))
 
     @classmethod
@@ -117,8 +120,25 @@ class RunInfo:
                     f"{path} has the field {unknown[0]!r}, but this version of bayeslora does not know it: "
                     "load the run with the version that wrote it"
                 )
+            for name, hint in get_type_hints(cls).items():
+                if name in content and not _fits(content[name], hint):
+                    raise ValueError(f"{name} is {repr(content[name])[:40]}, which is of a wrong kind")
             return cls(**content)
         except BayesLoraError:
             raise
-        except (OSError, ValueError, TypeError) as error:
+        except (OSError, ValueError, TypeError, RecursionError) as error:
             raise BayesLoraError(f"{path} is damaged ({error}): train again or restore it from a copy") from error
+
+
+def _fits(value: Any, hint: Any) -> bool:
+    """Return whether a value from JSON is of the type of a field."""
+    origin, arguments = get_origin(hint), get_args(hint)
+    if origin in (UnionType, Union):
+        return any(_fits(value, each) for each in arguments)
+    if origin is Literal:
+        return value in arguments
+    if origin is list:
+        return isinstance(value, list) and all(_fits(item, arguments[0]) for item in value)
+    if origin is dict:
+        return isinstance(value, dict) and all(_fits(item, arguments[1]) for item in value.values())
+    return isinstance(value, hint) and not (hint is int and isinstance(value, bool))

@@ -35,7 +35,7 @@ def adapter_config(folder: Path) -> dict[str, Any]:
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
         content.get("base_model_name_or_path")
-    except (OSError, ValueError, AttributeError) as error:
+    except (OSError, ValueError, AttributeError, RecursionError) as error:
         raise BayesLoraError(f"{path} is missing or damaged: train again or restore it from a copy") from error
     return dict(content)
 

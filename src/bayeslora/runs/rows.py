@@ -202,11 +202,15 @@ def evaluation_task(info: RunInfo, text_columns: list[str] | None = None, label_
     """
     if info.evaluation_rows:
         return _split_file(info, text_columns, label_column)
+    if "eval_file" not in info.files:
+        raise BayesLoraError("run.json does not name the rows to score, but they are needed: give --eval-file")
     return labelled_rows(info, info.files["eval_file"], text_columns, label_column)
 
 
 def _split_file(info: RunInfo, text_columns: list[str] | None = None, label_column: str | None = None) -> Task:
     """Return the training and the evaluation rows of a run on one file."""
+    if "train_file" not in info.files:
+        raise BayesLoraError("run.json does not name the rows to score, but they are needed: give --eval-file")
     file = info.files["train_file"]
     if Path(file).is_file() and file_digest(file) != info.train_digest:
         raise BayesLoraError(

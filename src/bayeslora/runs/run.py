@@ -41,12 +41,14 @@ from bayeslora.runs.base import (
     tokenizer_digest,
 )
 from bayeslora.runs.decisions import Calibration, calibrated, calibration_for, model_digest
+from bayeslora.runs.digests import check_digests
 from bayeslora.runs.info import RUN_FILE, RunInfo, RunKind
 from bayeslora.runs.plain import ADAPTER_FILE, CONFIG_FILE, adapter_config, plain_info
 from bayeslora.runs.predictions import Predictions
 from bayeslora.runs.record import METRICS_FILE, RunRecord, read_run
 from bayeslora.runs.rows import EVALUATION, check_not_training, encode_for, labelled_rows, rows_to_predict
 from bayeslora.runs.scaling import Scaling, ScalingName, halves
+from bayeslora.runs.untrusted_config import check_config
 
 
 @dataclass(frozen=True, repr=False)
@@ -322,9 +324,11 @@ def load(
     own = _tokenizer(place, info, model, tokenizer)
     if is_integer_model(place):
         loaded: nn.Module = load_integer(place)
+        check_digests(place)
     elif info.method == "full":
         with load_errors(f"the model in {place}"):
             loaded = AUTO_CLASSES[info.head].from_pretrained(place, dtype=getattr(torch, info.dtype))
+        check_digests(place)
     else:
         loaded = _adapted(place, info, own, model or info.model)
     if not info.max_length:
@@ -393,6 +397,7 @@ def _tokenizer(
 def _adapted(folder: Path, info: RunInfo, tokenizer: PreTrainedTokenizerBase, name: str) -> PeftModel:
     """Return the base model with the adapter of the folder; raise unless all its tensors fit."""
     _check_adapter_files(folder, info)
+    check_digests(folder, only_config=True)
     with torch.random.fork_rng(devices=[]):
         base = load_base(
             name,
@@ -411,6 +416,7 @@ def _adapted(folder: Path, info: RunInfo, tokenizer: PreTrainedTokenizerBase, na
     with load_errors(f"the adapter in {folder}"):
         adapted = PeftModel.from_pretrained(base.model, folder)
     _check_keys(adapted, folder)
+    check_digests(folder)
     return adapted
 
 
@@ -430,6 +436,7 @@ def _check_adapter_files(folder: Path, info: RunInfo) -> None:
     except (SafetensorError, OSError) as error:
         size = os.path.getsize(weights)
         raise BayesLoraError(f"{weights} ({size} bytes) is damaged or cut short: restore or train it again") from error
+    check_config(folder, adapter_config(folder), weights)
 
 
 def _check_keys(model: PeftModel, folder: Path) -> None:

@@ -54,7 +54,8 @@ def attach(
         BayesLoraError: under DeepSpeed, which owns the gradients; if the trainer was given an optimizer that lacks the
             method's groups, or one in addition to `optimizer`; if N contradicts the configuration; for B-LoRA or IVON
             under FSDP1; for IVON with several Monte-Carlo samples, or for an adapter with other parameters than
-            weights; after a call with other arguments.
+            weights; after a call with other arguments; where several GPUs are to share one process. While it trains:
+            at the next log after a weight is no longer finite.
     """
     arguments = (num_examples, optimizer)
     attached = [each for each in trainer.callback_handler.callbacks if isinstance(each, BayesCallback)]
@@ -82,6 +83,11 @@ def attach(
 
 
 def _check_distribution(trainer: Trainer, tuner: BayesTuner | None, by_ivon: bool) -> None:
+    if trainer.args.n_gpu > 1:
+        raise BayesLoraError(
+            f"{trainer.args.n_gpu} GPUs would share one process (DataParallel), but its copies of the model lose what "
+            "a step draws and counts: start with torchrun, or set CUDA_VISIBLE_DEVICES=0"
+        )
     if getattr(trainer, "is_deepspeed_enabled", False):
         raise BayesLoraError("DeepSpeed hides the gradients, but methods need them: use DDP or FSDP2 instead")
     if not trainer.is_fsdp_enabled or getattr(trainer.accelerator, "is_fsdp2", False):
@@ -171,6 +177,11 @@ class BayesCallback(TrainerCallback):
             hook.save(Path(args.output_dir) / f"{PREFIX_CHECKPOINT_DIR}-{state.global_step}")
         forget_early_best(state, self.loop.tuner)
 
+    def on_train_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        self.loop.check_finite()
+
     def restore(self) -> None:
         """Set the weights back to the mean after an interrupted step."""
         if self._loop is not None:
@@ -179,6 +190,7 @@ class BayesCallback(TrainerCallback):
     def on_log(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Add the method's numbers to training logs before any reporter sees them, and to the history."""
         if self._loop is not None and "loss" in kwargs["logs"]:
+            self._loop.check_finite()
             with torch.no_grad():
                 found = self._loop.statistics()
             kwargs["logs"].update(found)

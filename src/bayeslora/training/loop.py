@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import torch
 from torch import nn
 from torch.optim import Optimizer
 
 from bayeslora.errors import BayesLoraError
 from bayeslora.methods.tuner import tuner_of
 from bayeslora.optim import IVON
+from bayeslora.posterior.draws import whole
 from bayeslora.training.hooks import IvonHook, LoopHook, MethodHook
 
 
@@ -84,9 +86,22 @@ class BayesLoop:
 
     def step_end(self) -> None:
         """Call after the optimizer's step: follow the budget, then allocate ranks, calibrate or freeze what is due."""
-        for hook in self.hooks:
-            hook.step_end(self.step)
+        try:
+            for hook in self.hooks:
+                hook.step_end(self.step)
+        except RuntimeError:  # such as of a decomposition
+            self.check_finite()
+            raise
         self.step += 1
+
+    def check_finite(self) -> None:
+        """Raise BayesLoraError if a trained weight is not finite: training has diverged, and cannot come back."""
+        for name, parameter in self.model.named_parameters():
+            if parameter.requires_grad and not bool(torch.isfinite(whole(parameter)).all()):
+                raise BayesLoraError(
+                    f"{name} is not finite after {self.step} steps, but must be (training diverged): lower the "
+                    "learning rate"
+                )
 
     def restore(self) -> None:
         """Call instead of `step_end` after a step that was interrupted or skipped: the weights are the mean again."""
