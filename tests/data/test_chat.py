@@ -8,6 +8,8 @@ from typing import Any
 
 import pytest
 from datasets import Dataset
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast
 
 from bayeslora.data import encode_generation, labelled_tokens, prompt_masked
 from bayeslora.data.chat import answer_of, asked_of, end_tokens, prompt_tokens
@@ -69,9 +71,13 @@ def test_text_after_the_last_answer_is_left_out() -> None:
 
 def test_an_answer_that_the_template_rewrites_is_left_out_with_a_warning() -> None:
     forgetful = MARKED.replace("answer ! {{ m.content }}", "answer ! {{ m.content if loop.last else 'very' }}")
-    with pytest.warns(UserWarning, match="1 answers are not learned"):
+    with pytest.warns(UserWarning, match="1 of the answers cannot be learned"):
         assert encoded(tokenizer_with(forgetful), TURNS)[1] == "on the mat [MASK]".split()
-    with pytest.warns(UserWarning, match="1 answers are not learned"):
+    # As Qwen 3: the thought before the last answer alone makes a conversation that ends earlier longer.
+    thoughtful = MARKED.replace("answer ! {{ m.content }}", "answer ! {{ 'why why why ' * loop.last }}{{ m.content }}")
+    with pytest.warns(UserWarning, match="1 of the answers cannot be learned"):
+        assert encoded(tokenizer_with(thoughtful), TURNS)[1] == "why why why on the mat [MASK]".split()
+    with pytest.warns(UserWarning, match="1 of the answers cannot be learned"):
         greeting = encoded(tokenizer_with(MARKED), [("assistant", "hello"), *TURNS])[1]
     assert greeting == "the cat [MASK] on the mat [MASK]".split()
 
@@ -101,6 +107,18 @@ def test_a_prompt_has_the_tokens_that_it_had_in_training(template: str | None) -
             start -= 1
         assert prompt_tokens(row, tokenizer) == learned["input_ids"][:start]
         assert answer_of(row) == turns[-1][1] and asked_of(row["messages"]) == messages(turns[:-1])
+
+
+def test_earlier_answers_of_a_prompt_are_tokenized_apart_as_in_training() -> None:
+    """A token may span the boundary: here line breaks and the letter after them."""
+    core = Tokenizer(models.WordLevel({word: index for index, word in enumerate(["x", "q!a", "q!", "a"])}, "x"))
+    core.pre_tokenizer = pre_tokenizers.Split("|", "removed")
+    template = "{% for m in messages %}{{ m.content }}{{ '!' if m.role == 'user' else '|' }}{% endfor %}"
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=core, chat_template=template, unk_token="x", eos_token="x")
+    row = {"messages": messages([("user", "q"), ("assistant", "a"), ("user", "q"), ("assistant", "a")])}
+    ids = encode_generation(Dataset.from_list([row]), tokenizer, 99)[0]["input_ids"]
+    assert tokenizer.convert_ids_to_tokens(ids) == ["q!", "a", "q!", "a", "x"]
+    assert prompt_tokens(row, tokenizer) == ids[:3]
 
 
 def test_completions_are_those_of_prompt_masked_and_their_prompts_too(tiny_tokenizer: Any) -> None:

@@ -7,9 +7,10 @@ answer are tokenized apart, so that in training a prompt has the tokens that it 
 
 from __future__ import annotations
 
+import itertools
 import os.path
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -41,8 +42,8 @@ class _Counts:
             "raise max_length to keep it": self.cut,
             f"{self.unfinished} of {rows} rows have an answer that is too long for {max_length} tokens and is cut at "
             "its end: raise max_length to keep it": self.unfinished,
-            f"{self.rewritten} answers are not learned, because they begin a conversation or the chat template "
-            "changes them when it goes on: give each a row that ends with it": self.rewritten,
+            f"{self.rewritten} of the answers cannot be learned, because they begin a conversation or the chat "
+            "template changes them when it goes on: give each a row that ends with it": self.rewritten,
         }
         for sentence, count in found.items():
             if count:
@@ -95,7 +96,12 @@ def prompt_tokens(row: Mapping[str, Any], tokenizer: Any) -> list[int]:
     """
     if MESSAGES not in row:
         return [*opening(tokenizer), *_tokens(row[PROMPT], tokenizer)] or [_beginning(tokenizer)]
-    return _tokens(_written(asked_of(row[MESSAGES]), tokenizer, for_answer=True), tokenizer, begins=True)
+    messages = asked_of(row[MESSAGES])
+    whole = _written(messages, tokenizer, for_answer=True)
+    # Earlier answers are tokenized apart, as in training.
+    cuts = [0, *(cut for span in _answers(messages, whole, tokenizer) if span for cut in span), len(whole)]
+    parts = [whole[start:end] for start, end in itertools.pairwise(cuts)]
+    return [token for number, part in enumerate(parts) for token in _tokens(part, tokenizer, begins=number == 0)]
 
 
 def asked_of(messages: Sequence[Message]) -> list[Message]:
@@ -143,23 +149,39 @@ def _conversation(messages: Sequence[Message], tokenizer: Any, counts: _Counts) 
 
 def _pieces(messages: Sequence[Message], tokenizer: Any, counts: _Counts) -> list[tuple[str, bool]]:
     """Return a conversation's text up to its last answer in pieces, each with whether it is learned."""
-    turns = [place for place, message in enumerate(messages) if message["role"] == ASSISTANT]
-    whole = _written(messages[: turns[-1] + 1], tokenizer)
+    last = max(place for place, message in enumerate(messages) if message["role"] == ASSISTANT)
+    whole = _written(messages[: last + 1], tokenizer)
     pieces: list[tuple[str, bool]] = []
     at = 0
-    for place in turns:
-        end = len(_written(messages[: place + 1], tokenizer)) if place != turns[-1] else len(whole)
-        before = _written(messages[:place], tokenizer, for_answer=True) if place else ""
-        start = len(os.path.commonprefix([before, whole]))
-        is_there = messages[place]["content"].strip() in whole[start:end]
-        if not place or start < at or not is_there:
+    for span in _answers(messages[: last + 1], whole, tokenizer):
+        if span is None:
             counts.rewritten += 1
             continue
-        pieces += [(whole[at:start], False), (whole[start:end], True)]
-        at = end
+        pieces += [(whole[at : span[0]], False), (whole[span[0] : span[1]], True)]
+        at = span[1]
     if not pieces:
         raise BayesLoraError("no answer follows a message of someone else, but one is needed to learn: drop the row")
     return pieces
+
+
+def _answers(messages: Sequence[Message], whole: str, tokenizer: Any) -> Iterator[tuple[int, int] | None]:
+    """Yield the beginning and the end of each answer in the text `whole` of a conversation.
+
+    None stands for one that begins the conversation, or that the template writes otherwise at its end.
+    """
+    at = 0
+    for place, message in enumerate(messages):
+        if message["role"] != ASSISTANT:
+            continue
+        before = _written(messages[:place], tokenizer, for_answer=True) if place else ""
+        until = _written(messages[: place + 1], tokenizer)
+        start, end = len(os.path.commonprefix([before, whole])), len(until)
+        is_there = place > 0 and start >= at and whole.startswith(until)
+        if is_there and message["content"].strip() in whole[start:end]:
+            yield start, end
+            at = end
+        else:
+            yield None
 
 
 def _written(messages: Sequence[Message], tokenizer: Any, *, for_answer: bool = False) -> str:
