@@ -545,6 +545,24 @@ def test_fsdp1_is_refused_for_a_method_that_needs_whole_factors_before_anything_
     assert bayeslora.attach(trainer).optimizer_cls_and_kwargs is not None
 
 
+@pytest.mark.parametrize("config", [bayeslora.MeLoraConfig, AdaLoraConfig])
+@pytest.mark.parametrize("is_fsdp2", [False, True])
+def test_fsdp_is_refused_for_a_method_that_computes_with_whole_factors(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, config: Any, is_fsdp2: bool
+) -> None:
+    model = get_peft_model(build_tiny_bert(), config(target_modules=["query"], task_type="SEQ_CLS"))
+    trainer = _trainer(model, tmp_path, attached=False)
+    trainer.is_fsdp_enabled = True
+    monkeypatch.setattr(type(trainer.accelerator), "is_fsdp2", is_fsdp2)
+    with pytest.raises(BayesLoraError, match="FSDP gives each rank a part of a factor, but .* use DDP"):
+        bayeslora.attach(trainer)
+    assert trainer.optimizer_cls_and_kwargs is None
+    monkeypatch.setattr("bayeslora.training.hooks.is_sharded", lambda model: True)
+    optimizer = torch.optim.AdamW(bayeslora.parameter_groups(model, lr=1e-3))
+    with pytest.raises(BayesLoraError, match="FSDP gives each rank a part of a factor"):
+        bayeslora.BayesLoop(model, optimizer, total_steps=100, num_examples=10)
+
+
 def test_a_callers_optimizer_without_the_groups_is_refused_and_with_them_is_kept(tmp_path: Path) -> None:
     model = _model()
     trainer = _trainer(model, tmp_path, optimizers=(torch.optim.AdamW(model.parameters()), None))

@@ -14,6 +14,8 @@ from bayeslora.data.tasks import LABEL, Task
 from bayeslora.errors import BayesLoraError
 
 DEFAULT_MAX_LENGTH = 128
+_CHARACTERS = 64
+"""Characters a token, from which on a text is looked at for a part that is enough."""
 
 Collate = Callable[[Sequence[Mapping[str, Any]]], dict[str, Tensor]]
 
@@ -41,6 +43,8 @@ def encode_texts(
 
     def tokenize(batch: dict[str, list[Any]]) -> dict[str, list[Any]]:
         texts = [batch[name] for name in text_columns]
+        if len(texts) == 1:  # how a pair is cut depends on the lengths of both
+            texts = [[_beginning(text, tokenizer, length) for text in texts[0]]]
         encoded = tokenizer(*texts, truncation=True, max_length=length)
         return _never_empty(dict(encoded), tokenizer)
 
@@ -75,6 +79,19 @@ def pad_id(tokenizer: Any) -> int:
             "set tokenizer.pad_token (its eos_token is the usual choice)"
         )
     return int(tokenizer.pad_token_id)
+
+
+def _beginning(text: str, tokenizer: Any, length: int) -> str:
+    """Return the part of a very long text that has its first `length` tokens, or the text itself.
+
+    Tokenizing megabytes takes minutes and gigabytes. The part ends at white space and has twice as many tokens as are
+    kept, so that its end has no effect on them.
+    """
+    most = _CHARACTERS * length
+    if len(text) <= 2 * most or tokenizer.truncation_side != "right":
+        return text
+    part = text[:most].rsplit(maxsplit=1)[0] if text[:most].strip() else ""
+    return part if len(tokenizer(part, add_special_tokens=False)["input_ids"]) > 2 * length else text
 
 
 def _max_length(tokenizer: Any, max_length: int | None, pair: bool) -> int:

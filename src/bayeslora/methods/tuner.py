@@ -90,6 +90,9 @@ class BayesTuner(BaseTuner):
     needs_whole_factors: ClassVar[bool] = False
     """True if the method reads whole factors while it trains: FSDP1, which flattens them, cannot give it any."""
 
+    trains_sharded: ClassVar[bool] = True
+    """False if the method cannot train where each rank has a part of a factor, as under FSDP."""
+
     _run: RunState | None = None
     _named_layers: dict[str, Any] | None = None
 

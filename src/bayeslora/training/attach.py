@@ -14,6 +14,7 @@ from bayeslora.errors import BayesLoraError
 from bayeslora.methods.tuner import BayesTuner, tuner_of
 from bayeslora.posterior import unwrapped
 from bayeslora.training.best_model import check_best_model, forget_early_best
+from bayeslora.training.hooks import check_sharding
 from bayeslora.training.loop import BayesLoop
 from bayeslora.training.loss_scale import correct_loss_scale
 from bayeslora.training.optimizers import (
@@ -90,6 +91,8 @@ def _check_distribution(trainer: Trainer, tuner: BayesTuner | None, by_ivon: boo
         )
     if getattr(trainer, "is_deepspeed_enabled", False):
         raise BayesLoraError("DeepSpeed hides the gradients, but methods need them: use DDP or FSDP2 instead")
+    if trainer.is_fsdp_enabled and tuner is not None:
+        check_sharding(tuner)
     if not trainer.is_fsdp_enabled or getattr(trainer.accelerator, "is_fsdp2", False):
         return
     if by_ivon:

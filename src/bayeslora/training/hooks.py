@@ -18,7 +18,7 @@ from bayeslora.methods.allocation import CostModel
 from bayeslora.methods.tuner import BayesTuner, TrainingSetup
 from bayeslora.optim import IVON
 from bayeslora.posterior import save_posterior
-from bayeslora.posterior.draws import local
+from bayeslora.posterior.draws import is_sharded, local
 from bayeslora.training.groups import ROLE
 from bayeslora.vocabulary import CostScope
 
@@ -75,6 +75,8 @@ class MethodHook(LoopHook):
         self._share: tuple[object, dict[str, float]] | None = None
 
     def begin(self, total_steps: int) -> None:
+        if is_sharded(self.model):
+            check_sharding(self.tuner)
         has_posterior = hasattr(self.optimizer, "posterior")
         cost_of = functools.partial(cost_in, self.model)
         setup = TrainingSetup(total_steps, self.num_examples, has_posterior, cost_of, self.rows, self.model)
@@ -218,3 +220,9 @@ def cost_in(model: nn.Module, currency: str, scope: CostScope | None = None) -> 
         return bops_cost(model, scope)
     adapted = [operation for operation in operations(model) if operation.scope == "adapted"]
     return bops_cost(model, max((operation.region for operation in adapted), key=SCOPES.index, default="attention"))
+
+
+def check_sharding(tuner: BayesTuner) -> None:
+    """Raise BayesLoraError for a method that cannot train on parts of factors, as each rank has under FSDP."""
+    if not tuner.trains_sharded:
+        raise BayesLoraError(f"FSDP gives each rank a part of a factor, but {tuner.title} needs whole ones: use DDP")

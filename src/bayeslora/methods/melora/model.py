@@ -41,6 +41,7 @@ class MeLoraModel(VariationalModel):
     prefix = "melora_"
     tuner_layer_cls = MeLoraLayer
     linear_class = Linear
+    trains_sharded = False
     roles = {"melora_rho": "variances", "melora_M": "means"}
     _hooked = False
 
