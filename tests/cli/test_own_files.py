@@ -114,7 +114,7 @@ def test_a_changed_file_is_refused(run: Path, tmp_path: Path, tickets: Path, ref
     assert "does not exist" in refused("evaluate", copied)
     for rows in (5, "3", [1, "2"], [[1]], None):
         (copied / "run.json").write_text(json.dumps({**info, "evaluation_rows": rows}))
-        assert "is damaged (evaluation_rows must be a list of row numbers)" in refused("evaluate", copied)
+        assert "run.json is damaged (evaluation_rows " in refused("evaluate", copied)
 
 
 def test_predictions_in_a_spreadsheet_keep_its_columns_and_form(run: Path, tickets: Path, tmp_path: Path) -> None:

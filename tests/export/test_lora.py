@@ -218,8 +218,8 @@ def test_the_named_adapters_error_is_measured_whatever_is_active(tmp_path: Path)
 
 
 def test_bad_requests_are_one_sentence(tmp_path: Path) -> None:
-    with pytest.raises(BayesLoraError, match="format is 'onnx', but must be one of .*lora"):
-        export(make_tiny(), tmp_path, format="onnx")
+    with pytest.raises(BayesLoraError, match="format is 'tflite', but must be one of .*lora"):
+        export(make_tiny(), tmp_path, format="tflite")
     with pytest.raises(BayesLoraError, match="has no adapter of bayeslora"):
         export(Tiny(), tmp_path)
     with pytest.raises(BayesLoraError, match="has no adapter of bayeslora"):

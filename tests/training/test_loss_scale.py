@@ -27,7 +27,7 @@ import bayeslora
 from tests.conftest import VOCABULARY, build_tiny_bert, build_tiny_llama
 
 ROWS, LENGTH = 32, 6
-TARGETS = ["query", "value", "q_proj", "v_proj"]
+TARGETS = r".*\.(query|value|q_proj|v_proj)"
 
 
 def _tokens(*shape: int) -> Tensor:
