@@ -200,7 +200,10 @@ def test_what_the_config_and_the_trainer_refuse_is_told_together() -> None:
         ({"fixed_bits": "{in: 8}"}, "--fixed-bits names in, but the input is not quantized: set --quantize-input"),
         ({"gates": "paper", "target_rank": "2"}, "but --gates paper follow penalties: use --gates evidence"),
         ({"bias": "some"}, "--bias is 'some', but must be none or all: choose one of them"),
-        ({"warmup_fraction": "0.9", "freeze_fraction": "0.3"}, "--warmup-fraction and --freeze-fraction are 0.9 and 0.3, but must leave steps"),
+        (
+            {"warmup_fraction": "0.9", "freeze_fraction": "0.3"},
+            "--warmup-fraction and --freeze-fraction are 0.9 and 0.3, but must leave steps",
+        ),
     ],
 )
 def test_an_error_of_the_library_names_options_as_they_are_typed(options: dict[str, Any], expected: str) -> None:
