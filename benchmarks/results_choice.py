@@ -91,8 +91,8 @@ LEARNED = {"evidence-ra": (1.5, "B-LoRA, mean rank 1.5"), "evidence-ra-r1": (1.0
 def choice_page(results: Path) -> str:
     """The whole page in Markdown."""
     tables = _calibration_tables(results)
-    tuned = [TASK_TITLES[task] for task, rows in tables.items() if "tuned" in rows]
-    earlier = [TASK_TITLES[task] for task, rows in tables.items() if "tuned" not in rows]
+    tuned = [_with_seeds(task, rows["tuned"]) for task, rows in tables.items() if "tuned" in rows]
+    earlier = [_with_seeds(task, rows["lora"]) for task, rows in tables.items() if "tuned" not in rows]
     note = f"On {', '.join(tuned)} LoRA's learning rate and length are tuned. " if tuned else ""
     note += f"On {', '.join(earlier)} they are the task's for all methods." if earlier else ""
     found = choice_tables(results)
@@ -104,6 +104,10 @@ def choice_page(results: Path) -> str:
         by_bytes=found["bytes"],
         ranks=found["ranks"],
     )
+
+
+def _with_seeds(task: str, runs: Sequence[Run]) -> str:
+    return f"{TASK_TITLES[task]} ({len(runs)} {'seed' if len(runs) == 1 else 'seeds'})"
 
 
 def _calibration_tables(results: Path) -> dict[str, Table]:
