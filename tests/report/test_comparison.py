@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import csv
 import json
 import math
+import re
 from pathlib import Path
 from typing import Any
 
@@ -116,7 +118,70 @@ def test_the_figures_are_pngs_and_left_out_where_nothing_can_be_drawn(tmp_path: 
             assert image.width > 600
     bare = write_comparison([run(tmp_path / "c", relative_bops={}, reliability=None)], tmp_path / "bare")
     assert bare["figures"] == []
-    assert sorted(path.name for path in (tmp_path / "bare").iterdir()) == ["table.json", "table.md"]
+    assert {path.name for path in (tmp_path / "bare").iterdir()} == {
+        f"table.{e}" for e in ("csv", "json", "md", "tex")
+    }
+
+
+def test_figures_for_print_are_beside_the_others_and_have_no_date(tmp_path: Path) -> None:
+    folders = [run(tmp_path / "a"), run(tmp_path / "b", method="lora")]
+    for name in ("out", "again"):
+        drawn = write_comparison(folders, tmp_path / name)["figures"]
+    for name in drawn:
+        first, again = ((tmp_path / out / name).with_suffix(".pdf").read_bytes() for out in ("out", "again"))
+        assert first == again and first.startswith(b"%PDF")
+
+
+def _two_settings(tmp_path: Path) -> list[Path]:
+    accuracies = {"lora": (0.80, 0.82, 0.87), "blora": (0.83, 0.84, 0.88)}
+    return [
+        run(tmp_path / f"{method}-{seed}", f"r: 8\nseed: {seed}\n", seed=seed, method=method, accuracy=accuracy)
+        for method, values in accuracies.items()
+        for seed, accuracy in enumerate(values)
+    ]
+
+
+def test_differences_are_paired_by_seed(tmp_path: Path) -> None:
+    """Differences .03, .02, .01: mean .02, deviation .01, and Student's t at 2 degrees of freedom is 4.3027."""
+    folders = _two_settings(tmp_path)
+    table = write_comparison([folders[0], *reversed(folders[1:])], tmp_path / "out")
+    (row,) = table["differences"]
+    assert (row["setting"], row["baseline"], sorted(row["seeds"])) == ("B-LoRA", "LoRA", [0, 1, 2])
+    half = 4.302653 * 0.01 / math.sqrt(3)
+    assert row["score"] == pytest.approx({"mean": 0.02, "low": 0.02 - half, "high": 0.02 + half}, abs=1e-6)
+    text = (tmp_path / "out" / "table.md").read_text(encoding="utf-8")
+    assert "## Scores minus those of LoRA with the same seed: mean and 95 % interval" in text
+    assert "| 3 | +0.020 (−0.005 to +0.045) |" in text
+
+
+def test_settings_of_other_seeds_or_tasks_have_no_difference(tmp_path: Path) -> None:
+    folders = [run(tmp_path / "a", seed=0), run(tmp_path / "b", seed=1, method="lora")]
+    folders.append(run(tmp_path / "c", seed=0, method="lora", task="mrpc"))
+    assert write_comparison(folders, tmp_path / "out")["differences"] == []
+    one = write_comparison([folders[0], run(tmp_path / "d", seed=0, method="lora")], tmp_path / "one")
+    assert one["differences"][0]["score"]["low"] is None
+
+
+def test_the_table_for_print_has_every_cell_and_escapes_what_latex_reads(tmp_path: Path) -> None:
+    folders = _two_settings(tmp_path)
+    write_comparison(folders, tmp_path / "out")
+    text = (tmp_path / "out" / "table.tex").read_text(encoding="utf-8")
+    assert text.count(r"\begin{tabular}") == text.count(r"\end{tabular}") == 5
+    assert r"B-LoRA & rotten\_tomatoes & accuracy & 3 & 0.850 $\pm$ 0.026 &" in text
+    assert r"18.4 \%" in text and r"+0.020 ($-$0.005 to +0.045)" in text
+    for body in re.findall(r"\\midrule\n(.*?)\n\\bottomrule", text, flags=re.DOTALL):
+        for line in body.splitlines():
+            assert line.endswith(r" \\") and "_" not in line.replace(r"\_", "")
+
+
+def test_the_csv_has_a_row_for_every_run_with_its_numbers_in_full(tmp_path: Path) -> None:
+    folders = _two_settings(tmp_path)
+    table = write_comparison(folders, tmp_path / "out")
+    with open(tmp_path / "out" / "table.csv", encoding="utf-8", newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert [row["folder"] for row in rows] == [str(folder) for folder in folders]
+    for row, run_ in zip(rows, table["runs"], strict=True):
+        assert float(row["score"]) == run_["score"] and float(row["attention_bops"]) == run_["attention_bops"]
 
 
 def test_reliability_of_seeds_is_pooled_by_count(tmp_path: Path) -> None:

@@ -13,13 +13,14 @@ from typing import Any
 
 import yaml
 from matplotlib.figure import Figure
+from scipy.stats import t as student_t
 
 from bayeslora.errors import BayesLoraError
 from bayeslora.files import finite, parse_yaml, save_json, write_atomically
 from bayeslora.report import comparison_figures, uncertainty_figures
-from bayeslora.report.comparison_table import markdown
+from bayeslora.report.comparison_table import comma_separated, latex, markdown
 from bayeslora.report.page import write_pngs
-from bayeslora.report.style import png_bytes
+from bayeslora.report.style import pdf_bytes, png_bytes
 from bayeslora.report.uncertainty_figures import pooled_histogram
 from bayeslora.runs.record import Histogram, Reliability, ReliabilityBin, RunRecord, read_run
 
@@ -48,7 +49,7 @@ class Group:
 
 
 def write_comparison(folders: Sequence[Path], output_dir: Path) -> dict[str, Any]:
-    """Compare finished runs: write `table.json`, `table.md` and figures.
+    """Compare finished runs: write `table.json`, `.md`, `.tex` and `.csv`, and figures as PNG and PDF.
 
     The figures are `score_bops.png`, `reliability.png`, `risk_coverage.png` and, for runs that were scored on
     out-of-distribution inputs, `uncertainty.png` and `ood.png`; figures without data are left out.
@@ -62,8 +63,11 @@ def write_comparison(folders: Sequence[Path], output_dir: Path) -> dict[str, Any
         output_dir: folder for the files; created if missing.
 
     Returns:
-        The content of `table.json`: `{"runs": [row, …], "groups": [row, …], "figures": [file name, …]}`. In a group's
-        row each number is `{"mean", "sd", "n"}`, with `sd` null for a single run.
+        The content of `table.json`: `{"runs": [row, …], "groups": [row, …], "differences": [row, …], "figures": [file
+        name, …]}`. In a group's row each number is `{"mean", "sd", "n"}`, with `sd` null for a single run. A row of
+        the differences is about one group and the first group of the same task and split: `setting`, `baseline`,
+        `seeds` that both have, and for each score `{"mean", "low", "high"}`, a 95% interval from Student's t over the
+        seeds' own differences, null for a single seed.
 
     Raises:
         BayesLoraError: no folder is given, one is given twice, or a `metrics.json` is invalid.
@@ -82,19 +86,24 @@ def write_comparison(folders: Sequence[Path], output_dir: Path) -> dict[str, Any
         target.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise BayesLoraError(f"{target} cannot be created ({error.strerror}): choose a writable folder") from error
-    images = {name: png_bytes(figure) for name, figure in _figures(groups).items() if figure is not None}
+    drawn = {name: figure for name, figure in _figures(groups).items() if figure is not None}
     table: dict[str, Any] = finite(
         {
             "runs": [{"setting": label_of[run.folder], **run_row(run)} for run in runs],
             "groups": [group_row(group) for group in groups],
-            "figures": [f"{name}.png" for name in images],
+            "differences": differences(groups),
+            "figures": [f"{name}.png" for name in drawn],
         }
     )
-    write_pngs(target, images)
+    write_pngs(target, {name: png_bytes(figure) for name, figure in drawn.items()})
+    for name, figure in drawn.items():
+        with write_atomically(target / f"{name}.pdf") as path:
+            path.write_bytes(pdf_bytes(figure))
     with write_atomically(target / "table.json") as path:
         save_json(path, table)
-    with write_atomically(target / "table.md") as path:
-        path.write_text(markdown(table), encoding="utf-8")
+    for ending, written in {"md": markdown, "tex": latex, "csv": comma_separated}.items():
+        with write_atomically(target / f"table.{ending}") as path:
+            path.write_text(written(table), encoding="utf-8")
     return table
 
 
@@ -161,6 +170,40 @@ def group_row(group: Group) -> dict[str, Any]:
         values = [value for numbers in rows if (value := numbers.get(name)) is not None]
         row[name] = mean_and_deviation(values)
     return row
+
+
+def differences(groups: Sequence[Group]) -> list[dict[str, Any]]:
+    """Return each group's scores minus those of the first group of its task and split, over the seeds of both."""
+    found = []
+    first: dict[str, Group] = {}
+    for group in groups:
+        baseline = first.setdefault(group.where, group)
+        pairs = [(a, b) for a in group.runs for b in baseline.runs if a.seed == b.seed and a.seed is not None]
+        if baseline is group or not pairs:
+            continue
+        row: dict[str, Any] = {"setting": group.label, "baseline": baseline.label, "seeds": [a.seed for a, _ in pairs]}
+        row |= {name: getattr(group.runs[0], name) for name in ("where", "metric")}
+        for name in ("score", *group.runs[0].scores):
+            both = [(_score(a, name), _score(b, name)) for a, b in pairs]
+            each = [a - b for a, b in both if a is not None and b is not None]
+            row[name] = mean_and_interval(each)
+        found.append(row)
+    return found
+
+
+def _score(run: RunRecord, name: str) -> float | None:
+    return run.score if name == "score" else run.scores.get(name)
+
+
+def mean_and_interval(values: Sequence[float]) -> dict[str, float | None] | None:
+    """Return `{"mean", "low", "high"}`, a 95% interval by Student's t, without ends for one value; None for none."""
+    if not values:
+        return None
+    mean = statistics.fmean(values)
+    if len(values) == 1:
+        return {"mean": mean, "low": None, "high": None}
+    half = float(student_t.ppf(0.975, len(values) - 1)) * statistics.stdev(values) / math.sqrt(len(values))
+    return {"mean": mean, "low": mean - half, "high": mean + half}
 
 
 def mean_and_deviation(values: Sequence[float]) -> dict[str, float | int] | None:

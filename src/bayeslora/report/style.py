@@ -77,6 +77,13 @@ def png_bytes(figure: Figure) -> bytes:
     return buffer.getvalue()
 
 
+def pdf_bytes(figure: Figure) -> bytes:
+    """Return the figure as PDF, for print, without dates, so that equal data give equal bytes."""
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="pdf", metadata=dict.fromkeys(("Creator", "Producer", "CreationDate")))
+    return buffer.getvalue()
+
+
 def rank_colormap() -> Colormap:
     """Return a continuous colormap of the bit-width colours."""
     return LinearSegmentedColormap.from_list("bayeslora_ranks", list(_RAMP))
