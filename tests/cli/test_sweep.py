@@ -80,3 +80,10 @@ def test_a_folder_that_is_there_is_refused_before_the_first_run(
     line = refused(*_options(setting, tmp_path / "out", "--seeds", "0,1"))
     assert "seed-1 exists, but must be new" in line
     assert not (tmp_path / "out" / "seed-0").exists()
+
+
+def test_the_folder_of_a_sweep_may_stand_in_its_file(setting: Setting, tmp_path: Path) -> None:
+    file = tmp_path / "sweep.yaml"
+    file.write_text(f"output_dir: {tmp_path / 'out'}\nmax_steps: 2\n", encoding="utf-8")
+    assert main(["train", "--method", "lora", *setting.options, "--config", str(file), "--seeds", "0"]) == 0
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["compare", "seed-0"]

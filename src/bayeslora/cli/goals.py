@@ -1,4 +1,4 @@
-"""What `train --goal` stands for: a method with its options, why, and what to do with the run."""
+"""The goals of `train --goal`: a method with its options, why, and what to do with the run."""
 
 from __future__ import annotations
 

@@ -44,9 +44,7 @@ def build_sweep(given: dict[str, Any], problems: Problems) -> Sweep:
             "--seeds is given to several processes, but they share one run: give each seed its own command"
         )
     shared = {name: value for name, value in given.items() if name not in ("seeds", "seed", "resume")}
-    if problems or "output_dir" not in given:
-        build_plan(shared, problems)  # which says what else is wrong
-    out = Path(given["output_dir"])
+    out = build_plan(shared, problems).output_dir  # of the command line or of its file; says what else is wrong
     plans = [
         build_plan({**shared, **_own(out, seed, bool(given.get("resume")))})
         for seed in seeds

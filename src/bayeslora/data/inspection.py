@@ -85,7 +85,7 @@ class Texts:
 
 @dataclass(frozen=True)
 class Inspection:
-    """What training would read.
+    """The rows, columns and labels that training would read.
 
     Attributes:
         file: the training file.

@@ -16,7 +16,7 @@ from bayeslora.vocabulary import COMPLETION, PROMPT
 REFERENCES = "references"
 """Column of the right answers of a row, of which an answer may meet any; empty where the right answer is none."""
 NO_ANSWER = "no answer"
-"""What a model writes for a question that its text does not answer."""
+"""Answer of a model to a question that its text does not answer."""
 _SPLITS = {"train": ("train",), "validation": ("dev", "validation"), "test": ("test",)}
 
 Row = Mapping[str, Any]

@@ -88,7 +88,7 @@ class Answer:
 
 @dataclass(frozen=True)
 class Sampling:
-    """How answers are drawn: number and seed of the draws, maximum of new tokens, and the temperature of tokens."""
+    """Settings of the answers: number and seed of the draws, maximum of new tokens, and the temperature of tokens."""
 
     samples: int = 0
     seed: int = 0

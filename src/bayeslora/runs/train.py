@@ -75,7 +75,7 @@ from bayeslora.training import SWAG, attach
 TRAIN = "train"
 _YES = ("1", "true", "yes")
 _UNWRITTEN = "PytorchStreamWriter|inline_container|unexpected pos|os error 28"
-"""What torch and safetensors say where a file cannot be written."""
+"""Words in the errors of torch and safetensors where a file cannot be written."""
 
 
 @dataclass

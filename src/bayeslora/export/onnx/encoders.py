@@ -132,7 +132,7 @@ def _activation_name(config: Any) -> str:
 
 
 class Layers(Protocol):
-    """What writes the layers with weights: in float32, or as codes."""
+    """Writer of the layers with weights: in float32, or as codes."""
 
     def linear(
         self,

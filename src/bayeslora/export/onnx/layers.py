@@ -282,7 +282,7 @@ class ProductLayers:
 
     @property
     def unadapted(self) -> str:
-        """What layers without an adapter are: `float32`, `int8 weights`, or `int8 weights and inputs`."""
+        """Form of the layers without an adapter: `float32`, `int8 weights`, or `int8 weights and inputs`."""
         rounded = [each for each in self.products.values() if not each.widths and each.weight.dtype == np.int8]
         if not rounded:
             return "float32"
