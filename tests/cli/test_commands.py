@@ -368,7 +368,7 @@ def test_the_shipped_configs_are_plans(name: str) -> None:
 
 def test_the_demo_config_is_the_demo() -> None:
     content = yaml.safe_load((CONFIGS / "demo.yaml").read_text())
-    assert content == {"method": "blora", **demo.METHODS["blora"], **demo.SHARED}
+    assert content == {"method": "blora", **demo.METHODS["blora"], **demo.SHARED, **demo.SHORT}
 
 
 def test_the_demo_trains_in_bfloat16_where_the_hardware_has_it(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -398,7 +398,9 @@ def test_the_demo_ends_with_a_table_and_can_be_repeated(tmp_path: Path, capsys: 
         "attention BOPs",
         "median bits",
         "mean rank",
-        "unsure about",
+        "the 80% it is surest of",
+        "1,000 reviews",
+        "to hand to a person",
         "reliability.png",
         "report.html",
     ):

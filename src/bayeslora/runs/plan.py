@@ -45,7 +45,7 @@ class RunOptions:
         None,
         "NAME",
         "mnli, sst2, cola, qqp, qnli, rte, mrpc, stsb, snli, boolq, ag_news, subj, trec, winogrande, arc_easy, "
-        "arc_challenge, openbookqa, commonsenseqa, piqa, squad, e2e or rotten_tomatoes",
+        "arc_challenge, openbookqa, commonsenseqa, piqa, squad, e2e, rotten_tomatoes or rotten_tomatoes_small",
     )
     data_dir: str | None = declared(None, "DIR", "folder with <task>/<split>.jsonl (the hub's data set)")
     train_split: str | None = declared(None, "NAME", "train_xs, train_s (the default) or train_m of winogrande")
