@@ -338,7 +338,7 @@ def test_wrong_folders_for_compare_and_export(runs: dict[str, Path], tmp_path: P
     assert "exists" in refused("compare", runs["lora"], "--output-dir", tmp_path)
     target = ["--output-dir", tmp_path / "out"]
     assert "must be one of lora, merged, packed, integer" in refused(
-        "export", runs["lora"], "--format", "gguf", *target
+        "export", runs["lora"], "--format", "tflite", *target
     )
     assert "fully fine-tuned" in refused("export", runs["full"], "--format", "lora", *target)
     assert list(tmp_path.iterdir()) == []

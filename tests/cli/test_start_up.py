@@ -59,7 +59,7 @@ def test_inspect_is_instant(tmp_path: Path) -> None:
         ([], ["no command is given"]),
         (["trian"], ["did you mean train"]),
         (["evaluate", "out", "--jsno"], ["did you mean --json"]),
-        (["export", "out", "--format", "gguf"], ["--format is 'gguf'", "--output-dir is missing"]),
+        (["export", "out", "--format", "tflite"], ["--format is 'tflite'", "--output-dir is missing"]),
         (["train", *DATA, "--method", "bloora"], ["did you mean blora"]),
         (["train", *DATA, "--task", "sst2", "--max-length", "0"], ["--max-length is 0", *["with --task sst2"] * 3]),
         (["train", "--method", "lora"], ["--model", "--output-dir", "--train-file", "--eval-file", "--text-column"]),

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 _CALIBRATION_BATCHES = 8
 
 FORMATS = {
+    "gguf": "GGUF model",
     "integer": "integer model",
     "lora": "plain LoRA adapter",
     "merged": "merged Transformers model",
@@ -73,7 +74,7 @@ def run(given: dict[str, Any]) -> int:
 
 def _folders(form: str, partial: Path) -> list[Path]:
     """Return the folders that `bayeslora.load` reads like the run."""
-    if form == "onnx":
+    if form in ("gguf", "onnx"):
         return []
     return sorted([*partial.glob("draw-*"), *partial.glob("member-*")]) or [partial]
 
@@ -91,6 +92,8 @@ def _batches(form: str, given: dict[str, Any], loaded: Run) -> dict[str, Any]:
         batches = training_batches(
             loaded.info, loaded.tokenizer, _CALIBRATION_BATCHES if given.get("calibrate") else 1
         )
+        if form == "gguf":
+            return {"rows": batches}
     except BayesLoraError as error:
         if given.get("calibrate"):
             raise
@@ -104,6 +107,9 @@ def _options(form: str, given: dict[str, Any], loaded: Run) -> dict[str, Any]:
     if form == "merged":
         return {"allow_error": bool(given.get("allow_error"))}
     unadapted = {"unadapted": given["unadapted"]} if "unadapted" in given else {}
+    if form == "gguf":
+        beside = {"adapter": given["adapter"]} if "adapter" in given else {}
+        return {"tokenizer": loaded.tokenizer, **unadapted, **beside, "allow_error": bool(given.get("allow_error"))}
     if form == "integer":
         return unadapted
     if form == "onnx":

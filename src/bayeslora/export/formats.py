@@ -18,6 +18,7 @@ from bayeslora.methods.layer import BayesLayer
 from bayeslora.methods.tuner import BayesTuner, tuner_of
 
 FORMATS = {
+    "gguf": "bayeslora.export.gguf.writer",
     "integer": "bayeslora.export.integer.writer",
     "lora": "bayeslora.export.lora",
     "merged": "bayeslora.export.merged",
@@ -38,11 +39,11 @@ def export(
     """Write an adapter to the folder `path` in another format and return the measurements of that format.
 
     Args:
-        model: a PEFT model with an adapter of this library; for `onnx` also PEFT's LoRA.
+        model: a PEFT model with an adapter of this library; for `onnx` and `gguf` also PEFT's LoRA.
         path: folder to write into.
         format: `lora` (default) for plain LoRA, which needs nothing but PEFT; `packed` for the adapter at its learned
             widths; `merged` for one model without an adapter; `integer` for one model of codes, which `load_integer`
-            loads; `onnx` for a graph that onnxruntime runs.
+            loads; `onnx` for a graph that onnxruntime runs; `gguf` for files that llama.cpp runs.
         adapter_name: by default the active adapter.
         batch: inputs to measure the output error on.
         options: further keyword arguments of the format's function, such as `export_lora`.

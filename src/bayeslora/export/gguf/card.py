@@ -1,0 +1,104 @@
+"""The card of a GGUF folder: what it is, how llama.cpp runs it, its error and its source."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from bayeslora.export.gguf.reader import ADAPTER_FILE, MODEL_FILE
+from bayeslora.model_card import CARD_FILE, front_matter
+
+_FILES = {
+    MODEL_FILE: "the model, with its tokenizer",
+    ADAPTER_FILE: "the adapter: a LoRA with A and B in float32",
+    "config.json": "the configuration for Transformers; llama.cpp does not read it",
+}
+_RELATIONS = {"beside": "quantized", "merged": "merge", "only": "adapter"}
+
+
+def write_card(folder: Path, base: str, method: str, form: str, measured: Mapping[str, Any]) -> None:
+    """Write `README.md`.
+
+    Args:
+        folder: of the files.
+        base: public name of the base model.
+        method: that trained the adapter.
+        form: `beside`, `merged` or `only`.
+        measured: what the export returns.
+    """
+    front = front_matter(
+        f"{base} as GGUF",
+        base,
+        library="gguf",
+        relation=_RELATIONS[form],
+        pipeline_tag="text-generation",
+        tags=["bayeslora", method, "gguf", "llama.cpp"],
+    )
+    files = "\n".join(f"| `{name}` | {said} |" for name, said in _FILES.items() if (folder / name).is_file())
+    text = f"""---
+{front}
+---
+
+# `{base}` as GGUF
+
+{_described(base, method, form, measured)}
+
+| file | |
+|---|---|
+{files}
+
+## How to run it
+
+With llama.cpp, in this folder:
+
+    {_command(form)}
+
+## Error
+
+{_error(measured)}
+"""
+    (folder / CARD_FILE).write_text(text, encoding="utf-8")
+
+
+def _described(base: str, method: str, form: str, measured: Mapping[str, Any]) -> str:
+    said = f"`{base}` with an adapter that was trained with the method `{method}` of bayeslora"
+    if form == "only":
+        return (
+            f"The adapter alone, trained on `{base}` with the method `{method}` of bayeslora. It needs a GGUF file of "
+            "the base."
+        )
+    how = ", merged into its weights" if form == "merged" else ", in a file of its own"
+    text = (
+        f"{said}{how}; a posterior is used at its mean. The files take {measured['file_bytes']:,} bytes; the model in "
+        f"float32 {measured['float32_bytes']:,}. Types of the matrices: {measured['types']}."
+    )
+    if measured["widened"]:
+        text += f" Learned widths of weights in more bits: {measured['widened']}."
+    if measured["left_out"]:
+        text += f" Learned quantizers that are left out: {measured['left_out']}."
+    return text
+
+
+def _command(form: str) -> str:
+    model = "BASE.gguf" if form == "only" else MODEL_FILE
+    adapter = "" if form == "merged" else f" --lora {ADAPTER_FILE}"
+    return f'llama-cli -m {model}{adapter} --temp 0 -p "The film is"'
+
+
+def _error(measured: Mapping[str, Any]) -> str:
+    if measured["max_output_error"] is None:
+        return "The difference from the trained model was not measured."
+    said = (
+        f"Measured on {measured['rows']:,} rows, with the weights in the files computed in float32, beside the "
+        f"trained model: {measured['changed']:.2%} of the next tokens change. The mean Kullback-Leibler divergence is "
+        f"{measured['divergence']:.2g} nats, and the largest {measured['max_divergence']:.2g}."
+    )
+    if "loss_before" in measured:
+        said += (
+            f" The negative log-likelihood of a token of the rows is {measured['loss_before']:.4f} before and "
+            f"{measured['loss_after']:.4f} after."
+        )
+    return (
+        f"{said} llama.cpp also rounds the inputs of its products, to 8 bits in blocks; that is not in these figures."
+    )

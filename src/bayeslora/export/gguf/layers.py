@@ -1,0 +1,118 @@
+"""The layers' weights, learned or not, and the adapter's update as two matrices."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, cast
+
+import numpy as np
+import torch
+from gguf import GGMLQuantizationType as Type
+from peft.tuners.lora import LoraLayer
+from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
+
+from bayeslora.errors import BayesLoraError
+from bayeslora.export.gguf.blocks import Array, are_steps_exact, block_type, packed, rounded
+from bayeslora.methods.layer import BayesLayer
+from bayeslora.quantization import codes, grid_step, quantize
+from bayeslora.vocabulary import BASE_WEIGHT, UNQUANTIZED
+
+_BYTE = 8
+UNADAPTED = {"int8": Type.Q8_0, "float16": Type.F16, "float32": Type.F32}
+"""Types of weights that have not learned a width, by the word for them."""
+
+
+@dataclass(frozen=True)
+class Weight:
+    """The weight of a layer in the layout (d_out, d_in).
+
+    Attributes:
+        values: int8 codes if there are steps, otherwise float32.
+        steps: (d_out,), what a code of each row is multiplied by.
+        bits: learned, or None.
+    """
+
+    values: Array
+    steps: Array | None = None
+    bits: int | None = None
+
+    def type_for(self, plain: Type) -> Type:
+        """Return the type in a file where weights without a learned width are `plain`."""
+        columns = self.values.shape[1]
+        if self.bits is None:
+            return plain if plain != Type.Q8_0 or block_type(_BYTE, columns) else Type.F16
+        wide = Type.F32 if plain == Type.F32 else Type.F16
+        if self.bits > _BYTE:
+            return wide
+        if self.steps is not None and not are_steps_exact(self.steps):
+            return Type.F32
+        return block_type(self.bits, columns) or wide
+
+    def data(self, kind: Type, order: Array) -> Array:
+        """Return the rows, in this order, as a file stores them."""
+        if self.steps is None:
+            return rounded(self.values[order], kind)
+        if kind in (Type.F16, Type.F32):
+            return rounded((self.values * self.steps[:, None])[order], kind)
+        return packed(self.values[order], self.steps[order], kind)
+
+
+def array(tensor: Tensor) -> Array:
+    """Return a tensor as a NumPy array of float32."""
+    return np.asarray(tensor.detach().float().cpu().numpy())
+
+
+def upright(module: nn.Module) -> Tensor:
+    """Return the weight of a layer as (d_out, d_in)."""
+    weight = cast(Tensor, module.weight).detach()
+    return weight.T if isinstance(module, Conv1D) else weight
+
+
+def learned_weight(layer: nn.Module, name: str) -> Weight | None:
+    """Return the weight that evaluation uses if its width was learned; None otherwise."""
+    found = layer.packed_tensors(name) if isinstance(layer, BayesLayer) else None
+    if found is None or BASE_WEIGHT not in found.widths:
+        return None
+    assert isinstance(layer, BayesLayer)
+    weight = upright(layer.get_base_layer()).float()
+    bits, bound = found.widths[BASE_WEIGHT], found.ranges[BASE_WEIGHT]
+    if bits > _BYTE:
+        return Weight(array(quantize(weight, bound, bits)), None, bits)
+    steps = array(grid_step(bound, bits)).reshape(-1)
+    whole = codes(weight, bound, bits).to(torch.int8).cpu().numpy()
+    return Weight(whole, np.broadcast_to(steps, (len(whole),)).copy(), bits)
+
+
+def update_of(layer: nn.Module, name: str) -> tuple[Array, Array] | None:
+    """Return A (r, d_in) and B (d_out, r) whose product is added to the weight; None where no rank is left."""
+    if isinstance(layer, BayesLayer):
+        a, diagonal, b = layer.factors(name)
+        kept = diagonal != 0
+        a, b, scaling = (diagonal.unsqueeze(1) * a)[kept], b[:, kept], layer.scaling[name]
+    else:
+        lora = cast(Any, layer)
+        if lora.use_dora.get(name, False):
+            raise BayesLoraError("the adapter scales columns (DoRA), but A and B cannot: give adapter='merged'")
+        a, b, scaling = lora.lora_A[name].weight, lora.lora_B[name].weight, lora.scaling[name]
+    return (array(a), array(b) * np.float32(scaling)) if len(a) else None
+
+
+def lora_layers(model: nn.Module, name: str) -> dict[str, nn.Module]:
+    """Return the layers with an adapter of PEFT's LoRA by their path in the base model."""
+    found = {path: module for path, module in model.named_modules() if isinstance(module, LoraLayer)}
+    return {path: cast(nn.Module, layer) for path, layer in found.items() if name in layer.lora_A}
+
+
+def widened(
+    kinds: Mapping[str, Type], weights: Mapping[str, Weight], bits: Mapping[Type, tuple[int, int]]
+) -> str | None:
+    """Return which learned widths a file has in more bits, such as `2 bits as Q4_0 (30 layers)`, or None."""
+    found: Counter[tuple[int, str]] = Counter()
+    for path, kind in kinds.items():
+        learned = weights[path].bits
+        if learned is not None and learned < UNQUANTIZED and bits.get(kind, (UNQUANTIZED, 1))[0] != learned:
+            found[learned, kind.name] += 1
+    return ", ".join(f"{wide} bits as {kind} ({count})" for (wide, kind), count in sorted(found.items())) or None

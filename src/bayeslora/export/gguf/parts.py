@@ -1,0 +1,151 @@
+"""A model taken apart for a GGUF file: its base, the learned weights, and the adapter's updates."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, cast
+
+from gguf import GGMLQuantizationType as Type
+from peft import PeftModel
+from torch import nn
+from transformers import PreTrainedModel
+
+from bayeslora._peft import AuxiliaryTrainingWrapper
+from bayeslora.errors import BayesLoraError
+from bayeslora.export.formats import adapted_parts, check_unmerged, sharing_base
+from bayeslora.export.gguf.architectures import Architecture, Names, architecture_of
+from bayeslora.export.gguf.blocks import Array
+from bayeslora.export.gguf.layers import UNADAPTED, Weight, array, learned_weight, lora_layers, update_of, upright
+from bayeslora.export.merged import merge_into_base
+from bayeslora.methods.layer import BayesLayer
+from bayeslora.methods.tuner import tuner_of
+from bayeslora.model_card import public_name
+
+FORMS = ("beside", "merged", "only")
+
+
+@dataclass
+class Parts:
+    """A model taken apart.
+
+    Attributes:
+        base: without the adapter, or with it merged.
+        architecture: of the base.
+        form: one of `FORMS`.
+        plain: type of weights without a learned width.
+        learned: weights with a learned width, by the path of their layer.
+        updates: A (r, d_in) and B (d_out, r) by the path of their layer; none if they are merged.
+        left_out: learned quantizers that the files cannot hold, or None.
+        name: public name of the base.
+        method: that trained the adapter.
+    """
+
+    base: PreTrainedModel
+    architecture: Architecture
+    form: str
+    plain: Type
+    learned: dict[str, Weight]
+    updates: dict[str, tuple[Array, Array]]
+    left_out: str | None
+    name: str
+    method: str
+
+    @property
+    def names(self) -> Names:
+        """Names of the base's tensors."""
+        return Names(self.architecture, self.base.config)
+
+
+def taken_apart(model: nn.Module, adapter_name: str | None, form: str | None, unadapted: str | None) -> Parts:
+    """Return the parts of a copy of the model; the base's weights share the original's memory until they change.
+
+    Raises:
+        BayesLoraError: a model, an adapter or an option that has no GGUF form.
+    """
+    whole, layers, name = _copied(model, adapter_name)
+    base = cast(PreTrainedModel, whole.get_base_model())
+    architecture = architecture_of(base)
+    learned = {path: weight for path, layer in layers.items() if (weight := learned_weight(layer, name))}
+    form = form or ("beside" if learned else "merged")
+    unadapted = unadapted or ("int8" if learned else "float16")
+    _check(base, layers, form, unadapted)
+    left_out = _left_out(layers, learned, name, form)
+    config: Any = whole.peft_config[name]
+    updates = {}
+    if form == "merged":
+        merged = merge_into_base(whole, name) if tuner_of(whole) else whole.merge_and_unload(safe_merge=True)
+        base = cast(PreTrainedModel, merged)
+        learned = {path: _merged(base, path, weight) for path, weight in learned.items()}
+    else:
+        updates = {path: update for path, layer in layers.items() if (update := update_of(layer, name))}
+        base = cast(PreTrainedModel, whole.unload())
+    tied, head = cast(Any, base.get_input_embeddings()), cast(Any, base.get_output_embeddings())
+    base.config.tie_word_embeddings = head.weight is tied.weight
+    source = config.base_model_name_or_path or getattr(base, "name_or_path", "")
+    called = public_name(str(source)) if source else type(base).__name__
+    method = getattr(config, "method", "lora")
+    return Parts(base, architecture, form, UNADAPTED[unadapted], learned, updates, left_out, called, method)
+
+
+def _merged(base: nn.Module, path: str, weight: Weight) -> Weight:
+    return Weight(array(upright(base.get_submodule(path))), None, weight.bits)
+
+
+def _check(base: PreTrainedModel, layers: Mapping[str, nn.Module], form: str, unadapted: str) -> None:
+    """Raise `BayesLoraError` for an unknown option, or trained parts that the form cannot hold."""
+    if form not in FORMS:
+        raise BayesLoraError(f"adapter is {form!r}, but must be one of {', '.join(FORMS)}: choose one")
+    if unadapted not in UNADAPTED:
+        raise BayesLoraError(f"unadapted is {unadapted!r}, but must be one of {', '.join(UNADAPTED)}: choose one")
+    if any(path.rpartition(".")[2] == "lm_head" for path in layers) and base.config.tie_word_embeddings:
+        raise BayesLoraError(
+            "the adapter is on lm_head, which is also the embedding, but a GGUF file has one matrix for both: "
+            "train without lm_head"
+        )
+    trained = [path for path, module in base.named_modules() if isinstance(module, AuxiliaryTrainingWrapper)]
+    if form == "only" and trained:
+        raise BayesLoraError(
+            f"the adapter also trains {trained[0]}, but a LoRA holds only A and B: leave out adapter='only'"
+        )
+
+
+def _copied(model: nn.Module, adapter_name: str | None) -> tuple[PeftModel, dict[str, nn.Module], str]:
+    """Return a copy of the model to take apart, its layers with an adapter by path, and the adapter's name."""
+    if tuner_of(model) is None and isinstance(model, PeftModel):
+        name = adapter_name or model.active_adapter
+        layers = lora_layers(model.get_base_model(), name)
+        if not layers:
+            raise BayesLoraError(f"the model has no LoRA {name!r}: give a model with its adapter")
+        whole = copy.deepcopy(model).eval()
+        return whole, lora_layers(whole.get_base_model(), name), name
+    original, tuner, name = adapted_parts(model, adapter_name)
+    own: dict[str, BayesLayer] = tuner.named_layers(name)
+    check_unmerged(own)
+    for key, layer in own.items():
+        if not layer.has_plain_weight:
+            raise BayesLoraError(
+                f"the base weight of {key} has {layer.base_width} bits, but must be in floating point: "
+                f"load the base in float32 and export adapter {name!r} on it"
+            )
+    whole = sharing_base(original, tuner)
+    whole.set_adapter(name)
+    _, tuner, _ = adapted_parts(whole.eval(), name)
+    return whole, dict(tuner.named_layers(name)), name
+
+
+def _left_out(layers: Mapping[str, nn.Module], learned: Mapping[str, Weight], name: str, form: str) -> str | None:
+    """Return which quantizers the files leave out, such as `activations (out 8 and 16 bits)`, or None."""
+    widths: dict[str, set[int]] = {}
+    for layer in layers.values():
+        narrow = getattr(layer, "quantized_activations", None)
+        for kind, bits in ({} if narrow is None else narrow(name)).items():
+            widths.setdefault(kind, set()).add(bits)
+    found = []
+    if widths:
+        listed = ", ".join(f"{kind} {' and '.join(map(str, sorted(bits)))}" for kind, bits in widths.items())
+        found.append(f"activations ({listed} bits)")
+    if form == "only" and learned:
+        found.append("base weights")
+    return ", ".join(found) or None

@@ -1,0 +1,202 @@
+r"""GGUF files of decoders, for llama.cpp.
+
+An adapted layer with learned widths computes $Q_w(W_0) x + c\, Q_b(B) (E \circ Q_a(A) x)$. The codes of $Q_w(W_0)$
+are written as they are, and the low-rank part is written beside them, as a LoRA in GGUF: their sum is on no grid. Both
+can be merged instead; then the sum is rounded again, to the type of the learned width, block by block. Quantizers of
+activations are left out, because llama.cpp rounds the inputs of its products itself, to 8 bits in blocks of 32.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any, cast
+
+import gguf
+import torch
+from gguf import GGMLQuantizationType as Type
+from torch import Tensor, nn
+from transformers import PreTrainedTokenizerBase
+
+from bayeslora.errors import BayesLoraError
+from bayeslora.export.agreement import compare
+from bayeslora.export.formats import inputs_for, output_of
+from bayeslora.export.gguf.architectures import ROPE_FACTORS, rope_factors
+from bayeslora.export.gguf.blocks import BLOCKS, rounded
+from bayeslora.export.gguf.card import write_card
+from bayeslora.export.gguf.layers import Weight, array, upright, widened
+from bayeslora.export.gguf.parts import Parts, taken_apart
+from bayeslora.export.gguf.reader import ADAPTER_FILE, MODEL_FILE, load_gguf
+from bayeslora.export.gguf.vocabulary import add_vocabulary
+from bayeslora.methods.layer import evaluation_mode
+
+TOLERANCE = 0.01
+"""Largest mean divergence, in nats, of an export that is written without being asked to allow an error."""
+
+_FILE_TYPES = {
+    Type.F32: gguf.LlamaFileType.ALL_F32,
+    Type.F16: gguf.LlamaFileType.MOSTLY_F16,
+    Type.Q8_0: gguf.LlamaFileType.MOSTLY_Q8_0,
+    Type.Q4_0: gguf.LlamaFileType.MOSTLY_Q4_0,
+    Type.TQ2_0: gguf.LlamaFileType.MOSTLY_TQ2_0,
+}
+
+
+def export_gguf(
+    model: nn.Module,
+    path: str | Path,
+    adapter_name: str | None = None,
+    batch: Mapping[str, Tensor] | None = None,
+    *,
+    tokenizer: PreTrainedTokenizerBase | None = None,
+    adapter: str | None = None,
+    unadapted: str | None = None,
+    rows: Iterable[Mapping[str, Tensor]] | None = None,
+    allow_error: bool = False,
+) -> dict[str, Any]:
+    """Write a decoder and its adapter as GGUF files, which llama.cpp runs.
+
+    Args:
+        model: Llama, Qwen2 or GPT-2 for causal language modelling, with an adapter of this library or of PEFT's LoRA;
+            left unchanged.
+        path: folder for `model.gguf`, `adapter.gguf`, `config.json` and a card, `README.md`; created if missing.
+        adapter_name: by default the active adapter.
+        batch: inputs to measure the error on, if `rows` is None; by default the model's `dummy_inputs`.
+        tokenizer: the model's, a byte-level BPE; written into the file.
+        adapter: `"beside"` for a file of the base and one of the adapter, the default if widths were learned;
+            `"merged"` for one file, the default otherwise; `"only"` for the file of the adapter alone, which fits any
+            GGUF file of the base.
+        unadapted: type of the weights that did not learn a width: `"int8"` (Q8_0, the default if widths were
+            learned), `"float16"` (the default otherwise) or `"float32"`. Vectors are always float32.
+        rows: batches of inputs to measure the error on.
+        allow_error: True to write files although the mean divergence exceeds 0.01 nats.
+
+    Returns:
+        `file_bytes`, the sum over the files; `adapter_bytes`; `float32_bytes` of the model; `types`, how many weights
+        have which type; `widened`, learned widths that got more bits, or None; `left_out`, quantizers that the files
+        cannot hold, or None; and the error: `rows`, `max_output_error`, `max_output`, `changed`, the share of
+        positions with another next token, `divergence` and `max_divergence`, Kullback-Leibler in nats, and
+        `loss_before` and `loss_after`, the negative log-likelihood per token of the rows. llama.cpp's own rounding of
+        activations is not in it.
+
+    Raises:
+        BayesLoraError: another architecture or tokenizer, a base in 4 or 8 bits, a merged adapter, or an error that is
+            not allowed.
+    """
+    found = taken_apart(model, adapter_name, adapter, unadapted)
+    folder = Path(path)
+    folder.mkdir(parents=True, exist_ok=True)
+    kinds: dict[str, Type] = {}
+    if found.form != "only":
+        kinds = _write_model(folder / MODEL_FILE, found, tokenizer)
+        found.base.config.save_pretrained(folder)
+    if found.form != "merged":
+        _write_adapter(folder / ADAPTER_FILE, found)
+    batches = [batch] if rows is None else rows
+    result = {**_described(found, folder, kinds), **_error(model, found, folder, batches)}
+    if not allow_error and result["divergence"] is not None and not result["divergence"] <= TOLERANCE:
+        raise _refusal(result)
+    write_card(folder, found.name, found.method, found.form, result)
+    return result
+
+
+def _described(found: Parts, folder: Path, kinds: Mapping[str, Type]) -> dict[str, Any]:
+    """Return the files' sizes and types, and what is not in them as it was learned."""
+    sizes = {name: _size(folder / name) for name in (MODEL_FILE, ADAPTER_FILE)}
+    return {
+        "file_bytes": sum(sizes.values()),
+        "adapter_bytes": sizes[ADAPTER_FILE],
+        "float32_bytes": 4 * sum(parameter.numel() for parameter in found.base.parameters()),
+        "types": ", ".join(f"{kind.name} {count}" for kind, count in Counter(kinds.values()).most_common()) or None,
+        "widened": widened({path: kinds[path] for path in found.learned if path in kinds}, found.learned, BLOCKS),
+        "left_out": found.left_out,
+    }
+
+
+def _refusal(result: Mapping[str, Any]) -> BayesLoraError:
+    reason = f" ({result['left_out']})" if result["left_out"] else ""
+    return BayesLoraError(
+        f"the GGUF form diverges by {result['divergence']:.2g} nats from the model and changes "
+        f"{result['changed']:.1%} of the next tokens{reason}, but {TOLERANCE} nats is the most: allow and measure the "
+        "error with allow_error=True, or export another format"
+    )
+
+
+@torch.no_grad()
+def _write_model(file: Path, parts: Parts, tokenizer: PreTrainedTokenizerBase | None) -> dict[str, Type]:
+    """Write the base, and return the types of its matrices by the path of their layer."""
+    if tokenizer is None:
+        raise BayesLoraError("tokenizer is missing, but the file holds it: give the model's tokenizer")
+    base, names, kinds = parts.base, parts.names, {}
+    config: Any = base.config
+    writer = _writer(file, parts, gguf.GGUFType.MODEL)
+    parts.architecture.write(writer, config)
+    writer.add_block_count(config.num_hidden_layers)
+    writer.add_vocab_size(config.vocab_size)
+    add_vocabulary(writer, tokenizer, config.vocab_size)
+    for path, parameter in base.named_parameters():
+        name, (owner, _, _) = names.of(path), path.rpartition(".")
+        order = names.order(name, len(parameter))
+        if parameter.ndim == 1 or name == "position_embd.weight":
+            writer.add_tensor(name, rounded(array(parameter)[order], Type.F32))
+            continue
+        weight = parts.learned.get(owner) or Weight(array(upright(base.get_submodule(owner))))
+        kinds[owner] = kind = weight.type_for(parts.plain)
+        writer.add_tensor(name, weight.data(kind, names.order(name, len(weight.values))), raw_dtype=kind)
+    factors = rope_factors(base)
+    if factors is not None:
+        writer.add_tensor(ROPE_FACTORS, factors)
+    writer.add_file_type(_FILE_TYPES[Counter(kinds.values()).most_common(1)[0][0]])
+    writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
+    _finish(writer)
+    return kinds
+
+
+def _write_adapter(file: Path, parts: Parts) -> None:
+    """Write A and B of each layer as float32.
+
+    A reader multiplies their product by alpha over the rank of the layer's tensors, so B is divided by that.
+    """
+    alpha = max((len(a) for a, _ in parts.updates.values()), default=1)
+    writer = _writer(file, parts, gguf.GGUFType.ADAPTER)
+    writer.add_string(gguf.Keys.Adapter.TYPE, "lora")
+    writer.add_float32(gguf.Keys.Adapter.LORA_ALPHA, float(alpha))
+    for path, (a, b) in parts.updates.items():
+        name = parts.names.of(f"{path}.weight")
+        writer.add_tensor(f"{name}.lora_a", rounded(a, Type.F32))
+        writer.add_tensor(f"{name}.lora_b", rounded((b * (len(a) / alpha))[parts.names.order(name, len(b))], Type.F32))
+    writer.add_file_type(gguf.LlamaFileType.ALL_F32)
+    _finish(writer)
+
+
+def _writer(file: Path, parts: Parts, kind: str) -> gguf.GGUFWriter:
+    writer = gguf.GGUFWriter(file, parts.architecture.name)
+    writer.add_type(kind)
+    writer.add_name(f"{parts.name} {parts.method}")
+    writer.add_tags(["bayeslora", parts.method])
+    return writer
+
+
+def _finish(writer: gguf.GGUFWriter) -> None:
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+
+
+def _size(file: Path) -> int:
+    return file.stat().st_size if file.is_file() else 0
+
+
+def _error(
+    model: nn.Module, parts: Parts, folder: Path, batches: Iterable[Mapping[str, Tensor] | None]
+) -> dict[str, Any]:
+    """Return the measured difference between the model and what the files hold."""
+    inputs = [each for batch in batches if (each := inputs_for(model, batch)) is not None]
+    loaded = load_gguf(folder, parts.base)
+    with evaluation_mode(model):
+        agreement = compare(
+            lambda row: cast(Tensor, output_of(model, row)), lambda row: cast(Tensor, output_of(loaded, row)), inputs
+        )
+    return agreement.summary()

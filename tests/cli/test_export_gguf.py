@@ -1,0 +1,84 @@
+"""`export --format gguf` on finished runs of a language model."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from bayeslora.cli.main import main
+from tests.cli.conftest import write_jsonl
+from tests.conftest import EMPTY_PNG, build_tiny_llama
+from tests.export.test_gguf import SIZES, byte_tokenizer
+from tests.runs.text_runs import chat
+
+pytest.importorskip("gguf")
+
+QUICK = ["--learning-rate", "0.02", "--r", "4", "--target-modules", "q_proj,v_proj"]
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    folder = tmp_path_factory.mktemp("language")
+    rows = write_jsonl(folder / "chat.jsonl", chat(30))
+    build_tiny_llama(**SIZES, pad_token_id=2, max_position_embeddings=1024).save_pretrained(folder / "base")
+    byte_tokenizer().save_pretrained(folder / "base")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("bayeslora.report.page.png_bytes", lambda figure: EMPTY_PNG)
+        for method, steps in (("lora", "2"), ("blora", "20")):
+            options = [
+                "--method",
+                method,
+                "--model",
+                str(folder / "base"),
+                "--train-file",
+                str(rows),
+                "--max-steps",
+                steps,
+            ]
+            assert main(["train", *options, *QUICK, "--output-dir", str(folder / method)]) == 0
+    return {method: folder / method for method in ("lora", "blora")}
+
+
+@pytest.mark.parametrize(
+    ("method", "options", "files"),
+    [
+        ("lora", [], {"model.gguf", "config.json"}),
+        ("lora", ["--adapter", "only"], {"adapter.gguf"}),
+        ("blora", ["--allow-error", "--unadapted", "float16"], {"model.gguf", "adapter.gguf", "config.json"}),
+    ],
+)
+def test_a_run_becomes_files_and_a_card(
+    method: str,
+    options: list[str],
+    files: set[str],
+    runs: dict[str, Path],
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    target = tmp_path / "out"
+    capsys.readouterr()
+    assert (
+        main(["export", str(runs[method]), "--format", "gguf", *options, "--output-dir", str(target), "--json"]) == 0
+    )
+    measured = json.loads(capsys.readouterr().out)
+    assert {path.name for path in target.iterdir()} == files | {"README.md"}
+    for path in target.iterdir():  # nothing says where they were made
+        content = path.read_bytes()
+        assert str(runs[method].parent).encode() not in content and b"/tmp/" not in content
+    assert measured["file_bytes"] == sum((target / name).stat().st_size for name in files if name.endswith(".gguf"))
+    assert measured["rows"] > 20 and measured["loss_before"] > 0
+    if method == "lora":
+        assert measured["changed"] < 0.01 and measured["divergence"] < 1e-5
+    else:
+        assert measured["types"] and measured["left_out"].startswith("activations")
+
+
+def test_options_of_gguf_need_it(runs: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    command = ["export", str(runs["lora"]), "--output-dir", str(tmp_path / "out")]
+    assert main([*command, "--format", "lora", "--adapter", "only"]) == 2
+    assert "--adapter is given with --format lora, but needs --format gguf" in capsys.readouterr().err
+    assert main([*command, "--format", "gguf", "--adapter", "inside"]) == 2
+    assert "must be one of beside, merged, only" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
