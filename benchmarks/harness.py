@@ -34,6 +34,7 @@ from transformers import (
     AutoModelForCausalLM,
     AutoModelForSequenceClassification,
     AutoTokenizer,
+    DataCollatorForSeq2Seq,
     DataCollatorWithPadding,
     PreTrainedModel,
     PreTrainedTokenizerBase,
@@ -45,7 +46,8 @@ from transformers import (
 )
 
 import bayeslora
-from bayeslora.data import Task, encode, packaged_model, unpack_model
+from bayeslora.data import Task, encode, labelled_tokens, packaged_model, unpack_model
+from bayeslora.data.chat import LABELS
 from bayeslora.errors import BayesLoraError
 from bayeslora.evaluation import ChoiceTrainer, choice_scoring, encode_choices
 from bayeslora.methods.blora.length import phases
@@ -104,14 +106,19 @@ def language_model(
     task: Task, training: Training
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase, dict[str, Dataset]]:
     """The packaged language model, its tokenizer, and the splits encoded as the task is answered, such as by cloze."""
-    folder = unpack_model("smollm2", Path(tempfile.gettempdir()) / "bayeslora-smollm2")
-    tokenizer = AutoTokenizer.from_pretrained(folder)
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, **ATTENTION)
+    model, tokenizer = packaged_language_model()
     encoded = {
         name: encode_choices(split, task, tokenizer, max_length=training.max_length)
         for name, split in task.splits.items()
     }
     return model, tokenizer, encoded
+
+
+def packaged_language_model() -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """SmolLM2-135M-Instruct and its tokenizer."""
+    folder = unpack_model("smollm2", Path(tempfile.gettempdir()) / "bayeslora-smollm2")
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, **ATTENTION)
+    return model, AutoTokenizer.from_pretrained(folder)
 
 
 def fine_tune(
@@ -178,6 +185,8 @@ def fine_tune(
         if causal:
             scoring = choice_scoring(data, tokenizer)
             options: dict[str, Any] = {"data_collator": scoring.collate, "class_logits": scoring.logits}
+        elif LABELS in data.column_names:
+            options = {"data_collator": DataCollatorForSeq2Seq(tokenizer)}
         else:
             options = {"data_collator": DataCollatorWithPadding(tokenizer)}
         callbacks = [] if callback is None else [callback(model)]
@@ -187,7 +196,8 @@ def fine_tune(
             callbacks.append(SharedWarmUp(begin, seed))
         resumed = warm_up is not None and warm_up.exists()
         trainer = kind(model=model, args=arguments, train_dataset=data, callbacks=callbacks, **options)
-        examples = len(data) if ivon is not None or bayeslora.methods.has_posterior(model) else None
+        terms = labelled_tokens(data) if LABELS in data.column_names else len(data)
+        examples = terms if ivon is not None or bayeslora.methods.has_posterior(model) else None
         factory = None if ivon is None else functools.partial(IVON, **ivon)
         bayeslora.attach(trainer, num_examples=examples, optimizer=factory)
         start, computed = time.perf_counter(), time.process_time()
