@@ -10,6 +10,7 @@ from pathlib import Path
 from records import GLUE_TASKS, TASK_TITLES, Run, markdown_table, read_runs, score
 from results_calibration import GUESSING, MORE_TASKS, Table, rows_of
 from results_frontier import BYTES, SCOPES, budget_rows, bytes_table, cut_runs
+from results_text import text_section
 
 PAGE = """# Which of these should I use?
 
@@ -130,6 +131,7 @@ def choice_tables(results: Path) -> dict[str, str]:
         **{scope: _bits(results, scope) for scope in SCOPES},
         "bytes": bytes_table(results),
         "ranks": _ranks(results),
+        "answers": text_section(results),
     }
 
 

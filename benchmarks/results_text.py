@@ -59,8 +59,9 @@ def _line(title: str, runs: Sequence[Run]) -> str:
     first, seeds = runs[0], sorted({run["seed"] for run in runs})
     training, sampling = first["training"], first["sampling"]
     return (
-        f"{title}: SmolLM2-135M, {training['steps']} steps of {training['batch_size']} rows, {first['held_out']} rows "
-        f"of test of at most {first['subset']['max_length']} tokens, {sampling['samples']} samples at temperature {sampling['temperature']:g}, "
-        f"{'seed' if len(seeds) == 1 else 'seeds'} {', '.join(map(str, seeds))}. In per cent, with standard errors over "
-        "the rows.\n"
+        f"{title}: SmolLM2-135M, {training['steps']} steps of {training['batch_size']} rows, {first['held_out']} test "
+        f"rows of at most {first['subset']['max_length']} tokens, {sampling['samples']} samples at temperature "
+        f"{sampling['temperature']:g}, "
+        f"{'seed' if len(seeds) == 1 else 'seeds'} {', '.join(map(str, seeds))}. In per cent, with standard "
+        "errors over the rows.\n"
     )

@@ -1,8 +1,8 @@
 """Answers of a small language model and what orders them: SQuAD and E2E, LoRA, B-LoRA and Me-LoRA with samples.
 
-    python benchmarks/text.py --data-dir DATA --threads 1                                # every missing run, then the table
-    python benchmarks/text.py --data-dir DATA --tasks squad --methods lora melora        # some of them
-    python benchmarks/text.py --table                                                    # only the table
+    python benchmarks/text.py --data-dir DATA --threads 1                   # every missing run, then the table
+    python benchmarks/text.py --data-dir DATA --tasks squad --methods lora melora   # some of them
+    python benchmarks/text.py --table                                               # only the table
 
 The packaged SmolLM2-135M-Instruct is trained on the rows of train that fit `max_length` tokens (none is cut), with the
 same steps and layers for every method (query, key and value projections, r = 8). It answers 60 rows of test, the same
@@ -12,7 +12,7 @@ semantic entropy is that of these five. Me-LoRA's draws give the mutual informat
 
 One JSON file a run in benchmarks/results/text, with the loss (1 - F1, or 1 - ROUGE-L) and the measures of uncertainty
 of every row, but no texts; runs whose file exists are skipped, and several processes can share the work. `errors` are
-standard errors over the test rows, from 1,000 bootstrap samples. A run of SQuAD takes about twelve minutes of one core.
+standard errors over the test rows, from 1,000 bootstrap samples. A run of SQuAD takes about ten minutes of a core.
 """
 
 from __future__ import annotations
