@@ -119,6 +119,11 @@ def _(names: Names) -> None:
     trained(Path("out"), tiny_bert_in("base"), tickets(24, 0))
 
 
+@given("docs/generation.md", 1)
+def _(names: Names) -> None:
+    write_jsonl(Path("held_out.jsonl"), chat(6))
+
+
 @given("docs/generation.md")
 def _(names: Names) -> None:
     build_tiny_llama().save_pretrained("base")

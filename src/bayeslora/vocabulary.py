@@ -70,3 +70,8 @@ def text_form(columns: Collection[str]) -> tuple[str, ...] | None:
 
 TEXT_TASKS = ("squad", "e2e")
 """Named tasks whose answers are text; `data.text_tasks` describes them."""
+
+Measure = Literal["probability", "mutual_information", "semantic_entropy"]
+"""Uncertainty of a written answer as a whole; `runs.text_scores.uncertainty_of` defines each."""
+AnswerLoss = Literal["f1", "exact_match", "rouge_l"]
+"""Score of a written answer against known ones; its loss is 1 minus it."""

@@ -112,7 +112,7 @@ def test_what_does_not_fit_a_run_is_refused(run: Path, chat_file: Path, tmp_path
     assert "--max-new-tokens is 0" in refused("generate", run, "--prompt", "x", "--max-new-tokens", 0)
     assert "--temperature is -1" in refused("generate", run, "--prompt", "x", "--samples", 2, "--temperature", -1)
     assert "does not exist" in refused("generate", run, "--input", tmp_path / "none.jsonl")
-    assert "generates text, but calibrate needs a classifier" in refused("calibrate", run)
+    assert "--isotonic is given, but the run generates text" in refused("calibrate", run, "--isotonic")
     assert "--ood-file is given, but the run generates text" in refused("evaluate", run, "--ood-file", chat_file)
     assert "labels need a classifier" in refused(
         "select", run, "--input", chat_file, "--budget", 1, "--output", tmp_path / "x.jsonl"
@@ -177,6 +177,30 @@ def test_a_named_task_is_scored_by_its_answers(squad: Path) -> None:
     assert metrics["scores"]["f1"] == metrics["scores"]["exact_match"] == metrics["scores_test"]["f1"] == 1
     assert metrics["scores"]["aurc_probability"] == 0 and metrics["scores"]["perplexity"] < 2
     assert set(metrics["risk_coverage_by"]) == {"probability"}
+
+
+def test_a_named_task_is_scored_on_a_file_with_completions(
+    squad: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """Its rows have one right answer each, or none."""
+    text = "Context: the cat sat and the dog ran .\nQuestion: {}\nAnswer:"
+    asked = {"who sat ?": " the cat", "who ran ?": " cat", "who how ?": " no answer"}
+    rows: list[dict[str, object]] = [
+        {"prompt": text.format(question), "completion": answer} for question, answer in asked.items()
+    ]
+    assert (
+        main(["evaluate", str(squad), "--eval-file", str(write_jsonl(tmp_path / "rows.jsonl", rows)), "--json"]) == 0
+    )
+    found = json.loads(capfd.readouterr().out)
+    assert found["scores"]["exact_match"] == pytest.approx(2 / 3) and found["metric"] == "f1"
+
+
+def test_a_file_with_the_name_of_a_task_is_a_file(tiny_causal_folder: Path, tmp_path: Path) -> None:
+    file = write_jsonl(tmp_path / "squad.jsonl", pairs(12))
+    options = ["--method", "lora", "--model", tiny_causal_folder, "--train-file", file, "--max-steps", 1]
+    assert main([str(word) for word in ["train", *options, "--output-dir", tmp_path / "out"]]) == 0
+    metrics = json.loads((tmp_path / "out" / "metrics.json").read_text(encoding="utf-8"))
+    assert metrics["metric"] == "perplexity" and "f1" not in metrics["scores"]
 
 
 def test_draws_of_tokens_give_a_deterministic_run_a_semantic_entropy(

@@ -10,7 +10,8 @@ import pytest
 
 from bayeslora.errors import BayesLoraError
 from bayeslora.report import write_answers
-from bayeslora.runs.answers import Answer, Cluster
+from bayeslora.runs.answers import Answer
+from bayeslora.runs.clusters import Cluster
 from tests.report.test_page import read_page
 
 HOSTILE = "<script>alert('x')</script>"

@@ -15,7 +15,8 @@ import bayeslora
 from bayeslora.data import encode_generation, load_generation
 from bayeslora.errors import BayesLoraError
 from bayeslora.evaluation import evaluate_text
-from bayeslora.runs.answers import Cluster, clustered, pieces, semantic_entropy
+from bayeslora.runs.answers import pieces
+from bayeslora.runs.clusters import Cluster, clustered, semantic_entropy
 from bayeslora.runs.plan import IvonOptions
 from bayeslora.runs.record import read_history
 from tests.conftest import build_tiny_tokenizer

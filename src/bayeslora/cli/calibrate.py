@@ -1,4 +1,4 @@
-"""`bayeslora calibrate OUT`: prepare conformal sets and the risk of `predict` on labelled rows."""
+"""`bayeslora calibrate OUT`: prepare conformal sets and the risk of `predict`, or the risk of `generate`."""
 
 from __future__ import annotations
 
@@ -8,9 +8,13 @@ from pathlib import Path
 from typing import Any
 
 from bayeslora.cli.evaluate import rows_to_score, source_of
+from bayeslora.cli.generate import SAMPLING
+from bayeslora.cli.inputs import refuse
 from bayeslora.cli.progress import disable_progress_bars
-from bayeslora.errors import BayesLoraError
+from bayeslora.data import Task
 from bayeslora.files import finite
+from bayeslora.runs.answer_risk import RISK_FILE
+from bayeslora.runs.answers import Sampling
 from bayeslora.runs.decisions import CALIBRATION_FILE
 from bayeslora.runs.info import RunInfo
 from bayeslora.runs.rows import check_not_training
@@ -19,6 +23,9 @@ from bayeslora.runs.scaling import ScalingName
 
 _SCALINGS: dict[str, ScalingName] = {"temperature": "temperature", "vector_scaling": "vector", "isotonic": "isotonic"}
 """Maps of the probabilities by option."""
+_OF_LABELS = ("score", "by_class", *_SCALINGS, "text_column", "label_column")
+_OF_ANSWERS = ("measure", "loss", "max_new_tokens", "token_temperature", "cluster_with", "similarity")
+"""Options for one kind of run."""
 
 
 def run(given: dict[str, Any]) -> int:
@@ -26,11 +33,15 @@ def run(given: dict[str, Any]) -> int:
     folder = Path(given["folder"])
     info = RunInfo.load(folder)
     if info.kind == "generation":
-        raise BayesLoraError(f"{folder} generates text, but calibrate needs a classifier: use a run with labels")
+        refuse(given, _OF_LABELS, "is given, but the run generates text: leave it out")
+    else:
+        refuse(given, _OF_ANSWERS, "is given, but the run predicts labels: leave it out")
     task, split = rows_to_score(given, info)
     source = source_of(given, task, split)
     check_not_training(info, source, split)
     disable_progress_bars()
+    if info.kind == "generation":
+        return _of_answers(given, task, split, source)
     calibration = load(folder, given.get("model")).calibrate_split(
         task,
         split,
@@ -59,6 +70,29 @@ def run(given: dict[str, Any]) -> int:
             f"  at a risk of {' or '.join(unanswered)} every row is left to a person: {found['rows']} rows of this "
             f"model show none below {found['lowest_risk']:.2g}; give a higher --risk, more rows, or a better model"
         )
+    return 0
+
+
+def _of_answers(given: dict[str, Any], task: Task, split: str, source: str) -> int:
+    """Calibrate a run that generates text, and say what usual risks mean."""
+    folder = Path(given["folder"])
+    names = {name: "token_temperature" if name == "temperature" else name for name in SAMPLING}
+    sampling = Sampling(**{name: given[spelt] for name, spelt in names.items() if spelt in given})
+    options = {name: given[name] for name in ("measure", "loss") if name in given}
+    calibration = load(folder, given.get("model")).calibrate_answers_split(
+        task, split, given.get("batch_size", 8), sampling, source=source, **options
+    )
+    found = calibration.summary()
+    if given.get("json"):
+        print(json.dumps(finite({"folder": str(folder), **found}), indent=2, ensure_ascii=False))
+        return 0
+    drawn = f", {sampling.samples} samples" if sampling.samples else ""
+    print(f"{folder / RISK_FILE}: {calibration.rows} rows of {source}{drawn}")
+    print(f"  risk: mean of 1 - {calibration.loss}, {found['risk_of_all']:.3f} if all are answered")
+    print(f"  uncertainty: {calibration.measure}")
+    for row in found["risk"]:
+        print(f"  --risk {row['risk']:<5g} answers {row['answered']:.1%} of these rows")
+    print(f"  lowest risk with an answer: {found['lowest_risk']:.2g}")
     return 0
 
 

@@ -13,7 +13,7 @@ from typing import Any, Literal
 from bayeslora.errors import option
 from bayeslora.files import first_columns
 from bayeslora.runs.plan import RunOptions, declared
-from bayeslora.vocabulary import SHIFTS, Normalization, Scoring, ShiftName, text_form
+from bayeslora.vocabulary import SHIFTS, AnswerLoss, Measure, Normalization, Scoring, ShiftName, text_form
 
 DESCRIPTION = "Bayesian low-rank adapters for pretrained transformers: train, judge, export."
 SelectionScore = Literal["mutual_information", "entropy", "margin", "random"]
@@ -160,6 +160,7 @@ def _contradictions_of_evaluate(given: dict[str, Any]) -> Iterator[str]:
         for name in _among(given, *others):
             if chosen in given:
                 yield f"{option(name)} is given with {option(chosen)}, but they exclude each other: leave one out"
+    yield from _without_encoder(given)
     if "ood_text_column" in given and not {"ood", "ood_file"} & given.keys():
         yield "--ood-text-column is given, but needs --ood-file: add that or leave this out"
     for name, needed in _SHIFT_NEEDS.items():
@@ -184,6 +185,10 @@ def _contradictions_of_calibrate(given: dict[str, Any]) -> Iterator[str]:
 
 
 def _contradictions_of_predict(given: dict[str, Any]) -> Iterator[str]:
+    yield from _shares(given)
+
+
+def _shares(given: dict[str, Any]) -> Iterator[str]:
     for name in _among(given, "coverage", "risk", "delta"):
         if isinstance(given[name], float) and not 0 < given[name] < 1:
             yield f"{option(name)} is {given[name]:g}, but must be between 0 and 1: give 0.9 for 90%"
@@ -196,8 +201,16 @@ def _contradictions_of_generate(given: dict[str, Any]) -> Iterator[str]:
         yield "--prompt is given with --input, but they exclude each other: leave one out"
     if "input" not in given and "prompt" not in given:
         yield "--input is missing: give a file with messages or prompt, or one --prompt"
-    if given.get("temperature") and "samples" not in given:
-        yield "--temperature is given, but needs --samples: add that or leave this out"
+    for name in _among(given, "temperature", "cluster_with"):
+        if given[name] and "samples" not in given and "risk" not in given:
+            yield f"{option(name)} is given, but needs --samples: add that or leave this out"
+    yield from _without_encoder(given)
+    yield from _shares(given)
+
+
+def _without_encoder(given: dict[str, Any]) -> Iterator[str]:
+    if "similarity" in given and "cluster_with" not in given and "risk" not in given:
+        yield "--similarity is given, but needs --cluster-with: add that or leave this out"
 
 
 def _contradictions_of_export(given: dict[str, Any]) -> Iterator[str]:
@@ -225,6 +238,12 @@ _SAMPLING = (
     _number("samples", "N", "Monte-Carlo samples of a stochastic adapter (0)", least=0),
     _number("seed", "N", "seed for the samples (0)"),
     _number("batch_size", "N", "rows per batch (64)", least=1),
+)
+_CLUSTERS = (
+    Option(
+        "cluster_with", "MODEL", "text: an encoder that says which of the draws' answers say the same (equal words)"
+    ),
+    Option("similarity", "C", "text: cosine of their embeddings from which on they do (.9)", float),
 )
 _UNCALIBRATED = _switch("uncalibrated", "leave out the temperature (or other map) that `calibrate` has saved")
 _TEXT_COLUMN = Option("text_column", "A[,B]", "text column or columns (as trained)", list[str])
@@ -294,6 +313,7 @@ COMMANDS = {
             Option("scoring", "NAME", "language models answer by letters or cloze (as trained)", Scoring),
             Option("normalization", "UNIT", "cloze: divide by none, tokens or bytes (as trained)", Normalization),
             Option("temperature", "T", "text: of the tokens of the draws' answers (0: the most probable)", float),
+            *_CLUSTERS,
             _UNCALIBRATED,
             _switch("json", "print JSON instead of a table"),
         ),
@@ -330,12 +350,16 @@ COMMANDS = {
             Option("html", "FILE.html", "also a page of the answers, with tokens shaded by their uncertainty"),
             _number("max_new_tokens", "N", "maximum tokens of an answer (128)", least=1),
             Option("temperature", "T", "of the tokens of the draws' answers (0: the most probable)", float),
+            *_CLUSTERS,
+            Option("risk", "P", "add ask_a_human, so that the mean loss of the other answers is at most this", float),
+            Option("delta", "P", "probability that --risk is exceeded (.05)", float),
         ),
         _RUN,
+        epilog="--risk needs `bayeslora calibrate OUT`, whose samples, seed and other settings are then used.",
         contradictions=_contradictions_of_generate,
     ),
     "calibrate": Command(
-        "prepare --coverage and --risk of `predict` on labelled rows that the run has not seen",
+        "prepare --coverage and --risk of `predict`, or --risk of `generate`, on rows that the run has not seen",
         (
             *_SAMPLING,
             *_LABELLED,
@@ -347,10 +371,19 @@ COMMANDS = {
             _switch("temperature", "also fit a temperature, on half of the rows; `predict` and `evaluate` use it"),
             _switch("vector_scaling", "also fit a factor and an offset for each class instead"),
             _switch("isotonic", "also fit a step function for each class instead"),
+            Option(
+                "measure", "NAME", "text: probability, mutual_information or semantic_entropy (probability)", Measure
+            ),
+            Option(
+                "loss", "NAME", "text: the risk is the mean of 1 - f1, exact_match or rouge_l (the task's)", AnswerLoss
+            ),
+            _number("max_new_tokens", "N", "text: maximum tokens of an answer (the task's, or 128)", least=1),
+            Option("token_temperature", "T", "text: --temperature of `generate` (0)", float),
+            *_CLUSTERS,
             _switch("json", "print JSON instead of a table"),
         ),
         _RUN,
-        epilog="Writes conformal.json into OUT, in place of an earlier one.",
+        epilog="Writes conformal.json, or for text risk.json, into OUT, in place of an earlier one.",
         contradictions=_contradictions_of_calibrate,
     ),
     "select": Command(

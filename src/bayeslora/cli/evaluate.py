@@ -40,7 +40,7 @@ from bayeslora.runs.run import load
 from bayeslora.runs.schema import from_json
 from bayeslora.runs.score import answered, described, foreign_scores, scored
 from bayeslora.runs.shift import Domain, conformal_scores, scored_shift, shift_columns
-from bayeslora.runs.text_scores import check_text_metrics, scored_text
+from bayeslora.runs.text_scores import check_text_metrics, is_answered, scored_text
 from bayeslora.runs.zero_shot import UNTRAINED, load_untrained, untrained_info
 from bayeslora.vocabulary import TEXT_TASKS
 
@@ -52,6 +52,9 @@ _OF_CLASSES = (
     *("shift", "shift_column", "shift_task", "shift_file", "shift_text_column", "shift_label_column"),
 )
 """Options for runs that predict labels."""
+
+_OF_ANSWERS = ("temperature", "cluster_with", "similarity")
+"""Options for tasks whose answers are written."""
 
 
 def run(given: dict[str, Any]) -> int:
@@ -84,7 +87,7 @@ def run(given: dict[str, Any]) -> int:
     rows, evaluation = task.splits[split], None
     encoded = encode(rows, task)
     if info.kind == "generation":
-        sampling = Sampling(samples, seed, temperature=given.get("temperature", 0.0))
+        sampling = Sampling(samples, seed, **{name: given[name] for name in _OF_ANSWERS if name in given})
         measured = scored_text(predictor, task, rows, encoded, loaded.tokenizer, size, sampling)
     else:
         evaluation = score(encoded, task)
@@ -120,8 +123,8 @@ def _check_kind(given: dict[str, Any], task: Task) -> None:
     """Refuse options of labels for text, and those of answers for other tasks."""
     if task.kind == "generation":
         refuse(given, _OF_CLASSES, "is given, but the run generates text: leave it out")
-    if task.name not in TEXT_TASKS:
-        refuse(given, ("temperature",), f"is given, but only {' and '.join(TEXT_TASKS)} score answers: leave it out")
+    if not is_answered(task):
+        refuse(given, _OF_ANSWERS, f"is given, but only {' and '.join(TEXT_TASKS)} score answers: leave it out")
     check_text_metrics(task)
 
 

@@ -13,11 +13,13 @@ from bayeslora.files import finite, write_atomically
 from bayeslora.methods.registry import title_of
 from bayeslora.model_card import public_name
 from bayeslora.report import check_installed, write_answers
-from bayeslora.runs.answers import Sampling, answer_rows, check_generates, read_prompts
+from bayeslora.runs.answer_risk import AnswerCalibration
+from bayeslora.runs.answers import Sampling, check_generates, read_prompts
 from bayeslora.runs.info import RunInfo
 from bayeslora.runs.run import load
 
-_SAMPLING = ("samples", "seed", "max_new_tokens", "temperature")
+SAMPLING = ("samples", "seed", "max_new_tokens", "temperature", "cluster_with", "similarity")
+"""Options that are fields of `Sampling`."""
 
 
 def run(given: dict[str, Any]) -> int:
@@ -31,11 +33,13 @@ def run(given: dict[str, Any]) -> int:
         check_installed()
         if target is not None and page.absolute() == target.absolute():
             raise BayesLoraError(f"--html is {page}, but --output is the same file: name another")
-    sampling = Sampling(**{name: given[name] for name in _SAMPLING if name in given})
+    chosen = {name: given[name] for name in SAMPLING if name in given}
+    sampling = AnswerCalibration.load(folder).settings(folder, chosen) if "risk" in given else Sampling(**chosen)
     rows = read_prompts(source if "input" in given else given["prompt"], info)
     disable_progress_bars()
     loaded = load(folder, given.get("model"))
-    answers = answer_rows(loaded.predictor, loaded.tokenizer, rows, sampling, given.get("batch_size", 8))
+    risk = {name: given.get(name) for name in ("risk", "delta")}
+    answers = loaded.generate(rows, batch_size=given.get("batch_size", 8), **chosen, **risk)
     lines = [json.dumps(finite(answer.to_dict()), ensure_ascii=False) + "\n" for answer in answers]
     if page is not None:
         drawn = f" · {sampling.samples} draws" if sampling.samples else ""
@@ -47,5 +51,6 @@ def run(given: dict[str, Any]) -> int:
         return 0
     with write_atomically(target) as partial:
         partial.write_text("".join(lines), encoding="utf-8")
-    print(f"{target}: {len(answers)} answers")
+    asked = f", {sum(bool(answer.ask_a_human) for answer in answers)} left to a person" if "risk" in given else ""
+    print(f"{target}: {len(answers)} answers{asked}")
     return 0

@@ -68,14 +68,17 @@ def text_scores(
     metrics: Sequence[str], texts: Sequence[str], references: References
 ) -> tuple[dict[str, float], NDArray[np.float64]]:
     """Return scores by name, and the loss (n,) of each text: 1 minus its F1, or its ROUGE-L."""
-    by_row: dict[str, Callable[[], NDArray[np.float64]]] = {
-        "exact_match": lambda: exact_match(texts, references),
-        "f1": lambda: token_f1(texts, references),
-        "rouge_l": lambda: rouge_l(texts, references),
-    }
-    found = {name: by_row[name]() for name in metrics if name in by_row}
+    found = {name: BY_ROW[name](texts, references) for name in metrics if name in BY_ROW}
     scores = {name: float(found[name].mean()) if name in found else bleu(texts, references) for name in metrics}
     return scores, 1 - found["f1" if "f1" in found else "rouge_l"]
+
+
+BY_ROW: dict[str, Callable[[Sequence[str], References], NDArray[np.float64]]] = {
+    "exact_match": exact_match,
+    "f1": token_f1,
+    "rouge_l": rouge_l,
+}
+"""Functions to a score of each text, by name."""
 
 
 def _best(texts: Sequence[str], references: References, score: Any) -> NDArray[np.float64]:

@@ -9,6 +9,7 @@ from bayeslora.posthoc.conformal import ConformalIntervals, ConformalSets
 from bayeslora.posthoc.dropout import MCDropout
 from bayeslora.posthoc.ensemble import DeepEnsemble
 from bayeslora.posthoc.laplace import LaplacePredictor
+from bayeslora.posthoc.loss import LossControl
 from bayeslora.posthoc.risk import RiskControl
 from bayeslora.posthoc.rounding import ActivationCounts, RoundedModel, round_after_training
 from bayeslora.posthoc.temperature import TemperatureScaling
@@ -21,6 +22,7 @@ __all__ = [
     "DeepEnsemble",
     "IsotonicCalibration",
     "LaplacePredictor",
+    "LossControl",
     "MCDropout",
     "RiskControl",
     "RoundedModel",

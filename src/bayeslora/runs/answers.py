@@ -1,21 +1,12 @@
-r"""Answers of a language model, with their uncertainty.
+"""Answers of a language model, with their uncertainty.
 
 The answer is the text of the mean weights. S draws of the weights score it, token by token and as a whole, and each
-writes its own. Draws whose answers are equal but for case, punctuation and spaces form a cluster. With $n_c$ of the S
-answers in cluster $c$, the semantic entropy is
-
-$$ H = -\sum_c \frac{n_c}{S} \log \frac{n_c}{S}, $$
-
-the discrete form of Farquhar et al. (2024, doi:10.1038/s41586-024-07421-0), whose clusters also join paraphrases. It
-is 0 if all draws say the same, and at most $\log S$.
+writes its own. `clusters` groups those that say the same, and has the entropy of the groups.
 """
 
 from __future__ import annotations
 
 import math
-import re
-import unicodedata
-from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -31,19 +22,12 @@ from bayeslora.errors import BayesLoraError
 from bayeslora.methods.variational import has_posterior
 from bayeslora.posterior import WeightPosterior
 from bayeslora.prediction import Generation, check_samples, generate
+from bayeslora.runs.clusters import SIMILARITY, Cluster, Embedder, clustered, semantic_entropy
 from bayeslora.runs.info import RunInfo
 from bayeslora.vocabulary import MESSAGES, PROMPT
 
 MAX_NEW_TOKENS = 128
 """Default maximum of tokens of an answer, less where the model has no room for them."""
-
-
-@dataclass(frozen=True)
-class Cluster:
-    """Answers of the draws that say the same: that of the first one, and how many there are."""
-
-    text: str
-    count: int
 
 
 @dataclass(frozen=True)
@@ -64,6 +48,7 @@ class Answer:
         semantic_entropy: of the clusters, in nats; None without draws.
         is_finished: False if the answer was cut at the maximum of new tokens.
         reference: the known answer, if the row has one.
+        ask_a_human: with a risk, whether the answer is too uncertain to be given; None without a risk.
     """
 
     prompt: str
@@ -79,6 +64,7 @@ class Answer:
     semantic_entropy: float | None = None
     is_finished: bool = True
     reference: str | None = None
+    ask_a_human: bool | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """Return the fields that `bayeslora generate` writes."""
@@ -88,12 +74,23 @@ class Answer:
 
 @dataclass(frozen=True)
 class Sampling:
-    """Settings of the answers: number and seed of the draws, maximum of new tokens, and the temperature of tokens."""
+    """Settings of the answers.
+
+    Attributes:
+        samples: number of draws.
+        seed: of the draws.
+        max_new_tokens: maximum length of an answer; None for what the task needs or the model has room for.
+        temperature: of the tokens of the draws' answers; 0 for the most probable ones.
+        cluster_with: an encoder whose embeddings say which answers of the draws say the same; None for equal words.
+        similarity: cosine of two embeddings from which on they do.
+    """
 
     samples: int = 0
     seed: int = 0
     max_new_tokens: int | None = None
     temperature: float = 0.0
+    cluster_with: str | None = None
+    similarity: float = SIMILARITY
 
     def __post_init__(self) -> None:
         if self.max_new_tokens is not None and self.max_new_tokens < 1:
@@ -101,6 +98,10 @@ class Sampling:
         if not (math.isfinite(self.temperature) and self.temperature >= 0):
             raise BayesLoraError(
                 f"temperature is {self.temperature}, but must be at least 0: give 0 for the most probable tokens"
+            )
+        if not 0 < self.similarity <= 1:
+            raise BayesLoraError(
+                f"similarity is {self.similarity}, but must be above 0 and at most 1: give a cosine such as 0.9"
             )
 
 
@@ -205,6 +206,7 @@ class _Writer:
         base: Any = model
         if not self.is_random and sampling.temperature == 0:
             check_samples(predictor, sampling.samples)
+        self.embed = Embedder(sampling.cluster_with) if sampling.cluster_with and sampling.samples else None
         config = base.config.get_text_config()
         self.limit = getattr(config, "max_position_embeddings", None)
         stated = getattr(getattr(base, "generation_config", None), "eos_token_id", None)
@@ -265,7 +267,7 @@ class _Writer:
         assert found.predictive_entropy is not None and found.mutual_information is not None
         assert found.mixture_log_probability is not None and found.draw_log_probabilities is not None
         is_scored = self.is_random and self.sampling.samples > 0
-        clusters = clustered(draws)
+        clusters = clustered(draws, self.embed, self.sampling.similarity)
         return Answer(
             prompt=_asked(row),
             text=self._text(ids),
@@ -315,29 +317,3 @@ def pieces(ids: Sequence[int], tokenizer: Any) -> list[str]:
         found.append(text[len(before) :])
         before = text
     return found
-
-
-def clustered(texts: Sequence[str]) -> list[Cluster]:
-    """Return clusters of equal texts after `normalized`, the largest first; of equal size, the first to appear."""
-    counts = Counter(map(normalized, texts))
-    first: dict[str, str] = {}
-    for text in texts:
-        first.setdefault(normalized(text), text)
-    return [Cluster(first[key], count) for key, count in counts.most_common()]
-
-
-def normalized(text: str) -> str:
-    """Return a text in lower case, without English articles and the punctuation around words, with single spaces.
-
-    The sign and the point of a number stay. A text of nothing else stays as it is.
-    """
-    lower = unicodedata.normalize("NFKC", text).lower()
-    words = [re.sub(r"^(?!-\d)\W+|\W+$", "", word) for word in lower.split()]
-    kept = [word for word in words if word and word not in ("a", "an", "the")]
-    return " ".join(kept or lower.split())
-
-
-def semantic_entropy(counts: Sequence[int]) -> float:
-    """Return the entropy of clusters of these sizes, in nats."""
-    total = sum(counts)
-    return math.fsum(-count / total * math.log(count / total) for count in counts) + 0.0

@@ -20,6 +20,7 @@ from bayeslora.data.known import KNOWN
 from bayeslora.data.labels import Kind
 from bayeslora.data.tables import EXTENSIONS, Table, read_table
 from bayeslora.data.tasks import Source, load_choices
+from bayeslora.data.text_tasks import TEXT_TASKS
 from bayeslora.errors import BayesLoraError, Problems, option
 from bayeslora.evaluation.cloze import copies, is_cloze
 from bayeslora.evaluation.multiple_choice import choice_scoring, encode_choices, encode_pairs, is_multiple_choice
@@ -184,7 +185,9 @@ def labelled_rows(
     """
     if info.kind == "generation":
         rows = answered_rows(file)
-        return text_task(info.task, tuple(rows.column_names), {EVALUATION: rows})
+        task = text_task(info.task, tuple(rows.column_names), {EVALUATION: rows})
+        known = TEXT_TASKS.get(info.task_name or "")
+        return task if known is None else replace(task, metric=known.metrics[0], extra_metrics=known.metrics[1:])
     if info.kind == "multiple_choice":
         return _choices(Path(file) if isinstance(file, str) else file, info, answers=True)
     columns = _checked_columns(text_columns, info)

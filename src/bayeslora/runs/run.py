@@ -27,6 +27,7 @@ from bayeslora.methods import tuner_of
 from bayeslora.methods.registry import find_method
 from bayeslora.posterior import POSTERIOR_FILE, WeightPosterior, load_posterior
 from bayeslora.prediction import Predictable, Prediction, check_samples
+from bayeslora.runs.answer_risk import AnswerCalibration, calibrated_answers
 from bayeslora.runs.answers import Answer, Sampling, answer_rows, check_generates, read_prompts
 from bayeslora.runs.base import (
     AUTO_CLASSES,
@@ -49,6 +50,7 @@ from bayeslora.runs.record import METRICS_FILE, RunRecord, read_run
 from bayeslora.runs.rows import EVALUATION, check_not_training, encode_for, labelled_rows, rows_to_predict
 from bayeslora.runs.scaling import Scaling, ScalingName, halves
 from bayeslora.runs.untrusted_config import check_config
+from bayeslora.vocabulary import AnswerLoss, Measure
 
 
 @dataclass(frozen=True, repr=False)
@@ -167,12 +169,13 @@ class Run:
     def generate(
         self,
         inputs: Any,
-        samples: int = 0,
-        seed: int = 0,
+        samples: int | None = None,
+        seed: int | None = None,
         batch_size: int = 8,
         *,
-        max_new_tokens: int | None = None,
-        temperature: float = 0.0,
+        risk: float | None = None,
+        delta: float | None = None,
+        **sampling: Any,
     ) -> list[Answer]:
         """Answer prompts with the mean weights; draws of the weights score the answers and write their own.
 
@@ -181,23 +184,81 @@ class Run:
                 `role` and `content`); an iterable of them; or the `pathlib.Path` of a data file. A text is a message
                 of the user for a run trained on conversations, and otherwise the prompt. Answers that end a row are
                 kept as its reference and not shown to the model.
-            samples: draws of the weights; 0 gives the answer of the mean weights alone.
-            seed: of the draws.
+            samples: draws of the weights; 0, the default, gives the answer of the mean weights alone.
+            seed: of the draws, by default 0.
             batch_size: prompts in a batch; with a temperature the draws' answers depend on it.
-            max_new_tokens: maximum number of tokens of an answer; by default 128, or what the model has room for.
-            temperature: of the tokens of the draws' answers; 0 takes the most probable ones. Above 0 a deterministic
-                run has samples too, of its tokens.
+            risk: add whether to `ask_a_human`, so that the mean loss of the other answers is at most this. Samples,
+                seed and all of `sampling` are then by default those of `calibrate_answers`.
+            delta: probability that the risk is exceeded, see `LossControl`; .05 by default.
+            sampling: `max_new_tokens`, the maximum length of an answer (128, or what the model has room for);
+                `temperature` of the tokens of the draws' answers (0, the most probable ones; above 0 a deterministic
+                run has samples too, of its tokens); `cluster_with`, an encoder whose embeddings say which of these
+                answers say the same, and their `similarity` (0.9).
 
         Returns:
             An `Answer` to each row, in order.
 
         Raises:
-            BayesLoraError: the run predicts labels, an input does not fit, a prompt is too long for the model, or the
-                model is deterministic and `samples` > 0 without a temperature.
+            BayesLoraError: the run predicts labels, an input does not fit, a prompt is too long for the model, the
+                model is deterministic and `samples` > 0 without a temperature, or a risk without `calibrate_answers`
+                of such answers.
         """
         check_generates(self.info)
-        sampling = Sampling(samples, seed, max_new_tokens, temperature)
-        return answer_rows(self.predictor, self.tokenizer, read_prompts(inputs, self.info), sampling, batch_size)
+        given = {"samples": samples, "seed": seed, **sampling}
+        calibration = None if risk is None else AnswerCalibration.load(self.folder)
+        if calibration is None:
+            how = Sampling(**{name: value for name, value in given.items() if value is not None})
+        else:
+            how = calibration.settings(self.folder, given)
+            calibration.check_model(self.folder, self.model)
+        answers = answer_rows(self.predictor, self.tokenizer, read_prompts(inputs, self.info), how, batch_size)
+        return answers if calibration is None or risk is None else calibration.decide(answers, risk, delta)
+
+    @quiet_loading()
+    def calibrate_answers(
+        self,
+        rows: str | os.PathLike[str] | Iterable[Mapping[str, Any]],
+        batch_size: int = 8,
+        *,
+        measure: Measure = "probability",
+        loss: AnswerLoss | None = None,
+        save: bool = True,
+        **sampling: Any,
+    ) -> AnswerCalibration:
+        """Answer rows with known answers, for `generate` with a risk.
+
+        Args:
+            rows: a data file, or rows (dicts), of conversations or completions. The run must not be trained on them.
+            batch_size: prompts in a batch.
+            measure: uncertainty of an answer: `probability` (of the whole answer under the mean of the draws),
+                `mutual_information` (the mean over its tokens) or `semantic_entropy` (of the draws' answers).
+            loss: what the risk is the mean of: 1 minus `f1`, `exact_match` or `rouge_l` (that of the task, or f1).
+            save: write `risk.json` into the run's folder, in place of an earlier one.
+            sampling: samples, seed and the others, as for `generate`.
+
+        Raises:
+            BayesLoraError: the run predicts labels, the rows are those of the training or do not fit, or the measure
+                needs draws that there are not.
+        """
+        check_generates(self.info)
+        given = Path(rows) if isinstance(rows, (str, os.PathLike)) else [dict(row) for row in rows]
+        source = str(given) if isinstance(given, Path) else f"{len(given)} rows"
+        options: dict[str, Any] = {"measure": measure, "loss": loss, "source": source}
+        task = labelled_rows(self.info, given)
+        return self.calibrate_answers_split(task, EVALUATION, batch_size, Sampling(**sampling), save=save, **options)
+
+    def calibrate_answers_split(
+        self, task: Task, split: str, batch_size: int, sampling: Sampling, *, save: bool = True, **options: Any
+    ) -> AnswerCalibration:
+        """Calibrate like `calibrate_answers` on a split of a task."""
+        check_not_training(self.info, options["source"], split)
+        options["fingerprint"] = model_digest(self.model, self.folder)
+        calibration = calibrated_answers(
+            self.predictor, self.tokenizer, task, task.splits[split], batch_size, sampling, **options
+        )
+        if save:
+            calibration.save(self.folder)
+        return calibration
 
     def predict_encoded(
         self,

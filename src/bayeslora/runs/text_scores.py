@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 from datasets import Dataset
 
 from bayeslora.data import Task
-from bayeslora.data.text_tasks import REFERENCES, TEXT_TASKS
+from bayeslora.data.chat import answer_of
+from bayeslora.data.text_tasks import NO_ANSWER, REFERENCES, TEXT_TASKS
 from bayeslora.evaluation import TextEvaluation, evaluate_text
 from bayeslora.evaluation.text_metrics import check_metrics, text_scores
 from bayeslora.evaluation.uncertainty import area_under_risk_coverage, risk_coverage_curve
@@ -63,7 +64,7 @@ def scored_text(
         "rows": tokens.rows,
         "seconds": tokens.seconds,
     }
-    if task.name in TEXT_TASKS:
+    if is_answered(task):
         answers = evaluate_answers(predictor, task, rows, tokenizer, batch_size, sampling)
         found["scores"] = {**answers.scores, **tokens.scores}
         found["risk_coverage_by"] = answers.risk_coverage
@@ -72,7 +73,7 @@ def scored_text(
 
 def check_text_metrics(task: Task) -> None:
     """Raise `BayesLoraError` if the scores of a task need a package that is missing."""
-    if task.name in TEXT_TASKS:
+    if is_answered(task):
         check_metrics(task.metrics)
 
 
@@ -80,14 +81,32 @@ def evaluate_answers(
     predictor: Any, task: Task, rows: Dataset, tokenizer: Any, batch_size: int, sampling: Sampling
 ) -> AnswerEvaluation:
     """Answer the rows of a split of a named task, and score the answers against the right ones."""
-    limit = sampling.max_new_tokens or TEXT_TASKS[task.name].max_new_tokens
-    how = Sampling(sampling.samples, sampling.seed, limit, sampling.temperature)
-    answers = answer_rows(predictor, tokenizer, list(rows), how, batch_size)
-    scores, losses = text_scores(task.metrics, [answer.text for answer in answers], rows[REFERENCES][:])
+    answers = answer_rows(predictor, tokenizer, list(rows), sampling_of(task, sampling), batch_size)
+    scores, losses = text_scores(task.metrics, [answer.text for answer in answers], references_of(rows))
     measures = uncertainty_of(answers)
     areas = {f"aurc_{name}": area_under_risk_coverage(values, losses) for name, values in measures.items()}
     curves = {name: risk_coverage_curve(values, losses) for name, values in measures.items()}
     return AnswerEvaluation({**scores, **areas}, curves, answers)
+
+
+def is_answered(task: Task) -> bool:
+    """Return whether the answers to the rows of a task are scored; a file alone may have the name of such a task."""
+    return task.name in TEXT_TASKS and task.metric == TEXT_TASKS[task.name].metrics[0]
+
+
+def sampling_of(task: Task, sampling: Sampling) -> Sampling:
+    """Return the settings with the maximum length of the task's answers, where none is given."""
+    if sampling.max_new_tokens is not None or not is_answered(task):
+        return sampling
+    return replace(sampling, max_new_tokens=TEXT_TASKS[task.name].max_new_tokens)
+
+
+def references_of(rows: Dataset) -> list[list[str]]:
+    """Return the right answers to each row: those of a named task, otherwise the one that the row ends with."""
+    if REFERENCES in rows.column_names:
+        return list(rows[REFERENCES])
+    known = [(answer_of(row) or "").strip() for row in rows]
+    return [[] if answer == NO_ANSWER else [answer] for answer in known]
 
 
 def uncertainty_of(answers: list[Answer]) -> dict[str, np.ndarray]:
