@@ -9,10 +9,12 @@ that take every variant in turn, so that a drift of the machine's speed touches 
     lora-merged      the same, merged
     lora-onnx        `bayeslora export --format onnx`, float32
     lora-onnx-int8   onnxruntime's `quantize_dynamic` of that graph, 8 bits, a range for each output channel
+    lora-torch-int8  `quantize_dynamic` of the graph that `torch.onnx.export` writes of the merged LoRA
     blora-onnx       `bayeslora export --format onnx` of the B-LoRA
 
 Batches are of test texts in their order, padded to the longest; single sentences are not padded. Figures are medians
-over rounds of the rate, of its ratio to `lora` and, for `blora-onnx`, to `lora-onnx-int8` in the same round. Changed
+over rounds of the rate, of its ratio to `lora` and, for `blora-onnx`, to each graph of 8 bits in the same round. With
+one thread, seconds are those that the thread spent on the processor, which other programs change little. Changed
 answers and divergence are on test texts, each variant beside the model that was trained: the LoRA's or the B-LoRA's.
 """
 
@@ -41,8 +43,11 @@ from bayeslora.data.encode import collated
 from bayeslora.runs.rows import encode_for, training_batches
 from bayeslora.runs.run import Run
 
-BASELINE, RIVAL, OURS = "lora", "lora-onnx-int8", "blora-onnx"
+BASELINE, OURS = "lora", "blora-onnx"
+RIVALS = {"lora-onnx-int8": "over_onnxruntime_int8", "lora-torch-int8": "over_onnxruntime_int8_of_torch"}
 CALIBRATION_BATCHES = 8
+
+OPSET = 17
 
 Batch = dict[str, Tensor]
 Read = Callable[[Batch], Tensor]
@@ -71,6 +76,30 @@ def write(run: Run, folder: Path) -> dict[str, Any]:
     )
 
 
+def write_by_torch(model: nn.Module, batch: Batch, path: Path) -> None:
+    """Write a model as `torch.onnx.export` does, with free batch and length."""
+    axes = {name: {0: "batch", 1: "length"} for name in batch}
+
+    class Logits(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.model = model
+
+        def forward(self, *inputs: Tensor) -> Tensor:
+            return self.model(**dict(zip(batch, inputs, strict=True))).logits
+
+    torch.onnx.export(
+        Logits().eval(),
+        tuple(batch.values()),
+        str(path),
+        input_names=list(batch),
+        output_names=["logits"],
+        dynamic_axes=axes,
+        opset_version=OPSET,
+        dynamo=False,
+    )
+
+
 def in_torch(model: nn.Module) -> Read:
     model.eval()
 
@@ -93,22 +122,24 @@ def in_onnxruntime(path: Path, threads: int) -> Read:
     return read
 
 
-def rates(variants: Mapping[str, Read], batches: Sequence[Batch], rounds: int) -> dict[str, dict[str, float]]:
+def rates(
+    variants: Mapping[str, Read], batches: Sequence[Batch], rounds: int, clock: Callable[[], float]
+) -> dict[str, dict[str, float]]:
     """Sentences a second and ratios of each variant; every round reads all batches."""
     count = sum(len(batch["input_ids"]) for batch in batches)
     found: dict[str, list[float]] = {name: [] for name in variants}
     for number in range(rounds + 1):
         for name, read in variants.items():
-            start = time.perf_counter()
+            start = clock()
             for batch in batches:
                 read(batch)
             if number:  # the first round prepares kernels
-                found[name].append(count / (time.perf_counter() - start))
+                found[name].append(count / (clock() - start))
     ratios = {name: _median_ratio(values, found[BASELINE]) for name, values in found.items()}
     result = {
         name: {"per_second": statistics.median(values), "over_lora": ratios[name]} for name, values in found.items()
     }
-    result[OURS]["over_onnxruntime_int8"] = _median_ratio(found[OURS], found[RIVAL])
+    result[OURS] |= {key: _median_ratio(found[OURS], found[name]) for name, key in RIVALS.items()}
     return result
 
 
@@ -133,24 +164,28 @@ def measure(given: argparse.Namespace, folder: Path) -> dict[str, Any]:
     written = {"lora": write(lora, folder / "lora"), "blora": write(blora, folder / "blora")}
     paths = {
         "lora-onnx": folder / "lora" / "model.onnx",
-        RIVAL: folder / "int8.onnx",
+        **{name: folder / f"{name}.onnx" for name in RIVALS},
         OURS: folder / "blora" / "model.onnx",
     }
-    quantize_dynamic(str(paths["lora-onnx"]), str(paths[RIVAL]), per_channel=True)
     merged = bayeslora.load(given.lora).model.merge_and_unload()
+    write_by_torch(merged, test_batches(lora, 2, 2)[0], folder / "torch.onnx")
+    for source, name in zip((paths["lora-onnx"], folder / "torch.onnx"), RIVALS, strict=True):
+        quantize_dynamic(str(source), str(paths[name]), per_channel=True)
     variants = {BASELINE: in_torch(lora.model), "lora-merged": in_torch(merged)}
     variants |= {name: in_onnxruntime(path, given.threads) for name, path in paths.items()}
     batches = test_batches(lora, given.test_rows, given.batch_size)
     trained = {name: in_torch(blora.model) if name == OURS else variants[BASELINE] for name in variants}
+    clock = time.thread_time if given.threads == 1 else time.perf_counter
     load_before = os.getloadavg()
     one = test_batches(lora, given.sentences, 1)
-    timed = {"1": rates(variants, one, given.rounds)}
-    timed[str(given.batch_size)] = rates(variants, batches[: given.batches], given.rounds)
+    timed = {"1": rates(variants, one, given.rounds, clock)}
+    timed[str(given.batch_size)] = rates(variants, batches[: given.batches], given.rounds, clock)
     return {
         "runs": {
             name: {"task": run.info.task, "length": run.info.max_length}
             for name, run in (("lora", lora), ("blora", blora))
         },
+        "seconds": "of the thread" if clock is time.thread_time else "of the clock",
         "load_average": [round(each, 2) for each in (*load_before, *os.getloadavg())],
         "export": written,
         "bytes": {name: path.stat().st_size for name, path in paths.items()},

@@ -9,6 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
@@ -30,6 +31,8 @@ onnx = pytest.importorskip("onnx")
 onnxruntime = pytest.importorskip("onnxruntime")
 
 QKV = ["query", "key", "value"]
+PROJECTIONS = [*(f"self.{each}" for each in QKV), "q_lin", "k_lin", "v_lin"]
+HEADS, HEAD_SIZE = 4, 8  # of the tiny models
 _MOVES = ("Gather", "Reshape", "Transpose")
 SHAPES = ((1, 3), (4, 17))
 EVERYWHERE = {"weight": 8, "in": 8, "A": 8, "E": 8, "B": 8, "A_out": 8, "E_out": 8, "out": 8}
@@ -155,7 +158,7 @@ def _bound(bits: int) -> float:
 
 
 def _blora(kind: str, widths: dict[str, int], **options: Any) -> nn.Module:
-    """A frozen adapter with closed ranks, on spread weights."""
+    """A frozen adapter with closed ranks, on spread weights; some layers of a block have an input grid of their own."""
     build, targets = BASES[kind]
     config = BLoraConfig(
         r=RANK, target_modules=targets, init_weights=False, task_type="SEQ_CLS", quantize_input=True, **options
@@ -166,7 +169,8 @@ def _blora(kind: str, widths: dict[str, int], **options: Any) -> nn.Module:
         randomize(layer, generator, FROZEN)
         set_widths(layer, **widths)
         for activation in ("in", "A_out", "E_out", "out"):
-            layer.quantizers("default").set_range(activation, torch.tensor(_bound(widths[activation])))
+            bound = _bound(widths[activation]) * (1 + number / 16 if activation == "in" and number % 3 else 1)
+            layer.quantizers("default").set_range(activation, torch.tensor(bound))
         if number == 1:  # an adapter without a rank
             layer.rank_gates("default").logits.data.fill_(-9.0)
             layer.blora_E["default"].data.zero_()
@@ -227,33 +231,43 @@ def _inputs_and_outputs(model: nn.Module, batch: dict[str, Tensor]) -> dict[str,
 
 
 def _layer_alone(path: Path, layer: str, x: Tensor) -> Tensor:
-    """What the nodes of one layer compute for rows x, as a graph of their own without those that move rows."""
+    """What the nodes of one layer compute for rows x, as a graph of their own without those that move rows.
+
+    Query, key and value are written together, and so computed together here.
+    """
     model = onnx.load(path)
     moved = {node.output[0]: node.input[0] for node in model.graph.node if node.op_type in _MOVES}
-    own = [node for node in model.graph.node if node.name.startswith(f"{layer}.") and node.output[0] not in moved]
+    block = layer[: layer.index(".attention")] if ".attention" in layer else layer
+    members = [f"{block}.attention.{each}" for each in PROJECTIONS]
+    together = (f"{block}.projections", *members) if layer in members else (layer,)
+    names = tuple(f"{each}." for each in together)
+    own = [node for node in model.graph.node if node.name.startswith(names) and node.output[0] not in moved]
     own = [node for node in own if not node.name.endswith((".activation", ".tanh"))]
     for node in own:
         for place, name in enumerate(node.input):
             while name in moved:
                 name = moved[name]
             node.input[place] = name
+        if node.op_type == "Split":  # of heads in the graph, of columns here
+            node.input[1] = "columns"
+            columns = np.full(len(node.output), HEADS * HEAD_SIZE)
+            model.graph.initializer.append(onnx.numpy_helper.from_array(columns, "columns"))
     made = {output for node in own for output in node.output}
     constants = {each.name for each in model.graph.initializer}
-    (source,) = {name for node in own for name in node.input} - made - constants
+    sources = {name for node in own for name in node.input} - made - constants  # the last block's query has its own
     used = {name for node in own for name in node.input}
-    (leaving,) = [output for node in own for output in node.output if output not in used]
+    (leaving,) = [each for node in own for each in node.output if each not in used and each.startswith(f"{layer}.")]
     graph = onnx.helper.make_graph(
         own,
         "layer",
-        [onnx.helper.make_tensor_value_info(source, onnx.TensorProto.FLOAT, list(x.shape))],
+        [onnx.helper.make_tensor_value_info(each, onnx.TensorProto.FLOAT, list(x.shape)) for each in sources],
         [onnx.helper.make_tensor_value_info(leaving, onnx.TensorProto.FLOAT, None)],
         list(model.graph.initializer),
     )
     alone = onnx.helper.make_model(graph, opset_imports=model.opset_import, ir_version=model.ir_version)
     session = onnxruntime.InferenceSession(alone.SerializeToString())
-    found = torch.from_numpy(session.run(None, {source: x.numpy()})[0])
-    size = 8  # of a head: queries are scaled for the attention
-    return found * size**0.5 if layer.endswith(("query", "q_lin")) else found
+    found = torch.from_numpy(session.run(None, dict.fromkeys(sources, x.numpy()))[0])
+    return found * HEAD_SIZE**0.5 if layer.endswith(("query", "q_lin")) else found  # scaled for the attention
 
 
 def _operators(path: Path) -> Counter[str]:
@@ -267,14 +281,17 @@ def _operators(path: Path) -> Counter[str]:
 
 @pytest.mark.parametrize("bits", [8, 4])
 def test_products_of_codes_become_integer_products(bits: int, tmp_path: Path) -> None:
-    """All twelve layers of the blocks, pooler and classifier; the float32 products left are those with B."""
+    """All twelve layers of the blocks, pooler and classifier; the float32 products left are those with B.
+
+    Query, key and value have one A and one B together, but for the last block's query, which reads the first token.
+    """
     model = get_peft_model(_spread(build_tiny_bert()), BLoraConfig(r=RANK, target_modules=QKV, quantize_input=True))
     generator = torch.Generator().manual_seed(3)
-    for layer in layers_of(model.eval()):
+    for number, layer in enumerate(layers_of(model.eval())):
         randomize(layer, generator, FROZEN)
         set_widths(layer, **{**EVERYWHERE, "weight": bits, "in": bits})
         layer.rank_gates("default").logits.data.fill_(9.0)
-        layer.quantizers("default").set_range("in", torch.tensor(4.0))
+        layer.quantizers("default").set_range("in", torch.tensor(4.0 + number / 16))
         layer.quantizers("default").set_range("out", torch.tensor(40.0))
     batches = [_batch(model, rows, 12) for rows in (2, 3, 4)]
     expected = torch.cat([_logits(model, batch) for batch in batches])
@@ -290,9 +307,9 @@ def test_products_of_codes_become_integer_products(bits: int, tmp_path: Path) ->
     assert result["unadapted"] == "int8 weights and inputs"
     assert (result["widened"] == "E 8 as 32, B 8 as 32") == (bits == 8)
     operators = _operators(tmp_path / "model.onnx")
-    layers = 2 * 6 + 2
-    assert operators["QGemm"] == layers + len(layers_of(model))  # and the products with A
-    assert operators["Gemm"] + operators["FusedGemm"] == len(layers_of(model))
+    layers, updates = 2 * 6 + 2, 3
+    assert operators["QGemm"] == layers + updates  # and the products with A
+    assert operators["Gemm"] + operators["FusedGemm"] == updates
     stored = {each.name: each.data_type for each in onnx.load(tmp_path / "model.onnx").graph.initializer}
     packed = [name for name, kind in stored.items() if kind == onnx.TensorProto.INT4 and ".A." not in name]
     assert len([name for name in packed if ".B" not in name]) == (0 if bits == 8 else len(layers_of(model)))

@@ -13,7 +13,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, Protocol, cast
+from typing import Any, cast
 
 import numpy as np
 from numpy.typing import NDArray
@@ -23,7 +23,8 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from bayeslora.errors import BayesLoraError
 from bayeslora.export.onnx.graph import Graph
-from bayeslora.export.onnx.layers import Move, array
+from bayeslora.export.onnx.layers import Part, ProductLayers
+from bayeslora.export.onnx.products import array
 
 IDS, MASK, TYPES = "input_ids", "attention_mask", "token_type_ids"
 LOGITS = "logits"
@@ -35,7 +36,12 @@ _ACTIVATIONS: dict[str, tuple[str, dict[str, Any]]] = {
     "relu": ("Relu", {}),
 }
 _HIDDEN = -1e30
-"""Score of a padded token before the softmax, whose exponential is 0 in float32."""
+"""Added to the scores of tokens that are given no weight; the exponential is 0 in float32."""
+_REPEATED = -40.0
+"""Added instead if a token repeats a visible one, whose weight it would have: e^-40 of that is lost in rounding.
+
+The exponential of a lower number is not a normal float32, and processors take many times as long for those.
+"""
 
 
 @dataclass(frozen=True)
@@ -131,33 +137,6 @@ def _activation_name(config: Any) -> str:
     return str(config.activation if config.model_type == "distilbert" else config.hidden_act)
 
 
-class Layers(Protocol):
-    """Writer of the layers with weights: in float32, or as codes."""
-
-    def linear(
-        self,
-        graph: Graph,
-        path: str,
-        x: str,
-        factor: float = 1.0,
-        before: Move | None = None,
-        after: Move | None = None,
-    ) -> str:
-        """Add the linear layer at `path` and return its output.
-
-        Args:
-            graph: to add to.
-            path: of the layer.
-            x: rows (n, d_in), or what `before` makes rows of.
-            factor: of the output (n, d_out).
-            before: puts the input in another order; on codes, which are smaller, if there are any.
-            after: does the same with the output.
-        """
-
-    def embedding(self, graph: Graph, path: str, ids: str) -> str:
-        """Add the embedding at `path` for `ids` of any shape and return (..., width)."""
-
-
 class Encoder:
     """Writes a model into a graph.
 
@@ -167,7 +146,7 @@ class Encoder:
         inputs: names of the graph's inputs.
     """
 
-    def __init__(self, model: PreTrainedModel, layers: Layers, inputs: Sequence[str]) -> None:
+    def __init__(self, model: PreTrainedModel, layers: ProductLayers, inputs: Sequence[str]) -> None:
         self.model, self.layers, self.inputs = model, layers, inputs
         self.config: Any = model.config
         self.family = family_of(model)
@@ -179,9 +158,7 @@ class Encoder:
         """Return the graph, from the inputs to the output `logits` (batch, labels)."""
         graph, family = self.graph, self.family
         self._shape = graph("Shape", IDS, name="shape")
-        self._sizes = graph(
-            "Concat", self._shape, graph.integers(self.heads, self.width // self.heads), name="sizes", axis=0
-        )
+        self._sizes = graph("Concat", self._shape, graph.integers(-1, self.width // self.heads), name="sizes", axis=0)
         self._find_tokens()
         x, bias = self._embeddings(), self._attention_bias()
         blocks = cast(nn.ModuleList, self._module(f"{family.encoder}.{family.blocks}"))
@@ -272,11 +249,17 @@ class Encoder:
         return graph("Gather", table, ids, name=f"{path}.position_embeddings")
 
     def _attention_bias(self) -> str:
-        """Return what is added to the scores, (batch, 1, 1, length): 0, or a large negative number for padding."""
+        """Return what is added to the scores, (batch, 1, 1, length): 0, or a negative number for padding.
+
+        Padding has the row of a token before it; the first token may be hidden itself.
+        """
         graph = self.graph
         zero = graph.constant("int64_zero", np.array(0, dtype=np.int64))
         hidden = graph("Equal", MASK, zero, name="attention.is_hidden")
-        added = graph("Where", hidden, graph.number(_HIDDEN), graph.number(0.0), name="attention.added")
+        start, end = graph.integers(0), graph.integers(1)
+        is_first = graph("Slice", hidden, start, end, end, name="attention.first_is_hidden")
+        least = graph("Where", is_first, graph.number(_HIDDEN), graph.number(_REPEATED), name="attention.least")
+        added = graph("Where", hidden, least, graph.number(0.0), name="attention.added")
         return graph("Unsqueeze", added, graph.integers(1, 2), name="attention.bias")
 
     def _block(self, path: str, x: str, bias: str, *, is_last: bool) -> str:
@@ -303,11 +286,15 @@ class Encoder:
         graph, size = self.graph, self.width // self.heads
         query, key, value, output = (f"{path}.{name}" for name in self.family.attention)
         is_first = queries_of != x
-        sizes = graph.integers(-1, 1, self.heads, size) if is_first else None
-        q_by_head = partial(self._by_head, query, order=[0, 2, 1, 3], sizes=sizes)
-        q = self.layers.linear(graph, query, queries_of, size**-0.5, after=q_by_head)
-        k = self.layers.linear(graph, key, x, after=partial(self._by_head, key, order=[0, 2, 3, 1]))
-        v = self.layers.linear(graph, value, x, after=partial(self._by_head, value, order=[0, 2, 1, 3]))
+        turned = partial(graph, "Transpose", name=f"{key}.turned", perm=[0, 1, 3, 2])
+        q_part = Part(query, size**-0.5, self.heads)
+        parts = [Part(key, share=self.heads, turn=turned), Part(value, share=self.heads)]
+        if is_first:
+            of_first = partial(self._by_head, sizes=graph.integers(-1, 1, self.heads, size))
+            (q,) = self.layers.linears(graph, query, [q_part], queries_of, after=of_first)
+            k, v = self.layers.linears(graph, f"{path}.projections", parts, x, after=self._by_head)
+        else:
+            q, k, v = self.layers.linears(graph, f"{path}.projections", [q_part, *parts], x, after=self._by_head)
         path = f"{path}.attention"
         scores = graph("Add", graph("MatMul", q, k, name=f"{path}.products"), bias, name=f"{path}.scores")
         shares = graph("Softmax", scores, name=f"{path}.shares", axis=-1)
@@ -321,9 +308,9 @@ class Encoder:
 
         return self.layers.linear(graph, output, mixed, before=by_row)
 
-    def _by_head(self, path: str, x: str, order: list[int], sizes: str | None = None) -> str:
-        """Return rows in their places as (batch, length, heads, size), or with other sizes, in another order."""
+    def _by_head(self, x: str, path: str, sizes: str | None = None) -> str:
+        """Return rows in their places as (batch, heads, length, size), or with other sizes."""
         if sizes is None:
             x, sizes = self.graph("Gather", x, self._places, name=f"{path}.places", axis=0), self._sizes
-        split = self.graph("Reshape", x, sizes, name=f"{path}.heads")
-        return self.graph("Transpose", split, name=f"{path}.by_head", perm=order)
+        split = self.graph("Reshape", x, sizes, name=f"{path}.split")
+        return self.graph("Transpose", split, name=f"{path}.by_head", perm=[0, 2, 1, 3])

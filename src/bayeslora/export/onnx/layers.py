@@ -1,215 +1,56 @@
-r"""The layers with weights, in float32 or on integer codes.
-
-A layer with learned widths computes, as in evaluation,
-
-$$ y = Q_{out}\bigl( Q_w(W_0) Q_{in}(x) + b + c\, Q_b(B)\, Q_E( E \circ Q_A( Q_a(A) Q_{in}(x) ) ) \bigr). $$
+"""The layers with weights, written into a graph.
 
 `QuantizeLinear` and `DequantizeLinear` with the learned steps stand around the products with $W_0$ and $A$, so that a
 runtime replaces them by products of integers. Weights are stored in four bits if their codes fit, and otherwise in
-eight; a runtime widens them when it loads the graph. The code of an activation takes a byte: one of fewer bits is
+eight; a runtime widens them when it loads the graph. The code of an input or output takes a byte: one of fewer bits is
 clipped to its range, and one of eight bits has one code more than the grid, -128 steps where training clips at -127.
 Grids of 16 bits are computed in float32, because runtimes lack products for them.
+
+Layers that read the same rows, such as query, key and value, are written side by side as one layer. A runtime then
+needs one node for their updates, roundings and moves where it would need three, and the time of one sentence is
+mostly that of starting nodes. Products with $W_0$ stay apart where the grids of the inputs differ.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass, field, replace
-from typing import Any, cast
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import groupby
+from typing import cast
 
 import numpy as np
-import torch
 from ml_dtypes import int4
-from numpy.typing import NDArray
 from onnx import TensorProto
-from torch import Tensor, nn
 
 from bayeslora.export.onnx.graph import Graph
-from bayeslora.methods.layer import BayesLayer, PackedTensors
-from bayeslora.quantization import FLOOR, codes, grid_step
-from bayeslora.vocabulary import ACTIVATIONS, BASE_WEIGHT, MATRICES, UNQUANTIZED
+from bayeslora.export.onnx.products import BYTE, Array, Grid, Product
+from bayeslora.vocabulary import ACTIVATIONS, BASE_WEIGHT, MATRICES
 
-_BYTE = 8
-_ZERO_POINT = 128
 _FITS_INT4 = 7
+_CENTER = 128
+"""Zero point of the grids that are symmetric around 0, as all learned ones are."""
 
-Array = NDArray[Any]
 Move = Callable[[str], str]
 """Adds nodes that put values, or codes, in another order, and returns the result's name."""
+NamedMove = Callable[[str, str], str]
+"""The same, of values and a name for the nodes."""
 
 
 @dataclass(frozen=True)
-class Grid:
-    """The static grid of an activation.
+class Part:
+    """A layer among those that are written side by side.
 
     Attributes:
-        bits: at most 16.
-        step: distance of two values.
-        zero_point: code of 0, from 0 to 255; without effect for more than 8 bits.
+        path: of the layer.
+        factor: of its output.
+        share: its part of the axis 1 of the outputs, after they were moved.
+        turn: puts its output alone in another order.
     """
 
-    bits: int
-    step: float
-    zero_point: int = _ZERO_POINT
-
-    @classmethod
-    def of_range(cls, bound: float, bits: int) -> Grid:
-        """Return the grid that is symmetric around 0."""
-        # float32 as in training, because codes at rounding ties depend on the step's last digit.
-        return cls(bits, float(grid_step(torch.tensor(bound), bits)))
-
-    def rounded(self, graph: Graph, x: str, name: str, factor: float | Array = 1.0, move: Move | None = None) -> str:
-        """Add the values that `x` is rounded to.
-
-        Args:
-            graph: to add to.
-            x: values.
-            name: of the result.
-            factor: of the result: one number, or one for each column.
-            move: puts values or codes in another order, before they become values again.
-        """
-        level = (1 << (self.bits - 1)) - 1
-        if self.bits > _BYTE:
-            steps = graph("Div", move(x) if move else x, graph.number(self.step), name=f"{name}.steps")
-            steps = graph("Round", steps, name=f"{name}.codes")
-            clipped = graph("Clip", steps, graph.number(-level), graph.number(level), name=f"{name}.clipped")
-            scale = np.asarray(self.step * factor, dtype=np.float32)
-            return graph("Mul", clipped, graph.constant(f"{name}.scale", scale), name=name)
-        zero = graph.constant(f"uint8_{self.zero_point}", np.array(self.zero_point, dtype=np.uint8))
-        found = graph("QuantizeLinear", x, graph.number(self.step), zero, name=f"{name}.codes")
-        if self.bits < _BYTE:
-            ends = [np.array(self.zero_point + end, dtype=np.uint8) for end in (-level, level)]
-            bounds = [graph.constant(f"uint8_{end}", end) for end in ends]
-            found = graph("Clip", found, *bounds, name=f"{name}.clipped")
-        found = move(found) if move else found
-        if isinstance(factor, float):
-            return graph("DequantizeLinear", found, graph.number(self.step * factor), zero, name=name)
-        values = graph("DequantizeLinear", found, graph.number(self.step), zero, name=f"{name}.values")
-        return graph("Mul", values, graph.constant(f"{name}.factor", factor), name=name)
-
-
-@dataclass(frozen=True)
-class Product:
-    """A linear layer on codes, as the graph computes it.
-
-    Attributes:
-        weight: codes (d_out, d_in), or values in float32.
-        steps: (d_out,), one for each row of the weight: what a code or value is multiplied by.
-        bias: (d_out,), or None if the update includes it.
-        grids: by kind of activation; kinds that are not quantized are missing.
-        widths: learned bits by kind; empty for a layer without an adapter.
-        a: (r, d_in), codes or values, with `a_steps` (r,) and perhaps a bias `a_bias` (r,).
-        diagonal: (r,), values of E.
-        b: (d_out, r), codes or values, with `b_steps` (d_out,) that include the scaling.
-    """
-
-    weight: Array
-    steps: Array
-    bias: Array | None
-    grids: Mapping[str, Grid] = field(default_factory=dict)
-    widths: Mapping[str, int] = field(default_factory=dict)
-    a: Array | None = None
-    a_steps: Array | None = None
-    a_bias: Array | None = None
-    diagonal: Array | None = None
-    b: Array | None = None
-    b_steps: Array | None = None
-
-    @property
-    def has_coarse_sums(self) -> bool:
-        """True for a product of codes that may be few, whose sums have wide steps: no bias is a multiple of them."""
-        return bool(self.widths) and "in" in self.grids and self.grids["in"].bits <= _BYTE
-
-    def with_bias_in_update(self) -> Product:
-        """Return an equal product with an integer update that includes the bias, which takes one pass less.
-
-        A rank is added whose A is zero and has a bias of one step. Its E and B take this step to the layer's bias.
-        """
-        a, a_steps, b, b_steps = (cast(Array, each) for each in (self.a, self.a_steps, self.b, self.b_steps))
-        after_a, after_e = (self.grids[kind].step if kind in self.grids else 1.0 for kind in ("A_out", "E_out"))
-        values = np.column_stack([b * b_steps[:, None], cast(Array, self.bias) / after_e]).astype(np.float32)
-        return replace(
-            self,
-            bias=None,
-            a=np.concatenate([a, np.zeros((1, a.shape[1]), dtype=a.dtype)]),
-            a_steps=np.append(a_steps, after_a / self.grids["in"].step),
-            a_bias=np.append(np.zeros(len(a)), after_a),
-            diagonal=np.append(cast(Array, self.diagonal), after_e / after_a).astype(np.float32),
-            b=values,
-            b_steps=np.ones(len(values), dtype=np.float32),
-        )
-
-    def computed(self) -> Iterator[tuple[str, int, int]]:
-        """Yield the kinds with learned bits, these bits, and those that the graph computes with."""
-        is_integer = self.widths.get("in", UNQUANTIZED) <= _BYTE
-        for kind, bits in self.widths.items():
-            is_narrow = bits <= _BYTE and (kind in ACTIVATIONS or (is_integer and kind in (BASE_WEIGHT, "A")))
-            if self.a is not None or kind in (BASE_WEIGHT, "in", "out"):
-                yield kind, bits, _BYTE if is_narrow else UNQUANTIZED
-
-    def scaled(self, factor: float) -> Product:
-        """Return the product whose output is this one's times a factor, for an output that is not quantized."""
-        number = np.float32(factor)
-        b_steps = None if self.b_steps is None else self.b_steps * number
-        bias = None if self.bias is None else self.bias * number
-        return replace(self, steps=self.steps * number, bias=bias, b_steps=b_steps)
-
-
-def learned(layer: BayesLayer, name: str) -> Product:
-    """Return the product of a layer with the adapter `name`, without its closed ranks, as evaluation uses it."""
-    packed = cast(PackedTensors, layer.packed_tensors(name))
-    weight = layer.get_base_weight().detach()
-    matrices = {BASE_WEIGHT: weight.T if layer.is_transposed else weight, **packed.matrices}
-    grids = {
-        kind: Grid.of_range(float(packed.ranges[kind]), packed.widths[kind])
-        for kind in ACTIVATIONS
-        if packed.widths.get(kind, UNQUANTIZED) < UNQUANTIZED
-    }
-    bias = cast("Tensor | None", layer.get_base_layer().bias)
-    product = Product(*_coded(matrices, packed, BASE_WEIGHT), _bias(bias, layer.out_features), grids, packed.widths)
-    if not len(packed.matrices["E"]):
-        return product
-    (a, a_steps), (e, e_steps), (b, b_steps) = (_coded(matrices, packed, kind) for kind in MATRICES)
-    scaling = np.float32(layer.scaling[name])
-    return replace(product, a=a, a_steps=a_steps, diagonal=e * e_steps, b=b, b_steps=b_steps * scaling)
-
-
-def rounded(module: nn.Linear, grid: Grid | None) -> Product:
-    """Return a layer without an adapter, with 8-bit codes, one range a row, and an input on `grid`."""
-    bias = _bias(module.bias, module.out_features)
-    return Product(*rounded_rows(module.weight), bias, {} if grid is None else {"in": grid})
-
-
-def rounded_rows(weight: Tensor) -> tuple[Array, Array]:
-    """Return 8-bit codes with one range a row, and the steps (rows,)."""
-    bound = weight.detach().float().abs().amax(1, keepdim=True).clamp_min(FLOOR)
-    return codes(weight, bound, _BYTE).to(torch.int8).cpu().numpy(), array(grid_step(bound, _BYTE).reshape(-1))
-
-
-def plain(module: nn.Linear) -> Product:
-    """Return a layer in float32."""
-    weight = array(module.weight)
-    return Product(weight, np.ones(len(weight), dtype=np.float32), _bias(module.bias, len(weight)))
-
-
-def _coded(matrices: Mapping[str, Tensor], packed: PackedTensors, kind: str) -> tuple[Array, Array]:
-    """Return codes, or values if the matrix is not quantized, and the step of each row."""
-    matrix = matrices[kind]
-    rows, bits = len(matrix), packed.widths.get(kind, UNQUANTIZED)
-    if bits == UNQUANTIZED:
-        return array(matrix), np.ones(rows, dtype=np.float32)
-    bound = packed.ranges[kind]
-    found = codes(matrix, bound, bits).to(torch.int8 if bits <= _BYTE else torch.int16)
-    return found.cpu().numpy(), array(grid_step(bound, bits).reshape(-1).expand(rows))
-
-
-def _bias(bias: Tensor | None, width: int) -> Array:
-    return np.zeros(width, dtype=np.float32) if bias is None else array(bias)
-
-
-def array(tensor: Tensor) -> NDArray[np.float32]:
-    """Return the tensor as a float32 array."""
-    return cast("NDArray[np.float32]", tensor.detach().float().cpu().contiguous().numpy())
+    path: str
+    factor: float = 1.0
+    share: int = 1
+    turn: Move | None = None
 
 
 class ProductLayers:
@@ -224,6 +65,7 @@ class ProductLayers:
         self.products, self.embeddings = products, embeddings
 
     def embedding(self, graph: Graph, path: str, ids: str) -> str:
+        """Add the embedding at `path` for `ids` of any shape and return (..., width)."""
         found = self.embeddings[path]
         if not isinstance(found, tuple):
             return graph("Gather", graph.constant(f"{path}.weight", found), ids, name=path)
@@ -233,35 +75,46 @@ class ProductLayers:
         values = graph("Cast", gathered, name=f"{path}.values", to=TensorProto.FLOAT)
         return graph("Mul", values, scales, name=path)
 
-    def linear(
+    def linear(self, graph: Graph, path: str, x: str, before: Move | None = None) -> str:
+        """Add the linear layer at `path` and return its output.
+
+        Args:
+            graph: to add to.
+            path: of the layer.
+            x: rows (n, d_in), or what `before` makes rows of.
+            before: puts the input in another order; on codes, which are smaller, if there are any.
+        """
+        return self.linears(graph, path, [Part(path)], x, before=before)[0]
+
+    def linears(
         self,
         graph: Graph,
-        path: str,
+        name: str,
+        parts: Sequence[Part],
         x: str,
-        factor: float = 1.0,
         before: Move | None = None,
-        after: Move | None = None,
-    ) -> str:
-        product = self.products[path]
-        into, out = product.grids.get("in"), product.grids.get("out")
-        if out is None and factor != 1.0:
-            product = product.scaled(factor)
-        if into is not None:
-            x = into.rounded(graph, x, f"{path}.input", move=before)
-        elif before is not None:
-            x = before(x)
-        if product.has_coarse_sums and product.a is not None and product.a.dtype == np.int8:
-            product = product.with_bias_in_update()
-        bias = None if product.has_coarse_sums else product.bias
-        found = _product(graph, path, x, product.weight, product.steps, into, bias)
-        if product.a is not None:
-            hidden = _product(graph, f"{path}.A", x, product.a, cast(Array, product.a_steps), into, product.a_bias)
-            found = _update(graph, path, found, hidden, product)
-        if product.bias is not None and bias is None:
-            found = graph("Add", found, graph.constant(f"{path}.bias", product.bias), name=f"{path}.biased")
-        if out is not None:
-            return out.rounded(graph, found, f"{path}.output", factor, after)
-        return after(found) if after else found
+        after: NamedMove | None = None,
+    ) -> list[str]:
+        """Add layers with the same input and return their outputs.
+
+        Args:
+            graph: to add to.
+            name: of the nodes that the layers share.
+            parts: the layers.
+            x: rows (n, d_in), or what `before` makes rows of.
+            before: puts the input in another order.
+            after: does the same with the outputs, of one layer or of several in one row. Both on codes, which are
+                smaller, if there are any.
+        """
+        products = [self.products[part.path] for part in parts]
+        source = _Input(graph, x, before)
+        if _fit_together(products):
+            return _Joint(graph, name, parts, products).write(source, after)
+        apart = [
+            _Joint(graph, part.path, [part], [product]).write(source, after)
+            for part, product in zip(parts, products, strict=True)
+        ]
+        return [output for (output,) in apart]
 
     @property
     def are_learned(self) -> bool:
@@ -294,6 +147,274 @@ def _joined(numbers: Iterable[int]) -> str:
     return f"{', '.join(first)} and {last}" if first else last
 
 
+def _fit_together(products: Sequence[Product]) -> bool:
+    """Return whether the layers round the same things, those in 16 bits left apart."""
+    outputs = {product.grids["out"].is_byte if "out" in product.grids else None for product in products}
+    adapted = [product for product in products if product.a is not None]
+    hidden = ({kind in product.grids for product in adapted} for kind in ("A_out", "E_out"))
+    return len(products) == 1 or (len(outputs) == 1 and outputs != {False} and all(len(each) <= 1 for each in hidden))
+
+
+class _Input:
+    """Rows that layers read, on each grid once.
+
+    Args:
+        graph: to add to.
+        x: rows, or what `before` makes rows of.
+        before: puts values or codes in another order.
+    """
+
+    def __init__(self, graph: Graph, x: str, before: Move | None) -> None:
+        self.graph, self.x, self.before = graph, x, before
+        self._found: dict[Grid | None, tuple[str, str]] = {}
+
+    def values(self, grid: Grid | None, path: str) -> str:
+        """Return the rows, rounded to the grid if there is one; nodes are named after `path`, the first to ask."""
+        return self._forms(grid, path)[1]
+
+    def codes(self, grid: Grid, path: str) -> str:
+        """Return the codes of the rows on a grid of at most 8 bits."""
+        return self._forms(grid, path)[0]
+
+    def _forms(self, grid: Grid | None, path: str) -> tuple[str, str]:
+        if grid not in self._found:
+            self._found[grid] = self._made(grid, f"{path}.input")
+        return self._found[grid]
+
+    def _made(self, grid: Grid | None, name: str) -> tuple[str, str]:
+        graph = self.graph
+        if grid is not None and grid.is_byte:
+            found = _byte_codes(graph, self.x, grid.step, grid, name)
+            found = self.before(found) if self.before else found
+            return found, _from_bytes(graph, found, grid.step, grid.zero_point, name)
+        x = self.before(self.x) if self.before else self.x
+        if grid is None:
+            return x, x
+        steps = graph("Div", x, graph.number(grid.step), name=f"{name}.steps")
+        found = _rounded(graph, steps, [grid.level], name)
+        return found, graph("Mul", found, graph.number(grid.step), name=name)
+
+
+class _Joint:
+    """Layers side by side, whose outputs are columns of one matrix.
+
+    Args:
+        graph: to add to.
+        name: of the nodes that they share.
+        parts: the layers.
+        products: their weights.
+    """
+
+    def __init__(self, graph: Graph, name: str, parts: Sequence[Part], products: Sequence[Product]) -> None:
+        self.graph, self.name, self.parts = graph, name, parts
+        self.outputs = [product.grids.get("out") for product in products]
+        self.products = [
+            product.scaled(part.factor if out is None else 1 / out.step)
+            for part, product, out in zip(parts, products, self.outputs, strict=True)
+        ]
+        self.members = [(part.path, product) for part, product in zip(parts, self.products, strict=True)]
+
+    def write(self, source: _Input, after: NamedMove | None) -> list[str]:
+        """Add the layers and return the output of each."""
+        biases = [product.bias if product.has_coarse_sums else None for product in self.products]
+        late = None
+        if any(bias is not None for bias in biases):
+            zeros = (np.zeros(len(product.steps), dtype=np.float32) for product in self.products)
+            late = np.concatenate([zero if bias is None else bias for zero, bias in zip(zeros, biases, strict=True)])
+        found = self._bases(source)
+        if any(product.a is not None for product in self.products):
+            found = self._updated(found, source, late)
+        elif late is not None:
+            bias = self.graph.constant(f"{self.name}.bias", late)
+            found = self.graph("Add", found, bias, name=f"{self.name}.biased")
+        return self._apart(found, after)
+
+    def _bases(self, source: _Input) -> str:
+        """Add the products with the base weights; those with the same input are one."""
+        found = []
+        for (grid, _), same in groupby(self.members, lambda each: (each[1].grids.get("in"), each[1].weight.dtype)):
+            members = list(same)
+            path, first = members[0]
+            products = [product for _, product in members]
+            bias = None
+            if not first.has_coarse_sums:
+                bias = np.concatenate([cast(Array, product.bias) for product in products])
+            weight = np.concatenate([product.weight for product in products])
+            steps = np.concatenate([product.steps for product in products])
+            found.append(_product(self.graph, path, source.values(grid, path), weight, steps, grid, bias))
+        return self._side_by_side(found, "bases")
+
+    def _side_by_side(self, found: Sequence[str], name: str) -> str:
+        return found[0] if len(found) == 1 else self.graph("Concat", *found, name=f"{self.name}.{name}", axis=1)
+
+    def _updated(self, base: str, source: _Input, late: Array | None) -> str:
+        """Add the low-rank updates to the base products; `late` is a bias that they take with them.
+
+        The bias is a rank more, whose A is zero and has the bias 1, and whose E is 1.
+        """
+        graph, name = self.graph, self.name
+        adapted = [(path, product) for path, product in self.members if product.a is not None]
+        hidden = self._hidden(source, adapted, has_bias=late is not None)
+        after_a, after_e = ([product.grids.get(kind) for _, product in adapted] for kind in ("A_out", "E_out"))
+        ranks = [len(cast(Array, product.a)) for _, product in adapted]
+        more = 0 if late is None else 1
+        if after_a[0] is not None:
+            hidden = _rounded(graph, hidden, _levels(after_a, ranks, more), f"{name}.A_out")
+        factors = [
+            cast(Array, product.diagonal) * (_step(a) / _step(e))
+            for (_, product), a, e in zip(adapted, after_a, after_e, strict=True)
+        ]
+        diagonal = np.concatenate([*factors, np.ones(more)]).astype(np.float32)
+        hidden = graph("Mul", hidden, graph.constant(f"{name}.E", diagonal), name=f"{name}.E.products")
+        if after_e[0] is not None:
+            hidden = _rounded(graph, hidden, _levels(after_e, ranks, more), f"{name}.E_out")
+        return graph("Gemm", hidden, self._b(ranks, late), base, transB=1, name=f"{name}.updated")
+
+    def _hidden(self, source: _Input, adapted: Sequence[tuple[str, Product]], *, has_bias: bool) -> str:
+        """Add the products with A in steps of the grids after A, (n, r), with a column of ones if asked for."""
+        grids = [product.grids.get("in") for _, product in adapted]
+        weights = [cast(Array, product.a) for _, product in adapted]
+        steps = [cast(Array, p.a_steps) / np.float32(_step(p.grids.get("A_out"))) for _, p in adapted]
+        are_codes = all(grid is not None and grid.is_byte for grid in grids)
+        if len(set(grids)) > 1 and are_codes and all(weight.dtype == np.int8 for weight in weights):
+            return self._hidden_of_codes(source, adapted, steps, has_bias=has_bias)
+        found = []
+        kinds = list(zip(grids, (weight.dtype for weight in weights), strict=True))
+        for kind in dict.fromkeys(kinds):
+            mine = [place for place, each in enumerate(kinds) if each == kind]
+            path, grid, is_last = adapted[mine[0]][0], kind[0], kind == kinds[-1]
+            x, own_weights, own_steps = source.values(grid, path), [weights[i] for i in mine], [steps[i] for i in mine]
+            found.append(self._a_product(f"{path}.A", x, own_weights, own_steps, grid, has_bias=has_bias and is_last))
+        return self._side_by_side(found, "A.products")
+
+    def _hidden_of_codes(
+        self, source: _Input, adapted: Sequence[tuple[str, Product]], steps: Sequence[Array], *, has_bias: bool
+    ) -> str:
+        """Add one product for inputs on several grids: their codes side by side, and each A with zeros for others."""
+        grids = [product.grids["in"] for _, product in adapted]
+        weights = [cast(Array, product.a) for _, product in adapted]
+        known, width = list(dict.fromkeys(grids)), weights[0].shape[1]
+        paths = {grid: path for (path, _), grid in reversed(list(zip(adapted, grids, strict=True)))}
+        codes = self._side_by_side([source.codes(grid, paths[grid]) for grid in known], "codes")
+        x = _from_bytes(self.graph, codes, 1.0, _CENTER, f"{self.name}.inputs")
+        wide = [
+            np.pad(weight, ((0, 0), (width * before, width * (len(known) - 1 - before))))
+            for weight, before in zip(weights, map(known.index, grids), strict=True)
+        ]
+        scaled = [step * np.float32(grid.step) for step, grid in zip(steps, grids, strict=True)]
+        return self._a_product(f"{self.name}.A", x, wide, scaled, Grid(BYTE, 1.0), has_bias=has_bias)
+
+    def _a_product(
+        self, path: str, x: str, weights: list[Array], steps: list[Array], grid: Grid | None, *, has_bias: bool
+    ) -> str:
+        weight, scale, bias = np.concatenate(weights), np.concatenate(steps), None
+        if has_bias:
+            weight = np.concatenate([weight, np.zeros((1, weight.shape[1]), dtype=weight.dtype)])
+            scale = np.append(scale, np.float32(1 / _step(grid)))
+            bias = np.append(np.zeros(len(weight) - 1, dtype=np.float32), np.float32(1))
+        return _product(self.graph, path, x, weight, scale, grid, bias)
+
+    def _b(self, ranks: Sequence[int], late: Array | None) -> str:
+        """Add B of all layers, (sum of d_out, sum of r), which has zeros where rank and output are of two layers."""
+        first, total = 0, sum(ranks)
+        blocks: list[Array] = []
+        steps: list[Array] = []
+        for product in self.products:
+            width = len(product.steps)
+            if product.b is None:
+                blocks.append(np.zeros((width, total), dtype=np.int8))
+                steps.append(np.ones(width, dtype=np.float32))
+                continue
+            own = product.b.shape[1]
+            blocks.append(np.pad(product.b, ((0, 0), (first, total - first - own))))
+            steps.append(cast(Array, product.b_steps) * np.float32(_step(product.grids.get("E_out"))))
+            first += own
+        kinds = {block.dtype for block, product in zip(blocks, self.products, strict=True) if product.b is not None}
+        if len(kinds) > 1:
+            blocks = [block * step[:, None] for block, step in zip(blocks, steps, strict=True)]
+            steps = [np.ones_like(step) for step in steps]
+        (kind,) = kinds if len(kinds) == 1 else (np.dtype(np.float32),)
+        values = np.concatenate([block.astype(kind) for block in blocks])
+        b = _values(self.graph, f"{self.name}.B", values, np.concatenate(steps))
+        if late is None:
+            return b
+        bias = self.graph.constant(f"{self.name}.bias", late[:, None])
+        return self.graph("Concat", b, bias, name=f"{self.name}.B.biased", axis=1)
+
+    def _apart(self, found: str, after: NamedMove | None) -> list[str]:
+        """Add the rounding of the outputs, the moves, and the parting."""
+        graph, name, grids = self.graph, self.name, self.outputs
+        is_byte = grids[0] is not None and grids[0].is_byte
+        is_clipped = len({grid.bits for grid in grids if grid is not None}) == 1
+        if is_byte:
+            bits = cast(Grid, grids[0]).bits if is_clipped else BYTE
+            found = _byte_codes(graph, found, 1.0, Grid(bits, 1.0), f"{name}.output")
+        elif grids[0] is not None:
+            found = _rounded(graph, found, [grids[0].level], f"{name}.output")
+        found = after(found, name) if after else found
+        if len(self.parts) == 1:
+            outputs = [found]
+        else:
+            shares = graph.integers(*(part.share for part in self.parts))
+            names = [f"{part.path}.part" for part in self.parts]
+            outputs = list(graph.several("Split", found, shares, name=f"{name}.parts", outputs=names, axis=1))
+        result = []
+        for part, grid, output in zip(self.parts, grids, outputs, strict=True):
+            if is_byte and not is_clipped:
+                output = _clipped_bytes(graph, output, cast(Grid, grid), f"{part.path}.output")
+            output = part.turn(output) if part.turn else output
+            if grid is not None:
+                output = self._values_of(output, grid, part)
+            result.append(output)
+        return result
+
+    def _values_of(self, codes: str, grid: Grid, part: Part) -> str:
+        step, name = grid.step * part.factor, f"{part.path}.output"
+        if grid.is_byte:
+            return _from_bytes(self.graph, codes, step, grid.zero_point, name)
+        return self.graph("Mul", codes, self.graph.number(step), name=name)
+
+
+def _step(grid: Grid | None) -> float:
+    return 1.0 if grid is None else grid.step
+
+
+def _levels(grids: Sequence[Grid | None], ranks: Sequence[int], more: int) -> list[int]:
+    """Return the largest code of each column, and of `more` columns of ones."""
+    levels = [cast(Grid, grid).level for grid, rank in zip(grids, ranks, strict=True) for _ in range(rank)]
+    return levels + [levels[-1]] * more
+
+
+def _rounded(graph: Graph, steps: str, levels: Sequence[int], name: str) -> str:
+    """Round a number of steps to a code that is at most the level, or the level of its column."""
+    found = graph("Round", steps, name=f"{name}.codes")
+    if len(set(levels)) == 1:
+        return graph("Clip", found, graph.number(-levels[0]), graph.number(levels[0]), name=f"{name}.clipped")
+    bounds = np.array(levels, dtype=np.float32)
+    found = graph("Min", found, graph.constant(f"{name}.upper", bounds), name=f"{name}.below")
+    return graph("Max", found, graph.constant(f"{name}.lower", -bounds), name=f"{name}.clipped")
+
+
+def _byte_codes(graph: Graph, x: str, step: float, grid: Grid, name: str) -> str:
+    """Add the code of values on a grid of at most 8 bits, in the unit `step`."""
+    zero = graph.constant(f"uint8_{grid.zero_point}", np.array(grid.zero_point, dtype=np.uint8))
+    return _clipped_bytes(
+        graph, graph("QuantizeLinear", x, graph.number(step), zero, name=f"{name}.codes"), grid, name
+    )
+
+
+def _clipped_bytes(graph: Graph, codes: str, grid: Grid, name: str) -> str:
+    if grid.bits == BYTE:
+        return codes
+    ends = [np.array(grid.zero_point + end, dtype=np.uint8) for end in (-grid.level, grid.level)]
+    return graph("Clip", codes, *(graph.constant(f"uint8_{end}", end) for end in ends), name=f"{name}.clipped")
+
+
+def _from_bytes(graph: Graph, codes: str, step: float, zero_point: int, name: str) -> str:
+    zero = graph.constant(f"uint8_{zero_point}", np.array(zero_point, dtype=np.uint8))
+    return graph("DequantizeLinear", codes, graph.number(step), zero, name=name)
+
+
 def _product(
     graph: Graph, path: str, x: str, weight: Array, steps: Array, grid: Grid | None, bias: Array | None
 ) -> str:
@@ -302,7 +423,7 @@ def _product(
     Values of codes are computed once, when a runtime loads the graph. A bias of integers is rounded to the step of the
     sums.
     """
-    if grid is None or grid.bits > _BYTE or weight.dtype != np.int8:
+    if grid is None or not grid.is_byte or weight.dtype != np.int8:
         terms = [_values(graph, f"{path}.weight", weight, steps)]
         terms += [] if bias is None else [graph.constant(f"{path}.bias", bias)]
     else:
@@ -319,20 +440,6 @@ def _by_row(graph: Graph, path: str, rows: Array, steps: Array) -> str:
     zeros = graph.constant(f"{rows.dtype.name}_zeros_{len(steps)}", np.zeros(len(steps), dtype=rows.dtype))
     scales = graph.constant(f"{path}.steps", steps.astype(np.float32))
     return graph("DequantizeLinear", _stored(graph, path, rows), scales, zeros, name=path, axis=0)
-
-
-def _update(graph: Graph, path: str, base: str, hidden: str, product: Product) -> str:
-    """Add what follows A, on `hidden` (n, r), to the output of the base weight."""
-    after_a, after_e = (product.grids.get(kind) for kind in ("A_out", "E_out"))
-    diagonal = cast(Array, product.diagonal)
-    if after_a is not None:
-        hidden = after_a.rounded(graph, hidden, f"{path}.E.products", diagonal)
-    else:
-        hidden = graph("Mul", hidden, graph.constant(f"{path}.E", diagonal), name=f"{path}.E.products")
-    if after_e is not None:
-        hidden = after_e.rounded(graph, hidden, f"{path}.B.input")
-    b = _values(graph, f"{path}.B", cast(Array, product.b), cast(Array, product.b_steps))
-    return graph("Gemm", hidden, b, base, transB=1, name=f"{path}.updated")
 
 
 def _values(graph: Graph, path: str, weight: Array, steps: Array) -> str:

@@ -18,8 +18,9 @@ from bayeslora.export.formats import adapted_parts, check_unmerged, output_of, s
 from bayeslora.export.merged import TOLERANCE, merge_into_base
 from bayeslora.export.onnx.card import write_card
 from bayeslora.export.onnx.encoders import LOGITS, Encoder, embedding_path, family_of, input_names
-from bayeslora.export.onnx.layers import Grid, Product, ProductLayers, array, learned, plain, rounded, rounded_rows
+from bayeslora.export.onnx.layers import ProductLayers
 from bayeslora.export.onnx.measured import Measured, filled_inputs
+from bayeslora.export.onnx.products import Grid, Product, array, learned, plain, rounded, rounded_rows
 from bayeslora.methods.layer import BayesLayer
 from bayeslora.methods.tuner import tuner_of
 from bayeslora.model_card import CARD_FILE

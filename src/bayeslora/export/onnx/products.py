@@ -1,0 +1,162 @@
+r"""Linear layers as the graph has them: in float32, or as integer codes with the grids of their activations.
+
+A layer with learned widths computes, as in evaluation,
+
+$$ y = Q_{out}\bigl( Q_w(W_0) Q_{in}(x) + b + c\, Q_b(B)\, Q_E( E \circ Q_A( Q_a(A) Q_{in}(x) ) ) \bigr). $$
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any, cast
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
+from bayeslora.methods.layer import BayesLayer, PackedTensors
+from bayeslora.quantization import FLOOR, codes, grid_step
+from bayeslora.vocabulary import ACTIVATIONS, BASE_WEIGHT, MATRICES, UNQUANTIZED
+
+BYTE = 8
+_ZERO_POINT = 128
+
+Array = NDArray[Any]
+
+
+@dataclass(frozen=True)
+class Grid:
+    """The static grid of an activation.
+
+    Attributes:
+        bits: at most 16.
+        step: distance of two values.
+        zero_point: code of 0, from 0 to 255; without effect for more than 8 bits.
+    """
+
+    bits: int
+    step: float
+    zero_point: int = _ZERO_POINT
+
+    @classmethod
+    def of_range(cls, bound: float, bits: int) -> Grid:
+        """Return the grid that is symmetric around 0."""
+        # float32 as in training, because codes at rounding ties depend on the step's last digit.
+        return cls(bits, float(grid_step(torch.tensor(bound), bits)))
+
+    @property
+    def level(self) -> int:
+        """Largest code, for a grid that is symmetric around 0."""
+        return (1 << (self.bits - 1)) - 1
+
+    @property
+    def is_byte(self) -> bool:
+        """True if a code takes one byte."""
+        return self.bits <= BYTE
+
+
+@dataclass(frozen=True)
+class Product:
+    """A linear layer on codes, as the graph computes it.
+
+    Attributes:
+        weight: codes (d_out, d_in), or values in float32.
+        steps: (d_out,), one for each row of the weight: what a code or value is multiplied by.
+        bias: (d_out,), or None if the update includes it.
+        grids: by kind of activation; kinds that are not quantized are missing.
+        widths: learned bits by kind; empty for a layer without an adapter.
+        a: (r, d_in), codes or values, with `a_steps` (r,) and perhaps a bias `a_bias` (r,).
+        diagonal: (r,), values of E.
+        b: (d_out, r), codes or values, with `b_steps` (d_out,) that include the scaling.
+    """
+
+    weight: Array
+    steps: Array
+    bias: Array | None
+    grids: Mapping[str, Grid] = field(default_factory=dict)
+    widths: Mapping[str, int] = field(default_factory=dict)
+    a: Array | None = None
+    a_steps: Array | None = None
+    a_bias: Array | None = None
+    diagonal: Array | None = None
+    b: Array | None = None
+    b_steps: Array | None = None
+
+    @property
+    def has_coarse_sums(self) -> bool:
+        """True for a product of codes that may be few, whose sums have wide steps: no bias is a multiple of them."""
+        return bool(self.widths) and "in" in self.grids and self.grids["in"].is_byte
+
+    def computed(self) -> Iterator[tuple[str, int, int]]:
+        """Yield the kinds with learned bits, these bits, and those that the graph computes with."""
+        is_integer = self.widths.get("in", UNQUANTIZED) <= BYTE
+        for kind, bits in self.widths.items():
+            is_narrow = bits <= BYTE and (kind in ACTIVATIONS or (is_integer and kind in (BASE_WEIGHT, "A")))
+            if self.a is not None or kind in (BASE_WEIGHT, "in", "out"):
+                yield kind, bits, BYTE if is_narrow else UNQUANTIZED
+
+    def scaled(self, factor: float) -> Product:
+        """Return the product whose output is this one's times a factor, for an output that is not quantized."""
+        number = np.float32(factor)
+        b_steps = None if self.b_steps is None else self.b_steps * number
+        bias = None if self.bias is None else self.bias * number
+        return replace(self, steps=self.steps * number, bias=bias, b_steps=b_steps)
+
+
+def learned(layer: BayesLayer, name: str) -> Product:
+    """Return the product of a layer with the adapter `name`, without its closed ranks, as evaluation uses it."""
+    packed = cast(PackedTensors, layer.packed_tensors(name))
+    weight = layer.get_base_weight().detach()
+    matrices = {BASE_WEIGHT: weight.T if layer.is_transposed else weight, **packed.matrices}
+    grids = {
+        kind: Grid.of_range(float(packed.ranges[kind]), packed.widths[kind])
+        for kind in ACTIVATIONS
+        if packed.widths.get(kind, UNQUANTIZED) < UNQUANTIZED
+    }
+    bias = cast("Tensor | None", layer.get_base_layer().bias)
+    product = Product(*_coded(matrices, packed, BASE_WEIGHT), _bias(bias, layer.out_features), grids, packed.widths)
+    if not len(packed.matrices["E"]):
+        return product
+    (a, a_steps), (e, e_steps), (b, b_steps) = (_coded(matrices, packed, kind) for kind in MATRICES)
+    scaling = np.float32(layer.scaling[name])
+    return replace(product, a=a, a_steps=a_steps, diagonal=e * e_steps, b=b, b_steps=b_steps * scaling)
+
+
+def rounded(module: nn.Linear, grid: Grid | None) -> Product:
+    """Return a layer without an adapter, with 8-bit codes, one range a row, and an input on `grid`."""
+    bias = _bias(module.bias, module.out_features)
+    return Product(*rounded_rows(module.weight), bias, {} if grid is None else {"in": grid})
+
+
+def rounded_rows(weight: Tensor) -> tuple[Array, Array]:
+    """Return 8-bit codes with one range a row, and the steps (rows,)."""
+    bound = weight.detach().float().abs().amax(1, keepdim=True).clamp_min(FLOOR)
+    return codes(weight, bound, BYTE).to(torch.int8).cpu().numpy(), array(grid_step(bound, BYTE).reshape(-1))
+
+
+def plain(module: nn.Linear) -> Product:
+    """Return a layer in float32."""
+    weight = array(module.weight)
+    return Product(weight, np.ones(len(weight), dtype=np.float32), _bias(module.bias, len(weight)))
+
+
+def _coded(matrices: Mapping[str, Tensor], packed: PackedTensors, kind: str) -> tuple[Array, Array]:
+    """Return codes, or values if the matrix is not quantized, and the step of each row."""
+    matrix = matrices[kind]
+    rows, bits = len(matrix), packed.widths.get(kind, UNQUANTIZED)
+    if bits == UNQUANTIZED:
+        return array(matrix), np.ones(rows, dtype=np.float32)
+    bound = packed.ranges[kind]
+    found = codes(matrix, bound, bits).to(torch.int8 if bits <= BYTE else torch.int16)
+    return found.cpu().numpy(), array(grid_step(bound, bits).reshape(-1).expand(rows))
+
+
+def _bias(bias: Tensor | None, width: int) -> Array:
+    return np.zeros(width, dtype=np.float32) if bias is None else array(bias)
+
+
+def array(tensor: Tensor) -> NDArray[np.float32]:
+    """Return the tensor as a float32 array."""
+    return cast("NDArray[np.float32]", tensor.detach().float().cpu().contiguous().numpy())
