@@ -158,7 +158,7 @@ def _bound(bits: int) -> float:
 
 
 def _blora(kind: str, widths: dict[str, int], **options: Any) -> nn.Module:
-    """A frozen adapter with closed ranks, on spread weights; some layers of a block have an input grid of their own."""
+    """A frozen adapter with closed ranks, on spread weights; some layers have input grids of their own."""
     build, targets = BASES[kind]
     config = BLoraConfig(
         r=RANK, target_modules=targets, init_weights=False, task_type="SEQ_CLS", quantize_input=True, **options
