@@ -79,6 +79,7 @@ def undrawn_figures(monkeypatch: pytest.MonkeyPatch) -> None:
     For tests of something else: fixtures that train for a whole module, and the tests in `report`, draw them.
     """
     monkeypatch.setattr("bayeslora.report.page.png_bytes", lambda figure: EMPTY_PNG)
+    monkeypatch.setattr("bayeslora.report.page.inline_svg", lambda figure, name: "<svg></svg>")
 
 
 def _seeded(build: type[PreTrainedModel], config: object) -> PreTrainedModel:

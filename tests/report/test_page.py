@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import base64
-import io
+import json
 import re
 from html.parser import HTMLParser
 from pathlib import Path
@@ -14,7 +13,7 @@ from PIL import Image
 
 from bayeslora.errors import BayesLoraError
 from bayeslora.report import write_report
-from bayeslora.report.style import DPI
+from bayeslora.report.style import CELL_INK, DPI, INK, PAPER
 from tests.report.synthetic import make_metrics, write_run
 
 
@@ -24,11 +23,16 @@ class Reader(HTMLParser):
     def __init__(self) -> None:
         super().__init__()
         self.references: list[str] = []
+        self.heading = ""
         self.tags: list[str] = []
         self.text: list[str] = []
+        self.figures: list[str] = []
 
     def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
         self.tags.append(tag)
+        if tag == "figure":
+            self.figures.append(self.heading)
+        self.heading = dict(attrs).get("id") or self.heading if tag in ("h2", "h3") else self.heading
         self.references += [v or "" for k, v in attrs if k in ("src", "href", "srcset", "data", "action", "poster")]
 
     def handle_data(self, data: str) -> None:
@@ -63,22 +67,50 @@ def test_a_blora_run_gives_six_figures_and_a_page_that_holds_them(blora: Blora) 
     assert [path.name for path in written] == names
     assert sorted(p.name for p in folder.iterdir()) == sorted([*names, "metrics.json", "history.json"])
     page = read_page(folder / "report.html")
-    assert len(page.references) == 6
-    for reference, name in zip(page.references, names, strict=False):
-        header, _, content = reference.partition(",")
-        assert header == "data:image/png;base64"
-        assert base64.b64decode(content, validate=True) == (folder / name).read_bytes()
-        with Image.open(io.BytesIO(base64.b64decode(content))) as image:
+    assert page.figures == ["calibration", "ranks", "bits", "gates", "cost", "loss"]
+    for name in names[:-1]:
+        with Image.open(folder / name) as image:
             image.load()
             assert 3.4 * DPI <= image.width <= 7 * DPI and image.height <= 10 * DPI
+
+
+def test_every_id_is_there_once_and_every_reference_leads_to_one(blora: Blora) -> None:
+    """Figures share a page: markers and clip paths of one must not be those of another."""
+    folder, _, _ = blora
+    html = (folder / "report.html").read_text(encoding="utf-8")
+    ids = re.findall(r'\bid="([^"]+)"', html)
+    assert len(ids) > 50 and len(ids) == len(set(ids))
+    assert {*re.findall(r"url\(#([^)]+)\)", html), *re.findall(r'href="#([^"]+)"', html)} <= set(ids)
+
+
+def test_a_wide_figure_has_a_second_form_for_narrow_screens(blora: Blora) -> None:
+    folder, _, _ = blora
+    html = (folder / "report.html").read_text(encoding="utf-8")
+    widths = {name: [] for name in ("any", "wide", "slim")}  # type: dict[str, list[int]]
+    for kind, width in re.findall(r'<div class="(any|wide|slim)" style="max-width:(\d+)px"', html):
+        widths[kind].append(int(width))
+    assert len(widths["any"]) == 2 and len(widths["wide"]) == len(widths["slim"]) == 4
+    assert max(widths["slim"]) <= 3.7 * 96 * 1.25 and max(widths["any"]) < 500 < min(widths["wide"])
+
+
+def test_ink_and_paper_of_the_figures_are_the_pages(blora: Blora) -> None:
+    """On a dark page black text would vanish; text on coloured cells stays as it is."""
+    folder, _, _ = blora
+    html = (folder / "report.html").read_text(encoding="utf-8")
+    drawn = html[html.index("<svg") :]
+    assert INK not in drawn and PAPER not in drawn and CELL_INK in drawn
+    variables = set(re.findall(r"var\(--([a-z-]+)\)", html))
+    light, dark = (set(re.findall(r"--([a-z-]+):", rule)) for rule in re.findall(r":root {(.*?)}", html, re.DOTALL))
+    assert variables - {"share", "cell"} <= light and light - dark == {"good", "bad"}
 
 
 def test_the_page_fetches_nothing(blora: Blora) -> None:
     folder, _, _ = blora
     html = (folder / "report.html").read_text(encoding="utf-8")
-    without_images = re.sub(r"data:image/png;base64,[A-Za-z0-9+/=]+", "", html)
-    assert not re.search(r"https?:|//[a-z]|url\(|@import|<script|<link|<iframe", without_images)
-    assert all(reference.startswith("data:") for reference in read_page(folder / "report.html").references)
+    image = "data:image/png;base64,"  # of a colour bar
+    without_images = re.sub(image + "[A-Za-z0-9+/=\n]+", "", html)
+    assert not re.search(r"https?:|//[a-z]|url\((?!#)|@import|<script|<link|<iframe|<img|<!--", without_images)
+    assert all(reference.startswith(("#", image)) for reference in read_page(folder / "report.html").references)
 
 
 def test_the_page_shows_the_runs_numbers(blora: Blora) -> None:
@@ -206,3 +238,46 @@ def test_a_posterior_shows_by_matrix_how_far_it_has_left_its_prior(tmp_path: Pat
     assert [cell for cell in row if cell.startswith("0.")][:4] == ["0.111", "0.022", "0.133", "0.444"]
     write_report(write_run(tmp_path / "plain", metrics))
     assert "posterior" not in " ".join(read_page(tmp_path / "plain" / "report.html").text)
+
+
+def example(row: int, text: str, label: str, predicted: str) -> dict[str, Any]:
+    return {"row": row, "texts": {"text": text}, "label": label, "predicted": predicted, "confidence": 0.5 + row / 100,
+            "of_label": 0.25, "mutual_information": 0.125}  # fmt: skip
+
+
+def verdict_of(risk: float, coverage: float) -> dict[str, Any]:
+    interval = {"mean": 0.2, "low": 0.1, "high": 0.3}
+    chosen = {"risk": risk, "confidence": 0.8125, "coverage": coverage, "errors": 0.0375}
+    return {"gain": interval, "overconfidence": interval, "thresholds": [chosen]}
+
+
+def test_the_page_begins_with_the_verdict_and_shows_rows_with_their_texts_escaped(tmp_path: Path) -> None:
+    evil = "<img src=x onerror=alert(1)> & `code`"
+    metrics = bare(
+        rows=200, labels=[evil, "fresh"], confusion=[[90, 30], [20, 60]], verdict=verdict_of(0.05, 0.4),
+        scores={"accuracy": 0.75}, baseline={"accuracy": 0.6}, task="a `task`",
+    )  # fmt: skip
+    folder = write_run(tmp_path / "run", metrics, [])
+    rows = {"least_certain": [example(7, evil, evil, "fresh")], "wrongest": [example(9, "", "fresh", evil)]}
+    (folder / "examples.json").write_text(json.dumps(rows), encoding="utf-8")
+    write_report(folder)
+    page = read_page(folder / "report.html")
+    text = " ".join(" ".join(page.text).split())
+    assert "img" not in page.tags and text.count(evil.replace("`code`", "")) >= 6
+    order = ["Better than a constant", "constant 0.600", "Rows and labels", "Which rows to hand", "Rows to look at"]
+    assert sorted(order, key=text.index) == order
+    assert "row 7" in text and "row 9" in text and "(empty)" in text and "mutual information 0.125" in text
+    assert "0.818 0.750 0.783" in text, "precision 90/110, recall 90/120 and F1 of the first class"
+    assert "120 of 200 0.812" in text and "3.8 %" in text
+
+
+def test_many_classes_are_listed_by_their_confusions(tmp_path: Path) -> None:
+    labels = [f"intent {number}" for number in range(40)]
+    confusion = [[5 if i == j else 2 if j == i + 1 else 0 for j in range(40)] for i in range(40)]
+    confusion[3][9] = 4
+    folder = write_run(tmp_path / "run", bare(labels=labels, confusion=confusion), [])
+    write_report(folder)
+    text = " ".join(" ".join(read_page(folder / "report.html").text).split())
+    assert "Confusion matrix" not in text
+    assert text.index("intent 3 intent 9 4") < text.index("intent 0 intent 1 2")
+    assert "intent 39" in text

@@ -309,6 +309,7 @@ COMMANDS = {
             Option("shift_text_column", "A[,B]", "column or columns of --shift-file (as trained)", list[str]),
             Option("shift_label_column", "NAME", "label column of --shift-file (as trained)"),
             Option("output_dir", "DIR", "new folder for scores, figures and a report; `compare` reads it"),
+            _number("report_rows", "N", "rows in the report of --output-dir, with their texts (5)", least=0),
             _number("few_shot", "K", "examples in each prompt (as trained; 0)", least=0),
             Option("scoring", "NAME", "language models answer by letters or cloze (as trained)", Scoring),
             Option("normalization", "UNIT", "cloze: divide by none, tokens or bytes (as trained)", Normalization),

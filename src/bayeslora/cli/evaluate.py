@@ -23,6 +23,7 @@ from bayeslora.prediction import check_samples
 from bayeslora.report import check_installed
 from bayeslora.runs.answers import Sampling
 from bayeslora.runs.decisions import CALIBRATION_FILE, Calibration, calibration_for
+from bayeslora.runs.examples import ROWS, Examples, choose_examples
 from bayeslora.runs.info import RUN_FILE, RunInfo
 from bayeslora.runs.record import IN_BRACKETS, METRICS_FILE, RunRecord, Shift, read_run
 from bayeslora.runs.rows import (
@@ -93,10 +94,7 @@ def run(given: dict[str, Any]) -> int:
         evaluation = score(encoded, task)
         measured = {"rows": evaluation.rows, **scored(evaluation), "seconds": evaluation.seconds}
     found = {
-        "folder": str(folder),
-        "method": info.method,
-        "task": task.name,
-        "split": split,
+        **{"folder": str(folder), "method": info.method, "task": task.name, "split": split},
         "rows": measured.pop("rows"),
         **answered(info),
         **({} if calibration is None else _calibrated(calibration, source_of(given, task, split))),
@@ -111,7 +109,9 @@ def run(given: dict[str, Any]) -> int:
         more = conformal_scores(folder, loaded.model, samples, seed, uncalibrated)
         found["shift"] = scored_shift(evaluation, rows, task, encode, score, suites, columns, seed, domain, more)
     if target is not None:
-        _write(target, folder, found, described(loaded.model), info)
+        count = given.get("report_rows", ROWS)
+        examples = choose_examples(evaluation, rows, task, count) if evaluation and count else None
+        _write(target, folder, found, described(loaded.model), info, examples)
     if given.get("json"):
         print(json.dumps(finite(found), indent=2, ensure_ascii=False))
     else:
@@ -259,7 +259,9 @@ def _target(given: dict[str, Any]) -> Path | None:
     return target
 
 
-def _write(target: Path, folder: Path, found: dict[str, Any], model: dict[str, Any], info: RunInfo) -> None:
+def _write(
+    target: Path, folder: Path, found: dict[str, Any], model: dict[str, Any], info: RunInfo, examples: Examples | None
+) -> None:
     """Write a folder that `compare` reads like a run's: the run's record with these scores."""
     from bayeslora.report import write_report  # which imports Matplotlib
 
@@ -268,11 +270,13 @@ def _write(target: Path, folder: Path, found: dict[str, Any], model: dict[str, A
         trained |= read_run(folder).to_dict()
     seconds = {**trained.get("seconds", {}), "evaluate": found["seconds"]}
     own = {name: value for name, value in found.items() if name not in ("folder", "seed")}
+    for name in ("scores_test", "confusion", "verdict"):
+        trained.pop(name, None)
     metrics = {**trained, **own, "seconds": seconds, "evaluated": {"folder": str(folder), "seed": found["seed"]}}
-    for name in ("scores_test", "confusion"):
-        metrics.pop(name, None)
     with new_folder(target) as partial:
         RunRecord.from_dict(metrics).save(partial)
+        if examples is not None:
+            examples.save(partial)
         for name in ("config.yaml", "adapter_config.json"):
             if (folder / name).is_file():
                 shutil.copy(folder / name, partial)

@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 from bayeslora.data.encode import collated
 from bayeslora.data.tasks import LABEL, Task
 from bayeslora.errors import BayesLoraError
+from bayeslora.evaluation import findings
 from bayeslora.evaluation.metrics import (
     baseline_scores,
     classification_scores,
@@ -94,6 +95,12 @@ class Evaluation:
         if self.predictions.ndim == 1:
             return {}
         return risk_coverage_curve(self.uncertainties["max_probability"], ~self._correct)
+
+    @property
+    def findings(self) -> dict[str, Any]:
+        """Confusion matrix and verdict, as in metrics.json."""
+        of = findings.of_numbers if self.predictions.ndim == 1 else findings.of_classes
+        return of(self.predictions, self.labels)
 
     def histograms(self, outside: Prediction | None = None) -> dict[str, dict[str, Any]]:
         """Count entropy and mutual information of `correct`, `wrong` and `ood` predictions, as in metrics.json.

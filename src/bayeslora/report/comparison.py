@@ -28,7 +28,7 @@ from bayeslora.runs.record import Histogram, Reliability, ReliabilityBin, RunRec
 _NOT_OPTIONS = frozenset(
     "seed data_seed output_dir overwrite_output_dir overwrite logging_dir run_name report_to resume_from_checkpoint "
     "resume logging_steps logging_strategy logging_first_step disable_tqdm log_level save_total_limit hub_model_id "
-    "push_to_hub json samples".split()
+    "push_to_hub json samples report_rows".split()
 )
 # Results of training, not options, in adapter_config.json, which is read if config.yaml is missing.
 _LEARNED = frozenset({"rank_pattern", "alpha_pattern", "inference_mode", "peft_version"})

@@ -44,7 +44,7 @@ def score_figure(points: Sequence[Point]) -> Figure | None:
     labels = list(dict.fromkeys(p.label for p in points))
     across = min(3, len(tasks))
     lines = math.ceil(len(tasks) / across)
-    width = style.PAGE_WIDTH if across > 1 else 4.6
+    width = style.page_width() if across > 1 else 4.6
     legend_columns = max(1, min(len(labels), int(width / (0.055 * max(map(len, labels)) + 0.5))))
     height = 0.2 + 2.6 * lines + 0.2 * math.ceil(len(labels) / legend_columns)
     looks = {label: (style.CYCLE[i % len(style.CYCLE)], _MARKERS[i % len(_MARKERS)]) for i, label in enumerate(labels)}
@@ -66,7 +66,7 @@ def score_figure(points: Sequence[Point]) -> Figure | None:
                     xerr=statistics.stdev(costs) if len(runs) > 1 else None,
                     yerr=statistics.stdev(scores) if len(runs) > 1 else None,
                     color=color, marker=marker, markersize=6.5, linestyle="", elinewidth=1.1, capsize=2.5,
-                    markeredgecolor="white", markeredgewidth=0.6,
+                    markeredgecolor=style.PAPER, markeredgewidth=0.6,
                 )  # fmt: skip
             axes.set_title(task)
             axes.set_xlabel("attention bit operations, %" + ("" if across > 2 else " of LoRA r = 16, 32 × 32"))
@@ -95,7 +95,7 @@ def reliability_figure(diagrams: Sequence[tuple[str, Reliability, float]]) -> Fi
     across = min(3, len(drawn))
     lines = math.ceil(len(drawn) / across)
     with style.paper_style():
-        figure = style.new_figure({1: 3.4, 2: 5.2}.get(across, style.PAGE_WIDTH), 0.45 + 2.55 * lines)
+        figure = style.new_figure({1: 3.4, 2: 5.2}.get(across, style.page_width()), 0.45 + 2.55 * lines)
         all_axes = style.panels(figure, len(drawn), across, sharex=True, sharey=True)
         for position, (axes, (label, reliability, error)) in enumerate(zip(all_axes, drawn, strict=True)):
             draw_reliability(axes, reliability)

@@ -59,7 +59,8 @@ def evidence_figure(run: RunRecord) -> Figure | None:
     if not heights:
         return None
     with style.paper_style():
-        figure = style.new_figure(_WIDTH, 0.6 + sum(heights))
+        width = min(_WIDTH, style.page_width())
+        figure = style.new_figure(width, 0.6 + sum(heights))
         grid = figure.add_gridspec(len(heights), 1, height_ratios=heights)
         if widths:
             _draw_widths(figure.add_subplot(grid[0]), widths)
@@ -69,7 +70,8 @@ def evidence_figure(run: RunRecord) -> Figure | None:
         handles = [_handle(kind, style.KIND_LABELS[kind], style.KIND_STYLE[kind][0], True) for kind in kinds]
         handles += [_handle("", "open", style.GREY, True), _handle("", "closed", style.GREY, False)]
         handles.append(Line2D([], [], color=style.INK, linewidth=1.1, label=r"price $\lambda w$"))
-        figure.legend(handles=handles, loc="outside lower center", ncols=5, handletextpad=0.2, columnspacing=1.2)
+        columns = 5 if width == _WIDTH else 4
+        figure.legend(handles=handles, loc="outside lower center", ncols=columns, handletextpad=0.2, columnspacing=1.2)
     return figure
 
 

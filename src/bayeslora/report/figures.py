@@ -26,7 +26,7 @@ _SCOPE_TEXT = {
     "encoder": "encoder: all blocks\n(with feed-forward, output)",
     "model": "whole model\n(with head)",
 }
-_UNCHANGED: dict[str, Any] = {"facecolor": "#dddddd", "edgecolor": style.GREY, "hatch": "////"}
+_UNCHANGED: dict[str, Any] = {"facecolor": style.UNCHANGED, "edgecolor": style.GREY, "hatch": "////"}
 
 
 class LayerGrid:
@@ -74,8 +74,8 @@ def rank_figure(run: RunRecord) -> Figure | None:
     cell_height = _cell_height(rows, 0.24)
     longest = max(len(label) for label in grid.column_labels)
     rotate = longest * 0.075 > 0.78
-    cell_width = min(0.78, (style.PAGE_WIDTH - 1.6) / columns)
-    width = min(style.PAGE_WIDTH, max(style.COLUMN_WIDTH, 1.5 + cell_width * columns))
+    cell_width = min(0.78, (style.page_width() - 1.6) / columns)
+    width = min(style.page_width(), max(style.COLUMN_WIDTH, 1.5 + cell_width * columns))
     rotate = rotate or longest * 0.07 > (width - 1.5) / columns
     height = 0.95 + cell_height * rows + (0.055 * longest if rotate else 0.0)
     with style.paper_style():
@@ -102,10 +102,11 @@ def bits_figure(run: RunRecord) -> Figure | None:
     panels = [np.stack([by_kind[kind][:, j] for kind in run.kinds], axis=1) for j in range(len(grid.columns))]
     # Few wide panels are easier to read than many narrow ones, and a single panel on the last line looks lost.
     lines = math.ceil(len(panels) / (4 if len(run.kinds) <= 7 else 3))
-    across = math.ceil(len(panels) / lines)
+    across = style.most_across(math.ceil(len(panels) / lines))
+    lines = math.ceil(len(panels) / across)
     rows = len(grid.rows)
     cell_height = _cell_height(rows * lines, 0.24)
-    width = style.PAGE_WIDTH if across > 1 else style.COLUMN_WIDTH + 0.6
+    width = style.page_width() if across > 1 else style.COLUMN_WIDTH + 0.3
     height = 0.75 + lines * (0.62 + cell_height * rows)
     colors, norm = style.width_colormap()
     with style.paper_style():
@@ -125,7 +126,8 @@ def bits_figure(run: RunRecord) -> Figure | None:
             for bits, color in style.WIDTH_COLORS.items()
         ]
         handles[-1].set_label("32 bits (not quantized)")
-        figure.legend(handles=handles, loc="outside lower center", ncols=5, handlelength=1.2, columnspacing=1.4)
+        columns = 5 if width > style.COLUMN_WIDTH + 1 else 3
+        figure.legend(handles=handles, loc="outside lower center", ncols=columns, handlelength=1.2, columnspacing=1.4)
     return figure
 
 
@@ -141,7 +143,7 @@ def cost_figure(run: RunRecord) -> Figure | None:
     if not shares:
         return None
     with style.paper_style():
-        figure = style.new_figure(style.PAGE_WIDTH, 0.95 + 0.48 * len(shares))
+        figure = style.new_figure(style.page_width(), 0.95 + 0.48 * len(shares))
         axes = figure.add_subplot()
         any_rest = False
         for position, (scope, share) in enumerate(shares.items()):
@@ -158,7 +160,7 @@ def cost_figure(run: RunRecord) -> Figure | None:
                 100 * share + (-1.2 if inside else 1.2), position, label,
                 va="center", ha="right" if inside else "left", fontweight="bold",
                 color=style.INK if rest > 0 or not inside else "white",
-                bbox={"facecolor": "white", "edgecolor": "none", "pad": 1.2} if inside and rest > 0 else None,
+                bbox={"facecolor": style.PAPER, "edgecolor": "none", "pad": 1.2} if inside and rest > 0 else None,
             )  # fmt: skip
         axes.axvline(100, color=style.INK, linewidth=0.9)
         axes.set_yticks(range(len(shares)), [_SCOPE_TEXT[scope] for scope in shares])
@@ -166,7 +168,8 @@ def cost_figure(run: RunRecord) -> Figure | None:
         axes.spines["left"].set_visible(False)
         axes.invert_yaxis()
         axes.set_xlim(0, max(104.0, 100 * max(shares.values()) * 1.06))
-        axes.set_xlabel("bit operations, % of LoRA r = 16 at 32 × 32 bits (same scope)")
+        unit = "% of LoRA r = 16 at 32 × 32 bits"
+        axes.set_xlabel(f"bit operations, {unit} (same scope)" if figure.get_figwidth() > 5 else unit)
         axes.set_title("Cost by scope")
         handles = [Patch(facecolor=style.BLUE, label="with the adapter" if run.layers else "no adapter")]
         if any_rest:
@@ -210,7 +213,7 @@ def draw_cells(
     axes: Axes, values: np.ndarray, colors: Colormap, norm: Normalize, digits: int, size: float
 ) -> QuadMesh:
     """Draw a grid of coloured cells with their values, and a point in empty cells."""
-    mesh = axes.pcolormesh(np.ma.masked_invalid(values), cmap=colors, norm=norm, edgecolors="white", linewidth=0.8)
+    mesh = axes.pcolormesh(np.ma.masked_invalid(values), cmap=colors, norm=norm, edgecolors=style.PAPER, linewidth=0.8)
     for (row, column), value in np.ndenumerate(values):
         if math.isnan(value):
             axes.text(column + 0.5, row + 0.5, "·", ha="center", va="center", color=style.GREY, fontsize=size)

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import base64
-from collections.abc import Mapping
-from functools import cache
+from collections.abc import Callable, Mapping
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -12,19 +11,27 @@ from jinja2 import Environment, PackageLoader, StrictUndefined, select_autoescap
 from matplotlib.figure import Figure
 
 from bayeslora.files import write_atomically
-from bayeslora.report import evidence_figures, figures, text, training_figures, uncertainty_figures
-from bayeslora.report.style import png_bytes
+from bayeslora.report import evidence_figures, figures, style, text, training_figures, uncertainty_figures
+from bayeslora.report.style import inline_svg, png_bytes
+from bayeslora.report.verdict import handed_over, most_frequent, verdict
+from bayeslora.runs.examples import read_examples
 from bayeslora.runs.names import order_matrices, shortest_labels
 from bayeslora.runs.record import History, RunRecord, read_history, read_run
 
 REPORT_NAME = "report.html"
+_MOST_CLASSES = 12
+"""A confusion matrix of more classes is a list of the most frequent confusions."""
+_MOST_CONFUSIONS = 12
+Drawings = Mapping[str, Callable[[], Figure | None]]
 
 
 def write_report(output_dir: Path) -> list[Path]:
-    """Draw a run's figures and write `report.html` from its `metrics.json` and `history.json`.
+    """Draw a run's figures and write `report.html` from its `metrics.json`, `history.json` and `examples.json`.
 
-    Figures without data are left out (ranks and widths of full fine-tuning or plain LoRA). A PNG of that name from an
-    earlier report is removed, so that the folder never shows figures of another run.
+    The page begins with what a user asks: better than a constant, as sure as it is right, which rows to hand over. Its
+    figures are drawn twice, for wide and narrow screens. Figures without data are left out (ranks and widths of full
+    fine-tuning or plain LoRA). A PNG of that name from an earlier report is removed, so that the folder never shows
+    figures of another run.
 
     Args:
         output_dir: the output folder of `bayeslora train`; or of `bayeslora evaluate`, with the figures of its
@@ -39,25 +46,32 @@ def write_report(output_dir: Path) -> list[Path]:
     """
     folder = Path(output_dir)
     run = read_run(folder)
-    drawn = _score_figures(run) if run.evaluated else _run_figures(run, read_history(folder))
-    shown = {name: figure for name, figure in drawn.items() if figure is not None}
-    images = {name: png_bytes(figure) for name, figure in shown.items()}
-    pictures = [
-        {
-            "name": name,
-            "source": "data:image/png;base64," + base64.b64encode(images[name]).decode("ascii"),
-            # A CSS pixel is 1/96 inch; figures are 25% larger on screen than on paper.
-            "width": round(float(figure.get_size_inches()[0]) * 96 * 1.25),
-        }
-        for name, figure in shown.items()
-    ]
-    html = environment().get_template("report.html.j2").render(_context(run), pictures=pictures)
-    written = write_pngs(folder, images)
-    for stale in drawn.keys() - shown.keys():
+    drawings = _score_figures(run) if run.evaluated else _run_figures(run, read_history(folder))
+    shown = {name: figure for name, draw in drawings.items() if (figure := draw()) is not None}
+    pictures = {name: _picture(name, figure, drawings[name]) for name, figure in shown.items()}
+    context = _context(run) | {"pictures": pictures, "examples": read_examples(folder)}
+    html = environment().get_template("report.html.j2").render(context)
+    written = write_pngs(folder, {name: png_bytes(figure) for name, figure in shown.items()})
+    for stale in drawings.keys() - shown.keys():
         (folder / f"{stale}.png").unlink(missing_ok=True)
     with write_atomically(folder / REPORT_NAME) as path:
         path.write_text(html, encoding="utf-8")
     return [*written, folder / REPORT_NAME]
+
+
+def _picture(name: str, figure: Figure, draw: Callable[[], Figure | None]) -> dict[str, Any]:
+    """Return a figure as SVG with its width on the screen, and as it is on a narrow one if that differs."""
+    with style.narrow():
+        other = draw() if figure.get_figwidth() > 1.15 * style.page_width() else None
+    forms = {"wide" if other else "any": figure, **({"slim": other} if other else {})}
+    # A CSS pixel is 1/96 inch; figures are 25% larger on screen than on paper.
+    return {
+        "name": name,
+        "forms": [
+            {"kind": kind, "width": round(each.get_figwidth() * 96 * 1.25), "svg": inline_svg(each, f"{name}-{kind}")}
+            for kind, each in forms.items()
+        ],
+    }
 
 
 def write_pngs(folder: Path, images: Mapping[str, bytes]) -> list[Path]:
@@ -81,32 +95,32 @@ def environment() -> Environment:
     )
     made.filters.update(
         measure_name=text.measure_name, number=text.number, significant=text.significant, percent=text.percent,
-        count=text.count, compact=text.compact, duration=text.duration,
+        count=text.count, compact=text.compact, score_words=text.score_words, code=text.code, duration=text.duration,
         memory=text.memory, md=text.markdown_text, score_name=text.score_name,
     )  # fmt: skip
     return made
 
 
-def _run_figures(run: RunRecord, history: History) -> dict[str, Figure | None]:
-    """Return all figures of a trained run."""
+def _run_figures(run: RunRecord, history: History) -> Drawings:
+    """Return what draws the figures of a trained run."""
     return {
-        "ranks": figures.rank_figure(run),
-        "bits": figures.bits_figure(run),
-        "evidence": evidence_figures.evidence_figure(run),
-        "gates": training_figures.gates_figure(run, history),
-        "cost": figures.cost_figure(run),
+        "ranks": partial(figures.rank_figure, run),
+        "bits": partial(figures.bits_figure, run),
+        "evidence": partial(evidence_figures.evidence_figure, run),
+        "gates": partial(training_figures.gates_figure, run, history),
+        "cost": partial(figures.cost_figure, run),
         **_score_figures(run),
-        "loss": training_figures.loss_figure(run, history),
+        "loss": partial(training_figures.loss_figure, run, history),
     }
 
 
-def _score_figures(run: RunRecord) -> dict[str, Figure | None]:
-    """Return the figures of a run's predictions."""
+def _score_figures(run: RunRecord) -> Drawings:
+    """Return what draws the figures of a run's predictions."""
     return {
-        "calibration": training_figures.calibration_figure(run),
-        "selective": uncertainty_figures.selective_figure(run),
-        "uncertainty": uncertainty_figures.uncertainty_figure(run),
-        "shift": uncertainty_figures.shift_figure(run),
+        "calibration": partial(training_figures.calibration_figure, run),
+        "selective": partial(uncertainty_figures.selective_figure, run),
+        "uncertainty": partial(uncertainty_figures.uncertainty_figure, run),
+        "shift": partial(uncertainty_figures.shift_figure, run),
     }
 
 
@@ -119,5 +133,20 @@ def _context(run: RunRecord) -> dict[str, Any]:
         "ranks": [layer.rank for layer in run.layers],
         "evidence": evidence_figures.summarize_evidence(run),
         "has_unadapted_part": figures.has_unadapted_part(run),
-        "confusion": run.confusion if len(run.confusion) == len(run.labels) else [],
+        "verdict": verdict(run),
+        "confusion": run.confusion if len(run.confusion) == len(run.labels) <= _MOST_CLASSES else [],
+        "confusions": _confusions(run) if len(run.labels) > _MOST_CLASSES else [],
+        "most_frequent": most_frequent(run),
+        "handed_over": handed_over,
     }
+
+
+def _confusions(run: RunRecord) -> list[tuple[str, str, int]]:
+    """Return the most frequent pairs of a true and another predicted class, with their number of rows."""
+    pairs = [
+        (run.labels[truth], run.labels[predicted], rows)
+        for truth, row in enumerate(run.confusion)
+        for predicted, rows in enumerate(row)
+        if rows and truth != predicted
+    ]
+    return sorted(pairs, key=lambda pair: -pair[2])[:_MOST_CONFUSIONS]

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import io
 import math
-from contextlib import AbstractContextManager
+import re
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager
+from contextvars import ContextVar
 from pathlib import Path
 from typing import Any
 
@@ -19,9 +22,13 @@ from bayeslora.vocabulary import WIDTHS
 DPI = 200
 PAGE_WIDTH = 7.0
 COLUMN_WIDTH = 3.4
+_SCREEN_WIDTH = 3.7
+_is_narrow = ContextVar("is_narrow", default=False)
 
 # Okabe and Ito's palette without yellow, which is invisible on white.
 INK = "#222222"
+PAPER = "#fffffe"  # not pure white, which is the colour of text on dark cells: on a dark page only paper turns dark
+CELL_INK = "#212121"  # of text on light cells, which stay light on a dark page
 GREY = "#8a8a8a"
 LIGHT = "#ececec"
 BLUE = "#0072b2"
@@ -47,12 +54,38 @@ KIND_LABELS = {
     "out": r"$\mathrm{out}$", "A_out": r"$A_\mathrm{out}$", "E_out": r"$E_\mathrm{out}$",
 }  # fmt: skip
 PHASE_NAMES = {0: "warm-up", 1: "gates learn", 2: "frozen"}
-PHASE_COLORS = {0: "#f6efdf", 1: "#ffffff", 2: "#e6eef5"}
+PHASE_COLORS = {0: "#f6efdf", 1: PAPER, 2: "#e6eef5"}
+UNCHANGED = "#dddddd"
+# Variables of the report's style sheet, which has a light and a dark value for each.
+_VARIABLES = {
+    INK: "ink", PAPER: "paper", LIGHT: "grid", GREY: "grey", BLUE: "blue", UNCHANGED: "unchanged",
+    PHASE_COLORS[0]: "warm-up", PHASE_COLORS[2]: "frozen",
+}  # fmt: skip
 
 
 def paper_style() -> AbstractContextManager[None]:
     """Apply `paper.mplstyle` in a `with` block; restore the caller's settings afterwards."""
     return matplotlib.style.context(Path(__file__).with_name("paper.mplstyle"), after_reset=True)
+
+
+def page_width() -> float:
+    """Return the largest width of a figure in inches, which is smaller for a narrow screen."""
+    return _SCREEN_WIDTH if _is_narrow.get() else PAGE_WIDTH
+
+
+def most_across(count: int) -> int:
+    """Return how many panels of `count` fit beside each other: all, or one on a narrow screen."""
+    return 1 if _is_narrow.get() else count
+
+
+@contextmanager
+def narrow() -> Iterator[None]:
+    """Draw figures for a narrow screen in a `with` block."""
+    token = _is_narrow.set(True)
+    try:
+        yield
+    finally:
+        _is_narrow.reset(token)
 
 
 def new_figure(width: float, height: float) -> Figure:
@@ -77,6 +110,32 @@ def png_bytes(figure: Figure) -> bytes:
     return buffer.getvalue()
 
 
+def inline_svg(figure: Figure, name: str) -> str:
+    """Return the figure as an SVG element for an HTML page, with text as outlines and without a size or references.
+
+    Colours of ink and paper become variables of the page, so that a dark page has dark figures.
+
+    Args:
+        figure: the figure.
+        name: prefix of the ids, which must be unique on the page.
+    """
+    buffer = io.StringIO()
+    with matplotlib.rc_context({"svg.fonttype": "path", "svg.hashsalt": "bayeslora"}):
+        nothing = dict.fromkeys(("Creator", "Date", "Format", "Type"))
+        figure.savefig(buffer, format="svg", transparent=True, metadata=nothing)
+    drawn = buffer.getvalue()
+    extra = r"<metadata>.*?</metadata>|<style.*?</style>|<!--.*?-->"
+    drawn = re.sub(extra, "", drawn[drawn.index("<svg") :], flags=re.DOTALL)
+    head, rest = drawn.split(">", 1)
+    box = re.search(r'viewBox="[^"]+"', head)
+    assert box is not None
+    rest = re.sub(r'\bid="', f'id="{name}-', rest).replace("xlink:href", "href")
+    rest = rest.replace('href="#', f'href="#{name}-').replace("url(#", f"url(#{name}-")
+    for color, variable in _VARIABLES.items():
+        rest = rest.replace(f": {color}", f": var(--{variable})")
+    return f"<svg {box[0]}>" + re.sub(r"\s*\n\s*", "\n", rest).strip()
+
+
 def pdf_bytes(figure: Figure) -> bytes:
     """Return the figure as PDF, for print, without dates, so that equal data give equal bytes."""
     buffer = io.BytesIO()
@@ -97,7 +156,7 @@ def width_colormap() -> tuple[ListedColormap, BoundaryNorm]:
 def text_color_on(color: Any) -> str:
     """Return dark or white text for contrast on `color`, by relative luminance."""
     red, green, blue = (c / 12.92 if c <= 0.04045 else ((c + 0.055) / 1.055) ** 2.4 for c in to_rgb(color))
-    return INK if 0.2126 * red + 0.7152 * green + 0.0722 * blue > 0.22 else "white"
+    return CELL_INK if 0.2126 * red + 0.7152 * green + 0.0722 * blue > 0.22 else "white"
 
 
 def light_grid(axes: Axes, axis: str = "y") -> None:

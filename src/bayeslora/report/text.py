@@ -5,6 +5,8 @@ from __future__ import annotations
 import math
 import re
 
+from markupsafe import Markup, escape
+
 _SCORE_NAMES = {
     "nll": "NLL (nats)", "ece": "ECE", "adaptive_ece": "adaptive ECE", "classwise_ece": "class-wise ECE",
     "brier": "Brier score", "f1": "F1",
@@ -17,6 +19,29 @@ _MEASURE_NAMES = {
     "max_probability": "1 − max probability", "mahalanobis": "Mahalanobis distance",
     "relative_mahalanobis": "relative Mahalanobis distance", "nearest_neighbors": "distance to nearest neighbors",
 }  # fmt: skip
+
+
+_SCORE_WORDS = {
+    "accuracy": "share of rows that are right",
+    "matthews_correlation": "correlation of predicted and true class; 0 for a constant answer, 1 is best",
+    "f1": "harmonic mean of precision and recall of class 1; 1 is best",
+    "nll": "mean of −log of the right class's probability; 0 is best, a sure error costs much",
+    "ece": "gap between confidence and accuracy, averaged over 15 bins of confidence; 0 is best",
+    "adaptive_ece": "the same over bins with equally many rows",
+    "classwise_ece": "the same for the probabilities of all classes",
+    "brier": "squared distance from the right class's probability 1 and the others' 0; 0 is best",
+    "aurc": "mean error rate over all shares of answered rows, the surest first; 0 is best",
+    "pearson": "correlation of predicted and true numbers; 1 is best",
+    "spearman": "correlation of their ranks; 1 is best",
+    "mse": "mean of the squared errors; 0 is best",
+    "perplexity": "exp of the NLL: as unsure as between so many equal tokens",
+    "token_accuracy": "share of tokens that are the most probable ones",
+}
+
+
+def score_words(name: str) -> str:
+    """Return what a score measures, in a few words; "" for others."""
+    return _SCORE_WORDS.get(name, "")
 
 
 def score_name(name: str) -> str:
@@ -73,6 +98,11 @@ def memory(size: float | None) -> str:
     if size is None:
         return "–"
     return f"{size / 2**30:.2f} GiB" if size >= 2**30 else f"{size / 2**20:.0f} MiB"
+
+
+def code(value: str) -> Markup:
+    """Escape text for HTML, with what is between backticks as code; lines do not begin with a sign for per cent."""
+    return Markup(re.sub("`([^`]+)`", r"<code>\1</code>", str(escape(value))).replace(" %", "\N{NO-BREAK SPACE}%"))
 
 
 def markdown_text(value: object) -> str:

@@ -41,9 +41,10 @@ def gates_figure(run: RunRecord, history: History) -> Figure | None:
     draw = _history_panels(run, history)
     if not draw:
         return None
+    across = style.most_across(min(2, len(draw)))
+    lines = math.ceil(len(draw) / across)
     with style.paper_style():
-        figure = style.new_figure(style.PAGE_WIDTH, 0.35 + 2.15 * math.ceil(len(draw) / 2))
-        across = min(2, len(draw))
+        figure = style.new_figure(style.page_width(), 0.35 + 2.15 * lines)
         all_axes = style.panels(figure, len(draw), across, sharex=True)
         for axes, panel in zip(all_axes, draw, strict=True):
             shade_phases(axes, history)
@@ -79,8 +80,10 @@ def loss_figure(run: RunRecord, history: History) -> Figure | None:
         return None
     with_score = len(score[0]) > 1
     with style.paper_style():
-        figure = style.new_figure(style.PAGE_WIDTH if with_score else style.COLUMN_WIDTH + 0.8, 2.7)
-        all_axes = list(figure.subplots(1, 2 if with_score else 1, squeeze=False).flat)
+        across = style.most_across(2 if with_score else 1)
+        lines = 2 // across if with_score else 1
+        figure = style.new_figure(style.page_width() if with_score else style.COLUMN_WIDTH + 0.3, 2.7 * lines)
+        all_axes = style.panels(figure, 2 if with_score else 1, across)
         axes = all_axes[0]
         shade_phases(axes, history)
         if train[0]:
@@ -115,12 +118,13 @@ def calibration_figure(run: RunRecord) -> Figure | None:
     if not run.reliability.filled:
         return None
     with style.paper_style():
-        figure = style.new_figure(style.COLUMN_WIDTH + 0.3, 4.3)
+        figure = style.new_figure(style.COLUMN_WIDTH + 0.3, 4.6)
         upper, lower = figure.subplots(2, 1, sharex=True, height_ratios=[3.2, 1])
         draw_reliability(upper, run.reliability)
         handles, labels = upper.get_legend_handles_labels()
         order = sorted(range(len(labels)), key=lambda i: ["acc", "gap", "95 ", "per"].index(labels[i][:3]))
-        upper.legend([handles[i] for i in order], [labels[i] for i in order], loc="upper left", handlelength=1.4)
+        figure.legend([handles[i] for i in order], [labels[i] for i in order], loc="outside lower center", ncols=2,
+                      handlelength=1.4)  # fmt: skip
         upper.set_title(f"ECE {run.scores.get('ece', run.reliability.ece):.3f}  ({len(bins)} bins)")
         lower.bar([b.lower for b in bins], [b.count for b in bins], align="edge",
                   width=[(b.upper - b.lower) * 0.94 for b in bins], color=style.GREY)  # fmt: skip
@@ -138,9 +142,11 @@ def draw_reliability(axes: Axes, reliability: Reliability) -> None:
     left = [b.lower for b in filled]
     width = [(b.upper - b.lower) * 0.94 for b in filled]
     axes.bar(left, [b.accuracy for b in filled], width=width, align="edge", color=style.SKY, label="accuracy")
-    axes.bar(left, [b.confidence - b.accuracy for b in filled], bottom=[b.accuracy for b in filled], width=width,
-             align="edge", color=style.ORANGE, alpha=0.28, edgecolor=style.ORANGE, linewidth=0, hatch="////",
-             label="gap to confidence")  # fmt: skip
+    for color, sign, label in ((style.ORANGE, 1, "gap: too sure"), (style.GREEN, -1, "gap: not sure enough")):
+        gaps = [(b.confidence - b.accuracy if sign * (b.confidence - b.accuracy) > 0 else 0.0) for b in filled]
+        if any(gaps):
+            axes.bar(left, gaps, bottom=[b.accuracy for b in filled], width=width, align="edge",
+                     facecolor="none", edgecolor=color, linewidth=0.7, hatch="/////", label=label)  # fmt: skip
     centres = [x + w / 2 for x, w in zip(left, width, strict=True)]
     low, high = zip(*(wilson_interval(b.accuracy, b.count) for b in filled), strict=True)
     axes.vlines(centres, low, high, color=style.INK, linewidth=0.9, label="95 % interval")
@@ -165,7 +171,7 @@ def shade_phases(axes: Axes, history: History) -> None:
         return
     last = spans[-1][2]
     for phase, begin, end in spans:
-        axes.axvspan(begin, end, color=style.PHASE_COLORS.get(phase, "white"), linewidth=0, zorder=0)
+        axes.axvspan(begin, end, color=style.PHASE_COLORS.get(phase, style.PAPER), linewidth=0, zorder=0)
         if end - begin > 0.12 * last:
             axes.text((begin + end) / 2, 1.015, style.PHASE_NAMES.get(phase, str(phase)), ha="center", va="bottom",
                       transform=axes.get_xaxis_transform(), fontsize=6.5, color=style.GREY)  # fmt: skip

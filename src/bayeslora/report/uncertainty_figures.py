@@ -19,6 +19,7 @@ from matplotlib.ticker import MaxNLocator, PercentFormatter
 
 from bayeslora.report import style
 from bayeslora.report.text import measure_name, score_name
+from bayeslora.report.verdict import MAIN_RISK
 from bayeslora.runs.record import DOMAIN, NO_SHIFT, Histogram, RunRecord
 
 Curve = Sequence[tuple[float, float]]
@@ -63,6 +64,10 @@ def selective_figure(run: RunRecord) -> Figure | None:
         _curve(axes, curve, style.BLUE, "-", "most confident first")
         final = curve[-1][1]
         axes.axhline(final, color=style.INK, linewidth=0.9, linestyle="--", label="in any order")
+        chosen = next((t for t in run.verdict.thresholds if t.risk == MAIN_RISK), None)
+        if chosen is not None and chosen.coverage:
+            axes.plot(chosen.coverage, chosen.errors, "o", color=style.ORANGE, clip_on=False, zorder=3,
+                      label=f"threshold for {100 * MAIN_RISK:g} %")  # fmt: skip
         _selection_axes(axes, final)
         area = run.scores.get("aurc")
         axes.set_title("Selective prediction" if area is None else f"AURC {area:.4f}")
@@ -94,7 +99,7 @@ def uncertainty_figure(run: RunRecord) -> Figure | None:
         for m, h in run.uncertainty.items()
         if _filled(h)
     ]
-    return _histogram_figure([panels], across=len(panels))
+    return _histogram_figure([panels], across=style.most_across(len(panels)) if panels else 0)
 
 
 def histograms_figure(panels: Sequence[tuple[str, str, Histogram, float | None]]) -> Figure | None:
@@ -123,7 +128,7 @@ def risk_coverage_figure(selections: Sequence[Selection]) -> Figure | None:
     lines = math.ceil(len(tasks) / across)
     longest = max(sum(s.task == task for s in drawn) for task in tasks)
     with style.paper_style():
-        width = style.PAGE_WIDTH if across > 1 else 4.6
+        width = style.page_width() if across > 1 else 4.6
         figure = style.new_figure(width, lines * (2.5 + 0.16 * longest))
         looks = {label: i for i, label in enumerate(dict.fromkeys(s.label for s in drawn))}
         for axes, task in zip(style.panels(figure, len(tasks), across), tasks, strict=True):
@@ -155,7 +160,7 @@ def detection_figure(found: Sequence[Detections]) -> Figure | None:
     with style.paper_style():
         step = min(0.2, 0.8 / len(measures))
         height = 0.75 + sum(0.35 + max(0.34, 0.1 * len(measures)) * len(row) for row in rows)
-        figure = style.new_figure(style.PAGE_WIDTH * 0.8, max(height, 1.7))
+        figure = style.new_figure(style.page_width() * 0.8, max(height, 1.7))
         ratios = [len(row) + 0.8 for row in rows]
         all_axes = figure.subplots(len(tasks), 1, squeeze=False, sharex=True, height_ratios=ratios)[:, 0]
         for axes, task, row in zip(all_axes, tasks, rows, strict=True):
@@ -186,8 +191,10 @@ def shift_figure(run: RunRecord) -> Figure | None:
         return None
     names = ["accuracy" if "accuracy" in plain.scores else run.metric, *(["ece"] if "ece" in plain.scores else [])]
     with style.paper_style():
-        figure = style.new_figure(style.PAGE_WIDTH if len(names) > 1 else style.COLUMN_WIDTH, 2.9)
-        all_axes = style.panels(figure, len(names), len(names))
+        across = style.most_across(len(names))
+        lines = len(names) // across
+        figure = style.new_figure(style.page_width() if len(names) > 1 else style.COLUMN_WIDTH, 0.4 + 2.5 * lines)
+        all_axes = style.panels(figure, len(names), across)
         for axes, name in zip(all_axes, names, strict=True):
             for index, (suite, levels) in enumerate(run.shift.suites.items()):
                 values = [plain.scores[name], *(level.scores[name] for level in levels)]
@@ -201,7 +208,8 @@ def shift_figure(run: RunRecord) -> Figure | None:
             axes.set_ylabel(score_name(name))
             style.light_grid(axes)
         handles, labels = all_axes[0].get_legend_handles_labels()
-        figure.legend(handles, labels, loc="outside lower center", ncols=5, handlelength=1.8)
+        columns = 5 if across > 1 else 3
+        figure.legend(handles, labels, loc="outside lower center", ncols=columns, handlelength=1.8)
     return figure
 
 
@@ -237,7 +245,7 @@ def _histogram_figure(blocks: Sequence[Sequence[tuple[str, str, Histogram]]], ac
         return None
     lines = [math.ceil(len(block) / across) for block in blocks]
     with style.paper_style():
-        width = {1: style.COLUMN_WIDTH + 0.3, 2: 5.6}.get(across, style.PAGE_WIDTH)
+        width = {1: style.COLUMN_WIDTH + 0.3, 2: 5.6}.get(across, style.page_width())
         figure = style.new_figure(width, 0.35 + (2.1 if across < 3 else 1.95) * sum(lines))
         grid = figure.subplots(sum(lines), across, squeeze=False)
         for axes in grid.flat:
@@ -318,7 +326,8 @@ def _marks(axes: Axes, values: Sequence[float], height: float, measure: str) -> 
                   color=color, alpha=0.45)  # fmt: skip
     deviation = statistics.stdev(values) if len(values) > 1 else None
     axes.errorbar(statistics.fmean(values), height, xerr=deviation, color=color, marker=marker, markersize=5.5,
-                  linestyle="", elinewidth=1.1, capsize=2.5, markeredgecolor="white", markeredgewidth=0.6)  # fmt: skip
+                  linestyle="", elinewidth=1.1, capsize=2.5, markeredgecolor=style.PAPER,
+                  markeredgewidth=0.6)  # fmt: skip
 
 
 def _with_auroc(title: str, auroc: float | None) -> str:

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from peft import PeftConfig
 
 # Options about where and how to run: not recorded in config.yaml, and free to differ on --resume.
-_NOT_RECORDED = {"output_dir", "config", "resume", "keep_checkpoints"}
+_NOT_RECORDED = {"output_dir", "config", "resume", "keep_checkpoints", "report_rows"}
 _MACHINE_FIELDS = {"disable_tqdm", "dataloader_pin_memory"}
 _PATH_OPTIONS = ("data_dir", "train_file", "eval_file", "test_file")
 
@@ -81,6 +81,9 @@ class RunOptions:
         None, "K", "learn a posterior by SWAG: K iterates of the last quarter of training (none)", least=2
     )
     resume: bool = declared(False, None, "continue the interrupted run in OUT.partial")
+    report_rows: int = declared(
+        5, "N", "evaluation rows that the report shows with their texts: least certain, most wrong (5)", least=0
+    )
     keep_checkpoints: bool = declared(False, None, "keep the last checkpoints in OUT/checkpoints")
 
 

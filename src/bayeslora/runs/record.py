@@ -22,6 +22,12 @@ takes its default, a number that was not finite is null, and unknown keys are ig
 | `shift` | of shifted texts: `columns`, `seed`, and `levels` by `suite` and `severity` with `rows` and `scores` |
 | `shift.levels` | `none` (severity 0) first; `changed`, the number of rows with other tokens; `domain` has a `name` |
 | `labels`, `confusion` | class names by id; examples by true class (rows) and predicted class (columns) |
+| `verdict.gain` | accuracy above that of the most frequent label, or squared error below that of the mean number |
+| `verdict.overconfidence` | mean confidence minus accuracy; both have a `mean` and a 95% interval, `low` to `high` |
+| `verdict.thresholds` | by `risk`, the `confidence` above which errors among answers stay below it with 95% |
+| | probability; the `coverage` of these rows and the `errors` among them |
+| `verdict.spread` | of numbers: the `half_width` of an interval that holds a share `coverage` of new rows, and the |
+| | share `observed` where one half of the rows sets the width for the other |
 | `layers` | by adapted matrix `name`, `rank`, `initial_rank`, `bits` by kind of tensor, shape and parameters |
 | `posterior` | of variational methods, by matrix: posterior by prior standard deviation, its `mean`, and `low`, |
 | | `median` and `high`, the 5th, 50th and 95th percentile |
@@ -262,6 +268,61 @@ class Shift:
 
 
 @dataclass(frozen=True)
+class Interval:
+    """A mean over rows and its 95% interval."""
+
+    mean: Finite
+    low: Finite
+    high: Finite
+
+    @property
+    def has_zero(self) -> bool:
+        """Return whether 0 is inside the interval."""
+        return self.low <= 0 <= self.high
+
+
+@dataclass(frozen=True)
+class ThresholdRecord:
+    """The confidence above which errors stay below `risk`; `posthoc.Threshold` explains the other fields."""
+
+    risk: Share
+    confidence: Finite
+    coverage: Share
+    errors: Share
+
+
+@dataclass(frozen=True)
+class Spread:
+    """Half the width of an interval for a share `coverage` of new rows, and the share that was observed."""
+
+    coverage: Share
+    half_width: Finite
+    observed: Share | None = None
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """Gain over a constant, confidence and thresholds; for numbers a spread instead of the latter two."""
+
+    gain: Interval | None = None
+    overconfidence: Interval | None = None
+    thresholds: list[ThresholdRecord] = field(default_factory=list)
+    spread: Spread | None = None
+
+
+@dataclass(frozen=True)
+class ClassScore:
+    """Scores of one class; precision is NaN if it was never predicted, recall if it has no rows."""
+
+    label: str
+    rows: int
+    predicted: int
+    precision: float
+    recall: float
+    f1: float
+
+
+@dataclass(frozen=True)
 class Evaluated:
     """The run that `bayeslora evaluate` scored again, and the seed of the samples."""
 
@@ -307,6 +368,7 @@ class RunRecord:
     shift: Shift | None = None
     labels: list[str] = field(default_factory=list)
     confusion: list[list[Count]] = field(default_factory=list)
+    verdict: Verdict = field(default_factory=Verdict)
     parameters: dict[str, int] = field(default_factory=dict)
     relative_bops: dict[str, float] = field(default_factory=dict)
     posterior: dict[str, WidthRecord] = field(default_factory=dict)
@@ -355,6 +417,20 @@ class RunRecord:
             f"{name} {value:.4f}" + (f" ({self.baseline[name]:.4f})" if name in self.baseline else "")
             for name, value in self.scores.items()
         ]
+
+    @property
+    def classes(self) -> list[ClassScore]:
+        """Return the scores of each class from the confusion matrix; empty without one."""
+        if len(self.confusion) != len(self.labels):
+            return []
+        columns = [sum(column) for column in zip(*self.confusion, strict=True)]
+        found = []
+        for number, (label, row, predicted) in enumerate(zip(self.labels, self.confusion, columns, strict=True)):
+            right, rows = row[number], sum(row)
+            precision, recall = (right / count if count else math.nan for count in (predicted, rows))
+            f1 = 2 * right / (rows + predicted) if rows + predicted else math.nan
+            found.append(ClassScore(label, rows, predicted, precision, recall, f1))
+        return found
 
     @property
     def detection(self) -> dict[str, dict[str, float]]:

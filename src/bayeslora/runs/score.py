@@ -36,6 +36,7 @@ from bayeslora.evaluation.uncertainty import detection
 from bayeslora.methods import describe
 from bayeslora.prediction import Predictable, Prediction
 from bayeslora.runs.answers import Sampling
+from bayeslora.runs.examples import Examples, choose_examples
 from bayeslora.runs.info import RunInfo
 from bayeslora.runs.rows import EVALUATION, FITTED_ROWS, TEST, OutsideRows, encode_for, training_rows
 from bayeslora.runs.run import Run
@@ -53,21 +54,24 @@ def measure(
     batch_size: int,
     samples: int = 0,
     predictor: Predictable | None = None,
-) -> dict[str, Any]:
-    """Return the measured part of `metrics.json`.
+    examples: int = 0,
+) -> tuple[dict[str, Any], Examples]:
+    """Return the measured part of `metrics.json`, and `examples` rows of each kind to look at.
 
     `scores` are those of `predictor`, by default of `model`, on the evaluation split; those of MNLI
     include the accuracy on its mismatched split.
     """
     scored_model = predictor or model
     evaluation = evaluate(scored_model, data[EVALUATION], task, tokenizer, batch_size, samples)
+    chosen = choose_examples(evaluation, task.splits[EVALUATION], task, examples)
     if MISMATCHED in data:
         other = evaluate(scored_model, data[MISMATCHED], task, tokenizer, batch_size, samples).scores[task.metric]
         evaluation = replace(evaluation, scores={**evaluation.scores, f"{task.metric}_mismatched": other})
-    found = {"metric": task.metric, **scored(evaluation), **described(model), "labels": list(task.labels)}
+    found = {"metric": task.metric, "rows": evaluation.rows, **scored(evaluation), **described(model)}
+    found["labels"] = list(task.labels)
     if TEST in data:
         found["scores_test"] = evaluate(scored_model, data[TEST], task, tokenizer, batch_size, samples).scores
-    return found
+    return found, chosen
 
 
 def answered(info: RunInfo) -> dict[str, Any]:
@@ -106,11 +110,11 @@ def scored(evaluation: Evaluation) -> dict[str, Any]:
     """Return the part of `metrics.json` about the predictions on a split."""
     return {
         "scores": evaluation.scores,
-        **({"baseline": evaluation.baseline} if isinstance(evaluation, Evaluation) else {}),
         "samples": evaluation.samples,
         "reliability": {"bins": evaluation.reliability},
         "risk_coverage": evaluation.risk_coverage,
         "uncertainty": evaluation.histograms(),
+        **({"baseline": evaluation.baseline, **evaluation.findings} if isinstance(evaluation, Evaluation) else {}),
     }
 
 

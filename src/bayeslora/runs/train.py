@@ -62,6 +62,7 @@ from bayeslora.runs.base import (
 )
 from bayeslora.runs.callbacks import Clock, Interruption
 from bayeslora.runs.eva import initialize_eva
+from bayeslora.runs.examples import Examples
 from bayeslora.runs.info import Head, RunInfo
 from bayeslora.runs.partial import CHECKPOINTS, can_be_resumed, claimed, complete, last_checkpoint
 from bayeslora.runs.plan import TrainPlan
@@ -372,7 +373,7 @@ def finish(session: Session, trainer: Trainer, seconds: float, reporter: Reporte
     if posterior is not None:
         posterior.save(partial)
     reporter.on_scoring(rows_to_score(session.data), plan.options.samples)
-    record = _record(session, trainer, model, seconds)
+    record, examples = _record(session, trainer, model, seconds)
     arguments: dict[str, Any] = {} if plan.config_class is None else {"save_embedding_layers": False}
     model.save_pretrained(partial, **arguments)
     session.tokenizer.save_pretrained(partial)
@@ -380,22 +381,25 @@ def finish(session: Session, trainer: Trainer, seconds: float, reporter: Reporte
     probe = session.data[EVALUATION]
     verify_reload(model, probe, session.tokenizer, lambda: load(partial).model, plan.options.dtype)
     record.save(partial)
+    if examples is not None:
+        examples.save(partial)
     save_json(partial / HISTORY_FILE, trainer.state.log_history)
     reporter.on_finished(partial)
     return record
 
 
-def _record(session: Session, trainer: Trainer, model: nn.Module, seconds: float) -> RunRecord:
+def _record(session: Session, trainer: Trainer, model: nn.Module, seconds: float) -> tuple[RunRecord, Examples | None]:
     plan, task = session.plan, session.task
     predictor = load_posterior(model, session.partial) if plan.has_weight_posterior else None
     started = time.perf_counter()
     batch_size = trainer.args.per_device_eval_batch_size
     of_rows = (session.data, task, session.tokenizer, batch_size, plan.options.samples)
+    examples: Examples | None = None
     if task.kind == "generation":
         measured = measure_text(model, predictor or model, *of_rows)
     else:
-        measured = measure(model, *of_rows, predictor)
-    return RunRecord.from_dict(
+        measured, examples = measure(model, *of_rows, predictor, plan.options.report_rows)
+    record = RunRecord.from_dict(
         {
             "method": plan.options.method,
             "title": title_of(plan.options.method),
@@ -409,6 +413,7 @@ def _record(session: Session, trainer: Trainer, model: nn.Module, seconds: float
             "seconds": {"train": seconds, "evaluate": time.perf_counter() - started},
         }
     )
+    return record, examples if plan.options.report_rows else None
 
 
 def _posterior(trainer: Trainer) -> WeightPosterior:
