@@ -49,7 +49,9 @@ class Task:
             self.x = torch.randn(ROWS, WIDTH, generator=generator)
             self.y = teacher(self.x)
 
-    def trained(self, steps: int = 400, seed: int = 0, data_seed: int = 0, **options: Any) -> nn.Module:
+    def trained(
+        self, steps: int = 400, seed: int = 0, data_seed: int = 0, lr: float = 2e-2, **options: Any
+    ) -> nn.Module:
         """A student after `steps` steps on batches drawn with `data_seed`, its loop seeded with `seed`."""
         torch.manual_seed(1)
         student = Residual()
@@ -63,7 +65,7 @@ class Task:
             **options,
         )
         model = get_peft_model(student, config).train()
-        optimizer = torch.optim.Adam(parameter_groups(model, lr=2e-2))
+        optimizer = torch.optim.Adam(parameter_groups(model, lr=lr))
         schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1 - step / steps)
         loop = BayesLoop(model, optimizer, total_steps=steps, seed=seed, num_examples=ROWS)
         generator = torch.Generator().manual_seed(data_seed)
@@ -87,10 +89,11 @@ def decisions(model: nn.Module) -> list[tuple[str, str, int]]:
 
 
 def test_the_ranks_of_a_teacher_are_found_in_nine_of_ten_runs() -> None:
+    """Of a student that has learned what the teacher does: with E held at 1 that takes a larger rate."""
     wrong = []
     for seed in range(10):
         task = Task(seed)
-        ranks = [layer.rank for layer in describe(task.trained(mode="ra", target_rank=TARGET))]
+        ranks = [layer.rank for layer in describe(task.trained(mode="ra", target_rank=TARGET, lr=5e-2))]
         if ranks != task.ranks:
             wrong.append((seed, task.ranks, ranks))
     assert len(wrong) <= 1, wrong

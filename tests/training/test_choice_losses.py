@@ -143,7 +143,7 @@ def test_evidence_is_that_of_labels_drawn_among_a_rows_choices(most: int, parts:
         assert float(evidence.terms) == len(data)
         e = layer.blora_E["default"].detach()
         ranks = sum(weight * (by_e[place] * e).square() for weight, by_e, _, _ in found) / (2 * len(data))
-        close(evidence.rank_deltas, ranks, rtol=1e-5, atol=1e-12)
+        close(evidence.rank_deltas, ranks, rtol=5e-5, atol=1e-12)
         for kind, part in (("A", 2), ("B", 3)):
             value = layer.get_parameter(f"blora_{kind}.default").detach()
             expected = []

@@ -299,7 +299,8 @@ def test_a_budget_of_bit_operations_is_met_when_gates_freeze(
     assert shares[-1] == shares[16]
     assert shares[-1] <= target
     assert shares[-1] >= 0.98 * target or not _fits(model, bops_cost(model, "attention"), target, mode)
-    assert all(after <= before for before, after in itertools.pairwise(shares))
+    # A decision at the full budget may spend what the one before it has left.
+    assert all(after <= max(before, target) for before, after in itertools.pairwise(shares))
 
 
 @pytest.mark.parametrize(("mode", "target"), [("q+ra", 0.5), ("q+ra", 0.2), ("q", 0.4), ("q", 0.15)])

@@ -165,11 +165,19 @@ class BayesLayer(nn.Module, BaseTunerLayer):
         )
 
     def initial_factors(self, config: Any, rank: int) -> tuple[nn.Parameter, nn.Parameter]:
-        """Return A (r, d_in) and B (d_out, r) as LoRA begins: A uniform, B zero unless `init_weights` is False."""
+        """Return A (r, d_in) and B (d_out, r) as LoRA begins: A uniform, B zero unless `init_weights` is False.
+
+        PEFT draws both before it sets them. So do we: one seed gives LoRA and the methods that start like it
+        the same A and the same dropout, and runs with the same seed can be compared in pairs.
+        """
         a, b = torch.empty(rank, self.in_features), torch.zeros(self.out_features, rank)
-        for matrix in (a,) if config.init_weights else (a, b):
-            if rank:
-                nn.init.kaiming_uniform_(matrix, a=math.sqrt(5))
+        if not rank:
+            return nn.Parameter(a), nn.Parameter(b)
+        drawn = torch.empty_like(b)
+        for matrix in (a, drawn, a):
+            nn.init.kaiming_uniform_(matrix, a=math.sqrt(5))
+        if not config.init_weights:
+            nn.init.kaiming_uniform_(b, a=math.sqrt(5))
         return nn.Parameter(a), nn.Parameter(b)
 
     def adapter_input(self, name: str, x: Tensor, dtype: torch.dtype) -> Tensor:

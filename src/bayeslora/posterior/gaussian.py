@@ -135,6 +135,8 @@ class Noise:
 
     def normal(self, groups: int, shape: Sequence[int], device: torch.device) -> Tensor:
         """Draw normal numbers (groups, *shape) of deviation `scale`, float32: one entry for each draw."""
+        if self.scale == 0.0:  # no random number is used up: dropout stays what it is without noise
+            return torch.zeros(groups, *shape, device=device)
         return self._scaled(self._normal(groups, shape, device))
 
     def _normal(self, groups: int, shape: Sequence[int], device: torch.device) -> Tensor:
@@ -152,6 +154,8 @@ class Noise:
 
     def normal_per_token(self, shape: Sequence[int], device: torch.device) -> Tensor:
         """Draw normal numbers of `shape` and deviation `scale`, float32, for scope `token`."""
+        if self.scale == 0.0:
+            return torch.zeros(tuple(shape), device=device)
         if self.seed is None:
             return self._scaled(torch.randn(tuple(shape), device=device, generator=rank_generator(device)))
         return self._scaled(self._seeded("", shape[0], shape[1:]).to(device))

@@ -135,7 +135,7 @@ class BLoraLayer(BayesLayer):
             inputs, result = x, self.base_layer(x, *args, **kwargs)
 
         a, b = quantized("A", self.blora_A[name]), quantized("B", self.blora_B[name])
-        e = self.gated(name, quantized("E", self.blora_E[name]))
+        e = self.gated(name, quantized("E", self._diagonal(name)))
 
         with quantized.saving("in", source, inputs):
             hidden = quantized("A_out", F.linear(self.adapter_input(name, inputs, a.dtype), a))
@@ -145,6 +145,13 @@ class BLoraLayer(BayesLayer):
         hidden = quantized("E_out", scaled)
         result = add_update(result, hidden, b, self.scaling[name], in_place=quantized.replaces_weight)
         return quantized("out", result).view(*x.shape[:-1], self.out_features)
+
+    def _diagonal(self, name: str) -> Tensor:
+        """E (r,); in training that closes ranks alone without a gradient by it, so that this is LoRA's."""
+        diagonal = self.blora_E[name]
+        if not (self.training and self.configs[name].closes_ranks_alone):
+            return diagonal
+        return diagonal.detach() + 0.0 * diagonal  # zero, not None: distributed training waits for it
 
     def gated(self, name: str, diagonal: Tensor) -> Tensor:
         r"""$E \circ G$ (r,) for the quantized diagonal E."""

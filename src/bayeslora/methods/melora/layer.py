@@ -150,12 +150,22 @@ class MeLoraLayer(VariationalLayer):
 
     def _draw(self, name: str, groups: int, members: Tensor | None, noise: Noise) -> Tensor:
         """Draw a core for each group, (groups, r, r) or (groups, r) in float32, from its member or the only one."""
-        core, std = self.melora_M[name].float(), self.deviation(name)
+        core, std = self._means(name).float(), self.deviation(name)
         if members is not None:
             core, std = core[members], std[members]
         if name not in self.melora_precision and name not in self.melora_rho:
             return core
         return core + std * noise.normal(groups, core.shape[members is not None :], core.device)
+
+    def _means(self, name: str) -> Tensor:
+        """Return the means of the cores; a single one without a gradient by it in training before the noise.
+
+        It then is still the identity, so that training is LoRA's until the noise begins.
+        """
+        means = self.melora_M[name]
+        if not (self.training and self.cores[name] == 1 and self._fresh[name].scale == 0.0):
+            return means
+        return means.detach() + 0.0 * means  # zero, not None: distributed training waits for it
 
     def _members(self, name: str, groups: int, noise: Noise) -> Tensor | None:
         """Return the members (groups,) that the groups of rows belong to; None with one core."""
