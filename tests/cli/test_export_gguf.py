@@ -63,7 +63,7 @@ def test_a_run_becomes_files_and_a_card(
         main(["export", str(runs[method]), "--format", "gguf", *options, "--output-dir", str(target), "--json"]) == 0
     )
     measured = json.loads(capsys.readouterr().out)
-    assert {path.name for path in target.iterdir()} == files | {"README.md"}
+    assert {path.name for path in target.iterdir()} == files | {"README.md", "export.json"}
     for path in target.iterdir():  # nothing says where they were made
         content = path.read_bytes()
         assert str(runs[method].parent).encode() not in content and b"/tmp/" not in content
@@ -82,3 +82,21 @@ def test_options_of_gguf_need_it(runs: dict[str, Path], tmp_path: Path, capsys: 
     assert main([*command, "--format", "gguf", "--adapter", "inside"]) == 2
     assert "must be one of beside, merged, only" in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(("method", "options"), [("lora", ["--adapter", "only"]), ("blora", ["--allow-error"])])
+def test_verify_reads_the_files(
+    method: str, options: list[str], runs: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    command = ["export", str(runs[method]), "--format", "gguf", *options, "--output-dir", str(tmp_path / "out")]
+    assert main([*command, "--json"]) == 0
+    measured = json.loads(capsys.readouterr().out)
+    against = ["verify", str(tmp_path / "out"), "--against", str(runs[method]), "--json"]
+    assert main(against) == 0
+    found = json.loads(capsys.readouterr().out)
+    # The rows that scored the run are others than those of the export, but as long and about the same things.
+    assert found["format"] == "gguf" and found["metric"] == "nll" and found["answers"] > 3 * found["rows"]
+    assert found["score_before"] == pytest.approx(measured["loss_before"], rel=0.2)
+    assert found["divergence"] <= 2 * max(measured["divergence"], 1e-4)
+    assert main([*against, "--max-divergence", "0", "--limit", "2"]) == 1
+    assert json.loads(capsys.readouterr().out)["rows"] == 2

@@ -62,6 +62,7 @@ def test_the_card_alone_gives_the_answers_of_the_run(
     assert {path.name for path in target.iterdir()} == {
         "README.md",
         "config.json",
+        "export.json",
         "model.onnx",
         "tokenizer.json",
         "tokenizer_config.json",

@@ -440,6 +440,21 @@ COMMANDS = {
         _RUN,
         contradictions=_contradictions_of_export,
     ),
+    "verify": Command(
+        "compare an export's answers with those of its run",
+        (
+            Option("against", "OUT", "the run that was exported", required=True),
+            Option("rows", "FILE", "labelled rows (those that scored the run)"),
+            _number("limit", "N", "number of rows, the first ones (256)", least=1),
+            _number("batch_size", "N", "rows per batch (64)", least=1),
+            Option("max_divergence", "NATS", "mean divergence to allow (as recorded in the export)", float),
+            Option("max_changed", "SHARE", "share of changed answers to allow (any)", float),
+            _BASE,
+            _switch("json", "print JSON instead of a table"),
+        ),
+        ("folder", "EXPORT", "folder that `bayeslora export` wrote, of any format"),
+        epilog="Exits with status 1 if they disagree.",
+    ),
     "plan": Command(
         "predict parameters, memory, file size and operations of a training run from a config.json",
         tuple(_of_fields(PlanOptions)),

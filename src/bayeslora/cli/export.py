@@ -31,6 +31,7 @@ def run(given: dict[str, Any]) -> int:
     """Run the command with the options `given` on the command line."""
     form = given["format"]
     from bayeslora.cli.progress import disable_progress_bars
+    from bayeslora.export.record import ExportRecord
     from bayeslora.runs.info import RunInfo
 
     disable_progress_bars()
@@ -57,6 +58,7 @@ def run(given: dict[str, Any]) -> int:
             options = {**_options(form, given, loaded), **_batches(form, given, loaded)}
             with bayeslora.at_rank(loaded.model, rank) if rank is not None else nullcontext():
                 measured = bayeslora.export(loaded.model, partial, format=form, **options)
+        ExportRecord.of(form, measured).save(partial)
         for folder in _folders(form, partial):
             loaded.tokenizer.save_pretrained(folder)
             # run.json lets `bayeslora.load`, `evaluate` and `predict` read the export like the run.

@@ -14,6 +14,7 @@ from peft import PeftModel, get_peft_model_state_dict
 from torch import Tensor, nn
 
 from bayeslora.errors import BayesLoraError
+from bayeslora.export.agreement import Agreement
 from bayeslora.methods.layer import BayesLayer
 from bayeslora.methods.tuner import BayesTuner, tuner_of
 
@@ -160,8 +161,29 @@ def output_of(model: nn.Module, inputs: Mapping[str, Tensor] | None) -> Tensor |
     return cast(Tensor, outputs["logits"] if "logits" in outputs else outputs[0]).float()
 
 
-def output_error(expected: Tensor | None, found: Tensor | None) -> dict[str, float | None]:
-    """Return `max_output_error` and `max_output`: the largest difference and the largest expected output, or None."""
+def output_error(
+    expected: Tensor | None, found: Tensor | None, model: nn.Module | None = None
+) -> dict[str, float | None]:
+    """Return how far outputs are from the expected ones.
+
+    Args:
+        expected: (…, classes), or None if there was nothing to measure on.
+        found: of the same shape, or None.
+        model: that the outputs are logits of, one class of several; None if they may be others.
+
+    Returns:
+        `max_output_error` and `max_output`, the largest difference and the largest expected output, or None; and of
+        logits `changed`, the share of other answers, and `divergence`, the mean of Kullback and Leibler in nats.
+    """
     if expected is None or found is None:
         return {"max_output_error": None, "max_output": None}
-    return {"max_output_error": float((found - expected).abs().max()), "max_output": float(expected.abs().max())}
+    errors: dict[str, float | None] = {
+        "max_output_error": float((found - expected).abs().max()),
+        "max_output": float(expected.abs().max()),
+    }
+    config = getattr(model, "config", None)
+    if config is not None and expected.shape[-1] > 1 and config.problem_type != "multi_label_classification":
+        agreement = Agreement()
+        agreement.add(expected.flatten(0, -2), found.flatten(0, -2))
+        errors |= {name: agreement.summary()[name] for name in ("changed", "divergence")}
+    return errors

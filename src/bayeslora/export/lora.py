@@ -257,7 +257,7 @@ def _measure(
         model.train(was_training)
         for path, layer in layers.items():
             layer._active_adapter = active[path]
-    return output_error(ours, exported)
+    return output_error(ours, exported, model)
 
 
 @contextmanager

@@ -69,7 +69,7 @@ def export_merged(
     ours = output_of(whole, inputs)
     merged = merge_into_base(whole, name)
     theirs = output_of(merged, inputs)
-    measured: dict[str, Any] = {**output_error(ours, theirs), "inexact": reason}
+    measured: dict[str, Any] = {**output_error(ours, theirs, merged), "inexact": reason}
     far = theirs is not None and not measured["max_output_error"] <= TOLERANCE * max(1.0, measured["max_output"])
     if far and reason is None:
         measured["inexact"] = "a merged weight is used in a second place, such as a tied embedding"

@@ -11,7 +11,7 @@ from bayeslora.model_card import CARD_FILE, front_matter
 
 _FILES = {
     MODEL_FILE: "the model, with its tokenizer",
-    ADAPTER_FILE: "the adapter: a LoRA with A and B in float32",
+    ADAPTER_FILE: "the adapter: a LoRA",
     "config.json": "the configuration for Transformers; llama.cpp does not read it",
 }
 _RELATIONS = {"beside": "quantized", "merged": "merge", "only": "adapter"}

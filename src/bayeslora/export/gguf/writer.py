@@ -68,7 +68,8 @@ def export_gguf(
             `"merged"` for one file, the default otherwise; `"only"` for the file of the adapter alone, which fits any
             GGUF file of the base.
         unadapted: type of the weights that did not learn a width: `"int8"` (Q8_0, the default if widths were
-            learned), `"float16"` (the default otherwise) or `"float32"`. Vectors are always float32.
+            learned), `"float16"` (the default otherwise) or `"float32"`. A and B beside the base are float32 with
+            `"float32"`, and otherwise in half precision. Vectors are always float32.
         rows: batches of inputs to measure the error on.
         allow_error: True to write files although the mean divergence exceeds 0.01 nats.
 
@@ -154,19 +155,20 @@ def _write_model(file: Path, parts: Parts, tokenizer: PreTrainedTokenizerBase | 
 
 
 def _write_adapter(file: Path, parts: Parts) -> None:
-    """Write A and B of each layer as float32.
+    """Write A and B of each layer, in half precision unless the base's weights are float32.
 
     A reader multiplies their product by alpha over the rank of the layer's tensors, so B is divided by that.
     """
+    kind = Type.F32 if parts.plain == Type.F32 else Type.F16
     alpha = max((len(a) for a, _ in parts.updates.values()), default=1)
     writer = _writer(file, parts, gguf.GGUFType.ADAPTER)
     writer.add_string(gguf.Keys.Adapter.TYPE, "lora")
     writer.add_float32(gguf.Keys.Adapter.LORA_ALPHA, float(alpha))
     for path, (a, b) in parts.updates.items():
         name = parts.names.of(f"{path}.weight")
-        writer.add_tensor(f"{name}.lora_a", rounded(a, Type.F32))
-        writer.add_tensor(f"{name}.lora_b", rounded((b * (len(a) / alpha))[parts.names.order(name, len(b))], Type.F32))
-    writer.add_file_type(gguf.LlamaFileType.ALL_F32)
+        writer.add_tensor(f"{name}.lora_a", rounded(a, kind))
+        writer.add_tensor(f"{name}.lora_b", rounded((b * (len(a) / alpha))[parts.names.order(name, len(b))], kind))
+    writer.add_file_type(_FILE_TYPES[kind])
     _finish(writer)
 
 

@@ -1,0 +1,220 @@
+r"""`verify`: how far an export's answers are from its run's, on labelled rows.
+
+Of a regression, whose error is that of a Gaussian with variance one, the divergence of two values is
+$(a - b)^2 / 2$ nats.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, cast
+
+import numpy as np
+import torch
+from datasets import Dataset
+from torch import Tensor, nn
+
+from bayeslora.data import Task
+from bayeslora.errors import BayesLoraError
+from bayeslora.evaluation import evaluate
+from bayeslora.export.agreement import Agreement, compare
+from bayeslora.export.container import looks_packed
+from bayeslora.export.formats import output_of
+from bayeslora.export.integer.index import is_integer_model
+from bayeslora.export.record import EXACT, ExportRecord
+from bayeslora.methods.layer import evaluation_mode
+from bayeslora.runs.base import load_base, quiet_loading, ready
+from bayeslora.runs.info import RUN_FILE, RunInfo
+from bayeslora.runs.plain import ADAPTER_FILE, adapter_config
+from bayeslora.runs.plain import CONFIG_FILE as ADAPTER_CONFIG
+from bayeslora.runs.rows import encode_for
+from bayeslora.runs.run import Run, load
+
+_SMALLEST = 1e-12  # a probability that float32 logits may round to zero
+
+
+@dataclass(frozen=True)
+class Verified:
+    """The agreement of an export with its run.
+
+    Attributes:
+        format: of the export.
+        rows: number of rows that were compared.
+        answers: number of answers: the rows, or the tokens of a run that generates text.
+        changed: share of other answers; None for regression.
+        divergence: mean Kullback-Leibler divergence of the export from the run, in nats.
+        max_divergence: the largest of an answer.
+        metric: name of the score.
+        score_before: of the run.
+        score_after: of the export.
+        tolerance: largest divergence with which the export agrees.
+        max_changed: largest share of other answers with which it agrees; None for any.
+    """
+
+    format: str
+    rows: int
+    answers: int
+    changed: float | None
+    divergence: float
+    max_divergence: float
+    metric: str
+    score_before: float
+    score_after: float
+    tolerance: float
+    max_changed: float | None = None
+
+    @property
+    def agrees(self) -> bool:
+        """Whether divergence and changes are within the tolerance."""
+        few = self.max_changed is None or self.changed is None or self.changed <= self.max_changed
+        return few and self.divergence <= self.tolerance
+
+
+def verify(
+    folder: Path,
+    run: Run,
+    task: Task,
+    split: str,
+    *,
+    limit: int | None = None,
+    batch_size: int = 64,
+    max_divergence: float | None = None,
+    max_changed: float | None = None,
+) -> Verified:
+    """Compare an export with its run at the mean of the weights.
+
+    Args:
+        folder: the export.
+        run: that it was written from.
+        task: with the rows.
+        split: of the task.
+        limit: number of rows, the first ones; None (default) for all.
+        batch_size: rows at once, by default 64.
+        max_divergence: tolerance in nats; by default the one in the export's `export.json`, or 1e-4 without the file.
+        max_changed: share of changed answers to allow; None (default) for any.
+
+    Raises:
+        BayesLoraError: a folder that is no export, or one of another run.
+    """
+    for name, value in (("max_divergence", max_divergence), ("max_changed", max_changed)):
+        if value is not None and not value >= 0:
+            raise BayesLoraError(f"{name} is {value:g}, but must be at least 0: give a larger one")
+    form, model = load_export(folder, run)
+    record = ExportRecord.load(folder)
+    recorded = EXACT if record is None else record.tolerance
+    tolerance = recorded if max_divergence is None else max_divergence
+    rows = task.splits[split]
+    rows = rows.select(range(min(limit or len(rows), len(rows))))
+    encoded = encode_for(rows, task, run.tokenizer, run.info)
+    if run.kind == "generation":
+        found = _of_tokens(run, model, encoded)
+    else:
+        found = _of_answers(run, model, encoded, task, batch_size)
+    return Verified(format=form, rows=len(encoded), tolerance=tolerance, max_changed=max_changed, **found)
+
+
+@quiet_loading()
+def load_export(folder: Path, run: Run) -> tuple[str, nn.Module]:
+    """Return the format of an export and its model, in evaluation mode.
+
+    Raises:
+        BayesLoraError: a folder that is no export, or one that another run was written to.
+    """
+    form = format_of(folder)
+    device = next(run.model.parameters()).device
+    if form == "onnx":
+        from bayeslora.export.onnx.reader import OnnxClassifier
+
+        if run.info.head != "sequence":
+            raise BayesLoraError(
+                f"{folder} has an ONNX graph, but the run is no classifier of texts: give its own run"
+            )
+        return form, OnnxClassifier(folder).eval()
+    if form == "gguf":
+        from bayeslora.export.gguf.reader import MODEL_FILE, load_gguf
+
+        base = None if (folder / MODEL_FILE).is_file() else _base(run)
+        return form, ready(load_gguf(folder, base), device)
+    if (folder / RUN_FILE).is_file():
+        own = RunInfo.load(folder)
+        if (own.task, own.labels) != (run.info.task, run.info.labels):
+            raise BayesLoraError(
+                f"{folder} was exported from a run on {own.task}, but {run.folder} is one on {run.info.task}: "
+                "give the run of the export"
+            )
+    return form, load(folder, run.info.model, device, tokenizer=run.tokenizer).model
+
+
+def format_of(folder: Path) -> str:
+    """Return the format of the export in a folder.
+
+    Raises:
+        BayesLoraError: there is none.
+    """
+    if not folder.is_dir():
+        raise BayesLoraError(f"{folder} is not a folder, but must be an export: check the path")
+    if (folder / "model.onnx").is_file():
+        return "onnx"
+    if any((folder / name).is_file() for name in ("model.gguf", "adapter.gguf")):
+        return "gguf"
+    if is_integer_model(folder):
+        return "integer"
+    if (folder / ADAPTER_CONFIG).is_file():
+        if looks_packed(folder / ADAPTER_FILE):
+            return "packed"
+        if adapter_config(folder).get("peft_type") == "LORA":
+            return "lora"
+    elif (folder / "config.json").is_file():
+        return "merged"
+    raise BayesLoraError(f"{folder} is not an export, but must be one: give a folder that bayeslora export wrote")
+
+
+def _base(run: Run) -> Any:
+    """Return the base of the run without an adapter, with new heads at random."""
+    info = run.info
+    options: dict[str, Any] = {"labels": info.labels, "regression": info.kind == "regression", "dtype": info.dtype}
+    return load_base(info.model, run.tokenizer, head=info.head, **options).model
+
+
+def _of_answers(run: Run, model: nn.Module, encoded: Dataset, task: Task, size: int) -> dict[str, Any]:
+    """Return the agreement on rows with labels."""
+    before, after = (evaluate(each, encoded, task, run.tokenizer, size) for each in (run.model, model))
+    expected, found = before.predictions, after.predictions
+    if expected.ndim == 1:
+        divergences, changed = (expected - found) ** 2 / 2, None
+    else:
+        logs = [np.log(np.clip(each, _SMALLEST, None)) for each in (expected, found)]
+        divergences = np.clip((expected * (logs[0] - logs[1])).sum(1), 0, None)
+        changed = float((expected.argmax(1) != found.argmax(1)).mean())
+    return {
+        "answers": len(expected),
+        "changed": changed,
+        "divergence": float(divergences.mean()),
+        "max_divergence": float(divergences.max()),
+        "metric": task.metric,
+        "score_before": before.scores[task.metric],
+        "score_after": after.scores[task.metric],
+    }
+
+
+def _of_tokens(run: Run, model: nn.Module, encoded: Dataset) -> dict[str, Any]:
+    """Return the agreement on the next tokens of texts; the score is the negative log-likelihood of a token."""
+    device = next(run.model.parameters()).device
+
+    def outputs(each: nn.Module) -> Any:
+        return lambda row: cast(Tensor, output_of(each, {name: ids.to(device) for name, ids in row.items()}))
+
+    batches = ({"input_ids": torch.tensor([ids])} for ids in encoded["input_ids"])
+    with evaluation_mode(run.model):
+        agreement: Agreement = compare(outputs(run.model), outputs(model), batches)
+    found = agreement.summary()
+    return {
+        "answers": agreement.positions,
+        "changed": found["changed"],
+        "divergence": found["divergence"],
+        "max_divergence": found["max_divergence"],
+        "metric": "nll",
+        "score_before": found.get("loss_before", float("nan")),
+        "score_after": found.get("loss_after", float("nan")),
+    }
