@@ -23,7 +23,7 @@ def make_run(folder: Path, base: Path, pairs: bool = False) -> Path:
     file = write_jsonl(folder.parent / f"{folder.name}.jsonl", rows)
     tokenizer = load_tokenizer(str(base), str(base))
     torch.manual_seed(0)
-    loaded = load_base(str(base), tokenizer, labels=["bad", "good"], regression=False, dtype="float32")
+    loaded = load_base(str(base), tokenizer, labels=["bad", "good"], kind="classification", dtype="float32")
     config = bayeslora.MeLoraConfig(
         r=4, lora_alpha=16, target_modules=["query", "value"], task_type="SEQ_CLS", init_weights=False, initial_std=1.5
     )

@@ -127,6 +127,38 @@ def test_labelled_tokens_count_where_the_loss_is_a_mean_over_them() -> None:
     assert tuner.run_state().terms.sum() == 4 + len(X)
 
 
+class _Labelled(Tiny):
+    """Takes the labels of a row as Transformers' models do."""
+
+    def forward(self, x: Tensor, labels: Tensor | None = None) -> Tensor:
+        return super().forward(x)
+
+
+def test_several_labels_a_row_are_one_likelihood() -> None:
+    """The loss is a mean over 40 rows and their labels, and a row's log-likelihood the sum over its labels."""
+    bce, prior = torch.nn.functional.binary_cross_entropy_with_logits, 1e-5
+    adapter = MeLoraConfig(
+        core="full", variance="closed_form", r=RANK, num_examples=40 * 3, init_weights=False, prior_std=prior,
+        target_modules=["first", "second"],
+    )  # fmt: skip
+    model: Any = seeded(lambda: get_peft_model(_Labelled(), adapter)).train()
+    loop = bayeslora.BayesLoop(model, torch.optim.SGD(parameter_groups(model, lr=0.1)), total_steps=10)
+    layers = layers_of(model)
+    expected = [torch.zeros_like(layer.melora_M["default"]) for layer in layers]
+    labels = (torch.arange(len(X) * 3).view(len(X), 3) % 4 == 0).float()
+    for x, y in zip(X, labels, strict=True):
+        with bayeslora.posterior_mean(model):
+            loss = bce(model(x[None]).mean(1), y[None], reduction="sum")
+        gradients = torch.autograd.grad(loss, [layer.melora_M["default"] for layer in layers])
+        expected = [known + g.square() / len(X) for known, g in zip(expected, gradients, strict=True)]
+    loop.step_begin()
+    bce(model(X, labels=labels).mean(1), labels).backward()
+    loop.before_optimizer_step()
+    loop.step_end()
+    for layer, fisher in zip(layers, expected, strict=True):
+        _close(layer.melora_precision["default"], 0.05 * fisher * 40, rtol=1e-3)
+
+
 # Token scope, the only one whose draw is not a weight ----------------------------------------------------------
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import shutil
 import warnings
 from dataclasses import replace
@@ -54,6 +55,9 @@ _OF_CLASSES = (
 )
 """Options for runs that predict labels."""
 
+_OF_ONE_LABEL = tuple(name for name in _OF_CLASSES if name.startswith(("ood", "shift")))
+"""Options for runs with one label a row."""
+
 _OF_ANSWERS = ("temperature", "cluster_with", "similarity")
 """Options for tasks whose answers are written."""
 
@@ -82,7 +86,7 @@ def run(given: dict[str, Any]) -> int:
     def encode(rows: Dataset, of: Task) -> Dataset:
         return encode_for(rows, of, loaded.tokenizer, loaded.info)
 
-    def score(encoded: Dataset, of: Task) -> Evaluation:
+    def score(encoded: Dataset, of: Task) -> Any:
         return evaluate(predictor, encoded, of, loaded.tokenizer, size, samples, seed)
 
     rows, evaluation = task.splits[split], None
@@ -102,9 +106,9 @@ def run(given: dict[str, Any]) -> int:
         "metric": task.metric,
         **measured,
     }
-    if outside is not None and evaluation is not None:
+    if outside is not None and isinstance(evaluation, Evaluation):
         found |= foreign_scores(loaded, predictor, task, split, evaluation, outside, size, seed)
-    if ("shift" in given or domain is not None) and evaluation is not None:
+    if ("shift" in given or domain is not None) and isinstance(evaluation, Evaluation):
         suites = given.get("shift", [])
         more = conformal_scores(folder, loaded.model, samples, seed, uncalibrated)
         found["shift"] = scored_shift(evaluation, rows, task, encode, score, suites, columns, seed, domain, more)
@@ -125,6 +129,8 @@ def _check_kind(given: dict[str, Any], task: Task) -> None:
         refuse(given, _OF_CLASSES, "is given, but the run generates text: leave it out")
     if not is_answered(task):
         refuse(given, _OF_ANSWERS, f"is given, but only {' and '.join(TEXT_TASKS)} score answers: leave it out")
+    if task.kind == "multi_label":
+        refuse(given, _OF_ONE_LABEL, "is given, but the run has several labels a row: leave it out")
     check_text_metrics(task)
 
 
@@ -140,6 +146,8 @@ def _print(found: dict[str, Any]) -> None:
         print(f"  {name:<{width}}  {value:.4f}" + (f"  ({baseline[name]:.4f})" if name in baseline else ""))
     if baseline:
         print(f"  {IN_BRACKETS}")
+    if "label_scores" in found:
+        print("\n".join(label_lines(found["label_scores"])))
     if "ood" in found:
         print("\n".join(detection_lines(found["ood"])))
     if "shift" in found:
@@ -218,6 +226,17 @@ def _calibrated(calibration: Calibration, source: str) -> dict[str, Any]:
 def source_of(given: dict[str, Any], task: Task, split: str) -> str:
     """Return where the rows to score come from: the file, or the task and its split."""
     return str(given.get("eval_file", f"{task.name}, {split}"))
+
+
+def label_lines(found: dict[str, dict[str, float]]) -> list[str]:
+    """Return the lines of the `label_scores` block: a table of scores by label."""
+    names = list(dict.fromkeys(name for scores in found.values() for name in scores))
+    width = max(len(label) for label in found)
+    lines = [f"  {'':<{width}}  " + "  ".join(f"{name:>9}" for name in names)]
+    for label, scores in found.items():
+        cells = (f"{scores[name]:9.0f}" if name == "rows" else f"{scores.get(name, math.nan):9.4f}" for name in names)
+        lines.append(f"  {label:<{width}}  " + "  ".join(cells))
+    return lines
 
 
 def detection_lines(block: dict[str, Any]) -> list[str]:

@@ -26,8 +26,9 @@ def run(given: dict[str, Any]) -> int:
     folder, budget, score = Path(given["folder"]), given["budget"], given.get("score", "mutual_information")
     info = RunInfo.load(folder)
     source, target = check_files(given, info)
-    if info.kind == "regression":
-        raise BayesLoraError(f"{folder} predicts numbers, but select needs a classifier: use a run with labels")
+    if info.kind in ("regression", "multi_label"):
+        what = "predicts numbers" if info.kind == "regression" else "has several labels a row"
+        raise BayesLoraError(f"{folder} {what}, but select needs a classifier: use a run with one label a row")
     by_information = score == "mutual_information"
     samples, seed = given.get("samples", 10 if by_information else 0), given.get("seed", 0)
     if by_information and samples < 2:

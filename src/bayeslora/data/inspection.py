@@ -11,10 +11,19 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
+from bayeslora.data.label_sets import (
+    LabelSets,
+    has_label_sets,
+    label_columns,
+    learn_label_sets,
+    rarest,
+    rows_with_sets,
+)
 from bayeslora.data.labels import Kind, LabelMap, labelled, learn_labels
 from bayeslora.data.split import HoldOut
 from bayeslora.data.tables import Table, read_table
 from bayeslora.errors import BayesLoraError, Problems
+from bayeslora.files import first_columns
 from bayeslora.vocabulary import MESSAGES, text_form
 
 _LABELS = ("label", "labels", "class", "category", "target", "intent", "topic", "sentiment")
@@ -93,8 +102,8 @@ class Inspection:
         encoding, delimiter: as guessed; empty where the format has none.
         columns: in their order in the file.
         text_columns, label_column: as named or, if `guessed` has them, as guessed; None without a label column.
-        kind: `"classification"` or `"regression"`, None without labels; `"generation"` for conversations and
-            completions.
+        kind: `"classification"`, `"multi_label"` or `"regression"`, None without labels; `"generation"` for
+            conversations and completions.
         numbers: of a regression, `least`, `mean`, `most` and `deviation`.
         training: rows to train on.
         evaluation: rows to score, from the evaluation file or held out; None without either.
@@ -147,7 +156,8 @@ def inspect_file(
     problems = Problems()
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
-        named = [*(text_columns or ()), *([label_column] if label_column else [])]
+        labelling = label_columns(label_column, first_columns(file)) if label_column else ()
+        named = [*(text_columns or ()), *labelling]
         group = [held_out.group_column] if held_out and held_out.group_column else []
         table = read_table(file, [*named, *group], None)
         columns = {name: _column(name, values) for name, values in table.columns.items()}
@@ -168,7 +178,7 @@ def inspect_file(
         columns=list(columns.values()),
         text_columns=texts,
         label_column=label,
-        guessed=[name for name in (*texts, label) if name is not None and name not in named],
+        guessed=[name for name in (*texts, label) if name is not None and name not in (label_column, *named)],
         kind="generation" if answers else found.map.kind if found.map else None,
         numbers=_summary(found.values if found.map and found.map.kind == "regression" else []),
         training=training,
@@ -185,7 +195,7 @@ class _Rows:
 
     table: Table
     texts: list[tuple[str, ...]]
-    map: LabelMap | None
+    map: LabelMap | LabelSets | None
     values: list[Any]
     unlabelled: int
 
@@ -200,17 +210,30 @@ class _Rows:
                 table.strings(name)
         if label is None:
             return cls(table, _texts(table, texts), None, [], 0)
-        read = labelled(table, label, names or ())
-        learned = learn_labels(read, label, f"{label}_text", names, kind)
-        values = learned.apply(read, label)
-        return cls(read, _texts(read, texts), learned, values, len(table) - len(read))
+        own = label_columns(label, list(table.columns))
+        learned: LabelMap | LabelSets
+        if has_label_sets(table, own, kind):
+            read = rows_with_sets(table, own)
+            learned = learn_label_sets(read, own, names)
+        else:
+            read = labelled(table, label, names or ())
+            learned = learn_labels(read, label, f"{label}_text", names, kind)
+        return cls(read, _texts(read, texts), learned, _values(learned, read, label), len(table) - len(read))
 
     def part(self, rows: Sequence[int], **more: Any) -> Part:
         """Return the rows of one side."""
         names = self.map.names if self.map else []
-        counts = Counter(self.values[row] for row in rows) if names else Counter()
+        values = [self.values[row] for row in rows] if names else []
+        counts = Counter(number for value in values for number in (value if isinstance(value, tuple) else (value,)))
         empty = sum(not any(map(str.strip, self.texts[row])) for row in rows)
         return Part(len(rows), {name: counts[index] for index, name in enumerate(names)}, empty_texts=empty, **more)
+
+
+def _values(labels: LabelMap | LabelSets, table: Table, column: str) -> list[Any]:
+    """Return the class id or the number of each row, or the numbers of its labels where it has several."""
+    if isinstance(labels, LabelMap):
+        return labels.apply(table, column)
+    return [tuple(label for label, has in enumerate(row) if has) for row in labels.apply(table)]
 
 
 def _parts(
@@ -222,12 +245,19 @@ def _parts(
     evaluation = None
     if held_out is not None and found.values:
         classes = found.values if found.map and found.map.names else [0] * len(numbers)
+        if isinstance(found.map, LabelSets):
+            classes = rarest(found.map.apply(found.table))
         held = held_out.rows(found.table, classes, tuple(texts))
         evaluation = found.part(held, shared=_shared(found.texts, held, sorted({*numbers} - {*held})))
     elif eval_file is not None:
-        other = read_table(eval_file, [*texts, *([label] if label else [])])
-        read = labelled(other, label, found.map.names if found.map and found.map.named else ()) if label else other
-        values = found.map.apply(read, label) if found.map and label else []
+        several = isinstance(found.map, LabelSets)
+        own = found.map.columns if isinstance(found.map, LabelSets) else [label] if label else []
+        read = other = read_table(eval_file, [*texts, *own])
+        if label and several:
+            read = rows_with_sets(other, own)
+        elif label:
+            read = labelled(other, label, found.map.names if found.map and found.map.named else ())
+        values = _values(found.map, read, label) if found.map and label else []
         rows = _Rows(read, _texts(read, texts), found.map, values, len(other) - len(read))
         known = set(found.texts)
         evaluation = rows.part(

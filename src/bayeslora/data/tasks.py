@@ -24,11 +24,13 @@ from bayeslora.data.choices import (
     choice_columns,
 )
 from bayeslora.data.known import KNOWN, Known, known_tables
+from bayeslora.data.label_sets import has_label_sets, label_columns, learn_label_sets, rarest, rows_with_sets
 from bayeslora.data.labels import Kind, TaskKind, labelled, learn_labels
 from bayeslora.data.split import HoldOut
 from bayeslora.data.tables import Table, read_table
 from bayeslora.data.text_tasks import TEXT_TASKS, text_splits
 from bayeslora.errors import BayesLoraError
+from bayeslora.files import first_columns
 from bayeslora.vocabulary import COMPLETION, PROMPT, Scoring
 
 LABEL = "label"
@@ -39,15 +41,15 @@ Source = str | Path | Table | Sequence[Mapping[str, Any]]
 
 @dataclass(frozen=True)
 class Task:
-    """Classification or regression of single texts or pairs, multiple choice, or generation of text.
+    """Classification (with one label or several) or regression of texts or pairs, multiple choice, or generation.
 
     Attributes:
         name: name of the task in metrics.json.
-        kind: `"classification"`, `"regression"`, `"multiple_choice"` or `"generation"`.
+        kind: `"classification"`, `"multi_label"`, `"regression"`, `"multiple_choice"` or `"generation"`.
         text_columns: one column, or two for pairs; `question` and `choices` (a list of 2 to 5 strings) for multiple
             choice; `messages`, or `prompt` and `completion`, for generation.
-        label_column: label column in `splits`, with class ids (int) or numbers (float) for any name and type in the
-            files; empty for generation.
+        label_column: label column in `splits`, with class ids (int), numbers (float), or for each label 1 or 0 (a list
+            of floats), for any name and type in the files; empty for generation.
         labels: class names, index = class id; empty for regression and generation; the letters A, B, … of the choices
             for multiple choice, as many as the item with the most choices has.
         metric: the headline score.
@@ -170,17 +172,20 @@ def load_files(
         train_file: decides which labels exist.
         eval_file: becomes the split `validation`; None takes it from the training file, as `held_out` says.
         text_columns: one name, or two for pairs.
-        label_column: name of the label's column.
+        label_column: name of the label's column. A column of lists, or the names of several columns of 0 and 1
+            (`"joy,anger"`), gives each row several labels (`data.label_sets`).
         test_file: becomes the split `test`.
         labels: class names in the order of their ids, to fix that order or to allow classes that are missing from the
             training file.
-        kind: `"classification"` or `"regression"`; None lets the training labels decide.
+        kind: `"classification"`, `"multi_label"` or `"regression"`; None lets the training labels decide.
         held_out: which rows of the training file are `validation`: a share, or their numbers (from 0).
 
     Raises:
         BayesLoraError: a file cannot be used; the message has its name and line.
     """
-    columns = _checked_columns(text_columns, label_column)
+    own = label_columns(label_column, columns_of(train_file))
+    for name in own:
+        columns = _checked_columns(text_columns, name)
     if labels is not None and (len(labels) < 2 or len(set(labels)) != len(labels)):
         raise BayesLoraError(
             f"the labels are {list(labels)}, but must be at least 2 different names: list every class once"
@@ -193,12 +198,18 @@ def load_files(
     group_column = held_out.group_column if isinstance(held_out, HoldOut) else None
     tables = {
         split: read_table(
-            file, (*columns, label_column, *([group_column] if group_column and split == "train" else [])), optional
+            file, (*columns, *own, *([group_column] if group_column and split == "train" else [])), optional
         )
         for split, file in files.items()
         if file is not None
     }
     name = Path(train_file).stem if isinstance(train_file, (str, Path)) else "rows"
+    if has_label_sets(tables["train"], own, kind):
+        return _build_sets(name, tables, columns, own, labels, held_out)
+    if len(own) > 1:
+        raise BayesLoraError(
+            f"the label columns are {', '.join(own)}, but {kind} has one: name one column, or give kind multi_label"
+        )
     return _build(name, tables, columns, label_column, kind=kind, names=labels, held_out=held_out)
 
 
@@ -297,6 +308,41 @@ def _build(
         extra_metrics=tuple(extra),
         evaluation_rows=rows,
     )
+
+
+def _build_sets(
+    name: str, tables: dict[str, Table], text_columns: tuple[str, ...], label_columns: tuple[str, ...],
+    names: Sequence[str] | None, held_out: HoldOut | Sequence[int] | None,
+) -> Task:  # fmt: skip
+    """Return a task with several labels a row."""
+    read = {split: rows_with_sets(table, label_columns) for split, table in tables.items()}
+    labels = learn_label_sets(read["train"], label_columns, names)
+    for table in read.values():
+        _tell_empty_texts(table, text_columns)
+    rows: list[int] = []
+    if held_out is not None:
+        table = read["train"]
+        held, rows = _held_out(tables["train"], table, rarest(labels.apply(table)), text_columns, held_out)
+        parts = {"train": sorted({*range(len(table))} - {*held}), "validation": held}
+        read = {**read, **{split: table.select(chosen) for split, chosen in parts.items()}}
+    splits = {
+        split: Dataset.from_dict({**_texts(table, text_columns), LABEL: labels.apply(table)})
+        for split, table in read.items()
+    }
+    return Task(
+        name, "multi_label", text_columns, LABEL, labels.names, "f1_micro", splits,
+        extra_metrics=("f1_macro", "exact_match"), evaluation_rows=rows,
+    )  # fmt: skip
+
+
+def columns_of(source: Source) -> list[str]:
+    """Return the columns of the first row of a file, or of rows in memory."""
+    if isinstance(source, Table):
+        return list(source.columns)
+    if isinstance(source, (str, Path)):
+        return first_columns(source)
+    first = next(iter(source), None)
+    return list(first) if isinstance(first, Mapping) else []
 
 
 def _held_out(

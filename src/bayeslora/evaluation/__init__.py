@@ -5,6 +5,7 @@ from __future__ import annotations
 from bayeslora.evaluation.choice_trainer import ChoiceTrainer
 from bayeslora.evaluation.cloze import ClozeLogits, encode_cloze
 from bayeslora.evaluation.features import FeatureDetector, FeatureSpace
+from bayeslora.evaluation.multi_label import MultiLabelEvaluation, label_scores, multi_label_scores
 from bayeslora.evaluation.multiple_choice import (
     ChoicePrompt,
     LetterLogits,
@@ -36,6 +37,7 @@ __all__ = [
     "FeatureDetector",
     "FeatureSpace",
     "LetterLogits",
+    "MultiLabelEvaluation",
     "PairLogits",
     "TextEvaluation",
     "choice_scoring",
@@ -48,7 +50,9 @@ __all__ = [
     "encode_prompts",
     "evaluate",
     "evaluate_text",
+    "label_scores",
     "letter_ids",
+    "multi_label_scores",
     "predict_dataset",
     "shifted",
     "text_scores",

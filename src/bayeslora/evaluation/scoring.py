@@ -13,6 +13,7 @@ import numpy as np
 import torch
 from datasets import Dataset
 from numpy.typing import NDArray
+from scipy.special import expit
 
 from bayeslora.data.encode import collated
 from bayeslora.data.tasks import LABEL, Task
@@ -24,6 +25,12 @@ from bayeslora.evaluation.metrics import (
     regression_scores,
     reliability_bins,
     softmax,
+)
+from bayeslora.evaluation.multi_label import (
+    MultiLabelEvaluation,
+    baseline_of_labels,
+    label_scores,
+    multi_label_scores,
 )
 from bayeslora.evaluation.multiple_choice import (
     LetterLogits,
@@ -132,7 +139,7 @@ def evaluate(
     samples: int = 0,
     seed: int = 0,
     antithetic: bool = False,
-) -> Evaluation:
+) -> Evaluation | MultiLabelEvaluation:
     """Score a model on one encoded split with labels.
 
     Args:
@@ -147,7 +154,8 @@ def evaluate(
 
     Returns:
         The `Evaluation`. Its scores are for classification the task's metrics, `accuracy`, `nll`, `ece`,
-        `adaptive_ece`, `classwise_ece`, `brier` and `aurc`; for regression `pearson`, `spearman` and `mse`.
+        `adaptive_ece`, `classwise_ece`, `brier` and `aurc`; for regression `pearson`, `spearman` and `mse`; with
+        several labels a row it is a `MultiLabelEvaluation`.
 
     Raises:
         BayesLoraError: `dataset` lacks labels or rows, the model's kind or number of classes is not that of the task,
@@ -159,6 +167,8 @@ def evaluate(
             "predict_dataset to predict without scores"
         )
     labels = np.asarray(dataset[LABEL])
+    if task.kind not in ("multi_label", "multiple_choice"):
+        check_one_label(as_predictor(model).model)
     start = time.perf_counter()
     prediction = predict_dataset(model, dataset, tokenizer, batch_size, samples, seed, antithetic)
     seconds = time.perf_counter() - start
@@ -181,12 +191,10 @@ def predict_dataset(
     Prompts that begin alike (few-shot ones) share a batch, and a model without samples reads their beginning once.
 
     Raises:
-        BayesLoraError: `dataset` lacks rows, `batch_size` is below 1, the tokenizer cannot pad, the model gives
-            several labels a row, or samples are wanted but the model lacks a posterior.
+        BayesLoraError: `dataset` lacks rows, `batch_size` is below 1, the tokenizer cannot pad, or
+            samples are wanted but the model lacks a posterior.
     """
     batches, order, logits = _batched(dataset, tokenizer, batch_size, samples)
-    if logits is None:
-        check_one_label(as_predictor(model).model)
     prediction = predict(model, batches, samples, seed, per_sample=per_sample, antithetic=antithetic, logits=logits)
     back = torch.from_numpy(np.argsort(order, kind="stable"))
     fields = {name: value for name, value in vars(prediction).items() if value is not None}
@@ -263,6 +271,8 @@ def compute_metrics_for(task: Task) -> Callable[[Any], dict[str, float]]:
         logits = np.asarray(logits[0] if isinstance(logits, tuple) else logits, dtype=np.float64)
         if task.kind == "regression":
             return regression_scores(logits.reshape(-1), evaluated.label_ids)
+        if task.kind == "multi_label":
+            return multi_label_scores(expit(logits), evaluated.label_ids)
         return classification_scores(softmax(logits), evaluated.label_ids, task.metrics)
 
     return compute_metrics
@@ -275,7 +285,9 @@ def _check_rows(dataset: Dataset, batch_size: int) -> None:
         raise BayesLoraError("the split has 0 rows, but at least 1 is needed: check the data behind it")
 
 
-def _scored(task: Task, prediction: Prediction, labels: NDArray[Any], seconds: float, samples: int) -> Evaluation:
+def _scored(
+    task: Task, prediction: Prediction, labels: NDArray[Any], seconds: float, samples: int
+) -> Evaluation | MultiLabelEvaluation:
     outputs, expected = prediction.logits.shape[1], 1 if task.kind == "regression" else len(task.labels)
     if outputs != expected:
         raise BayesLoraError(
@@ -296,6 +308,13 @@ def _scored(task: Task, prediction: Prediction, labels: NDArray[Any], seconds: f
         "entropy": prediction.entropy.numpy(),
         "mutual_information": prediction.mutual_information.numpy(),
         "samples": samples,
+    }
+    if task.kind == "multi_label":
+        p = predicted.numpy()
+        by_label = label_scores(p, labels, task.labels)
+        found["baseline"] = baseline_of_labels(labels)
+        return MultiLabelEvaluation(multi_label_scores(p, labels), p, label_scores=by_label, **found)
+    found |= {
         "baseline": baseline_scores(labels, 0 if task.kind == "regression" else len(task.labels), task.metrics),
     }
     if task.kind == "regression":

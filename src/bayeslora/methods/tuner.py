@@ -353,9 +353,11 @@ def batch_rows(args: Sequence[Any], kwargs: dict[str, Any]) -> int:
 
 
 def loss_terms(labels: Any, rows: int) -> Tensor:
-    """Return how many terms of the mean loss each row has (rows,): one, or its labelled tokens."""
-    if not isinstance(labels, Tensor) or labels.ndim < 2 or labels.is_floating_point():
+    """Return how many terms of the mean loss each row has (rows,): one, its numbers or labels, or labelled tokens."""
+    if not isinstance(labels, Tensor) or labels.ndim < 2:
         return torch.ones(rows)
+    if labels.is_floating_point():
+        return torch.full((rows,), labels.numel() / rows)
     terms = (labels != -100).flatten(1).sum(1).float().cpu()
     return terms if len(terms) == rows else terms.sum().expand(rows) / rows
 

@@ -9,7 +9,7 @@ from markupsafe import Markup, escape
 
 _SCORE_NAMES = {
     "nll": "NLL (nats)", "ece": "ECE", "adaptive_ece": "adaptive ECE", "classwise_ece": "class-wise ECE",
-    "brier": "Brier score", "f1": "F1",
+    "brier": "Brier score", "f1": "F1", "f1_micro": "micro F1", "f1_macro": "macro F1",
     "matthews_correlation": "Matthews correlation", "pearson": "Pearson correlation",
     "spearman": "Spearman correlation", "auroc": "AUROC", "aurc": "AURC", "mse": "MSE",
     "bleu": "BLEU", "rouge_l": "ROUGE-L",

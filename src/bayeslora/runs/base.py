@@ -29,7 +29,8 @@ from bayeslora.cost.structure import is_decoder
 from bayeslora.data.packaged import ENCODER_PACKAGE, as_dense, gguf_options
 from bayeslora.errors import BayesLoraError, one_line
 from bayeslora.evaluation.items import DEFAULT_PROMPT_LENGTH
-from bayeslora.runs.info import Head
+from bayeslora.prediction.predictor import MULTI_LABEL
+from bayeslora.runs.info import Head, RunKind
 from bayeslora.vocabulary import Scoring
 
 TOKENIZER_FILES = (
@@ -217,11 +218,11 @@ def load_base(
     tokenizer: PreTrainedTokenizerBase,
     *,
     labels: list[str],
-    regression: bool,
+    kind: RunKind,
     dtype: str,
     head: Head = "sequence",
 ) -> BaseModel:
-    """Load the base model with `head`; `labels` and `regression` configure a sequence classifier.
+    """Load the base model with `head`; `labels` and `kind` configure a sequence classifier.
 
     Weights missing from the checkpoint are drawn from the global random state; `fresh` names their modules, so that
     the caller can train and save them.
@@ -235,7 +236,7 @@ def load_base(
             dtype=getattr(torch, dtype),
             ignore_mismatched_sizes=True,
             output_loading_info=True,
-            **(_classes(labels, regression) if head == "sequence" else {}),
+            **(_classes(labels, kind) if head == "sequence" else {}),
         )
     if resolved.endswith(_GGUF):
         as_dense(model)
@@ -258,12 +259,13 @@ def load_base(
     return BaseModel(model, fresh, _fingerprint(model, fresh), _TASK_TYPES[head])
 
 
-def _classes(labels: list[str], regression: bool) -> dict[str, Any]:
-    if regression:
+def _classes(labels: list[str], kind: RunKind) -> dict[str, Any]:
+    if kind == "regression":
         return {"num_labels": 1, "problem_type": "regression"}
     ids = {name: index for index, name in enumerate(labels)}
     names = {"id2label": dict(enumerate(labels)), "label2id": ids}
-    return {"num_labels": len(labels), "problem_type": "single_label_classification", **names}
+    problem = MULTI_LABEL if kind == "multi_label" else "single_label_classification"
+    return {"num_labels": len(labels), "problem_type": problem, **names}
 
 
 def longest_input(

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from datasets import Dataset
 
     from bayeslora.data import Task
-    from bayeslora.evaluation import Evaluation
+    from bayeslora.evaluation import Evaluation, MultiLabelEvaluation
 
 EXAMPLES_FILE = "examples.json"
 ROWS = 5
@@ -65,7 +65,9 @@ class Examples:
         save_json(folder / EXAMPLES_FILE, to_json(self))
 
 
-def choose_examples(evaluation: Evaluation, rows: Dataset, task: Task, count: int = ROWS) -> Examples:
+def choose_examples(
+    evaluation: Evaluation | MultiLabelEvaluation, rows: Dataset, task: Task, count: int = ROWS
+) -> Examples:
     """Return up to `count` rows of each kind.
 
     Args:
@@ -76,6 +78,8 @@ def choose_examples(evaluation: Evaluation, rows: Dataset, task: Task, count: in
     """
     from numpy import abs, arange, argsort, where
 
+    if task.kind == "multi_label":
+        return _of_label_sets(evaluation, rows, task, count)
     predictions, labels = evaluation.predictions, evaluation.labels
     if task.kind == "regression":
         order = argsort(-abs(predictions - labels), kind="stable")
@@ -94,6 +98,27 @@ def choose_examples(evaluation: Evaluation, rows: Dataset, task: Task, count: in
 
     unsure = argsort(confidence, kind="stable")[:count]
     wrong = where(predicted != labels)[0]
+    wrongest = wrong[argsort(of_label[wrong], kind="stable")][:count]
+    return Examples(*([example(int(i)) for i in chosen] for chosen in (unsure, wrongest)))
+
+
+def _of_label_sets(evaluation: Any, rows: Dataset, task: Task, count: int) -> Examples:
+    """Return `choose_examples` of rows with several labels, which are as certain as the least certain label."""
+    from numpy import argsort, maximum, where
+
+    p, labels = evaluation.predictions, evaluation.labels
+    confidence, of_label = maximum(p, 1 - p).min(axis=1), where(labels == 1, p, 1 - p).min(axis=1)
+
+    def names(row: Any) -> str:
+        return ", ".join(name for name, has in zip(task.labels, row, strict=True) if has) or "none"
+
+    def example(i: int) -> Example:
+        information = float(evaluation.mutual_information[i].max()) if evaluation.samples else None
+        said = (names(labels[i]), names(p[i] > 0.5))
+        return Example(i + 1, _texts(rows[i], task), *said, float(confidence[i]), float(of_label[i]), information)
+
+    unsure = argsort(confidence, kind="stable")[:count]
+    wrong = where(of_label < 0.5)[0]
     wrongest = wrong[argsort(of_label[wrong], kind="stable")][:count]
     return Examples(*([example(int(i)) for i in chosen] for chosen in (unsure, wrongest)))
 

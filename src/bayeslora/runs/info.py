@@ -20,7 +20,7 @@ RUN_FILE = "run.json"
 Head = Literal["sequence", "choices", "letters", "cloze", "text"]
 """Source of the class logits: a classifier (or regressor) of a text or pair, a scorer of questions with a choice, or a
 language model's head, at the letters of the choices or at the tokens of their text; `text` answers in its words."""
-RunKind = Literal["classification", "regression", "multiple_choice", "generation"]
+RunKind = Literal["classification", "multi_label", "regression", "multiple_choice", "generation"]
 
 
 @dataclass
@@ -35,7 +35,7 @@ class RunInfo:
         metric: the task's headline score.
         text_columns: one name, or two for pairs; `messages`, or `prompt` and `completion`, of generation; empty if
             unknown (an adapter without `run.json`).
-        label_column: name of the label column in the user's files.
+        label_column: name of the label column in the user's files, or of several (`a,b`).
         labels: class names by id; empty for regression and generation.
         max_length: maximum input length in tokens.
         dtype: of the base model.

@@ -63,10 +63,12 @@ class RunOptions:
     split_seed: int | None = declared(None, "N", "seed of --eval-fraction (0)", least=0)
     test_file: str | None = declared(None, "FILE", "further rows to score")
     text_column: list[str] | None = declared(None, "A[,B]", "text column, or two columns a,b for sentence pairs")
-    label_column: str | None = declared(None, "NAME", "label column (label)")
+    label_column: str | None = declared(
+        None, "NAME", "label column (label); of several labels a row a column of lists, or columns of 0 and 1 a,b,c"
+    )
     labels: list[str] | None = declared(None, "A,B,…", "class names in order of their ids (those in the data, sorted)")
-    kind: Literal["classification", "regression"] | None = declared(
-        None, "NAME", "classification or regression (regression if labels are numbers with a fraction)"
+    kind: Literal["classification", "regression", "multi_label"] | None = declared(
+        None, "NAME", "classification, regression or multi_label (what the labels are: fractions, lists)"
     )
     output_dir: str | None = declared(None, "OUT", "new folder for the result", required=True)
     config: str | None = declared(None, "FILE", "YAML file of options; the command line takes precedence")

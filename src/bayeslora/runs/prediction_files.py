@@ -21,9 +21,9 @@ def write_predictions(path: Path, table: Table, predictions: Predictions) -> lis
     """Write a row for each prediction: the columns of the table, then those of the prediction.
 
     A path that ends in `.csv` or `.tsv` becomes a file with a header, in which each probability has a column
-    `probability_<label>`, an interval the columns `lower` and `upper`, and a set is a JSON list. It has the delimiter
-    of the table if that is CSV, and a byte-order mark, which Excel needs, unless the table is plain UTF-8. Other paths
-    become JSON Lines, with `probabilities` as an object by label.
+    `probability_<label>`, an interval the columns `lower` and `upper`, and a set is a JSON list, as are several labels
+    of a row. It has the delimiter of the table if that is CSV, and a byte-order mark, which Excel needs, unless the
+    table is plain UTF-8. Other paths become JSON Lines, with `probabilities` as an object by label.
 
     Args:
         path: file to write, completely or not at all.
@@ -55,8 +55,9 @@ def _flat(row: dict[str, Any]) -> dict[str, Any]:
     """Return a prediction with a value for each column of a CSV file; those that are None have no column."""
     flat: dict[str, Any] = {}
     for name, value in row.items():
-        if name == "probabilities":
-            flat |= {f"probability_{label}": p for label, p in (value or {}).items()}
+        if name == "probabilities" or isinstance(value, dict):
+            prefix = "probability" if name == "probabilities" else name
+            flat |= {f"{prefix}_{label}": p for label, p in (value or {}).items()}
         elif name == "interval":
             flat |= {"lower": value[0], "upper": value[1]}
         elif value is not None:

@@ -16,22 +16,23 @@ class PredictedRow:
     """The prediction for one row.
 
     Attributes:
-        label: name of the most probable class; the value for regression.
+        label: name of the most probable class; the value for regression; of a run with several labels a row the list
+            of those whose probability is above one half.
         probabilities: of each class, in the order of the run's `labels`; None for regression.
-        entropy: of `probabilities` in nats; None for regression.
-        expected_entropy: aleatoric part of the entropy, in nats; None for regression.
-        mutual_information: epistemic part of the entropy, in nats; None for regression.
+        entropy: of `probabilities` in nats; None for regression; with several labels a row a list, of each label.
+        expected_entropy: aleatoric part of the entropy, likewise.
+        mutual_information: epistemic part of the entropy, likewise.
         std: standard deviation over the samples, for regression; None for classes.
         set: names of the labels in the conformal set, with a coverage; None otherwise.
         interval: lower and upper bound for regression, with a coverage; a missing bound is None.
         ask_a_human: whether a person should decide, with a risk; None otherwise.
     """
 
-    label: str | float
+    label: str | float | list[str]
     probabilities: list[float] | None = None
-    entropy: float | None = None
-    expected_entropy: float | None = None
-    mutual_information: float | None = None
+    entropy: float | list[float] | None = None
+    expected_entropy: float | list[float] | None = None
+    mutual_information: float | list[float] | None = None
     std: float | None = None
     set: list[str] | None = None
     interval: list[float | None] | None = None
@@ -39,8 +40,15 @@ class PredictedRow:
 
     @property
     def confidence(self) -> float | None:
-        """Probability of the label; None for regression."""
-        return None if self.probabilities is None else max(self.probabilities)
+        """Probability of the label; None for regression. With several labels a row that of the least certain one.
+
+        A label is then as certain as its yes or no is probable.
+        """
+        if self.probabilities is None:
+            return None
+        if isinstance(self.label, list):
+            return min(max(p, 1 - p) for p in self.probabilities)
+        return max(self.probabilities)
 
     def to_dict(self) -> dict[str, Any]:
         """Return the fields by name; those from `std` on only where they have a value."""
@@ -73,7 +81,8 @@ class Predictions(Sequence[PredictedRow]):
 
     Attributes:
         prediction: the underlying tensors, for calibration, conformal sets and metrics.
-        labels: (n) names of the most probable classes; values for regression.
+        labels: (n) names of the most probable classes; values for regression; lists of names with several labels a
+            row.
         decisions: conformal sets and rows that a person should decide, as far as they were asked for.
     """
 
@@ -82,7 +91,13 @@ class Predictions(Sequence[PredictedRow]):
         self._names = list(names)
         self._regression = prediction.probabilities.shape[1] == 0
         found = prediction.labels.tolist()
-        self.labels: list[str] | list[float] = found if self._regression else [names[index] for index in found]
+        self.labels: list[str] | list[float] | list[list[str]]
+        if self._regression:
+            self.labels = found
+        elif prediction.labels.ndim == 2:
+            self.labels = [[name for name, has in zip(names, row, strict=True) if has] for row in found]
+        else:
+            self.labels = [names[index] for index in found]
 
     @property
     def probabilities(self) -> Tensor:
@@ -91,7 +106,7 @@ class Predictions(Sequence[PredictedRow]):
 
     @property
     def entropy(self) -> Tensor:
-        """(n,) in nats; 0 for regression."""
+        """(n,) in nats; 0 for regression; (n, C) with several labels a row, as in the next two."""
         return self.prediction.entropy
 
     @property
@@ -116,17 +131,23 @@ class Predictions(Sequence[PredictedRow]):
         return PredictedRow(
             label,
             prediction.probabilities[row].tolist(),
-            float(prediction.entropy[row]),
-            float(prediction.expected_entropy[row]),
-            float(prediction.mutual_information[row]),
+            prediction.entropy[row].tolist(),
+            prediction.expected_entropy[row].tolist(),
+            prediction.mutual_information[row].tolist(),
             **decided,
         )
 
     def records(self) -> Iterator[dict[str, Any]]:
-        """Yield what `bayeslora predict` writes for each row: `to_dict`, the confidence, probabilities by label."""
+        """Yield what `bayeslora predict` writes for each row: `to_dict`, the confidence, probabilities by label.
+
+        With several labels a row entropies are by label, too.
+        """
+        several = self.prediction.labels.ndim == 2
+        by_label = ("probabilities", *(("entropy", "expected_entropy", "mutual_information") if several else ()))
         for row in self:
-            named = None if row.probabilities is None else dict(zip(self._names, row.probabilities, strict=True))
-            yield {"label": row.label, "confidence": row.confidence, **row.to_dict(), "probabilities": named}
+            found = {"label": row.label, "confidence": row.confidence, **row.to_dict()}
+            named = {name: found[name] and dict(zip(self._names, found[name], strict=True)) for name in by_label}
+            yield {**found, **named}
 
     def __iter__(self) -> Iterator[PredictedRow]:
         return (self[row] for row in range(len(self)))

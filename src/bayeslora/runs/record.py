@@ -12,6 +12,7 @@ takes its default, a number that was not finite is null, and unknown keys are ig
 | `split`, `rows` | the split that was scored, by default `validation`; its number of rows |
 | `scoring`, `normalization` | how a language model answers: `letters` or `cloze`; the unit of cloze's divisor |
 | `baseline` | scores of the best constant prediction: the shares of the classes in these rows, or the mean number |
+| `label_scores` | with several labels a row: by label `precision`, `recall`, `f1`, `nll`, `auroc`, and its `rows` |
 | `scores_test` | scores of the test split, if there is one |
 | `reliability.bins` | `lower`, `upper`, `count`, mean `confidence` and `accuracy` by bin of confidence |
 | `risk_coverage` | `coverage`, the shares of examples answered, and `risk`, the error rate among each |
@@ -359,6 +360,7 @@ class RunRecord:
     split: str | None = None
     rows: Count | None = None
     baseline: dict[str, float] = field(default_factory=dict)
+    label_scores: dict[str, dict[str, float]] = field(default_factory=dict)
     scores_test: dict[str, float] = field(default_factory=dict)
     reliability: Reliability = field(default_factory=Reliability)
     risk_coverage: RiskCoverage = field(default_factory=RiskCoverage)

@@ -193,8 +193,7 @@ def labelled_rows(
     columns = _checked_columns(text_columns, info)
     # `load_files` needs training data too; with the class names given, it learns nothing from them.
     label = label_column or info.label_column
-    kind: Kind = "regression" if info.kind == "regression" else "classification"
-    return load_files(file, file, columns, label, labels=info.labels or None, kind=kind)
+    return load_files(file, file, columns, label, labels=info.labels or None, kind=_kind(info))
 
 
 def evaluation_task(info: RunInfo, text_columns: list[str] | None = None, label_column: str | None = None) -> Task:
@@ -225,9 +224,13 @@ def _split_file(info: RunInfo, text_columns: list[str] | None = None, label_colu
         _checked_columns(text_columns, info),
         label_column or info.label_column,
         labels=info.labels or None,
-        kind="regression" if info.kind == "regression" else "classification",
+        kind=_kind(info),
         held_out=info.evaluation_rows,
     )
+
+
+def _kind(info: RunInfo) -> Kind:
+    return info.kind if info.kind in ("regression", "multi_label") else "classification"
 
 
 def check_not_training(info: RunInfo, source: str, split: str) -> None:

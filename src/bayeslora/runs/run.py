@@ -26,7 +26,7 @@ from bayeslora.files import parse_yaml
 from bayeslora.methods import tuner_of
 from bayeslora.methods.registry import find_method
 from bayeslora.posterior import POSTERIOR_FILE, WeightPosterior, load_posterior
-from bayeslora.prediction import Predictable, Prediction, check_samples
+from bayeslora.prediction import Predictable, Prediction, check_one_label, check_samples
 from bayeslora.runs.answer_risk import AnswerCalibration, calibrated_answers
 from bayeslora.runs.answers import Answer, Sampling, answer_rows, check_generates, read_prompts
 from bayeslora.runs.base import (
@@ -92,7 +92,7 @@ class Run:
 
     @property
     def kind(self) -> RunKind:
-        """`classification`, `regression`, `multiple_choice`, or `generation` for a language model without labels."""
+        """`classification`, `multi_label` (several labels a row), `regression`, `multiple_choice` or `generation`."""
         return self.info.kind
 
     @property
@@ -281,6 +281,8 @@ class Run:
             calibration.check_model(self.folder, self.model)
         predictor = self.predictor if calibration is None else calibration.around(self.predictor)
         check_samples(predictor, samples)
+        if self.kind not in ("multi_label", "multiple_choice"):
+            check_one_label(self.model)
         prediction: Prediction = predict_dataset(predictor, data, self.tokenizer, batch_size, samples, seed)
         decided = None if calibration is None else calibration.decide(prediction, **asked)
         return Predictions(prediction, self.labels, decided)
@@ -340,6 +342,8 @@ class Run:
     ) -> Calibration:
         """Calibrate like `calibrate` on a split of a task; `options` are those of `decisions.calibrated`."""
         check_not_training(self.info, options["source"], split)
+        if self.kind == "multi_label":
+            raise BayesLoraError("the run has several labels a row, but calibrate needs one: use a run with one label")
         if scaling is not None and self.kind == "regression":
             raise BayesLoraError(f"scaling is {scaling}, but the run predicts numbers: leave it out")
         check_samples(self.predictor, samples)
@@ -464,7 +468,7 @@ def _adapted(folder: Path, info: RunInfo, tokenizer: PreTrainedTokenizerBase, na
             name,
             tokenizer,
             labels=info.labels,
-            regression=info.kind == "regression",
+            kind=info.kind,
             dtype=info.dtype,
             head=info.head,
         )

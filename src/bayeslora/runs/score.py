@@ -26,6 +26,7 @@ from bayeslora.errors import BayesLoraError
 from bayeslora.evaluation import (
     Evaluation,
     FeatureSpace,
+    MultiLabelEvaluation,
     dataset_features,
     evaluate,
     evaluate_text,
@@ -106,7 +107,7 @@ def rows_to_score(data: dict[str, Any]) -> int:
     return sum(len(data[name]) for name in (EVALUATION, MISMATCHED, TEST) if name in data)
 
 
-def scored(evaluation: Evaluation) -> dict[str, Any]:
+def scored(evaluation: Evaluation | MultiLabelEvaluation) -> dict[str, Any]:
     """Return the part of `metrics.json` about the predictions on a split."""
     return {
         "scores": evaluation.scores,
@@ -114,7 +115,9 @@ def scored(evaluation: Evaluation) -> dict[str, Any]:
         "reliability": {"bins": evaluation.reliability},
         "risk_coverage": evaluation.risk_coverage,
         "uncertainty": evaluation.histograms(),
-        **({"baseline": evaluation.baseline, **evaluation.findings} if isinstance(evaluation, Evaluation) else {}),
+        "baseline": evaluation.baseline,
+        **({"label_scores": evaluation.label_scores} if isinstance(evaluation, MultiLabelEvaluation) else {}),
+        **(evaluation.findings if isinstance(evaluation, Evaluation) else {}),
     }
 
 

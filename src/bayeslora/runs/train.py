@@ -201,7 +201,7 @@ def prepare(plan: TrainPlan, partial: Path) -> Session:
         options.model,
         tokenizer,
         labels=task.labels,
-        regression=task.kind == "regression",
+        kind=task.kind,
         dtype=options.dtype,
         head=head,
     )
@@ -323,12 +323,14 @@ def _build_trainer(session: Session, callbacks: list[TrainerCallback]) -> Traine
 
 
 def _terms(session: Session) -> int:
-    """Return N, the terms that the loss is a mean of: labelled tokens for text, otherwise examples.
+    """Return N, the terms that the loss is a mean of: labelled tokens for text, labels of rows that have several.
 
-    A language model on multiple choice has one term an example, too.
+    Otherwise it is a mean over examples, also of a language model on multiple choice.
     """
-    data = session.data[TRAIN]
-    return labelled_tokens(data) if session.task.kind == "generation" else len(data)
+    data, task = session.data[TRAIN], session.task
+    if task.kind == "generation":
+        return labelled_tokens(data)
+    return len(data) * len(task.labels) if task.kind == "multi_label" else len(data)
 
 
 @contextmanager

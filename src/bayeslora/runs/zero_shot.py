@@ -59,6 +59,6 @@ def untrained_info(model: str, task: str, few_shot: int = 0) -> RunInfo:
 def load_untrained(info: RunInfo) -> Run:
     """Load the base model of `untrained_info` as a run."""
     tokenizer = load_tokenizer(resolve_model(info.model), info.model)
-    base = load_base(info.model, tokenizer, labels=[], regression=False, dtype=info.dtype, head=info.head)
+    base = load_base(info.model, tokenizer, labels=[], kind=info.kind, dtype=info.dtype, head=info.head)
     info.max_length = longest_input(base.model, tokenizer, None, info.head)
     return Run(Path(info.model), ready(base.model), tokenizer, info)
