@@ -37,6 +37,7 @@ def run(tickets: Path, setting: Setting, tmp_path_factory: pytest.TempPathFactor
     out = tmp_path_factory.mktemp("runs") / "out"
     files = ["--train-file", str(tickets), "--text-column", "Text", "--label-column", "Art"]
     options = ["--eval-fraction", "0.25", "--group-column", "Kunde", "--max-steps", "3", "--output-dir", str(out)]
+    options += ["--class-weights", "balanced"]
     assert main(["train", "--method", "lora", "--model", str(setting.model), *files, *options]) == 0
     return out
 
@@ -61,6 +62,24 @@ def test_the_run_has_the_split_and_uses_it_again(run: Path, tickets: Path, capsy
     notes = [str(warning.message) for warning in told]
     for part in ("windows-1252 and with semicolons", "3 of 64 rows without a label", "blanks", "empty text"):
         assert sum(part in note for note in notes) == 1, part
+
+
+def test_class_weights_are_recorded_and_give_both_classes_the_same_total(run: Path, tickets: Path) -> None:
+    held = set(json.loads((run / "run.json").read_text())["evaluation_rows"])
+    labels = [line.split(";")[2] for line in tickets.read_text("cp1252").splitlines()[1:61]]
+    trained = [label for row, label in enumerate(labels) if row not in held] + ["gut"]  # and the row without a text
+    trained = trained if 62 not in held else trained[:-1]
+    weights = json.loads((run / "metrics.json").read_text())["class_weights"]
+    assert weights == pytest.approx({name: len(trained) / 2 / trained.count(name) for name in ("gut", "schlecht")})
+    assert yaml.safe_load((run / "config.yaml").read_text())["class_weights"] == ["balanced"]
+
+
+def test_class_weights_need_classes(tmp_path: Path, setting: Setting, capsys: pytest.CaptureFixture[str]) -> None:
+    file = write_jsonl(tmp_path / "n.jsonl", [{"text": f"film {i}", "label": i + 0.5} for i in range(8)])
+    files = ["--train-file", str(file), "--eval-file", str(file), "--text-column", "text"]
+    given = ["train", "--method", "lora", "--model", str(setting.model), *files, "--class-weights", "balanced"]
+    assert main([*given, "--output-dir", str(tmp_path / "out")]) == 2
+    assert "--class-weights is given, but the task is regression" in capsys.readouterr().err
 
 
 def test_scores_stand_beside_the_baseline(run: Path, capsys: pytest.CaptureFixture[str]) -> None:

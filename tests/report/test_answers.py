@@ -10,6 +10,7 @@ import pytest
 
 from bayeslora.errors import BayesLoraError
 from bayeslora.report import write_answers
+from bayeslora.report.play import answer_html
 from bayeslora.runs.answers import Answer
 from bayeslora.runs.clusters import Cluster
 from tests.report.test_page import read_page
@@ -57,6 +58,17 @@ def test_tokens_are_shaded_in_proportion_to_their_uncertainty(tmp_path: Path) ->
         "mine",
     ):
         assert shown in text
+
+
+def test_a_piece_of_html_shades_one_answer_by_its_draws_or_without_them_by_entropy() -> None:
+    shades = r'--shade:([\d.]+)" title="[^"]*">([^<]*)<'
+    with_draws = answer_html(answer(prompt=HOSTILE, tokens=["the", HOSTILE, "</s>"]))
+    assert "script" not in re.sub("&lt;script&gt;|&lt;/script&gt;", "", with_draws)
+    assert [float(each) for each, _ in re.findall(shades, with_draws)] == pytest.approx([0, 1, 0.526], abs=1e-3)
+    assert "1 of 2: a dog" in with_draws and "Semantic entropy 0.693" in with_draws
+    alone = answer_html(answer(draw_log_probabilities=[], draws=[], clusters=[], semantic_entropy=None))
+    assert [float(each) for each, _ in re.findall(shades, alone)] == pytest.approx([1, 0.526, 0], abs=1e-3)
+    assert re.findall(shades, alone)[-1][1] == "⏎" and "draws" not in alone
 
 
 def test_a_piece_of_a_character_adds_to_the_one_that_has_it(tmp_path: Path) -> None:

@@ -109,7 +109,7 @@ def _with_files(given: dict[str, Any]) -> Iterator[str]:
     for name in _among(given, "train_split", "data_dir"):
         yield f"{option(name)} is given, but needs --task: add that or leave this out"
     if _generates(given):
-        for name in _among(given, "text_column", "label_column", "labels", "kind"):
+        for name in _among(given, "text_column", "label_column", "labels", "kind", "class_weights"):
             yield f"{option(name)} is given, but {given['train_file']} has answers and no labels: leave it out"
         for name in _among(given, "eval_fraction", "group_column", "split_seed"):
             yield f"{option(name)} is given, but a tenth of the answers is scored: leave it out, or give --eval-file"
@@ -358,6 +358,17 @@ COMMANDS = {
         _RUN,
         epilog="--risk needs `bayeslora calibrate OUT`, whose samples, seed and other settings are then used.",
         contradictions=_contradictions_of_generate,
+    ),
+    "app": Command(
+        "open a page on this machine: type a text, see label, confidence, draws, or an answer with shaded tokens",
+        (
+            _BASE,
+            _number("samples", "N", "draws of the weights (the calibration's, or 10 with a posterior)", least=0),
+            Option("risk", "P", "ask a person at this error rate, after `bayeslora calibrate OUT` (0.05)", float),
+            Option("host", "NAME", "address to listen on (127.0.0.1, this machine alone)"),
+            _number("port", "N", "port to listen on (7860)", least=1),
+        ),
+        _RUN,
     ),
     "calibrate": Command(
         "prepare --coverage and --risk of `predict`, or --risk of `generate`, on rows that the run has not seen",

@@ -70,6 +70,11 @@ def write_answers(path: str | Path, answers: Sequence[Answer], title: str = "Ans
     return target
 
 
+def shade(answer: Answer) -> list[ShadedToken]:
+    """Return the tokens of one answer, shaded by its own largest measures."""
+    return _shaded(answer, _top(answer.entropy), _top(answer.mutual_information))
+
+
 def _top(values: Sequence[float]) -> float:
     """Return the value of the darkest shade; 1 if all are 0."""
     if len(values) < 2:

@@ -70,6 +70,9 @@ class RunOptions:
     kind: Literal["classification", "regression", "multi_label"] | None = declared(
         None, "NAME", "classification, regression or multi_label (what the labels are: fractions, lists)"
     )
+    class_weights: list[str] | None = declared(
+        None, "WEIGHTS", "weigh rows by class: balanced, or NAME=W,… (all alike); only ratios matter"
+    )
     output_dir: str | None = declared(None, "OUT", "new folder for the result", required=True)
     config: str | None = declared(None, "FILE", "YAML file of options; the command line takes precedence")
     max_length: int | None = declared(

@@ -34,6 +34,7 @@ takes its default, a number that was not finite is null, and unknown keys are ig
 | | `median` and `high`, the 5th, 50th and 95th percentile |
 | `layers.gates` | of B-LoRA by evidence: `kind` of tensor or `rank`, `gate` (its bits, or the component's index), |
 | | `is_open`, `delta` (nats), `saving` (share), `price` (nats), `probability` (unless N is unknown) |
+| `class_weights` | by label, the weight of its rows in the training loss; their mean over the training rows is 1 |
 | `parameters` | numbers of `trainable`, `adapter` and `total` scalars |
 | `relative_bops` | by scope (`adapted`, `attention`, `encoder`, `model`), relative to LoRA r = 16 at 32 x 32 bits |
 | `seconds`, `peak_memory_bytes` | wall time of `train` and `evaluate`; the largest amount of memory held |
@@ -371,6 +372,7 @@ class RunRecord:
     labels: list[str] = field(default_factory=list)
     confusion: list[list[Count]] = field(default_factory=list)
     verdict: Verdict = field(default_factory=Verdict)
+    class_weights: dict[str, float] = field(default_factory=dict)
     parameters: dict[str, int] = field(default_factory=dict)
     relative_bops: dict[str, float] = field(default_factory=dict)
     posterior: dict[str, WidthRecord] = field(default_factory=dict)

@@ -11,6 +11,7 @@ import functools
 import os
 import re
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
@@ -37,7 +38,7 @@ from transformers.integrations import get_reporting_integration_callbacks
 from transformers.utils import is_liger_kernel_available
 
 from bayeslora.data import HoldOut, Task, labelled_tokens, load_files, load_generation, load_task
-from bayeslora.data.tasks import TASKS, hub_dataset
+from bayeslora.data.tasks import LABEL, TASKS, hub_dataset
 from bayeslora.errors import BayesLoraError
 from bayeslora.evaluation import compute_metrics_for
 from bayeslora.evaluation.choice_trainer import ChoiceTrainer
@@ -72,6 +73,7 @@ from bayeslora.runs.run import load
 from bayeslora.runs.score import answered, measure, measure_text, rows_to_score, verify_reload
 from bayeslora.runs.text_scores import check_text_metrics
 from bayeslora.training import SWAG, attach
+from bayeslora.training.class_weights import class_weights, weighed_classes
 
 TRAIN = "train"
 _YES = ("1", "true", "yes")
@@ -93,6 +95,7 @@ class Session:
     length: int
     head: Head
     partial: Path
+    weights: list[float]  # of the classes; empty where all rows count alike
 
 
 class Reporter(TrainerCallback):
@@ -214,7 +217,19 @@ def prepare(plan: TrainPlan, partial: Path) -> Session:
         for name, split in task.splits.items()
     }
     initialize_eva(model, data[TRAIN], tokenizer, arguments.per_device_train_batch_size, plan.seed)
-    return Session(plan, arguments, task, tokenizer, base, model, data, length, head, partial)
+    weights = _class_weights(plan, task)
+    return Session(plan, arguments, task, tokenizer, base, model, data, length, head, partial, weights)
+
+
+def _class_weights(plan: TrainPlan, task: Task) -> list[float]:
+    """Return the weights that `--class-weights` asks for; [] without it."""
+    asked_for = plan.options.class_weights
+    if not asked_for:
+        return []
+    if task.kind != "classification":
+        raise BayesLoraError(f"--class-weights is given, but the task is {task.kind}, without classes: leave it out")
+    counts = Counter(task.train_split[LABEL])
+    return class_weights(asked_for, task.labels, [counts[number] for number in range(len(task.labels))])
 
 
 def _load_data(plan: TrainPlan) -> Task:
@@ -258,7 +273,7 @@ def fit(session: Session, callbacks: list[TrainerCallback]) -> Trainer:
     trainer.create_optimizer = checked  # type: ignore[method-assign]
     resume = session.plan.options.resume
     checkpoint = ranks.by_first(lambda: last_checkpoint(session.partial)) if resume else None
-    with _quick_attention(session.base.model, trainer.args):
+    with _quick_attention(session.base.model, trainer.args), weighed_classes(session.model, session.weights):
         trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     return trainer
 
@@ -411,6 +426,7 @@ def _record(session: Session, trainer: Trainer, model: nn.Module, seconds: float
             **answered(_run_info(session)),
             "seed": plan.seed,
             "steps": trainer.state.global_step,
+            "class_weights": dict(zip(task.labels, session.weights, strict=False)),
             **measured,
             "seconds": {"train": seconds, "evaluate": time.perf_counter() - started},
         }
