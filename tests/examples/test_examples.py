@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
 import json
 import math
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -41,6 +43,8 @@ def test_every_example_has_a_test() -> None:
         "sft_trainer",
         "chat",
         "serve",
+        "optuna_search",
+        "mlflow_log",
     }
 
 
@@ -151,3 +155,47 @@ def test_the_defaults_run_on_the_packaged_model_and_data(
     result = load(name)([*options, "--output_dir", str(tmp_path / "out")])
     assert all(math.isfinite(value) for value in result.values())
     assert PeftConfig.from_pretrained(tmp_path / "out").peft_type == "BLORA"
+
+
+class Trial:
+    """What `objective` asks of a trial of Optuna."""
+
+    number = 3
+
+    def suggest_categorical(self, name: str, choices: list[int]) -> int:
+        return choices[1]
+
+    def suggest_float(self, name: str, low: float, high: float, log: bool) -> float:
+        return low
+
+
+def test_a_trial_of_the_search_is_a_run_with_its_options(tmp_path: Path, tiny_bert_folder: Path) -> None:
+    file = tmp_path / "rows.jsonl"
+    file.write_text(
+        "".join(json.dumps({"text": f"{word} film", "label": word}) + "\n" for word in ("good", "bad") * 8)
+    )
+    given = f"--method lora --model {tiny_bert_folder} --train-file {file} --eval-file {file} --text-column text"
+    load("optuna_search")
+    found = sys.modules["example_optuna_search"].objective(Trial(), tmp_path, [*given.split(), "--max-steps", "2"])
+    metrics = json.loads((tmp_path / "trial-3" / "metrics.json").read_text())
+    assert found == metrics["scores"]["nll"] and {layer["rank"] for layer in metrics["layers"]} == {4}
+    seen: dict[str, Any] = {"metrics": {}, "artifacts": []}
+    mlflow = SimpleNamespace(
+        start_run=lambda run_name: contextlib.nullcontext(seen.update(name=run_name)),
+        log_params=lambda params: seen.update(params=params),
+        log_metrics=lambda metrics, step=None: seen["metrics"].update(metrics),
+        log_artifact=lambda path: seen["artifacts"].append(Path(path).name),
+    )
+    load("mlflow_log")
+    sys.modules["example_mlflow_log"].log(mlflow, tmp_path / "trial-3")
+    assert seen["name"] == "trial-3" and seen["params"]["r"] == "4"
+    assert seen["metrics"]["nll"] == found and seen["metrics"]["baseline_accuracy"] == 0.5
+    assert seen["artifacts"] == ["report.html", "metrics.json", "README.md"]
+
+
+@pytest.mark.parametrize("name", ["optuna_search", "mlflow_log"])
+def test_a_missing_package_is_one_line(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    main = load(name)
+    monkeypatch.setattr(sys.modules[f"example_{name}"], "find_spec", lambda package: None)
+    with pytest.raises(SystemExit, match=r"^\w+ is not installed, but the (search|log) needs it: pip install \w+$"):
+        main(["out"] if name == "mlflow_log" else [])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import os
 from importlib.util import find_spec
 from pathlib import Path
@@ -27,12 +28,11 @@ def run(given: dict[str, Any]) -> int:
 
 def page(given: dict[str, Any]) -> Any:
     """Return the `gradio.Interface` of the run in `folder`; its functions are those of `Playground`."""
-    import gradio
-
     from bayeslora.report.play import answer_html, reply_html
     from bayeslora.runs.play import Playground
     from bayeslora.runs.run import load
 
+    gradio: Any = importlib.import_module("gradio")
     play = Playground(load(given["folder"], given.get("model")), given.get("samples"), given.get("risk", 0.05))
 
     def show(*texts: str) -> str:
