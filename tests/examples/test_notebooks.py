@@ -54,7 +54,7 @@ def test_cells_are_code_without_outputs_and_commands_have_these_options(notebook
         given, problems = parse(name, words)
         assert not problems, line
         fields = {item.name for item in COMMANDS[name].options} | training_field_hints().keys()
-        assert given.keys() <= fields | method_field_hints(given.get("method", "melora")).keys() | {"folder", "file"}
+        assert given.keys() <= fields | method_field_hints(given.get("method", "melora")).keys() | {"folder", "folders", "file"}
 
 
 @pytest.mark.slow

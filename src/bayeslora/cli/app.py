@@ -10,6 +10,7 @@ from typing import Any
 
 from bayeslora.cli.progress import disable_progress_bars
 from bayeslora.errors import BayesLoraError
+from bayeslora.methods.registry import title_of
 from bayeslora.runs.info import RunInfo
 
 _PORT = 7860
@@ -47,5 +48,5 @@ def page(given: dict[str, Any]) -> Any:
         f"{play.run}: open http://{given.get('host', '127.0.0.1')}:{given.get('port', _PORT)}, Ctrl-C ends", flush=True
     )
     inputs = [gradio.Textbox(label=name, lines=3) for name in play.columns]
-    title = f"{play.run.method} on {play.run.task}"
+    title = f"{title_of(play.run.method)} on {play.run.task}"
     return gradio.Interface(show, inputs, gradio.HTML(), title=title, flagging_mode="never")
