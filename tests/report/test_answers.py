@@ -68,7 +68,7 @@ def test_a_piece_of_html_shades_one_answer_by_its_draws_or_without_them_by_entro
     assert "1 of 2: a dog" in with_draws and "Semantic entropy 0.693" in with_draws
     alone = answer_html(answer(draw_log_probabilities=[], draws=[], clusters=[], semantic_entropy=None))
     assert [float(each) for each, _ in re.findall(shades, alone)] == pytest.approx([1, 0.526, 0], abs=1e-3)
-    assert re.findall(shades, alone)[-1][1] == "⏎" and "draws" not in alone
+    assert re.findall(shades, alone)[-1][1] == "⏎" and "the draws" not in alone
 
 
 def test_a_piece_of_a_character_adds_to_the_one_that_has_it(tmp_path: Path) -> None:
