@@ -88,13 +88,13 @@ def _batches(form: str, given: dict[str, Any], loaded: Run) -> dict[str, Any]:
     from bayeslora.runs.rows import training_batches
 
     try:
-        if form == "onnx":
+        if form == "onnx" and loaded.info.head == "sequence":
             batches = training_batches(loaded.info, loaded.tokenizer, 2 * _CALIBRATION_BATCHES, seed=0)
             return {"rows": batches[::2], "calibration": batches[1::2]}
         batches = training_batches(
             loaded.info, loaded.tokenizer, _CALIBRATION_BATCHES if given.get("calibrate") else 1
         )
-        if form == "gguf":
+        if form in ("gguf", "onnx"):
             return {"rows": batches}
     except BayesLoraError as error:
         if given.get("calibrate"):

@@ -54,7 +54,7 @@ def write_card(
 
 # `{base}` as ONNX
 
-{_described(method, base, measured, is_learned)}
+{described(method, base, measured, is_learned)}
 
 | file | |
 |---|---|
@@ -77,7 +77,8 @@ With `pip install onnxruntime tokenizers`, in this folder:
     (folder / CARD_FILE).write_text(text, encoding="utf-8")
 
 
-def _described(method: str, base: str, measured: Mapping[str, Any], is_learned: bool) -> str:
+def described(method: str, base: str, measured: Mapping[str, Any], is_learned: bool) -> str:
+    """Return a paragraph that says what the graph is, and in which bits it computes."""
     said = f"`{base}` with an adapter that was trained with the method `{method}` of bayeslora"
     size = f"The graph takes {measured['file_bytes']:,} bytes; the model in float32 {measured['float32_bytes']:,}."
     if not is_learned:

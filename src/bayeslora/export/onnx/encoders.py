@@ -22,20 +22,20 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from bayeslora.errors import BayesLoraError
-from bayeslora.export.onnx.graph import Graph
+from bayeslora.export.onnx.graph import Graph, Value
 from bayeslora.export.onnx.layers import Part, ProductLayers
 from bayeslora.export.onnx.products import array
 
 IDS, MASK, TYPES = "input_ids", "attention_mask", "token_type_ids"
 LOGITS = "logits"
 
-_ACTIVATIONS: dict[str, tuple[str, dict[str, Any]]] = {
+ACTIVATIONS: dict[str, tuple[str, dict[str, Any]]] = {
     "gelu": ("Gelu", {}),
     "gelu_new": ("Gelu", {"approximate": "tanh"}),
     "gelu_pytorch_tanh": ("Gelu", {"approximate": "tanh"}),
     "relu": ("Relu", {}),
 }
-_HIDDEN = -1e30
+HIDDEN = -1e30
 """Added to the scores of tokens that are given no weight; the exponential is 0 in float32."""
 _REPEATED = -40.0
 """Added instead if a token repeats a visible one, whose weight it would have: e^-40 of that is lost in rounding.
@@ -97,37 +97,25 @@ FAMILIES = {
 """Architectures that can be written, by the name of their class in Transformers."""
 
 
-def family_of(model: nn.Module) -> Family:
-    """Return the paths of the model's modules.
-
-    Raises:
-        BayesLoraError: another architecture, or an activation or attention that the graph does not have.
-    """
-    kind = type(model).__name__
-    if kind not in FAMILIES:
-        raise BayesLoraError(
-            f"the model is a {kind}, but format 'onnx' is for {', '.join(sorted(FAMILIES))}: export 'merged' instead"
-        )
+def check_encoder(model: nn.Module) -> None:
+    """Raise `BayesLoraError` for an activation or attention that the graph does not have."""
     config = cast(Any, model).config
     activation = _activation_name(config)
-    if activation not in _ACTIVATIONS:
+    if activation not in ACTIVATIONS:
         raise BayesLoraError(
-            f"the model's activation is {activation!r}, but format 'onnx' is for {', '.join(sorted(_ACTIVATIONS))}: "
+            f"the model's activation is {activation!r}, but format 'onnx' is for {', '.join(sorted(ACTIVATIONS))}: "
             "export 'merged' instead"
         )
     if getattr(config, "is_decoder", False):
-        raise BayesLoraError("the model is a decoder, but format 'onnx' is for encoders: export 'merged' instead")
-    return FAMILIES[kind]
-
-
-def embedding_path(model: nn.Module) -> str:
-    """Return the path of the word embedding."""
-    return f"{family_of(model).encoder}.embeddings.word_embeddings"
+        raise BayesLoraError(
+            "the model's attention sees only earlier tokens, but format 'onnx' is for BERT as an encoder: "
+            "export 'merged' instead"
+        )
 
 
 def input_names(model: nn.Module, tokenizer: PreTrainedTokenizerBase) -> list[str]:
     """Return the names of the graph's inputs: ids, mask, and token types if tokenizer and model distinguish them."""
-    embeddings: Any = model.get_submodule(f"{family_of(model).encoder}.embeddings")
+    embeddings: Any = model.get_submodule(f"{FAMILIES[type(model).__name__].encoder}.embeddings")
     types = getattr(embeddings, "token_type_embeddings", None)
     has_types = types is not None and types.num_embeddings > 1 and TYPES in tokenizer.model_input_names
     return [IDS, MASK, TYPES] if has_types else [IDS, MASK]
@@ -143,16 +131,26 @@ class Encoder:
     Args:
         model: of an architecture in `FAMILIES`, with merged weights.
         layers: writes linear layers and the word embedding.
-        inputs: names of the graph's inputs.
+        names: of the graph's inputs.
     """
 
-    def __init__(self, model: PreTrainedModel, layers: ProductLayers, inputs: Sequence[str]) -> None:
-        self.model, self.layers, self.inputs = model, layers, inputs
+    def __init__(self, model: PreTrainedModel, layers: ProductLayers, names: Sequence[str]) -> None:
+        self.model, self.layers, self.names = model, layers, names
         self.config: Any = model.config
-        self.family = family_of(model)
+        self.family = FAMILIES[type(model).__name__]
         self.width = int(self.config.hidden_size)
         self.heads = int(self.config.num_attention_heads)
         self.graph = Graph()
+
+    @property
+    def inputs(self) -> list[Value]:
+        """Names, types and axes of the graph's inputs."""
+        return [Value(name, TensorProto.INT64, ["batch", "length"]) for name in self.names]
+
+    @property
+    def outputs(self) -> list[Value]:
+        """Name, type and axes of the graph's output."""
+        return [Value(LOGITS, TensorProto.FLOAT, ["batch", int(self.config.num_labels)])]
 
     def write(self) -> Graph:
         """Return the graph, from the inputs to the output `logits` (batch, labels)."""
@@ -191,11 +189,11 @@ class Encoder:
             if hasattr(self._module(path), "token_type_embeddings")
             else None
         )
-        if types is not None and TYPES not in self.inputs:
+        if types is not None and TYPES not in self.names:
             positions = positions + types[0]  # without the input every token is of the first type
         table = graph.constant(f"{path}.position_embeddings.weight", positions)
         x = graph("Add", words, self._positions(path, table), name=f"{path}.positioned")
-        if types is not None and TYPES in self.inputs:
+        if types is not None and TYPES in self.names:
             table = graph.constant(f"{path}.token_type_embeddings.weight", types)
             typed = graph("Gather", table, TYPES, name=f"{path}.token_type_embeddings")
             x = graph("Add", x, typed, name=f"{path}.typed")
@@ -258,7 +256,7 @@ class Encoder:
         hidden = graph("Equal", MASK, zero, name="attention.is_hidden")
         start, end = graph.integers(0), graph.integers(1)
         is_first = graph("Slice", hidden, start, end, end, name="attention.first_is_hidden")
-        least = graph("Where", is_first, graph.number(_HIDDEN), graph.number(_REPEATED), name="attention.least")
+        least = graph("Where", is_first, graph.number(HIDDEN), graph.number(_REPEATED), name="attention.least")
         added = graph("Where", hidden, least, graph.number(0.0), name="attention.added")
         return graph("Unsqueeze", added, graph.integers(1, 2), name="attention.bias")
 
@@ -269,7 +267,7 @@ class Encoder:
         first_norm, second_norm = (f"{path}.{name}" for name in family.norms)
         x = self._norm(first_norm, graph("Add", attended, first, name=f"{first_norm}.sum"))
         inner, outer = (f"{path}.{name}" for name in family.feed_forward)
-        operator, attributes = _ACTIVATIONS[_activation_name(self.config)]
+        operator, attributes = ACTIVATIONS[_activation_name(self.config)]
         hidden = graph(operator, self.layers.linear(graph, inner, x), name=f"{inner}.activation", **attributes)
         return self._norm(
             second_norm, graph("Add", self.layers.linear(graph, outer, hidden), x, name=f"{second_norm}.sum")

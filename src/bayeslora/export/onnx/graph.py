@@ -3,18 +3,45 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import onnx
 from numpy.typing import NDArray
-from onnx import TensorProto, helper, numpy_helper
+from onnx import helper, numpy_helper
+
+from bayeslora.errors import BayesLoraError
 
 OPSET = 21
 """Version of the operators: the first with per-channel integer types that onnxruntime 1.20 runs, with `Gelu`."""
 
+_LARGEST = (1 << 31) - (1 << 20)  # of a message that protobuf writes, less the rest of the file
 _IR_VERSION = 10  # the file format of that time, so that older runtimes read it
+
+
+RUNTIME_DOMAIN = "com.microsoft"
+"""Domain of onnxruntime's own operators."""
+
+
+@dataclass(frozen=True)
+class Value:
+    """An input or output of a graph.
+
+    Attributes:
+        name: of the tensor.
+        kind: its element type, as `TensorProto` numbers them.
+        axes: sizes, or names of those that are free.
+    """
+
+    name: str
+    kind: int
+    axes: Sequence[str | int]
+
+    def described(self) -> onnx.ValueInfoProto:
+        """Return its description in the file."""
+        return helper.make_tensor_value_info(self.name, self.kind, list(self.axes))
 
 
 class Graph:
@@ -49,22 +76,29 @@ class Graph:
         self._nodes.append(helper.make_node(operator, inputs, outputs, name=name, **attributes))
         return outputs
 
-    def save(self, path: Path, name: str, inputs: Sequence[str], output: str, labels: int, note: str) -> None:
-        """Write the checked model; inputs are int64 (batch, length), and the output is float32 (batch, labels)."""
-        batch, length = "batch", "length"
+    def save(self, path: Path, name: str, inputs: Sequence[Value], outputs: Sequence[Value], note: str) -> None:
+        """Write the checked model.
+
+        Raises:
+            BayesLoraError: it is larger than a file of this format can be.
+        """
         graph = helper.make_graph(
             self._nodes,
             name,
-            [helper.make_tensor_value_info(each, TensorProto.INT64, [batch, length]) for each in inputs],
-            [helper.make_tensor_value_info(output, TensorProto.FLOAT, [batch, labels])],
+            [each.described() for each in inputs],
+            [each.described() for each in outputs],
             list(self._constants.values()),
         )
+        domains = [helper.make_opsetid("", OPSET)]
+        if any(node.domain == RUNTIME_DOMAIN for node in self._nodes):
+            domains.append(helper.make_opsetid(RUNTIME_DOMAIN, 1))
+        size = graph.ByteSize()
+        if size > _LARGEST:
+            raise BayesLoraError(
+                f"the graph takes {size:,} bytes, but an ONNX file holds at most {_LARGEST:,}: export 'gguf' instead"
+            )
         model = helper.make_model(
-            graph,
-            opset_imports=[helper.make_opsetid("", OPSET)],
-            ir_version=_IR_VERSION,
-            producer_name="bayeslora",
-            doc_string=note,
+            graph, opset_imports=domains, ir_version=_IR_VERSION, producer_name="bayeslora", doc_string=note
         )
         onnx.checker.check_model(model)
         onnx.save(model, path)

@@ -22,11 +22,14 @@ import numpy as np
 from ml_dtypes import int4
 from onnx import TensorProto
 
-from bayeslora.export.onnx.graph import Graph
+from bayeslora.export.onnx.graph import RUNTIME_DOMAIN, Graph
 from bayeslora.export.onnx.products import BYTE, Array, Grid, Product
 from bayeslora.vocabulary import ACTIVATIONS, BASE_WEIGHT, MATRICES
 
 _FITS_INT4 = 7
+_HALF_BYTE = 4
+_BLOCK = 64
+_ROUNDS_INPUTS = 4  # accuracy level of `MatMulNBits` at which inputs are rounded, the only fast one for 8 bits
 _CENTER = 128
 """Zero point of the grids that are symmetric around 0, as all learned ones are."""
 
@@ -53,20 +56,39 @@ class Part:
     turn: Move | None = None
 
 
+Embedding = Array | tuple[Array, Array] | str
+"""Values in float32; 8-bit codes and the step of each row; or the path of the linear layer with the same weight."""
+
+
 class ProductLayers:
     """Writes linear layers and embeddings from their weights.
 
     Args:
         products: of every linear layer, by path.
-        embeddings: values of the embeddings in float32, or their 8-bit codes and the step of each row, by path.
+        embeddings: by path.
+        in_blocks: whether products of codes with inputs that are on no grid are left to onnxruntime's `MatMulNBits`.
+            It reads weights of 4 and 8 bits as they are, which pays where a few rows are multiplied at a time, and
+            rounds the inputs to 8 bits, in blocks.
     """
 
-    def __init__(self, products: Mapping[str, Product], embeddings: Mapping[str, Array | tuple[Array, Array]]) -> None:
-        self.products, self.embeddings = products, embeddings
+    def __init__(
+        self,
+        products: Mapping[str, Product],
+        embeddings: Mapping[str, Embedding],
+        *,
+        in_blocks: bool = False,
+    ) -> None:
+        self.products, self.embeddings, self.in_blocks = products, embeddings, in_blocks
+
+    def width(self, path: str) -> int:
+        """Return the number of outputs of the linear layer at `path`."""
+        return len(self.products[path].steps)
 
     def embedding(self, graph: Graph, path: str, ids: str) -> str:
         """Add the embedding at `path` for `ids` of any shape and return (..., width)."""
         found = self.embeddings[path]
+        if isinstance(found, str):
+            return self._tied(graph, path, found, ids)
         if not isinstance(found, tuple):
             return graph("Gather", graph.constant(f"{path}.weight", found), ids, name=path)
         rows, steps = found
@@ -74,6 +96,26 @@ class ProductLayers:
         scales = graph("Gather", graph.constant(f"{path}.steps", steps.reshape(-1, 1)), ids, name=f"{path}.scales")
         values = graph("Cast", gathered, name=f"{path}.values", to=TensorProto.FLOAT)
         return graph("Mul", values, scales, name=path)
+
+    def _tied(self, graph: Graph, path: str, head: str, ids: str) -> str:
+        """Add the embedding that has the weight of the layer `head`, from the same constants."""
+        product = self.products[head]
+        if product.weight.dtype == np.float32:
+            return graph("Gather", graph.constant(f"{head}.weight", product.weight), ids, name=path)
+        columns = product.weight.shape[1]
+        codes, _ = _blocks(graph, head, product.weight, product.steps, BYTE)
+        rows = graph("Gather", codes, ids, name=f"{path}.gathered")
+        sizes = graph(
+            "Concat", graph("Shape", ids, name=f"{path}.shape"), graph.integers(-1), name=f"{path}.sizes", axis=0
+        )
+        rows = graph("Reshape", rows, sizes, name=f"{path}.rows")
+        if columns % _BLOCK:
+            limits = (graph.integers(each) for each in (0, columns, 2))
+            rows = graph("Slice", rows, *limits, name=f"{path}.columns")
+        zero = graph.constant(f"uint8_{_CENTER}", np.array(_CENTER, dtype=np.uint8))
+        values = graph("DequantizeLinear", rows, graph.number(1.0), zero, name=f"{path}.values")
+        steps = graph.constant(f"{path}.steps", product.steps.reshape(-1, 1).astype(np.float32))
+        return graph("Mul", values, graph("Gather", steps, ids, name=f"{path}.scales"), name=path)
 
     def linear(self, graph: Graph, path: str, x: str, before: Move | None = None) -> str:
         """Add the linear layer at `path` and return its output.
@@ -109,9 +151,9 @@ class ProductLayers:
         products = [self.products[part.path] for part in parts]
         source = _Input(graph, x, before)
         if _fit_together(products):
-            return _Joint(graph, name, parts, products).write(source, after)
+            return _Joint(graph, name, parts, products, in_blocks=self.in_blocks).write(source, after)
         apart = [
-            _Joint(graph, part.path, [part], [product]).write(source, after)
+            _Joint(graph, part.path, [part], [product], in_blocks=self.in_blocks).write(source, after)
             for part, product in zip(parts, products, strict=True)
         ]
         return [output for (output,) in apart]
@@ -126,7 +168,7 @@ class ProductLayers:
         """Learned widths that the graph computes in more bits, such as `weight 2 and 4 as 8, B 4 as 32`, or None."""
         found: dict[tuple[str, int], set[int]] = {}
         for product in self.products.values():
-            for kind, bits, wide in product.computed():
+            for kind, bits, wide in product.computed(in_blocks=self.in_blocks):
                 if bits < wide:
                     found.setdefault((kind, wide), set()).add(bits)
         order = (BASE_WEIGHT, *MATRICES, *ACTIVATIONS)
@@ -203,10 +245,13 @@ class _Joint:
         name: of the nodes that they share.
         parts: the layers.
         products: their weights.
+        in_blocks: as of `ProductLayers`.
     """
 
-    def __init__(self, graph: Graph, name: str, parts: Sequence[Part], products: Sequence[Product]) -> None:
-        self.graph, self.name, self.parts = graph, name, parts
+    def __init__(
+        self, graph: Graph, name: str, parts: Sequence[Part], products: Sequence[Product], *, in_blocks: bool
+    ) -> None:
+        self.graph, self.name, self.parts, self.in_blocks = graph, name, parts, in_blocks
         self.outputs = [product.grids.get("out") for product in products]
         self.products = [
             product.scaled(part.factor if out is None else 1 / out.step)
@@ -232,7 +277,7 @@ class _Joint:
     def _bases(self, source: _Input) -> str:
         """Add the products with the base weights; those with the same input are one."""
         found = []
-        for (grid, _), same in groupby(self.members, lambda each: (each[1].grids.get("in"), each[1].weight.dtype)):
+        for (grid, *_), same in groupby(self.members, lambda each: _stored_as(each[1])):
             members = list(same)
             path, first = members[0]
             products = [product for _, product in members]
@@ -241,7 +286,11 @@ class _Joint:
                 bias = np.concatenate([cast(Array, product.bias) for product in products])
             weight = np.concatenate([product.weight for product in products])
             steps = np.concatenate([product.steps for product in products])
-            found.append(_product(self.graph, path, source.values(grid, path), weight, steps, grid, bias))
+            x = source.values(grid, path)
+            if self.in_blocks and weight.dtype == np.int8 and (grid is None or not grid.is_byte):
+                found.append(_block_product(self.graph, path, x, weight, steps, bias))
+            else:
+                found.append(_product(self.graph, path, x, weight, steps, grid, bias))
         return self._side_by_side(found, "bases")
 
     def _side_by_side(self, found: Sequence[str], name: str) -> str:
@@ -375,6 +424,15 @@ class _Joint:
         return self.graph("Mul", codes, self.graph.number(step), name=name)
 
 
+def _stored_as(product: Product) -> tuple[Grid | None, str, bool]:
+    """Return what products with the base weight share that are one: input, type and width of the weight."""
+    return product.grids.get("in"), product.weight.dtype.name, _fits_four_bits(product.weight)
+
+
+def _fits_four_bits(weight: Array) -> bool:
+    return weight.dtype == np.int8 and bool(np.abs(weight).max(initial=0) <= _FITS_INT4)
+
+
 def _step(grid: Grid | None) -> float:
     return 1.0 if grid is None else grid.step
 
@@ -435,6 +493,39 @@ def _product(
     return graph("Gemm", x, *terms, name=f"{path}.products", transB=1)
 
 
+def _block_product(graph: Graph, path: str, x: str, weight: Array, steps: Array, bias: Array | None) -> str:
+    """Add a product with codes of 4 or 8 bits, each block of a row with the row's step."""
+    bits = _HALF_BYTE if _fits_four_bits(weight) else BYTE
+    product = graph(
+        "MatMulNBits",
+        x,
+        *_blocks(graph, path, weight, steps, bits),
+        name=f"{path}.products",
+        domain=RUNTIME_DOMAIN,
+        K=weight.shape[1],
+        N=len(weight),
+        bits=bits,
+        block_size=_BLOCK,
+        accuracy_level=_ROUNDS_INPUTS,
+    )
+    if bias is None or not bias.any():
+        return product
+    return graph("Add", product, graph.constant(f"{path}.bias", bias), name=f"{path}.products.biased")
+
+
+def _blocks(graph: Graph, path: str, weight: Array, steps: Array, bits: int) -> tuple[str, str]:
+    """Add codes in blocks, (rows, blocks, bytes), the first of two in the low bits, and a step for each block."""
+    rows, columns = weight.shape
+    blocks = -(-columns // _BLOCK)
+    codes = np.zeros((rows, blocks * _BLOCK), dtype=np.int16)
+    codes[:, :columns] = weight
+    found: Array = (codes + (1 << (bits - 1))).astype(np.uint8).reshape(rows, blocks, _BLOCK)
+    if bits == _HALF_BYTE:
+        found = found[..., ::2] | found[..., 1::2] << _HALF_BYTE
+    scales = np.repeat(steps.astype(np.float32), blocks)
+    return graph.constant(f"{path}.weight.blocks", found), graph.constant(f"{path}.weight.steps", scales)
+
+
 def _by_row(graph: Graph, path: str, rows: Array, steps: Array) -> str:
     """Add values from codes with one step and, as runtimes expect, one zero point for each row."""
     zeros = graph.constant(f"{rows.dtype.name}_zeros_{len(steps)}", np.zeros(len(steps), dtype=rows.dtype))
@@ -452,7 +543,7 @@ def _values(graph: Graph, path: str, weight: Array, steps: Array) -> str:
 
 def _stored(graph: Graph, path: str, weight: Array) -> str:
     """Add codes in as few bits as ONNX has for them, and return them in at least 8."""
-    if weight.dtype != np.int8 or np.abs(weight).max(initial=0) > _FITS_INT4:
+    if not _fits_four_bits(weight):
         return graph.constant(f"{path}.codes", weight)
     packed = graph.constant(f"{path}.packed", weight.astype(int4))
     return graph("Cast", packed, name=f"{path}.codes", to=TensorProto.INT8)

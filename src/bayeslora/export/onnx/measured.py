@@ -12,7 +12,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from bayeslora.export.agreement import compare
 from bayeslora.export.formats import inputs_for, output_error, output_of
+from bayeslora.export.onnx.graph import Value
+from bayeslora.methods.layer import evaluation_mode
 
 
 def filled_inputs(
@@ -48,9 +51,7 @@ class Measured:
         """Return the differences in the outputs of the graph in the file `path`."""
         if not self.batches:
             return {"rows": 0, **output_error(None, None)}
-        options = onnxruntime.SessionOptions()
-        options.log_severity_level = _ERROR
-        session = onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
+        session = _session(path)
         found = torch.cat([torch.from_numpy(session.run(None, _arrays(batch))[0]) for batch in self.batches])
         expected = torch.cat(self.outputs)
         errors = {"rows": len(found), **output_error(expected, found)}
@@ -69,6 +70,46 @@ class Measured:
             before, after = F.log_softmax(expected, 1), F.log_softmax(found, 1)
             divergence = F.kl_div(after, before, reduction="batchmean", log_target=True)
         return {"changed": float(changed.float().mean()), "divergence": float(divergence.clamp_min(0))}
+
+
+class MeasuredDecoder:
+    """Rows to compare the graph of a decoder on, token by token, without a cache.
+
+    Args:
+        model: in whose answers the difference is.
+        batches: of inputs; None stands for the model's `dummy_inputs`.
+        inputs: of the graph.
+    """
+
+    def __init__(
+        self, model: nn.Module, batches: Iterable[Mapping[str, Tensor] | None], inputs: Sequence[Value]
+    ) -> None:
+        self.model, self.inputs = model, inputs
+        self.batches = list(filled_inputs(model, batches, ["input_ids", "attention_mask"]))
+
+    def errors(self, path: Path) -> dict[str, Any]:
+        """Return the differences in the next tokens of the graph in the file `path`."""
+        session = _session(path)
+        empty = {
+            each.name: np.zeros((1, int(each.axes[1]), 0, int(each.axes[3])), dtype=np.float32)
+            for each in self.inputs[3:]
+        }
+
+        def found(row: Mapping[str, Tensor]) -> Tensor:
+            positions = np.arange(row["input_ids"].shape[1], dtype=np.int64)[None]
+            return torch.from_numpy(session.run(["logits"], {**_arrays(row), "position_ids": positions, **empty})[0])
+
+        def expected(row: Mapping[str, Tensor]) -> Tensor:
+            return cast(Tensor, output_of(self.model, row))
+
+        with evaluation_mode(self.model):
+            return compare(expected, found, self.batches).summary()
+
+
+def _session(path: Path) -> Any:
+    options = onnxruntime.SessionOptions()
+    options.log_severity_level = _ERROR
+    return onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
 
 
 _ERROR = 3  # onnxruntime's level, above the warnings about the processor

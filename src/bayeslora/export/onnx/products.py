@@ -15,6 +15,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
 
 from bayeslora.methods.layer import BayesLayer, PackedTensors
 from bayeslora.quantization import FLOOR, codes, grid_step
@@ -89,13 +90,20 @@ class Product:
         """True for a product of codes that may be few, whose sums have wide steps: no bias is a multiple of them."""
         return bool(self.widths) and "in" in self.grids and self.grids["in"].is_byte
 
-    def computed(self) -> Iterator[tuple[str, int, int]]:
-        """Yield the kinds with learned bits, these bits, and those that the graph computes with."""
+    def computed(self, *, in_blocks: bool) -> Iterator[tuple[str, int, int]]:
+        """Yield the kinds with learned bits, these bits, and those that the graph computes with.
+
+        Args:
+            in_blocks: as of `ProductLayers`.
+        """
         is_integer = self.widths.get("in", UNQUANTIZED) <= BYTE
         for kind, bits in self.widths.items():
             is_narrow = bits <= BYTE and (kind in ACTIVATIONS or (is_integer and kind in (BASE_WEIGHT, "A")))
+            wide = BYTE if is_narrow else UNQUANTIZED
+            if kind == BASE_WEIGHT and bits <= BYTE and in_blocks and not is_integer:
+                wide = max(bits, BYTE // 2)
             if self.a is not None or kind in (BASE_WEIGHT, "in", "out"):
-                yield kind, bits, BYTE if is_narrow else UNQUANTIZED
+                yield kind, bits, wide
 
     def scaled(self, factor: float) -> Product:
         """Return the product whose output is this one's times a factor, for an output that is not quantized."""
@@ -124,10 +132,15 @@ def learned(layer: BayesLayer, name: str) -> Product:
     return replace(product, a=a, a_steps=a_steps, diagonal=e * e_steps, b=b, b_steps=b_steps * scaling)
 
 
-def rounded(module: nn.Linear, grid: Grid | None) -> Product:
+def upright(module: nn.Linear | Conv1D) -> Tensor:
+    """Return the weight, (d_out, d_in)."""
+    return module.weight.detach().T if isinstance(module, Conv1D) else module.weight.detach()
+
+
+def rounded(module: nn.Linear | Conv1D, grid: Grid | None) -> Product:
     """Return a layer without an adapter, with 8-bit codes, one range a row, and an input on `grid`."""
-    bias = _bias(module.bias, module.out_features)
-    return Product(*rounded_rows(module.weight), bias, {} if grid is None else {"in": grid})
+    weight = upright(module)
+    return Product(*rounded_rows(weight), _bias(module.bias, len(weight)), {} if grid is None else {"in": grid})
 
 
 def rounded_rows(weight: Tensor) -> tuple[Array, Array]:
@@ -136,9 +149,9 @@ def rounded_rows(weight: Tensor) -> tuple[Array, Array]:
     return codes(weight, bound, BYTE).to(torch.int8).cpu().numpy(), array(grid_step(bound, BYTE).reshape(-1))
 
 
-def plain(module: nn.Linear) -> Product:
+def plain(module: nn.Linear | Conv1D) -> Product:
     """Return a layer in float32."""
-    weight = array(module.weight)
+    weight = array(upright(module))
     return Product(weight, np.ones(len(weight), dtype=np.float32), _bias(module.bias, len(weight)))
 
 

@@ -1,4 +1,4 @@
-"""ONNX models of encoders with a classifier: merged in float32, or with the learned quantizers in the graph."""
+"""ONNX models of encoders with a classifier, and of decoders: merged in float32, or with the learned quantizers."""
 
 from __future__ import annotations
 
@@ -11,15 +11,19 @@ import torch
 from peft import PeftModel
 from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers.pytorch_utils import Conv1D
 
 from bayeslora._peft import AuxiliaryTrainingWrapper
 from bayeslora.errors import BayesLoraError
 from bayeslora.export.formats import adapted_parts, check_unmerged, output_of, sharing_base
 from bayeslora.export.merged import TOLERANCE, merge_into_base
+from bayeslora.export.onnx import decoders, encoders
 from bayeslora.export.onnx.card import write_card
-from bayeslora.export.onnx.encoders import LOGITS, Encoder, embedding_path, family_of, input_names
-from bayeslora.export.onnx.layers import ProductLayers
-from bayeslora.export.onnx.measured import Measured, filled_inputs
+from bayeslora.export.onnx.decoder_card import write_decoder_card
+from bayeslora.export.onnx.decoders import Decoder, is_decoder
+from bayeslora.export.onnx.encoders import IDS, MASK, Encoder
+from bayeslora.export.onnx.layers import Embedding, ProductLayers
+from bayeslora.export.onnx.measured import Measured, MeasuredDecoder, filled_inputs
 from bayeslora.export.onnx.products import Grid, Product, array, learned, plain, rounded, rounded_rows
 from bayeslora.methods.layer import BayesLayer
 from bayeslora.methods.tuner import tuner_of
@@ -29,6 +33,8 @@ from bayeslora.vocabulary import UNQUANTIZED
 
 MODEL_FILE = "model.onnx"
 UNADAPTED = ("int8", "float32")
+MOST_DIVERGENCE = 0.01
+"""Largest mean divergence, in nats, of a decoder that is written without being asked to allow an error."""
 
 _BYTE = 8
 _CODES = 255
@@ -49,14 +55,15 @@ def export_onnx(
     rows: Iterable[Mapping[str, Tensor]] | None = None,
     allow_error: bool = False,
 ) -> dict[str, Any]:
-    """Write base, adapter and classifier as one ONNX graph, which onnxruntime runs without this library.
+    """Write base, adapter and head as one ONNX graph, which onnxruntime runs without this library.
 
     A method that learned widths keeps its quantizers: the graph has codes of the weights, and static ranges of the
-    activations. Any other adapter is merged in float32, a posterior at its mean.
+    activations. Any other adapter is merged in float32, a posterior at its mean. The graph of a decoder takes and
+    returns the keys and values of its blocks, under the names that Optimum gives them.
 
     Args:
-        model: BERT, RoBERTa or DistilBERT for sequence classification, with an adapter of this library or of PEFT's
-            LoRA; left unchanged.
+        model: BERT, RoBERTa or DistilBERT for sequence classification, or Llama, Qwen2 or GPT-2 for causal language
+            modelling, with an adapter of this library or of PEFT's LoRA; left unchanged.
         path: folder for `model.onnx`, `config.json`, the tokenizer and a card, `README.md`; created if missing.
         adapter_name: by default the active adapter.
         batch: inputs to measure the error on, if `rows` is None; by default the model's `dummy_inputs`.
@@ -64,16 +71,20 @@ def export_onnx(
         max_length: number of tokens to which the card's code cuts a text; by default the tokenizer's maximum.
         unadapted: if widths were learned, type of the weights of linear layers without an adapter and of the word
             embedding: `"int8"` (default), with a range per row, or `"float32"`. A trained classifier stays float32.
-        calibration: batches of inputs on which static 8-bit ranges of the inputs of the unadapted int8 layers are
-            fixed, so that their products use integers too; None (default) does not quantize these inputs.
+        calibration: batches of inputs on which static 8-bit ranges of the inputs of an encoder's unadapted int8 layers
+            are fixed, so that their products use integers too; None (default) does not quantize these inputs.
+            onnxruntime rounds a decoder's, to 8 bits in blocks.
         rows: batches of inputs to measure the error on.
-        allow_error: True to write a merged graph although its outputs differ by more than float rounding.
+        allow_error: True to write a merged graph although its outputs differ by more than float rounding, or a decoder
+            on codes although its mean divergence exceeds 0.01 nats.
 
     Returns:
         `file_bytes` of the graph; `float32_bytes` of the model; `rows`, the number of those that the rest was measured
-        on; `max_output_error` and `max_output`; for a classifier `changed`, the share of other answers, and
-        `divergence`, the mean Kullback-Leibler divergence in nats; `widened`, the learned widths that the graph
-        computes in more bits, or None; and `unadapted`, what the layers without an adapter are.
+        on; `max_output_error` and `max_output`; for a classifier and a decoder `changed`, the share of other answers
+        or next tokens, and `divergence`, the mean Kullback-Leibler divergence in nats; for a decoder also
+        `max_divergence`, and `loss_before` and `loss_after`, the negative log-likelihood per token of the rows;
+        `widened`, the learned widths that the graph computes in more bits, or None; and `unadapted`, what the layers
+        without an adapter are.
 
     Raises:
         BayesLoraError: a package is missing, another architecture, a base in 4 or 8 bits, a merged adapter, or an
@@ -81,20 +92,32 @@ def export_onnx(
     """
     fast = _checked(tokenizer, unadapted)
     whole, layers, name = _copied(model, adapter_name)
-    names = input_names(whole.get_base_model(), fast)
-    measured = Measured(whole, [batch] if rows is None else rows, names)
+    original = whole.get_base_model()
+    decodes = is_decoder(original)
+    names = [IDS, MASK] if decodes else encoders.input_names(original, fast)
+    inputs = [batch] if rows is None else rows
+    measured = None if decodes else Measured(whole, inputs, names)
     config = whole.peft_config[name]
     if any(_learns_widths(layer, name) for layer in layers.values()):
-        grids = _input_grids(whole, filled_inputs(whole, calibration or [], names))
+        grids = {} if decodes else _input_grids(whole, filled_inputs(whole, calibration or [], names))
         base, products = _quantized(whole, layers, name, unadapted or UNADAPTED[0], grids)
     else:
         base, products = _merged(whole, name, unadapted)
     folder = Path(path)
-    _save(folder, base, products, names, fast)
-    result = {**_sizes(folder, base), **measured.errors(folder / MODEL_FILE)}
-    result |= {"widened": products.widened, "unadapted": products.unadapted}
-    _check_error(result, allowed=products.are_learned or allow_error)
-    write_card(folder, base, config, fast, max_length, names, result)
+    writer = Decoder(base, products) if decodes else Encoder(base, products, names)
+    _save(folder, base, writer, fast)
+    if measured is None:
+        reference = model if adapter_name is None else _copied(model, adapter_name)[0]
+        errors = MeasuredDecoder(reference, inputs, writer.inputs).errors(folder / MODEL_FILE)
+    else:
+        errors = measured.errors(folder / MODEL_FILE)
+    result = {**_sizes(folder, base), **errors, "widened": products.widened, "unadapted": products.unadapted}
+    if not allow_error:
+        _check_error(result, are_learned=products.are_learned)
+    if decodes:
+        write_decoder_card(folder, base, config, fast, result)
+    else:
+        write_card(folder, base, config, fast, max_length, names, result)
     return result
 
 
@@ -113,10 +136,10 @@ def _checked(tokenizer: PreTrainedTokenizerBase | None, unadapted: str | None) -
 def _copied(model: nn.Module, adapter_name: str | None) -> tuple[PeftModel, dict[str, BayesLayer], str]:
     """Return a copy of the model to take apart, its layers with an adapter of this library, and the adapter's name."""
     if tuner_of(model) is None and isinstance(model, PeftModel):
-        family_of(model.get_base_model())
+        _check_architecture(model.get_base_model())
         return copy.deepcopy(model).eval(), {}, adapter_name or model.active_adapter
     original, tuner, name = adapted_parts(model, adapter_name)
-    family_of(original.get_base_model())
+    _check_architecture(original.get_base_model())
     layers: dict[str, BayesLayer] = tuner.named_layers(name)
     check_unmerged(layers)
     for key, layer in layers.items():
@@ -131,6 +154,19 @@ def _copied(model: nn.Module, adapter_name: str | None) -> tuple[PeftModel, dict
     return whole.eval(), tuner.named_layers(name), name
 
 
+def _check_architecture(base: nn.Module) -> None:
+    """Raise `BayesLoraError` for a model that no graph is written of."""
+    kind, known = type(base).__name__, sorted([*encoders.FAMILIES, *decoders.FAMILIES])
+    if kind not in known:
+        raise BayesLoraError(
+            f"the model is a {kind}, but format 'onnx' is for {', '.join(known)}: export 'merged' instead"
+        )
+    if is_decoder(base):
+        decoders.check_decoder(base)
+    else:
+        encoders.check_encoder(base)
+
+
 def _merged(whole: PeftModel, name: str, unadapted: str | None) -> tuple[PreTrainedModel, ProductLayers]:
     """Merge the adapter, and return the model and its layers in float32."""
     if unadapted is not None:
@@ -139,9 +175,18 @@ def _merged(whole: PeftModel, name: str, unadapted: str | None) -> tuple[PreTrai
         )
     merged = merge_into_base(whole, name) if tuner_of(whole) else whole.merge_and_unload(safe_merge=True)
     base = cast(PreTrainedModel, merged)
-    linear = {path: plain(module) for path, module in base.named_modules() if isinstance(module, nn.Linear)}
-    path = embedding_path(base)
-    return base, ProductLayers(linear, {path: array(cast(Tensor, base.get_submodule(path).weight))})
+    linear = {path: plain(module) for path, module in base.named_modules() if isinstance(module, (nn.Linear, Conv1D))}
+    return base, ProductLayers(linear, _embeddings(base, linear, "float32"))
+
+
+def _embeddings(base: PreTrainedModel, linear: Mapping[str, Product], form: str) -> dict[str, Embedding]:
+    """Return the word embedding by its path: values, codes, or the path of the head that it is tied to."""
+    words = cast(nn.Embedding, base.get_input_embeddings())
+    names = {module: path for path, module in base.named_modules()}
+    head = base.get_output_embeddings() if is_decoder(base) else None
+    if head is not None and head.weight is words.weight and not linear[names[head]].widths:
+        return {names[words]: names[head]}
+    return {names[words]: array(words.weight) if form == "float32" else rounded_rows(words.weight)}
 
 
 @torch.no_grad()
@@ -158,12 +203,10 @@ def _quantized(
     for path, module in base.named_modules():
         if path in learned_layers:
             linear[path] = learned_layers[path]
-        elif isinstance(module, nn.Linear):
+        elif isinstance(module, (nn.Linear, Conv1D)):
             is_plain = unadapted == "float32" or f"{path}.".startswith(trained)
             linear[path] = plain(module) if is_plain else rounded(module, grids.get(path))
-    path = embedding_path(base)
-    words = cast(Tensor, base.get_submodule(path).weight)
-    return base, ProductLayers(linear, {path: array(words) if unadapted == "float32" else rounded_rows(words)})
+    return base, ProductLayers(linear, _embeddings(base, linear, unadapted), in_blocks=is_decoder(base))
 
 
 def _learns_widths(layer: BayesLayer, name: str) -> bool:
@@ -204,14 +247,11 @@ def _grid(bound: float, lowest: float) -> Grid:
     return Grid(_BYTE, step, round(-lowest / step))
 
 
-def _save(
-    folder: Path, base: PreTrainedModel, products: ProductLayers, names: list[str], tokenizer: PreTrainedTokenizerBase
-) -> None:
+def _save(folder: Path, base: PreTrainedModel, writer: Encoder | Decoder, tokenizer: PreTrainedTokenizerBase) -> None:
     """Write the graph, the configuration and the tokenizer."""
     folder.mkdir(parents=True, exist_ok=True)
     note = f"Written by bayeslora; {CARD_FILE} beside this file says how to run it."
-    graph = Encoder(base, products, names).write()
-    graph.save(folder / MODEL_FILE, type(base).__name__, names, LOGITS, int(cast(Any, base.config).num_labels), note)
+    writer.write().save(folder / MODEL_FILE, type(base).__name__, writer.inputs, writer.outputs, note)
     base.config.architectures = [type(base).__name__]
     base.config.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
@@ -224,11 +264,19 @@ def _sizes(folder: Path, base: PreTrainedModel) -> dict[str, int]:
     }
 
 
-def _check_error(result: Mapping[str, Any], *, allowed: bool) -> None:
-    """Raise if the graph computes something else than the model and no error is allowed."""
+def _check_error(result: Mapping[str, Any], *, are_learned: bool) -> None:
+    """Raise if a merged graph computes something else than the model, or a decoder on codes is far from it."""
     error, largest = result["max_output_error"], result["max_output"]
-    if not allowed and error is not None and not error <= TOLERANCE * max(1.0, largest):
+    if error is None:
+        return
+    if not are_learned and not error <= TOLERANCE * max(1.0, largest):
         raise BayesLoraError(
             f"outputs of the graph differ by {error:.2g}, where the largest is {largest:.2g}, but a merged graph must "
             "be exact: load the base in float32, or allow and measure the error with allow_error=True"
+        )
+    if "max_divergence" in result and not result["divergence"] <= MOST_DIVERGENCE:
+        raise BayesLoraError(
+            f"the graph diverges by {result['divergence']:.2g} nats from the model and changes {result['changed']:.1%} "
+            f"of the next tokens, but {MOST_DIVERGENCE} nats is the most: allow and measure the error with "
+            "allow_error=True, or export another format"
         )

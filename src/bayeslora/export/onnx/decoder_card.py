@@ -1,0 +1,130 @@
+"""The card of a decoder's ONNX folder: what it is, how to write with it without this library, its error and source."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from bayeslora.export.onnx.card import described
+from bayeslora.export.onnx.decoders import cache_sizes
+from bayeslora.model_card import CARD_FILE, front_matter, public_name
+
+_PROGRAM = '''import numpy as np
+import onnxruntime
+from tokenizers import Tokenizer
+
+tokenizer = Tokenizer.from_file("tokenizer.json")
+session = onnxruntime.InferenceSession("model.onnx")
+caches = [each for each in session.get_inputs() if each.name.startswith("past_key_values")]
+ends = ENDS
+
+
+def generate(text, most=40):
+    """Return the likeliest words after the text, at most this many tokens."""
+    tokens, written = tokenizer.encode(text).ids, []
+    past = {each.name: np.zeros((1, each.shape[1], 0, each.shape[3]), dtype=np.float32) for each in caches}
+    new = tokens
+    while len(written) < most:
+        total = len(tokens) + len(written)
+        feeds = {
+            "input_ids": np.array([new], dtype=np.int64),
+            "attention_mask": np.ones((1, total), dtype=np.int64),
+            "position_ids": np.arange(total - len(new), total, dtype=np.int64)[None],
+        }
+        logits, *present = session.run(None, {**feeds, **past})
+        token = int(logits[0, -1].argmax())
+        if token in ends:
+            break
+        written.append(token)
+        new, past = [token], dict(zip(past, present))
+    return tokenizer.decode(written)
+
+
+print(generate("The film is"))'''
+
+
+def write_decoder_card(
+    folder: Path,
+    model: PreTrainedModel,
+    config: Any,
+    tokenizer: PreTrainedTokenizerBase,
+    measured: Mapping[str, Any],
+) -> None:
+    """Write `README.md`.
+
+    Args:
+        folder: of the graph.
+        model: that was written.
+        config: of the adapter.
+        tokenizer: beside the graph.
+        measured: sizes and errors, as the export returns them.
+    """
+    path = config.base_model_name_or_path or getattr(model, "name_or_path", "")
+    base = public_name(str(path)) if path else type(model).__name__
+    method, is_learned = getattr(config, "method", "lora"), measured["widened"] is not None
+    front = front_matter(
+        f"{base} as ONNX",
+        base,
+        library="onnx",
+        relation="quantized" if is_learned else "merge",
+        pipeline_tag="text-generation",
+        tags=["bayeslora", method, "onnx", "onnxruntime"],
+    )
+    count, heads, size = cache_sizes(model.config)
+    text = f"""---
+{front}
+---
+
+# `{base}` as ONNX
+
+{described(method, base, measured, is_learned)}
+
+| file | |
+|---|---|
+| `model.onnx` | the graph, whose inputs and outputs have the names that Optimum gives them |
+| `config.json` | the model's configuration |
+| `tokenizer.json` | the tokenizer |
+
+`input_ids` and `position_ids` are int64 (batch, length); `attention_mask` is int64 (batch, past + length). Each of the
+{count} blocks has its keys and values: `past_key_values.0.key` and `.value` enter, float32
+(batch, {heads}, past, {size}), and `present.0.key` and `.value` leave, (batch, {heads}, past + length, {size}).
+`logits` are float32 (batch, length, {model.config.vocab_size}).
+
+## How to run it
+
+With `pip install onnxruntime tokenizers`, in this folder:
+
+```python
+{_PROGRAM.replace("ENDS", str(sorted(_ends(model, tokenizer))))}
+```
+
+## Error
+
+{_error(measured)}
+"""
+    (folder / CARD_FILE).write_text(text, encoding="utf-8")
+
+
+def _ends(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> set[int]:
+    """Return the tokens that end a text."""
+    named = model.config.eos_token_id
+    known = [*(named if isinstance(named, list) else [named]), tokenizer.eos_token_id]
+    return {int(token) for token in known if token is not None}
+
+
+def _error(measured: Mapping[str, Any]) -> str:
+    if measured["max_output_error"] is None:
+        return "The difference from the trained model was not measured."
+    said = (
+        f"Measured on {measured['rows']:,} rows, in onnxruntime beside the trained model in PyTorch: the largest "
+        f"difference in outputs is {measured['max_output_error']:.3g}, where the largest output is "
+        f"{measured['max_output']:.3g}. {measured['changed']:.2%} of the next tokens change. The mean "
+        f"Kullback-Leibler divergence is {measured['divergence']:.2g} nats"
+    )
+    if "loss_after" not in measured:
+        return f"{said}."
+    before, after = measured["loss_before"], measured["loss_after"]
+    return f"{said}, and the loss per token is {after:.4f} where the model's is {before:.4f}."
