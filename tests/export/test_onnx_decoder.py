@@ -164,7 +164,7 @@ def test_codes_are_multiplied_in_blocks(kind: str, bits: int, stored: int, tmp_p
     build, targets = BASES[kind]
     model = _learned(_spread(build()), targets, {"weight": bits, "A": 8, "E": 8, "B": 8, **WIDE})
     batch = {"input_ids": torch.arange(5, 25).reshape(2, 10)}
-    options = {"tokenizer": build_tiny_tokenizer(), "batch": batch, "unadapted": "float32"}
+    options = {"tokenizer": build_tiny_tokenizer(), "batch": batch, "unadapted": "float32", "allow_error": True}
     result = export(model, tmp_path, format="onnx", **options)
     assert 0 < result["max_output_error"] < 0.05 * result["max_output"]
     assert ("weight" in result["widened"]) == (bits == 2)
@@ -193,7 +193,7 @@ def test_inputs_on_a_grid_are_multiplied_as_integers(tmp_path: Path) -> None:
     widths = {"weight": 4, "in": 8, "A": 8, "E": 8, "B": 8, "A_out": 8, "E_out": 8, "out": 8}
     model = _learned(_spread(build_tiny_llama()), LLAMA, widths)
     batch = {"input_ids": torch.arange(5, 25).reshape(2, 10)}
-    options = {"tokenizer": build_tiny_tokenizer(), "batch": batch, "unadapted": "float32"}
+    options = {"tokenizer": build_tiny_tokenizer(), "batch": batch, "unadapted": "float32", "allow_error": True}
     result = export(model, tmp_path, format="onnx", **options)
     assert result["max_output_error"] < 0.05 * result["max_output"]
     session_options = onnxruntime.SessionOptions()
