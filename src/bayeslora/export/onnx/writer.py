@@ -276,7 +276,7 @@ def _check_error(result: Mapping[str, Any], *, are_learned: bool) -> None:
         )
     if "max_divergence" in result and not result["divergence"] <= MOST_DIVERGENCE:
         raise BayesLoraError(
-            f"the graph diverges by {result['divergence']:.2g} nats from the model and changes {result['changed']:.1%} "
-            f"of the next tokens, but {MOST_DIVERGENCE} nats is the most: allow and measure the error with "
-            "allow_error=True, or export another format"
+            f"the graph diverges by {result['divergence']:.2g} nats from the model and changes "
+            f"{result['changed']:.1%} of the next tokens, but {MOST_DIVERGENCE} nats is the most: allow and measure "
+            "the error with allow_error=True, or export another format"
         )
