@@ -27,12 +27,15 @@ from transformers import (
 
 from bayeslora import BayesLoraError, BLoraConfig, MeLoraConfig, export
 from bayeslora.data.packaged import packaged_model
-from bayeslora.export.onnx.layers import _blocks
 from tests.conftest import VOCABULARY, build_tiny_gpt2, build_tiny_llama, build_tiny_tokenizer
 from tests.methods.reference import FROZEN, RANK, layers_of, randomize, set_widths
 
 onnx = pytest.importorskip("onnx")
 onnxruntime = pytest.importorskip("onnxruntime")
+
+from bayeslora.export.onnx import writer  # noqa: E402 - after the packages that it needs
+from bayeslora.export.onnx.graph import Graph  # noqa: E402
+from bayeslora.export.onnx.layers import _blocks  # noqa: E402
 
 LLAMA = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 
@@ -175,8 +178,6 @@ def test_codes_are_multiplied_in_blocks(kind: str, bits: int, stored: int, tmp_p
 
 def test_blocks_hold_the_codes() -> None:
     """Unpacked here as onnxruntime's documents say: the first of two codes in the low half, 8 or 128 for 0."""
-    from bayeslora.export.onnx.graph import Graph
-
     for bits, largest in ((4, 7), (8, 127)):
         weight = np.random.default_rng(0).integers(-largest, largest + 1, (5, 70)).astype(np.int8)
         graph = Graph()
@@ -238,7 +239,7 @@ def test_the_card_alone_writes_what_the_model_writes(tmp_path: Path) -> None:
 def test_a_decoder_far_from_the_model_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     model = _learned(_spread(build_tiny_llama()), LLAMA, {"weight": 4, "A": 8, "E": 8, "B": 8, **WIDE})
     options: dict[str, Any] = {"format": "onnx", "tokenizer": build_tiny_tokenizer()}
-    monkeypatch.setattr("bayeslora.export.onnx.writer.MOST_DIVERGENCE", 1e-9)
+    monkeypatch.setattr(writer, "MOST_DIVERGENCE", 1e-9)
     with pytest.raises(BayesLoraError, match=r"diverges by .* nats .* but 1e-09 nats is the most: .*allow_error=True"):
         export(model, tmp_path, **options)
     result = export(model, tmp_path, **options, allow_error=True)

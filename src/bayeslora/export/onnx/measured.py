@@ -14,7 +14,6 @@ from torch import Tensor, nn
 
 from bayeslora.export.agreement import compare
 from bayeslora.export.formats import inputs_for, output_error, output_of
-from bayeslora.export.onnx.graph import Value
 from bayeslora.methods.layer import evaluation_mode
 
 
@@ -78,22 +77,17 @@ class MeasuredDecoder:
     Args:
         model: in whose answers the difference is.
         batches: of inputs; None stands for the model's `dummy_inputs`.
-        inputs: of the graph.
     """
 
-    def __init__(
-        self, model: nn.Module, batches: Iterable[Mapping[str, Tensor] | None], inputs: Sequence[Value]
-    ) -> None:
-        self.model, self.inputs = model, inputs
+    def __init__(self, model: nn.Module, batches: Iterable[Mapping[str, Tensor] | None]) -> None:
+        self.model = model
         self.batches = list(filled_inputs(model, batches, ["input_ids", "attention_mask"]))
 
     def errors(self, path: Path) -> dict[str, Any]:
         """Return the differences in the next tokens of the graph in the file `path`."""
         session = _session(path)
-        empty = {
-            each.name: np.zeros((1, int(each.axes[1]), 0, int(each.axes[3])), dtype=np.float32)
-            for each in self.inputs[3:]
-        }
+        caches = [each for each in session.get_inputs() if each.name.startswith("past_key_values")]
+        empty = {each.name: np.zeros((1, each.shape[1], 0, each.shape[3]), dtype=np.float32) for each in caches}
 
         def found(row: Mapping[str, Tensor]) -> Tensor:
             positions = np.arange(row["input_ids"].shape[1], dtype=np.int64)[None]

@@ -113,7 +113,7 @@ def _measuring(
     batches: Iterable[Mapping[str, Tensor] | None],
     names: list[str],
 ) -> Measured | MeasuredDecoder:
-    """Return what measures the error: with the outputs of an encoder, or with a decoder, whose outputs are too many."""
+    """Return what measures the error: from an encoder's outputs, or a decoder itself, whose are many."""
     if not is_decoder(whole.get_base_model()):
         return Measured(whole, batches, names)
     return MeasuredDecoder(model if adapter_name is None else _copied(model, adapter_name)[0], batches)
