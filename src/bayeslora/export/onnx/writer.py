@@ -274,8 +274,11 @@ def _grid(bound: float, lowest: float) -> Grid:
     return Grid(_BYTE, step, round(-lowest / step))
 
 
-def _save(folder: Path, base: PreTrainedModel, writer: Encoder | Decoder, tokenizer: PreTrainedTokenizerBase) -> None:
+def _save(
+    folder: Path, base: PreTrainedModel, products: ProductLayers, names: list[str], tokenizer: PreTrainedTokenizerBase
+) -> None:
     """Write the graph, the configuration and the tokenizer."""
+    writer = Decoder(base, products) if is_decoder(base) else Encoder(base, products, names)
     folder.mkdir(parents=True, exist_ok=True)
     note = f"Written by bayeslora; {CARD_FILE} beside this file says how to run it."
     writer.write().save(folder / MODEL_FILE, type(base).__name__, writer.inputs, writer.outputs, note)
