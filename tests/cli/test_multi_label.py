@@ -115,6 +115,21 @@ def test_an_export_predicts_the_same(run: Path, tmp_path: Path) -> None:
         assert torch.allclose(loaded.predict(texts).probabilities, expected.probabilities, atol=1e-5)
 
 
+def test_an_export_that_differs_does_so_by_the_divergence_of_its_labels(
+    run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["export", str(run), "--format", "lora", "--draws", "1", "--output-dir", str(tmp_path / "drawn")]) == 0
+    export = next((tmp_path / "drawn").glob("draw-0"))
+    capsys.readouterr()
+    assert main(["verify", str(export), "--against", str(run), "--json"]) != 0
+    found = json.loads(capsys.readouterr().out)
+    texts = [row["text"] for row in rows(24)]
+    p, q = (bayeslora.load(folder).predict(texts).probabilities.numpy() for folder in (run, export))
+    divergence = (p * np.log(p / q) + (1 - p) * np.log((1 - p) / (1 - q))).sum(axis=1)
+    assert found["divergence"] == pytest.approx(divergence.mean(), rel=1e-3) and divergence.mean() > 1e-4
+    assert found["changed"] == pytest.approx(((p > 0.5) != (q > 0.5)).any(axis=1).mean())
+
+
 def test_what_needs_one_label_a_row_is_refused(run: Path, tmp_path: Path, refused: Refused) -> None:
     source = run.parent / "eval.jsonl"
     out = ["--input", source, "--output", tmp_path / "x.jsonl"]

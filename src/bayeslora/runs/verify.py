@@ -173,8 +173,9 @@ def format_of(folder: Path) -> str:
 def _base(run: Run) -> Any:
     """Return the base of the run without an adapter, with new heads at random."""
     info = run.info
-    options: dict[str, Any] = {"labels": info.labels, "regression": info.kind == "regression", "dtype": info.dtype}
-    return load_base(info.model, run.tokenizer, head=info.head, **options).model
+    return load_base(
+        info.model, run.tokenizer, labels=info.labels, kind=info.kind, dtype=info.dtype, head=info.head
+    ).model
 
 
 def _of_answers(run: Run, model: nn.Module, encoded: Dataset, task: Task, size: int) -> dict[str, Any]:
@@ -184,9 +185,13 @@ def _of_answers(run: Run, model: nn.Module, encoded: Dataset, task: Task, size: 
     if expected.ndim == 1:
         divergences, changed = (expected - found) ** 2 / 2, None
     else:
+        several = task.kind == "multi_label"
+        answers = [each > 0.5 if several else each.argmax(1)[:, None] for each in (expected, found)]
+        if several:  # a yes or no for each label, independent of the others
+            expected, found = (np.concatenate([each, 1 - each], axis=1) for each in (expected, found))
         logs = [np.log(np.clip(each, _SMALLEST, None)) for each in (expected, found)]
         divergences = np.clip((expected * (logs[0] - logs[1])).sum(1), 0, None)
-        changed = float((expected.argmax(1) != found.argmax(1)).mean())
+        changed = float((answers[0] != answers[1]).any(axis=1).mean())
     return {
         "answers": len(expected),
         "changed": changed,
