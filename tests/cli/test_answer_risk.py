@@ -27,32 +27,39 @@ def run(tmp_path_factory: pytest.TempPathFactory, tiny_causal_folder: Path) -> P
     return trained(tmp_path_factory.mktemp("runs") / "out", tiny_causal_folder, pairs(40), "melora", steps=60)
 
 
+@pytest.fixture(scope="module")
+def sure(tmp_path_factory: pytest.TempPathFactory, tiny_causal_folder: Path) -> Path:
+    """A run that has learned the answers by heart; its draws are of tokens."""
+    return trained(tmp_path_factory.mktemp("runs") / "sure", tiny_causal_folder, pairs(40), "full", steps=60)
+
+
 def generated(folder: Path, source: Path, target: Path, *options: str) -> list[dict[str, Any]]:
     assert main(["generate", str(folder), "--input", str(source), "--output", str(target), *options]) == 0
     return [json.loads(line) for line in target.read_text(encoding="utf-8").splitlines()]
 
 
 def test_answers_below_the_threshold_keep_the_risk(
-    run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    sure: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     rows = write_jsonl(tmp_path / "rows.jsonl", ROWS)
     options = ["--eval-file", str(rows), "--samples", "2", "--seed", "3", "--max-new-tokens", "6"]
-    assert main(["calibrate", str(run), *options, "--loss", "exact_match"]) == 0
+    options += ["--token-temperature", "1"]
+    assert main(["calibrate", str(sure), *options, "--loss", "exact_match"]) == 0
     printed = capsys.readouterr().out
-    assert f"{run / RISK_FILE}: 80 rows of {rows}, 2 samples" in printed and "mean of 1 - exact_match" in printed
-    found = json.loads((run / RISK_FILE).read_text(encoding="utf-8"))
+    assert f"{sure / RISK_FILE}: 80 rows of {rows}, 2 samples" in printed and "mean of 1 - exact_match" in printed
+    found = json.loads((sure / RISK_FILE).read_text(encoding="utf-8"))
     assert (found["rows"], found["measure"], found["loss"], found["sampling"]["seed"]) == (
         80,
         "probability",
         "exact_match",
         3,
     )
-    answers = generated(run, rows, tmp_path / "a.jsonl", "--risk", "0.2", "--html", str(tmp_path / "a.html"))
+    answers = generated(sure, rows, tmp_path / "a.jsonl", "--risk", "0.2", "--html", str(tmp_path / "a.html"))
     given = [answer for answer in answers if not answer["ask_a_human"]]
     assert 0 < len(given) < 80 and f"{80 - len(given)} left to a person" in capsys.readouterr().out
     wrong = [answer["text"] != answer["reference"].strip() for answer in given]
     assert sum(wrong) / len(wrong) < 0.2
-    limit = AnswerCalibration.load(run).control.threshold(0.2).uncertainty
+    limit = AnswerCalibration.load(sure).control.threshold(0.2).uncertainty
     for answer in answers:
         assert len(answer["draws"]) == 2, "made as the calibration's"
         assert answer["ask_a_human"] == (-answer["mixture_log_probability"] >= limit)
