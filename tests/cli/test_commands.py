@@ -272,6 +272,7 @@ def test_evaluations_are_folders_that_compare_sets_beside_the_run(
         "adapter_config.json",
         "calibration.png",
         "config.yaml",
+        "examples.json",
         "metrics.json",
         "report.html",
         "selective.png",

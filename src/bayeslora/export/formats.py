@@ -10,11 +10,11 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
+import torch.nn.functional as F
 from peft import PeftModel, get_peft_model_state_dict
 from torch import Tensor, nn
 
 from bayeslora.errors import BayesLoraError
-from bayeslora.export.agreement import Agreement
 from bayeslora.methods.layer import BayesLayer
 from bayeslora.methods.tuner import BayesTuner, tuner_of
 
@@ -183,7 +183,7 @@ def output_error(
     }
     config = getattr(model, "config", None)
     if config is not None and expected.shape[-1] > 1 and config.problem_type != "multi_label_classification":
-        agreement = Agreement()
-        agreement.add(expected.flatten(0, -2), found.flatten(0, -2))
-        errors |= {name: agreement.summary()[name] for name in ("changed", "divergence")}
+        before, after = (logits.float().flatten(0, -2).log_softmax(-1) for logits in (expected, found))
+        errors["changed"] = float((before.argmax(1) != after.argmax(1)).float().mean())
+        errors["divergence"] = float(F.kl_div(after, before, reduction="batchmean", log_target=True))
     return errors

@@ -149,7 +149,8 @@ class BLoraLayer(BayesLayer):
     def _diagonal(self, name: str) -> Tensor:
         """E (r,); in training that closes ranks alone without a gradient by it, so that this is LoRA's."""
         diagonal = self.blora_E[name]
-        if not (self.training and self.configs[name].closes_ranks_alone):
+        closes_ranks_alone = name in self.blora_evidence and name not in self.blora_quantizers
+        if not (self.training and closes_ranks_alone):
             return diagonal
         return diagonal.detach() + 0.0 * diagonal  # zero, not None: distributed training waits for it
 
