@@ -97,12 +97,14 @@ def test_what_needs_classes_that_exclude_each_other_refuses(name: str, batch: di
         REFUSED[name](classifier(), batch)
 
 
-def test_scores_of_a_task_refuse(tiny_tokenizer: Any) -> None:
+def test_a_data_set_gets_a_probability_for_each_label(tiny_tokenizer: Any) -> None:
     from bayeslora.evaluation import predict_dataset
 
-    rows = Dataset.from_dict({"input_ids": [[5, 6], [7, 8]], "attention_mask": [[1, 1], [1, 1]]})
-    with pytest.raises(BayesLoraError, match="several labels a row"):
-        predict_dataset(classifier(), rows, tiny_tokenizer)
+    columns = {"input_ids": [[5, 6], [7, 8]], "attention_mask": [[1, 1], [1, 1]]}
+    model = classifier().eval()
+    found = predict_dataset(model, Dataset.from_dict(columns), tiny_tokenizer).probabilities
+    logits = model(**{name: torch.tensor(rows) for name, rows in columns.items()}).logits
+    torch.testing.assert_close(found.float(), torch.sigmoid(logits).detach(), rtol=1e-4, atol=1e-6)
 
 
 def test_a_saved_model_is_not_loaded_as_one_of_classes(tmp_path: Path) -> None:
