@@ -183,7 +183,8 @@ def test_blocks_hold_the_codes() -> None:
         graph = Graph()
         _blocks(graph, "x", weight, np.arange(1, 6, dtype=np.float32), bits)
         packed, scales = (onnx.numpy_helper.to_array(each) for each in graph._constants.values())
-        assert packed.shape == (5, 2, 64 * bits // 8) and list(scales) == [1, 1, 2, 2, 3, 3, 4, 4, 5, 5]
+        assert packed.shape == (5, 3, 32 * bits // 8)
+        assert list(scales) == [scale for scale in range(1, 6) for _ in range(3)]
         codes = packed.reshape(5, -1)
         if bits == 4:
             codes = np.stack([codes & 15, codes >> 4], axis=-1).reshape(5, -1)

@@ -28,7 +28,7 @@ from bayeslora.vocabulary import ACTIVATIONS, BASE_WEIGHT, MATRICES
 
 _FITS_INT4 = 7
 _HALF_BYTE = 4
-_BLOCK = 64
+_BLOCK = 32  # inputs are rounded in blocks of it: a larger one loses more where they have outliers
 _ROUNDS_INPUTS = 4  # accuracy level of `MatMulNBits` at which inputs are rounded, the only fast one for 8 bits
 _CENTER = 128
 """Zero point of the grids that are symmetric around 0, as all learned ones are."""
