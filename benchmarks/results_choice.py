@@ -22,8 +22,8 @@ Start with LoRA. Then read the line of what you are missing.
 | probabilities that are right on average | LoRA, then [`TemperatureScaling`](prediction.md), or \
 [`calibrate --temperature`](decisions.md) | one number, fitted in seconds on held-out rows; \
 [see below](#probabilities) |
-| the same without held-out rows | [Me-LoRA](melora.md) with `cores=4` | on MRPC and SST-2, with one seed each, its NLL \
-is that of LoRA with a temperature or lower |
+| the same without held-out rows | [Me-LoRA](melora.md) with `cores=4` | on MRPC and SST-2, with one seed each, its \
+NLL is that of LoRA with a temperature or lower |
 | the best order of doubtful rows | an ensemble of three LoRAs (`DeepEnsemble`) | it has the lowest AURC below, for \
 three trainings and three passes |
 | uncertainty from one adapter and one training: draws, mutual information, which rows to label next | \

@@ -137,6 +137,31 @@ def check_unmerged(layers: Mapping[str, BayesLayer]) -> None:
             )
 
 
+def check_floating_point(layers: Mapping[str, BayesLayer], name: str) -> None:
+    """Raise `BayesLoraError` if the base weight of a layer is stored in 4 or 8 bits."""
+    for key, layer in layers.items():
+        if not layer.has_plain_weight:
+            raise BayesLoraError(
+                f"the base weight of {key} has {layer.base_width} bits, but must be in floating point: "
+                f"load the base in float32 and export adapter {name!r} on it"
+            )
+
+
+def to_take_apart(model: PeftModel, tuner: BayesTuner, name: str) -> tuple[PeftModel, dict[str, BayesLayer]]:
+    """Return a copy of the model with adapter `name` active, in evaluation mode, and its adapted layers by path.
+
+    Raises:
+        BayesLoraError: an adapter is merged, or a base weight is not in floating point.
+    """
+    layers: dict[str, BayesLayer] = tuner.named_layers(name)
+    check_unmerged(layers)
+    check_floating_point(layers, name)
+    whole = sharing_base(model, tuner)
+    whole.set_adapter(name)
+    _, tuner, _ = adapted_parts(whole.eval(), name)
+    return whole, tuner.named_layers(name)
+
+
 def saved_state(model: PeftModel, adapter_name: str) -> dict[str, Tensor]:
     """Return separate copies on the CPU of the tensors that PEFT would save."""
     state = get_peft_model_state_dict(model, adapter_name=adapter_name)

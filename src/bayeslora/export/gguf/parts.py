@@ -14,12 +14,11 @@ from transformers import PreTrainedModel
 
 from bayeslora._peft import AuxiliaryTrainingWrapper
 from bayeslora.errors import BayesLoraError
-from bayeslora.export.formats import adapted_parts, check_unmerged, sharing_base
+from bayeslora.export.formats import adapted_parts, to_take_apart
 from bayeslora.export.gguf.architectures import Architecture, Names, architecture_of
 from bayeslora.export.gguf.blocks import Array
 from bayeslora.export.gguf.layers import UNADAPTED, Weight, array, learned_weight, lora_layers, update_of, upright
 from bayeslora.export.merged import merge_into_base
-from bayeslora.methods.layer import BayesLayer
 from bayeslora.methods.tuner import tuner_of
 from bayeslora.model_card import public_name
 
@@ -121,18 +120,8 @@ def _copied(model: nn.Module, adapter_name: str | None) -> tuple[PeftModel, dict
         whole = copy.deepcopy(model).eval()
         return whole, lora_layers(whole.get_base_model(), name), name
     original, tuner, name = adapted_parts(model, adapter_name)
-    own: dict[str, BayesLayer] = tuner.named_layers(name)
-    check_unmerged(own)
-    for key, layer in own.items():
-        if not layer.has_plain_weight:
-            raise BayesLoraError(
-                f"the base weight of {key} has {layer.base_width} bits, but must be in floating point: "
-                f"load the base in float32 and export adapter {name!r} on it"
-            )
-    whole = sharing_base(original, tuner)
-    whole.set_adapter(name)
-    _, tuner, _ = adapted_parts(whole.eval(), name)
-    return whole, dict(tuner.named_layers(name)), name
+    whole, own = to_take_apart(original, tuner, name)
+    return whole, dict(own), name
 
 
 def _left_out(layers: Mapping[str, nn.Module], learned: Mapping[str, Weight], name: str, form: str) -> str | None:

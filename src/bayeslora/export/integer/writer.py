@@ -21,7 +21,15 @@ from transformers.pytorch_utils import Conv1D
 from bayeslora._peft import AuxiliaryTrainingWrapper
 from bayeslora.errors import BayesLoraError
 from bayeslora.export.container import pack, write_container
-from bayeslora.export.formats import adapted_parts, check_unmerged, inputs_for, output_error, output_of, sharing_base
+from bayeslora.export.formats import (
+    adapted_parts,
+    check_floating_point,
+    check_unmerged,
+    inputs_for,
+    output_error,
+    output_of,
+    sharing_base,
+)
 from bayeslora.export.integer.index import BIAS, INDEX_FILE, IntegerIndex, IntegerLayer
 from bayeslora.export.integer.reader import CODES_SUFFIX, WEIGHTS_FILE, load_integer, own_tensors, seal
 from bayeslora.methods.layer import BayesLayer
@@ -108,11 +116,7 @@ def _check(model: PeftModel, layers: Mapping[str, BayesLayer], name: str) -> Non
                 f"{key} is a {type(layer).__name__}, but format 'integer' is for methods that learn widths: "
                 "export 'merged' instead"
             )
-        if not layer.has_plain_weight:
-            raise BayesLoraError(
-                f"the base weight of {key} has {layer.base_width} bits, but must be in floating point: "
-                f"load the base in float32 and export adapter {name!r} on it"
-            )
+    check_floating_point(layers, name)
 
 
 def _save(folder: Path, base: PreTrainedModel, index: IntegerIndex, tensors: dict[str, Tensor]) -> None:

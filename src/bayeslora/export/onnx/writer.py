@@ -15,7 +15,7 @@ from transformers.pytorch_utils import Conv1D
 
 from bayeslora._peft import AuxiliaryTrainingWrapper
 from bayeslora.errors import BayesLoraError
-from bayeslora.export.formats import adapted_parts, check_unmerged, output_of, sharing_base
+from bayeslora.export.formats import adapted_parts, output_of, to_take_apart
 from bayeslora.export.merged import TOLERANCE, merge_into_base
 from bayeslora.export.onnx import decoders, encoders
 from bayeslora.export.onnx.card import write_card
@@ -153,18 +153,7 @@ def _copied(model: nn.Module, adapter_name: str | None) -> tuple[PeftModel, dict
         return copy.deepcopy(model).eval(), {}, adapter_name or model.active_adapter
     original, tuner, name = adapted_parts(model, adapter_name)
     _check_architecture(original.get_base_model())
-    layers: dict[str, BayesLayer] = tuner.named_layers(name)
-    check_unmerged(layers)
-    for key, layer in layers.items():
-        if not layer.has_plain_weight:
-            raise BayesLoraError(
-                f"the base weight of {key} has {layer.base_width} bits, but must be in floating point: "
-                f"load the base in float32 and export adapter {name!r} on it"
-            )
-    whole = sharing_base(original, tuner)
-    whole.set_adapter(name)
-    _, tuner, _ = adapted_parts(whole, name)
-    return whole.eval(), tuner.named_layers(name), name
+    return *to_take_apart(original, tuner, name), name
 
 
 def _check_architecture(base: nn.Module) -> None:
