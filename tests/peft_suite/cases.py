@@ -59,9 +59,9 @@ METHODS = [
     Method("blora-ra-evidence", BLoraConfig, {"mode": "ra", "lora_alpha": 8}),
     Method("blora-q+ra-evidence", BLoraConfig, {"mode": "q+ra", "lora_alpha": 8}),
     Method("melora", MeLoraConfig, {"variance": "learned", "lora_alpha": 8}),
-    Method("melora-cores", MeLoraConfig, {"cores": 3, "lora_alpha": 8}),
+    Method("melora-cores", MeLoraConfig, {"cores": 3, "lora_alpha": 4}),
     Method("melora-closed-form", MeLoraConfig, {"lora_alpha": 8}),
-    Method("melora-diagonal", MeLoraConfig, {"core": "diagonal", "lora_alpha": 8}),
+    Method("melora-diagonal", MeLoraConfig, {"core": "diagonal", "lora_alpha": 4}),
     Method("blob", BlobConfig, {"lora_alpha": 8}),
     Method("bayes_adalora", AdaLoraConfig, {"lora_alpha": 8, "init_r": 8, "target_r": 4}),
     Method("dylora", DyLoraConfig, {"lora_alpha": 8}),
@@ -80,7 +80,7 @@ CUSTOM_MODELS: list[tuple[str, str, dict[str, Any]]] = [
         {"target_modules": ["lin0", "lin1"], "exclude_modules": ["lin1"], "lora_dropout": 0.1},
     ),
     # One output of a few small numbers: at the usual scale the rank gates' gradient is below what upstream can see.
-    ("transformers Conv1D", "EmbConv1D", {"target_modules": ["conv1d"], "lora_alpha": 32}),
+    ("transformers Conv1D", "EmbConv1D", {"target_modules": ["conv1d"], "lora_alpha": 64}),
 ]
 
 _owners: dict[int, str] = {}

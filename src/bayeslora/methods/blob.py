@@ -67,9 +67,9 @@ class BlobLayer(VariationalLayer):
 
     def add_adapter(self, adapter_name: str, config: BlobConfig, rank: int) -> None:
         self.add_common(adapter_name, config, rank)
+        self.blob_M[adapter_name], self.blob_B[adapter_name] = self.initial_factors(config, rank)
         scale = torch.empty(rank, self.in_features).uniform_(config.initial_scale / math.sqrt(2), config.initial_scale)
         self.blob_G[adapter_name] = nn.Parameter(scale)
-        self.blob_M[adapter_name], self.blob_B[adapter_name] = self.initial_factors(config, rank)
 
     def posterior(self, name: str) -> tuple[Tensor, Tensor, Tensor | float]:
         return self.blob_M[name], self.blob_G[name].float().square(), 0.0
