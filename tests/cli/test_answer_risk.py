@@ -120,5 +120,8 @@ def test_what_does_not_fit_is_refused(run: Path, tmp_path: Path, refused: Refuse
         (run / RISK_FILE).write_text(damage, encoding="utf-8")
         with pytest.raises(BayesLoraError, match=f"{RISK_FILE} is damaged"):
             AnswerCalibration.load(run)
+    (run / RISK_FILE).write_text(json.dumps({**json.loads(content), "version": 99}), encoding="utf-8")
+    with pytest.raises(BayesLoraError, match=f"{RISK_FILE} is of a newer version"):
+        AnswerCalibration.load(run)
     (run / RISK_FILE).unlink()
     assert f"lacks {RISK_FILE}, but a risk needs it" in refused(*ask, "--risk", 0.1)

@@ -10,7 +10,7 @@ import math
 import shutil
 import textwrap
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 from bayeslora.cli.arguments import build_plan
 from bayeslora.cli.compare import compare
@@ -39,7 +39,6 @@ METHODS: dict[str, dict[str, Any]] = {
     "melora": {"samples": SAMPLES},
 }
 _SHOWN = 3
-_ASKED = 200
 _ANSWERED = 0.8
 _DEFAULT_DIR = "runs/demo"
 _COMPARISON = "compare"
@@ -69,10 +68,7 @@ def run(given: dict[str, Any]) -> int:
         if status:
             return status
     compare(folders, target / _COMPARISON)
-    from bayeslora.data import load_task
-
-    rows = load_task(size["task"]).eval_split
-    print(f"\n{_table(folders, len(rows))}\n\n{_to_hand_over(target / 'melora', rows)}\n")
+    print(f"\n{_table(folders)}\n\n{_to_hand_over(target / 'melora')}\n")
     print(f"reliability of the three: {(target / _COMPARISON / 'reliability.png').resolve()}")
     print(f"report: {(target / 'blora' / 'report.html').resolve()}")
     return 0
@@ -87,11 +83,12 @@ def _clear(folders: list[Path], overwrite: bool) -> None:
         shutil.rmtree(folder)
 
 
-def _table(folders: list[Path], count: int) -> str:
-    """Return the runs' scores on the `count` evaluation rows and their costs, with what chance alone would do."""
+def _table(folders: list[Path]) -> str:
+    """Return the runs' scores on the evaluation rows and their costs, with what chance alone would do."""
     from bayeslora.runs.record import read_run
 
     runs = [read_run(folder) for folder in folders]
+    count = cast(int, runs[0].rows)  # of runs that have just been scored
     rows: list[tuple[str, list[str]]] = [
         ("", [run.method for run in runs]),
         (f"accuracy on {count:,} reviews of unseen films", [f"{run.scores['accuracy']:.1%}" for run in runs]),
@@ -118,17 +115,12 @@ def _accuracy_at(run: RunRecord) -> float:
     return 1 - risk
 
 
-def _to_hand_over(folder: Path, rows: Any) -> str:
-    """Return the reviews that Me-LoRA is least certain about, among the first few hundred."""
-    from bayeslora import load
+def _to_hand_over(folder: Path) -> str:
+    """Return the reviews that the scored run is least certain about."""
+    from bayeslora.runs.examples import read_examples
 
-    run = load(folder)
-    rows = rows.select(range(min(_ASKED, len(rows))))
-    predictions = run.predict(rows, samples=SAMPLES)
-    lines = [f"{_SHOWN} reviews to hand to a person (Me-LoRA is least certain about them, of the first {len(rows)}):"]
-    for row in predictions.entropy.argsort(descending=True)[:_SHOWN].tolist():
-        chance = predictions.probabilities[row]
-        said = ", ".join(f"{label} {share:.0%}" for label, share in zip(run.labels, chance.tolist(), strict=True))
-        text = textwrap.shorten(rows[row]["text"], 160, placeholder=" …")
-        lines.append(f"  {said}; it was {run.labels[rows[row]['label']]}:\n    {text}")
+    lines = [f"{_SHOWN} reviews to hand to a person (Me-LoRA is least certain about them):"]
+    for example in read_examples(folder).least_certain[:_SHOWN]:
+        text = textwrap.shorten(example.texts["text"], 160, placeholder=" …")
+        lines.append(f"  {example.predicted} with {example.confidence:.0%}; it was {example.label}:\n    {text}")
     return "\n".join(lines)

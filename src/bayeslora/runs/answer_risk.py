@@ -7,7 +7,6 @@ those of one model and one way to answer, which the file names: other answers ha
 from __future__ import annotations
 
 import dataclasses
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,7 +21,7 @@ from bayeslora.evaluation.text_metrics import BY_ROW, check_metrics
 from bayeslora.files import save_json, write_atomically
 from bayeslora.posthoc.loss import LossControl
 from bayeslora.runs.answers import Answer, Sampling, answer_rows
-from bayeslora.runs.decisions import model_digest
+from bayeslora.runs.decisions import model_digest, read_calibration
 from bayeslora.runs.text_scores import references_of, sampling_of, uncertainty_of
 from bayeslora.vocabulary import AnswerLoss, Measure
 
@@ -130,26 +129,17 @@ class AnswerCalibration:
         Raises:
             BayesLoraError: the file is missing or damaged, or a newer version wrote it.
         """
-        path = folder / RISK_FILE
-        if not path.is_file():
-            raise BayesLoraError(
-                f"{folder} lacks {RISK_FILE}, but a risk needs it: run `bayeslora calibrate {folder}` first"
-            )
-        try:
-            content = json.loads(path.read_text(encoding="utf-8"))
-            if content["version"] > _VERSION:
-                raise BayesLoraError(f"{path} is of a newer version of bayeslora, but must be of this one: update it")
-            if content["measure"] not in get_args(Measure):
-                raise ValueError(content["measure"])
-            return cls(
-                LossControl(content["uncertainty"], content["losses"]),
-                sampling=Sampling(**content["sampling"]),
-                **{name: content[name] for name in ("measure", "loss", "source", "fingerprint")},
-            )
-        except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
-            raise BayesLoraError(
-                f"{path} is damaged ({type(error).__name__}): run `bayeslora calibrate` again"
-            ) from error
+        return read_calibration(folder / RISK_FILE, "a risk", _VERSION, cls._read)
+
+    @classmethod
+    def _read(cls, content: dict[str, Any]) -> AnswerCalibration:
+        if content["measure"] not in get_args(Measure):
+            raise ValueError(content["measure"])
+        return cls(
+            LossControl(content["uncertainty"], content["losses"]),
+            sampling=Sampling(**content["sampling"]),
+            **{name: content[name] for name in ("measure", "loss", "source", "fingerprint")},
+        )
 
 
 def calibrated_answers(

@@ -12,10 +12,10 @@ import hashlib
 import json
 import math
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 from torch import Tensor, nn
@@ -30,6 +30,8 @@ from bayeslora.runs.base import add_tensor
 from bayeslora.runs.info import RunInfo
 from bayeslora.runs.predictions import Decisions
 from bayeslora.runs.scaling import Scaling
+
+Read = TypeVar("Read")
 
 CALIBRATION_FILE = "conformal.json"
 _VERSION = 2
@@ -207,23 +209,7 @@ class Calibration:
         Raises:
             BayesLoraError: the file is missing or damaged, or a newer version wrote it.
         """
-        path = folder / CALIBRATION_FILE
-        if not path.is_file():
-            raise BayesLoraError(
-                f"{folder} lacks {CALIBRATION_FILE}, but a coverage or risk needs it: run "
-                f"`bayeslora calibrate {folder}` first"
-            )
-        try:
-            content = json.loads(path.read_text(encoding="utf-8"))
-            if content["version"] > _VERSION:
-                raise BayesLoraError(f"{path} is of a newer version of bayeslora, but must be of this one: update it")
-            return cls._read(content)
-        except BayesLoraError:
-            raise
-        except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
-            raise BayesLoraError(
-                f"{path} is damaged ({type(error).__name__}): run `bayeslora calibrate` again"
-            ) from error
+        return read_calibration(folder / CALIBRATION_FILE, "a coverage or risk", _VERSION, cls._read)
 
     @classmethod
     def _read(cls, content: dict[str, Any]) -> Calibration:
@@ -242,6 +228,33 @@ class Calibration:
         if not len(risk.confidence) == len(risk.wrong) == sets.rows or len(sets.scores) != len(content["labels"]):
             raise ValueError("lists of different lengths")
         return cls(sets, risk, content["labels"], **shared)
+
+
+def read_calibration(path: Path, needing: str, version: int, read: Callable[[dict[str, Any]], Read]) -> Read:
+    """Return what `read` makes of a file that `bayeslora calibrate` has written into a run's folder.
+
+    Args:
+        path: of the file.
+        needing: what needs it, for the message.
+        version: the newest that `read` knows.
+        read: makes an object of the content; what it raises for a wrong one counts as damage.
+
+    Raises:
+        BayesLoraError: the file is missing or damaged, or a newer version wrote it.
+    """
+    if not path.is_file():
+        raise BayesLoraError(
+            f"{path.parent} lacks {path.name}, but {needing} needs it: run `bayeslora calibrate {path.parent}` first"
+        )
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+        if content["version"] > version:
+            raise BayesLoraError(f"{path} is of a newer version of bayeslora, but must be of this one: update it")
+        return read(content)
+    except BayesLoraError:
+        raise
+    except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
+        raise BayesLoraError(f"{path} is damaged ({type(error).__name__}): run `bayeslora calibrate` again") from error
 
 
 def calibrated(

@@ -35,6 +35,37 @@ def write_card(
         inputs: names of the graph's inputs.
         measured: sizes and errors, as the export returns them.
     """
+    length = max_length or min(tokenizer.model_max_length, int(model.config.max_position_embeddings), _UNLIMITED)
+    files = f"""| `model.onnx` | the graph: {", ".join(inputs)}, int64 (batch, length), to logits, float32 \
+(batch, {model.config.num_labels}) |
+| `config.json` | the model's configuration, with the names of the labels |
+| `tokenizer.json` | the tokenizer |"""
+    program = _code(tokenizer, length, inputs, measured)
+    write_page(folder, model, config, measured, "text-classification", files, program, _error(measured))
+
+
+def write_page(
+    folder: Path,
+    model: PreTrainedModel,
+    config: Any,
+    measured: Mapping[str, Any],
+    pipeline_tag: str,
+    files: str,
+    program: str,
+    error: str,
+) -> None:
+    """Write `README.md` from the parts in which graphs differ.
+
+    Args:
+        folder: of the graph.
+        model: that was written.
+        config: of the adapter.
+        measured: sizes and errors, as the export returns them.
+        pipeline_tag: the hub's name for what the model does.
+        files: rows of the table of files, and what there is to say about them.
+        program: that runs the graph.
+        error: a paragraph with the measured differences.
+    """
     path = config.base_model_name_or_path or getattr(model, "name_or_path", "")
     base = public_name(str(path)) if path else type(model).__name__
     method, is_learned = getattr(config, "method", "lora"), measured["widened"] is not None
@@ -43,41 +74,37 @@ def write_card(
         base,
         library="onnx",
         relation="quantized" if is_learned else "merge",
-        pipeline_tag="text-classification",
+        pipeline_tag=pipeline_tag,
         tags=["bayeslora", method, "onnx", "onnxruntime"],
     )
-    length = max_length or min(tokenizer.model_max_length, int(model.config.max_position_embeddings), _UNLIMITED)
-    labels = model.config.num_labels
     text = f"""---
 {front}
 ---
 
 # `{base}` as ONNX
 
-{described(method, base, measured, is_learned)}
+{_described(method, base, measured, is_learned)}
 
 | file | |
 |---|---|
-| `model.onnx` | the graph: {", ".join(inputs)}, int64 (batch, length), to logits, float32 (batch, {labels}) |
-| `config.json` | the model's configuration, with the names of the labels |
-| `tokenizer.json` | the tokenizer |
+{files}
 
 ## How to run it
 
 With `pip install onnxruntime tokenizers`, in this folder:
 
 ```python
-{_code(tokenizer, length, inputs, measured)}
+{program}
 ```
 
 ## Error
 
-{_error(measured)}
+{error}
 """
     (folder / CARD_FILE).write_text(text, encoding="utf-8")
 
 
-def described(method: str, base: str, measured: Mapping[str, Any], is_learned: bool) -> str:
+def _described(method: str, base: str, measured: Mapping[str, Any], is_learned: bool) -> str:
     """Return a paragraph that says what the graph is, and in which bits it computes."""
     said = f"`{base}` with an adapter that was trained with the method `{method}` of bayeslora"
     size = f"The graph takes {measured['file_bytes']:,} bytes; the model in float32 {measured['float32_bytes']:,}."

@@ -8,9 +8,8 @@ from typing import Any
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from bayeslora.export.onnx.card import described
+from bayeslora.export.onnx.card import write_page
 from bayeslora.export.onnx.decoders import cache_sizes
-from bayeslora.model_card import CARD_FILE, front_matter, public_name
 
 _PROGRAM = '''import numpy as np
 import onnxruntime
@@ -62,50 +61,17 @@ def write_decoder_card(
         tokenizer: beside the graph.
         measured: sizes and errors, as the export returns them.
     """
-    path = config.base_model_name_or_path or getattr(model, "name_or_path", "")
-    base = public_name(str(path)) if path else type(model).__name__
-    method, is_learned = getattr(config, "method", "lora"), measured["widened"] is not None
-    front = front_matter(
-        f"{base} as ONNX",
-        base,
-        library="onnx",
-        relation="quantized" if is_learned else "merge",
-        pipeline_tag="text-generation",
-        tags=["bayeslora", method, "onnx", "onnxruntime"],
-    )
     count, heads, size = cache_sizes(model.config)
-    text = f"""---
-{front}
----
-
-# `{base}` as ONNX
-
-{described(method, base, measured, is_learned)}
-
-| file | |
-|---|---|
-| `model.onnx` | the graph, whose inputs and outputs have the names that Optimum gives them |
+    files = f"""| `model.onnx` | the graph, whose inputs and outputs have the names that Optimum gives them |
 | `config.json` | the model's configuration |
 | `tokenizer.json` | the tokenizer |
 
 `input_ids` and `position_ids` are int64 (batch, length); `attention_mask` is int64 (batch, past + length). Each of the
 {count} blocks has its keys and values: `past_key_values.0.key` and `.value` enter, float32
 (batch, {heads}, past, {size}), and `present.0.key` and `.value` leave, (batch, {heads}, past + length, {size}).
-`logits` are float32 (batch, length, {model.config.vocab_size}).
-
-## How to run it
-
-With `pip install onnxruntime tokenizers`, in this folder:
-
-```python
-{_PROGRAM.replace("ENDS", str(sorted(_ends(model, tokenizer))))}
-```
-
-## Error
-
-{_error(measured)}
-"""
-    (folder / CARD_FILE).write_text(text, encoding="utf-8")
+`logits` are float32 (batch, length, {model.config.vocab_size})."""
+    program = _PROGRAM.replace("ENDS", str(sorted(_ends(model, tokenizer))))
+    write_page(folder, model, config, measured, "text-generation", files, program, _error(measured))
 
 
 def _ends(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> set[int]:
