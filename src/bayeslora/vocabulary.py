@@ -53,9 +53,9 @@ METHOD_ENTRY_POINTS = "bayeslora.methods"
 """Group of entry points under which an installed package offers methods: name = module that registers it."""
 
 Scoring = Literal["letters", "cloze"]
-"""How a language model answers multiple choice: by the letter of a choice, or by the likelihood of its text."""
+"""Way to answer multiple choice with a language model: by the letter of a choice, or by the likelihood of its text."""
 Normalization = Literal["none", "tokens", "bytes"]
-"""What the log-likelihood of a choice is divided by: nothing, or the length of its text in this unit."""
+"""Divisor of the log-likelihood of a choice: nothing, or the length of its text in this unit."""
 
 MESSAGES, PROMPT, COMPLETION = "messages", "prompt", "completion"
 """Columns of rows to generate text from: a conversation, or a text and what follows it."""

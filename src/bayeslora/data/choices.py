@@ -22,7 +22,7 @@ ENDING = "ending"
 
 @dataclass(frozen=True)
 class Cloze:
-    """How choices are scored by the likelihood of their text.
+    """Rule by which choices are scored by the likelihood of their text.
 
     Attributes:
         context: text before a choice, a `str.format` template with `question`. The choice follows after one space, so

@@ -1,4 +1,4 @@
-"""What prompts, cloze items and pairs share: texts to tokens, few-shot examples that fit, and common columns."""
+"""Parts of prompts, cloze items and pairs: texts to tokens, few-shot examples that fit, and common columns."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-r"""How far an export's answers are from those of the model that it was written from.
+r"""Measure the distance of an export's answers from those of the model that it was written from.
 
 At each position $i$ with an answer (a row of a classifier, a token of a language model) let $p_i$ be the model's
 distribution and $q_i$ the export's. The divergence is the mean of

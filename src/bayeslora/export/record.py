@@ -1,4 +1,4 @@
-"""What an export says of itself in `export.json`: its format, and how far it is from its run.
+"""Record of an export, `export.json`: its format, and its distance from its run.
 
 | field | |
 |---|---|

@@ -37,7 +37,7 @@ class GateDescription:
 
 @dataclass(frozen=True)
 class PosteriorWidth:
-    r"""How far a layer's posterior has left its prior: $\Omega / \sigma_p$ over the layer's entries.
+    r"""Width of a layer's posterior beside that of its prior: $\Omega / \sigma_p$ over the layer's entries.
 
     1 is the prior's width: the data have said nothing. 0 is certainty.
 

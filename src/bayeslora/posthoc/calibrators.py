@@ -105,7 +105,7 @@ class VectorScaling:
 
     @property
     def numbers(self) -> dict[str, Any]:
-        """What is fitted, for JSON and `from_numbers`."""
+        """Return the fitted numbers, for JSON and `from_numbers`."""
         _check_fitted(self, self.weight)
         assert self.weight is not None and self.bias is not None
         return {"weight": self.weight.tolist(), "bias": self.bias.tolist()}
@@ -192,7 +192,7 @@ class IsotonicCalibration:
 
     @property
     def numbers(self) -> dict[str, Any]:
-        """What is fitted, for JSON and `from_numbers`: the corners of each class's step function."""
+        """Return the fitted numbers, for JSON and `from_numbers`: the corners of each class's step function."""
         _check_fitted(self, self.maps or None)
         return {"maps": [{"x": m.X_thresholds_.tolist(), "y": m.y_thresholds_.tolist()} for m in self.maps]}
 

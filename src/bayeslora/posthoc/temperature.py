@@ -96,7 +96,7 @@ class TemperatureScaling:
 
     @property
     def numbers(self) -> dict[str, Any]:
-        """What is fitted, for JSON and `from_numbers`."""
+        """Return the fitted numbers, for JSON and `from_numbers`."""
         return {"temperature": self.temperature}
 
     @classmethod

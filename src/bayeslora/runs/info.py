@@ -84,14 +84,14 @@ class RunInfo:
 
     @property
     def scoring(self) -> Scoring | None:
-        """How a language model answers multiple choice; None for other models."""
+        """Return the way in which a language model answers multiple choice; None for other models."""
         if self.kind != "multiple_choice":
             return None
         return "letters" if self.head == "letters" else "cloze" if self.head == "cloze" else None
 
     @property
     def cloze(self) -> Cloze:
-        """How choices are scored by their text, of a run by cloze."""
+        """Return the rule that scores choices by their text, of a run by cloze."""
         return Cloze(self.context, self.normalization)
 
     def save(self, folder: Path) -> None:

@@ -25,7 +25,7 @@ FOREIGN_SCORE = "relative_mahalanobis"
 
 @dataclass(frozen=True)
 class Reply:
-    """What a run says of one text.
+    """Answer of a run to one text.
 
     Attributes:
         label: the most probable class, or the number.

@@ -1,4 +1,4 @@
-r"""What llama.cpp wants to know of a model: names of the tensors, their layout, and the configuration.
+r"""Facts that llama.cpp needs of a model: names of the tensors, their layout, and the configuration.
 
 llama.cpp rotates neighbouring entries of a head of Llama, where Transformers rotates entry $i$ with $i + d/2$. So the
 rows of its query and key projections are written in the order $0, d/2, 1, d/2 + 1, \dots$ of each head.
