@@ -58,9 +58,7 @@ def _pair(text: str, names: Sequence[str]) -> tuple[str, float]:
     except ValueError:
         weight = math.nan
     if not 0 <= weight < math.inf:
-        raise BayesLoraError(
-            f"class_weights has {text!r}, but takes balanced or NAME=WEIGHT, a weight of at least 0: write bug=3,login=1"
-        )
+        raise BayesLoraError(f"class_weights has {text!r}, but takes balanced or NAME=WEIGHT: write bug=3,login=1")
     if name not in names:
         raise BayesLoraError(f"class_weights names {name!r}, but the classes are {', '.join(names)}: name one of them")
     return name, weight
