@@ -6,17 +6,24 @@ import json
 import re
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import pytest
+import torch
 
 import bayeslora
 from bayeslora.cli.main import main
-from tests.cli.conftest import review_rows
+from bayeslora.runs.rows import encode_for, labelled_rows
+from tests.cli.conftest import review_rows, write_jsonl
+from tests.conftest import EMPTY_PNG
+from tests.runs.text_runs import chat
 
-pytest.importorskip("onnx")
-pytest.importorskip("onnxruntime")
+onnx = pytest.importorskip("onnx")
+onnxruntime = pytest.importorskip("onnxruntime")
 
+Refused = Callable[..., str]
 TEXTS = [str(row["text"]) for row in review_rows(12, seed=5)]
 RUNNER = """
 import importlib.abc, json, sys
@@ -92,3 +99,89 @@ def test_without_training_rows_the_inputs_of_unadapted_layers_stay_float32(
     assert main(["export", str(moved), "--format", "onnx", "--output-dir", str(tmp_path / "out"), "--json"]) == 0
     printed = capsys.readouterr()
     assert "dummy inputs" in printed.err and json.loads(printed.out)["unadapted"] == "int8 weights"
+
+
+@pytest.fixture(scope="module")
+def writers(tmp_path_factory: pytest.TempPathFactory, tiny_causal_folder: Path) -> dict[str, Path]:
+    """Runs of a language model."""
+    folder = tmp_path_factory.mktemp("language")
+    rows = write_jsonl(folder / "chat.jsonl", chat(30))
+    for method, steps in (("lora", "2"), ("blora", "20")):
+        files = ["--model", str(tiny_causal_folder), "--train-file", str(rows)]
+        options = ["--max-steps", steps, "--learning-rate", "0.02", "--r", "4", "--target-modules", "q_proj,up_proj"]
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr("bayeslora.report.page.png_bytes", lambda figure: EMPTY_PNG)
+            assert main(["train", "--method", method, *files, *options, "--output-dir", str(folder / method)]) == 0
+    return {method: folder / method for method in ("lora", "blora")}
+
+
+def _logits_of_graph(folder: Path, ids: list[int]) -> np.ndarray:
+    session = onnxruntime.InferenceSession(folder / "model.onnx")
+    feeds = {
+        each.name: np.zeros((1, each.shape[1], 0, each.shape[3]), dtype=np.float32)
+        for each in session.get_inputs()
+        if each.name.startswith("past_key_values")
+    }
+    rows = {"input_ids": ids, "attention_mask": [1] * len(ids), "position_ids": list(range(len(ids)))}
+    feeds |= {name: np.array([row], dtype=np.int64) for name, row in rows.items()}
+    return session.run(["logits"], feeds)[0][0].astype(np.float64)
+
+
+def _log_softmax(logits: np.ndarray) -> np.ndarray:
+    logits = logits - logits.max(1, keepdims=True)
+    return logits - np.log(np.exp(logits).sum(1, keepdims=True))
+
+
+@pytest.mark.parametrize("method", ["lora", "blora"])
+def test_the_graph_of_a_decoder_is_verified_token_by_token(
+    method: str, writers: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """As exported, and after its weights were changed by hand: every figure again in numpy."""
+    out, run = tmp_path / "out", writers[method]
+    command = ["export", str(run), "--format", "onnx", "--allow-error", "--output-dir", str(out), "--json"]
+    assert main(command) == 0
+    measured = json.loads(capsys.readouterr().out)
+    file = write_jsonl(tmp_path / "rows.jsonl", chat(5))
+    command = ["verify", str(out), "--against", str(run), "--rows", str(file), "--json"]
+    assert main(command) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["format"] == "onnx" and found["metric"] == "nll" and found["rows"] == 5
+    assert found["divergence"] <= 2 * max(measured["divergence"], 5e-5)
+    if method == "lora":
+        assert found["changed"] == 0 and found["max_divergence"] < 1e-6
+        assert found["score_after"] == pytest.approx(found["score_before"], abs=1e-5)
+
+    graph = onnx.load(out / "model.onnx")
+    largest = max(graph.graph.initializer, key=lambda each: onnx.numpy_helper.to_array(each).size)
+    values = onnx.numpy_helper.to_array(largest)
+    largest.CopyFrom(onnx.numpy_helper.from_array(np.roll(values, 1, axis=0), largest.name))
+    onnx.save(graph, out / "model.onnx")
+    assert main(command) == 1
+    found = json.loads(capsys.readouterr().out)
+    loaded = bayeslora.load(run)
+    task = labelled_rows(loaded.info, file)
+    encoded = encode_for(task.splits["validation"], task, loaded.tokenizer, loaded.info)
+    divergences, changes, losses = [], [], []
+    for ids in encoded["input_ids"]:
+        with torch.no_grad():
+            own = loaded.model(input_ids=torch.tensor([ids])).logits[0].double().numpy()
+        before, after = _log_softmax(own), _log_softmax(_logits_of_graph(out, ids))
+        divergences += list((np.exp(before) * (before - after)).sum(1))
+        changes += list(before.argmax(1) != after.argmax(1))
+        losses += [[each[place, token] for each in (before, after)] for place, token in enumerate(ids[1:])]
+    assert not found["agrees"] and found["answers"] == len(divergences) > 50
+    assert found["divergence"] == pytest.approx(np.mean(divergences), rel=1e-4, abs=2e-7)
+    assert found["max_divergence"] == pytest.approx(max(divergences), rel=1e-4, abs=2e-7)
+    assert found["changed"] == np.mean(changes) > 0
+    expected = -np.mean(losses, axis=0)
+    assert [found["score_before"], found["score_after"]] == pytest.approx(list(expected), rel=1e-4)
+
+
+def test_a_graph_is_verified_against_a_run_of_its_kind(
+    runs: dict[str, Path], writers: dict[str, Path], tmp_path: Path, refused: Refused
+) -> None:
+    for source, other in ((runs["lora"], writers["lora"]), (writers["lora"], runs["lora"])):
+        folder = tmp_path / source.parent.name
+        assert main(["export", str(source), "--format", "onnx", "--output-dir", str(folder)]) == 0
+        said = refused("verify", folder, "--against", other)
+        assert "give its own run" in said and ("has the graph of a classifier" in said) == (source == runs["lora"])

@@ -137,6 +137,21 @@ def test_an_export_of_a_run_by_cloze_answers_by_cloze(
     assert found["scores"]["nll"] == pytest.approx(trained["scores"]["nll"], abs=1e-4)
 
 
+@pytest.mark.parametrize("head", ["letters", "cloze"])
+def test_the_graph_of_a_run_gives_the_choices_of_the_run(
+    head: str, runs: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pytest.importorskip("onnx")
+    pytest.importorskip("onnxruntime")
+    assert main(["export", str(runs[head]), "--format", "onnx", "--output-dir", str(tmp_path / "out")]) == 0
+    capsys.readouterr()
+    assert main(["verify", str(tmp_path / "out"), "--against", str(runs[head]), "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    trained = json.loads((runs[head] / "metrics.json").read_text())["scores"]
+    assert found["metric"] == "accuracy" and found["answers"] == 12 and found["divergence"] < 1e-8
+    assert found["changed"] == 0 and found["score_after"] == trained["accuracy"]
+
+
 def test_an_untrained_model_answers_as_usual_for_the_task(
     data: Path, tiny_causal_folder: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

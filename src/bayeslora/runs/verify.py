@@ -124,13 +124,10 @@ def load_export(folder: Path, run: Run) -> tuple[str, nn.Module]:
     form = format_of(folder)
     device = next(run.model.parameters()).device
     if form == "onnx":
-        from bayeslora.export.onnx.reader import OnnxClassifier
+        from bayeslora.export.onnx.reader import OnnxClassifier, OnnxDecoder
 
-        if run.info.head != "sequence":
-            raise BayesLoraError(
-                f"{folder} has an ONNX graph, but the run is no classifier of texts: give its own run"
-            )
-        return form, OnnxClassifier(folder).eval()
+        reader = OnnxClassifier if run.info.head == "sequence" else OnnxDecoder
+        return form, reader(folder).eval()
     if form == "gguf":
         from bayeslora.export.gguf.reader import MODEL_FILE, load_gguf
 

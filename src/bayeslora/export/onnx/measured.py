@@ -6,14 +6,13 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, cast
 
-import numpy as np
-import onnxruntime
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from bayeslora.export.agreement import compare
 from bayeslora.export.formats import inputs_for, output_error, output_of
+from bayeslora.export.onnx.reader import OnnxClassifier, OnnxDecoder
 from bayeslora.methods.layer import evaluation_mode
 
 
@@ -46,12 +45,12 @@ class Measured:
         self.outputs = [cast(Tensor, output_of(model, batch)).cpu() for batch in self.batches]
         self.is_multi_label = _config_of(model).problem_type == "multi_label_classification"
 
-    def errors(self, path: Path) -> dict[str, Any]:
-        """Return the differences in the outputs of the graph in the file `path`."""
+    def errors(self, folder: Path) -> dict[str, Any]:
+        """Return the differences in the outputs of the graph in the folder."""
         if not self.batches:
             return {"rows": 0, **output_error(None, None)}
-        session = _session(path)
-        found = torch.cat([torch.from_numpy(session.run(None, _arrays(batch))[0]) for batch in self.batches])
+        graph = OnnxClassifier(folder)
+        found = torch.cat([graph(**batch).logits for batch in self.batches])
         expected = torch.cat(self.outputs)
         errors = {"rows": len(found), **output_error(expected, found)}
         if expected.shape[1] > 1:
@@ -83,34 +82,18 @@ class MeasuredDecoder:
         self.model = model
         self.batches = list(filled_inputs(model, batches, ["input_ids", "attention_mask"]))
 
-    def errors(self, path: Path) -> dict[str, Any]:
-        """Return the differences in the next tokens of the graph in the file `path`."""
-        session = _session(path)
-        caches = [each for each in session.get_inputs() if each.name.startswith("past_key_values")]
-        empty = {each.name: np.zeros((1, each.shape[1], 0, each.shape[3]), dtype=np.float32) for each in caches}
+    def errors(self, folder: Path) -> dict[str, Any]:
+        """Return the differences in the next tokens of the graph in the folder."""
+        graph = OnnxDecoder(folder)
 
         def found(row: Mapping[str, Tensor]) -> Tensor:
-            positions = np.arange(row["input_ids"].shape[1], dtype=np.int64)[None]
-            return torch.from_numpy(session.run(["logits"], {**_arrays(row), "position_ids": positions, **empty})[0])
+            return cast(Tensor, graph(**row).logits)
 
         def expected(row: Mapping[str, Tensor]) -> Tensor:
             return cast(Tensor, output_of(self.model, row))
 
         with evaluation_mode(self.model):
             return compare(expected, found, self.batches).summary()
-
-
-def _session(path: Path) -> Any:
-    options = onnxruntime.SessionOptions()
-    options.log_severity_level = _ERROR
-    return onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
-
-
-_ERROR = 3  # onnxruntime's level, above the warnings about the processor
-
-
-def _arrays(batch: Mapping[str, Tensor]) -> dict[str, Any]:
-    return {name: np.ascontiguousarray(values.cpu().numpy().astype(np.int64)) for name, values in batch.items()}
 
 
 def _config_of(model: nn.Module) -> Any:

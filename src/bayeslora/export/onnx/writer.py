@@ -25,13 +25,13 @@ from bayeslora.export.onnx.encoders import IDS, MASK, Encoder
 from bayeslora.export.onnx.layers import Embedding, ProductLayers
 from bayeslora.export.onnx.measured import Measured, MeasuredDecoder, filled_inputs
 from bayeslora.export.onnx.products import Grid, Product, array, learned, plain, rounded, rounded_rows
+from bayeslora.export.onnx.reader import MODEL_FILE
 from bayeslora.methods.layer import BayesLayer
 from bayeslora.methods.tuner import tuner_of
 from bayeslora.model_card import CARD_FILE
 from bayeslora.quantization import optimal_range
 from bayeslora.vocabulary import UNQUANTIZED
 
-MODEL_FILE = "model.onnx"
 UNADAPTED = ("int8", "float32")
 MOST_DIVERGENCE = 0.01
 """Largest mean divergence, in nats, of a decoder that is written without being asked to allow an error."""
@@ -94,7 +94,7 @@ def export_onnx(
     config, folder = whole.peft_config[name], Path(path)
     base, products = _taken_apart(whole, layers, name, unadapted, filled_inputs(whole, calibration or [], names))
     _save(folder, base, products, names, fast)
-    result = {**_sizes(folder, base), **measured.errors(folder / MODEL_FILE)}
+    result = {**_sizes(folder, base), **measured.errors(folder)}
     result |= {"widened": products.widened, "unadapted": products.unadapted}
     _check_error(result, are_learned=products.are_learned, allow_error=allow_error)
     _write_card(folder, base, config, fast, max_length, names, result)
