@@ -5,7 +5,8 @@
 
 It reads `config.yaml`, `metrics.json` and `history.json` of each folder, so runs of long ago can be logged too.
 `bayeslora train --report-to mlflow` (or wandb, or tensorboard) sends the losses while it trains, and this script adds
-what is known at the end. Needs `pip install mlflow`; the server is that of MLFLOW_TRACKING_URI, or the folder mlruns.
+what is known at the end. Needs `pip install mlflow`; the server is that of MLFLOW_TRACKING_URI, or MLflow's own store
+in this folder.
 """
 
 from __future__ import annotations

@@ -256,10 +256,10 @@ def test_a_base_model_that_has_moved(runs: dict[str, Path], tmp_path: Path, refu
     assert "gone" in refused("evaluate", copied)
 
 
-def test_a_folder_that_is_no_run(tmp_path: Path, refused: Refused) -> None:
+def test_a_folder_that_is_no_run(setting: Setting, tmp_path: Path, refused: Refused) -> None:
     for command in (
         ["evaluate"],
-        ["predict", "--input", "a", "--output", "b"],
+        ["predict", "--input", setting.dev, "--output", "b"],
         ["export", "--format=lora", "--output-dir=c"],
     ):
         assert "run.json" in refused(*command, tmp_path)

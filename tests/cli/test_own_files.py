@@ -208,11 +208,13 @@ def test_wrong_splits_are_refused(setting: Setting, tickets: Path, tmp_path: Pat
     files = ["train", "--model", setting.model, "--train-file", setting.train, "--text-column", "text"]
     common = [*files, "--output-dir", tmp_path / "out"]
     assert "--eval-file is missing: give it, or --eval-fraction 0.2" in refused(*common)
-    assert "--eval-fraction is given with --eval-file" in refused(*common, "--eval-file", "a", "--eval-fraction", 0.2)
+    assert "--eval-fraction is given with --eval-file" in refused(
+        *common, "--eval-file", setting.dev, "--eval-fraction", 0.2
+    )
     for fraction in (0, 1, 20):
         assert f"--eval-fraction is {fraction}, but must be" in refused(*common, "--eval-fraction", fraction)
     assert "--group-column is given, but needs --eval-fraction" in refused(
-        *common, "--eval-file", "a", "--group-column", "b"
+        *common, "--eval-file", setting.dev, "--group-column", "b"
     )
     assert "--eval-fraction is given with --task sst2" in refused(
         "train", "--model", "m", "--task", "sst2", "--eval-fraction", 0.2, "--output-dir", tmp_path / "out"

@@ -16,7 +16,7 @@ from bayeslora.cli.commands import COMMANDS
 
 HEAVY = ("torch", "transformers", "peft", "numpy", "datasets", "bitsandbytes", "pandas", "yaml")
 SECONDS = 0.4
-DATA = ["--model", "m", "--train-file", "a", "--eval-file", "b", "--text-column", "t", "--output-dir", "o"]
+DATA = ["--model", "m", "--train-file", "a.csv", "--eval-file", "b.csv", "--text-column", "t", "--output-dir", "o"]
 
 # Runs the command and reports what it has imported.
 DRIVER = """
@@ -63,12 +63,21 @@ def test_inspect_is_instant(tmp_path: Path) -> None:
         (["train", *DATA, "--method", "bloora"], ["did you mean blora"]),
         (["train", *DATA, "--task", "sst2", "--max-length", "0"], ["--max-length is 0", *["with --task sst2"] * 3]),
         (["train", "--method", "lora"], ["--model", "--output-dir", "--train-file", "--eval-file", "--text-column"]),
+        (["train", *DATA, "--r", "x", "--mode", "foo"], ["--r is 'x'", "--mode is 'foo'"]),
+        (["train", *DATA, "--sampels", "3"], ["did you mean --samples"]),
+        (["train", *DATA, "--method", "lora", "--prior-std", "1"], ["belongs to --method melora, blob"]),
+        (["train", *DATA, "--learning-rate", "fast", "--optim", "ivon"], ["--learning-rate is 'fast'"]),
+        (["plan", "--model", "m", "--r", "0"], ["--r is 0"]),
+        (["predict", "nix", "--input", "c.csv", "--output", "b.csv"], ["c.csv does not exist", "nix is not a folder"]),
+        (["export", "nix", "--format", "onnx", "--output-dir", "o"], ["nix is not a folder"]),
         (["plan", "--tokens", "0"], ["--model is missing", "--tokens is 0"]),
     ],
 )
 def test_mistakes_are_told_without_torch_where_they_can_be(
     tmp_path: Path, words: list[str], expected: list[str]
 ) -> None:
+    for name in ("a.csv", "b.csv"):
+        (tmp_path / name).write_text("t,label\nsome text,1\n")
     status, printed, said = quick(tmp_path, *words)
     lines = said.splitlines()
     assert status == 2 and printed == "" and len(lines) == len(expected)

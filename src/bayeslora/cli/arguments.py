@@ -1,8 +1,9 @@
 """Read a command line into options: those of the command, of the method's config, and of `TrainingArguments`.
 
 All three live in one flat name space, on the command line (`--lora-alpha 16`, `--lora_alpha 16`, `--lora-alpha=16`)
-and in the YAML file of `--config`; the command line wins. `config.yaml` in an output folder is such a file. All errors
-are reported together, without importing torch unless a field of a config or of `TrainingArguments` is given.
+and in the YAML file of `--config`; the command line wins. `config.yaml` in an output folder is such a file. Errors
+that names and types show are reported together and at once, without importing torch; what a config itself refuses, or
+`TrainingArguments`, comes after them.
 """
 
 from __future__ import annotations
@@ -11,13 +12,17 @@ import dataclasses
 import typing
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from bayeslora.cli.coercion import coerce
-from bayeslora.cli.commands import COMMANDS, Command, Option, PlanOptions
+from bayeslora.cli.commands import COMMANDS, RUN, Command, Option, PlanOptions
 from bayeslora.cli.goals import with_goal
 from bayeslora.cli.registry import check_method, method_config_class, method_names
+from bayeslora.cli.source_fields import OPEN, method_source_hints, training_source_hints
+from bayeslora.data.tables import check_data_file
 from bayeslora.errors import BayesLoraError, Problems, close_matches, option, spelled_as_options
+from bayeslora.runs.info import RunInfo
 from bayeslora.runs.plan import IVON, IVON_PREFIX, IvonOptions, RunOptions, TrainPlan, read_config
 from bayeslora.vocabulary import TEXT_TASKS
 
@@ -50,6 +55,18 @@ def parse(name: str, words: list[str]) -> tuple[dict[str, Any], Problems]:
         problems.append(f"unknown option {option(unknown)}{near}: `bayeslora {name} --help` lists them")
     values = read_options(command, given, problems)
     return {**{key: value for key, value in given.items() if key in known}, **values}, problems
+
+
+def check_paths(name: str, given: dict[str, Any], problems: Problems) -> None:
+    """Look for the run and the data files given to the command `name`, which imports torch before it reads them."""
+    command, folder = COMMANDS[name], given.get(RUN[0])
+    if command.argument == RUN and folder and "task" not in given:  # on a task, untrained models are scored too
+        with problems.collected():
+            RunInfo.load(Path(folder))
+    for item in command.options:
+        if item.is_data and isinstance(given.get(item.name), str):
+            with problems.collected():
+                check_data_file(Path(given[item.name]))
 
 
 def _split(words: list[str], switches: set[str], problems: Problems) -> tuple[dict[str, Any], list[str]]:
@@ -139,9 +156,10 @@ def build_plan(given: dict[str, Any], problems: Problems | None = None) -> Train
         for name in [name for name in ivon_field_hints() if name in rest]:
             problems.append(f"{option(name)} is given, but needs --optim ivon: add that or leave this out")
             del rest[name]
-    _check_method(options.method, rest, problems)
-    groups = [ivon_field_hints(), method_field_hints(options.method), training_field_hints()]
+    _check_method(options.method, problems)
     where = f"`bayeslora train --method {options.method} --list-options` lists all"
+    _check_by_source(rest, [ivon_field_hints(), _training_hints_by_source()], options.method, own, where, problems)
+    groups = [ivon_field_hints(), method_field_hints(options.method), training_field_hints()]
     ivon, method_options, training = _sorted_out(rest, groups, options.method, own, where, problems)
     _fill_defaults(options, method_options, training, by_ivon)
     plan = TrainPlan(
@@ -164,11 +182,12 @@ def plan_options(
     options = PlanOptions(**read_options(COMMANDS["plan"], given, problems))
     own = {item.name for item in dataclasses.fields(PlanOptions)}
     rest = {name: value for name, value in given.items() if name not in own}
-    _check_method(options.method, rest, problems)
+    _check_method(options.method, problems)
     where = (
         "`bayeslora plan --help` shows its own options, and "
         f"`bayeslora train --method {options.method} --list-options` those of the method"
     )
+    _check_by_source(rest, [], options.method, own, where, problems)
     groups = [method_field_hints(options.method)]
     (method_options,) = _sorted_out(rest, groups, options.method, own, where, problems)
     problems.tell()
@@ -182,12 +201,29 @@ def _rank_as_r(given: dict[str, Any], problems: Problems) -> dict[str, Any]:
     return {"r" if name == "rank" else name: value for name, value in given.items()}
 
 
-def _check_method(method: str, rest: dict[str, Any], problems: Problems) -> None:
-    """Refuse an unknown method. Raise the problems now unless looking up the `rest` could add some."""
+def _check_method(method: str, problems: Problems) -> None:
+    """Raise the problems if the method is unknown: its fields are, too."""
     with problems.collected():
         check_method(method)
-    if not rest or method not in method_names():
+    if method not in method_names():
         problems.tell()
+
+
+def _check_by_source(
+    given: dict[str, Any],
+    groups: list[dict[str, Any]],
+    method: str,
+    own: Iterable[str],
+    where: str,
+    problems: Problems,
+) -> None:
+    """Raise the problems if the source of the configurations shows one: importing their classes takes seconds."""
+    if method_source_hints(method) is None or training_source_hints() is None:  # told later, by the classes
+        return
+    groups = [*groups, _method_hints_by_source(method)]
+    is_open = {name for hints in groups for name, hint in hints.items() if hint is OPEN}
+    _sorted_out({name: v for name, v in given.items() if name not in is_open}, groups, method, own, where, problems)
+    problems.tell()
 
 
 def _sorted_out(
@@ -259,6 +295,18 @@ def method_field_hints(method: str) -> dict[str, Any]:
     return {name: hint for name, hint in hints.items() if name not in _METHOD_FIELDS_SET_HERE}
 
 
+def _method_hints_by_source(method: str) -> dict[str, Any]:
+    """Return what `method_field_hints` does with hints from the source, where that is known."""
+    hints = method_source_hints(method)
+    if hints is None:
+        return method_field_hints(method)
+    return {name: hint for name, hint in hints.items() if name not in _METHOD_FIELDS_SET_HERE}
+
+
+def _training_hints_by_source() -> dict[str, Any]:
+    return {n: hint for n, hint in (training_source_hints() or {}).items() if n not in _TRAINING_FIELDS_SET_HERE}
+
+
 def ivon_field_hints() -> dict[str, Any]:
     """Map names to type hints of the options of `--optim ivon`."""
     return _hints(IvonOptions)
@@ -277,7 +325,7 @@ def _hints(cls: type) -> dict[str, Any]:
 
 
 def _unknown_option(name: str, method: str, known: Iterable[str], where: str) -> BayesLoraError:
-    owners = [other for other in method_names() if name in method_field_hints(other)]
+    owners = [other for other in method_names() if name in _method_hints_by_source(other)]
     if owners:
         return BayesLoraError(
             f"{option(name)} is given, but belongs to --method {', '.join(owners)}, not to {method}: "

@@ -34,6 +34,7 @@ class Option:
     required: bool = False
     least: int | None = None
     alone: Any = None
+    is_data: bool = False  # names a data file to read
 
     @property
     def spelling(self) -> str:
@@ -231,7 +232,7 @@ def _contradictions_of_export(given: dict[str, Any]) -> Iterator[str]:
         yield f"--seed is {given['seed']}, but nothing is drawn without --draws: leave it out"
 
 
-_RUN = ("folder", "OUT", "output folder of `bayeslora train`")
+RUN = ("folder", "OUT", "output folder of `bayeslora train`")
 _BASE = Option("model", "FOLDER_OR_ID", "base model, if it has moved since training")
 _SAMPLING = (
     _BASE,
@@ -290,11 +291,11 @@ COMMANDS = {
         (
             *_SAMPLING,
             *_LABELLED,
-            Option("eval_file", "FILE", "rows to score instead of a task"),
+            Option("eval_file", "FILE", "rows to score instead of a task", is_data=True),
             *_LABELLED_FILE,
             Option("split", "NAME", "split of the task to score (its evaluation split)"),
             _switch("ood", "also detect the task's out-of-distribution texts"),
-            Option("ood_file", "FILE", "also detect these out-of-distribution texts"),
+            Option("ood_file", "FILE", "also detect these out-of-distribution texts", is_data=True),
             Option("ood_text_column", "A[,B]", "column or columns of --ood-file (as trained)", list[str]),
             Option(
                 "shift",
@@ -305,7 +306,7 @@ COMMANDS = {
             ),
             Option("shift_column", "NAME", "the column of a pair to shift (both)"),
             Option("shift_task", "NAME", "also score this task, with the same labels, as another domain"),
-            Option("shift_file", "FILE", "also score these labelled rows as another domain"),
+            Option("shift_file", "FILE", "also score these labelled rows as another domain", is_data=True),
             Option("shift_text_column", "A[,B]", "column or columns of --shift-file (as trained)", list[str]),
             Option("shift_label_column", "NAME", "label column of --shift-file (as trained)"),
             Option("output_dir", "DIR", "new folder for scores, figures and a report; `compare` reads it"),
@@ -318,14 +319,16 @@ COMMANDS = {
             _UNCALIBRATED,
             _switch("json", "print JSON instead of a table"),
         ),
-        _RUN,
+        RUN,
         contradictions=_contradictions_of_evaluate,
     ),
     "predict": Command(
         "label the rows of a file, one line per row, in order",
         (
             *_SAMPLING,
-            Option("input", "FILE", "rows to label (.jsonl, .json, .csv, .tsv, .parquet)", required=True),
+            Option(
+                "input", "FILE", "rows to label (.jsonl, .json, .csv, .tsv, .parquet)", required=True, is_data=True
+            ),
             Option("output", "FILE", "file for rows and predictions (.csv, .tsv, otherwise .jsonl)", required=True),
             _TEXT_COLUMN,
             Option("coverage", "P", "add the set of labels that has the right one with this probability", float),
@@ -333,7 +336,7 @@ COMMANDS = {
             Option("delta", "P", "probability that --risk is exceeded (.05)", float),
             _UNCALIBRATED,
         ),
-        _RUN,
+        RUN,
         epilog="--coverage and --risk need `bayeslora calibrate OUT`. Its samples and seed are used for them, and "
         "where it has saved a temperature.",
         contradictions=_contradictions_of_predict,
@@ -345,7 +348,7 @@ COMMANDS = {
             _number("samples", "K", "draws of the weights that score each answer and write their own (0)", least=0),
             _number("seed", "N", "seed for the draws (0)"),
             _number("batch_size", "N", "prompts per batch (8)", least=1),
-            Option("input", "FILE", "rows with messages or prompt (.jsonl, .json, .csv, .parquet)"),
+            Option("input", "FILE", "rows with messages or prompt (.jsonl, .json, .csv, .parquet)", is_data=True),
             Option("prompt", "TEXT", "one prompt, instead of a file"),
             Option("output", "FILE.jsonl", "file for the answers (printed)"),
             Option("html", "FILE.html", "also a page of the answers, with tokens shaded by their uncertainty"),
@@ -355,7 +358,7 @@ COMMANDS = {
             Option("risk", "P", "add ask_a_human, so that the mean loss of the other answers is at most this", float),
             Option("delta", "P", "probability that --risk is exceeded (.05)", float),
         ),
-        _RUN,
+        RUN,
         epilog="--risk needs `bayeslora calibrate OUT`, whose samples, seed and other settings are then used.",
         contradictions=_contradictions_of_generate,
     ),
@@ -368,14 +371,14 @@ COMMANDS = {
             Option("host", "NAME", "address to listen on (127.0.0.1, this machine alone)"),
             _number("port", "N", "port to listen on (7860)", least=1),
         ),
-        _RUN,
+        RUN,
     ),
     "calibrate": Command(
         "prepare --coverage and --risk of `predict`, or --risk of `generate`, on rows that the run has not seen",
         (
             *_SAMPLING,
             *_LABELLED,
-            Option("eval_file", "FILE", "labelled rows instead of a task"),
+            Option("eval_file", "FILE", "labelled rows instead of a task", is_data=True),
             *_LABELLED_FILE,
             Option("split", "NAME", "split of the task (its evaluation split)"),
             Option("score", "NAME", "lac or aps; for numbers residual or scaled (lac, residual)", CalibrationScore),
@@ -394,7 +397,7 @@ COMMANDS = {
             *_CLUSTERS,
             _switch("json", "print JSON instead of a table"),
         ),
-        _RUN,
+        RUN,
         epilog="Writes conformal.json, or for text risk.json, into OUT, in place of an earlier one.",
         contradictions=_contradictions_of_calibrate,
     ),
@@ -405,7 +408,7 @@ COMMANDS = {
             _number("samples", "N", "Monte-Carlo samples (10 for mutual_information, otherwise 0)", least=0),
             _number("seed", "N", "seed for the samples and for random (0)"),
             _number("batch_size", "N", "rows per batch (64)", least=1),
-            Option("input", "FILE", "unlabelled rows (.jsonl or .csv)", required=True),
+            Option("input", "FILE", "unlabelled rows (.jsonl or .csv)", required=True, is_data=True),
             Option("output", "FILE.jsonl", "file for the chosen rows, the first to label first", required=True),
             Option("budget", "N", "number of rows to choose", int, required=True, least=1),
             Option(
@@ -413,7 +416,7 @@ COMMANDS = {
             ),
             _TEXT_COLUMN,
         ),
-        _RUN,
+        RUN,
     ),
     "compare": Command(
         "compare finished runs in a table and figures",
@@ -448,14 +451,14 @@ COMMANDS = {
             _BASE,
             _switch("json", "print the measurements as JSON"),
         ),
-        _RUN,
+        RUN,
         contradictions=_contradictions_of_export,
     ),
     "verify": Command(
         "compare an export's answers with those of its run",
         (
             Option("against", "OUT", "the run that was exported", required=True),
-            Option("rows", "FILE", "labelled rows (those that scored the run)"),
+            Option("rows", "FILE", "labelled rows (those that scored the run)", is_data=True),
             _number("limit", "N", "number of rows, the first ones (256)", least=1),
             _number("batch_size", "N", "rows per batch (64)", least=1),
             Option("max_divergence", "NATS", "mean divergence to allow (as recorded in the export)", float),

@@ -18,7 +18,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import bayeslora
-from bayeslora.cli.arguments import arguments_as_options, build_plan, parse, plan_options
+from bayeslora.cli.arguments import arguments_as_options, build_plan, check_paths, parse, plan_options
 from bayeslora.cli.commands import COMMANDS, help_text
 from bayeslora.cli.sweep import Sweep, build_sweep
 from bayeslora.errors import BayesLoraError, close_matches
@@ -64,6 +64,8 @@ def _run(argv: list[str]) -> int:
         print(help_text(name))
         return 0
     given, problems = parse(name, argv[1:])
+    if not problems:
+        check_paths(name, given, problems)
     with _interrupts_at_once():
         if name == "train" and given.get("list_options"):
             from bayeslora.cli.listing import list_options

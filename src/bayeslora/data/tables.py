@@ -98,13 +98,8 @@ def read_table(
         rows = ((f"row {number}", row) for number, row in enumerate(source, start=1))
         return _records(Path("the input"), rows, wanted, optional)
     path = Path(source)
+    check_data_file(path)
     extension = path.suffix.lower()
-    if extension not in EXTENSIONS:
-        known = ", ".join(EXTENSIONS)
-        raise BayesLoraError(f"the extension of {path} is {extension or 'missing'}, but must be {known}: convert it")
-    if not path.is_file():
-        seen = "is a folder" if path.is_dir() else "does not exist"
-        raise BayesLoraError(f"{path} {seen}, but a data file is needed: check the path")
     try:
         if extension == ".parquet":
             return _parquet(path, wanted, optional)
@@ -120,6 +115,17 @@ def read_table(
     if unusual:
         warnings.warn(f"{path} is read as a file {' and '.join(unusual)}", stacklevel=2)
     return dataclasses.replace(table, encoding=encoding)
+
+
+def check_data_file(path: Path) -> None:
+    """Raise BayesLoraError unless `path` is a file with an extension that `read_table` knows."""
+    extension = path.suffix.lower()
+    if extension not in EXTENSIONS:
+        known = ", ".join(EXTENSIONS)
+        raise BayesLoraError(f"the extension of {path} is {extension or 'missing'}, but must be {known}: convert it")
+    if not path.is_file():
+        seen = "is a folder" if path.is_dir() else "does not exist"
+        raise BayesLoraError(f"{path} {seen}, but a data file is needed: check the path")
 
 
 def _json_records(path: Path, text: str, wanted: Sequence[str]) -> Iterator[tuple[str, Any]]:

@@ -28,7 +28,7 @@ _PATH_OPTIONS = ("data_dir", "train_file", "eval_file", "test_file")
 def declared(default: Any, metavar: str | None, text: str, **more: Any) -> Any:
     """Return a dataclass field with a help text; without a metavar it is a switch.
 
-    `more` may hold `required`, and `least`, the smallest number allowed.
+    `more` may hold `required`, `least` (the smallest number allowed) and `is_data` (a data file that must exist).
     """
     return field(default=default, metadata={"metavar": metavar, "help": text, **more})
 
@@ -55,13 +55,15 @@ class RunOptions:
         None, "UNIT", "cloze: divide log-likelihoods by none, tokens or bytes (that of the task)"
     )
     train_file: str | None = declared(
-        None, "FILE", "training rows, or conversations (.jsonl, .json, .csv, .tsv, .parquet)"
+        None, "FILE", "training rows, or conversations (.jsonl, .json, .csv, .tsv, .parquet)", is_data=True
     )
-    eval_file: str | None = declared(None, "FILE", "rows to score (of text to generate: a tenth held out)")
+    eval_file: str | None = declared(
+        None, "FILE", "rows to score (of text to generate: a tenth held out)", is_data=True
+    )
     eval_fraction: float | None = declared(None, "P", "score this share of --train-file instead, stratified by label")
     group_column: str | None = declared(None, "NAME", "--eval-fraction keeps rows with the same value here together")
     split_seed: int | None = declared(None, "N", "seed of --eval-fraction (0)", least=0)
-    test_file: str | None = declared(None, "FILE", "further rows to score")
+    test_file: str | None = declared(None, "FILE", "further rows to score", is_data=True)
     text_column: list[str] | None = declared(None, "A[,B]", "text column, or two columns a,b for sentence pairs")
     label_column: str | None = declared(
         None, "NAME", "label column (label); of several labels a row a column of lists, or columns of 0 and 1 a,b,c"
