@@ -29,7 +29,7 @@ from harness import Training, fine_tune, packaged_language_model, run_missing
 from peft import PeftConfig
 from records import RESULTS, Run
 from results_text import METHODS, TASKS, text_section
-from rows import PAPER, RANK, adapter_options, lora, ours
+from rows import QUANTIZED, RANK, adapter_options, lora, ours
 from transformers import set_seed
 
 import bayeslora
@@ -55,7 +55,7 @@ BATCH = 8
 RESAMPLED = 1000
 BUILD = {
     "lora": lora(RANK),
-    "blora": ours("blora", mode="q+ra", **PAPER),
+    "blora": ours("blora", mode="q+ra", **QUANTIZED),
     "melora": ours("melora"),
 }
 
