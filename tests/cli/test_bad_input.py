@@ -373,7 +373,7 @@ def test_all_mistakes_of_a_command_line_are_told_at_once(refused: Refused) -> No
     for expected in ("OUT is missing", "--samples is 'many'", "--batch-size is 0", "did you mean --json"):
         assert expected in told
     assert "--task is given with --eval-file" in told and "needs --ood-file" in told
-    told = refused("export", "out", "--format", "lora", "--calibrate", "--allow-error", "--seed", 1, mistakes=4)
+    told = refused("export", "out", "--format", "lora", "--calibrate", "--adapter=only", "--seed", 1, mistakes=4)
     assert "--output-dir is missing" in told and "nothing is drawn without --draws" in told
     told = refused("plan", "--tokens", 0, "--dtype", "int3", "--lora-alhpa", 4, mistakes=4)
     assert "--model is missing" in told and "did you mean --lora-alpha" in told

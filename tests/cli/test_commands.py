@@ -348,7 +348,9 @@ def test_an_export_runs_with_plain_peft_and_is_a_run_itself(
     runs: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     target = tmp_path / "plain"
-    measured = _json(capsys, "export", runs["blora"], "--format", "lora", "--output-dir", target, "--json")
+    command = ["export", str(runs["blora"]), "--format", "lora", "--output-dir", str(target)]
+    assert main(command) == 2 and "allow and measure the error with --allow-error" in capsys.readouterr().err
+    measured = _json(capsys, *command, "--allow-error", "--json")
     assert measured["max_output_error"] >= 0
     assert json.loads((target / "adapter_config.json").read_text())["peft_type"] == "LORA"
     assert _json(capsys, "evaluate", target, "--json")["rows"] == 20

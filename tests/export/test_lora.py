@@ -74,7 +74,7 @@ def test_quantized_factors_alone_are_exact(phase: Any, tmp_path: Path) -> None:
 def test_the_reported_error_is_the_one_a_plain_lora_makes(mode: str, tmp_path: Path) -> None:
     model = _adapted(build_tiny_bert(), ["query", "key", "value"], mode=mode)
     batch = {"input_ids": TOKENS}
-    result = export(model, tmp_path, batch=batch)
+    result = export(model, tmp_path, batch=batch, allow_error=True)
     plain = PeftModel.from_pretrained(build_tiny_bert(), tmp_path).eval()
     with torch.no_grad():
         ours, theirs = model(**batch).logits, plain(**batch).logits
@@ -84,9 +84,20 @@ def test_the_reported_error_is_the_one_a_plain_lora_makes(mode: str, tmp_path: P
     assert (actual < 1e-5) == (mode == "ra")
 
 
+@pytest.mark.parametrize(("kind", "listed"), [("weight", "weight 8"), ("E_out", "E_out 8")])
+def test_what_lora_cannot_express_is_refused_by_name(kind: str, listed: str, tmp_path: Path) -> None:
+    model = make_tiny(FROZEN).eval()
+    widths = dict.fromkeys(("weight", "A_out", "E_out", "out"), 32) | dict.fromkeys("AEB", 4)
+    for layer in layers_of(model):
+        set_widths(layer, **{**widths, kind: 8})
+    with pytest.raises(BayesLoraError, match=rf"first quantizes more .*\({listed} bits\).*allow_error=True"):
+        export(model, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
 def test_without_a_batch_the_error_is_measured_on_the_models_own_inputs(tmp_path: Path) -> None:
     model = _adapted(build_tiny_bert(), ["query"])
-    result = export(model, tmp_path)
+    result = export(model, tmp_path, allow_error=True)
     plain = PeftModel.from_pretrained(build_tiny_bert(), tmp_path).eval()
     inputs = build_tiny_bert().dummy_inputs
     with torch.no_grad():
@@ -95,14 +106,14 @@ def test_without_a_batch_the_error_is_measured_on_the_models_own_inputs(tmp_path
 
 
 def test_where_there_is_nothing_to_measure_on_it_says_so(tmp_path: Path) -> None:
-    result = export(make_tiny(FROZEN), tmp_path)
+    result = export(make_tiny(FROZEN), tmp_path, allow_error=True)
     assert result["max_output_error"] is None and result["max_output"] is None
 
 
 def test_measuring_leaves_the_model_as_it_was(tmp_path: Path) -> None:
     model = _adapted(build_tiny_bert(), ["query"]).train()
     expected = {name: value.clone() for name, value in model.state_dict().items()}
-    export(model, tmp_path)
+    export(model, tmp_path, allow_error=True)
     assert model.training and all(layer.training for layer in layers_of(model))
     assert all(torch.equal(value, expected[name]) for name, value in model.state_dict().items())
     assert not any(layer._forward_hooks for layer in layers_of(model))

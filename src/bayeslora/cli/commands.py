@@ -217,7 +217,7 @@ def _without_encoder(given: dict[str, Any]) -> Iterator[str]:
 def _contradictions_of_export(given: dict[str, Any]) -> Iterator[str]:
     chosen = given.get("format")
     owners: dict[str, tuple[str, ...]] = {
-        "allow_error": ("merged", "onnx", "gguf"),
+        "allow_error": ("lora", "merged", "onnx", "gguf"),
         "unadapted": ("integer", "onnx", "gguf"),
     }
     owners |= {"calibrate": ("integer",), "adapter": ("gguf",)}
@@ -226,8 +226,10 @@ def _contradictions_of_export(given: dict[str, Any]) -> Iterator[str]:
         if name in given and chosen not in (*formats, None):
             needed = " or ".join(formats)
             yield f"{option(name)} is given with --format {chosen}, but needs --format {needed}: leave it out"
-    if "mean_rank" in given and (others := [name for name in ("uniform", "draws", "members") if name in given]):
+    if "mean_rank" in given and (others := _among(given, "uniform", "draws", "members")):
         yield f"--mean-rank and {option(others[0])} are given, but are two exports: leave one out"
+    if "mean_rank" in given and "allow_error" in given:
+        yield "--allow-error is given, but --mean-rank cuts what costs least and tells its error: leave it out"
     if "seed" in given and "draws" not in given and chosen == "lora":
         yield f"--seed is {given['seed']}, but nothing is drawn without --draws: leave it out"
 
@@ -447,7 +449,7 @@ COMMANDS = {
                 AdapterFile,
             ),
             _switch("calibrate", "integer: 8-bit inputs of those layers, calibrated on 256 training rows"),
-            _switch("allow_error", "merged, onnx, gguf: allow an inexact form and measure its error"),
+            _switch("allow_error", "lora, merged, onnx, gguf: allow an inexact form and measure its error"),
             _BASE,
             _switch("json", "print the measurements as JSON"),
         ),

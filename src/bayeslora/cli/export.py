@@ -124,6 +124,7 @@ def _options(form: str, given: dict[str, Any], loaded: Run) -> dict[str, Any]:
         options: dict[str, Any] = {
             name: given[name] for name in ("uniform", "draws", "seed", "members") if name in given
         }
+        options["allow_error"] = bool(given.get("allow_error"))
         drawn = "draws" in given and (loaded.folder / POSTERIOR_FILE).is_file()
         return {**options, "posterior": loaded.predictor} if drawn else options
     if form == "packed" and (loaded.folder / POSTERIOR_FILE).is_file():

@@ -2,7 +2,8 @@ r"""Export to plain LoRA, for processes without this library.
 
 The diagonal is folded into A, `lora_A = diag(E ∘ G) A` and `lora_B = B` at their deployed widths, and `alpha_pattern`
 keeps the trained scaling of layers whose ranks were cut. This is exact if only the adapter's matrices are quantized.
-LoRA cannot express a quantized base weight or activation; the difference in outputs is measured and returned.
+LoRA cannot express a quantized base weight or activation: such an adapter is written only on request, with the
+difference in outputs measured and returned.
 
 The uniform form is for servers that read `r` and `lora_alpha` but no patterns: every layer is padded with ranks of
 zeros to one r, its scaling is folded into B, and `lora_alpha` = r. docs/serving.md has the servers' rules.
@@ -27,6 +28,7 @@ from bayeslora.methods.config import KEPT_FIELDS
 from bayeslora.methods.layer import BayesLayer
 from bayeslora.methods.tuner import BayesTuner, describe, tuner_of
 from bayeslora.posterior import PosteriorSource
+from bayeslora.vocabulary import ACTIVATIONS, BASE_WEIGHT, UNQUANTIZED
 
 SERVED_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)
 """Values above 1 of vLLM's `--max-lora-rank`, which reserves that rank for every adapter."""
@@ -43,6 +45,7 @@ def export_lora(
     seed: int = 0,
     posterior: PosteriorSource | None = None,
     members: bool = False,
+    allow_error: bool = False,
 ) -> dict[str, Any]:
     """Write the adapter as a PEFT LoRA folder, or K draws of its posterior, or its K members, as K folders.
 
@@ -59,6 +62,7 @@ def export_lora(
         posterior: source of the draws of a deterministic adapter: the `IVON` that trained it, or `load_posterior(…)`.
         members: True to write each of the K cores of `MeLoraConfig(cores=K)`, at its mean, into the folders member-0 …
             member-(K - 1) of `path`. Their mean probabilities equal `predict(CoreEnsemble(model), batch)`.
+        allow_error: True to leave out quantizers of the base weights and of activations, by default False.
 
     Returns:
         `max_output_error` and `max_output`, over the outputs of this model and of the exported one on the batch (None
@@ -66,16 +70,32 @@ def export_lora(
         number, `draws` or `members`.
 
     Raises:
-        BayesLoraError: if the model lacks an adapter of this library, for draws of a deterministic adapter, for
-            members of an adapter with a single core, or for a uniform export of an adapter that trains more than its
-            matrices (a head, biases).
+        BayesLoraError: if the model lacks an adapter of this library, if the adapter quantizes more than its matrices
+            and `allow_error` is False, for draws of a deterministic adapter, for members of an adapter with a single
+            core, or for a uniform export of an adapter that trains more than its matrices (a head, biases).
     """
-    tuner: BayesTuner | None
     if members:
         return _export_members(model, Path(path), adapter_name, batch, uniform, draws)
     if draws is None:
         inner, tuner, name = adapted_parts(model, adapter_name)
+        if not allow_error:
+            _check_exact(tuner.named_layers(name), name)
         return _export_one(inner, tuner, name, Path(path), batch, uniform, lambda _, layer: layer.factors(name))
+    return _export_draws(model, Path(path), adapter_name, batch, uniform, draws, seed, posterior)
+
+
+def _export_draws(
+    model: nn.Module,
+    path: Path,
+    adapter_name: str | None,
+    batch: Mapping[str, Tensor] | None,
+    uniform: bool,
+    draws: int,
+    seed: int,
+    posterior: PosteriorSource | None,
+) -> dict[str, Any]:
+    """Write each draw of the posterior into a folder of its own."""
+    tuner: BayesTuner | None
     check_draws(model, draws, seed, posterior)
     if posterior is not None and not uniform and tuner_of(model) is None and isinstance(model, PeftModel):
         inner, tuner, name = model, None, adapter_name or model.active_adapter
@@ -83,7 +103,7 @@ def export_lora(
         inner, tuner, name = adapted_parts(model, adapter_name)
     found = []
     for draw in range(draws):
-        folder = Path(path) / f"draw-{draw}"
+        folder = path / f"draw-{draw}"
         with drawn(inner, name, seed, draw, posterior) as factors:
             if tuner is None:  # PEFT's own LoRA, whose weights IVON has drawn
                 _save(folder, saved_state(inner, name), inner.peft_config[name])
@@ -92,6 +112,20 @@ def export_lora(
             else:
                 found.append(_export_one(inner, tuner, name, folder, batch, uniform, factors))
     return {**_largest(found), "draws": draws}
+
+
+def _check_exact(layers: Mapping[str, BayesLayer], name: str) -> None:
+    """Raise `BayesLoraError` if a layer quantizes its base weight or activations."""
+    for key, layer in layers.items():
+        full = {BASE_WEIGHT: layer.base_width} | dict.fromkeys(ACTIVATIONS, UNQUANTIZED)
+        narrow = {kind: bits for kind, bits in layer.widths(name).items() if bits < full.get(kind, 0)}
+        if narrow:
+            listed = ", ".join(f"{kind} {bits}" for kind, bits in narrow.items())
+            raise BayesLoraError(
+                f"plain LoRA would have other outputs, because {key} quantizes more than the adapter's matrices "
+                f"({listed} bits): export 'packed' or another format, or allow and measure the error with "
+                "allow_error=True"
+            )
 
 
 def _export_members(
