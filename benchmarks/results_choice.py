@@ -67,7 +67,8 @@ rounding that costs no more. Scores in per cent, means over the seeds in parenth
 
 The tasks' scores in per cent, and NLL, means over the seeds in parentheses, on query, key and value (CoLA: all linear
 layers of the blocks). The cut takes the largest singular values of a trained LoRA of rank 8, or the components that
-matter most to its predictions of 1,024 training rows; it does not train on.
+matter most to its predictions of 1,024 training rows; it does not train on. The last table has the differences of runs
+with the same seed, which begin at the same factors and see the same batches and dropout.
 
 {ranks}
 """
@@ -197,7 +198,33 @@ def _ranks(results: Path) -> str:
         ]
         lines = [line for line in lines if set(line[1:]) != {"–"}]
         tables.append(markdown_table([name, *(TASK_TITLES[task] for task in tasks)], lines))
-    return "\n".join(tables)
+    return "\n".join([*tables, _paired(runs, tasks)])
+
+
+def _paired(runs: Sequence[Run], tasks: Sequence[str]) -> str:
+    """What learned ranks change against LoRA of r = 8 with the same seeds, which began at the same factors."""
+    lines = []
+    for method, (_, title) in LEARNED.items():
+        changes: dict[str, list[float]] = {"points": [], "NLL": []}
+        cells: dict[str, list[str]] = {"points": [], "NLL": []}
+        for task in tasks:
+            of_task = [run for run in runs if run["task"] == task]
+            loras = {run["seed"]: run for run in of_task if run["method"] == "lora"}
+            pairs = [(run, loras[run["seed"]]) for run in of_task if run["method"] == method and run["seed"] in loras]
+            points = [score(own) - score(lora) for own, lora in pairs]
+            nlls = [
+                100 * (own["scores"]["nll"] / lora["scores"]["nll"] - 1)
+                for own, lora in pairs
+                if "nll" in own["scores"]
+            ]
+            for name, found, form in (("points", points, "{:+.1f} ({})"), ("NLL", nlls, "{:+.1f}%")):
+                changes[name] += [statistics.fmean(found)] if found else []
+                cells[name].append(form.format(statistics.fmean(found), len(found)) if found else "–")
+        for name, form in (("points", "{:+.1f}"), ("NLL", "{:+.1f}%")):
+            if changes[name]:
+                lines.append([f"{title}: {name}", *cells[name], form.format(statistics.fmean(changes[name]))])
+    head = ["Minus LoRA, r = 8", *(TASK_TITLES[task] for task in tasks), "mean"]
+    return markdown_table(head, lines) if lines else ""
 
 
 def _key(run: Run, method: str) -> tuple[str, int, str]:

@@ -38,6 +38,20 @@ def test_a_table_between_marks_is_written_anew_and_nothing_else() -> None:
     assert with_tables(new, {"bits": "| new |\n"}) == new
 
 
+def test_learned_ranks_are_compared_with_the_lora_of_the_same_seed(tmp_path: Path) -> None:
+    seeds = {0: (0.80, 0.81), 1: (0.70, 0.73)}
+    runs = [run(method, seed, points) for seed, both in seeds.items() for method, points in zip(
+        ("lora", "evidence-ra"), both, strict=True)]  # fmt: skip
+    other = {"task": "rte", "scores": {"accuracy": 0.6, "nll": 0.55, "ece": 0.02}}
+    write_runs(
+        tmp_path / "glue", *runs, run("lora", 2, 0.2), run("lora", 0, 0.7, task="rte"), run("evidence-ra", 0, **other)
+    )
+    table = choice_tables(tmp_path)["ranks"].split("\n\n")[-1]
+    assert "| Minus LoRA, r = 8 | MRPC | RTE | mean |" in table
+    assert "| B-LoRA, mean rank 1.5: points | +2.0 (2) | -10.0 (1) | -4.0 |" in table
+    assert "| B-LoRA, mean rank 1.5: NLL | +0.0% | +10.0% | +5.0% |" in table
+
+
 def test_a_cell_is_mean_and_deviation_over_seeds_beside_the_papers_number() -> None:
     runs = [run("lora", seed, accuracy) for seed, accuracy in enumerate((0.70, 0.80, 0.90))]
     assert "80.00 ± 10.00 (89.95)" in score_table(runs)
