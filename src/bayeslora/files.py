@@ -16,9 +16,14 @@ from pathlib import Path
 from typing import Any
 
 from bayeslora.errors import BayesLoraError
+from bayeslora.vocabulary import WORDS
 
 _FIRST_ROW = 2**20
 """Maximum of characters that `first_columns` reads."""
+_CONLL_LINES = 1000
+"""Lines by which a CoNLL file is told from others."""
+DOCUMENT_START = "-DOCSTART-"
+"""First word of the lines of a CoNLL file that are between documents."""
 
 
 @contextmanager
@@ -144,7 +149,11 @@ def first_columns(path: str | os.PathLike[str]) -> list[str]:
 
             return list(pyarrow.parquet.read_schema(path).names)
         with path.open(encoding="utf-8-sig", newline="") as stream:
-            if extension in (".csv", ".tsv"):
+            if extension not in (".json", ".jsonl"):
+                start = stream.read(_FIRST_ROW)
+                if (conll := conll_columns(start, extension)) or extension not in (".csv", ".tsv"):
+                    return conll
+                stream.seek(0)
                 header = [stream.readline(_FIRST_ROW)]
                 return max((next(csv.reader(header, delimiter=each), []) for each in ",;\t|"), key=len)
             start = stream.read(_FIRST_ROW).lstrip().removeprefix("[").lstrip()
@@ -152,6 +161,30 @@ def first_columns(path: str | os.PathLike[str]) -> list[str]:
     except (OSError, ValueError, csv.Error):  # pyarrow's errors are among these
         return []
     return list(row) if isinstance(row, dict) else []
+
+
+def conll_columns(start: str, extension: str) -> list[str]:
+    """Return the columns of a CoNLL file from its beginning: `tokens`, `column_2`, …, `tags`; [] for other texts.
+
+    Such a file has a word on each line, with one tag or several between blanks, and empty lines between sentences. It
+    needs an empty line or a tag that is `O` or begins with `B-`, and both if it is called `.csv` or `.tsv`.
+    """
+    lines = [line.strip() for line in start.split("\n", _CONLL_LINES)[:_CONLL_LINES]]
+    if len(start) >= _FIRST_ROW:
+        lines.pop()  # it may be cut
+    words = [conll_fields(line) for line in lines if line and not line.startswith(DOCUMENT_START)]
+    widths = {len(fields) for fields in words}
+    has_gap = "" in lines[:-1]
+    has_tags = any(fields[-1] == "O" or fields[-1].startswith("B-") for fields in words)
+    is_one = has_gap and has_tags if extension in (".csv", ".tsv") else has_gap or has_tags
+    if len(widths) != 1 or widths == {1} or not is_one:
+        return []
+    return [WORDS, *(f"column_{number}" for number in range(2, widths.pop())), "tags"]
+
+
+def conll_fields(line: str) -> list[str]:
+    """Return the fields of a line of a CoNLL file: between tabs, or without any between blanks."""
+    return line.split("\t") if "\t" in line else line.split(" ") if "  " not in line else line.split()
 
 
 def _partial(path: Path) -> Path:

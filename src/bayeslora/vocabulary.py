@@ -68,6 +68,18 @@ def text_form(columns: Collection[str]) -> tuple[str, ...] | None:
     return (PROMPT, COMPLETION) if PROMPT in columns and COMPLETION in columns else None
 
 
+WORDS = "tokens"
+"""Column of rows whose words have a tag each: a list of words."""
+TAGS = ("ner_tags", "tags", "labels")
+"""Usual columns of their tags, the first that a file has."""
+
+
+def tagged_form(columns: Collection[str]) -> tuple[str, str] | None:
+    """Return the columns of words and of their tags of a file; None for other files."""
+    tags = next((name for name in TAGS if name in columns), None)
+    return (WORDS, tags) if tags is not None and WORDS in columns else None
+
+
 TEXT_TASKS = ("squad", "e2e")
 """Named tasks whose answers are text; `data.text_tasks` describes them."""
 

@@ -39,7 +39,7 @@ def encode_texts(
     Raises:
         BayesLoraError: `max_length` leaves no room for text, or is more than the model's maximum.
     """
-    length = _max_length(tokenizer, max_length, pair=len(text_columns) == 2)
+    length = allowed_length(tokenizer, max_length, pair=len(text_columns) == 2)
 
     def tokenize(batch: dict[str, list[Any]]) -> dict[str, list[Any]]:
         texts = [batch[name] for name in text_columns]
@@ -94,7 +94,8 @@ def _beginning(text: str, tokenizer: Any, length: int) -> str:
     return part if len(tokenizer(part, add_special_tokens=False)["input_ids"]) > 2 * length else text
 
 
-def _max_length(tokenizer: Any, max_length: int | None, pair: bool) -> int:
+def allowed_length(tokenizer: Any, max_length: int | None, pair: bool = False) -> int:
+    """Return the maximum length of a row in tokens; raise `BayesLoraError` for one that the model does not allow."""
     # Tokenizers that do not know the model's limit have 1e30 here.
     limit = int(min(tokenizer.model_max_length, 10**9))
     length = min(limit, DEFAULT_MAX_LENGTH) if max_length is None else max_length

@@ -22,9 +22,10 @@ from bayeslora.data.label_sets import (
 from bayeslora.data.labels import Kind, LabelMap, labelled, learn_labels
 from bayeslora.data.split import HoldOut
 from bayeslora.data.tables import Table, read_table
+from bayeslora.data.tagged import Tags, learn_tags, rarest_tags, read_tagged
 from bayeslora.errors import BayesLoraError, Problems
 from bayeslora.files import first_columns
-from bayeslora.vocabulary import MESSAGES, text_form
+from bayeslora.vocabulary import MESSAGES, TAGS, WORDS, tagged_form, text_form
 
 _LABELS = ("label", "labels", "class", "category", "target", "intent", "topic", "sentiment")
 """Usual names of a label column, lower case."""
@@ -65,7 +66,10 @@ class Column:
 
 @dataclass(frozen=True)
 class Part:
-    """Labelled rows on one side of a split: their number, and by class name; `shared` texts with the training rows."""
+    """Labelled rows on one side of a split: their number, and by class name; `shared` texts with the training rows.
+
+    Of tagged words `labels` has the number of words by tag.
+    """
 
     rows: int
     labels: dict[str, int] = field(default_factory=dict)
@@ -102,8 +106,8 @@ class Inspection:
         encoding, delimiter: as guessed; empty where the format has none.
         columns: in their order in the file.
         text_columns, label_column: as named or, if `guessed` has them, as guessed; None without a label column.
-        kind: `"classification"`, `"multi_label"` or `"regression"`, None without labels; `"generation"` for
-            conversations and completions.
+        kind: `"classification"`, `"multi_label"`, `"regression"` or `"token_classification"`, None without labels;
+            `"generation"` for conversations and completions.
         numbers: of a regression, `least`, `mean`, `most` and `deviation`.
         training: rows to train on.
         evaluation: rows to score, from the evaluation file or held out; None without either.
@@ -162,8 +166,9 @@ def inspect_file(
         table = read_table(file, [*named, *group], None)
         columns = {name: _column(name, values) for name, values in table.columns.items()}
         answers = None if text_columns else text_form(columns)
-        texts = list(text_columns or answers or _guessed_texts(columns, label_column))
-        label = label_column or (None if answers else _guessed_label(columns, texts))
+        if not text_columns and not answers and kind is None and tagged_form(columns):
+            kind = "token_classification"
+        texts, label = _read_columns(columns, list(text_columns or answers or ()), label_column, kind)
         found = _Rows(table, _texts(table, texts), None, [], 0)
         with problems.collected():
             found = _Rows.read(table, texts, label, labels, kind)
@@ -195,7 +200,7 @@ class _Rows:
 
     table: Table
     texts: list[tuple[str, ...]]
-    map: LabelMap | LabelSets | None
+    map: LabelMap | LabelSets | Tags | None
     values: list[Any]
     unlabelled: int
 
@@ -205,6 +210,9 @@ class _Rows:
     ) -> _Rows:
         if not texts:
             raise BayesLoraError(f"{table.path} lacks a column of texts, but needs one: name another file")
+        if kind == "token_classification" and label is not None:
+            tags = learn_tags(table, (texts[0], label), names)
+            return cls(table, _texts(table, texts), tags, _values(tags, table, label), 0)
         for name in texts:
             if name != MESSAGES:
                 table.strings(name)
@@ -229,8 +237,10 @@ class _Rows:
         return Part(len(rows), {name: counts[index] for index, name in enumerate(names)}, empty_texts=empty, **more)
 
 
-def _values(labels: LabelMap | LabelSets, table: Table, column: str) -> list[Any]:
-    """Return the class id or the number of each row, or the numbers of its labels where it has several."""
+def _values(labels: LabelMap | LabelSets | Tags, table: Table, column: str) -> list[Any]:
+    """Return the class id or the number of each row, or the numbers of its labels or tags where it has several."""
+    if isinstance(labels, Tags):
+        return [tuple(ids) for ids in labels.apply(table)]
     if isinstance(labels, LabelMap):
         return labels.apply(table, column)
     return [tuple(label for label, has in enumerate(row) if has) for row in labels.apply(table)]
@@ -247,16 +257,16 @@ def _parts(
         classes = found.values if found.map and found.map.names else [0] * len(numbers)
         if isinstance(found.map, LabelSets):
             classes = rarest(found.map.apply(found.table))
+        elif isinstance(found.map, Tags):
+            classes = rarest_tags(found.values, len(found.map.names))
         held = held_out.rows(found.table, classes, tuple(texts))
         evaluation = found.part(held, shared=_shared(found.texts, held, sorted({*numbers} - {*held})))
     elif eval_file is not None:
-        several = isinstance(found.map, LabelSets)
-        own = found.map.columns if isinstance(found.map, LabelSets) else [label] if label else []
-        read = other = read_table(eval_file, [*texts, *own])
-        if label and several:
-            read = rows_with_sets(other, own)
-        elif label:
-            read = labelled(other, label, found.map.names if found.map and found.map.named else ())
+        read = other = _evaluation_table(found, texts, label, eval_file)
+        if isinstance(found.map, LabelSets):
+            read = rows_with_sets(other, found.map.columns)
+        elif isinstance(found.map, LabelMap) and label:
+            read = labelled(other, label, found.map.names if found.map.named else ())
         values = _values(found.map, read, label) if found.map and label else []
         rows = _Rows(read, _texts(read, texts), found.map, values, len(other) - len(read))
         known = set(found.texts)
@@ -267,6 +277,13 @@ def _parts(
             file=str(eval_file),
         )
     return found.part(sorted({*numbers} - {*held}), unlabelled=found.unlabelled), evaluation
+
+
+def _evaluation_table(found: _Rows, texts: list[str], label: str | None, file: str | Path) -> Table:
+    if isinstance(found.map, Tags):
+        return read_tagged(file, found.map.columns)
+    own = found.map.columns if isinstance(found.map, LabelSets) else [label] if label else []
+    return read_table(file, [*texts, *own])
 
 
 def _facts(found: _Rows, count_tokens: CountTokens | None, max_length: int) -> Texts:
@@ -294,7 +311,9 @@ def _texts(table: Table, columns: Sequence[str]) -> list[tuple[str, ...]]:
 
 
 def _text(value: Any) -> str:
-    """Return a text, or the contents of the messages of a conversation."""
+    """Return a text, or the contents of the messages of a conversation, or words between blanks."""
+    if isinstance(value, list) and value and isinstance(value[0], str):
+        return " ".join(map(str, value))
     if isinstance(value, list):
         return "\n".join(str(message.get("content") or "") for message in value if isinstance(message, dict))
     return str(value or "")
@@ -315,6 +334,20 @@ def _column(name: str, values: list[Any]) -> Column:
 
 def _is_empty(value: Any) -> bool:
     return value is None or value != value or (isinstance(value, str) and not value.strip())
+
+
+def _read_columns(
+    columns: dict[str, Column], texts: list[str], label: str | None, kind: Kind | None
+) -> tuple[list[str], str | None]:
+    """Return the columns of the texts and of the labels, guessed where they are not named."""
+    if kind == "token_classification":
+        words, tags = tagged_form(columns) or (WORDS, TAGS[0])
+        return texts or [words], label or tags
+    if not texts:
+        texts = _guessed_texts(columns, label)
+    elif text_form(texts) is not None:
+        return texts, label
+    return texts, label or _guessed_label(columns, texts)
 
 
 def _guessed_texts(columns: dict[str, Column], label: str | None) -> list[str]:

@@ -14,7 +14,7 @@ from typing import Any, Literal
 from bayeslora.data.tables import Table
 from bayeslora.errors import BayesLoraError
 
-Kind = Literal["classification", "regression", "multi_label"]
+Kind = Literal["classification", "regression", "multi_label", "token_classification"]
 TaskKind = Kind | Literal["multiple_choice", "generation"]
 _INTEGER = re.compile(r"[+-]?\d{1,300}")
 _DECIMAL_COMMA = re.compile(r"[+-]?\d+(?:,\d+)?")

@@ -1,4 +1,4 @@
-"""Rows of JSON Lines, JSON, CSV and Parquet files as columns that remember the place of each row."""
+"""Rows of JSON Lines, JSON, CSV, Parquet and CoNLL files as columns that remember the place of each row."""
 
 from __future__ import annotations
 
@@ -21,6 +21,7 @@ from bayeslora.data.guessing import (
     whole,
 )
 from bayeslora.errors import BayesLoraError
+from bayeslora.files import DOCUMENT_START, conll_columns, conll_fields, first_columns
 
 EXTENSIONS = (".jsonl", ".json", ".csv", ".parquet", ".tsv")
 _LONGEST_FIELD = 2**31 - 1
@@ -62,6 +63,11 @@ class Table:
         for row, value in enumerate(self.columns[column]):
             if not isinstance(value, str):
                 seen = "an empty value" if value is None else f"{value!r} of type {type(value).__name__}"
+                if isinstance(value, list) and value and all(isinstance(word, str) for word in value):
+                    raise BayesLoraError(
+                        f"{self.where(row)} has a list of words in column {column!r}, but a string is needed: give "
+                        "--kind token-classification if each word has a tag"
+                    )
                 raise BayesLoraError(
                     f"{self.where(row)} has {seen} in column {column!r}, but a string is needed: "
                     "fill it in or drop the row"
@@ -69,8 +75,22 @@ class Table:
         return self.columns[column]
 
 
+Source = str | Path | Table | Sequence[Mapping[str, Any]]
+"""A data file, rows in memory, or what `read_table` has made of them."""
+
+
+def columns_of(source: Source) -> list[str]:
+    """Return the columns of the first row of a file, or of rows in memory."""
+    if isinstance(source, Table):
+        return list(source.columns)
+    if isinstance(source, (str, Path)):
+        return first_columns(source)
+    first = next(iter(source), None)
+    return list(first) if isinstance(first, Mapping) else []
+
+
 def read_table(
-    source: str | Path | Table | Sequence[Mapping[str, Any]],
+    source: Source,
     wanted: Sequence[str],
     optional: Sequence[str] | None = (),
 ) -> Table:
@@ -80,9 +100,10 @@ def read_table(
     and a comma. Half characters, such as half an emoji, become U+FFFD with a warning.
 
     Args:
-        source: a `.jsonl`, `.json`, `.csv` or `.tsv` (with a header) or `.parquet` file; rows in memory, which are
-            checked in the same way; or a table that has been read. `.json` is a list of objects, JSON Lines, or what
-            `guessing.rows_of_object` reads.
+        source: a `.jsonl`, `.json`, `.csv` or `.tsv` (with a header) or `.parquet` file; a CoNLL file of any name,
+            which is told by its content (`files.conll_columns`), with a row for each sentence; rows in memory, which
+            are checked in the same way; or a table that has been read. `.json` is a list of objects, JSON Lines, or
+            what `guessing.rows_of_object` reads.
         wanted: columns that every row must have.
         optional: columns to keep if the file has them; None keeps all.
 
@@ -107,7 +128,10 @@ def read_table(
     except OSError as error:
         raise BayesLoraError(f"{path} cannot be read ({error.strerror}): check the file") from None
     text, encoding = decode(path, content)
-    if extension in (".csv", ".tsv"):
+    conll = [] if extension in (".json", ".jsonl") else conll_columns(text, extension)
+    if conll:
+        table = _conll(path, text, conll, wanted)
+    elif extension in (".csv", ".tsv"):
         table = _csv(path, text, wanted, optional)
     else:
         table = _records(path, _json_records(path, text, wanted), wanted, optional)
@@ -118,9 +142,9 @@ def read_table(
 
 
 def check_data_file(path: Path) -> None:
-    """Raise BayesLoraError unless `path` is a file with an extension that `read_table` knows."""
+    """Raise BayesLoraError unless `path` is a file with an extension that `read_table` knows, or a CoNLL file."""
     extension = path.suffix.lower()
-    if extension not in EXTENSIONS:
+    if extension not in EXTENSIONS and not first_columns(path):
         known = ", ".join(EXTENSIONS)
         raise BayesLoraError(f"the extension of {path} is {extension or 'missing'}, but must be {known}: convert it")
     if not path.is_file():
@@ -213,6 +237,33 @@ def _csv(path: Path, text: str, wanted: Sequence[str], optional: Sequence[str] |
     kept = list(dict.fromkeys(header)) if optional is None else [n for n in (*wanted, *optional) if n in header]
     columns = {name: [row[header.index(name)] for row in rows] for name in kept}
     return Table(path, columns, places, untyped=True, delimiter=delimiter)
+
+
+def _conll(path: Path, text: str, columns: list[str], wanted: Sequence[str]) -> Table:
+    """Return a table with a list of words and lists of their tags in each row."""
+    _check_columns(path, columns, wanted)
+    rows: list[list[list[str]]] = []
+    places = []
+    is_open = False
+    for number, raw in enumerate(text.split("\n"), start=1):
+        line = raw.strip()
+        if not line or line.startswith(DOCUMENT_START):
+            is_open = False
+            continue
+        fields = conll_fields(line)
+        if len(fields) != len(columns):
+            raise BayesLoraError(
+                f"{path}, line {number} has {len(fields)} fields, but the first line has {len(columns)}: "
+                "write a word and its tags on each line, and an empty line between sentences"
+            )
+        if not is_open:
+            rows.append([[] for _ in columns])
+            places.append(f"line {number}")
+            is_open = True
+        for values, field in zip(rows[-1], fields, strict=True):
+            values.append(field)
+    _check_rows(path, len(rows))
+    return Table(path, {name: [row[place] for row in rows] for place, name in enumerate(columns)}, places)
 
 
 def _parquet(path: Path, wanted: Sequence[str], optional: Sequence[str] | None) -> Table:

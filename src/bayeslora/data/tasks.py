@@ -26,30 +26,32 @@ from bayeslora.data.choices import (
 from bayeslora.data.known import KNOWN, Known, known_tables
 from bayeslora.data.label_sets import has_label_sets, label_columns, learn_label_sets, rarest, rows_with_sets
 from bayeslora.data.labels import Kind, TaskKind, labelled, learn_labels
+from bayeslora.data.spans import marks_spans
 from bayeslora.data.split import HoldOut
-from bayeslora.data.tables import Table, read_table
+from bayeslora.data.tables import Source, Table, columns_of, read_table
+from bayeslora.data.tagged import learn_tags, rarest_tags, read_tagged, words_of
 from bayeslora.data.text_tasks import TEXT_TASKS, text_splits
 from bayeslora.errors import BayesLoraError
-from bayeslora.files import first_columns
 from bayeslora.vocabulary import COMPLETION, PROMPT, Scoring
 
 LABEL = "label"
 """Name of the label column in every split."""
-Source = str | Path | Table | Sequence[Mapping[str, Any]]
-"""A data file, rows in memory, or what `read_table` has made of them."""
 
 
 @dataclass(frozen=True)
 class Task:
-    """Classification (with one label or several) or regression of texts or pairs, multiple choice, or generation.
+    """Classification (with one label or several) or regression of texts or pairs, tags of words, multiple choice, or
+    generation.
 
     Attributes:
         name: name of the task in metrics.json.
-        kind: `"classification"`, `"multi_label"`, `"regression"`, `"multiple_choice"` or `"generation"`.
+        kind: `"classification"`, `"multi_label"`, `"regression"`, `"token_classification"`, `"multiple_choice"` or
+            `"generation"`.
         text_columns: one column, or two for pairs; `question` and `choices` (a list of 2 to 5 strings) for multiple
-            choice; `messages`, or `prompt` and `completion`, for generation.
-        label_column: label column in `splits`, with class ids (int), numbers (float), or for each label 1 or 0 (a list
-            of floats), for any name and type in the files; empty for generation.
+            choice; `messages`, or `prompt` and `completion`, for generation; lists of words for their tags.
+        label_column: label column in `splits`, with class ids (int), numbers (float), for each label 1 or 0 (a list
+            of floats), or the ids of the words' tags (a list), for any name and type in the files; empty for
+            generation.
         labels: class names, index = class id; empty for regression and generation; the letters A, B, … of the choices
             for multiple choice, as many as the item with the most choices has.
         metric: the headline score.
@@ -177,7 +179,8 @@ def load_files(
         test_file: becomes the split `test`.
         labels: class names in the order of their ids, to fix that order or to allow classes that are missing from the
             training file.
-        kind: `"classification"`, `"multi_label"` or `"regression"`; None lets the training labels decide.
+        kind: `"classification"`, `"multi_label"`, `"regression"`, or `"token_classification"` for lists of words with
+            lists of tags; None lets the training labels decide between the first three.
         held_out: which rows of the training file are `validation`: a share, or their numbers (from 0).
 
     Raises:
@@ -186,13 +189,13 @@ def load_files(
     own = label_columns(label_column, columns_of(train_file))
     for name in own:
         columns = _checked_columns(text_columns, name)
-    if labels is not None and (len(labels) < 2 or len(set(labels)) != len(labels)):
-        raise BayesLoraError(
-            f"the labels are {list(labels)}, but must be at least 2 different names: list every class once"
-        )
+    _check_labels(labels)
     if (eval_file is None) == (held_out is None):
         raise BayesLoraError("eval_file and held_out are both given or both missing, but one is needed: give one")
     files = {"train": train_file, "validation": eval_file, "test": test_file}
+    name = Path(train_file).stem if isinstance(train_file, (str, Path)) else "rows"
+    if kind == "token_classification":
+        return _build_tagged(name, files, columns, label_column, labels, held_out)
     names_column = f"{label_column}_text"
     optional = [] if names_column in columns else [names_column]
     group_column = held_out.group_column if isinstance(held_out, HoldOut) else None
@@ -203,7 +206,6 @@ def load_files(
         for split, file in files.items()
         if file is not None
     }
-    name = Path(train_file).stem if isinstance(train_file, (str, Path)) else "rows"
     if has_label_sets(tables["train"], own, kind):
         return _build_sets(name, tables, columns, own, labels, held_out)
     if len(own) > 1:
@@ -211,6 +213,13 @@ def load_files(
             f"the label columns are {', '.join(own)}, but {kind} has one: name one column, or give kind multi_label"
         )
     return _build(name, tables, columns, label_column, kind=kind, names=labels, held_out=held_out)
+
+
+def _check_labels(labels: Sequence[str] | None) -> None:
+    if labels is not None and (len(labels) < 2 or len(set(labels)) != len(labels)):
+        raise BayesLoraError(
+            f"the labels are {list(labels)}, but must be at least 2 different names: list every class once"
+        )
 
 
 def load_texts(file: Source, text_columns: str | Sequence[str]) -> Dataset:
@@ -335,14 +344,35 @@ def _build_sets(
     )  # fmt: skip
 
 
-def columns_of(source: Source) -> list[str]:
-    """Return the columns of the first row of a file, or of rows in memory."""
-    if isinstance(source, Table):
-        return list(source.columns)
-    if isinstance(source, (str, Path)):
-        return first_columns(source)
-    first = next(iter(source), None)
-    return list(first) if isinstance(first, Mapping) else []
+def _build_tagged(
+    name: str, files: dict[str, Source | None], text_columns: tuple[str, ...], tag_column: str,
+    names: Sequence[str] | None, held_out: HoldOut | Sequence[int] | None,
+) -> Task:  # fmt: skip
+    """Return a task of words with a tag each."""
+    if len(text_columns) > 1:
+        raise BayesLoraError(f"the text columns are {', '.join(text_columns)}, but words are in one: name one column")
+    columns = (text_columns[0], tag_column)
+    group = [held_out.group_column] if isinstance(held_out, HoldOut) and held_out.group_column else []
+    tables = {
+        split: read_tagged(file, columns, group if split == "train" else ())
+        for split, file in files.items()
+        if file is not None
+    }
+    tags = learn_tags(tables["train"], columns, names)
+    splits = {
+        split: Dataset.from_dict({columns[0]: words_of(table, columns[0]), LABEL: tags.apply(table)})
+        for split, table in tables.items()
+    }
+    rows: list[int] = []
+    if held_out is not None:
+        table, whole = tables["train"], splits["train"]
+        held, rows = _held_out(table, table, rarest_tags(whole[LABEL], len(tags.names)), text_columns, held_out)
+        chosen = {"train": sorted({*range(len(table))} - {*held}), "validation": held}
+        splits = {**splits, **{split: whole.select(numbers) for split, numbers in chosen.items()}}
+    metric = "span_f1" if marks_spans(tags.names) else "accuracy"
+    return Task(
+        name, "token_classification", text_columns, LABEL, tags.names, metric, splits, evaluation_rows=rows
+    )  # fmt: skip
 
 
 def _held_out(

@@ -1,0 +1,142 @@
+"""Sentences with a tag for each word: the files that are read, the numbers of tags, and what is refused."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from bayeslora.data import HoldOut, load_files
+from bayeslora.data.inspection import inspect_file
+from bayeslora.data.tables import read_table
+from bayeslora.data.tasks import Task
+from bayeslora.errors import BayesLoraError
+from bayeslora.files import first_columns
+
+ROWS: list[dict[str, Any]] = [
+    {"tokens": ["John", "lives"], "ner_tags": ["B-PER", "O"]},
+    {"tokens": ["in", "New", "York"], "ner_tags": ["O", "B-LOC", "I-LOC"]},
+]
+NAMES = ["B-LOC", "B-PER", "I-LOC", "O"]
+CONLL = "-DOCSTART- -X- O\n\nJohn NNP B-PER\nlives VBZ O\n\n\nin IN O\nNew NNP B-LOC\r\nYork NNP I-LOC\n"
+
+
+def load(rows: Any, evaluated: Any = None, words: str = "tokens", tags: str = "ner_tags", **options: Any) -> Task:
+    return load_files(rows, evaluated or rows, words, tags, kind="token_classification", **options)
+
+
+def write(path: Path, rows: list[dict[str, Any]]) -> Path:
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    return path
+
+
+def test_tags_are_numbered_in_sorted_order() -> None:
+    task = load(ROWS)
+    assert (task.kind, task.labels, task.metric, task.text_columns) == (
+        "token_classification",
+        NAMES,
+        "span_f1",
+        ("tokens",),
+    )
+    assert task.train_split[:] == {"tokens": [row["tokens"] for row in ROWS], "label": [[1, 3], [3, 0, 2]]}
+
+
+def test_numbers_are_ids_of_the_names_that_are_given() -> None:
+    rows = [{"tokens": ["a", "b"], "tags": [2, 0]}]
+    assert load(rows, tags="tags", labels=["O", "B-X", "I-X"]).train_split["label"][:] == [[2, 0]]
+    task = load(rows, tags="tags")
+    assert (task.labels, task.train_split["label"][:], task.metric) == (["0", "2"], [[1, 0]], "accuracy")
+
+
+@pytest.mark.parametrize("name", ["train.conll", "train.txt", "train.tsv", "train.bio"])
+def test_a_conll_file_is_told_by_its_content(tmp_path: Path, name: str) -> None:
+    path = tmp_path / name
+    path.write_text(CONLL, encoding="utf-8")
+    assert first_columns(path) == ["tokens", "column_2", "tags"]
+    table = read_table(path, ("tokens", "tags"), ["column_2"])
+    assert table.columns["tokens"] == [row["tokens"] for row in ROWS]
+    assert table.columns["tags"] == [row["ner_tags"] for row in ROWS]
+    assert table.columns["column_2"] == [["NNP", "VBZ"], ["IN", "NNP", "NNP"]]
+    assert list(table.places) == ["line 3", "line 7"]
+    # The training rows' names of the columns do not matter where both are usual ones.
+    assert load(ROWS, path).eval_split["label"][:] == [[1, 3], [3, 0, 2]]
+    with pytest.raises(BayesLoraError, match="lacks column 'mine'"):
+        load(path, tags="mine")
+
+
+def test_other_files_stay_what_they_are(tmp_path: Path) -> None:
+    table = tmp_path / "a.tsv"
+    table.write_text("text\tlabel\ngood\tyes\n\nbad\tno\n", encoding="utf-8")
+    assert first_columns(table) == ["text", "label"]
+    assert read_table(table, ("text", "label")).columns["label"] == ["yes", "no"]
+    for name, text in (
+        ("a.txt", "some prose of\nany length\n"),
+        ("d.txt", "two words\n"),
+        ("b.txt", "words\n\nalone\n"),
+        ("c.txt", ""),
+    ):
+        (tmp_path / name).write_text(text, encoding="utf-8")
+        with pytest.raises(BayesLoraError, match="extension of .*txt is .txt, but must be"):
+            read_table(tmp_path / name, ())
+    broken = tmp_path / "broken.conll"
+    broken.write_text("a O\n" * 1200 + "\nb\n", encoding="utf-8")
+    with pytest.raises(BayesLoraError, match="line 1202 has 1 fields, but the first line has 2"):
+        read_table(broken, ())
+
+
+def test_cells_of_csv_are_split_at_blanks_or_read_as_json(tmp_path: Path) -> None:
+    path = tmp_path / "a.csv"
+    path.write_text(
+        'tokens,tags\nJohn lives,B-PER O\n"[""New York"", ""is""]","[""B-LOC"", ""O""]"\n', encoding="utf-8"
+    )
+    task = load(path, tags="tags")
+    assert task.train_split["tokens"][:] == [["John", "lives"], ["New York", "is"]]
+    assert task.labels == ["B-LOC", "B-PER", "O"]
+
+
+@pytest.mark.parametrize(
+    ("row", "said"),
+    [
+        ({"tokens": ["a", "b"], "ner_tags": ["O"]}, "line 2 has 2 words but 1 tags, but each word needs one"),
+        ({"tokens": [], "ner_tags": []}, "line 2 has 0 words in column 'tokens'"),
+        ({"tokens": ["a", " "], "ner_tags": ["O", "O"]}, "line 2, word 2 is ' ', but must be a text"),
+        ({"tokens": ["a", 7], "ner_tags": ["O", "O"]}, "line 2, word 2 is 7, but must be a text"),
+        ({"tokens": None, "ner_tags": ["O"]}, "line 2 has an empty value in column 'tokens', but a list of words"),
+        ({"tokens": ["a"], "ner_tags": None}, "line 2 has 'None' in column 'ner_tags', but a list of tags"),
+        ({"tokens": ["a"], "ner_tags": [None]}, "line 2, word 1 has the tag None, but a text or a whole number"),
+        ({"tokens": ["a"], "ner_tags": [-100]}, "line 2, word 1 has the tag -100, but a text or a whole number"),
+        ({"tokens": ["a"], "ner_tags": [1]}, "line 2, word 1 has the label 1, but labels are all integers or all str"),
+    ],
+)
+def test_a_row_that_is_not_tagged_is_told(tmp_path: Path, row: dict[str, Any], said: str) -> None:
+    with pytest.raises(BayesLoraError, match=said):
+        load(write(tmp_path / "a.jsonl", [ROWS[0], row]))
+
+
+def test_an_unknown_tag_of_the_evaluation_rows_is_told(tmp_path: Path) -> None:
+    other = write(tmp_path / "a.jsonl", [ROWS[0], {"tokens": ["a", "b"], "ner_tags": ["O", "B-ORG"]}])
+    with pytest.raises(BayesLoraError, match="line 2, word 2 has the label 'B-ORG', but the labels of the training"):
+        load(ROWS, other)
+
+
+def test_held_out_rows_keep_rare_tags_on_both_sides() -> None:
+    rows = [{"tokens": [f"w{n}", "x"], "tags": ["B-A" if n % 10 == 0 else "O", "O"]} for n in range(40)]
+    task = load_files(rows, None, "tokens", "tags", kind="token_classification", held_out=HoldOut(0.25))
+    assert len(task.eval_split) == 10 and len(task.train_split) == 30
+    assert sum(0 in tags for tags in task.eval_split["label"]) == 1
+    again = load_files(rows, None, "tokens", "tags", kind="token_classification", held_out=task.evaluation_rows)
+    assert again.eval_split[:] == task.eval_split[:]
+
+
+def test_inspect_says_what_would_be_read(tmp_path: Path) -> None:
+    path = tmp_path / "a.conll"
+    path.write_text(CONLL, encoding="utf-8")
+    found = inspect_file(path, eval_file=write(tmp_path / "b.jsonl", ROWS[:1]))
+    assert (found.kind, found.text_columns, found.label_column) == ("token_classification", ["tokens"], "tags")
+    assert found.training.labels == {"B-LOC": 1, "B-PER": 1, "I-LOC": 1, "O": 2} and found.rows == 2
+    assert found.evaluation is not None and found.evaluation.labels["B-PER"] == 1 and found.evaluation.shared == 1
+    assert found.guessed == ["tokens", "tags"] and not found.problems
+    wrong = inspect_file(write(tmp_path / "c.jsonl", [{"tokens": ["a"], "tags": []}]))
+    assert "1 words but 0 tags" in str(wrong.problems)
