@@ -16,16 +16,16 @@ from bayeslora.evaluation.multiple_choice import (
     encode_prompts,
     letter_ids,
 )
+from bayeslora.evaluation.result import Evaluation, uncertainties_of
 from bayeslora.evaluation.scoring import (
-    Evaluation,
     compute_metrics_for,
     dataset_features,
     dataset_logits,
     evaluate,
     predict_dataset,
-    uncertainties_of,
 )
 from bayeslora.evaluation.shift import shifted
+from bayeslora.evaluation.tagging import TaggingEvaluation, tagging_scores
 from bayeslora.evaluation.text import TextEvaluation, evaluate_text
 from bayeslora.evaluation.text_metrics import text_scores
 
@@ -39,6 +39,7 @@ __all__ = [
     "LetterLogits",
     "MultiLabelEvaluation",
     "PairLogits",
+    "TaggingEvaluation",
     "TextEvaluation",
     "choice_scoring",
     "compute_metrics_for",
@@ -55,6 +56,7 @@ __all__ = [
     "multi_label_scores",
     "predict_dataset",
     "shifted",
+    "tagging_scores",
     "text_scores",
     "uncertainties_of",
 ]

@@ -6,7 +6,6 @@ import dataclasses
 import itertools
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -15,10 +14,12 @@ from datasets import Dataset
 from numpy.typing import NDArray
 from scipy.special import expit
 
+from bayeslora.data.chat import LABELS
+from bayeslora.data.completions import IGNORED
 from bayeslora.data.encode import collated
+from bayeslora.data.encode_words import has_words, word_collator, word_labels, word_order, word_rows
 from bayeslora.data.tasks import LABEL, Task
 from bayeslora.errors import BayesLoraError
-from bayeslora.evaluation import findings
 from bayeslora.evaluation.metrics import (
     baseline_scores,
     classification_scores,
@@ -39,7 +40,8 @@ from bayeslora.evaluation.multiple_choice import (
     row_lengths,
 )
 from bayeslora.evaluation.prefix_sharing import rows_that_begin_alike
-from bayeslora.evaluation.uncertainty import histograms, risk_coverage_curve, uncertainties
+from bayeslora.evaluation.result import Evaluation
+from bayeslora.evaluation.tagging import TaggingEvaluation, constant_spans, span_scores, tagging_scores
 from bayeslora.prediction import (
     Logits,
     Predictable,
@@ -50,84 +52,8 @@ from bayeslora.prediction import (
     features_and_logits,
     predict,
     sampled_logits,
+    word_logits,
 )
-
-
-@dataclass(frozen=True)
-class Evaluation:
-    """Scores of a model on a split, with the predictions and labels behind them, in the split's order.
-
-    Attributes:
-        scores: scores by name, the task's headline first.
-        predictions: (n, C) class probabilities, averaged over samples; (n,) values for regression.
-        labels: (n,) class ids or values.
-        reliability: confidence bins as in metrics.json; empty for regression.
-        seconds: wall time of the forward passes.
-        entropy: (n,) of the predictions, in nats; 0 for regression.
-        mutual_information: (n,) the part of the entropy that the samples disagree about, in nats; 0 without samples.
-        samples: number of draws from the posterior for each prediction; 0 is the posterior mean.
-        baseline: scores of the best constant prediction for these labels, `metrics.baseline_scores`.
-    """
-
-    scores: dict[str, float]
-    predictions: NDArray[np.float64]
-    labels: NDArray[Any]
-    reliability: list[dict[str, Any]]
-    seconds: float
-    entropy: NDArray[np.float64]
-    mutual_information: NDArray[np.float64]
-    samples: int = 0
-    baseline: dict[str, float] = dataclasses.field(default_factory=dict)
-
-    @property
-    def rows(self) -> int:
-        """Number of rows."""
-        return len(self.labels)
-
-    @property
-    def expected_entropy(self) -> NDArray[np.float64]:
-        """Mean entropy (n,) of the single samples' predictions: the part that known weights would leave."""
-        return self.entropy - self.mutual_information
-
-    @property
-    def uncertainties(self) -> dict[str, NDArray[np.float64]]:
-        """Measures of uncertainty, (n,) each, larger = less sure (`uncertainty.uncertainties`); {} for regression."""
-        if self.predictions.ndim == 1:
-            return {}
-        return uncertainties(self.predictions, self.entropy, self.mutual_information)
-
-    @property
-    def risk_coverage(self) -> dict[str, list[float]]:
-        """Error rate by share of examples answered, the most confident first, as in metrics.json."""
-        if self.predictions.ndim == 1:
-            return {}
-        return risk_coverage_curve(self.uncertainties["max_probability"], ~self._correct)
-
-    @property
-    def findings(self) -> dict[str, Any]:
-        """Confusion matrix and verdict, as in metrics.json."""
-        of = findings.of_numbers if self.predictions.ndim == 1 else findings.of_classes
-        return of(self.predictions, self.labels)
-
-    def histograms(self, outside: Prediction | None = None) -> dict[str, dict[str, Any]]:
-        """Count entropy and mutual information of `correct`, `wrong` and `ood` predictions, as in metrics.json.
-
-        Args:
-            outside: predictions for out-of-distribution inputs by the same model with the same samples.
-        """
-        if self.predictions.ndim == 1:
-            return {}
-        groups = {
-            name: {measure: values[rows] for measure, values in self.uncertainties.items()}
-            for name, rows in (("correct", self._correct), ("wrong", ~self._correct))
-        }
-        if outside is not None:
-            groups["ood"] = uncertainties_of(outside)
-        return histograms(groups, self.predictions.shape[1])
-
-    @property
-    def _correct(self) -> NDArray[np.bool_]:
-        return np.asarray(self.predictions.argmax(axis=1) == self.labels)
 
 
 def evaluate(
@@ -155,24 +81,25 @@ def evaluate(
     Returns:
         The `Evaluation`. Its scores are for classification the task's metrics, `accuracy`, `nll`, `ece`,
         `adaptive_ece`, `classwise_ece`, `brier` and `aurc`; for regression `pearson`, `spearman` and `mse`; with
-        several labels a row it is a `MultiLabelEvaluation`.
+        several labels a row it is a `MultiLabelEvaluation`, and of the tags of words a `TaggingEvaluation`.
 
     Raises:
         BayesLoraError: `dataset` lacks labels or rows, the model's kind or number of classes is not that of the task,
             outputs are not finite, or samples are wanted but the model lacks a posterior.
     """
-    if LABEL not in dataset.column_names:
+    if not {LABEL, LABELS} & {*dataset.column_names}:
         raise BayesLoraError(
             f"the split has the columns {', '.join(dataset.column_names)}, but scoring needs labels: use "
             "predict_dataset to predict without scores"
         )
-    labels = np.asarray(dataset[LABEL])
+    labels = word_labels(dataset) if has_words(dataset) else np.asarray(dataset[LABEL])
     if task.kind not in ("multi_label", "multiple_choice"):
         check_one_label(as_predictor(model).model)
     start = time.perf_counter()
     prediction = predict_dataset(model, dataset, tokenizer, batch_size, samples, seed, antithetic)
     seconds = time.perf_counter() - start
-    return _scored(task, prediction, labels, seconds, samples)
+    rows = word_rows(dataset) if has_words(dataset) else None
+    return _scored(task, prediction, labels, seconds, samples, rows)
 
 
 def predict_dataset(
@@ -188,15 +115,17 @@ def predict_dataset(
 ) -> Prediction:
     """Return `predict` of an encoded split, in its order; batches are padded and hold examples of similar length.
 
+    Of sentences from `encode_words` the examples are the words.
+
     Prompts that begin alike (few-shot ones) share a batch, and a model without samples reads their beginning once.
 
     Raises:
         BayesLoraError: `dataset` lacks rows, `batch_size` is below 1, the tokenizer cannot pad, or
             samples are wanted but the model lacks a posterior.
     """
-    batches, order, logits = _batched(dataset, tokenizer, batch_size, samples)
+    batches, places, logits = _batched(dataset, tokenizer, batch_size, samples)
     prediction = predict(model, batches, samples, seed, per_sample=per_sample, antithetic=antithetic, logits=logits)
-    back = torch.from_numpy(np.argsort(order, kind="stable"))
+    back = torch.from_numpy(places)
     fields = {name: value for name, value in vars(prediction).items() if value is not None}
     # The first dimension of the fields of single samples is the sample.
     return dataclasses.replace(
@@ -213,18 +142,22 @@ def dataset_logits(
     Raises:
         BayesLoraError: as `predict_dataset`.
     """
-    batches, order, logits = _batched(dataset, tokenizer, batch_size, samples)
+    batches, places, logits = _batched(dataset, tokenizer, batch_size, samples)
     predictor = as_predictor(model)
     check_samples(predictor, samples)
     found = sampled_logits(predictor, batches, samples, seed, logits=logits)
-    return found[:, torch.from_numpy(np.argsort(order, kind="stable"))]
+    return found[:, torch.from_numpy(places)]
 
 
 def _batched(
     dataset: Dataset, tokenizer: Any, batch_size: int, samples: int
 ) -> tuple[Iterator[dict[str, Any]], NDArray[np.int64], Logits | None]:
-    """Return batches for `predict`, the order of their rows, and its argument `logits`."""
+    """Return batches for `predict`, the places of the examples in its result, and its argument `logits`."""
     _check_rows(dataset, batch_size)
+    if has_words(dataset):
+        order = np.argsort(-np.asarray(row_lengths(dataset)), kind="stable")
+        words = collated(dataset, order, tokenizer, batch_size, word_collator(tokenizer))
+        return words, word_order(dataset, order, batch_size), word_logits
     scoring = choice_scoring(dataset, tokenizer) if is_multiple_choice(dataset) else None
     logits: Logits | None = scoring.logits if scoring else None
     alike: list[list[int]] = [list(range(len(dataset)))]
@@ -237,7 +170,7 @@ def _batched(
     groups.sort(key=lambda rows: lengths[rows[0]])
     collate = scoring.collate if scoring else None
     batches = itertools.chain.from_iterable(collated(dataset, rows, tokenizer, batch_size, collate) for rows in groups)
-    return batches, np.concatenate(groups), logits
+    return batches, np.argsort(np.concatenate(groups), kind="stable"), logits
 
 
 def dataset_features(
@@ -255,13 +188,6 @@ def dataset_features(
     return features.numpy()[back], logits.numpy()[back]
 
 
-def uncertainties_of(prediction: Prediction) -> dict[str, NDArray[np.float64]]:
-    """Return a classifier's measures of uncertainty; see `uncertainty.uncertainties`."""
-    return uncertainties(
-        prediction.probabilities.numpy(), prediction.entropy.numpy(), prediction.mutual_information.numpy()
-    )
-
-
 def compute_metrics_for(task: Task) -> Callable[[Any], dict[str, float]]:
     """Return a function for `Trainer(compute_metrics=...)` that gives the task's scores."""
 
@@ -273,6 +199,10 @@ def compute_metrics_for(task: Task) -> Callable[[Any], dict[str, float]]:
             return regression_scores(logits.reshape(-1), evaluated.label_ids)
         if task.kind == "multi_label":
             return multi_label_scores(expit(logits), evaluated.label_ids)
+        if task.kind == "token_classification":
+            places = np.asarray(evaluated.label_ids) != IGNORED
+            rows, labels = np.nonzero(places)[0], evaluated.label_ids[places]
+            return tagging_scores(softmax(logits[places]), labels, rows, task.labels)
         return classification_scores(softmax(logits), evaluated.label_ids, task.metrics)
 
     return compute_metrics
@@ -286,8 +216,9 @@ def _check_rows(dataset: Dataset, batch_size: int) -> None:
 
 
 def _scored(
-    task: Task, prediction: Prediction, labels: NDArray[Any], seconds: float, samples: int
-) -> Evaluation | MultiLabelEvaluation:
+    task: Task, prediction: Prediction, labels: NDArray[Any], seconds: float, samples: int,
+    rows: NDArray[np.int64] | None = None,
+) -> Evaluation | MultiLabelEvaluation:  # fmt: skip
     outputs, expected = prediction.logits.shape[1], 1 if task.kind == "regression" else len(task.labels)
     if outputs != expected:
         raise BayesLoraError(
@@ -314,12 +245,17 @@ def _scored(
         by_label = label_scores(p, labels, task.labels)
         found["baseline"] = baseline_of_labels(labels)
         return MultiLabelEvaluation(multi_label_scores(p, labels), p, label_scores=by_label, **found)
-    found |= {
-        "baseline": baseline_scores(labels, 0 if task.kind == "regression" else len(task.labels), task.metrics),
-    }
+    metrics = task.metrics if rows is None else ("accuracy",)
+    found["baseline"] = baseline_scores(labels, 0 if task.kind == "regression" else len(task.labels), metrics)
     if task.kind == "regression":
         values = predicted[:, 0].numpy()
         return Evaluation(regression_scores(values, labels), values, reliability=[], **found)
     probabilities = predicted.numpy()
+    if rows is not None:
+        found["baseline"] = {**constant_spans(labels, rows, task.labels), **found["baseline"]}
+        by_span = span_scores(labels, probabilities.argmax(axis=1), rows, task.labels)[1]
+        scores = tagging_scores(probabilities, labels, rows, task.labels)
+        bins = reliability_bins(probabilities, labels)
+        return TaggingEvaluation(scores, probabilities, reliability=bins, row=rows, label_scores=by_span, **found)
     scores = classification_scores(probabilities, labels, task.metrics)
     return Evaluation(scores, probabilities, reliability=reliability_bins(probabilities, labels), **found)

@@ -16,6 +16,7 @@ from bayeslora.prediction.predictor import (
     check_one_label,
     check_samples,
 )
+from bayeslora.prediction.words import word_logits
 
 __all__ = [
     "CoreEnsemble",
@@ -35,4 +36,5 @@ __all__ = [
     "labels_of",
     "predict",
     "sampled_logits",
+    "word_logits",
 ]

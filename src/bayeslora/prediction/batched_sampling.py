@@ -103,7 +103,7 @@ class BatchedSampler:
             raise IndivisibleBatchError(
                 f"the logits have {len(logits)} rows, but the inputs have {rows * times}: take one draw at a time"
             )
-        return logits.view(times, -1, logits.shape[-1])
+        return logits.view(times, -1, *logits.shape[1:])
 
     @contextmanager
     def _guarded(self, rows: int, times: int) -> Iterator[None]:

@@ -110,8 +110,9 @@ def predict(
         antithetic: pair draws of opposite noise.
         logits: function from the model and a batch to class logits (batch, C), for models that do not return them,
             such as language models that choose among answers. A logit of -inf marks a class that the row does not
-            have. It gets batches of repeated rows and must use the model's logits: a classifier's last block may
-            give hidden states of the first token only.
+            have. Logits (batch, W, C), as of `word_logits`, give batch · W predictions, row by row. It gets batches of
+            repeated rows and must use the model's logits: a classifier's last block may give hidden states of the
+            first token only.
         optimizer: an `IVON` that has trained the model, whose posterior is drawn from.
 
     Raises:
@@ -164,12 +165,13 @@ def _sampled_logits(
 ) -> Tensor:
     batches = [loader_or_batch] if isinstance(loader_or_batch, Mapping) else loader_or_batch
     device = next((parameter.device for parameter in predictor.model.parameters()), torch.device("cpu"))
-    read = _checked(logits or _forward)
+    read = _checked(logits or _forward, (2,) if logits is None else (2, 3))
     collected: list[Tensor] = []
     with evaluation_mode(predictor.model), torch.inference_mode():
         sample = predictor.sampler(samples, seed, antithetic, read)
         for batch in batches:
-            collected.append(sample(_inputs(batch, device)).to(device="cpu", dtype=torch.float64))
+            found = sample(_inputs(batch, device)).flatten(1, -2)  # words one after the other
+            collected.append(found.to(device="cpu", dtype=torch.float64))
     if not collected:
         raise BayesLoraError(NO_BATCH)
     # Unlike a tensor made in inference mode, a copy made outside of it can be used with autograd.
@@ -327,15 +329,16 @@ def _forward(model: nn.Module, batch: Mapping[str, Tensor]) -> Any:
     return output[0] if isinstance(output, tuple) and output else output
 
 
-def _checked(read: Logits) -> Logits:
-    """Return `read` with a check that its logits are (batch, classes)."""
+def _checked(read: Logits, dimensions: tuple[int, ...]) -> Logits:
+    """Return `read` with a check of the number of dimensions of its logits, (batch, classes) by default."""
 
     def checked(model: nn.Module, batch: Mapping[str, Tensor]) -> Tensor:
         found = read(model, batch)
-        if not isinstance(found, Tensor) or found.ndim != 2:
+        if not isinstance(found, Tensor) or found.ndim not in dimensions:
             seen = f"shape {tuple(found.shape)}" if isinstance(found, Tensor) else f"type {type(found).__name__}"
             raise BayesLoraError(
-                f"the model's logits have {seen}, but must be (batch, classes): load a sequence classifier"
+                f"the model's logits have {seen}, but must be (batch, classes): load a sequence classifier, or give "
+                "logits=word_logits for the words of a token classifier"
             )
         return found
 

@@ -15,13 +15,14 @@ from bayeslora.posterior.saved import check_unmerged
 from bayeslora.prediction.batched_sampling import BatchedSampler, first_token_only
 
 Logits = Callable[[nn.Module, Mapping[str, Tensor]], Any]
-"""Function from the model and a batch of B rows to class logits (B, C); -inf marks a class that a row lacks."""
+"""Function from the model and a batch of B rows to class logits (B, C), or (B, W, C) of W words in each row; -inf
+marks a class that a row lacks."""
 
 MULTI_LABEL = "multi_label_classification"
 """The `problem_type` of Transformers' models with several labels a row."""
 
 Sampler = Callable[[Mapping[str, Tensor]], Tensor]
-"""Function from a batch of B rows to (S, B, C) logits, one entry for each sample."""
+"""Function from a batch of B rows to (S, B, C) logits, one entry for each sample, or (S, B, W, C) of words."""
 
 
 @runtime_checkable
