@@ -35,7 +35,7 @@ def write_rows(path: Path, rows: list[dict[str, Any]]) -> Path:
 
 
 def trained(folder: Path, base: Path, rows: list[dict[str, Any]], method: str = "melora", **options: Any) -> Path:
-    """Train on the rows for a few steps; `ivon` and `text_column` are options of the plan, the others the method's."""
+    """Train on the rows for a few steps; `ivon`, `kind`, `text_column` are options of the plan, others of a config."""
     config_class = {**bayeslora.METHODS, "lora": LoraConfig, "full": None}[method]
     file = write_rows(folder.parent / f"{folder.name}.jsonl", rows)
     plan = TrainPlan(
@@ -46,6 +46,7 @@ def trained(folder: Path, base: Path, rows: list[dict[str, Any]], method: str = 
             eval_file=str(file),
             text_column=options.pop("text_column", ["text"]),
             label_column="label",
+            kind=options.pop("kind", None),
             output_dir=str(folder),
         ),
         options.pop("method_options", {} if config_class is None else {"r": 4, "lora_alpha": 8}),

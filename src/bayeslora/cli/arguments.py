@@ -22,9 +22,10 @@ from bayeslora.cli.registry import check_method, method_config_class, method_nam
 from bayeslora.cli.source_fields import OPEN, method_source_hints, training_source_hints
 from bayeslora.data.tables import check_data_file
 from bayeslora.errors import BayesLoraError, Problems, close_matches, option, spelled_as_options
+from bayeslora.files import first_columns
 from bayeslora.runs.info import RunInfo
 from bayeslora.runs.plan import IVON, IVON_PREFIX, IvonOptions, RunOptions, TrainPlan, read_config
-from bayeslora.vocabulary import TEXT_TASKS
+from bayeslora.vocabulary import TAGS, TEXT_TASKS, WORDS, tagged_form
 
 if TYPE_CHECKING:
     from peft import PeftConfig
@@ -344,10 +345,23 @@ def shared_defaults(method: str) -> dict[str, Any]:
     return {name: defaults[name] for name in _SHARED_DEFAULTS if name in fields}
 
 
+def _name_tagged_columns(options: RunOptions) -> None:
+    """Name the columns of words and of tags, and the kind of task, where the training file tells them."""
+    if options.task is not None or options.train_file is None:
+        return
+    found = tagged_form(first_columns(options.train_file))
+    if options.kind == "token_classification" or options.kind is None and options.text_column is None and found:
+        words, tags = found or (WORDS, TAGS[0])
+        options.kind = "token_classification"
+        options.text_column = options.text_column or [words]
+        options.label_column = options.label_column or tags
+
+
 def _fill_defaults(
     options: RunOptions, method_options: dict[str, Any], training: dict[str, Any], by_ivon: bool
 ) -> None:
     """Fill in the defaults that all methods share."""
+    _name_tagged_columns(options)
     generates = options.text_column is None if options.task is None else options.task in TEXT_TASKS
     if options.task is None and options.label_column is None and not generates:
         options.label_column = "label"

@@ -16,7 +16,7 @@ from bayeslora.files import finite
 from bayeslora.runs.answer_risk import RISK_FILE
 from bayeslora.runs.answers import Sampling
 from bayeslora.runs.decisions import CALIBRATION_FILE
-from bayeslora.runs.info import RunInfo
+from bayeslora.runs.info import RunInfo, check_one_label_a_row
 from bayeslora.runs.rows import check_not_training
 from bayeslora.runs.run import load
 from bayeslora.runs.scaling import ScalingName
@@ -36,6 +36,7 @@ def run(given: dict[str, Any]) -> int:
         refuse(given, _OF_LABELS, "is given, but the run generates text: leave it out")
     else:
         refuse(given, _OF_ANSWERS, "is given, but the run predicts labels: leave it out")
+    check_one_label_a_row(info.kind, "calibrate")
     task, split = rows_to_score(given, info)
     source = source_of(given, task, split)
     check_not_training(info, source, split)

@@ -77,8 +77,12 @@ def _read_yaml(name: str, text: str) -> Any:
 def _choice(name: str, value: Any, members: list[Any]) -> Iterator[Any]:
     for choice in _choices(members):
         # YAML 1.1 reads `no` as false, and TrainingArguments' strategies accept `no`.
-        if value == choice or str(value).lower() == str(choice).lower() or (value is False and choice == "no"):
+        if value == choice or _written(value) == _written(choice) or (value is False and choice == "no"):
             yield choice
+
+
+def _written(choice: Any) -> str:
+    return str(choice).lower().replace("-", "_")
 
 
 def _boolean(name: str, value: Any, members: list[Any]) -> Iterator[bool]:

@@ -13,7 +13,7 @@ from typing import Any, Literal
 from bayeslora.errors import option
 from bayeslora.files import first_columns
 from bayeslora.runs.plan import RunOptions, declared
-from bayeslora.vocabulary import SHIFTS, AnswerLoss, Measure, Normalization, Scoring, ShiftName, text_form
+from bayeslora.vocabulary import SHIFTS, AnswerLoss, Measure, Normalization, Scoring, ShiftName, tagged_form, text_form
 
 DESCRIPTION = "Bayesian low-rank adapters for pretrained transformers: train, judge, export."
 SelectionScore = Literal["mutual_information", "entropy", "margin", "random"]
@@ -115,14 +115,20 @@ def _with_files(given: dict[str, Any]) -> Iterator[str]:
         for name in _among(given, "eval_fraction", "group_column", "split_seed"):
             yield f"{option(name)} is given, but a tenth of the answers is scored: leave it out, or give --eval-file"
         return
+    tagged = _tags_words(given)
+    if tagged and "class_weights" in given:
+        yield "--class-weights is given, but weighs rows with one label, and words have tags: leave it out"
     if "train_file" not in given:
         yield "--train-file is missing: give --task, or --train-file and --eval-file"
     if "eval_file" not in given and "eval_fraction" not in given:
         yield "--eval-file is missing: give it, or --eval-fraction 0.2 to score a fifth of --train-file"
     yield from _held_out(given)
-    if "text_column" not in given:
+    columns = given.get("text_column", "")
+    if not columns and not tagged:
         yield "--text-column is missing: name the column (or two, a,b) that holds the text"
-    elif len(given["text_column"]) > 2:
+    elif tagged and len(columns) > 1:
+        yield f"--text-column names {len(columns)} columns, but words are in one: name that"
+    elif len(columns) > 2:
         yield f"--text-column names {len(given['text_column'])} columns, but a text has one or two: name those"
 
 
@@ -131,6 +137,13 @@ def _generates(given: dict[str, Any]) -> bool:
     columns = first_columns(str(given.get("train_file", "")))
     labelled = given.get("label_column", "label") in columns and "text_column" in given
     return text_form(columns) is not None and not labelled
+
+
+def _tags_words(given: dict[str, Any]) -> bool:
+    """Return whether the words of the training rows have tags: asked for, or by the columns where none is named."""
+    kind = str(given.get("kind", "")).lower().replace("-", "_")
+    found = tagged_form(first_columns(str(given.get("train_file", ""))))
+    return kind == "token_classification" or not kind and "text_column" not in given and found is not None
 
 
 def _held_out(given: dict[str, Any]) -> Iterator[str]:
@@ -271,7 +284,7 @@ COMMANDS = {
             _number("max_length", "N", "tokens beyond which texts are cut (128 or the model's limit)", least=1),
             _switch("json", "print JSON instead of a table"),
         ),
-        ("file", "FILE", "rows (.jsonl, .json, .csv, .tsv, .parquet)"),
+        ("file", "FILE", "rows (.jsonl, .json, .csv, .tsv, .parquet, CoNLL)"),
         epilog="Without --text-column and --label-column it guesses them, and says so.",
         contradictions=_contradictions_of_inspect,
     ),
@@ -329,7 +342,11 @@ COMMANDS = {
         (
             *_SAMPLING,
             Option(
-                "input", "FILE", "rows to label (.jsonl, .json, .csv, .tsv, .parquet)", required=True, is_data=True
+                "input",
+                "FILE",
+                "rows to label (.jsonl, .json, .csv, .tsv, .parquet, CoNLL)",
+                required=True,
+                is_data=True,
             ),
             Option("output", "FILE", "file for rows and predictions (.csv, .tsv, otherwise .jsonl)", required=True),
             _TEXT_COLUMN,

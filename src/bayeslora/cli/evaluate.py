@@ -19,6 +19,7 @@ from bayeslora.data import Task
 from bayeslora.data.known import KNOWN
 from bayeslora.errors import BayesLoraError
 from bayeslora.evaluation import Evaluation, evaluate
+from bayeslora.evaluation.tagging import check_span_metrics
 from bayeslora.files import check_new, finite, new_folder
 from bayeslora.prediction import check_samples
 from bayeslora.report import check_installed
@@ -96,7 +97,7 @@ def run(given: dict[str, Any]) -> int:
         measured = scored_text(predictor, task, rows, encoded, loaded.tokenizer, size, sampling)
     else:
         evaluation = score(encoded, task)
-        measured = {"rows": evaluation.rows, **scored(evaluation), "seconds": evaluation.seconds}
+        measured = {**scored(evaluation), "seconds": evaluation.seconds}
     found = {
         **{"folder": str(folder), "method": info.method, "task": task.name, "split": split},
         "rows": measured.pop("rows"),
@@ -131,13 +132,17 @@ def _check_kind(given: dict[str, Any], task: Task) -> None:
         refuse(given, _OF_ANSWERS, f"is given, but only {' and '.join(TEXT_TASKS)} score answers: leave it out")
     if task.kind == "multi_label":
         refuse(given, _OF_ONE_LABEL, "is given, but the run has several labels a row: leave it out")
+    if task.kind == "token_classification":
+        refuse(given, (*_OF_ONE_LABEL, "few_shot"), "is given, but the run tags words: leave it out")
+        check_span_metrics(task.labels)
     check_text_metrics(task)
 
 
 def _print(found: dict[str, Any]) -> None:
     drawn = f", {found['samples']} samples" if found["samples"] else ""
     how = f", by {found['scoring']}" if found.get("scoring") else ""
-    print(f"{found['folder']} on {found['task']} ({found['split']}, {found['rows']} rows{how}{drawn})")
+    words = f", {found['words']} words" if "words" in found else ""
+    print(f"{found['folder']} on {found['task']} ({found['split']}, {found['rows']} rows{words}{how}{drawn})")
     if "calibrated" in found:
         by = found["calibrated"]
         print(f"  probabilities by {by['by']}, fitted on {by['rows']} rows of {by['source']}")
@@ -234,7 +239,10 @@ def label_lines(found: dict[str, dict[str, float]]) -> list[str]:
     width = max(len(label) for label in found)
     lines = [f"  {'':<{width}}  " + "  ".join(f"{name:>9}" for name in names)]
     for label, scores in found.items():
-        cells = (f"{scores[name]:9.0f}" if name == "rows" else f"{scores.get(name, math.nan):9.4f}" for name in names)
+        cells = (
+            f"{scores[name]:9.0f}" if name in ("rows", "spans") else f"{scores.get(name, math.nan):9.4f}"
+            for name in names
+        )
         lines.append(f"  {label:<{width}}  " + "  ".join(cells))
     return lines
 

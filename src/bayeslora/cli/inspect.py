@@ -90,7 +90,8 @@ def _labels(found: Inspection) -> Iterator[str]:
     if len(counts) > len(shown):
         yield f"  and {len(counts) - len(shown):,} more"
     most = max(counts, key=counts.__getitem__)
-    yield f"always saying {most} is right for {counts[most] / total:.1%} of the training rows"
+    of = "words of the training rows" if found.kind == "token_classification" else "training rows"
+    yield f"always saying {most} is right for {counts[most] / total:.1%} of the {of}"
 
 
 def _texts(texts: Texts, length: int) -> Iterator[str]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from bayeslora.cli.inputs import check_files
+from bayeslora.cli.inputs import check_files, refuse
 from bayeslora.cli.progress import disable_progress_bars
 from bayeslora.runs.decisions import calibration_for
 from bayeslora.runs.info import RunInfo
@@ -19,6 +19,8 @@ def run(given: dict[str, Any]) -> int:
     folder = Path(given["folder"])
     info = RunInfo.load(folder)
     source, target = check_files(given, info)
+    if info.kind == "token_classification":
+        refuse(given, ("coverage", "risk", "delta"), "is given, but the run tags words: leave it out")
     asked = {name: given[name] for name in ("coverage", "risk", "delta") if name in given}
     calibration, samples, seed = calibration_for(
         folder,

@@ -18,6 +18,11 @@ from bayeslora.runs.rows import encode_for, rows_to_predict
 from bayeslora.runs.run import Run, load
 
 _ADDED = ("row", "entropy", "mutual_information")
+_OTHERS_THAN_CLASSES = {
+    "regression": "predicts numbers",
+    "multi_label": "has several labels a row",
+    "token_classification": "tags each word of a row",
+}
 _OTHERS = "give --score entropy, margin or random"
 
 
@@ -26,8 +31,7 @@ def run(given: dict[str, Any]) -> int:
     folder, budget, score = Path(given["folder"]), given["budget"], given.get("score", "mutual_information")
     info = RunInfo.load(folder)
     source, target = check_files(given, info)
-    if info.kind in ("regression", "multi_label"):
-        what = "predicts numbers" if info.kind == "regression" else "has several labels a row"
+    if what := _OTHERS_THAN_CLASSES.get(info.kind):
         raise BayesLoraError(f"{folder} {what}, but select needs a classifier: use a run with one label a row")
     by_information = score == "mutual_information"
     samples, seed = given.get("samples", 10 if by_information else 0), given.get("seed", 0)

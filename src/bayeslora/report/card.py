@@ -44,7 +44,7 @@ def write_model_card(output_dir: Path) -> Path:
     config = _adapter_config(folder)
     info = RunInfo.load(folder) if (folder / RUN_FILE).is_file() else None
     generates = info is not None and info.kind == "generation"
-    task_type = "CAUSAL_LM" if generates else _task_type(config)
+    task_type = "CAUSAL_LM" if generates else _task_type(config, info)
     auto_class, pipeline_tag = _TASK_TYPES.get(task_type, ("AutoModel", None))
     base = public_name(str(config.get("base_model_name_or_path") or run.model), run.model)
     adapter = bool(run.layers)
@@ -69,6 +69,7 @@ def write_model_card(output_dir: Path) -> Path:
         "regression": task_type == "SEQ_CLS" and not run.labels,
         "example": _example(info),
         "generates": generates,
+        "tags_words": info is not None and info.kind == "token_classification",
         "table": _by_matrix(run),
         "kinds": run.kinds if run.is_quantized else [],
         "literal": lambda value: json.dumps(value, ensure_ascii=False),
@@ -89,8 +90,10 @@ def _adapter_config(folder: Path) -> dict[str, Any]:
         raise BayesLoraError(f"{path} cannot be read, but must be a JSON object ({error}): save it again") from error
 
 
-def _task_type(config: dict[str, Any]) -> str:
+def _task_type(config: dict[str, Any], info: RunInfo | None) -> str:
     """Return PEFT's task type, or ours for multiple choice."""
+    if info is not None and info.head == "words":  # also of a whole model
+        return "TOKEN_CLS"
     mapping = config.get("auto_mapping") or {}
     if not config.get("task_type") and str(mapping.get("base_model_class", "")).endswith("ForMultipleChoice"):
         return "MULTIPLE_CHOICE"
@@ -99,6 +102,8 @@ def _task_type(config: dict[str, Any]) -> str:
 
 def _example(info: RunInfo | None) -> str:
     """Return an example row for `Run.predict` as Python source."""
+    if info is not None and info.kind == "token_classification":
+        return '"a text", ["or", "its", "words"]'
     if info is not None and info.kind == "multiple_choice":
         return '{"question": "a question", "choices": ["one answer", "another"]}'
     return '"a text"' if info is None or len(info.text_columns) < 2 else '("a text", "its pair")'

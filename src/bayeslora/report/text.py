@@ -12,7 +12,7 @@ _SCORE_NAMES = {
     "brier": "Brier score", "f1": "F1", "f1_micro": "micro F1", "f1_macro": "macro F1",
     "matthews_correlation": "Matthews correlation", "pearson": "Pearson correlation",
     "spearman": "Spearman correlation", "auroc": "AUROC", "aurc": "AURC", "mse": "MSE",
-    "bleu": "BLEU", "rouge_l": "ROUGE-L",
+    "bleu": "BLEU", "rouge_l": "ROUGE-L", "span_f1": "span F1",
 }  # fmt: skip
 _MEASURE_NAMES = {
     "probability": "probability of the answer",
@@ -22,7 +22,10 @@ _MEASURE_NAMES = {
 
 
 _SCORE_WORDS = {
-    "accuracy": "share of rows that are right",
+    "accuracy": "share of rows, or of tagged words, that are right",
+    "span_f1": "harmonic mean of precision and recall of the spans; 1 is best",
+    "span_precision": "share of the predicted spans with the right kind, first and last word",
+    "span_recall": "share of the spans that are predicted so",
     "matthews_correlation": "correlation of predicted and true class; 0 for a constant answer, 1 is best",
     "f1": "harmonic mean of precision and recall of class 1; 1 is best",
     "nll": "mean of −log of the right class's probability; 0 is best, a sure error costs much",

@@ -166,15 +166,40 @@ def _meaning_of_numbers(gain: Interval) -> Statement:
 
 
 def _of_tokens(run: RunRecord) -> list[Statement]:
-    """Return how often a language model predicts the next token of the known answers, and how sure it is."""
+    """Return how often a run tags a word rightly, or a language model predicts the next token, and how sure it is."""
+    if run.words is not None:
+        return _of_words(run)
     accuracy = run.scores.get("token_accuracy")
     tokens = sum(found.count for found in run.reliability.bins)
     if accuracy is None or not tokens:
         return []
-    sure = sum(found.count * found.confidence for found in run.reliability.filled) / tokens
+    sure = _mean_confidence(run)
     text = (
         f"It predicts {percent(accuracy)} of {count(tokens)} tokens of the known answers, each from those before it, "
         f"and is {percent(sure)} sure on average: {points(abs(sure - accuracy))} points "
         f"{'too much' if sure > accuracy else 'too little'}. An answer can be right in other words."
     )
     return [Statement("Token by token", text)]
+
+
+def _of_words(run: RunRecord) -> list[Statement]:
+    """Return how often a run tags a word rightly, and how sure it is.
+
+    There are no intervals, which need rows that are independent of each other.
+    """
+    accuracy, constant = run.scores["accuracy"], run.baseline.get("accuracy")
+    sure = _mean_confidence(run)
+    text = (
+        f"It tags {percent(accuracy)} of {count(run.words)} words rightly; “{most_frequent(run)}” for every word "
+        f"would be right for {percent(constant)}. It is {percent(sure)} sure on average: "
+        f"{points(abs(sure - accuracy))} points {'too much' if sure > accuracy else 'too little'}."
+    )
+    if "span_f1" in run.scores:
+        text += f" Of the spans it finds {percent(run.scores['span_recall'])} whole, and of those that it claims "
+        text += f"{percent(run.scores['span_precision'])} are right."
+    return [Statement("Word by word", text)]
+
+
+def _mean_confidence(run: RunRecord) -> float:
+    filled = run.reliability.filled
+    return sum(found.count * found.confidence for found in filled) / max(1, sum(found.count for found in filled))

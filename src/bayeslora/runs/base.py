@@ -19,6 +19,7 @@ from transformers import (
     AutoModelForCausalLM,
     AutoModelForMultipleChoice,
     AutoModelForSequenceClassification,
+    AutoModelForTokenClassification,
     AutoTokenizer,
     PreTrainedModel,
     PreTrainedTokenizerBase,
@@ -48,16 +49,20 @@ _OFFSET_POSITIONS = {"roberta", "xlm-roberta", "xlm-roberta-xl", "camembert", "l
 
 AUTO_CLASSES = {
     "sequence": AutoModelForSequenceClassification,
+    "words": AutoModelForTokenClassification,
     "choices": AutoModelForMultipleChoice,
     "letters": AutoModelForCausalLM,
     "cloze": AutoModelForCausalLM,
     "text": AutoModelForCausalLM,
 }
+CLASS_HEADS = ("sequence", "words")
+"""Heads whose classes are in the model's configuration."""
 LANGUAGE_HEADS = ("letters", "cloze")
 """Heads of language models on multiple choice."""
 # PEFT lacks a task type for multiple choice; without a type it wraps the model unchanged.
 _TASK_TYPES = {
     "sequence": TaskType.SEQ_CLS,
+    "words": TaskType.TOKEN_CLS,
     "choices": None,
     "letters": TaskType.CAUSAL_LM,
     "cloze": TaskType.CAUSAL_LM,
@@ -106,7 +111,7 @@ def head_for(kind: str, resolved: str, name: str, scoring: Scoring = "letters") 
     That of a language model on multiple choice is `scoring`.
     """
     if kind not in ("multiple_choice", "generation"):
-        return "sequence"
+        return "words" if kind == "token_classification" else "sequence"
     of_language: Head = "text" if kind == "generation" else scoring
     if resolved.endswith(_GGUF):  # always a language model, and slow to read
         return of_language
@@ -184,10 +189,15 @@ def _is_found(model: str) -> bool:
     return True
 
 
-def load_tokenizer(folder: str, name: str) -> PreTrainedTokenizerBase:
-    """Load the tokenizer of a folder, GGUF file or hub id; the end token replaces a missing padding token."""
+def load_tokenizer(folder: str, name: str, *, of_words: bool = False) -> PreTrainedTokenizerBase:
+    """Load the tokenizer of a folder, GGUF file or hub id; the end token replaces a missing padding token.
+
+    One for lists of words (`of_words`) reads a blank before the first of them, where it has a choice.
+    """
     with load_errors(f"the tokenizer of {name}", folder):
         tokenizer = AutoTokenizer.from_pretrained(**source(folder))
+        if of_words and getattr(tokenizer, "add_prefix_space", True) is False:
+            tokenizer = AutoTokenizer.from_pretrained(**source(folder), add_prefix_space=True)
     if tokenizer.pad_token is None:
         if tokenizer.eos_token is None:
             raise BayesLoraError(f"the tokenizer of {name} lacks a padding and an end token, but needs one: add it")
@@ -222,7 +232,7 @@ def load_base(
     dtype: str,
     head: Head = "sequence",
 ) -> BaseModel:
-    """Load the base model with `head`; `labels` and `kind` configure a sequence classifier.
+    """Load the base model with `head`; `labels` and `kind` configure a classifier of texts or of words.
 
     Weights missing from the checkpoint are drawn from the global random state; `fresh` names their modules, so that
     the caller can train and save them.
@@ -236,7 +246,7 @@ def load_base(
             dtype=getattr(torch, dtype),
             ignore_mismatched_sizes=True,
             output_loading_info=True,
-            **(_classes(labels, kind) if head == "sequence" else {}),
+            **(_classes(labels, kind) if head in CLASS_HEADS else {}),
         )
     if resolved.endswith(_GGUF):
         as_dense(model)
@@ -264,6 +274,8 @@ def _classes(labels: list[str], kind: RunKind) -> dict[str, Any]:
         return {"num_labels": 1, "problem_type": "regression"}
     ids = {name: index for index, name in enumerate(labels)}
     names = {"id2label": dict(enumerate(labels)), "label2id": ids}
+    if kind == "token_classification":
+        return {"num_labels": len(labels), **names}
     problem = MULTI_LABEL if kind == "multi_label" else "single_label_classification"
     return {"num_labels": len(labels), "problem_type": problem, **names}
 

@@ -25,6 +25,7 @@ EXAMPLES_FILE = "examples.json"
 ROWS = 5
 """Default number of rows of each kind."""
 _LONGEST = 600  # characters of a text
+_AROUND = 12  # words on each side of one
 
 
 @dataclass(frozen=True)
@@ -33,7 +34,8 @@ class Example:
 
     Attributes:
         row: its number in the split, from 1.
-        texts: by column, cut after 600 characters; the choices of multiple choice in one text.
+        texts: by column, cut after 600 characters; the choices of multiple choice in one text; of tagged words the
+            word, and the words around it with the word in brackets.
         label: name of the right class, or the number.
         predicted: name of the most probable class, or the number.
         confidence: probability of the predicted class; None for numbers.
@@ -76,7 +78,7 @@ def choose_examples(
         task: of the split.
         count: 0 gives none.
     """
-    from numpy import abs, arange, argsort, where
+    from numpy import abs, arange, argsort, searchsorted, where
 
     if task.kind == "multi_label":
         return _of_label_sets(evaluation, rows, task, count)
@@ -90,11 +92,17 @@ def choose_examples(
         return Examples(wrongest=numbers)
     predicted, confidence = predictions.argmax(axis=1), predictions.max(axis=1)
     of_label = predictions[arange(len(labels)), labels]
+    # The number of the sentence of each word; of other rows their own.
+    of_word = getattr(evaluation, "row", arange(len(labels)))
 
     def example(i: int) -> Example:
         information = float(evaluation.mutual_information[i]) if evaluation.samples else None
         names = (task.labels[labels[i]], task.labels[predicted[i]])
-        return Example(i + 1, _texts(rows[i], task), *names, float(confidence[i]), float(of_label[i]), information)
+        row = int(of_word[i])
+        texts = _texts(rows[row], task)
+        if task.kind == "token_classification":
+            texts = _word(rows[row][task.text_columns[0]], i - int(searchsorted(of_word, row)))
+        return Example(row + 1, texts, *names, float(confidence[i]), float(of_label[i]), information)
 
     unsure = argsort(confidence, kind="stable")[:count]
     wrong = where(predicted != labels)[0]
@@ -142,6 +150,12 @@ def read_examples(folder: Path) -> Examples:
 
 def _texts(row: dict[str, Any], task: Task) -> dict[str, str]:
     return {column: _shown(row[column], task.labels) for column in task.text_columns}
+
+
+def _word(words: Sequence[str], place: int) -> dict[str, str]:
+    """Return a word, and the words around it."""
+    before, after = words[max(0, place - _AROUND) : place], words[place + 1 : place + 1 + _AROUND]
+    return {"word": _shown(words[place], ()), "in": _shown(" ".join([*before, f"[{words[place]}]", *after]), ())}
 
 
 def _shown(value: str | Sequence[str], letters: Sequence[str]) -> str:

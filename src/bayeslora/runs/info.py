@@ -17,10 +17,22 @@ from bayeslora.vocabulary import Normalization, Scoring
 
 RUN_FILE = "run.json"
 
-Head = Literal["sequence", "choices", "letters", "cloze", "text"]
-"""Source of the class logits: a classifier (or regressor) of a text or pair, a scorer of questions with a choice, or a
-language model's head, at the letters of the choices or at the tokens of their text; `text` answers in its words."""
-RunKind = Literal["classification", "multi_label", "regression", "multiple_choice", "generation"]
+Head = Literal["sequence", "words", "choices", "letters", "cloze", "text"]
+"""Source of the class logits: a classifier (or regressor) of a text or pair, one of the words of a text, a scorer of
+questions with a choice, or a language model's head, at the letters of the choices or at the tokens of their text;
+`text` answers in its words."""
+RunKind = Literal[
+    "classification", "multi_label", "regression", "token_classification", "multiple_choice", "generation"
+]
+
+
+_SEVERAL = {"multi_label": "has several labels a row", "token_classification": "tags each word of a row"}
+
+
+def check_one_label_a_row(kind: str, what: str) -> None:
+    """Raise `BayesLoraError` for a kind of run with several answers a row, where `what` needs one."""
+    if kind in _SEVERAL:
+        raise BayesLoraError(f"the run {_SEVERAL[kind]}, but {what} needs one: use a run with one label")
 
 
 @dataclass
@@ -36,7 +48,7 @@ class RunInfo:
         text_columns: one name, or two for pairs; `messages`, or `prompt` and `completion`, of generation; empty if
             unknown (an adapter without `run.json`).
         label_column: name of the label column in the user's files, or of several (`a,b`).
-        labels: class names by id; empty for regression and generation.
+        labels: class names by id, or names of tags; empty for regression and generation.
         max_length: maximum input length in tokens.
         dtype: of the base model.
         base_fingerprint: digest of the base model's weights; empty if unknown.

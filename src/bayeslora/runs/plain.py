@@ -9,18 +9,23 @@ from typing import Any
 import torch
 from peft import PeftConfig
 from safetensors import SafetensorError, safe_open
-from transformers import AutoConfig, AutoModelForSequenceClassification, PretrainedConfig
+from transformers import AutoConfig, PretrainedConfig
 
 from bayeslora.errors import BayesLoraError
 from bayeslora.methods.registry import find_method
 from bayeslora.prediction.predictor import MULTI_LABEL
-from bayeslora.runs.base import load_errors, resolve_model, source
+from bayeslora.runs.base import AUTO_CLASSES, CLASS_HEADS, load_errors, resolve_model, source
 from bayeslora.runs.info import Head, RunInfo
+from bayeslora.vocabulary import WORDS
 
 CONFIG_FILE = "adapter_config.json"
 ADAPTER_FILE = "adapter_model.safetensors"
-_HEADS: dict[str, Head] = {"SEQ_CLS": "sequence", "CAUSAL_LM": "text"}
-_SUFFIXES: dict[str, Head] = {"ForSequenceClassification": "sequence", "ForCausalLM": "text"}
+_HEADS: dict[str, Head] = {"SEQ_CLS": "sequence", "TOKEN_CLS": "words", "CAUSAL_LM": "text"}
+_SUFFIXES: dict[str, Head] = {
+    "ForSequenceClassification": "sequence",
+    "ForTokenClassification": "words",
+    "ForCausalLM": "text",
+}
 _PROBE = 7919
 """A number of classes that differs from every other dimension of a model."""
 
@@ -82,7 +87,7 @@ def _of_adapter(folder: Path, content: dict[str, Any], model: str | None) -> Run
     resolved = resolve_model(name)
     with load_errors(f"the configuration of {name}", resolved):
         config = AutoConfig.from_pretrained(**source(resolved))
-    classes = _saved_classes(folder, config) if head == "sequence" else 0
+    classes = _saved_classes(folder, config, head) if head in CLASS_HEADS else 0
     find_method(str(content["peft_type"]).lower())
     with load_errors(f"the adapter in {folder}"):
         method = getattr(PeftConfig.from_pretrained(str(folder)), "method", str(content["peft_type"]).lower())
@@ -97,17 +102,18 @@ def _info(method: str, model: str, base_name: str, head: Head, config: Pretraine
             "with PEFT and use bayeslora.predict"
         )
     labels: list[str] = []
-    if head == "sequence" and classes > 1:
+    if head in CLASS_HEADS and classes > 1:
         known: dict[Any, str] = dict(config.id2label or {}) if config.num_labels == classes else {}
         labels = [str(known.get(index, f"LABEL_{index}")) for index in range(classes)]
-    kind = "generation" if head == "text" else "classification" if labels else "regression"
+    of_classes = "token_classification" if head == "words" else "classification"
+    kind = "generation" if head == "text" else of_classes if labels else "regression"
     return RunInfo(
         method=method,
         model=model,
         task="unknown",
         kind=kind,  # type: ignore[arg-type]
         metric={"regression": "pearson", "generation": "perplexity"}.get(kind, "accuracy"),
-        text_columns=[],
+        text_columns=[WORDS] if head == "words" else [],
         label_column="label",
         labels=labels,
         max_length=0,
@@ -118,11 +124,11 @@ def _info(method: str, model: str, base_name: str, head: Head, config: Pretraine
     )
 
 
-def _saved_classes(folder: Path, config: PretrainedConfig) -> int:
+def _saved_classes(folder: Path, config: PretrainedConfig, head: Head) -> int:
     """Return the number of classes of the saved classifier, or of the base model if none was saved."""
     probe = type(config).from_dict({**config.to_dict(), "num_labels": _PROBE})
     with load_errors(f"the adapter in {folder}"), torch.device("meta"):
-        outline = AutoModelForSequenceClassification.from_config(probe)
+        outline = AUTO_CLASSES[head].from_config(probe)
     last = [name for name, tensor in outline.named_parameters() if tensor.ndim == 2 and tensor.shape[0] == _PROBE]
     try:
         with safe_open(folder / ADAPTER_FILE, framework="pt") as file:
@@ -136,6 +142,6 @@ def _saved_classes(folder: Path, config: PretrainedConfig) -> int:
 
 def _other_task(folder: Path, kind: str) -> BayesLoraError:
     return BayesLoraError(
-        f"the model in {folder} is for the task {kind}, but load accepts sequence classification (SEQ_CLS) and "
-        "language models (CAUSAL_LM): load it with PEFT and use bayeslora.predict"
+        f"the model in {folder} is for the task {kind}, but load accepts sequence classification (SEQ_CLS), token "
+        "classification (TOKEN_CLS) and language models (CAUSAL_LM): load it with PEFT and use bayeslora.predict"
     )

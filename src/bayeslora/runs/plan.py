@@ -55,7 +55,10 @@ class RunOptions:
         None, "UNIT", "cloze: divide log-likelihoods by none, tokens or bytes (that of the task)"
     )
     train_file: str | None = declared(
-        None, "FILE", "training rows, or conversations (.jsonl, .json, .csv, .tsv, .parquet)", is_data=True
+        None,
+        "FILE",
+        "training rows, conversations, or words with tags (.jsonl, .json, .csv, .tsv, .parquet, CoNLL)",
+        is_data=True,
     )
     eval_file: str | None = declared(
         None, "FILE", "rows to score (of text to generate: a tenth held out)", is_data=True
@@ -69,8 +72,8 @@ class RunOptions:
         None, "NAME", "label column (label); of several labels a row a column of lists, or columns of 0 and 1 a,b,c"
     )
     labels: list[str] | None = declared(None, "A,B,…", "class names in order of their ids (those in the data, sorted)")
-    kind: Literal["classification", "regression", "multi_label"] | None = declared(
-        None, "NAME", "classification, regression or multi_label (what the labels are: fractions, lists)"
+    kind: Literal["classification", "regression", "multi_label", "token_classification"] | None = declared(
+        None, "NAME", "classification, regression, multi_label or token-classification (what the labels are)"
     )
     class_weights: list[str] | None = declared(
         None, "WEIGHTS", "weigh rows by class: balanced, or NAME=W,… (all alike); only ratios matter"

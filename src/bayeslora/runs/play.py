@@ -61,8 +61,8 @@ class Playground:
         risk: for `ask_a_human`, where `calibrate` was run on it.
 
     Raises:
-        BayesLoraError: the run answers multiple choice, has several labels a row, or is deterministic and samples are
-            given.
+        BayesLoraError: the run answers multiple choice, has several labels a row, tags words, or is deterministic and
+            samples are given.
     """
 
     run: Run
@@ -70,7 +70,7 @@ class Playground:
     risk: float = 0.05
 
     def __post_init__(self) -> None:
-        if self.run.kind in ("multiple_choice", "multi_label"):
+        if self.run.kind in ("multiple_choice", "multi_label", "token_classification"):
             raise BayesLoraError(f"the run is {self.run.kind}, but the page shows one label: use `bayeslora predict`")
         if self.samples:
             check_samples(self.run.predictor, self.samples)

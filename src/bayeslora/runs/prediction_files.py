@@ -11,19 +11,21 @@ from typing import Any
 from bayeslora.data.tables import Table
 from bayeslora.files import finite, write_atomically
 from bayeslora.runs.predictions import Predictions
+from bayeslora.runs.tagging import Taggings
 
 _SEPARATED = {".csv": ",", ".tsv": "\t"}
 _KEPT = "input_"
 """Prefix of a column of the rows that has the name of one of the predictions."""
 
 
-def write_predictions(path: Path, table: Table, predictions: Predictions) -> list[str]:
+def write_predictions(path: Path, table: Table, predictions: Predictions | Taggings) -> list[str]:
     """Write a row for each prediction: the columns of the table, then those of the prediction.
 
     A path that ends in `.csv` or `.tsv` becomes a file with a header, in which each probability has a column
     `probability_<label>`, an interval the columns `lower` and `upper`, and a set is a JSON list, as are several labels
-    of a row. It has the delimiter of the table if that is CSV, and a byte-order mark, which Excel needs, unless the
-    table is plain UTF-8. Other paths become JSON Lines, with `probabilities` as an object by label.
+    of a row, the words with their tags and the spans. It has the delimiter of the table if that is CSV, and a
+    byte-order mark, which Excel needs, unless the table is plain UTF-8. Other paths become JSON Lines, with
+    `probabilities` as an object by label.
 
     Args:
         path: file to write, completely or not at all.

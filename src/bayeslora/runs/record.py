@@ -10,9 +10,11 @@ takes its default, a number that was not finite is null, and unknown keys are ig
 | `seed`, `steps`, `samples` | of training; optimizer steps; samples of the posterior per prediction, 0 for its mean |
 | `metric`, `scores` | name of the headline score; scores by name (`accuracy_mismatched`: MNLI's second split) |
 | `split`, `rows` | the split that was scored, by default `validation`; its number of rows |
+| `words` | of rows whose words have tags, their number; scores, curves and bins are then over words |
 | `scoring`, `normalization` | how a language model answers: `letters` or `cloze`; the unit of cloze's divisor |
 | `baseline` | scores of the best constant prediction: the shares of the classes in these rows, or the mean number |
 | `label_scores` | with several labels a row: by label `precision`, `recall`, `f1`, `nll`, `auroc`, and its `rows` |
+| | of tagged words: by kind of span `precision`, `recall`, `f1`, and the number of `spans` |
 | `scores_test` | scores of the test split, if there is one |
 | `reliability.bins` | `lower`, `upper`, `count`, mean `confidence` and `accuracy` by bin of confidence |
 | `risk_coverage` | `coverage`, the shares of examples answered, and `risk`, the error rate among each |
@@ -360,6 +362,7 @@ class RunRecord:
     normalization: str = ""
     split: str | None = None
     rows: Count | None = None
+    words: Count | None = None
     baseline: dict[str, float] = field(default_factory=dict)
     label_scores: dict[str, dict[str, float]] = field(default_factory=dict)
     scores_test: dict[str, float] = field(default_factory=dict)

@@ -15,11 +15,13 @@ from transformers import PreTrainedTokenizerBase
 from bayeslora.data import Task, encode_generation, encode_texts, load_files, load_generation, load_task, load_texts
 from bayeslora.data.choices import CHOICES, QUESTION, Cloze
 from bayeslora.data.encode import collated
+from bayeslora.data.encode_words import encode_words
 from bayeslora.data.generation import answered_rows, text_task
 from bayeslora.data.known import KNOWN
 from bayeslora.data.labels import Kind
-from bayeslora.data.tables import EXTENSIONS, Table, read_table
-from bayeslora.data.tasks import Source, load_choices
+from bayeslora.data.tables import EXTENSIONS, Source, Table, read_table
+from bayeslora.data.tagged import TEXT, words_to_tag
+from bayeslora.data.tasks import load_choices
 from bayeslora.data.text_tasks import TEXT_TASKS
 from bayeslora.errors import BayesLoraError, Problems, option
 from bayeslora.evaluation.cloze import copies, is_cloze
@@ -60,6 +62,8 @@ def encode_split(
         )
     if head == "text":
         return encode_generation(split, tokenizer, length)
+    if head == "words":
+        return encode_words(split, task.text_columns[0], tokenizer, length)
     if head == "sequence":
         return encode_texts(split, task.text_columns, tokenizer, length)
     if head == "choices":
@@ -134,8 +138,8 @@ def rows_to_predict(inputs: Any, info: RunInfo, text_columns: list[str] | None =
     """Read rows without labels as the split `validation` of a task that fits the run.
 
     Args:
-        inputs: a text, a pair (tuple) or a row (dict); an iterable of them, such as a list or a `Dataset`; the `Path`
-            of a data file, or its `table_to_predict`.
+        inputs: a text, a pair (tuple), a list of words to tag, or a row (dict); an iterable of them, such as a list or
+            a `Dataset`; the `Path` of a data file, or its `table_to_predict`.
         info: of the run.
         text_columns: text column or columns, by default those of the training.
 
@@ -148,6 +152,9 @@ def rows_to_predict(inputs: Any, info: RunInfo, text_columns: list[str] | None =
     if info.kind == "multiple_choice":
         return _choices(inputs, info)
     columns = _checked_columns(text_columns, info) or _guessed_columns(inputs)
+    if info.kind == "token_classification":
+        words = words_to_tag(read_table(inputs, (), [columns[0], TEXT]), columns[0])
+        return _task(info, tuple(columns), {EVALUATION: Dataset.from_dict(words)})
     return _task(info, tuple(columns), {EVALUATION: load_texts(inputs, columns)})
 
 
@@ -160,6 +167,8 @@ def table_to_predict(file: Path, info: RunInfo, text_columns: list[str] | None =
     _check_labels(info)
     if info.kind == "multiple_choice":
         return read_table(file, (QUESTION, CHOICES), None)
+    if info.kind == "token_classification":
+        return read_table(file, text_columns or (), None)
     return read_table(file, _checked_columns(text_columns, info) or _guessed_columns(file), None)
 
 
@@ -230,7 +239,7 @@ def _split_file(info: RunInfo, text_columns: list[str] | None = None, label_colu
 
 
 def _kind(info: RunInfo) -> Kind:
-    return info.kind if info.kind in ("regression", "multi_label") else "classification"
+    return info.kind if info.kind in ("regression", "multi_label", "token_classification") else "classification"
 
 
 def check_not_training(info: RunInfo, source: str, split: str) -> None:
@@ -419,7 +428,11 @@ def _records(inputs: Any, info: RunInfo) -> list[Mapping[str, Any]]:
 
 def _record(number: int, value: Any, info: RunInfo) -> Mapping[str, Any]:
     if isinstance(value, Mapping):
+        if info.kind == "token_classification" and info.text_columns[0] not in value and TEXT in value:
+            return {info.text_columns[0]: value[TEXT]}
         return dict(value)
+    if info.kind == "token_classification" and isinstance(value, (str, list, tuple)):
+        return {info.text_columns[0]: value if isinstance(value, str) else list(value)}
     parts = [value] if isinstance(value, str) else list(value) if _is_pair(value) else []
     columns = info.text_columns or _TEXT_COLUMNS.get(len(parts), [])
     if info.kind == "multiple_choice" or not parts or len(parts) != len(columns):
@@ -429,6 +442,8 @@ def _record(number: int, value: Any, info: RunInfo) -> Mapping[str, Any]:
         )
         if info.kind == "multiple_choice":
             wanted = "a row with question and choices (a dict)"
+        if info.kind == "token_classification":
+            wanted = "a text, or a list of words"
         raise BayesLoraError(f"row {number} is {seen}, but must be {wanted}: give rows like those of the training")
     return dict(zip(columns, parts, strict=True))
 

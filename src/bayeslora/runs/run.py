@@ -31,6 +31,7 @@ from bayeslora.runs.answer_risk import AnswerCalibration, calibrated_answers
 from bayeslora.runs.answers import Answer, Sampling, answer_rows, check_generates, read_prompts
 from bayeslora.runs.base import (
     AUTO_CLASSES,
+    CLASS_HEADS,
     has_tokenizer,
     load_base,
     load_errors,
@@ -43,12 +44,13 @@ from bayeslora.runs.base import (
 )
 from bayeslora.runs.decisions import Calibration, calibrated, calibration_for, model_digest
 from bayeslora.runs.digests import check_digests
-from bayeslora.runs.info import RUN_FILE, RunInfo, RunKind
+from bayeslora.runs.info import RUN_FILE, RunInfo, RunKind, check_one_label_a_row
 from bayeslora.runs.plain import ADAPTER_FILE, CONFIG_FILE, adapter_config, plain_info
 from bayeslora.runs.predictions import Predictions
 from bayeslora.runs.record import METRICS_FILE, RunRecord, read_run
 from bayeslora.runs.rows import EVALUATION, check_not_training, encode_for, labelled_rows, rows_to_predict
 from bayeslora.runs.scaling import Scaling, ScalingName, halves
+from bayeslora.runs.tagging import Taggings
 from bayeslora.runs.untrusted_config import check_config
 from bayeslora.vocabulary import AnswerLoss, Measure
 
@@ -92,7 +94,8 @@ class Run:
 
     @property
     def kind(self) -> RunKind:
-        """`classification`, `multi_label` (several labels a row), `regression`, `multiple_choice` or `generation`."""
+        """`classification`, `multi_label` (several labels a row), `regression`, `token_classification` (a tag for each
+        word), `multiple_choice` or `generation`."""
         return self.info.kind
 
     @property
@@ -133,15 +136,17 @@ class Run:
         risk: float | None = None,
         delta: float | None = None,
         uncalibrated: bool = False,
-    ) -> Predictions:
+    ) -> Predictions | Taggings:
         """Predict labels and their uncertainty, and decide with them.
 
-        If `calibrate` has saved a map of the probabilities, such as a temperature, it is used.
+        If `calibrate` has saved a map of the probabilities, such as a temperature, it is used. A run that tags words
+        returns `Taggings`, and takes neither coverage nor risk.
 
         Args:
             inputs: a text, a pair (a tuple of two strings) or a row (a dict); an iterable of them, such as a list or
                 a `datasets.Dataset`; or the `pathlib.Path` of a data file. Rows have the columns of the training,
-                `question` and `choices` for multiple choice; other columns are ignored.
+                `question` and `choices` for multiple choice; other columns are ignored. To tag words, a text, which
+                is split at its blanks, or in such an iterable also a list of words.
             samples: Monte-Carlo samples of the weights; 0 uses their mean. By default 0, or with a coverage, a risk or
                 a map of the probabilities the number that `calibrate` used.
             seed: for the samples; by default 0, or that of `calibrate`.
@@ -156,6 +161,8 @@ class Run:
                 coverage or risk without `calibrate` with these samples.
         """
         decides = coverage is not None or risk is not None
+        if decides:
+            check_one_label_a_row(self.kind, "a coverage or a risk")
         calibration, samples, seed = calibration_for(
             self.folder, samples, seed, decides=decides, uncalibrated=uncalibrated
         )
@@ -268,7 +275,7 @@ class Run:
         batch_size: int = 64,
         calibration: Calibration | None = None,
         **asked: float | None,
-    ) -> Predictions:
+    ) -> Predictions | Taggings:
         """Predict like `predict` for rows that `runs.rows.encode_for` has tokenized.
 
         Args:
@@ -284,6 +291,8 @@ class Run:
         if self.kind not in ("multi_label", "multiple_choice"):
             check_one_label(self.model)
         prediction: Prediction = predict_dataset(predictor, data, self.tokenizer, batch_size, samples, seed)
+        if self.kind == "token_classification":
+            return Taggings(prediction, self.labels, data)
         decided = None if calibration is None else calibration.decide(prediction, **asked)
         return Predictions(prediction, self.labels, decided)
 
@@ -342,8 +351,7 @@ class Run:
     ) -> Calibration:
         """Calibrate like `calibrate` on a split of a task; `options` are those of `decisions.calibrated`."""
         check_not_training(self.info, options["source"], split)
-        if self.kind == "multi_label":
-            raise BayesLoraError("the run has several labels a row, but calibrate needs one: use a run with one label")
+        check_one_label_a_row(self.kind, "calibrate")
         if scaling is not None and self.kind == "regression":
             raise BayesLoraError(f"scaling is {scaling}, but the run predicts numbers: leave it out")
         check_samples(self.predictor, samples)
@@ -398,7 +406,7 @@ def load(
         loaded = _adapted(place, info, own, model or info.model)
     if not info.max_length:
         info = dataclasses.replace(info, max_length=longest_input(loaded, own, None, info.head))
-    if info.head == "sequence" and info.labels:
+    if info.head in CLASS_HEADS and info.labels:
         config: Any = loaded.config
         config.id2label = dict(enumerate(info.labels))
         config.label2id = {name: index for index, name in enumerate(info.labels)}
@@ -435,16 +443,17 @@ def _tokenizer(
     folder: Path, info: RunInfo, model: str | None, given: PreTrainedTokenizerBase | str | os.PathLike[str] | None
 ) -> PreTrainedTokenizerBase:
     """Return the given tokenizer or that of the run, after checking that its vocabulary is that of the training."""
+    read = functools.partial(load_tokenizer, of_words=info.head == "words")
     if isinstance(given, PreTrainedTokenizerBase):
         found, origin = given, "the tokenizer that was given"
     elif given is not None:
-        found, origin = load_tokenizer(resolve_model(str(given), tokenizer_only=True), str(given)), str(given)
+        found, origin = read(resolve_model(str(given), tokenizer_only=True), str(given)), str(given)
     elif has_tokenizer(folder):
-        found, origin = load_tokenizer(str(folder), str(folder)), f"the tokenizer in {folder}"
+        found, origin = read(str(folder), str(folder)), f"the tokenizer in {folder}"
     elif not (folder / RUN_FILE).is_file() and (folder / CONFIG_FILE).is_file():
         # An adapter alone: PEFT leaves the tokenizer with the base model.
         name = model or info.model
-        found, origin = load_tokenizer(resolve_model(name), name), f"the tokenizer of {name}"
+        found, origin = read(resolve_model(name), name), f"the tokenizer of {name}"
     else:
         raise BayesLoraError(
             f"{folder} lacks the tokenizer that the run was trained with: restore it from a copy, or give load(…, "

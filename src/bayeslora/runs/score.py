@@ -20,6 +20,7 @@ from transformers import PreTrainedTokenizerBase
 from bayeslora.cost import count_parameters, relative_bops
 from bayeslora.data import Task
 from bayeslora.data.chat import LABELS
+from bayeslora.data.encode_words import has_words
 from bayeslora.data.known import MISMATCHED
 from bayeslora.data.tasks import LABEL
 from bayeslora.errors import BayesLoraError
@@ -27,6 +28,7 @@ from bayeslora.evaluation import (
     Evaluation,
     FeatureSpace,
     MultiLabelEvaluation,
+    TaggingEvaluation,
     dataset_features,
     evaluate,
     evaluate_text,
@@ -68,7 +70,7 @@ def measure(
     if MISMATCHED in data:
         other = evaluate(scored_model, data[MISMATCHED], task, tokenizer, batch_size, samples).scores[task.metric]
         evaluation = replace(evaluation, scores={**evaluation.scores, f"{task.metric}_mismatched": other})
-    found = {"metric": task.metric, "rows": evaluation.rows, **scored(evaluation), **described(model)}
+    found = {"metric": task.metric, **scored(evaluation), **described(model)}
     found["labels"] = list(task.labels)
     if TEST in data:
         found["scores_test"] = evaluate(scored_model, data[TEST], task, tokenizer, batch_size, samples).scores
@@ -110,13 +112,15 @@ def rows_to_score(data: dict[str, Any]) -> int:
 def scored(evaluation: Evaluation | MultiLabelEvaluation) -> dict[str, Any]:
     """Return the part of `metrics.json` about the predictions on a split."""
     return {
+        "rows": evaluation.rows,
+        **({"words": evaluation.words} if isinstance(evaluation, TaggingEvaluation) else {}),
         "scores": evaluation.scores,
         "samples": evaluation.samples,
         "reliability": {"bins": evaluation.reliability},
         "risk_coverage": evaluation.risk_coverage,
         "uncertainty": evaluation.histograms(),
         "baseline": evaluation.baseline,
-        **({"label_scores": evaluation.label_scores} if isinstance(evaluation, MultiLabelEvaluation) else {}),
+        **({} if not hasattr(evaluation, "label_scores") else {"label_scores": evaluation.label_scores}),
         **(evaluation.findings if isinstance(evaluation, Evaluation) else {}),
     }
 
@@ -265,6 +269,6 @@ def verify_reload(
 
 def _outputs(model: nn.Module, rows: Dataset, tokenizer: PreTrainedTokenizerBase) -> torch.Tensor:
     """Return the class logits of rows, or the log-probabilities of the tokens of their answers."""
-    if LABELS in rows.column_names:
+    if LABELS in rows.column_names and not has_words(rows):
         return torch.from_numpy(evaluate_text(model, rows, tokenizer).log_probability)
     return predict_dataset(model, rows, tokenizer).logits

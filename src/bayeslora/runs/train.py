@@ -23,6 +23,7 @@ from safetensors import SafetensorError
 from torch import nn
 from transformers import (
     DataCollatorForSeq2Seq,
+    DataCollatorForTokenClassification,
     DataCollatorWithPadding,
     PreTrainedModel,
     PreTrainedTokenizerBase,
@@ -38,11 +39,13 @@ from transformers.integrations import get_reporting_integration_callbacks
 from transformers.utils import is_liger_kernel_available
 
 from bayeslora.data import HoldOut, Task, labelled_tokens, load_files, load_generation, load_task
+from bayeslora.data.encode_words import STARTS
 from bayeslora.data.tasks import LABEL, TASKS, hub_dataset
 from bayeslora.errors import BayesLoraError
 from bayeslora.evaluation import compute_metrics_for
 from bayeslora.evaluation.choice_trainer import ChoiceTrainer
 from bayeslora.evaluation.multiple_choice import choice_scoring
+from bayeslora.evaluation.tagging import check_span_metrics
 from bayeslora.export.formats import shrink
 from bayeslora.files import file_digest, save_json
 from bayeslora.methods import tuner_of
@@ -194,9 +197,10 @@ def prepare(plan: TrainPlan, partial: Path) -> Session:
         raise BayesLoraError("--swag and --optim ivon are given, but a run has one posterior: leave one of them out")
     task = _load_data(plan)
     check_text_metrics(task)
+    check_span_metrics(task.labels if task.kind == "token_classification" else ())
     assert options.model is not None
     resolved = resolve_model(options.model)
-    tokenizer = load_tokenizer(resolved, options.model)
+    tokenizer = load_tokenizer(resolved, options.model, of_words=task.kind == "token_classification")
     head = head_for(task.kind, resolved, options.model, task.scoring)
     check_asked(head, options.scoring, options.normalization)
     set_seed(plan.seed)
@@ -338,13 +342,16 @@ def _build_trainer(session: Session, callbacks: list[TrainerCallback]) -> Traine
 
 
 def _terms(session: Session) -> int:
-    """Return N, the terms that the loss is a mean of: labelled tokens for text, labels of rows that have several.
+    """Return N, the terms that the loss is a mean of: labelled tokens, or labels of rows that have several.
 
-    Otherwise it is a mean over examples, also of a language model on multiple choice.
+    Labelled tokens are those of answers, or the first ones of words with a tag. Otherwise it is a mean over examples,
+    also of a language model on multiple choice.
     """
     data, task = session.data[TRAIN], session.task
     if task.kind == "generation":
         return labelled_tokens(data)
+    if task.kind == "token_classification":
+        return sum(map(len, data[STARTS]))
     return len(data) * len(task.labels) if task.kind == "multi_label" else len(data)
 
 
@@ -376,6 +383,8 @@ def _trainer_class(session: Session) -> Callable[..., Trainer]:
         return functools.partial(ChoiceTrainer, class_logits=scoring.logits, data_collator=scoring.collate)
     if session.task.kind == "generation":
         return functools.partial(Trainer, data_collator=DataCollatorForSeq2Seq(session.tokenizer))
+    if session.task.kind == "token_classification":
+        return functools.partial(Trainer, data_collator=DataCollatorForTokenClassification(session.tokenizer))
     return functools.partial(Trainer, data_collator=DataCollatorWithPadding(session.tokenizer))
 
 

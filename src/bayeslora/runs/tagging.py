@@ -1,0 +1,162 @@
+"""Predictions for the words of sentences: tags, spans, and their uncertainty."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import numpy as np
+from datasets import Dataset
+from torch import Tensor
+
+from bayeslora.data.encode_words import ROW, TEXTS
+from bayeslora.data.spans import marks_spans, spans_of
+from bayeslora.data.tagged import OFFSETS
+from bayeslora.prediction import Prediction
+
+
+@dataclass(frozen=True)
+class TaggedWord:
+    """A word with its tag; entropies are in nats.
+
+    Attributes:
+        word: the word.
+        tag: name of the most probable tag.
+        confidence: its probability.
+        entropy: of the probabilities of all tags.
+        expected_entropy: aleatoric part of the entropy.
+        mutual_information: epistemic part of the entropy; 0 without samples.
+        characters: where the word begins and ends in its text; None for a word that was given.
+    """
+
+    word: str
+    tag: str
+    confidence: float
+    entropy: float
+    expected_entropy: float
+    mutual_information: float
+    characters: list[int] | None = None
+
+
+@dataclass(frozen=True)
+class Span:
+    """Words that belong together.
+
+    Attributes:
+        tag: kind of the span, such as `PER`.
+        start, end: of its words: from `start` (0 is the first word) up to but not including `end`.
+        text: its words, between blanks.
+        confidence: the smallest probability of the tag of a word in it.
+        characters: where it begins and ends in its text; None where words were given.
+    """
+
+    tag: str
+    start: int
+    end: int
+    text: str
+    confidence: float
+    characters: list[int] | None = None
+
+
+@dataclass(frozen=True)
+class Tagging:
+    """The tags of a sentence.
+
+    Attributes:
+        words: in their order.
+        spans: in their order; none if the tags do not mark spans.
+        probabilities: (words, C) of each tag, in the order of the run's `labels`.
+    """
+
+    words: list[TaggedWord]
+    spans: list[Span]
+    probabilities: Tensor
+
+    @property
+    def tags(self) -> list[str]:
+        """Names of the words' tags."""
+        return [word.tag for word in self.words]
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return `words` and `spans` as `bayeslora predict` writes them; `characters` only of texts."""
+        found = {"words": map(asdict, self.words), "spans": map(asdict, self.spans)}
+        return {
+            name: [{key: value for key, value in each.items() if value is not None} for each in parts]
+            for name, parts in found.items()
+        }
+
+
+class Taggings(Sequence[Tagging]):
+    """The tags of n sentences, in their order; indexed and iterated by sentence.
+
+    Args:
+        prediction: for all words, one after the other.
+        names: of the tags, by id.
+        data: the sentences, as `encode_words` returns them.
+
+    Attributes:
+        prediction: the underlying tensors, with a row for each word.
+    """
+
+    def __init__(self, prediction: Prediction, names: Sequence[str], data: Dataset) -> None:
+        self.prediction = prediction
+        self._names = list(names)
+        self._has_spans = marks_spans(self._names)
+        self._words: list[list[str]] = []
+        self._places: list[list[list[int]]] = []
+        last = None
+        for row, words, places in zip(data[ROW], data[TEXTS], _offsets(data), strict=True):
+            if row != last:  # a long sentence has several sequences
+                self._words.append([])
+                self._places.append([])
+            last = row
+            self._words[-1] += words
+            self._places[-1] += places
+        self._firsts = np.cumsum([0, *map(len, self._words)])
+
+    def __len__(self) -> int:
+        return len(self._words)
+
+    def __getitem__(self, row: Any) -> Any:
+        if isinstance(row, slice):
+            return [self[number] for number in range(*row.indices(len(self)))]
+        number = range(len(self))[row]
+        part = slice(int(self._firsts[number]), int(self._firsts[number + 1]))
+        found = self.prediction
+        columns = (found.entropy, found.expected_entropy, found.mutual_information)
+        p = found.probabilities[part]
+        tags = [self._names[tag] for tag in found.labels[part].tolist()]
+        places = self._places[number] or [None] * len(tags)
+        numbers = (p.amax(dim=1), *(values[part] for values in columns))
+        words = [
+            TaggedWord(*each)
+            for each in zip(self._words[number], tags, *(values.tolist() for values in numbers), places, strict=True)
+        ]
+        return Tagging(words, self._spans(words), p)
+
+    def __iter__(self) -> Iterator[Tagging]:
+        return (self[row] for row in range(len(self)))
+
+    def __repr__(self) -> str:
+        return f"Taggings({len(self)} rows of {len(self.prediction)} words)"
+
+    def records(self) -> Iterator[dict[str, Any]]:
+        """Yield what `bayeslora predict` writes for each sentence."""
+        return (row.to_dict() for row in self)
+
+    def _spans(self, words: list[TaggedWord]) -> list[Span]:
+        if not self._has_spans:
+            return []
+        found = []
+        for tag, start, end in spans_of([word.tag for word in words]):
+            inside = words[start:end]
+            first, last = inside[0].characters, inside[-1].characters
+            characters = [first[0], last[1]] if first and last else None
+            text = " ".join(word.word for word in inside)
+            found.append(Span(tag, start, end, text, min(word.confidence for word in inside), characters))
+        return found
+
+
+def _offsets(data: Dataset) -> list[list[list[int]]]:
+    return [each or [] for each in data[OFFSETS]] if OFFSETS in data.column_names else [[] for _ in range(len(data))]
