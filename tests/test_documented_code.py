@@ -52,6 +52,9 @@ def blocks(page: Path) -> list[tuple[str, str]]:
     return re.findall(r"^```([^\n]*)\n(.*?)^```$", page.read_text(encoding="utf-8"), flags=re.DOTALL | re.MULTILINE)
 
 
+TAGGED = [{"tokens": ["the", "red", "cat"], "label": ["O", "B-COLOR", "O"]}] * 8
+
+
 def rows(count: int = 16, classes: int = 2) -> list[dict[str, Any]]:
     generator = torch.Generator().manual_seed(1)
     tokens = torch.randint(5, 60, (count, 12), generator=generator)
@@ -105,6 +108,12 @@ def _(names: Names) -> None:
 @given("docs/decisions.md", 3)
 def _(names: Names) -> None:
     names["unlabelled"] = batches(2)
+
+
+@given("docs/tagging.md")
+def _(names: Names) -> None:
+    trained(Path("out"), tiny_bert_in("base"), TAGGED, kind="token_classification", text_column=["tokens"])
+    names["torch"] = torch
 
 
 @given("docs/dylora.md", 1)
