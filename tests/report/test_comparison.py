@@ -6,6 +6,7 @@ import csv
 import json
 import math
 import re
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +23,7 @@ from bayeslora.report.comparison import (
     reliability_of,
     run_row,
 )
-from bayeslora.report.comparison_figures import reliability_figure
+from bayeslora.report.comparison_figures import Point, reliability_figure, score_figure
 from bayeslora.runs.record import read_run
 from tests.report.synthetic import make_metrics, write_run
 
@@ -225,3 +226,19 @@ def test_the_reliability_figure_has_the_tables_mean_error(tmp_path: Path) -> Non
     (title,) = [axes.get_title(loc="left") for axes in figure.axes if axes.axison]
     assert title == "B-LoRA\nECE 0.145"
     assert group_row(group)["ece"]["mean"] == pytest.approx(0.145)
+
+
+def test_a_single_run_has_the_interval_of_its_accuracy() -> None:
+    point = Point("LoRA", "sst2", "accuracy", 0.8, 0.97, rows=100)
+    assert point.interval() == pytest.approx((0.8 - 0.7112, 0.8666 - 0.8), abs=1e-4)  # Wilson's, of 80 in 100
+    assert Point("LoRA", "cola", "matthews_correlation", 0.3, 0.97, rows=100).interval() is None
+
+    def bars(*points: Point) -> tuple[list[float], str]:
+        figure = score_figure(points)
+        assert figure is not None
+        drawn = [bar for bars in figure.axes[0].collections for bar in bars.get_segments()]
+        return [end for bar in drawn for end in bar[:, 1]], figure.legends[0].get_title().get_text()
+
+    assert bars(point) == (pytest.approx([0.7112, 0.8666], abs=1e-4), "bars of one run: 95 % interval over its rows")
+    assert bars(replace(point, rows=0)) == ([], "")
+    assert bars(point, replace(point, score=0.9))[1] == "bars: one standard deviation over seeds"

@@ -293,7 +293,12 @@ def _labels(same: Sequence[Group]) -> list[str]:
 def _figures(groups: Sequence[Group]) -> dict[str, Figure | None]:
     points = [
         comparison_figures.Point(
-            group.label, run.where, run.metric, run.score, run.relative_bops.get("attention", math.nan)
+            group.label,
+            run.where,
+            run.metric,
+            run.score,
+            run.relative_bops.get("attention", math.nan),
+            sum(each.count for each in run.reliability.filled),
         )
         for group in groups
         for run in group.runs

@@ -7,6 +7,7 @@ import statistics
 import textwrap
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
@@ -14,28 +15,40 @@ from matplotlib.ticker import MaxNLocator
 
 from bayeslora.report import style
 from bayeslora.report.text import number, score_name
-from bayeslora.report.training_figures import draw_reliability
+from bayeslora.report.training_figures import draw_reliability, wilson_interval
 from bayeslora.runs.record import Reliability
 
 _MARKERS = "osD^vPX*<>hp"
+_HOLLOW: dict[str, Any] = {"markerfacecolor": "none", "markeredgewidth": 1.3}  # runs of equal cost and score show both
 
 
 @dataclass(frozen=True)
 class Point:
-    """One run: label of its setting, task, headline metric, score, and relative bit operations of attention (0..1)."""
+    """One run: label of its setting, task, headline metric, score, and relative bit operations of attention (0..1).
+
+    `rows` is the number of rows that were scored; 0 if it is unknown.
+    """
 
     label: str
     task: str
     metric: str
     score: float
     bops: float
+    rows: int = 0
+
+    def interval(self) -> tuple[float, float] | None:
+        """Return how far the 95 % interval of an accuracy over its rows reaches below and above it."""
+        if self.metric != "accuracy" or not self.rows:
+            return None
+        low, high = wilson_interval(self.score, self.rows)
+        return self.score - low, high - self.score
 
 
 def score_figure(points: Sequence[Point]) -> Figure | None:
     """Draw scores against the bit operations of attention, one panel per task.
 
-    Small markers are runs, large ones the mean of a setting; bars show one sample standard deviation over seeds. Runs
-    without a cost or score are left out.
+    Small markers are runs, large ones the mean of a setting. Bars show one sample standard deviation over seeds, and
+    of a single run the 95 % interval of its accuracy. Runs without a cost or score are left out.
     """
     points = [p for p in points if math.isfinite(p.score) and math.isfinite(p.bops)]
     if not points:
@@ -48,7 +61,7 @@ def score_figure(points: Sequence[Point]) -> Figure | None:
     legend_columns = max(1, min(len(labels), int(width / (0.055 * max(map(len, labels)) + 0.5))))
     height = 0.2 + 2.6 * lines + 0.2 * math.ceil(len(labels) / legend_columns)
     looks = {label: (style.CYCLE[i % len(style.CYCLE)], _MARKERS[i % len(_MARKERS)]) for i, label in enumerate(labels)}
-    several = False
+    notes = ["cost: of LoRA r = 16 at 32 × 32 bits"] if across > 2 else []
     with style.paper_style():
         figure = style.new_figure(width, height)
         for axes, task in zip(style.panels(figure, len(tasks), across), tasks, strict=True):
@@ -57,16 +70,20 @@ def score_figure(points: Sequence[Point]) -> Figure | None:
                 color, marker = looks[label]
                 runs = [p for p in here if p.label == label]
                 costs, scores = [100 * p.bops for p in runs], [p.score for p in runs]
+                bars: float | list[list[float]] | None = None
                 if len(runs) > 1:
-                    several = True
+                    notes.append("bars: one standard deviation over seeds")
+                    bars = statistics.stdev(scores)
                     axes.plot(costs, scores, linestyle="", marker=marker, markersize=3, markeredgewidth=0,
                               color=color, alpha=0.45)  # fmt: skip
+                elif (reach := runs[0].interval()) is not None:
+                    notes.append("bars of one run: 95 % interval over its rows")
+                    bars = [[reach[0]], [reach[1]]]
                 axes.errorbar(
                     statistics.fmean(costs), statistics.fmean(scores),
-                    xerr=statistics.stdev(costs) if len(runs) > 1 else None,
-                    yerr=statistics.stdev(scores) if len(runs) > 1 else None,
+                    xerr=statistics.stdev(costs) if len(runs) > 1 else None, yerr=bars,
                     color=color, marker=marker, markersize=6.5, linestyle="", elinewidth=1.1, capsize=2.5,
-                    markeredgecolor=style.PAPER, markeredgewidth=0.6,
+                    **_HOLLOW,
                 )  # fmt: skip
             axes.set_title(task)
             axes.set_xlabel("attention bit operations, %" + ("" if across > 2 else " of LoRA r = 16, 32 × 32"))
@@ -76,12 +93,10 @@ def score_figure(points: Sequence[Point]) -> Figure | None:
             axes.yaxis.set_major_locator(MaxNLocator(5, steps=[1, 2, 5, 10]))
             style.light_grid(axes, "both")
         handles = [
-            Line2D([], [], linestyle="", color=color, marker=marker, markersize=6, label=label)
+            Line2D([], [], linestyle="", color=color, marker=marker, markersize=6, label=label, **_HOLLOW)
             for label, (color, marker) in looks.items()
         ]
-        notes = ["cost: of LoRA r = 16 at 32 × 32 bits"] if across > 2 else []
-        notes += ["bars: one standard deviation over seeds"] if several else []
-        title = "; ".join(notes) or None
+        title = "; ".join(dict.fromkeys(notes)) or None
         figure.legend(handles=handles, loc="outside lower center", ncols=legend_columns, handletextpad=0.3,
                       title=title, title_fontsize=7)  # fmt: skip
     return figure
