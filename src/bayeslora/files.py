@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import codecs
 import csv
 import functools
 import hashlib
@@ -19,11 +20,17 @@ from bayeslora.errors import BayesLoraError
 from bayeslora.vocabulary import WORDS
 
 _FIRST_ROW = 2**20
-"""Maximum of characters that `first_columns` reads."""
+"""Maximum of bytes that `first_columns` reads."""
 _CONLL_LINES = 1000
 """Lines by which a CoNLL file is told from others."""
 DOCUMENT_START = "-DOCSTART-"
 """First word of the lines of a CoNLL file that are between documents."""
+_MARKS = (
+    *((codecs.BOM_UTF32_LE, "utf-32"), (codecs.BOM_UTF32_BE, "utf-32"), (codecs.BOM_UTF8, "utf-8-sig")),
+    *((codecs.BOM_UTF16_LE, "utf-16"), (codecs.BOM_UTF16_BE, "utf-16")),
+)
+SEPARATOR_LINE = re.compile(r"\Asep=(.)\r?\n")
+"""First line of a CSV file by which Excel says the delimiter."""
 
 
 @contextmanager
@@ -148,17 +155,17 @@ def first_columns(path: str | os.PathLike[str]) -> list[str]:
             import pyarrow.parquet  # type: ignore[import-untyped]  # slow to load
 
             return list(pyarrow.parquet.read_schema(path).names)
-        with path.open(encoding="utf-8-sig", newline="") as stream:
-            if extension not in (".json", ".jsonl"):
-                start = stream.read(_FIRST_ROW)
-                if (conll := conll_columns(start, extension)) or extension not in (".csv", ".tsv"):
-                    return conll
-                stream.seek(0)
-                header = [stream.readline(_FIRST_ROW)]
-                return max((next(csv.reader(header, delimiter=each), []) for each in ",;\t|"), key=len)
-            start = stream.read(_FIRST_ROW).lstrip().removeprefix("[").lstrip()
-        row, _ = json.JSONDecoder().raw_decode(start)
-    except (OSError, ValueError, csv.Error):  # pyarrow's errors are among these
+        with path.open("rb") as stream:
+            content = stream.read(_FIRST_ROW)
+        text = content.decode(encoding_of(content) or "utf-8", errors="replace")
+        if extension not in (".json", ".jsonl"):
+            if (conll := conll_columns(text, extension)) or extension not in (".csv", ".tsv"):
+                return conll
+            header = [SEPARATOR_LINE.sub("", text).partition("\n")[0]]
+            names = max((next(csv.reader(header, delimiter=each), []) for each in ",;\t|"), key=len)
+            return [name.strip() for name in names]
+        row, _ = json.JSONDecoder().raw_decode(text.lstrip().removeprefix("[").lstrip())
+    except (OSError, ValueError, RecursionError, csv.Error):  # pyarrow's errors are among these
         return []
     return list(row) if isinstance(row, dict) else []
 
@@ -170,7 +177,7 @@ def conll_columns(start: str, extension: str) -> list[str]:
     needs an empty line or a tag that is `O` or begins with `B-`, and both if it is called `.csv` or `.tsv`.
     """
     lines = [line.strip() for line in start.split("\n", _CONLL_LINES)[:_CONLL_LINES]]
-    if len(start) >= _FIRST_ROW:
+    if len(start.encode()) >= _FIRST_ROW:
         lines.pop()  # it may be cut
     words = [conll_fields(line) for line in lines if line and not line.startswith(DOCUMENT_START)]
     widths = {len(fields) for fields in words}
@@ -185,6 +192,13 @@ def conll_columns(start: str, extension: str) -> list[str]:
 def conll_fields(line: str) -> list[str]:
     """Return the fields of a line of a CoNLL file: between tabs, or without any between blanks."""
     return line.split("\t") if "\t" in line else line.split(" ") if "  " not in line else line.split()
+
+
+def encoding_of(content: bytes) -> str:
+    """Return the encoding that a byte-order mark names, or UTF-16 by the zero bytes of the first letters, or ""."""
+    found = next((name for mark, name in _MARKS if content.startswith(mark)), "")
+    zeros = [position for position, byte in enumerate(content[:4]) if byte == 0]
+    return found or ("utf-16-le" if zeros == [1, 3] else "utf-16-be" if zeros == [0, 2] else "")
 
 
 def _partial(path: Path) -> Path:

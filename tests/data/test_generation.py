@@ -26,14 +26,16 @@ def write(path: Path, rows: list[dict[str, Any]]) -> Path:
 
 def test_conversations_keep_roles_and_contents_alone(tmp_path: Path) -> None:
     row = {"messages": [{**ASK, "name": "x"}, {"role": "assistant", "content": "no", "weight": 1}], "id": 3}
-    task = load_generation(write(tmp_path / "chat.jsonl", [row] * 3), [CHAT], test_file=[CHAT])
+    file = write(tmp_path / "chat.jsonl", [CHAT, row, row])
+    with pytest.warns(UserWarning, match=r"name in messages of 2 of 3 rows \(first line 2\), which are left out"):
+        task = load_generation(file, [CHAT], test_file=[CHAT])
     assert (task.name, task.kind, task.text_columns, task.metric) == (
         "chat",
         "generation",
         ("messages",),
         "perplexity",
     )
-    assert task.train_split[0] == {"messages": [ASK, {"role": "assistant", "content": "no"}]}
+    assert task.train_split[1] == {"messages": [ASK, {"role": "assistant", "content": "no"}]}
     assert task.eval_split[0] == CHAT and len(task.splits["test"]) == 1
 
 
@@ -101,11 +103,30 @@ def test_the_form_of_a_file_shows_in_its_first_row(tmp_path: Path) -> None:
     for name, delimiter in (("b.csv", ";"), ("b.csv", "|"), ("b.tsv", "\t")):
         (tmp_path / name).write_text(f'prompt{delimiter}"completion"\n')
         assert first_columns(tmp_path / name) == ["prompt", "completion"]
+    for encoding in ("utf-16", "utf-32", "utf-16-le"):
+        (tmp_path / "c.csv").write_bytes("prompt,completion \nx,1\n".encode(encoding))
+        (tmp_path / "c.jsonl").write_bytes(json.dumps(PAIR).encode(encoding))
+        assert first_columns(tmp_path / "c.csv") == first_columns(tmp_path / "c.jsonl") == ["prompt", "completion"]
+    (tmp_path / "d.csv").write_text("sep=;\r\nprompt;completion\nx;1\n")
+    assert first_columns(tmp_path / "d.csv") == ["prompt", "completion"]
+    (tmp_path / "d.jsonl").write_text("[" * 100_000)
     pyarrow.parquet.write_table(pyarrow.table({"messages": [[ASK, TELL]]}), tmp_path / "a.parquet")
     assert first_columns(tmp_path / "a.parquet") == ["messages"]
     (tmp_path / "a.txt").write_text("no rows", encoding="utf-8")
     (tmp_path / "b.parquet").write_text("no rows", encoding="utf-8")
-    for name in ("a.txt", "b.parquet", "missing.jsonl", ""):
+    for name in ("a.txt", "b.parquet", "d.jsonl", "missing.jsonl", ""):
         assert first_columns(tmp_path / name) == []
     assert text_form(["id", "messages"]) == ("messages",) and text_form(["prompt", "label"]) is None
     assert text_form(["completion", "prompt"]) == ("prompt", "completion")
+
+
+def test_a_message_that_calls_tools_is_refused_whatever_it_says_besides() -> None:
+    call = [{"type": "function", "function": {"name": "f", "arguments": "{}"}}]
+    for content in ("", "the cat", None):
+        rows = [{"messages": [ASK, {"role": "assistant", "content": content, "tool_calls": call}, ASK, TELL]}]
+        with pytest.raises(BayesLoraError, match="row 1: message 2 calls tools, but needs"):
+            load_generation(rows, rows)
+    quiet = [{"messages": [ASK, {**TELL, "tool_calls": [], "name": None, "weight": 1}]}]
+    assert load_generation(quiet, quiet).train_split[0] == CHAT  # without a warning
+    with pytest.warns(UserWarning, match="weight in messages of 1 of 1 rows"):
+        load_generation([{"messages": [ASK, TELL, ASK, {**TELL, "weight": 0}]}], quiet)

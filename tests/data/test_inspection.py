@@ -153,3 +153,42 @@ def test_a_named_column_must_be_there(tickets: Path) -> None:
     for columns in (["Text"], ["Message"]):
         with pytest.raises(BayesLoraError, match="but has columns ticket id, Message, Category, priority"):
             inspect_file(tickets, columns, "Label")
+
+
+def test_rows_to_generate_from_are_checked_as_in_training(tmp_path: Path) -> None:
+    ask, tell = {"role": "user", "content": "who ?"}, {"role": "assistant", "content": "cat"}
+    good = write_rows(tmp_path / "good.jsonl", [{"messages": [ask, tell]}] * 2)
+    bad = write_rows(tmp_path / "bad.jsonl", [{"messages": [ask, tell]}, {"messages": [ask]}])
+    assert inspect_file(good, eval_file=good).problems == []
+    for problems in (inspect_file(bad).problems, inspect_file(good, eval_file=bad).problems):
+        assert problems == [
+            f"{bad}, line 2 has no answer of the assistant after its first message, but needs one: drop it"
+        ]
+    empty = write_rows(tmp_path / "empty.jsonl", [{"prompt": "who ?", "completion": " "}])
+    assert "line 1 has an empty completion" in inspect_file(empty).problems[0]
+
+
+def test_one_wrong_label_is_one_problem_and_not_one_for_each_file(tmp_path: Path) -> None:
+    sets = write_rows(tmp_path / "sets.jsonl", [{"text": "a", "label": ["x", "y"]}, {"text": "b", "label": ["y"]}])
+    mixed = write_rows(tmp_path / "mixed.jsonl", [{"text": "a", "label": ["x", "y"]}, {"text": "b", "label": 0.5}])
+    assert inspect_file(sets, eval_file=sets).kind == "multi_label"
+    assert len(inspect_file(mixed, eval_file=sets).problems) == 1
+    marks = [{"text": "a", "joy": 1, "fear": 0}, {"text": "b", "joy": 0, "fear": 1}]
+    right = write_rows(tmp_path / "right.jsonl", marks)
+    wrong = write_rows(tmp_path / "wrong.jsonl", [*marks, {"text": "c", "joy": 2, "fear": 0}])
+    (problem,) = inspect_file(wrong, label_column="joy,fear", eval_file=right).problems
+    assert "line 3 has 2 in column 'joy', but 0 or 1 is needed" in problem
+
+
+def test_a_guessed_label_that_a_row_lacks_is_a_problem_as_in_training(tmp_path: Path) -> None:
+    rows = [{"text": "a", "label": 0}, {"text": "b", "labe": 1}, {"text": "c", "label": 1}]
+    file = write_rows(tmp_path / "rows.jsonl", rows)
+    said = f"{file}, line 2 lacks column 'label', but has columns text, labe: name one of them"
+    assert inspect_file(file).problems == [said]
+    with pytest.raises(BayesLoraError, match="line 2 lacks column 'label'"):
+        load_files(file, file, "text", "label")
+
+
+def write_rows(path: Path, rows: list[dict[str, Any]]) -> Path:
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    return path

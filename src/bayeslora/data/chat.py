@@ -18,10 +18,10 @@ from datasets import Dataset
 from jinja2 import TemplateError
 
 from bayeslora.data.completions import IGNORED, opening, prompt_masked
+from bayeslora.data.conversations import ASSISTANT
 from bayeslora.errors import BayesLoraError, one_line
 from bayeslora.vocabulary import COMPLETION, MESSAGES, PROMPT
 
-ASSISTANT = "assistant"
 Message = Mapping[str, str]
 """One turn of a conversation: its `role` and its `content`."""
 LABELS = "labels"

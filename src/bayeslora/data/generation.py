@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from datasets import Dataset
 
-from bayeslora.data.chat import ASSISTANT
-from bayeslora.data.tables import Table, read_table
+from bayeslora.data.conversations import answered_columns, conversations
+from bayeslora.data.tables import read_table
 from bayeslora.data.tasks import Source, Task, hold_out
 from bayeslora.errors import BayesLoraError
-from bayeslora.vocabulary import COMPLETION, MESSAGES, PROMPT, text_form
+from bayeslora.vocabulary import COMPLETION, MESSAGES, PROMPT
 
 METRIC = "perplexity"
 HELD_OUT = 0.1
@@ -61,19 +60,7 @@ def answered_rows(file: Source) -> Dataset:
         BayesLoraError: as `load_generation`.
     """
     table = read_table(file, (), _COLUMNS)
-    form = text_form(table.columns)
-    if form is None:
-        raise BayesLoraError(
-            f"{table.path} has columns {', '.join(table.columns) or 'of other names'}, but needs messages, or prompt "
-            "and completion: rename them"
-        )
-    if form != (MESSAGES,):
-        for row, completion in enumerate(table.strings(COMPLETION)):
-            if not completion.strip():
-                raise BayesLoraError(f"{table.where(row)} has an empty completion, but a text is needed: drop the row")
-        return Dataset.from_dict({column: table.strings(column) for column in form})
-    found = [_messages(table, row, needs_answer=True) for row in range(len(table))]
-    return Dataset.from_dict({MESSAGES: found})
+    return Dataset.from_dict(answered_columns(table))
 
 
 def rows_to_answer(file: Source) -> list[dict[str, Any]]:
@@ -84,7 +71,7 @@ def rows_to_answer(file: Source) -> list[dict[str, Any]]:
     """
     table = read_table(file, (), _COLUMNS)
     if MESSAGES in table.columns:
-        return [{MESSAGES: _messages(table, row, needs_answer=False)} for row in range(len(table))]
+        return [{MESSAGES: messages} for messages in conversations(table, needs_answer=False)]
     if PROMPT not in table.columns:
         raise BayesLoraError(f"{table.path} lacks messages and prompt, but needs one of them: rename a column")
     known = table.columns.get(COMPLETION, [None] * len(table))
@@ -92,35 +79,6 @@ def rows_to_answer(file: Source) -> list[dict[str, Any]]:
         {PROMPT: prompt, **({COMPLETION: answer} if isinstance(answer, str) else {})}
         for prompt, answer in zip(table.strings(PROMPT), known, strict=True)
     ]
-
-
-def _messages(table: Table, row: int, *, needs_answer: bool) -> list[dict[str, str]]:
-    """Return the role and the content of each message of a row."""
-    given = table.columns[MESSAGES][row]
-    where = table.where(row)
-    if not isinstance(given, list) or not given:
-        raise BayesLoraError(
-            f"{where} has {str(given)[:40]!r} in column {MESSAGES!r}, but a list of messages with role and content is "
-            "needed: write one"
-        )
-    found = [_message(message, where, number) for number, message in enumerate(given, start=1)]
-    answered = any(each["role"] == ASSISTANT and each["content"].strip() for each in found[1:])
-    if needs_answer and not answered:
-        raise BayesLoraError(f"{where} has no answer of the assistant after its first message, but needs one: drop it")
-    if not needs_answer and all(each["role"] == ASSISTANT for each in found):
-        raise BayesLoraError(f"{where} has only messages of the assistant, but something to answer is needed: add it")
-    return found
-
-
-def _message(message: Any, where: str, number: int) -> dict[str, str]:
-    given = message if isinstance(message, Mapping) else {}
-    role, content = given.get("role"), given.get("content")
-    if not isinstance(role, str) or not isinstance(content, str):
-        seen = "calls tools" if given.get("tool_calls") else f"is {str(message)[:60]}"
-        raise BayesLoraError(
-            f"{where}: message {number} {seen}, but needs a role and a content that are texts: correct the row"
-        )
-    return {"role": role, "content": content}
 
 
 def _name(file: Source) -> str:

@@ -5,7 +5,6 @@ A guess that is wrong must be visible, so `tables.read_table` says each one that
 
 from __future__ import annotations
 
-import codecs
 import csv
 import io
 import itertools
@@ -15,18 +14,15 @@ from pathlib import Path
 from typing import Any
 
 from bayeslora.errors import BayesLoraError
+from bayeslora.files import SEPARATOR_LINE, encoding_of
 
 UTF8, WINDOWS = "utf-8", "windows-1252"
 DELIMITERS = {",": "comma", ";": "semicolon", "\t": "tab", "|": "vertical bar"}
 """Delimiters that are tried, in this order, and their names."""
 _SAMPLE = 50
 """Records that a delimiter is tried on."""
-_MARKS = ((codecs.BOM_UTF32_LE, "utf-32"), (codecs.BOM_UTF32_BE, "utf-32"), (codecs.BOM_UTF8, "utf-8-sig"))
-_MARKS_16 = ((codecs.BOM_UTF16_LE, "utf-16"), (codecs.BOM_UTF16_BE, "utf-16"))
 _WRAPPERS = ("data", "rows", "records", "examples")
 _SURROGATES = re.compile("[\ud800-\udfff]")
-_SEPARATOR = re.compile(r"sep=(.)\r?\n")
-"""First line by which Excel says the delimiter."""
 
 
 def decode(path: Path, content: bytes) -> tuple[str, str]:
@@ -39,10 +35,7 @@ def decode(path: Path, content: bytes) -> tuple[str, str]:
     Raises:
         BayesLoraError: the file is damaged UTF-8, or in an encoding of another kind.
     """
-    encoding = next((name for mark, name in (*_MARKS, *_MARKS_16) if content.startswith(mark)), "")
-    if not encoding:
-        zeros = [position for position, byte in enumerate(content[:4]) if byte == 0]
-        encoding = "utf-16-le" if zeros == [1, 3] else "utf-16-be" if zeros == [0, 2] else ""
+    encoding = encoding_of(content)
     try:
         return content.decode(encoding or UTF8), encoding or UTF8
     except UnicodeDecodeError as error:
@@ -61,7 +54,7 @@ def decode(path: Path, content: bytes) -> tuple[str, str]:
 
 def split_off_separator(text: str) -> tuple[str, str | None]:
     """Return the text without a first line `sep=;`, and the delimiter that the line names."""
-    found = _SEPARATOR.match(text)
+    found = SEPARATOR_LINE.match(text)
     return (text[found.end() :], found[1]) if found else (text, None)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 import statistics
 import warnings
@@ -11,6 +12,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
+from bayeslora.data.conversations import answered_columns
 from bayeslora.data.label_sets import (
     LabelSets,
     has_label_sets,
@@ -25,7 +27,7 @@ from bayeslora.data.tables import Table, read_table
 from bayeslora.data.tagged import Tags, learn_tags, rarest_tags, read_tagged
 from bayeslora.errors import BayesLoraError, Problems
 from bayeslora.files import first_columns
-from bayeslora.vocabulary import MESSAGES, TAGS, WORDS, tagged_form, text_form
+from bayeslora.vocabulary import TAGS, WORDS, tagged_form, text_form
 
 _LABELS = ("label", "labels", "class", "category", "target", "intent", "topic", "sentiment")
 """Usual names of a label column, lower case."""
@@ -171,7 +173,8 @@ def inspect_file(
         texts, label = _read_columns(columns, list(text_columns or answers or ()), label_column, kind)
         found = _Rows(table, _texts(table, texts), None, [], 0)
         with problems.collected():
-            found = _Rows.read(table, texts, label, labels, kind)
+            _check_guessed(file, texts, label if label_column is None else None)
+            found = _Rows.answers(table) if answers else _Rows.read(table, texts, label, labels, kind)
         training, evaluation = Part(len(found.texts)), None
         with problems.collected():
             training, evaluation = _parts(found, texts, label, held_out, eval_file)
@@ -194,6 +197,12 @@ def inspect_file(
     )
 
 
+def _check_guessed(file: str | Path, texts: list[str], label: str | None) -> None:
+    """Raise if a row lacks the label column that was guessed from others, as training would."""
+    if label is not None:
+        read_table(file, [*texts, label])
+
+
 @dataclass(frozen=True)
 class _Rows:
     """Labelled rows of a file: texts, meaning of the labels, class ids or numbers; `unlabelled` counts the others."""
@@ -214,8 +223,7 @@ class _Rows:
             tags = learn_tags(table, (texts[0], label), names)
             return cls(table, _texts(table, texts), tags, _values(tags, table, label), 0)
         for name in texts:
-            if name != MESSAGES:
-                table.strings(name)
+            table.strings(name)
         if label is None:
             return cls(table, _texts(table, texts), None, [], 0)
         own = label_columns(label, list(table.columns))
@@ -227,6 +235,12 @@ class _Rows:
             read = labelled(table, label, names or ())
             learned = learn_labels(read, label, f"{label}_text", names, kind)
         return cls(read, _texts(read, texts), learned, _values(learned, read, label), len(table) - len(read))
+
+    @classmethod
+    def answers(cls, table: Table) -> _Rows:
+        """Return rows to generate text from."""
+        columns = answered_columns(table)
+        return cls(table, _texts(dataclasses.replace(table, columns=columns), list(columns)), None, [], 0)
 
     def part(self, rows: Sequence[int], **more: Any) -> Part:
         """Return the rows of one side."""
@@ -263,6 +277,7 @@ def _parts(
         evaluation = found.part(held, shared=_shared(found.texts, held, sorted({*numbers} - {*held})))
     elif eval_file is not None:
         read = other = _evaluation_table(found, texts, label, eval_file)
+        # What labels mean is not known if those to learn from cannot be read.
         if isinstance(found.map, LabelSets):
             read = rows_with_sets(other, found.map.columns)
         elif isinstance(found.map, LabelMap) and label:
@@ -282,8 +297,11 @@ def _parts(
 def _evaluation_table(found: _Rows, texts: list[str], label: str | None, file: str | Path) -> Table:
     if isinstance(found.map, Tags):
         return read_tagged(file, found.map.columns)
-    own = found.map.columns if isinstance(found.map, LabelSets) else [label] if label else []
-    return read_table(file, [*texts, *own])
+    own = label_columns(label, list(found.table.columns)) if label else ()
+    table = read_table(file, [*texts, *own])
+    if text_form(texts) and not label:
+        _Rows.answers(table)
+    return table
 
 
 def _facts(found: _Rows, count_tokens: CountTokens | None, max_length: int) -> Texts:
