@@ -98,6 +98,15 @@ def test_bytes_that_fit_no_encoding_are_refused(tmp_path: Path) -> None:
         read_table(file, ["text"])
 
 
+def test_json_that_repeats_a_key_or_nests_without_end_is_refused(tmp_path: Path) -> None:
+    twice, deep = '{"text": "good", "label": 0, "label": 1}', '{"text": "good", "label": ' + "[" * 100_000
+    for name, start in (("a.jsonl", ""), ("a.json", "["), ("b.json", "")):
+        for content, reason in ((twice, "repeats the key 'label'"), (deep, "nested too deeply")):
+            (tmp_path / name).write_text(start + content + ("]" if start else ""))
+            with pytest.raises(BayesLoraError, match=rf"{name}, line 1 is not valid JSON \({reason}"):
+                read_table(tmp_path / name, ["text"])
+
+
 LAYOUTS = {
     "records": ROWS,
     "columns": {name: {str(i): row[name] for i, row in enumerate(ROWS)} for name in ROWS[0]},

@@ -155,7 +155,7 @@ def check_data_file(path: Path) -> None:
 def _json_records(path: Path, text: str, wanted: Sequence[str]) -> Iterator[tuple[str, Any]]:
     if path.suffix.lower() == ".json" and text.lstrip()[:1] in ("[", "{"):
         try:
-            content = json.loads(text)
+            content = _parsed(text)
         except ValueError as error:
             # After a whole first object there is a second: JSON Lines.
             if text.lstrip()[0] == "[" or not str(error).startswith("Extra data"):
@@ -169,9 +169,25 @@ def _json_records(path: Path, text: str, wanted: Sequence[str]) -> Iterator[tupl
         if not line.strip():
             continue
         try:
-            yield f"line {number}", json.loads(line)
+            yield f"line {number}", _parsed(line)
         except ValueError as error:
             raise _not_json(path, error, "write one object a line", number, getattr(error, "colno", 1)) from None
+
+
+def _parsed(text: str) -> Any:
+    """Return the value that a JSON text stands for; raise ValueError if it is none, or repeats a key of an object."""
+    try:
+        return json.loads(text, object_pairs_hook=_with_each_key_once)
+    except RecursionError:
+        raise ValueError("nested too deeply") from None
+
+
+def _with_each_key_once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        names = [name for name, _ in pairs]
+        raise ValueError(f"repeats the key {next(name for name in names if names.count(name) > 1)!r}")
+    return found
 
 
 def _not_json(path: Path, error: ValueError, remedy: str, line: int, column: int | None = None) -> BayesLoraError:
