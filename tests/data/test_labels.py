@@ -6,6 +6,7 @@ import csv
 import itertools
 import json
 import random
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -192,3 +193,25 @@ def test_shuffled_files_give_the_same_ids_for_any_labels(tmp_path: Path) -> None
             assert [task.labels[number] for number in task.train_split["label"]] == list(map(str, labels))
             seen.append(task.labels)
         assert seen[0] == seen[1]
+
+
+def test_few_labels_that_make_classes_numbers_are_told(tmp_path: Path) -> None:
+    with pytest.warns(UserWarning, match=r"a.jsonl has 1 of 12 labels with a fraction .* \(first line 3, 0.5\)"):
+        task = load(tmp_path, [0, 1, 0.5, *[0, 1] * 4, 1])
+    assert task.kind == "regression"
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert load(tmp_path, [0.5, 1, 2, 1.5]).kind == "regression"  # many fractions are no slip
+        assert load(tmp_path, [0, 1, 0.5, *[0, 1] * 4, 1], kind="csv", labels=["0", "0.5", "1"]).kind != "regression"
+
+
+def test_a_word_among_numbers_is_told(tmp_path: Path) -> None:
+    """In CSV, whose cells have no types; elsewhere it is refused."""
+    with pytest.warns(UserWarning, match="3 of 4 labels that are numbers in column 'label', but line 5 has 'x'"):
+        task = load(tmp_path, [0.5, 1.5, 2.5, "x"], kind="csv")
+    assert task.labels == ["0.5", "1.5", "2.5", "x"]
+    with pytest.warns(UserWarning, match="so that all are read as names of classes"):
+        load(tmp_path, [*range(12), "twelve"], kind="csv")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert load(tmp_path, [1, 2, "other"], kind="csv").labels == ["1", "2", "other"]

@@ -24,6 +24,8 @@ _DOUBTFUL = {"none", "null", "na", "n/a"}
 """Names of a class that may stand for a missing label; lower case."""
 _MANY_NUMBERS = 20
 """More different whole numbers than this are told, as they may be amounts and not classes."""
+_SLIPS = 10
+"""One label in so many that is no whole number is told, as it may be a slip that makes all of them something else."""
 
 
 def labelled(table: Table, column: str, known: Collection[str] = ()) -> Table:
@@ -172,6 +174,8 @@ def learn_labels(
     if kind is None:
         fractions = numbers and any(isinstance(value, float) for value in values)
         kind = "regression" if fractions and not names else "classification"
+    if not asked and not names:
+        _tell_mixture(table, column, values, kind)
     if kind == "regression":
         return LabelMap("regression", [], {})
     if not numbers and not all(isinstance(value, str) for value in values):
@@ -216,6 +220,32 @@ def _tell_doubts(table: Table, column: str, values: list[Any]) -> None:
             "classes: say kind regression to predict them as numbers",
             stacklevel=4,
         )
+
+
+def _tell_mixture(table: Table, column: str, values: list[Any], kind: Kind) -> None:
+    """Warn where few labels, which may be slips, decide that all are classes or that all are numbers."""
+    if kind == "regression":
+        few = [row for row, value in enumerate(values) if not float(value).is_integer()]
+        if len(few) * _SLIPS <= len(values):
+            warnings.warn(
+                f"{table.path} has {len(few):,} of {len(values):,} labels with a fraction in column {column!r} (first "
+                f"{table.places[few[0]]}, {values[few[0]]!r}), so that all are read as numbers to predict: correct "
+                "them, or say kind classification",
+                stacklevel=4,
+            )
+        return
+    words = [row for row, value in enumerate(values) if isinstance(value, str) and not _is_number(value)]
+    if 0 < len(words) < len(values) and (len(words) * _SLIPS <= len(values) or _has_fractions(values)):
+        warnings.warn(
+            f"{table.path} has {len(values) - len(words):,} of {len(values):,} labels that are numbers in column "
+            f"{column!r}, but {table.places[words[0]]} has {values[words[0]]!r}, so that all are read as names of "
+            "classes: correct the others, or say kind regression",
+            stacklevel=4,
+        )
+
+
+def _has_fractions(values: list[Any]) -> bool:
+    return any(isinstance(value, str) and _is_number(value) and "." in value for value in values)
 
 
 def _typed(table: Table, values: list[Any]) -> list[Any]:
