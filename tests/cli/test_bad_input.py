@@ -45,6 +45,11 @@ def test_a_missing_file(train_refused: Refused, tmp_path: Path) -> None:
     assert "absent.jsonl" in train_refused(eval_file=tmp_path / "absent.jsonl")
 
 
+def test_options_that_only_the_loader_or_a_file_refuses(train_refused: Refused, tmp_path: Path) -> None:
+    assert "multiprocessing_context can only be used" in train_refused(dataloader_multiprocessing_context="fork")
+    assert "does not accept these options" in train_refused(accelerator_config=tmp_path / "absent.json")
+
+
 def test_a_missing_column(train_refused: Refused) -> None:
     assert "text, label" in train_refused(text_column="review")
     assert "'stars'" in train_refused(label_column="stars")
@@ -354,6 +359,11 @@ def test_wrong_command_lines(refused: Refused) -> None:
     assert "without a value" in refused("evaluate", "out", "--task")
     assert "twice" in refused("evaluate", "out", "--seed", 1, "--seed=2")
     assert "'more' is given too, but only one" in refused("predict", "out", "more", "--input", "a", "--output", "b")
+
+
+def test_options_that_are_given_as_nothing(refused: Refused) -> None:
+    assert "--model is '~', but is needed: write --model FOLDER_OR_CONFIG" in refused("plan", "--model", "~")
+    assert "--list-options is 'a,b', but must be true or false" in refused("train", "--list-options=a,b")
 
 
 def test_all_mistakes_of_a_command_line_are_told_at_once(refused: Refused) -> None:

@@ -129,6 +129,8 @@ def _read(item: Option, given: Any) -> Any:
     if given is True and item.metavar is not None:
         raise BayesLoraError(f"{option(item.name)} is given without a value, but needs one: write {item.spelling}")
     value = coerce(item.name, given, item.hint)
+    if value is None and item.required:
+        raise BayesLoraError(f"{option(item.name)} is {given!r}, but is needed: write {item.spelling}")
     if item.least is not None and value is not None and value < item.least:
         raise BayesLoraError(f"{option(item.name)} is {value}, but must be at least {item.least}")
     return value

@@ -19,6 +19,7 @@ from typing import Any
 
 import bayeslora
 from bayeslora.cli.arguments import arguments_as_options, build_plan, check_paths, parse, plan_options
+from bayeslora.cli.coercion import coerce
 from bayeslora.cli.commands import COMMANDS, help_text
 from bayeslora.cli.sweep import Sweep, build_sweep
 from bayeslora.errors import BayesLoraError, close_matches
@@ -67,7 +68,7 @@ def _run(argv: list[str]) -> int:
     if not problems:
         check_paths(name, given, problems)
     with _interrupts_at_once():
-        if name == "train" and given.get("list_options"):
+        if name == "train" and coerce("list_options", given.get("list_options", False), bool):
             from bayeslora.cli.listing import list_options
 
             print(list_options(given.get("method", "blora")))

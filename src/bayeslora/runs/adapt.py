@@ -27,6 +27,10 @@ _ATTENTION_NAMES = (
 )
 
 
+_REFUSALS = (ValueError, TypeError, ImportError, RuntimeError, OSError, LookupError, AttributeError, AssertionError)
+"""What PEFT and the Trainer raise for options; a file of options that is missing is an OSError."""
+
+
 def adapt(base: BaseModel, config_class: type[PeftConfig] | None, options: dict[str, Any]) -> nn.Module:
     """Return the model to train: `base` with adapters, or `base` itself for full fine-tuning (`config_class` None).
 
@@ -62,7 +66,7 @@ def option_errors(what: str) -> Iterator[None]:
         yield
     except BayesLoraError:
         raise
-    except (ValueError, TypeError, ImportError, NotImplementedError, RuntimeError) as error:
+    except _REFUSALS as error:
         raise BayesLoraError(f"{what} does not accept these options ({one_line(error)}): change them") from error
 
 

@@ -21,6 +21,7 @@ from typing import Any, cast
 import torch
 from safetensors import SafetensorError
 from torch import nn
+from torch.utils.data import DataLoader, Dataset
 from transformers import (
     DataCollatorForSeq2Seq,
     DataCollatorForTokenClassification,
@@ -304,11 +305,18 @@ def training_arguments(plan: TrainPlan, checkpoints: Path) -> TrainingArguments:
 
 
 def _try_out(arguments: TrainingArguments) -> None:
-    """Make the reporters, the optimizer and the schedule once, so that a missing package is told before any work."""
+    """Make the reporters, loader, optimizer and schedule once, so that what they refuse is told before any work."""
     for reporter in get_reporting_integration_callbacks(arguments.report_to):
         reporter()
     if arguments.use_liger_kernel and not is_liger_kernel_available():
         raise ImportError("use_liger_kernel needs the package liger-kernel")
+    DataLoader(
+        cast("Dataset[int]", [0]),
+        num_workers=arguments.dataloader_num_workers,
+        prefetch_factor=arguments.dataloader_prefetch_factor,
+        persistent_workers=arguments.dataloader_persistent_workers,
+        multiprocessing_context=getattr(arguments, "dataloader_multiprocessing_context", None),
+    )
     layer = nn.Linear(1, 1)
     with suppress(ValueError, TypeError, NotImplementedError):  # from those that look for layers of the real model
         Trainer.get_optimizer_cls_and_kwargs(arguments, cast(PreTrainedModel, layer))
