@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import time
@@ -78,6 +79,28 @@ def test_a_resumed_run_ends_exactly_where_an_uninterrupted_one_does(
     assert main(command[1:]) == 0
     _assert_same_weights(whole, out)
     assert not (tmp_path / "out.partial").exists()
+
+
+@pytest.mark.parametrize("limit", ["1", "2"])
+def test_a_run_that_is_interrupted_after_its_last_step_takes_none_more(
+    setting: Setting, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, limit: str
+) -> None:
+    """With one checkpoint it begins again; a constant rate would move the weights in a step too many."""
+    more = ["--lr-scheduler-type", "constant", "--save-steps", "4", "--save-total-limit", limit]
+
+    def interrupted(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    whole, out = tmp_path / "whole", tmp_path / "out"
+    assert main([*_options(setting, "lora", whole, steps=12), *more]) == 0
+    with monkeypatch.context() as patch:
+        patch.setattr("bayeslora.runs.train.finish", interrupted)
+        assert main([*_options(setting, "lora", out, steps=12), *more]) == 130
+    assert (tmp_path / "out.partial" / "checkpoints" / "checkpoint-12").is_dir()
+    assert main([*_options(setting, "lora", out, steps=12), *more, "--resume"]) == 0
+    _assert_same_weights(whole, out)
+    steps = [json.loads((run / "metrics.json").read_text())["steps"] for run in (whole, out)]
+    assert steps == [12, 12]
 
 
 def test_an_interrupted_run_is_not_overwritten_and_not_resumed_with_other_options(

@@ -82,6 +82,8 @@ def can_be_resumed(partial: Path) -> bool:
 def last_checkpoint(partial: Path) -> Path | None:
     """Return the newest checkpoint that is whole, or None to start from the beginning; a warning names damaged ones.
 
+    One after the last step of training that ends within an epoch is passed over: the Trainer would take a step more.
+
     Raises:
         BayesLoraError: the run had another number of processes.
     """
@@ -94,10 +96,11 @@ def last_checkpoint(partial: Path) -> Path | None:
     for _, path in sorted(numbered, reverse=True):
         _check_processes(path)
         problem = _damage(path)
-        if problem is None:
+        if problem is not None:
+            damaged.append(f"{path.name} is damaged ({problem})")
+        elif not _ends_within_epoch(path):
             whole = path
             break
-        damaged.append(f"{path.name} is damaged ({problem})")
     if damaged:
         instead = "the beginning" if whole is None else whole.name
         warnings.warn(f"{', '.join(damaged)} in {partial}: training goes on from {instead}", stacklevel=2)
@@ -161,6 +164,12 @@ def _damage(checkpoint: Path) -> str | None:
         except (OSError, ValueError, KeyError, RecursionError, zipfile.BadZipFile, SafetensorError):
             return f"{path.name} cannot be read"
     return None
+
+
+def _ends_within_epoch(checkpoint: Path) -> bool:
+    state = json.loads((checkpoint / _TRAINER_STATE).read_text(encoding="utf-8"))
+    step, last, epoch = (state.get(name) for name in ("global_step", "max_steps", "epoch"))
+    return isinstance(epoch, float) and not epoch.is_integer() and isinstance(last, int) and step >= last
 
 
 def _read(path: Path) -> Any:
