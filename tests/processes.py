@@ -6,12 +6,14 @@ no adapter and no random state of the test that starts it.
 
 from __future__ import annotations
 
+import importlib
 import os
 import runpy
 import socket
 import sys
 from collections.abc import Callable, Sequence
 from contextlib import redirect_stdout
+from multiprocessing.connection import Connection
 from multiprocessing.context import ForkServerProcess
 from pathlib import Path
 from typing import Any
@@ -78,3 +80,57 @@ def _command(log: str, folder: str, arguments: tuple[str, ...], variables: dict[
         for standard in (1, 2):
             os.dup2(stream.fileno(), standard)
     runpy.run_module("bayeslora", run_name="__main__")
+
+
+class Commands:
+    """A process that has imported the commands and forks for each run, so that a run costs no imports.
+
+    Reports have an empty picture for each figure.
+    """
+
+    def __init__(self) -> None:
+        self._pipe, other = CONTEXT.Pipe()
+        self._server = CONTEXT.Process(target=_serve, args=(other,), daemon=True)
+        self._server.start()
+        assert self._pipe.recv() == "ready"
+
+    def start(self, folder: Path, log: Path, lines: Sequence[Sequence[str]]) -> int:
+        """Start `bayeslora` for each line, one after the other until one fails, in a process whose id is returned."""
+        self._pipe.send((str(folder), str(log), [list(line) for line in lines]))
+        return int(self._pipe.recv())
+
+    def wait(self) -> int:
+        """Return the exit code of the process that was started last: negative for a signal."""
+        return int(self._pipe.recv())
+
+    def stop(self) -> None:
+        """End the process that forks."""
+        self._pipe.send(None)
+        self._server.join(30)
+
+
+def _serve(pipe: Connection) -> None:
+    import bayeslora.report.page
+    from bayeslora.cli.main import main
+
+    for name in ("train", "predict", "generate"):
+        importlib.import_module(f"bayeslora.cli.{name}")
+    torch.set_num_threads(1)
+    bayeslora.report.page.png_bytes = lambda figure: b""
+    bayeslora.report.page.inline_svg = lambda figure, name: "<svg></svg>"
+    pipe.send("ready")
+    while (request := pipe.recv()) is not None:
+        folder, log, lines = request
+        child = os.fork()
+        if not child:
+            status = 70
+            try:
+                os.chdir(folder)
+                with open(log, "a", encoding="utf-8") as stream:
+                    for standard in (1, 2):
+                        os.dup2(stream.fileno(), standard)
+                status = next(filter(None, map(main, lines)), 0)
+            finally:
+                os._exit(status)
+        pipe.send(child)
+        pipe.send(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
