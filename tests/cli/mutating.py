@@ -22,7 +22,7 @@ from typing import Any
 import pytest
 
 from bayeslora.cli import main as command
-from bayeslora.cli.arguments import parse
+from bayeslora.cli.arguments import check_paths, parse
 
 LONGEST = 20
 """Seconds."""
@@ -75,6 +75,8 @@ class Machine:
         folder.mkdir(parents=True, exist_ok=True)
         patch.chdir(folder)
         patch.setattr(command, "parse", self._parse)
+        # Whether a path exists is no use of it.
+        patch.setattr(command, "check_paths", lambda name, given, found: check_paths(name, dict(given), found))
 
     def _parse(self, name: str, words: list[str]) -> Any:
         given, problems = parse(name, words)
