@@ -37,7 +37,7 @@ METHODS = {
     **{f"blora {mode}": (*BLORA, f"--mode={mode}") for mode in ("q", "ra", "q+ra")},
     "melora": ("--method=melora", "--samples=2"),
     "blob": ("--method=blob", "--samples=2"),
-    "bayes_adalora": ("--method=bayes_adalora",),
+    "bayes_adalora": ("--method=bayes_adalora", "--importance=sensitivity"),
     "dylora": ("--method=dylora",),
     "full": ("--method=full",),
     "ivon": ("--method=lora", "--optim=ivon", "--samples=2"),
@@ -70,7 +70,8 @@ class Yard:
         """The command that trains, and one that uses the run."""
         shared = [*METHODS[method], f"--max-steps={STEPS}", "--save-steps=3", "--learning-rate=0.01"]
         shared += [*more, f"--output-dir={out}", "--per-device-train-batch-size=4", "--save-total-limit=2"]
-        shared += [] if method == "full" else ["--lora-dropout=0.1", "--r=4"]
+        ranks = ["--init-r=4", "--target-r=2"] if method == "bayes_adalora" else ["--r=4"]
+        shared += [] if method == "full" else ["--lora-dropout=0.1", *ranks]
         draws = [word for word in METHODS[method] if word.startswith("--samples")]
         answers = f"--output={out}-answers.jsonl"
         if task == "classification":
