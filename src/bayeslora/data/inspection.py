@@ -168,9 +168,7 @@ def inspect_file(
         table = read_table(file, [*named, *group], None)
         columns = {name: _column(name, values) for name, values in table.columns.items()}
         answers = None if text_columns else text_form(columns)
-        if not text_columns and not answers and kind is None and tagged_form(columns):
-            kind = "token_classification"
-        texts, label = _read_columns(columns, list(text_columns or answers or ()), label_column, kind)
+        texts, label, kind = _read_columns(columns, list(text_columns or answers or ()), label_column, kind)
         found = _Rows(table, _texts(table, texts), None, [], 0)
         with problems.collected():
             _check_guessed(file, texts, label if label_column is None else None)
@@ -356,16 +354,18 @@ def _is_empty(value: Any) -> bool:
 
 def _read_columns(
     columns: dict[str, Column], texts: list[str], label: str | None, kind: Kind | None
-) -> tuple[list[str], str | None]:
-    """Return the columns of the texts and of the labels, guessed where they are not named."""
+) -> tuple[list[str], str | None, Kind | None]:
+    """Return the columns of the texts and of the labels, and the kind of words with tags, guessed if not named."""
+    if not texts and kind is None and tagged_form(columns):
+        kind = "token_classification"
     if kind == "token_classification":
         words, tags = tagged_form(columns) or (WORDS, TAGS[0])
-        return texts or [words], label or tags
+        return texts or [words], label or tags, kind
     if not texts:
         texts = _guessed_texts(columns, label)
     elif text_form(texts) is not None:
-        return texts, label
-    return texts, label or _guessed_label(columns, texts)
+        return texts, label, kind
+    return texts, label or _guessed_label(columns, texts), kind
 
 
 def _guessed_texts(columns: dict[str, Column], label: str | None) -> list[str]:
