@@ -1,13 +1,16 @@
 """Serve predictions with their uncertainty over HTTP, and flag those that a person should check.
 
     python examples/serve.py RUN --port 8000 --samples 10 --risk 0.05
+    python examples/serve.py RUN --export EXPORT
     curl -s localhost:8000/predict -H 'Content-Type: application/json' -d '{"texts": ["A warm, clever film."]}'
     curl -s localhost:8000/health
 
 RUN is an output folder of `bayeslora train` on a classification task. For a task on pairs, each text is a list of two
 strings. `ask_a_human` is true if the confidence is not above a threshold. The threshold is chosen on labelled rows so
 that, with a probability of 95%, at most a share --risk of the answers is wrong (`bayeslora.RiskControl`). The rows are
-those in the file --calibration, those of `bayeslora calibrate RUN`, or the run's evaluation rows.
+those in the file --calibration, those of `bayeslora calibrate RUN`, or the run's evaluation rows. With --export the
+answers, and those that the threshold is chosen by, are an export's of the run (ONNX, integer, merged, ...); what
+`bayeslora calibrate` has learned of the run itself is left out.
 
 One thread runs the model. Requests that arrive in the meantime wait, and then share one batch. The answer for a text
 does not depend on the other texts, because all requests use the same draws of the weights (--seed). Needs
@@ -40,6 +43,7 @@ from bayeslora.posthoc.risk import RiskControl, Threshold
 from bayeslora.prediction import Predictable, Prediction, check_samples
 from bayeslora.runs.decisions import CALIBRATION_FILE, Calibration, calibration_for
 from bayeslora.runs.rows import evaluation_task, labelled_rows
+from bayeslora.runs.verify import load_export
 
 Row = tuple[str, ...]
 """A text, or a pair of texts."""
@@ -63,16 +67,22 @@ class Question(BaseModel):  # the body of a request
 
 
 class Classifier:
-    """A finished run that predicts rows of text."""
+    """A finished run, or an export of it, that predicts rows of text."""
 
-    def __init__(self, run: Path, samples: int = 0, seed: int = 0, base: str | None = None) -> None:
+    def __init__(
+        self, run: Path, samples: int = 0, seed: int = 0, base: str | None = None, export: Path | None = None
+    ) -> None:
         loaded = bayeslora.load(run, base)
         self.folder = loaded.folder
         self.model, self.tokenizer, self.info = loaded.model, loaded.tokenizer, loaded.info
         if self.info.kind != "classification":
             raise bayeslora.BayesLoraError(f"{run} is a run on {self.info.kind}: serve one on classification")
-        calibration, self.samples, self.seed = calibration_for(self.folder, samples, seed)
+        self.is_export = export is not None
         self.predictor: Predictable = loaded.predictor
+        calibration, self.samples, self.seed = calibration_for(self.folder, samples, seed, uncalibrated=self.is_export)
+        if export is not None:
+            _, self.model = load_export(export, loaded)
+            self.predictor = self.model
         if calibration is not None:  # it holds a temperature, which a threshold in it is for
             calibration.check_model(self.folder, self.model)
             self.predictor = calibration.around(loaded.predictor)
@@ -105,7 +115,7 @@ class Classifier:
         Without a file, the rows of `bayeslora calibrate` come first, all of them.
         """
         info = self.info
-        if file is None and (self.folder / CALIBRATION_FILE).is_file():
+        if file is None and not self.is_export and (self.folder / CALIBRATION_FILE).is_file():
             calibration = Calibration.load(self.folder)
             calibration.check(self.folder, self.samples, self.seed)
             calibration.check_model(self.folder, self.model)
@@ -224,6 +234,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description="Serve a finished run over HTTP.")
     parser.add_argument("run", type=Path, help="output folder of `bayeslora train`")
     parser.add_argument("--model", help="base model, if it has moved since training")
+    parser.add_argument("--export", type=Path, help="answer with this export of the run, of any format")
     parser.add_argument("--host", default="127.0.0.1")
     parser.add_argument("--port", type=int, default=8000)
     parser.add_argument("--samples", type=int, default=0, help="draws of the weights; 0 is their mean")
@@ -237,7 +248,7 @@ def main(arguments: list[str] | None = None) -> int:
         parser.add_argument(f"--max-{name.replace('_', '-')}", type=type(value), default=value, dest=name)
     options = parser.parse_args(arguments)
     try:
-        classifier = Classifier(options.run, options.samples, options.seed, options.model)
+        classifier = Classifier(options.run, options.samples, options.seed, options.model, options.export)
         threshold = classifier.threshold(options.calibration, options.risk, options.calibration_rows)
     except bayeslora.BayesLoraError as error:
         print(f"serve: {error}", file=sys.stderr)

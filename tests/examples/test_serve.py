@@ -76,6 +76,22 @@ def test_each_answer_is_what_predict_says_about_the_text_alone(client: Any, run:
     assert max(answer["mutual_information"] for answer in answers) > 1e-3
 
 
+def test_an_export_answers_by_itself(run: Path, tmp_path: Path) -> None:
+    pytest.importorskip("onnxruntime")
+    loaded = bayeslora.load(run)
+    texts = [str(row["text"]) for row in review_rows(6, seed=5)]
+    batch = dict(loaded.tokenizer(texts, truncation=True, max_length=16, padding=True, return_tensors="pt"))
+    bayeslora.export(loaded.model, tmp_path / "onnx", format="onnx", tokenizer=loaded.tokenizer, batch=batch)
+    classifier = serve.Classifier(run, export=tmp_path / "onnx")
+    assert type(classifier.model).__name__ == "OnnxClassifier"
+    assert classifier.threshold(None, 0.3, 100).rows > 0
+    expected = bayeslora.predict(loaded.model, batch).probabilities.max(dim=1).values
+    answers = classifier.answers([(text,) for text in texts], least=0.0)
+    assert [answer["probability"] for answer in answers] == pytest.approx(expected.tolist(), abs=1e-4)
+    with pytest.raises(bayeslora.BayesLoraError, match="deterministic"):
+        serve.Classifier(run, SAMPLES, export=tmp_path / "onnx")
+
+
 @pytest.mark.parametrize(
     ("body", "status"),
     [
