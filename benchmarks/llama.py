@@ -1,4 +1,6 @@
-"""One model in llama.cpp, asked by another process: for `gguf_time.py`. Needs nothing but `pip install xllamacpp`.
+"""One model in llama.cpp, asked by another process: for `gguf_time.py` and `otherwise.py`.
+
+Needs nothing but `pip install xllamacpp`.
 
     python benchmarks/llama.py MODEL.gguf [ADAPTER.gguf] [--threads 1]
 
@@ -18,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import xllamacpp
+from resident import peak_bytes
 
 CONTEXT = 512
 
@@ -62,6 +65,8 @@ def answer(address: str, asked: dict[str, Any]) -> dict[str, Any]:
         "top": [[each["id"], each["logprob"]] for each in first],
         "cpu_seconds": used,
         "seconds": wall,
+        "since_start": time.process_time(),
+        "peak": peak_bytes(),
         "written_per_second": found["timings"]["predicted_per_second"],
     }
 

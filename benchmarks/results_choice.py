@@ -10,6 +10,7 @@ from pathlib import Path
 from records import GLUE_TASKS, TASK_TITLES, Run, markdown_table, read_runs, score
 from results_calibration import GUESSING, MORE_TASKS, Table, rows_of
 from results_frontier import BYTES, SCOPES, budget_rows, bytes_table, cut_runs
+from results_otherwise import decoder_table, otherwise_table
 from results_text import text_section
 
 PAGE = """# Which of these should I use?
@@ -135,6 +136,8 @@ def choice_tables(results: Path) -> dict[str, str]:
         "bytes": bytes_table(results),
         "ranks": _ranks(results),
         "answers": text_section(results),
+        "otherwise": otherwise_table(results),
+        "otherwise_decoder": decoder_table(results),
     }
 
 
