@@ -5,10 +5,11 @@
     python benchmarks/text.py --table                                               # only the table
 
 The packaged SmolLM2-135M-Instruct is trained on the rows of train that fit `max_length` tokens (none is cut), with the
-same steps and layers for every method (query, key and value projections, r = 8). It answers 60 rows of test, the same
-in every run: drawn with seed 0 from those of at most `LONGEST` tokens. The answer is that of the mean weights, with
-the most probable tokens. Five answers more are sampled at temperature 1, each of Me-LoRA's under a draw of its own; a
-semantic entropy is that of these five. Me-LoRA's draws give the mutual information, too.
+same steps and layers for every method (query, key and value projections, r = 8). It answers 60 rows of test (of E2E,
+whose answers are longer, 30), the same in every run: drawn with seed 0 from those of at most `LONGEST` tokens. The
+answer is that of the mean weights, with the most probable tokens. Five answers more are sampled at temperature 1, each
+of Me-LoRA's under a draw of its own; a semantic entropy is that of these five. Me-LoRA's draws give the mutual
+information, too.
 
 One JSON file a run in benchmarks/results/text, with the loss (1 - F1, or 1 - ROUGE-L) and the measures of uncertainty
 of every row, but no texts; runs whose file exists are skipped, and several processes can share the work. `errors` are
@@ -47,7 +48,8 @@ TRAINING = {
     "e2e": Training(steps=80, learning_rate=1e-3, batch_size=4, max_length=96),
 }
 TARGETS = ["q_proj", "k_proj", "v_proj"]
-TEST_ROWS, SAMPLES, TEMPERATURE = 60, 5, 1.0
+TEST_ROWS = {"squad": 60, "e2e": 30}
+SAMPLES, TEMPERATURE = 5, 1.0
 LONGEST = 192
 """Tokens of a test row with its first right answer: a processor answers longer ones too slowly."""
 BATCH = 8
@@ -69,7 +71,7 @@ class Job:
     seed: int
     data_dir: Path
     training: Training
-    test_rows: int = TEST_ROWS
+    test_rows: int
 
     @property
     def settings(self) -> dict[str, Any]:
@@ -156,7 +158,7 @@ def main() -> None:
     parser.add_argument("--methods", nargs="+", default=list(METHODS), choices=list(METHODS))
     parser.add_argument("--seeds", nargs="+", type=int, default=[0])
     parser.add_argument("--steps", type=int, help="for a trial: fewer, in another --results folder")
-    parser.add_argument("--test-rows", type=int, default=TEST_ROWS, help="rows of test that are answered")
+    parser.add_argument("--test-rows", type=int, help="for a trial: rows of test that are answered")
     parser.add_argument("--results", type=Path, default=RESULTS, help="the folder of all results")
     parser.add_argument("--threads", type=int)
     parser.add_argument("--table", action="store_true", help="only print the table")
@@ -171,7 +173,7 @@ def main() -> None:
             training = replace(TRAINING[task], steps=given.steps) if given.steps else TRAINING[task]
             for method in given.methods:
                 path = given.results / "text" / f"{task}-{method}-{seed}.json"
-                jobs[path] = Job(task, method, seed, given.data_dir, training, given.test_rows)
+                jobs[path] = Job(task, method, seed, given.data_dir, training, given.test_rows or TEST_ROWS[task])
     if not given.table:
         run_missing(parser, jobs, run)
     print(text_section(given.results))
