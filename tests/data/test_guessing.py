@@ -88,6 +88,18 @@ def test_long_fields_and_blanks_around_names_are_read(tmp_path: Path) -> None:
     assert rows_of(read_table(file, ["text", "label"])) == [{"text": "a" * 300_000, "label": "1"}]
 
 
+def test_a_header_in_the_middle_is_left_out_and_told(tmp_path: Path) -> None:
+    """Of files that were put one behind the other; a file of one column may have its name as a text."""
+    file = tmp_path / "data.csv"
+    file.write_text("text,label\ngood,1\ntext , label\nbad,0\ntext,label\ntext,0\n")
+    with pytest.warns(UserWarning, match=r"data.csv repeats its header in 2 lines \(first line 3\), which are left"):
+        table = read_table(file, ["text", "label"])
+    assert table.columns == {"text": ["good", "bad", "text"], "label": ["1", "0", "0"]}
+    assert table.places[1] == "line 4"
+    file.write_text("text\ngood\ntext\n")
+    assert read_table(file, ["text"]).columns == {"text": ["good", "text"]}
+
+
 def test_bytes_that_fit_no_encoding_are_refused(tmp_path: Path) -> None:
     file = tmp_path / "data.csv"
     file.write_bytes(b"text,label\n\x81\x8d,0\n")  # not in Windows-1252 either

@@ -231,6 +231,7 @@ def _csv(path: Path, text: str, wanted: Sequence[str], optional: Sequence[str] |
     reader = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter, strict=True)
     rows: list[list[str]] = []
     places = []
+    repeated = []
     try:
         header = [name.strip() for name in next(reader, [])]
         if not header:
@@ -245,11 +246,20 @@ def _csv(path: Path, text: str, wanted: Sequence[str], optional: Sequence[str] |
                     f"{path}, line {reader.line_num} has {len(row)} fields, but the header has {len(header)}: "
                     f"quote fields that hold {kind}"
                 )
+            if len(row) > 1 and row[0].strip() == header[0] and [cell.strip() for cell in row] == header:
+                repeated.append(reader.line_num)  # of a file that was put behind another one
+                continue
             rows.append(row)
             places.append(f"line {reader.line_num}")
     except csv.Error as error:
         raise BayesLoraError(f"{path}, line {reader.line_num} is not valid CSV ({error}): correct the line") from None
     _check_rows(path, len(rows))
+    if repeated:
+        warnings.warn(
+            f"{path} repeats its header in {_count(repeated, 'line')} (first line {repeated[0]}), which "
+            f"{'is' if len(repeated) == 1 else 'are'} left out",
+            stacklevel=3,
+        )
     kept = list(dict.fromkeys(header)) if optional is None else [n for n in (*wanted, *optional) if n in header]
     columns = {name: [row[header.index(name)] for row in rows] for name in kept}
     return Table(path, columns, places, untyped=True, delimiter=delimiter)
