@@ -135,3 +135,10 @@ def test_a_posterior_follows_ranks_that_are_cut() -> None:
     assert torch.equal(posterior.deviations["one.A"], deviations["one.A"][[0, 3]])
     assert torch.equal(posterior.deviations["one.B"], deviations["one.B"][:, [0, 3]])
     assert torch.equal(posterior.deviations["two.A"], deviations["two.A"])
+
+
+def test_equal_posteriors_are_equal_files(tmp_path: Path) -> None:
+    """safetensors writes several entries of metadata in an order of chance."""
+    model, optimizer = _trained()
+    files = {save_posterior(model, optimizer, tmp_path / str(number)).read_bytes() for number in range(8)}
+    assert len(files) == 1

@@ -134,7 +134,8 @@ class WeightPosterior:
         for prefix, values in ((_COLUMNS, self.columns), (_MEAN, self.means)):
             tensors |= {prefix + name: value for name, value in values.items()}
         with write_atomically(path) as partial:
-            save_file(tensors, partial, metadata={"format": "pt", _ORDER: json.dumps(self.order)})
+            # One entry alone: several are written in an order of chance, and equal posteriors would be other files.
+            save_file(tensors, partial, metadata={_ORDER: json.dumps(self.order)})
         return path
 
     def gaussians(self) -> list[GaussianParameter]:
