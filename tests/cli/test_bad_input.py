@@ -361,9 +361,28 @@ def test_wrong_command_lines(refused: Refused) -> None:
     assert "'more' is given too, but only one" in refused("predict", "out", "more", "--input", "a", "--output", "b")
 
 
-def test_options_that_are_given_as_nothing(refused: Refused) -> None:
+def test_options_that_are_given_as_nothing(setting: Setting, refused: Refused) -> None:
     assert "--model is '~', but is needed: write --model FOLDER_OR_CONFIG" in refused("plan", "--model", "~")
+    model = ["plan", "--model", setting.model, "--method", "lora"]
+    assert "LoraConfig does not accept these options" in refused(*model, "--rank-pattern", "null")
+    assert "--config is given without a value" in refused(
+        "train", "--model", "x", "--output-dir", "y", "--config", mistakes=4
+    )
     assert "--list-options is 'a,b', but must be true or false" in refused("train", "--list-options=a,b")
+
+
+def test_rows_of_a_report_that_is_not_written(runs: dict[str, Path], refused: Refused) -> None:
+    assert "--report-rows is given, but needs --output-dir" in refused("evaluate", runs["lora"], "--report-rows", 3)
+
+
+def test_paths_that_no_system_takes(setting: Setting, runs: dict[str, Path], refused: Refused) -> None:
+    long = "x" * 5000
+    assert "cannot be used (File name too long)" in refused("predict", long, "--input", setting.dev, "--output", "x")
+    for option, command in (
+        ("--output", ["predict", runs["lora"], "--input", setting.dev]),
+        ("--output-dir", ["evaluate", runs["lora"]]),
+    ):
+        assert "cannot be used (File name too long): give another path" in refused(*command, option, long)
 
 
 def test_all_mistakes_of_a_command_line_are_told_at_once(refused: Refused) -> None:

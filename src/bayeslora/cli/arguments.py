@@ -145,7 +145,8 @@ def build_plan(given: dict[str, Any], problems: Problems | None = None) -> Train
     """
     problems = problems or Problems()
     given = _rank_as_r(given, problems)
-    values = with_goal({**(read_config(given["config"]) if given.get("config") else {}), **given}, problems)
+    file = given.get("config")  # True without a value, which is told below
+    values = with_goal({**(read_config(file) if file and file is not True else {}), **given}, problems)
     options = RunOptions(**read_options(COMMANDS["train"], values, problems))
     own = {item.name for item in dataclasses.fields(RunOptions)}
     rest = {name: value for name, value in values.items() if name not in own}

@@ -175,6 +175,8 @@ def _contradictions_of_evaluate(given: dict[str, Any]) -> Iterator[str]:
             if chosen in given:
                 yield f"{option(name)} is given with {option(chosen)}, but they exclude each other: leave one out"
     yield from _without_encoder(given)
+    if "report_rows" in given and "output_dir" not in given:
+        yield "--report-rows is given, but needs --output-dir: add that or leave this out"
     if "ood_text_column" in given and not {"ood", "ood_file"} & given.keys():
         yield "--ood-text-column is given, but needs --ood-file: add that or leave this out"
     for name, needed in _SHIFT_NEEDS.items():

@@ -51,7 +51,7 @@ _SHIFT_SCORES = ("accuracy", "nll", "ece", "brier", "mse", "coverage", "set_size
 """Scores in the table of `--shift` beside the headline score, if the run has them."""
 
 _OF_CLASSES = (
-    *("text_column", "label_column", "ood", "ood_file", "ood_text_column", "few_shot"),
+    *("text_column", "label_column", "ood", "ood_file", "ood_text_column", "few_shot", "report_rows"),
     *("shift", "shift_column", "shift_task", "shift_file", "shift_text_column", "shift_label_column"),
 )
 """Options for runs that predict labels."""

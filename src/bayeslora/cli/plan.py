@@ -29,7 +29,7 @@ def run(resolved: tuple[PlanOptions, dict[str, Any], type[PeftConfig] | None]) -
     if options.num_labels is not None:
         config.num_labels = options.num_labels
     task_type = options.task_type.upper() if options.task_type else None
-    with fields_as_options(options.method):
+    with fields_as_options(options.method), option_errors("full" if config_class is None else config_class.__name__):
         method = None
         if config_class is not None:
             method = _method_config(config, task_type, config_class, method_options)
