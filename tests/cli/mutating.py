@@ -135,7 +135,7 @@ class Machine:
             several = [line for line in ended.errors if not any(name in line for name in changed)]
             most = max(1, 2 * len(changed))
             is_told = all(line.startswith("bayeslora: ") for line in ended.errors) and 1 <= len(ended.errors) <= most
-            if not is_told or (len(ended.errors) > 1 and several):
+            if not is_told or (len(ended.errors) > max(1, len(changed)) and several):
                 return ended, f"says {ended.errors}"
             return ended, f"wrote {new} and refused: {ended.errors[0]}" if new else ""
         if ended.status not in statuses:

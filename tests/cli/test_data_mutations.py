@@ -106,6 +106,12 @@ def _marks(count: int) -> list[Row]:
     return [{"text": row["text"], "joy": i % 2, "anger": int(i % 3 == 0)} for i, row in _counted(count)]
 
 
+def _tagged(count: int) -> list[Row]:
+    tags = {"movie": "B-WORK", "film": "B-WORK", "plot": "B-PART"}
+    words = [str(row["text"]).split() for row in review_rows(count, 5)]
+    return [{"tokens": each, "tags": [tags.get(word, "O") for word in each]} for each in words]
+
+
 TEXT = ("--text-column=text",)
 KINDS = {
     "ids": Kind(lambda count: list(review_rows(count, 3)), TEXT),
@@ -114,6 +120,7 @@ KINDS = {
     "numbers": Kind(_numbers, TEXT),
     "sets": Kind(_sets, TEXT),
     "marks": Kind(_marks, (*TEXT, "--label-column=joy,anger"), label="joy,anger"),
+    "tags": Kind(_tagged, (), label="tags", forms=(".jsonl", ".json")),
     "chat": Kind(chat, (), label="", generates=True, forms=(".jsonl", ".json")),
     "prompts": Kind(pairs, (), label="", generates=True),
 }
@@ -150,9 +157,11 @@ def written(rows: list[Row], form: str) -> bytes:
         text = f"[{', '.join(lines)}]" if form == ".json" else "".join(line + "\n" for line in lines)
         return text.encode()
     stream = io.StringIO(newline="")
-    writer = csv.writer(stream, delimiter="\t" if form == ".tsv" else ",", lineterminator="\n")
-    writer.writerow(rows[0])
-    writer.writerows([cell(value) for value in row.values()] for row in rows)
+    cells = [[cell(value) for value in row.values()] for row in rows]
+    has_returns = any("\r" in value for row in cells for value in row)  # which older Pythons do not quote
+    quoting: Any = csv.QUOTE_ALL if has_returns else csv.QUOTE_MINIMAL
+    writer = csv.writer(stream, delimiter="\t" if form == ".tsv" else ",", lineterminator="\n", quoting=quoting)
+    writer.writerows([list(rows[0]), *cells])
     return stream.getvalue().encode("utf-8", "surrogatepass")
 
 
@@ -171,8 +180,10 @@ def meaning(task: Task, split: str) -> list[Any]:
     if task.kind == "generation":
         return [_turns(row["messages"]) if "messages" in row else (row["prompt"], row["completion"]) for row in rows]
     labels = rows[task.label_column]
-    if task.kind == "multi_label":
-        named: list[Any] = [{name for name, has in zip(task.labels, row, strict=True) if has} for row in labels]
+    if task.kind == "token_classification":
+        named: list[Any] = [[task.labels[number] for number in each] for each in labels]
+    elif task.kind == "multi_label":
+        named = [{name for name, has in zip(task.labels, row, strict=True) if has} for row in labels]
     else:
         named = labels if task.kind == "regression" else [task.labels[number] for number in labels]
     return [(*(row[name] for name in task.text_columns), label) for row, label in zip(rows, named, strict=True)]
@@ -192,11 +203,13 @@ def as_it_stands(row: Row, kind: Kind, form: str) -> Any:
         extra = (
             fits
             and any(turn.get(name) for turn in turns for name in ("tool_calls", "name"))
-            or (fits and any(turn.get("weight") is not None for turn in turns))
+            or (fits and any(turn.get("weight") not in (None, 1) for turn in turns))
         )
         if not fits or extra:
             return MISSING
         return [(turn.get("role", MISSING), turn.get("content", MISSING)) for turn in turns]
+    if kind.label == "tags":
+        return (row["tokens"], row["tags"])
     is_json = form in (".jsonl", ".json")
     texts = [row[name] for name in kind.options[0].partition("=")[2].split(",")]
     labels = [row[name] for name in kind.label.split(",")]
@@ -209,6 +222,8 @@ def same(found: Any, stands: Any, kind: Kind) -> bool:
     """Return whether a row was read to the letter."""
     if kind.generates or stands is MISSING:
         return bool(found == stands)
+    if kind.label == "tags":
+        return all(list(map(str, one)) == _parts(other) for one, other in zip(found, stands, strict=True))
     *texts, label = found
     *given, labels = stands
     if texts != given:
@@ -222,6 +237,12 @@ def same(found: Any, stands: Any, kind: Kind) -> bool:
             label == (set(map(str, value)) if isinstance(value, list) else set(cell(value).strip().split("|")) - {""})
         )
     return not isinstance(labels[0], (list, dict)) and _equal(label, labels[0])
+
+
+def _parts(value: Any) -> list[str] | None:
+    """Return the words or tags of a cell: a list of them, or a text of several."""
+    parts = value.split() if isinstance(value, str) else value
+    return [str(part).strip() for part in parts] if isinstance(parts, list) else None
 
 
 def _is_yes(value: Any) -> bool | None:
@@ -450,7 +471,7 @@ class Laboratory:
 
     def _same_kind(self, trial: Trial, task: Task) -> str:
         usual = {"numbers": "regression", "sets": "multi_label", "marks": "multi_label"}
-        usual |= {"chat": "generation", "prompts": "generation"}
+        usual |= {"chat": "generation", "prompts": "generation", "tags": "token_classification"}
         expected = usual.get(trial.kind, "classification")
         return "" if task.kind == expected else f"silently a task of {task.kind}, not of {expected}"
 

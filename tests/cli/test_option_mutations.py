@@ -200,7 +200,14 @@ def _attempt(
         line = [*line[:-2], "--config=options.yaml"]
     words = [command, *(_placed(word, places) for word in line)]
     ended, fault = machine.fault(words, changed, ALLOWED.get(command, (0,)))
-    if not fault and command == "train" and ended.status == 0 and not list(machine.folder.rglob("metrics.json")):
+    listed = "--list-options" in changed
+    if (
+        not fault
+        and command == "train"
+        and not listed
+        and ended.status == 0
+        and not list(machine.folder.rglob("metrics.json"))
+    ):
         fault = "wrote no metrics.json"
     return {0: "worked", 1: "worked", 2: "refused"}.get(ended.status or 0, ""), fault
 
