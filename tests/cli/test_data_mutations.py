@@ -215,6 +215,9 @@ def as_it_stands(row: Row, kind: Kind, form: str) -> Any:
     labels = [row[name] for name in kind.label.split(",")]
     if not is_json:
         texts = [cell(text) for text in texts]
+        labels = [
+            cell(label) if isinstance(label, (list, dict)) and kind.rows is not _sets else label for label in labels
+        ]
     return (*texts, labels)
 
 
@@ -350,7 +353,6 @@ def _reformed(content: bytes, rows: list[Row], form: str) -> dict[str, bytes]:
         "with \\r\\n": content.replace(b"\n", b"\r\n"),
         "without an end": content.rstrip(b"\n"),
         "with blank lines": content.replace(b"\n", b"\n\n"),
-        "with a blank at each end": content.replace(b"\n", b" \n"),
         "empty": b"",
         "white": b" \n\n\t\n",
         "null": b"null",
@@ -361,6 +363,7 @@ def _reformed(content: bytes, rows: list[Row], form: str) -> dict[str, bytes]:
     if form == ".jsonl":
         found |= {
             "a list": written(rows, ".json"),
+            "with a blank at each end": content.replace(b"\n", b" \n"),
             "with a number": content + b"1\n",
             "with a list": content + b"[1]\n",
             "with null": content + b"null\n",
