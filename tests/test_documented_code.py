@@ -113,7 +113,6 @@ def _(names: Names) -> None:
 @given("docs/tagging.md")
 def _(names: Names) -> None:
     trained(Path("out"), tiny_bert_in("base"), TAGGED, kind="token_classification", text_column=["tokens"])
-    names["torch"] = torch
 
 
 @given("docs/dylora.md", 1)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -157,6 +158,7 @@ def test_every_method_learns_tags(method: str, tiny_bert_folder: Path, tmp_path:
     options = ["--method", method, "--model", tiny_bert_folder, "--train-file", files["train"], "--seed", 0]
     options += ["--eval-file", files["eval"], "--max-steps", 60, "--learning-rate", 0.01]
     options += [] if method == "full" else ["--target-modules", "all-linear"]
+    options += ["--importance", "sensitivity"] if method == "bayes_adalora" else []
     out = tmp_path / "out"
     assert main([str(word) for word in ["train", *options, "--output-dir", out]]) == 0
     metrics = json.loads((out / "metrics.json").read_text(encoding="utf-8"))
@@ -188,3 +190,44 @@ def test_a_stopped_run_goes_on_to_the_same_scores(
     assert main([*options, "--output-dir", str(tmp_path / "out"), "--resume"]) == 0
     scores = [json.loads((tmp_path / name / "metrics.json").read_text())["scores"] for name in ("whole", "out")]
     assert scores[0] == scores[1]
+
+
+def test_what_the_data_leave_open_is_asked_for(tiny_bert_folder: Path, tmp_path: Path, refused: Refused) -> None:
+    rows = [{"words": row["tokens"], "pos": row["ner_tags"]} for row in sentences(8)]
+    file = write_jsonl(tmp_path / "train.jsonl", rows)
+    options = ["train", "--model", tiny_bert_folder, "--train-file", file, "--eval-file", file, "--method", "lora"]
+    options += ["--output-dir", tmp_path / "out"]
+    assert "--text-column is missing" in refused(*options)
+    named = [*options, "--text-column", "words", "--label-column", "pos"]
+    assert "give --kind token-classification if each word has a tag" in refused(*named)
+    kind = ["--kind", "token-classification"]
+    assert "--class-weights is given, but weighs rows" in refused(*named, *kind, "--class-weights", "balanced")
+    assert "words are in one" in refused(*options, *kind, "--text-column", "words,pos", "--label-column", "pos")
+    wrong = write_jsonl(tmp_path / "wrong.jsonl", [*sentences(1), {"tokens": [], "ner_tags": []}])
+    said = refused(*options[:3], "--train-file", wrong, "--eval-file", wrong, *options[-2:])
+    assert "line 2 has 0 words" in said and not (tmp_path / "out").exists()
+    assert main([str(word) for word in [*named, *kind, "--max-steps", 1]]) == 0
+    info = json.loads((tmp_path / "out" / "run.json").read_text(encoding="utf-8"))
+    assert (info["text_columns"], info["label_column"]) == (["words"], "pos")
+    target = tmp_path / "p.csv"
+    source = write_jsonl(tmp_path / "in.jsonl", [{"words": ["red", "cat"], "id": 1}])
+    assert main(["predict", str(tmp_path / "out"), "--input", str(source), "--output", str(target)]) == 0
+    with target.open(newline="", encoding="utf-8") as file_:
+        (row,) = csv.DictReader(file_)
+    assert row["input_words"] == '["red", "cat"]' and [word["word"] for word in json.loads(row["words"])] == [
+        "red",
+        "cat",
+    ]
+
+
+@pytest.mark.slow
+def test_draws_of_an_optimizers_posterior_tag_words(tiny_bert_folder: Path, tmp_path: Path) -> None:
+    file = write_jsonl(tmp_path / "train.jsonl", sentences(16))
+    options = ["train", "--method", "lora", "--model", str(tiny_bert_folder), "--train-file", str(file)]
+    options += ["--eval-file", str(file), "--max-steps", "4", "--optim", "ivon", "--samples", "2"]
+    assert main([*options, "--output-dir", str(tmp_path / "out")]) == 0
+    run = bayeslora.load(tmp_path / "out")
+    words = [row["tokens"] for row in sentences(16)]
+    one, again, other = (run.predict(words, samples=3, seed=seed).prediction for seed in (0, 0, 1))
+    assert torch.equal(one.probabilities, again.probabilities) and len(one) == 16 * 6
+    assert not torch.equal(one.probabilities, other.probabilities) and float(one.mutual_information.max()) > 0

@@ -80,6 +80,12 @@ def test_other_files_stay_what_they_are(tmp_path: Path) -> None:
         (tmp_path / name).write_text(text, encoding="utf-8")
         with pytest.raises(BayesLoraError, match="extension of .*txt is .txt, but must be"):
             read_table(tmp_path / name, ())
+    with pytest.raises(BayesLoraError, match="none.conll does not exist"):
+        read_table(tmp_path / "none.conll", ())
+    broken = tmp_path / "short.conll"
+    broken.write_text("a O\n\nb\n", encoding="utf-8")
+    with pytest.raises(BayesLoraError, match="short.conll is not a CoNLL file, but must have a word and its tags"):
+        read_table(broken, ())
     broken = tmp_path / "broken.conll"
     broken.write_text("a O\n" * 1200 + "\nb\n", encoding="utf-8")
     with pytest.raises(BayesLoraError, match="line 1202 has 1 fields, but the first line has 2"):

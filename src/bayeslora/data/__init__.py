@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from bayeslora.data.choices import Cloze
     from bayeslora.data.completions import prompt_masked
     from bayeslora.data.encode import encode, encode_texts
+    from bayeslora.data.encode_words import encode_words, word_collator
     from bayeslora.data.few_shot import few_shot_pool
     from bayeslora.data.generation import load_generation
     from bayeslora.data.inspection import Inspection, inspect_file
@@ -31,6 +32,7 @@ __all__ = [
     "encode",
     "encode_generation",
     "encode_texts",
+    "encode_words",
     "few_shot_pool",
     "hold_out",
     "inspect_file",
@@ -42,6 +44,7 @@ __all__ = [
     "packaged_model",
     "prompt_masked",
     "unpack_model",
+    "word_collator",
 ]
 
 _MODULES = {
@@ -49,6 +52,7 @@ _MODULES = {
     "choices": ("Cloze",),
     "completions": ("prompt_masked",),
     "encode": ("encode", "encode_texts"),
+    "encode_words": ("encode_words", "word_collator"),
     "few_shot": ("few_shot_pool",),
     "generation": ("load_generation",),
     "inspection": ("Inspection", "inspect_file"),
@@ -69,10 +73,11 @@ def __getattr__(name: str) -> Any:
 
 
 class _Package(ModuleType):
-    """Keep `bayeslora.data.encode` the function when the module of that name is imported."""
+    """Keep `encode` and `encode_words` the functions when the modules of these names are imported."""
 
     def __setattr__(self, name: str, value: Any) -> None:
-        super().__setattr__(name, value.encode if name == "encode" and isinstance(value, ModuleType) else value)
+        is_module = name in ("encode", "encode_words") and isinstance(value, ModuleType)
+        super().__setattr__(name, getattr(value, name) if is_module else value)
 
 
 sys.modules[__name__].__class__ = _Package

@@ -24,6 +24,8 @@ from bayeslora.errors import BayesLoraError
 from bayeslora.files import DOCUMENT_START, conll_columns, conll_fields, first_columns
 
 EXTENSIONS = (".jsonl", ".json", ".csv", ".parquet", ".tsv")
+_TAGGED = (".conll", ".bio", ".iob")
+"""Extensions that a CoNLL file, which may have any, often has."""
 _LONGEST_FIELD = 2**31 - 1
 
 
@@ -144,7 +146,12 @@ def read_table(
 def check_data_file(path: Path) -> None:
     """Raise BayesLoraError unless `path` is a file with an extension that `read_table` knows, or a CoNLL file."""
     extension = path.suffix.lower()
-    if extension not in EXTENSIONS and not first_columns(path):
+    if extension in _TAGGED and path.is_file() and not first_columns(path):
+        raise BayesLoraError(
+            f"{path} is not a CoNLL file, but must have a word and its tags on each line, with as many fields on all "
+            "lines, and an empty line between sentences: correct it"
+        )
+    if extension not in (*EXTENSIONS, *_TAGGED) and not first_columns(path):
         known = ", ".join(EXTENSIONS)
         raise BayesLoraError(f"the extension of {path} is {extension or 'missing'}, but must be {known}: convert it")
     if not path.is_file():

@@ -87,7 +87,7 @@ def evaluate(
         BayesLoraError: `dataset` lacks labels or rows, the model's kind or number of classes is not that of the task,
             outputs are not finite, or samples are wanted but the model lacks a posterior.
     """
-    if not {LABEL, LABELS} & {*dataset.column_names}:
+    if (LABELS if has_words(dataset) else LABEL) not in dataset.column_names:
         raise BayesLoraError(
             f"the split has the columns {', '.join(dataset.column_names)}, but scoring needs labels: use "
             "predict_dataset to predict without scores"

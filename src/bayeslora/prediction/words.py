@@ -25,7 +25,9 @@ def word_logits(model: nn.Module, batch: Mapping[str, Tensor]) -> Tensor:
         BayesLoraError: `starts` is missing, or the model does not tag tokens.
     """
     if _STARTS not in batch:
-        raise BayesLoraError(f"the batch has {', '.join(batch)}, but starts of words are needed: use word_collator")
+        raise BayesLoraError(
+            f"the batch has {', '.join(batch)}, but starts are needed: give the places of the words' first tokens"
+        )
     starts = batch[_STARTS]
     logits = model(**{name: value for name, value in batch.items() if name != _STARTS}).logits
     if logits.ndim != 3:
