@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import subprocess
 import sys
@@ -13,8 +14,10 @@ import numpy as np
 import pytest
 import torch
 from otherwise import BASELINE, VARIANTS, rates, scores
+from peft import LoraConfig, get_peft_model
 from results_otherwise import decoder_table, otherwise_table
 
+from bayeslora import export
 from tests.benchmarks.conftest import BENCHMARKS
 from tests.conftest import build_tiny_bert, build_tiny_tokenizer
 
@@ -73,14 +76,20 @@ def _by_rows(reader: Reader) -> Any:
     return ask
 
 
-def test_a_process_answers_as_the_model_does(tmp_path: Path) -> None:
+@pytest.mark.parametrize("runtime", ["onnxruntime", pytest.param("merged", marks=pytest.mark.slow)])
+def test_a_process_answers_as_the_model_does(runtime: str, tmp_path: Path) -> None:
     """Texts of unequal length in a batch, in a process that reads the folder; what it prints is only answers."""
     model, tokenizer = build_tiny_bert().eval(), build_tiny_tokenizer()
-    model.save_pretrained(tmp_path / "model")
     tokenizer.save_pretrained(tmp_path)
+    if runtime == "merged":
+        model.save_pretrained(tmp_path / "model")
+    else:
+        pytest.importorskip("onnxruntime")
+        adapted = get_peft_model(copy.deepcopy(model), LoraConfig(r=2, target_modules=["query"]))
+        export(adapted, tmp_path / "model", format="onnx", tokenizer=tokenizer)  # B is 0
     texts = ["good film", "the film was bad and the plot cold", "good"]
     script = Path(BENCHMARKS) / "otherwise_worker.py"
-    command = [sys.executable, script, "merged", tmp_path / "model", tmp_path / "tokenizer.json", 16, texts[0]]
+    command = [sys.executable, script, runtime, tmp_path / "model", tmp_path / "tokenizer.json", 16, texts[0]]
     asked = json.dumps({"batches": [texts[:2], texts[2:]]}) + "\n"
     done = subprocess.run(list(map(str, command)), input=asked, capture_output=True, text=True, check=True)
     first, second = map(json.loads, done.stdout.splitlines())
@@ -91,7 +100,7 @@ def test_a_process_answers_as_the_model_does(tmp_path: Path) -> None:
             expected.append(model(input_ids=ids).logits[0].numpy())
     assert np.allclose(first["logits"], expected[:1], atol=1e-5)
     assert np.allclose(second["logits"], expected, atol=1e-5)
-    assert 0 < first["seconds"] < first["since_start"] < second["since_start"] and second["peak"] > 50e6
+    assert 0 < first["seconds"] < first["since_start"] < second["since_start"] and second["peak"] > 20e6
 
 
 def test_the_table_has_a_line_for_each_variant(tmp_path: Path) -> None:

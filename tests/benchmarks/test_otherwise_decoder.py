@@ -77,7 +77,7 @@ def test_matrices_are_rounded_and_all_else_is_kept(kind: Any, tmp_path: Path) ->
         assert (errors < share * largest + 0.001 * largest).all() and errors.min() > 0
 
 
-@pytest.mark.parametrize("runtime", ["torch", "onnxruntime"])
+@pytest.mark.parametrize("runtime", ["onnxruntime", pytest.param("torch", marks=pytest.mark.slow)])
 def test_a_process_writes_what_the_model_writes(runtime: str, tmp_path: Path) -> None:
     model = get_peft_model(build_tiny_llama(), LoraConfig(r=2, init_lora_weights=False)).eval()
     ids = [7, 9, 11, 5]
