@@ -101,6 +101,14 @@ def test_a_second_run_in_the_folder_is_refused_while_the_first_one_trains(tmp_pa
     assert not folder.exists()
 
 
+def test_what_a_killed_process_was_writing_is_not_in_the_finished_folder(tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    with claimed(plan(out)) as folder:
+        (folder / ".seconds.json.1234.partial").write_text("1")
+        complete(folder, out, keep_checkpoints=False)
+    assert [path.name for path in out.iterdir()] == [CONFIG_FILE]
+
+
 @pytest.mark.parametrize("content", [None, ""], ids=["nothing", "an empty file"])
 @pytest.mark.parametrize("resume", [False, True])
 def test_a_folder_of_a_run_that_was_killed_at_once_is_taken_over(

@@ -70,6 +70,8 @@ def complete(partial: Path, out: Path, keep_checkpoints: bool) -> None:
     """Give the finished folder `partial` its name."""
     if not keep_checkpoints:
         shutil.rmtree(partial / CHECKPOINTS, ignore_errors=True)
+    for unfinished in partial.glob(".*.partial"):  # of a process that was killed while it wrote a file
+        unfinished.unlink(missing_ok=True)
     os.rename(partial, out)
     (out / _LOCK_FILE).unlink(missing_ok=True)  # only now, so that nobody can take the old name's lock
 
