@@ -319,12 +319,18 @@ def test_a_resumed_run_continues_bit_for_bit(stop: int, importance: Any) -> None
             weights = copy.deepcopy(straight.state_dict())
             state = copy.deepcopy(loop.optimizer.state_dict())
         advance(loop)
+        if step == stop:
+            logged = loop.statistics()
     resumed = scored(importance=importance)
     resumed.load_state_dict(weights)
     optimizer = WithPosterior(parameter_groups(resumed, lr=1e-2))
     optimizer.load_state_dict(state)
     loop = loop_of(resumed, optimizer, step=stop)
-    for _ in range(stop, STEPS):
+    advance(loop)
+    told = loop.statistics()
+    assert told["rank_budget"] == logged["rank_budget"]
+    assert stop < FINAL or {**told, "std_variation": 0} == {**logged, "std_variation": 0}
+    for _ in range(stop + 1, STEPS):
         advance(loop)
     assert all(torch.equal(resumed.state_dict()[name], value) for name, value in straight.state_dict().items())
 

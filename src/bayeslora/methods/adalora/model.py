@@ -161,9 +161,19 @@ class AdaLoraModel(BayesTuner):
 
     def step_begin(self, step: int, seed: int) -> None:
         run = self.run_state()
-        if step >= run.final_step:
-            self._freeze(run.cut_before)
+        if run.cut_before:
+            self._resume(step)
         run.cut_before = []
+
+    def _resume(self, done: int) -> None:
+        """Take up the allocations of a run that goes on after `done` steps: the budget, and which ranks were cut."""
+        run, interval = self.run_state(), self.config_of(self.training_adapter()).deltaT
+        latest = run.final_step if done >= run.final_step else done // interval * interval
+        if latest > run.warm_up_end:
+            run.rank_budget = budget_at(latest, run.warm_up_end, run.final_step, run.initial_budget, run.target_budget)
+            run.kept = {id(layer): mask for layer, mask in run.cut_before}
+        if done >= run.final_step:
+            self._freeze(run.cut_before)
 
     def _freeze(self, masks: Sequence[tuple[AdaLoraLayer, Tensor]]) -> None:
         name = self.training_adapter()
