@@ -83,7 +83,11 @@ def test_a_resumed_run_ends_exactly_where_an_uninterrupted_one_does(
 
 @pytest.mark.parametrize("limit", ["1", "2"])
 def test_a_run_that_is_interrupted_after_its_last_step_takes_none_more(
-    setting: Setting, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, limit: str
+    setting: Setting,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capfd: pytest.CaptureFixture[str],
+    limit: str,
 ) -> None:
     """With one checkpoint it begins again; a constant rate would move the weights in a step too many."""
     more = ["--lr-scheduler-type", "constant", "--save-steps", "4", "--save-total-limit", limit]
@@ -97,7 +101,10 @@ def test_a_run_that_is_interrupted_after_its_last_step_takes_none_more(
         patch.setattr("bayeslora.runs.train.finish", interrupted)
         assert main([*_options(setting, "lora", out, steps=12), *more]) == 130
     assert (tmp_path / "out.partial" / "checkpoints" / "checkpoint-12").is_dir()
+    capfd.readouterr()
     assert main([*_options(setting, "lora", out, steps=12), *more, "--resume"]) == 0
+    begins_again = "checkpoint-12 is from after the last step" in capfd.readouterr().err
+    assert begins_again == (limit == "1")
     _assert_same_weights(whole, out)
     steps = [json.loads((run / "metrics.json").read_text())["steps"] for run in (whole, out)]
     assert steps == [12, 12]

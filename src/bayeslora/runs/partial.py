@@ -82,7 +82,7 @@ def can_be_resumed(partial: Path) -> bool:
 
 
 def last_checkpoint(partial: Path) -> Path | None:
-    """Return the newest checkpoint that is whole, or None to start from the beginning; a warning names damaged ones.
+    """Return the newest checkpoint that is whole, or None to start from the beginning; a warning says why others not.
 
     One after the last step of training that ends within an epoch is passed over: the Trainer would take a step more.
 
@@ -94,18 +94,22 @@ def last_checkpoint(partial: Path) -> Path | None:
         if path.name.rpartition("-")[2].isdecimal() and (path / _TRAINER_STATE).is_file():  # which is written last
             numbered.append((int(path.name.rpartition("-")[2]), path))
     damaged: list[str] = []
+    finished: list[str] = []
     whole: Path | None = None
     for _, path in sorted(numbered, reverse=True):
         _check_processes(path)
         problem = _damage(path)
         if problem is not None:
             damaged.append(f"{path.name} is damaged ({problem})")
-        elif not _ends_within_epoch(path):
+        elif _ends_within_epoch(path):
+            finished.append(f"{path.name} is from after the last step")
+        else:
             whole = path
             break
-    if damaged:
+    told = damaged if whole is not None else damaged + finished
+    if told:
         instead = "the beginning" if whole is None else whole.name
-        warnings.warn(f"{', '.join(damaged)} in {partial}: training goes on from {instead}", stacklevel=2)
+        warnings.warn(f"{', '.join(told)} in {partial}: training goes on from {instead}", stacklevel=2)
     return whole
 
 
