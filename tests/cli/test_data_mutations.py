@@ -555,8 +555,8 @@ PARTS = 4
 def test_many_changed_data_files(
     machine: Machine, loaded: list[Task], part: int, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    """2,000 of them; `BAYESLORA_MUTATIONS` is another number of all, `BAYESLORA_SEED` another choice."""
-    count, seed = int(os.environ.get("BAYESLORA_MUTATIONS", "2000")), int(os.environ.get("BAYESLORA_SEED", "1"))
+    """400 of them; `BAYESLORA_MUTATIONS` is another number of all, `BAYESLORA_SEED` another choice."""
+    count, seed = int(os.environ.get("BAYESLORA_MUTATIONS", "400")), int(os.environ.get("BAYESLORA_SEED", "1"))
     cases = list(_cases(Laboratory(machine, loaded), count, seed))
     counts, wrong = tried(cases[part::PARTS])
     with capfd.disabled():

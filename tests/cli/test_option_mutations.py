@@ -248,8 +248,8 @@ PARTS = 10
 def test_many_changed_options(
     machine: Machine, places: dict[str, Path], part: int, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    """2,000 of them; `BAYESLORA_MUTATIONS` is another number of all, `BAYESLORA_SEED` another choice."""
-    count = int(os.environ.get("BAYESLORA_MUTATIONS", "2000"))
+    """400 of them; `BAYESLORA_MUTATIONS` is another number of all, `BAYESLORA_SEED` another choice."""
+    count = int(os.environ.get("BAYESLORA_MUTATIONS", "400"))
     cases = list(_cases(machine, places, count, seed=int(os.environ.get("BAYESLORA_SEED", "1"))))
     counts, wrong = tried(cases[part::PARTS])
     with capfd.disabled():
