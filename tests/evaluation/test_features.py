@@ -44,16 +44,17 @@ def test_mahalanobis_distances_are_scipys(shrinkage: float | None) -> None:
     found = FeatureSpace(features, labels, shrinkage=shrinkage).scores(POINTS, LOGITS)
     means = np.stack([features[labels == k].mean(axis=0) for k in range(3)])
 
-    def inverse(deviations: np.ndarray) -> np.ndarray:
-        if shrinkage is None:
-            return np.linalg.inv(LedoitWolf(assume_centered=True).fit(deviations).covariance_)
-        covariance = np.cov(deviations.T, bias=True)
-        target = np.trace(covariance) / 5 * np.eye(5)
-        return np.linalg.inv((1 - shrinkage) * covariance + shrinkage * target)
-
-    within = cdist(POINTS, means, "mahalanobis", VI=inverse(features - means[labels])) ** 2
-    center = features.mean(axis=0)
-    total = cdist(POINTS, center[None], "mahalanobis", VI=inverse(features - center)) ** 2
+    deviations, center = features - means[labels], features.mean(axis=0)
+    covariance = np.cov(deviations.T, bias=True)
+    if shrinkage is None:
+        covariance = LedoitWolf(assume_centered=True).fit(deviations).covariance_
+    else:
+        covariance = (1 - shrinkage) * covariance + shrinkage * np.trace(covariance) / 5 * np.eye(5)
+    around = covariance + np.cov((means[labels] - center).T, bias=True)
+    if shrinkage == 0:
+        np.testing.assert_allclose(around, np.cov(features.T, bias=True))  # the papers'
+    within = cdist(POINTS, means, "mahalanobis", VI=np.linalg.inv(covariance)) ** 2
+    total = cdist(POINTS, center[None], "mahalanobis", VI=np.linalg.inv(around)) ** 2
     np.testing.assert_allclose(found["mahalanobis"], within.min(axis=1))
     np.testing.assert_allclose(found["relative_mahalanobis"], (within - total).min(axis=1), atol=1e-9)
 
@@ -106,6 +107,21 @@ def test_relative_distances_ignore_what_tells_no_class_apart() -> None:
     assert np.abs(away["relative_mahalanobis"] - near["relative_mahalanobis"]).max() < 2
 
 
+def test_relative_distances_are_the_same_far_away_where_classes_lie_far_apart() -> None:
+    """Few rows, many directions and classes far apart: shrunk by itself, the covariance of all would win far away."""
+    generator = np.random.default_rng(8)
+    labels = np.arange(200) % 2
+    features = 0.05 * generator.normal(size=(200, 120))
+    features[:, 0] += 10 * labels
+    space = FeatureSpace(features, labels)
+    points = features[:20] + 0.01 * generator.normal(size=(20, 120))
+    away = points.copy()
+    away[:, 1:] += 3 * generator.normal(size=(20, 119))
+    near, far = (space.scores(values, np.zeros((20, 2))) for values in (points, away))
+    assert (far["mahalanobis"] > 100 * near["mahalanobis"]).all()
+    assert (far["relative_mahalanobis"] - near["relative_mahalanobis"] > -0.1 * near["mahalanobis"]).all()
+
+
 def test_foreign_points_are_detected_and_points_of_the_same_kind_are_not() -> None:
     space = FeatureSpace(*clusters(600, seed=1))
     inside, more = (clusters(500, seed)[0] for seed in (2, 3))
@@ -125,7 +141,7 @@ def test_wrong_features_and_options() -> None:
     ):
         with pytest.raises(BayesLoraError, match=sentence):
             FeatureSpace(features, labels, **options)
-    with pytest.raises(BayesLoraError, match="singular at shrinkage 0"):
+    with pytest.raises(BayesLoraError, match="is singular, but must be invertible"):
         FeatureSpace(np.hstack([features, features]), labels, shrinkage=0.0)
     with pytest.raises(BayesLoraError, match="for 11 labels"):
         FeatureSpace(features, labels[:11])

@@ -12,8 +12,10 @@ them, and $\ell$ the logits. With $d_\Sigma(f, \mu) = (f - \mu)^\top \Sigma^{-1}
 | `nearest_neighbors` | distance to the k-th nearest training row | Sun et al., 2022, arXiv:2204.06507 |
 
 The distance to a training row is that of the normalized features $f / \lVert f \rVert$. Where the papers use the
-sample covariance S, both covariances are shrunk here to $(1 - s) S + s \, \frac{\text{tr} S}{d} I$: the features of a
-fine-tuned classifier vary in few directions, and a few thousand rows do not fill the others.
+sample covariance S around the class means, $\Sigma = (1 - s) S + s \, \frac{\text{tr} S}{d} I$ is shrunk here: the
+features of a fine-tuned classifier vary in few directions, and a few thousand rows do not fill the others. The sum of
+$\Sigma$ and the covariance of the class means is $\Sigma_0$; with s = 0 it is the papers'. Shrunk by itself it would have
+other variances where no row lies, and their difference, far from all rows, would count as relative distance.
 """
 
 from __future__ import annotations
@@ -51,26 +53,30 @@ class _Metric:
 
     factor: Array
 
-    @classmethod
-    def fit(cls, deviations: Array, shrinkage: float | None) -> _Metric:
-        """Fit to (n, d) deviations from a mean; None chooses the shrinkage (Ledoit and Wolf, 2004)."""
-        covariance = deviations.T @ deviations / len(deviations)
-        if shrinkage is None:
-            shrinkage = max(float(ledoit_wolf(deviations, assume_centered=True)[1]), _LEAST_SHRINKAGE)
-        size = len(covariance)
-        shrunk = (1 - shrinkage) * covariance + shrinkage * np.trace(covariance) / size * np.eye(size)
-        try:
-            return cls(cholesky(shrunk, lower=True))
-        except LinAlgError:
-            raise BayesLoraError(
-                f"the covariance of {len(deviations)} rows with {size} features is singular at shrinkage {shrinkage}, "
-                "but must be invertible: give more rows or a larger shrinkage"
-            ) from None
-
     def distances(self, features: Array, means: Array) -> Array:
         """Return (n, C) squared distances of (n, d) features to (C, d) means."""
         points, centers = (solve_triangular(self.factor, x.T, lower=True).T for x in (features, means))
         return np.stack([((points - center) ** 2).sum(axis=1) for center in centers], axis=1)
+
+
+def _shrunk(deviations: Array, shrinkage: float | None) -> Array:
+    """Return the covariance of (n, d) deviations from a mean; None chooses the shrinkage (Ledoit and Wolf, 2004)."""
+    covariance = deviations.T @ deviations / len(deviations)
+    if shrinkage is None:
+        shrinkage = max(float(ledoit_wolf(deviations, assume_centered=True)[1]), _LEAST_SHRINKAGE)
+    size = len(covariance)
+    found: Array = (1 - shrinkage) * covariance + shrinkage * np.trace(covariance) / size * np.eye(size)
+    return found
+
+
+def _factor(covariance: Array) -> Array:
+    try:
+        return np.asarray(cholesky(covariance, lower=True))
+    except LinAlgError:
+        raise BayesLoraError(
+            f"the covariance of {len(covariance)} features is singular, but must be invertible: give more rows or a "
+            "larger shrinkage"
+        ) from None
 
 
 class FeatureSpace:
@@ -80,7 +86,7 @@ class FeatureSpace:
         features: (n, d) of the training rows.
         labels: (n,) class ids.
         neighbors: k of `nearest_neighbors`, at most n; None takes 10, or n if that is less.
-        shrinkage: s in [0, 1]; None chooses it for each covariance (Ledoit and Wolf, 2004). With 0, Mahalanobis
+        shrinkage: s in [0, 1]; None chooses it (Ledoit and Wolf, 2004). With 0, Mahalanobis
             distances do not change when all features are transformed by the same invertible affine map.
 
     Raises:
@@ -110,8 +116,9 @@ class FeatureSpace:
         classes = np.unique(self.labels, return_inverse=True)[1]
         self._means = np.stack([self.features[classes == k].mean(axis=0) for k in range(classes.max() + 1)])
         self._center = self.features.mean(axis=0, keepdims=True)
-        self._within = _Metric.fit(self.features - self._means[classes], shrinkage)
-        self._total = _Metric.fit(self.features - self._center, shrinkage)
+        within = _shrunk(self.features - self._means[classes], shrinkage)
+        shares, apart = np.bincount(classes) / len(classes), self._means - self._center
+        self._within, self._total = _Metric(_factor(within)), _Metric(_factor(within + (apart.T * shares) @ apart))
         self._nearest = NearestNeighbors(n_neighbors=self.neighbors).fit(_normalized(self.features))
 
     def scores(self, features: ArrayLike, logits: ArrayLike) -> dict[str, Array]:
@@ -137,7 +144,7 @@ class FeatureDetector:
 
     ```python
     detector = bayeslora.FeatureDetector(model).fit(train_loader)
-    foreign = detector.score(loader)["relative_mahalanobis"]      # (n,), larger means more foreign
+    foreign = detector.score(loader)["mahalanobis"]      # (n,), larger means more foreign
     ```
 
     Scoring takes one pass with the mean weights, without samples.
