@@ -14,8 +14,8 @@ them, and $\ell$ the logits. With $d_\Sigma(f, \mu) = (f - \mu)^\top \Sigma^{-1}
 The distance to a training row is that of the normalized features $f / \lVert f \rVert$. Where the papers use the
 sample covariance S around the class means, $\Sigma = (1 - s) S + s \, \frac{\text{tr} S}{d} I$ is shrunk here: the
 features of a fine-tuned classifier vary in few directions, and a few thousand rows do not fill the others. The sum of
-$\Sigma$ and the covariance of the class means is $\Sigma_0$; with s = 0 it is the papers'. Shrunk by itself it would have
-other variances where no row lies, and their difference, far from all rows, would count as relative distance.
+$\Sigma$ and the covariance of the class means is $\Sigma_0$; with s = 0 it is the papers'. Shrunk by itself it would
+have other variances where no row lies, and their difference, far from all rows, would count as relative distance.
 """
 
 from __future__ import annotations
