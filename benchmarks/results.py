@@ -20,6 +20,7 @@ from results_choice import choice_page, choice_tables, with_tables
 from results_figures import bits_figure, cost_figure, mmlu_figure, ranks_figure
 from results_frontier import first_figure, frontier_figure, frontier_section
 from results_glue import PAPERS, glue_runs, glue_section, patterns_section
+from results_ood import ood_section
 from results_sections import (
     importance_section,
     missing_section,
@@ -92,6 +93,7 @@ def page(results: Path, figures: Iterable[str]) -> str:
         "Patterns": patterns_section(results) + figure("results-ranks") + figure("results-bits"),
         "Importance": importance_section(results) + posterior_table(runs),
         "Calibration": calibration_section(results / "calibration"),
+        "Foreign texts": ood_section(results / "ood"),
         mmlu_title(results): mmlu_section(results) + figure("results-mmlu"),
         "Time": timing_section(results),
     }
