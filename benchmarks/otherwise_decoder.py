@@ -9,8 +9,6 @@ from __future__ import annotations
 import argparse
 import copy
 import importlib.util
-import json
-import os
 import statistics
 import subprocess
 import sys
@@ -23,6 +21,7 @@ import gguf
 import torch
 from deploy_models import DECODER, LINEAR, text_batches, texts_of
 from harness import packaged_language_model
+from measuring import ONE_THREAD, Answering
 from otherwise_writer import read
 from peft import LoraConfig, get_peft_model
 from torch import nn
@@ -165,7 +164,7 @@ class Asked(Protocol):
     def ask(self, **request: Any) -> dict[str, Any]: ...
 
 
-class Writer:
+class Writer(Answering):
     """A variant in a process of its own."""
 
     def __init__(self, variant: Variant, folder: Path, llama: str) -> None:
@@ -174,34 +173,10 @@ class Writer:
         if variant.runtime == LLAMA:
             adapter = folder / "adapter.gguf"
             command = [llama, here / "llama.py", folder / "model.gguf", *([adapter] if adapter.is_file() else [])]
-        environment = {**os.environ, **dict.fromkeys(("OMP_NUM_THREADS", "MKL_NUM_THREADS"), "1")}
-        self.command = [str(word) for word in command]
-        self.process = subprocess.Popen(
-            self.command,
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            text=True,
-            env=environment,
-        )
-        self._read()
+        super().__init__(command, ONE_THREAD)
 
     def ask(self, **request: Any) -> dict[str, Any]:
-        assert self.process.stdin is not None
-        self.process.stdin.write(json.dumps(request) + "\n")
-        self.process.stdin.flush()
-        return self._read()
-
-    def close(self) -> None:
-        assert self.process.stdin is not None
-        self.process.stdin.close()
-        self.process.wait()
-
-    def _read(self) -> dict[str, Any]:
-        assert self.process.stdout is not None
-        line = self.process.stdout.readline()
-        if not line:
-            raise RuntimeError(f"{' '.join(self.command)} ended: its error is above")
-        return json.loads(line)
+        return self.send(**request)
 
 
 def rates(
