@@ -72,6 +72,8 @@ WORDS = "tokens"
 """Column of rows whose words have a tag each: a list of words."""
 TAGS = ("ner_tags", "tags", "labels")
 """Usual columns of their tags, the first that a file has."""
+STARTS = "starts"
+"""Column, or input, of the places of the words' first tokens in a sequence."""
 
 
 def tagged_form(columns: Collection[str]) -> tuple[str, str] | None:

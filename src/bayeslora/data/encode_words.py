@@ -21,9 +21,8 @@ from bayeslora.data.encode import Collate, allowed_length, pad_id
 from bayeslora.data.tagged import OFFSETS
 from bayeslora.data.tasks import LABEL
 from bayeslora.errors import BayesLoraError, one_line
+from bayeslora.vocabulary import STARTS
 
-STARTS = "starts"
-"""Column of the places of the words' first tokens in a sequence."""
 ROW = "row"
 """Column of the number of the sentence that a sequence is from."""
 TEXTS = "words"

@@ -8,8 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from bayeslora.errors import BayesLoraError
-
-_STARTS = "starts"
+from bayeslora.vocabulary import STARTS
 
 
 def word_logits(model: nn.Module, batch: Mapping[str, Tensor]) -> Tensor:
@@ -24,12 +23,12 @@ def word_logits(model: nn.Module, batch: Mapping[str, Tensor]) -> Tensor:
     Raises:
         BayesLoraError: `starts` is missing, or the model does not tag tokens.
     """
-    if _STARTS not in batch:
+    if STARTS not in batch:
         raise BayesLoraError(
             f"the batch has {', '.join(batch)}, but starts are needed: give the places of the words' first tokens"
         )
-    starts = batch[_STARTS]
-    logits = model(**{name: value for name, value in batch.items() if name != _STARTS}).logits
+    starts = batch[STARTS]
+    logits = model(**{name: value for name, value in batch.items() if name != STARTS}).logits
     if logits.ndim != 3:
         raise BayesLoraError(
             f"the model's logits have shape {tuple(logits.shape)}, but must be (batch, tokens, tags): load a token "

@@ -40,7 +40,6 @@ from transformers.integrations import get_reporting_integration_callbacks
 from transformers.utils import is_liger_kernel_available
 
 from bayeslora.data import HoldOut, Task, labelled_tokens, load_files, load_generation, load_task
-from bayeslora.data.encode_words import STARTS
 from bayeslora.data.tasks import LABEL, TASKS, hub_dataset
 from bayeslora.errors import BayesLoraError
 from bayeslora.evaluation import compute_metrics_for
@@ -78,6 +77,7 @@ from bayeslora.runs.score import answered, measure, measure_text, rows_to_score,
 from bayeslora.runs.text_scores import check_text_metrics
 from bayeslora.training import SWAG, attach
 from bayeslora.training.class_weights import class_weights, weighed_classes
+from bayeslora.vocabulary import STARTS
 
 TRAIN = "train"
 _YES = ("1", "true", "yes")
