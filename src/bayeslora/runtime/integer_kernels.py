@@ -142,12 +142,13 @@ class PrepackedWeight:
             [],
             "none",  # GELU by the error function, not by its tanh approximation
         )
-        return found[: len(x), : self.out_features]
+        return found if found.shape == (x.shape[0], self.out_features) else found[: x.shape[0], : self.out_features]
 
 
 def _at_least(rows: int, x: Tensor) -> Tensor:
     """Return `x` with rows of zeros appended until it has `rows`."""
-    return x if len(x) >= rows else torch.cat([x, x.new_zeros(rows - len(x), *x.shape[1:])])
+    missing = rows - x.shape[0]
+    return x if missing <= 0 else torch.cat([x, x.new_zeros(missing, *x.shape[1:])])
 
 
 def _prepacked_sums(x: Tensor, codes: Tensor) -> Tensor:

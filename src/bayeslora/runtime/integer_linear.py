@@ -40,7 +40,8 @@ _BYTE = 8
 _INT16 = 16
 _UNQUANTIZED = WIDTHS[-1]
 _GELU_MINIMUM = -0.17
-_CACHE_BLOCK = 1 << 18  # numbers, a megabyte of float32
+CACHE_BLOCK = 1 << 18
+"""Numbers that stay in a processor's cache during several passes: a megabyte of float32."""
 
 
 class StaticQuantizer:
@@ -68,11 +69,12 @@ class StaticQuantizer:
 
     def codes(self, x: Tensor, zero_point: int = 0) -> Tensor:
         """Return the codes of rows (n, d) for at most 8 bits: int8, or uint8 with a `zero_point` of 128."""
+        if x.dtype == torch.float32 and len(_cache_blocks(x)) == 1:
+            return as_codes(self.round_to_codes_(x / self.step), zero_point)
         found = torch.empty(x.shape, dtype=torch.int8, device=x.device)
         for into, steps in self._in_steps(x, found):
             into.copy_(steps)
-        # In two's complement c and c + 128 differ only in the highest bit.
-        return found.view(torch.uint8).bitwise_xor_(zero_point) if zero_point else found
+        return as_codes(found, zero_point)
 
     def quantize(self, x: Tensor) -> Tensor:
         """Return rows (n, d) rounded to the grid, in the type of `x`; for fewer than 32 bits."""
@@ -95,17 +97,24 @@ class StaticQuantizer:
             yield into, self.round_to_codes_(steps)
 
 
+def as_codes(codes: Tensor, zero_point: int) -> Tensor:
+    """Return codes of at most 8 bits as int8, or as uint8 with a `zero_point` of 128, in place if they are int8."""
+    found = codes.to(torch.int8)
+    # In two's complement c and c + 128 differ only in the highest bit.
+    return found.view(torch.uint8).bitwise_xor_(zero_point) if zero_point else found
+
+
 def _cache_blocks(rows: Tensor) -> tuple[Tensor, ...]:
     """Split rows into blocks that stay in a processor's cache during several passes."""
     if torch.compiler.is_compiling():  # fused into one pass
         return (rows,)
-    count = max(1, _CACHE_BLOCK // rows.shape[1])
-    return (rows,) if len(rows) <= count or rows.device.type != "cpu" else rows.split(count)
+    count = max(1, CACHE_BLOCK // rows.shape[1])
+    return (rows,) if rows.shape[0] <= count or rows.device.type != "cpu" else rows.split(count)
 
 
-def _zero_point(rows: Tensor) -> int:
+def zero_point_for(rows: Tensor) -> int:
     """Return the offset of activation codes: 128 if `PrepackedWeight` will run (many rows, not compiled), else 0."""
-    is_many = len(rows) > SMALL_BATCH and not torch.compiler.is_compiling()
+    is_many = rows.shape[0] > SMALL_BATCH and not torch.compiler.is_compiling()
     return ZERO_POINT if is_many and has_prepacked_kernel(rows.device.type) else 0
 
 
@@ -317,7 +326,7 @@ class IntegerLinear(Float32Module):
             dtype = self._stream if are_codes else x.dtype
             within = torch.bfloat16 if dtype == torch.bfloat16 else torch.float32
             if self.takes_codes:
-                codes = rows if are_codes else self.input.codes(rows, _zero_point(rows))
+                codes = rows if are_codes else self.input.codes(rows, zero_point_for(rows))
                 # bfloat16 resolves large codes only to half a step, which could change a code.
                 exact = self.output.bits < _UNQUANTIZED
                 found = self._finished(*self._of_codes(codes, torch.float32 if exact else within))
@@ -327,27 +336,29 @@ class IntegerLinear(Float32Module):
             found = found.to(dtype)
         return found.view(*x.shape[:-1], self.out_features)
 
-    def _of_codes(self, codes: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor | None]:
-        """Return W_0 x_q + b (n, d_out) in `dtype` and A x_q (n, r) in float32, from sums over codes.
+    def sums_of_codes(self, codes: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
+        """Return W_0 x_q + b and, if A has codes too, A x_q beside it: (n, d_out + r) in `dtype`.
 
-        Both are in steps of their grids. Codes are int8, or uint8 with `ZERO_POINT` added (see `_zero_point`). Sums
-        are exact in float32. A layer that feeds another returns codes for it instead, for any `dtype`.
+        Values are in steps of their grids. Codes are int8, or uint8 with `ZERO_POINT` added (see `zero_point_for`).
+        Sums are exact in float32. A layer that feeds another returns codes for it instead, for any `dtype`.
         """
-        zero_point = _zero_point(codes)
-        if zero_point:
+        if zero_point_for(codes):
             if self._prepacked_weight is None:
                 gelu_step = None if self._emitted is None else self._emitted.step
                 self._prepacked_weight = PrepackedWeight(self.codes, self.sum_scales, self.bias, gelu_step)
-            found = self._prepacked_weight.product(codes, dtype)
+            return self._prepacked_weight.product(codes, dtype)
+        if has_integer_kernel(codes.device.type):
+            sums = integer_product(codes, self.codes)
         else:
-            if has_integer_kernel(codes.device.type):
-                sums = integer_product(codes, self.codes)
-            else:
-                sums = dequantized_product(codes.float(), self.codes)
-            found, emitted = self._scaled(sums), self._emitted
-            found = found.to(dtype) if emitted is None else emitted.codes(nn.functional.gelu(found))
+            sums = dequantized_product(codes.float(), self.codes)
+        found, emitted = self._scaled(sums), self._emitted
+        return found.to(dtype) if emitted is None else emitted.codes(nn.functional.gelu(found))
+
+    def _of_codes(self, codes: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor | None]:
+        """Return W_0 x_q + b (n, d_out) in `dtype` and A x_q (n, r) in float32; codes as in `sums_of_codes`."""
+        found = self.sums_of_codes(codes, dtype)
         if self.rank and not self.is_stacked:
-            return found, nn.functional.linear((codes.float() - zero_point) * self.input.step, self.down)
+            return found, nn.functional.linear((codes.float() - zero_point_for(codes)) * self.input.step, self.down)
         return self._split(found)
 
     def _of_values(self, rows: Tensor) -> tuple[Tensor, Tensor | None]:

@@ -19,6 +19,7 @@ from bayeslora.errors import BayesLoraError, one_line
 from bayeslora.export.container import INTEGER, MAX_INDEX, Parts, check_ranges, read_container, split
 from bayeslora.export.integer.index import BIAS, INDEX_FILE, IntegerIndex, IntegerLayer
 from bayeslora.quantization import grid_step
+from bayeslora.runtime.integer_classifier import skip_padding
 from bayeslora.runtime.integer_linear import IntegerEmbedding, IntegerLinear, StaticQuantizer
 from bayeslora.vocabulary import ACTIVATIONS, BASE_WEIGHT, MATRICES, UNQUANTIZED
 
@@ -57,6 +58,7 @@ def load_integer(
         _replace(model, layer, tensors, dtype)
     _assign(model, index, tensors, dtype)
     _fuse_activations(model, dtype)
+    skip_padding(model)
     if (folder / "generation_config.json").is_file() and model.can_generate():
         model.generation_config = GenerationConfig.from_pretrained(folder)
     model.requires_grad_(False)

@@ -11,7 +11,6 @@ The graph computes what the model of Transformers computes in evaluation mode, w
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from functools import partial
 from typing import Any, cast
 
@@ -25,6 +24,7 @@ from bayeslora.errors import BayesLoraError
 from bayeslora.export.onnx.graph import Graph, Value
 from bayeslora.export.onnx.layers import Part, ProductLayers
 from bayeslora.export.onnx.products import array
+from bayeslora.runtime.encoders import FAMILIES
 
 IDS, MASK, TYPES = "input_ids", "attention_mask", "token_type_ids"
 LOGITS = "logits"
@@ -42,59 +42,6 @@ _REPEATED = -40.0
 
 The exponential of a lower number is not a normal float32, and processors take many times as long for those.
 """
-
-
-@dataclass(frozen=True)
-class Family:
-    """Paths of an architecture's modules; those of a block are relative to it.
-
-    Attributes:
-        encoder: the part without the classifier.
-        blocks: list of blocks, relative to the encoder.
-        attention: query, key, value and output.
-        feed_forward: the two layers.
-        norms: after the attention and after the feed-forward network.
-        head: layers of the classifier, each with the activation that follows.
-        counts_padding: whether positions count from the first token (False: only tokens that are not padding).
-    """
-
-    encoder: str
-    blocks: str
-    attention: tuple[str, str, str, str]
-    feed_forward: tuple[str, str]
-    norms: tuple[str, str]
-    head: tuple[tuple[str, str | None], ...]
-    counts_padding: bool = True
-
-
-_BERT_BLOCK = {
-    "blocks": "encoder.layer",
-    "attention": ("attention.self.query", "attention.self.key", "attention.self.value", "attention.output.dense"),
-    "feed_forward": ("intermediate.dense", "output.dense"),
-    "norms": ("attention.output.LayerNorm", "output.LayerNorm"),
-}
-_ROBERTA = Family(
-    "roberta",
-    **cast(Any, _BERT_BLOCK),
-    head=(("classifier.dense", "Tanh"), ("classifier.out_proj", None)),
-    counts_padding=False,
-)
-FAMILIES = {
-    "BertForSequenceClassification": Family(
-        "bert", **cast(Any, _BERT_BLOCK), head=(("bert.pooler.dense", "Tanh"), ("classifier", None))
-    ),
-    "DistilBertForSequenceClassification": Family(
-        "distilbert",
-        "transformer.layer",
-        ("attention.q_lin", "attention.k_lin", "attention.v_lin", "attention.out_lin"),
-        ("ffn.lin1", "ffn.lin2"),
-        ("sa_layer_norm", "output_layer_norm"),
-        (("pre_classifier", "Relu"), ("classifier", None)),
-    ),
-    "RobertaForSequenceClassification": _ROBERTA,
-    "XLMRobertaForSequenceClassification": _ROBERTA,
-}
-"""Architectures that can be written, by the name of their class in Transformers."""
 
 
 def check_encoder(model: nn.Module) -> None:

@@ -1,0 +1,188 @@
+"""The forward pass of an integer encoder with a classifier, without what does not change its answer.
+
+- Padding is left out: tokens are rows (n, width), and only the attention puts them back in their places.
+- The classifier reads the first token, so the last block computes its query, and all that follows, for that one only.
+- Query, key and value are computed side by side (`JointLinear`).
+
+A call that asks for more than the logits, such as a loss or the hidden states, runs the model's own forward pass.
+"""
+
+from __future__ import annotations
+
+import inspect
+from typing import Any, cast
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+from transformers.modeling_outputs import SequenceClassifierOutput
+
+from bayeslora.runtime.encoders import FAMILIES, Family
+from bayeslora.runtime.joint_linear import JointLinear
+
+_FIRST_INPUTS = ("input_ids", "attention_mask")
+"""Those that every architecture takes by position."""
+
+
+def skip_padding(model: PreTrainedModel) -> None:
+    """Let calls for the logits of a known encoder with a classifier leave out what does not change them."""
+    family = FAMILIES.get(type(model).__name__)
+    if family is not None and not getattr(model.config, "is_decoder", False):
+        setattr(model, "forward", ClassifierForward(model))  # noqa: B010 - a method for the type checker
+
+
+class ClassifierForward:
+    """The forward pass of one model.
+
+    Args:
+        model: of an architecture in `FAMILIES`, in evaluation mode.
+    """
+
+    def __init__(self, model: PreTrainedModel) -> None:
+        self.model = model
+        self._inputs = {*_FIRST_INPUTS, "token_type_ids"} & set(self.__signature__.parameters)
+        self._made_for: torch.device | None = None
+        self._blocks: list[_Block] = []
+
+    @property
+    def __signature__(self) -> inspect.Signature:
+        """The model's inputs, which callers read."""
+        return inspect.signature(type(self.model).forward.__get__(self.model))
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Return the state without caches, which a copy makes again."""
+        return {**self.__dict__, "_made_for": None, "_blocks": []}
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        given = dict(zip(_FIRST_INPUTS, args, strict=False)) | kwargs
+        given = {name: value for name, value in given.items() if value is not None}
+        if len(args) > len(_FIRST_INPUTS) or not self._is_for_logits(given):
+            return type(self.model).forward(self.model, *args, **kwargs)
+        return SequenceClassifierOutput(logits=self._logits(**given))
+
+    def _is_for_logits(self, given: dict[str, Any]) -> bool:
+        """Return whether the call has ids and wants nothing but the logits."""
+        config: Any = self.model.config
+        if given.pop("return_dict", config.return_dict) is False or self.model.training:
+            return False
+        if "input_ids" not in given or not set(given) <= self._inputs or torch.compiler.is_compiling():
+            return False
+        mask = given.get("attention_mask")
+        if config.output_hidden_states or config.output_attentions:
+            return False
+        return mask is None or (mask.dim() == 2 and bool(mask.any(1).all()))
+
+    def _logits(self, input_ids: Tensor, attention_mask: Tensor | None = None, **types: Tensor) -> Tensor:
+        family, blocks = FAMILIES[type(self.model).__name__], self._prepared()
+        embeddings = self.model.get_submodule(f"{family.encoder}.embeddings")
+        places = _Places(input_ids, attention_mask)
+        x = places.rows(embeddings(input_ids=input_ids, **types))
+        for block in blocks[:-1]:
+            x = block(x, places)
+        x = blocks[-1](x, places, only_first=True)
+        for path, activation in family.head:
+            x = self.model.get_submodule(path)(x)
+            x = x if activation is None else getattr(torch, activation.lower())(x)
+        return x
+
+    def _prepared(self) -> list[_Block]:
+        if self._made_for != self.model.device:
+            self._made_for, family = self.model.device, FAMILIES[type(self.model).__name__]
+            blocks = self.model.get_submodule(f"{family.encoder}.{family.blocks}")
+            heads = int(cast(Any, self.model.config).num_attention_heads)
+            self._blocks = [_Block(block, family, heads) for block in blocks.children()]
+        return self._blocks
+
+
+class _Places:
+    """Where the tokens of a batch are, and which of them are rows.
+
+    The first token of each text is a row, even if it is hidden, because the classifier reads it.
+
+    Args:
+        ids: (batch, length).
+        mask: (batch, length), 0 for padding; None without any.
+    """
+
+    def __init__(self, ids: Tensor, mask: Tensor | None) -> None:
+        self.shape = ids.shape
+        self.kept: Tensor | None = None
+        self.bias: Tensor | None = None
+        visible = None if mask is None else mask != 0
+        if visible is None or bool(visible.all()):
+            self.first = torch.arange(0, ids.numel(), ids.shape[1], device=ids.device)
+            return
+        self.bias = torch.zeros(visible.shape, device=ids.device).masked_fill_(~visible, -torch.inf)[:, None, None]
+        is_row = visible.clone()
+        is_row[:, 0] = True
+        flat = is_row.view(-1)
+        self.kept = flat.nonzero().view(-1)
+        # Padding reads the row of a token before it, which the attention gives no weight.
+        self.row_of = flat.cumsum(0).sub_(1)
+        self.first = self.row_of.view(visible.shape)[:, 0]
+
+    def rows(self, x: Tensor) -> Tensor:
+        """Return the tokens of (batch, length, width) as rows (n, width)."""
+        flat = x.reshape(-1, x.shape[-1])
+        return flat if self.kept is None else flat.index_select(0, self.kept)
+
+    def in_place(self, rows: Tensor) -> Tensor:
+        """Return rows (n, width) as (batch, length, width)."""
+        found = rows if self.kept is None else rows.index_select(0, self.row_of)
+        return found.view(*self.shape, -1)
+
+
+class _Block:
+    """A block of the encoder, on rows.
+
+    Args:
+        block: attention and feed-forward network.
+        family: with their paths.
+        heads: number of the attention's.
+    """
+
+    def __init__(self, block: nn.Module, family: Family, heads: int) -> None:
+        def part(path: str) -> Any:
+            return block.get_submodule(path)
+
+        self.heads = heads
+        self.query, self.key, self.value, self.mixed = (part(path) for path in family.attention)
+        self.inner, self.outer = (part(path) for path in family.feed_forward)
+        self.first_norm, self.second_norm = (part(path) for path in family.norms)
+        self.activation = part(family.activation)
+        projections = [self.query, self.key, self.value]
+        self.joint = JointLinear(projections) if JointLinear.fit(projections) else None
+        self.joint_of_tokens = JointLinear(projections[1:]) if JointLinear.fit(projections[1:]) else None
+
+    def __call__(self, x: Tensor, places: _Places, *, only_first: bool = False) -> Tensor:
+        """Return the rows after the block, or those of the first tokens (batch, width)."""
+        attended = self._attended_by_first(x, places) if only_first else self._attended(x, places)
+        x = x.index_select(0, places.first) if only_first else x
+        x = self.first_norm(self.mixed(attended).add_(x))
+        return self.second_norm(self.outer(self.activation(self.inner(x))).add_(x))
+
+    def _attended(self, x: Tensor, places: _Places) -> Tensor:
+        if self.joint is None:
+            found = torch.cat([self.query(x), self.key(x), self.value(x)], 1)
+        else:
+            found = self.joint(x).to(x.dtype)
+        q, k, v = self._by_head(places.in_place(found), 3)
+        return places.rows(self._attention(q, k, v, places))
+
+    def _attended_by_first(self, x: Tensor, places: _Places) -> Tensor:
+        joint = self.joint_of_tokens
+        found = torch.cat([self.key(x), self.value(x)], 1) if joint is None else joint(x).to(x.dtype)
+        k, v = self._by_head(places.in_place(found), 2)
+        (q,) = self._by_head(self.query(x.index_select(0, places.first))[:, None], 1)
+        return self._attention(q, k, v, places).squeeze(1)
+
+    def _by_head(self, x: Tensor, count: int) -> tuple[Tensor, ...]:
+        """Return `count` tensors (batch, heads, length, size) of (batch, length, count times width)."""
+        return x.view(*x.shape[:2], count, self.heads, -1).permute(2, 0, 3, 1, 4).unbind()
+
+    @staticmethod
+    def _attention(q: Tensor, k: Tensor, v: Tensor, places: _Places) -> Tensor:
+        """Return softmax(q k^T / sqrt(size)) v, (batch, length, width)."""
+        bias = None if places.bias is None else places.bias.to(q.dtype)
+        return F.scaled_dot_product_attention(q, k, v, bias).transpose(1, 2).flatten(2)
