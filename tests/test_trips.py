@@ -71,8 +71,9 @@ def test_a_forward_pass_of_blora_crosses_five_files(phase: Phase, is_training: b
     assert len(crossed := files_crossed(lambda: model(**BATCH))) <= 5, crossed
 
 
-@pytest.mark.parametrize(("form", "most"), [("packed", 9), ("integer", 13)])
+@pytest.mark.parametrize(("form", "most"), [("packed", 9), ("integer", 15)])
 def test_exports_cross_few_files(form: str, most: int, tmp_path: Path) -> None:
+    # Two of the integer form's are the classifier's own forward pass, which the error is measured with.
     model = in_phase(one_layer_bert(), Phase.FROZEN).eval()
     bayeslora.export(model, tmp_path / "first", format=form, batch=BATCH)
     crossed = files_crossed(lambda: bayeslora.export(model, tmp_path / "out", format=form, batch=BATCH))
