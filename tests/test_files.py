@@ -9,6 +9,8 @@ import threading
 from pathlib import Path
 
 import pytest
+import torch
+from safetensors.torch import save_file
 
 from bayeslora.errors import BayesLoraError
 from bayeslora.files import finite, new_folder, save_json, write_atomically
@@ -98,3 +100,15 @@ def test_a_full_device_is_one_error_and_stays(tmp_path: Path) -> None:
 def test_a_folder_is_no_file(tmp_path: Path) -> None:
     with pytest.raises(BayesLoraError, match="is a folder, but must be a file"), write_atomically(tmp_path):
         pass
+
+
+def test_others_can_read_weights_as_they_can_other_files(tmp_path: Path) -> None:
+    """safetensors makes files with the mode 0600: a server that runs as another user could not read a run."""
+    usual = tmp_path / "usual"
+    usual.touch()
+    with write_atomically(tmp_path / "one.safetensors") as path:
+        save_file({"a": torch.zeros(2)}, path)
+    with new_folder(tmp_path / "export") as folder:
+        save_file({"a": torch.zeros(2)}, folder / "two.safetensors")
+    for path in (tmp_path / "one.safetensors", tmp_path / "export" / "two.safetensors"):
+        assert path.stat().st_mode == usual.stat().st_mode, path

@@ -11,6 +11,7 @@ import math
 import os
 import re
 import shutil
+import stat
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -49,8 +50,10 @@ def write_atomically(path: str | os.PathLike[str]) -> Iterator[Path]:
     target = path if is_special else path.resolve()
     partial = target if is_special else _partial(target)
     try:
+        mode = None if is_special else _mode_of_new_file(partial)
         yield partial
-        if not is_special:
+        if mode is not None:
+            os.chmod(partial, mode)
             os.replace(partial, target)
     except OSError as error:
         raise BayesLoraError(f"{path} cannot be written ({error.strerror}): choose a writable folder") from error
@@ -72,9 +75,17 @@ def new_folder(path: str | os.PathLike[str]) -> Iterator[Path]:
     partial.mkdir(parents=True)
     try:
         yield partial
+        open_to_others(partial)
         os.rename(partial, path)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
+
+
+def open_to_others(folder: Path) -> None:
+    """Let whoever may read the folder read its files: safetensors makes files that only their owner can read."""
+    for path in folder.rglob("*"):
+        if path.is_file():
+            os.chmod(path, path.stat().st_mode | (folder.stat().st_mode & 0o444))
 
 
 def check_new(path: Path) -> None:
@@ -199,6 +210,14 @@ def encoding_of(content: bytes) -> str:
     found = next((name for mark, name in _MARKS if content.startswith(mark)), "")
     zeros = [position for position, byte in enumerate(content[:4]) if byte == 0]
     return found or ("utf-16-le" if zeros == [1, 3] else "utf-16-be" if zeros == [0, 2] else "")
+
+
+def _mode_of_new_file(path: Path) -> int:
+    """Return the mode that this process gives to new files: it can only be asked for by making one."""
+    path.touch()
+    mode = path.stat().st_mode
+    path.unlink()
+    return stat.S_IMODE(mode)
 
 
 def _partial(path: Path) -> Path:

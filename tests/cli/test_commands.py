@@ -410,3 +410,18 @@ def test_the_demo_ends_with_a_table_and_can_be_repeated(tmp_path: Path, capsys: 
         assert word in printed
     assert {"lora", "blora", "melora", "compare"} == {path.name for path in tmp_path.iterdir()}
     assert main([*options, "--overwrite"]) == 0
+
+
+def test_every_file_of_a_run_is_as_readable_as_its_scores(runs: dict[str, Path]) -> None:
+    for folder in runs.values():
+        modes = {path.name: path.stat().st_mode for path in folder.iterdir()}
+        assert set(modes.values()) == {modes["metrics.json"]}, modes
+
+
+def test_weights_that_one_may_not_read_are_not_called_damaged(
+    runs: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    text = write_jsonl(tmp_path / "rows.jsonl", [{"text": "fine"}])
+    monkeypatch.setattr("os.access", lambda path, mode: not str(path).endswith(".safetensors"))  # root may read all
+    assert main(["predict", str(runs["lora"]), "--input", str(text), "--output", str(tmp_path / "out.csv")]) == 2
+    assert "adapter_model.safetensors cannot be read (Permission denied)" in capsys.readouterr().err

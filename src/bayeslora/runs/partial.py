@@ -16,7 +16,7 @@ import yaml
 from safetensors import SafetensorError, safe_open
 
 from bayeslora.errors import BayesLoraError, option
-from bayeslora.files import check_new, write_atomically
+from bayeslora.files import check_new, open_to_others, write_atomically
 from bayeslora.runs import ranks
 from bayeslora.runs.plan import TrainPlan, first_difference, read_config
 
@@ -72,6 +72,7 @@ def complete(partial: Path, out: Path, keep_checkpoints: bool) -> None:
         shutil.rmtree(partial / CHECKPOINTS, ignore_errors=True)
     for unfinished in partial.glob(".*.partial"):  # of a process that was killed while it wrote a file
         unfinished.unlink(missing_ok=True)
+    open_to_others(partial)
     os.rename(partial, out)
     (out / _LOCK_FILE).unlink(missing_ok=True)  # only now, so that nobody can take the old name's lock
 

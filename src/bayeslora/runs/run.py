@@ -504,6 +504,8 @@ def _check_adapter_files(folder: Path, info: RunInfo) -> None:
     weights = folder / ADAPTER_FILE
     if not weights.is_file():
         raise BayesLoraError(f"{weights} is missing: train again or restore it from a copy")
+    if not os.access(weights, os.R_OK):  # safetensors calls it damaged
+        raise BayesLoraError(f"{weights} cannot be read (Permission denied): `chmod a+r` it as its owner")
     try:
         with safe_open(weights, framework="pt") as file:
             list(file.keys())
