@@ -36,6 +36,11 @@ class Problems(list[str]):
             raise BayesLoraError(*dict.fromkeys(self))
 
 
+def counted(number: int, noun: str) -> str:
+    """Return a number with its noun, with an s unless it is one: `1 row`, `2,000 rows`."""
+    return f"{number:,} {noun}{'' if number == 1 else 's'}"
+
+
 def option(name: str) -> str:
     """Return the command-line spelling of a field: `lora_alpha` is `--lora-alpha`."""
     return "--" + name.replace("_", "-")

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from bayeslora.cli.main import main
+from tests.cli.mutating import Machine
 
 GOOD = "good great fine warm funny clever".split()
 BAD = "bad poor dull cold tired clumsy".split()
@@ -85,3 +86,8 @@ def refused(capfd: pytest.CaptureFixture[str]) -> Callable[..., str]:
         return "\n".join(lines)
 
     return call
+
+
+@pytest.fixture
+def machine(tmp_path: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Machine:
+    return Machine(tmp_path / "machine", capfd, monkeypatch)

@@ -9,122 +9,36 @@ import csv
 import functools
 import io
 import json
-import math
 import os
 import random
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
+import shutil
+from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import pyarrow
+import pyarrow.parquet
 import pytest
 
 from bayeslora.data import Task
 from bayeslora.errors import BayesLoraError
 from bayeslora.runs import train as training
-from tests.cli.conftest import review_rows, write_jsonl
+from tests.cli.changed_data import (
+    KINDS,
+    SCORED,
+    TRAINED,
+    Kind,
+    Row,
+    Trial,
+    as_it_stands,
+    cells,
+    meaning,
+    same,
+    written,
+)
+from tests.cli.conftest import write_jsonl
 from tests.cli.mutating import Case, Ended, Machine, spread, tried
-from tests.runs.text_runs import chat, pairs
-
-MISSING = object()
-Row = dict[str, Any]
-CELLS: tuple[Any, ...] = (
-    *(MISSING, None, True, False, 0, 1, 2, -1, 0.5, 1.0, -0.0, 1e308, 10**30, math.nan, math.inf, -math.inf),
-    *(
-        "",
-        " ",
-        "\t",
-        "\u00a0",
-        "x",
-        "good",
-        "bad",
-        "0",
-        "1",
-        "1.0",
-        " 1 ",
-        "+1",
-        "01",
-        "1e0",
-        "1,0",
-        "1_0",
-        "0x1",
-        "-",
-    ),
-    *("nan", "NaN", "None", "null", "NULL", "N/A", "<NA>", "inf", "true", "False", "yes", "joy", "joy|joy", "joy|x"),
-    *("\0", "\x07", "\x1b[31m", "\u2028", "\ufeff1", "\ud83d", "😀", "\u202e", "e\u0301", "１", "٣", "a\r\nb", "\r"),
-    *('"', "'", '"quoted"', ",", ";", "\\", "=1+1", "<b>", "{question}", "[SEP]", "a" * 100_000, "word " * 3000),
-    *([], [[]], [0], ["joy"], ["joy", "joy"], ["x"], ["joy", None], [[["joy"]]], {}, {"a": 1}, {"text": "good"}),
-)
-MESSAGES: tuple[Any, ...] = (
-    *(MISSING, None, "", "hello", 1, [], {}, [None], ["who ?"], [[]], [{}], [{"role": "user"}], [{"content": "x"}]),
-    *([{"from": "human", "value": "x"}], [{"role": "user", "content": "who ?"}]),
-    [{"role": "assistant", "content": "cat"}],
-)
-TURNS: dict[str, tuple[Any, ...]] = {
-    "role": (MISSING, None, "", 1, "User", "bot", "system", "tool", "assistant", "user", [], "\0"),
-    "content": (MISSING, None, "", " ", 1, 0.5, True, [], [{"type": "text", "text": "x"}], {}, "\ud83d", "a\0b", "x"),
-    "tool_calls": ([], [{"type": "function", "function": {"name": "f", "arguments": "{}"}}], None),
-    "weight": (0, 1, None),
-    "name": ("Ann", "", None),
-}
-
-
-@dataclass(frozen=True)
-class Kind:
-    """A kind of task: rows, the columns that a command line names, and how labels are compared."""
-
-    rows: Callable[[int], list[Row]]
-    options: tuple[str, ...]
-    label: str = "label"
-    generates: bool = False
-    forms: tuple[str, ...] = (".jsonl", ".json", ".csv", ".tsv")
-
-
-def _named(count: int) -> list[Row]:
-    return [{**row, "label": ("bad", "good")[int(row["label"])]} for row in review_rows(count, 3)]  # type: ignore[call-overload]
-
-
-def _two(count: int) -> list[Row]:
-    return [{"text_a": row["text"], "text_b": f"is it {i} ?", "label": row["label"]} for i, row in _counted(count)]
-
-
-def _counted(count: int) -> list[tuple[int, Row]]:
-    return list(enumerate(review_rows(count, 4)))
-
-
-def _numbers(count: int) -> list[Row]:
-    return [{"text": row["text"], "label": 0.25 + i / 2} for i, row in _counted(count)]
-
-
-def _sets(count: int) -> list[Row]:
-    return [
-        {"text": row["text"], "label": (["joy"], ["anger", "joy"], ["anger"])[i % 3]} for i, row in _counted(count)
-    ]
-
-
-def _marks(count: int) -> list[Row]:
-    return [{"text": row["text"], "joy": i % 2, "anger": int(i % 3 == 0)} for i, row in _counted(count)]
-
-
-def _tagged(count: int) -> list[Row]:
-    tags = {"movie": "B-WORK", "film": "B-WORK", "plot": "B-PART"}
-    words = [str(row["text"]).split() for row in review_rows(count, 5)]
-    return [{"tokens": each, "tags": [tags.get(word, "O") for word in each]} for each in words]
-
-
-TEXT = ("--text-column=text",)
-KINDS = {
-    "ids": Kind(lambda count: list(review_rows(count, 3)), TEXT),
-    "names": Kind(_named, TEXT),
-    "pairs": Kind(_two, ("--text-column=text_a,text_b",)),
-    "numbers": Kind(_numbers, TEXT),
-    "sets": Kind(_sets, TEXT),
-    "marks": Kind(_marks, (*TEXT, "--label-column=joy,anger"), label="joy,anger"),
-    "tags": Kind(_tagged, (), label="tags", forms=(".jsonl", ".json")),
-    "chat": Kind(chat, (), label="", generates=True, forms=(".jsonl", ".json")),
-    "prompts": Kind(pairs, (), label="", generates=True),
-}
-TRAINED, SCORED = 24, 12
 
 
 class Loaded(BayesLoraError):
@@ -145,189 +59,21 @@ def loaded(monkeypatch: pytest.MonkeyPatch) -> list[Task]:
     return found
 
 
-@pytest.fixture
-def machine(tmp_path: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Machine:
-    return Machine(tmp_path / "machine", capfd, monkeypatch)
-
-
-def written(rows: list[Row], form: str) -> bytes:
-    """Return a data file; `MISSING` is no key, and in CSV an empty cell."""
-    if form in (".jsonl", ".json"):
-        lines = [json.dumps({k: v for k, v in row.items() if v is not MISSING}) for row in rows]
-        text = f"[{', '.join(lines)}]" if form == ".json" else "".join(line + "\n" for line in lines)
-        return text.encode()
-    stream = io.StringIO(newline="")
-    cells = [[cell(value) for value in row.values()] for row in rows]
-    has_returns = any("\r" in value for row in cells for value in row)  # which older Pythons do not quote
-    quoting: Any = csv.QUOTE_ALL if has_returns else csv.QUOTE_MINIMAL
-    writer = csv.writer(stream, delimiter="\t" if form == ".tsv" else ",", lineterminator="\n", quoting=quoting)
-    writer.writerows([list(rows[0]), *cells])
-    return stream.getvalue().encode("utf-8", "surrogatepass")
-
-
-def cell(value: Any) -> str:
-    """Return the text of a CSV cell."""
-    if value is MISSING or value is None:
-        return ""
-    if isinstance(value, list) and all(isinstance(item, str) for item in value):
-        return "|".join(value)
-    return json.dumps(value) if isinstance(value, (list, dict)) else str(value)
-
-
-def meaning(task: Task, split: str) -> list[Any]:
-    """Return what the rows of a split were read as: texts, and names or numbers."""
-    rows = task.splits[split]
-    if task.kind == "generation":
-        return [_turns(row["messages"]) if "messages" in row else (row["prompt"], row["completion"]) for row in rows]
-    labels = rows[task.label_column]
-    if task.kind == "token_classification":
-        named: list[Any] = [[task.labels[number] for number in each] for each in labels]
-    elif task.kind == "multi_label":
-        named = [{name for name, has in zip(task.labels, row, strict=True) if has} for row in labels]
-    else:
-        named = labels if task.kind == "regression" else [task.labels[number] for number in labels]
-    return [(*(row[name] for name in task.text_columns), label) for row, label in zip(rows, named, strict=True)]
-
-
-def _turns(messages: list[Row]) -> list[tuple[str, str]]:
-    return [(turn["role"], turn["content"]) for turn in messages]
-
-
-def as_it_stands(row: Row, kind: Kind, form: str) -> Any:
-    """Return the meaning of a row, read to the letter; `MISSING` within it can be met by nothing."""
-    if kind.generates:
-        if "messages" not in row:
-            return tuple(row[name] if form in (".jsonl", ".json") else cell(row[name]) for name in row)
-        turns = row["messages"]
-        fits = isinstance(turns, list) and all(isinstance(turn, dict) for turn in turns)
-        extra = (
-            fits
-            and any(turn.get(name) for turn in turns for name in ("tool_calls", "name"))
-            or (fits and any(turn.get("weight") not in (None, 1) for turn in turns))
-        )
-        if not fits or extra:
-            return MISSING
-        return [(turn.get("role", MISSING), turn.get("content", MISSING)) for turn in turns]
-    if kind.label == "tags":
-        return (row["tokens"], row["tags"])
-    is_json = form in (".jsonl", ".json")
-    texts = [row[name] for name in kind.options[0].partition("=")[2].split(",")]
-    labels = [row[name] for name in kind.label.split(",")]
-    if not is_json:
-        texts = [cell(text) for text in texts]
-        labels = [
-            cell(label) if isinstance(label, (list, dict)) and kind.rows is not _sets else label for label in labels
-        ]
-    return (*texts, labels)
-
-
-def same(found: Any, stands: Any, kind: Kind) -> bool:
-    """Return whether a row was read to the letter."""
-    if kind.generates or stands is MISSING:
-        return bool(found == stands)
-    if kind.label == "tags":
-        return all(list(map(str, one)) == _parts(other) for one, other in zip(found, stands, strict=True))
-    *texts, label = found
-    *given, labels = stands
-    if texts != given:
-        return False
-    if kind.label == "joy,anger":
-        marks = dict(zip(("joy", "anger"), labels, strict=True))
-        return all((name in label) == _is_yes(value) for name, value in marks.items())
-    if isinstance(label, set):
-        value = labels[0]
-        return bool(
-            label == (set(map(str, value)) if isinstance(value, list) else set(cell(value).strip().split("|")) - {""})
-        )
-    return not isinstance(labels[0], (list, dict)) and _equal(label, labels[0])
-
-
-def _parts(value: Any) -> list[str] | None:
-    """Return the words or tags of a cell: a list of them, or a text of several."""
-    parts = value.split() if isinstance(value, str) else value
-    return [str(part).strip() for part in parts] if isinstance(parts, list) else None
-
-
-def _is_yes(value: Any) -> bool | None:
-    text = str(value).strip().lower()
-    return True if text in ("1", "1.0", "true", "yes") else False if text in ("0", "0.0", "false", "no") else None
-
-
-def _equal(found: Any, given: Any) -> bool:
-    """Return whether a label is what a cell says: the same word, or the same number."""
-    if given in (None, MISSING) or given != given or str(given).strip() == "":
-        return False
-    if isinstance(given, bool) or str(given).strip().lower() in ("true", "false"):
-        return str(found).lower() == str(given).strip().lower() or found == float(str(given).strip().lower() == "true")
-    try:
-        return float(found) == float(given)
-    except (ValueError, OverflowError):
-        return str(found) == str(given).strip()
-
-
-@dataclass
-class Trial:
-    """A data file to try, and the rows that it should hold."""
-
-    name: str
-    kind: str
-    form: str
-    content: bytes
-    rows: list[Row]
-    row: int = -1
-    """Number of the changed row; -1 where the form of the whole file is changed."""
-    damaged: bool = False
-    """True where bytes are changed at random: one row may then be another one, or be gone."""
-    split: str = "train"
-
-
-def cells(generator: random.Random) -> dict[Any, list[Trial]]:
-    """Return files with one changed cell, by kind, form and column."""
-    groups: dict[Any, list[Trial]] = {}
-    for name, kind in KINDS.items():
-        for form in kind.forms:
-            for column in kind.rows(1)[0]:
-                for value in MESSAGES if column == "messages" else CELLS:
-                    groups.setdefault((name, form, column), []).append(_changed(name, form, column, value, generator))
-            if name == "chat":
-                for field, values in TURNS.items():
-                    for value in values:
-                        groups.setdefault((name, form, field), []).append(_turned(form, field, value, generator))
-    return groups
-
-
-def _changed(name: str, form: str, column: str, value: Any, generator: random.Random) -> Trial:
-    split = generator.choice(["train", "validation"])
-    rows = KINDS[name].rows(TRAINED if split == "train" else SCORED)
-    number = generator.randrange(len(rows))
-    rows[number] = {**rows[number], column: value}
-    shown = "missing" if value is MISSING else repr(value)[:60]
-    described = f"{name}{form}, {split} row {number}, {column} = {shown}"
-    return Trial(described, name, form, written(rows, form), rows, number, split=split)
-
-
-def _turned(form: str, field: str, value: Any, generator: random.Random) -> Trial:
-    rows = chat(TRAINED)
-    number = generator.randrange(len(rows))
-    turns = [dict(turn) for turn in rows[number]["messages"]]
-    place = generator.randrange(len(turns))
-    turns[place][field] = value
-    if value is MISSING:
-        del turns[place][field]
-    rows[number] = {"messages": turns}
-    described = f"chat{form}, row {number}, {field} of turn {place} = {'missing' if value is MISSING else repr(value)}"
-    return Trial(described, "chat", form, written(rows, form), rows, number)
+def trained_forms(kind: Kind) -> tuple[str, ...]:
+    """Return the formats of training files."""
+    return (".jsonl",) if kind.task else kind.forms
 
 
 def forms(generator: random.Random) -> dict[Any, list[Trial]]:
     """Return files of another form: encodings, line ends, delimiters, damage."""
     groups: dict[Any, list[Trial]] = {}
     for name, kind in KINDS.items():
-        for form in kind.forms:
+        for form in trained_forms(kind):
             rows = kind.rows(TRAINED)
             content = written(rows, form)
             trial = Trial(f"{name}{form} ", name, form, content, rows)
-            for what, changed in _reformed(content, rows, form).items():
+            others = _retyped(rows) if form == ".parquet" else _reformed(content, rows, form)
+            for what, changed in others.items():
                 groups.setdefault((form, what), []).append(replace(trial, name=trial.name + what, content=changed))
             for _ in range(12):
                 place = generator.randrange(len(content))
@@ -341,6 +87,51 @@ def forms(generator: random.Random) -> dict[Any, list[Trial]]:
                     damaged = replace(trial, name=trial.name + what, content=changed, damaged=True)
                     groups.setdefault((name, form, what.split()[0]), []).append(damaged)
     return groups
+
+
+def _retyped(rows: list[Row]) -> dict[str, bytes]:
+    """Return Parquet files whose columns have other types, as far as these can hold their values."""
+    table = pyarrow.table({name: [row[name] for row in rows] for name in rows[0]})
+    kinds = {
+        str(kind): kind
+        for kind in (
+            *(pyarrow.int8(), pyarrow.uint64(), pyarrow.float16(), pyarrow.float32(), pyarrow.float64()),
+            *(pyarrow.decimal128(12, 4), pyarrow.bool_(), pyarrow.string(), pyarrow.large_string(), pyarrow.binary()),
+            *(pyarrow.timestamp("s"), pyarrow.date64(), pyarrow.dictionary(pyarrow.int32(), pyarrow.string())),
+            *(
+                pyarrow.list_(pyarrow.int64()),
+                pyarrow.large_list(pyarrow.string()),
+                pyarrow.list_(pyarrow.string(), 2),
+            ),
+        )
+    }
+    found = {}
+    for name in table.column_names:
+        place = table.column_names.index(name)
+        for what, kind in kinds.items():
+            try:
+                column = table.column(name).cast(kind)
+                found[f"with {name} as {what}"] = _parquet(table.set_column(place, name, column))
+            except pyarrow.ArrowException:
+                continue
+        dropped = table.drop_columns([name])
+        found |= {
+            f"with {name} in capitals": _parquet(dropped.append_column(name.upper(), table.column(name))),
+            f"with {name} twice": _parquet(table.append_column(name, table.column(name))),
+            f"without {name}": _parquet(dropped),
+            f"with nulls as {name}": _parquet(table.set_column(place, name, pyarrow.nulls(len(table)))),
+        }
+    return found | {
+        "in groups": _parquet(table, row_group_size=3),
+        "without rows": _parquet(table.slice(0, 0)),
+        "with an index": _parquet(table.append_column("__index_level_0__", pyarrow.array(range(len(table))))),
+    }
+
+
+def _parquet(table: pyarrow.Table, **options: Any) -> bytes:
+    file = io.BytesIO()
+    pyarrow.parquet.write_table(table, file, **options)
+    return file.getvalue()
 
 
 def _reformed(content: bytes, rows: list[Row], form: str) -> dict[str, bytes]:
@@ -420,7 +211,7 @@ class Laboratory:
         """Return how a trial has ended, and what is wrong."""
         for path in self.machine.folder.iterdir():
             path.unlink()
-        file = self.machine.folder / f"data{trial.form}"
+        file = self._file(trial)
         file.write_bytes(trial.content)
         self.loaded.clear()
         words = self._train(trial, str(file))
@@ -429,14 +220,26 @@ class Laboratory:
             return "", ended.fault
         if ended.status != 2 or len(ended.errors) != 1 or not ended.errors[0].startswith("bayeslora: "):
             return "", f"status {ended.status}: {ended.errors}"
-        if sorted(path.name for path in self.machine.folder.iterdir()) != [file.name]:
+        if [path for path in self.machine.folder.iterdir() if path != file]:
             return "", f"wrote {list(self.machine.folder.iterdir())}"
         notes = [note for note in ended.notes if str(file) in note]
         told = self._read(trial, notes) if self.loaded else ""
         self.said = ended.errors[0]
         return ("read" if self.loaded and not notes else "told" if self.loaded else "refused"), (
-            told or (self._inspected(trial, file) if trial.split == "train" else "")
+            told or (self._inspected(trial, file) if trial.split == "train" and not KINDS[trial.kind].task else "")
         )
+
+    def _file(self, trial: Trial) -> Path:
+        """Return where the data are to be written; that of a task of a name is in its folder, with the others."""
+        task = KINDS[trial.kind].task
+        if not task:
+            return self.machine.folder / f"data{trial.form}"
+        folder = self.machine.folder.parent / "data" / task
+        folder.mkdir(parents=True, exist_ok=True)
+        files = {split: folder / f"{name}.jsonl" for split, name in (("train", "train"), ("validation", "dev"))}
+        for split, path in files.items():
+            shutil.copy(self.whole[f"{trial.kind}-{split}"], path)
+        return files[trial.split]
 
     def _train(self, trial: Trial, file: str) -> list[str]:
         files = {
@@ -444,6 +247,9 @@ class Laboratory:
             "validation": str(self.whole[f"{trial.kind}-validation"]),
         }
         files[trial.split] = file
+        if KINDS[trial.kind].task:
+            named = (f"--task={KINDS[trial.kind].task}", f"--data-dir={Path(file).parent.parent}")
+            return ["train", "--method=lora", "--model=unread", *named, "--output-dir=out"]
         return [
             *("train", "--method=lora", "--model=unread", *_named_columns(trial)),
             *(f"--train-file={files['train']}", f"--eval-file={files['validation']}", "--output-dir=out"),
@@ -455,7 +261,7 @@ class Laboratory:
         found = meaning(task, trial.split)
         expected = [as_it_stands(row, kind, trial.form) for row in trial.rows]
         if trial.damaged:
-            return _damage(found, expected, kind, notes)
+            return "" if trial.form == ".parquet" else _damage(found, expected, kind, notes)
         if notes:
             others = [row for number, row in enumerate(expected) if number != trial.row]
             lost = [row for row in others if not any(same(each, row, kind) for each in found)]
@@ -475,11 +281,18 @@ class Laboratory:
     def _same_kind(self, trial: Trial, task: Task) -> str:
         usual = {"numbers": "regression", "sets": "multi_label", "marks": "multi_label"}
         usual |= {"chat": "generation", "prompts": "generation", "tags": "token_classification"}
+        usual |= {"choices": "multiple_choice"}
         expected = usual.get(trial.kind, "classification")
         return "" if task.kind == expected else f"silently a task of {task.kind}, not of {expected}"
 
     def _inspected(self, trial: Trial, file: Path) -> str:
-        """Return where `inspect` says another thing than `train` does."""
+        """Return where `inspect` says another thing than `train` does; it also describes rows without answers."""
+        if (
+            not self.loaded
+            and trial.form == ".parquet"
+            and ("lacks column" in self.said or "columns named" in self.said or "-column is missing" in self.said)
+        ):
+            return ""
         words = [
             "inspect",
             str(file),
@@ -503,7 +316,10 @@ def _named_columns(trial: Trial) -> list[str]:
 
 
 def _damage(found: list[Any], expected: list[Any], kind: Kind, notes: list[str]) -> str:
-    """Return what is wrong with the rows of a file of which one byte was changed, or the end is cut off."""
+    """Return what is wrong with the rows of a file of which one byte was changed, or the end is cut off.
+
+    That of a Parquet file, without check sums, may change whatever it likes.
+    """
     other = [row for row in found if not any(same(row, each, kind) for each in expected)]
     if len(other) > 1 and not notes:
         return f"{len(other)} rows changed without a word: {other[:2]}"
@@ -524,7 +340,8 @@ def _disagreement(task: Task, ended: Ended) -> str:
 
 def _cases(laboratory: Laboratory, count: int, seed: int) -> Iterator[Case]:
     generator = random.Random(seed)
-    many = spread(cells(generator), count * 3 // 4, seed), spread(forms(generator), count - count * 3 // 4, seed)
+    trainable = {group: some for group, some in cells(generator).items() if group[1] in trained_forms(KINDS[group[0]])}
+    many = spread(trainable, count * 3 // 4, seed), spread(forms(generator), count - count * 3 // 4, seed)
     for trials in many:
         for trial in trials:
             yield trial.name, functools.partial(laboratory.attempt, trial)
@@ -533,7 +350,7 @@ def _cases(laboratory: Laboratory, count: int, seed: int) -> Iterator[Case]:
 def test_unchanged_files_are_read_to_the_letter(machine: Machine, loaded: list[Task]) -> None:
     laboratory = Laboratory(machine, loaded)
     for name, kind in KINDS.items():
-        for form in kind.forms:
+        for form in trained_forms(kind):
             rows = kind.rows(TRAINED)
             assert laboratory.attempt(Trial("", name, form, written(rows, form), rows)) in (
                 ("read", ""),

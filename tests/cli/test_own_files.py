@@ -9,6 +9,8 @@ import shutil
 from collections.abc import Callable
 from pathlib import Path
 
+import pyarrow
+import pyarrow.parquet
 import pytest
 import yaml
 
@@ -136,6 +138,46 @@ def test_a_changed_file_is_refused(run: Path, tmp_path: Path, tickets: Path, ref
         assert "run.json is damaged (evaluation_rows " in refused("evaluate", copied)
 
 
+def test_the_extension_of_predictions_says_what_is_between_their_fields(run: Path, tmp_path: Path) -> None:
+    source = tmp_path / "new.tsv"
+    source.write_text("Text\tid\nthe plot, dull\t1\n", encoding="utf-8")
+    for extension, between in ((".csv", ","), (".tsv", "\t")):
+        target = tmp_path / f"answers{extension}"
+        assert main(["predict", str(run), "--input", str(source), "--output", str(target)]) == 0
+        (row,) = csv.DictReader(target.read_text("utf-8").splitlines(), delimiter=between)
+        assert (row["Text"], row["id"], row["label"] in ("gut", "schlecht")) == ("the plot, dull", "1", True)
+
+
+def test_a_lone_return_in_a_cell_does_not_end_the_row(run: Path, tmp_path: Path) -> None:
+    rows = [{"Text": "the plot", "id": "a\rb"}, {"Text": "the\rfilm", "id": "\r"}]
+    source, target = write_jsonl(tmp_path / "new.jsonl", rows), tmp_path / "answers.csv"  # type: ignore[arg-type]
+    assert main(["predict", str(run), "--input", str(source), "--output", str(target)]) == 0
+    found = list(csv.DictReader(io.StringIO(target.read_bytes().decode(), newline="")))
+    assert [{name: row[name] for name in rows[0]} for row in found] == rows
+
+
+def test_a_column_that_a_file_has_twice_is_told_or_refused(run: Path, tmp_path: Path, refused: Refused) -> None:
+    source = tmp_path / "new.csv"
+    target = tmp_path / "answers.csv"
+    source.write_text("Text,id,id\nthe plot,1,2\n", encoding="utf-8")
+    with pytest.warns(UserWarning, match="several columns named 'id', of which the first is read"):
+        assert main(["predict", str(run), "--input", str(source), "--output", str(target)]) == 0
+    (row,) = csv.DictReader(target.read_text("utf-8").splitlines())
+    assert row["id"] == "1"
+    source.write_text("prompt,completion,completion\nwho,a,b\nhow,c,d\n", encoding="utf-8")
+    twice = pyarrow.Table.from_arrays([pyarrow.array(["a", "b"])] * 3, names=["prompt", "completion", "completion"])
+    pyarrow.parquet.write_table(twice, tmp_path / "twice.parquet")
+    for file in (source, tmp_path / "twice.parquet"):
+        train = [
+            "train",
+            "--method=lora",
+            "--model=unread",
+            f"--train-file={file}",
+            f"--output-dir={tmp_path / 'out'}",
+        ]
+        assert "has 2 columns named 'completion'" in refused(*train)
+
+
 def test_predictions_in_a_spreadsheet_keep_its_columns_and_form(run: Path, tickets: Path, tmp_path: Path) -> None:
     target = tmp_path / "answers.csv"
     assert main(["predict", str(run), "--input", str(tickets), "--output", str(target)]) == 0
@@ -260,4 +302,4 @@ def test_inspect_refuses_in_one_line_each(
     one = write_jsonl(tmp_path / "one.jsonl", [{"text": "x", "label": 1}])
     assert main(["inspect", str(one)]) == 2
     captured = capfd.readouterr()
-    assert "1 rows" in captured.out and "every label in" in captured.err and len(captured.err.splitlines()) == 1
+    assert "1 row" in captured.out and "every label in" in captured.err and len(captured.err.splitlines()) == 1

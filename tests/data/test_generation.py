@@ -85,10 +85,21 @@ def test_rows_to_answer_need_no_answer() -> None:
     assert rows_to_answer([{"messages": [ASK]}, CHAT]) == [{"messages": [ASK]}, CHAT]
     assert rows_to_answer([{"prompt": "who ?", "id": 1}]) == [{"prompt": "who ?"}]
     assert rows_to_answer([PAIR]) == [PAIR]
+    assert rows_to_answer([{"prompt": "who ?", "completion": None}, PAIR]) == [{"prompt": "who ?"}, PAIR]
+    with pytest.raises(BayesLoraError, match="row 2 has 42 of type int in column 'completion'"):
+        rows_to_answer([PAIR, {"prompt": "how many ?", "completion": 42}])
     with pytest.raises(BayesLoraError, match="only messages of the assistant"):
         rows_to_answer([{"messages": [TELL]}])
     with pytest.raises(BayesLoraError, match="lacks messages and prompt"):
         rows_to_answer([{"text": "who ?"}])
+
+
+@pytest.mark.parametrize("text", ["", " \n"])
+def test_empty_prompts_are_told(text: str) -> None:
+    with pytest.warns(UserWarning, match="1 of 2 rows with an empty text in column 'prompt'"):
+        assert rows_to_answer([{"prompt": text}, PAIR])[0] == {"prompt": text}
+    with pytest.warns(UserWarning, match="1 of 1 rows with an empty text in column 'messages'"):
+        rows_to_answer([{"messages": [{**ASK, "content": text}, TELL]}])
 
 
 def test_the_form_of_a_file_shows_in_its_first_row(tmp_path: Path) -> None:

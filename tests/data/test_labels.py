@@ -205,6 +205,19 @@ def test_few_labels_that_make_classes_numbers_are_told(tmp_path: Path) -> None:
         assert load(tmp_path, [0, 1, 0.5, *[0, 1] * 4, 1], kind="csv", labels=["0", "0.5", "1"]).kind != "regression"
 
 
+def test_numbers_with_a_fraction_that_are_texts_are_told(tmp_path: Path) -> None:
+    with pytest.warns(
+        UserWarning, match=r"as texts in column 'label' \(first line 1, '0.5'\), which are read as names"
+    ):
+        task = load(tmp_path, ["0.5", "1", "2.5"])
+    assert task.labels == ["0.5", "1", "2.5"]
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        file = tmp_path / "a.jsonl"
+        assert list(load_files(file, file, "text", "label", kind="regression").train_split["label"]) == [0.5, 1, 2.5]
+        assert load(tmp_path, ["1.0", "2.0"]).labels == ["1.0", "2.0"]
+
+
 def test_a_word_among_numbers_is_told(tmp_path: Path) -> None:
     """In CSV, whose cells have no types; elsewhere it is refused."""
     with pytest.warns(UserWarning, match="3 of 4 labels that are numbers in column 'label', but line 5 has 'x'"):

@@ -88,7 +88,7 @@ def test_other_files_stay_what_they_are(tmp_path: Path) -> None:
         read_table(broken, ())
     broken = tmp_path / "broken.conll"
     broken.write_text("a O\n" * 1200 + "\nb\n", encoding="utf-8")
-    with pytest.raises(BayesLoraError, match="line 1202 has 1 fields, but the first line has 2"):
+    with pytest.raises(BayesLoraError, match="line 1202 has 1 field, but the first line has 2"):
         read_table(broken, ())
 
 
@@ -105,7 +105,7 @@ def test_cells_of_csv_are_split_at_blanks_or_read_as_json(tmp_path: Path) -> Non
 @pytest.mark.parametrize(
     ("row", "said"),
     [
-        ({"tokens": ["a", "b"], "ner_tags": ["O"]}, "line 2 has 2 words but 1 tags, but each word needs one"),
+        ({"tokens": ["a", "b"], "ner_tags": ["O"]}, "line 2 has 2 words but 1 tag, but each word needs one"),
         ({"tokens": [], "ner_tags": []}, "line 2 has 0 words in column 'tokens'"),
         ({"tokens": ["a", " "], "ner_tags": ["O", "O"]}, "line 2, word 2 is ' ', but must be a text"),
         ({"tokens": ["a", 7], "ner_tags": ["O", "O"]}, "line 2, word 2 is 7, but must be a text"),
@@ -145,4 +145,4 @@ def test_inspect_says_what_would_be_read(tmp_path: Path) -> None:
     assert found.evaluation is not None and found.evaluation.labels["B-PER"] == 1 and found.evaluation.shared == 1
     assert found.guessed == ["tokens", "tags"] and not found.problems
     wrong = inspect_file(write(tmp_path / "c.jsonl", [{"tokens": ["a"], "tags": []}]))
-    assert "1 words but 0 tags" in str(wrong.problems)
+    assert "1 word but 0 tags" in str(wrong.problems)

@@ -319,7 +319,7 @@ def test_the_choices_of_winogrande_go_on_with_the_sentence(tmp_path: Path) -> No
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"choices": ["only"]}, "line 1 has 1 choices, but needs 2 to 5"),
+        ({"choices": ["only"]}, "line 1 has 1 choice, but needs 2 to 5"),
         ({"choices": list("abcdef")}, "line 1 has 6 choices"),
         ({"choices": "ab"}, "line 1 has 'ab' in column 'choices', but needs a list of strings"),
         ({"choices": ["a", 2]}, r"line 1 has \['a', 2\] in column 'choices', but needs a list of strings"),

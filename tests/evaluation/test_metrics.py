@@ -148,7 +148,7 @@ def test_softmax_is_stable_and_in_float64() -> None:
 
 
 def test_scores_refuse_what_cannot_be_scored() -> None:
-    with pytest.raises(BayesLoraError, match="3 predictions were given for 2 labels"):
+    with pytest.raises(BayesLoraError, match="got 3 predictions for 2 labels"):
         metrics.accuracy([1, 0, 1], [1, 0])
     with pytest.raises(BayesLoraError, match="from 0 to 2, but the model has 2 classes"):
         metrics.classification_scores([[0.5, 0.5], [0.5, 0.5]], [0, 2])

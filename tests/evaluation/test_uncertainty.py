@@ -225,5 +225,5 @@ def test_bad_input_is_named() -> None:
         uncertainty.detection_scores([1.0, math.nan], [1.0])
     with pytest.raises(BayesLoraError, match="1 of 2 uncertainties are not finite"):
         uncertainty.area_under_risk_coverage([math.nan, 0.0], [0, 1])
-    with pytest.raises(BayesLoraError, match="2 predictions were given for 1 labels"):
+    with pytest.raises(BayesLoraError, match="got 2 predictions for 1 label,"):
         uncertainty.area_under_risk_coverage([0.1, 0.2], [0])

@@ -170,7 +170,7 @@ def test_intervals_cover_and_scaled_ones_follow_the_deviation() -> None:
     [
         (lambda p, y: ConformalSets().fit(p, np.eye(4)[y]), r"labels have shape \(20, 4\).*several labels a row"),
         (lambda p, y: ConformalSets().fit(p * 1.5, y), "sums to 1.5, but must sum to 1"),
-        (lambda p, y: ConformalSets().fit(p[:3], y), "3 predictions were given for 20 labels"),
+        (lambda p, y: ConformalSets().fit(p[:3], y), "got 3 predictions for 20 labels"),
         (lambda p, y: ConformalSets().fit(p, y + 1), "labels run from 1 to 4"),
         (lambda p, y: ConformalSets().fit(p, y + 0.5), "must be class ids"),
         (lambda p, y: ConformalSets().sets(p), "call fit first"),
@@ -187,7 +187,7 @@ def test_intervals_cover_and_scaled_ones_follow_the_deviation() -> None:
             "deviation is 0",
         ),
         (lambda p, y: ConformalIntervals(scaled=True).fit([1.0], [1.0]), "give a Prediction"),
-        (lambda p, y: ConformalIntervals().fit([1.0, 2.0], [1.0]), "2 predictions were given for 1 labels"),
+        (lambda p, y: ConformalIntervals().fit([1.0, 2.0], [1.0]), "got 2 predictions for 1 label,"),
         (lambda p, y: ConformalIntervals().intervals([1.0]), "call fit first"),
     ],
 )

@@ -12,6 +12,7 @@ from bayeslora.cli.generate import SAMPLING
 from bayeslora.cli.inputs import refuse
 from bayeslora.cli.progress import disable_progress_bars
 from bayeslora.data import Task
+from bayeslora.errors import counted
 from bayeslora.files import finite
 from bayeslora.runs.answer_risk import RISK_FILE
 from bayeslora.runs.answers import Sampling
@@ -58,8 +59,11 @@ def run(given: dict[str, Any]) -> int:
     if given.get("json"):
         print(json.dumps(finite({"folder": str(folder), **found}), indent=2, ensure_ascii=False))
         return 0
-    drawn = f", {calibration.samples} samples" if calibration.samples else ""
-    print(f"{folder / CALIBRATION_FILE}: {calibration.rows} rows of {source}{drawn}, score {calibration.score}")
+    drawn = f", {counted(calibration.samples, 'sample')}" if calibration.samples else ""
+    print(
+        f"{folder / CALIBRATION_FILE}: {counted(calibration.rows, 'row')} of {source}{drawn}, score "
+        f"{calibration.score}"
+    )
     if calibration.scaling is not None:
         print(f"  {calibration.scaling}, fitted on {calibration.scaling.rows} other rows of them")
     for row in found["coverage"]:
@@ -68,7 +72,8 @@ def run(given: dict[str, Any]) -> int:
         print(f"  --risk {row['risk']:<9g} answers {row['answered']:.1%} of these rows")
     if unanswered := [f"{row['risk']:g}" for row in found.get("risk", []) if not row["answered"]]:
         print(
-            f"  at a risk of {' or '.join(unanswered)} every row is left to a person: {found['rows']} rows of this "
+            f"  at a risk of {' or '.join(unanswered)} every row is left to a person: "
+            f"{counted(found['rows'], 'row')} of this "
             f"model show none below {found['lowest_risk']:.2g}; give a higher --risk, more rows, or a better model"
         )
     return 0
@@ -87,8 +92,8 @@ def _of_answers(given: dict[str, Any], task: Task, split: str, source: str) -> i
     if given.get("json"):
         print(json.dumps(finite({"folder": str(folder), **found}), indent=2, ensure_ascii=False))
         return 0
-    drawn = f", {sampling.samples} samples" if sampling.samples else ""
-    print(f"{folder / RISK_FILE}: {calibration.rows} rows of {source}{drawn}")
+    drawn = f", {counted(sampling.samples, 'sample')}" if sampling.samples else ""
+    print(f"{folder / RISK_FILE}: {counted(calibration.rows, 'row')} of {source}{drawn}")
     print(f"  risk: mean of 1 - {calibration.loss}, {found['risk_of_all']:.3f} if all are answered")
     print(f"  uncertainty: {calibration.measure}")
     for row in found["risk"]:

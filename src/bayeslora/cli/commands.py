@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from bayeslora.errors import option
+from bayeslora.errors import counted, option
 from bayeslora.files import first_columns
 from bayeslora.runs.plan import RunOptions, declared
 from bayeslora.vocabulary import SHIFTS, AnswerLoss, Measure, Normalization, Scoring, ShiftName, tagged_form, text_form
@@ -127,9 +127,12 @@ def _with_files(given: dict[str, Any]) -> Iterator[str]:
     if not columns and not tagged:
         yield "--text-column is missing: name the column (or two, a,b) that holds the text"
     elif tagged and len(columns) > 1:
-        yield f"--text-column names {len(columns)} columns, but words are in one: name that"
+        yield f"--text-column names {counted(len(columns), 'column')}, but words are in one: name that"
     elif len(columns) > 2:
-        yield f"--text-column names {len(given['text_column'])} columns, but a text has one or two: name those"
+        yield (
+            f"--text-column names {counted(len(given['text_column']), 'column')}, but a text has one or two: "
+            "name those"
+        )
 
 
 def _generates(given: dict[str, Any]) -> bool:
@@ -190,7 +193,10 @@ def _contradictions_of_inspect(given: dict[str, Any]) -> Iterator[str]:
     if "max_length" in given and "model" not in given:
         yield "--max-length is given, but needs --model, whose tokens it counts: add that or leave this out"
     if len(given.get("text_column", "")) > 2:
-        yield f"--text-column names {len(given['text_column'])} columns, but a text has one or two: name those"
+        yield (
+            f"--text-column names {counted(len(given['text_column']), 'column')}, but a text has one or two: "
+            "name those"
+        )
 
 
 def _contradictions_of_calibrate(given: dict[str, Any]) -> Iterator[str]:

@@ -17,7 +17,7 @@ from bayeslora.cli.inputs import refuse
 from bayeslora.cli.progress import disable_progress_bars
 from bayeslora.data import Task
 from bayeslora.data.known import KNOWN
-from bayeslora.errors import BayesLoraError
+from bayeslora.errors import BayesLoraError, counted
 from bayeslora.evaluation import Evaluation, evaluate
 from bayeslora.evaluation.tagging import check_span_metrics
 from bayeslora.files import check_new, finite, new_folder
@@ -139,13 +139,15 @@ def _check_kind(given: dict[str, Any], task: Task) -> None:
 
 
 def _print(found: dict[str, Any]) -> None:
-    drawn = f", {found['samples']} samples" if found["samples"] else ""
+    drawn = f", {counted(found['samples'], 'sample')}" if found["samples"] else ""
     how = f", by {found['scoring']}" if found.get("scoring") else ""
-    words = f", {found['words']} words" if "words" in found else ""
-    print(f"{found['folder']} on {found['task']} ({found['split']}, {found['rows']} rows{words}{how}{drawn})")
+    words = f", {counted(found['words'], 'word')}" if "words" in found else ""
+    print(
+        f"{found['folder']} on {found['task']} ({found['split']}, {counted(found['rows'], 'row')}{words}{how}{drawn})"
+    )
     if "calibrated" in found:
         by = found["calibrated"]
-        print(f"  probabilities by {by['by']}, fitted on {by['rows']} rows of {by['source']}")
+        print(f"  probabilities by {by['by']}, fitted on {counted(by['rows'], 'row')} of {by['source']}")
     width, baseline = max(len(name) for name in found["scores"]), found.get("baseline", {})
     for name, value in found["scores"].items():
         print(f"  {name:<{width}}  {value:.4f}" + (f"  ({baseline[name]:.4f})" if name in baseline else ""))
@@ -251,7 +253,7 @@ def detection_lines(block: dict[str, Any]) -> list[str]:
     """Return the lines of the `ood` block: a table of all scores, and one for each source."""
     tables = {"all": block["scores"]} | {name: part["scores"] for name, part in block.get("by_source", {}).items()}
     width = max(len(name) for scores in tables.values() for name in (*scores, *tables))
-    lines = [f"out of distribution: {block['name']} ({block['rows']} rows)"]
+    lines = [f"out of distribution: {block['name']} ({counted(block['rows'], 'row')})"]
     for source, scores in tables.items():
         lines.append(f"  {source if len(tables) > 1 else '':<{width}}   AUROC    AUPR   FPR95")
         for name, values in scores.items():

@@ -8,7 +8,7 @@ from typing import Any
 
 from bayeslora.cli.inputs import check_output
 from bayeslora.cli.progress import disable_progress_bars
-from bayeslora.errors import BayesLoraError
+from bayeslora.errors import BayesLoraError, counted
 from bayeslora.files import finite, write_atomically
 from bayeslora.methods.registry import title_of
 from bayeslora.model_card import public_name
@@ -42,7 +42,7 @@ def run(given: dict[str, Any]) -> int:
     answers = loaded.generate(rows, batch_size=given.get("batch_size", 8), **chosen, **risk)
     lines = [json.dumps(finite(answer.to_dict()), ensure_ascii=False) + "\n" for answer in answers]
     if page is not None:
-        drawn = f" · {sampling.samples} draws" if sampling.samples else ""
+        drawn = f" · {counted(sampling.samples, 'draw')}" if sampling.samples else ""
         write_answers(
             page, answers, f"Answers of {title_of(info.method)}", f"{public_name(info.model)} · {info.task}{drawn}"
         )
@@ -52,5 +52,5 @@ def run(given: dict[str, Any]) -> int:
     with write_atomically(target) as partial:
         partial.write_text("".join(lines), encoding="utf-8")
     asked = f", {sum(bool(answer.ask_a_human) for answer in answers)} left to a person" if "risk" in given else ""
-    print(f"{target}: {len(answers)} answers{asked}")
+    print(f"{target}: {counted(len(answers), 'answer')}{asked}")
     return 0

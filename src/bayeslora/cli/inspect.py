@@ -10,7 +10,7 @@ from typing import Any
 from bayeslora.data.guessing import DELIMITERS
 from bayeslora.data.inspection import CountTokens, Inspection, Lengths, Part, Texts, inspect_file
 from bayeslora.data.split import HoldOut
-from bayeslora.errors import BayesLoraError
+from bayeslora.errors import BayesLoraError, counted
 from bayeslora.files import finite
 
 _MOST_CLASSES = 20
@@ -43,7 +43,7 @@ def run(given: dict[str, Any]) -> int:
 def lines(found: Inspection, length: int) -> Iterator[str]:
     """Yield the lines that the command prints."""
     delimiter = f", {DELIMITERS.get(found.delimiter, found.delimiter)} between fields" if found.delimiter else ""
-    yield f"{found.file}: {found.rows:,} rows{f', {found.encoding}' if found.encoding else ''}{delimiter}"
+    yield f"{found.file}: {counted(found.rows, 'row')}{f', {found.encoding}' if found.encoding else ''}{delimiter}"
     yield "columns"
     width = max(len(column.name) for column in found.columns)
     for column in found.columns:
@@ -71,7 +71,7 @@ def lines(found: Inspection, length: int) -> Iterator[str]:
 def _part(name: str, part: Part) -> Iterator[str]:
     left_out = f", {part.unlabelled:,} more without a label" if part.unlabelled else ""
     empty = f", {part.empty_texts:,} with an empty text" if part.empty_texts else ""
-    yield f"{name}: {part.rows:,} rows{left_out}{empty}"
+    yield f"{name}: {counted(part.rows, 'row')}{left_out}{empty}"
 
 
 def _labels(found: Inspection) -> Iterator[str]:
@@ -98,10 +98,10 @@ def _texts(texts: Texts, length: int) -> Iterator[str]:
     yield f"characters: {_lengths(texts.characters)}"
     if texts.tokens is not None:
         yield f"tokens: {_lengths(texts.tokens)}"
-        yield f"  {texts.too_long:,} rows are longer than {length} tokens and would be cut"
+        yield f"  {counted(texts.too_long or 0, 'row')} longer than {length} tokens, and would be cut"
     if texts.repeated:
-        yield f"{texts.repeated:,} rows repeat the text of an earlier row"
-        yield f"  {texts.contradicting:,} rows have a text that has several labels"
+        yield f"{counted(texts.repeated, 'row')} with the text of an earlier row"
+        yield f"  {counted(texts.contradicting, 'row')} with a text that has several labels"
 
 
 def _lengths(lengths: Lengths) -> str:

@@ -13,7 +13,7 @@ from bayeslora.cli.arguments import fields_as_options
 from bayeslora.cli.commands import PlanOptions
 from bayeslora.cli.progress import disable_progress_bars
 from bayeslora.cost import Plan, build_for_task, from_config, plan
-from bayeslora.errors import BayesLoraError
+from bayeslora.errors import BayesLoraError, counted
 from bayeslora.runs.adapt import check_targets, default_targets, option_errors
 from bayeslora.runs.base import load_errors, resolve_model, source
 
@@ -88,7 +88,7 @@ def table(found: Plan, method: str, name: str | None) -> str:
         ("  trainable", f"{trainable:,} ({trainable / total:.3%} of all)"),
         ("  adapter", f"{found.parameters['adapter']:,}"),
         ("  total", f"{total:,}"),
-        (f"memory for a step on {found.batch_size} x {found.tokens} tokens", ""),
+        (f"memory for a step on {found.batch_size} x {counted(found.tokens, 'token')}", ""),
         (f"  weights ({found.dtype})", size(sizes["weights"])),
         ("  gradients", size(sizes["gradients"])),
         ("  optimizer (AdamW)", size(sizes["optimizer"])),
@@ -96,7 +96,7 @@ def table(found: Plan, method: str, name: str | None) -> str:
         ("  together, about", size(sizes["training"])),
         ("on disk", size(sizes["file"])),
         ("  in 16 bits", size(sizes["file_16bit"])),
-        (f"operations on {found.tokens} tokens", f"{'10^9 MACs':<12}BOPs relative to LoRA r=16 at 32 bits"),
+        (f"operations on {counted(found.tokens, 'token')}", f"{'10^9 MACs':<12}BOPs relative to LoRA r=16 at 32 bits"),
     ]
     for scope, share in found.relative_bops.items():
         rows.append((f"  {scope}", f"{found.macs[scope] / 1e9:<12,.2f}{share:.2%}"))
@@ -110,7 +110,7 @@ def _adapted(found: Plan) -> str:
         return "every weight"
     ranks = sorted({layer.rank for layer in found.layers})
     names = dict.fromkeys(layer.name.rpartition(".")[2] for layer in found.layers)
-    return f"rank {', '.join(map(str, ranks))} on {len(found.layers)} layers: {', '.join(names)}"
+    return f"rank {', '.join(map(str, ranks))} on {counted(len(found.layers), 'layer')}: {', '.join(names)}"
 
 
 def size(count: int | None) -> str:

@@ -7,6 +7,7 @@ from typing import Any
 
 from bayeslora.cli.inputs import check_files, refuse
 from bayeslora.cli.progress import disable_progress_bars
+from bayeslora.errors import counted
 from bayeslora.runs.decisions import calibration_for
 from bayeslora.runs.info import RunInfo
 from bayeslora.runs.prediction_files import write_predictions
@@ -37,7 +38,7 @@ def run(given: dict[str, Any]) -> int:
     predictions = loaded.predict_encoded(data, samples, seed, given.get("batch_size", 64), calibration, **asked)
     renamed = write_predictions(target, table, predictions)
     by = f", {calibration.scaling}" if calibration is not None and calibration.scaling else ""
-    print(f"{target}: {len(predictions)} rows{by}")
+    print(f"{target}: {counted(len(predictions), 'row')}{by}")
     if renamed:
         print(f"  columns of the input renamed: {', '.join(f'{name} to input_{name}' for name in renamed)}")
     return 0

@@ -10,6 +10,7 @@ import datasets
 from tqdm.auto import tqdm
 from transformers.utils import logging
 
+from bayeslora.errors import counted
 from bayeslora.runs.train import Reporter
 
 
@@ -51,8 +52,8 @@ class ProgressBar(Reporter):
     def on_scoring(self, rows: int, samples: int) -> None:
         """Announce the scoring, which can take as long as training when weights are sampled."""
         if not self._quiet:
-            drawn = f" with {samples} samples of the weights" if samples else ""
-            print(f"{self._label}: scoring {rows:,} rows{drawn}", file=sys.stderr)
+            drawn = f" with {counted(samples, 'sample')} of the weights" if samples else ""
+            print(f"{self._label}: scoring {counted(rows, 'row')}{drawn}", file=sys.stderr)
 
     def on_finished(self, folder: Path) -> None:
         """Write the report and the model card."""

@@ -8,7 +8,7 @@ from typing import Any
 
 from bayeslora.cli.inputs import check_files
 from bayeslora.cli.progress import disable_progress_bars
-from bayeslora.errors import BayesLoraError
+from bayeslora.errors import BayesLoraError, counted
 from bayeslora.evaluation import predict_dataset
 from bayeslora.files import write_atomically
 from bayeslora.posthoc import select_rows
@@ -40,7 +40,9 @@ def run(given: dict[str, Any]) -> int:
     task = rows_to_predict(source, info, given.get("text_column"))
     rows = task.eval_split
     if budget > len(rows):
-        raise BayesLoraError(f"--budget is {budget}, but {source} has {len(rows)} rows: give at most {len(rows)}")
+        raise BayesLoraError(
+            f"--budget is {budget}, but {source} has {counted(len(rows), 'row')}: give at most {len(rows)}"
+        )
     if taken := [name for name in _ADDED if name in rows.column_names]:
         raise BayesLoraError(f"{source} has the column {taken[0]!r}, but select adds one of that name: rename it")
     disable_progress_bars()

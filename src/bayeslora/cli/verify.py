@@ -9,7 +9,7 @@ from typing import Any
 
 from bayeslora.cli.evaluate import rows_to_score, source_of
 from bayeslora.cli.progress import disable_progress_bars
-from bayeslora.errors import BayesLoraError
+from bayeslora.errors import BayesLoraError, counted
 from bayeslora.files import finite
 from bayeslora.runs.info import RunInfo
 from bayeslora.runs.run import load
@@ -48,7 +48,9 @@ def run(given: dict[str, Any]) -> int:
 
 
 def _print(found: Verified, folder: Path, source: Path) -> None:
-    print(f"{folder} ({found.format}) against {source}: {found.rows:,} rows, {found.answers:,} answers")
+    print(
+        f"{folder} ({found.format}) against {source}: {counted(found.rows, 'row')}, {counted(found.answers, 'answer')}"
+    )
     if found.changed is not None:
         allowed = "" if found.max_changed is None else f"  (at most {found.max_changed:.2%})"
         print(f"  changed answers  {found.changed:.2%}{allowed}")

@@ -5,8 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any, get_args
 
-from bayeslora.data.tables import Table
-from bayeslora.errors import BayesLoraError
+from bayeslora.data.tables import Table, tell_empty
+from bayeslora.errors import BayesLoraError, counted
 from bayeslora.vocabulary import Normalization
 
 QUESTION, CHOICES, ANSWER, SUBJECT, LABEL = "question", "choices", "answer", "subject", "label"
@@ -70,6 +70,8 @@ def choice_columns(table: Table, *, gap: bool = False, labelled: bool = True) ->
     questions = table.strings(QUESTION)
     choices = [_choices(table, row, value) for row, value in enumerate(table.columns[CHOICES])]
     columns: dict[str, list[Any]] = {QUESTION: questions, CHOICES: choices}
+    tell_empty(table, questions, QUESTION)
+    tell_empty(table, [min(each, key=lambda choice: len(choice.strip())) for each in choices], CHOICES)
     if gap:
         filled = [_fill(table, row, *item) for row, item in enumerate(zip(questions, choices, strict=True))]
         columns = {QUESTION: [stem for stem, _ in filled], CHOICES: [endings for _, endings in filled]}
@@ -97,7 +99,8 @@ def fill_gap(sentence: str, choices: list[str]) -> tuple[str, list[str]]:
 def _fill(table: Table, row: int, question: str, choices: list[str]) -> tuple[str, list[str]]:
     if question.count(GAP) != 1:
         raise BayesLoraError(
-            f"{table.where(row)} has {question.count(GAP)} gaps {GAP!r} in its question, but needs 1: correct it"
+            f"{table.where(row)} has {counted(question.count(GAP), 'gap')} {GAP!r} in its question, but needs "
+            "1: correct it"
         )
     return fill_gap(question, choices)
 
@@ -109,7 +112,7 @@ def _choices(table: Table, row: int, value: Any) -> list[str]:
         )
     if not 2 <= len(value) <= len(LETTERS):
         raise BayesLoraError(
-            f"{table.where(row)} has {len(value)} choices, but needs 2 to {len(LETTERS)}: correct the row"
+            f"{table.where(row)} has {counted(len(value), 'choice')}, but needs 2 to {len(LETTERS)}: correct the row"
         )
     return value
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from bayeslora.errors import BayesLoraError
+from bayeslora.errors import BayesLoraError, counted
 
 IGNORED = -100
 """Label of a token that the loss ignores."""
@@ -45,7 +45,8 @@ def prompt_masked(prompt: str, completion: str, tokenizer: Any, max_length: int 
         room = max_length - len(start) - len(written)
         if room < 0:
             raise BayesLoraError(
-                f"the completion {completion[:40]!r} needs {len(start) + len(written)} tokens, but max_length is "
+                f"the completion {completion[:40]!r} needs {counted(len(start) + len(written), 'token')}, but "
+                "max_length is "
                 f"{max_length} and completions are not cut: raise max_length or drop the row"
             )
         given = given[len(given) - min(room, len(given)) :]

@@ -12,7 +12,7 @@ from datasets import Dataset
 
 from bayeslora.data.choices import CHOICES, GROUP, LABEL, QUESTION, SUBJECT
 from bayeslora.data.tasks import Task
-from bayeslora.errors import BayesLoraError
+from bayeslora.errors import BayesLoraError, counted
 
 Row = Mapping[str, Any]
 
@@ -60,7 +60,8 @@ def examples_for(rows: Sequence[Row], pool: Dataset | None, count: int, seed: in
         if totals[own] < count:
             subject = f" of the subject {own!r}" if own else ""
             raise BayesLoraError(
-                f"few_shot is {count}, but the pool has only {totals[own]} rows{subject}: ask for fewer examples"
+                f"few_shot is {count}, but the pool has only {counted(totals[own], 'row')}{subject}: ask for "
+                "fewer examples"
             )
         fewer += len(shown) < count
         result.append(shown)

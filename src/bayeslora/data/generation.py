@@ -7,8 +7,9 @@ from typing import Any
 
 from datasets import Dataset
 
+from bayeslora.data.chat import asked_of
 from bayeslora.data.conversations import answered_columns, conversations
-from bayeslora.data.tables import read_table
+from bayeslora.data.tables import read_table, tell_empty
 from bayeslora.data.tasks import Source, Task, hold_out
 from bayeslora.errors import BayesLoraError
 from bayeslora.vocabulary import COMPLETION, MESSAGES, PROMPT
@@ -71,12 +72,17 @@ def rows_to_answer(file: Source) -> list[dict[str, Any]]:
     """
     table = read_table(file, (), _COLUMNS)
     if MESSAGES in table.columns:
-        return [{MESSAGES: messages} for messages in conversations(table, needs_answer=False)]
+        asked = conversations(table, needs_answer=False)
+        tell_empty(table, [asked_of(messages)[-1]["content"] for messages in asked], MESSAGES)
+        return [{MESSAGES: messages} for messages in asked]
     if PROMPT not in table.columns:
         raise BayesLoraError(f"{table.path} lacks messages and prompt, but needs one of them: rename a column")
     known = table.columns.get(COMPLETION, [None] * len(table))
+    if answered := [row for row, answer in enumerate(known) if answer is not None]:
+        table.select(answered).strings(COMPLETION)
+    tell_empty(table, table.strings(PROMPT), PROMPT)
     return [
-        {PROMPT: prompt, **({COMPLETION: answer} if isinstance(answer, str) else {})}
+        {PROMPT: prompt, **({} if answer is None else {COMPLETION: answer})}
         for prompt, answer in zip(table.strings(PROMPT), known, strict=True)
     ]
 

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from bayeslora.data.tables import Table
-from bayeslora.errors import BayesLoraError
+from bayeslora.errors import BayesLoraError, counted
 
 Kind = Literal["classification", "regression", "multi_label", "token_classification"]
 TaskKind = Kind | Literal["multiple_choice", "generation"]
@@ -207,7 +207,7 @@ def _tell_doubts(table: Table, column: str, values: list[Any]) -> None:
     counts = Counter(values)
     for name in sorted({str(value) for value in counts if str(value).lower() in _DOUBTFUL}):
         warnings.warn(
-            f"{table.path} has {counts[name]:,} rows with the label {name!r}, which is read as a class: "
+            f"{table.path} has {counted(counts[name], 'row')} with the label {name!r}, which is read as a class: "
             "leave the cell empty if they have no label",
             stacklevel=4,
         )
@@ -235,6 +235,12 @@ def _tell_mixture(table: Table, column: str, values: list[Any], kind: Kind) -> N
             )
         return
     words = [row for row, value in enumerate(values) if isinstance(value, str) and not _is_number(value)]
+    if not words and isinstance(values[0], str) and not all(float(value).is_integer() for value in values):
+        warnings.warn(
+            f"{table.path} has numbers with a fraction as texts in column {column!r} (first {table.places[0]}, "
+            f"{values[0]!r}), which are read as names of classes: write them without quotes, or say kind regression",
+            stacklevel=4,
+        )
     if 0 < len(words) < len(values) and (len(words) * _SLIPS <= len(values) or _has_fractions(values)):
         warnings.warn(
             f"{table.path} has {len(values) - len(words):,} of {len(values):,} labels that are numbers in column "

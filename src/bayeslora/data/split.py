@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from bayeslora.data.tables import Table
-from bayeslora.errors import BayesLoraError
+from bayeslora.errors import BayesLoraError, counted
 
 
 @dataclass(frozen=True)
@@ -79,7 +79,8 @@ def held_out_rows(
             held += members[unit]
     if not held:
         raise BayesLoraError(
-            f"{what} has {len(classes):,} rows in {len(members):,} groups or different texts, but none can be held "
+            f"{what} has {counted(len(classes), 'row')} in {len(members):,} groups or different texts, but none "
+            "can be held "
             "out with every class still in training: give an evaluation file, or more rows"
         )
     return sorted(held)

@@ -20,7 +20,7 @@ from bayeslora.data.guessing import (
     split_off_separator,
     whole,
 )
-from bayeslora.errors import BayesLoraError
+from bayeslora.errors import BayesLoraError, counted
 from bayeslora.files import DOCUMENT_START, conll_columns, conll_fields, first_columns
 
 EXTENSIONS = (".jsonl", ".json", ".csv", ".parquet", ".tsv")
@@ -224,7 +224,7 @@ def _records(
     halves = [number for number, (row, new) in enumerate(zip(rows, mended, strict=True)) if row != new]
     if halves:
         warnings.warn(
-            f"{path} has half characters, such as half an emoji, in {_count(halves, 'row')} "
+            f"{path} has half characters, such as half an emoji, in {counted(len(halves), 'row')} "
             f"(first {places[halves[0]]}), which are replaced by U+FFFD",
             stacklevel=3,
         )
@@ -250,7 +250,8 @@ def _csv(path: Path, text: str, wanted: Sequence[str], optional: Sequence[str] |
             if len(row) != len(header):
                 kind = {",": "commas", ";": "semicolons", "\t": "tabs"}.get(delimiter, repr(delimiter))
                 raise BayesLoraError(
-                    f"{path}, line {reader.line_num} has {len(row)} fields, but the header has {len(header)}: "
+                    f"{path}, line {reader.line_num} has {counted(len(row), 'field')}, but the header has "
+                    f"{len(header)}: "
                     f"quote fields that hold {kind}"
                 )
             if len(row) > 1 and row[0].strip() == header[0] and [cell.strip() for cell in row] == header:
@@ -263,11 +264,11 @@ def _csv(path: Path, text: str, wanted: Sequence[str], optional: Sequence[str] |
     _check_rows(path, len(rows))
     if repeated:
         warnings.warn(
-            f"{path} repeats its header in {_count(repeated, 'line')} (first line {repeated[0]}), which "
+            f"{path} repeats its header in {counted(len(repeated), 'line')} (first line {repeated[0]}), which "
             f"{'is' if len(repeated) == 1 else 'are'} left out",
             stacklevel=3,
         )
-    kept = list(dict.fromkeys(header)) if optional is None else [n for n in (*wanted, *optional) if n in header]
+    kept = _kept_columns(path, header, wanted, optional)
     columns = {name: [row[header.index(name)] for row in rows] for name in kept}
     return Table(path, columns, places, untyped=True, delimiter=delimiter)
 
@@ -286,7 +287,7 @@ def _conll(path: Path, text: str, columns: list[str], wanted: Sequence[str]) -> 
         fields = conll_fields(line)
         if len(fields) != len(columns):
             raise BayesLoraError(
-                f"{path}, line {number} has {len(fields)} fields, but the first line has {len(columns)}: "
+                f"{path}, line {number} has {counted(len(fields), 'field')}, but the first line has {len(columns)}: "
                 "write a word and its tags on each line, and an empty line between sentences"
             )
         if not is_open:
@@ -308,18 +309,24 @@ def _parquet(path: Path, wanted: Sequence[str], optional: Sequence[str] | None) 
         with pyarrow.parquet.ParquetFile(path) as file:
             names = list(file.schema_arrow.names)
             _check_columns(path, names, wanted)
-            kept = None if optional is None else [name for name in (*wanted, *optional) if name in names]
+            kept = _kept_columns(path, names, wanted, optional)
             table = file.read(columns=kept)
     except pyarrow.ArrowException as error:
         reason = str(error).split("\n")[0].rstrip(".")
         raise BayesLoraError(f"{path} is not a valid Parquet file ({reason}): write it again") from None
     _check_rows(path, table.num_rows)
-    columns = {name: table.column(name).to_pylist() for name in table.column_names}
+    columns = {name: table.column(table.column_names.index(name)).to_pylist() for name in kept}
     return Table(path, columns, [f"row {number}" for number in range(1, table.num_rows + 1)])
 
 
-def _count(things: Sequence[Any], name: str) -> str:
-    return f"{len(things):,} {name}{'' if len(things) == 1 else 's'}"
+def tell_empty(table: Table, texts: Sequence[Any], column: str) -> None:
+    """Warn if some of the texts, one of each row and from this column, are empty or blank."""
+    empty = sum(isinstance(text, str) and not text.strip() for text in texts)
+    if empty:
+        warnings.warn(
+            f"{table.path} has {empty:,} of {len(table):,} rows with an empty text in column {column!r}",
+            stacklevel=4,
+        )
 
 
 def _check_rows(path: Path, count: int) -> None:
@@ -333,7 +340,26 @@ def _check_columns(path: Path, names: Sequence[str], wanted: Sequence[str]) -> N
             raise _missing(str(path), name, names)
         if list(names).count(name) > 1:
             count = list(names).count(name)
-            raise BayesLoraError(f"{path} has {count} columns named {name!r}, but must have 1: rename the others")
+            raise BayesLoraError(
+                f"{path} has {counted(count, 'column')} named {name!r}, but must have 1: rename the others"
+            )
+
+
+def _kept_columns(
+    path: Path, names: Sequence[str], wanted: Sequence[str], optional: Sequence[str] | None
+) -> list[str]:
+    """Return the columns to read, each once: those named, or with None all, of which a warning names the doubles."""
+    if optional is not None:
+        kept = [name for name in dict.fromkeys((*wanted, *optional)) if name in names]
+        _check_columns(path, names, kept)
+        return kept
+    doubles = [name for name in dict.fromkeys(names) if name and list(names).count(name) > 1]
+    if doubles:
+        warnings.warn(
+            f"{path} has several columns named {' and '.join(map(repr, doubles))}, of which the first is read",
+            stacklevel=5,
+        )
+    return list(dict.fromkeys(names))
 
 
 def _missing(place: str, name: str, columns: Sequence[str]) -> BayesLoraError:

@@ -13,7 +13,7 @@ from typing import Any
 from bayeslora.data.label_sets import rarest
 from bayeslora.data.labels import Kind, LabelMap, learn_labels
 from bayeslora.data.tables import Source, Table, columns_of, read_table
-from bayeslora.errors import BayesLoraError
+from bayeslora.errors import BayesLoraError, counted
 from bayeslora.vocabulary import TAGS, tagged_form
 
 OFFSETS = "offsets"
@@ -158,7 +158,8 @@ def _flat(table: Table, columns: tuple[str, str]) -> Table:
             )
         if len(own) != len(words):
             raise BayesLoraError(
-                f"{table.where(row)} has {len(words)} words but {len(own)} tags, but each word needs one: "
+                f"{table.where(row)} has {counted(len(words), 'word')} but {counted(len(own), 'tag')}, but each "
+                "word needs one: "
                 "correct the row"
             )
         here = [f"{table.places[row]}, word {number}" for number in range(1, len(words) + 1)]

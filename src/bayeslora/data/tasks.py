@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,7 +27,7 @@ from bayeslora.data.label_sets import has_label_sets, label_columns, learn_label
 from bayeslora.data.labels import Kind, TaskKind, labelled, learn_labels
 from bayeslora.data.spans import marks_spans
 from bayeslora.data.split import HoldOut
-from bayeslora.data.tables import Source, Table, columns_of, read_table
+from bayeslora.data.tables import Source, Table, columns_of, read_table, tell_empty
 from bayeslora.data.tagged import learn_tags, rarest_tags, read_tagged, words_of
 from bayeslora.data.text_tasks import TEXT_TASKS, text_splits
 from bayeslora.errors import BayesLoraError
@@ -401,12 +400,7 @@ def _texts(table: Table, text_columns: tuple[str, ...]) -> dict[str, list[Any]]:
 
 def _tell_empty_texts(table: Table, text_columns: tuple[str, ...]) -> None:
     for name in text_columns:
-        empty = sum(isinstance(text, str) and not text.strip() for text in table.columns[name])
-        if empty:
-            warnings.warn(
-                f"{table.path} has {empty:,} of {len(table):,} rows with an empty text in column {name!r}",
-                stacklevel=3,
-            )
+        tell_empty(table, table.columns[name], name)
 
 
 def _checked_columns(text_columns: str | Sequence[str], label_column: str | None = None) -> tuple[str, ...]:

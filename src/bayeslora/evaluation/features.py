@@ -36,7 +36,7 @@ from scipy.special import logsumexp
 from sklearn.covariance import ledoit_wolf
 from sklearn.neighbors import NearestNeighbors
 
-from bayeslora.errors import BayesLoraError
+from bayeslora.errors import BayesLoraError, counted
 from bayeslora.files import write_atomically
 from bayeslora.prediction import Predictable, features_and_logits, labels_of
 
@@ -100,7 +100,8 @@ class FeatureSpace:
         self.labels = np.asarray(labels).astype(np.int64).reshape(-1)
         if self.features.ndim != 2 or len(self.features) != len(self.labels) or len(self.labels) < 2:
             raise BayesLoraError(
-                f"features have shape {self.features.shape} for {len(self.labels)} labels, but must be (rows, "
+                f"features have shape {self.features.shape} for {counted(len(self.labels), 'label')}, but must "
+                "be (rows, "
                 "features): give one row for each label, at least 2"
             )
         _check_finite(self.features)

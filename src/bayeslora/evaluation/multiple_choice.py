@@ -34,7 +34,7 @@ from bayeslora.data.choices import CHOICES, LABEL, LETTERS, QUESTION, SUBJECT
 from bayeslora.data.encode import Collate, pad_id
 from bayeslora.data.few_shot import Row, examples_for, few_shot_pool
 from bayeslora.data.tasks import Task
-from bayeslora.errors import BayesLoraError
+from bayeslora.errors import BayesLoraError, counted
 from bayeslora.evaluation.cloze import CHOICE_IDS, ClozeCollator, ClozeLogits, encode_cloze, is_cloze
 from bayeslora.evaluation.items import (
     DEFAULT_PROMPT_LENGTH,
@@ -340,7 +340,8 @@ def choice_scoring(dataset: Dataset, tokenizer: Any) -> ChoiceScoring:
     """
     if not is_multiple_choice(dataset) or not len(dataset):
         raise BayesLoraError(
-            f"the data set has {len(dataset)} rows and the columns {', '.join(dataset.column_names)}, but must have "
+            f"the data set has {counted(len(dataset), 'row')} and the columns "
+            f"{', '.join(dataset.column_names)}, but must have "
             "encoded multiple-choice items: use encode_prompts, encode_cloze or encode_pairs"
         )
     first = dataset[0]

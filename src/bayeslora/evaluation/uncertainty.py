@@ -15,7 +15,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 from sklearn.metrics import average_precision_score, roc_auc_score, roc_curve
 
-from bayeslora.errors import BayesLoraError
+from bayeslora.errors import BayesLoraError, counted
 
 Array = NDArray[np.float64]
 BINS = 15
@@ -195,7 +195,8 @@ def aligned(predicted: ArrayLike, labels: ArrayLike) -> tuple[Array, Array]:
     b = np.asarray(labels, dtype=np.float64).reshape(-1)
     if len(a) != len(b) or not len(a):
         raise BayesLoraError(
-            f"{len(a)} predictions were given for {len(b)} labels, but each needs one: give as many, and at least one"
+            f"got {counted(len(a), 'prediction')} for {counted(len(b), 'label')}, but each needs one: "
+            "give as many, and at least one"
         )
     return a, b
 
@@ -206,7 +207,7 @@ def class_arrays(probabilities: ArrayLike, labels: ArrayLike) -> tuple[Array, ND
     ids = np.asarray(labels).astype(np.int64).reshape(-1)
     if chosen.ndim != 2 or len(chosen) != len(ids) or not len(ids):
         raise BayesLoraError(
-            f"probabilities have shape {chosen.shape} for {len(ids)} labels, but must be (n, classes): "
+            f"probabilities have shape {chosen.shape} for {counted(len(ids), 'label')}, but must be (n, classes): "
             "give one row for each label"
         )
     if ids.min() < 0 or ids.max() >= chosen.shape[1]:

@@ -25,7 +25,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from bayeslora.errors import BayesLoraError
+from bayeslora.errors import BayesLoraError, counted
 
 _VARIANCE_FLOOR = 1e-12
 Scope = Literal["example", "token", "batch"]
@@ -129,7 +129,8 @@ class Noise:
             return rows
         if rows % len(self.draws):
             raise IndivisibleBatchError(
-                f"a layer got {rows} rows, but {len(self.draws)} draws need equal parts of them: take one at a time"
+                f"a layer got {counted(rows, 'row')}, but {len(self.draws)} draws need equal parts of them: "
+                "take one at a time"
             )
         return len(self.draws)
 

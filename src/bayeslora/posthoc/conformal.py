@@ -23,7 +23,7 @@ import torch
 from numpy.typing import ArrayLike, NDArray
 from torch import Tensor
 
-from bayeslora.errors import BayesLoraError
+from bayeslora.errors import BayesLoraError, counted
 from bayeslora.prediction import Prediction
 
 Array = NDArray[np.float64]
@@ -211,7 +211,8 @@ class ConformalIntervals:
         truth = np.asarray(labels, dtype=np.float64).reshape(-1)
         if len(truth) != len(values) or not len(truth):
             raise BayesLoraError(
-                f"{len(values)} predictions were given for {len(truth)} labels, but each needs one: give as many"
+                f"got {counted(len(values), 'prediction')} for {counted(len(truth), 'label')}, but each "
+                "needs one: give as many"
             )
         self.scores = np.sort(np.abs(truth - values) / scale)
         return self
@@ -265,7 +266,8 @@ def labelled_probabilities(prediction: Prediction | ArrayLike, labels: ArrayLike
         )
     if len(given) != len(probabilities) or not len(given):
         raise BayesLoraError(
-            f"{len(probabilities)} predictions were given for {len(given)} labels, but each needs one: give as many, "
+            f"got {counted(len(probabilities), 'prediction')} for {counted(len(given), 'label')}, but "
+            "each needs one: give as many, "
             "and at least one"
         )
     ids = given.astype(np.int64)

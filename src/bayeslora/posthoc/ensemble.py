@@ -15,7 +15,7 @@ import torch
 from peft import PeftModel
 from torch import Tensor, nn
 
-from bayeslora.errors import BayesLoraError
+from bayeslora.errors import BayesLoraError, counted
 from bayeslora.methods.variational import posterior_mean
 from bayeslora.prediction import Logits, Sampler
 
@@ -49,7 +49,7 @@ class DeepEnsemble:
             self.model = nn.ModuleList(members)
             self.size = len(self.model)
         if self.size < 2:
-            raise BayesLoraError(f"the ensemble has {self.size} members, but needs at least 2: add others")
+            raise BayesLoraError(f"the ensemble has {counted(self.size, 'member')}, but needs at least 2: add others")
 
     @classmethod
     def from_folders(cls, base: nn.Module, folders: Sequence[str | Path]) -> DeepEnsemble:
@@ -59,7 +59,9 @@ class DeepEnsemble:
             BayesLoraError: there are fewer than two folders, or one lacks an adapter for this model.
         """
         if len(folders) < 2:
-            raise BayesLoraError(f"the ensemble has {len(folders)} members, but needs at least 2: add others")
+            raise BayesLoraError(
+                f"the ensemble has {counted(len(folders), 'member')}, but needs at least 2: add others"
+            )
         names = [f"member{index}" for index in range(len(folders))]
         model: Any = None
         for name, folder in zip(names, folders, strict=True):
@@ -79,7 +81,7 @@ class DeepEnsemble:
     def check_samples(self, samples: int) -> None:
         if samples not in (0, self.size):
             raise BayesLoraError(
-                f"samples is {samples}, but the ensemble's samples are its {self.size} members: give "
+                f"samples is {samples}, but the ensemble's samples are its {counted(self.size, 'member')}: give "
                 f"samples={self.size}, or 0 for the same"
             )
 

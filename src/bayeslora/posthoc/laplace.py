@@ -31,7 +31,7 @@ from scipy.optimize import minimize, minimize_scalar
 from torch import Tensor, nn
 
 from bayeslora._peft import BaseTunerLayer
-from bayeslora.errors import BayesLoraError
+from bayeslora.errors import BayesLoraError, counted
 from bayeslora.methods.variational import posterior_mean
 from bayeslora.prediction import Logits, ModelPredictor, Sampler, labels_of, sampled_logits
 from bayeslora.prediction.batched_sampling import restore_forward
@@ -170,7 +170,9 @@ class LaplacePredictor:
         with _identity(head):
             features = sampled_logits(ModelPredictor(self.model), batches, 0)[0]
         if len(labels) != len(features):
-            raise BayesLoraError(f"{len(labels)} labels were given for {len(features)} rows: give one for each row")
+            raise BayesLoraError(
+                f"got {counted(len(labels), 'label')} for {counted(len(features), 'row')}: give one for each row"
+            )
         self._fit(head, _with_bias(head, features), labels)
         return self
 

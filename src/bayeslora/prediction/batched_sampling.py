@@ -21,7 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from bayeslora.errors import BayesLoraError
+from bayeslora.errors import BayesLoraError, counted
 from bayeslora.methods.tuner import tuner_of
 from bayeslora.methods.variational import sampling, stochastic_layers
 from bayeslora.posterior import IndivisibleBatchError
@@ -101,7 +101,8 @@ class BatchedSampler:
         # which row belongs to which draw; with one draw it does not matter.
         if times > 1 and len(logits) != rows * times:
             raise IndivisibleBatchError(
-                f"the logits have {len(logits)} rows, but the inputs have {rows * times}: take one draw at a time"
+                f"the logits have {counted(len(logits), 'row')}, but the inputs have {rows * times}: take one "
+                "draw at a time"
             )
         return logits.view(times, -1, *logits.shape[1:])
 
@@ -112,7 +113,8 @@ class BatchedSampler:
         def check(_layer: nn.Module, args: tuple[Any, ...]) -> None:
             if args[0].ndim < 2 or args[0].shape[0] % rows:
                 raise IndivisibleBatchError(
-                    f"a layer got {args[0].shape[0]} rows, but the batch has {rows}: take one draw at a time"
+                    f"a layer got {counted(args[0].shape[0], 'row')}, but the batch has {rows}: take one draw "
+                    "at a time"
                 )
 
         with ExitStack() as hooks:

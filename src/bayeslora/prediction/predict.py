@@ -28,7 +28,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from bayeslora.errors import BayesLoraError
+from bayeslora.errors import BayesLoraError, counted
 from bayeslora.methods.layer import evaluation_mode
 from bayeslora.prediction.predictor import (
     MULTI_LABEL,
@@ -129,7 +129,8 @@ def predict(
     prediction = _of_labels(collected) if problem == MULTI_LABEL else summarize(collected)
     if problem == "regression" and collected.shape[2] > 1:
         raise BayesLoraError(
-            f"the model predicts {collected.shape[2]} numbers a row, but predict takes a regression of one: "
+            f"the model predicts {counted(collected.shape[2], 'number')} a row, but predict takes a regression "
+            "of one: "
             "call the model yourself"
         )
     if samples == 0 and len(collected) == 1:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
+from bayeslora.errors import counted
 from bayeslora.report.text import count, number, percent
 from bayeslora.runs.record import Interval, RunRecord, ThresholdRecord
 
@@ -66,7 +67,7 @@ def _gain_in_accuracy(run: RunRecord, gain: Interval) -> Statement:
     accuracy = run.scores["accuracy"]
     label = most_frequent(run)
     constant = f"the most frequent label, “{label}”," if label else "the most frequent label"
-    rows = "the rows" if run.rows is None else f"{count(run.rows)} rows"
+    rows = "the rows" if run.rows is None else counted(run.rows, "row")
     text = (
         f"{percent(accuracy)} of {rows} are right; {constant} for every row would be right for "
         f"{percent(accuracy - gain.mean)}. The difference is {points(gain.mean)} points ({_interval(gain)})."
@@ -129,7 +130,7 @@ def _meaning(run: RunRecord, chosen: ThresholdRecord | None) -> Statement:
         mend = "`bayeslora calibrate OUT --temperature`, on rows it has not seen, mends its confidence."
         said.append(mend if gap.mean > 0 else f"{mend} Underconfidence can also mean that training was too short.")
     if run.rows is not None and run.rows < _FEW_ROWS:
-        said.append(f"{count(run.rows)} rows are few: with more, the intervals and the share to hand over shrink.")
+        said.append(f"{counted(run.rows, 'row')} of data: with more, the intervals and the share to hand over shrink.")
     return Statement("What this means", " ".join(said))
 
 

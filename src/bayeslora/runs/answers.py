@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from bayeslora.data.chat import answer_of, asked_of, end_tokens, prompt_tokens
 from bayeslora.data.encode import pad_id
 from bayeslora.data.generation import rows_to_answer
-from bayeslora.errors import BayesLoraError
+from bayeslora.errors import BayesLoraError, counted
 from bayeslora.methods.variational import has_posterior
 from bayeslora.posterior import WeightPosterior
 from bayeslora.prediction import Generation, check_samples, generate
@@ -218,7 +218,8 @@ class _Writer:
         new = self.sampling.max_new_tokens or 1
         if self.limit is not None and tokens + new > self.limit:
             raise BayesLoraError(
-                f"prompt {number} has {tokens} tokens and the answer {new}, but the model reads {self.limit} in all: "
+                f"prompt {number} has {counted(tokens, 'token')} and the answer {new}, but the model reads "
+                f"{self.limit} in all: "
                 "shorten the prompt or lower max_new_tokens"
             )
 

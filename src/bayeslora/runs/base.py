@@ -28,7 +28,7 @@ from transformers.utils import logging as transformers_logging
 
 from bayeslora.cost.structure import is_decoder
 from bayeslora.data.packaged import ENCODER_PACKAGE, as_dense, gguf_options
-from bayeslora.errors import BayesLoraError, one_line
+from bayeslora.errors import BayesLoraError, counted, one_line
 from bayeslora.evaluation.items import DEFAULT_PROMPT_LENGTH
 from bayeslora.prediction.predictor import MULTI_LABEL
 from bayeslora.runs.info import Head, RunKind
@@ -258,12 +258,12 @@ def load_base(
     fresh = sorted({key.removeprefix(prefix).split(".")[0] for key in missing})
     if len(missing) > len(list(model.parameters())) / 2:
         raise BayesLoraError(
-            f"the weights in {name} do not fit its config.json ({len(missing)} tensors are missing): "
+            f"the weights in {name} do not fit its config.json ({counted(len(missing), 'tensor')} missing): "
             "name a complete model"
         )
     if len(tokenizer) > model.get_input_embeddings().num_embeddings:
         raise BayesLoraError(
-            f"the tokenizer of {name} has {len(tokenizer)} tokens, but the model has only "
+            f"the tokenizer of {name} has {counted(len(tokenizer), 'token')}, but the model has only "
             f"{model.get_input_embeddings().num_embeddings}: name a model with a matching tokenizer"
         )
     return BaseModel(model, fresh, _fingerprint(model, fresh), _TASK_TYPES[head])

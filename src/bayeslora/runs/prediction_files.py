@@ -23,7 +23,7 @@ def write_predictions(path: Path, table: Table, predictions: Predictions | Taggi
 
     A path that ends in `.csv` or `.tsv` becomes a file with a header, in which each probability has a column
     `probability_<label>`, an interval the columns `lower` and `upper`, and a set is a JSON list, as are several labels
-    of a row, the words with their tags and the spans. It has the delimiter of the table if that is CSV, and a
+    of a row, the words with their tags and the spans. A `.csv` has the delimiter of the table if that is one, and a
     byte-order mark, which Excel needs, unless the table is plain UTF-8. Other paths become JSON Lines, with
     `probabilities` as an object by label.
 
@@ -68,15 +68,16 @@ def _flat(row: dict[str, Any]) -> dict[str, Any]:
 
 
 def _write_separated(path: Path, delimiter: str, table: Table, rows: Iterator[dict[str, Any]]) -> None:
-    if delimiter == "," and table.delimiter:
+    if delimiter == "," and table.delimiter and table.path.suffix.lower() == ".csv":
         delimiter = table.delimiter
     encoding = "utf-8" if table.encoding in ("", "utf-8") else "utf-8-sig"
+    found = list(rows)
+    lines = [list(found[0]), *([_cell(value) for value in row.values()] for row in found)]
+    # The module quotes a field for the end of a line that it writes, but not for a lone return, which ends one too.
+    returns = any("\r" in cell for line in lines for cell in line if isinstance(cell, str))
+    quoting: Any = csv.QUOTE_ALL if returns else csv.QUOTE_MINIMAL
     with path.open("w", encoding=encoding, newline="") as file:
-        writer = csv.writer(file, delimiter=delimiter, lineterminator="\n")
-        for number, row in enumerate(rows):
-            if number == 0:
-                writer.writerow(row)
-            writer.writerow(map(_cell, row.values()))
+        csv.writer(file, delimiter=delimiter, lineterminator="\n", quoting=quoting).writerows(lines)
 
 
 def _cell(value: Any) -> Any:

@@ -8,6 +8,7 @@ from typing import Any
 
 from torch import Tensor
 
+from bayeslora.errors import counted
 from bayeslora.prediction import Prediction
 
 
@@ -154,4 +155,4 @@ class Predictions(Sequence[PredictedRow]):
 
     def __repr__(self) -> str:
         shown = ", ".join(map(repr, self.labels[:3])) + (", …" if len(self) > 3 else "")
-        return f"Predictions({len(self)} rows: {shown})"
+        return f"Predictions({counted(len(self), 'row')}: {shown})"

@@ -23,7 +23,7 @@ from bayeslora.data.tables import EXTENSIONS, Source, Table, read_table
 from bayeslora.data.tagged import TEXT, words_to_tag
 from bayeslora.data.tasks import load_choices
 from bayeslora.data.text_tasks import TEXT_TASKS
-from bayeslora.errors import BayesLoraError, Problems, option
+from bayeslora.errors import BayesLoraError, Problems, counted, option
 from bayeslora.evaluation.cloze import copies, is_cloze
 from bayeslora.evaluation.multiple_choice import choice_scoring, encode_choices, encode_pairs, is_multiple_choice
 from bayeslora.files import file_digest
@@ -392,7 +392,8 @@ def _checked_columns(given: list[str] | None, info: RunInfo, name: str = "--text
         return given or info.text_columns
     if len(given) != len(info.text_columns):
         raise BayesLoraError(
-            f"{name} names {len(given)} columns, but the run was trained on {len(info.text_columns)}: name as many"
+            f"{name} names {counted(len(given), 'column')}, but the run was trained on "
+            f"{len(info.text_columns)}: name as many"
         )
     return given
 

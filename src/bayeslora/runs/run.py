@@ -17,7 +17,7 @@ from torch import nn
 from transformers import PreTrainedTokenizerBase
 
 from bayeslora.data.tasks import LABEL, Task
-from bayeslora.errors import BayesLoraError
+from bayeslora.errors import BayesLoraError, counted
 from bayeslora.evaluation import dataset_logits, predict_dataset
 from bayeslora.export.container import looks_packed
 from bayeslora.export.integer.index import is_integer_model
@@ -79,7 +79,7 @@ class Run:
     info: RunInfo
 
     def __repr__(self) -> str:
-        classes = f", {len(self.labels)} labels" if self.labels else ""
+        classes = f", {counted(len(self.labels), 'label')}" if self.labels else ""
         return f"Run({str(self.folder)!r}: {self.method} on {self.task}, {self.kind}{classes})"
 
     @property
@@ -249,7 +249,7 @@ class Run:
         """
         check_generates(self.info)
         given = Path(rows) if isinstance(rows, (str, os.PathLike)) else [dict(row) for row in rows]
-        source = str(given) if isinstance(given, Path) else f"{len(given)} rows"
+        source = str(given) if isinstance(given, Path) else f"{counted(len(given), 'row')}"
         options: dict[str, Any] = {"measure": measure, "loss": loss, "source": source}
         task = labelled_rows(self.info, given)
         return self.calibrate_answers_split(task, EVALUATION, batch_size, Sampling(**sampling), save=save, **options)
@@ -333,7 +333,7 @@ class Run:
         given: str | Path | list[dict[str, Any]]
         given = Path(rows) if isinstance(rows, (str, os.PathLike)) else [dict(row) for row in rows]
         task = labelled_rows(self.info, given)
-        source = str(given) if isinstance(given, Path) else f"{len(given)} rows"
+        source = str(given) if isinstance(given, Path) else f"{counted(len(given), 'row')}"
         options = {"score": score, "by_class": by_class, "source": source}
         return self.calibrate_split(task, EVALUATION, samples, seed, batch_size, scaling=scaling, save=save, **options)
 

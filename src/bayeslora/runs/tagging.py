@@ -13,6 +13,7 @@ from torch import Tensor
 from bayeslora.data.encode_words import ROW, TEXTS
 from bayeslora.data.spans import marks_spans, spans_of
 from bayeslora.data.tagged import OFFSETS
+from bayeslora.errors import counted
 from bayeslora.prediction import Prediction
 
 
@@ -139,7 +140,7 @@ class Taggings(Sequence[Tagging]):
         return (self[row] for row in range(len(self)))
 
     def __repr__(self) -> str:
-        return f"Taggings({len(self)} rows of {len(self.prediction)} words)"
+        return f"Taggings({counted(len(self), 'row')} of {len(self.prediction)} words)"
 
     def records(self) -> Iterator[dict[str, Any]]:
         """Yield what `bayeslora predict` writes for each sentence."""

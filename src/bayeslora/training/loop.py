@@ -6,7 +6,7 @@ import torch
 from torch import nn
 from torch.optim import Optimizer
 
-from bayeslora.errors import BayesLoraError
+from bayeslora.errors import BayesLoraError, counted
 from bayeslora.methods.tuner import tuner_of
 from bayeslora.optim import IVON
 from bayeslora.posterior.draws import whole
@@ -99,7 +99,8 @@ class BayesLoop:
         for name, parameter in self.model.named_parameters():
             if parameter.requires_grad and not bool(torch.isfinite(whole(parameter)).all()):
                 raise BayesLoraError(
-                    f"{name} is not finite after {self.step} steps, but must be (training diverged): lower the "
+                    f"{name} is not finite after {counted(self.step, 'step')}, but must be (training diverged): "
+                    "lower the "
                     "learning rate"
                 )
 

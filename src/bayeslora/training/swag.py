@@ -26,7 +26,7 @@ from torch import Tensor, nn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
-from bayeslora.errors import BayesLoraError, one_line
+from bayeslora.errors import BayesLoraError, counted, one_line
 from bayeslora.files import write_atomically
 from bayeslora.methods.tuner import tuner_of
 from bayeslora.posterior import GaussianParameter, drawn_weights
@@ -106,7 +106,8 @@ class SWAG(TrainerCallback):
         self._every = self.every or max(1, left // self.rank)
         if left // self._every < 2:
             raise BayesLoraError(
-                f"SWAG would collect {left // self._every} iterates in the last {left} of {state.max_steps} steps, "
+                f"SWAG would collect {counted(left // self._every, 'iterate')} in the last {left} of "
+                f"{state.max_steps} steps, "
                 "but needs at least 2: train for longer, or lower start or every"
             )
         self._moments, self._rates = IterateMoments(self.rank), None
@@ -204,7 +205,8 @@ class SWAG(TrainerCallback):
         """
         if self.count < 2:
             raise BayesLoraError(
-                f"SWAG has {self.count} iterates, but a posterior needs at least 2: add it to a Trainer as a "
+                f"SWAG has {counted(self.count, 'iterate')}, but a posterior needs at least 2: add it to a "
+                "Trainer as a "
                 "callback, and train"
             )
         columns = self._moments.deviations()

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from bayeslora.errors import counted
 from bayeslora.export.gguf.reader import ADAPTER_FILE, MODEL_FILE
 from bayeslora.model_card import CARD_FILE, front_matter
 
@@ -90,7 +91,8 @@ def _error(measured: Mapping[str, Any]) -> str:
     if measured["max_output_error"] is None:
         return "The difference from the trained model was not measured."
     said = (
-        f"Measured on {measured['rows']:,} rows, with the weights in the files computed in float32, beside the "
+        f"Measured on {counted(measured['rows'], 'row')}, with the weights in the files computed in float32, "
+        "beside the "
         f"trained model: {measured['changed']:.2%} of the next tokens change. The mean Kullback-Leibler divergence is "
         f"{measured['divergence']:.2g} nats, and the largest {measured['max_divergence']:.2g}."
     )

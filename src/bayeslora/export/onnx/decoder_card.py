@@ -8,6 +8,7 @@ from typing import Any
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from bayeslora.errors import counted
 from bayeslora.export.onnx.card import write_page
 from bayeslora.export.onnx.decoders import cache_sizes
 
@@ -85,7 +86,8 @@ def _error(measured: Mapping[str, Any]) -> str:
     if measured["max_output_error"] is None:
         return "The difference from the trained model was not measured."
     said = (
-        f"Measured on {measured['rows']:,} rows, in onnxruntime beside the trained model in PyTorch: the largest "
+        f"Measured on {counted(measured['rows'], 'row')}, in onnxruntime beside the trained model in PyTorch: "
+        "the largest "
         f"difference in outputs is {measured['max_output_error']:.3g}, where the largest output is "
         f"{measured['max_output']:.3g}. {measured['changed']:.2%} of the next tokens change. The mean "
         f"Kullback-Leibler divergence is {measured['divergence']:.2g} nats"

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from bayeslora.errors import BayesLoraError
+from bayeslora.errors import BayesLoraError, counted
 from bayeslora.methods.adalora.config import AdaLoraConfig
 from bayeslora.methods.adalora.importance import (
     NEED_STD,
@@ -139,7 +139,8 @@ class AdaLoraModel(BayesTuner):
         target = config.target_r * sum(len(group.E) for group in groups)
         if target >= initial:
             raise BayesLoraError(
-                f"the layers have {initial} ranks and target_r {config.target_r} leaves {target}, but some must be cut"
+                f"the layers have {counted(initial, 'rank')} and target_r {config.target_r} leaves {target}, "
+                "but some must be cut"
                 ": lower target_r"
             )
         run = self._run = AdaLoraRun(
