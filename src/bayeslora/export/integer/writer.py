@@ -20,6 +20,7 @@ from transformers.pytorch_utils import Conv1D
 
 from bayeslora._peft import AuxiliaryTrainingWrapper
 from bayeslora.errors import BayesLoraError
+from bayeslora.export.calibration import LayerInputs, inputs_of_plain_layers
 from bayeslora.export.container import pack, write_container
 from bayeslora.export.formats import (
     adapted_parts,
@@ -33,7 +34,7 @@ from bayeslora.export.formats import (
 from bayeslora.export.integer.index import BIAS, INDEX_FILE, IntegerIndex, IntegerLayer
 from bayeslora.export.integer.reader import CODES_SUFFIX, WEIGHTS_FILE, load_integer, own_tensors, seal
 from bayeslora.methods.layer import BayesLayer
-from bayeslora.quantization import FLOOR, codes, optimal_range
+from bayeslora.quantization import FLOOR, codes
 from bayeslora.vocabulary import ALL_KINDS, BASE_WEIGHT, MATRICES, UNQUANTIZED
 
 UNADAPTED = ("int8", "bfloat16", "float32")
@@ -89,9 +90,9 @@ def export_integer(
     layers: dict[str, BayesLayer] = cut_tuner.named_layers(name)
     modules = whole.get_base_model().named_modules()
     trained = [key for key, module in modules if isinstance(module, AuxiliaryTrainingWrapper)]
-    ranges = {} if calibration is None else _input_ranges(whole, calibration)
+    inputs_of_layers = {} if calibration is None else inputs_of_plain_layers(whole, calibration)
     base = cast(PreTrainedModel, whole.unload())
-    index, tensors = _written(base, layers, name, unadapted, trained, ranges)
+    index, tensors = _written(base, layers, name, unadapted, trained, inputs_of_layers)
     _save(Path(path), base, index, tensors)
     found = None if inputs is None else output_of(load_integer(path, next(base.parameters()).device), inputs)
     return {
@@ -139,7 +140,7 @@ def _written(
     name: str,
     unadapted: str,
     trained: list[str],
-    ranges: dict[str, float],
+    inputs: Mapping[str, LayerInputs],
 ) -> tuple[IntegerIndex, dict[str, Tensor]]:
     """Return the index and the tensors by key: codes by layer, the rest by their path in the model."""
     index, tensors = IntegerIndex(type(base).__name__), {}
@@ -159,7 +160,7 @@ def _written(
         elif type(module) is nn.Embedding and module is not embedding:
             continue  # position or token-type embeddings are small, and some models read their weight
         else:
-            layer, parts = _rounded(path, module, ranges.get(path))
+            layer, parts = _rounded(path, module, inputs[path].best_range() if path in inputs else None)
         (index.embeddings if type(module) is nn.Embedding else index.linear)[path] = layer
         if parts:
             tensors[path + CODES_SUFFIX] = torch.cat(parts)
@@ -271,28 +272,3 @@ def _tied(path: str, head: nn.Module, embedding: str) -> tuple[IntegerLayer, lis
     d_out, d_in = cast(Tensor, head.weight).shape
     layer = IntegerLayer(path, d_out, d_in, {}, bias=bias is not None, tied_to=embedding)
     return layer, _packed(layer, {}, {}, bias)
-
-
-@torch.no_grad()
-def _input_ranges(whole: PeftModel, batches: Iterable[Mapping[str, Tensor]]) -> dict[str, float]:
-    """Return the input range of each unadapted linear layer: the largest of the batches' optimal ranges."""
-    found: dict[str, float] = {}
-    base = whole.get_base_model()
-    handles = []
-
-    def observer(path: str) -> Any:
-        def observe(_: nn.Module, inputs: tuple[Tensor, ...]) -> None:
-            found[path] = max(found.get(path, 0.0), float(optimal_range(inputs[0], _BYTE)))
-
-        return observe
-
-    for path, module in base.named_modules():
-        if type(module) in (nn.Linear, Conv1D) and not path.endswith(".base_layer"):
-            handles.append(module.register_forward_pre_hook(observer(path)))
-    try:
-        for batch in batches:
-            output_of(whole, inputs_for(whole, batch) or {})
-    finally:
-        for handle in handles:
-            handle.remove()
-    return found

@@ -15,7 +15,8 @@ from transformers.pytorch_utils import Conv1D
 
 from bayeslora._peft import AuxiliaryTrainingWrapper
 from bayeslora.errors import BayesLoraError
-from bayeslora.export.formats import adapted_parts, output_of, to_take_apart
+from bayeslora.export.calibration import CODES, LayerInputs, inputs_of_plain_layers
+from bayeslora.export.formats import adapted_parts, to_take_apart
 from bayeslora.export.merged import TOLERANCE, merge_into_base
 from bayeslora.export.onnx import decoders, encoders
 from bayeslora.export.onnx.card import write_card
@@ -24,22 +25,17 @@ from bayeslora.export.onnx.decoders import Decoder, is_decoder
 from bayeslora.export.onnx.encoders import IDS, MASK, Encoder
 from bayeslora.export.onnx.layers import Embedding, ProductLayers
 from bayeslora.export.onnx.measured import Measured, MeasuredDecoder, filled_inputs
-from bayeslora.export.onnx.products import Grid, Product, array, learned, plain, rounded, rounded_rows
+from bayeslora.export.onnx.products import BYTE, Grid, Product, array, learned, plain, rounded, rounded_rows
 from bayeslora.export.onnx.reader import MODEL_FILE
 from bayeslora.methods.layer import BayesLayer
 from bayeslora.methods.tuner import tuner_of
 from bayeslora.model_card import CARD_FILE
-from bayeslora.quantization import optimal_range
+from bayeslora.quantization import FLOOR
 from bayeslora.vocabulary import UNQUANTIZED
 
 UNADAPTED = ("int8", "float32")
 MOST_DIVERGENCE = 0.01
 """Largest mean divergence, in nats, of a decoder that is written without being asked to allow an error."""
-
-_BYTE = 8
-_CODES = 255
-_ONE_SIDED = 0.25
-"""Inputs that never fall below this share of their range, negated, get a grid that does not reach further down."""
 
 
 def export_onnx(
@@ -179,7 +175,9 @@ def _taken_apart(
     """Return the model without its adapter, and its layers on codes or merged."""
     if not any(_learns_widths(layer, name) for layer in layers.values()):
         return _merged(whole, name, unadapted)
-    grids = {} if is_decoder(whole.get_base_model()) else _input_grids(whole, calibration)
+    is_encoder = not is_decoder(whole.get_base_model())
+    inputs = inputs_of_plain_layers(whole, calibration) if is_encoder else {}
+    grids = {path: _best_grid(each) for path, each in inputs.items()}
     return _quantized(whole, layers, name, unadapted or UNADAPTED[0], grids)
 
 
@@ -230,37 +228,10 @@ def _learns_widths(layer: BayesLayer, name: str) -> bool:
     return packed is not None and any(bits < UNQUANTIZED for bits in packed.widths.values())
 
 
-def _input_grids(whole: PeftModel, batches: Iterable[dict[str, Tensor]]) -> dict[str, Grid]:
-    """Return a static 8-bit grid for the input of each linear layer without an adapter, as the batches need it."""
-    lowest: dict[str, float] = {}
-    ranges: dict[str, float] = {}
-    handles = []
-
-    def observer(path: str) -> Any:
-        def observe(_: nn.Module, inputs: tuple[Tensor, ...]) -> None:
-            ranges[path] = max(ranges.get(path, 0.0), float(optimal_range(inputs[0], _BYTE)))
-            lowest[path] = min(lowest.get(path, 0.0), float(inputs[0].min()))
-
-        return observe
-
-    for path, module in whole.get_base_model().named_modules():
-        if type(module) is nn.Linear and not path.endswith(".base_layer"):
-            handles.append(module.register_forward_pre_hook(observer(path)))
-    try:
-        for batch in batches:
-            output_of(whole, batch)
-    finally:
-        for handle in handles:
-            handle.remove()
-    return {path: _grid(bound, lowest[path]) for path, bound in ranges.items()}
-
-
-def _grid(bound: float, lowest: float) -> Grid:
-    """Return the grid of an input between `lowest` and its optimal range; half the step if nearly all is positive."""
-    if lowest < -_ONE_SIDED * bound:
-        return Grid.of_range(bound, _BYTE)
-    step = (bound - lowest) / _CODES
-    return Grid(_BYTE, step, round(-lowest / step))
+def _best_grid(inputs: LayerInputs) -> Grid:
+    lowest, highest = inputs.best_ends()
+    step = max(highest - lowest, FLOOR) / CODES
+    return Grid(BYTE, step, round(-lowest / step))
 
 
 def _save(

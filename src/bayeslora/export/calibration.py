@@ -1,0 +1,115 @@
+r"""Static 8-bit grids for the inputs of linear layers without an adapter, from a few batches.
+
+The ends of a grid are those with the least squared error of the layer's output,
+
+$$ \min_{l, h} \sum_x \lVert W (Q_{l,h}(x) - x) \rVert^2, $$
+
+over rows of these batches. A few columns of a transformer's inputs are many times as large as the others; how far a
+grid must reach for them depends on the columns of $W$ that they meet.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
+
+from bayeslora.export.formats import inputs_for, output_of
+from bayeslora.quantization import FLOOR
+
+CODES = 255
+"""Steps between the ends of a grid of 8 bits."""
+_MOST_ROWS = 256
+"""Of each batch."""
+_SHARES = (1.0, 0.9, 0.8, 0.7, 0.6, 0.5, 0.4, 0.3)
+"""Of the lowest and of the highest value: ends that are tried."""
+
+
+@dataclass
+class LayerInputs:
+    """What a linear layer read.
+
+    Attributes:
+        weight: (d_out, d_in).
+        rows: some of its inputs, each (n, d_in).
+        lowest: of all inputs and 0.
+        highest: of all inputs and 0.
+    """
+
+    weight: Tensor
+    rows: list[Tensor] = field(default_factory=list)
+    lowest: float = 0.0
+    highest: float = 0.0
+
+    def add(self, rows: Tensor) -> None:
+        """Note rows (n, d_in)."""
+        self.lowest = min(self.lowest, float(rows.min()))
+        self.highest = max(self.highest, float(rows.max()))
+        self.rows.append(rows[:: -(-len(rows) // _MOST_ROWS)].float())
+
+    def best_ends(self) -> tuple[float, float]:
+        """Return the lowest and the highest value of the best grid, whose codes need not be symmetric around 0."""
+        error = self._error()
+        below = above = 1.0
+        for _ in range(2):  # one end after the other, because few pairs are worth a try
+            above = min(_SHARES, key=lambda share: error(below * self.lowest, share * self.highest))
+            below = min(_SHARES, key=lambda share: error(share * self.lowest, above * self.highest))
+        return below * self.lowest, above * self.highest
+
+    def best_range(self) -> float:
+        """Return the largest value of the best grid that is symmetric around 0."""
+        error, most = self._error(), max(self.highest, -self.lowest)
+        return max(most * min(_SHARES, key=lambda share: error(-share * most, share * most)), FLOOR)
+
+    def _error(self) -> Callable[[float, float], float]:
+        """Return the mean squared error of the layer's output as a function of the grid's ends."""
+        rows, weight = torch.cat(self.rows), self.weight.float()
+
+        def error(lowest: float, highest: float) -> float:
+            step = max(highest - lowest, FLOOR) / CODES
+            zero_point = round(-lowest / step)
+            codes = torch.round(rows / step).clamp_(-zero_point, CODES - zero_point)
+            return float(((codes * step - rows) @ weight.T).square().mean())
+
+        return error
+
+
+@torch.no_grad()
+def inputs_of_plain_layers(model: nn.Module, batches: Iterable[Mapping[str, Tensor]]) -> dict[str, LayerInputs]:
+    """Return what each linear layer without an adapter reads, by its path in the base model.
+
+    Args:
+        model: a PEFT model, in evaluation mode.
+        batches: of inputs; padding does not count.
+    """
+    found: dict[str, LayerInputs] = {}
+    handles = []
+    is_token: Tensor | None = None
+
+    def observer(path: str, weight: Tensor) -> Callable[..., None]:
+        def observe(_: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+            x = inputs[0].detach()
+            is_by_token = is_token is not None and x.shape[:-1] == is_token.shape
+            rows = x[cast(Tensor, is_token)] if is_by_token else x.flatten(0, -2)
+            found.setdefault(path, LayerInputs(weight)).add(rows)
+
+        return observe
+
+    for path, module in cast(Any, model).get_base_model().named_modules():
+        if type(module) in (nn.Linear, Conv1D) and not path.endswith(".base_layer"):
+            weight = module.weight.detach()
+            weight = weight.T if isinstance(module, Conv1D) else weight
+            handles.append(module.register_forward_pre_hook(observer(path, weight)))
+    try:
+        for batch in batches:
+            inputs = inputs_for(model, batch) or {}
+            is_token = inputs["attention_mask"] != 0 if "attention_mask" in inputs else None
+            output_of(model, inputs)
+    finally:
+        for handle in handles:
+            handle.remove()
+    return found
