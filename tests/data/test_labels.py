@@ -179,6 +179,7 @@ def test_numbers_too_long_for_python_are_words(tmp_path: Path) -> None:
     assert load(tmp_path, [long, "a"], kind="csv").labels == [long, "a"]
 
 
+@pytest.mark.filterwarnings("ignore:.*read as two classes")
 def test_shuffled_files_give_the_same_ids_for_any_labels(tmp_path: Path) -> None:
     generator = random.Random(1)
     for trial in range(30):

@@ -6,7 +6,10 @@ from pathlib import Path
 from typing import Any
 
 from bayeslora.errors import BayesLoraError, Problems, option
-from bayeslora.runs.info import RunInfo
+from bayeslora.runs.info import RUN_FILE, RunInfo
+
+_OF_A_RUN = (".json", ".yaml", ".safetensors", ".md")
+"""Extensions of the files in a run's folder that hold it; predictions have others."""
 
 
 def refuse(given: dict[str, Any], names: tuple[str, ...], reason: str) -> None:
@@ -29,4 +32,6 @@ def check_output(target: Path, source: Path, name: str = "--output") -> Path:
         raise BayesLoraError(f"{name} is {target}, but must be a file in an existing folder: name another path")
     if target.exists() and source.exists() and target.samefile(source):
         raise BayesLoraError(f"{name} is {target}, but must not be the input file: name another file")
+    if target.is_file() and target.suffix in _OF_A_RUN and (target.absolute().parent / RUN_FILE).is_file():
+        raise BayesLoraError(f"{name} is {target}, but must not be a file of a run: name another file")
     return target

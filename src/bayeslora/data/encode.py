@@ -60,15 +60,28 @@ def collated(
     dataset: Dataset, order: np.ndarray, tokenizer: Any, batch_size: int, collate: Collate | None
 ) -> Iterator[dict[str, Any]]:
     """Yield padded batches of an encoded split's inputs, in this order; `collate` is that of multiple choice."""
-    from transformers import DataCollatorWithPadding
-
     pad_id(tokenizer)
     inputs = [name for name in dataset.column_names if name in tokenizer.model_input_names or collate]
     data = dataset.select_columns(inputs)
     for start in range(0, len(order), batch_size):
         columns = data[order[start : start + batch_size].tolist()]
         rows = [dict(zip(columns, values, strict=True)) for values in zip(*columns.values(), strict=True)]
-        yield dict((collate or DataCollatorWithPadding(tokenizer))(rows))
+        yield dict(collate(rows) if collate else right_padded(tokenizer, rows))
+
+
+def right_padded(tokenizer: Any, rows: list[dict[str, Any]]) -> Any:
+    """Return a batch of rows, padded on the right whatever side the tokenizer pads.
+
+    Padding on the left moves the positions that many models count from the first token on, so that the answer to a row
+    would depend on the longest row of its batch.
+    """
+    from transformers import DataCollatorWithPadding
+
+    side, tokenizer.padding_side = tokenizer.padding_side, "right"
+    try:
+        return DataCollatorWithPadding(tokenizer)(rows)
+    finally:
+        tokenizer.padding_side = side
 
 
 def pad_id(tokenizer: Any) -> int:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import re
+import unicodedata
 import warnings
 from collections import Counter
 from collections.abc import Collection, Sequence
@@ -212,6 +213,7 @@ def _tell_doubts(table: Table, column: str, values: list[Any]) -> None:
             stacklevel=4,
         )
     if isinstance(values[0], str):
+        _tell_twins(table, column, sorted(counts))
         return
     decimals = any(isinstance(raw, float) or (isinstance(raw, str) and "." in raw) for raw in table.columns[column])
     if decimals or len(counts) > max(_MANY_NUMBERS, len(values) // 10):
@@ -220,6 +222,19 @@ def _tell_doubts(table: Table, column: str, values: list[Any]) -> None:
             "classes: say kind regression to predict them as numbers",
             stacklevel=4,
         )
+
+
+def _tell_twins(table: Table, column: str, names: list[str]) -> None:
+    """Warn of names that look alike: they differ in case, or in the Unicode form of a letter with an accent."""
+    first: dict[str, str] = {}
+    for name in names:
+        other = first.setdefault(unicodedata.normalize("NFKC", name).casefold(), name)
+        if other != name:
+            warnings.warn(
+                f"{table.path} has the labels {other!a} and {name!a} in column {column!r}, which are read as two "
+                "classes: write them the same way if they are one",
+                stacklevel=5,
+            )
 
 
 def _tell_mixture(table: Table, column: str, values: list[Any], kind: Kind) -> None:

@@ -118,7 +118,7 @@ def read_table(
         kept = source.columns if optional is None else dict.fromkeys((*wanted, *optional))
         return dataclasses.replace(source, columns={n: source.columns[n] for n in kept if n in source.columns})
     if not isinstance(source, (str, Path)):
-        rows = ((f"row {number}", row) for number, row in enumerate(source, start=1))
+        rows = ((f"row {number}", _plain(row)) for number, row in enumerate(source, start=1))
         return _records(Path("the input"), rows, wanted, optional)
     path = Path(source)
     check_data_file(path)
@@ -141,6 +141,15 @@ def read_table(
     if unusual:
         warnings.warn(f"{path} is read as a file {' and '.join(unusual)}", stacklevel=2)
     return dataclasses.replace(table, encoding=encoding)
+
+
+def _plain(value: Any) -> Any:
+    """Return a value with the scalars and arrays of NumPy in it as Python has them."""
+    if type(value).__module__ == "numpy":
+        return value.tolist()
+    if isinstance(value, Mapping):
+        return {name: _plain(each) for name, each in value.items()}
+    return [_plain(each) for each in value] if isinstance(value, list) else value
 
 
 def check_data_file(path: Path) -> None:
@@ -315,7 +324,11 @@ def _parquet(path: Path, wanted: Sequence[str], optional: Sequence[str] | None) 
         reason = str(error).split("\n")[0].rstrip(".")
         raise BayesLoraError(f"{path} is not a valid Parquet file ({reason}): write it again") from None
     _check_rows(path, table.num_rows)
-    columns = {name: table.column(table.column_names.index(name)).to_pylist() for name in kept}
+    features = _features(table.schema.metadata or {})
+    columns = {
+        name: [_named(value, features.get(name)) for value in table.column(table.column_names.index(name)).to_pylist()]
+        for name in kept
+    }
     return Table(path, columns, [f"row {number}" for number in range(1, table.num_rows + 1)])
 
 
@@ -343,6 +356,28 @@ def _check_columns(path: Path, names: Sequence[str], wanted: Sequence[str]) -> N
             raise BayesLoraError(
                 f"{path} has {counted(count, 'column')} named {name!r}, but must have 1: rename the others"
             )
+
+
+def _features(metadata: Mapping[bytes, bytes]) -> dict[str, Any]:
+    """Return the types of the columns as `datasets` writes them into Parquet; none where another program wrote it."""
+    try:
+        found = json.loads(metadata.get(b"huggingface", b"{}"))["info"]["features"]
+    except (ValueError, KeyError, TypeError):
+        return {}
+    return found if isinstance(found, dict) else {}
+
+
+def _named(value: Any, feature: Any) -> Any:
+    """Return the name of a class for its number, or those of a list; -1 is a missing label there."""
+    inner = feature[0] if isinstance(feature, list) and feature else feature
+    if not isinstance(inner, dict) or value is None:
+        return value
+    if isinstance(value, list):
+        return [_named(each, inner.get("feature", inner)) for each in value]
+    names = inner.get("names")
+    if inner.get("_type") != "ClassLabel" or not isinstance(names, list) or not isinstance(value, int):
+        return value
+    return names[value] if 0 <= value < len(names) else None if value == -1 else value
 
 
 def _kept_columns(

@@ -315,7 +315,7 @@ class PairCollator:
         batch, classes = found[PRESENT].shape
         names = [name for name in rows[0] if name in self.tokenizer.model_input_names]
         flat = {name: [values for row in rows for values in row[name]] for name in names}
-        padded = self.tokenizer.pad(flat, return_tensors="pt")
+        padded = self.tokenizer.pad(flat, return_tensors="pt", padding_side="right")
         return {**{name: value.view(batch, classes, -1) for name, value in padded.items()}, **found}
 
 

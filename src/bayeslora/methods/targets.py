@@ -53,6 +53,21 @@ def check_targets(model: nn.Module, config: Any) -> None:
             )
 
 
+def unmatched_modules(model: nn.Module, config: Any) -> list[str]:
+    """Return the names in `modules_to_save` that match nothing, without the usual ones of heads, which PEFT adds."""
+    paths = [path for path, _ in model.named_modules()]
+    kept = set(config.modules_to_save or ()) - {"classifier", "score"}
+    return [name for name in sorted(kept) if not _ends(paths, name)]
+
+
+def warn_of_unmatched(model: nn.Module, config: Any) -> None:
+    """Warn of names in `modules_to_save` that match nothing, and so do nothing."""
+    for name in unmatched_modules(model, config):
+        warnings.warn(
+            f"modules_to_save names {name!r}, which matches nothing in the model: it has no effect", stacklevel=3
+        )
+
+
 def fused_weights(model: nn.Module) -> list[str]:
     """Return the paths of weights that hold a matrix for each of several experts, in the order of the model."""
     found = []

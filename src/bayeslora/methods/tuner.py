@@ -23,7 +23,7 @@ from bayeslora.errors import BayesLoraError
 from bayeslora.methods.allocation import CostModel
 from bayeslora.methods.description import LayerDescription
 from bayeslora.methods.layer import BayesLayer, adapter_names_by_row
-from bayeslora.methods.targets import check_targets
+from bayeslora.methods.targets import check_targets, warn_of_unmatched
 from bayeslora.vocabulary import CostScope
 
 ParameterRole = str
@@ -269,8 +269,16 @@ class BayesTuner(BaseTuner):
         config = self.peft_config[adapter_name]
         if not config.inference_mode:  # a saved adapter is what it is
             check_targets(model, config)
+            warn_of_unmatched(model, config)
         super().inject_adapter(model, adapter_name, *args, **kwargs)
         self._named_layers = None
+
+    def add_weighted_adapter(self, *args: Any, **kwargs: Any) -> None:
+        """Refuse what only adapters of plain LoRA can do."""
+        raise BayesLoraError(
+            f"add_weighted_adapter is called on adapters of {self.title}, but only plain LoRA can be added up: export "
+            "each with `bayeslora export --format lora` first"
+        )
 
     def unload(self) -> nn.Module:
         self._named_layers = None

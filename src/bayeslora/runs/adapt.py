@@ -47,6 +47,7 @@ def adapt(base: BaseModel, config_class: type[PeftConfig] | None, options: dict[
     if targets is not None:
         check_targets(base.model, targets)
         options["target_modules"] = targets
+    check_saved_modules(base.model, options.get("modules_to_save") or [])
     options["modules_to_save"] = sorted({*(options.get("modules_to_save") or ()), *base.fresh}) or None
     with option_errors(config_class.__name__):
         return get_peft_model(base.model, config_class(task_type=base.task_type, **options))
@@ -77,6 +78,17 @@ def default_targets(model: nn.Module) -> list[str] | None:
         if present.issuperset(names):
             return list(names)
     return None
+
+
+def check_saved_modules(model: nn.Module, names: list[str]) -> None:
+    """Raise BayesLoraError for a name in `modules_to_save` that matches nothing; PEFT ignores it."""
+    paths = [path for path, _ in model.named_modules()]
+    for name in names:
+        if not any(path == name or path.endswith("." + name) for path in paths):
+            near = close_matches(name, {path.rpartition(".")[2] for path in paths} - {""})
+            raise BayesLoraError(
+                f"--modules-to-save is {name!r}, but matches nothing in the model{near}: correct it or leave it out"
+            )
 
 
 def check_targets(model: nn.Module, targets: list[str] | str) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import importlib.metadata
 import io
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext, redirect_stderr
 from dataclasses import dataclass
@@ -267,6 +268,26 @@ def load_base(
             f"{model.get_input_embeddings().num_embeddings}: name a model with a matching tokenizer"
         )
     return BaseModel(model, fresh, _fingerprint(model, fresh), _TASK_TYPES[head])
+
+
+def tell_other_order(name: str, labels: list[str], head: Head, fresh: list[str]) -> None:
+    """Warn if the model has a trained head for these labels in another order, which is kept as the first weights."""
+    if head not in CLASS_HEADS or not {"classifier", "score"}.isdisjoint(fresh):
+        return
+    resolved = resolve_model(name)
+    if resolved.endswith(_GGUF):
+        return
+    known = AutoConfig.from_pretrained(**source(resolved)).id2label
+    own = [str(known[number]) for number in sorted(known)]
+    alike = sorted(each.lower() for each in own) == sorted(each.lower() for each in labels)
+    if alike and [each.lower() for each in own] != [each.lower() for each in labels]:
+        order = [each.lower() for each in own]
+        asked = ",".join(sorted(labels, key=lambda each: order.index(each.lower())))
+        warnings.warn(
+            f"model {name} has a head for {', '.join(own)}, but the labels are {', '.join(labels)} in this order: "
+            f"give --labels {asked} to go on from what it knows",
+            stacklevel=2,
+        )
 
 
 def _classes(labels: list[str], kind: RunKind) -> dict[str, Any]:

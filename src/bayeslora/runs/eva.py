@@ -5,6 +5,7 @@ PEFT leaves an adapter with `init_lora_weights="eva"` at a random start until it
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import torch
@@ -12,8 +13,8 @@ from datasets import Dataset
 from peft import PeftModel, initialize_lora_eva_weights
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
-from transformers import DataCollatorWithPadding
 
+from bayeslora.data.encode import right_padded
 from bayeslora.errors import BayesLoraError
 from bayeslora.prediction import evaluation_mode
 
@@ -50,7 +51,7 @@ def initialize_eva(model: nn.Module, data: Dataset, tokenizer: Any, batch_size: 
         shuffle=True,
         generator=torch.Generator().manual_seed(seed),
         drop_last=True,  # the incremental decomposition needs more tokens than components in every batch
-        collate_fn=DataCollatorWithPadding(tokenizer),
+        collate_fn=functools.partial(right_padded, tokenizer),
     )
     with evaluation_mode(model):
         initialize_lora_eva_weights(model, loader, prepare_model_inputs_fn=_tokens, show_progress_bar=False)

@@ -42,11 +42,14 @@ def claimed(plan: TrainPlan) -> Iterator[Path]:
             or the run to resume is missing or has other options.
     """
     out = plan.output_dir
-    partial = out.with_name(out.name + ".partial")
     check_new(out)
+    partial = out.with_name(out.name + ".partial")
     if plan.options.resume and not partial.is_dir():
         raise BayesLoraError(f"--resume is given, but {partial} lacks an interrupted run: leave it out to start one")
-    partial.mkdir(parents=True, exist_ok=True)
+    try:
+        partial.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise BayesLoraError(f"{partial} cannot be used ({error.strerror}): give another path") from None
     with _locked(partial):
         if plan.options.resume and _holds_run(partial):
             _check_same(plan, partial)

@@ -25,7 +25,6 @@ from torch.utils.data import DataLoader, Dataset
 from transformers import (
     DataCollatorForSeq2Seq,
     DataCollatorForTokenClassification,
-    DataCollatorWithPadding,
     PreTrainedModel,
     PreTrainedTokenizerBase,
     PrinterCallback,
@@ -40,6 +39,7 @@ from transformers.integrations import get_reporting_integration_callbacks
 from transformers.utils import is_liger_kernel_available
 
 from bayeslora.data import HoldOut, Task, labelled_tokens, load_files, load_generation, load_task
+from bayeslora.data.encode import right_padded
 from bayeslora.data.tasks import LABEL, TASKS, hub_dataset
 from bayeslora.errors import BayesLoraError
 from bayeslora.evaluation import compute_metrics_for
@@ -47,7 +47,7 @@ from bayeslora.evaluation.choice_trainer import ChoiceTrainer
 from bayeslora.evaluation.multiple_choice import choice_scoring
 from bayeslora.evaluation.tagging import check_span_metrics
 from bayeslora.export.formats import shrink
-from bayeslora.files import file_digest, save_json
+from bayeslora.files import check_new, file_digest, save_json
 from bayeslora.methods import tuner_of
 from bayeslora.methods.registry import title_of
 from bayeslora.optim import IVON
@@ -62,6 +62,7 @@ from bayeslora.runs.base import (
     load_tokenizer,
     longest_input,
     resolve_model,
+    tell_other_order,
     tokenizer_digest,
 )
 from bayeslora.runs.callbacks import Clock, Interruption
@@ -132,6 +133,8 @@ def train(plan: TrainPlan, reporter: Reporter | None = None) -> RunRecord | None
         TrainingInterrupted: a signal stopped the run.
     """
     out = plan.output_dir
+    if not out.name:  # such as /
+        check_new(out)
     partial = out.with_name(out.name + ".partial")
     training_arguments(plan, partial / CHECKPOINTS)  # joins the processes of the run, where there are several
     with Interruption() as interruption, ExitStack() as owned:
@@ -213,6 +216,7 @@ def prepare(plan: TrainPlan, partial: Path) -> Session:
         dtype=options.dtype,
         head=head,
     )
+    tell_other_order(options.model, task.labels, head, base.fresh)
     model = adapt(base, plan.config_class, plan.method_options)
     if not plan.has_weight_posterior:
         check_samples(model, options.samples)
@@ -393,7 +397,7 @@ def _trainer_class(session: Session) -> Callable[..., Trainer]:
         return functools.partial(Trainer, data_collator=DataCollatorForSeq2Seq(session.tokenizer))
     if session.task.kind == "token_classification":
         return functools.partial(Trainer, data_collator=DataCollatorForTokenClassification(session.tokenizer))
-    return functools.partial(Trainer, data_collator=DataCollatorWithPadding(session.tokenizer))
+    return functools.partial(Trainer, data_collator=functools.partial(right_padded, session.tokenizer))
 
 
 def finish(session: Session, trainer: Trainer, seconds: float, reporter: Reporter) -> RunRecord:

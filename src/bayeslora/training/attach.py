@@ -70,6 +70,8 @@ def attach(
     if tuner is None and not by_ivon:
         return trainer
     _check_distribution(trainer, tuner, by_ivon)
+    if tuner is not None:
+        _check_trainable(trainer.model, tuner)
     _choose_optimizer(trainer, num_examples, optimizer)
     stated = None if tuner is None else tuner.num_examples
     if stated is not None and num_examples not in (None, stated):
@@ -99,6 +101,15 @@ def _check_distribution(trainer: Trainer, tuner: BayesTuner | None, by_ivon: boo
         raise BayesLoraError("FSDP1 hides which weights a rank has, but IVON's noise depends on it: use FSDP2 or DDP")
     if tuner is not None and tuner.needs_whole_factors:
         raise BayesLoraError(f"FSDP1 flattens the factors, but {tuner.title} rotates them: use FSDP2 or DDP")
+
+
+def _check_trainable(model: Any, tuner: BayesTuner) -> None:
+    own = [parameter for name, parameter in model.named_parameters() if tuner.prefix in name]
+    if own and not any(parameter.requires_grad for parameter in own):
+        raise BayesLoraError(
+            "the adapter's weights are frozen, but training changes them: load the adapter with is_trainable=True, or "
+            "leave inference_mode out of its config"
+        )
 
 
 def _choose_optimizer(trainer: Trainer, num_examples: int | None, optimizer: str | OptimizerFactory | None) -> None:

@@ -1,0 +1,190 @@
+"""Situations that people report of PEFT, Transformers and datasets: the right result here, or a sentence."""
+
+from __future__ import annotations
+
+import json
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from datasets import ClassLabel, Dataset, Features, Value
+from datasets import List as Lists
+from peft import LoraConfig, PeftModel, get_peft_model
+from transformers import PreTrainedModel, Trainer, TrainingArguments
+
+import bayeslora
+from bayeslora.cli.main import main
+from bayeslora.data import load_files
+from bayeslora.errors import BayesLoraError
+from tests.cli.conftest import review_rows, write_jsonl
+from tests.conftest import build_tiny_bert, build_tiny_tokenizer
+
+
+def config(**options: Any) -> bayeslora.MeLoraConfig:
+    return bayeslora.MeLoraConfig(r=2, target_modules=["query", "value"], task_type="SEQ_CLS", **options)
+
+
+def trainer(model: Any, folder: Path) -> Trainer:
+    rows = Dataset.from_dict({"input_ids": [[2, 5, 3]] * 4, "attention_mask": [[1, 1, 1]] * 4, "labels": [0, 1] * 2})
+    return Trainer(model, TrainingArguments(str(folder), max_steps=1, report_to=[], use_cpu=True), train_dataset=rows)
+
+
+def loaded_to_read(model: PreTrainedModel, folder: Path) -> Any:
+    get_peft_model(build_tiny_bert(), config()).save_pretrained(folder)
+    return PeftModel.from_pretrained(model, folder)
+
+
+def frozen_by_hand(model: PreTrainedModel, folder: Path) -> Any:
+    adapted = get_peft_model(model, config())
+    for name, parameter in adapted.named_parameters():
+        parameter.requires_grad_("melora" not in name)
+    return adapted
+
+
+@pytest.mark.parametrize(
+    "make", [loaded_to_read, frozen_by_hand, lambda model, folder: get_peft_model(model, config(inference_mode=True))]
+)
+def test_a_frozen_adapter_is_not_trained(
+    make: Callable[[PreTrainedModel, Path], Any], tiny_bert: PreTrainedModel, tmp_path: Path
+) -> None:
+    with pytest.raises(BayesLoraError, match="the adapter's weights are frozen, .* is_trainable=True"):
+        bayeslora.attach(trainer(make(tiny_bert, tmp_path), tmp_path / "out"))
+
+
+def test_an_adapter_loaded_to_be_trained_is_trained(tiny_bert: PreTrainedModel, tmp_path: Path) -> None:
+    loaded_to_read(tiny_bert, tmp_path)
+    model = PeftModel.from_pretrained(build_tiny_bert(), tmp_path, is_trainable=True)
+    before = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
+    bayeslora.attach(trainer(model, tmp_path / "out"), num_examples=4).train()
+    assert any(not torch.equal(before[name], each) for name, each in model.named_parameters() if "melora" in name)
+
+
+def test_a_disabled_adapter_is_not_sampled(tiny_bert: PreTrainedModel) -> None:
+    model = get_peft_model(tiny_bert, config())
+    batch = {"input_ids": torch.tensor([[2, 5, 3]]), "attention_mask": torch.ones(1, 3, dtype=torch.long)}
+    with model.disable_adapter():
+        with pytest.raises(BayesLoraError, match="the adapter is disabled"):
+            bayeslora.predict(model, batch, samples=2)
+        assert bayeslora.predict(model, batch).probabilities.shape == (1, 2)
+    assert bayeslora.predict(model, batch, samples=2).probabilities.shape == (1, 2)
+
+
+def test_adding_up_adapters_says_what_can_be_added_up(tiny_bert: PreTrainedModel) -> None:
+    model: Any = get_peft_model(tiny_bert, config())
+    model.add_adapter("second", config())
+    with pytest.raises(BayesLoraError, match="only plain LoRA can be added up: export"):
+        model.add_weighted_adapter(["default", "second"], [0.5, 0.5], "both")
+
+
+@pytest.mark.parametrize(
+    ("options", "name"),
+    [
+        ({"modules_to_save": ["pooler", "poler"]}, "modules_to_save names 'poler'"),
+        ({"modules_to_save": ["clasifier"]}, "modules_to_save names 'clasifier'"),
+    ],
+)
+def test_names_that_match_nothing_are_told(tiny_bert: PreTrainedModel, options: dict[str, Any], name: str) -> None:
+    with pytest.warns(UserWarning, match=f"{name}, which matches nothing in the model: it has no effect"):
+        get_peft_model(tiny_bert, config(**options))
+
+
+def test_names_that_match_are_not_told(tiny_bert: PreTrainedModel) -> None:
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", message=".*matches nothing")
+        get_peft_model(tiny_bert, config(modules_to_save=["pooler"]))
+
+
+@pytest.mark.parametrize("method", ["lora", "melora"])
+def test_the_command_refuses_names_that_match_nothing(
+    tmp_path: Path, tiny_bert_folder: Path, method: str, capfd: pytest.CaptureFixture[str]
+) -> None:
+    data = write_jsonl(tmp_path / "data.jsonl", review_rows(8, 0))
+    files = [f"--model={tiny_bert_folder}", f"--train-file={data}", f"--eval-file={data}", "--text-column=text"]
+    words = ["train", f"--method={method}", *files, "--modules-to-save=poler", f"--output-dir={tmp_path / 'out'}"]
+    assert main(words) == 2
+    assert (
+        "--modules-to-save is 'poler', but matches nothing in the model, did you mean pooler" in capfd.readouterr().err
+    )
+    assert [path.name for path in tmp_path.iterdir()] == ["data.jsonl"]
+
+
+@pytest.mark.parametrize(
+    ("labels", "kind", "names"),
+    [
+        ([np.int64(0), np.int64(1)], "classification", ["0", "1"]),
+        ([np.bool_(True), np.bool_(False)], "classification", ["False", "True"]),
+        ([np.float32(0.5), np.float32(1.5)], "regression", []),
+        ([np.array(["a", "b"]), np.array(["b"])], "multi_label", ["a", "b"]),
+        ([float("nan"), 0, 1], "classification", ["0", "1"]),
+    ],
+)
+def test_values_of_numpy_are_numbers(labels: list[Any], kind: str, names: list[str]) -> None:
+    rows = [{"text": "the movie", "label": label} for label in labels * 2]
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        task = load_files(rows, rows, "text", "label")
+    assert (task.kind, task.labels) == (kind, names)
+
+
+def test_class_names_that_datasets_writes_into_parquet_are_kept(tmp_path: Path) -> None:
+    file = tmp_path / "a.parquet"
+    features = Features({"text": Value("string"), "label": ClassLabel(names=["spam", "ham"])})
+    Dataset.from_dict({"text": list("abcd"), "label": [0, 1, 0, -1]}, features=features).to_parquet(str(file))
+    with pytest.warns(UserWarning, match="1 of 4 rows without a label"):
+        task = load_files(file, file, "text", "label")
+    assert [task.labels[number] for number in task.train_split["label"]] == ["spam", "ham", "spam"]
+    tags = Features({"tokens": Lists(Value("string")), "ner_tags": Lists(ClassLabel(names=["O", "B-PER"]))})
+    rows = {"tokens": [["a", "b"], ["c"]], "ner_tags": [[0, 1], [0]]}
+    Dataset.from_dict(rows, features=tags).to_parquet(str(file))
+    task = load_files(file, file, "tokens", "ner_tags", kind="token_classification")
+    assert (task.labels, task.metric) == (["B-PER", "O"], "span_f1")
+
+
+@pytest.mark.parametrize("twins", [("Spam", "spam"), ("caf\u00e9", "cafe\u0301"), ("\uff11x", "1x")])
+def test_labels_that_look_alike_are_told(twins: tuple[str, str]) -> None:
+    rows = [{"text": "a", "label": label} for label in (*twins, "other")]
+    with pytest.warns(UserWarning, match="which are read as two classes: write them the same way"):
+        assert len(load_files(rows, rows, "text", "label").labels) == 3
+
+
+def test_a_tokenizer_that_pads_on_the_left_changes_no_answer(tmp_path: Path) -> None:
+    base = tmp_path / "base"
+    build_tiny_bert().save_pretrained(base)
+    build_tiny_tokenizer().save_pretrained(base)
+    settings = json.loads((base / "tokenizer_config.json").read_text())
+    (base / "tokenizer_config.json").write_text(json.dumps({**settings, "padding_side": "left"}))
+    data = write_jsonl(tmp_path / "data.jsonl", review_rows(16, 0))
+    files = [f"--model={base}", f"--train-file={data}", f"--eval-file={data}", "--text-column=text"]
+    options = ["--max-steps=8", "--learning-rate=0.02", f"--output-dir={tmp_path / 'out'}"]
+    assert main(["train", "--method=lora", *files, *options]) == 0
+    run = bayeslora.load(tmp_path / "out")
+    texts = ["good", "the movie was good and the film was very clever too"]
+    together, alone = (run.predict(texts, batch_size=size).probabilities for size in (2, 1))
+    torch.testing.assert_close(together, alone, atol=1e-6, rtol=0)
+    assert run.tokenizer.padding_side == "left"
+
+
+def test_a_head_for_the_same_labels_in_another_order_is_told(tmp_path: Path) -> None:
+    base = tmp_path / "base"
+    model = build_tiny_bert()
+    model.config.id2label, model.config.label2id = {0: "POS", 1: "NEG"}, {"POS": 0, "NEG": 1}
+    model.save_pretrained(base)
+    build_tiny_tokenizer().save_pretrained(base)
+    rows: list[Any] = [{**row, "label": ("neg", "pos")[int(str(row["label"]))]} for row in review_rows(8, 0)]
+    data = write_jsonl(tmp_path / "data.jsonl", rows)
+    files = [f"--model={base}", f"--train-file={data}", f"--eval-file={data}", "--text-column=text", "--max-steps=1"]
+    with pytest.warns(UserWarning, match="has a head for POS, NEG, but the labels are neg, pos .* --labels pos,neg"):
+        assert main(["train", "--method=lora", *files, f"--output-dir={tmp_path / 'one'}"]) == 0
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", message=".*has a head for")
+        assert main(["train", "--method=lora", *files, "--labels=pos,neg", f"--output-dir={tmp_path / 'two'}"]) == 0
+    assert json.loads((tmp_path / "two" / "run.json").read_text())["labels"] == ["pos", "neg"]
+
+
+def test_lora_of_peft_is_trained_as_before(tiny_bert: PreTrainedModel, tmp_path: Path) -> None:
+    model = get_peft_model(tiny_bert, LoraConfig(r=2, target_modules=["query"], task_type="SEQ_CLS"))
+    assert bayeslora.attach(trainer(model, tmp_path / "out")).train().global_step == 1
