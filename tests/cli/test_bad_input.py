@@ -50,6 +50,13 @@ def test_options_that_only_the_loader_or_a_file_refuses(train_refused: Refused, 
     assert "does not accept these options" in train_refused(accelerator_config=tmp_path / "absent.json")
 
 
+def test_a_best_score_that_no_evaluation_gives_and_rows_that_fill_no_batch(train_refused: Refused) -> None:
+    line = train_refused(metric_for_best_model="f1", eval_strategy="steps", eval_steps=5)
+    assert "--metric-for-best-model is f1, but an evaluation gives loss, accuracy, " in line
+    line = train_refused(dataloader_drop_last="true", per_device_train_batch_size=4096)
+    assert "because a batch has 4096: leave it out, or make --per-device-train-batch-size smaller" in line
+
+
 def test_a_missing_column(train_refused: Refused) -> None:
     assert "text, label" in train_refused(text_column="review")
     assert "'stars'" in train_refused(label_column="stars")

@@ -18,6 +18,7 @@ import bayeslora
 from bayeslora.data import Task, encode, packaged_model
 from bayeslora.errors import BayesLoraError
 from bayeslora.evaluation import compute_metrics_for, evaluate, metrics, predict_dataset, uncertainties_of
+from bayeslora.evaluation.scoring import metric_names
 from bayeslora.prediction import as_predictor
 from tests.conftest import build_tiny_bert, build_tiny_gpt2, build_tiny_tokenizer
 
@@ -260,3 +261,11 @@ def test_the_trainers_metrics_are_the_runners(tiny_bert: Any, tiny_tokenizer: An
     evaluated = SimpleNamespace(predictions=np.array([[1.0], [2.0], [4.0]]), label_ids=np.array([1.0, 2.0, 3.0]))
     scores = regression(evaluated)
     assert scores["mse"] == pytest.approx(1 / 3) and scores["spearman"] == pytest.approx(1.0)
+
+
+@pytest.mark.parametrize("kind", ["classification", "regression", "multi_label", "token_classification"])
+def test_the_names_of_scores_are_known_before_an_evaluation(kind: str) -> None:
+    labels = [] if kind == "regression" else ["O", "B-x", "I-x"]
+    task = dataclasses.replace(make_task(kind=kind), labels=labels)
+    names = metric_names(task)
+    assert ("pearson" if kind == "regression" else "nll") in names and len(names) == len(set(names)) > 2

@@ -13,6 +13,7 @@ import torch
 from datasets import Dataset
 from numpy.typing import NDArray
 from scipy.special import expit
+from transformers import EvalPrediction
 
 from bayeslora.data.chat import LABELS
 from bayeslora.data.completions import IGNORED
@@ -206,6 +207,20 @@ def compute_metrics_for(task: Task) -> Callable[[Any], dict[str, float]]:
         return classification_scores(softmax(logits), evaluated.label_ids, task.metrics)
 
     return compute_metrics
+
+
+def metric_names(task: Task) -> list[str]:
+    """Return the names of the scores that `compute_metrics_for` gives, from a made-up evaluation."""
+    count = max(2, len(task.labels))
+    logits: NDArray[Any] = np.eye(count)
+    labels: NDArray[Any] = np.arange(count)
+    if task.kind == "regression":
+        logits, labels = np.arange(3.0), np.arange(3.0)
+    elif task.kind == "multi_label":
+        logits, labels = 2 * logits - 1, logits
+    elif task.kind == "token_classification":
+        logits, labels = logits[None], labels[None]
+    return list(compute_metrics_for(task)(EvalPrediction(logits, labels)))
 
 
 def _check_rows(dataset: Dataset, batch_size: int) -> None:

@@ -45,6 +45,7 @@ from bayeslora.errors import BayesLoraError
 from bayeslora.evaluation import compute_metrics_for
 from bayeslora.evaluation.choice_trainer import ChoiceTrainer
 from bayeslora.evaluation.multiple_choice import choice_scoring
+from bayeslora.evaluation.scoring import metric_names
 from bayeslora.evaluation.tagging import check_span_metrics
 from bayeslora.export.formats import shrink
 from bayeslora.files import check_new, file_digest, save_json
@@ -270,6 +271,7 @@ def _load_data(plan: TrainPlan) -> Task:
 
 def fit(session: Session, callbacks: list[TrainerCallback]) -> Trainer:
     """Train, from the last checkpoint if the plan resumes; return the Trainer after its last step."""
+    _check_against_rows(session.arguments, session.task, len(session.data[TRAIN]))
     columns = session.plan.options.swag
     swag = [] if columns is None else [SWAG(session.model, rank=columns)]
     trainer = _build_trainer(session, [*callbacks, *swag])
@@ -285,6 +287,22 @@ def fit(session: Session, callbacks: list[TrainerCallback]) -> Trainer:
     with _quick_attention(session.base.model, trainer.args), weighed_classes(session.model, session.weights):
         trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     return trainer
+
+
+def _check_against_rows(arguments: TrainingArguments, task: Task, rows: int) -> None:
+    """Raise `BayesLoraError` for a score that no evaluation gives, or if no batch can be filled."""
+    name = (arguments.metric_for_best_model or "loss").removeprefix("eval_")
+    known = ["loss", *([] if task.kind == "generation" else metric_names(task))]
+    if name not in known:
+        raise BayesLoraError(
+            f"--metric-for-best-model is {name}, but an evaluation gives {', '.join(known)}: name one of them"
+        )
+    batch = arguments.train_batch_size * arguments.world_size
+    if arguments.dataloader_drop_last and rows < batch:
+        raise BayesLoraError(
+            f"--dataloader-drop-last leaves all {rows} training rows out, because a batch has {batch}: "
+            "leave it out, or make --per-device-train-batch-size smaller"
+        )
 
 
 def training_arguments(plan: TrainPlan, checkpoints: Path) -> TrainingArguments:
