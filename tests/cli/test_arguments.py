@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 from pathlib import Path
 from typing import Any, Literal
 
@@ -12,6 +13,7 @@ from transformers.trainer_utils import IntervalStrategy
 
 from bayeslora.cli.arguments import build_plan, method_field_hints, parse, training_field_hints
 from bayeslora.cli.coercion import coerce
+from bayeslora.cli.commands import COMMANDS
 from bayeslora.cli.main import main
 from bayeslora.cli.registry import _METHODS, method_names
 from bayeslora.errors import BayesLoraError
@@ -255,3 +257,22 @@ def test_a_method_that_an_installed_package_offers_is_one_of_the_names(
     offer(tmp_path, "found_elsewhere", "package_with_a_method", "1 / 0  # names are listed without an import")
     monkeypatch.syspath_prepend(tmp_path)
     assert method_names()[len(_METHODS)] == "found_elsewhere"
+
+
+def test_the_listed_defaults_are_those_of_a_run(capsys: pytest.CaptureFixture[str]) -> None:
+    """Not those of TrainingArguments, which the command replaces: 5e-5 is a hundredth of the rate of an adapter."""
+    assert main(["train", "--method", "lora", "--list-options"]) == 0
+    listed = dict(re.findall(r"--(\S+) +.*? = (.+)", capsys.readouterr().out))
+    plan = build_plan({**BASE, "method": "lora"})
+    for name, value in plan.training_options.items():
+        assert listed[name.replace("_", "-")] == repr(value), name
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_every_help_ends_with_an_example_whose_options_exist(command: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main([command, "--help"]) == 0
+    assert "example:" in capsys.readouterr().out
+    words = COMMANDS[command].example.split()
+    assert words[:2] == ["bayeslora", command]
+    _, problems = parse(command, words[2:])
+    assert not problems

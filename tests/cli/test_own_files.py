@@ -234,7 +234,7 @@ def test_numbers_are_trained_on_if_that_is_said(
     options = ["--max-steps", "1", "--output-dir", str(tmp_path / "out")]
     assert main(["train", "--method", "lora", "--model", str(setting.model), *files, *options]) == 0
     captured = capsys.readouterr()
-    assert "note" not in captured.err and "in brackets: the same prediction for every row" in captured.out
+    assert "note" not in captured.err and "in brackets: the score of predicting the same for every row" in captured.out
     metrics = json.loads((tmp_path / "out" / "metrics.json").read_text())
     values = [i % 4 for i in json.loads((tmp_path / "out" / "run.json").read_text())["evaluation_rows"]]
     mean = sum(values) / len(values)

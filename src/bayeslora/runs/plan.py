@@ -63,17 +63,23 @@ class RunOptions:
     eval_file: str | None = declared(
         None, "FILE", "rows to score (of text to generate: a tenth held out)", is_data=True
     )
-    eval_fraction: float | None = declared(None, "P", "score this share of --train-file instead, stratified by label")
-    group_column: str | None = declared(None, "NAME", "--eval-fraction keeps rows with the same value here together")
+    eval_fraction: float | None = declared(
+        None, "P", "hold out this share of --train-file and score it; each label keeps its share"
+    )
+    group_column: str | None = declared(
+        None, "NAME", "with --eval-fraction: rows with the same value in this column stay on one side"
+    )
     split_seed: int | None = declared(None, "N", "seed of --eval-fraction (0)", least=0)
     test_file: str | None = declared(None, "FILE", "further rows to score", is_data=True)
     text_column: list[str] | None = declared(None, "A[,B]", "text column, or two columns a,b for sentence pairs")
     label_column: str | None = declared(
         None, "NAME", "label column (label); of several labels a row a column of lists, or columns of 0 and 1 a,b,c"
     )
-    labels: list[str] | None = declared(None, "A,B,…", "class names in order of their ids (those in the data, sorted)")
+    labels: list[str] | None = declared(
+        None, "A,B,…", "class names in the order of their numbers (those in the data, sorted)"
+    )
     kind: Literal["classification", "regression", "multi_label", "token_classification"] | None = declared(
-        None, "NAME", "classification, regression, multi_label or token-classification (what the labels are)"
+        None, "NAME", "classification, regression, multi_label or token_classification (guessed from the labels)"
     )
     class_weights: list[str] | None = declared(
         None, "WEIGHTS", "weigh rows by class: balanced, or NAME=W,… (all alike); only ratios matter"
@@ -83,9 +89,11 @@ class RunOptions:
     max_length: int | None = declared(
         None, "N", "maximum input length in tokens (128, of text to generate 1024, or the model's limit)", least=1
     )
-    dtype: Literal["float32", "bfloat16", "float16"] = declared("float32", "TYPE", "dtype of the base model (float32)")
+    dtype: Literal["float32", "bfloat16", "float16"] = declared(
+        "float32", "TYPE", "float32, bfloat16 or float16, of the base model (float32)"
+    )
     samples: int = declared(
-        0, "N", "Monte-Carlo samples of a stochastic adapter for the final scores (0: the mean)", least=0
+        0, "N", "draws of the weights for the final scores, of Me-LoRA, BLoB or IVON (0: the mean weights)", least=0
     )
     swag: int | None = declared(
         None, "K", "learn a posterior by SWAG: K iterates of the last quarter of training (none)", least=2

@@ -69,7 +69,9 @@ from bayeslora.vocabulary import ALL_KINDS, COST_SCOPES, MATRICES, UNQUANTIZED
 METRICS_FILE, HISTORY_FILE = "metrics.json", "history.json"
 NO_SHIFT, DOMAIN = "none", "domain"
 """Names in `shift.levels` beside the suites: texts as they are, and labelled rows of another source."""
-IN_BRACKETS = "in brackets: the same prediction for every row, the shares of the classes or the mean number"
+IN_BRACKETS = (
+    "in brackets: the score of predicting the same for every row, the shares of the classes or the mean number"
+)
 """Words for the numbers in brackets beside scores."""
 # Older files do not name their headline score; it is the first of these that they have.
 _HEADLINES = ("matthews_correlation", "pearson", "accuracy", "spearman", "f1")
