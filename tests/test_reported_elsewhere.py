@@ -63,16 +63,6 @@ def test_an_adapter_loaded_to_be_trained_is_trained(tiny_bert: PreTrainedModel, 
     assert any(not torch.equal(before[name], each) for name, each in model.named_parameters() if "melora" in name)
 
 
-def test_a_disabled_adapter_is_not_sampled(tiny_bert: PreTrainedModel) -> None:
-    model = get_peft_model(tiny_bert, config())
-    batch = {"input_ids": torch.tensor([[2, 5, 3]]), "attention_mask": torch.ones(1, 3, dtype=torch.long)}
-    with model.disable_adapter():
-        with pytest.raises(BayesLoraError, match="the adapter is disabled"):
-            bayeslora.predict(model, batch, samples=2)
-        assert bayeslora.predict(model, batch).probabilities.shape == (1, 2)
-    assert bayeslora.predict(model, batch, samples=2).probabilities.shape == (1, 2)
-
-
 def test_adding_up_adapters_says_what_can_be_added_up(tiny_bert: PreTrainedModel) -> None:
     model: Any = get_peft_model(tiny_bert, config())
     model.add_adapter("second", config())

@@ -96,7 +96,7 @@ def test_an_ensemble_leaves_the_active_adapter_and_what_is_trained() -> None:
 
 
 def test_ensembles_that_cannot_be_are_refused(tmp_path: Path) -> None:
-    with pytest.raises(BayesLoraError, match="has 1 members, but needs at least 2"):
+    with pytest.raises(BayesLoraError, match="has 1 member, but needs at least 2"):
         DeepEnsemble([Fixed()])
     with pytest.raises(BayesLoraError, match="the adapter 'b' was given, but the model has default"):
         DeepEnsemble(lora(0), ["default", "b"])

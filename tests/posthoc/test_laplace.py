@@ -225,7 +225,8 @@ def test_any_adapter_and_model_with_a_linear_head(family: str, structure: Any) -
     assert not torch.equal(first.logits, predict(laplace, inputs(), samples=6, seed=2).logits)
     assert first.mutual_information.min() > 0
     two, five = (predict(laplace, inputs(), samples=n, per_sample=True).sample_probabilities for n in (2, 5))
-    assert two is not None and five is not None and torch.equal(two, five[:2])
+    assert two is not None and five is not None
+    torch.testing.assert_close(two, five[:2], rtol=0, atol=1e-6)  # the same draws, from products of other sizes
     assert torch.equal(predict(laplace, inputs()).logits, expected)
     assert torch.equal(predict(model, inputs()).logits, expected)
     averaged = LaplacePredictor(model, structure, probit=True).fit([data(16), data(8)])

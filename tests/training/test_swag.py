@@ -229,7 +229,7 @@ def test_what_cannot_work_is_refused(tmp_path: Path) -> None:
             SWAG(model, **options)
     with pytest.raises(BayesLoraError, match="has 0 iterates, but a posterior needs at least 2"):
         predict(model, BATCH, samples=2, optimizer=SWAG(model))
-    with pytest.raises(BayesLoraError, match="would collect 1 iterates in the last 4 of 16 steps"):
+    with pytest.raises(BayesLoraError, match="would collect 1 iterate in the last 4 of 16 steps"):
         trainer_of(model, tmp_path, SWAG(model, every=3)).train()
     with pytest.raises(BayesLoraError, match="the Trainer divides or replaces"):
         trainer_of(model, tmp_path, SWAG(lora())).train()

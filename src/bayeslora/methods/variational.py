@@ -200,12 +200,6 @@ def sampling(
             scope, or draws that do not fit it.
     """
     numbers = range(draws) if isinstance(draws, int) else draws
-    layers = stochastic_layers(model).values()
-    if layers and all(layer.disable_adapters for layer in layers):
-        raise BayesLoraError(
-            "the adapter is disabled, so that nothing of it is drawn: sample outside of disable_adapter, or drop the "
-            "sampling"
-        )
     if any(layer.merged for layer in stochastic_layers(model).values()):
         raise BayesLoraError(
             "the adapter is merged into the base weights, where only its posterior mean is: call unmerge_adapter first"
