@@ -256,6 +256,7 @@ def _contradictions_of_export(given: dict[str, Any]) -> Iterator[str]:
         yield f"--seed is {given['seed']}, but nothing is drawn without --draws: leave it out"
 
 
+DELTA = Option("delta", "P", "probability that the share of wrong ones is above --risk all the same (0.05)", float)
 RUN = ("folder", "OUT", "output folder of `bayeslora train`")
 _BASE = Option("model", "FOLDER_OR_ID", "base model, if it has moved since training")
 _SAMPLING = (
@@ -375,9 +376,7 @@ COMMANDS = {
             _TEXT_COLUMN,
             Option("coverage", "P", "add a set of labels that contains the right one with this probability", float),
             Option("risk", "P", "add ask_a_human; of the rows that need no person at most this share is wrong", float),
-            Option(
-                "delta", "P", "probability that the share of wrong ones is above --risk all the same (0.05)", float
-            ),
+            DELTA,
             _UNCALIBRATED,
         ),
         RUN,
@@ -406,9 +405,7 @@ COMMANDS = {
             ),
             *_CLUSTERS,
             Option("risk", "P", "add ask_a_human, so that the mean loss of the other answers is at most this", float),
-            Option(
-                "delta", "P", "probability that the share of wrong ones is above --risk all the same (0.05)", float
-            ),
+            DELTA,
         ),
         RUN,
         epilog="--risk needs `bayeslora calibrate OUT`, whose samples, seed and other settings are then used.",

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from bayeslora.export.formats import inputs_for, output_of
+from bayeslora.export.formats import inputs_for, output_of, upright
 from bayeslora.quantization import FLOOR
 
 CODES = 255
@@ -31,7 +31,7 @@ _SHARES = (1.0, 0.9, 0.8, 0.7, 0.6, 0.5, 0.4, 0.3)
 
 @dataclass
 class LayerInputs:
-    """What a linear layer read.
+    """Inputs of a linear layer, some of them and the ends of all.
 
     Attributes:
         weight: (d_out, d_in).
@@ -101,9 +101,7 @@ def inputs_of_plain_layers(model: nn.Module, batches: Iterable[Mapping[str, Tens
 
     for path, module in cast(Any, model).get_base_model().named_modules():
         if type(module) in (nn.Linear, Conv1D) and not path.endswith(".base_layer"):
-            weight = module.weight.detach()
-            weight = weight.T if isinstance(module, Conv1D) else weight
-            handles.append(module.register_forward_pre_hook(observer(path, weight)))
+            handles.append(module.register_forward_pre_hook(observer(path, upright(module))))
     try:
         for batch in batches:
             inputs = inputs_for(model, batch) or {}

@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from peft import PeftModel, get_peft_model_state_dict
 from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
 
 from bayeslora.errors import BayesLoraError
 from bayeslora.methods.layer import BayesLayer
@@ -160,6 +161,12 @@ def to_take_apart(model: PeftModel, tuner: BayesTuner, name: str) -> tuple[PeftM
     whole.set_adapter(name)
     _, tuner, _ = adapted_parts(whole.eval(), name)
     return whole, tuner.named_layers(name)
+
+
+def upright(module: nn.Module) -> Tensor:
+    """Return the weight of a linear layer as (d_out, d_in), also of GPT-2's, which is stored the other way round."""
+    weight = cast(Tensor, module.weight).detach()
+    return weight.T if isinstance(module, Conv1D) else weight
 
 
 def saved_state(model: PeftModel, adapter_name: str) -> dict[str, Tensor]:

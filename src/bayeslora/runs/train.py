@@ -291,12 +291,13 @@ def fit(session: Session, callbacks: list[TrainerCallback]) -> Trainer:
 
 def _check_against_rows(arguments: TrainingArguments, task: Task, rows: int) -> None:
     """Raise `BayesLoraError` for a score that no evaluation gives, or if no batch can be filled."""
-    name = (arguments.metric_for_best_model or "loss").removeprefix("eval_")
-    known = ["loss", *([] if task.kind == "generation" else metric_names(task))]
-    if name not in known:
-        raise BayesLoraError(
-            f"--metric-for-best-model is {name}, but an evaluation gives {', '.join(known)}: name one of them"
-        )
+    if arguments.metric_for_best_model is not None:
+        name = arguments.metric_for_best_model.removeprefix("eval_")
+        known = ["loss", *([] if task.kind == "generation" else metric_names(task))]
+        if name not in known:
+            raise BayesLoraError(
+                f"--metric-for-best-model is {name}, but an evaluation gives {', '.join(known)}: name one of them"
+            )
     batch = arguments.train_batch_size * arguments.world_size
     if arguments.dataloader_drop_last and rows < batch:
         raise BayesLoraError(

@@ -40,7 +40,7 @@ class ClassifierForward:
     """
 
     def __init__(self, model: PreTrainedModel) -> None:
-        self.model = model
+        self.model, self.family = model, FAMILIES[type(model).__name__]
         self._inputs = {*_FIRST_INPUTS, "token_type_ids"} & set(self.__signature__.parameters)
         self._made_for: torch.device | None = None
         self._blocks: list[_Block] = []
@@ -74,13 +74,12 @@ class ClassifierForward:
         return mask is None or (mask.dim() == 2 and bool(mask.any(1).all()))
 
     def _logits(self, input_ids: Tensor, attention_mask: Tensor | None = None, **types: Tensor) -> Tensor:
-        family, blocks = FAMILIES[type(self.model).__name__], self._prepared()
+        family = self.family
         embeddings = self.model.get_submodule(f"{family.encoder}.embeddings")
         places = _Places(input_ids, attention_mask)
         x = places.rows(embeddings(input_ids=input_ids, **types))
-        for block in blocks[:-1]:
+        for block in self._prepared():
             x = block(x, places)
-        x = blocks[-1](x, places, only_first=True)
         for path, activation in family.head:
             x = self.model.get_submodule(path)(x)
             x = x if activation is None else getattr(torch, activation.lower())(x)
@@ -88,10 +87,10 @@ class ClassifierForward:
 
     def _prepared(self) -> list[_Block]:
         if self._made_for != self.model.device:
-            self._made_for, family = self.model.device, FAMILIES[type(self.model).__name__]
-            blocks = self.model.get_submodule(f"{family.encoder}.{family.blocks}")
+            self._made_for, family = self.model.device, self.family
+            *blocks, last = self.model.get_submodule(f"{family.encoder}.{family.blocks}").children()
             heads = int(cast(Any, self.model.config).num_attention_heads)
-            self._blocks = [_Block(block, family, heads) for block in blocks.children()]
+            self._blocks = [*(_Block(block, family, heads) for block in blocks), _LastBlock(last, family, heads)]
         return self._blocks
 
 
@@ -151,31 +150,28 @@ class _Block:
         self.inner, self.outer = (part(path) for path in family.feed_forward)
         self.first_norm, self.second_norm = (part(path) for path in family.norms)
         self.activation = part(family.activation)
-        projections = [self.query, self.key, self.value]
-        self.joint = JointLinear(projections) if JointLinear.fit(projections) else None
-        self.joint_of_tokens = JointLinear(projections[1:]) if JointLinear.fit(projections[1:]) else None
+        self.side_by_side = self._side_by_side()
+        self.joint = JointLinear(self.side_by_side) if JointLinear.fit(self.side_by_side) else None
 
-    def __call__(self, x: Tensor, places: _Places, *, only_first: bool = False) -> Tensor:
-        """Return the rows after the block, or those of the first tokens (batch, width)."""
-        attended = self._attended_by_first(x, places) if only_first else self._attended(x, places)
-        x = x.index_select(0, places.first) if only_first else x
+    def __call__(self, x: Tensor, places: _Places) -> Tensor:
+        """Return the rows after the block."""
+        q, k, v = self._projected(x, places)
+        return self._finished(places.rows(self._attention(q, k, v, places)), x)
+
+    def _side_by_side(self) -> list[Any]:
+        """Return the layers that are computed together."""
+        return [self.query, self.key, self.value]
+
+    def _projected(self, x: Tensor, places: _Places) -> tuple[Tensor, ...]:
+        """Return the outputs of these layers, each (batch, heads, length, size)."""
+        layers = self.side_by_side
+        found = torch.cat([layer(x) for layer in layers], 1) if self.joint is None else self.joint(x).to(x.dtype)
+        return self._by_head(places.in_place(found), len(layers))
+
+    def _finished(self, attended: Tensor, x: Tensor) -> Tensor:
+        """Return rows after the attention's output layer and the feed-forward network."""
         x = self.first_norm(self.mixed(attended).add_(x))
-        return self.second_norm(self.outer(self.activation(self.inner(x))).add_(x))
-
-    def _attended(self, x: Tensor, places: _Places) -> Tensor:
-        if self.joint is None:
-            found = torch.cat([self.query(x), self.key(x), self.value(x)], 1)
-        else:
-            found = self.joint(x).to(x.dtype)
-        q, k, v = self._by_head(places.in_place(found), 3)
-        return places.rows(self._attention(q, k, v, places))
-
-    def _attended_by_first(self, x: Tensor, places: _Places) -> Tensor:
-        joint = self.joint_of_tokens
-        found = torch.cat([self.key(x), self.value(x)], 1) if joint is None else joint(x).to(x.dtype)
-        k, v = self._by_head(places.in_place(found), 2)
-        (q,) = self._by_head(self.query(x.index_select(0, places.first))[:, None], 1)
-        return self._attention(q, k, v, places).squeeze(1)
+        return cast(Tensor, self.second_norm(self.outer(self.activation(self.inner(x))).add_(x)))
 
     def _by_head(self, x: Tensor, count: int) -> tuple[Tensor, ...]:
         """Return `count` tensors (batch, heads, length, size) of (batch, length, count times width)."""
@@ -186,3 +182,17 @@ class _Block:
         """Return softmax(q k^T / sqrt(size)) v, (batch, length, width)."""
         bias = None if places.bias is None else places.bias.to(q.dtype)
         return F.scaled_dot_product_attention(q, k, v, bias).transpose(1, 2).flatten(2)
+
+
+class _LastBlock(_Block):
+    """The block after which only the first tokens are read."""
+
+    def __call__(self, x: Tensor, places: _Places) -> Tensor:
+        """Return the rows of the first tokens (batch, width) after the block."""
+        first = x.index_select(0, places.first)
+        (q,) = self._by_head(self.query(first)[:, None], 1)
+        k, v = self._projected(x, places)
+        return self._finished(self._attention(q, k, v, places).squeeze(1), first)
+
+    def _side_by_side(self) -> list[Any]:
+        return [self.key, self.value]

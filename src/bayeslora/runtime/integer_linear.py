@@ -44,6 +44,10 @@ CACHE_BLOCK = 1 << 18
 """Numbers that stay in a processor's cache during several passes: a megabyte of float32."""
 
 
+Bounds = tuple[Tensor, Tensor] | tuple[float, float]
+"""The lowest and the highest code."""
+
+
 class StaticQuantizer:
     """The grid of an activation with its learned range; a quantizer of 32 bits changes nothing."""
 
@@ -152,7 +156,7 @@ class SmallBatch:
         """Return the layer's output (n, d_out), float32, for rows (n, d_in)."""
         into, after_a, after_e, out = self.bounds
         values = rows if rows.dtype == torch.float32 else rows.float()
-        steps = _rounded(into, values.div(self.input_step))
+        steps = rounded(into, values.div(self.input_step))
         sums, hidden = self._sums(steps), None
         found = sums * self.scales if self.bias is None else torch.addcmul(self.bias, sums, self.scales)
         if self.widths is not None:
@@ -160,13 +164,13 @@ class SmallBatch:
         elif self.down is not None:
             hidden = nn.functional.linear(steps, self.down)
         if hidden is not None:
-            low = _rounded(after_e, _rounded(after_a, hidden).mul_(self.diagonal))
+            low = rounded(after_e, rounded(after_a, hidden).mul_(self.diagonal))
             # In a compiled graph a loop over r numbers costs less than the call of a library's product.
             if torch.compiler.is_compiling() and len(rows) <= SMALL_BATCH:
                 found = found + (low[:, :, None] * self.up).sum(1)
             else:
                 found = torch.addmm(found, low, self.up)
-        return found if out is None else _rounded(out, found).mul_(self.output_step)
+        return found if out is None else rounded(out, found).mul_(self.output_step)
 
     def _sums(self, steps: Tensor) -> Tensor:
         """Return the product of the input, in steps of its grid, and the weight's codes or values."""
@@ -180,7 +184,7 @@ class SmallBatch:
         return fused_product(steps, self.codes)  # one loop in the graph, which reads the codes once
 
 
-def _rounded(bounds: tuple[Tensor, Tensor] | None, steps: Tensor) -> Tensor:
+def rounded(bounds: Bounds | None, steps: Tensor) -> Tensor:
     """Round values in steps of a grid to its codes, in place; without bounds, return them unchanged."""
     return steps if bounds is None else steps.round_().clamp_(*bounds)
 

@@ -16,11 +16,17 @@ import torch
 from torch import Tensor
 
 from bayeslora.quantization import WIDTHS
-from bayeslora.runtime.integer_linear import CACHE_BLOCK, IntegerLinear, StaticQuantizer, as_codes, zero_point_for
+from bayeslora.runtime.integer_linear import (
+    CACHE_BLOCK,
+    Bounds,
+    IntegerLinear,
+    StaticQuantizer,
+    as_codes,
+    rounded,
+    zero_point_for,
+)
 
 _UNQUANTIZED = WIDTHS[-1]
-
-Bounds = tuple[Tensor, Tensor] | tuple[float, float]
 
 
 class JointLinear:
@@ -80,18 +86,18 @@ class JointLinear:
         joint = torch.cat([part[:, : layer.out_features] for layer, part in zip(self.layers, found, strict=True)], 1)
         if self.rank:
             joint = joint.addmm_(self._low(found), self.up)
-        return _rounded(joint, self.output_bounds).mul_(self.output_steps)
+        return rounded(self.output_bounds, joint).mul_(self.output_steps)
 
     def _codes(self, rows: Tensor) -> Tensor:
         """Return the codes of the rows on each layer's grid, (layers, n, d_in)."""
-        steps = _rounded(torch.div(rows, self.input_steps), self.input_bounds)
+        steps = rounded(self.input_bounds, torch.div(rows, self.input_steps))
         return as_codes(steps, zero_point_for(rows))
 
     def _low(self, found: Sequence[Tensor]) -> Tensor:
         """Return what the layers' B multiply, (n, sum of ranks)."""
         parts = zip(self.layers, found, strict=True)
         hidden = torch.cat([part[:, layer.out_features :] for layer, part in parts if layer.rank], 1)
-        return _rounded(_rounded(hidden, self.after_a).mul_(self.diagonal), self.after_e)
+        return rounded(self.after_e, rounded(self.after_a, hidden).mul_(self.diagonal))
 
 
 def _bounds(
@@ -108,7 +114,3 @@ def _bounds(
     levels = [float(grid.level) for grid, count in zip(grids, counts, strict=True) for _ in range(count)]
     highest = torch.tensor(levels, device=device).view(*shape)
     return -highest, highest
-
-
-def _rounded(steps: Tensor, bounds: Bounds | None) -> Tensor:
-    return steps if bounds is None else steps.round_().clamp_(*bounds)

@@ -12,9 +12,9 @@ import torch
 from gguf import GGMLQuantizationType as Type
 from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
-from transformers.pytorch_utils import Conv1D
 
 from bayeslora.errors import BayesLoraError
+from bayeslora.export.formats import upright
 from bayeslora.export.gguf.blocks import Array, are_steps_exact, block_type, packed, rounded
 from bayeslora.methods.layer import BayesLayer
 from bayeslora.quantization import codes, grid_step, quantize
@@ -63,12 +63,6 @@ class Weight:
 def array(tensor: Tensor) -> Array:
     """Return a tensor as a NumPy array of float32."""
     return np.asarray(tensor.detach().float().cpu().numpy())
-
-
-def upright(module: nn.Module) -> Tensor:
-    """Return the weight of a layer as (d_out, d_in)."""
-    weight = cast(Tensor, module.weight).detach()
-    return weight.T if isinstance(module, Conv1D) else weight
 
 
 def learned_weight(layer: nn.Module, name: str) -> Weight | None:

@@ -14,10 +14,10 @@ from transformers import PreTrainedModel
 
 from bayeslora._peft import AuxiliaryTrainingWrapper
 from bayeslora.errors import BayesLoraError
-from bayeslora.export.formats import adapted_parts, to_take_apart
+from bayeslora.export.formats import adapted_parts, to_take_apart, upright
 from bayeslora.export.gguf.architectures import Architecture, Names, architecture_of
 from bayeslora.export.gguf.blocks import Array
-from bayeslora.export.gguf.layers import UNADAPTED, Weight, array, learned_weight, lora_layers, update_of, upright
+from bayeslora.export.gguf.layers import UNADAPTED, Weight, array, learned_weight, lora_layers, update_of
 from bayeslora.export.merged import merge_into_base
 from bayeslora.methods.tuner import tuner_of
 from bayeslora.model_card import public_name

@@ -21,11 +21,11 @@ from transformers import PreTrainedTokenizerBase
 
 from bayeslora.errors import BayesLoraError
 from bayeslora.export.agreement import compare
-from bayeslora.export.formats import inputs_for, output_of
+from bayeslora.export.formats import inputs_for, output_of, upright
 from bayeslora.export.gguf.architectures import ROPE_FACTORS, rope_factors
 from bayeslora.export.gguf.blocks import BLOCKS, rounded
 from bayeslora.export.gguf.card import write_card
-from bayeslora.export.gguf.layers import Weight, array, upright, widened
+from bayeslora.export.gguf.layers import Weight, array, widened
 from bayeslora.export.gguf.parts import Parts, taken_apart
 from bayeslora.export.gguf.reader import ADAPTER_FILE, MODEL_FILE, load_gguf
 from bayeslora.export.gguf.vocabulary import add_vocabulary

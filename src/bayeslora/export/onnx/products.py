@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
+from bayeslora.export.formats import upright
 from bayeslora.methods.layer import BayesLayer, PackedTensors
 from bayeslora.quantization import FLOOR, codes, grid_step
 from bayeslora.vocabulary import ACTIVATIONS, BASE_WEIGHT, MATRICES, UNQUANTIZED
@@ -130,11 +131,6 @@ def learned(layer: BayesLayer, name: str) -> Product:
     (a, a_steps), (e, e_steps), (b, b_steps) = (_coded(matrices, packed, kind) for kind in MATRICES)
     scaling = np.float32(layer.scaling[name])
     return replace(product, a=a, a_steps=a_steps, diagonal=e * e_steps, b=b, b_steps=b_steps * scaling)
-
-
-def upright(module: nn.Linear | Conv1D) -> Tensor:
-    """Return the weight, (d_out, d_in)."""
-    return module.weight.detach().T if isinstance(module, Conv1D) else module.weight.detach()
 
 
 def rounded(module: nn.Linear | Conv1D, grid: Grid | None) -> Product:
