@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,9 @@ from transformers import pipeline
 
 import bayeslora
 from bayeslora.cli.main import main
+from bayeslora.errors import BayesLoraError
+from bayeslora.report.play import tags_html
+from bayeslora.runs.play import Playground
 from tests.cli.conftest import write_jsonl
 from tests.conftest import EMPTY_PNG
 
@@ -139,8 +143,8 @@ def test_an_export_tags_the_same(run: Path, tmp_path: Path, form: str, capsys: p
 def test_what_words_cannot_have_is_refused(run: Path, tmp_path: Path, refused: Refused) -> None:
     source = run.parent / "eval.jsonl"
     out = ["--input", source, "--output", tmp_path / "x.jsonl"]
-    assert "tags each word of a row, but select" in refused("select", run, *out, "--budget", 1)
-    assert "tags each word of a row, but calibrate needs one" in refused("calibrate", run)
+    for name in ("--by-class", "--score=aps"):
+        assert f"{name[:7]}" in (said := refused("calibrate", run, name)) and "the run tags words" in said
     assert "--shift is given, but the run tags words" in refused("evaluate", run, "--shift")
     assert "--risk is given, but the run tags words" in refused("predict", run, *out, "--risk", 0.1)
     said = refused("export", run, "--format", "onnx", "--output-dir", tmp_path / "onnx")
@@ -149,6 +153,90 @@ def test_what_words_cannot_have_is_refused(run: Path, tmp_path: Path, refused: R
     assert "lacks column 'ner_tags'" in refused("evaluate", run, "--eval-file", other)
     other = write_jsonl(tmp_path / "other.jsonl", [sentences(1)[0], {"tokens": ["cat"], "ner_tags": ["B-TOY"]}])
     assert "line 2, word 1 has the label 'B-TOY', but the labels" in refused("evaluate", run, "--eval-file", other)
+
+
+def test_a_temperature_of_held_out_words_is_used_from_then_on(
+    run: Path, tmp_path: Path, refused: Refused, capfd: pytest.CaptureFixture[str]
+) -> None:
+    folder = tmp_path / "out"
+    shutil.copytree(run, folder)
+    rows = sentences(40)
+    for number, row in enumerate(rows):  # every second sentence has a word that nobody can tag
+        row["ner_tags"] = ["O" if place == number % 12 else tag for place, tag in enumerate(row["ner_tags"])]
+    held = write_jsonl(tmp_path / "held.jsonl", rows)
+    plain = bayeslora.load(folder).predict([row["tokens"] for row in rows]).prediction.logits
+    labels = torch.tensor([TAGS.index(tag) for row in rows for tag in row["ner_tags"]])
+
+    def nll(temperature: float) -> float:
+        return float(torch.nn.functional.cross_entropy(plain / temperature, labels))
+
+    assert main(["calibrate", str(folder), "--eval-file", str(held)]) == 0
+    said = capfd.readouterr().out
+    assert f"240 words of {held}, temperature" in said
+    found = json.loads((folder / "conformal.json").read_text(encoding="utf-8"))["scaling"]["numbers"]["temperature"]
+    assert nll(found) < min(nll(found * 1.01), nll(found * 0.99), nll(1) - 0.01)
+    scaled = bayeslora.load(folder).predict([row["tokens"] for row in rows])
+    assert torch.allclose(scaled.prediction.probabilities, (plain / found).softmax(-1), atol=1e-6)
+    left = bayeslora.load(folder).predict([row["tokens"] for row in rows], uncalibrated=True)
+    assert torch.equal(left.prediction.logits, plain)
+    with pytest.warns(UserWarning, match="was fitted on 240 of these words"):
+        assert main(["evaluate", str(folder), "--eval-file", str(held), "--json"]) == 0
+    assert json.loads(capfd.readouterr().out)["scores"]["nll"] == pytest.approx(nll(found), abs=1e-5)
+    out = ["--input", held, "--output", tmp_path / "x.jsonl"]
+    assert main([str(word) for word in ["predict", folder, *out]]) == 0
+    assert "temperature" in capfd.readouterr().out
+    confidence = json.loads((tmp_path / "x.jsonl").read_text(encoding="utf-8").splitlines()[0])["words"][0][
+        "confidence"
+    ]
+    assert confidence == pytest.approx(scaled[0].words[0].confidence)
+    assert "samples is 3, but" in refused("predict", folder, *out, "--samples", 3)
+    shown = Playground(bayeslora.load(folder)).tags(" ".join(rows[0]["tokens"]))
+    assert [word.confidence for word in shown.words] == pytest.approx([word.confidence for word in scaled[0].words])
+    assert main(["calibrate", str(folder), "--eval-file", str(held), "--isotonic", "--samples", "2"]) == 0
+    assert "2 samples, isotonic map" in capfd.readouterr().out
+
+
+def test_sentences_are_chosen_by_the_means_of_their_words(run: Path, tmp_path: Path) -> None:
+    rows = [{"tokens": each["tokens"][: 1 + number % 6], "id": number} for number, each in enumerate(sentences(30))]
+    rows[3]["tokens"] = "red  cat"  # a text, which is split at its blanks
+    source, target = write_jsonl(tmp_path / "in.jsonl", rows), tmp_path / "out.jsonl"
+    tagged = bayeslora.load(run).predict(source, samples=4, seed=1)
+    for score in ("entropy", "mutual_information"):
+        means = [float(np.mean([getattr(word, score) for word in row.words])) for row in tagged]
+        options = [
+            "--input",
+            source,
+            "--output",
+            target,
+            "--budget",
+            30,
+            "--score",
+            score,
+            "--samples",
+            4,
+            "--seed",
+            1,
+        ]
+        assert main([str(word) for word in ["select", run, *options]]) == 0
+        chosen = [json.loads(line) for line in target.read_text(encoding="utf-8").splitlines()]
+        assert sorted(row["row"] for row in chosen) == list(range(1, 31))
+        for row in chosen:
+            assert row[score] == pytest.approx(means[row["row"] - 1], abs=1e-6)
+            assert row["tokens"] == (["red", "cat"] if row["row"] == 4 else rows[row["row"] - 1]["tokens"])
+        ordered = [row[score] for row in chosen]
+        assert ordered == sorted(ordered, reverse=True) if score == "entropy" else ordered[0] == max(ordered)
+
+
+def test_the_page_shows_the_tags_that_predict_gives(run: Path) -> None:
+    play = Playground(bayeslora.load(run), samples=3)
+    assert play.columns == ["text"]
+    tagging, expected = play.tags("red <b> cat"), play.run.predict(["red <b> cat"], samples=3)[0]
+    assert tagging.to_dict() == expected.to_dict() and tagging.words[0].mutual_information > 0
+    html = tags_html(tagging)
+    assert "&lt;b&gt;" in html and "<b>" not in html and html.count("<rt>") == 3
+    assert f"B-COLOR {100 * tagging.words[0].confidence:.1f}" in html and "COLOR: red" in html
+    with pytest.raises(BayesLoraError, match="0 words"):
+        play.tags(" ")
 
 
 @pytest.mark.slow

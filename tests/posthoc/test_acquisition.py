@@ -86,6 +86,36 @@ def test_each_choice_is_the_best_of_a_plain_search() -> None:
     assert select_rows(prediction, 12) == chosen
 
 
+def test_sentences_are_chosen_as_a_plain_search_would_by_the_mean_over_their_words() -> None:
+    """The variance left of all words of a sentence together, each with its share of the information."""
+    prediction = random_prediction(40, samples=5)
+    samples = prediction.sample_probabilities
+    assert samples is not None
+    rows = np.sort(np.concatenate([np.arange(12), np.random.default_rng(0).integers(12, size=28)]))
+    information = prediction.mutual_information
+    blocks, worth = [], []
+    for row in range(12):
+        words = torch.from_numpy(np.flatnonzero(rows == row))
+        deviations = ((samples - samples.mean(0)) / samples.mean(0).sqrt())[:, words].permute(1, 2, 0)
+        deviations /= deviations.flatten(1).norm(dim=1)[:, None, None]
+        share = information[words] / information[words].sum()
+        blocks.append((deviations * share.sqrt()[:, None, None]).reshape(-1, 5))
+        worth.append(float(information[words].mean()))
+    chosen: list[int] = []
+    for _ in range(8):
+        seen = torch.cat([blocks[row] for row in chosen] or [torch.zeros(1, 5, dtype=torch.float64)])
+        covariance = torch.linalg.inv(torch.eye(5, dtype=torch.float64) + seen.T @ seen / NOISE)
+        left = [
+            -1.0 if row in chosen else worth[row] * float((block @ covariance @ block.T).trace())
+            for row, block in enumerate(blocks)
+        ]
+        chosen.append(int(np.argmax(left)))
+    assert select_rows(prediction, 8, rows=rows) == chosen
+    assert chosen[0] == int(np.argmax(worth)) and chosen != np.argsort(worth)[::-1][:8].tolist()
+    entropies = [-float(prediction.entropy[torch.from_numpy(rows == row)].mean()) for row in range(12)]
+    assert select_rows(prediction, 12, "entropy", rows=rows) == np.argsort(entropies, kind="stable").tolist()
+
+
 def test_plain_scores() -> None:
     prediction = two_classes([[0.9, 0.55, 0.7, 0.02], [0.9, 0.55, 0.7, 0.02]])
     assert select_rows(prediction, 3, "entropy") == select_rows(prediction, 3, "margin") == [1, 2, 0]
@@ -101,6 +131,12 @@ def test_plain_scores() -> None:
 def test_rows_on_which_all_draws_agree_come_last() -> None:
     prediction = two_classes([[0.9, 0.9, 0.3, 0.5], [0.9, 0.1, 0.3, 0.5]])
     assert select_rows(prediction, 4)[0] == 1 and sorted(select_rows(prediction, 4)) == [0, 1, 2, 3]
+
+
+@pytest.mark.parametrize("rows", [[0, 0, 1], [1, 1, 2, 2], [0, 2, 2, 3], [1, 0, 1, 1]])
+def test_words_of_no_sentence_are_refused(rows: list[int]) -> None:
+    with pytest.raises(BayesLoraError, match="needs one for each, from 0 and in order"):
+        select_rows(random_prediction(4), 1, rows=rows)
 
 
 @pytest.mark.parametrize(

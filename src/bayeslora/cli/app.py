@@ -29,7 +29,7 @@ def run(given: dict[str, Any]) -> int:
 
 def page(given: dict[str, Any]) -> Any:
     """Return the `gradio.Interface` of the run in `folder`; its functions are those of `Playground`."""
-    from bayeslora.report.play import answer_html, reply_html
+    from bayeslora.report.play import answer_html, reply_html, tags_html
     from bayeslora.runs.play import Playground
     from bayeslora.runs.run import load
 
@@ -38,9 +38,11 @@ def page(given: dict[str, Any]) -> Any:
 
     def show(*texts: str) -> str:
         try:
-            return (
-                answer_html(play.answer(*texts)) if play.run.kind == "generation" else reply_html(play.label(*texts))
-            )
+            if play.run.kind == "generation":
+                return answer_html(play.answer(*texts))
+            if play.run.kind == "token_classification":
+                return tags_html(play.tags(*texts))
+            return reply_html(play.label(*texts))
         except BayesLoraError as error:
             raise gradio.Error(str(error)) from error
 

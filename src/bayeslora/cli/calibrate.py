@@ -37,7 +37,10 @@ def run(given: dict[str, Any]) -> int:
         refuse(given, _OF_LABELS, "is given, but the run generates text: leave it out")
     else:
         refuse(given, _OF_ANSWERS, "is given, but the run predicts labels: leave it out")
-    check_one_label_a_row(info.kind, "calibrate")
+    if info.kind == "token_classification":
+        refuse(given, ("score", "by_class"), "is given, but the run tags words: leave it out")
+    else:
+        check_one_label_a_row(info.kind, "calibrate")
     task, split = rows_to_score(given, info)
     source = source_of(given, task, split)
     check_not_training(info, source, split)
@@ -60,6 +63,10 @@ def run(given: dict[str, Any]) -> int:
         print(json.dumps(finite({"folder": str(folder), **found}), indent=2, ensure_ascii=False))
         return 0
     drawn = f", {counted(calibration.samples, 'sample')}" if calibration.samples else ""
+    if calibration.sets is None:
+        words = counted(calibration.rows, "word")
+        print(f"{folder / CALIBRATION_FILE}: {words} of {source}{drawn}, {calibration.scaling}")
+        return 0
     print(
         f"{folder / CALIBRATION_FILE}: {counted(calibration.rows, 'row')} of {source}{drawn}, score "
         f"{calibration.score}"

@@ -413,7 +413,7 @@ COMMANDS = {
         example="bayeslora generate OUT --samples 5 --input questions.jsonl --output said.jsonl --html said.html",
     ),
     "app": Command(
-        "open a page on this machine: type a text, see label, confidence, draws, or an answer with shaded tokens",
+        "open a page on this machine: type a text, see label, confidence, draws, or shaded words and tokens",
         (
             _BASE,
             _number("samples", "N", "draws of the weights (the calibration's, or 10 with a posterior)", least=0),
@@ -449,7 +449,8 @@ COMMANDS = {
             _switch("json", "print JSON instead of a table"),
         ),
         RUN,
-        epilog="Writes conformal.json, or for text risk.json, into OUT, in place of an earlier one.",
+        epilog="Writes conformal.json, or for text risk.json, into OUT, in place of an earlier one. A run that tags "
+        "words gets a temperature (or another map) alone, fitted on all words.",
         contradictions=_contradictions_of_calibrate,
         example="bayeslora calibrate OUT --eval-file held_out.csv",
     ),

@@ -147,7 +147,8 @@ def _print(found: dict[str, Any]) -> None:
     )
     if "calibrated" in found:
         by = found["calibrated"]
-        print(f"  probabilities by {by['by']}, fitted on {counted(by['rows'], 'row')} of {by['source']}")
+        fitted = counted(by["rows"], "word" if words else "row")
+        print(f"  probabilities by {by['by']}, fitted on {fitted} of {by['source']}")
     width, baseline = max(len(name) for name in found["scores"]), found.get("baseline", {})
     for name, value in found["scores"].items():
         print(f"  {name:<{width}}  {value:.4f}" + (f"  ({baseline[name]:.4f})" if name in baseline else ""))
@@ -220,11 +221,11 @@ def _calibration(given: dict[str, Any], info: RunInfo, model: nn.Module) -> tupl
 
 def _calibrated(calibration: Calibration, source: str) -> dict[str, Any]:
     """Return the `calibrated` block of `metrics.json`; warn if the rows of `source` are those of the calibration."""
-    scaling = calibration.scaling
+    scaling, unit = calibration.scaling, "words" if calibration.sets is None else "rows"
     assert scaling is not None
     if source == calibration.source:
         warnings.warn(
-            f"the {scaling} was fitted on {scaling.rows} of these rows, so that they have better scores than others",
+            f"the {scaling} was fitted on {scaling.rows} of these {unit}, so that they have better scores than others",
             stacklevel=2,
         )
     return {"calibrated": {"by": str(scaling), "rows": scaling.rows, "source": calibration.source}}

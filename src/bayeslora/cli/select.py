@@ -6,12 +6,17 @@ import json
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from bayeslora.cli.inputs import check_files
 from bayeslora.cli.progress import disable_progress_bars
+from bayeslora.data.encode_words import has_words, word_rows
+from bayeslora.data.tagged import OFFSETS
 from bayeslora.errors import BayesLoraError, counted
 from bayeslora.evaluation import predict_dataset
 from bayeslora.files import write_atomically
 from bayeslora.posthoc import select_rows
+from bayeslora.posthoc.acquisition import row_means
 from bayeslora.prediction import check_samples
 from bayeslora.runs.info import RunInfo
 from bayeslora.runs.rows import encode_for, rows_to_predict
@@ -21,7 +26,6 @@ _ADDED = ("row", "entropy", "mutual_information")
 _OTHERS_THAN_CLASSES = {
     "regression": "predicts numbers",
     "multi_label": "has several labels a row",
-    "token_classification": "tags each word of a row",
 }
 _OTHERS = "give --score entropy, margin or random"
 
@@ -52,10 +56,13 @@ def run(given: dict[str, Any]) -> int:
     prediction = predict_dataset(
         loaded.predictor, data, loaded.tokenizer, given.get("batch_size", 64), samples, seed, per_sample=True
     )
+    of_row = word_rows(data) if has_words(data) else np.arange(len(rows))
+    means = [row_means(values, of_row) for values in (prediction.entropy, prediction.mutual_information)]
+    shown = rows.remove_columns([name for name in rows.column_names if name == OFFSETS and has_words(data)])
     with write_atomically(target) as partial, partial.open("w", encoding="utf-8") as file:
-        for row in select_rows(prediction, budget, score, seed):
-            values = (row + 1, float(prediction.entropy[row]), float(prediction.mutual_information[row]))
-            line = {**dict(zip(_ADDED, values, strict=True)), **rows[row]}
+        for row in select_rows(prediction, budget, score, seed, of_row):
+            values = (row + 1, *(float(of_rows[row]) for of_rows in means))
+            line = {**dict(zip(_ADDED, values, strict=True)), **shown[row]}
             file.write(json.dumps(line, ensure_ascii=False) + "\n")
     print(f"{target}: {budget} of {len(rows)} rows by {score}")
     return 0

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from bayeslora.data.choices import Cloze
     from bayeslora.data.completions import prompt_masked
     from bayeslora.data.encode import encode, encode_texts
-    from bayeslora.data.encode_words import encode_words, word_collator
+    from bayeslora.data.encode_words import encode_words, word_collator, word_rows
     from bayeslora.data.few_shot import few_shot_pool
     from bayeslora.data.generation import load_generation
     from bayeslora.data.inspection import Inspection, inspect_file
@@ -45,6 +45,7 @@ __all__ = [
     "prompt_masked",
     "unpack_model",
     "word_collator",
+    "word_rows",
 ]
 
 _MODULES = {
@@ -52,7 +53,7 @@ _MODULES = {
     "choices": ("Cloze",),
     "completions": ("prompt_masked",),
     "encode": ("encode", "encode_texts"),
-    "encode_words": ("encode_words", "word_collator"),
+    "encode_words": ("encode_words", "word_collator", "word_rows"),
     "few_shot": ("few_shot_pool",),
     "generation": ("load_generation",),
     "inspection": ("Inspection", "inspect_file"),

@@ -14,6 +14,10 @@ a relative noise of ε. It is 1 for the first row, so that this is the one of BA
 row, and 1 for a row on which other draws deviate. The joint mutual information of the batch (BatchBALD; Kirsch et al.,
 2019, arXiv:1906.08158) would take the labels of duplicates as independent; its cost grows exponentially, and at log S
 further rows are worth nothing.
+
+A sentence whose words are tagged is worth the mean over its W words, so that long ones are not taken for their length
+(as Shen et al., 2018, arXiv:1707.05928, normalize theirs). Its $I_i$ is the mean mutual information, and its $D_i$ has
+those of the words below each other, each times the root of its word's share of the information.
 """
 
 from __future__ import annotations
@@ -21,9 +25,9 @@ from __future__ import annotations
 from typing import Literal
 
 import numpy as np
-from numpy.typing import NDArray
+from numpy.typing import ArrayLike, NDArray
 
-from bayeslora.errors import BayesLoraError
+from bayeslora.errors import BayesLoraError, counted
 from bayeslora.posthoc.conformal import class_probabilities
 from bayeslora.prediction import Prediction
 
@@ -33,34 +37,45 @@ NOISE = 0.1
 
 
 def select_rows(
-    prediction: Prediction, budget: int, score: SelectionScore = "mutual_information", seed: int = 0
+    prediction: Prediction,
+    budget: int,
+    score: SelectionScore = "mutual_information",
+    seed: int = 0,
+    rows: ArrayLike | None = None,
 ) -> list[int]:
     """Return the indices of the rows to label next, the first to label first.
 
     Args:
         prediction: of unlabelled rows; for `mutual_information` with at least 2 samples and `per_sample=True`.
-        budget: number of rows, at most n.
+        budget: number of rows, at most n, or of sentences.
         score: `mutual_information` as described above; `entropy`, the largest first; `margin`, the smallest difference
             between the two most probable classes first; or `random`.
         seed: for `random`.
+        rows: (n,) the number of the sentence of each predicted word, from 0 and in order, such as
+            `bayeslora.data.word_rows` gives; sentences are chosen then, by the means of their words.
 
     Raises:
         BayesLoraError: the prediction is of a regression, has fewer rows than `budget`, or lacks its samples.
     """
     probabilities = class_probabilities(prediction)
-    if isinstance(budget, bool) or not 1 <= budget <= len(probabilities):
+    of_row = np.arange(len(probabilities)) if rows is None else np.asarray(rows, dtype=np.int64)
+    if len(of_row) != len(probabilities) or of_row[0] or not np.isin(np.diff(of_row), (0, 1)).all():
         raise BayesLoraError(
-            f"budget is {budget}, but must be from 1 to {len(probabilities)}, the number of rows: give fewer"
+            f"rows has {counted(len(of_row), 'number')} for {counted(len(probabilities), 'prediction')}, but needs "
+            "one for each, from 0 and in order: give word_rows of the encoded sentences"
         )
+    count = int(of_row[-1]) + 1
+    if isinstance(budget, bool) or not 1 <= budget <= count:
+        raise BayesLoraError(f"budget is {budget}, but must be from 1 to {count}, the number of rows: give fewer")
     if score == "mutual_information":
-        return _spread(prediction, budget)
+        return _spread(prediction, budget, of_row)
     if score == "random":
-        keys = np.random.default_rng(seed).permutation(len(probabilities)).astype(np.float64)
+        keys = np.random.default_rng(seed).permutation(count).astype(np.float64)
     elif score == "entropy":
-        keys = -prediction.entropy.numpy()
+        keys = -row_means(prediction.entropy, of_row)
     elif score == "margin":
         ordered = np.sort(probabilities, axis=1)
-        keys = ordered[:, -1] - ordered[:, -2]
+        keys = row_means(ordered[:, -1] - ordered[:, -2], of_row)
     else:
         raise BayesLoraError(
             f"score is {score!r}, but must be mutual_information, entropy, margin or random: give one of these"
@@ -68,24 +83,34 @@ def select_rows(
     return [int(row) for row in np.argsort(keys, kind="stable")[:budget]]
 
 
-def _spread(prediction: Prediction, budget: int) -> list[int]:
+def row_means(values: ArrayLike, rows: NDArray[np.int64]) -> NDArray[np.float64]:
+    """Return the mean of (n,) values of words over each sentence; `rows` are the numbers of the words' sentences."""
+    return np.asarray(np.bincount(rows, weights=values) / np.bincount(rows), dtype=np.float64)
+
+
+def _spread(prediction: Prediction, budget: int, rows: NDArray[np.int64]) -> list[int]:
     """Choose by mutual information; of rows that are worth the same, the first."""
     if prediction.sample_probabilities is None or len(prediction.sample_probabilities) < 2:
         raise BayesLoraError(
             "the prediction lacks the probabilities of 2 or more samples, but mutual_information needs them: predict "
             "with samples=10 and per_sample=True, or choose by entropy"
         )
-    directions = _deviations(prediction.sample_probabilities.numpy())
-    worth = prediction.mutual_information.numpy().copy()
+    information = prediction.mutual_information.numpy()
+    worth = row_means(information, rows)
+    whole = (worth * np.bincount(rows))[rows]
+    shares = np.divide(information, whole, out=np.zeros_like(whole), where=whole > 0).clip(0)
+    directions = _deviations(prediction.sample_probabilities.numpy()) * np.sqrt(shares)[:, None, None]
+    firsts = np.searchsorted(rows, np.arange(len(worth) + 1))
     precision = np.eye(directions.shape[2])
     chosen: list[int] = []
     for _ in range(budget):
-        left = np.einsum("ncs,ncs->n", directions @ np.linalg.inv(precision), directions)
+        left = np.bincount(rows, np.einsum("ncs,ncs->n", directions @ np.linalg.inv(precision), directions))
         # A row on which all samples agree has nothing left; it is still chosen before those that have been.
         best = int(np.argmax(worth * np.maximum(left, 1e-12)))
         chosen.append(best)
         worth[best] = -np.inf
-        precision += directions[best].T @ directions[best] / NOISE
+        seen = directions[firsts[best] : firsts[best + 1]].reshape(-1, len(precision))
+        precision += seen.T @ seen / NOISE
     return chosen
 
 

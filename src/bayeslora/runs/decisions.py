@@ -3,6 +3,8 @@
 The file holds the scores of the calibration rows, so that any coverage and any risk can be asked for later. They are
 those of one model, one number of samples and one seed, which the file names: other predictions have other scores. It
 may also hold a map of the probabilities, such as a temperature; then the scores are those of mapped probabilities.
+Of a run that tags words it holds such a map alone: the guarantees of sets and of a risk need independent rows, which
+words of one sentence are not.
 """
 
 from __future__ import annotations
@@ -34,8 +36,8 @@ from bayeslora.runs.scaling import Scaling
 Read = TypeVar("Read")
 
 CALIBRATION_FILE = "conformal.json"
-_VERSION = 2
-"""Written for a file with a map; those without are read by the first version too."""
+_VERSION = 3
+"""Written for a file with a map alone; 2 for one with a map, and 1 for others, which older versions read too."""
 _COVERAGES = (0.8, 0.9, 0.95)
 _RISKS = (0.01, 0.05, 0.1)
 """Levels of the summary."""
@@ -47,8 +49,8 @@ class Calibration:
     """Scores of labelled rows that a run was not trained on.
 
     Attributes:
-        sets: of a classifier's labels, or intervals of a regression.
-        risk: for `ask_a_human`; None for a regression.
+        sets: of a classifier's labels, or intervals of a regression; None for the tags of words.
+        risk: for `ask_a_human`; None for a regression and for the tags of words.
         labels: class names by id; empty for a regression.
         samples, seed: of the predictions.
         source: the file or split of the rows.
@@ -56,7 +58,7 @@ class Calibration:
         scaling: the map of the probabilities, fitted on rows other than those of `sets` and `risk`; None without one.
     """
 
-    sets: ConformalSets | ConformalIntervals
+    sets: ConformalSets | ConformalIntervals | None
     risk: RiskControl | None
     labels: list[str]
     samples: int
@@ -67,12 +69,17 @@ class Calibration:
 
     @property
     def rows(self) -> int:
-        """Number of calibration rows of the sets and the risk."""
+        """Number of calibration rows of the sets and the risk, or of words that the map was fitted on."""
+        if self.sets is None:
+            assert self.scaling is not None
+            return self.scaling.rows
         return self.sets.rows
 
     @property
-    def score(self) -> str:
-        """`lac` or `aps`; for a regression `residual` or `scaled`."""
+    def score(self) -> str | None:
+        """`lac` or `aps`; for a regression `residual` or `scaled`; None for the tags of words."""
+        if self.sets is None:
+            return None
         if isinstance(self.sets, ConformalSets):
             return self.sets.score
         return _OF_NUMBERS[self.sets.scaled]
@@ -128,6 +135,8 @@ class Calibration:
             BayesLoraError: a risk for a regression, or numbers that are not between 0 and 1.
         """
         found = Decisions()
+        if self.sets is None and (coverage is not None or risk is not None):
+            raise BayesLoraError("a coverage or a risk is given, but the calibration is of words: leave it out")
         if coverage is not None and isinstance(self.sets, ConformalSets):
             chosen = self.sets.sets(prediction, coverage).tolist()
             found.sets = [[name for name, inside in zip(self.labels, row, strict=True) if inside] for row in chosen]
@@ -150,7 +159,7 @@ class Calibration:
     def save(self, folder: Path) -> Path:
         """Write `conformal.json` in one step, in place of an earlier one."""
         content: dict[str, Any] = {
-            "version": _VERSION if self.scaling else 1,
+            "version": _VERSION if self.sets is None else 2 if self.scaling else 1,
             "rows": self.rows,
             "source": self.source,
             "samples": self.samples,
@@ -167,7 +176,7 @@ class Calibration:
                 "confidence": self.risk.confidence.tolist(),
                 "wrong": self.risk.wrong.astype(int).tolist(),
             }
-        else:
+        elif self.sets is not None:
             content["scores"] = self.sets.scores.tolist()
         if self.scaling is not None:
             content["scaling"] = dataclasses.asdict(self.scaling)
@@ -194,7 +203,7 @@ class Calibration:
                 {"coverage": coverage, "limit": float(np.max(limit)), "labels": always[coverage]}
                 for coverage, limit in limits.items()
             ]
-        else:
+        elif sets is not None:
             quantiles = {coverage: conformal_quantile(sets.scores, coverage) for coverage in _COVERAGES}
             found["coverage"] = [{"coverage": coverage, "limit": limit} for coverage, limit in quantiles.items()]
         if self.risk is not None:
@@ -216,6 +225,8 @@ class Calibration:
         shared = {name: content[name] for name in ("samples", "seed", "source", "fingerprint")}
         if "scaling" in content:
             shared["scaling"] = Scaling(**content["scaling"])
+        if content["score"] is None:
+            return cls(None, None, [], scaling=shared.pop("scaling"), **shared)
         if content["score"] in _OF_NUMBERS:
             intervals = ConformalIntervals(scaled=content["score"] == "scaled")
             intervals.scores = np.asarray(content["scores"], dtype=np.float64)

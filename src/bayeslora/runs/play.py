@@ -17,6 +17,7 @@ from bayeslora.runs.base import quiet_loading
 from bayeslora.runs.decisions import CALIBRATION_FILE, calibration_for
 from bayeslora.runs.rows import EVALUATION, encode_for, rows_to_predict
 from bayeslora.runs.run import Run
+from bayeslora.runs.tagging import Tagging, Taggings
 
 DETECTOR_FILE = "detector.safetensors"
 """Where a run's folder may hold what `FeatureDetector.save` wrote."""
@@ -61,8 +62,8 @@ class Playground:
         risk: for `ask_a_human`, where `calibrate` was run on it.
 
     Raises:
-        BayesLoraError: the run answers multiple choice, has several labels a row, tags words, or is deterministic and
-            samples are given.
+        BayesLoraError: the run answers multiple choice, has several labels a row, or is deterministic and samples are
+            given.
     """
 
     run: Run
@@ -70,7 +71,7 @@ class Playground:
     risk: float = 0.05
 
     def __post_init__(self) -> None:
-        if self.run.kind in ("multiple_choice", "multi_label", "token_classification"):
+        if self.run.kind in ("multiple_choice", "multi_label"):
             raise BayesLoraError(f"the run is {self.run.kind}, but the page shows one label: use `bayeslora predict`")
         if self.samples:
             check_samples(self.run.predictor, self.samples)
@@ -78,7 +79,8 @@ class Playground:
     @property
     def columns(self) -> list[str]:
         """Names of the texts to type, one or two."""
-        return ["prompt"] if self.run.kind == "generation" else self.run.info.text_columns or ["text"]
+        shown = {"generation": ["prompt"], "token_classification": ["text"]}
+        return shown.get(self.run.kind) or self.run.info.text_columns or ["text"]
 
     @functools.cached_property
     def draws(self) -> int:
@@ -123,6 +125,14 @@ class Playground:
             foreign=self._foreign(data),
             ask_a_human=asked[0],
         )
+
+    def tags(self, text: str) -> Tagging:
+        """Tag the words of a text."""
+        calibration, samples, _ = calibration_for(self.run.folder, self.samples, None)
+        found = self.run.predict([text], samples if calibration else self.draws)
+        assert isinstance(found, Taggings)
+        tagging: Tagging = found[0]
+        return tagging
 
     def answer(self, prompt: str) -> Answer:
         """Answer a prompt with the uncertainty of each token."""

@@ -16,6 +16,7 @@ from safetensors import SafetensorError, safe_open
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 
+from bayeslora.data.encode_words import word_labels
 from bayeslora.data.tasks import LABEL, Task
 from bayeslora.errors import BayesLoraError, counted
 from bayeslora.evaluation import dataset_logits, predict_dataset
@@ -315,6 +316,8 @@ class Run:
         by `predict` from then on. The sets and the risk are calibrated with mapped probabilities of the other half.
         For them the map is as fixed as the model, so that their guarantees hold.
 
+        A run that tags words gets the map alone, fitted on all words.
+
         Args:
             rows: a data file, or rows (dicts), with the columns of the training. The run must not be trained on them.
             samples, seed: of the predictions; `predict` then uses the same.
@@ -323,7 +326,7 @@ class Run:
                 `scaled`, see `ConformalIntervals`.
             by_class: give each class the coverage.
             scaling: `temperature` (`TemperatureScaling`), `vector` (`VectorScaling`) or `isotonic`
-                (`IsotonicCalibration`), for classes.
+                (`IsotonicCalibration`), for classes; by default none, and of tags `temperature`.
             save: write `conformal.json` into the run's folder, in place of an earlier one.
 
         Raises:
@@ -351,7 +354,13 @@ class Run:
     ) -> Calibration:
         """Calibrate like `calibrate` on a split of a task; `options` are those of `decisions.calibrated`."""
         check_not_training(self.info, options["source"], split)
-        check_one_label_a_row(self.kind, "calibrate")
+        words = self.kind == "token_classification"
+        if words:
+            scaling = scaling or "temperature"
+            if given := [name for name in ("score", "by_class") if options[name]]:
+                raise BayesLoraError(f"{given[0]} is given, but the run tags words: leave it out")
+        else:
+            check_one_label_a_row(self.kind, "calibrate")
         if scaling is not None and self.kind == "regression":
             raise BayesLoraError(f"scaling is {scaling}, but the run predicts numbers: leave it out")
         check_samples(self.predictor, samples)
@@ -359,14 +368,18 @@ class Run:
         predictor: Predictable = self.predictor
         fitted = None
         if scaling is not None:
-            first, second = (data.select(half) for half in halves(len(data), seed))
+            first, second = (data, data) if words else (data.select(half) for half in halves(len(data), seed))
             logits = dataset_logits(predictor, first, self.tokenizer, batch_size, samples, seed)
-            fitted = Scaling.fitted(scaling, predictor, logits, torch.tensor(first[LABEL][:]))
+            labels = torch.as_tensor(word_labels(first) if words else first[LABEL][:])
+            fitted = Scaling.fitted(scaling, predictor, logits, labels)
             data, predictor = second, fitted.around(predictor)
-        found = predict_dataset(predictor, data, self.tokenizer, batch_size, samples, seed)
         fingerprint = model_digest(self.model, self.folder)
-        settings = {"samples": samples, "seed": seed, "fingerprint": fingerprint, "scaling": fitted, **options}
-        calibration = calibrated(found, list(data[LABEL]), self.info, **settings)
+        settings: dict[str, Any] = {"samples": samples, "seed": seed, "fingerprint": fingerprint, "scaling": fitted}
+        if words:
+            calibration = Calibration(None, None, [], source=options["source"], **settings)
+        else:
+            found = predict_dataset(predictor, data, self.tokenizer, batch_size, samples, seed)
+            calibration = calibrated(found, list(data[LABEL]), self.info, **settings, **options)
         if save:
             calibration.save(self.folder)
         return calibration
