@@ -45,8 +45,7 @@ def test_batched_draws_are_the_models_that_hold_each_draw_in_their_weights(
     expected = torch.stack([read(merged_draw(model, 3, draw), batch) for draw in draws])
     torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
     assert float((found[0] - found[1]).abs().max()) > 1e-3
-    assert run.batchable
-    assert run.shareable is (layers is not None)
+    assert run.batchable and run.shareable
 
 
 @torch.no_grad()

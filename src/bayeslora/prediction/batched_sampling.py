@@ -5,7 +5,7 @@ next B under the second, and so on. Modules before the first layer that draws we
 draws. One pass over the B rows runs up to that layer and keeps the outputs of the embeddings and blocks before it; the
 pass over S · B rows repeats these outputs instead of computing them. Layers with the same input as the first one
 multiply it by their base weight only once. A classifier that pools the first token needs only that token from its last
-block.
+block, whose query is that token's alone.
 
 All of this only saves time. Models whose layers mix rows or change their number take one draw at a time; models that
 fail with repeated outputs run in full.
@@ -60,7 +60,7 @@ class BatchedSampler:
 
     def logits(self, batch: Mapping[str, Tensor], draws: Sequence[int]) -> Tensor:
         """Return (S, B, C) logits under the `draws`, in their order."""
-        prefix = self._prefix(batch)
+        prefix = self._prefix(batch) if len(draws) > 1 else None
         parts, start = [], 0
         while start < len(draws):
             size = self._draws_per_pass(batch) if self.batchable else 1
@@ -93,7 +93,7 @@ class BatchedSampler:
 
     def _run(self, batch: Mapping[str, Tensor], draws: Sequence[int]) -> Tensor:
         rows, times = row_count(batch), len(draws)
-        repeated = batch if times == 1 else repeat_rows(dict(batch), rows, times)
+        repeated = repeat_rows(dict(batch), rows, times)
         drawn = sampling(self.model, "batch", self.seed, draws, self.antithetic, self.scale)
         with drawn, self._guarded(rows * times, times):
             logits = self.read(self.model, repeated)
@@ -124,12 +124,12 @@ class BatchedSampler:
             yield
 
     def _prefix(self, batch: Mapping[str, Tensor]) -> Prefix | None:
-        """Capture the part before the first stochastic layer, if it contains blocks to share."""
+        """Capture the part before the first stochastic layer, and that layer's input."""
         if not self.shareable:
             return None
         prefix = Prefix(self.model, list(self.layers.values()))
         prefix.capture(lambda: self.read(self.model, batch))
-        self.shareable = prefix.holds_blocks
+        self.shareable = prefix.is_known
         return prefix if self.shareable else None
 
 
@@ -145,7 +145,7 @@ class Prefix:
     """
 
     def __init__(self, model: nn.Module, layers: Sequence[nn.Module]) -> None:
-        self.model, self.layers = model, layers
+        self.model, self.layers = model, list(layers)
         self.rows = 0
         self._input: Tensor | None = None
         self._products: dict[nn.Module, Any] = {}
@@ -156,8 +156,8 @@ class Prefix:
         }
 
     @property
-    def holds_blocks(self) -> bool:
-        return any(module in self._blocks for module, _ in self._finished)
+    def is_known(self) -> bool:
+        return self._input is not None
 
     def capture(self, run: Callable[[], Any]) -> None:
         """Run the model up to its first stochastic layer."""
@@ -179,12 +179,15 @@ class Prefix:
                 hooks.callback(module.register_forward_pre_hook(enter, prepend=True).remove)
                 hooks.callback(module.register_forward_hook(leave).remove)
             for layer in self.layers:
-                hooks.callback(layer.register_forward_pre_hook(reach).remove)
+                hooks.callback(layer.register_forward_pre_hook(reach, prepend=True).remove)
             try:
                 run()
             except _Reached:
                 pass
         within = {id(part) for module, _ in self._open if module in self._blocks for part in module.modules()}
+        innermost = next((module for module, _ in reversed(self._open) if module in self._blocks), self.model)
+        siblings = set(innermost.modules())
+        self.layers = [layer for layer in self.layers if layer in siblings]
         self._finished = [
             (module, output)
             for module, output in self._finished
@@ -246,6 +249,8 @@ def row_count(batch: Mapping[str, Tensor]) -> int:
 
 def repeat_rows(value: Any, rows: int, times: int) -> Any:
     """Return `value` with its tensors of `rows` rows, also in tuples, lists and mappings, repeated `times` times."""
+    if times == 1:
+        return value
     if isinstance(value, Tensor):
         return value.repeat(times, *[1] * (value.ndim - 1)) if value.ndim and len(value) == rows else value
     if isinstance(value, tuple) and hasattr(value, "_fields"):
@@ -262,8 +267,8 @@ def first_token_only(model: nn.Module) -> Any:
     """Return a context in which a classifier that pools the first token computes only that token in its last block.
 
     Attention mixes tokens, but the layers after it do not: from the last block's attention output on, other tokens do
-    not affect the logits. They do affect hidden states and attentions, so models that return those are left unchanged,
-    as are all other models.
+    not affect the logits, and neither do their queries. They do affect hidden states and attentions, so models that
+    return those are left unchanged, as are all other models.
     """
     base: Any = getattr(tuner_of(model), "model", model)
     config = getattr(base, "config", None)
@@ -271,24 +276,36 @@ def first_token_only(model: nn.Module) -> Any:
         return nullcontext()
     if getattr(config, "output_hidden_states", False) or getattr(config, "output_attentions", False):
         return nullcontext()
-    output = _last_attention_output(getattr(base, base.base_model_prefix, None))
-    return nullcontext() if output is None else _cut(output)
+    attention = _last_attention(getattr(base, base.base_model_prefix, None))
+    return nullcontext() if attention is None else _cut(attention)
 
 
-def _last_attention_output(body: Any) -> nn.Module | None:
+def _last_attention(body: Any) -> nn.Module | None:
+    """Return the attention of the last block: its products in `self`, and what follows them in `output`."""
     blocks = getattr(getattr(body, "encoder", None), "layer", None)
     last = blocks[-1] if isinstance(blocks, nn.ModuleList) and len(blocks) else None
-    output = getattr(getattr(last, "attention", None), "output", None)
-    return output if isinstance(output, nn.Module) else None
+    attention = getattr(last, "attention", None)
+    return attention if isinstance(getattr(attention, "output", None), nn.Module) else None
 
 
 @contextmanager
-def _cut(output: nn.Module) -> Iterator[None]:
+def _cut(attention: Any) -> Iterator[None]:
     def first(_module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
         return tuple(arg[:, :1] if isinstance(arg, Tensor) and arg.ndim == 3 else arg for arg in args)
 
-    handle = output.register_forward_pre_hook(first)
-    try:
+    def widened(module: nn.Module, args: tuple[Any, ...], query: Tensor) -> Tensor:
+        # The attention expects a query for every token; only that of the first is read.
+        return query.expand(-1, lengths[module], -1)
+
+    def shortened(module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
+        lengths[module] = args[0].shape[1]
+        return first(module, args)
+
+    lengths: dict[nn.Module, int] = {}
+    query = getattr(getattr(attention, "self", None), "query", None)
+    with ExitStack() as hooks:
+        hooks.callback(attention.output.register_forward_pre_hook(first).remove)
+        if isinstance(query, nn.Module):
+            hooks.callback(query.register_forward_pre_hook(shortened).remove)
+            hooks.callback(query.register_forward_hook(widened).remove)
         yield
-    finally:
-        handle.remove()
