@@ -89,6 +89,18 @@ def test_generate_writes_an_answer_a_row_in_order(
     assert capsys.readouterr().out.splitlines() == lines
 
 
+def test_answers_keep_the_other_columns_of_their_rows(run: Path, tmp_path: Path) -> None:
+    asked = [{"role": "user", "content": ASKED}]
+    rows = [{"id": "a", "messages": asked, "text": "of mine"}, {"id": None, "messages": asked, "text": "other"}]
+    (tmp_path / "in.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    files = ["--input", str(tmp_path / "in.jsonl"), "--output", str(tmp_path / "out.jsonl")]
+    assert main(["generate", str(run), *files, "--max-new-tokens", "3"]) == 0
+    first, second = map(json.loads, (tmp_path / "out.jsonl").read_text(encoding="utf-8").splitlines())
+    assert list(first)[:3] == ["id", "input_text", "prompt"]
+    assert (first["id"], first["input_text"]) == ("a", "of mine") and first["text"] != "of mine"
+    assert (second["id"], second["input_text"]) == (None, "other")
+
+
 def test_generate_answers_one_prompt(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["generate", str(run), "--prompt", ASKED, "--max-new-tokens", "3"]) == 0
     (line,) = capsys.readouterr().out.splitlines()

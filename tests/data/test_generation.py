@@ -83,7 +83,7 @@ def test_completions_that_cannot_be_learned_are_refused_with_their_line(tmp_path
 
 def test_rows_to_answer_need_no_answer() -> None:
     assert rows_to_answer([{"messages": [ASK]}, CHAT]) == [{"messages": [ASK]}, CHAT]
-    assert rows_to_answer([{"prompt": "who ?", "id": 1}]) == [{"prompt": "who ?"}]
+    assert rows_to_answer([{"prompt": "who ?", "id": 1}]) == [{"prompt": "who ?", "id": 1}]
     assert rows_to_answer([PAIR]) == [PAIR]
     assert rows_to_answer([{"prompt": "who ?", "completion": None}, PAIR]) == [{"prompt": "who ?"}, PAIR]
     with pytest.raises(BayesLoraError, match="row 2 has 42 of type int in column 'completion'"):

@@ -2,20 +2,20 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
 from bayeslora.cli.inputs import check_output
 from bayeslora.cli.progress import disable_progress_bars
 from bayeslora.errors import BayesLoraError, counted
-from bayeslora.files import finite, write_atomically
+from bayeslora.files import write_atomically
 from bayeslora.methods.registry import title_of
 from bayeslora.model_card import public_name
 from bayeslora.report import check_installed, write_answers
 from bayeslora.runs.answer_risk import AnswerCalibration
 from bayeslora.runs.answers import Sampling, check_generates, read_prompts
 from bayeslora.runs.info import RunInfo
+from bayeslora.runs.prediction_files import answer_lines
 from bayeslora.runs.run import load
 
 SAMPLING = ("samples", "seed", "max_new_tokens", "temperature", "cluster_with", "similarity")
@@ -40,7 +40,7 @@ def run(given: dict[str, Any]) -> int:
     loaded = load(folder, given.get("model"))
     risk = {name: given.get(name) for name in ("risk", "delta")}
     answers = loaded.generate(rows, batch_size=given.get("batch_size", 8), **chosen, **risk)
-    lines = [json.dumps(finite(answer.to_dict()), ensure_ascii=False) + "\n" for answer in answers]
+    lines = answer_lines(rows, answers)
     if page is not None:
         drawn = f" · {counted(sampling.samples, 'draw')}" if sampling.samples else ""
         write_answers(

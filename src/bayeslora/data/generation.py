@@ -65,16 +65,18 @@ def answered_rows(file: Source) -> Dataset:
 
 
 def rows_to_answer(file: Source) -> list[dict[str, Any]]:
-    """Read rows to answer, each with `messages` or `prompt`, and maybe the known answer.
+    """Read rows to answer, each with `messages` or `prompt`, and maybe the known answer; they keep other columns.
 
     Raises:
         BayesLoraError: a file cannot be used, or a row has neither column.
     """
-    table = read_table(file, (), _COLUMNS)
+    table = read_table(file, (), None)
+    others = {name: values for name, values in table.columns.items() if name not in _COLUMNS}
+    rows = [{name: values[number] for name, values in others.items()} for number in range(len(table))]
     if MESSAGES in table.columns:
         asked = conversations(table, needs_answer=False)
         tell_empty(table, [asked_of(messages)[-1]["content"] for messages in asked], MESSAGES)
-        return [{MESSAGES: messages} for messages in asked]
+        return [{**row, MESSAGES: messages} for row, messages in zip(rows, asked, strict=True)]
     if PROMPT not in table.columns:
         raise BayesLoraError(f"{table.path} lacks messages and prompt, but needs one of them: rename a column")
     known = table.columns.get(COMPLETION, [None] * len(table))
@@ -82,8 +84,8 @@ def rows_to_answer(file: Source) -> list[dict[str, Any]]:
         table.select(answered).strings(COMPLETION)
     tell_empty(table, table.strings(PROMPT), PROMPT)
     return [
-        {PROMPT: prompt, **({} if answer is None else {COMPLETION: answer})}
-        for prompt, answer in zip(table.strings(PROMPT), known, strict=True)
+        {**row, PROMPT: prompt, **({} if answer is None else {COMPLETION: answer})}
+        for row, prompt, answer in zip(rows, table.strings(PROMPT), known, strict=True)
     ]
 
 

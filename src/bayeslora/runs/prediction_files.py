@@ -1,17 +1,20 @@
-"""Write predictions beside the rows they are for, as JSON Lines or CSV."""
+"""Write predictions and answers beside the rows they are for, as JSON Lines or CSV."""
 
 from __future__ import annotations
 
 import csv
 import json
-from collections.abc import Iterator
+from collections.abc import Container, Iterator, Mapping, Sequence
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
 from bayeslora.data.tables import Table
 from bayeslora.files import finite, write_atomically
+from bayeslora.runs.answers import Answer
 from bayeslora.runs.predictions import Predictions
 from bayeslora.runs.tagging import Taggings
+from bayeslora.vocabulary import COMPLETION, MESSAGES, PROMPT
 
 _SEPARATED = {".csv": ",", ".tsv": "\t"}
 _KEPT = "input_"
@@ -38,9 +41,8 @@ def write_predictions(path: Path, table: Table, predictions: Predictions | Taggi
     separated = path.suffix.lower() in _SEPARATED
     found = [_flat(row) if separated else row for row in predictions.records()]
     taken = [name for name in table.columns if name in found[0]]
-    names = {name: _KEPT + name if name in taken else name for name in table.columns}
     rows = (
-        {**{new: table.columns[name][number] for name, new in names.items()}, **row}
+        {**{_beside(name, taken): values[number] for name, values in table.columns.items()}, **row}
         for number, row in enumerate(found)
     )
     with write_atomically(path) as partial:
@@ -51,6 +53,22 @@ def write_predictions(path: Path, table: Table, predictions: Predictions | Taggi
                 for row in rows:
                     file.write(json.dumps(finite(row), ensure_ascii=False, default=str) + "\n")
     return taken
+
+
+def answer_lines(rows: Sequence[Mapping[str, Any]], answers: Sequence[Answer]) -> list[str]:
+    """Return a line of JSON for each answer, after the columns of its row that were not read."""
+    taken = {field.name for field in fields(Answer)}
+    read = {MESSAGES, PROMPT, COMPLETION}
+    lines = []
+    for row, answer in zip(rows, answers, strict=True):
+        kept = {_beside(name, taken): value for name, value in row.items() if name not in read}
+        lines.append(json.dumps(finite({**kept, **answer.to_dict()}), ensure_ascii=False, default=str) + "\n")
+    return lines
+
+
+def _beside(name: str, taken: Container[str]) -> str:
+    """Return the name that a column of the rows has beside the results, whose names are `taken`."""
+    return _KEPT + name if name in taken else name
 
 
 def _flat(row: dict[str, Any]) -> dict[str, Any]:
