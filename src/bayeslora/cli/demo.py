@@ -32,11 +32,10 @@ SHARED: dict[str, Any] = {
 }
 SHORT: dict[str, Any] = {"task": "rotten_tomatoes_small", "max_steps": 100, "learning_rate": 3e-3}
 FULL: dict[str, Any] = {"task": "rotten_tomatoes", "max_steps": 300, "learning_rate": 1e-3}
-SAMPLES = 10
 METHODS: dict[str, dict[str, Any]] = {
     "lora": {},
     "blora": {"mode": "q+ra", "quantize_input": True, "per_channel": True, "target_bops": 0.03},
-    "melora": {"samples": SAMPLES},
+    "melora": {"samples": 5},
 }
 _SHOWN = 3
 _ANSWERED = 0.8
