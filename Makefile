@@ -29,13 +29,13 @@ $(STAMP): pyproject.toml constraints.txt requirements-packaged.txt
 		{ echo "$(PYTHON) is older than Python 3.11, which the pinned versions need: make setup PYTHON=python3.11"; exit 2; }
 	@echo "Installing into $(VENV): about 2 GB, a few minutes."
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev]'
-	$(BIN)/python -m pip install --quiet --no-deps --requirement requirements-packaged.txt
+	$(BIN)/python -m pip install -qq --constraint constraints.txt --editable '.[dev]'
+	$(BIN)/python -m pip install -qq --no-deps --requirement requirements-packaged.txt
 	@touch $@
 
 # What some tests are skipped without.
 $(ALL_STAMP): $(STAMP)
-	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev,serve,lm-eval,comparison]'
+	$(BIN)/python -m pip install -qq --constraint constraints.txt --editable '.[dev,serve,lm-eval,comparison]'
 	@touch $@
 
 demo: $(STAMP)
@@ -60,7 +60,7 @@ types: $(STAMP)
 	$(BIN)/mypy
 
 $(DOCS_STAMP): $(STAMP)
-	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[docs]'
+	$(BIN)/python -m pip install -qq --constraint constraints.txt --editable '.[docs]'
 	@touch $@
 
 setup-docs: $(DOCS_STAMP)
