@@ -68,6 +68,20 @@ def text_form(columns: Collection[str]) -> tuple[str, ...] | None:
     return (PROMPT, COMPLETION) if PROMPT in columns and COMPLETION in columns else None
 
 
+QUESTION, CHOICES, ANSWER = "question", "choices", "answer"
+"""Columns of multiple-choice rows: a text, a list of texts, and the index of the right one."""
+
+CHOICES_BY_TASK = (
+    "multiple choice is trained by the name of a task: --task arc_easy --data-dir DIR reads DIR/arc_easy/train.jsonl "
+    "and dev.jsonl"
+)
+
+
+def choice_form(columns: Collection[str]) -> bool:
+    """Return whether a file has the columns of multiple-choice rows."""
+    return {QUESTION, CHOICES, ANSWER} <= {*columns}
+
+
 WORDS = "tokens"
 """Column of rows whose words have a tag each: a list of words."""
 TAGS = ("ner_tags", "tags", "labels")

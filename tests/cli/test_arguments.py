@@ -163,6 +163,17 @@ def test_options_that_cannot_work_are_refused(options: dict[str, Any], expected:
     assert expected in str(caught.value)
 
 
+def test_multiple_choice_in_a_training_file_is_told_by_its_way_of_training(tmp_path: Path) -> None:
+    file = tmp_path / "items.jsonl"
+    file.write_text('{"question": "q", "choices": ["x", "y"], "answer": 1}\n')
+    given = {"method": "lora", "model": "m", "train_file": str(file), "output_dir": "out"}
+    with pytest.raises(BayesLoraError) as caught:
+        build_plan(given)
+    assert len(caught.value.args) == 1 and "--task arc_easy --data-dir DIR" in str(caught.value)
+    named = {"text_column": "question", "label_column": "answer", "eval_fraction": "0.2"}
+    assert build_plan({**given, **named}).options.text_column == ["question"]
+
+
 def test_everything_that_is_wrong_is_told_at_once() -> None:
     wrong = {"r": "0", "lora_alfa": "16", "lerning_rate": "1", "max_length": "0", "core": "full", "max_steps": "many"}
     with pytest.raises(BayesLoraError) as caught:

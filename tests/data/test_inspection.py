@@ -66,6 +66,46 @@ def test_columns_are_guessed_and_that_is_said(tickets: Path, tmp_path: Path) -> 
     assert (found.text_columns, found.label_column, found.kind) == (["body"], None, None)
 
 
+@pytest.mark.parametrize(
+    ("header", "rows"),
+    [
+        ("id,message", ["1,a b", "2,b c", "3,c d", "4,d e"]),
+        ("ticket id,message", ["7,a b", "7,a b", "8,c d", "8,c d"]),
+        ("message,sent", ["a long text,monday", "b long text,tuesday", "c long text,friday", "d long text,monday"]),
+    ],
+)
+def test_a_column_that_numbers_rows_or_hardly_repeats_is_not_guessed_as_the_label(
+    tmp_path: Path, header: str, rows: list[str]
+) -> None:
+    file = tmp_path / "a.csv"
+    file.write_text("\n".join([header, *rows, ""]))
+    found = inspect_file(file)
+    assert (found.text_columns, found.label_column, found.kind, found.problems) == (["message"], None, None, [])
+    file.write_text("\n".join([f"{header},queue", *(f"{row},{'ab'[n % 2]}" for n, row in enumerate(rows)), ""]))
+    assert inspect_file(file).label_column == "queue"
+
+
+def test_questions_with_choices_are_multiple_choice(tmp_path: Path) -> None:
+    items = [
+        {"id": n, "question": f"q{n}", "choices": ["x", "yy", "z"][: 2 + n % 2], "labels": ["A", "B"], "answer": n % 3}
+        for n in (0, 1, 3, 4, 5)
+    ]
+    file = write_rows(tmp_path / "a.jsonl", items)
+    found = inspect_file(file, eval_file=file, count_tokens=lambda rows: [1] * len(rows))
+    assert (found.kind, found.text_columns, found.label_column) == (
+        "multiple_choice",
+        ["question", "choices"],
+        "answer",
+    )
+    assert found.problems == [] and found.training.labels == {"A": 2, "B": 2, "C": 1}
+    assert found.evaluation is not None and (found.evaluation.rows, found.evaluation.shared) == (5, 5)
+    assert "trained by the name of a task" in found.notes[0] and found.texts == Texts(0, 0, Lengths(8, 8, 8))
+    bad = write_rows(tmp_path / "bad.jsonl", [*items, {"question": "q", "choices": ["x", "y"], "answer": 2}])
+    for problems in (inspect_file(bad).problems, inspect_file(file, eval_file=bad).problems):
+        assert len(problems) == 1 and f"{bad}, line 6 has the answer 2, but needs the index" in problems[0]
+    assert inspect_file(file, ["question"], "answer").kind == "classification"
+
+
 def test_the_split_is_that_of_training(tmp_path: Path) -> None:
     file = tmp_path / "a.jsonl"
     rows = [{"text": f"t{i // 2}", "label": "abc"[i // 2 % 3], "user": i // 5} for i in range(120)]

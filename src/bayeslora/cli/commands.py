@@ -13,7 +13,18 @@ from typing import Any, Literal
 from bayeslora.errors import counted, option
 from bayeslora.files import first_columns
 from bayeslora.runs.plan import RunOptions, declared
-from bayeslora.vocabulary import SHIFTS, AnswerLoss, Measure, Normalization, Scoring, ShiftName, tagged_form, text_form
+from bayeslora.vocabulary import (
+    CHOICES_BY_TASK,
+    SHIFTS,
+    AnswerLoss,
+    Measure,
+    Normalization,
+    Scoring,
+    ShiftName,
+    choice_form,
+    tagged_form,
+    text_form,
+)
 
 DESCRIPTION = "Bayesian low-rank adapters for pretrained transformers: train, judge, export."
 SelectionScore = Literal["mutual_information", "entropy", "margin", "random"]
@@ -115,6 +126,9 @@ def _with_files(given: dict[str, Any]) -> Iterator[str]:
             yield f"{option(name)} is given, but {given['train_file']} has answers and no labels: leave it out"
         for name in _among(given, "eval_fraction", "group_column", "split_seed"):
             yield f"{option(name)} is given, but a tenth of the answers is scored: leave it out, or give --eval-file"
+        return
+    if choice_form(first_columns(str(given.get("train_file", "")))) and not {"text_column", "kind"} & given.keys():
+        yield f"--train-file has questions with choices, but {CHOICES_BY_TASK}: give --task, or name --text-column"
         return
     tagged = _tags_words(given)
     if tagged and "class_weights" in given:

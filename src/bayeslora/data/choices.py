@@ -7,9 +7,9 @@ from typing import Any, get_args
 
 from bayeslora.data.tables import Table, tell_empty
 from bayeslora.errors import BayesLoraError, counted
-from bayeslora.vocabulary import Normalization
+from bayeslora.vocabulary import ANSWER, CHOICES, QUESTION, Normalization
 
-QUESTION, CHOICES, ANSWER, SUBJECT, LABEL = "question", "choices", "answer", "subject", "label"
+SUBJECT, LABEL = "subject", "label"
 GROUP = "group"
 """Column of related items that a split must keep together."""
 LETTERS = ("A", "B", "C", "D", "E")

@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import re
 import statistics
 import warnings
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Final, Literal
 
+from bayeslora.data.choices import ANSWER, CHOICES, LABEL, LETTERS, QUESTION, choice_columns
 from bayeslora.data.conversations import answered_columns
 from bayeslora.data.label_sets import (
     LabelSets,
@@ -27,15 +29,20 @@ from bayeslora.data.tables import Table, read_table
 from bayeslora.data.tagged import Tags, learn_tags, rarest_tags, read_tagged
 from bayeslora.errors import BayesLoraError, Problems
 from bayeslora.files import first_columns
-from bayeslora.vocabulary import TAGS, WORDS, tagged_form, text_form
+from bayeslora.vocabulary import CHOICES_BY_TASK, TAGS, WORDS, choice_form, tagged_form, text_form
 
 _LABELS = ("label", "labels", "class", "category", "target", "intent", "topic", "sentiment")
 """Usual names of a label column, lower case."""
+_NUMBERING = re.compile(r"(.*[^a-z])?(u?id|guid|key|nr|no|number|index)|unnamed: 0|", re.IGNORECASE)
+"""Usual names of a column that numbers the rows."""
 _PAIR = ("text_a", "text_b")
-_FEW = 50
-"""A column of at most this many different values may be that of the labels."""
+_FEW, _TIMES = 50, 2
+"""A column of at most this many different values, each this often on average, may be that of the labels."""
 _EXAMPLE = 40
 
+_CHOSEN: Final = "multiple_choice"
+
+_Form = Kind | Literal["multiple_choice"]
 CountTokens = Callable[[list[tuple[str, ...]]], list[int]]
 """Function that returns the number of tokens of each row of texts."""
 
@@ -109,7 +116,7 @@ class Inspection:
         columns: in their order in the file.
         text_columns, label_column: as named or, if `guessed` has them, as guessed; None without a label column.
         kind: `"classification"`, `"multi_label"`, `"regression"` or `"token_classification"`, None without labels;
-            `"generation"` for conversations and completions.
+            `"generation"` for conversations and completions, `"multiple_choice"` for questions with choices.
         numbers: of a regression, `least`, `mean`, `most` and `deviation`.
         training: rows to train on.
         evaluation: rows to score, from the evaluation file or held out; None without either.
@@ -125,7 +132,7 @@ class Inspection:
     text_columns: list[str]
     label_column: str | None
     guessed: list[str]
-    kind: Kind | Literal["generation"] | None
+    kind: Kind | Literal["generation", "multiple_choice"] | None
     numbers: dict[str, float]
     training: Part
     evaluation: Part | None
@@ -151,9 +158,9 @@ def inspect_file(
     Args:
         file: the training file.
         text_columns: one or two; None takes `text`, or `text_a` and `text_b`, or the column with the longest texts.
-        label_column: None takes `label` or another usual name, or the only other column with few different values.
+        label_column: None takes `label` or another usual name, or the only other column whose few values repeat.
         eval_file, held_out, labels, kind: as for `load_files`.
-        count_tokens: counts the tokens of rows; None leaves them out.
+        count_tokens: counts the tokens of rows; None leaves them out. Prompts of multiple choice are not counted.
         max_length: of the model in tokens; `too_long` counts the rows beyond it.
 
     Raises:
@@ -168,11 +175,12 @@ def inspect_file(
         table = read_table(file, [*named, *group], None)
         columns = {name: _column(name, values) for name, values in table.columns.items()}
         answers = None if text_columns else text_form(columns)
-        texts, label, kind = _read_columns(columns, list(text_columns or answers or ()), label_column, kind)
+        given = list(text_columns or answers or ())
+        texts, label, form = _read_columns(columns, len(table), given, label_column, kind)
         found = _Rows(table, _texts(table, texts), None, [], 0)
         with problems.collected():
             _check_guessed(file, texts, label if label_column is None else None)
-            found = _Rows.answers(table) if answers else _Rows.read(table, texts, label, labels, kind)
+            found = _Rows.answers(table) if answers else _Rows.read(table, texts, label, labels, form)
         training, evaluation = Part(len(found.texts)), None
         with problems.collected():
             training, evaluation = _parts(found, texts, label, held_out, eval_file)
@@ -185,11 +193,11 @@ def inspect_file(
         text_columns=texts,
         label_column=label,
         guessed=[name for name in (*texts, label) if name is not None and name not in (label_column, *named)],
-        kind="generation" if answers else found.map.kind if found.map else None,
+        kind="generation" if answers else form if form == _CHOSEN else found.map.kind if found.map else None,
         numbers=_summary(found.values if found.map and found.map.kind == "regression" else []),
         training=training,
         evaluation=evaluation,
-        texts=_facts(found, count_tokens, max_length) if found.texts else None,
+        texts=_facts(found, count_tokens if form != _CHOSEN else None, max_length) if found.texts else None,
         notes=list(dict.fromkeys(str(warning.message) for warning in caught)),
         problems=[*problems],
     )
@@ -213,8 +221,10 @@ class _Rows:
 
     @classmethod
     def read(
-        cls, table: Table, texts: list[str], label: str | None, names: Sequence[str] | None, kind: Kind | None
+        cls, table: Table, texts: list[str], label: str | None, names: Sequence[str] | None, kind: _Form | None
     ) -> _Rows:
+        if kind == _CHOSEN:
+            return cls.choices(table)
         if not texts:
             raise BayesLoraError(f"{table.path} lacks a column of texts, but needs one: name another file")
         if kind == "token_classification" and label is not None:
@@ -239,6 +249,17 @@ class _Rows:
         """Return rows to generate text from."""
         columns = answered_columns(table)
         return cls(table, _texts(dataclasses.replace(table, columns=columns), list(columns)), None, [], 0)
+
+    @classmethod
+    def choices(cls, table: Table) -> _Rows:
+        """Return multiple-choice rows, whose classes are the letters of the choices."""
+        warnings.warn(CHOICES_BY_TASK, stacklevel=1)
+        columns = choice_columns(table)
+        names = list(LETTERS[: max(map(len, columns[CHOICES]))])
+        texts = _texts(dataclasses.replace(table, columns=columns), [QUESTION, CHOICES])
+        return cls(
+            table, texts, LabelMap("classification", names, {n: n for n in range(len(names))}), columns[LABEL], 0
+        )
 
     def part(self, rows: Sequence[int], **more: Any) -> Part:
         """Return the rows of one side."""
@@ -299,6 +320,8 @@ def _evaluation_table(found: _Rows, texts: list[str], label: str | None, file: s
     table = read_table(file, [*texts, *own])
     if text_form(texts) and not label:
         _Rows.answers(table)
+    elif choice_form([*texts, *own]):
+        choice_columns(table)
     return table
 
 
@@ -353,9 +376,11 @@ def _is_empty(value: Any) -> bool:
 
 
 def _read_columns(
-    columns: dict[str, Column], texts: list[str], label: str | None, kind: Kind | None
-) -> tuple[list[str], str | None, Kind | None]:
-    """Return the columns of the texts and of the labels, and the kind of words with tags, guessed if not named."""
+    columns: dict[str, Column], rows: int, texts: list[str], label: str | None, kind: Kind | None
+) -> tuple[list[str], str | None, _Form | None]:
+    """Return the columns of the texts and of the labels, and the kind that the columns tell, if not named."""
+    if not texts and label is None and kind is None and choice_form(columns):
+        return [QUESTION, CHOICES], ANSWER, _CHOSEN
     if not texts and kind is None and tagged_form(columns):
         kind = "token_classification"
     if kind == "token_classification":
@@ -365,7 +390,7 @@ def _read_columns(
         texts = _guessed_texts(columns, label)
     elif text_form(texts) is not None:
         return texts, label, kind
-    return texts, label or _guessed_label(columns, texts), kind
+    return texts, label or _guessed_label(columns, rows, texts), kind
 
 
 def _guessed_texts(columns: dict[str, Column], label: str | None) -> list[str]:
@@ -377,11 +402,17 @@ def _guessed_texts(columns: dict[str, Column], label: str | None) -> list[str]:
     return [max(lengths, key=lengths.__getitem__)] if lengths else []
 
 
-def _guessed_label(columns: dict[str, Column], texts: list[str]) -> str | None:
+def _guessed_label(columns: dict[str, Column], rows: int, texts: list[str]) -> str | None:
     for usual in _LABELS:
         if found := [name for name in columns if name.lower() == usual and name not in texts]:
             return found[0]
-    few = [name for name, column in columns.items() if name not in texts and 2 <= column.different <= _FEW]
+    few = [
+        name
+        for name, column in columns.items()
+        if name not in texts
+        and not _NUMBERING.fullmatch(name)
+        and 2 <= column.different <= min(_FEW, (rows - column.empty) // _TIMES)
+    ]
     return few[0] if len(few) == 1 else None
 
 
