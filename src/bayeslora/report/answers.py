@@ -17,6 +17,10 @@ if TYPE_CHECKING:
 
 _DARKEST = 0.95
 """Quantile of a measure, over all tokens, with the darkest shade: a few extreme tokens must not hide the rest."""
+LEAST_ENTROPY = 0.5
+"""Least entropy in nats with the darkest shade: of a word at 80% and another at 20%."""
+LEAST_INFORMATION = 0.1
+"""Least mutual information in nats with the darkest shade: of two words at 72 and 28%, which half of the draws swap."""
 
 
 @dataclass(frozen=True)
@@ -48,8 +52,8 @@ def write_answers(path: str | Path, answers: Sequence[Answer], title: str = "Ans
     if not answers:
         raise BayesLoraError("0 answers were given, but a page needs at least 1: generate some")
     tops = (
-        _top([value for answer in answers for value in answer.entropy]),
-        _top([value for answer in answers for value in answer.mutual_information]),
+        _top([value for answer in answers for value in answer.entropy], LEAST_ENTROPY),
+        _top([value for answer in answers for value in answer.mutual_information], LEAST_INFORMATION),
     )
     shown = [
         {
@@ -62,6 +66,8 @@ def write_answers(path: str | Path, answers: Sequence[Answer], title: str = "Ans
     ]
     html = environment().get_template("answers.html.j2").render(
         title=title, about=about, shown=shown, top_entropy=tops[0], top_information=tops[1],
+        least_entropy=LEAST_ENTROPY, least_information=LEAST_INFORMATION,
+        is_sure=max(value for answer in answers for value in (0.0, *answer.mutual_information)) < LEAST_INFORMATION,
         has_draws=any(answer.draw_log_probabilities for answer in answers),
     )  # fmt: skip
     target = Path(path)
@@ -72,14 +78,14 @@ def write_answers(path: str | Path, answers: Sequence[Answer], title: str = "Ans
 
 def shade(answer: Answer) -> list[ShadedToken]:
     """Return the tokens of one answer, shaded by its own largest measures."""
-    return _shaded(answer, _top(answer.entropy), _top(answer.mutual_information))
+    return _shaded(answer, _top(answer.entropy, LEAST_ENTROPY), _top(answer.mutual_information, LEAST_INFORMATION))
 
 
-def _top(values: Sequence[float]) -> float:
-    """Return the value of the darkest shade; 1 if all are 0."""
+def _top(values: Sequence[float], least: float) -> float:
+    """Return the value of the darkest shade, which is not below `least`: noise must not look like doubt."""
     if len(values) < 2:
-        return next((value for value in values if value > 0), 1.0)
-    return statistics.quantiles(values, n=100, method="inclusive")[round(100 * _DARKEST) - 1] or max(values) or 1.0
+        return max(least, *values)
+    return max(least, statistics.quantiles(values, n=100, method="inclusive")[round(100 * _DARKEST) - 1])
 
 
 def _shaded(answer: Answer, top_entropy: float, top_information: float) -> list[ShadedToken]:
