@@ -48,6 +48,26 @@ def test_the_least_certain_and_the_most_wrong_rows_are_in_order_and_come_back_fr
     assert len(cut) == 600 and cut.endswith("…")
 
 
+def test_rows_with_equal_texts_are_one_with_their_number_and_their_other_labels(tmp_path: Path) -> None:
+    texts = ["same", "same", "other", "same", "last"]
+    of = task("classification", {"text": texts, "label": [1, 1, 1, 0, 1]}, ["bad", "good"])
+    bad = [0.6, 0.6, 0.7, 0.6, 0.9]
+    found = choose_examples(evaluation([[p, 1 - p] for p in bad], [1, 1, 1, 0, 1]), of.eval_split, of, 2)
+    assert [(each.row, each.rows, each.other_labels) for each in found.least_certain] == [(1, 3, ["bad"]), (3, 1, [])]
+    assert [(each.row, each.rows) for each in found.wrongest] == [(5, 1), (3, 1)]
+    found.save(tmp_path)
+    assert read_examples(tmp_path) == found
+    of = task("regression", {"text": texts, "label": [1.0, 1.0, 2.0, 3.0, 4.0]}, [])
+    found = choose_examples(evaluation([9.0, 9.0, 5.0, 9.0, 4.0], [1.0, 1.0, 2.0, 3.0, 4.0]), of.eval_split, of, 2)
+    assert [(each.row, each.rows, each.other_labels) for each in found.wrongest] == [(1, 3, ["3"]), (3, 1, [])]
+    of = task("multi_label", {"text": texts[:3], "label": [[1, 0], [1, 0], [0, 1]]}, ["a", "b"])
+    found = choose_examples(
+        evaluation([[0.4, 0.1], [0.4, 0.1], [0.1, 0.9]], [[1, 0], [1, 0], [0, 1]]), of.eval_split, of, 5
+    )
+    assert [(each.row, each.rows) for each in found.least_certain] == [(1, 2), (3, 1)]
+    assert [(each.row, each.rows) for each in found.wrongest] == [(1, 2)]
+
+
 def test_numbers_have_the_largest_errors_and_no_confidence() -> None:
     of = task("regression", {"a": ["x", "y", "z"], "b": ["u", "v", "w"], "label": [1.0, 2.0, 3.0]}, [])
     found = choose_examples(evaluation([1.1, 4.0, 2.0], [1.0, 2.0, 3.0]), of.eval_split, of, 2)

@@ -20,7 +20,7 @@ _DARKEST = 0.95
 LEAST_ENTROPY = 0.5
 """Least entropy in nats with the darkest shade: of a word at 80% and another at 20%."""
 LEAST_INFORMATION = 0.1
-"""Least mutual information in nats with the darkest shade: of two words at 72 and 28%, which half of the draws swap."""
+"""Least mutual information in nats with the darkest shade: of two words at 72 and 28%, which half the draws swap."""
 
 
 @dataclass(frozen=True)

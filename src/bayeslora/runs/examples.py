@@ -6,8 +6,8 @@ The texts are those of the data. Where they must not be published, train with `-
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -41,6 +41,7 @@ class Example:
         confidence: probability of the predicted class; None for numbers.
         of_label: probability of the right class; None for numbers.
         mutual_information: in nats, with samples of the weights.
+        rows: number of rows, or of words in equal sentences, with these texts; `other_labels` are those of the others.
     """
 
     row: int
@@ -50,6 +51,8 @@ class Example:
     confidence: float | None = None
     of_label: float | None = None
     mutual_information: float | None = None
+    rows: int = 1
+    other_labels: list[str] = field(default_factory=list)
 
 
 @dataclass(frozen=True)
@@ -70,7 +73,7 @@ class Examples:
 def choose_examples(
     evaluation: Evaluation | MultiLabelEvaluation, rows: Dataset, task: Task, count: int = ROWS
 ) -> Examples:
-    """Return up to `count` rows of each kind.
+    """Return up to `count` rows of each kind; of rows with equal texts the first.
 
     Args:
         evaluation: of the rows.
@@ -85,15 +88,19 @@ def choose_examples(
     predictions, labels = evaluation.predictions, evaluation.labels
     if task.kind == "regression":
         order = argsort(-abs(predictions - labels), kind="stable")
-        numbers = [
-            Example(int(i) + 1, _texts(rows[int(i)], task), f"{labels[i]:.4g}", f"{predictions[i]:.4g}")
-            for i in order[:count]
-        ]
-        return Examples(wrongest=numbers)
+        numbers = [f"{label:.4g}" for label in labels]
+        alike = _Alike(_keys(rows, task), numbers)
+
+        def number(i: int) -> Example:
+            return Example(i + 1, _texts(rows[i], task), numbers[i], f"{predictions[i]:.4g}")
+
+        return Examples(wrongest=alike.first(order, count, number))
     predicted, confidence = predictions.argmax(axis=1), predictions.max(axis=1)
     of_label = predictions[arange(len(labels)), labels]
     # The number of the sentence of each word; of other rows their own.
     of_word = getattr(evaluation, "row", arange(len(labels)))
+    keys = _keys(rows, task)
+    places = [(keys[row], i - int(searchsorted(of_word, row))) for i, row in enumerate(map(int, of_word))]
 
     def example(i: int) -> Example:
         information = float(evaluation.mutual_information[i]) if evaluation.samples else None
@@ -101,13 +108,14 @@ def choose_examples(
         row = int(of_word[i])
         texts = _texts(rows[row], task)
         if task.kind == "token_classification":
-            texts = _word(rows[row][task.text_columns[0]], i - int(searchsorted(of_word, row)))
+            texts = _word(rows[row][task.text_columns[0]], places[i][1])
         return Example(row + 1, texts, *names, float(confidence[i]), float(of_label[i]), information)
 
-    unsure = argsort(confidence, kind="stable")[:count]
+    alike = _Alike(places, [task.labels[label] for label in labels])
+    unsure = argsort(confidence, kind="stable")
     wrong = where(predicted != labels)[0]
-    wrongest = wrong[argsort(of_label[wrong], kind="stable")][:count]
-    return Examples(*([example(int(i)) for i in chosen] for chosen in (unsure, wrongest)))
+    wrongest = wrong[argsort(of_label[wrong], kind="stable")]
+    return Examples(*(alike.first(order, count, example) for order in (unsure, wrongest)))
 
 
 def _of_label_sets(evaluation: Any, rows: Dataset, task: Task, count: int) -> Examples:
@@ -125,10 +133,39 @@ def _of_label_sets(evaluation: Any, rows: Dataset, task: Task, count: int) -> Ex
         said = (names(labels[i]), names(p[i] > 0.5))
         return Example(i + 1, _texts(rows[i], task), *said, float(confidence[i]), float(of_label[i]), information)
 
-    unsure = argsort(confidence, kind="stable")[:count]
+    alike = _Alike(_keys(rows, task), list(map(names, labels)))
+    unsure = argsort(confidence, kind="stable")
     wrong = where(of_label < 0.5)[0]
-    wrongest = wrong[argsort(of_label[wrong], kind="stable")][:count]
-    return Examples(*([example(int(i)) for i in chosen] for chosen in (unsure, wrongest)))
+    wrongest = wrong[argsort(of_label[wrong], kind="stable")]
+    return Examples(*(alike.first(order, count, example) for order in (unsure, wrongest)))
+
+
+class _Alike:
+    """Rows, or words, with equal texts, of which one is shown."""
+
+    def __init__(self, keys: Sequence[Any], labels: Sequence[str]) -> None:
+        self._keys, self._labels = keys, labels
+        self._members: dict[Any, list[int]] = {}
+        for number, key in enumerate(keys):
+            self._members.setdefault(key, []).append(number)
+
+    def first(self, order: Iterable[Any], count: int, example: Callable[[int], Example]) -> list[Example]:
+        """Return the first `count` with different texts, in this order, with what is known of those like them."""
+        firsts: dict[Any, int] = {}
+        for number in map(int, order):
+            if len(firsts) == count:
+                break
+            firsts.setdefault(self._keys[number], number)
+        found = []
+        for key, number in firsts.items():
+            labels = {self._labels[each] for each in self._members[key]} - {self._labels[number]}
+            found.append(replace(example(number), rows=len(self._members[key]), other_labels=sorted(labels)))
+        return found
+
+
+def _keys(rows: Dataset, task: Task) -> list[str]:
+    """Return the texts of each row in one string."""
+    return list(map(repr, zip(*(rows[column] for column in task.text_columns), strict=True)))
 
 
 def read_examples(folder: Path) -> Examples:
