@@ -9,17 +9,22 @@ import pytest
 import torch
 from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
-from transformers import T5Config, T5ForConditionalGeneration
+from transformers import MistralConfig, MistralForCausalLM, T5Config, T5ForConditionalGeneration
 
 from bayeslora import TemperatureScaling, WeightPosterior
 from bayeslora.errors import BayesLoraError
 from bayeslora.prediction import Generation, generate
+from bayeslora.prediction.generate import _Run, generate_tokens
 from tests.conftest import build_tiny_gpt2, build_tiny_llama
 from tests.prediction.models import merged_draw, noisy
 
 SAMPLES, SEED, NEW = 3, 5, 6
 PROMPTS = torch.tensor([[0, 0, 7, 8, 9], [4, 5, 6, 7, 8]])
 MASK = (PROMPTS != 0).long()
+TINY = {
+    "vocab_size": 64, "hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2,
+    "num_key_value_heads": 1,
+}  # fmt: skip
 
 
 def causal(family: str, method: str = "melora", **settings: Any) -> nn.Module:
@@ -151,6 +156,33 @@ def test_the_seed_decides_the_draws_and_the_sampled_tokens() -> None:
     assert torch.equal(first.sequences, again.sequences) and torch.equal(first.token_entropy, again.token_entropy)
     assert not torch.equal(first.sequences, generate(model, PROMPTS, MASK, seed=2, **options).sequences)
     assert first.mutual_information is None and first.mixture_log_probability is None
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("samples", [0, 2])
+@pytest.mark.parametrize("family", ["llama", "gpt2", "sliding"])
+def test_a_prompt_with_several_answers_is_read_once(
+    family: str, samples: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if family == "sliding":
+        torch.manual_seed(0)
+        model = noisy(MistralForCausalLM(MistralConfig(**TINY, sliding_window=3)), ["q_proj", "v_proj"])
+    else:
+        model = causal(family)
+    options: dict[str, Any] = {"do_sample": True, "num_return_sequences": 4, "max_new_tokens": NEW}
+    options |= {"temperature": 1.0, "top_k": 0, "top_p": 1.0, "eos_token_id": 3, "pad_token_id": 0}
+    read: list[int] = []
+    embeddings: Any = model.get_input_embeddings()  # type: ignore[operator]
+    handle = embeddings.register_forward_hook(lambda _module, _args, output: read.append(output[..., 0].numel()))
+    tokens, mask = generate_tokens(model, PROMPTS, MASK, samples=samples, seed=SEED, **options)
+    handle.remove()
+    draws, length = max(1, samples), PROMPTS.shape[1]
+    assert read[:2] == [draws * 2 * (length - 1), draws * 2 * 4]
+    found = generate(model, PROMPTS, MASK, samples=samples, seed=SEED, uncertainty=False, **options)
+    assert torch.equal(found.tokens, tokens) and torch.equal(found.mask, mask)
+    monkeypatch.setattr(_Run, "_read_prompts", lambda *_: None)
+    apart, _ = generate_tokens(model, PROMPTS, MASK, samples=samples, seed=SEED, **options)
+    assert torch.equal(apart, tokens) and tokens.shape[:2] == (draws, 8)
 
 
 def test_without_samples_the_mean_weights_generate_once() -> None:

@@ -22,6 +22,7 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
+from transformers.cache_utils import DynamicCache, DynamicLayer, DynamicSlidingWindowLayer
 
 from bayeslora.errors import BayesLoraError
 from bayeslora.posterior import IndivisibleBatchError
@@ -35,6 +36,15 @@ _MEAN = -1
 
 _MAX_NUMBERS = 2**25
 """Maximum of probabilities (rows x tokens x vocabulary) in memory while sequences are scored: 128 MiB in float32."""
+
+_SAMPLING = {
+    "do_sample", "temperature", "top_k", "top_p", "num_beams", "max_new_tokens", "eos_token_id", "pad_token_id",
+    "num_return_sequences",
+}  # fmt: skip
+"""Options under which a prompt can be read before `generate` is called."""
+
+_GROWING = (DynamicLayer, DynamicSlidingWindowLayer)
+"""Layers of a cache that can be repeated."""
 
 
 @dataclass(frozen=True)
@@ -101,73 +111,136 @@ def generate(
         BayesLoraError: samples are wanted but the model lacks a posterior, the inputs are not (B, T), or an option
             asks for anything but sequences.
     """
-    weights = Weights(model, samples, seed, antithetic)
-    if answers not in ("draws", "mean"):
-        raise BayesLoraError(f"answers is {answers!r}, but must be 'draws' or 'mean': give one of them")
-    if input_ids.ndim != 2 or not input_ids.numel():
-        raise BayesLoraError(
-            f"input_ids have shape {tuple(input_ids.shape)}, but must be (prompts, tokens): tokenize the prompts"
-        )
-    if generate_kwargs.pop("return_dict_in_generate", False):
-        raise BayesLoraError("return_dict_in_generate is True, but generate returns a Generation: leave it out")
-    device = next(weights.model.parameters()).device
-    prompts = {"input_ids": input_ids.to(device)}
-    prompts["attention_mask"] = torch.ones_like(prompts["input_ids"]) if attention_mask is None else attention_mask
-    prompts["attention_mask"] = prompts["attention_mask"].to(device)
-    run = _Run(weights, prompts, of_mean=samples == 0 or answers == "mean")
-    with evaluation_mode(weights.model), torch.inference_mode(), seeded(seed, device):
-        sequences = run.generated(generate_kwargs)
-        found = run.scored(sequences, uncertainty)
+    run = _Run(model, input_ids, attention_mask, samples, seed, antithetic, answers, generate_kwargs)
+    with evaluation_mode(run.model), torch.inference_mode(), seeded(seed, run.device):
+        found = run.scored(run.generated(), uncertainty)
     return Generation(**{name: value.clone() for name, value in found.items()})
+
+
+def generate_tokens(
+    model: Predictable,
+    input_ids: Tensor,
+    attention_mask: Tensor | None = None,
+    *,
+    samples: int,
+    seed: int = 0,
+    **generate_kwargs: Any,
+) -> tuple[Tensor, Tensor]:
+    """Return the `tokens` and the `mask` of `generate`, (S, n, G) each, without the passes that score them.
+
+    Args, Raises: as `generate`.
+    """
+    run = _Run(model, input_ids, attention_mask, samples, seed, False, "draws", generate_kwargs)
+    with evaluation_mode(run.model), torch.inference_mode(), seeded(seed, run.device):
+        tokens = run.answered(run.generated())
+    return tokens.clone(), _until_end(tokens, run.end)
 
 
 class _Run:
     """State of one call: the weights, and B prompts to answer with their mean or under every draw."""
 
-    def __init__(self, weights: Weights, prompts: dict[str, Tensor], *, of_mean: bool) -> None:
-        self.weights, self.model, self.prompts = weights, weights.model, prompts
-        self.owners = [_MEAN] if of_mean else list(range(weights.samples))
+    def __init__(
+        self,
+        model: Predictable,
+        input_ids: Tensor,
+        attention_mask: Tensor | None,
+        samples: int,
+        seed: int,
+        antithetic: bool,
+        answers: str,
+        options: dict[str, Any],
+    ) -> None:
+        self.weights = Weights(model, samples, seed, antithetic)
+        self.model = self.weights.model
+        if answers not in ("draws", "mean"):
+            raise BayesLoraError(f"answers is {answers!r}, but must be 'draws' or 'mean': give one of them")
+        if input_ids.ndim != 2 or not input_ids.numel():
+            raise BayesLoraError(
+                f"input_ids have shape {tuple(input_ids.shape)}, but must be (prompts, tokens): tokenize the prompts"
+            )
+        if options.pop("return_dict_in_generate", False):
+            raise BayesLoraError("return_dict_in_generate is True, but generate returns a Generation: leave it out")
+        self.device = next(self.model.parameters()).device
+        mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
+        self.prompts = {"input_ids": input_ids.to(self.device), "attention_mask": mask.to(self.device)}
+        self.owners = [_MEAN] if samples == 0 or answers == "mean" else list(range(samples))
         base: Any = self.model.get_base_model() if hasattr(self.model, "get_base_model") else self.model  # type: ignore[operator]
         config = base.config
         self.encodes = bool(getattr(config, "is_encoder_decoder", False))
         self.settings = getattr(base, "generation_config", None) or config
-        self.takes_positions = "position_ids" in inspect.signature(base.forward).parameters
-
-    def generated(self, options: dict[str, Any]) -> Tensor:
-        """Generate (S, n, L) sequences, one of S for each owner."""
+        self.parameters = inspect.signature(base.forward).parameters
         self.end = _ids(options.get("eos_token_id", getattr(self.settings, "eos_token_id", None)))
-        padding = options.get("pad_token_id", getattr(self.settings, "pad_token_id", None))
-        if padding is None:
-            padding = self.end[0] if self.end else 0
-        options = {**options, "pad_token_id": padding}
-        parts = self._together(options)
+        self.padding = options.get("pad_token_id", getattr(self.settings, "pad_token_id", None))
+        if self.padding is None:
+            self.padding = self.end[0] if self.end else 0
+        self.options = {**options, "pad_token_id": self.padding}
+
+    def generated(self) -> Tensor:
+        """Generate (S, n, L) sequences, one of S for each owner."""
+        parts = self._together()
         if parts is None:
-            parts = [self._generate(_only(owner), options) for owner in self.owners]
+            parts = [self._generate(_only(owner)) for owner in self.owners]
         longest = max(part.shape[1] for part in parts)
-        padded = [nn.functional.pad(part, (0, longest - part.shape[1]), value=padding) for part in parts]
+        padded = [nn.functional.pad(part, (0, longest - part.shape[1]), value=self.padding) for part in parts]
         return torch.cat(padded).view(len(self.owners), -1, longest)
 
-    def _together(self, options: dict[str, Any]) -> list[Tensor] | None:
+    def _together(self) -> list[Tensor] | None:
         """Generate under all draws in one batch; None if that is impossible."""
         if self.owners == [_MEAN] or not self.weights.draws_share_a_pass:
             return None
         try:
-            return [self._generate(range(self.weights.samples), options)]
+            return [self._generate(range(self.weights.samples))]
         except IndivisibleBatchError:
             return None
 
-    def _generate(self, draws: range | None, options: dict[str, Any]) -> Tensor:
+    def _generate(self, draws: range | None) -> Tensor:
         rows = len(self.prompts["input_ids"])
-        repeated = repeat_rows(self.prompts, rows, 1 if draws is None else len(draws))
+        inputs = repeat_rows(self.prompts, rows, 1 if draws is None else len(draws))
+        options = self.options
         with self.weights.at(draws):
-            sequences: Tensor = self.model.generate(**repeated, **options)  # type: ignore[operator]
+            cache = self._read_prompts(inputs)
+            if cache is not None:
+                count = options["num_return_sequences"]
+                inputs = {name: each.repeat_interleave(count, dim=0) for name, each in inputs.items()}
+                options = {**options, "num_return_sequences": 1, "past_key_values": cache}
+            sequences: Tensor = self.model.generate(**inputs, **options)  # type: ignore[operator]
         return sequences
+
+    def _read_prompts(self, inputs: dict[str, Tensor]) -> DynamicCache | None:
+        """Return keys and values of all but the last token, once for each sequence; None where `generate` must read.
+
+        Transformers would read a prompt as often as it is answered.
+        """
+        count, ids = self.options.get("num_return_sequences") or 1, inputs["input_ids"]
+        is_plain = self.options.get("do_sample") and self.options.get("num_beams", 1) == 1 and not self.encodes
+        is_usual = set(self.options) <= _SAMPLING and not getattr(self.settings, "cache_implementation", None)
+        if count == 1 or ids.shape[1] < 2 or not is_plain or not is_usual:
+            return None
+        mask = inputs["attention_mask"][:, :-1]
+        kept = {"logits_to_keep": 1} if "logits_to_keep" in self.parameters else {}
+        read = self.model(input_ids=ids[:, :-1], attention_mask=mask, **self._positions(mask), **kept, use_cache=True)
+        cache = getattr(read, "past_key_values", None)
+        layers = getattr(cache, "layers", [])
+        if type(cache) is not DynamicCache or any(type(layer) not in _GROWING for layer in layers):
+            return None
+        cache.batch_repeat_interleave(count)
+        return cache
+
+    def _positions(self, mask: Tensor) -> dict[str, Tensor]:
+        """Return the positions of tokens that may be padded on the left, for a model that takes them."""
+        if "position_ids" not in self.parameters:
+            return {}
+        return {"position_ids": (mask.cumsum(dim=1) - 1).clamp_min(0)}
+
+    def answered(self, sequences: Tensor) -> Tensor:
+        """Return the generated part of `sequences`."""
+        return sequences[..., 1 if self.encodes else self.prompts["input_ids"].shape[1] :]
 
     def scored(self, sequences: Tensor, uncertainty: bool) -> dict[str, Tensor]:
         """Return the fields of a `Generation`."""
         samples, count, length = sequences.shape
-        start = 1 if self.encodes else self.prompts["input_ids"].shape[1]
-        tokens = sequences[..., start:]
+        tokens = self.answered(sequences)
+        start = length - tokens.shape[-1]
         mask = _until_end(tokens, self.end)
         rows, valid = sequences.flatten(0, 1), mask.flatten(0, 1)
         own = torch.tensor(self.owners, device=rows.device).repeat_interleave(count)
@@ -228,8 +301,7 @@ class _Run:
             output = self.model(input_ids=ids, attention_mask=prompt_mask, decoder_input_ids=rows[:, :-1])
             return output.logits
         whole = torch.cat([prompt_mask, mask.to(prompt_mask.dtype)], dim=1)[:, :-1]
-        positions = {"position_ids": (whole.cumsum(dim=1) - 1).clamp_min(0)} if self.takes_positions else {}
-        output = self.model(input_ids=rows[:, :-1], attention_mask=whole, **positions)
+        output = self.model(input_ids=rows[:, :-1], attention_mask=whole, **self._positions(whole))
         return output.logits[:, start - 1 :]
 
 

@@ -22,6 +22,7 @@ from bayeslora.errors import BayesLoraError, counted
 from bayeslora.methods.variational import has_posterior
 from bayeslora.posterior import WeightPosterior
 from bayeslora.prediction import Generation, check_samples, generate
+from bayeslora.prediction.generate import generate_tokens
 from bayeslora.runs.clusters import SIMILARITY, Cluster, Embedder, clustered, semantic_entropy
 from bayeslora.runs.info import RunInfo
 from bayeslora.vocabulary import MESSAGES, PROMPT
@@ -227,7 +228,8 @@ class _Writer:
         """Return an `Answer` to each prompt."""
         samples = self.sampling.samples
         batch = _padded(prompts, pad_id(self.tokenizer))
-        found = self._generate(batch, samples if self.is_random else 0, answers="mean", do_sample=False)
+        drawn = samples if self.is_random else 0
+        found = generate(**self._asked(batch, drawn, answers="mean", do_sample=False))
         own = self._own_answers(batch) if samples else []
         return [self._answer(found, place, row, [texts[place] for texts in own]) for place, row in enumerate(rows)]
 
@@ -238,21 +240,23 @@ class _Writer:
         if heat:
             options = {"do_sample": True, "temperature": heat, "top_k": 0, "top_p": 1.0}
         if self.is_random:
-            found = self._generate(batch, samples, uncertainty=False, **options)
-            tokens, mask = found.tokens, found.mask
+            tokens, mask = generate_tokens(**self._asked(batch, samples, **options))
         else:
-            found = self._generate(batch, 0, uncertainty=False, num_return_sequences=samples, **options)
+            found = generate_tokens(**self._asked(batch, 0, num_return_sequences=samples, **options))
             # One after the other for each prompt.
-            tokens, mask = (part[0].unflatten(0, (-1, samples)).transpose(0, 1) for part in (found.tokens, found.mask))
+            tokens, mask = (part[0].unflatten(0, (-1, samples)).transpose(0, 1) for part in found)
         return [
             [self._text(ids[kept].tolist()) for ids, kept in zip(*rows, strict=True)]
             for rows in zip(tokens, mask, strict=True)
         ]
 
-    def _generate(self, batch: dict[str, Tensor], samples: int, **options: Any) -> Generation:
-        ids, mask = batch["input_ids"], batch["attention_mask"]
-        room = MAX_NEW_TOKENS if self.limit is None else min(MAX_NEW_TOKENS, self.limit - ids.shape[1])
-        settings: dict[str, Any] = {
+    def _asked(self, batch: dict[str, Tensor], samples: int, **options: Any) -> dict[str, Any]:
+        """Return the arguments of `generate` for a batch of prompts."""
+        room = MAX_NEW_TOKENS if self.limit is None else min(MAX_NEW_TOKENS, self.limit - batch["input_ids"].shape[1])
+        return {
+            "model": self.predictor,
+            **batch,
+            **{"samples": samples, "seed": self.sampling.seed},
             # Without these the model's own settings, which may sample, would hold.
             **{"temperature": None, "top_k": None, "top_p": None, "num_beams": 1},
             "max_new_tokens": self.sampling.max_new_tokens or room,
@@ -260,7 +264,6 @@ class _Writer:
             "pad_token_id": pad_id(self.tokenizer),
             **options,
         }
-        return generate(self.predictor, ids, mask, samples=samples, seed=self.sampling.seed, **settings)
 
     def _answer(self, found: Generation, place: int, row: Mapping[str, Any], draws: list[str]) -> Answer:
         kept = found.mask[0, place]
