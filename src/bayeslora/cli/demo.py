@@ -96,7 +96,7 @@ def _table(folders: list[Path]) -> str:
         ("negative log-likelihood", [f"{run.scores['nll']:.3f}" for run in runs]),
         ("Monte-Carlo samples", [f"{run.samples:d}" for run in runs]),
         ("attention BOPs, % of LoRA r=16 at 32 bits", [f"{run.relative_bops['attention']:.1%}" for run in runs]),
-        ("adapter matrices, median bits", [f"{run.median_adapter_bits:g}" for run in runs]),
+        ("median bits of weights, inputs, adapter", [_widths(run) for run in runs]),
         ("mean rank", [f"{run.mean_rank:.2f}" for run in runs]),
         ("training seconds", [f"{run.seconds['train']:.0f}" for run in runs]),
     ]
@@ -106,6 +106,12 @@ def _table(folders: list[Path]) -> str:
     noise = 1.96 * math.sqrt(best * (1 - best) / count)
     lines += ["", f"The same answer for every review is right in {runs[0].baseline['accuracy']:.1%}."]
     return "\n".join([*lines, f"{count:,} reviews measure an accuracy to ± {noise:.1%} (95%): less is no difference."])
+
+
+def _widths(run: RunRecord) -> str:
+    """Return median widths of what the bit operations are counted from."""
+    found = (run.median_bits("weight"), run.median_bits("in"), run.median_adapter_bits)
+    return " ".join(f"{32 if bits is None else bits:g}" for bits in found)
 
 
 def _accuracy_at(run: RunRecord) -> float:

@@ -454,7 +454,11 @@ class RunRecord:
     @property
     def median_adapter_bits(self) -> float | None:
         """Return the median width of the adapter's matrices (A, E, B of every layer); None without any."""
-        widths = [layer.bits[kind] for layer in self.layers for kind in MATRICES if kind in layer.bits]
+        return self.median_bits(*MATRICES)
+
+    def median_bits(self, *kinds: str) -> float | None:
+        """Return the median width of these kinds of tensor over all layers; None where no layer has one."""
+        widths = [layer.bits[kind] for layer in self.layers for kind in kinds if kind in layer.bits]
         return float(statistics.median(widths)) if widths else None
 
     @property
