@@ -16,6 +16,7 @@ import yaml
 
 import bayeslora
 from bayeslora.cli.main import main
+from bayeslora.runs.record import read_run
 from tests.cli.conftest import Setting, review_rows, write_jsonl
 
 Refused = Callable[..., str]
@@ -58,6 +59,10 @@ def test_the_run_has_the_split_and_uses_it_again(run: Path, tickets: Path, capsy
         assert main(["evaluate", str(run), "--json"]) == 0
     found = json.loads(capsys.readouterr().out)
     assert found["rows"] == len(held) and found["scores"] == pytest.approx(metrics["scores"], abs=1e-5)
+    for scored in (metrics, found):
+        assert (scored["task"], scored["split"]) == (tickets.name, "held-out rows")
+    assert read_run(run).where == f"{tickets.name}, held-out rows"
+    assert f"<h1>LoRA on {tickets.name}</h1>" in (run / "report.html").read_text()
     bad = sum("schlecht" in tickets.read_text("cp1252").splitlines()[row + 1] for row in held)
     assert found["baseline"] == metrics["baseline"]
     assert found["baseline"]["accuracy"] == max(bad, len(held) - bad) / len(held)

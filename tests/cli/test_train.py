@@ -87,7 +87,8 @@ def test_a_card_loads_the_run_and_tells_no_path_of_this_machine(
 ) -> None:
     card = (runs["melora"] / "README.md").read_text(encoding="utf-8")
     assert str(setting.model.parent) not in card and f"base_model: {setting.model.name}\n" in card
-    assert card.startswith("---\n") and "# Me-LoRA on train\n" in card
+    assert card.startswith("---\n") and "# Me-LoRA on train.jsonl\n" in card
+    assert yaml.safe_load(card.split("---\n")[1])["tags"] == ["bayeslora", "melora", "lora"]
     code = card.split("```python\n")[1].split("```")[0]
     monkeypatch.chdir(runs["melora"])
     capsys.readouterr()

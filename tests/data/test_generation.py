@@ -30,7 +30,7 @@ def test_conversations_keep_roles_and_contents_alone(tmp_path: Path) -> None:
     with pytest.warns(UserWarning, match=r"name in messages of 2 of 3 rows \(first line 2\), which are left out"):
         task = load_generation(file, [CHAT], test_file=[CHAT])
     assert (task.name, task.kind, task.text_columns, task.metric) == (
-        "chat",
+        "chat.jsonl",
         "generation",
         ("messages",),
         "perplexity",

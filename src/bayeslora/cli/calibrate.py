@@ -7,7 +7,7 @@ import math
 from pathlib import Path
 from typing import Any
 
-from bayeslora.cli.evaluate import rows_to_score, source_of
+from bayeslora.cli.evaluate import part_scored, rows_to_score, source_of
 from bayeslora.cli.generate import SAMPLING
 from bayeslora.cli.inputs import refuse
 from bayeslora.cli.progress import disable_progress_bars
@@ -42,7 +42,7 @@ def run(given: dict[str, Any]) -> int:
     else:
         check_one_label_a_row(info.kind, "calibrate")
     task, split = rows_to_score(given, info)
-    source = source_of(given, task, split)
+    source = source_of(given, task, part_scored(given, info, split))
     check_not_training(info, source, split)
     disable_progress_bars()
     if info.kind == "generation":

@@ -38,6 +38,7 @@ from bayeslora.runs.rows import (
     named_task,
     outside_rows,
     own_rows,
+    scored_part,
 )
 from bayeslora.runs.run import load
 from bayeslora.runs.schema import from_json
@@ -69,6 +70,7 @@ def run(given: dict[str, Any]) -> int:
     info = _info(given)
     target = _target(given)
     task, split = rows_to_score(given, info)
+    part = part_scored(given, info, split)
     _check_kind(given, task)
     outside = _outside(given, info, task)
     columns = shift_columns(task, given.get("shift_column"))
@@ -99,10 +101,10 @@ def run(given: dict[str, Any]) -> int:
         evaluation = score(encoded, task)
         measured = {**scored(evaluation), "seconds": evaluation.seconds}
     found = {
-        **{"folder": str(folder), "method": info.method, "task": task.name, "split": split},
+        **{"folder": str(folder), "method": info.method, "task": task.name, "split": part},
         "rows": measured.pop("rows"),
         **answered(info),
-        **({} if calibration is None else _calibrated(calibration, source_of(given, task, split))),
+        **({} if calibration is None else _calibrated(calibration, source_of(given, task, part))),
         "seed": seed,
         "metric": task.metric,
         **measured,
@@ -122,6 +124,12 @@ def run(given: dict[str, Any]) -> int:
     else:
         _print(found)
     return 0
+
+
+def part_scored(given: dict[str, Any], info: RunInfo, split: str) -> str:
+    """Return which rows of the run's own files are scored; of others their split."""
+    own = None if {"eval_file", "task"} & given.keys() else scored_part(info)
+    return own or split
 
 
 def _check_kind(given: dict[str, Any], task: Task) -> None:
@@ -231,9 +239,9 @@ def _calibrated(calibration: Calibration, source: str) -> dict[str, Any]:
     return {"calibrated": {"by": str(scaling), "rows": scaling.rows, "source": calibration.source}}
 
 
-def source_of(given: dict[str, Any], task: Task, split: str) -> str:
-    """Return where the rows to score come from: the file, or the task and its split."""
-    return str(given.get("eval_file", f"{task.name}, {split}"))
+def source_of(given: dict[str, Any], task: Task, part: str) -> str:
+    """Return where the rows to score come from: the file, or the task and the part of it."""
+    return str(given.get("eval_file", f"{task.name}, {part}"))
 
 
 def label_lines(found: dict[str, dict[str, float]]) -> list[str]:

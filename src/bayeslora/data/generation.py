@@ -90,4 +90,4 @@ def rows_to_answer(file: Source) -> list[dict[str, Any]]:
 
 
 def _name(file: Source) -> str:
-    return Path(file).stem if isinstance(file, (str, Path)) else "text"
+    return Path(file).name if isinstance(file, (str, Path)) else "text"

@@ -192,7 +192,7 @@ def load_files(
     if (eval_file is None) == (held_out is None):
         raise BayesLoraError("eval_file and held_out are both given or both missing, but one is needed: give one")
     files = {"train": train_file, "validation": eval_file, "test": test_file}
-    name = Path(train_file).stem if isinstance(train_file, (str, Path)) else "rows"
+    name = Path(train_file).name if isinstance(train_file, (str, Path)) else "rows"
     if kind == "token_classification":
         return _build_tagged(name, files, columns, label_column, labels, held_out)
     names_column = f"{label_column}_text"

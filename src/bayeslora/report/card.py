@@ -54,7 +54,12 @@ def write_model_card(output_dir: Path) -> Path:
             f"{run.title} on {run.task}",
             base,
             library="peft" if adapter else "transformers",
-            tags=["bayeslora", run.method, run.task, *(["lora"] if adapter else [])],
+            tags=[
+                "bayeslora",
+                run.method,
+                *([run.task] if info is None or info.task_name else []),
+                *(["lora"] if adapter else []),
+            ],
             pipeline_tag=pipeline_tag,
             task=run.task,
             dataset=run.dataset,

@@ -349,6 +349,13 @@ def outside_rows(info: RunInfo, task: Task, file: Path | None, text_columns: lis
     return OutsideRows(str(file), load_texts(file, columns), replace(task, text_columns=tuple(columns)), [])
 
 
+def scored_part(info: RunInfo) -> str | None:
+    """Return which rows score a run that was trained on files; None for a named task, whose splits have names."""
+    if "train_file" not in info.files:
+        return None
+    return f"rows of {Path(info.files['eval_file']).name}" if "eval_file" in info.files else "held-out rows"
+
+
 def own_rows(info: RunInfo) -> Task:
     """Return the task of a run that learned text from files; the rows that scored it are the split `validation`."""
     if "train_file" not in info.files:

@@ -73,7 +73,7 @@ from bayeslora.runs.info import Head, RunInfo
 from bayeslora.runs.partial import CHECKPOINTS, can_be_resumed, claimed, complete, last_checkpoint
 from bayeslora.runs.plan import TrainPlan
 from bayeslora.runs.record import HISTORY_FILE, RunRecord
-from bayeslora.runs.rows import EVALUATION, asked, check_asked, check_task_asked, encode_split
+from bayeslora.runs.rows import EVALUATION, asked, check_asked, check_task_asked, encode_split, scored_part
 from bayeslora.runs.run import load
 from bayeslora.runs.score import answered, measure, measure_text, rows_to_score, verify_reload
 from bayeslora.runs.text_scores import check_text_metrics
@@ -462,6 +462,7 @@ def _record(session: Session, trainer: Trainer, model: nn.Module, seconds: float
             "title": title_of(plan.options.method),
             "task": task.name,
             "dataset": hub_dataset(plan.options.task),
+            "split": scored_part(_run_info(session)),
             "model": plan.options.model,
             **answered(_run_info(session)),
             "seed": plan.seed,
