@@ -9,6 +9,8 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from peft import LoraConfig, get_peft_model
+from transformers import AutoModelForSequenceClassification
 
 from tests.cli.conftest import Setting, write_jsonl
 from tests.conftest import build_tiny_bert, build_tiny_tokenizer
@@ -85,6 +87,20 @@ def test_a_model_folder_that_is_none(train_refused: Refused, tmp_path: Path) -> 
     (tmp_path / "hollow").mkdir()
     assert "lacks config.json" in train_refused(model=tmp_path / "hollow")
     assert "is not a model" in train_refused(model=tmp_path / "absent")
+
+
+def test_a_model_folder_with_a_stray_adapter(
+    train_refused: Refused, refused: Refused, setting: Setting, tmp_path: Path
+) -> None:
+    """Transformers loads it into the model without a word."""
+    folder, run = tmp_path / "base", tmp_path / "run"
+    shutil.copytree(setting.model, folder)
+    base = AutoModelForSequenceClassification.from_pretrained(folder)
+    get_peft_model(base, LoraConfig(r=2, target_modules=["query"])).save_pretrained(run)
+    for file in run.iterdir():
+        shutil.copy(file, folder)
+    assert f"{folder} has an adapter (adapter_config.json)" in train_refused(model=folder)
+    assert f"{run} has an adapter and no model, but a base model is needed" in train_refused(model=run)
 
 
 def test_a_model_that_is_nowhere(train_refused: Refused, setting: Setting, refused: Refused, tmp_path: Path) -> None:

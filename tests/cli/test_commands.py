@@ -169,7 +169,8 @@ def test_evaluate_prints_a_line_for_each_measure_of_uncertainty(
     assert main(["evaluate", str(runs["melora"]), "--samples", "3", "--ood-file", str(setting.train)]) == 0
     printed = capsys.readouterr().out
     assert (
-        "(rows of dev.jsonl, 20 rows, 3 samples)" in printed and f"out of distribution: {setting.train} (64 rows)" in printed
+        "(rows of dev.jsonl, 20 rows, 3 samples)" in printed
+        and f"out of distribution: {setting.train} (64 rows)" in printed
     )
     lines = [line.split() for line in printed.splitlines()]
     assert ["AUROC", "AUPR", "FPR95"] in lines

@@ -25,6 +25,7 @@ from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
+from transformers.utils import find_adapter_config_file
 from transformers.utils import logging as transformers_logging
 
 from bayeslora.cost.structure import is_decoder
@@ -32,6 +33,7 @@ from bayeslora.data.packaged import ENCODER_PACKAGE, as_dense, gguf_options
 from bayeslora.errors import BayesLoraError, counted, one_line
 from bayeslora.evaluation.items import DEFAULT_PROMPT_LENGTH
 from bayeslora.prediction.predictor import MULTI_LABEL
+from bayeslora.runs.digests import ADAPTER_CONFIG
 from bayeslora.runs.info import Head, RunKind
 from bayeslora.vocabulary import Scoring
 
@@ -88,6 +90,11 @@ def resolve_model(name: str, *, tokenizer_only: bool = False) -> str:
         return str(path.resolve())
     if path.is_dir():
         if not tokenizer_only and not (path / "config.json").is_file():
+            if (path / ADAPTER_CONFIG).is_file():
+                raise BayesLoraError(
+                    f"{name} has an adapter and no model, but a base model is needed: name the model that the adapter "
+                    "is for, or merge it first (bayeslora export --format merged)"
+                )
             raise BayesLoraError(f"{name} lacks config.json, but must have it: name a folder that Transformers saved")
         return str(path.resolve())
     if path.is_absolute() or name.startswith((".", "~")) or name.count("/") > 1 or path.exists():
@@ -242,6 +249,7 @@ def load_base(
     # The GGUF reader's progress bar cannot be turned off.
     quiet = redirect_stderr(io.StringIO()) if resolved.endswith(_GGUF) else nullcontext()
     with load_errors(f"model {name}", resolved), quiet:
+        check_bare(name, resolved)
         model, info = AUTO_CLASSES[head].from_pretrained(
             **_weights(resolved),
             dtype=getattr(torch, dtype),
@@ -268,6 +276,15 @@ def load_base(
             f"{model.get_input_embeddings().num_embeddings}: name a model with a matching tokenizer"
         )
     return BaseModel(model, fresh, _fingerprint(model, fresh), _TASK_TYPES[head])
+
+
+def check_bare(name: str, resolved: str) -> None:
+    """Raise `BayesLoraError` if an adapter is beside the model: Transformers would load it into the model unasked."""
+    if find_adapter_config_file(source(resolved)["pretrained_model_name_or_path"]) is not None:
+        raise BayesLoraError(
+            f"{name} has an adapter (adapter_config.json), which Transformers would load into the model, but a base "
+            "model must be without one: name the model that the adapter is for, merge it, or take its files out"
+        )
 
 
 def tell_other_order(name: str, labels: list[str], head: Head, fresh: list[str]) -> None:

@@ -23,7 +23,16 @@ import torch
 from torch import Tensor
 from transformers import AutoModel
 
-from bayeslora.runs.base import load_errors, load_tokenizer, longest_input, quiet_loading, ready, resolve_model, source
+from bayeslora.runs.base import (
+    check_bare,
+    load_errors,
+    load_tokenizer,
+    longest_input,
+    quiet_loading,
+    ready,
+    resolve_model,
+    source,
+)
 
 SIMILARITY = 0.9
 """Default cosine from which on two answers say the same."""
@@ -55,6 +64,7 @@ class Embedder:
         resolved = resolve_model(model)
         self.tokenizer = load_tokenizer(resolved, model)
         with load_errors(f"the model {model}", resolved):
+            check_bare(model, resolved)
             loaded: Any = AutoModel.from_pretrained(**source(resolved), dtype=torch.float32)
         self.length = longest_input(loaded, self.tokenizer, None)
         self.model: Any = ready(loaded.get_encoder() if loaded.config.is_encoder_decoder else loaded)

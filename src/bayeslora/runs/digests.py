@@ -10,7 +10,7 @@ from bayeslora.errors import BayesLoraError
 from bayeslora.files import save_json
 
 DIGESTS_FILE = "digests.json"
-_ADAPTER_CONFIG = "adapter_config.json"
+ADAPTER_CONFIG = "adapter_config.json"
 _TOKENIZER = (
     "tokenizer.json",
     "tokenizer_config.json",
@@ -33,7 +33,7 @@ _BLOCK, _BLOCKS = 2**20, 256
 
 def save_digests(folder: Path) -> None:
     """Write digests of configuration, tokenizer and all weights that are in the folder now."""
-    named = [folder / name for name in (_ADAPTER_CONFIG, "config.json", *_TOKENIZER)]
+    named = [folder / name for name in (ADAPTER_CONFIG, "config.json", *_TOKENIZER)]
     files = [path for path in (*named, *sorted(folder.glob("*.safetensors"))) if path.is_file()]
     save_json(folder / DIGESTS_FILE, {path.name: _digest(path) for path in files})
 
@@ -56,7 +56,7 @@ def check_digests(folder: Path, only_config: bool = False) -> None:
         raise BayesLoraError(f"{path} is damaged: restore it from a copy, or delete it to check nothing") from error
     for name, digest in known.items():
         file = folder / Path(name).name
-        if (only_config and name != _ADAPTER_CONFIG) or (name in _TOKENIZER and not file.is_file()):
+        if (only_config and name != ADAPTER_CONFIG) or (name in _TOKENIZER and not file.is_file()):
             continue
         if not file.is_file() or _digest(file) != digest:
             raise BayesLoraError(
