@@ -75,7 +75,7 @@ def test_generate_writes_an_answer_a_row_in_order(
     assert main(["generate", str(run), *options, *files]) == 0
     assert capsys.readouterr().out == f"{tmp_path / 'a.jsonl'}: 30 answers\n"
     page = (tmp_path / "a.html").read_text(encoding="utf-8")
-    assert page.count("<article>") == 30 and "Answers of Me-LoRA" in page and "chat · 3 draws" in page
+    assert page.count("<article>") == 30 and "Answers of Me-LoRA" in page and "chat.jsonl · 3 draws" in page
     assert str(tmp_path.parent) not in page, "the page can be shown to others"
     lines = (tmp_path / "a.jsonl").read_text(encoding="utf-8").splitlines()
     answers = [json.loads(line) for line in lines]

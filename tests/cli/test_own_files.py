@@ -71,6 +71,18 @@ def test_the_run_has_the_split_and_uses_it_again(run: Path, tickets: Path, capsy
         assert sum(part in note for note in notes) == 1, part
 
 
+def test_what_came_of_it_and_how_to_train_longer_are_told(
+    tickets: Path, setting: Setting, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    files = ["--train-file", str(tickets), "--text-column", "Text", "--label-column", "Art", "--eval-fraction", "0.25"]
+    options = ["--learning-rate", "1e-9", "--num-train-epochs", "1", "--output-dir", str(tmp_path / "out")]
+    assert main(["train", "--method", "lora", "--model", str(setting.model), *files, *options]) == 0
+    printed = capsys.readouterr().out
+    assert "  Not clearly better than a constant answer; " in printed or "  Worse than a constant" in printed
+    # 45 to 48 rows are two steps of 32, and 300 steps 150 epochs.
+    assert "  2 steps of training are few: try --num-train-epochs 150\n" in printed
+
+
 def test_class_weights_are_recorded_and_give_both_classes_the_same_total(run: Path, tickets: Path) -> None:
     held = set(json.loads((run / "run.json").read_text())["evaluation_rows"])
     labels = [line.split(";")[2] for line in tickets.read_text("cp1252").splitlines()[1:61]]

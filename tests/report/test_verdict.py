@@ -60,6 +60,22 @@ def test_underconfidence_has_a_positive_interval() -> None:
 
 
 @pytest.mark.parametrize(
+    ("gain", "gap", "steps", "expected"),
+    [
+        ((0.4, 0.3, 0.5), (-0.2, -0.24, -0.16), 36, True),
+        ((0.01, -0.01, 0.03), (0.01, -0.01, 0.03), 36, True),
+        ((0.4, 0.3, 0.5), (-0.2, -0.24, -0.16), 300, False),
+        ((0.4, 0.3, 0.5), (0.2, 0.16, 0.24), 36, False),
+    ],
+)
+def test_few_steps_are_told_where_the_run_lacks_what_more_could_give(
+    gain: Any, gap: Any, steps: int, expected: bool
+) -> None:
+    means = said(gain=gain, gap=gap, steps=steps)[-1].text
+    assert ("36 steps of training are few: train longer." in means) is expected
+
+
+@pytest.mark.parametrize(
     ("five", "heading", "words"),
     [
         ((0.0, 1.0, 0.02), "No rows to hand over for at most 5 % errors", "2.0 % of the answers are wrong"),

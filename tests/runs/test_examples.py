@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -66,6 +67,13 @@ def test_rows_with_equal_texts_are_one_with_their_number_and_their_other_labels(
     )
     assert [(each.row, each.rows) for each in found.least_certain] == [(1, 2), (3, 1)]
     assert [(each.row, each.rows) for each in found.wrongest] == [(1, 2)]
+
+
+def test_held_out_rows_have_their_numbers_in_the_file() -> None:
+    of = task("classification", {"text": ["one", "two"], "label": [1, 1]}, ["bad", "good"])
+    of = dataclasses.replace(of, evaluation_rows=[3, 8])
+    found = choose_examples(evaluation([[0.3, 0.7], [0.6, 0.4]], [1, 1]), of.eval_split, of)
+    assert [each.row for each in found.least_certain] == [9, 4] and found.wrongest[0].row == 9
 
 
 def test_numbers_have_the_largest_errors_and_no_confidence() -> None:

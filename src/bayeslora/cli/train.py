@@ -2,16 +2,26 @@
 
 from __future__ import annotations
 
+import math
 import shlex
 
 from bayeslora.cli.arguments import fields_as_options
 from bayeslora.cli.progress import ProgressBar, disable_progress_bars
+from bayeslora.errors import counted
 from bayeslora.report import check_installed
 from bayeslora.report.page import REPORT_NAME
+from bayeslora.report.verdict import ENOUGH_STEPS, is_undertrained, verdict
 from bayeslora.runs import train as runs
 from bayeslora.runs.partial import CONFIG_FILE
 from bayeslora.runs.plan import TrainPlan
 from bayeslora.runs.record import IN_BRACKETS
+
+
+def _longer(plan: TrainPlan, steps: int) -> str:
+    """Return the option that makes training as long as it may need to be."""
+    if plan.training_options.get("max_steps", -1) > 0:
+        return f"try --max-steps {ENOUGH_STEPS}"
+    return f"try --num-train-epochs {math.ceil(plan.training_options['num_train_epochs'] * ENOUGH_STEPS / steps)}"
 
 
 def run(plan: TrainPlan) -> int:
@@ -32,5 +42,10 @@ def run(plan: TrainPlan) -> int:
     print(f"{plan.output_dir}: {'  '.join(record.score_lines)}")
     if record.baseline:
         print(f"  {IN_BRACKETS}")
+    headings = [found.heading for found in verdict(record)[:-1]]
+    if headings:
+        print(f"  {'; '.join([headings[0], *(text[0].lower() + text[1:] for text in headings[1:])])}")
+    if is_undertrained(record):
+        print(f"  {counted(record.steps or 0, 'step')} of training are few: {_longer(plan, record.steps or 1)}")
     print(f"  what they mean, with figures: {plan.output_dir / REPORT_NAME}")
     return 0

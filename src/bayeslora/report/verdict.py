@@ -11,6 +11,8 @@ from bayeslora.runs.record import Interval, RunRecord, ThresholdRecord
 
 MAIN_RISK = 0.05
 """The error rate among answers that the report decides for."""
+ENOUGH_STEPS = 300
+"""Training steps from which on more of them are hardly what a poor run lacks."""
 _FEW_ROWS = 200
 _ALL, _NONE = 0.0, 2.0  # thresholds that every confidence is above, and that none is above
 Tone = Literal["good", "bad", "plain"]
@@ -34,6 +36,13 @@ def verdict(run: RunRecord) -> list[Statement]:
     found = [_gain_in_accuracy(run, run.verdict.gain), _confidence(run, run.verdict.overconfidence)]
     chosen = threshold(run)
     return [*found, *([] if chosen is None else [_hand_over(run, chosen)]), _meaning(run, chosen)]
+
+
+def is_undertrained(run: RunRecord) -> bool:
+    """Return whether few steps may be why a run is no better than a constant, or right more often than it says."""
+    gain, gap = run.verdict.gain, run.verdict.overconfidence
+    bad = (gain is not None and gain.low <= 0) or (gap is not None and gap.high < 0)
+    return bad and run.steps is not None and run.steps < ENOUGH_STEPS
 
 
 def threshold(run: RunRecord, risk: float = MAIN_RISK) -> ThresholdRecord | None:
@@ -128,7 +137,9 @@ def _meaning(run: RunRecord, chosen: ThresholdRecord | None) -> Statement:
         said.append("Use the answers it is sure of, and give the other rows to a person.")
     if not gap.has_zero and not run.calibrated:
         mend = "`bayeslora calibrate OUT --temperature`, on rows it has not seen, mends its confidence."
-        said.append(mend if gap.mean > 0 else f"{mend} Underconfidence can also mean that training was too short.")
+        said.append(mend)
+    if is_undertrained(run):
+        said.append(f"{counted(run.steps or 0, 'step')} of training are few: train longer.")
     if run.rows is not None and run.rows < _FEW_ROWS:
         said.append(f"{counted(run.rows, 'row')} of data: with more, the intervals and the share to hand over shrink.")
     return Statement("What this means", " ".join(said))

@@ -33,7 +33,7 @@ class Example:
     """A row of the evaluation split and what the model says of it.
 
     Attributes:
-        row: its number in the split, from 1.
+        row: its number from 1, in the split, or in the file that the split was held out from.
         texts: by column, cut after 600 characters; the choices of multiple choice in one text; of tagged words the
             word, and the words around it with the word in brackets.
         label: name of the right class, or the number.
@@ -92,7 +92,7 @@ def choose_examples(
         alike = _Alike(_keys(rows, task), numbers)
 
         def number(i: int) -> Example:
-            return Example(i + 1, _texts(rows[i], task), numbers[i], f"{predictions[i]:.4g}")
+            return Example(_number(i, task), _texts(rows[i], task), numbers[i], f"{predictions[i]:.4g}")
 
         return Examples(wrongest=alike.first(order, count, number))
     predicted, confidence = predictions.argmax(axis=1), predictions.max(axis=1)
@@ -109,7 +109,7 @@ def choose_examples(
         texts = _texts(rows[row], task)
         if task.kind == "token_classification":
             texts = _word(rows[row][task.text_columns[0]], places[i][1])
-        return Example(row + 1, texts, *names, float(confidence[i]), float(of_label[i]), information)
+        return Example(_number(row, task), texts, *names, float(confidence[i]), float(of_label[i]), information)
 
     alike = _Alike(places, [task.labels[label] for label in labels])
     unsure = argsort(confidence, kind="stable")
@@ -131,7 +131,9 @@ def _of_label_sets(evaluation: Any, rows: Dataset, task: Task, count: int) -> Ex
     def example(i: int) -> Example:
         information = float(evaluation.mutual_information[i].max()) if evaluation.samples else None
         said = (names(labels[i]), names(p[i] > 0.5))
-        return Example(i + 1, _texts(rows[i], task), *said, float(confidence[i]), float(of_label[i]), information)
+        return Example(
+            _number(i, task), _texts(rows[i], task), *said, float(confidence[i]), float(of_label[i]), information
+        )
 
     alike = _Alike(_keys(rows, task), list(map(names, labels)))
     unsure = argsort(confidence, kind="stable")
@@ -161,6 +163,11 @@ class _Alike:
             labels = {self._labels[each] for each in self._members[key]} - {self._labels[number]}
             found.append(replace(example(number), rows=len(self._members[key]), other_labels=sorted(labels)))
         return found
+
+
+def _number(row: int, task: Task) -> int:
+    """Return the number of a row of the split for a person to find it by."""
+    return (task.evaluation_rows[row] if task.evaluation_rows else row) + 1
 
 
 def _keys(rows: Dataset, task: Task) -> list[str]:
