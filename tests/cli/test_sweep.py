@@ -23,11 +23,15 @@ def test_a_sweep_is_the_runs_of_its_seeds_and_their_comparison(
     setting: Setting, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert main(_options(setting, tmp_path / "out", "--seeds", "3,1")) == 0
-    assert "mean ± standard deviation over seeds" in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert "mean ± standard deviation over seeds" in printed and f"\n{tmp_path / 'out' / 'compare'}: these" in printed
     assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["compare", "seed-1", "seed-3"]
     table = json.loads((tmp_path / "out" / "compare" / "table.json").read_text())
     assert [group["seeds"] for group in table["groups"]] == [[1, 3]]
     assert main(_options(setting, tmp_path / "one", "--seed", "3")) == 0
+    assert main(["compare", str(tmp_path / "out"), "--output-dir", str(tmp_path / "again")]) == 0
+    again = json.loads((tmp_path / "again" / "table.json").read_text())
+    assert [group["seeds"] for group in again["groups"]] == [[1, 3]]
     for name, tensor in load_file(tmp_path / "one" / "adapter_model.safetensors").items():
         assert torch.equal(load_file(tmp_path / "out" / "seed-3" / "adapter_model.safetensors")[name], tensor)
 

@@ -492,8 +492,8 @@ COMMANDS = {
             Option("output_dir", "DIR", "new folder for the table and figures", required=True),
             _switch("json", "print the table as JSON"),
         ),
-        ("folders", "OUT…", "output folders of `train` or of `evaluate`"),
-        example="bayeslora compare LORA/seed-* MELORA/seed-* --output-dir COMPARISON",
+        ("folders", "OUT…", "output folders of `train`, with or without --seeds, or of `evaluate`"),
+        example="bayeslora compare LORA MELORA --output-dir COMPARISON",
     ),
     "export": Command(
         "write a finished run in another format",

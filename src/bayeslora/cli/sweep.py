@@ -58,7 +58,7 @@ def build_sweep(given: dict[str, Any], problems: Problems) -> Sweep:
 
 def run(sweep: Sweep) -> int:
     """Train as planned, one after the other, and compare all runs of the folder; return 0."""
-    from bayeslora.cli.compare import compare
+    from bayeslora.cli.compare import compare, runs_in, show
     from bayeslora.cli.train import run as train
 
     for plan in sweep.plans:
@@ -66,15 +66,10 @@ def run(sweep: Sweep) -> int:
             train(plan)
         except KeyboardInterrupt as error:
             raise KeyboardInterrupt("interrupted; go on with the same command and --resume") from error
-    folders = sorted((path.parent for path in sweep.folder.glob(f"seed-*/{_METRICS}")), key=_seed)
     target = sweep.folder / COMPARISON
-    compare(folders, target)
-    print((target / "table.md").read_text(encoding="utf-8").rstrip())
+    compare(runs_in(sweep.folder), target)
+    show(target)
     return 0
-
-
-def _seed(folder: Path) -> int:
-    return int(folder.name.removeprefix("seed-"))
 
 
 def _folder(out: Path, seed: int) -> Path:
