@@ -33,9 +33,14 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import uvicorn
-from fastapi import FastAPI, HTTPException, Request
-from pydantic import BaseModel, ConfigDict, ValidationError
+
+try:
+    import uvicorn
+    from fastapi import FastAPI, HTTPException, Request
+    from pydantic import BaseModel, ConfigDict, ValidationError
+except ModuleNotFoundError as missing:
+    print(f"serve: {missing.name} is not installed, but needed: run `pip install bayeslora[serve]`", file=sys.stderr)
+    raise SystemExit(2) from None
 
 import bayeslora
 from bayeslora.data import load_task

@@ -76,15 +76,15 @@ def test_noise_is_not_shaded_like_doubt(tmp_path: Path) -> None:
     for answers in ([quiet], [quiet] * 40):
         page = write_answers(tmp_path / "a.html", answers).read_text(encoding="utf-8")
         assert [(entropy, information) for entropy, information, _ in spans(page)][:3] == [
-            (0.1, 0.001),
-            (0, 0),
+            (0.1, 0.003),
+            (0, 0.001),
             (0, 0),
         ]
-        assert "0.1 nats" in page and "the draws hardly disagree" in page
+        assert "0.02 nats" in page and "the draws hardly disagree" in page
     loud = write_answers(tmp_path / "b.html", [quiet, answer()]).read_text(encoding="utf-8")
     assert "the draws hardly disagree" not in loud and max(each for _, each, _ in spans(loud)) == 1.0
     shown = re.findall(r"--shade:([\d.]+)", answer_html(quiet))
-    assert [float(each) for each in shown] == [0.001, 0, 0]
+    assert [float(each) for each in shown] == [0.003, 0.001, 0]
 
 
 def test_a_piece_of_a_character_adds_to_the_one_that_has_it(tmp_path: Path) -> None:

@@ -93,8 +93,13 @@ def adapted_parts(model: nn.Module, adapter_name: str | None) -> tuple[PeftModel
     tuner = tuner_of(model)
     inner = next((module for module in model.modules() if isinstance(module, PeftModel)), None)
     if tuner is None or inner is None:
+        way_out = "give a model with its adapter"
+        if inner is not None:  # such as a run of plain LoRA
+            way_out = (
+                "other programs read an adapter of PEFT as it is, so use its folder, or export it as merged or onnx"
+            )
         raise BayesLoraError(
-            f"{type(model).__name__} has no adapter of bayeslora, but export needs one: give a model with its adapter"
+            f"{type(model).__name__} has no adapter of bayeslora, but this format needs one: {way_out}"
         )
     name = adapter_name or tuner.active_adapters[0]
     if name not in inner.peft_config:

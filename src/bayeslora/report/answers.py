@@ -19,8 +19,8 @@ _DARKEST = 0.95
 """Quantile of a measure, over all tokens, with the darkest shade: a few extreme tokens must not hide the rest."""
 LEAST_ENTROPY = 0.5
 """Least entropy in nats with the darkest shade: of a word at 80% and another at 20%."""
-LEAST_INFORMATION = 0.1
-"""Least mutual information in nats with the darkest shade: of two words at 72 and 28%, which half the draws swap."""
+LEAST_INFORMATION = 0.02
+"""Least mutual information in nats with the darkest shade: of two words at 60 and 40%, which half the draws swap."""
 
 
 @dataclass(frozen=True)
