@@ -9,7 +9,7 @@ takes its default, a number that was not finite is null, and unknown keys are ig
 | `task`, `dataset`, `model` | the task, hub id of its data set if it has one, and the base model |
 | `seed`, `steps`, `samples` | of training; optimizer steps; samples of the posterior per prediction, 0 for its mean |
 | `metric`, `scores` | name of the headline score; scores by name (`accuracy_mismatched`: MNLI's second split) |
-| `split`, `rows` | the split that was scored, by default `validation`; its number of rows |
+| `split`, `rows` | what was scored, by default `validation`, or of files `held-out rows`, `rows of FILE`; its size |
 | `words` | of rows whose words have tags, their number; scores, curves and bins are then over words |
 | `scoring`, `normalization` | how a language model answers: `letters` or `cloze`; the unit of cloze's divisor |
 | `baseline` | scores of the best constant prediction: the shares of the classes in these rows, or the mean number |
