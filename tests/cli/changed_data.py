@@ -198,7 +198,7 @@ def as_it_stands(row: Row, kind: Kind, form: str) -> Any:
     """Return the meaning of a row, read to the letter; `MISSING` within it can be met by nothing."""
     if kind.generates:
         if "messages" not in row:
-            return tuple(row[name] if form in LISTS else cell(row[name]) for name in row)
+            return tuple(row[name] if form in LISTS else cell(row[name], None) for name in row)
         turns = row["messages"]
         fits = isinstance(turns, list) and all(isinstance(turn, dict) for turn in turns)
         extra = (

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 
@@ -105,6 +106,16 @@ def test_generate_answers_one_prompt(run: Path, capsys: pytest.CaptureFixture[st
     assert main(["generate", str(run), "--prompt", ASKED, "--max-new-tokens", "3"]) == 0
     (line,) = capsys.readouterr().out.splitlines()
     assert json.loads(line)["prompt"] == ASKED
+
+
+def test_an_empty_prompt_is_told_once(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    file = write_jsonl(tmp_path / "in.jsonl", [{"prompt": ASKED}, {"prompt": " "}])
+    with warnings.catch_warnings(record=True) as told:
+        warnings.simplefilter("always")
+        assert main(["generate", str(run), "--input", str(file), "--max-new-tokens", "2"]) == 0
+    assert len(capsys.readouterr().out.splitlines()) == 2
+    (said,) = (str(warning.message) for warning in told if "empty text" in str(warning.message))
+    assert said.startswith(f"{file} has 1 of 2 rows with an empty text")
 
 
 def test_what_does_not_fit_a_run_is_refused(run: Path, chat_file: Path, tmp_path: Path, refused: Refused) -> None:

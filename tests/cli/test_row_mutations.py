@@ -99,7 +99,7 @@ class Runs:
 
     def _by_hand(self, name: str, row: Row) -> list[float]:
         run = self.of(name)
-        texts = [row[column] for column in KINDS[name].texts]
+        texts = [[row[column]] for column in KINDS[name].texts]  # as a batch: Transformers drops an empty second text
         batch = run.tokenizer(*texts, truncation=True, max_length=run.info.max_length, return_tensors="pt")
         with torch.no_grad():
             logits = run.model(**batch).logits[0]
@@ -216,7 +216,9 @@ class Counter:
     def _not_to_the_letter(trial: Trial, found: Row) -> str:
         kind, row = KINDS[trial.kind], given(trial.rows[trial.row], KINDS[trial.kind], trial.form)
         if kind.generates:
-            texts = [row["messages"][-1]["content"]] if "messages" in row else [row["prompt"]]
+            turns = row.get("messages", [])
+            asked = turns[:-1] if turns and turns[-1]["role"] == "assistant" else turns
+            texts = [asked[-1]["content"]] if "messages" in row else [row["prompt"]]
         else:
             texts = [row[name] for name in (["tokens"] if trial.kind == "tags" else kind.texts)]
         parts = [part for text in texts for part in (text if isinstance(text, list) else [text])]

@@ -90,6 +90,10 @@ def test_what_is_no_set_of_labels_is_refused(tmp_path: Path) -> None:
         load([{"text": "a", "x": 1, "y": 0}], "x,y", labels=["a", "b"])
     with pytest.raises(BayesLoraError, match="but classification has one"):
         load([{"text": "a", "x": 1, "y": 0}], "x,y", kind="classification")
+    for nothing in ("|", " | |", '[""]'):  # an empty cell and [] are no labels, but separators alone are a slip
+        cells = [{"text": "a", "topics": "x|y"}, {"text": "b", "topics": nothing}]
+        with pytest.raises(BayesLoraError, match="row 2 has .* in column 'topics', but a list of labels is needed"):
+            load(cells, "topics", kind="multi_label")
 
 
 def test_inspect_counts_each_label(tmp_path: Path) -> None:

@@ -151,6 +151,8 @@ def test_what_cannot_be_answered_is_refused(melora: Path, run_of: Any) -> None:
         run.generate("good", samples=2, temperature=-1)
     with pytest.raises(BayesLoraError, match="row 1 is of type int"):
         run.generate([3])
+    with pytest.raises(BayesLoraError, match="row 2 has 3 of type int in column .prompt."):
+        run.generate([{"prompt": "good"}, {"prompt": 3}])
     with pytest.raises(BayesLoraError, match="the input has 0 rows"):
         run.generate([])
     with pytest.raises(BayesLoraError, match="labels need a classifier: use `bayeslora generate`"):

@@ -38,8 +38,7 @@ def run(given: dict[str, Any]) -> int:
     rows = read_prompts(source if "input" in given else given["prompt"], info)
     disable_progress_bars()
     loaded = load(folder, given.get("model"))
-    risk = {name: given.get(name) for name in ("risk", "delta")}
-    answers = loaded.generate(rows, batch_size=given.get("batch_size", 8), **chosen, **risk)
+    answers = loaded.generate_rows(rows, given.get("batch_size", 8), given.get("risk"), given.get("delta"), **chosen)
     lines = answer_lines(rows, answers)
     if page is not None:
         drawn = f" · {counted(sampling.samples, 'draw')}" if sampling.samples else ""

@@ -129,10 +129,11 @@ def _labels(table: Table, column: str, row: int, value: Any, separator: str) -> 
     if isinstance(value, str):
         text = value.strip()
         try:
-            value = json.loads(text) if text.startswith("[") else text.split(separator)
+            parts = json.loads(text) if text.startswith("[") else text.split(separator)
         except ValueError:
-            value = None
-        value = [item for item in value if item != ""] if isinstance(value, list) else value
+            parts = None
+        value = [item for item in parts if item != ""] if isinstance(parts, list) else None
+        value = None if parts and text and not value else value  # separators alone are not the text of no labels
     is_list = isinstance(value, list) and all(isinstance(item, (str, int)) for item in value)
     names = [str(item).strip() for item in value] if is_list else []
     if not is_list or not all(names):

@@ -138,6 +138,8 @@ def read_prompts(inputs: Any, info: RunInfo) -> list[dict[str, Any]]:
     rows = [_row(number, value, info) for number, value in enumerate(inputs, start=1)]
     if not rows:
         raise BayesLoraError("the input has 0 rows, but must have at least 1: give a text")
+    if len({MESSAGES in row for row in rows}) == 1:
+        return rows_to_answer(rows)
     return [row for each in rows for row in rows_to_answer([each])]
 
 

@@ -213,13 +213,20 @@ class Run:
         """
         check_generates(self.info)
         given = {"samples": samples, "seed": seed, **sampling}
+        return self.generate_rows(read_prompts(inputs, self.info), batch_size, risk, delta, **given)
+
+    @quiet_loading()
+    def generate_rows(
+        self, rows: list[dict[str, Any]], batch_size: int, risk: float | None, delta: float | None, **given: Any
+    ) -> list[Answer]:
+        """Answer like `generate` rows of `runs.answers.read_prompts`; `given` are samples, seed and `sampling`."""
         calibration = None if risk is None else AnswerCalibration.load(self.folder)
         if calibration is None:
             how = Sampling(**{name: value for name, value in given.items() if value is not None})
         else:
             how = calibration.settings(self.folder, given)
             calibration.check_model(self.folder, self.model)
-        answers = answer_rows(self.predictor, self.tokenizer, read_prompts(inputs, self.info), how, batch_size)
+        answers = answer_rows(self.predictor, self.tokenizer, rows, how, batch_size)
         return answers if calibration is None or risk is None else calibration.decide(answers, risk, delta)
 
     @quiet_loading()
