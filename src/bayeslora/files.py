@@ -67,10 +67,11 @@ def new_folder(path: str | os.PathLike[str]) -> Iterator[Path]:
     """Yield a hidden sibling folder to write into; it is renamed to `path` on success and removed on failure.
 
     Raises:
-        BayesLoraError: `path` exists.
+        BayesLoraError: `path` exists, or cannot be made.
     """
     path = Path(path)
     check_new(path)
+    check_writable(path)
     partial = _partial(path)
     partial.mkdir(parents=True)
     try:
@@ -86,6 +87,21 @@ def open_to_others(folder: Path) -> None:
     for path in folder.rglob("*"):
         if path.is_file():
             os.chmod(path, path.stat().st_mode | (folder.stat().st_mode & 0o444))
+
+
+def check_readable(path: Path) -> None:
+    """Raise BayesLoraError if the file `path` is there but may not be read."""
+    if path.is_file() and not os.access(path, os.R_OK):
+        raise BayesLoraError(f"{path} cannot be read (Permission denied): `chmod a+r` it as its owner")
+
+
+def check_writable(path: Path) -> None:
+    """Raise BayesLoraError if `path` cannot be made in its folder, or in the nearest one that is there."""
+    folder = next(parent for parent in path.absolute().parents if parent.exists())
+    if not os.access(folder, os.W_OK | os.X_OK):
+        raise BayesLoraError(
+            f"{path} cannot be written, since {folder} is not writable: choose a writable folder, or `chmod u+w` that"
+        )
 
 
 def check_new(path: Path) -> None:

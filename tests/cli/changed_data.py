@@ -216,7 +216,8 @@ def as_it_stands(row: Row, kind: Kind, form: str) -> Any:
     texts = [row[name] for name in kind.texts]
     labels = [row[name] for name in kind.label.split(",")]
     if not is_json:
-        texts = [cell(text) for text in texts]
+        between = "|" if "label" in row else " " if form == ".tsv" else None
+        texts = [cell(text, between) for text in texts]
         labels = [
             cell(label) if isinstance(label, (list, dict)) and kind.rows is not _sets else label for label in labels
         ]

@@ -13,7 +13,7 @@ from bayeslora.cli.inputs import refuse
 from bayeslora.cli.progress import disable_progress_bars
 from bayeslora.data import Task
 from bayeslora.errors import counted
-from bayeslora.files import finite
+from bayeslora.files import check_writable, finite
 from bayeslora.runs.answer_risk import RISK_FILE
 from bayeslora.runs.answers import Sampling
 from bayeslora.runs.decisions import CALIBRATION_FILE
@@ -44,6 +44,7 @@ def run(given: dict[str, Any]) -> int:
     task, split = rows_to_score(given, info)
     source = source_of(given, task, part_scored(given, info, split))
     check_not_training(info, source, split)
+    check_writable(folder / (RISK_FILE if info.kind == "generation" else CALIBRATION_FILE))
     disable_progress_bars()
     if info.kind == "generation":
         return _of_answers(given, task, split, source)

@@ -20,7 +20,7 @@ from bayeslora.data.known import KNOWN
 from bayeslora.errors import BayesLoraError, counted
 from bayeslora.evaluation import Evaluation, evaluate
 from bayeslora.evaluation.tagging import check_span_metrics
-from bayeslora.files import check_new, finite, new_folder
+from bayeslora.files import check_new, check_writable, finite, new_folder
 from bayeslora.prediction import check_samples
 from bayeslora.report import check_installed
 from bayeslora.runs.answers import Sampling
@@ -294,6 +294,7 @@ def _target(given: dict[str, Any]) -> Path | None:
     check_installed()
     target = Path(given["output_dir"])
     check_new(target)
+    check_writable(target)
     return target
 
 

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from bayeslora.errors import BayesLoraError, Problems, option
+from bayeslora.files import check_writable
 from bayeslora.runs.info import RUN_FILE, RunInfo
 
 _OF_A_RUN = (".json", ".yaml", ".safetensors", ".md")
@@ -34,4 +35,6 @@ def check_output(target: Path, source: Path, name: str = "--output") -> Path:
         raise BayesLoraError(f"{name} is {target}, but must not be the input file: name another file")
     if target.is_file() and target.suffix in _OF_A_RUN and (target.absolute().parent / RUN_FILE).is_file():
         raise BayesLoraError(f"{name} is {target}, but must not be a file of a run: name another file")
+    if target.is_file() or not target.exists():  # neither a device nor a pipe
+        check_writable(target.resolve())
     return target

@@ -46,10 +46,13 @@ def main(argv: Sequence[str] | None = None) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
     except OSError as error:
+        if error.errno in (errno.EACCES, errno.EPERM):
+            _say(f"{error.filename or 'a file'} cannot be used ({error.strerror}): `chmod` it, or give another path")
+            return USER_ERROR
         if error.errno in (errno.ENAMETOOLONG, errno.ELOOP, errno.ENOTDIR, errno.EISDIR):
             _say(f"{error.filename or 'a path'} cannot be used ({error.strerror}): give another path")
             return USER_ERROR
-        if error.errno not in (errno.EACCES, errno.EPERM, errno.ENOSPC, errno.EROFS, errno.EDQUOT):
+        if error.errno not in (errno.ENOSPC, errno.EROFS, errno.EDQUOT):
             raise
         _say(f"{error.filename or 'a file'} cannot be written ({error.strerror}): choose another folder or free space")
         return USER_ERROR

@@ -23,7 +23,7 @@ import numpy as np
 from torch import Tensor, nn
 
 from bayeslora.errors import BayesLoraError
-from bayeslora.files import save_json, write_atomically
+from bayeslora.files import check_readable, save_json, write_atomically
 from bayeslora.posterior import POSTERIOR_FILE
 from bayeslora.posthoc.conformal import ConformalIntervals, ConformalSets, conformal_quantile
 from bayeslora.posthoc.risk import RiskControl, Threshold
@@ -257,6 +257,7 @@ def read_calibration(path: Path, needing: str, version: int, read: Callable[[dic
         raise BayesLoraError(
             f"{path.parent} lacks {path.name}, but {needing} needs it: run `bayeslora calibrate {path.parent}` first"
         )
+    check_readable(path)
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
         if content["version"] > version:

@@ -7,7 +7,7 @@ import json
 from pathlib import Path
 
 from bayeslora.errors import BayesLoraError
-from bayeslora.files import save_json
+from bayeslora.files import check_readable, save_json
 
 DIGESTS_FILE = "digests.json"
 ADAPTER_CONFIG = "adapter_config.json"
@@ -50,6 +50,7 @@ def check_digests(folder: Path, only_config: bool = False) -> None:
     path = folder / DIGESTS_FILE
     if not path.is_file():
         return
+    check_readable(path)
     try:
         known = dict(json.loads(path.read_text(encoding="utf-8")))
     except (OSError, ValueError, TypeError, RecursionError) as error:

@@ -11,7 +11,7 @@ from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 from bayeslora.data.choices import Cloze
 from bayeslora.errors import BayesLoraError
-from bayeslora.files import save_json
+from bayeslora.files import check_readable, save_json
 from bayeslora.runs.digests import save_digests
 from bayeslora.vocabulary import Normalization, Scoring
 
@@ -124,6 +124,7 @@ class RunInfo:
             raise BayesLoraError(f"{folder} is not a folder, {wanted}")
         if not path.is_file():
             raise BayesLoraError(f"{folder} lacks {RUN_FILE}, {wanted}")
+        check_readable(path)
         try:
             content: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
             known = {each.name for each in dataclasses.fields(cls)}

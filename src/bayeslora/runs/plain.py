@@ -12,6 +12,7 @@ from safetensors import SafetensorError, safe_open
 from transformers import AutoConfig, PretrainedConfig
 
 from bayeslora.errors import BayesLoraError
+from bayeslora.files import check_readable
 from bayeslora.methods.registry import find_method
 from bayeslora.prediction.predictor import MULTI_LABEL
 from bayeslora.runs.base import AUTO_CLASSES, CLASS_HEADS, load_errors, resolve_model, source
@@ -37,6 +38,7 @@ def adapter_config(folder: Path) -> dict[str, Any]:
         BayesLoraError: the file is missing or damaged.
     """
     path = folder / CONFIG_FILE
+    check_readable(path)
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
         content.get("base_model_name_or_path")

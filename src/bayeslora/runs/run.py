@@ -23,7 +23,7 @@ from bayeslora.evaluation import dataset_logits, predict_dataset
 from bayeslora.export.container import looks_packed
 from bayeslora.export.integer.index import is_integer_model
 from bayeslora.export.integer.reader import load_integer
-from bayeslora.files import parse_yaml
+from bayeslora.files import check_readable, parse_yaml
 from bayeslora.methods import tuner_of
 from bayeslora.methods.registry import find_method
 from bayeslora.posterior import POSTERIOR_FILE, WeightPosterior, load_posterior
@@ -524,8 +524,7 @@ def _check_adapter_files(folder: Path, info: RunInfo) -> None:
     weights = folder / ADAPTER_FILE
     if not weights.is_file():
         raise BayesLoraError(f"{weights} is missing: train again or restore it from a copy")
-    if not os.access(weights, os.R_OK):  # safetensors calls it damaged
-        raise BayesLoraError(f"{weights} cannot be read (Permission denied): `chmod a+r` it as its owner")
+    check_readable(weights)  # safetensors calls it damaged
     try:
         with safe_open(weights, framework="pt") as file:
             list(file.keys())
