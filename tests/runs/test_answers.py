@@ -45,7 +45,7 @@ def test_the_divergence_is_divided_by_the_tokens_that_are_learned(melora: Path) 
 
 def test_the_record_has_the_scores_of_the_rows_held_out(melora: Path) -> None:
     run = bayeslora.load(melora)
-    assert (run.kind, run.task, run.info.text_columns) == ("generation", "chat", ["messages"])
+    assert (run.kind, run.task, run.info.text_columns) == ("generation", "chat.jsonl", ["messages"])
     assert run.info.files == {"train_file": str(melora.parent / "chat.jsonl")}
     task = load_generation(melora.parent / "chat.jsonl")
     data = encode_generation(task.eval_split, build_tiny_tokenizer(causal=True), 99)
