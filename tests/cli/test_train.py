@@ -56,7 +56,7 @@ def test_a_run_too_short_to_choose_well_says_so_on_stderr(setting: Setting, tmp_
     process.join(300)
     printed = (tmp_path / "log").read_text()
     assert process.exitcode == 0, printed
-    said = [line for line in printed.splitlines() if "are few" in line]
+    said = [line for line in printed.splitlines() if "are few for" in line]
     assert len(said) == 1 and said[0].startswith(
         "bayeslora: note: 12 training steps are few for B-LoRA to choose well"
     )

@@ -133,7 +133,7 @@ from tests.methods.reference import Tiny, seeded
 torch.manual_seed(77)
 model = PeftModel.from_pretrained(seeded(Tiny), sys.argv[1])
 x, expected = torch.load(sys.argv[1] + "/outputs.pt")
-with bayeslora.sampling(model, "batch", seed=5, draws=[1, 3]):
+with torch.no_grad(), bayeslora.sampling(model, "batch", seed=5, draws=[1, 3]):
     print("largest difference", (model(x.repeat(2, 1, 1)) - expected).abs().max().item())
 """
     assert float(run_code(code, tmp_path, str(tmp_path)).rpartition("difference ")[2]) == 0.0
