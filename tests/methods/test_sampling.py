@@ -84,35 +84,10 @@ def test_a_seed_replays_its_function_whatever_the_generator_does_and_another_is_
 def test_a_batch_draw_is_one_weight_that_can_be_written_out(method: str) -> None:
     model = tiny(method)
     layer = layers_of(model)[0]
-    a = layer.drawn_A("default", Noise("batch", 3, "first", [2]))[0]
+    a = layer.drawn_A("default", Noise("batch", 3, "first", [2]))
     weight = layer.base_layer.weight + layer.scaling["default"] * layer.B("default") @ a
     with bayeslora.sampling(model, "batch", seed=3, draws=[2]):
         _close(layer(X), nn.functional.linear(X, weight, layer.base_layer.bias))
-
-
-@torch.no_grad()
-@pytest.mark.parametrize("bias", [True, False])
-@each_method
-def test_many_rows_meet_the_weights_with_the_draws_added_and_few_the_update_beside_them(
-    method: str, bias: bool, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    model, draws = tiny(method, bias=bias), [0, 4, 7]
-    layer, many = layers_of(model)[0], X.repeat(3 * 8, 1, 1)
-    merges, merged = type(layer)._merges_draws, []
-
-    def watched(self: Any, x: Tensor, names: list[str]) -> bool:
-        merged.append(merges(self, x, names))
-        return merged[-1]
-
-    monkeypatch.setattr(type(layer), "_merges_draws", watched)
-    with bayeslora.sampling(model, "batch", seed=3, draws=draws):
-        together = layer(many)
-        monkeypatch.setattr(type(layer), "_merges_draws", lambda *_: False)
-        _close(together, layer(many))
-        monkeypatch.setattr(type(layer), "_merges_draws", watched)
-        layer(X[:3, :1])
-        assert not merges(layer, many.bfloat16(), ["default"])  # the update would be rounded away
-    assert merged == [True, False]
 
 
 @each_method

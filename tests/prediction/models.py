@@ -95,7 +95,7 @@ def merged_draw(model: nn.Module, seed: int, draw: int) -> nn.Module:
     merged = copy.deepcopy(model)
     with torch.no_grad():
         for path, layer in stochastic_layers(merged).items():
-            drawn = layer.drawn_A("default", Noise("batch", seed, path, [draw]))[0]
+            drawn = layer.drawn_A("default", Noise("batch", seed, path, [draw]))
             delta = layer.scaling["default"] * layer.B("default") @ drawn
             layer.base_layer.weight.add_(delta.T if layer.is_transposed else delta)
             layer.B("default").zero_()

@@ -66,7 +66,7 @@ def drawn(
 
     def factors(path: str, layer: BayesLayer) -> tuple[Tensor, Tensor, Tensor]:
         assert isinstance(layer, VariationalLayer)
-        a = layer.drawn_A(adapter_name, Noise("batch", seed, path, [draw], scale=scale))[0]
+        a = layer.drawn_A(adapter_name, Noise("batch", seed, path, [draw], scale=scale))
         return a, a.new_ones(len(a)), layer.B(adapter_name).float()
 
     with sampling(model, "batch", seed, [draw], scale=scale):

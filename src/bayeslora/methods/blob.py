@@ -97,7 +97,7 @@ class BlobLayer(VariationalLayer):
     @torch.no_grad()
     def drawn_A(self, name: str, noise: Noise) -> Tensor:
         mean, std = self.blob_M[name].float(), self.blob_G[name].float().square()
-        return mean + std * noise.normal(noise.groups(len(noise.draws)), mean.shape, mean.device)
+        return mean + std * noise.normal(noise.groups(len(noise.draws)), mean.shape, mean.device)[0]
 
 
 class Linear(BlobLayer):

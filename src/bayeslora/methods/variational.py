@@ -17,7 +17,6 @@ from typing import Any, ClassVar, cast
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from bayeslora.errors import BayesLoraError
 from bayeslora.methods.config import AdapterConfig
@@ -117,7 +116,7 @@ class VariationalLayer(BayesLayer):
         return 1
 
     def drawn_A(self, name: str, noise: Noise) -> Tensor:
-        """Return the first factor under each of the S draws of `noise`, (S, r, d_in) in float32."""
+        """The first factor (r, d_in) under the first draw of `noise`, float32."""
         raise NotImplementedError
 
     def add_common(self, adapter_name: str, config: VariationalConfig, rank: int) -> None:
@@ -133,41 +132,12 @@ class VariationalLayer(BayesLayer):
         return self._fresh[name] if self.training else None
 
     def adapted(self, x: Tensor, adapter_names: list[str], *args: Any, **kwargs: Any) -> Tensor:
-        if not args and not kwargs and self._merges_draws(x, adapter_names):
-            return self._of_drawn_weights(x, adapter_names)
         result = self.base_layer(x, *args, **kwargs)
         for position, name in enumerate(adapter_names):
             b = self.B(name)
             hidden = self.hidden(name, self.adapter_input(name, x, b.dtype), self.noise_of(name, position))
             result = add_update(result, hidden, b, self.scaling[name])
         return result
-
-    def _merges_draws(self, x: Tensor, names: list[str]) -> bool:
-        """Return whether weights with the draws added give the same output as the update beside them, in less time."""
-        base, noise = self.base_layer, self.noise
-        drops = self.training and any(not isinstance(self.adapter_dropout[name], nn.Identity) for name in names)
-        if noise is None or noise.scope != "batch" or drops or torch.is_grad_enabled():
-            return False
-        is_plain = type(base) is nn.Linear and "forward" not in vars(base)  # another may know the product already
-        if not is_plain or base._forward_hooks or base._forward_pre_hooks or torch.is_autocast_enabled(x.device.type):
-            return False
-        rows = x.numel() // self.in_features // len(noise.draws)
-        is_less = rows * (self.in_features + self.out_features) > self.in_features * self.out_features
-        types = {x.dtype, base.weight.dtype, *(self.B(name).dtype for name in names)}
-        return is_less and types == {torch.float32} and all(self.B(name).shape[1] for name in names)
-
-    def _of_drawn_weights(self, x: Tensor, names: list[str]) -> Tensor:
-        r"""Return the output under $W + s B A_d$; `x` (S rows, ..., d_in) has one draw after the other."""
-        base, noise = cast(nn.Linear, self.base_layer), cast(Noise, self.noise)
-        groups = noise.groups(len(x))
-        weights = base.weight.expand(groups, -1, -1)
-        for position, name in enumerate(names):
-            drawn = self.drawn_A(name, noise.for_adapter(position))
-            weights = torch.baddbmm(weights, self.B(name).expand(groups, -1, -1), drawn, alpha=self.scaling[name])
-        if groups == 1:
-            return F.linear(x, weights[0], base.bias)
-        product = per_group(x, groups, lambda rows: torch.bmm(rows, weights.transpose(1, 2)))
-        return product if base.bias is None else product.add_(base.bias)
 
     def B(self, name: str) -> Tensor:  # noqa: N802 - the field's name
         """The second factor (d_out, r)."""

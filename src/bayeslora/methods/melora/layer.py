@@ -200,18 +200,16 @@ class MeLoraLayer(VariationalLayer):
 
         M is the mean of several cores.
         """
-        a, b = self._through(adapter_name, self.mean_core(adapter_name).float()), self.melora_B[adapter_name].float()
-        return a, a.new_ones(len(a)), b
+        return self._through(adapter_name, self.mean_core(adapter_name).float())
 
-    def _through(self, name: str, core: Tensor) -> Tensor:
-        """Return the product of a core (..., r, r), or (..., r) of a diagonal one, with A: (..., r, d_in)."""
-        a = self.melora_A[name].float()
-        return core.unsqueeze(-1) * a if self._start[name][3] else core @ a
+    def _through(self, name: str, core: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        a, b = self.melora_A[name].float(), self.melora_B[name].float()
+        return (core @ a if core.ndim == 2 else core.unsqueeze(1) * a), a.new_ones(len(a)), b
 
     @torch.no_grad()
     def drawn_A(self, name: str, noise: Noise) -> Tensor:
         groups = len(noise.draws)
-        return self._through(name, self._draw(name, groups, self._members(name, groups, noise), noise))
+        return self._through(name, self._draw(name, groups, self._members(name, groups, noise), noise)[0])[0]
 
 
 class Linear(MeLoraLayer):
