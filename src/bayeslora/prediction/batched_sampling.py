@@ -291,7 +291,8 @@ def _last_attention(body: Any) -> nn.Module | None:
 @contextmanager
 def _cut(attention: Any) -> Iterator[None]:
     def first(_module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
-        return tuple(arg[:, :1] if isinstance(arg, Tensor) and arg.ndim == 3 else arg for arg in args)
+        # Contiguous, so that the product does not depend on which of the weights are trained.
+        return tuple(arg[:, :1].contiguous() if isinstance(arg, Tensor) and arg.ndim == 3 else arg for arg in args)
 
     def widened(module: nn.Module, args: tuple[Any, ...], query: Tensor) -> Tensor:
         # The attention expects a query for every token; only that of the first is read.
