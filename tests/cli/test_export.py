@@ -41,16 +41,17 @@ def test_a_packed_run_evaluates_as_the_run_itself(
     ]
 
 
+@pytest.mark.parametrize("method", ["lora", "melora"])
 def test_a_merged_run_is_a_transformers_folder_with_a_card(
-    runs: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    method: str, runs: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     target = tmp_path / "merged"
-    measured = _json(capsys, "export", runs["melora"], "--format", "merged", "--output-dir", target, "--json")
+    measured = _json(capsys, "export", runs[method], "--format", "merged", "--output-dir", target, "--json")
     assert measured["max_output_error"] < 1e-5 and measured["inexact"] is None
     assert "exact" in (target / "README.md").read_text()
     assert not (target / "adapter_config.json").exists()
     AutoModelForSequenceClassification.from_pretrained(target)
-    scores = [_json(capsys, "evaluate", folder, "--json")["scores"] for folder in (runs["melora"], target)]
+    scores = [_json(capsys, "evaluate", folder, "--json")["scores"] for folder in (runs[method], target)]
     assert scores[0] == pytest.approx(scores[1], abs=1e-5)
 
 

@@ -355,6 +355,9 @@ def test_what_has_no_gguf_form_is_refused(tmp_path: Path) -> None:
     head = get_peft_model(_llama(), LoraConfig(r=1, target_modules=["lm_head"]))
     with pytest.raises(BayesLoraError, match="also the embedding"):
         export(head, tmp_path, **options)
+    words = get_peft_model(_llama(tie_word_embeddings=False), LoraConfig(r=1, target_modules=["embed_tokens"]))
+    with pytest.raises(BayesLoraError, match="on the embedding model.embed_tokens, but a LoRA file is for linear"):
+        export(words, tmp_path, adapter="beside", **options)
     saved = get_peft_model(_llama(), LoraConfig(r=1, target_modules=["q_proj"], modules_to_save=["lm_head"]))
     with pytest.raises(BayesLoraError, match="also trains lm_head"):
         export(saved, tmp_path, adapter="only", **options)

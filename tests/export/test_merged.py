@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from peft import get_peft_model
+from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
 from transformers import (
     AutoModelForCausalLM,
@@ -98,6 +98,20 @@ def test_a_bfloat16_base_rounds_the_sum_and_says_so(tmp_path: Path) -> None:
         export(model, tmp_path, format="merged")
     assert export(model, tmp_path, format="merged", allow_error=True)["max_output_error"] > 0
     assert AutoModelForCausalLM.from_pretrained(tmp_path, dtype="auto").dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize("targets", [["query", "value"], ["query", "word_embeddings"]])
+def test_a_lora_of_peft_is_merged_and_left_as_it_was(targets: list[str], tmp_path: Path) -> None:
+    config = LoraConfig(r=RANK, target_modules=targets, init_lora_weights=False, task_type="SEQ_CLS")
+    model = get_peft_model(build_tiny_bert(), config).eval()
+    expected, state = _logits(model), {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    result = export(model, tmp_path, format="merged", batch=BATCH)
+    assert result["inexact"] is None and result["max_output_error"] < 1e-5
+    torch.testing.assert_close(_logits(AutoModelForSequenceClassification.from_pretrained(tmp_path)), expected)
+    assert "trained with PEFT's LoRA, merged" in (tmp_path / "README.md").read_text().replace("\n", " ")
+    assert all(torch.equal(tensor, state.pop(name)) for name, tensor in model.state_dict().items()) and not state
+    with pytest.raises(BayesLoraError, match="the base weight of .* is bfloat16, to which the sum is rounded"):
+        export(model.to(torch.bfloat16), tmp_path, format="merged")
 
 
 @pytest.fixture(scope="module")

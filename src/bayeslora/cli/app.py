@@ -8,6 +8,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+from bayeslora.cli.inputs import load_run
 from bayeslora.cli.progress import disable_progress_bars
 from bayeslora.errors import BayesLoraError
 from bayeslora.methods.registry import title_of
@@ -31,10 +32,9 @@ def page(given: dict[str, Any]) -> Any:
     """Return the `gradio.Interface` of the run in `folder`; its functions are those of `Playground`."""
     from bayeslora.report.play import answer_html, reply_html, tags_html
     from bayeslora.runs.play import Playground
-    from bayeslora.runs.run import load
 
     gradio: Any = importlib.import_module("gradio")
-    play = Playground(load(given["folder"], given.get("model")), given.get("samples"), given.get("risk", 0.05))
+    play = Playground(load_run(given["folder"], given), given.get("samples"), given.get("risk", 0.05))
 
     def show(*texts: str) -> str:
         try:

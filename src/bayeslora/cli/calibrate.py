@@ -9,7 +9,7 @@ from typing import Any
 
 from bayeslora.cli.evaluate import part_scored, rows_to_score, source_of
 from bayeslora.cli.generate import SAMPLING
-from bayeslora.cli.inputs import refuse
+from bayeslora.cli.inputs import load_run, refuse
 from bayeslora.cli.progress import disable_progress_bars
 from bayeslora.data import Task
 from bayeslora.errors import counted
@@ -19,7 +19,6 @@ from bayeslora.runs.answers import Sampling
 from bayeslora.runs.decisions import CALIBRATION_FILE
 from bayeslora.runs.info import RunInfo, check_one_label_a_row
 from bayeslora.runs.rows import check_not_training
-from bayeslora.runs.run import load
 from bayeslora.runs.scaling import ScalingName
 
 _SCALINGS: dict[str, ScalingName] = {"temperature": "temperature", "vector_scaling": "vector", "isotonic": "isotonic"}
@@ -48,7 +47,7 @@ def run(given: dict[str, Any]) -> int:
     disable_progress_bars()
     if info.kind == "generation":
         return _of_answers(given, task, split, source)
-    calibration = load(folder, given.get("model")).calibrate_split(
+    calibration = load_run(folder, given).calibrate_split(
         task,
         split,
         given.get("samples", 0),
@@ -93,7 +92,7 @@ def _of_answers(given: dict[str, Any], task: Task, split: str, source: str) -> i
     names = {name: "token_temperature" if name == "temperature" else name for name in SAMPLING}
     sampling = Sampling(**{name: given[spelt] for name, spelt in names.items() if spelt in given})
     options = {name: given[name] for name in ("measure", "loss") if name in given}
-    calibration = load(folder, given.get("model")).calibrate_answers_split(
+    calibration = load_run(folder, given).calibrate_answers_split(
         task, split, given.get("batch_size", 8), sampling, source=source, **options
     )
     found = calibration.summary()

@@ -272,9 +272,12 @@ def _contradictions_of_export(given: dict[str, Any]) -> Iterator[str]:
 
 DELTA = Option("delta", "P", "probability that the share of wrong ones is above --risk all the same (0.05)", float)
 RUN = ("folder", "OUT", "output folder of `bayeslora train`")
-_BASE = Option("model", "FOLDER_OR_ID", "base model, if it has moved since training")
+_BASE = (
+    Option("model", "FOLDER_OR_ID", "base model, if it has moved since training"),
+    Option("device_map", "NAME", "spread the model over devices: auto, balanced, … or one device (a GPU or the CPU)"),
+)
 _SAMPLING = (
-    _BASE,
+    *_BASE,
     _number(
         "samples", "N", "draws of the weights to average, of Me-LoRA, BLoB or IVON (0: the mean weights)", least=0
     ),
@@ -402,7 +405,7 @@ COMMANDS = {
     "generate": Command(
         "answer prompts with the uncertainty of each token and of the whole, one JSON line each, in order",
         (
-            _BASE,
+            *_BASE,
             _number("samples", "K", "draws of the weights that score each answer and write their own (0)", least=0),
             _number("seed", "N", "seed for the draws (0)"),
             _number("batch_size", "N", "prompts per batch (8)", least=1),
@@ -429,7 +432,7 @@ COMMANDS = {
     "app": Command(
         "open a page on this machine: type a text, see label, confidence, draws, or shaded words and tokens",
         (
-            _BASE,
+            *_BASE,
             _number("samples", "N", "draws of the weights (the calibration's, or 10 with a posterior)", least=0),
             Option("risk", "P", "ask a person at this error rate, after `bayeslora calibrate OUT` (0.05)", float),
             Option("host", "NAME", "address to listen on (127.0.0.1, this machine alone)"),
@@ -471,7 +474,7 @@ COMMANDS = {
     "select": Command(
         "choose the unlabelled rows to label next",
         (
-            _BASE,
+            *_BASE,
             _number("samples", "N", "Monte-Carlo samples (10 for mutual_information, otherwise 0)", least=0),
             _number("seed", "N", "seed for the samples and for random (0)"),
             _number("batch_size", "N", "rows per batch (64)", least=1),
@@ -517,7 +520,7 @@ COMMANDS = {
             ),
             _switch("calibrate", "integer: 8-bit inputs of those layers, calibrated on 256 training rows"),
             _switch("allow_error", "lora, merged, onnx, gguf: allow an inexact form and measure its error"),
-            _BASE,
+            *_BASE,
             _switch("json", "print the measurements as JSON"),
         ),
         RUN,
@@ -533,7 +536,7 @@ COMMANDS = {
             _number("batch_size", "N", "rows per batch (64)", least=1),
             Option("max_divergence", "NATS", "mean divergence to allow (as recorded in the export)", float),
             Option("max_changed", "SHARE", "share of changed answers to allow (any)", float),
-            _BASE,
+            *_BASE,
             _switch("json", "print JSON instead of a table"),
         ),
         ("folder", "EXPORT", "folder that `bayeslora export` wrote, of any format"),

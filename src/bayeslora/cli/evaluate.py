@@ -13,7 +13,7 @@ from typing import Any
 from datasets import Dataset
 from torch import nn
 
-from bayeslora.cli.inputs import refuse
+from bayeslora.cli.inputs import load_run, refuse
 from bayeslora.cli.progress import disable_progress_bars
 from bayeslora.data import Task
 from bayeslora.data.known import KNOWN
@@ -40,7 +40,6 @@ from bayeslora.runs.rows import (
     own_rows,
     scored_part,
 )
-from bayeslora.runs.run import load
 from bayeslora.runs.schema import from_json
 from bayeslora.runs.score import answered, described, foreign_scores, scored
 from bayeslora.runs.shift import Domain, conformal_scores, scored_shift, shift_columns
@@ -77,9 +76,9 @@ def run(given: dict[str, Any]) -> int:
     domain = _domain(given, info)
     disable_progress_bars()
     if info.method == UNTRAINED:
-        loaded = load_untrained(info)
+        loaded = load_untrained(info, given.get("device_map"))
     else:
-        loaded = replace(load(folder, given.get("model")), info=info)
+        loaded = replace(load_run(folder, given), info=info)
     uncalibrated = given.get("uncalibrated", False)
     calibration, samples, seed = _calibration(given, info, loaded.model)
     predictor = loaded.predictor if calibration is None else calibration.around(loaded.predictor)

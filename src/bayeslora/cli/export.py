@@ -9,6 +9,7 @@ from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from bayeslora.cli.inputs import load_run
 from bayeslora.errors import BayesLoraError
 from bayeslora.files import finite, new_folder
 
@@ -49,7 +50,7 @@ def run(given: dict[str, Any]) -> int:
     with new_folder(target) as partial:
         import bayeslora
 
-        loaded = bayeslora.load(source, given.get("model"))
+        loaded = load_run(source, given)
         if "mean_rank" in given:
             from bayeslora.runs.cut import export_cut
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from bayeslora.cli.inputs import check_output
+from bayeslora.cli.inputs import check_output, load_run
 from bayeslora.cli.progress import disable_progress_bars
 from bayeslora.errors import BayesLoraError, counted
 from bayeslora.files import write_atomically
@@ -16,7 +16,6 @@ from bayeslora.runs.answer_risk import AnswerCalibration
 from bayeslora.runs.answers import Sampling, check_generates, read_prompts
 from bayeslora.runs.info import RunInfo
 from bayeslora.runs.prediction_files import answer_lines
-from bayeslora.runs.run import load
 
 SAMPLING = ("samples", "seed", "max_new_tokens", "temperature", "cluster_with", "similarity")
 """Options that are fields of `Sampling`."""
@@ -37,7 +36,7 @@ def run(given: dict[str, Any]) -> int:
     sampling = AnswerCalibration.load(folder).settings(folder, chosen) if "risk" in given else Sampling(**chosen)
     rows = read_prompts(source if "input" in given else given["prompt"], info)
     disable_progress_bars()
-    loaded = load(folder, given.get("model"))
+    loaded = load_run(folder, given)
     answers = loaded.generate_rows(rows, given.get("batch_size", 8), given.get("risk"), given.get("delta"), **chosen)
     lines = answer_lines(rows, answers)
     if page is not None:

@@ -3,14 +3,24 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from bayeslora.errors import BayesLoraError, Problems, option
 from bayeslora.files import check_writable
 from bayeslora.runs.info import RUN_FILE, RunInfo
 
+if TYPE_CHECKING:
+    from bayeslora.runs.run import Run
+
 _OF_A_RUN = (".json", ".yaml", ".safetensors", ".md")
 """Extensions of the files in a run's folder that hold it; predictions have others."""
+
+
+def load_run(folder: str | Path, given: dict[str, Any]) -> Run:
+    """Load the run in `folder` with its base from `--model`, spread over devices by `--device-map`."""
+    from bayeslora.runs.run import load  # which imports PyTorch
+
+    return load(folder, given.get("model"), device_map=given.get("device_map"))
 
 
 def refuse(given: dict[str, Any], names: tuple[str, ...], reason: str) -> None:

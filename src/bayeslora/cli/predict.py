@@ -5,14 +5,13 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from bayeslora.cli.inputs import check_files, refuse
+from bayeslora.cli.inputs import check_files, load_run, refuse
 from bayeslora.cli.progress import disable_progress_bars
 from bayeslora.errors import counted
 from bayeslora.runs.decisions import calibration_for
 from bayeslora.runs.info import RunInfo
 from bayeslora.runs.prediction_files import write_predictions
 from bayeslora.runs.rows import encode_for, rows_to_predict, table_to_predict
-from bayeslora.runs.run import load
 
 
 def run(given: dict[str, Any]) -> int:
@@ -33,7 +32,7 @@ def run(given: dict[str, Any]) -> int:
     table = table_to_predict(source, info, given.get("text_column"))
     task = rows_to_predict(table, info, given.get("text_column"))
     disable_progress_bars()
-    loaded = load(folder, given.get("model"))
+    loaded = load_run(folder, given)
     data = encode_for(task.eval_split, task, loaded.tokenizer, loaded.info)
     predictions = loaded.predict_encoded(data, samples, seed, given.get("batch_size", 64), calibration, **asked)
     renamed = write_predictions(target, table, predictions)

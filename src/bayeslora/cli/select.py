@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from bayeslora.cli.inputs import check_files
+from bayeslora.cli.inputs import check_files, load_run
 from bayeslora.cli.progress import disable_progress_bars
 from bayeslora.data.encode_words import has_words, word_rows
 from bayeslora.data.tagged import OFFSETS
@@ -20,7 +20,7 @@ from bayeslora.posthoc.acquisition import row_means
 from bayeslora.prediction import check_samples
 from bayeslora.runs.info import RunInfo
 from bayeslora.runs.rows import encode_for, rows_to_predict
-from bayeslora.runs.run import Run, load
+from bayeslora.runs.run import Run
 
 _ADDED = ("row", "entropy", "mutual_information")
 _OTHERS_THAN_CLASSES = {
@@ -50,7 +50,7 @@ def run(given: dict[str, Any]) -> int:
     if taken := [name for name in _ADDED if name in rows.column_names]:
         raise BayesLoraError(f"{source} has the column {taken[0]!r}, but select adds one of that name: rename it")
     disable_progress_bars()
-    loaded = load(folder, given.get("model"))
+    loaded = load_run(folder, given)
     _check_randomness(loaded, samples, by_information)
     data = encode_for(rows, task, loaded.tokenizer, loaded.info)
     prediction = predict_dataset(

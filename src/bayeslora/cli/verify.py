@@ -8,11 +8,11 @@ from pathlib import Path
 from typing import Any
 
 from bayeslora.cli.evaluate import rows_to_score, source_of
+from bayeslora.cli.inputs import load_run
 from bayeslora.cli.progress import disable_progress_bars
 from bayeslora.errors import BayesLoraError, counted
 from bayeslora.files import finite
 from bayeslora.runs.info import RunInfo
-from bayeslora.runs.run import load
 from bayeslora.runs.verify import Verified, format_of, verify
 
 DISAGREES = 1
@@ -31,7 +31,7 @@ def run(given: dict[str, Any]) -> int:
     disable_progress_bars()
     found = verify(
         folder,
-        load(source, given.get("model")),
+        load_run(source, given),
         task,
         split,
         limit=given.get("limit", 256),

@@ -12,6 +12,7 @@ from typing import Any, cast
 import torch
 import torch.nn.functional as F
 from peft import PeftModel, get_peft_model_state_dict
+from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
@@ -107,6 +108,13 @@ def adapted_parts(model: nn.Module, adapter_name: str | None) -> tuple[PeftModel
     return inner, tuner, name
 
 
+def lora_layers(base: nn.Module, name: str) -> dict[str, nn.Module]:
+    """Return the layers with an adapter of PEFT's LoRA by their path in the base model."""
+    found = {path: module for path, module in base.named_modules() if isinstance(module, LoraLayer)}
+    own = {path: layer for path, layer in found.items() if name in {*layer.lora_A, *layer.lora_embedding_A}}
+    return {path: cast(nn.Module, layer) for path, layer in own.items()}
+
+
 def sharing_base(model: PeftModel, tuner: BayesTuner) -> PeftModel:
     """Return a copy of `model` with copied adapters; its base weights share the original's memory."""
     own = {
@@ -134,7 +142,7 @@ def _second(parameter: nn.Parameter) -> nn.Parameter:
     return nn.Parameter(parameter.data, requires_grad=parameter.requires_grad)
 
 
-def check_unmerged(layers: Mapping[str, BayesLayer]) -> None:
+def check_unmerged(layers: Mapping[str, Any]) -> None:
     """Raise `BayesLoraError` if an adapter is merged into one of the layers."""
     for key, layer in layers.items():
         if layer.merged_adapters:

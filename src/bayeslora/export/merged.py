@@ -17,9 +17,17 @@ from peft import PeftModel
 from torch import Tensor, nn
 
 from bayeslora.errors import BayesLoraError
-from bayeslora.export.formats import adapted_parts, check_unmerged, inputs_for, output_error, output_of, sharing_base
-from bayeslora.methods.config import AdapterConfig
-from bayeslora.methods.layer import BayesLayer, undo_cpu_order
+from bayeslora.export.formats import (
+    adapted_parts,
+    check_unmerged,
+    inputs_for,
+    lora_layers,
+    output_error,
+    output_of,
+    sharing_base,
+)
+from bayeslora.methods.layer import undo_cpu_order
+from bayeslora.methods.tuner import BayesTuner, tuner_of
 from bayeslora.model_card import CARD_FILE, front_matter, public_name
 
 TOLERANCE = 1e-4
@@ -37,7 +45,7 @@ def export_merged(
     """Write base and adapter, at its learned widths and its posterior mean, as one Transformers model.
 
     Args:
-        model: a PEFT model with an adapter of this library on a Transformers model; left unchanged.
+        model: a PEFT model on a Transformers model, with an adapter of this library or PEFT's LoRA; left unchanged.
         path: folder for the model and a card, `README.md`; created if missing.
         adapter_name: by default the active adapter.
         batch: inputs to measure the output error on; by default the model's `dummy_inputs`.
@@ -51,18 +59,18 @@ def export_merged(
         BayesLoraError: if merging cannot be exact and `allow_error` is False, if an adapter is merged already, or if
             the base is not a Transformers model.
     """
-    original, tuner, name = adapted_parts(model, adapter_name)
+    original, tuner, name = _parts(model, adapter_name)
     base = original.get_base_model()
     if not hasattr(base, "save_pretrained"):
         raise BayesLoraError(
             f"{type(base).__name__} is not a Transformers model, but only those can be merged: export 'packed' instead"
         )
-    layers: dict[str, BayesLayer] = tuner.named_layers(name)
+    layers: Mapping[str, Any] = lora_layers(base, name) if tuner is None else tuner.named_layers(name)
     check_unmerged(layers)
     reason = next((found for key, layer in layers.items() if (found := _why_inexact(key, layer, name))), None)
     if reason is not None and not allow_error:
         raise _refusal(reason)
-    whole = sharing_base(original, tuner)
+    whole = copy.deepcopy(original) if tuner is None else sharing_base(original, tuner)
     whole.set_adapter(name)
     whole.eval()
     inputs = inputs_for(whole, batch)
@@ -80,9 +88,17 @@ def export_merged(
     for module in merged.modules():
         undo_cpu_order(module)
     merged.save_pretrained(folder)
-    config = cast(AdapterConfig, original.peft_config[name])
-    (folder / CARD_FILE).write_text(_card(config, base, measured), encoding="utf-8")
+    (folder / CARD_FILE).write_text(_card(original.peft_config[name], base, measured), encoding="utf-8")
     return measured
+
+
+def _parts(model: nn.Module, adapter_name: str | None) -> tuple[PeftModel, BayesTuner | None, str]:
+    """Return the PEFT model, its tuner (None of PEFT's LoRA) and the name of the adapter to merge."""
+    if tuner_of(model) is None and isinstance(model, PeftModel):
+        name = adapter_name or model.active_adapter
+        if lora_layers(model.get_base_model(), name):
+            return model, None, name
+    return adapted_parts(model, adapter_name)
 
 
 def _refusal(reason: str) -> BayesLoraError:
@@ -92,14 +108,14 @@ def _refusal(reason: str) -> BayesLoraError:
     )
 
 
-def _why_inexact(key: str, layer: BayesLayer, name: str) -> str | None:
+def _why_inexact(key: str, layer: Any, name: str) -> str | None:
     """Return the reason why a stored weight cannot compute the same as `layer` with its adapter, or None."""
     activations = getattr(layer, "quantized_activations", None)
     narrow: dict[str, int] = activations(name) if activations is not None else {}
     if narrow:
         listed = ", ".join(f"{kind} {bits}" for kind, bits in narrow.items())
         return f"{key} quantizes activations ({listed} bits), which a weight cannot hold"
-    if layer.quantization_backend is not None:
+    if getattr(layer, "quantization_backend", None) is not None:
         return f"the base weight of {key} has {layer.base_width} bits, to which the sum has to be rounded again"
     dtype = cast(Tensor, layer.get_base_layer().weight).dtype
     if dtype not in (torch.float32, torch.float64):
@@ -108,7 +124,9 @@ def _why_inexact(key: str, layer: BayesLayer, name: str) -> str | None:
 
 
 def merge_into_base(whole: PeftModel, name: str) -> Any:
-    """Merge the adapter into the copy `whole` and return its base model."""
+    """Merge the adapter, or PEFT's LoRA, into the copy `whole` and return its base model."""
+    if tuner_of(whole) is None:
+        return whole.merge_and_unload(safe_merge=True, adapter_names=[name])
     _, tuner, _ = adapted_parts(whole, name)
     config: Any = whole.peft_config[name]
     if hasattr(config, "allow_inexact_merge"):
@@ -130,7 +148,7 @@ def merge_into_base(whole: PeftModel, name: str) -> Any:
         raise BayesLoraError(f"merging failed ({error}): train the adapter again") from error
 
 
-def _card(config: AdapterConfig, base: nn.Module, measured: dict[str, Any]) -> str:
+def _card(config: Any, base: nn.Module, measured: dict[str, Any]) -> str:
     """Return a model card with the merged parts and the difference in outputs."""
     path = config.base_model_name_or_path or getattr(base, "name_or_path", "")
     name = public_name(str(path)) if path else type(base).__name__
@@ -143,16 +161,16 @@ def _card(config: AdapterConfig, base: nn.Module, measured: dict[str, Any]) -> s
         said += ". The difference in outputs was not measured."
     else:
         said += f". Largest difference in outputs measured: {error:.3g}, where the largest output is {largest:.3g}."
-    front = front_matter(
-        f"{name} merged", name, library="transformers", relation="merge", tags=["bayeslora", config.method]
-    )
+    method = getattr(config, "method", "lora")
+    trained = f"the method `{method}` of bayeslora" if hasattr(config, "method") else "PEFT's LoRA"
+    front = front_matter(f"{name} merged", name, library="transformers", relation="merge", tags=["bayeslora", method])
     return f"""---
 {front}
 ---
 
 # A merged model
 
-`{name}` with an adapter trained with the method `{config.method}` of bayeslora, merged into its weights at the learned
+`{name}` with an adapter trained with {trained}, merged into its weights at the learned
 widths; a posterior over the weights is merged at its mean. It is an ordinary Transformers model and needs no library
 besides Transformers.
 

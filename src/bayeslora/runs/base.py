@@ -50,6 +50,10 @@ _DEFAULT_LENGTH, _DEFAULT_TEXT_LENGTH = 128, 1024
 _GGUF = ".gguf"
 _OFFSET_POSITIONS = {"roberta", "xlm-roberta", "xlm-roberta-xl", "camembert", "longformer", "mpnet"}
 
+DeviceMap = str | dict[str, Any]
+DEVICE_PLANS = ("auto", "balanced", "balanced_low_0", "sequential")
+"""Ways of Accelerate to spread a model over the devices."""
+
 AUTO_CLASSES = {
     "sequence": AutoModelForSequenceClassification,
     "words": AutoModelForTokenClassification,
@@ -227,8 +231,37 @@ def tokenizer_digest(tokenizer: PreTrainedTokenizerBase) -> str:
 
 
 def ready(model: torch.nn.Module, device: str | torch.device | None = None) -> torch.nn.Module:
-    """Return the model in evaluation mode on `device`, by default on the GPU if one is available."""
+    """Return the model in evaluation mode on `device`, by default on the GPU if one is available.
+
+    One that was loaded with a device map stays where that put it.
+    """
+    if device is None and getattr(model, "hf_device_map", None) is not None:
+        return model.eval()
     return model.to(device or ("cuda" if torch.cuda.is_available() else "cpu")).eval()
+
+
+def check_device_map(device_map: DeviceMap | None, name: str = "device_map") -> None:
+    """Raise `BayesLoraError` unless `device_map` is a known plan, a device of this machine or a dictionary."""
+    if not isinstance(device_map, str) or device_map in DEVICE_PLANS:
+        return
+    try:
+        torch.empty(0, device=device_map)
+    except (RuntimeError, AssertionError) as error:  # without CUDA, PyTorch raises the latter
+        raise BayesLoraError(
+            f"{name} is {device_map}, which is no device of this machine ({one_line(error)[:80]}): give one, or "
+            f"{', '.join(DEVICE_PLANS)}"
+        ) from error
+
+
+def check_in_memory(model: torch.nn.Module, name: str | Path) -> None:
+    """Raise unless every weight is on a device that computes: adapters read those that they quantize or add to."""
+    away = [module for module, place in getattr(model, "hf_device_map", {}).items() if place == "disk"]
+    away = away or [each for each, tensor in model.named_parameters() if tensor.is_meta]
+    if away:
+        raise BayesLoraError(
+            f"device_map leaves {away[0]} of {name} outside the devices' memory, but bayeslora computes where the "
+            "weights are: give more devices, or device_map cpu"
+        )
 
 
 def load_base(
@@ -239,11 +272,12 @@ def load_base(
     kind: RunKind,
     dtype: str,
     head: Head = "sequence",
+    device_map: DeviceMap | None = None,
 ) -> BaseModel:
     """Load the base model with `head`; `labels` and `kind` configure a classifier of texts or of words.
 
     Weights missing from the checkpoint are drawn from the global random state; `fresh` names their modules, so that
-    the caller can train and save them.
+    the caller can train and save them. `device_map` spreads the model over devices, as in Transformers.
     """
     resolved = resolve_model(name)
     # The GGUF reader's progress bar cannot be turned off.
@@ -255,10 +289,12 @@ def load_base(
             dtype=getattr(torch, dtype),
             ignore_mismatched_sizes=True,
             output_loading_info=True,
+            device_map=device_map,
             **(_classes(labels, kind) if head in CLASS_HEADS else {}),
         )
     if resolved.endswith(_GGUF):
         as_dense(model)
+    check_in_memory(model, name)
     if model.config.pad_token_id is None:
         model.config.pad_token_id = tokenizer.pad_token_id
     mismatched = {key if isinstance(key, str) else key[0] for key in info["mismatched_keys"]}

@@ -33,6 +33,9 @@ from bayeslora.runs.answers import Answer, Sampling, answer_rows, check_generate
 from bayeslora.runs.base import (
     AUTO_CLASSES,
     CLASS_HEADS,
+    DeviceMap,
+    check_device_map,
+    check_in_memory,
     has_tokenizer,
     load_base,
     load_errors,
@@ -399,6 +402,7 @@ def load(
     device: str | torch.device | None = None,
     *,
     tokenizer: PreTrainedTokenizerBase | str | os.PathLike[str] | None = None,
+    device_map: DeviceMap | None = None,
 ) -> Run:
     """Load a finished run, an export of one, or an adapter that `save_pretrained` wrote.
 
@@ -407,23 +411,33 @@ def load(
         model: folder or hub id of the base model, by default the one that the run or the adapter names.
         device: to compute on, by default the GPU if one is available.
         tokenizer: the tokenizer the run was trained with, or its folder or hub id, where `folder` lacks it.
+        device_map: instead of `device`, how to spread a model over several, as in Transformers: `"auto"`,
+            `"balanced"`, `"balanced_low_0"`, `"sequential"`, a device, or a dictionary of the base model's modules.
 
     Raises:
-        BayesLoraError: nothing of the kind at `folder`, a missing or damaged file, no way to the hub, or a base model
-            or tokenizer that is not the one trained with.
+        BayesLoraError: nothing of the kind at `folder`, a missing or damaged file, no way to the hub, a base model or
+            tokenizer that is not the one trained with, or a device map that leaves weights outside all devices.
     """
+    if device is not None and device_map is not None:
+        raise BayesLoraError(f"device is {device} and device_map {device_map}, but one of them places the model")
+    check_device_map(device_map)
     place = _place(folder)
     info = RunInfo.load(place) if (place / RUN_FILE).is_file() else plain_info(place, model)
     own = _tokenizer(place, info, model, tokenizer)
     if is_integer_model(place):
+        if device_map is not None:
+            raise BayesLoraError(f"device_map is {device_map}, but {place} is an integer model, which has one device")
         loaded: nn.Module = load_integer(place)
         check_digests(place)
     elif info.method == "full":
         with load_errors(f"the model in {place}"):
-            loaded = AUTO_CLASSES[info.head].from_pretrained(place, dtype=getattr(torch, info.dtype))
+            loaded = AUTO_CLASSES[info.head].from_pretrained(
+                place, dtype=getattr(torch, info.dtype), device_map=device_map
+            )
+            check_in_memory(loaded, place)
         check_digests(place)
     else:
-        loaded = _adapted(place, info, own, model or info.model)
+        loaded = _adapted(place, info, own, model or info.model, device_map)
     if not info.max_length:
         info = dataclasses.replace(info, max_length=longest_input(loaded, own, None, info.head))
     if info.head in CLASS_HEADS and info.labels:
@@ -488,7 +502,9 @@ def _tokenizer(
     return found
 
 
-def _adapted(folder: Path, info: RunInfo, tokenizer: PreTrainedTokenizerBase, name: str) -> PeftModel:
+def _adapted(
+    folder: Path, info: RunInfo, tokenizer: PreTrainedTokenizerBase, name: str, device_map: DeviceMap | None
+) -> PeftModel:
     """Return the base model with the adapter of the folder; raise unless all its tensors fit."""
     _check_adapter_files(folder, info)
     check_digests(folder, only_config=True)
@@ -500,6 +516,7 @@ def _adapted(folder: Path, info: RunInfo, tokenizer: PreTrainedTokenizerBase, na
             kind=info.kind,
             dtype=info.dtype,
             head=info.head,
+            device_map=device_map,
         )
     if info.base_fingerprint and base.fingerprint != info.base_fingerprint:
         raise BayesLoraError(

@@ -140,7 +140,9 @@ def load_export(folder: Path, run: Run) -> tuple[str, nn.Module]:
                 f"{folder} was exported from a run on {own.task}, but {run.folder} is one on {run.info.task}: "
                 "give the run of the export"
             )
-    return form, load(folder, run.info.model, device, tokenizer=run.tokenizer).model
+    spread = getattr(run.model, "hf_device_map", None) if form != "integer" else None
+    place: dict[str, Any] = {"device": device} if spread is None else {"device_map": spread}
+    return form, load(folder, run.info.model, tokenizer=run.tokenizer, **place).model
 
 
 def format_of(folder: Path) -> str:

@@ -8,6 +8,8 @@ from bayeslora.data.known import KNOWN
 from bayeslora.errors import BayesLoraError
 from bayeslora.runs.base import (
     LANGUAGE_HEADS,
+    DeviceMap,
+    check_device_map,
     head_for,
     load_base,
     load_tokenizer,
@@ -56,9 +58,18 @@ def untrained_info(model: str, task: str, few_shot: int = 0) -> RunInfo:
     )
 
 
-def load_untrained(info: RunInfo) -> Run:
+def load_untrained(info: RunInfo, device_map: DeviceMap | None = None) -> Run:
     """Load the base model of `untrained_info` as a run."""
     tokenizer = load_tokenizer(resolve_model(info.model), info.model)
-    base = load_base(info.model, tokenizer, labels=[], kind=info.kind, dtype=info.dtype, head=info.head)
+    check_device_map(device_map)
+    base = load_base(
+        info.model,
+        tokenizer,
+        labels=[],
+        kind=info.kind,
+        dtype=info.dtype,
+        head=info.head,
+        device_map=device_map,
+    )
     info.max_length = longest_input(base.model, tokenizer, None, info.head)
     return Run(Path(info.model), ready(base.model), tokenizer, info)

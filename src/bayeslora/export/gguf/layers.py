@@ -10,7 +10,6 @@ from typing import Any, cast
 import numpy as np
 import torch
 from gguf import GGMLQuantizationType as Type
-from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 
 from bayeslora.errors import BayesLoraError
@@ -92,12 +91,6 @@ def update_of(layer: nn.Module, name: str) -> tuple[Array, Array] | None:
             raise BayesLoraError("the adapter scales columns (DoRA), but A and B cannot: give adapter='merged'")
         a, b, scaling = lora.lora_A[name].weight, lora.lora_B[name].weight, lora.scaling[name]
     return (array(a), array(b) * np.float32(scaling)) if len(a) else None
-
-
-def lora_layers(model: nn.Module, name: str) -> dict[str, nn.Module]:
-    """Return the layers with an adapter of PEFT's LoRA by their path in the base model."""
-    found = {path: module for path, module in model.named_modules() if isinstance(module, LoraLayer)}
-    return {path: cast(nn.Module, layer) for path, layer in found.items() if name in layer.lora_A}
 
 
 def widened(

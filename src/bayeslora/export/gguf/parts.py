@@ -14,10 +14,10 @@ from transformers import PreTrainedModel
 
 from bayeslora._peft import AuxiliaryTrainingWrapper
 from bayeslora.errors import BayesLoraError
-from bayeslora.export.formats import adapted_parts, to_take_apart, upright
+from bayeslora.export.formats import adapted_parts, lora_layers, to_take_apart, upright
 from bayeslora.export.gguf.architectures import Architecture, Names, architecture_of
 from bayeslora.export.gguf.blocks import Array
-from bayeslora.export.gguf.layers import UNADAPTED, Weight, array, learned_weight, lora_layers, update_of
+from bayeslora.export.gguf.layers import UNADAPTED, Weight, array, learned_weight, update_of
 from bayeslora.export.merged import merge_into_base
 from bayeslora.methods.tuner import tuner_of
 from bayeslora.model_card import public_name
@@ -74,7 +74,7 @@ def taken_apart(model: nn.Module, adapter_name: str | None, form: str | None, un
     config: Any = whole.peft_config[name]
     updates = {}
     if form == "merged":
-        merged = merge_into_base(whole, name) if tuner_of(whole) else whole.merge_and_unload(safe_merge=True)
+        merged = merge_into_base(whole, name)
         base = cast(PreTrainedModel, merged)
         learned = {path: _merged(base, path, weight) for path, weight in learned.items()}
     else:
@@ -102,6 +102,12 @@ def _check(base: PreTrainedModel, layers: Mapping[str, nn.Module], form: str, un
         raise BayesLoraError(
             "the adapter is on lm_head, which is also the embedding, but a GGUF file has one matrix for both: "
             "train without lm_head"
+        )
+    embeddings = [path for path, layer in layers.items() if getattr(layer, "lora_embedding_A", None)]
+    if form != "merged" and embeddings:
+        raise BayesLoraError(
+            f"the adapter is on the embedding {embeddings[0]}, but a LoRA file is for linear layers: "
+            "give adapter='merged'"
         )
     trained = [path for path, module in base.named_modules() if isinstance(module, AuxiliaryTrainingWrapper)]
     if form == "only" and trained:

@@ -187,7 +187,7 @@ def _merged(whole: PeftModel, name: str, unadapted: str | None) -> tuple[PreTrai
         raise BayesLoraError(
             f"unadapted is {unadapted!r}, but without learned widths all layers are float32: leave it out"
         )
-    merged = merge_into_base(whole, name) if tuner_of(whole) else whole.merge_and_unload(safe_merge=True)
+    merged = merge_into_base(whole, name)
     base = cast(PreTrainedModel, merged)
     linear = {path: plain(module) for path, module in base.named_modules() if isinstance(module, (nn.Linear, Conv1D))}
     return base, ProductLayers(linear, _embeddings(base, linear, "float32"))
