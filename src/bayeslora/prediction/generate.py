@@ -217,8 +217,9 @@ class _Run:
         if count == 1 or ids.shape[1] < 2 or not is_plain or not is_usual:
             return None
         mask = inputs["attention_mask"][:, :-1]
-        kept = {"logits_to_keep": 1} if "logits_to_keep" in self.parameters else {}
-        read = self.model(input_ids=ids[:, :-1], attention_mask=mask, **self._positions(mask), **kept, use_cache=True)
+        read = self.model(
+            input_ids=ids[:, :-1], attention_mask=mask, **self._positions(mask), **self._keeping(1), use_cache=True
+        )
         cache = getattr(read, "past_key_values", None)
         layers = getattr(cache, "layers", [])
         if type(cache) is not DynamicCache or any(type(layer) not in _GROWING for layer in layers):
@@ -231,6 +232,10 @@ class _Run:
         if "position_ids" not in self.parameters:
             return {}
         return {"position_ids": (mask.cumsum(dim=1) - 1).clamp_min(0)}
+
+    def _keeping(self, count: int) -> dict[str, int]:
+        """Return the option that leaves out all logits but the last `count`, for a model that takes it."""
+        return {"logits_to_keep": count} if "logits_to_keep" in self.parameters else {}
 
     def answered(self, sequences: Tensor) -> Tensor:
         """Return the generated part of `sequences`."""
@@ -246,7 +251,8 @@ class _Run:
         own = torch.tensor(self.owners, device=rows.device).repeat_interleave(count)
         sizes = getattr(self.model, "config", None)
         vocabulary = int(getattr(getattr(sizes, "get_text_config", lambda: sizes)(), "vocab_size", 2**15))
-        step = max(1, _MAX_NUMBERS // (max(1, length) * vocabulary))
+        scored = tokens.shape[-1] if self._keeping(1) else length
+        step = max(1, _MAX_NUMBERS // (max(1, scored) * vocabulary))
         # Sequence i of the n of a draw answers prompt i // (sequences per prompt).
         prompt = (torch.arange(len(rows), device=rows.device) % count) // (count // len(self.prompts["input_ids"]))
         parts = []
@@ -301,8 +307,10 @@ class _Run:
             output = self.model(input_ids=ids, attention_mask=prompt_mask, decoder_input_ids=rows[:, :-1])
             return output.logits
         whole = torch.cat([prompt_mask, mask.to(prompt_mask.dtype)], dim=1)[:, :-1]
-        output = self.model(input_ids=rows[:, :-1], attention_mask=whole, **self._positions(whole))
-        return output.logits[:, start - 1 :]
+        count = rows.shape[1] - start
+        kept = self._keeping(count)
+        output = self.model(input_ids=rows[:, :-1], attention_mask=whole, **self._positions(whole), **kept)
+        return output.logits[:, -count:]
 
 
 def _only(number: int) -> range | None:
