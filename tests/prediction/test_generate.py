@@ -185,6 +185,16 @@ def test_a_prompt_with_several_answers_is_read_once(
     assert torch.equal(apart, tokens) and tokens.shape[:2] == (draws, 8)
 
 
+def test_answers_are_scored_without_the_logits_of_their_prompts() -> None:
+    model = causal("llama")
+    head: Any = model.get_output_embeddings()  # type: ignore[operator]
+    widths: list[int] = []
+    handle = head.register_forward_hook(lambda _module, _args, output: widths.append(output.shape[1]))
+    found = generate(model, PROMPTS, MASK, samples=SAMPLES, seed=SEED, max_new_tokens=NEW)
+    handle.remove()
+    assert max(widths) == found.tokens.shape[-1] and 1 in widths
+
+
 def test_without_samples_the_mean_weights_generate_once() -> None:
     model = causal("llama").train()
     found = generate(model, PROMPTS, MASK, samples=0, max_new_tokens=NEW)
