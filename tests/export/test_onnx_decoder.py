@@ -19,10 +19,10 @@ from torch import Tensor, nn
 from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
+    BartConfig,
+    BartForConditionalGeneration,
     Qwen2Config,
     Qwen2ForCausalLM,
-    T5Config,
-    T5ForConditionalGeneration,
 )
 
 from bayeslora import BayesLoraError, BLoraConfig, MeLoraConfig, export
@@ -255,9 +255,10 @@ def test_what_the_graph_does_not_have_is_refused(tmp_path: Path) -> None:
         assert not (tmp_path / "out").exists()
         return str(error.value)
 
-    t5 = T5ForConditionalGeneration(T5Config(vocab_size=64, d_model=32, d_kv=8, d_ff=64, num_layers=1, num_heads=4))
+    sizes = {"vocab_size": 64, "d_model": 32, "encoder_layers": 1, "decoder_layers": 1, "max_position_embeddings": 16}
+    bart = BartForConditionalGeneration(BartConfig(**sizes, encoder_ffn_dim=64, decoder_ffn_dim=64))
     assert re.match(
-        "the model is a T5ForConditionalGeneration, but format 'onnx' is for Bert.*Llama", refused(t5, "q")
+        "the model is a BartForConditionalGeneration, but format 'onnx' is for Bert.*Llama", refused(bart, "q_proj")
     )
     dynamic = {"rope_type": "dynamic", "rope_theta": 10000.0, "factor": 2.0}
     llama = build_tiny_llama(rope_parameters=dynamic)

@@ -72,7 +72,7 @@ def write_decoder_card(
 (batch, {heads}, past, {size}), and `present.0.key` and `.value` leave, (batch, {heads}, past + length, {size}).
 `logits` are float32 (batch, length, {model.config.vocab_size})."""
     program = _PROGRAM.replace("ENDS", str(sorted(_ends(model, tokenizer))))
-    write_page(folder, model, config, measured, "text-generation", files, program, _error(measured))
+    write_page(folder, model, config, measured, "text-generation", files, program, tokens_error(measured))
 
 
 def _ends(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> set[int]:
@@ -82,7 +82,7 @@ def _ends(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> set[int
     return {int(token) for token in known if token is not None}
 
 
-def _error(measured: Mapping[str, Any]) -> str:
+def tokens_error(measured: Mapping[str, Any]) -> str:
     if measured["max_output_error"] is None:
         return "The difference from the trained model was not measured."
     said = (

@@ -99,17 +99,17 @@ def check_decoder(model: nn.Module) -> None:
     config = cast(Any, model).config
     activation = activation_name(config)
     if activation != "silu" and activation not in ACTIVATIONS:
-        raise _refused("activation", activation, ["silu", *sorted(ACTIVATIONS)])
+        raise refused("activation", activation, ["silu", *sorted(ACTIVATIONS)])
     if getattr(config, "use_sliding_window", False):
-        raise _refused("attention", "sliding", ["full"])
+        raise refused("attention", "sliding", ["full"])
     kind = (getattr(config, "rope_parameters", None) or {}).get("rope_type", "default")
     if kind not in _STATIC_ROTATIONS:
-        raise _refused("rotary embedding", kind, _STATIC_ROTATIONS)
+        raise refused("rotary embedding", kind, _STATIC_ROTATIONS)
     if getattr(config, "scale_attn_by_inverse_layer_idx", False) or not getattr(config, "scale_attn_weights", True):
-        raise _refused("attention", "scaled by layer or not at all", ["scaled by the size of a head"])
+        raise refused("attention", "scaled by layer or not at all", ["scaled by the size of a head"])
 
 
-def _refused(what: str, given: str, known: Sequence[str]) -> BayesLoraError:
+def refused(what: str, given: str, known: Sequence[str]) -> BayesLoraError:
     return BayesLoraError(
         f"the model's {what} is {given!r}, but format 'onnx' is for {', '.join(known)}: export 'merged' instead"
     )
@@ -118,6 +118,22 @@ def _refused(what: str, given: str, known: Sequence[str]) -> BayesLoraError:
 def activation_name(config: Any) -> str:
     """Return the name of the feed-forward network's activation."""
     return str(config.activation_function if config.model_type == "gpt2" else config.hidden_act)
+
+
+def activated(graph: Graph, activation: str, path: str, x: str) -> str:
+    """Add the activation of this name, called after the layer at `path`."""
+    if activation == "silu":
+        return graph("Mul", x, graph("Sigmoid", x, name=f"{path}.gate"), name=f"{path}.activation")
+    operator, attributes = ACTIVATIONS[activation]
+    return graph(operator, x, name=f"{path}.activation", **attributes)
+
+
+def root_mean_square_norm(graph: Graph, path: str, x: str, weight: str, epsilon: float) -> str:
+    """Add x / sqrt(mean(x^2) + epsilon) times the weight, over the last axis."""
+    squares = graph("Pow", x, graph.number(2.0), name=f"{path}.squares")
+    mean = graph("ReduceMean", squares, graph.integers(-1), name=f"{path}.mean", keepdims=1)
+    root = graph("Sqrt", graph("Add", mean, graph.number(epsilon), name=f"{path}.positive"), name=f"{path}.root")
+    return graph("Mul", graph("Div", x, root, name=f"{path}.scaled"), weight, name=path)
 
 
 def cache_sizes(config: Any) -> tuple[int, int, int]:
@@ -244,14 +260,7 @@ class Decoder:
         if isinstance(module, nn.LayerNorm):
             bias = self._constant(path, "bias")
             return graph("LayerNormalization", x, weight, bias, name=path, axis=-1, epsilon=float(module.eps))
-        squares = graph("Pow", x, graph.number(2.0), name=f"{path}.squares")
-        mean = graph("ReduceMean", squares, graph.integers(-1), name=f"{path}.mean", keepdims=1)
-        root = graph(
-            "Sqrt",
-            graph("Add", mean, graph.number(float(module.variance_epsilon)), name=f"{path}.positive"),
-            name=f"{path}.root",
-        )
-        return graph("Mul", graph("Div", x, root, name=f"{path}.scaled"), weight, name=path)
+        return root_mean_square_norm(graph, path, x, weight, float(module.variance_epsilon))
 
     def _block(self, path: str, number: int, x: str) -> str:
         graph, family = self.graph, self.family
@@ -261,17 +270,10 @@ class Decoder:
         rows = self._norm(second_norm, x)
         parts = [Part(f"{path}.{name}", share=self.layers.width(f"{path}.{name}")) for name in family.feed_forward]
         found = self.layers.linears(graph, f"{path}.feed_forward", parts, rows)
-        hidden = self._activated(parts[0].path, found[0])
+        hidden = activated(graph, activation_name(self.config), parts[0].path, found[0])
         if len(found) > 1:
             hidden = graph("Mul", hidden, found[1], name=f"{path}.gated")
         return graph("Add", x, self.layers.linear(graph, f"{path}.{family.down}", hidden), name=f"{path}.output")
-
-    def _activated(self, path: str, x: str) -> str:
-        activation = activation_name(self.config)
-        if activation == "silu":
-            return self.graph("Mul", x, self.graph("Sigmoid", x, name=f"{path}.gate"), name=f"{path}.activation")
-        operator, attributes = ACTIVATIONS[activation]
-        return self.graph(operator, x, name=f"{path}.activation", **attributes)
 
     def _attention(self, path: str, number: int, x: str) -> str:
         """Return softmax(q k^T / sqrt(d)) v of every head, through the output layer."""

@@ -8,11 +8,13 @@ from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
+from peft import PeftModel
 from torch import Tensor, nn
 
+from bayeslora.errors import BayesLoraError
 from bayeslora.export.agreement import compare
 from bayeslora.export.formats import inputs_for, output_error, output_of
-from bayeslora.export.onnx.reader import OnnxClassifier, OnnxDecoder
+from bayeslora.export.onnx.reader import OnnxClassifier, OnnxDecoder, OnnxEncoderDecoder
 from bayeslora.methods.layer import evaluation_mode
 
 
@@ -91,6 +93,55 @@ class MeasuredDecoder:
 
         def expected(row: Mapping[str, Tensor]) -> Tensor:
             return cast(Tensor, output_of(self.model, row))
+
+        with evaluation_mode(self.model):
+            return compare(expected, found, self.batches).summary()
+
+
+class MeasuredEncoderDecoder:
+    """Rows to compare the graphs of an encoder-decoder on, token by token of their answers.
+
+    Args:
+        model: in whose answers the difference is.
+        batches: of inputs with `labels` or `decoder_input_ids`; None stands for the model's `dummy_inputs`.
+    """
+
+    def __init__(self, model: nn.Module, batches: Iterable[Mapping[str, Tensor] | None]) -> None:
+        self.model = model
+        self.batches = [self._answers(batch) for batch in batches]
+
+    def _answers(self, batch: Mapping[str, Tensor] | None) -> dict[str, Tensor]:
+        """Return the answers as `compare` reads them, with the texts as `source` and `source_mask`."""
+        found = inputs_for(self.model, batch) or {}
+        base: Any = self.model.get_base_model() if isinstance(self.model, PeftModel) else self.model
+        answers = found.get("decoder_input_ids")
+        labels = None if batch is None else batch.get("labels")
+        if answers is None and labels is not None:
+            answers = base.prepare_decoder_input_ids_from_labels(labels=labels.to(found["input_ids"].device))
+        if answers is None:
+            raise BayesLoraError("a batch lacks labels, but an encoder-decoder is compared on its answers: add them")
+        ids = found["input_ids"]
+        mask = torch.ones_like(answers) if labels is None else (labels != -100).to(answers)
+        return {
+            "input_ids": answers,
+            "attention_mask": mask,
+            "source": ids,
+            "source_mask": found.get("attention_mask", torch.ones_like(ids)),
+        }
+
+    def errors(self, folder: Path) -> dict[str, Any]:
+        """Return the differences in the next tokens of the graphs in the folder."""
+        graph = OnnxEncoderDecoder(folder)
+
+        def asked(row: Mapping[str, Tensor]) -> dict[str, Tensor]:
+            names = {"input_ids": "source", "attention_mask": "source_mask", "decoder_input_ids": "input_ids"}
+            return {name: row[key] for name, key in names.items()}
+
+        def found(row: Mapping[str, Tensor]) -> Tensor:
+            return cast(Tensor, graph(**asked(row)).logits)
+
+        def expected(row: Mapping[str, Tensor]) -> Tensor:
+            return cast(Tensor, output_of(self.model, asked(row)))
 
         with evaluation_mode(self.model):
             return compare(expected, found, self.batches).summary()

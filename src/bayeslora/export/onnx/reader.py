@@ -11,11 +11,13 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 from transformers import AutoConfig
-from transformers.modeling_outputs import CausalLMOutput, SequenceClassifierOutput
+from transformers.modeling_outputs import CausalLMOutput, Seq2SeqLMOutput, SequenceClassifierOutput
 
 from bayeslora.errors import BayesLoraError, one_line
 
 MODEL_FILE = "model.onnx"
+ENCODER_FILE, DECODER_FILE = "encoder_model.onnx", "decoder_model.onnx"
+"""Files of an encoder-decoder."""
 CACHES = "past_key_values"
 """Beginning of the names of a decoder's inputs for keys and values."""
 
@@ -31,18 +33,21 @@ class _OnnxModel(nn.Module):
 
     def __init__(self, folder: Path) -> None:
         super().__init__()
-        options = onnxruntime.SessionOptions()
-        options.log_severity_level = _ERROR
-        try:
-            self.session = onnxruntime.InferenceSession(
-                folder / MODEL_FILE, options, providers=["CPUExecutionProvider"]
-            )
-            self.config = AutoConfig.from_pretrained(folder)
-        except Exception as error:  # the runtime raises what it meets
-            raise BayesLoraError(f"{folder} cannot be loaded ({one_line(error)}): export it again") from error
+        self.session, self.config = _opened(folder, MODEL_FILE)
         inputs = self.session.get_inputs()
         self.names = [each.name for each in inputs if not each.name.startswith(CACHES)]
         self.caches = {each.name: each.shape for each in inputs if each.name.startswith(CACHES)}
+
+
+def _opened(folder: Path, file: str) -> tuple[onnxruntime.InferenceSession, Any]:
+    """Load a graph and the configuration beside it."""
+    options = onnxruntime.SessionOptions()
+    options.log_severity_level = _ERROR
+    try:
+        session = onnxruntime.InferenceSession(folder / file, options, providers=["CPUExecutionProvider"])
+        return session, AutoConfig.from_pretrained(folder)
+    except Exception as error:  # the runtime raises what it meets
+        raise BayesLoraError(f"{folder} cannot be loaded ({one_line(error)}): export it again") from error
 
 
 class OnnxClassifier(_OnnxModel):
@@ -109,6 +114,39 @@ class OnnxDecoder(_OnnxModel):
         for name, (_, heads, _, size) in self.caches.items():
             feeds[name] = np.zeros((len(input_ids), heads, 0, size), dtype=np.float32)
         return CausalLMOutput(logits=torch.from_numpy(self.session.run(["logits"], feeds)[0]))
+
+
+class OnnxEncoderDecoder(nn.Module):
+    """The two graphs of an encoder-decoder, in onnxruntime on the CPU; it reads whole answers, without a cache.
+
+    Args:
+        folder: that `export` wrote with `format="onnx"`.
+
+    Raises:
+        BayesLoraError: files that are missing or damaged.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        super().__init__()
+        self.encoder, _ = _opened(folder, ENCODER_FILE)
+        self.decoder, self.config = _opened(folder, DECODER_FILE)
+        self.names = [each.name for each in self.encoder.get_outputs()]
+        self.caches = {each.name: each.shape for each in self.decoder.get_inputs() if ".decoder." in each.name}
+
+    def forward(
+        self, input_ids: Tensor, attention_mask: Tensor | None = None, decoder_input_ids: Tensor | None = None
+    ) -> Seq2SeqLMOutput:
+        """Return the logits (rows, length, words) for texts and a mask (rows, source), and answers (rows, length)."""
+        if decoder_input_ids is None:
+            raise BayesLoraError("decoder_input_ids is missing, but an encoder-decoder scores answers: give them")
+        mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
+        ids, shown = _integers(input_ids), _integers(mask)
+        read = dict(zip(self.names, self.encoder.run(None, {"input_ids": ids, "attention_mask": shown}), strict=True))
+        feeds = {name.replace("present", CACHES): values for name, values in read.items() if ".encoder." in name}
+        for name, (_, heads, _, size) in self.caches.items():
+            feeds[name] = np.zeros((len(ids), heads, 0, size), dtype=np.float32)
+        feeds |= {"input_ids": _integers(decoder_input_ids), "encoder_attention_mask": shown}
+        return Seq2SeqLMOutput(logits=torch.from_numpy(self.decoder.run(["logits"], feeds)[0]))
 
 
 def _integers(values: Tensor) -> NDArray[np.int64]:

@@ -1,4 +1,4 @@
-"""ONNX models of encoders with a classifier, and of decoders: merged in float32, or with the learned quantizers."""
+"""ONNX models of classifiers, decoders and encoder-decoders: merged in float32, or with the learned quantizers."""
 
 from __future__ import annotations
 
@@ -18,15 +18,17 @@ from bayeslora.errors import BayesLoraError
 from bayeslora.export.calibration import CODES, LayerInputs, inputs_of_plain_layers
 from bayeslora.export.formats import adapted_parts, to_take_apart
 from bayeslora.export.merged import TOLERANCE, merge_into_base
-from bayeslora.export.onnx import decoders, encoders
+from bayeslora.export.onnx import decoders, encoders, seq2seq
 from bayeslora.export.onnx.card import write_card
 from bayeslora.export.onnx.decoder_card import write_decoder_card
 from bayeslora.export.onnx.decoders import Decoder, is_decoder
 from bayeslora.export.onnx.encoders import IDS, MASK, Encoder
 from bayeslora.export.onnx.layers import Embedding, ProductLayers
-from bayeslora.export.onnx.measured import Measured, MeasuredDecoder, filled_inputs
+from bayeslora.export.onnx.measured import Measured, MeasuredDecoder, MeasuredEncoderDecoder, filled_inputs
 from bayeslora.export.onnx.products import BYTE, Grid, Product, array, learned, plain, rounded, rounded_rows
-from bayeslora.export.onnx.reader import MODEL_FILE
+from bayeslora.export.onnx.reader import DECODER_FILE, ENCODER_FILE, MODEL_FILE
+from bayeslora.export.onnx.seq2seq import EncoderDecoder, is_encoder_decoder
+from bayeslora.export.onnx.seq2seq_card import write_seq2seq_card
 from bayeslora.methods.layer import BayesLayer
 from bayeslora.methods.tuner import tuner_of
 from bayeslora.model_card import CARD_FILE
@@ -55,11 +57,13 @@ def export_onnx(
 
     A method that learned widths keeps its quantizers: the graph has codes of the weights, and static ranges of the
     activations. Any other adapter is merged in float32, a posterior at its mean. The graph of a decoder takes and
-    returns the keys and values of its blocks, under the names that Optimum gives them.
+    returns the keys and values of its blocks, under the names that Optimum gives them. An encoder-decoder is two
+    graphs, `encoder_model.onnx` and `decoder_model.onnx`.
 
     Args:
-        model: BERT, RoBERTa or DistilBERT for sequence classification, or Llama, Qwen2 or GPT-2 for causal language
-            modelling, with an adapter of this library or of PEFT's LoRA; left unchanged.
+        model: BERT, RoBERTa or DistilBERT for sequence classification, Llama, Qwen2 or GPT-2 for causal language
+            modelling, or T5 or mT5 for conditional generation, with an adapter of this library or of PEFT's LoRA; left
+            unchanged.
         path: folder for `model.onnx`, `config.json`, the tokenizer and a card, `README.md`; created if missing.
         adapter_name: by default the active adapter.
         batch: inputs to measure the error on, if `rows` is None; by default the model's `dummy_inputs`.
@@ -99,7 +103,11 @@ def export_onnx(
 
 def _input_names(base: nn.Module, tokenizer: PreTrainedTokenizerBase) -> list[str]:
     """Return the names of the inputs that rows have."""
-    return [IDS, MASK] if is_decoder(base) else encoders.input_names(base, tokenizer)
+    return [IDS, MASK] if _writes_text(base) else encoders.input_names(base, tokenizer)
+
+
+def _writes_text(base: nn.Module) -> bool:
+    return is_decoder(base) or is_encoder_decoder(base)
 
 
 def _measuring(
@@ -108,11 +116,13 @@ def _measuring(
     whole: PeftModel,
     batches: Iterable[Mapping[str, Tensor] | None],
     names: list[str],
-) -> Measured | MeasuredDecoder:
+) -> Measured | MeasuredDecoder | MeasuredEncoderDecoder:
     """Return what measures the error: from an encoder's outputs, or a decoder itself, whose are many."""
-    if not is_decoder(whole.get_base_model()):
+    base = whole.get_base_model()
+    if not _writes_text(base):
         return Measured(whole, batches, names)
-    return MeasuredDecoder(model if adapter_name is None else _copied(model, adapter_name)[0], batches)
+    original = model if adapter_name is None else _copied(model, adapter_name)[0]
+    return MeasuredDecoder(original, batches) if is_decoder(base) else MeasuredEncoderDecoder(original, batches)
 
 
 def _write_card(
@@ -124,7 +134,9 @@ def _write_card(
     names: list[str],
     result: Mapping[str, Any],
 ) -> None:
-    if is_decoder(base):
+    if is_encoder_decoder(base):
+        write_seq2seq_card(folder, base, config, result)
+    elif is_decoder(base):
         write_decoder_card(folder, base, config, tokenizer, result)
     else:
         write_card(folder, base, config, tokenizer, max_length, names, result)
@@ -154,12 +166,14 @@ def _copied(model: nn.Module, adapter_name: str | None) -> tuple[PeftModel, dict
 
 def _check_architecture(base: nn.Module) -> None:
     """Raise `BayesLoraError` for a model that no graph is written of."""
-    kind, known = type(base).__name__, sorted([*encoders.FAMILIES, *decoders.FAMILIES])
+    kind, known = type(base).__name__, sorted([*encoders.FAMILIES, *decoders.FAMILIES, *seq2seq.FAMILIES])
     if kind not in known:
         raise BayesLoraError(
             f"the model is a {kind}, but format 'onnx' is for {', '.join(known)}: export 'merged' instead"
         )
-    if is_decoder(base):
+    if is_encoder_decoder(base):
+        seq2seq.check_encoder_decoder(base)
+    elif is_decoder(base):
         decoders.check_decoder(base)
     else:
         encoders.check_encoder(base)
@@ -175,7 +189,7 @@ def _taken_apart(
     """Return the model without its adapter, and its layers on codes or merged."""
     if not any(_learns_widths(layer, name) for layer in layers.values()):
         return _merged(whole, name, unadapted)
-    is_encoder = not is_decoder(whole.get_base_model())
+    is_encoder = not _writes_text(whole.get_base_model())
     inputs = inputs_of_plain_layers(whole, calibration) if is_encoder else {}
     grids = {path: _best_grid(each) for path, each in inputs.items()}
     return _quantized(whole, layers, name, unadapted or UNADAPTED[0], grids)
@@ -197,7 +211,7 @@ def _embeddings(base: PreTrainedModel, linear: Mapping[str, Product], form: str)
     """Return the word embedding by its path: values, codes, or the path of the head that it is tied to."""
     words = cast(nn.Embedding, base.get_input_embeddings())
     names = {module: path for path, module in base.named_modules()}
-    head = base.get_output_embeddings() if is_decoder(base) else None
+    head = base.get_output_embeddings() if _writes_text(base) else None
     if head is not None and head.weight is words.weight and not linear[names[head]].widths:
         return {names[words]: names[head]}
     return {names[words]: array(words.weight) if form == "float32" else rounded_rows(words.weight)}
@@ -220,7 +234,7 @@ def _quantized(
         elif isinstance(module, (nn.Linear, Conv1D)):
             is_plain = unadapted == "float32" or f"{path}.".startswith(trained)
             linear[path] = plain(module) if is_plain else rounded(module, grids.get(path))
-    return base, ProductLayers(linear, _embeddings(base, linear, unadapted), in_blocks=is_decoder(base))
+    return base, ProductLayers(linear, _embeddings(base, linear, unadapted), in_blocks=_writes_text(base))
 
 
 def _learns_widths(layer: BayesLayer, name: str) -> bool:
@@ -237,11 +251,16 @@ def _best_grid(inputs: LayerInputs) -> Grid:
 def _save(
     folder: Path, base: PreTrainedModel, products: ProductLayers, names: list[str], tokenizer: PreTrainedTokenizerBase
 ) -> None:
-    """Write the graph, the configuration and the tokenizer."""
-    writer = Decoder(base, products) if is_decoder(base) else Encoder(base, products, names)
+    """Write the graph or graphs, the configuration and the tokenizer."""
     folder.mkdir(parents=True, exist_ok=True)
-    note = f"Written by bayeslora; {CARD_FILE} beside this file says how to run it."
-    writer.write().save(folder / MODEL_FILE, type(base).__name__, writer.inputs, writer.outputs, note)
+    called, note = type(base).__name__, f"Written by bayeslora; {CARD_FILE} beside this file says how to run it."
+    if is_encoder_decoder(base):
+        both = EncoderDecoder(base, products)
+        both.encoder().save(folder / ENCODER_FILE, called, *both.encoder_values, note)
+        both.decoder().save(folder / DECODER_FILE, called, *both.decoder_values, note)
+    else:
+        writer = Decoder(base, products) if is_decoder(base) else Encoder(base, products, names)
+        writer.write().save(folder / MODEL_FILE, called, writer.inputs, writer.outputs, note)
     base.config.architectures = [type(base).__name__]
     base.config.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
@@ -249,7 +268,7 @@ def _save(
 
 def _sizes(folder: Path, base: PreTrainedModel) -> dict[str, int]:
     return {
-        "file_bytes": (folder / MODEL_FILE).stat().st_size,
+        "file_bytes": sum(path.stat().st_size for path in folder.glob("*.onnx")),
         "float32_bytes": 4 * sum(parameter.numel() for parameter in base.parameters()),
     }
 

@@ -1,0 +1,171 @@
+"""ONNX encoder-decoders write, token by token with their caches, what the evaluated model writes."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from peft import LoraConfig, get_peft_model
+from torch import Tensor, nn
+from transformers import MT5Config, MT5ForConditionalGeneration, T5Config, T5ForConditionalGeneration
+
+from bayeslora import BayesLoraError, BLoraConfig, MeLoraConfig, export
+from tests.conftest import VOCABULARY, build_tiny_tokenizer
+from tests.methods.reference import FROZEN, RANK, layers_of, randomize, set_widths
+
+onnxruntime = pytest.importorskip("onnxruntime")
+pytest.importorskip("onnx")
+
+from bayeslora.export.onnx.reader import OnnxEncoderDecoder  # noqa: E402 - after the packages that it needs
+
+SIZES: dict[str, Any] = {
+    "vocab_size": len(VOCABULARY), "d_model": 32, "d_kv": 8, "d_ff": 64, "num_heads": 4, "num_layers": 2,
+    "num_decoder_layers": 3, "relative_attention_num_buckets": 8, "relative_attention_max_distance": 12,
+    "dropout_rate": 0.0, "decoder_start_token_id": 0, "eos_token_id": 3, "pad_token_id": 0,
+}  # fmt: skip
+WIDE = {"A_out": 32, "E_out": 32, "out": 32}
+BASES: dict[str, Any] = {
+    "t5": lambda: T5ForConditionalGeneration(T5Config(**SIZES)),
+    "t5-gated": lambda: T5ForConditionalGeneration(
+        T5Config(**SIZES, feed_forward_proj="gated-gelu", tie_word_embeddings=False, scale_decoder_outputs=False)
+    ),
+    "mt5": lambda: MT5ForConditionalGeneration(MT5Config(**SIZES)),
+}
+ALL = ["q", "k", "v", "o", "wi", "wo"]
+ASKED = torch.randint(5, len(VOCABULARY), (2, 19), generator=torch.Generator().manual_seed(1))
+SHOWN = torch.ones_like(ASKED)
+SHOWN[1, 14:] = 0
+BATCH = {"input_ids": ASKED, "attention_mask": SHOWN, "labels": ASKED[:, :9].masked_fill(SHOWN[:, 5:14] == 0, -100)}
+
+
+def _base(kind: str) -> nn.Module:
+    torch.manual_seed(0)
+    model = BASES[kind]()
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            own = torch.randn_like(parameter) / 4
+            parameter.copy_(1 + own if "layer_norm" in name else own * (8 if "relative" in name else 1))
+    return model.eval()
+
+
+class Cached:
+    """The graphs in `folder`, with the caches of the texts and tokens that they have read."""
+
+    def __init__(self, folder: Path) -> None:
+        encoder, self.decoder = (
+            onnxruntime.InferenceSession(folder / f"{name}_model.onnx") for name in ("encoder", "decoder")
+        )
+        names = [each.name for each in encoder.get_outputs()]
+        read = dict(
+            zip(names, encoder.run(None, {"input_ids": ASKED.numpy(), "attention_mask": SHOWN.numpy()}), strict=True)
+        )
+        self.states = torch.from_numpy(read.pop("last_hidden_state"))
+        self.read = {name.replace("present", "past_key_values"): values for name, values in read.items()}
+        self.past = {
+            each.name: np.zeros((len(ASKED), each.shape[1], 0, each.shape[3]), dtype=np.float32)
+            for each in self.decoder.get_inputs()
+            if ".decoder." in each.name
+        }
+
+    def __call__(self, new: Tensor) -> Tensor:
+        fed = {"input_ids": new.numpy(), "encoder_attention_mask": SHOWN.numpy(), **self.read, **self.past}
+        logits, *present = self.decoder.run(None, fed)
+        self.past = dict(zip(self.past, present, strict=True))
+        return torch.from_numpy(logits)
+
+
+@torch.no_grad()
+def _worst(model: nn.Module, folder: Path, steps: int = 20) -> float:
+    """The largest difference from the model, reading four tokens at once and then one by one, beyond the buckets."""
+    cached, ids = Cached(folder), torch.cat([torch.zeros(2, 1, dtype=torch.long), ASKED[:, :3]], dim=1)
+    encoded = model.get_encoder()(input_ids=ASKED, attention_mask=SHOWN).last_hidden_state  # type: ignore[operator]
+    worst = float((cached.states - encoded)[SHOWN.bool()].abs().max())
+    new = ids
+    for _ in range(steps):
+        found = cached(new)
+        expected = model(input_ids=ASKED, attention_mask=SHOWN, decoder_input_ids=ids).logits[:, -new.shape[1] :]
+        worst = max(worst, float((found - expected).abs().max()))
+        new = expected[:, -1].argmax(1, keepdim=True)
+        ids = torch.cat([ids, new], dim=1)
+    return worst
+
+
+@pytest.mark.parametrize(
+    ("kind", "method", "targets"),
+    [
+        ("t5", "lora", ALL),
+        ("t5", "melora", ["q", "v"]),
+        ("t5-gated", "blora", ["q", "wi_0", "wo"]),
+        ("mt5", "lora", ["q"]),
+    ],
+)
+def test_a_merged_model_writes_what_the_model_writes(
+    kind: str, method: str, targets: list[str], tmp_path: Path
+) -> None:
+    shared: dict[str, Any] = {"r": RANK, "target_modules": targets, "task_type": "SEQ_2_SEQ_LM"}
+    config = {
+        "lora": lambda: LoraConfig(init_lora_weights=False, **shared),
+        "melora": lambda: MeLoraConfig(init_weights=False, num_examples=9, **shared),
+        "blora": lambda: BLoraConfig(init_weights=False, mode="ra", **shared),
+    }[method]()
+    model = get_peft_model(_base(kind), config).eval()
+    result = export(model, tmp_path, format="onnx", tokenizer=build_tiny_tokenizer(), batch=BATCH)
+    assert result["rows"] == 2 and result["widened"] is None and result["changed"] == 0
+    assert result["divergence"] < 1e-6 and "loss_after" in result
+    assert result["file_bytes"] == sum(path.stat().st_size for path in tmp_path.glob("*.onnx"))
+    assert _worst(model, tmp_path) < 1e-4 * max(1.0, result["max_output"])
+    whole = OnnxEncoderDecoder(tmp_path)(ASKED, SHOWN, ASKED[:, :5]).logits
+    with torch.no_grad():
+        expected = model(input_ids=ASKED, attention_mask=SHOWN, decoder_input_ids=ASKED[:, :5]).logits
+    torch.testing.assert_close(whole, expected, atol=1e-3, rtol=1e-4)
+
+
+@pytest.mark.parametrize("activations", [True, False])
+def test_learned_widths_are_in_the_graphs(activations: bool, tmp_path: Path) -> None:
+    config = BLoraConfig(
+        r=RANK, target_modules=ALL, task_type="SEQ_2_SEQ_LM", init_weights=False, quantize_input=activations
+    )
+    model = get_peft_model(_base("t5"), config)
+    generator = torch.Generator().manual_seed(3)
+    for layer in layers_of(model):
+        randomize(layer, generator, FROZEN)
+        set_widths(layer, weight=8, A=8, E=8, B=8, **WIDE, **({"in": 16} if activations else {}))
+    result = export(
+        model.eval(), tmp_path, format="onnx", tokenizer=build_tiny_tokenizer(), batch=BATCH, unadapted="float32",
+        allow_error=True,
+    )  # fmt: skip
+    assert result["file_bytes"] < 2 * result["float32_bytes"]
+    # onnxruntime rounds the inputs of products with codes to 8 bits where no grid is learned.
+    assert result["divergence"] < (0.05 if not activations else 1e-3)
+
+
+def test_the_cards_program_writes_what_the_model_writes(tmp_path: Path) -> None:
+    """In an environment with neither this library nor torch."""
+    config = LoraConfig(r=RANK, target_modules=ALL, task_type="SEQ_2_SEQ_LM", init_lora_weights=False)
+    model, tokenizer = get_peft_model(_base("t5"), config).eval(), build_tiny_tokenizer()
+    export(model, tmp_path, format="onnx", tokenizer=tokenizer, batch=BATCH)
+    (program,) = re.findall(r"```python\n(.*?)```", (tmp_path / "README.md").read_text(encoding="utf-8"), re.DOTALL)
+    alone = "import sys\nfor name in ('bayeslora', 'torch', 'transformers', 'peft'):\n    sys.modules[name] = None\n"
+    code = f"{alone}{program.replace('summarize: The film is long, and it is good.', 'the film was good')}"
+    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, check=True)
+    ids = tokenizer("the film was good", return_tensors="pt")["input_ids"]
+    written = model.generate(input_ids=ids, max_new_tokens=40, do_sample=False, use_cache=False)[0, 1:].tolist()
+    kept = written[: written.index(3)] if 3 in written else written
+    assert done.stdout.strip() == tokenizer.decode(kept, skip_special_tokens=True).strip()
+
+
+def test_what_has_no_graph_is_refused(tmp_path: Path) -> None:
+    config = LoraConfig(r=RANK, target_modules=["q"], task_type="SEQ_2_SEQ_LM")
+    model = get_peft_model(_base("t5"), config)
+    options: dict[str, Any] = {"format": "onnx", "tokenizer": build_tiny_tokenizer()}
+    with pytest.raises(BayesLoraError, match="lacks labels, but an encoder-decoder is compared on its answers"):
+        export(model, tmp_path, batch={"input_ids": ASKED}, **options)
+    model.get_base_model().config.dense_act_fn = "tanh"
+    with pytest.raises(BayesLoraError, match="activation is 'tanh', but format 'onnx' is for silu, gelu"):
+        export(model, tmp_path, batch=BATCH, **options)
