@@ -21,7 +21,7 @@ from bayeslora.cli.main import main
 from bayeslora.data import load_files
 from bayeslora.errors import BayesLoraError
 from tests.cli.conftest import review_rows, write_jsonl
-from tests.conftest import build_tiny_bert, build_tiny_tokenizer
+from tests.conftest import build_tiny_bert, build_tiny_llama, build_tiny_tokenizer
 
 
 def config(**options: Any) -> bayeslora.MeLoraConfig:
@@ -178,3 +178,144 @@ def test_a_head_for_the_same_labels_in_another_order_is_told(tmp_path: Path) -> 
 def test_lora_of_peft_is_trained_as_before(tiny_bert: PreTrainedModel, tmp_path: Path) -> None:
     model = get_peft_model(tiny_bert, LoraConfig(r=2, target_modules=["query"], task_type="SEQ_CLS"))
     assert bayeslora.attach(trainer(model, tmp_path / "out")).train().global_step == 1
+
+
+BATCH = {
+    "input_ids": torch.tensor([[2, 5, 9, 3], [2, 7, 3, 0]]),
+    "attention_mask": torch.tensor([[1] * 4, [1, 1, 1, 0]]),
+}
+
+
+def plain_lora(**options: Any) -> Any:
+    lora = LoraConfig(r=2, target_modules=["query"], init_lora_weights=False, **options)
+    return get_peft_model(build_tiny_bert(), lora).eval()
+
+
+@pytest.mark.parametrize(
+    "call",
+    [
+        lambda model, folder: bayeslora.attach(trainer(model, folder)),
+        lambda model, folder: bayeslora.BayesLoop(
+            model, torch.optim.AdamW(bayeslora.parameter_groups(model, lr=0.1)), 4, num_examples=4
+        ),
+        lambda model, folder: bayeslora.export(model, folder, "lora"),
+        lambda model, folder: bayeslora.export(model, folder, "packed"),
+    ],
+)
+def test_an_adapter_in_the_base_weights_is_neither_trained_nor_exported(
+    call: Callable[[Any, Path], object], tiny_bert: PreTrainedModel, tmp_path: Path
+) -> None:
+    model = get_peft_model(tiny_bert, config())
+    model.merge_adapter()
+    with pytest.raises(BayesLoraError, match="merged into .*: call unmerge_adapter first"):
+        call(model, tmp_path / "out")
+
+
+@pytest.mark.parametrize(
+    "call",
+    [
+        bayeslora.MCDropout,
+        lambda model: bayeslora.truncate_rank(model, 1),
+        lambda model: bayeslora.bayesianize(model, BATCH),
+    ],
+)
+def test_lora_in_the_base_weights_is_not_read_beside_them(call: Callable[[Any], object]) -> None:
+    model = plain_lora(lora_dropout=0.1)
+    model.merge_adapter()
+    with pytest.raises(BayesLoraError, match="merged into the base weights, .*: call unmerge_adapter first"):
+        call(model)
+
+
+def test_tokens_that_an_adapter_trains_are_not_lost_by_a_cut() -> None:
+    with pytest.raises(BayesLoraError, match="has trainable_token_indices, but must be plain LoRA"):
+        bayeslora.truncate_rank(plain_lora(trainable_token_indices={"word_embeddings": [5]}), 1)
+
+
+@pytest.mark.parametrize(
+    ("method", "kind"),
+    [
+        (bayeslora.MeLoraConfig, "lora"),
+        (bayeslora.MeLoraConfig, "packed"),
+        (bayeslora.MeLoraConfig, "merged"),
+        (LoraConfig, "merged"),
+    ],
+)
+def test_one_of_several_active_adapters_is_exported_by_name(
+    method: Callable[..., Any], kind: str, tiny_bert: PreTrainedModel, tmp_path: Path
+) -> None:
+    model: Any = get_peft_model(tiny_bert, method(r=2, target_modules=["query"]))
+    model.add_adapter("second", method(r=2, target_modules=["query"]))
+    model.base_model.set_adapter(["default", "second"])
+    with pytest.raises(BayesLoraError, match="'second'. are active, but one is exported at a time: give adapter_name"):
+        bayeslora.export(model, tmp_path / "out", kind)
+    bayeslora.export(model, tmp_path / "out", kind, adapter_name="second")
+
+
+def added_by_transformers(folder: Path) -> PreTrainedModel:
+    model = build_tiny_bert()
+    model.add_adapter(config())
+    return model
+
+
+def loaded_by_transformers(folder: Path) -> Any:
+    model: Any = build_tiny_bert()
+    get_peft_model(build_tiny_bert(), config()).save_pretrained(folder)
+    model.load_adapter(str(folder))
+    return model
+
+
+@pytest.mark.parametrize("make", [added_by_transformers, loaded_by_transformers])
+@pytest.mark.parametrize(
+    "call",
+    [
+        lambda model, folder: bayeslora.attach(trainer(model, folder)),
+        lambda model, folder: bayeslora.parameter_groups(model, lr=0.1),
+        lambda model, folder: bayeslora.export(model, folder, "lora"),
+        lambda model, folder: bayeslora.describe(model),
+        lambda model, folder: bayeslora.shrink(model),
+    ],
+)
+def test_an_adapter_of_transformers_own_is_refused_where_its_method_is_needed(
+    make: Callable[[Path], Any], call: Callable[[Any, Path], object], tmp_path: Path
+) -> None:
+    with pytest.raises(BayesLoraError, match=r"Transformers has put an adapter .*: use get_peft_model\(model, config"):
+        call(make(tmp_path), tmp_path / "out")
+
+
+def test_an_adapter_of_transformers_own_predicts(tmp_path: Path) -> None:
+    assert bayeslora.predict(loaded_by_transformers(tmp_path), BATCH, samples=2).probabilities.shape == (2, 2)
+
+
+def test_padding_without_a_mask_is_padding() -> None:
+    adapter = bayeslora.MeLoraConfig(r=2, target_modules=["q_proj", "v_proj"], task_type="CAUSAL_LM")
+    model = get_peft_model(build_tiny_llama(), adapter).eval()
+    for name, parameter in model.named_parameters():
+        if "melora_B" in name:
+            torch.nn.init.normal_(parameter)
+    prompts = torch.tensor([[2, 5, 9, 11], [0, 0, 7, 20]])
+    masked = bayeslora.generate(model, prompts, (prompts != 0).long(), samples=3, max_new_tokens=6)
+    unmasked = bayeslora.generate(model, prompts, samples=3, max_new_tokens=6)
+    assert torch.equal(masked.tokens, unmasked.tokens)
+    assert torch.equal(masked.mutual_information, unmasked.mutual_information)
+
+
+@pytest.mark.parametrize(
+    ("inputs", "message"),
+    [
+        (([[2, 5]],), r"input_ids are a list, but must be a tensor of token ids: give tokenizer\("),
+        ((BATCH,), "input_ids are a dict, but must be a tensor of token ids"),
+        ((torch.ones(1, 3),), "input_ids are of torch.float32, but must be a tensor of token ids"),
+        ((torch.ones(2, 3).long(), torch.ones(1, 3)), r"the attention mask has shape \(1, 3\), but must be \(2, 3\)"),
+    ],
+)
+def test_prompts_of_another_form_are_told(inputs: tuple[Any, ...], message: str) -> None:
+    with pytest.raises(BayesLoraError, match=message):
+        bayeslora.generate(build_tiny_llama(), *inputs, samples=0)
+
+
+@pytest.mark.parametrize("ids", [torch.tensor([2, 5, 3]), torch.ones(0, 3).long(), torch.ones(1, 3)])
+@pytest.mark.parametrize("samples", [0, 2])
+def test_batches_of_another_form_are_told(ids: torch.Tensor, samples: int, tiny_bert: PreTrainedModel) -> None:
+    model = get_peft_model(tiny_bert, config())
+    with pytest.raises(BayesLoraError, match=r"input_ids are .*, but must be whole numbers of \(rows, tokens"):
+        bayeslora.predict(model, {"input_ids": ids}, samples=samples)

@@ -18,7 +18,7 @@ from transformers.pytorch_utils import Conv1D
 
 from bayeslora.errors import BayesLoraError
 from bayeslora.methods.layer import BayesLayer
-from bayeslora.methods.tuner import BayesTuner, tuner_of
+from bayeslora.methods.tuner import BayesTuner, check_has_tuner, tuner_of
 
 FORMATS = {
     "gguf": "bayeslora.export.gguf.writer",
@@ -80,7 +80,11 @@ def shrink(model: nn.Module, adapter_name: str | None = None) -> dict[str, int]:
 
     Returns:
         The rank of each layer by name; ranks may be 0.
+
+    Raises:
+        BayesLoraError: if Transformers has added the adapter, which has no configuration then to record ranks in.
     """
+    check_has_tuner(model)
     tuner = tuner_of(model)
     return {} if tuner is None else tuner.shrink(adapter_name)
 
@@ -89,8 +93,10 @@ def adapted_parts(model: nn.Module, adapter_name: str | None) -> tuple[PeftModel
     """Return the PEFT model inside `model`, its tuner, and the name of the adapter, by default the active one.
 
     Raises:
-        BayesLoraError: if the model lacks an adapter of this library, or one of that name.
+        BayesLoraError: if the model lacks an adapter of this library, or one of that name; if several are active and
+            none is named; if one is merged.
     """
+    check_has_tuner(model)
     tuner = tuner_of(model)
     inner = next((module for module in model.modules() if isinstance(module, PeftModel)), None)
     if tuner is None or inner is None:
@@ -102,9 +108,10 @@ def adapted_parts(model: nn.Module, adapter_name: str | None) -> tuple[PeftModel
         raise BayesLoraError(
             f"{type(model).__name__} has no adapter of bayeslora, but this format needs one: {way_out}"
         )
-    name = adapter_name or tuner.active_adapters[0]
+    name = adapter_name or only_active(inner)
     if name not in inner.peft_config:
         raise BayesLoraError(f"the model has no adapter {name!r}: give the name of one of its adapters")
+    check_unmerged(tuner.named_layers(name))
     return inner, tuner, name
 
 
@@ -142,6 +149,17 @@ def _second(parameter: nn.Parameter) -> nn.Parameter:
     return nn.Parameter(parameter.data, requires_grad=parameter.requires_grad)
 
 
+def only_active(model: PeftModel) -> str:
+    """Return the name of the active adapter; raise `BayesLoraError` if there are several, of which one is exported."""
+    active = list(cast(Any, model.base_model).active_adapters)
+    if len(active) != 1:
+        raise BayesLoraError(
+            f"adapters {sorted(active)} are active, but one is exported at a time: give adapter_name, or call "
+            "set_adapter with one"
+        )
+    return str(active[0])
+
+
 def check_unmerged(layers: Mapping[str, Any]) -> None:
     """Raise `BayesLoraError` if an adapter is merged into one of the layers."""
     for key, layer in layers.items():
@@ -165,10 +183,9 @@ def to_take_apart(model: PeftModel, tuner: BayesTuner, name: str) -> tuple[PeftM
     """Return a copy of the model with adapter `name` active, in evaluation mode, and its adapted layers by path.
 
     Raises:
-        BayesLoraError: an adapter is merged, or a base weight is not in floating point.
+        BayesLoraError: a base weight is not in floating point.
     """
     layers: dict[str, BayesLayer] = tuner.named_layers(name)
-    check_unmerged(layers)
     check_floating_point(layers, name)
     whole = sharing_base(model, tuner)
     whole.set_adapter(name)

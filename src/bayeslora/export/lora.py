@@ -23,7 +23,7 @@ from torch import Tensor, nn
 
 from bayeslora.errors import BayesLoraError
 from bayeslora.export.draws import Factors, check_draws, check_members, drawn
-from bayeslora.export.formats import adapted_parts, inputs_for, output_error, output_of, saved_state
+from bayeslora.export.formats import adapted_parts, inputs_for, only_active, output_error, output_of, saved_state
 from bayeslora.methods.config import KEPT_FIELDS
 from bayeslora.methods.layer import BayesLayer
 from bayeslora.methods.tuner import BayesTuner, describe, tuner_of
@@ -98,7 +98,7 @@ def _export_draws(
     tuner: BayesTuner | None
     check_draws(model, draws, seed, posterior)
     if posterior is not None and not uniform and tuner_of(model) is None and isinstance(model, PeftModel):
-        inner, tuner, name = model, None, adapter_name or model.active_adapter
+        inner, tuner, name = model, None, adapter_name or only_active(model)
     else:
         inner, tuner, name = adapted_parts(model, adapter_name)
     found = []

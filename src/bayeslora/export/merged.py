@@ -22,6 +22,7 @@ from bayeslora.export.formats import (
     check_unmerged,
     inputs_for,
     lora_layers,
+    only_active,
     output_error,
     output_of,
     sharing_base,
@@ -95,7 +96,7 @@ def export_merged(
 def _parts(model: nn.Module, adapter_name: str | None) -> tuple[PeftModel, BayesTuner | None, str]:
     """Return the PEFT model, its tuner (None of PEFT's LoRA) and the name of the adapter to merge."""
     if tuner_of(model) is None and isinstance(model, PeftModel):
-        name = adapter_name or model.active_adapter
+        name = adapter_name or only_active(model)
         if lora_layers(model.get_base_model(), name):
             return model, None, name
     return adapted_parts(model, adapter_name)

@@ -314,6 +314,18 @@ def tuner_of(model: nn.Module) -> BayesTuner | None:
     return None
 
 
+def check_has_tuner(model: nn.Module) -> None:
+    """Refuse adapted layers without their tuner, which `add_adapter` and `from_pretrained` of Transformers leave out.
+
+    Such a model predicts, but nothing in it trains the adapter by its method, describes it or exports it.
+    """
+    if tuner_of(model) is None and any(isinstance(module, BayesLayer) for module in model.modules()):
+        raise BayesLoraError(
+            f"Transformers has put an adapter into {type(model).__name__}, without what trains, describes and exports "
+            "it: use get_peft_model(model, config), or PeftModel.from_pretrained(model, folder)"
+        )
+
+
 def describe(model: nn.Module, adapter_name: str | None = None) -> list[LayerDescription]:
     """Describe every adapted layer of `model`, in its order; return an empty list for a model without adapters.
 
@@ -322,8 +334,9 @@ def describe(model: nn.Module, adapter_name: str | None = None) -> list[LayerDes
         adapter_name: which adapter; by default the active one.
 
     Raises:
-        BayesLoraError: if the model has no adapter of that name.
+        BayesLoraError: if the model has no adapter of that name, or one that Transformers has added.
     """
+    check_has_tuner(model)
     tuner = tuner_of(model)
     if tuner is not None:
         found = tuner.describe(adapter_name)

@@ -214,9 +214,11 @@ def load_posterior(model: nn.Module, folder: str | os.PathLike[str]) -> WeightPo
 
 
 def check_unmerged(model: nn.Module) -> None:
-    """Raise `BayesLoraError` if an adapter is merged into the base weights, where draws cannot reach it."""
+    """Raise `BayesLoraError` if an adapter is merged into the base weights, where draws and training miss it."""
     if any(isinstance(module, BaseTunerLayer) and module.merged for module in model.modules()):
-        raise BayesLoraError("the adapter is merged, but its weights are drawn apart: call unmerge_adapter first")
+        raise BayesLoraError(
+            "an adapter is merged into the base weights, but must be apart: call unmerge_adapter first"
+        )
 
 
 def _whole(tensor: Any) -> Tensor:

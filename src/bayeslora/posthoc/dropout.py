@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from bayeslora.errors import BayesLoraError
 from bayeslora.methods.variational import posterior_mean
+from bayeslora.posterior.saved import check_unmerged
 from bayeslora.prediction import Logits, Sampler
 from bayeslora.prediction.predict import seeded
 
@@ -26,10 +27,11 @@ class MCDropout:
         model: a model trained with dropout.
 
     Raises:
-        BayesLoraError: the model lacks dropout, so that every sample would be the same.
+        BayesLoraError: the model lacks dropout, so that every sample would be the same, or an adapter is merged.
     """
 
     def __init__(self, model: nn.Module) -> None:
+        check_unmerged(model)
         self.model = model
         self._dropouts = [m for m in model.modules() if isinstance(m, nn.modules.dropout._DropoutNd)]
         rates = sorted({module.p for module in self._dropouts})

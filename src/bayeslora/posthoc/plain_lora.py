@@ -9,13 +9,20 @@ from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 
 from bayeslora.errors import BayesLoraError
+from bayeslora.posterior.saved import check_unmerged
+
+_UNUSUAL = (
+    *("use_dora", "lora_bias", "target_parameters", "trainable_token_indices"),
+    *("layer_replication", "alora_invocation_tokens"),
+)
+"""Fields of a LoRA config that make the adapter more than A and B beside linear layers."""
 
 
 def only_lora(model: nn.Module) -> tuple[str, Any]:
     """Return the name and the configuration of the only adapter of `model`.
 
     Raises:
-        BayesLoraError: the model does not have exactly one adapter, or that is not LoRA of A and B alone.
+        BayesLoraError: the model does not have exactly one adapter, or that is merged or not LoRA of A and B alone.
     """
     configs = getattr(model, "peft_config", None) if isinstance(model, PeftModel) else None
     kinds = [str(getattr(config.peft_type, "value", config.peft_type)) for config in (configs or {}).values()]
@@ -24,8 +31,9 @@ def only_lora(model: nn.Module) -> tuple[str, Any]:
             f"the model ({type(model).__name__}) has the adapters {', '.join(kinds) or 'none'}, but must have exactly "
             "one LORA: load that one alone"
         )
+    check_unmerged(model)
     name, config = next(iter(configs.items()))
-    unusual = [field for field in ("use_dora", "lora_bias", "target_parameters") if getattr(config, field, None)]
+    unusual = [field for field in _UNUSUAL if getattr(config, field, None)]
     if config.bias not in ("none", "all"):
         unusual.append(f"bias={config.bias!r}")
     if unusual:

@@ -97,7 +97,8 @@ def generate(
     Args:
         model: a causal or encoder-decoder language model with an adapter that has a posterior; or the saved posterior
             of its weights.
-        input_ids, attention_mask: (B, T) prompts; padded on the left for decoder-only models, as always.
+        input_ids, attention_mask: (B, T) prompts; padded on the left for decoder-only models, as always. Without a
+            mask, the padding token is padding, unless it ends texts too.
         samples: S, the draws of the weights; 0 generates once with the mean weights, for any model.
         seed: seed of the draws and of `do_sample`.
         uncertainty: score each sequence under all draws, not only its own; this takes S passes over all sequences.
@@ -136,6 +137,26 @@ def generate_tokens(
     return tokens.clone(), _until_end(tokens, run.end)
 
 
+def _check_prompts(input_ids: Any, attention_mask: Any) -> None:
+    """Raise `BayesLoraError` for anything but (B, T) token ids with a mask of their shape."""
+    if not isinstance(input_ids, Tensor) or input_ids.is_floating_point():
+        given = f"of {input_ids.dtype}" if isinstance(input_ids, Tensor) else f"a {type(input_ids).__name__}"
+        raise BayesLoraError(
+            f"input_ids are {given}, but must be a tensor of token ids: give "
+            'tokenizer(prompts, padding=True, return_tensors="pt").input_ids'
+        )
+    if input_ids.ndim != 2 or not input_ids.numel():
+        raise BayesLoraError(
+            f"input_ids have shape {tuple(input_ids.shape)}, but must be (prompts, tokens): tokenize the prompts"
+        )
+    if attention_mask is not None and getattr(attention_mask, "shape", None) != input_ids.shape:
+        shape = tuple(getattr(attention_mask, "shape", ()))
+        raise BayesLoraError(
+            f"the attention mask has shape {shape}, but must be {tuple(input_ids.shape)} as the prompts: give the "
+            "tokenizer's, or leave it out"
+        )
+
+
 class _Run:
     """State of one call: the weights, and B prompts to answer with their mean or under every draw."""
 
@@ -154,15 +175,10 @@ class _Run:
         self.model = self.weights.model
         if answers not in ("draws", "mean"):
             raise BayesLoraError(f"answers is {answers!r}, but must be 'draws' or 'mean': give one of them")
-        if input_ids.ndim != 2 or not input_ids.numel():
-            raise BayesLoraError(
-                f"input_ids have shape {tuple(input_ids.shape)}, but must be (prompts, tokens): tokenize the prompts"
-            )
+        _check_prompts(input_ids, attention_mask)
         if options.pop("return_dict_in_generate", False):
             raise BayesLoraError("return_dict_in_generate is True, but generate returns a Generation: leave it out")
         self.device = next(self.model.parameters()).device
-        mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
-        self.prompts = {"input_ids": input_ids.to(self.device), "attention_mask": mask.to(self.device)}
         self.owners = [_MEAN] if samples == 0 or answers == "mean" else list(range(samples))
         base: Any = self.model.get_base_model() if hasattr(self.model, "get_base_model") else self.model  # type: ignore[operator]
         config = base.config
@@ -171,6 +187,11 @@ class _Run:
         self.parameters = inspect.signature(base.forward).parameters
         self.end = _ids(options.get("eos_token_id", getattr(self.settings, "eos_token_id", None)))
         self.padding = options.get("pad_token_id", getattr(self.settings, "pad_token_id", None))
+        if attention_mask is None:  # as Transformers does, where padding and the end of a text are told apart
+            attention_mask = torch.ones_like(input_ids)
+            if self.padding is not None and self.padding not in self.end:
+                attention_mask = input_ids.ne(self.padding).long()
+        self.prompts = {"input_ids": input_ids.to(self.device), "attention_mask": attention_mask.to(self.device)}
         if self.padding is None:
             self.padding = self.end[0] if self.end else 0
         self.options = {**options, "pad_token_id": self.padding}

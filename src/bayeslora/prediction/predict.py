@@ -318,6 +318,12 @@ def _inputs(batch: Any, device: torch.device) -> dict[str, Tensor]:
                 'tokenize with return_tensors="pt" or drop the column'
             )
         inputs[name] = value.to(device)
+    ids = inputs.get("input_ids")
+    if ids is not None and (ids.ndim < 2 or not len(ids) or ids.is_floating_point()):
+        raise BayesLoraError(
+            f"input_ids are {str(ids.dtype).removeprefix('torch.')} of shape {tuple(ids.shape)}, but must be whole "
+            "numbers of (rows, tokens), with at least one row: give a batch of the tokenizer's output"
+        )
     return inputs
 
 

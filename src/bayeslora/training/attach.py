@@ -11,8 +11,9 @@ from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState,
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from bayeslora.errors import BayesLoraError
-from bayeslora.methods.tuner import BayesTuner, tuner_of
+from bayeslora.methods.tuner import BayesTuner, check_has_tuner, tuner_of
 from bayeslora.posterior import unwrapped
+from bayeslora.posterior.saved import check_unmerged
 from bayeslora.training.best_model import check_best_model, forget_early_best
 from bayeslora.training.hooks import check_sharding
 from bayeslora.training.loop import BayesLoop
@@ -64,12 +65,14 @@ def attach(
         raise BayesLoraError("attach was called before with other arguments, but works once: build a new Trainer")
     if trainer.model is None or attached:
         return trainer
+    check_has_tuner(trainer.model)
     by_ivon = optimizer is not None or uses_ivon(trainer)
     correct_loss_scale(trainer)
     tuner = tuner_of(trainer.model)
     if tuner is None and not by_ivon:
         return trainer
     _check_distribution(trainer, tuner, by_ivon)
+    check_unmerged(trainer.model)
     if tuner is not None:
         _check_trainable(trainer.model, tuner)
     _choose_optimizer(trainer, num_examples, optimizer)

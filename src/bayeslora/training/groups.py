@@ -6,7 +6,7 @@ from typing import Any
 
 from torch import nn
 
-from bayeslora.methods.tuner import tuner_of
+from bayeslora.methods.tuner import check_has_tuner, tuner_of
 
 ROLE = "bayeslora_role"
 """Key in an optimizer group for the role of its parameters; saved with the optimizer's state."""
@@ -28,6 +28,7 @@ def parameter_groups(
     Returns:
         Dictionaries with `params`, `lr`, `weight_decay` and the group's role under `ROLE`.
     """
+    check_has_tuner(model)
     tuner = tuner_of(model)
     groups: dict[tuple[str, bool], list[nn.Parameter]] = {}
     for name, parameter in model.named_parameters():

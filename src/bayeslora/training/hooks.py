@@ -19,6 +19,7 @@ from bayeslora.methods.tuner import BayesTuner, TrainingSetup
 from bayeslora.optim import IVON
 from bayeslora.posterior import save_posterior
 from bayeslora.posterior.draws import is_sharded, local
+from bayeslora.posterior.saved import check_unmerged
 from bayeslora.training.groups import ROLE
 from bayeslora.vocabulary import CostScope
 
@@ -75,6 +76,7 @@ class MethodHook(LoopHook):
         self._share: tuple[object, dict[str, float]] | None = None
 
     def begin(self, total_steps: int) -> None:
+        check_unmerged(self.model)
         if is_sharded(self.model):
             check_sharding(self.tuner)
         has_posterior = hasattr(self.optimizer, "posterior")

@@ -14,7 +14,7 @@ from transformers import PreTrainedModel
 
 from bayeslora._peft import AuxiliaryTrainingWrapper
 from bayeslora.errors import BayesLoraError
-from bayeslora.export.formats import adapted_parts, lora_layers, to_take_apart, upright
+from bayeslora.export.formats import adapted_parts, lora_layers, only_active, to_take_apart, upright
 from bayeslora.export.gguf.architectures import Architecture, Names, architecture_of
 from bayeslora.export.gguf.blocks import Array
 from bayeslora.export.gguf.layers import UNADAPTED, Weight, array, learned_weight, update_of
@@ -119,7 +119,7 @@ def _check(base: PreTrainedModel, layers: Mapping[str, nn.Module], form: str, un
 def _copied(model: nn.Module, adapter_name: str | None) -> tuple[PeftModel, dict[str, nn.Module], str]:
     """Return a copy of the model to take apart, its layers with an adapter by path, and the adapter's name."""
     if tuner_of(model) is None and isinstance(model, PeftModel):
-        name = adapter_name or model.active_adapter
+        name = adapter_name or only_active(model)
         layers = lora_layers(model.get_base_model(), name)
         if not layers:
             raise BayesLoraError(f"the model has no LoRA {name!r}: give a model with its adapter")

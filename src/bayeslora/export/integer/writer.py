@@ -25,7 +25,6 @@ from bayeslora.export.container import pack, write_container
 from bayeslora.export.formats import (
     adapted_parts,
     check_floating_point,
-    check_unmerged,
     inputs_for,
     output_error,
     output_of,
@@ -110,7 +109,6 @@ def _check(model: PeftModel, layers: Mapping[str, BayesLayer], name: str) -> Non
             f"{type(base).__name__} is not a Transformers model, but only those can be loaded again: "
             "export 'packed' instead"
         )
-    check_unmerged(layers)
     for key, layer in layers.items():
         if layer.packed_tensors(name) is None:
             raise BayesLoraError(

@@ -16,7 +16,7 @@ from transformers.pytorch_utils import Conv1D
 from bayeslora._peft import AuxiliaryTrainingWrapper
 from bayeslora.errors import BayesLoraError
 from bayeslora.export.calibration import CODES, LayerInputs, inputs_of_plain_layers
-from bayeslora.export.formats import adapted_parts, to_take_apart
+from bayeslora.export.formats import adapted_parts, only_active, to_take_apart
 from bayeslora.export.merged import TOLERANCE, merge_into_base
 from bayeslora.export.onnx import decoders, encoders, seq2seq
 from bayeslora.export.onnx.card import write_card
@@ -158,7 +158,7 @@ def _copied(model: nn.Module, adapter_name: str | None) -> tuple[PeftModel, dict
     """Return a copy of the model to take apart, its layers with an adapter of this library, and the adapter's name."""
     if tuner_of(model) is None and isinstance(model, PeftModel):
         _check_architecture(model.get_base_model())
-        return copy.deepcopy(model).eval(), {}, adapter_name or model.active_adapter
+        return copy.deepcopy(model).eval(), {}, adapter_name or only_active(model)
     original, tuner, name = adapted_parts(model, adapter_name)
     _check_architecture(original.get_base_model())
     return *to_take_apart(original, tuner, name), name
