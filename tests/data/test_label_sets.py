@@ -106,3 +106,15 @@ def test_inspect_counts_each_label(tmp_path: Path) -> None:
     found = inspect_file(file, ["text"], "x,y", held_out=HoldOut(0.2))
     assert found.evaluation is not None and not found.problems and found.guessed == []
     assert found.training.labels == {"x": 4, "y": 8} and found.evaluation.labels == {"x": 1, "y": 2}
+
+
+@pytest.mark.parametrize("flags", [[[1, 0], [0, 1]], [[1, 0, 0], [0, 0, 0]], [[True, False], [False, False]]])
+def test_lists_of_0_and_1_are_not_read_as_the_labels_0_and_1(flags: list[list[int]]) -> None:
+    rows = [{"text": "a", "topics": each} for each in flags]
+    with pytest.raises(BayesLoraError, match="0 or 1 in column 'topics', but .*: write their names, or one column of"):
+        load(rows)
+
+
+def test_lists_of_the_labels_0_and_1_are_sets() -> None:
+    task = load([{"text": "a", "topics": each} for each in ([0], [1], [0, 1], [])])
+    assert task.train_split["label"][:] == [[1, 0], [0, 1], [1, 1], [0, 0]]

@@ -7,12 +7,14 @@ import itertools
 import json
 import random
 import warnings
+from decimal import Decimal
 from pathlib import Path
 from typing import Any
 
 import pyarrow
 import pyarrow.parquet
 import pytest
+from datasets import Dataset
 
 from bayeslora.data import Task, load_files
 from bayeslora.errors import BayesLoraError
@@ -229,3 +231,48 @@ def test_a_word_among_numbers_is_told(tmp_path: Path) -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         assert load(tmp_path, [1, 2, "other"], kind="csv").labels == ["1", "2", "other"]
+
+
+@pytest.mark.parametrize("kind", ["csv", "jsonl"])
+def test_codes_with_zeros_in_front_are_names(tmp_path: Path, kind: str) -> None:
+    task = load(tmp_path, ["02", "10", "01"], ["10", "02"], kind)
+    assert (task.kind, task.labels) == ("classification", ["01", "02", "10"])
+    assert task.splits["validation"]["label"][:] == [2, 1]
+    assert load(tmp_path, ["0", "10", "2"], kind="csv").labels == ["0", "2", "10"]
+    assert load(tmp_path, ["00.5", "10", "2"], kind="csv").kind == "regression"
+    named = load(tmp_path, ["02", "01"], kind=kind, labels=["02", "01"])
+    assert named.train_split["label"][:] == [0, 1]
+
+
+def test_decimals_of_a_database_are_numbers(tmp_path: Path) -> None:
+    whole, part = ([Decimal(text) for text in texts] for texts in (["0.00", "1.00"], ["0.50", "1.00"]))
+    assert load(tmp_path, whole, kind="parquet", labels=["no", "yes"]).train_split["label"][:] == [0, 1]
+    assert load(tmp_path, part, kind="parquet").train_split["label"][:] == [0.5, 1.0]
+
+
+def test_names_that_differ_in_what_is_not_seen_are_told(tmp_path: Path) -> None:
+    with pytest.warns(UserWarning, match="which are read as two classes: write them the same way"):
+        load(tmp_path, ["spam", "spam\u200b", "ham"])
+
+
+def test_lists_in_cells_are_told_and_read_as_lists_if_that_is_said(tmp_path: Path) -> None:
+    cells = ["['a', 'b']", "['a']", "['b']", "[]"]
+    with pytest.warns(UserWarning, match=r"has lists such as .* read as the name of one class: say kind multi_label"):
+        assert load(tmp_path, cells, kind="csv").kind == "classification"
+    file = write(tmp_path / "a.csv", rows_of(cells))
+    task = load_files(file, file, "text", "label", kind="multi_label")
+    assert task.labels == ["a", "b"] and task.train_split["label"][:] == [[1, 1], [1, 0], [0, 1], [0, 0]]
+
+
+def test_a_column_that_is_different_in_most_rows_is_told(tmp_path: Path) -> None:
+    with pytest.warns(UserWarning, match="has 30 different labels in 30 rows .*: name another column"):
+        load(tmp_path, [f"{n}%" for n in range(30)])
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        load(tmp_path, [f"{n % 15}%" for n in range(30)])
+
+
+def test_a_folder_is_told_as_one(tmp_path: Path) -> None:
+    Dataset.from_list(rows_of([0, 1])).save_to_disk(tmp_path / "saved")
+    with pytest.raises(BayesLoraError, match="saved is a folder, but a data file is needed: name one file in it"):
+        load_files(tmp_path / "saved", tmp_path / "saved", "text", "label")

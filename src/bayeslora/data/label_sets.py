@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import json
 import math
 import warnings
@@ -101,6 +102,7 @@ def learn_label_sets(table: Table, columns: Sequence[str], names: Sequence[str] 
                 f"the labels are {', '.join(names)}, but the label columns name them already: leave the labels out"
             )
         return LabelSets(tuple(columns), list(columns))
+    _check_not_flags(table, columns[0])
     counts = Counter(label for labels in _lists(table, columns[0]) for label in labels)
     found = list(names) if names is not None else sorted(counts, key=_by_value)
     if len(found) < 2:
@@ -109,6 +111,18 @@ def learn_label_sets(table: Table, columns: Sequence[str], names: Sequence[str] 
             "needs 2: check the column"
         )
     return LabelSets(tuple(columns), found, named=names is not None)
+
+
+def _check_not_flags(table: Table, column: str) -> None:
+    """Refuse lists of one 0 or 1 for each of all labels, which would be read as the labels 0 and 1."""
+    values = table.columns[column]
+    length = len(values[0]) if isinstance(values[0], list) else 0
+    if length > 1 and all(isinstance(value, list) and len(value) == length for value in values):
+        if all(flag in (0, 1) for value in values for flag in value if not isinstance(flag, (list, dict))):
+            raise BayesLoraError(
+                f"every row of {table.path} has {length} numbers 0 or 1 in column {column!r}, but a list holds the "
+                "labels that its row has: write their names, or one column of 0 and 1 for each label"
+            )
 
 
 def rarest(sets: Sequence[Sequence[float]]) -> list[int]:
@@ -129,8 +143,8 @@ def _labels(table: Table, column: str, row: int, value: Any, separator: str) -> 
     if isinstance(value, str):
         text = value.strip()
         try:
-            parts = json.loads(text) if text.startswith("[") else text.split(separator)
-        except ValueError:
+            parts = _list_of(text) if text.startswith("[") else text.split(separator)
+        except (ValueError, SyntaxError, RecursionError, MemoryError):
             parts = None
         value = [item for item in parts if item != ""] if isinstance(parts, list) else None
         value = None if parts and text and not value else value  # separators alone are not the text of no labels
@@ -142,6 +156,11 @@ def _labels(table: Table, column: str, row: int, value: Any, separator: str) -> 
             "labels is needed, each a text or a whole number: correct the row"
         )
     return list(dict.fromkeys(names))
+
+
+def _list_of(text: str) -> Any:
+    """Return a list that is written as in JSON, or as Python and pandas write it, in single quotes."""
+    return json.loads(text) if '"' in text or "'" not in text else ast.literal_eval(text)
 
 
 def _is_set(table: Table, column: str, row: int) -> bool:

@@ -10,6 +10,7 @@ import warnings
 from collections import Counter
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
+from decimal import Decimal
 from typing import Any, Literal
 
 from bayeslora.data.tables import Table
@@ -18,6 +19,7 @@ from bayeslora.errors import BayesLoraError, counted
 Kind = Literal["classification", "regression", "multi_label", "token_classification"]
 TaskKind = Kind | Literal["multiple_choice", "generation"]
 _INTEGER = re.compile(r"[+-]?\d{1,300}")
+_CODE = re.compile(r"0\d+")
 _DECIMAL_COMMA = re.compile(r"[+-]?\d+(?:,\d+)?")
 _NOTHING = {"", "nan", "<na>", "#n/a"}
 """Spellings of a missing label, which spreadsheets and pandas write; lower case."""
@@ -78,6 +80,8 @@ def _label(table: Table, column: str, row: int, value: Any, known: Collection[st
         return None if value.lower() in _NOTHING and value not in known else value
     if isinstance(value, bool):
         return str(value)
+    if isinstance(value, Decimal):  # as databases write numbers
+        return float(value)
     if not isinstance(value, (int, float)):
         raise BayesLoraError(
             f"{table.where(row)} has the label {value!r} of type {type(value).__name__} in column {column!r}, "
@@ -214,6 +218,7 @@ def _tell_doubts(table: Table, column: str, values: list[Any]) -> None:
         )
     if isinstance(values[0], str):
         _tell_twins(table, column, sorted(counts))
+        _tell_other_columns(table, column, counts)
         return
     decimals = any(isinstance(raw, float) or (isinstance(raw, str) and "." in raw) for raw in table.columns[column])
     if decimals or len(counts) > max(_MANY_NUMBERS, len(values) // 10):
@@ -224,11 +229,30 @@ def _tell_doubts(table: Table, column: str, values: list[Any]) -> None:
         )
 
 
+def _tell_other_columns(table: Table, column: str, counts: Counter[str]) -> None:
+    """Warn of names that are written as lists, or of which most rows have one of their own."""
+    lists = [name for name in counts if name.startswith("[") and name.endswith("]")]
+    rows = counts.total()
+    if 2 * sum(counts[name] for name in lists) > rows:
+        warnings.warn(
+            f"{table.path} has lists such as {lists[0][:40]!r} in column {column!r}, each of which is read as "
+            "the name of one class: say kind multi_label if they are the labels of a row",
+            stacklevel=5,
+        )
+    elif len(counts) > max(_MANY_NUMBERS, rows // 2):
+        warnings.warn(
+            f"{table.path} has {len(counts):,} different labels in {rows:,} rows of column {column!r}, which are read "
+            "as classes: name another column if this one holds no classes",
+            stacklevel=5,
+        )
+
+
 def _tell_twins(table: Table, column: str, names: list[str]) -> None:
-    """Warn of names that look alike: they differ in case, or in the Unicode form of a letter with an accent."""
+    """Warn of names that look alike: they differ in case, in the Unicode form of a letter, or in what is not seen."""
     first: dict[str, str] = {}
     for name in names:
-        other = first.setdefault(unicodedata.normalize("NFKC", name).casefold(), name)
+        seen = "".join(letter for letter in name if unicodedata.category(letter) != "Cf")
+        other = first.setdefault(unicodedata.normalize("NFKC", seen).casefold(), name)
         if other != name:
             warnings.warn(
                 f"{table.path} has the labels {other!a} and {name!a} in column {column!r}, which are read as two "
@@ -270,7 +294,13 @@ def _has_fractions(values: list[Any]) -> bool:
 
 
 def _typed(table: Table, values: list[Any]) -> list[Any]:
-    """Return the labels, as numbers if all of them are; whole floats become integers if all numbers are whole."""
+    """Return the labels, as numbers if all of them are; whole floats become integers if all numbers are whole.
+
+    Whole numbers with zeros in front, such as 01, are codes and stay as they are written.
+    """
+    if all(isinstance(value, str) and _INTEGER.fullmatch(value) for value in values):
+        if any(_CODE.fullmatch(value) for value in values):
+            return values
     if table.untyped and all(_is_number(value) for value in values):
         values = [_as_number(value) for value in values]
     elif not all(isinstance(value, (int, float)) for value in values):

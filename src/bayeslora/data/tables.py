@@ -153,7 +153,12 @@ def _plain(value: Any) -> Any:
 
 
 def check_data_file(path: Path) -> None:
-    """Raise BayesLoraError unless `path` is a file with an extension that `read_table` knows, or a CoNLL file."""
+    """Raise BayesLoraError unless `path` is a file of an extension that `read_table` knows, or in CoNLL's form."""
+    if path.is_dir():
+        raise BayesLoraError(
+            f"{path} is a folder, but a data file is needed: name one file in it, or write a saved data set into one "
+            "(dataset.to_parquet)"
+        )
     extension = path.suffix.lower()
     if extension in _TAGGED and path.is_file() and not first_columns(path):
         raise BayesLoraError(
