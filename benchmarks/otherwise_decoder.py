@@ -1,7 +1,8 @@
 """`otherwise.py --decoder`: SmolLM2-135M with a LoRA or a B-LoRA in Transformers, llama.cpp, onnxruntime and OpenVINO.
 
 Both adapters are on all linear layers and trained for a few steps on review lines, so scores say what a form loses,
-and nothing of the methods. B-LoRA's base weights and factors have 8 bits, and no activation is quantized.
+and nothing of the methods. B-LoRA's base weights, with a range for each row, and its factors have 8 bits, and no
+activation is quantized.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ from deploy_models import DECODER, LINEAR, text_batches, texts_of
 from harness import packaged_language_model
 from measuring import ONE_THREAD, Answering
 from otherwise_writer import read
-from peft import LoraConfig, get_peft_model
+from peft import LoraConfig, PeftConfig, get_peft_model
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 
@@ -39,8 +40,8 @@ LLAMA = "llama.cpp"
 WEIGHTS = (".safetensors", ".onnx", ".gguf")
 LENGTH = 64
 WEIGHTS_ALONE = {
-    **DECODER,
-    "quantize_input": False,
+    **{name: DECODER[name] for name in ("r", "lora_alpha", "target_modules", "calibration")},
+    "per_channel": True,
     "fixed_bits": {**dict.fromkeys(("weight", "A", "E", "B"), 8), **dict.fromkeys(("A_out", "E_out", "out"), 32)},
 }
 """Options of the B-LoRA: a few steps are too few to choose widths of activations."""
@@ -61,6 +62,7 @@ VARIANTS = {
     "q8": Variant("LoRA merged, llama.cpp Q8_0", "q8", LLAMA),
     "q4": Variant("LoRA merged, llama.cpp Q4_0", "q4", LLAMA),
     "blora-gguf": Variant("**B-LoRA, GGUF, llama.cpp**", "blora-gguf", LLAMA, "blora"),
+    "blora-merged": Variant("**B-LoRA, GGUF merged, llama.cpp**", "blora-merged", LLAMA, "blora"),
     "blora-onnx": Variant("**B-LoRA, ONNX, onnxruntime**", "blora-onnx", "onnxruntime", "blora"),
     "blora-onnx-openvino": Variant("**B-LoRA, ONNX, OpenVINO**", "blora-onnx", "openvino", "blora"),
 }
@@ -91,8 +93,8 @@ class Decoders:
     def merged(self, target: Path) -> None:
         copy.deepcopy(self.models["lora"]).merge_and_unload().save_pretrained(target)
 
-    def exported(self, method: str, form: str, target: Path) -> None:
-        options = {"tokenizer": self.tokenizer, "rows": self.rows, "allow_error": True}
+    def exported(self, method: str, form: str, target: Path, **more: Any) -> None:
+        options = {"tokenizer": self.tokenizer, "rows": self.rows, "allow_error": True, **more}
         bayeslora.export(self.models[method], target, format=form, **options)
 
     def rounded(self, kind: Any, target: Path) -> None:
@@ -107,22 +109,26 @@ WRITERS: dict[str, Callable[[Decoders, Path], None]] = {
     "q8": lambda decoders, target: decoders.rounded(Q8, target),
     "q4": lambda decoders, target: decoders.rounded(Q4, target),
     "blora-gguf": lambda decoders, target: decoders.exported("blora", "gguf", target),
+    "blora-merged": lambda decoders, target: decoders.exported("blora", "gguf", target, adapter="merged"),
     "blora-onnx": lambda decoders, target: decoders.exported("blora", "onnx", target),
 }
 
 
 def trained(method: str, steps: int) -> tuple[nn.Module, PreTrainedTokenizerBase]:
+    """The packaged language model with a LoRA or a B-LoRA after this many steps."""
+    if method == "lora":
+        return few_steps(LoraConfig(r=8, lora_alpha=16, target_modules=LINEAR, task_type="CAUSAL_LM"), steps)
+    return few_steps(BLoraConfig(task_type="CAUSAL_LM", **WEIGHTS_ALONE), steps)
+
+
+def few_steps(config: PeftConfig, steps: int, lr: float = 5e-4) -> tuple[nn.Module, PreTrainedTokenizerBase]:
     """The packaged language model with an adapter, after this many steps of four review lines."""
     torch.manual_seed(0)
     base, tokenizer = packaged_language_model()
-    if method == "lora":
-        config: Any = LoraConfig(r=8, lora_alpha=16, target_modules=LINEAR, task_type="CAUSAL_LM")
-    else:
-        config = BLoraConfig(task_type="CAUSAL_LM", **WEIGHTS_ALONE)
     model = get_peft_model(base, config).train()
-    own = method == "blora"
-    groups = bayeslora.parameter_groups(model, lr=5e-4) if own else model.parameters()
-    optimizer = torch.optim.AdamW(groups, lr=5e-4)
+    own = not isinstance(config, LoraConfig)
+    groups = bayeslora.parameter_groups(model, lr=lr) if own else model.parameters()
+    optimizer = torch.optim.AdamW(groups, lr=lr)
     texts = texts_of("train")
     loop = bayeslora.BayesLoop(model, optimizer, total_steps=steps, num_examples=len(texts), seed=0) if own else None
     for batch in text_batches(tokenizer, texts, 4, LENGTH, steps):

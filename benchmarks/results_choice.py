@@ -11,6 +11,7 @@ from records import GLUE_TASKS, TASK_TITLES, Run, markdown_table, read_runs, sco
 from results_calibration import GUESSING, MORE_TASKS, Table, rows_of
 from results_frontier import BYTES, SCOPES, budget_rows, bytes_table, cut_runs
 from results_otherwise import decoder_table, otherwise_table
+from results_servers import servers_table
 from results_tags import tags_section
 from results_text import text_section
 
@@ -139,6 +140,7 @@ def choice_tables(results: Path) -> dict[str, str]:
         "answers": text_section(results),
         "otherwise": otherwise_table(results),
         "otherwise_decoder": decoder_table(results),
+        "servers": servers_table(results),
         "tags": tags_section(results),
     }
 

@@ -212,6 +212,8 @@ def timing_section(results: Path) -> str:
     parts = []
     for path in sorted(results.glob("*.json")):
         found = json.loads(path.read_text(encoding="utf-8"))
+        if "servers" in found:  # how near answers are, and no times
+            continue
         script = f"benchmarks/{path.stem.partition('-')[0]}.py"
         settings = [
             f"{key} {found[key]}" for key in ("batch", "tokens", "samples", "rounds", "threads") if key in found
