@@ -14,7 +14,17 @@ import torch
 from datasets import ClassLabel, Dataset, Features, Value
 from datasets import List as Lists
 from peft import LoraConfig, PeftModel, get_peft_model
-from transformers import PreTrainedModel, Trainer, TrainingArguments
+from transformers import (
+    LlamaForSequenceClassification,
+    LongformerConfig,
+    LongformerForSequenceClassification,
+    MPNetConfig,
+    MPNetForSequenceClassification,
+    PreTrainedModel,
+    Trainer,
+    TrainerCallback,
+    TrainingArguments,
+)
 
 import bayeslora
 from bayeslora.cli.main import main
@@ -28,9 +38,11 @@ def config(**options: Any) -> bayeslora.MeLoraConfig:
     return bayeslora.MeLoraConfig(r=2, target_modules=["query", "value"], task_type="SEQ_CLS", **options)
 
 
-def trainer(model: Any, folder: Path) -> Trainer:
+def trainer(model: Any, folder: Path, max_steps: int = 1) -> Trainer:
     rows = Dataset.from_dict({"input_ids": [[2, 5, 3]] * 4, "attention_mask": [[1, 1, 1]] * 4, "labels": [0, 1] * 2})
-    return Trainer(model, TrainingArguments(str(folder), max_steps=1, report_to=[], use_cpu=True), train_dataset=rows)
+    return Trainer(
+        model, TrainingArguments(str(folder), max_steps=max_steps, report_to=[], use_cpu=True), train_dataset=rows
+    )
 
 
 def loaded_to_read(model: PreTrainedModel, folder: Path) -> Any:
@@ -158,6 +170,50 @@ def test_a_tokenizer_that_pads_on_the_left_changes_no_answer(tmp_path: Path) -> 
     assert run.tokenizer.padding_side == "left"
 
 
+def test_a_decoder_reads_the_last_token_before_its_tokenizers_padding(tmp_path: Path) -> None:
+    base, data = tmp_path / "base", write_jsonl(tmp_path / "data.jsonl", review_rows(16, 0))
+    LlamaForSequenceClassification(build_tiny_llama(pad_token_id=4).config).save_pretrained(base)
+    build_tiny_tokenizer().save_pretrained(base)
+    files = [f"--model={base}", f"--train-file={data}", f"--eval-file={data}", "--text-column=text"]
+    options = ["--max-steps=8", "--learning-rate=0.02", f"--output-dir={tmp_path / 'out'}"]
+    assert main(["train", "--method=lora", *files, *options]) == 0
+    assert main(["export", str(tmp_path / "out"), "--format=merged", f"--output-dir={tmp_path / 'merged'}"]) == 0
+    texts = ["good", "the movie was good and the film was very clever too"]
+    for folder in ("out", "merged"):
+        together, alone = (
+            bayeslora.load(tmp_path / folder).predict(texts, batch_size=n).probabilities for n in (2, 1)
+        )
+        torch.testing.assert_close(together, alone, atol=1e-6, rtol=0)
+
+
+def test_targets_of_an_unknown_model_are_asked_for(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    base, data = tmp_path / "base", write_jsonl(tmp_path / "data.jsonl", review_rows(8, 0))
+    sizes: dict[str, Any] = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 4}
+    MPNetForSequenceClassification(MPNetConfig(**sizes, intermediate_size=64)).save_pretrained(base)
+    build_tiny_tokenizer().save_pretrained(base)
+    files = [f"--model={base}", f"--train-file={data}", f"--eval-file={data}", "--text-column=text"]
+    assert main(["train", "--method=melora", *files, f"--output-dir={tmp_path / 'out'}"]) == 2
+    told = [line for line in capfd.readouterr().err.splitlines() if line.startswith("bayeslora: ")]
+    assert len(told) == 1 and "the layers to adapt are not known for models of this type: name them" in told[0]
+
+
+@pytest.mark.parametrize("rows", [1, 2, 4])
+def test_draws_of_a_model_with_the_tokens_before_the_rows_are_those_of_each_row(rows: int) -> None:
+    sizes: dict[str, Any] = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "vocab_size": 50}
+    places: dict[str, Any] = {"attention_window": 8, "max_position_embeddings": 66, "initializer_range": 0.5}
+    longformer = LongformerConfig(**sizes, **places, intermediate_size=64)
+    model = get_peft_model(LongformerForSequenceClassification(longformer), config()).eval()
+    for name, parameter in model.named_parameters():
+        if "melora_A" in name or "melora_B" in name:
+            torch.nn.init.normal_(parameter, std=1.0)
+    tokens = torch.randint(5, 50, (rows, 16))
+    together = bayeslora.predict(model, {"input_ids": tokens}, samples=4, per_sample=True).sample_probabilities
+    alone = [bayeslora.predict(model, {"input_ids": row[None]}, samples=1, per_sample=True) for row in tokens]
+    assert together is not None and float(together.std(0).max()) > 1e-4
+    found = torch.cat([each.sample_probabilities for each in alone if each.sample_probabilities is not None], dim=1)
+    torch.testing.assert_close(together[:1], found, atol=1e-5, rtol=0)
+
+
 def test_a_head_for_the_same_labels_in_another_order_is_told(tmp_path: Path) -> None:
     base = tmp_path / "base"
     model = build_tiny_bert()
@@ -173,6 +229,31 @@ def test_a_head_for_the_same_labels_in_another_order_is_told(tmp_path: Path) -> 
         warnings.filterwarnings("error", message=".*has a head for")
         assert main(["train", "--method=lora", *files, "--labels=pos,neg", f"--output-dir={tmp_path / 'two'}"]) == 0
     assert json.loads((tmp_path / "two" / "run.json").read_text())["labels"] == ["pos", "neg"]
+
+
+class StopAt(TrainerCallback):
+    """Stops training as `EarlyStoppingCallback` and limits of time do."""
+
+    def __init__(self, step: int) -> None:
+        self.step = step
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        control.should_training_stop = state.global_step >= self.step
+
+
+@pytest.mark.parametrize("stop", [3, 17])
+def test_a_run_that_is_stopped_before_its_final_form_is_told(
+    stop: int, tiny_bert: PreTrainedModel, tmp_path: Path
+) -> None:
+    adapter = bayeslora.BLoraConfig(r=2, target_modules=["query"], task_type="SEQ_CLS")
+    stopped = trainer(get_peft_model(tiny_bert, adapter), tmp_path, max_steps=18)
+    stopped.add_callback(StopAt(stop))
+    with warnings.catch_warnings(record=True) as told:
+        warnings.simplefilter("always")
+        bayeslora.attach(stopped).train()
+    found = [str(each.message) for each in told if "training was stopped" in str(each.message)]
+    wanted = f"training was stopped after {stop} of 18 steps, but B-LoRA has its final ranks and widths from step"
+    assert (len(found), all(each.startswith(wanted) for each in found)) == (int(stop == 3), True)
 
 
 def test_lora_of_peft_is_trained_as_before(tiny_bert: PreTrainedModel, tmp_path: Path) -> None:

@@ -109,8 +109,16 @@ class BatchedSampler:
     @contextmanager
     def _guarded(self, rows: int, times: int) -> Iterator[None]:
         """Raise `IndivisibleBatchError` if a stochastic layer gets anything but the repeated batch."""
+        undrawn = True
 
         def check(_layer: nn.Module, args: tuple[Any, ...]) -> None:
+            nonlocal undrawn
+            if undrawn and args[0].ndim > 2 and not _is_repeated(args[0], times):
+                raise IndivisibleBatchError(
+                    f"a layer got other inputs of shape {tuple(args[0].shape)} for each draw, as where tokens come "
+                    "before rows: take one draw at a time"
+                )
+            undrawn = False
             if args[0].ndim < 2 or args[0].shape[0] % rows:
                 raise IndivisibleBatchError(
                     f"a layer got {counted(args[0].shape[0], 'row')}, but the batch has {rows}: take one draw "
@@ -131,6 +139,18 @@ class BatchedSampler:
         prefix.capture(lambda: self.read(self.model, batch))
         self.shareable = prefix.is_known
         return prefix if self.shareable else None
+
+
+def _is_repeated(x: Tensor, times: int) -> bool:
+    """Return whether the inputs of the first layer that draws are those of `times` draws one after the other.
+
+    Models such as Longformer have the tokens first and the rows second, and their number may be divisible too.
+    """
+    if len(x) % times:
+        return True  # which the check of the rows tells
+    first, *others = x.detach().chunk(times)
+    scale = float(first.abs().max())
+    return all(bool(((other - first).abs() <= 1e-3 * scale).all()) for other in others[-1:])
 
 
 class _Reached(Exception):

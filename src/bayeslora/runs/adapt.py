@@ -68,6 +68,11 @@ def option_errors(what: str) -> Iterator[None]:
     except BayesLoraError:
         raise
     except _REFUSALS as error:
+        if "target_modules" in str(error) or "target-modules" in str(error):
+            raise BayesLoraError(
+                "the layers to adapt are not known for models of this type: name them, such as --target-modules "
+                "query,value, or adapt every linear layer with --target-modules all-linear"
+            ) from error
         raise BayesLoraError(f"{what} does not accept these options ({one_line(error)}): change them") from error
 
 

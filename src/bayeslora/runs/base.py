@@ -295,7 +295,7 @@ def load_base(
     if resolved.endswith(_GGUF):
         as_dense(model)
     check_in_memory(model, name)
-    if model.config.pad_token_id is None:
+    if model.config.pad_token_id is None or hasattr(model, "score"):  # decoders read the last token before padding
         model.config.pad_token_id = tokenizer.pad_token_id
     mismatched = {key if isinstance(key, str) else key[0] for key in info["mismatched_keys"]}
     missing = {*info["missing_keys"], *mismatched}

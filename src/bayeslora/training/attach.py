@@ -14,7 +14,7 @@ from bayeslora.errors import BayesLoraError
 from bayeslora.methods.tuner import BayesTuner, check_has_tuner, tuner_of
 from bayeslora.posterior import unwrapped
 from bayeslora.posterior.saved import check_unmerged
-from bayeslora.training.best_model import check_best_model, forget_early_best
+from bayeslora.training.best_model import check_best_model, forget_early_best, tell_unfinished
 from bayeslora.training.hooks import check_sharding
 from bayeslora.training.loop import BayesLoop
 from bayeslora.training.loss_scale import correct_loss_scale
@@ -198,6 +198,7 @@ class BayesCallback(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         self.loop.check_finite()
+        tell_unfinished(state, self.loop.tuner)
 
     def restore(self) -> None:
         """Set the weights back to the mean after an interrupted step."""

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import warnings
+
 from transformers import TrainerState, TrainingArguments
 from transformers.trainer_utils import IntervalStrategy
 
-from bayeslora.errors import BayesLoraError
+from bayeslora.errors import BayesLoraError, counted
 from bayeslora.methods.tuner import BayesTuner
 
 
@@ -28,6 +30,17 @@ def check_best_model(args: TrainingArguments, state: TrainerState, tuner: BayesT
         f"which {tuner.title} has its final form: use eval_strategy and save_strategy 'steps' with eval_steps and "
         f"save_steps {steps}, and an eval_delay of at most {state.max_steps}"
     )
+
+
+def tell_unfinished(state: TrainerState, tuner: BayesTuner | None) -> None:
+    """Warn if a run was stopped, such as by a callback, before the adapter has its final form."""
+    if tuner is not None and state.global_step < state.max_steps and not tuner.is_final:
+        warnings.warn(
+            f"training was stopped after {state.global_step} of {counted(state.max_steps, 'step')}, but "
+            f"{tuner.title} has its final ranks and widths from step {tuner.final_from}: resume it from a checkpoint, "
+            "or set max_steps to what there is time for",
+            stacklevel=2,
+        )
 
 
 def forget_early_best(state: TrainerState, tuner: BayesTuner | None) -> None:
