@@ -17,6 +17,7 @@ from transformers import AutoTokenizer, pipeline
 
 import bayeslora
 from bayeslora import BayesLoraError
+from bayeslora.runs.base import load_base
 from tests.conftest import build_tiny_bert, build_tiny_llama, build_tiny_tokenizer
 from tests.runs.conftest import NAMES, tickets, trained, write_rows
 
@@ -309,3 +310,13 @@ def test_the_code_of_the_model_card_runs(
     assert capsys.readouterr().out.split()[0] in [name.split()[0] for name in NAMES]
     said = pipeline("text-classification", model=names["model"], tokenizer=names["tokenizer"])(TEXTS)
     assert [each["label"] for each in said] == names["run"].predict(TEXTS).labels
+
+
+@pytest.mark.parametrize("problem", ["single_label_classification", "multi_label_classification", None])
+def test_a_regression_starts_from_any_classifier(problem: str | None, tmp_path: Path) -> None:
+    build_tiny_bert(num_labels=2, problem_type=problem).save_pretrained(tmp_path)
+    tokenizer = build_tiny_tokenizer()
+    found = load_base(str(tmp_path), tokenizer, labels=[], kind="regression", dtype="float32").model
+    assert found.config.problem_type == "regression" and found.config.num_labels == 1
+    batch = tokenizer(TEXTS, padding=True, return_tensors="pt")
+    assert found(**batch, labels=torch.zeros(len(TEXTS))).logits.shape == (len(TEXTS), 1)

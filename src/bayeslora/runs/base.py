@@ -290,7 +290,7 @@ def load_base(
             ignore_mismatched_sizes=True,
             output_loading_info=True,
             device_map=device_map,
-            **(_classes(labels, kind) if head in CLASS_HEADS else {}),
+            **(_classes(labels, kind, resolved) if head in CLASS_HEADS else {}),
         )
     if resolved.endswith(_GGUF):
         as_dense(model)
@@ -343,9 +343,13 @@ def tell_other_order(name: str, labels: list[str], head: Head, fresh: list[str])
         )
 
 
-def _classes(labels: list[str], kind: RunKind) -> dict[str, Any]:
+def _classes(labels: list[str], kind: RunKind, resolved: str) -> dict[str, Any]:
     if kind == "regression":
-        return {"num_labels": 1, "problem_type": "regression"}
+        # One after the other: Transformers refuses a single output while the kind is still that of the checkpoint.
+        config = AutoConfig.from_pretrained(**source(resolved))
+        config.problem_type = "regression"
+        config.num_labels = 1
+        return {"config": config}
     ids = {name: index for index, name in enumerate(labels)}
     names = {"id2label": dict(enumerate(labels)), "label2id": ids}
     if kind == "token_classification":
