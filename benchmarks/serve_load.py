@@ -2,6 +2,7 @@
 
     python benchmarks/serve_load.py RUN --seconds 60 --clients 64 --samples 10
     python benchmarks/serve_load.py RUN --seconds 60 --output benchmarks/results/serve_load.json
+    python benchmarks/serve_load.py RUN --export EXPORT --samples 0     # an export of the run, such as its ONNX form
 
 Starts the server in a process of its own, and sends it requests of 1 to 4 texts from --clients clients, each
 of which waits for its answer before it asks again, over a connection that it keeps. Meanwhile one more client sends
@@ -31,6 +32,7 @@ from measuring import print_result
 
 import bayeslora
 from bayeslora.data import load_files, load_task
+from bayeslora.runs.verify import format_of, load_export
 
 SERVER = Path(__file__).resolve().parents[1] / "examples" / "serve.py"
 REFUSED: dict[str, tuple[bytes, int]] = {
@@ -119,12 +121,13 @@ def texts_of(run: Path) -> list[Text]:
     return [row[0] if len(row) == 1 else row for row in rows if all(text.strip() for text in row)]
 
 
-def start(run: Path, samples: int) -> tuple[subprocess.Popen[bytes], int, dict[str, Any]]:
+def start(run: Path, samples: int, export: Path | None) -> tuple[subprocess.Popen[bytes], int, dict[str, Any]]:
     """The server's process, its port, and what /health says once it answers."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    options = ["--port", str(port), "--samples", str(samples), "--calibration-rows", "200"]
+    options = ["--port", str(port), "--calibration-rows", "200"]
+    options += ["--samples", str(samples)] if export is None else ["--export", str(export)]
     process = subprocess.Popen([sys.executable, str(SERVER), str(run), *options], stdout=sys.stderr)
     while process.poll() is None:
         try:
@@ -136,10 +139,13 @@ def start(run: Path, samples: int) -> tuple[subprocess.Popen[bytes], int, dict[s
     raise SystemExit(f"the server ended with status {process.returncode}")
 
 
-def largest_difference(run: Path, samples: int, texts: list[Text], clients: list[Client]) -> dict[str, float]:
+def largest_difference(
+    run: Path, samples: int, export: Path | None, texts: list[Text], clients: list[Client]
+) -> dict[str, float]:
     """Of what was answered from what `predict` says about each text alone, by quantity."""
     loaded = bayeslora.load(run)
-    tokenizer, info, predictor = loaded.tokenizer, loaded.info, loaded.predictor
+    tokenizer, info = loaded.tokenizer, loaded.info
+    predictor = loaded.predictor if export is None else load_export(export, loaded)[1]
     by_text: dict[int, list[dict[str, Any]]] = {}
     for client in clients:
         for index, answer in client.answers:
@@ -162,9 +168,11 @@ def largest_difference(run: Path, samples: int, texts: list[Text], clients: list
     return largest
 
 
-def measure(run: Path, samples: int, clients: int, warm_up: float, seconds: float) -> dict[str, Any]:
+def measure(
+    run: Path, samples: int, export: Path | None, clients: int, warm_up: float, seconds: float
+) -> dict[str, Any]:
     texts = texts_of(run)
-    process, port, health = start(run, samples)
+    process, port, health = start(run, samples, export)
     try:
         stop, server = threading.Event(), psutil.Process(process.pid)
         crowd = [Client(port, texts, seed, stop) for seed in range(clients)]
@@ -187,6 +195,7 @@ def measure(run: Path, samples: int, clients: int, warm_up: float, seconds: floa
         "clients": clients,
         "seconds": end - begin,
         "samples": samples,
+        "format": None if export is None else format_of(export),
         "requests": len(timed),
         "requests_per_second": len(timed) / (end - begin),
         "latency_seconds": {f"p{q}": float(np.percentile(timed, q)) for q in (50, 95)},
@@ -194,7 +203,7 @@ def measure(run: Path, samples: int, clients: int, warm_up: float, seconds: floa
         "errors": dict(errors),
         "refused": dict(intruder.refused),
         "exit_status": status,
-        "largest_difference": largest_difference(run, samples, texts, crowd),
+        "largest_difference": largest_difference(run, samples, export, texts, crowd),
         "threshold": health["threshold"],
     }
 
@@ -203,12 +212,15 @@ def main(arguments: list[str] | None = None) -> dict[str, Any]:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("run", type=Path, help="output folder of `bayeslora train` on a classification task")
     parser.add_argument("--samples", type=int, default=10)
+    parser.add_argument("--export", type=Path, help="serve this export of the run instead")
     parser.add_argument("--clients", type=int, default=64)
     parser.add_argument("--warm-up", type=float, default=10.0)
     parser.add_argument("--seconds", type=float, default=60.0)
     parser.add_argument("--output", type=Path, help="where to write the figures as JSON")
     options = parser.parse_args(arguments)
-    found = measure(options.run, options.samples, options.clients, options.warm_up, options.seconds)
+    if options.export is not None and options.samples:
+        parser.error(f"--samples is {options.samples}, but an export has no draws: give --samples 0")
+    found = measure(options.run, options.samples, options.export, options.clients, options.warm_up, options.seconds)
     print_result(found, options.output)
     return found
 
