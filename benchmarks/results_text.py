@@ -60,7 +60,7 @@ def _line(title: str, runs: Sequence[Run]) -> str:
     training, sampling = first["training"], first["sampling"]
     return (
         f"{title}: SmolLM2-135M, {training['steps']} steps of {training['batch_size']} rows, {first['held_out']} test "
-        f"rows of at most {first['subset']['max_length']} tokens, {sampling['samples']} samples at temperature "
+        f"rows, {sampling['samples']} samples at temperature "
         f"{sampling['temperature']:g}, "
         f"{'seed' if len(seeds) == 1 else 'seeds'} {', '.join(map(str, seeds))}. In per cent, with standard "
         "errors over the rows.\n"

@@ -52,7 +52,7 @@ def test_a_file_has_the_loss_and_the_uncertainty_of_each_row_and_no_text(
 def test_the_table_has_scores_in_per_cent_with_errors_and_a_dash_for_what_a_method_lacks(tmp_path: Path) -> None:
     shared = {
         "task": "e2e", "seed": 0, "training": {"steps": 80, "batch_size": 4}, "held_out": 60,
-        "subset": {"max_length": 192}, "sampling": {"samples": 5, "temperature": 1.0},
+        "sampling": {"samples": 5, "temperature": 1.0},
     }  # fmt: skip
     scores = {"bleu": 0.4, "rouge_l": 0.55, "risk": 0.45, "aurc_probability": 0.4, "aurc_semantic_entropy": 0.42}
     run = {**shared, "method": "lora", "scores": scores, "errors": {"risk": 0.02, "aurc_probability": 0.03}}
