@@ -163,7 +163,10 @@ def _card(config: Any, base: nn.Module, measured: dict[str, Any]) -> str:
     else:
         said += f". Largest difference in outputs measured: {error:.3g}, where the largest output is {largest:.3g}."
     method = getattr(config, "method", "lora")
-    trained = f"the method `{method}` of bayeslora" if hasattr(config, "method") else "PEFT's LoRA"
+    trained, how = "PEFT's LoRA", ""
+    if hasattr(config, "method"):
+        trained = f"the method `{method}` of bayeslora"
+        how = " at the learned widths; a posterior over the weights is merged at its mean"
     front = front_matter(f"{name} merged", name, library="transformers", relation="merge", tags=["bayeslora", method])
     return f"""---
 {front}
@@ -171,9 +174,8 @@ def _card(config: Any, base: nn.Module, measured: dict[str, Any]) -> str:
 
 # A merged model
 
-`{name}` with an adapter trained with {trained}, merged into its weights at the learned
-widths; a posterior over the weights is merged at its mean. It is an ordinary Transformers model and needs no library
-besides Transformers.
+`{name}` with an adapter trained with {trained}, merged into its weights{how}.
+It is an ordinary Transformers model and needs no library besides Transformers.
 
 {said}
 """

@@ -248,7 +248,7 @@ def check_device_map(device_map: DeviceMap | None, name: str = "device_map") -> 
         torch.empty(0, device=device_map)
     except (RuntimeError, AssertionError) as error:  # without CUDA, PyTorch raises the latter
         raise BayesLoraError(
-            f"{name} is {device_map}, which is no device of this machine ({one_line(error)[:80]}): give one, or "
+            f"{name} is {device_map}, which is no device of this machine: give one, such as cpu, or one of "
             f"{', '.join(DEVICE_PLANS)}"
         ) from error
 
