@@ -155,7 +155,7 @@ def written(rows: list[Row], form: str) -> bytes:
         text = f"[{', '.join(lines)}]" if form == ".json" else "".join(line + "\n" for line in lines)
         return text.encode()
     stream = io.StringIO(newline="")
-    between = "|" if "label" in rows[0] else " " if form == ".tsv" else None
+    between = "|" if "label" in rows[0] else " " if form == ".tsv" and "tags" in rows[0] else None
     cells = [[cell(value, between) for value in row.values()] for row in rows]
     has_returns = any("\r" in value for row in cells for value in row)  # which older Pythons do not quote
     quoting: Any = csv.QUOTE_ALL if has_returns else csv.QUOTE_MINIMAL
@@ -216,7 +216,7 @@ def as_it_stands(row: Row, kind: Kind, form: str) -> Any:
     texts = [row[name] for name in kind.texts]
     labels = [row[name] for name in kind.label.split(",")]
     if not is_json:
-        between = "|" if "label" in row else " " if form == ".tsv" else None
+        between = "|" if "label" in row else None
         texts = [cell(text, between) for text in texts]
         labels = [
             cell(label) if isinstance(label, (list, dict)) and kind.rows is not _sets else label for label in labels

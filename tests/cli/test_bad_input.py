@@ -169,6 +169,8 @@ def test_wrong_options_are_told_before_a_missing_model(train_refused: Refused) -
         ("use_liger_kernel", "true", "liger-kernel"),
         ("lr_scheduler_kwargs", "{no_such: 1}", "no_such"),
         ("deepspeed", "{}", "hides the gradients"),
+        ("torch_compile_mode", "fast", "max-autotune"),
+        ("torch_compile_backend", "no_such", "no_such"),
     ],
 )
 def test_what_is_not_installed_is_told_before_a_missing_model(

@@ -35,7 +35,7 @@ class Both:
     def __init__(self, folder: Path) -> None:
         self.file = folder / "model.onnx"
         self.session = onnxruntime.InferenceSession(self.file)
-        self.compiled = openvino.Core().compile_model(self.file, "CPU")
+        self.compiled = openvino.Core().compile_model(self.file, "CPU", {"INFERENCE_PRECISION_HINT": "f32"})
 
     def __call__(self, feeds: Arrays) -> tuple[Arrays, Arrays]:
         """Both runtimes' outputs by name."""

@@ -53,6 +53,8 @@ BAD_OPTIONS: list[tuple[dict[str, Any], str]] = [
     ({"bias": "lora_only"}, "bias is 'lora_only', but must be 'none' or 'all'"),
     ({"lora_dropout": 1.0}, "lora_dropout is 1.0, but must be at least 0 and below 1"),
     ({"lora_dropout": -0.1}, "lora_dropout is -0.1, but must be at least 0 and below 1"),
+    ({"lora_alpha": 1e308}, r"lora_alpha is 1e\+308, but must be at most 1e\+30"),
+    ({"alpha_pattern": {"a": float("nan")}}, r"lora_alpha is nan, but must be at most 1e\+30"),
     ({"bit_penalty": -1.0}, "bit_penalty is -1.0, but must be at least 0"),
     ({"rank_penalty": -1.0}, "rank_penalty is -1.0, but must be at least 0"),
     ({"target_bops": 0.0}, "target_bops is 0.0, but must be between 0 and 1"),

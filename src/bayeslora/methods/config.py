@@ -23,6 +23,9 @@ KEPT_FIELDS = (
 )
 """Fields that stay the same when an adapter becomes one of another method."""
 
+_LARGEST_ALPHA = 1e30
+"""Far above any use, and within float32."""
+
 
 @dataclass
 class AdapterConfig(PeftConfig):
@@ -55,6 +58,11 @@ class AdapterConfig(PeftConfig):
                 "layers_pattern is given alone, but belongs to layers_to_transform: give both, or drop the pattern"
             )
         self._check("r", self.r >= 1, "at least 1", "give the initial rank, such as r=8")
+        for alpha in (self.lora_alpha, *(self.alpha_pattern or {}).values()):
+            if isinstance(alpha, (int, float)) and not abs(alpha) <= _LARGEST_ALPHA:
+                raise BayesLoraError(
+                    f"lora_alpha is {alpha:g}, but must be at most {_LARGEST_ALPHA:g}: give a usual one, such as 16"
+                )
         for name, rank in (self.rank_pattern or {}).items():
             if not isinstance(rank, int) or rank < 0:
                 raise BayesLoraError(

@@ -341,6 +341,8 @@ def _try_out(arguments: TrainingArguments) -> None:
         multiprocessing_context=getattr(arguments, "dataloader_multiprocessing_context", None),
     )
     layer = nn.Linear(1, 1)
+    if arguments.torch_compile:
+        torch.compile(layer, backend=arguments.torch_compile_backend or "inductor", mode=arguments.torch_compile_mode)
     with suppress(ValueError, TypeError, NotImplementedError):  # from those that look for layers of the real model
         Trainer.get_optimizer_cls_and_kwargs(arguments, cast(PreTrainedModel, layer))
     get_scheduler(
