@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from peft import LoraConfig, get_peft_model
+from peft import LoraConfig, PeftConfig, get_peft_model
 from torch import Tensor, nn
 from transformers import (
     AutoModelForCausalLM,
@@ -123,19 +123,23 @@ def _steps(model: nn.Module, folder: Path, count: int = 6) -> float:
     return worst
 
 
+def without_widths(method: str, targets: list[str], task_type: str) -> PeftConfig:
+    """The configuration of an adapter that learns no widths, so that its graph is merged, with a random update."""
+    shared: dict[str, Any] = {"r": RANK, "target_modules": targets, "task_type": task_type}
+    if method == "lora":
+        return LoraConfig(init_lora_weights=False, **shared)
+    if method == "melora":
+        return MeLoraConfig(init_weights=False, num_examples=9, **shared)
+    return BLoraConfig(init_weights=False, mode="ra", **shared)
+
+
 @pytest.mark.parametrize(
     ("kind", "method"),
     [("llama", "lora"), ("llama-tied", "melora"), ("llama3", "blora"), ("qwen2", "lora"), ("gpt2", "melora")],
 )
 def test_a_merged_decoder_writes_what_the_model_writes(kind: str, method: str, tmp_path: Path) -> None:
     build, targets = BASES[kind]
-    shared: dict[str, Any] = {"r": RANK, "target_modules": targets, "task_type": "CAUSAL_LM"}
-    config = {
-        "lora": lambda: LoraConfig(init_lora_weights=False, **shared),
-        "melora": lambda: MeLoraConfig(init_weights=False, num_examples=9, **shared),
-        "blora": lambda: BLoraConfig(init_weights=False, mode="ra", **shared),
-    }[method]()
-    model = get_peft_model(_spread(build()), config).eval()
+    model = get_peft_model(_spread(build()), without_widths(method, targets, "CAUSAL_LM")).eval()
     batch = {"input_ids": torch.arange(5, 17).reshape(2, 6), "attention_mask": torch.ones(2, 6).long()}
     result = export(model, tmp_path, format="onnx", tokenizer=build_tiny_tokenizer(), batch=batch)
     assert result["max_output_error"] < 1e-4 and result["changed"] == 0 and result["widened"] is None

@@ -15,7 +15,7 @@ from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
 from transformers import MT5Config, MT5ForConditionalGeneration, T5Config, T5ForConditionalGeneration
 
-from bayeslora import BayesLoraError, BLoraConfig, MeLoraConfig, export
+from bayeslora import BayesLoraError, BLoraConfig, export
 from tests.conftest import VOCABULARY, build_tiny_tokenizer
 from tests.methods.reference import FROZEN, RANK, layers_of, randomize, set_widths
 
@@ -23,6 +23,7 @@ onnxruntime = pytest.importorskip("onnxruntime")
 pytest.importorskip("onnx")
 
 from bayeslora.export.onnx.reader import OnnxEncoderDecoder  # noqa: E402 - after the packages that it needs
+from tests.export.test_onnx_decoder import without_widths  # noqa: E402
 
 SIZES: dict[str, Any] = {
     "vocab_size": len(VOCABULARY), "d_model": 32, "d_kv": 8, "d_ff": 64, "num_heads": 4, "num_layers": 2,
@@ -108,13 +109,7 @@ def _worst(model: nn.Module, folder: Path, steps: int = 20) -> float:
 def test_a_merged_model_writes_what_the_model_writes(
     kind: str, method: str, targets: list[str], tmp_path: Path
 ) -> None:
-    shared: dict[str, Any] = {"r": RANK, "target_modules": targets, "task_type": "SEQ_2_SEQ_LM"}
-    config = {
-        "lora": lambda: LoraConfig(init_lora_weights=False, **shared),
-        "melora": lambda: MeLoraConfig(init_weights=False, num_examples=9, **shared),
-        "blora": lambda: BLoraConfig(init_weights=False, mode="ra", **shared),
-    }[method]()
-    model = get_peft_model(_base(kind), config).eval()
+    model = get_peft_model(_base(kind), without_widths(method, targets, "SEQ_2_SEQ_LM")).eval()
     result = export(model, tmp_path, format="onnx", tokenizer=build_tiny_tokenizer(), batch=BATCH)
     assert result["rows"] == 2 and result["widened"] is None and result["changed"] == 0
     assert result["divergence"] < 1e-6 and "loss_after" in result

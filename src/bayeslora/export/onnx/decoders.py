@@ -97,19 +97,23 @@ def is_decoder(model: nn.Module) -> bool:
 def check_decoder(model: nn.Module) -> None:
     """Raise `BayesLoraError` for a setting that the graph does not have."""
     config = cast(Any, model).config
-    activation = activation_name(config)
-    if activation != "silu" and activation not in ACTIVATIONS:
-        raise refused("activation", activation, ["silu", *sorted(ACTIVATIONS)])
+    check_activation(activation_name(config))
     if getattr(config, "use_sliding_window", False):
-        raise refused("attention", "sliding", ["full"])
+        raise _refused("attention", "sliding", ["full"])
     kind = (getattr(config, "rope_parameters", None) or {}).get("rope_type", "default")
     if kind not in _STATIC_ROTATIONS:
-        raise refused("rotary embedding", kind, _STATIC_ROTATIONS)
+        raise _refused("rotary embedding", kind, _STATIC_ROTATIONS)
     if getattr(config, "scale_attn_by_inverse_layer_idx", False) or not getattr(config, "scale_attn_weights", True):
-        raise refused("attention", "scaled by layer or not at all", ["scaled by the size of a head"])
+        raise _refused("attention", "scaled by layer or not at all", ["scaled by the size of a head"])
 
 
-def refused(what: str, given: str, known: Sequence[str]) -> BayesLoraError:
+def check_activation(activation: str) -> None:
+    """Raise `BayesLoraError` for an activation that `activated` lacks."""
+    if activation != "silu" and activation not in ACTIVATIONS:
+        raise _refused("activation", activation, ["silu", *sorted(ACTIVATIONS)])
+
+
+def _refused(what: str, given: str, known: Sequence[str]) -> BayesLoraError:
     return BayesLoraError(
         f"the model's {what} is {given!r}, but format 'onnx' is for {', '.join(known)}: export 'merged' instead"
     )
@@ -134,6 +138,18 @@ def root_mean_square_norm(graph: Graph, path: str, x: str, weight: str, epsilon:
     mean = graph("ReduceMean", squares, graph.integers(-1), name=f"{path}.mean", keepdims=1)
     root = graph("Sqrt", graph("Add", mean, graph.number(epsilon), name=f"{path}.positive"), name=f"{path}.root")
     return graph("Mul", graph("Div", x, root, name=f"{path}.scaled"), weight, name=path)
+
+
+def by_head(graph: Graph, x: str, sizes: str, path: str) -> str:
+    """Add the move of rows to (batch, heads, length, size); `sizes` is (batch, length, -1, size)."""
+    split = graph("Reshape", x, sizes, name=f"{path}.heads")
+    return graph("Transpose", split, name=f"{path}.by_head", perm=[0, 2, 1, 3])
+
+
+def by_row(graph: Graph, heads: str, width: int, path: str) -> str:
+    """Add the move back to rows of this width."""
+    tokens = graph("Transpose", heads, name=f"{path}.by_token", perm=[0, 2, 1, 3])
+    return graph("Reshape", tokens, graph.integers(-1, width), name=f"{path}.rows")
 
 
 def cache_sizes(config: Any) -> tuple[int, int, int]:
@@ -304,13 +320,9 @@ class Decoder:
         if is_grouped:
             sizes = graph.integers(0, self.heads, -1, self.size)
             mixed = graph("Reshape", mixed, sizes, name=f"{path}.mixed_by_head")
-
-        def by_row(heads: str) -> str:
-            tokens = graph("Transpose", heads, name=f"{path}.by_token", perm=[0, 2, 1, 3])
-            return graph("Reshape", tokens, graph.integers(-1, self.heads * self.size), name=f"{path}.rows")
-
         output = path.removesuffix("attention") + self.family.attended
-        return self.layers.linear(graph, output, mixed, before=by_row)
+        rows = partial(by_row, graph, width=self.heads * self.size, path=path)
+        return self.layers.linear(graph, output, mixed, before=rows)
 
     def _projected(self, path: str, x: str) -> list[str]:
         """Return query, key and value by head, (batch, heads, length, size)."""
@@ -328,8 +340,7 @@ class Decoder:
         return [graph("Mul", q, graph.number(factor), name=f"{path}.query.scaled"), k, v]
 
     def _by_head(self, x: str, path: str) -> str:
-        split = self.graph("Reshape", x, self._sizes, name=f"{path}.heads")
-        return self.graph("Transpose", split, name=f"{path}.by_head", perm=[0, 2, 1, 3])
+        return by_head(self.graph, x, self._sizes, path)
 
     def _rotated(self, path: str, x: str) -> str:
         """Return x cos + (-x2, x1) sin of the halves x1 and x2 of every head."""

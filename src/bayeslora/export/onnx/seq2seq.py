@@ -14,6 +14,7 @@ distances beyond `relative_attention_max_distance` share one.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from typing import Any, cast
 
 import numpy as np
@@ -22,7 +23,7 @@ from onnx import TensorProto
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from bayeslora.export.onnx.decoders import ACTIVATIONS, activated, refused, root_mean_square_norm
+from bayeslora.export.onnx.decoders import activated, by_head, by_row, check_activation, root_mean_square_norm
 from bayeslora.export.onnx.encoders import HIDDEN, IDS, LOGITS, MASK
 from bayeslora.export.onnx.graph import Graph, Value
 from bayeslora.export.onnx.layers import Part, ProductLayers
@@ -43,9 +44,7 @@ def is_encoder_decoder(model: nn.Module) -> bool:
 
 def check_encoder_decoder(model: nn.Module) -> None:
     """Raise `BayesLoraError` for a setting that the graphs do not have."""
-    activation = cast(Any, model).config.dense_act_fn
-    if activation != "silu" and activation not in ACTIVATIONS:
-        raise refused("activation", activation, ["silu", *sorted(ACTIVATIONS)])
+    check_activation(cast(Any, model).config.dense_act_fn)
 
 
 class EncoderDecoder:
@@ -219,17 +218,11 @@ class _Stack:
         turned = graph("Transpose", k, name=f"{inner}.turned", perm=[0, 1, 3, 2])
         scores = graph("Add", graph("MatMul", q, turned, name=f"{inner}.products"), bias, name=f"{inner}.scores")
         mixed = graph("MatMul", graph("Softmax", scores, name=f"{inner}.shares", axis=-1), v, name=f"{inner}.mixed")
-
-        def by_row(heads: str) -> str:
-            tokens = graph("Transpose", heads, name=f"{inner}.by_token", perm=[0, 2, 1, 3])
-            return graph("Reshape", tokens, graph.integers(-1, owner.heads * owner.size), name=f"{inner}.rows")
-
-        found_rows = owner.layers.linear(graph, f"{inner}.o", mixed, before=by_row)
-        return graph("Add", x, found_rows, name=f"{path}.attended")
+        rows = partial(by_row, graph, width=owner.heads * owner.size, path=inner)
+        return graph("Add", x, owner.layers.linear(graph, f"{inner}.o", mixed, before=rows), name=f"{path}.attended")
 
     def _by_head(self, x: str, path: str) -> str:
-        split = self.graph("Reshape", x, self._sizes, name=f"{path}.heads")
-        return self.graph("Transpose", split, name=f"{path}.by_head", perm=[0, 2, 1, 3])
+        return by_head(self.graph, x, self._sizes, path)
 
 
 @torch.no_grad()
