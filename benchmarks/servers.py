@@ -15,6 +15,7 @@ from the reference, how many of them are among its 20, and whether the first is 
 from __future__ import annotations
 
 import argparse
+import shutil
 import sys
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -171,6 +172,12 @@ def main() -> None:
     parser.add_argument("--llama-python", help="an interpreter with xllamacpp")
     parser.add_argument("--output", type=Path)
     given = parser.parse_args()
+    named = {"--vllm-python": given.vllm_python, "--llama-python": given.llama_python}
+    if not any(named.values()):
+        parser.error(f"no server is named: give {' or '.join(named)}")
+    for option, python in named.items():
+        if python is not None and shutil.which(python) is None:
+            parser.error(f"{option} is {python}, which is no program: give an interpreter")
     with tempfile.TemporaryDirectory() as folder:
         print_result(measure(given.vllm_python, given.llama_python, Path(folder)), given.output)
 
