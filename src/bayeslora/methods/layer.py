@@ -75,6 +75,7 @@ class BayesLayer(nn.Module, BaseTunerLayer):
         scaling: factor of each adapter's update.
         initial_rank: the configured rank of each adapter.
         adapter_dropout: dropout on each adapter's input.
+        tokens_first: whether the layer gets (tokens, rows, d_in) and returns (tokens, rows, d_out).
     """
 
     other_param_names: tuple[str, ...] = ("adapter_dropout", "scaling", "initial_rank")
@@ -94,6 +95,7 @@ class BayesLayer(nn.Module, BaseTunerLayer):
         self.scaling: dict[str, float] = {}
         self.initial_rank: dict[str, int] = {}
         self.adapter_dropout = nn.ModuleDict()
+        self.tokens_first = False
 
     def add_adapter(self, adapter_name: str, config: Any, rank: int) -> None:
         """Create the tensors of one adapter of rank `rank` >= 0."""
@@ -235,6 +237,13 @@ class BayesLayer(nn.Module, BaseTunerLayer):
                     module.cast_parameters(dtype)
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        return self.rows_first(self._with_rows_first(self.rows_first(x), *args, **kwargs))
+
+    def rows_first(self, x: Tensor) -> Tensor:
+        """Return an input (rows, tokens, d) of the layer, or an output as the module around it expects it."""
+        return x.transpose(0, 1).contiguous() if self.tokens_first and x.ndim == 3 else x
+
+    def _with_rows_first(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         adapter_names = kwargs.pop("adapter_names", None)
         if adapter_names is not None:
             return self._mixed(x, adapter_names, *args, **kwargs)
@@ -314,6 +323,25 @@ class BayesLayer(nn.Module, BaseTunerLayer):
 
     def extra_repr(self) -> str:
         return quantization_extra_repr(self)
+
+
+_TOKENS_FIRST = {
+    "longformer": {"LongformerSelfAttention"},
+    "led": {"LEDEncoderSelfAttention"},
+    "xlnet": {"XLNetFeedForward"},
+    "fsmt": {"Attention", "EncoderLayer", "DecoderLayer"},
+}
+"""Modules of transformers whose linear layers get the tokens in the first dimension, by model."""
+
+
+def puts_tokens_first(parent: nn.Module) -> bool:
+    """Return whether `parent` gives its linear layers (tokens, rows, features)."""
+    if isinstance(parent, (nn.TransformerEncoderLayer, nn.TransformerDecoderLayer)):
+        return not parent.self_attn.batch_first
+    return any(
+        kind.__name__ in _TOKENS_FIRST.get(kind.__module__.rpartition(".modeling_")[2], ())
+        for kind in type(parent).__mro__
+    )
 
 
 def undo_cpu_order(module: nn.Module) -> None:

@@ -22,7 +22,7 @@ from bayeslora._peft import (
 from bayeslora.errors import BayesLoraError
 from bayeslora.methods.allocation import CostModel
 from bayeslora.methods.description import LayerDescription
-from bayeslora.methods.layer import BayesLayer, adapter_names_by_row
+from bayeslora.methods.layer import BayesLayer, adapter_names_by_row, puts_tokens_first
 from bayeslora.methods.targets import check_targets, warn_of_unmatched
 from bayeslora.vocabulary import CostScope
 
@@ -125,9 +125,17 @@ class BayesTuner(BaseTuner):
                 f"target module {current_key!r} is a {type(base).__name__}, but {type(peft_config).__name__} adapts "
                 "linear layers (torch.nn.Linear, transformers' Conv1D and their 4- and 8-bit forms): choose others"
             )
+        if isinstance(parent, nn.MultiheadAttention):
+            raise BayesLoraError(
+                f"target module {current_key!r} is inside a MultiheadAttention, but that reads its weight past the "
+                "adapter: name it in exclude_modules"
+            )
         new = self.linear_class(target, **get_quantization_kwargs(self.model))
         new.train(self.training)  # one added to a model in eval mode must not sample
         new._active_adapter = adapter_name
+        new.tokens_first = puts_tokens_first(parent)
+        if isinstance(parent, nn.TransformerEncoderLayer):
+            parent.activation_relu_or_gelu = 0  # its fast path reads the base weight past the adapter
         new.update_layer(adapter_name, peft_config, rank, scaling)
         if adapter_name not in self.active_adapters:
             new.requires_grad_(False)  # a further adapter does not start trainable

@@ -111,18 +111,18 @@ class BatchedSampler:
         """Raise `IndivisibleBatchError` if a stochastic layer gets anything but the repeated batch."""
         undrawn = True
 
-        def check(_layer: nn.Module, args: tuple[Any, ...]) -> None:
+        def check(layer: Any, args: tuple[Any, ...]) -> None:
             nonlocal undrawn
-            if undrawn and args[0].ndim > 2 and not _is_repeated(args[0], times):
+            x = layer.rows_first(args[0])
+            if undrawn and x.ndim > 2 and not _is_repeated(x, times):
                 raise IndivisibleBatchError(
-                    f"a layer got other inputs of shape {tuple(args[0].shape)} for each draw, as where tokens come "
+                    f"a layer got other inputs of shape {tuple(x.shape)} for each draw, as where tokens come "
                     "before rows: take one draw at a time"
                 )
             undrawn = False
-            if args[0].ndim < 2 or args[0].shape[0] % rows:
+            if x.ndim < 2 or x.shape[0] % rows:
                 raise IndivisibleBatchError(
-                    f"a layer got {counted(args[0].shape[0], 'row')}, but the batch has {rows}: take one draw "
-                    "at a time"
+                    f"a layer got {counted(x.shape[0], 'row')}, but the batch has {rows}: take one draw at a time"
                 )
 
         with ExitStack() as hooks:
@@ -144,7 +144,7 @@ class BatchedSampler:
 def _is_repeated(x: Tensor, times: int) -> bool:
     """Return whether the inputs of the first layer that draws are those of `times` draws one after the other.
 
-    Models such as Longformer have the tokens first and the rows second, and their number may be divisible too.
+    A model of one's own may have the tokens first and the rows second, and their number may be divisible too.
     """
     if len(x) % times:
         return True  # which the check of the rows tells
@@ -190,8 +190,9 @@ class Prefix:
             del self._finished[first:]  # parts of this module: only the outermost is kept
             self._finished.append((module, output))
 
-        def reach(_module: nn.Module, args: tuple[Any, ...]) -> None:
-            self.rows, self._input = args[0].shape[0], args[0]
+        def reach(layer: Any, args: tuple[Any, ...]) -> None:
+            self._input = layer.rows_first(args[0])
+            self.rows = self._input.shape[0]
             raise _Reached
 
         with ExitStack() as hooks:

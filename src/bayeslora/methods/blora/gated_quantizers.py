@@ -108,7 +108,7 @@ class Quantizing(Unquantized):
                 return kept
             if source._version != version:
                 raise RuntimeError("the input of an adapted layer was changed in place after it had been used")
-            return self.quantizers.quantized(kind, source, self.assignment).view(kept)
+            return self.quantizers.quantized(kind, source, self.assignment).reshape(kept)
 
         return torch.autograd.graph.saved_tensors_hooks(pack, unpack)
 
