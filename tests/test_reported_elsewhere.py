@@ -94,6 +94,18 @@ def test_names_that_match_nothing_are_told(tiny_bert: PreTrainedModel, options: 
         get_peft_model(tiny_bert, config(**options))
 
 
+@pytest.mark.parametrize("saved", [["embeddings"], ["bert.embeddings", "LayerNorm"]])
+def test_modules_to_save_that_are_inside_one_another_are_refused(
+    saved: list[str], tiny_bert: PreTrainedModel, tmp_path: Path
+) -> None:
+    message = "which matches bert.embeddings and bert.embeddings.[A-Za-z_]+ inside it, .*: give bert.embeddings"
+    with pytest.raises(BayesLoraError, match=message):
+        get_peft_model(tiny_bert, config(modules_to_save=saved))
+    model = get_peft_model(build_tiny_bert(), config(modules_to_save=["bert.embeddings"]))
+    model.save_pretrained(tmp_path)
+    assert PeftModel.from_pretrained(build_tiny_bert(), tmp_path).peft_config["default"].modules_to_save
+
+
 def test_names_that_match_are_not_told(tiny_bert: PreTrainedModel) -> None:
     with warnings.catch_warnings():
         warnings.filterwarnings("error", message=".*matches nothing")
@@ -111,6 +123,8 @@ def test_the_command_refuses_names_that_match_nothing(
     assert (
         "--modules-to-save is 'poler', but matches nothing in the model, did you mean pooler" in capfd.readouterr().err
     )
+    assert main([word.replace("poler", "embeddings") for word in words]) == 2
+    assert "which matches bert.embeddings and bert.embeddings.word_embeddings inside it" in capfd.readouterr().err
     assert [path.name for path in tmp_path.iterdir()] == ["data.jsonl"]
 
 
@@ -365,6 +379,32 @@ def test_an_adapter_of_transformers_own_is_refused_where_its_method_is_needed(
 
 def test_an_adapter_of_transformers_own_predicts(tmp_path: Path) -> None:
     assert bayeslora.predict(loaded_by_transformers(tmp_path), BATCH, samples=2).probabilities.shape == (2, 2)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+@pytest.mark.parametrize("samples", [0, 2])
+@pytest.mark.parametrize("part", ["melora_A", "melora_M", "classifier.modules_to_save"])
+def test_an_adapter_that_is_broken_gives_no_answers(
+    value: float, samples: int, part: str, tiny_bert: PreTrainedModel
+) -> None:
+    model = get_peft_model(tiny_bert, config())
+    broken = next(parameter for name, parameter in model.named_parameters() if part in name)
+    torch.nn.init.constant_(broken, value)
+    message = rf"not finite for 2 of 2 examples, but must be \(\S+{part}\S+ is not\): train with .* or load"
+    with pytest.raises(BayesLoraError, match=message):
+        bayeslora.predict(model, BATCH, samples=samples)
+
+
+@pytest.mark.parametrize("options", [{}, {"do_sample": True}, {"num_beams": 2}, {"answers": "mean"}])
+@pytest.mark.parametrize("samples", [0, 2])
+def test_a_language_model_that_is_broken_writes_nothing(samples: int, options: dict[str, Any]) -> None:
+    adapter = bayeslora.MeLoraConfig(r=2, target_modules=["q_proj"], task_type="CAUSAL_LM")
+    model: Any = get_peft_model(build_tiny_llama(), adapter)
+    torch.nn.init.constant_(model.base_model.adapted_layers()[0].melora_B["default"], float("nan"))
+    with pytest.raises(
+        BayesLoraError, match=r"outputs are not finite for [248] of [248] sequences.*\S+melora_B\S+ is not"
+    ):
+        bayeslora.generate(model, BATCH["input_ids"], samples=samples, max_new_tokens=2, **options)
 
 
 def test_padding_without_a_mask_is_padding() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from typing import Any
 
 import pytest
@@ -44,8 +45,33 @@ def test_a_long_text_has_the_tokens_of_the_whole(tiny_tokenizer: Any, text: str,
     assert (counting.characters < len(text) / 4) == is_cut
 
 
-def test_a_tokenizer_that_keeps_the_end_gets_the_whole(tiny_tokenizer: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    ("text", "is_cut"),
+    [("good " * 5000 + "the film", True), ("good" * 20_000 + " the film", False), ("the film" + " " * 50_000, False)],
+    ids=["many words", "one long word", "blanks last"],
+)
+def test_a_tokenizer_that_keeps_the_end_gets_the_end(
+    tiny_tokenizer: Any, monkeypatch: pytest.MonkeyPatch, text: str, is_cut: bool
+) -> None:
     monkeypatch.setattr(tiny_tokenizer, "truncation_side", "left")
-    text = "good " * 5000 + "the film"
-    found = encode_texts(Dataset.from_dict({"text": [text]}), ["text"], tiny_tokenizer, LENGTH)
+    counting = Counting(tiny_tokenizer)
+    found = encode_texts(Dataset.from_dict({"text": [text]}), ["text"], counting, LENGTH)
     assert found[0]["input_ids"] == tiny_tokenizer(text, truncation=True, max_length=LENGTH)["input_ids"]
+    assert (counting.characters < len(text) / 4) == is_cut
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+@pytest.mark.parametrize("columns", [["text"], ["text", "other"]])
+def test_a_text_of_megabytes_without_blanks_is_bounded(
+    tiny_tokenizer: Any, monkeypatch: pytest.MonkeyPatch, side: str, columns: list[str]
+) -> None:
+    monkeypatch.setattr(tiny_tokenizer, "truncation_side", side)
+    monkeypatch.setattr(sys.modules["bayeslora.data.encode"], "_MOST_CHARACTERS", 2**14)
+    counting, words = Counting(tiny_tokenizer), ["the", "film"]
+    text = "good" * 50_000
+    rows = {"text": [text, *words], "other": ["a film", *words]}
+    with pytest.warns(UserWarning, match="a text has 200,000 characters, of which 16,384 give too few tokens to fill"):
+        found = encode_texts(Dataset.from_dict(rows), columns, counting, LENGTH)
+    whole = tiny_tokenizer(*(rows[name] for name in columns), truncation=True, max_length=LENGTH)
+    assert found["input_ids"] == whole["input_ids"]
+    assert counting.characters < 4 * 2**14

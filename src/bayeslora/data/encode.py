@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -11,11 +12,15 @@ from datasets.fingerprint import generate_random_fingerprint
 from torch import Tensor
 
 from bayeslora.data.tasks import LABEL, Task
-from bayeslora.errors import BayesLoraError
+from bayeslora.errors import BayesLoraError, counted
 
 DEFAULT_MAX_LENGTH = 128
 _CHARACTERS = 64
 """Characters a token, from which on a text is looked at for a part that is enough."""
+_MOST_CHARACTERS = 2**20
+"""Characters that are looked at; what a longer text has beyond them is left out."""
+_LONGEST_WORD = 1000
+"""Characters of what is still taken for a word. A longer one may be cut."""
 
 Collate = Callable[[Sequence[Mapping[str, Any]]], dict[str, Tensor]]
 
@@ -43,8 +48,8 @@ def encode_texts(
 
     def tokenize(batch: dict[str, list[Any]]) -> dict[str, list[Any]]:
         texts = [batch[name] for name in text_columns]
-        if len(texts) == 1:  # how a pair is cut depends on the lengths of both
-            texts = [[_beginning(text, tokenizer, length) for text in texts[0]]]
+        least = 2 * _CHARACTERS * length if len(texts) == 1 else _MOST_CHARACTERS  # a pair is cut by both lengths
+        texts = [[_enough(t, tokenizer, length) if len(t) > least else t for t in column] for column in texts]
         encoded = tokenizer(*texts, truncation=True, max_length=length)
         return _never_empty(dict(encoded), tokenizer)
 
@@ -94,17 +99,34 @@ def pad_id(tokenizer: Any) -> int:
     return int(tokenizer.pad_token_id)
 
 
-def _beginning(text: str, tokenizer: Any, length: int) -> str:
-    """Return the part of a very long text that has its first `length` tokens, or the text itself.
+def _enough(text: str, tokenizer: Any, length: int) -> str:
+    """Return the part of a very long text that has the `length` tokens which truncation keeps, or the text itself.
 
     Tokenizing megabytes takes minutes and gigabytes. The part ends at white space and has twice as many tokens as are
-    kept, so that its end has no effect on them.
+    kept, so that its end has no effect on them. One that has fewer, such as of blanks, is made longer.
     """
-    most = _CHARACTERS * length
-    if len(text) <= 2 * most or tokenizer.truncation_side != "right":
+    keeps_end = tokenizer.truncation_side == "left"
+    size = _CHARACTERS * length
+    while size < min(len(text), _MOST_CHARACTERS):
+        part = _whole_words(text[-size:] if keeps_end else text[:size], keeps_end)
+        if len(tokenizer(part, add_special_tokens=False, verbose=False)["input_ids"]) > 2 * length:
+            return part
+        size *= 2
+    if len(text) <= _MOST_CHARACTERS:
         return text
-    part = text[:most].rsplit(maxsplit=1)[0] if text[:most].strip() else ""
-    return part if len(tokenizer(part, add_special_tokens=False)["input_ids"]) > 2 * length else text
+    warnings.warn(
+        f"a text has {counted(len(text), 'character')}, of which {_MOST_CHARACTERS:,} give too few tokens to fill a "
+        "row: the others are left out",
+        stacklevel=2,
+    )
+    return text[-_MOST_CHARACTERS:] if keeps_end else text[:_MOST_CHARACTERS]
+
+
+def _whole_words(part: str, keeps_end: bool) -> str:
+    """Return a part of a text without the word that it was cut in, unless that is too long for one."""
+    words = part.split(maxsplit=1)[1:] if keeps_end else part.rsplit(maxsplit=1)[:-1]
+    rest = words[0] if words else ""
+    return rest if len(part) - len(rest) <= _LONGEST_WORD else part
 
 
 def allowed_length(tokenizer: Any, max_length: int | None, pair: bool = False) -> int:

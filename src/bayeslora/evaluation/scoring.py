@@ -240,14 +240,7 @@ def _scored(
             f"the model has {outputs} outputs, but the task {task.name!r} needs {expected}: "
             f"load the model with num_labels={expected}"
         )
-    # Not the logits, since an absent class has minus infinity.
     predicted = prediction.labels[:, None].double() if task.kind == "regression" else prediction.probabilities
-    broken = int((~torch.isfinite(predicted)).any(dim=1).sum())
-    if broken:
-        raise BayesLoraError(
-            f"the model's outputs are not finite for {broken} of {len(predicted)} examples, but must be: "
-            "train with a smaller learning rate or in float32"
-        )
     found: dict[str, Any] = {
         "labels": labels,
         "seconds": seconds,

@@ -68,6 +68,22 @@ def warn_of_unmatched(model: nn.Module, config: Any) -> None:
         )
 
 
+def check_not_nested(model: nn.Module, names: Iterable[str] | None) -> None:
+    """Raise BayesLoraError if names of modules to save match a module and one inside it, which no file can hold.
+
+    PEFT looks for modules whose path ends with a name, also in the middle of a word.
+    """
+    ends = tuple(names or ())
+    paths = [path for path, _ in model.named_modules(remove_duplicate=False) if path.endswith(ends)] if ends else []
+    for outer in paths:
+        inner = next((path for path in paths if path.startswith(outer + ".")), None)
+        if inner is not None:
+            raise BayesLoraError(
+                f"modules_to_save is {','.join(ends)}, which matches {outer} and {inner} inside it, but an adapter's "
+                f"file holds one of them: give {outer}"
+            )
+
+
 def fused_weights(model: nn.Module) -> list[str]:
     """Return the paths of weights that hold a matrix for each of several experts, in the order of the model."""
     found = []

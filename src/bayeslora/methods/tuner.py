@@ -23,7 +23,7 @@ from bayeslora.errors import BayesLoraError
 from bayeslora.methods.allocation import CostModel
 from bayeslora.methods.description import LayerDescription
 from bayeslora.methods.layer import BayesLayer, adapter_names_by_row, puts_tokens_first
-from bayeslora.methods.targets import check_targets, warn_of_unmatched
+from bayeslora.methods.targets import check_not_nested, check_targets, warn_of_unmatched
 from bayeslora.vocabulary import CostScope
 
 ParameterRole = str
@@ -277,6 +277,7 @@ class BayesTuner(BaseTuner):
         config = self.peft_config[adapter_name]
         if not config.inference_mode:  # a saved adapter is what it is
             check_targets(model, config)
+            check_not_nested(model, config.modules_to_save)
             warn_of_unmatched(model, config)
         super().inject_adapter(model, adapter_name, *args, **kwargs)
         self._named_layers = None

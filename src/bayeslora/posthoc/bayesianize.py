@@ -24,7 +24,7 @@ from bayeslora.methods.config import KEPT_FIELDS
 from bayeslora.methods.variational import stochastic_layers
 from bayeslora.posthoc.plain_lora import lora_factors, lora_layers, only_lora
 from bayeslora.posthoc.temperature import predictive_nll
-from bayeslora.prediction import Logits, ModelPredictor, labels_of, sampled_logits
+from bayeslora.prediction import Logits, ModelPredictor, NotFiniteError, labels_of, sampled_logits
 
 _log = logging.getLogger(__name__)
 
@@ -75,7 +75,10 @@ def bayesianize(
 
     def allowed(scale: float) -> bool:
         _set_scale(new, name, widths, scale)
-        found = sampled_logits(ModelPredictor(new), batches, samples, seed, logits=logits)
+        try:
+            found = sampled_logits(ModelPredictor(new), batches, samples, seed, logits=logits)
+        except NotFiniteError:  # so much noise overflows half precision
+            return False
         return predictive_nll(found, labels) <= limit
 
     scale = largest_allowed(allowed, steps)

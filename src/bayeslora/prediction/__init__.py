@@ -16,6 +16,7 @@ from bayeslora.prediction.predictor import (
     check_one_label,
     check_samples,
 )
+from bayeslora.prediction.weights import NotFiniteError
 from bayeslora.prediction.words import word_logits
 
 __all__ = [
@@ -23,6 +24,7 @@ __all__ = [
     "Generation",
     "Logits",
     "ModelPredictor",
+    "NotFiniteError",
     "Predictable",
     "Prediction",
     "Predictor",

@@ -17,6 +17,8 @@ from __future__ import annotations
 
 import inspect
 import math
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -29,7 +31,7 @@ from bayeslora.posterior import IndivisibleBatchError
 from bayeslora.prediction.batched_sampling import repeat_rows
 from bayeslora.prediction.predict import evaluation_mode, seeded
 from bayeslora.prediction.predictor import Predictable
-from bayeslora.prediction.weights import Weights
+from bayeslora.prediction.weights import Weights, check_finite
 
 _MEAN = -1
 """Number that stands for the mean weights among those of the draws."""
@@ -181,7 +183,7 @@ class _Run:
         self.device = next(self.model.parameters()).device
         self.owners = [_MEAN] if samples == 0 or answers == "mean" else list(range(samples))
         base: Any = self.model.get_base_model() if hasattr(self.model, "get_base_model") else self.model  # type: ignore[operator]
-        config = base.config
+        self.base, config = base, base.config
         self.encodes = bool(getattr(config, "is_encoder_decoder", False))
         self.settings = getattr(base, "generation_config", None) or config
         self.parameters = inspect.signature(base.forward).parameters
@@ -224,8 +226,22 @@ class _Run:
                 count = options["num_return_sequences"]
                 inputs = {name: each.repeat_interleave(count, dim=0) for name, each in inputs.items()}
                 options = {**options, "num_return_sequences": 1, "past_key_values": cache}
-            sequences: Tensor = self.model.generate(**inputs, **options)  # type: ignore[operator]
+            with self._watched():
+                sequences: Tensor = self.model.generate(**inputs, **options)  # type: ignore[operator]
         return sequences
+
+    @contextmanager
+    def _watched(self) -> Iterator[None]:
+        """Raise where the logits that a token is chosen from are not finite, as those of a broken adapter."""
+
+        def check(_module: nn.Module, _args: Any, output: Any) -> None:
+            check_finite(output.logits[None, :, -1], self.model, of="sequence")
+
+        hook = self.base.register_forward_hook(check)
+        try:
+            yield
+        finally:
+            hook.remove()
 
     def _read_prompts(self, inputs: dict[str, Tensor]) -> DynamicCache | None:
         """Return keys and values of all but the last token, once for each sequence; None where `generate` must read.
@@ -302,6 +318,7 @@ class _Run:
                 continue
             with self.weights.at(_only(number)):
                 log_p = self._logits(rows, mask, prompt, start).float().log_softmax(dim=-1)
+            check_finite(log_p.amax(dim=-1, keepdim=True)[mask][None], self.model, of="token")
             p = log_p.exp()
             entropy_here = torch.special.entr(p).sum(dim=-1) * mask
             chosen = (log_p.gather(-1, targets.unsqueeze(-1)).squeeze(-1) * mask).sum(dim=-1)

@@ -41,6 +41,7 @@ from bayeslora.prediction.predictor import (
     check_samples,
     problem_type,
 )
+from bayeslora.prediction.weights import check_finite
 
 _LABEL_KEYS = ("labels", "label", "label_ids")
 NO_BATCH = "the loader gave 0 batches, but at least 1 is needed: check the data set behind it"
@@ -117,8 +118,8 @@ def predict(
 
     Raises:
         BayesLoraError: `samples` is above 0 for a deterministic adapter, the optimizer lacks a posterior, the loader
-            is empty, inputs are not tensors, the logits' shape is not (batch, C), or the model predicts several
-            numbers a row.
+            is empty, inputs are not tensors, the logits' shape is not (batch, C) or they are not finite, or the
+            model predicts several numbers a row.
     """
     predictor = as_predictor(model) if optimizer is None else _drawn_by(optimizer, model)
     check_samples(predictor, samples)
@@ -176,7 +177,9 @@ def _sampled_logits(
     if not collected:
         raise BayesLoraError(NO_BATCH)
     # Unlike a tensor made in inference mode, a copy made outside of it can be used with autograd.
-    return torch.cat(collected, dim=1).clone()
+    found = torch.cat(collected, dim=1).clone()
+    check_finite(found, predictor.model)
+    return found
 
 
 def _drawn_by(optimizer: object, model: Predictable) -> Predictor:

@@ -12,6 +12,7 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from bayeslora.errors import BayesLoraError, close_matches, one_line
+from bayeslora.methods.targets import check_not_nested
 from bayeslora.runs.base import BaseModel
 
 # Names of query, key and value projections in model families; the first set that a model has is the default.
@@ -49,6 +50,7 @@ def adapt(base: BaseModel, config_class: type[PeftConfig] | None, options: dict[
         options["target_modules"] = targets
     check_saved_modules(base.model, options.get("modules_to_save") or [])
     options["modules_to_save"] = sorted({*(options.get("modules_to_save") or ()), *base.fresh}) or None
+    check_not_nested(base.model, options["modules_to_save"])
     with option_errors(config_class.__name__):
         return get_peft_model(base.model, config_class(task_type=base.task_type, **options))
 
