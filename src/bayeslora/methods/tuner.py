@@ -277,7 +277,7 @@ class BayesTuner(BaseTuner):
         config = self.peft_config[adapter_name]
         if not config.inference_mode:  # a saved adapter is what it is
             check_targets(model, config)
-            check_not_nested(model, config.modules_to_save)
+            check_not_nested(model, cast(Any, config).modules_to_save)
             warn_of_unmatched(model, config)
         super().inject_adapter(model, adapter_name, *args, **kwargs)
         self._named_layers = None
