@@ -214,6 +214,30 @@ def test_every_layer_computes_on_the_learned_grids(
     assert apart <= count / 500
 
 
+@pytest.mark.parametrize("kind", ["bert", "roberta", "distilbert"])
+def test_positions_take_a_byte_where_words_do(kind: str, tmp_path: Path) -> None:
+    """Embeddings of words and positions are codes with a step a row, and the first layer gets their sum."""
+    model = _blora(kind, EVERYWHERE)
+    export(model, tmp_path, format="onnx", tokenizer=build_tiny_tokenizer())
+    graph = onnx.load(tmp_path / "model.onnx").graph
+    constants = {each.name: onnx.numpy_helper.to_array(each) for each in graph.initializer}
+    (name,) = [each for each in constants if each.endswith("position_embeddings.codes")]
+    found = constants[name] * constants[name.replace(".codes", ".steps")]
+    (table,) = [p for n, p in model.named_parameters() if n.endswith("position_embeddings.weight")]
+    (types,) = [p[0] for n, p in model.named_parameters() if n.endswith("token_type_embeddings.weight")] or [0.0]
+    table = (table + types).detach()
+    assert constants[name].dtype == np.int8
+    assert ((torch.from_numpy(found) - table).abs().amax(1) <= table.abs().amax(1) / 250).all()
+
+    batch = _batch(model, *SHAPES[1])
+    plain = tmp_path / "plain"
+    export(model, plain, format="onnx", tokenizer=build_tiny_tokenizer(), unadapted="float32")
+    assert [each.name for each in onnx.load(plain / "model.onnx").graph.initializer if "position" in each.name] == [
+        name.replace(".codes", ".weight")
+    ]
+    assert (_onnx_logits(tmp_path, batch) - _onnx_logits(plain, batch)).abs().max() < 0.5
+
+
 def _inputs_and_outputs(model: nn.Module, batch: dict[str, Tensor]) -> dict[str, tuple[Tensor, Tensor]]:
     """Rows that enter and leave each adapted layer, by its path."""
     found: dict[str, tuple[Tensor, Tensor]] = {}

@@ -15,6 +15,7 @@ from functools import partial
 from typing import Any, cast
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 from onnx import TensorProto
 from torch import Tensor, nn
@@ -22,8 +23,8 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from bayeslora.errors import BayesLoraError
 from bayeslora.export.onnx.graph import Graph, Value
-from bayeslora.export.onnx.layers import Part, ProductLayers
-from bayeslora.export.onnx.products import array
+from bayeslora.export.onnx.layers import NamedMove, Part, ProductLayers
+from bayeslora.export.onnx.products import array, rounded_rows
 from bayeslora.runtime.encoders import FAMILIES
 
 IDS, MASK, TYPES = "input_ids", "attention_mask", "token_type_ids"
@@ -138,8 +139,7 @@ class Encoder:
         )
         if types is not None and TYPES not in self.names:
             positions = positions + types[0]  # without the input every token is of the first type
-        table = graph.constant(f"{path}.position_embeddings.weight", positions)
-        x = graph("Add", words, self._positions(path, table), name=f"{path}.positioned")
+        x = graph("Add", words, self._positions(path, positions), name=f"{path}.positioned")
         if types is not None and TYPES in self.names:
             table = graph.constant(f"{path}.token_type_embeddings.weight", types)
             typed = graph("Gather", table, TYPES, name=f"{path}.token_type_embeddings")
@@ -173,14 +173,24 @@ class Encoder:
         flat = self.graph("Reshape", x, self.graph.integers(-1, self.width), name=f"{path}.flat")
         return self.graph("Gather", flat, self._kept, name=path, axis=0)
 
-    def _positions(self, path: str, table: str) -> str:
-        """Return the position embeddings, (1 or batch, length, width)."""
+    def _positions(self, path: str, values: NDArray[np.float32]) -> str:
+        """Return the position embeddings, (1 or batch, length, width); stored as the word embedding is."""
+        graph, name = self.graph, f"{path}.position_embeddings"
+        rows = self._position_rows(path)
+        if not isinstance(self.layers.embeddings[f"{path}.word_embeddings"], tuple):
+            return rows(graph.constant(f"{name}.weight", values), name)
+        codes, steps = rounded_rows(torch.from_numpy(values))
+        found = rows(graph.constant(f"{name}.codes", codes), f"{name}.rows")
+        found = graph("Cast", found, name=f"{name}.values", to=TensorProto.FLOAT)
+        scales = rows(graph.constant(f"{name}.steps", steps.reshape(-1, 1)), f"{name}.scales")
+        return graph("Mul", found, scales, name=name)
+
+    def _position_rows(self, path: str) -> NamedMove:
+        """Return what adds the rows of a table for the tokens' positions, under a name."""
         graph = self.graph
         if self.family.counts_padding:
             length = graph("Shape", IDS, name=f"{path}.length", start=1, end=2)
-            return graph(
-                "Slice", table, graph.integers(0), length, graph.integers(0), name=f"{path}.position_embeddings"
-            )
+            return lambda table, name: graph("Slice", table, graph.integers(0), length, graph.integers(0), name=name)
         padding = graph.constant("padding", np.array(self.config.pad_token_id, dtype=np.int64))
         is_padding = graph("Equal", IDS, padding, name=f"{path}.is_padding")
         is_token = graph(
@@ -191,7 +201,7 @@ class Encoder:
         )
         numbers = graph("Mul", counted, is_token, name=f"{path}.numbers")
         ids = graph("Add", numbers, padding, name=f"{path}.position_ids")
-        return graph("Gather", table, ids, name=f"{path}.position_embeddings")
+        return lambda table, name: graph("Gather", table, ids, name=name)
 
     def _attention_bias(self) -> str:
         """Return what is added to the scores, (batch, 1, 1, length): 0, or a negative number for padding.

@@ -70,7 +70,8 @@ def export_onnx(
         tokenizer: the model's, which must be a fast one; saved beside the graph. It decides the graph's inputs.
         max_length: number of tokens to which the card's code cuts a text; by default the tokenizer's maximum.
         unadapted: if widths were learned, type of the weights of linear layers without an adapter and of the word
-            embedding: `"int8"` (default), with a range per row, or `"float32"`. A trained classifier stays float32.
+            embedding, in an encoder of the position embedding too: `"int8"` (default), with a range per row, or
+            `"float32"`. A trained classifier stays float32.
         calibration: batches of inputs on which static 8-bit ranges of the inputs of an encoder's unadapted int8 layers
             are fixed, so that their products use integers too; None (default) does not quantize these inputs.
         rows: batches of inputs to measure the error on.
