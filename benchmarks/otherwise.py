@@ -221,7 +221,7 @@ def main() -> None:
     parser.add_argument("--decoder", action="store_true", help="measure a language model instead")
     parser.add_argument("--llama-python", default=sys.executable, metavar="PYTHON")
     parser.add_argument("--decoder-steps", type=int, default=40, help="of the language model's trainings")
-    parser.add_argument("--decoder-rows", type=int, default=8, help="test texts that it is scored on")
+    parser.add_argument("--decoder-rows", type=int, default=40, help="test texts that it is scored on")
     parser.add_argument("--tokens", type=int, default=24, help="that it writes in a round")
     parser.add_argument("--folder", type=Path, help="keep the forms here, and go on with those that are here")
     parser.add_argument("--output", type=Path, help="JSON file for the figures")

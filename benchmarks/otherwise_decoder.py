@@ -43,8 +43,10 @@ WEIGHTS_ALONE = {
     **{name: DECODER[name] for name in ("r", "lora_alpha", "target_modules", "calibration")},
     "per_channel": True,
     "fixed_bits": {**dict.fromkeys(("weight", "A", "E", "B"), 8), **dict.fromkeys(("A_out", "E_out", "out"), 32)},
+    "rank_price": 0.0,
+    "bops_price": 0.0,
 }
-"""Options of the B-LoRA: a few steps are too few to choose widths of activations."""
+"""Options of the B-LoRA: a few steps are too few to choose widths of activations, or ranks."""
 
 
 @dataclass(frozen=True)

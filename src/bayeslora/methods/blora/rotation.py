@@ -8,7 +8,8 @@ two QR decompositions, and the decomposition of the r × r middle, $O((d_{in} + 
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from collections.abc import Callable
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -49,9 +50,9 @@ def rotate(a: nn.Parameter, e: nn.Parameter, b: nn.Parameter, optimizer: Optimiz
     r"""Rotate the three parameters in place, and what Adam knows of them with them.
 
     With $A' = T A$ the gradient of B changes by $\partial B' = \partial B\, M$, $M = \mathrm{diag}(E)^{-1} T^\top
-    \mathrm{diag}(E')$, and likewise for A. First moments start again at zero; second moments are mixed by the squares
-    of M, as those of independent entries would be. E, whose gradient is another one in the new basis, starts anew.
-    Sharded parameters are gathered for it; every rank computes the same.
+    \mathrm{diag}(E')$, and likewise for A. First moments, which are means of gradients, change by the same M; second
+    moments are mixed by the squares of M, as those of independent entries would be. E, whose gradient is another one
+    in the new basis, starts anew. Sharded parameters are gathered for it; every rank computes the same.
     """
     old = Factors(*(whole(p.detach()).clone() for p in (a, e, b)))
     new = rotated(old)
@@ -61,19 +62,22 @@ def rotate(a: nn.Parameter, e: nn.Parameter, b: nn.Parameter, optimizer: Optimiz
     for parameter, value in zip((a, e, b), new, strict=True):
         write(parameter, value)
     inverse = torch.where(old.E != 0, 1 / old.E, torch.zeros_like(old.E)).double()
-    mix_b = (inverse.unsqueeze(1) * of_a.T * new.E.double()).square()
-    mix_a = (new.E.double().unsqueeze(1) * of_b * inverse).square()
-    _mix(optimizer, b, lambda moment: moment @ mix_b.to(moment))
-    _mix(optimizer, a, lambda moment: mix_a.to(moment) @ moment)
+    mix_b = inverse.unsqueeze(1) * of_a.T * new.E.double()
+    mix_a = new.E.double().unsqueeze(1) * of_b * inverse
+    _mix(optimizer, b, mix_b, lambda moment, mix: moment @ mix)
+    _mix(optimizer, a, mix_a, lambda moment, mix: mix @ moment)
     optimizer.state.pop(e, None)
 
 
-def _mix(optimizer: Optimizer, parameter: nn.Parameter, mixed: Any) -> None:
-    """Restart the first moment of Adam and mix the second; drop the state that another optimizer keeps."""
+def _mix(
+    optimizer: Optimizer, parameter: nn.Parameter, mix: Tensor, product: Callable[[Tensor, Tensor], Tensor]
+) -> None:
+    """Mix the first moment of Adam, and the second by the squares; drop the state that another optimizer keeps."""
     state = optimizer.state.get(parameter, {})
     second = state.get("exp_avg_sq")
     if set(state) <= {"step", "exp_avg", "exp_avg_sq"} and isinstance(second, Tensor) and second.is_floating_point():
-        write(second, mixed(whole(second).clone()))
-        state["exp_avg"].zero_()
+        for name, by in (("exp_avg", mix), ("exp_avg_sq", mix.square())):
+            moment = whole(state[name]).clone()
+            write(state[name], product(moment, by.to(moment)))
     else:
         optimizer.state.pop(parameter, None)
