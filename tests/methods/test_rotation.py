@@ -105,7 +105,7 @@ def gradients(factors: list[Tensor], weights: Tensor) -> tuple[Tensor, ...]:
 
 @pytest.mark.parametrize("options", [{}, {"foreach": True}, {"fused": True}])
 def test_moments_are_mixed_as_the_gradients_are(options: dict[str, Any]) -> None:
-    """A mean of gradients changes by M, which maps gradients; one of squares as of independent entries, by M squared."""
+    """A mean of gradients changes by M, which maps gradients; one of squares by the squares of M."""
     (a, e, b), optimizer = trained(torch.optim.AdamW, **options)
     before = [p.detach().clone() for p in (a, e, b)]
     firsts = {name: optimizer.state[p]["exp_avg"].clone() for name, p in (("a", a), ("b", b))}
