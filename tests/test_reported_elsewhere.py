@@ -440,3 +440,132 @@ def test_batches_of_another_form_are_told(ids: torch.Tensor, samples: int, tiny_
     model = get_peft_model(tiny_bert, config())
     with pytest.raises(BayesLoraError, match=r"input_ids are .*, but must be whole numbers of \(rows, tokens"):
         bayeslora.predict(model, {"input_ids": ids}, samples=samples)
+
+
+def language_model(method: Callable[..., Any], **options: Any) -> Any:
+    adapter = method(r=2, target_modules=["q_proj", "v_proj"], task_type="CAUSAL_LM", **options)
+    return get_peft_model(build_tiny_llama(), adapter)
+
+
+def state_after(folder: Path, method: Callable[..., Any], **arguments: Any) -> dict[str, torch.Tensor]:
+    rows = [[2, 5 + row, 9, 3, 7 + row] for row in range(8)]
+    labels = [[-100, -100, *ids[2:]] for ids in rows]
+    data = Dataset.from_dict({"input_ids": rows, "attention_mask": [[1] * 5] * 8, "labels": labels})
+    torch.manual_seed(0)
+    args = TrainingArguments(
+        str(folder), max_steps=30, report_to=[], use_cpu=True, optim="sgd", learning_rate=1.0, **arguments
+    )
+    model = language_model(method)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message=".*few for B-LoRA")
+        bayeslora.attach(Trainer(model, args, train_dataset=data), num_examples=24).train()
+    return {name: tensor.clone() for name, tensor in model.state_dict().items() if "lora_" in name}
+
+
+@pytest.mark.parametrize("method", [bayeslora.MeLoraConfig, bayeslora.BLoraConfig])
+def test_labels_that_the_trainer_keeps_from_the_model_are_those_of_its_loss(
+    method: Callable[..., Any], tmp_path: Path
+) -> None:
+    plain = state_after(tmp_path / "plain", method)
+    smoothed = state_after(tmp_path / "smoothed", method, label_smoothing_factor=1e-7)
+    for name, expected in plain.items():
+        most = 1e-3 * float(expected.float().norm())
+        torch.testing.assert_close(
+            smoothed[name], expected, rtol=0, atol=most, msg=lambda text, n=name: f"{n}: {text}"
+        )
+
+
+def test_the_number_of_rows_is_that_of_the_run(tiny_bert: PreTrainedModel, tmp_path: Path) -> None:
+    model = get_peft_model(tiny_bert, config())
+    first, second = trainer(model, tmp_path), trainer(model, tmp_path)
+    second.train_dataset = Dataset.from_dict({name: column * 3 for name, column in first.train_dataset[:].items()})
+    for given, rows in ((first, 4), (second, 12)):
+        bayeslora.attach(given).train()
+        assert model.peft_config["default"].num_examples == rows
+    model.save_pretrained(tmp_path / "saved")
+    loaded = PeftModel.from_pretrained(build_tiny_bert(), tmp_path / "saved", is_trainable=True)
+    with pytest.warns(
+        UserWarning, match="num_examples is 12 in the adapter's config, but the training set has 4 rows"
+    ):
+        bayeslora.attach(trainer(loaded, tmp_path)).train()
+
+
+def test_a_run_that_goes_on_without_its_optimizer_is_told(tiny_bert: PreTrainedModel, tmp_path: Path) -> None:
+    for steps in (2, 3):
+        run = trainer(get_peft_model(build_tiny_bert(), config()), tmp_path, max_steps=steps)
+        run.args.save_only_model = True
+        bayeslora.attach(run)
+        if steps == 2:
+            run.train()
+            run.args.save_steps = 2
+    with pytest.warns(
+        UserWarning, match="training goes on after 2 steps without the optimizer's state, .*save_only_mod"
+    ):
+        run.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
+
+
+def preferences(kind: str, method: Callable[..., Any], folder: Path, rejected: str = "good", **options: Any) -> Any:
+    """TRL's trainer of a reward, or of a model by preferences, on pairs of texts."""
+    trl = pytest.importorskip("trl")
+    causal = build_tiny_llama(num_labels=1)
+    base = causal if kind == "DPO" else LlamaForSequenceClassification(causal.config)
+    task = "CAUSAL_LM" if kind == "DPO" else "SEQ_CLS"
+    adapter = method(r=2, target_modules=["q_proj", "v_proj"], task_type=task, init_weights=False, **options)
+    rows = {"chosen": ["the film was good"] * 8, "rejected": ["the film was " + rejected] * 8}
+    if kind == "DPO":
+        rows = {"prompt": ["the film was"] * 8, "chosen": ["good"] * 8, "rejected": [rejected] * 8}
+    shared: dict[str, Any] = {"max_steps": 4, "report_to": "none", "use_cpu": True, "logging_steps": 1, "bf16": False}
+    arguments = getattr(trl, f"{kind}Config")(str(folder), **shared, per_device_train_batch_size=4)
+    return getattr(trl, f"{kind}Trainer")(
+        model=get_peft_model(base, adapter),
+        args=arguments,
+        train_dataset=Dataset.from_dict(rows),
+        processing_class=build_tiny_tokenizer(causal=True),
+    )
+
+
+@pytest.mark.parametrize("kind", ["DPO", "Reward"])
+@pytest.mark.parametrize(
+    ("method", "options"),
+    [
+        (bayeslora.MeLoraConfig, {"noise_fade_in": [0.0, 0.0]}),
+        (bayeslora.MeLoraConfig, {"noise_fade_in": [0.0, 0.0], "cores": 3}),
+        (bayeslora.BlobConfig, {"noise_scope": "example"}),
+    ],
+)
+def test_two_texts_that_are_compared_share_their_draw(
+    kind: str, method: Callable[..., Any], options: dict[str, Any], tmp_path: Path
+) -> None:
+    run = bayeslora.attach(preferences(kind, method, tmp_path, **options))
+    run.train()
+    losses = [line["loss"] for line in run.state.log_history if "loss" in line]
+    assert losses == pytest.approx([float(np.log(2.0))] * 4, abs=1e-5)  # of two equal texts
+    assert run.model.peft_config["default"].num_examples == 8  # pairs
+
+
+def test_a_reference_beside_the_adapter_that_is_trained_does_not_draw(
+    tiny_bert: PreTrainedModel, tmp_path: Path
+) -> None:
+    model: Any = get_peft_model(tiny_bert, config(init_weights=False))
+    model.add_adapter("ref", config(init_weights=False))
+    loop = bayeslora.BayesLoop(
+        model, torch.optim.AdamW(bayeslora.parameter_groups(model, lr=0.1)), total_steps=4, num_examples=4
+    )
+    loop.step_begin()
+    model.train().set_adapter("ref")
+    drawn = [model(**BATCH).logits for _ in range(2)]
+    assert torch.equal(*drawn)
+
+
+def test_squared_gradients_of_pairs_are_those_of_one_pair_at_a_time(tmp_path: Path) -> None:
+    found = []
+    for size in (4, 1):
+        torch.manual_seed(0)
+        run = preferences("Reward", bayeslora.MeLoraConfig, tmp_path, "bad", noise_fade_in=[0.5, 0.6])
+        run.args.per_device_train_batch_size, run.args.gradient_accumulation_steps = size, 4 // size
+        run.args.max_steps, run.args.learning_rate = 1, 0.0
+        bayeslora.attach(run).train()
+        layers = run.model.base_model.adapted_layers()
+        found.append(torch.cat([layer.melora_precision["default"].flatten() for layer in layers]))
+    assert float(found[1].max()) > 0
+    torch.testing.assert_close(found[0], found[1], rtol=1e-3, atol=1e-4 * float(found[1].max()))

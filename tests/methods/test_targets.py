@@ -3,14 +3,26 @@
 from __future__ import annotations
 
 import warnings
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from peft import PeftModel, get_peft_model
-from transformers import BertConfig, BertModel, MixtralConfig, MixtralForCausalLM, Qwen2MoeConfig, Qwen2MoeForCausalLM
+from safetensors.torch import load_file
+from transformers import (
+    BertConfig,
+    BertModel,
+    DistilBertConfig,
+    DistilBertForSequenceClassification,
+    MixtralConfig,
+    MixtralForCausalLM,
+    Qwen2MoeConfig,
+    Qwen2MoeForCausalLM,
+)
 
 import bayeslora
+from bayeslora import MeLoraConfig, describe
 from bayeslora.errors import BayesLoraError
 from bayeslora.methods.targets import fused_weights
 
@@ -78,3 +90,13 @@ def test_only_stacks_of_matrices_are_fused_weights() -> None:
     model.experts.first = torch.nn.Linear(4, 4)
     model.stack = torch.nn.Parameter(torch.zeros(3, 4, 4))
     assert fused_weights(model) == ["stack", "experts.up"]
+
+
+def test_all_linear_leaves_out_what_is_trained_whole(tmp_path: Path) -> None:
+    sizes: dict[str, Any] = {"dim": 16, "n_layers": 1, "n_heads": 2, "hidden_dim": 32, "vocab_size": 50}
+    base = DistilBertForSequenceClassification(DistilBertConfig(**sizes))
+    adapter = MeLoraConfig(r=2, target_modules="all-linear", task_type="SEQ_CLS")
+    model = get_peft_model(base, adapter)  # PEFT trains pre_classifier for its name classifier
+    assert not any("pre_classifier" in layer.name for layer in describe(model))
+    model.save_pretrained(tmp_path)
+    assert "base_model.model.pre_classifier.weight" in load_file(tmp_path / "adapter_model.safetensors")

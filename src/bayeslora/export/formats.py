@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import importlib
 import inspect
+import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, cast
@@ -17,6 +18,7 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from bayeslora.errors import BayesLoraError
+from bayeslora.files import save_json
 from bayeslora.methods.layer import BayesLayer
 from bayeslora.methods.tuner import BayesTuner, check_has_tuner, tuner_of
 
@@ -203,6 +205,18 @@ def saved_state(model: PeftModel, adapter_name: str) -> dict[str, Tensor]:
     """Return separate copies on the CPU of the tensors that PEFT would save."""
     state = get_peft_model_state_dict(model, adapter_name=adapter_name)
     return {key: tensor.detach().cpu().contiguous().clone() for key, tensor in state.items()}
+
+
+def save_config(model: Any, folder: Path) -> None:
+    """Write the model's `config.json`, with the names of a classifier's labels also where they are the usual two.
+
+    Transformers leaves those out, but reads a file without them as of three labels for BART, mBART and LED.
+    """
+    model.config.save_pretrained(folder)
+    if str((model.config.architectures or [""])[0]).endswith("Classification"):
+        written = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        names = {str(number): name for number, name in model.config.id2label.items()}
+        save_json(folder / "config.json", {**written, "id2label": names, "label2id": model.config.label2id})
 
 
 def inputs_for(model: nn.Module, batch: Mapping[str, Tensor] | None) -> dict[str, Tensor] | None:

@@ -25,6 +25,7 @@ from bayeslora.export.formats import (
     only_active,
     output_error,
     output_of,
+    save_config,
     sharing_base,
 )
 from bayeslora.methods.layer import undo_cpu_order
@@ -89,6 +90,7 @@ def export_merged(
     for module in merged.modules():
         undo_cpu_order(module)
     merged.save_pretrained(folder)
+    save_config(merged, folder)
     (folder / CARD_FILE).write_text(_card(original.peft_config[name], base, measured), encoding="utf-8")
     return measured
 

@@ -8,6 +8,7 @@ from collections.abc import Iterable
 from typing import Any
 
 from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
 
 from bayeslora.errors import BayesLoraError, close_matches
 
@@ -82,6 +83,20 @@ def check_not_nested(model: nn.Module, names: Iterable[str] | None) -> None:
                 f"modules_to_save is {','.join(ends)}, which matches {outer} and {inner} inside it, but an adapter's "
                 f"file holds one of them: give {outer}"
             )
+
+
+def exclude_saved(model: nn.Module, config: Any) -> None:
+    """Leave layers that are trained whole out of all linear ones, where a name ends theirs in the middle of a word.
+
+    PEFT saves DistilBERT's `pre_classifier` for the name `classifier`, but would adapt it first, and then fail.
+    """
+    names, excluded = config.modules_to_save or (), config.exclude_modules or []
+    if str(config.target_modules).lower() != ALL_LINEAR or isinstance(excluded, str):
+        return
+    linear = [path for path, module in model.named_modules() if isinstance(module, (nn.Linear, Conv1D))]
+    found = {path for path in linear for name in names if path.endswith(name) and not _ends([path], name)}
+    if found:
+        config.exclude_modules = {*excluded, *found}
 
 
 def fused_weights(model: nn.Module) -> list[str]:

@@ -23,7 +23,7 @@ from bayeslora.errors import BayesLoraError
 from bayeslora.methods.allocation import CostModel
 from bayeslora.methods.description import LayerDescription
 from bayeslora.methods.layer import BayesLayer, adapter_names_by_row, puts_tokens_first
-from bayeslora.methods.targets import check_not_nested, check_targets, warn_of_unmatched
+from bayeslora.methods.targets import check_not_nested, check_targets, exclude_saved, warn_of_unmatched
 from bayeslora.vocabulary import CostScope
 
 ParameterRole = str
@@ -86,6 +86,15 @@ class BayesTuner(BaseTuner):
 
     row_loss: RowLoss | None = None
     """Loss of the forward pass that is under way, where it is not the model's own."""
+
+    kept_labels: Any = None
+    """Labels of the batch that is under way, which a trainer may keep from the model to compute the loss itself."""
+
+    counted: int | None = None
+    """N of a run that has counted the rows of its training set."""
+
+    rows_per_example: int = 1
+    """Rows that make up an example of a training batch, such as the two texts of a pair: all first ones come first."""
 
     needs_whole_factors: ClassVar[bool] = False
     """True if the method reads whole factors while it trains: FSDP1, which flattens them, cannot give it any."""
@@ -206,6 +215,9 @@ class BayesTuner(BaseTuner):
         """N, where the configuration states it."""
         return None
 
+    def forget_counted(self) -> None:
+        """Take N out of the configuration if an earlier run has counted it: the next may have other data."""
+
     def begin(self, setup: TrainingSetup) -> None:
         """Fit the method's schedule into the run; raises `BayesLoraError` where it cannot work."""
         self._run = RunState()
@@ -217,6 +229,17 @@ class BayesTuner(BaseTuner):
             return loss.logits(model)
         finally:
             self.row_loss = None
+
+    def labels_in(self, kwargs: Mapping[str, Any]) -> Any:
+        """Return the labels that the model is called with or, if it gets none, those that its trainer keeps."""
+        given = kwargs.get("labels")
+        return self.kept_labels if given is None else given
+
+    def terms_in(self, kwargs: Mapping[str, Any], rows: int) -> Tensor:
+        """Return how many terms of the loss each example of a batch of `rows` rows has: of a pair one."""
+        if self.rows_per_example > 1:
+            return torch.ones(rows // self.rows_per_example)
+        return loss_terms(self.labels_in(kwargs), rows)
 
     def rate_of(self, role: ParameterRole, step: int) -> float | None:
         """Return the learning rate of `role` in step `step` (from 0); None leaves it to the optimizer's schedule."""
@@ -277,6 +300,7 @@ class BayesTuner(BaseTuner):
         config = self.peft_config[adapter_name]
         if not config.inference_mode:  # a saved adapter is what it is
             check_targets(model, config)
+            exclude_saved(model, config)
             check_not_nested(model, cast(Any, config).modules_to_save)
             warn_of_unmatched(model, config)
         super().inject_adapter(model, adapter_name, *args, **kwargs)

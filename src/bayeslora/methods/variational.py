@@ -85,6 +85,7 @@ class VariationalLayer(BayesLayer):
         self.is_controlled = False  # whether `noise` (None: the mean) stands for what the mode would choose
         self.prior_std: dict[str, float] = {}
         self._fresh: dict[str, Noise] = {}
+        self._trained: str | None = None
 
     def hidden(self, name: str, x: Tensor, noise: Noise | None) -> Tensor:
         """(..., r): the update's path up to, and without, B, for `x` (..., d_in); None: at the posterior mean."""
@@ -125,11 +126,16 @@ class VariationalLayer(BayesLayer):
         self.prior_std[adapter_name] = config.prior_of(rank)
         self._fresh[adapter_name] = Noise(config.noise_scope, antithetic=config.antithetic)
 
+    def draw_for(self, name: str, rows: int) -> None:
+        """Let adapter `name` alone draw in training, once for the `rows` rows that make up an example of a batch."""
+        self._trained, self._fresh[name].rows_per_example = name, rows
+
     def noise_of(self, name: str, position: int = 0) -> Noise | None:
         """The noise of this forward pass under `name`, at `position` among the active ones; None is the mean."""
         if self.is_controlled:
             return None if self.noise is None else self.noise.for_adapter(position)
-        return self._fresh[name] if self.training else None
+        is_drawn = self.training and self._trained in (None, name)  # not a reference beside the one that is trained
+        return self._fresh[name] if is_drawn else None
 
     def adapted(self, x: Tensor, adapter_names: list[str], *args: Any, **kwargs: Any) -> Tensor:
         result = self.base_layer(x, *args, **kwargs)
@@ -286,9 +292,17 @@ class VariationalModel(BayesTuner):
     def num_examples(self) -> int | None:
         return self.config_of(self.training_adapter()).num_examples
 
+    def forget_counted(self) -> None:
+        name = self.training_adapter()
+        if self.counted is not None and self.counted == self.config_of(name).num_examples:
+            self.peft_config[name] = replace(self.config_of(name), num_examples=None)
+
     def begin(self, setup: TrainingSetup) -> None:
         """Fix N and the length of the warm-up; raises `BayesLoraError` where N is unknown or given in two ways."""
-        config = self.config_of(self.training_adapter())
+        name = self.training_adapter()
+        config = self.config_of(name)
+        for layer in self.adapted_layers(name):
+            layer.draw_for(name, self.rows_per_example)
         if "kl" in self.penalty_names:
             self._fix_num_examples(config, setup.num_examples)
         self._run = VariationalRun(
@@ -307,8 +321,8 @@ class VariationalModel(BayesTuner):
         stated = config.num_examples
         if stated is None and given is None:
             raise BayesLoraError(
-                "N, the number of training examples that the divergence is divided by, is not known (a language "
-                "model's loss is a mean over tokens): give num_examples in the config, to attach or to BayesLoop"
+                "N, the number of training examples that the divergence is divided by, is not known, as of a stream "
+                "or of a loss over tokens: give num_examples in the config, to attach or to BayesLoop"
             )
         if stated is not None and given not in (None, stated):
             raise BayesLoraError(f"num_examples is {given}, but the adapter's config says {stated}: drop one of them")

@@ -115,6 +115,7 @@ class Noise:
             raise BayesLoraError("antithetic is True, but scope is 'token': give scope='example' or scope='batch'")
         self.scope, self.seed, self.key, self.draws, self.antithetic = scope, seed, key, draws, antithetic
         self.scale = scale
+        self.rows_per_example = 1  # rows 0, n/2, … of n share a draw where it is 2, as of a text and its alternative
         self._kept: dict[tuple[object, ...], Tensor] = {}
 
     def for_adapter(self, position: int) -> Noise:
@@ -138,6 +139,9 @@ class Noise:
         """Draw normal numbers (groups, *shape) of deviation `scale`, float32: one entry for each draw."""
         if self.scale == 0.0:  # no random number is used up: dropout stays what it is without noise
             return torch.zeros(groups, *shape, device=device)
+        copies = self.rows_per_example if self.scope == "example" else 1
+        if copies > 1 and groups % copies == 0:
+            return self._scaled(self._normal(groups // copies, shape, device)).repeat(copies, *[1] * len(shape))
         return self._scaled(self._normal(groups, shape, device))
 
     def _normal(self, groups: int, shape: Sequence[int], device: torch.device) -> Tensor:

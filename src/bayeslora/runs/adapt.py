@@ -12,7 +12,7 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from bayeslora.errors import BayesLoraError, close_matches, one_line
-from bayeslora.methods.targets import check_not_nested
+from bayeslora.methods.targets import check_not_nested, exclude_saved
 from bayeslora.runs.base import BaseModel
 
 # Names of query, key and value projections in model families; the first set that a model has is the default.
@@ -52,7 +52,9 @@ def adapt(base: BaseModel, config_class: type[PeftConfig] | None, options: dict[
     options["modules_to_save"] = sorted({*(options.get("modules_to_save") or ()), *base.fresh}) or None
     check_not_nested(base.model, options["modules_to_save"])
     with option_errors(config_class.__name__):
-        return get_peft_model(base.model, config_class(task_type=base.task_type, **options))
+        config = config_class(task_type=base.task_type, **options)
+        exclude_saved(base.model, config)
+        return get_peft_model(base.model, config)
 
 
 def check_options(config_class: type[PeftConfig] | None, options: dict[str, Any]) -> None:

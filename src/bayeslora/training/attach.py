@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import warnings
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -10,7 +11,7 @@ import torch
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
-from bayeslora.errors import BayesLoraError
+from bayeslora.errors import BayesLoraError, counted
 from bayeslora.methods.tuner import BayesTuner, check_has_tuner, tuner_of
 from bayeslora.posterior import unwrapped
 from bayeslora.posterior.saved import check_unmerged
@@ -20,6 +21,7 @@ from bayeslora.training.loop import BayesLoop
 from bayeslora.training.loss_scale import correct_loss_scale
 from bayeslora.training.optimizers import (
     OptimizerFactory,
+    compares_pairs,
     grouped_optimizer,
     posterior_optimizer,
     training_examples,
@@ -74,7 +76,7 @@ def attach(
     _check_distribution(trainer, tuner, by_ivon)
     check_unmerged(trainer.model)
     if tuner is not None:
-        _check_trainable(trainer.model, tuner)
+        _prepare(trainer, tuner)
     _choose_optimizer(trainer, num_examples, optimizer)
     stated = None if tuner is None else tuner.num_examples
     if stated is not None and num_examples not in (None, stated):
@@ -104,6 +106,29 @@ def _check_distribution(trainer: Trainer, tuner: BayesTuner | None, by_ivon: boo
         raise BayesLoraError("FSDP1 hides which weights a rank has, but IVON's noise depends on it: use FSDP2 or DDP")
     if tuner is not None and tuner.needs_whole_factors:
         raise BayesLoraError(f"FSDP1 flattens the factors, but {tuner.title} rotates them: use FSDP2 or DDP")
+
+
+def _prepare(trainer: Trainer, tuner: BayesTuner) -> None:
+    """Check that the adapter can be trained, and let its method know what the trainer's batches are."""
+    _check_trainable(trainer.model, tuner)
+    _show_labels(trainer, tuner)
+    tuner.rows_per_example = 2 if compares_pairs(trainer) else 1
+    tuner.forget_counted()
+
+
+def _show_labels(trainer: Trainer, tuner: BayesTuner) -> None:
+    """Let the method see labels that the trainer takes out of the batch, as for label smoothing."""
+    compute_loss = trainer.compute_loss
+
+    @functools.wraps(compute_loss)
+    def shown(model: Any, inputs: Any, *args: Any, **kwargs: Any) -> Any:
+        tuner.kept_labels = inputs.get("labels")
+        try:
+            return compute_loss(model, inputs, *args, **kwargs)
+        finally:
+            tuner.kept_labels = None
+
+    trainer.compute_loss = shown  # type: ignore[method-assign]
 
 
 def _check_trainable(model: Any, tuner: BayesTuner) -> None:
@@ -145,7 +170,10 @@ class BayesCallback(TrainerCallback):
         model = self.trainer.model
         assert model is not None
         tuner = tuner_of(model)
+        if tuner is not None:
+            tuner.forget_counted()
         stated = self.arguments[0] or (tuner.num_examples if tuner is not None else None)
+        self._tell_of_other_data(stated)
         self._loop = BayesLoop(
             model,
             unwrapped(kwargs["optimizer"]),
@@ -157,7 +185,24 @@ class BayesCallback(TrainerCallback):
         )
         for hook in self._loop.hooks:
             hook.check_trainer()
+        if tuner is not None and stated is None:
+            tuner.counted = tuner.num_examples
+        if state.global_step and not unwrapped(kwargs["optimizer"]).state:
+            warnings.warn(
+                f"training goes on after {counted(state.global_step, 'step')} without the optimizer's state, as the "
+                "checkpoint was saved by save_only_model: it does not end where an uninterrupted run would",
+                stacklevel=2,
+            )
         check_best_model(args, state, tuner)
+
+    def _tell_of_other_data(self, stated: int | None) -> None:
+        rows = training_examples(self.trainer)
+        if stated is not None and rows not in (None, stated) and self.arguments[0] is None:
+            warnings.warn(
+                f"num_examples is {stated} in the adapter's config, but the training set has {counted(rows, 'row')}: "
+                "set it to None there to count them, or give it to attach",
+                stacklevel=2,
+            )
 
     def on_step_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any

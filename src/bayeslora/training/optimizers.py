@@ -22,6 +22,8 @@ OptimizerFactory = Callable[..., Optimizer]
 _LOSS_BY_TOKEN = (TaskType.CAUSAL_LM, TaskType.SEQ_2_SEQ_LM, TaskType.TOKEN_CLS)
 _NAMES_BY_TOKEN = ("ForMaskedLM", "ForTokenClassification")
 
+_COMPARE_PAIRS = {"DPOTrainer", "RewardTrainer", "CPOTrainer", "ORPOTrainer"}
+
 
 def uses_ivon(trainer: Trainer) -> bool:
     """Return True if `trainer` was constructed with an IVON, or with its class."""
@@ -82,6 +84,11 @@ def _built_by(build: Callable[[nn.Module], Optimizer]) -> tuple[type, dict[str, 
     return BuiltOptimizer, {}
 
 
+def compares_pairs(trainer: Trainer) -> bool:
+    """Return whether a term of the loss compares two rows, as TRL's trainers do that learn from preferences."""
+    return any(kind.__name__ in _COMPARE_PAIRS for kind in type(trainer).__mro__)
+
+
 def training_examples(trainer: Trainer) -> int | None:
     """Return the number of training examples if each is one term of the loss, and None otherwise."""
     model, dataset = trainer.model, trainer.train_dataset
@@ -92,6 +99,8 @@ def training_examples(trainer: Trainer) -> int | None:
     inner = root.model if configs else model
     task = getattr(configs.get(active), "task_type", None)
     generates = getattr(inner, "can_generate", None)
+    if compares_pairs(trainer) and isinstance(dataset, Sized):
+        return len(dataset)
     by_token = task in _LOSS_BY_TOKEN or type(inner).__name__.endswith(_NAMES_BY_TOKEN)
     if by_token or (generates is not None and generates()) or not isinstance(dataset, Sized):
         return None

@@ -28,6 +28,7 @@ from bayeslora.export.formats import (
     inputs_for,
     output_error,
     output_of,
+    save_config,
     sharing_base,
 )
 from bayeslora.export.integer.index import BIAS, INDEX_FILE, IntegerIndex, IntegerLayer
@@ -125,7 +126,7 @@ def _save(folder: Path, base: PreTrainedModel, index: IntegerIndex, tensors: dic
     write_container(folder / WEIGHTS_FILE, seal(text), tensors)
     (folder / INDEX_FILE).write_text(text, encoding="utf-8")
     base.config.architectures = [index.architecture]
-    base.config.save_pretrained(folder)
+    save_config(base, folder)
     generation = getattr(base, "generation_config", None)
     if generation is not None and base.can_generate():
         generation.save_pretrained(folder)

@@ -16,7 +16,7 @@ from transformers.pytorch_utils import Conv1D
 from bayeslora._peft import AuxiliaryTrainingWrapper
 from bayeslora.errors import BayesLoraError
 from bayeslora.export.calibration import CODES, LayerInputs, inputs_of_plain_layers
-from bayeslora.export.formats import adapted_parts, only_active, to_take_apart
+from bayeslora.export.formats import adapted_parts, only_active, save_config, to_take_apart
 from bayeslora.export.merged import TOLERANCE, merge_into_base
 from bayeslora.export.onnx import decoders, encoders, seq2seq
 from bayeslora.export.onnx.card import write_card
@@ -263,7 +263,7 @@ def _save(
         writer = Decoder(base, products) if is_decoder(base) else Encoder(base, products, names)
         writer.write().save(folder / MODEL_FILE, called, writer.inputs, writer.outputs, note)
     base.config.architectures = [type(base).__name__]
-    base.config.save_pretrained(folder)
+    save_config(base, folder)
     tokenizer.save_pretrained(folder)
 
 

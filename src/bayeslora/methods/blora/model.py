@@ -41,7 +41,6 @@ from bayeslora.methods.tuner import (
     RunState,
     TrainingSetup,
     batch_rows,
-    loss_terms,
     mean_ranks,
     step_generator,
 )
@@ -274,7 +273,7 @@ class BLoraModel(BayesTuner):
         if not run.watches:
             return
         rows = batch_rows(args, kwargs)
-        run.terms += float(loss_terms(kwargs.get("labels"), rows).sum())
+        run.terms += float(self.terms_in(kwargs, rows).sum())
         dealt = deal(self._told_apart_by(args, kwargs), rows, run.watched_step)
         for watch in run.watches.values():
             watch.dealt = dealt
@@ -283,12 +282,13 @@ class BLoraModel(BayesTuner):
         """Return the tensors whose rows decide the draws of each."""
         if self.row_loss is not None:
             return self.row_loss.inputs
-        return {**kwargs, **{str(place): value for place, value in enumerate(args)}}
+        labels = {} if self.kept_labels is None else {"labels": self.labels_in(kwargs)}
+        return {**kwargs, **labels, **{str(place): value for place, value in enumerate(args)}}
 
     def _after_forward(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
         if self.row_loss is None:  # otherwise its logits are still to come
             problem = getattr(getattr(model, "config", None), "problem_type", None)
-            self._scale_rows(logits_of(output), kwargs.get("labels"), problem)
+            self._scale_rows(logits_of(output), self.labels_in(kwargs), problem)
 
     def row_logits(self, model: nn.Module, loss: RowLoss) -> Tensor:
         logits = super().row_logits(model, loss)

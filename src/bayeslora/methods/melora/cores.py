@@ -74,17 +74,21 @@ class Deal:
         self._dealt = self._passes = 0
         self._is_inside = False
 
-    def begin_pass(self, rows: int) -> Tensor:
-        """Deal members to the `rows` rows that this rank has in a forward pass, and return them (rows,)."""
+    def begin_pass(self, rows: int, copies: int = 1) -> Tensor:
+        """Deal members to the `rows` rows that this rank has in a forward pass, and return them (rows,).
+
+        With `copies`, the pass has as many rows for each, one after all others; they have one member.
+        """
         rank, ranks = _rank()
         start = self._dealt + rank * rows
         self._dealt += ranks * rows
         while len(self._order) < self._dealt:
             self._order = torch.cat([self._order, torch.randperm(self.cores, generator=self._generator)])
-        self.members = self._order[start : start + rows]
+        dealt = self._order[start : start + rows]
+        self.members = dealt.repeat(copies)
         self._passes += 1
         self._is_inside = True
-        return self.members
+        return dealt
 
     def end_pass(self) -> None:
         """Mark the end of a forward pass; a layer that runs after it is recomputed for a backward pass."""

@@ -185,11 +185,12 @@ class MeLoraLayer(VariationalLayer):
         shape = self.melora_M[name].shape
 
         def gather(gradient: Tensor) -> None:
-            squares = gradient.detach().float().square()
+            copies = self._fresh[name].rows_per_example
+            squares = gradient.detach().float().unflatten(0, (copies, -1)).sum(0).square()
             if members is None:
                 squares = squares.sum(0)
             else:
-                squares = squares.new_zeros(shape).index_add_(0, members, squares)
+                squares = squares.new_zeros(shape).index_add_(0, members[: len(squares)], squares)
             known = self._row_gradients[name]
             self._row_gradients[name] = squares if known is None else known + squares
 

@@ -13,7 +13,7 @@ from torch.optim import Optimizer
 from bayeslora.methods.melora.config import MeLoraConfig
 from bayeslora.methods.melora.cores import Deal
 from bayeslora.methods.melora.layer import Linear, MeLoraLayer
-from bayeslora.methods.tuner import TrainingSetup, batch_rows, loss_terms, summed_over_ranks
+from bayeslora.methods.tuner import TrainingSetup, batch_rows, summed_over_ranks
 from bayeslora.methods.variational import VariationalModel, VariationalRun
 
 
@@ -77,9 +77,10 @@ class MeLoraModel(VariationalModel):
         if self._run is None or not (self.training and torch.is_grad_enabled()):
             return
         run = self.run_state()
-        members = run.deal.begin_pass(batch_rows(args, kwargs))
+        rows, copies = batch_rows(args, kwargs), self.rows_per_example
+        members = run.deal.begin_pass(rows // copies, copies)
         if self._sets_deviations:
-            run.terms.index_add_(0, members, loss_terms(kwargs.get("labels"), len(members)))
+            run.terms.index_add_(0, members, self.terms_in(kwargs, rows))
 
     def _end_pass(self, *_: Any) -> None:
         if self._run is not None:
