@@ -413,3 +413,21 @@ def test_what_cannot_be_written_is_refused(tmp_path: Path) -> None:
     with pytest.raises(BayesLoraError, match="unmerge_adapter"):
         export(model, tmp_path, format="integer")
     assert list(tmp_path.iterdir()) == []
+
+
+def test_an_export_whose_check_fails_leaves_no_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Files that were there before stay."""
+    model = BASES["bert"]()
+
+    def broken(*_: Any) -> nn.Module:
+        raise OSError("the disk is gone")
+
+    monkeypatch.setattr("bayeslora.export.integer.writer.load_integer", broken)
+    mine = tmp_path / "mine"
+    mine.mkdir()
+    (mine / "notes.txt").write_text("keep")
+    for folder in (tmp_path / "new", mine):
+        with pytest.raises(OSError, match="gone"):
+            export(model, folder, format="integer", batch={"input_ids": TOKENS})
+    assert not (tmp_path / "new").exists()
+    assert (mine / "notes.txt").read_text() == "keep"

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from bayeslora.errors import BayesLoraError
-from bayeslora.files import save_json
+from bayeslora.files import nothing_left_over, save_json
 from bayeslora.methods.layer import BayesLayer
 from bayeslora.methods.tuner import BayesTuner, check_has_tuner, tuner_of
 
@@ -45,7 +45,7 @@ def export(
 
     Args:
         model: a PEFT model with an adapter of this library; for `onnx` and `gguf` also PEFT's LoRA.
-        path: folder to write into.
+        path: folder to write into; removed if the export fails, unless it was there before.
         format: `lora` (default) for plain LoRA, which needs nothing but PEFT; `packed` for the adapter at its learned
             widths; `merged` for one model without an adapter; `integer` for one model of codes, which `load_integer`
             loads; `onnx` for a graph that onnxruntime runs; `gguf` for files that llama.cpp runs.
@@ -66,7 +66,8 @@ def export(
         ) from error
     if unknown := sorted(set(options) - set(inspect.signature(write).parameters)):
         raise BayesLoraError(f"format {format!r} takes no option {unknown[0]!r}: drop it, or choose another format")
-    return cast(dict[str, Any], write(model, path, adapter_name, batch, **options))
+    with nothing_left_over(path):
+        return cast(dict[str, Any], write(model, path, adapter_name, batch, **options))
 
 
 def shrink(model: nn.Module, adapter_name: str | None = None) -> dict[str, int]:
