@@ -17,6 +17,7 @@ from torch import Tensor, nn
 import bayeslora
 from bayeslora import BayesLoraError, BLoraConfig, MeLoraConfig, export, load_integer
 from bayeslora.export.integer import reader as integer_reader
+from bayeslora.export.integer import writer as integer_writer
 from bayeslora.quantization import grid_step
 from bayeslora.runtime import integer_kernels, integer_linear
 from bayeslora.runtime.integer_kernels import SMALL_BATCH, ZERO_POINT
@@ -422,7 +423,7 @@ def test_an_export_whose_check_fails_leaves_no_folder(tmp_path: Path, monkeypatc
     def broken(*_: Any) -> nn.Module:
         raise OSError("the disk is gone")
 
-    monkeypatch.setattr("bayeslora.export.integer.writer.load_integer", broken)
+    monkeypatch.setattr(integer_writer, "load_integer", broken)
     mine = tmp_path / "mine"
     mine.mkdir()
     (mine / "notes.txt").write_text("keep")
