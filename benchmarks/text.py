@@ -7,8 +7,8 @@
 The packaged SmolLM2-135M-Instruct is trained on the rows of train that fit `max_length` tokens (none is cut), with the
 same steps and layers for every method (query, key and value projections, r = 8). It answers every row of the test: 221
 of SQuAD and 630 of E2E. The answer is that of the mean weights, with the most probable tokens. Five answers more are
-sampled at temperature 1, each of Me-LoRA's under a draw of its own; a semantic entropy is that of these five. The draws
-of Me-LoRA give the mutual information, too.
+sampled at temperature 1, each of Me-LoRA's under a draw of its own; a semantic entropy is that of these five. The
+draws of Me-LoRA give the mutual information, too.
 
 One JSON file a run in benchmarks/results/text, with the loss (1 - F1, or 1 - ROUGE-L) and the measures of uncertainty
 of every row, but no texts; runs whose file exists are skipped, and several processes can share the work. `errors` are
