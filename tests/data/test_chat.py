@@ -155,6 +155,40 @@ def test_no_row_is_longer_than_asked_for_and_none_is_without_an_answer() -> None
         assert len(told) == (length < len(whole["input_ids"]) - 1), [str(each.message) for each in told]
 
 
+@pytest.mark.parametrize("long", ["prompt", "answer"])
+@pytest.mark.parametrize("form", ["messages", "completion"])
+def test_of_megabytes_the_part_that_is_kept_is_tokenized(
+    long: str, form: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With the same tokens and the same warning as if all of it were."""
+    question, answer = ("why ? " * 999 if long == "prompt" else "why ?"), ("mat " * 999 if long == "answer" else "mat")
+    turns = messages([("user", question), ("assistant", answer)])
+    row: dict[str, Any] = {"messages": turns} if form == "messages" else {"prompt": question, "completion": answer}
+    tokenizer = tokenizer_with(MARKED)
+    seen: list[int] = []
+
+    def spied(text: str, *args: Any, **kwargs: Any) -> Any:
+        seen.append(len(text))
+        return type(tokenizer).__call__(tokenizer, text, *args, **kwargs)
+
+    class Spy:
+        __call__ = staticmethod(spied)
+
+        def __getattr__(self, name: str) -> Any:
+            return getattr(tokenizer, name)
+
+    found, longest = [], []
+    for most in (10**9, 1):
+        monkeypatch.setattr("bayeslora.data.chat._MOST_CHARACTERS", most)
+        with pytest.warns(UserWarning, match=r"1 of 1 rows .* 12 tokens") as told:
+            found.append(encode_generation(Dataset.from_list([row]), Spy(), 12)[0])
+        assert len(told) == 1
+        longest.append(max(seen))
+        seen.clear()
+    assert found[0] == found[1]
+    assert longest[0] > 3000 and longest[1] < 1000
+
+
 def test_the_labelled_tokens_are_counted() -> None:
     rows = [{"messages": messages(TURNS)}, {"messages": messages(TURNS[:2])}]
     assert labelled_tokens(encode_generation(Dataset.from_list(rows), tokenizer_with(MARKED), 99)) == 7 + 3

@@ -25,6 +25,9 @@ from bayeslora.vocabulary import COMPLETION, MESSAGES, PROMPT
 Message = Mapping[str, str]
 """One turn of a conversation: its `role` and its `content`."""
 LABELS = "labels"
+_MOST_CHARACTERS = 2**20
+"""Characters of a turn that are tokenized, and more of them where `_CHARACTERS` a token are."""
+_CHARACTERS = 64
 
 
 @dataclass
@@ -70,17 +73,34 @@ def encode_generation(split: Dataset, tokenizer: Any, max_length: int) -> Datase
         )
     counts = _Counts()
     columns: dict[str, list[list[int]]] = {"input_ids": [], "attention_mask": [], LABELS: []}
-    for number, row in enumerate(split, start=1):
+    most = max(_MOST_CHARACTERS, _CHARACTERS * max_length)
+    for number, whole in enumerate(split, start=1):
+        row = _shortened(whole, most)
         try:
             ids, labels = _conversation(row[MESSAGES], tokenizer, counts) if MESSAGES in row else _pair(row, tokenizer)
         except BayesLoraError as error:
             raise BayesLoraError(f"row {number}: {error}") from error
+        counts.cut += row != whole and len(ids) <= max_length  # of longer ones the next line counts the loss
         ids, labels = _fitted(ids, labels, tokenizer, max_length, counts)
         columns["input_ids"].append(ids)
         columns["attention_mask"].append([1] * len(ids))
         columns[LABELS].append(labels)
     counts.warn(len(split), max_length)
     return Dataset.from_dict(columns)
+
+
+def _shortened(row: Mapping[str, Any], most: int) -> dict[str, Any]:
+    """Return a row whose turns have at most `most` characters: of an answer the first ones, of all else the last.
+
+    Tokenizing megabytes takes minutes and gigabytes, and `_fitted` would cut what is left out here.
+    """
+    if MESSAGES not in row:
+        return {**row, PROMPT: row[PROMPT][-most:], COMPLETION: row[COMPLETION][:most]}
+    turns = [
+        {**turn, "content": turn["content"][:most] if turn["role"] == ASSISTANT else turn["content"][-most:]}
+        for turn in row[MESSAGES]
+    ]
+    return {**row, MESSAGES: turns}
 
 
 def labelled_tokens(data: Dataset) -> int:
