@@ -82,18 +82,6 @@ def new_folder(path: str | os.PathLike[str]) -> Iterator[Path]:
         shutil.rmtree(partial, ignore_errors=True)
 
 
-@contextmanager
-def nothing_left_over(folder: str | os.PathLike[str]) -> Iterator[None]:
-    """Remove `folder` when what is inside the `with` fails, unless it was there before."""
-    was_there = os.path.lexists(folder)
-    try:
-        yield
-    except BaseException:
-        if not was_there:
-            shutil.rmtree(folder, ignore_errors=True)
-        raise
-
-
 def open_to_others(folder: Path) -> None:
     """Let whoever may read the folder read its files: safetensors makes files that only their owner can read."""
     for path in folder.rglob("*"):

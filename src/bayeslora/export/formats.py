@@ -6,7 +6,10 @@ import copy
 import importlib
 import inspect
 import json
-from collections.abc import Mapping
+import os
+import shutil
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, cast
 
@@ -18,7 +21,6 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from bayeslora.errors import BayesLoraError
-from bayeslora.files import nothing_left_over, save_json
 from bayeslora.methods.layer import BayesLayer
 from bayeslora.methods.tuner import BayesTuner, check_has_tuner, tuner_of
 
@@ -66,8 +68,20 @@ def export(
         ) from error
     if unknown := sorted(set(options) - set(inspect.signature(write).parameters)):
         raise BayesLoraError(f"format {format!r} takes no option {unknown[0]!r}: drop it, or choose another format")
-    with nothing_left_over(path):
+    with _nothing_left_over(path):
         return cast(dict[str, Any], write(model, path, adapter_name, batch, **options))
+
+
+@contextmanager
+def _nothing_left_over(folder: str | Path) -> Iterator[None]:
+    """Remove `folder` when what is inside the `with` fails, unless it was there before."""
+    was_there = os.path.lexists(folder)
+    try:
+        yield
+    except BaseException:
+        if not was_there:
+            shutil.rmtree(folder, ignore_errors=True)
+        raise
 
 
 def shrink(model: nn.Module, adapter_name: str | None = None) -> dict[str, int]:
@@ -215,9 +229,10 @@ def save_config(model: Any, folder: Path) -> None:
     """
     model.config.save_pretrained(folder)
     if str((model.config.architectures or [""])[0]).endswith("Classification"):
-        written = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        file = folder / "config.json"
         names = {str(number): name for number, name in model.config.id2label.items()}
-        save_json(folder / "config.json", {**written, "id2label": names, "label2id": model.config.label2id})
+        content = {**json.loads(file.read_text("utf-8")), "id2label": names, "label2id": model.config.label2id}
+        file.write_text(json.dumps(content, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
 
 def inputs_for(model: nn.Module, batch: Mapping[str, Tensor] | None) -> dict[str, Tensor] | None:

@@ -9,6 +9,7 @@ from bayeslora.prediction.predictor import (
     CoreEnsemble,
     Logits,
     ModelPredictor,
+    NotFiniteError,
     Predictable,
     Predictor,
     Sampler,
@@ -16,7 +17,6 @@ from bayeslora.prediction.predictor import (
     check_one_label,
     check_samples,
 )
-from bayeslora.prediction.weights import NotFiniteError
 from bayeslora.prediction.words import word_logits
 
 __all__ = [

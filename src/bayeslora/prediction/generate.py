@@ -30,8 +30,8 @@ from bayeslora.errors import BayesLoraError
 from bayeslora.posterior import IndivisibleBatchError
 from bayeslora.prediction.batched_sampling import repeat_rows
 from bayeslora.prediction.predict import evaluation_mode, seeded
-from bayeslora.prediction.predictor import Predictable
-from bayeslora.prediction.weights import Weights, check_finite
+from bayeslora.prediction.predictor import Predictable, check_finite
+from bayeslora.prediction.weights import Weights
 
 _MEAN = -1
 """Number that stands for the mean weights among those of the draws."""

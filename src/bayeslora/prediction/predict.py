@@ -37,11 +37,11 @@ from bayeslora.prediction.predictor import (
     Predictable,
     Predictor,
     as_predictor,
+    check_finite,
     check_one_label,
     check_samples,
     problem_type,
 )
-from bayeslora.prediction.weights import check_finite
 
 _LABEL_KEYS = ("labels", "label", "label_ids")
 NO_BATCH = "the loader gave 0 batches, but at least 1 is needed: check the data set behind it"

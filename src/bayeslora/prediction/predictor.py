@@ -8,7 +8,7 @@ from typing import Any, Protocol, runtime_checkable
 import torch
 from torch import Tensor, nn
 
-from bayeslora.errors import BayesLoraError
+from bayeslora.errors import BayesLoraError, counted
 from bayeslora.methods.variational import has_posterior, member_count, posterior_mean
 from bayeslora.posterior import WeightPosterior, posterior_source
 from bayeslora.posterior.saved import check_unmerged
@@ -195,3 +195,20 @@ def check_samples(model: Predictable, samples: int) -> None:
             f"samples is {samples!r}, but must be a whole number of at least 0: give 0 for the mean weights"
         )
     as_predictor(model).check_samples(samples)
+
+
+class NotFiniteError(BayesLoraError):
+    """Outputs of a model are not finite."""
+
+
+def check_finite(logits: Tensor, model: nn.Module, of: str = "example") -> None:
+    """Raise `NotFiniteError` if logits (S, n, C) of n rows have NaN, infinity or minus infinity alone in a row."""
+    broken = int((~logits.amax(dim=-1).isfinite()).any(dim=0).sum()) if logits.numel() else 0
+    if broken:
+        tensors = [*model.named_parameters(), *model.named_buffers()]
+        name = next((name for name, each in tensors if each.is_floating_point() and not each.isfinite().all()), None)
+        where = "" if name is None else f" ({name} is not)"
+        raise NotFiniteError(
+            f"the model's outputs are not finite for {broken} of {counted(logits.shape[1], of)}, but must be{where}: "
+            "train with a smaller learning rate or in float32, or load the adapter again"
+        )

@@ -5,28 +5,11 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-from torch import Tensor, nn
+from torch import nn
 
-from bayeslora.errors import BayesLoraError, counted
+from bayeslora.errors import BayesLoraError
 from bayeslora.methods.variational import posterior_mean, sampling
 from bayeslora.prediction.predictor import ModelPredictor, Predictable, as_predictor, check_samples
-
-
-class NotFiniteError(BayesLoraError):
-    """Outputs of a model are not finite."""
-
-
-def check_finite(logits: Tensor, model: nn.Module, of: str = "example") -> None:
-    """Raise `NotFiniteError` if logits (S, n, C) of n rows have NaN, infinity or minus infinity alone in a row."""
-    broken = int((~logits.amax(dim=-1).isfinite()).any(dim=0).sum()) if logits.numel() else 0
-    if broken:
-        tensors = [*model.named_parameters(), *model.named_buffers()]
-        name = next((name for name, each in tensors if each.is_floating_point() and not each.isfinite().all()), None)
-        where = "" if name is None else f" ({name} is not)"
-        raise NotFiniteError(
-            f"the model's outputs are not finite for {broken} of {counted(logits.shape[1], of)}, but must be{where}: "
-            "train with a smaller learning rate or in float32, or load the adapter again"
-        )
 
 
 class Weights:
