@@ -11,8 +11,10 @@ from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
+from bayeslora import MeLoraConfig
 from bayeslora.errors import BayesLoraError
 from bayeslora.prediction import evaluation_mode, predict
+from tests.conftest import build_tiny_bert
 
 
 class Fixed(nn.Module):
@@ -113,3 +115,12 @@ def test_bad_batches_are_named() -> None:
         predict(Fixed(), [LOGITS])
     with pytest.raises(BayesLoraError, match="load a sequence classifier"):
         predict(Fixed(lambda logits: logits[None]), {"x": LOGITS})
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_a_broken_weight_that_attention_hides_is_told(value: float) -> None:
+    """A key of NaN gives finite logits in torch's attention on some processors."""
+    model = get_peft_model(build_tiny_bert(), MeLoraConfig(r=2, target_modules=["key"], task_type="SEQ_CLS"))
+    next(p for n, p in model.named_parameters() if "melora_B" in n).data[0, 0] = value
+    with pytest.raises(BayesLoraError, match=r"not finite"):
+        predict(model, {"input_ids": torch.arange(12).view(2, 6)})

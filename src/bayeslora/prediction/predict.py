@@ -37,6 +37,7 @@ from bayeslora.prediction.predictor import (
     Predictable,
     Predictor,
     as_predictor,
+    check_adapters,
     check_finite,
     check_one_label,
     check_samples,
@@ -179,6 +180,7 @@ def _sampled_logits(
     # Unlike a tensor made in inference mode, a copy made outside of it can be used with autograd.
     found = torch.cat(collected, dim=1).clone()
     check_finite(found, predictor.model)
+    check_adapters(predictor.model)
     return found
 
 

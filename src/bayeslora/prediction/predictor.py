@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import Any, Protocol, runtime_checkable
+from typing import Any, Protocol, cast, runtime_checkable
 
 import torch
 from torch import Tensor, nn
 
+from bayeslora._peft import BaseTunerLayer
 from bayeslora.errors import BayesLoraError, counted
 from bayeslora.methods.variational import has_posterior, member_count, posterior_mean
 from bayeslora.posterior import WeightPosterior, posterior_source
@@ -212,3 +213,16 @@ def check_finite(logits: Tensor, model: nn.Module, of: str = "example") -> None:
             f"the model's outputs are not finite for {broken} of {counted(logits.shape[1], of)}, but must be{where}: "
             "train with a smaller learning rate or in float32, or load the adapter again"
         )
+
+
+def check_adapters(model: nn.Module) -> None:
+    """Raise `NotFiniteError` if a weight of an adapter is not finite, which attention on a CPU may hide."""
+    for path, module in model.named_modules():
+        if not isinstance(module, BaseTunerLayer):
+            continue
+        for name, each in cast(nn.Module, module).named_parameters():
+            if not name.startswith("base_layer.") and type(each) is nn.Parameter and not each.isfinite().all():
+                raise NotFiniteError(
+                    f"{path}.{name} has values that are not finite, but all must be: load the adapter again, or train "
+                    "with a smaller learning rate or in float32"
+                )
