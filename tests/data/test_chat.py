@@ -179,7 +179,7 @@ def test_of_megabytes_the_part_that_is_kept_is_tokenized(
 
     found, longest = [], []
     for most in (10**9, 1):
-        monkeypatch.setattr("bayeslora.data.chat._MOST_CHARACTERS", most)
+        monkeypatch.setattr("bayeslora.data.chat.MOST_CHARACTERS", most)
         with pytest.warns(UserWarning, match=r"1 of 1 rows .* 12 tokens") as told:
             found.append(encode_generation(Dataset.from_list([row]), Spy(), 12)[0])
         assert len(told) == 1

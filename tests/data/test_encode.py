@@ -66,7 +66,7 @@ def test_a_text_of_megabytes_without_blanks_is_bounded(
     tiny_tokenizer: Any, monkeypatch: pytest.MonkeyPatch, side: str, columns: list[str]
 ) -> None:
     monkeypatch.setattr(tiny_tokenizer, "truncation_side", side)
-    monkeypatch.setattr(sys.modules["bayeslora.data.encode"], "_MOST_CHARACTERS", 2**14)
+    monkeypatch.setattr(sys.modules["bayeslora.data.encode"], "MOST_CHARACTERS", 2**14)
     counting, words = Counting(tiny_tokenizer), ["the", "film"]
     text = "good" * 50_000
     rows = {"text": [text, *words], "other": ["a film", *words]}

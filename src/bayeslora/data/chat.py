@@ -19,15 +19,13 @@ from jinja2 import TemplateError
 
 from bayeslora.data.completions import IGNORED, opening, prompt_masked
 from bayeslora.data.conversations import ASSISTANT
+from bayeslora.data.encode import CHARACTERS, MOST_CHARACTERS
 from bayeslora.errors import BayesLoraError, one_line
 from bayeslora.vocabulary import COMPLETION, MESSAGES, PROMPT
 
 Message = Mapping[str, str]
 """One turn of a conversation: its `role` and its `content`."""
 LABELS = "labels"
-_MOST_CHARACTERS = 2**20
-"""Characters of a turn that are tokenized, and more of them where `_CHARACTERS` a token are."""
-_CHARACTERS = 64
 
 
 @dataclass
@@ -73,7 +71,7 @@ def encode_generation(split: Dataset, tokenizer: Any, max_length: int) -> Datase
         )
     counts = _Counts()
     columns: dict[str, list[list[int]]] = {"input_ids": [], "attention_mask": [], LABELS: []}
-    most = max(_MOST_CHARACTERS, _CHARACTERS * max_length)
+    most = max(MOST_CHARACTERS, CHARACTERS * max_length)
     for number, whole in enumerate(split, start=1):
         row = _shortened(whole, most)
         try:

@@ -15,9 +15,9 @@ from bayeslora.data.tasks import LABEL, Task
 from bayeslora.errors import BayesLoraError, counted
 
 DEFAULT_MAX_LENGTH = 128
-_CHARACTERS = 64
+CHARACTERS = 64
 """Characters a token, from which on a text is looked at for a part that is enough."""
-_MOST_CHARACTERS = 2**20
+MOST_CHARACTERS = 2**20
 """Characters that are looked at; what a longer text has beyond them is left out."""
 _LONGEST_WORD = 1000
 """Characters of what is still taken for a word. A longer one may be cut."""
@@ -48,7 +48,7 @@ def encode_texts(
 
     def tokenize(batch: dict[str, list[Any]]) -> dict[str, list[Any]]:
         texts = [batch[name] for name in text_columns]
-        least = 2 * _CHARACTERS * length if len(texts) == 1 else _MOST_CHARACTERS  # a pair is cut by both lengths
+        least = 2 * CHARACTERS * length if len(texts) == 1 else MOST_CHARACTERS  # a pair is cut by both lengths
         texts = [[_enough(t, tokenizer, length) if len(t) > least else t for t in column] for column in texts]
         encoded = tokenizer(*texts, truncation=True, max_length=length)
         return _never_empty(dict(encoded), tokenizer)
@@ -106,20 +106,20 @@ def _enough(text: str, tokenizer: Any, length: int) -> str:
     kept, so that its end has no effect on them. One that has fewer, such as of blanks, is made longer.
     """
     keeps_end = tokenizer.truncation_side == "left"
-    size = _CHARACTERS * length
-    while size < min(len(text), _MOST_CHARACTERS):
+    size = CHARACTERS * length
+    while size < min(len(text), MOST_CHARACTERS):
         part = _whole_words(text[-size:] if keeps_end else text[:size], keeps_end)
         if len(tokenizer(part, add_special_tokens=False, verbose=False)["input_ids"]) > 2 * length:
             return part
         size *= 2
-    if len(text) <= _MOST_CHARACTERS:
+    if len(text) <= MOST_CHARACTERS:
         return text
     warnings.warn(
-        f"a text has {counted(len(text), 'character')}, of which {_MOST_CHARACTERS:,} give too few tokens to fill a "
+        f"a text has {counted(len(text), 'character')}, of which {MOST_CHARACTERS:,} give too few tokens to fill a "
         "row: the others are left out",
         stacklevel=2,
     )
-    return text[-_MOST_CHARACTERS:] if keeps_end else text[:_MOST_CHARACTERS]
+    return text[-MOST_CHARACTERS:] if keeps_end else text[:MOST_CHARACTERS]
 
 
 def _whole_words(part: str, keeps_end: bool) -> str:
