@@ -407,6 +407,15 @@ def test_a_language_model_that_is_broken_writes_nothing(samples: int, options: d
         bayeslora.generate(model, BATCH["input_ids"], samples=samples, max_new_tokens=2, **options)
 
 
+def test_a_language_model_with_one_broken_key_writes_nothing() -> None:
+    """Its logits are finite in torch's attention on some processors."""
+    adapter = bayeslora.MeLoraConfig(r=2, target_modules=["k_proj"], task_type="CAUSAL_LM")
+    model: Any = get_peft_model(build_tiny_llama(), adapter)
+    model.base_model.adapted_layers()[0].melora_B["default"].data[0, 0] = float("nan")
+    with pytest.raises(BayesLoraError, match=r"not finite"):
+        bayeslora.generate(model, torch.arange(1, 5).view(1, 4), samples=0, max_new_tokens=2)
+
+
 def test_padding_without_a_mask_is_padding() -> None:
     adapter = bayeslora.MeLoraConfig(r=2, target_modules=["q_proj", "v_proj"], task_type="CAUSAL_LM")
     model = get_peft_model(build_tiny_llama(), adapter).eval()

@@ -30,7 +30,7 @@ from bayeslora.errors import BayesLoraError
 from bayeslora.posterior import IndivisibleBatchError
 from bayeslora.prediction.batched_sampling import repeat_rows
 from bayeslora.prediction.predict import evaluation_mode, seeded
-from bayeslora.prediction.predictor import Predictable, check_finite
+from bayeslora.prediction.predictor import Predictable, check_adapters, check_finite
 from bayeslora.prediction.weights import Weights
 
 _MEAN = -1
@@ -228,6 +228,7 @@ class _Run:
                 options = {**options, "num_return_sequences": 1, "past_key_values": cache}
             with self._watched():
                 sequences: Tensor = self.model.generate(**inputs, **options)  # type: ignore[operator]
+            check_adapters(self.model)
         return sequences
 
     @contextmanager
