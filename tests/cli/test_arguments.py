@@ -75,6 +75,7 @@ def test_a_value_becomes_what_the_hint_asks_for(value: Any, hint: Any, expected:
         ([1, "x"], list[int], "a whole number"),
         ("{a", dict, "YAML"),
         ("{a: 1, a: 2}", dict, "YAML"),
+        ("weight=8,A=4", dict, "write '{weight: 8, A: 4}'"),
         (False, str, "quote a word such as no, which YAML takes for false"),
     ],
 )

@@ -21,6 +21,7 @@ _BOOLEANS = dict.fromkeys(("true", "yes", "on"), True) | dict.fromkeys(("false",
 _NULL = {"null", "~"}
 _BARE_NAME = re.compile(r"[\w.]+")
 _WHOLE = re.compile(r"[+-]?\d+")
+_PAIR = re.compile(r"([\w.]+)\s*[=:]\s*([\w.]+)")
 
 
 def coerce(name: str, value: Any, hint: Any) -> Any:
@@ -165,6 +166,8 @@ def _wrong(name: str, value: Any, members: list[Any]) -> BayesLoraError:
         "null": type(None) in members,
     }
     near = close_matches(value, choices) if isinstance(value, str) else ""
+    if isinstance(value, str) and _takes_mapping(members) and (pairs := _PAIR.findall(value)):
+        near = f", write '{{{', '.join(f'{key}: {item}' for key, item in pairs)}}}'"
     if isinstance(value, bool) and wanted["a text"]:
         near = f", quote a word such as {'yes' if value else 'no'}, which YAML takes for {str(value).lower()}"
     listed = " or ".join(text for text, takes in wanted.items() if takes)

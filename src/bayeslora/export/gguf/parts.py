@@ -19,6 +19,7 @@ from bayeslora.export.gguf.architectures import Architecture, Names, architectur
 from bayeslora.export.gguf.blocks import Array
 from bayeslora.export.gguf.layers import UNADAPTED, Weight, array, learned_weight, update_of
 from bayeslora.export.merged import merge_into_base
+from bayeslora.methods.layer import BayesLayer
 from bayeslora.methods.tuner import tuner_of
 from bayeslora.model_card import public_name
 
@@ -72,13 +73,11 @@ def taken_apart(model: nn.Module, adapter_name: str | None, form: str | None, un
     _check(base, layers, form, unadapted)
     left_out = _left_out(layers, learned, name, form)
     config: Any = whole.peft_config[name]
-    updates = {}
+    updates = {path: update for path, layer in layers.items() if (update := update_of(layer, name))}
     if form == "merged":
-        merged = merge_into_base(whole, name)
-        base = cast(PreTrainedModel, merged)
-        learned = {path: _merged(base, path, weight) for path, weight in learned.items()}
+        learned = {path: _summed(layers[path], weight.bits, updates.get(path)) for path, weight in learned.items()}
+        base, updates = cast(PreTrainedModel, merge_into_base(whole, name)), {}
     else:
-        updates = {path: update for path, layer in layers.items() if (update := update_of(layer, name))}
         base = cast(PreTrainedModel, whole.unload())
     tied, head = cast(Any, base.get_input_embeddings()), cast(Any, base.get_output_embeddings())
     base.config.tie_word_embeddings = head.weight is tied.weight
@@ -88,8 +87,10 @@ def taken_apart(model: nn.Module, adapter_name: str | None, form: str | None, un
     return Parts(base, architecture, form, UNADAPTED[unadapted], learned, updates, left_out, called, method)
 
 
-def _merged(base: nn.Module, path: str, weight: Weight) -> Weight:
-    return Weight(array(upright(base.get_submodule(path))), None, weight.bits)
+def _summed(layer: nn.Module, bits: int | None, update: tuple[Array, Array] | None) -> Weight:
+    """Return base weight and update, to be rounded once: a file's grid holds no sum of a code and an update."""
+    weight = array(upright(cast(BayesLayer, layer).get_base_layer()))
+    return Weight(weight if update is None else weight + update[1] @ update[0], None, bits)
 
 
 def _check(base: PreTrainedModel, layers: Mapping[str, nn.Module], form: str, unadapted: str) -> None:
