@@ -1,8 +1,8 @@
 """`otherwise.py --decoder`: SmolLM2-135M with a LoRA or a B-LoRA in Transformers, llama.cpp, onnxruntime and OpenVINO.
 
-Both adapters are on all linear layers and trained for a few steps on review lines, so scores say what a form loses,
-and nothing of the methods. B-LoRA's base weights, with a range for each row, and its factors have 8 bits, and no
-activation is quantized.
+The adapters are on all linear layers and trained for a few steps on review lines, so scores say what a form loses,
+and nothing of the methods. B-LoRA's base weights have 8 bits, with a range for each row, or 4, with one for each group
+of 32 inputs. Its factors have 8 bits, and no activation is quantized.
 """
 
 from __future__ import annotations
@@ -47,6 +47,21 @@ WEIGHTS_ALONE = {
     "bops_price": 0.0,
 }
 """Options of the B-LoRA: a few steps are too few to choose widths of activations, or ranks."""
+METHODS: dict[str, PeftConfig] = {
+    "lora": LoraConfig(r=8, lora_alpha=16, target_modules=LINEAR, task_type="CAUSAL_LM"),
+    "blora": BLoraConfig(task_type="CAUSAL_LM", **WEIGHTS_ALONE),
+    "blora4": BLoraConfig(
+        task_type="CAUSAL_LM",
+        **{
+            **WEIGHTS_ALONE,
+            "fixed_bits": {**WEIGHTS_ALONE["fixed_bits"], "weight": 4},
+            "per_channel": False,
+            "group_size": 32,
+            "calibration": "mse",
+        },
+    ),
+}
+"""The adapters: a LoRA, and B-LoRAs with 8 and 4 bits."""
 
 
 @dataclass(frozen=True)
@@ -63,20 +78,21 @@ VARIANTS = {
     BASELINE: Variant("LoRA merged, Transformers float32", "merged", "torch"),
     "q8": Variant("LoRA merged, llama.cpp Q8_0", "q8", LLAMA),
     "q4": Variant("LoRA merged, llama.cpp Q4_0", "q4", LLAMA),
-    "blora-gguf": Variant("**B-LoRA, GGUF, llama.cpp**", "blora-gguf", LLAMA, "blora"),
-    "blora-merged": Variant("**B-LoRA, GGUF merged, llama.cpp**", "blora-merged", LLAMA, "blora"),
-    "blora-onnx": Variant("**B-LoRA, ONNX, onnxruntime**", "blora-onnx", "onnxruntime", "blora"),
-    "blora-onnx-openvino": Variant("**B-LoRA, ONNX, OpenVINO**", "blora-onnx", "openvino", "blora"),
+    "blora-gguf": Variant("**B-LoRA, 8 bits, GGUF, llama.cpp**", "blora-gguf", LLAMA, "blora"),
+    "blora-merged": Variant("**B-LoRA, 8 bits, GGUF merged, llama.cpp**", "blora-merged", LLAMA, "blora"),
+    "blora4-gguf": Variant("**B-LoRA, 4 bits, GGUF, llama.cpp**", "blora4-gguf", LLAMA, "blora4"),
+    "blora-onnx": Variant("**B-LoRA, 8 bits, ONNX, onnxruntime**", "blora-onnx", "onnxruntime", "blora"),
+    "blora-onnx-openvino": Variant("**B-LoRA, 8 bits, ONNX, OpenVINO**", "blora-onnx", "openvino", "blora"),
 }
 
 
 class Decoders:
-    """Trains both adapters, and writes forms of them into folders under `folder`, each when it is asked for."""
+    """Trains the adapters, and writes forms of them into folders under `folder`, each when it is asked for."""
 
     def __init__(self, folder: Path, steps: int) -> None:
         self.folder = folder
         self.models: dict[str, nn.Module] = {}
-        for method in ("lora", "blora"):
+        for method in METHODS:
             self.models[method], self.tokenizer = trained(method, steps)
         self.rows = text_batches(self.tokenizer, texts_of("train")[-8:], 1, LENGTH, 8)
 
@@ -111,16 +127,15 @@ WRITERS: dict[str, Callable[[Decoders, Path], None]] = {
     "q8": lambda decoders, target: decoders.rounded(Q8, target),
     "q4": lambda decoders, target: decoders.rounded(Q4, target),
     "blora-gguf": lambda decoders, target: decoders.exported("blora", "gguf", target),
+    "blora4-gguf": lambda decoders, target: decoders.exported("blora4", "gguf", target),
     "blora-merged": lambda decoders, target: decoders.exported("blora", "gguf", target, adapter="merged"),
     "blora-onnx": lambda decoders, target: decoders.exported("blora", "onnx", target),
 }
 
 
 def trained(method: str, steps: int) -> tuple[nn.Module, PreTrainedTokenizerBase]:
-    """The packaged language model with a LoRA or a B-LoRA after this many steps."""
-    if method == "lora":
-        return few_steps(LoraConfig(r=8, lora_alpha=16, target_modules=LINEAR, task_type="CAUSAL_LM"), steps)
-    return few_steps(BLoraConfig(task_type="CAUSAL_LM", **WEIGHTS_ALONE), steps)
+    """The packaged language model with an adapter of `METHODS` after this many steps."""
+    return few_steps(copy.deepcopy(METHODS[method]), steps)
 
 
 def few_steps(config: PeftConfig, steps: int, lr: float = 5e-4) -> tuple[nn.Module, PreTrainedTokenizerBase]:

@@ -95,10 +95,15 @@ def _decoder_caption(found: Mapping[str, Any]) -> str:
         found,
         f"One run of `python benchmarks/otherwise.py --decoder`: SmolLM2-135M, adapters after {found['steps']} steps, "
         f"so the scores say what a form loses and nothing of the methods: the LoRA has an NLL of "
-        f"{trained['lora']['nll']:.3f} nats and the B-LoRA of {trained['blora']['nll']:.3f} on {found['rows']} test "
-        f"reviews. One sequence, {found['rounds']} rounds {_machine(found)} × is the ratio to the first line in the "
+        f"{trained['lora']['nll']:.3f} nats, and B-LoRA {_by_bits(trained)}, on {found['rows']} test reviews. One sequence, {found['rounds']} rounds {_machine(found)} × is the ratio to the first line in the "
         "same round. NLL and changes of llama.cpp are those of the weights in its files.",
     )
+
+
+def _by_bits(trained: Mapping[str, Any]) -> str:
+    """The NLL of the trained B-LoRAs."""
+    bits = {"blora": 8, "blora4": 4}
+    return " and ".join(f"{trained[name]['nll']:.3f} at {bits[name]} bits" for name in bits if name in trained)
 
 
 def _machine(found: Mapping[str, Any]) -> str:

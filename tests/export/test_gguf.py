@@ -6,6 +6,7 @@ Transformers reads the files with code of its own: it undoes the order of rotate
 from __future__ import annotations
 
 import tempfile
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +28,7 @@ from transformers import (
 
 from bayeslora import BayesLoraError, BLoraConfig, MeLoraConfig, export
 from bayeslora.data.packaged import unpack_model
-from bayeslora.quantization import codes
+from bayeslora.quantization import codes, quantize
 from tests.conftest import build_tiny_bert, build_tiny_gpt2, build_tiny_llama, build_tiny_tokenizer
 from tests.methods.reference import FROZEN, RANK, layers_of, randomize, seeded, set_widths
 
@@ -161,6 +162,21 @@ def test_a_step_for_each_row_is_the_scale_of_its_blocks(per_channel: bool, tmp_p
     expected = np.broadcast_to((bound / 127.5).astype(np.float16).reshape(-1, 1), (64, 1))
     assert np.array_equal(_rows_of_pairs(scales.reshape(64, 2), 4), np.repeat(expected, 2, 1))
     assert len(np.unique(scales)) > 50 if per_channel else len(np.unique(scales)) == 1
+
+
+@pytest.mark.parametrize(("size", "types"), [(32, "Q8_0 6, Q4_0 2"), (64, "Q8_0 6, Q4_0 2"), (16, "F16 5, Q8_0 3")])
+def test_a_step_for_each_group_is_the_scale_of_its_blocks(size: int, types: str, tmp_path: Path) -> None:
+    base = _llama(num_hidden_layers=1, intermediate_size=64 if size == 64 else 96)
+    model = _blora(base, [8, 4], group_size=size, target_modules=["q_proj", "k_proj", "v_proj", "o_proj", "up_proj"])
+    options = {"tokenizer": byte_tokenizer(), "batch": BATCH, "unadapted": "int8", "allow_error": True}
+    result = export(model, tmp_path, format="gguf", **options)
+    found = _by_transformers(tmp_path)
+    for path, layer in model.base_model.named_layers("default").items():
+        packed = layer.packed_tensors("default")
+        wanted = quantize(layer.get_base_weight(), packed.ranges["weight"], packed.widths["weight"])
+        torch.testing.assert_close(found.get_submodule(path).weight, wanted, rtol=1e-3, atol=1e-6)
+    assert (result["widened"] is None) == (size != 16) and result["divergence"] < 1e-3, result
+    assert Counter(result["types"].split(", ")) == Counter(types.split(", ")), result["types"]
 
 
 @pytest.mark.parametrize("method", ["lora", "melora"])

@@ -149,8 +149,8 @@ def test_a_merged_decoder_writes_what_the_model_writes(kind: str, method: str, t
     assert stored < 1.1 * result["float32_bytes"] / 4  # a head that is the embedding is stored once
 
 
-def _learned(base: nn.Module, targets: list[str], widths: dict[str, int]) -> nn.Module:
-    shared: dict[str, Any] = {"r": RANK, "target_modules": targets, "task_type": "CAUSAL_LM"}
+def _learned(base: nn.Module, targets: list[str], widths: dict[str, int], **more: Any) -> nn.Module:
+    shared: dict[str, Any] = {"r": RANK, "target_modules": targets, "task_type": "CAUSAL_LM", **more}
     model = get_peft_model(base, BLoraConfig(init_weights=False, quantize_input=True, **shared)).eval()
     generator = torch.Generator().manual_seed(3)
     for layer in layers_of(model):
@@ -178,6 +178,31 @@ def test_codes_are_multiplied_in_blocks(kind: str, bits: int, stored: int, tmp_p
     nodes = [node for node in onnx.load(tmp_path / "model.onnx").graph.node if node.op_type == "MatMulNBits"]
     assert len(nodes) == 2 * {"llama": 4, "gpt2": 2}[kind]  # query, key and value are one, and so are gate and up
     assert {a.i for node in nodes for a in node.attribute if a.name == "bits"} == {stored}
+
+
+@pytest.mark.parametrize("kind", ["llama", "gpt2"])
+@pytest.mark.parametrize(("size", "operator"), [(32, "MatMulNBits"), (8, "Gemm")])
+def test_groups_of_inputs_keep_their_steps(kind: str, size: int, operator: str, tmp_path: Path) -> None:
+    """In blocks where they fit them, and otherwise in float32, which rounds no input."""
+    build, targets = BASES[kind]
+    widths = {"weight": 4, "A": 8, "E": 8, "B": 8, **WIDE}
+    model = _learned(_spread(build()), targets, widths, group_size=size)
+    batch = {"input_ids": torch.arange(5, 25).reshape(2, 10)}
+    options = {"tokenizer": build_tiny_tokenizer(), "batch": batch, "unadapted": "float32", "allow_error": True}
+    result = export(model, tmp_path, format="onnx", **options)
+    assert result["max_output_error"] < (0.05 if size == 32 else 1e-4) * result["max_output"]
+    nodes = Counter(node.op_type for node in onnx.load(tmp_path / "model.onnx").graph.node)
+    assert (nodes["MatMulNBits"] > 0) == (operator == "MatMulNBits")
+
+
+@pytest.mark.parametrize("in_bits", [8, 32])
+def test_groups_of_inputs_under_inputs_on_a_grid(in_bits: int, tmp_path: Path) -> None:
+    widths = {"weight": 4, "in": in_bits, "A": 8, "E": 8, "B": 8, "A_out": 8, "E_out": 8, "out": 8}
+    model = _learned(_spread(build_tiny_llama()), LLAMA, widths, group_size=8)
+    batch = {"input_ids": torch.arange(5, 25).reshape(2, 10)}
+    options = {"tokenizer": build_tiny_tokenizer(), "batch": batch, "unadapted": "float32", "allow_error": True}
+    result = export(model, tmp_path, format="onnx", **options)
+    assert result["max_output_error"] < 0.05 * result["max_output"] and "weight 4 as 32" in result["widened"]
 
 
 def test_blocks_hold_the_codes() -> None:

@@ -53,8 +53,8 @@ class PackedTensors:
     Attributes:
         matrices: A (r, d_in), E (r,) and B (d_out, r) in float32.
         widths: bits of each matrix, and of every other kind that has a quantizer.
-        log_ranges: logarithms of the ranges of the kinds that have a quantizer, (1,) or one a row.
-        ranges: the ranges as evaluation uses them, () or (rows, 1).
+        log_ranges: logarithms of the ranges of the kinds that have a quantizer, (1,) or one a row or group.
+        ranges: the ranges as evaluation uses them, (), (rows, 1), or of a base weight (rows, groups).
         has_rank_gates: whether the adapter has gates for its ranks.
     """
 

@@ -22,6 +22,7 @@ from bayeslora.quantization.quantizer import (
     quantize_mixture,
     rank_gates,
     rank_probability,
+    repeated,
 )
 from bayeslora.quantization.ranges import (
     FLOOR,
@@ -62,4 +63,5 @@ __all__ = [
     "range_of_counts",
     "rank_gates",
     "rank_probability",
+    "repeated",
 ]

@@ -115,9 +115,24 @@ def grid_step(range: Tensor, bits: int) -> Tensor:  # noqa: A002 - the field's n
 
 
 def codes(x: Tensor, range: Tensor, bits: int) -> Tensor:  # noqa: A002
-    """Integer codes (int32, shape of `x`) of `x` at `bits` < 32 bits; `codes * grid_step` is the quantized value."""
-    level = (1 << (bits - 1)) - 1
-    return torch.round(x.float() / grid_step(range.float(), bits)).clamp(-level, level).to(torch.int32)
+    """Integer codes (int32, shape of `x`) of `x` at `bits` < 32 bits; `codes * grid_step` is the quantized value.
+
+    Args:
+        x: any shape.
+        range: as of `quantize`.
+        bits: from 2 to 16.
+    """
+    level, bound = (1 << (bits - 1)) - 1, repeated(range.float(), x)
+    return torch.round(x.float() / grid_step(bound, bits)).clamp(-level, level).to(torch.int32)
+
+
+def repeated(range: Tensor, x: Tensor) -> Tensor:  # noqa: A002
+    """Return ranges of groups, (rows, groups) of a matrix or their transpose, once for each entry of their group."""
+    if range.ndim == 2 and x.ndim == 2:
+        for dim in (0, 1):
+            if 1 < range.shape[dim] < x.shape[dim]:
+                range = range.repeat_interleave(x.shape[dim] // range.shape[dim], dim)  # noqa: A001
+    return range
 
 
 def mixture_weights(gates: Tensor) -> Tensor:
@@ -145,7 +160,8 @@ def quantize(x: Tensor, range: Tensor, bits: int) -> Tensor:  # noqa: A002
 
     Args:
         x: any shape and floating dtype; the result has the same.
-        range: positive, 0-d, one element, or broadcastable to `x` (``[d_out, 1]`` for per-channel ranges).
+        range: positive, 0-d, one element, broadcastable to `x` (``[d_out, 1]`` for per-channel ranges), or
+            ``[d_out, groups]`` for a matrix ``[d_out, d_in]`` whose rows have equal groups with a range each.
         bits: from 2 to 16, also between the `WIDTHS` with a gate; 32 clips to the range and rounds nothing.
     """
     return quantize_mixture(x, range, _WHOLE.to(x.device), (bits,))
@@ -161,6 +177,7 @@ def quantize_mixture(x: Tensor, range: Tensor, weights: Tensor, widths: tuple[in
     Saves only `x`, `range` and `weights` for the backward pass and recomputes the rest. Weights outside `widths` get
     a zero gradient; `active_widths` says when that is exact.
     """
+    range = repeated(range, x)  # noqa: A001
     if torch.compiler.is_compiling():
         return _traced(x, range, weights, widths)
     return _Mixture.apply(x, range, weights, widths)

@@ -6,9 +6,9 @@ r"""Weights as blocks of codes with one scale in half precision.
 | `Q4_0` | 4 | 32 | -7 … 7 of its -8 … 7 |
 | `TQ2_0` | 2 | 256 | -1, 0, 1 |
 
-A learned weight is $c \cdot s$ with integer codes $c$ and one step $s$ for the tensor or for a row. So every block
-of a row has the scale $s$, and the codes stay as they are. Rounding $s$ to half precision multiplies a row by
-$1 + \delta$ with $|\delta| \le 2^{-11}$, and that is the only loss.
+A learned weight is $c \cdot s$ with integer codes $c$ and one step $s$ for the tensor, for a row, or for a group of
+whole blocks in a row. So each block has the scale $s$ of its group, and the codes stay as they are. Rounding $s$ to
+half precision multiplies a block by $1 + \delta$ with $|\delta| \le 2^{-11}$, and that is the only loss.
 """
 
 from __future__ import annotations
@@ -39,17 +39,22 @@ def are_steps_exact(steps: Array) -> bool:
         return bool((np.abs(steps.astype(np.float16).astype(np.float32) - steps) <= _HALF * steps).all())
 
 
+def repeated(steps: Array, columns: int) -> Array:
+    """Return the steps (rows, groups) of equal groups for each of so many columns, or blocks of columns."""
+    return np.repeat(steps, columns // steps.shape[1], axis=1)
+
+
 def packed(codes: Array, steps: Array, kind: Type) -> Array:
     """Return the bytes (rows, bytes) of codes.
 
     Args:
         codes: (rows, columns), int8, within the type's range.
-        steps: (rows,), float32.
+        steps: (rows, groups), float32, of groups of whole blocks.
         kind: a key of `BLOCKS`.
     """
     rows, columns = codes.shape
     blocks = codes.reshape(rows, columns // BLOCKS[kind][1], -1)
-    scale = np.broadcast_to(steps.astype(np.float16)[:, None, None], (*blocks.shape[:2], 1)).copy().view(np.uint8)
+    scale = repeated(steps.astype(np.float16), blocks.shape[1])[:, :, None].view(np.uint8)
     if kind == Type.Q8_0:
         parts: list[Array] = [scale, blocks.view(np.uint8)]
     elif kind == Type.Q4_0:

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from bayeslora.errors import BayesLoraError
 from bayeslora.export.formats import upright
-from bayeslora.export.gguf.blocks import Array, are_steps_exact, block_type, packed, rounded
+from bayeslora.export.gguf.blocks import Array, are_steps_exact, block_type, packed, repeated, rounded
 from bayeslora.methods.layer import BayesLayer
 from bayeslora.quantization import codes, grid_step, quantize
 from bayeslora.vocabulary import BASE_WEIGHT, UNQUANTIZED
@@ -30,7 +30,7 @@ class Weight:
 
     Attributes:
         values: int8 codes if there are steps, otherwise float32.
-        steps: (d_out,), what a code of each row is multiplied by.
+        steps: (d_out, 1) or (d_out, groups), what a code of each row, or of each group of inputs, is multiplied by.
         bits: learned, or None.
     """
 
@@ -48,14 +48,14 @@ class Weight:
             return wide
         if self.steps is not None and not are_steps_exact(self.steps):
             return Type.F32
-        return block_type(self.bits, columns) or wide
+        return block_type(self.bits, columns if self.steps is None else columns // self.steps.shape[1]) or wide
 
     def data(self, kind: Type, order: Array) -> Array:
         """Return the rows, in this order, as a file stores them."""
         if self.steps is None:
             return rounded(self.values[order], kind)
         if kind in (Type.F16, Type.F32):
-            return rounded((self.values * self.steps[:, None])[order], kind)
+            return rounded((self.values * repeated(self.steps, self.values.shape[1]))[order], kind)
         return packed(self.values[order], self.steps[order], kind)
 
 
@@ -74,9 +74,9 @@ def learned_weight(layer: nn.Module, name: str) -> Weight | None:
     bits, bound = found.widths[BASE_WEIGHT], found.ranges[BASE_WEIGHT]
     if bits > _BYTE:
         return Weight(array(quantize(weight, bound, bits)), None, bits)
-    steps = array(grid_step(bound, bits)).reshape(-1)
     whole = codes(weight, bound, bits).to(torch.int8).cpu().numpy()
-    return Weight(whole, np.broadcast_to(steps, (len(whole),)).copy(), bits)
+    steps = array(grid_step(bound, bits).reshape(1 if not bound.ndim else len(bound), -1))
+    return Weight(whole, np.broadcast_to(steps, (len(whole), steps.shape[1])).copy(), bits)
 
 
 def update_of(layer: nn.Module, name: str) -> tuple[Array, Array] | None:

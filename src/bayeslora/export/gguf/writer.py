@@ -2,8 +2,9 @@ r"""GGUF files of decoders, for llama.cpp.
 
 An adapted layer with learned widths computes $Q_w(W_0) x + c\, Q_b(B) (E \circ Q_a(A) x)$. The codes of $Q_w(W_0)$
 are written as they are, and the low-rank part is written beside them, as a LoRA in GGUF: their sum is on no grid. Both
-can be merged instead; then the sum with the unrounded $W_0$ is rounded once, to the type of the learned width, block by
-block. Quantizers of activations are left out, because llama.cpp rounds the inputs of its products itself, to 8 bits in blocks of 32.
+can be merged instead; then the sum with the unrounded $W_0$ is rounded once, to the type of the learned width, block
+by block. Quantizers of activations are left out, because llama.cpp rounds the inputs of its products itself, to 8 bits
+in blocks of 32.
 """
 
 from __future__ import annotations

@@ -207,6 +207,11 @@ def _adapted(path: str, layer: BayesLayer, name: str) -> tuple[IntegerLayer, lis
     packed = layer.packed_tensors(name)
     assert packed is not None
     found, bounds = {BASE_WEIGHT: UNQUANTIZED, **packed.widths}, packed.ranges
+    if BASE_WEIGHT in bounds and bounds[BASE_WEIGHT].numel() > layer.out_features:
+        raise BayesLoraError(
+            f"{path} has a range for each group of its inputs, but a product of integers has one a row: "
+            "export 'gguf' or 'onnx', or train without group_size"
+        )
     rank = len(packed.matrices["E"])
     wanted = [kind for kind in ALL_KINDS if kind in found and (rank or kind in (BASE_WEIGHT, "in", "out"))]
     bits = {kind: found[kind] for kind in wanted if found[kind] < UNQUANTIZED or kind in (BASE_WEIGHT, *MATRICES)}

@@ -23,12 +23,11 @@ from ml_dtypes import int4
 from onnx import TensorProto
 
 from bayeslora.export.onnx.graph import RUNTIME_DOMAIN, Graph
-from bayeslora.export.onnx.products import BYTE, Array, Grid, Product
+from bayeslora.export.onnx.products import BLOCK, BYTE, Array, Grid, Product
 from bayeslora.vocabulary import ACTIVATIONS, BASE_WEIGHT, MATRICES
 
 _FITS_INT4 = 7
 _HALF_BYTE = 4
-_BLOCK = 32  # inputs are rounded in blocks of it: a larger one loses more where they have outliers
 _ROUNDS_INPUTS = 4  # accuracy level of `MatMulNBits` at which inputs are rounded, the only fast one for 8 bits
 _CENTER = 128
 """Zero point of the grids that are symmetric around 0, as all learned ones are."""
@@ -102,6 +101,8 @@ class ProductLayers:
         product = self.products[head]
         if product.weight.dtype == np.float32:
             return graph("Gather", graph.constant(f"{head}.weight", product.weight), ids, name=path)
+        if product.is_grouped:
+            return graph("Gather", _values(graph, f"{head}.weight", product.weight, product.steps), ids, name=path)
         columns = product.weight.shape[1]
         codes, _ = _blocks(graph, head, product.weight, product.steps, BYTE)
         rows = graph("Gather", codes, ids, name=f"{path}.gathered")
@@ -109,7 +110,7 @@ class ProductLayers:
             "Concat", graph("Shape", ids, name=f"{path}.shape"), graph.integers(-1), name=f"{path}.sizes", axis=0
         )
         rows = graph("Reshape", rows, sizes, name=f"{path}.rows")
-        if columns % _BLOCK:
+        if columns % BLOCK:
             limits = (graph.integers(each) for each in (0, columns, 2))
             rows = graph("Slice", rows, *limits, name=f"{path}.columns")
         zero = graph.constant(f"uint8_{_CENTER}", np.array(_CENTER, dtype=np.uint8))
@@ -287,7 +288,8 @@ class _Joint:
             weight = np.concatenate([product.weight for product in products])
             steps = np.concatenate([product.steps for product in products])
             x = source.values(grid, path)
-            if self.in_blocks and weight.dtype == np.int8 and (grid is None or not grid.is_byte):
+            in_blocks = self.in_blocks and first.fits_blocks and (grid is None or not grid.is_byte)
+            if in_blocks and weight.dtype == np.int8:
                 found.append(_block_product(self.graph, path, x, weight, steps, bias))
             else:
                 found.append(_product(self.graph, path, x, weight, steps, grid, bias))
@@ -424,9 +426,9 @@ class _Joint:
         return self.graph("Mul", codes, self.graph.number(step), name=name)
 
 
-def _stored_as(product: Product) -> tuple[Grid | None, str, bool]:
-    """Return what products with the base weight share that are one: input, type and width of the weight."""
-    return product.grids.get("in"), product.weight.dtype.name, _fits_four_bits(product.weight)
+def _stored_as(product: Product) -> tuple[Grid | None, str, bool, bool]:
+    """Return what products with the base weight share that are one: input, type, width and groups of the weight."""
+    return product.grids.get("in"), product.weight.dtype.name, _fits_four_bits(product.weight), product.is_grouped
 
 
 def _fits_four_bits(weight: Array) -> bool:
@@ -481,7 +483,7 @@ def _product(
     Values of codes are computed once, when a runtime loads the graph. A bias of integers is rounded to the step of the
     sums.
     """
-    if grid is None or not grid.is_byte or weight.dtype != np.int8:
+    if grid is None or not grid.is_byte or weight.dtype != np.int8 or steps.ndim == 2:
         terms = [_values(graph, f"{path}.weight", weight, steps)]
         terms += [] if bias is None else [graph.constant(f"{path}.bias", bias)]
     else:
@@ -505,7 +507,7 @@ def _block_product(graph: Graph, path: str, x: str, weight: Array, steps: Array,
         K=weight.shape[1],
         N=len(weight),
         bits=bits,
-        block_size=_BLOCK,
+        block_size=BLOCK,
         accuracy_level=_ROUNDS_INPUTS,
     )
     if bias is None or not bias.any():
@@ -516,13 +518,14 @@ def _block_product(graph: Graph, path: str, x: str, weight: Array, steps: Array,
 def _blocks(graph: Graph, path: str, weight: Array, steps: Array, bits: int) -> tuple[str, str]:
     """Add codes in blocks, (rows, blocks, bytes), the first of two in the low bits, and a step for each block."""
     rows, columns = weight.shape
-    blocks = -(-columns // _BLOCK)
-    codes = np.zeros((rows, blocks * _BLOCK), dtype=np.int16)
+    blocks = -(-columns // BLOCK)
+    codes = np.zeros((rows, blocks * BLOCK), dtype=np.int16)
     codes[:, :columns] = weight
-    found: Array = (codes + (1 << (bits - 1))).astype(np.uint8).reshape(rows, blocks, _BLOCK)
+    found: Array = (codes + (1 << (bits - 1))).astype(np.uint8).reshape(rows, blocks, BLOCK)
     if bits == _HALF_BYTE:
         found = found[..., ::2] | found[..., 1::2] << _HALF_BYTE
-    scales = np.repeat(steps.astype(np.float32), blocks)
+    groups = steps.astype(np.float32).reshape(rows, -1)
+    scales = np.repeat(groups, blocks // groups.shape[1], axis=1).reshape(-1)
     return graph.constant(f"{path}.weight.blocks", found), graph.constant(f"{path}.weight.steps", scales)
 
 
@@ -538,7 +541,11 @@ def _values(graph: Graph, path: str, weight: Array, steps: Array) -> str:
     if weight.dtype == np.float32:
         return graph.constant(path, weight * steps[:, None])
     values = graph("Cast", _stored(graph, path, weight), name=f"{path}.floats", to=TensorProto.FLOAT)
-    return graph("Mul", values, graph.constant(f"{path}.steps", steps[:, None]), name=path)
+    if steps.ndim == 1:
+        return graph("Mul", values, graph.constant(f"{path}.steps", steps[:, None]), name=path)
+    values = graph("Reshape", values, graph.integers(*steps.shape, -1), name=f"{path}.groups")
+    values = graph("Mul", values, graph.constant(f"{path}.steps", steps[:, :, None]), name=f"{path}.scaled")
+    return graph("Reshape", values, graph.integers(len(steps), -1), name=path)
 
 
 def _stored(graph: Graph, path: str, weight: Array) -> str:

@@ -23,6 +23,8 @@ from bayeslora.quantization import FLOOR, codes, grid_step
 from bayeslora.vocabulary import ACTIVATIONS, BASE_WEIGHT, MATRICES, UNQUANTIZED
 
 BYTE = 8
+BLOCK = 32
+"""Inputs that `MatMulNBits` multiplies, and rounds, at once: more of them lose more where they have outliers."""
 _ZERO_POINT = 128
 
 Array = NDArray[Any]
@@ -65,7 +67,8 @@ class Product:
 
     Attributes:
         weight: codes (d_out, d_in), or values in float32.
-        steps: (d_out,), one for each row of the weight: what a code or value is multiplied by.
+        steps: (d_out,), one for each row of the weight, or (d_out, groups), one for each group of its inputs: what a
+            code or value is multiplied by.
         bias: (d_out,), or None if the update includes it.
         grids: by kind of activation; kinds that are not quantized are missing.
         widths: learned bits by kind; empty for a layer without an adapter.
@@ -91,6 +94,16 @@ class Product:
         """True for a product of codes that may be few, whose sums have wide steps: no bias is a multiple of them."""
         return bool(self.widths) and "in" in self.grids and self.grids["in"].is_byte
 
+    @property
+    def is_grouped(self) -> bool:
+        """True if the rows of the weight have groups with steps of their own, which no product of integers has."""
+        return self.steps.ndim == 2
+
+    @property
+    def fits_blocks(self) -> bool:
+        """True if every block of inputs has one step in each row."""
+        return not self.is_grouped or self.weight.shape[1] // self.steps.shape[1] % BLOCK == 0
+
     def computed(self, *, in_blocks: bool) -> Iterator[tuple[str, int, int]]:
         """Yield the kinds with learned bits, these bits, and those that the graph computes with.
 
@@ -98,10 +111,11 @@ class Product:
             in_blocks: as of `ProductLayers`.
         """
         is_integer = self.widths.get("in", UNQUANTIZED) <= BYTE
+        in_codes = (BASE_WEIGHT, "A") if not self.is_grouped else ("A",)
         for kind, bits in self.widths.items():
-            is_narrow = bits <= BYTE and (kind in ACTIVATIONS or (is_integer and kind in (BASE_WEIGHT, "A")))
+            is_narrow = bits <= BYTE and (kind in ACTIVATIONS or (is_integer and kind in in_codes))
             wide = BYTE if is_narrow else UNQUANTIZED
-            if kind == BASE_WEIGHT and bits <= BYTE and in_blocks and not is_integer:
+            if kind == BASE_WEIGHT and bits <= BYTE and in_blocks and self.fits_blocks and not is_integer:
                 wide = max(bits, BYTE // 2)
             if self.a is not None or kind in (BASE_WEIGHT, "in", "out"):
                 yield kind, bits, wide
@@ -159,7 +173,8 @@ def _coded(matrices: Mapping[str, Tensor], packed: PackedTensors, kind: str) -> 
         return array(matrix), np.ones(rows, dtype=np.float32)
     bound = packed.ranges[kind]
     found = codes(matrix, bound, bits).to(torch.int8 if bits <= BYTE else torch.int16)
-    return found.cpu().numpy(), array(grid_step(bound, bits).reshape(-1).expand(rows))
+    steps = grid_step(bound, bits)
+    return found.cpu().numpy(), array(steps if steps.numel() > rows else steps.reshape(-1).expand(rows))
 
 
 def _bias(bias: Tensor | None, width: int) -> Array:

@@ -170,14 +170,17 @@ def read_index(text: str) -> PackedIndex:
         PACKED.damaged(f"it has {len(digits)} widths for {count} layers of {len(ALL_KINDS)}")
     bit_gates, rank_gates = _get(content, "bit_gates", bool), _get(content, "rank_gates", bool)
     rows = [digits[start : start + len(ALL_KINDS)] for start in range(0, len(digits), len(ALL_KINDS))]
+    group = content.get("group_size")
+    if group is not None and not (is_size(group) and group > 1 and all(size % group == 0 for size, _ in shapes)):
+        PACKED.damaged(f"its group_size {group!r:.40} does not fit its layers")
     layers = [
-        PackedLayer(name, rank, *shapes[index], _widths(row, bit_gates))
+        PackedLayer(name, rank, *shapes[index], _widths(row, bit_gates), group)
         for name, rank, index, row in zip(names, ranks, which, rows, strict=True)
     ]
     per_channel = _get(content, "per_channel", list)
     if per_channel not in PER_CHANNEL:
         PACKED.damaged(f"its per-channel kinds are {per_channel!r:.60}")
-    index = PackedIndex(_get(content, "method", str), layers, bit_gates, rank_gates, tuple(per_channel))
+    index = PackedIndex(_get(content, "method", str), layers, bit_gates, rank_gates, tuple(per_channel), group)
     index.ranges = _ranges(_get(content, "ranges", str), index)
     return index
 

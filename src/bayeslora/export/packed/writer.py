@@ -19,6 +19,7 @@ the header.
 | `widths` | for each layer one digit per kind, in the order of `ALL_KINDS`: log2 of its bits, 0 without a quantizer |
 | `bit_gates`, `rank_gates` | whether the adapter has quantizers and rank gates |
 | `per_channel` | kinds with one range per channel |
+| `group_size` | inputs of each row of a base weight that share a range, if these are not all |
 | `ranges` | base64 of float32: logarithms of the other ranges, layer by layer, of kinds below 32 bits |
 
 The codes of all layers are one tensor of bytes without gaps: A (r, d_in), E (r,) and B (d_out, r), each at its width
@@ -66,14 +67,17 @@ class PackedLayer:
     in_features: int
     out_features: int
     widths: dict[str, int]
+    group_size: int | None = None
 
     def shape_of(self, kind: str) -> tuple[int, ...]:
         """Return the shape of a matrix."""
         return {"A": (self.rank, self.in_features), "E": (self.rank,), "B": (self.out_features, self.rank)}[kind]
 
     def channels(self, kind: str) -> int:
-        """Return the length of a per-channel range of `kind`."""
-        return self.out_features if kind == BASE_WEIGHT else self.rank
+        """Return the length of a range of `kind` that is one a channel, or one a group."""
+        if kind != BASE_WEIGHT:
+            return self.rank
+        return self.out_features * (self.in_features // self.group_size if self.group_size else 1)
 
     def parts(self, per_channel: Sequence[str]) -> list[Part]:
         """Return the parts of the layer's bytes, in order."""
@@ -95,6 +99,7 @@ class PackedIndex:
     bit_gates: bool = False
     rank_gates: bool = False
     per_channel: tuple[str, ...] = ()
+    group_size: int | None = None
     ranges: Tensor = field(default_factory=lambda: torch.zeros(0))
 
     @property
@@ -116,6 +121,7 @@ class PackedIndex:
             "bit_gates": self.bit_gates,
             "rank_gates": self.rank_gates,
             "per_channel": self.per_channel,
+            **({"group_size": self.group_size} if self.group_size else {}),
             "ranges": base64.b64encode(self.ranges.numpy().astype("<f4").tobytes()).decode(),
         }
         return base64.b85encode(zlib.compress(json.dumps(content, separators=(",", ":")).encode(), 9)).decode()
@@ -194,7 +200,8 @@ def _named_posterior(
 @torch.no_grad()
 def _packed_layers(tuner: BayesTuner, name: str) -> tuple[PackedIndex, Tensor]:
     """Return the index of the layers whose method stores codes, and their codes."""
-    index = PackedIndex(cast(AdapterConfig, tuner.peft_config[name]).method)
+    config = cast(AdapterConfig, tuner.peft_config[name])
+    index = PackedIndex(config.method, group_size=getattr(config, "group_size", None))
     packed = [(path, layer, layer.packed_tensors(name)) for path, layer in tuner.named_layers(name).items()]
     packed = [each for each in packed if each[2] is not None]
     vectors = {kind for _, _, tensors in packed for kind, bound in tensors.ranges.items() if bound.ndim}
@@ -203,7 +210,8 @@ def _packed_layers(tuner: BayesTuner, name: str) -> tuple[PackedIndex, Tensor]:
     ranges: list[Tensor] = []
     for path, layer, tensors in packed:
         index.bit_gates, index.rank_gates = bool(tensors.log_ranges), tensors.has_rank_gates
-        entry = PackedLayer(path, len(tensors.matrices["E"]), layer.in_features, layer.out_features, tensors.widths)
+        rank, sizes = len(tensors.matrices["E"]), (layer.in_features, layer.out_features)
+        entry = PackedLayer(path, rank, *sizes, tensors.widths, index.group_size)
         for part in entry.parts(index.per_channel):
             if part.is_range:
                 stretches.append(pack(tensors.log_ranges[part.kind], part.bits))

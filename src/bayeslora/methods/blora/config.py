@@ -41,6 +41,10 @@ class BLoraConfig(AdapterConfig):
         default=False, metadata={"help": "Also quantize the layer's input, which integer kernels need."}
     )
     per_channel: bool = field(default=False, metadata={"help": "One range an output channel for W0 and for A."})
+    group_size: int | None = field(
+        default=None,
+        metadata={"help": "One range for every this many inputs of each row of W0, such as 32, the blocks of GGUF."},
+    )
     gates: Literal["evidence", "paper"] | None = field(
         default=None,
         metadata={
@@ -143,7 +147,9 @@ class BLoraConfig(AdapterConfig):
             f"above 0 and below {self.r}, the initial rank",
             "give a mean rank",
         )
-        for name in ("target_bops", "target_bytes", "quantize_input", "fixed_bits"):
+        size = self.group_size
+        self._check("group_size", size is None or size > 1, "at least 2", "give the number of inputs, such as 32")
+        for name in ("target_bops", "target_bytes", "quantize_input", "fixed_bits", "group_size"):
             if getattr(self, name) and not self.learns_bits:
                 raise BayesLoraError(f"{name} is given, but mode 'ra' has no bit-widths: drop it, or use 'q+ra'")
         if rank is not None and not self.learns_ranks:

@@ -190,7 +190,9 @@ class Quantizers(Float32Module):
 
     Args:
         kinds: names of the quantized tensors, in order.
-        shapes: shape of the range of each kind that has one a channel, such as (d_out, 1); the others have one number.
+        shapes: shape of the range of each kind that has one a channel, such as (d_out, 1), or one a group of inputs,
+            (d_out, groups); the others have one number.
+        transposed: whether the base weight is (d_in, d_out).
         initial_logits: for each kind the starting logits of the gates of 4, 8, 16 and 32 bits.
         learned: gates and the base weight's range are trained; otherwise evidence sets them, and they are buffers.
 
@@ -209,8 +211,10 @@ class Quantizers(Float32Module):
         shapes: dict[str, tuple[int, int]],
         initial_logits: Sequence[Sequence[float]],
         learned: bool = True,
+        transposed: bool = False,
     ) -> None:
         super().__init__()
+        self.transposed = transposed
         self.kinds = kinds
         self.shapes: list[tuple[int, ...]] = [shapes.get(kind, ()) for kind in kinds]
         self.channels = [math.prod(shape) for shape in self.shapes]
@@ -224,6 +228,14 @@ class Quantizers(Float32Module):
         self.generation = 0  # counts writes to the ranges other than an optimizer's
         self.noise: Tensor | None = None  # (kinds, 4) uniform, shared by every forward pass of one optimizer step
         self._frozen_widths, self._drawn_widths = FrozenWidths(), DrawnWidths()
+
+    def shape_of(self, kind: str) -> tuple[int, ...]:
+        """Shape of the range of `kind`, () for one number."""
+        return self.shapes[self.kinds.index(kind)] if kind in self.kinds else ()
+
+    def is_narrow(self, kind: str) -> bool:
+        """True if `kind` is quantized to fewer than 32 bits."""
+        return kind in self.kinds and self._frozen_widths.of(self)[self.kinds.index(kind)] < UNQUANTIZED
 
     def evaluation_widths(self) -> tuple[int, ...]:
         """Width of each kind with its gates at their evaluation values."""
@@ -286,6 +298,8 @@ class Quantizers(Float32Module):
         if widths == (UNQUANTIZED,):  # 32 bits mean that nothing is rounded, and then nothing is clipped either
             return x
         bound = assignment.ranges[index].view(self.shapes[index])
+        if kind == BASE_WEIGHT and self.transposed:
+            bound = bound.t()
         if assignment.weights is None:
             return quantize(x, bound, widths[0])
         return quantize_mixture(x, bound, assignment.weights[index], widths)

@@ -95,16 +95,25 @@ class BLoraLayer(BayesLayer):
         kinds += ["in"] if config.quantize_input else []
         kinds += [kind for kind in KINDS if kind != BASE_WEIGHT]
         config.require_something_to_learn(kinds)
-        shapes = {}
-        if config.per_channel:
-            # Not for B: a range for its r entries a row would cost as much as the entries themselves.
-            shapes = {
-                BASE_WEIGHT: (1, self.out_features) if self.is_transposed else (self.out_features, 1),
-                "A": (rank, 1),
-            }
+        # Not for B: a range for its r entries a row would cost as much as the entries themselves.
+        shapes = {BASE_WEIGHT: (self.out_features, 1), "A": (rank, 1)} if config.per_channel else {}
+        if config.group_size is not None:
+            shapes[BASE_WEIGHT] = (self.out_features, self._groups(config.group_size))
         by_evidence = config.gates == "evidence"  # which begins at full precision, at given widths too
         logits = [fixed_logits(UNQUANTIZED) if by_evidence else config.bit_logits(kind) for kind in kinds]
-        return Quantizers(tuple(kinds), shapes, logits, learned=not by_evidence)
+        return Quantizers(tuple(kinds), shapes, logits, learned=not by_evidence, transposed=self.is_transposed)
+
+    def _groups(self, size: int) -> int:
+        """Number of groups of this many inputs."""
+        if not self.has_plain_weight:
+            raise BayesLoraError(
+                "group_size is given, but a base weight loaded in few bits keeps its own ranges: leave it out"
+            )
+        if self.in_features % size:
+            raise BayesLoraError(
+                f"group_size is {size}, but must divide the {self.in_features} inputs of a layer: choose a divisor"
+            )
+        return self.in_features // size
 
     def adapted(self, x: Tensor, adapter_names: list[str], *args: Any, **kwargs: Any) -> Tensor:
         if len(adapter_names) == 1:
@@ -163,7 +172,19 @@ class BLoraLayer(BayesLayer):
         return diagonal
 
     def is_quantizing(self, name: str) -> bool:
-        return name in self.blora_quantizers and self.progress(name).current != Phase.WARM_UP
+        """True if a tensor may have fewer than 32 bits: after the warm-up, or as far as a given width came before."""
+        if name not in self.blora_quantizers:
+            return False
+        if self.progress(name).current != Phase.WARM_UP:
+            return True
+        is_given = name in self.blora_evidence and BASE_WEIGHT in (self.configs[name].fixed_bits or {})
+        return is_given and self.quantizers(name).is_narrow(BASE_WEIGHT)
+
+    @torch.no_grad()
+    def give_weight_its_width(self, name: str, bits: int) -> None:
+        """Round the base weight from now on, so that all of training is that of factors beside the rounded weight."""
+        if BASE_WEIGHT in self.quantized_kinds(name) and self.progress(name).current == Phase.WARM_UP:
+            self.quantizers(name).set_width(BASE_WEIGHT, bits, self.weight_range(name, BASE_WEIGHT, bits))
 
     def _quantization(self, name: str, x: Tensor, *args: Any, **kwargs: Any) -> Unquantized:
         """Decide what happens to each tensor of this pass: nothing, being observed, or being quantized."""
@@ -196,7 +217,7 @@ class BLoraLayer(BayesLayer):
         return Quantizing(quantizers, assignment, self.frozen_weight.of(quantizers, self.weight, assignment))
 
     def weight_range(self, name: str, kind: str, bits: int) -> Tensor:
-        """Best range of a weight at `bits` bits: one, or one a channel (channels, 1)."""
+        """Best range of a weight at `bits` bits: one, or one a channel (channels, 1) or group (channels, groups)."""
         if kind == BASE_WEIGHT:
             if bits not in self._weight_ranges:
                 self._weight_ranges[bits] = self._best_range(name, kind, bits)
@@ -240,10 +261,12 @@ class BLoraLayer(BayesLayer):
         if kind != BASE_WEIGHT and not tensor.any():
             # A factor that is still zero has no scale of its own; it will grow to about that of A's initial values.
             return torch.tensor(1 / math.sqrt(self.in_features))
-        if not (config.per_channel and kind in (BASE_WEIGHT, "A")):
+        shape = self.quantizers(name).shape_of(kind)
+        if not shape:
             return optimal_range(tensor, bits, config.calibration)
-        transposed = kind == BASE_WEIGHT and self.is_transposed
-        return optimal_range(tensor.T if transposed else tensor, bits, config.calibration, dim=1)
+        rows = tensor.T if kind == BASE_WEIGHT and self.is_transposed else tensor
+        groups = rows.reshape(math.prod(shape), rows.shape[1] // shape[1])
+        return optimal_range(groups, bits, config.calibration, dim=1).view(shape)
 
     def _as_deployed(self, name: str, kind: str, tensor: Tensor) -> Tensor:
         tensor = gathered(tensor).float()
@@ -329,7 +352,7 @@ class BLoraLayer(BayesLayer):
         quantizers = self.quantizers(adapter_name)
         logarithms, ranges = {}, {}
         for kind, bound, shape in zip(quantizers.kinds, quantizers.ranges(), quantizers.shapes, strict=True):
-            ranges[kind] = bound.reshape(-1, 1) if shape else bound.reshape(())
+            ranges[kind] = bound.reshape(shape)
             logarithms[kind] = quantizers.log_range(kind)
         widths = {kind: widths[kind] for kind in quantizers.kinds}
         return PackedTensors(matrices, widths, logarithms, ranges, has_rank_gates)

@@ -52,6 +52,7 @@ from bayeslora.quantization import (
     open_probability,
     rank_probability,
 )
+from bayeslora.vocabulary import BASE_WEIGHT
 
 
 class Batch(NamedTuple):
@@ -218,6 +219,9 @@ class BLoraModel(BayesTuner):
             if target is not None:
                 name = self.training_adapter()
                 check_reachable(self.named_layers(name), name, config, cost, target)
+        if (bits := (config.fixed_bits or {}).get(BASE_WEIGHT)) is not None:
+            for layer in self.adapted_layers(self.training_adapter()):
+                layer.give_weight_its_width(self.training_adapter(), bits)
         self._warn_if_short(setup.rows)
         if not self._hooked:
             self.model.register_forward_pre_hook(self._before_forward, with_kwargs=True)
