@@ -1,13 +1,14 @@
 """What you would do otherwise: a trained classifier in every form in which one may deploy it, in one run.
 
     python benchmarks/otherwise.py --output benchmarks/results/otherwise.json     # trains as `bayeslora demo` does
-    python benchmarks/otherwise.py --runs runs/demo                               # or takes runs/demo/lora and blora
+    python benchmarks/otherwise.py --runs runs/demo                               # or takes the runs in it
     python benchmarks/otherwise.py --compiled                                     # also compiled, which takes minutes
     python benchmarks/otherwise.py --decoder --llama-python PYTHON                # a language model, in other forms
 
-The models are a LoRA of the packaged MiniLM-L6 and a B-LoRA of it, both trained on the demo's reviews. Each variant
-runs in a process of its own, with one thread. In each round every variant reads single texts and batches of 32 in
-turn, so that a drift of the machine's speed touches all alike. Figures are medians over the rounds.
+The models are a LoRA of the packaged MiniLM-L6 and two B-LoRAs of it, of 3% of the bit operations and of 8 bits, all
+trained on the demo's reviews. Each variant runs in a process of its own, with one thread. In each round every variant
+reads single texts and batches of 32 in turn, so that a drift of the machine's speed touches all alike. Figures are
+medians over the rounds.
 
 Seconds are those of the processor, which other programs change little. Batches are of test texts in their order,
 padded to the longest; tokens are made before the clock starts, but count for the first answer. Bytes are those of the
@@ -88,13 +89,19 @@ VARIANTS = {
         "LoRA, our ONNX graph, onnxruntime int8 dynamic, per channel", "lora-onnx-int8", "onnxruntime", needs=ONNX
     ),
     "lora-onnx-openvino": Variant("LoRA, our ONNX graph, OpenVINO float32", "lora-onnx", "openvino", needs=OPENVINO),
-    "packed": Variant("B-LoRA, packed, PyTorch", "packed", "packed", "blora"),
-    "integer": Variant("B-LoRA, integer, PyTorch", "integer", "integer", "blora"),
-    "integer-compiled": Variant("B-LoRA, integer, compiled", "integer", "compiled", "blora"),
-    "blora-onnx": Variant("**B-LoRA, ONNX, onnxruntime**", "blora-onnx", "onnxruntime", "blora", ONNX),
-    "blora-onnx-openvino": Variant("**B-LoRA, ONNX, OpenVINO**", "blora-onnx", "openvino", "blora", OPENVINO),
+    "packed": Variant("B-LoRA, 3%, packed, PyTorch", "packed", "packed", "blora"),
+    "integer": Variant("B-LoRA, 3%, integer, PyTorch", "integer", "integer", "blora"),
+    "integer-compiled": Variant("B-LoRA, 3%, integer, compiled", "integer", "compiled", "blora"),
+    "blora-onnx": Variant("**B-LoRA, 3%, ONNX, onnxruntime**", "blora-onnx", "onnxruntime", "blora", ONNX),
+    "blora-onnx-openvino": Variant("**B-LoRA, 3%, ONNX, OpenVINO**", "blora-onnx", "openvino", "blora", OPENVINO),
+    "packed8": Variant("B-LoRA, 8 bits, packed, PyTorch", "packed8", "packed", "blora8"),
+    "integer8": Variant("B-LoRA, 8 bits, integer, PyTorch", "integer8", "integer", "blora8"),
+    "blora8-onnx": Variant("**B-LoRA, 8 bits, ONNX, onnxruntime**", "blora8-onnx", "onnxruntime", "blora8", ONNX),
+    "blora8-onnx-openvino": Variant(
+        "**B-LoRA, 8 bits, ONNX, OpenVINO**", "blora8-onnx", "openvino", "blora8", OPENVINO
+    ),
 }
-REFERENCES = {"lora": BASELINE, "blora": "packed"}
+REFERENCES = {"lora": BASELINE, "blora": "packed", "blora8": "packed8"}
 """The variants that are the trained models themselves."""
 
 
@@ -211,12 +218,17 @@ def _training(run: Path) -> dict[str, Any]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--runs", type=Path, metavar="FOLDER", help="with finished runs `lora` and `blora`")
+    parser.add_argument(
+        "--runs",
+        type=Path,
+        metavar="FOLDER",
+        help="with finished runs `lora`, `blora` and `blora8`; missing ones are trained there",
+    )
     parser.add_argument("--steps", type=int, default=100, help="of a training that is missing")
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--texts", type=int, default=12, help="single texts of a round")
     parser.add_argument("--batches", type=int, default=1, help="batches of a round")
-    parser.add_argument("--rows", type=int, default=512, help="test texts that are scored")
+    parser.add_argument("--rows", type=int, default=2501, help="test texts that are scored, by default all")
     parser.add_argument("--compiled", action="store_true", help="measure the compiled integer model too")
     parser.add_argument("--decoder", action="store_true", help="measure a language model instead")
     parser.add_argument("--llama-python", default=sys.executable, metavar="PYTHON")

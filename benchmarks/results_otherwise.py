@@ -95,8 +95,9 @@ def _decoder_caption(found: Mapping[str, Any]) -> str:
         found,
         f"One run of `python benchmarks/otherwise.py --decoder`: SmolLM2-135M, adapters after {found['steps']} steps, "
         f"so the scores say what a form loses and nothing of the methods: the LoRA has an NLL of "
-        f"{trained['lora']['nll']:.3f} nats, and B-LoRA {_by_bits(trained)}, on {found['rows']} test reviews. One sequence, {found['rounds']} rounds {_machine(found)} × is the ratio to the first line in the "
-        "same round. NLL and changes of llama.cpp are those of the weights in its files.",
+        f"{trained['lora']['nll']:.3f} nats, and B-LoRA {_by_bits(trained)}, on {found['rows']} test reviews. One "
+        f"sequence, {found['rounds']} rounds {_machine(found)} × is the ratio to the first line in the same round. "
+        "NLL and changes of llama.cpp are those of the weights in its files.",
     )
 
 

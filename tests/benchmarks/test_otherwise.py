@@ -137,7 +137,7 @@ def test_the_decoders_table_has_a_line_for_each_variant(tmp_path: Path) -> None:
     (tmp_path / "otherwise-decoder.json").write_text(json.dumps(found))
     table = decoder_table(tmp_path)
     assert "| GGUF | 146.0 | 3.210 | 1.0% | 0.5% | 45.0 (× 2.00) | 1.5 | 300 |" in table
-    assert "an NLL of 3.200 nats and the B-LoRA of 3.300 on 8 test reviews" in table
+    assert "an NLL of 3.200 nats, and B-LoRA 3.300 at 8 bits, on 8 test reviews" in table
 
 
 @pytest.mark.parametrize("name", list(VARIANTS))
