@@ -222,7 +222,7 @@ def main() -> None:
         "--runs",
         type=Path,
         metavar="FOLDER",
-        help="with finished runs `lora`, `blora` and `blora8`; missing ones are trained there",
+        help="of runs by method; missing ones are trained there",
     )
     parser.add_argument("--steps", type=int, default=100, help="of a training that is missing")
     parser.add_argument("--rounds", type=int, default=7)

@@ -2,7 +2,8 @@
 
 The adapters are on all linear layers and trained for a few steps on review lines, so scores say what a form loses,
 and nothing of the methods. B-LoRA's base weights have 8 bits, with a range for each row, or 4, with one for each group
-of 32 inputs. Its factors have 8 bits, and no activation is quantized.
+of 32 inputs. Its factors have 8 bits, and no activation is quantized. What one would do instead at 4 bits is there,
+too: a LoRA that is trained beside the base as `Q4_0` rounds it.
 """
 
 from __future__ import annotations
@@ -47,8 +48,10 @@ WEIGHTS_ALONE = {
     "bops_price": 0.0,
 }
 """Options of the B-LoRA: a few steps are too few to choose widths of activations, or ranks."""
+LORA = LoraConfig(r=8, lora_alpha=16, target_modules=LINEAR, task_type="CAUSAL_LM")
 METHODS: dict[str, PeftConfig] = {
-    "lora": LoraConfig(r=8, lora_alpha=16, target_modules=LINEAR, task_type="CAUSAL_LM"),
+    "lora": LORA,
+    "lora4": LORA,
     "blora": BLoraConfig(task_type="CAUSAL_LM", **WEIGHTS_ALONE),
     "blora4": BLoraConfig(
         task_type="CAUSAL_LM",
@@ -61,7 +64,7 @@ METHODS: dict[str, PeftConfig] = {
         },
     ),
 }
-"""The adapters: a LoRA, and B-LoRAs with 8 and 4 bits."""
+"""The adapters: a LoRA, one on a base that `Q4_0` has rounded, and B-LoRAs with 8 and 4 bits."""
 
 
 @dataclass(frozen=True)
@@ -78,6 +81,7 @@ VARIANTS = {
     BASELINE: Variant("LoRA merged, Transformers float32", "merged", "torch"),
     "q8": Variant("LoRA merged, llama.cpp Q8_0", "q8", LLAMA),
     "q4": Variant("LoRA merged, llama.cpp Q4_0", "q4", LLAMA),
+    "lora4-gguf": Variant("LoRA beside a base in Q4_0, llama.cpp", "lora4-gguf", LLAMA, "lora4"),
     "blora-gguf": Variant("**B-LoRA, 8 bits, GGUF, llama.cpp**", "blora-gguf", LLAMA, "blora"),
     "blora-merged": Variant("**B-LoRA, 8 bits, GGUF merged, llama.cpp**", "blora-merged", LLAMA, "blora"),
     "blora4-gguf": Variant("**B-LoRA, 4 bits, GGUF, llama.cpp**", "blora4-gguf", LLAMA, "blora4"),
@@ -115,6 +119,13 @@ class Decoders:
         options = {"tokenizer": self.tokenizer, "rows": self.rows, "allow_error": True, **more}
         bayeslora.export(self.models[method], target, format=form, **options)
 
+    def beside_rounded(self, target: Path) -> None:
+        """A base in `Q4_0`, which it was rounded to before, and the LoRA in a file of its own."""
+        self.exported("lora4", "gguf", target, adapter="beside", unadapted="float16")
+        (target / "model.gguf").rename(target / "whole.tmp")
+        round_file(target / "whole.tmp", target / "model.gguf", Q4)
+        (target / "whole.tmp").unlink()
+
     def rounded(self, kind: Any, target: Path) -> None:
         source = self.path("lora-gguf")
         (target / "config.json").write_bytes((source / "config.json").read_bytes())
@@ -126,6 +137,7 @@ WRITERS: dict[str, Callable[[Decoders, Path], None]] = {
     "lora-gguf": lambda decoders, target: decoders.exported("lora", "gguf", target),
     "q8": lambda decoders, target: decoders.rounded(Q8, target),
     "q4": lambda decoders, target: decoders.rounded(Q4, target),
+    "lora4-gguf": Decoders.beside_rounded,
     "blora-gguf": lambda decoders, target: decoders.exported("blora", "gguf", target),
     "blora4-gguf": lambda decoders, target: decoders.exported("blora4", "gguf", target),
     "blora-merged": lambda decoders, target: decoders.exported("blora", "gguf", target, adapter="merged"),
@@ -135,13 +147,17 @@ WRITERS: dict[str, Callable[[Decoders, Path], None]] = {
 
 def trained(method: str, steps: int) -> tuple[nn.Module, PreTrainedTokenizerBase]:
     """The packaged language model with an adapter of `METHODS` after this many steps."""
-    return few_steps(copy.deepcopy(METHODS[method]), steps)
+    return few_steps(copy.deepcopy(METHODS[method]), steps, kind=Q4 if method == "lora4" else None)
 
 
-def few_steps(config: PeftConfig, steps: int, lr: float = 5e-4) -> tuple[nn.Module, PreTrainedTokenizerBase]:
-    """The packaged language model with an adapter, after this many steps of four review lines."""
+def few_steps(
+    config: PeftConfig, steps: int, lr: float = 5e-4, kind: Any = None
+) -> tuple[nn.Module, PreTrainedTokenizerBase]:
+    """The packaged language model, rounded if a type is given, with an adapter after so many steps of four lines."""
     torch.manual_seed(0)
     base, tokenizer = packaged_language_model()
+    if kind is not None:
+        round_weights(base, kind)
     model = get_peft_model(base, config).train()
     own = not isinstance(config, LoraConfig)
     groups = bayeslora.parameter_groups(model, lr=lr) if own else model.parameters()
@@ -159,6 +175,16 @@ def few_steps(config: PeftConfig, steps: int, lr: float = 5e-4) -> tuple[nn.Modu
             loop.step_end()
         optimizer.zero_grad()
     return model.eval(), tokenizer
+
+
+@torch.no_grad()
+def round_weights(model: nn.Module, kind: Any) -> None:
+    """Round the weights as `round_file` does, in the model; the embedding has 8 bits."""
+    for name, parameter in model.named_parameters():
+        if parameter.ndim == 2:
+            own = Q8 if "embed" in name else kind
+            packed = gguf.quants.quantize(parameter.detach().numpy(), own)
+            parameter.copy_(torch.from_numpy(gguf.quants.dequantize(packed, own)))
 
 
 def round_file(source: Path, target: Path, kind: Any) -> None:

@@ -35,9 +35,9 @@ TRAINING = {
     "--seed": "0",
 }
 """Options of `bayeslora train`: those of `bayeslora demo`."""
-GATED = ["--mode", "q+ra", "--quantize-input", "--per-channel"]
+GATED = ["--method", "blora", "--mode", "q+ra", "--quantize-input", "--per-channel"]
 METHODS = {
-    "lora": [],
+    "lora": ["--method", "lora"],
     "blora": [*GATED, "--target-bops", "0.03"],
     "blora8": [*GATED, "--fixed-bits", json.dumps(dict.fromkeys(ALL_KINDS, 8))],
 }
@@ -55,7 +55,7 @@ def trained(folder: Path, steps: int) -> dict[str, Run]:
     for method, more in METHODS.items():
         if not (folder / method / "run.json").is_file():
             options = [word for pair in TRAINING.items() for word in pair]
-            command = [sys.executable, "-m", "bayeslora", "train", "--method", method, *options, *more]
+            command = [sys.executable, "-m", "bayeslora", "train", *options, *more]
             command += ["--max-steps", str(steps), "--output-dir", str(folder / method)]
             subprocess.run(command, check=True, stdout=sys.stderr)
     return {method: bayeslora.load(folder / method) for method in METHODS}

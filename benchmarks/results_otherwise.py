@@ -102,7 +102,7 @@ def _decoder_caption(found: Mapping[str, Any]) -> str:
 
 
 def _by_bits(trained: Mapping[str, Any]) -> str:
-    """The NLL of the trained B-LoRAs."""
+    """NLLs of the trained B-LoRAs."""
     bits = {"blora": 8, "blora4": 4}
     return " and ".join(f"{trained[name]['nll']:.3f} at {bits[name]} bits" for name in bits if name in trained)
 

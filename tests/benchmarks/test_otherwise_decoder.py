@@ -19,7 +19,7 @@ from tests.conftest import build_tiny_llama, build_tiny_tokenizer
 
 gguf = pytest.importorskip("gguf")
 
-from otherwise_decoder import BASELINE, Q4, Q8, VARIANTS, WRITERS, rates, round_file, scores  # noqa: E402
+from otherwise_decoder import BASELINE, Q4, Q8, VARIANTS, WRITERS, rates, round_file, round_weights, scores  # noqa: E402
 from otherwise_writer import read  # noqa: E402
 
 
@@ -97,6 +97,19 @@ def test_a_process_writes_what_the_model_writes(runtime: str, tmp_path: Path) ->
     assert ready == {} and text["best"] == expected["best"]
     assert text["loss"] == pytest.approx(expected["loss"], rel=1e-4)
     assert written["tokens"] == whole[0, len(ids) :].tolist() and written["since_start"] > text["cpu_seconds"] > 0
+
+
+def test_weights_are_rounded_in_the_model_as_in_a_file() -> None:
+    """And a second rounding changes nothing, so a file of them holds what a LoRA was trained beside."""
+    model = build_tiny_llama(hidden_size=64, intermediate_size=96, vocab_size=64)
+    before = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
+    round_weights(model, Q4)
+    once = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
+    changed = [name for name, values in once.items() if not torch.equal(values, before[name])]
+    assert changed == [name for name, values in before.items() if values.ndim == 2]
+    round_weights(model, Q4)
+    for name, parameter in model.named_parameters():
+        torch.testing.assert_close(parameter, once[name], rtol=2e-3, atol=1e-6, msg=name)
 
 
 def test_every_variant_has_a_form() -> None:
