@@ -14,7 +14,6 @@ several processes share the work. Scores are of the test split.
 from __future__ import annotations
 
 import argparse
-import statistics
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, get_args
@@ -22,7 +21,8 @@ from typing import Any, get_args
 import numpy as np
 import torch
 from harness import Training, classifier, fine_tune, run_missing, training_arithmetic
-from records import RESULTS, TASK_TITLES, Run, markdown_table, read_runs, spread
+from records import RESULTS, read_runs
+from results_active import STRATEGIES, table
 from transformers import set_seed
 
 import bayeslora
@@ -37,7 +37,6 @@ TRAINING = {
     "sst2": Training(steps=200, learning_rate=1e-3, max_length=64),
     "mrpc": Training(steps=300, learning_rate=2e-3, max_length=96),
 }
-STRATEGIES: tuple[SelectionScore, ...] = ("mutual_information", "random")
 
 
 @dataclass(frozen=True)
@@ -97,44 +96,6 @@ def run(job: Job) -> dict[str, Any]:
         "seconds": seconds,
         "machine": trained["machine"],
     }
-
-
-def table(runs: list[Run]) -> str:
-    """Accuracy by labels, in per cent: mean ± standard deviation over seeds, and the paired differences to random."""
-    lines = []
-    for task in dict.fromkeys(each["task"] for each in runs):
-        by_way = {way: {r["seed"]: r for r in runs if (r["task"], r["method"]) == (task, way)} for way in STRATEGIES}
-        found = {
-            way: {seed: [100 * one["scores"]["accuracy"] for one in each["rounds"]] for seed, each in seeds.items()}
-            for way, seeds in by_way.items()
-        }
-        counts = [one["labels"] for each in runs if each["task"] == task for one in each["rounds"]]
-        for number, count in enumerate(dict.fromkeys(counts)):
-            values = {
-                way: {s: row[number] for s, row in seeds.items() if number < len(row)} for way, seeds in found.items()
-            }
-            first, second = (values[way] for way in STRATEGIES)
-            differences = [first[seed] - second[seed] for seed in first if seed in second]
-            lines.append(
-                [
-                    TASK_TITLES.get(task, task),
-                    str(count),
-                    *(spread(list(values[way].values()), 1) for way in STRATEGIES),
-                    interval(differences),
-                ]
-            )
-    return markdown_table(["task", "labels", *STRATEGIES, "difference, 95% interval"], lines, left=1)
-
-
-def interval(differences: list[float]) -> str:
-    """The mean of paired differences and its 95% interval by Student's t; a dash where there are fewer than two."""
-    if len(differences) < 2:
-        return "–"
-    from scipy.stats import t
-
-    half = t.ppf(0.975, len(differences) - 1) * statistics.stdev(differences) / len(differences) ** 0.5
-    mean = statistics.fmean(differences)
-    return f"{mean:+.1f} [{mean - half:+.1f}, {mean + half:+.1f}]"
 
 
 def main() -> None:

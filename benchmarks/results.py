@@ -34,7 +34,7 @@ from results_sections import (
 from bayeslora.report import style
 
 DOCS = Path(__file__).resolve().parents[1] / "docs"
-WITH_TABLES = ("blora.md", "export.md", "generation.md", "serving.md", "tagging.md", "../README.md")
+WITH_TABLES = ("blora.md", "decisions.md", "export.md", "generation.md", "serving.md", "tagging.md", "../README.md")
 """Pages, beside the docs folder or in it, with tables between marks."""
 INTRO = """# Results
 

@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from records import GLUE_TASKS, TASK_TITLES, Run, markdown_table, read_runs, score
+from results_active import active_section
 from results_calibration import GUESSING, MORE_TASKS, Table, rows_of
 from results_frontier import BYTES, SCOPES, budget_rows, bytes_table, cut_runs
 from results_otherwise import decoder_table, otherwise_table
@@ -137,6 +138,7 @@ def choice_tables(results: Path) -> dict[str, str]:
         **{scope: _bits(results, scope) for scope in SCOPES},
         "bytes": bytes_table(results),
         "ranks": _ranks(results),
+        "active": active_section(results),
         "answers": text_section(results),
         "otherwise": otherwise_table(results),
         "otherwise_decoder": decoder_table(results),

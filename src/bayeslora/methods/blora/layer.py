@@ -185,6 +185,7 @@ class BLoraLayer(BayesLayer):
         """Round the base weight from now on, so that all of training is that of factors beside the rounded weight."""
         if BASE_WEIGHT in self.quantized_kinds(name) and self.progress(name).current == Phase.WARM_UP:
             self.quantizers(name).set_width(BASE_WEIGHT, bits, self.weight_range(name, BASE_WEIGHT, bits))
+            self.quantizers(name).chosen()  # a compiled pass finds the widths on the host
 
     def _quantization(self, name: str, x: Tensor, *args: Any, **kwargs: Any) -> Unquantized:
         """Decide what happens to each tensor of this pass: nothing, being observed, or being quantized."""
