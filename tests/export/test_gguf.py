@@ -286,6 +286,16 @@ def test_a_merged_weight_is_rounded_once(tmp_path: Path) -> None:
         assert (error <= 1.1 * half_step + 1e-6).all()
 
 
+@pytest.mark.parametrize("options", [{"use_dora": True}, {"target_modules": ["embed_tokens", "q_proj"]}], ids=str)
+def test_a_lora_that_is_no_update_of_linear_layers_is_merged(options: dict[str, Any], tmp_path: Path) -> None:
+    base = _llama(tie_word_embeddings=False)
+    config = LoraConfig(**{"r": 2, "target_modules": ["q_proj"], "init_lora_weights": False, **options})
+    model = get_peft_model(base, config).eval()
+    shared = {"tokenizer": byte_tokenizer(), "batch": BATCH, "unadapted": "float32"}
+    export(model, tmp_path, format="gguf", adapter="merged", **shared)
+    torch.testing.assert_close(_logits(_by_transformers(tmp_path)), _logits(model), atol=1e-4, rtol=1e-3)
+
+
 def test_an_error_needs_to_be_allowed(tmp_path: Path) -> None:
     model = _blora(_llama(), [8])
     for layer in layers_of(model):

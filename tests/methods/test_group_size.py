@@ -128,10 +128,14 @@ def test_products_of_integers_have_no_groups(tmp_path: Path) -> None:
     base = build_tiny_llama()
     model = get_peft_model(base, BLoraConfig(r=2, target_modules=["q_proj"], group_size=8, task_type="CAUSAL_LM"))
     for layer in layers_of(model):
+        layer.progress("default").advance(FROZEN)
         set_widths(layer, weight=4)
     with pytest.raises(BayesLoraError, match="a product of integers has one a row: export 'gguf' or 'onnx'"):
         export(model, tmp_path / "integer", format="integer")
     assert not (tmp_path / "integer").exists()
+    for layer in layers_of(model):
+        set_widths(layer, weight=32)
+    assert export(model, tmp_path / "integer", format="integer")["max_output_error"] is not None
 
 
 @pytest.mark.parametrize("size", [3, "2", 1, -2, 0, 1.5])

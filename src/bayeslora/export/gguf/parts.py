@@ -73,11 +73,12 @@ def taken_apart(model: nn.Module, adapter_name: str | None, form: str | None, un
     _check(base, layers, form, unadapted)
     left_out = _left_out(layers, learned, name, form)
     config: Any = whole.peft_config[name]
-    updates = {path: update for path, layer in layers.items() if (update := update_of(layer, name))}
+    updates = {}
     if form == "merged":
-        learned = {path: _summed(layers[path], weight.bits, updates.get(path)) for path, weight in learned.items()}
-        base, updates = cast(PreTrainedModel, merge_into_base(whole, name)), {}
+        learned = {path: _summed(layers[path], name, weight.bits) for path, weight in learned.items()}
+        base = cast(PreTrainedModel, merge_into_base(whole, name))
     else:
+        updates = {path: update for path, layer in layers.items() if (update := update_of(layer, name))}
         base = cast(PreTrainedModel, whole.unload())
     tied, head = cast(Any, base.get_input_embeddings()), cast(Any, base.get_output_embeddings())
     base.config.tie_word_embeddings = head.weight is tied.weight
@@ -87,9 +88,9 @@ def taken_apart(model: nn.Module, adapter_name: str | None, form: str | None, un
     return Parts(base, architecture, form, UNADAPTED[unadapted], learned, updates, left_out, called, method)
 
 
-def _summed(layer: nn.Module, bits: int | None, update: tuple[Array, Array] | None) -> Weight:
+def _summed(layer: nn.Module, name: str, bits: int | None) -> Weight:
     """Return base weight and update, to be rounded once: a file's grid holds no sum of a code and an update."""
-    weight = array(upright(cast(BayesLayer, layer).get_base_layer()))
+    weight, update = array(upright(cast(BayesLayer, layer).get_base_layer())), update_of(layer, name)
     return Weight(weight if update is None else weight + update[1] @ update[0], None, bits)
 
 

@@ -207,7 +207,7 @@ def _adapted(path: str, layer: BayesLayer, name: str) -> tuple[IntegerLayer, lis
     packed = layer.packed_tensors(name)
     assert packed is not None
     found, bounds = {BASE_WEIGHT: UNQUANTIZED, **packed.widths}, packed.ranges
-    if BASE_WEIGHT in bounds and bounds[BASE_WEIGHT].numel() > layer.out_features:
+    if found[BASE_WEIGHT] < UNQUANTIZED and bounds[BASE_WEIGHT].numel() > layer.out_features:
         raise BayesLoraError(
             f"{path} has a range for each group of its inputs, but a product of integers has one a row: "
             "export 'gguf' or 'onnx', or train without group_size"
