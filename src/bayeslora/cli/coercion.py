@@ -5,6 +5,7 @@ This module imports neither torch, transformers nor peft; it only sees the type 
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import enum
 import math
@@ -18,10 +19,7 @@ from bayeslora.errors import BayesLoraError, close_matches, option
 from bayeslora.files import parse_yaml
 
 _BOOLEANS = dict.fromkeys(("true", "yes", "on"), True) | dict.fromkeys(("false", "no", "off"), False)
-_NULL = {"null", "~"}
 _BARE_NAME = re.compile(r"[\w.]+")
-_WHOLE = re.compile(r"[+-]?\d+")
-_PAIR = re.compile(r"([\w.]+)\s*[=:]\s*([\w.]+)")
 
 
 def coerce(name: str, value: Any, hint: Any) -> Any:
@@ -38,7 +36,7 @@ def coerce(name: str, value: Any, hint: Any) -> Any:
         value = value.strip()
         if _is_yaml(value, members):
             return coerce(name, _read_yaml(name, value), hint)
-    if value is None or (isinstance(value, str) and value.lower() in _NULL):
+    if value is None or (isinstance(value, str) and value.lower() in ("null", "~")):
         if type(None) in members or Any in members:
             return None
         raise _wrong(name, value, members)
@@ -99,7 +97,7 @@ def _boolean(name: str, value: Any, members: list[Any]) -> Iterator[bool]:
 def _whole_number(name: str, value: Any, members: list[Any]) -> Iterator[int]:
     if int not in members or isinstance(value, bool):
         return
-    if isinstance(value, int) or (isinstance(value, str) and _WHOLE.fullmatch(value)):
+    if isinstance(value, int) or (isinstance(value, str) and re.fullmatch(r"[+-]?\d+", value)):
         yield int(value)
     elif isinstance(value, float) and value.is_integer() and float not in members:
         yield int(value)
@@ -108,12 +106,9 @@ def _whole_number(name: str, value: Any, members: list[Any]) -> Iterator[int]:
 def _number(name: str, value: Any, members: list[Any]) -> Iterator[float]:
     if float not in members or isinstance(value, bool) or not isinstance(value, (int, float, str)):
         return
-    try:
-        number = float(value)
-    except ValueError:
-        return
-    if math.isfinite(number):
-        yield number
+    with contextlib.suppress(ValueError):
+        if math.isfinite(number := float(value)):
+            yield number
 
 
 def _sequence(name: str, value: Any, members: list[Any]) -> Iterator[list[Any]]:
@@ -165,8 +160,9 @@ def _wrong(name: str, value: Any, members: list[Any]) -> BayesLoraError:
         "a text": str in members and not choices,
         "null": type(None) in members,
     }
-    near = close_matches(value, choices) if isinstance(value, str) else ""
-    if isinstance(value, str) and _takes_mapping(members) and (pairs := _PAIR.findall(value)):
+    text = value if isinstance(value, str) else ""
+    near = close_matches(text, choices) if text else ""
+    if _takes_mapping(members) and (pairs := re.findall(r"([\w.]+)\s*[=:]\s*([\w.]+)", text)):
         near = f", write '{{{', '.join(f'{key}: {item}' for key, item in pairs)}}}'"
     if isinstance(value, bool) and wanted["a text"]:
         near = f", quote a word such as {'yes' if value else 'no'}, which YAML takes for {str(value).lower()}"
