@@ -12,6 +12,8 @@ import pytest
 from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForSequenceClassification
 
+from bayeslora import BayesLoraError
+from bayeslora.runs.adapt import check_options
 from tests.cli.conftest import Setting, write_jsonl
 from tests.conftest import build_tiny_bert, build_tiny_tokenizer
 from tests.processes import start_command
@@ -390,6 +392,9 @@ def test_options_that_are_given_as_nothing(setting: Setting, refused: Refused) -
     assert "--model is '~', but is needed: write --model FOLDER_OR_CONFIG" in refused("plan", "--model", "~")
     model = ["plan", "--model", setting.model, "--method", "lora"]
     assert "LoraConfig does not accept these options" in refused(*model, "--rank-pattern", "null")
+    for nothing in ([], {"embeddings": []}):
+        with pytest.raises(BayesLoraError, match="--trainable-token-indices is empty"):
+            check_options(LoraConfig, {"trainable_token_indices": nothing})
     assert "--config is given without a value" in refused(
         "train", "--model", "x", "--output-dir", "y", "--config", mistakes=4
     )

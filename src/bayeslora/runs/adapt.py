@@ -59,6 +59,9 @@ def adapt(base: BaseModel, config_class: type[PeftConfig] | None, options: dict[
 
 def check_options(config_class: type[PeftConfig] | None, options: dict[str, Any]) -> None:
     """Raise BayesLoraError if the method's config refuses the options; needs no model."""
+    tokens = options.get("trainable_token_indices")  # PEFT fails on an empty list in the first pass
+    if tokens is not None and not all(tokens.values() if isinstance(tokens, dict) else [tokens]):
+        raise BayesLoraError("--trainable-token-indices is empty, but must name at least 1 token: give its id")
     if config_class is not None:
         with option_errors(config_class.__name__):
             config_class(**options)
