@@ -219,10 +219,7 @@ def _training(run: Path) -> dict[str, Any]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument(
-        "--runs",
-        type=Path,
-        metavar="FOLDER",
-        help="of runs by method; missing ones are trained there",
+        "--runs", type=Path, metavar="FOLDER", help="of runs by method; missing ones are trained there"
     )
     parser.add_argument("--steps", type=int, default=100, help="of a training that is missing")
     parser.add_argument("--rounds", type=int, default=7)

@@ -11,7 +11,19 @@ from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model
 from torch import nn
 
 from bayeslora import BayesLoop, BLoraConfig, describe, parameter_groups, shrink
-from tests.methods.reference import D_IN, D_OUT, FROZEN, LEARN, RANK, WARM_UP, Tiny, layers_of, seeded, tiny_model
+from tests.methods.reference import (
+    D_IN,
+    D_OUT,
+    FROZEN,
+    LEARN,
+    RANK,
+    WARM_UP,
+    Tiny,
+    layers_of,
+    seeded,
+    tiny_model,
+    train_steps,
+)
 
 X = torch.randn(3, 5, D_IN, generator=torch.Generator().manual_seed(7))
 
@@ -140,11 +152,5 @@ def test_a_shrunk_adapter_merges_and_trains_on() -> None:
     model.unmerge_adapter()
     optimizer = torch.optim.AdamW(parameter_groups(model.train(), lr=1e-3))
     loop = BayesLoop(model, optimizer, total_steps=10)
-    for _ in range(3):
-        loop.step_begin()
-        model(X).square().mean().backward()
-        loop.before_optimizer_step()
-        optimizer.step()
-        loop.step_end()
-        optimizer.zero_grad()
+    train_steps(model, optimizer, loop, X, 3)
     assert [layer.rank for layer in describe(model)] == [2, 0]

@@ -7,9 +7,10 @@ from typing import Any
 import torch
 from peft import get_peft_model
 from torch import Tensor, nn
+from torch.optim import Optimizer
 from transformers.pytorch_utils import Conv1D
 
-from bayeslora import BLoraConfig
+from bayeslora import BayesLoop, BLoraConfig
 from bayeslora.methods.blora.gated_quantizers import Phase
 from tests.oracles import blora as oracle
 
@@ -63,6 +64,17 @@ def tiny_model(
 def used_by_weights(name: str, value: Tensor) -> Tensor:
     """Of a layer's ranges those of A, E and B, of anything else all: activations at 32 bits do not read theirs."""
     return value[:3] if name.endswith(".log_ranges") else value
+
+
+def train_steps(model: nn.Module, optimizer: Optimizer, loop: BayesLoop, x: Tensor, steps: int) -> None:
+    """Take steps that make the squared outputs for `x` small."""
+    for _ in range(steps):
+        loop.step_begin()
+        model(x).square().mean().backward()
+        loop.before_optimizer_step()
+        optimizer.step()
+        loop.step_end()
+        optimizer.zero_grad()
 
 
 def layers_of(model: nn.Module) -> list[Any]:
@@ -149,8 +161,6 @@ def oracle_quantizers(layer: Any, name: str = "default") -> dict[str, oracle.Qua
             quantizers.log_weight_range if kind == "weight" else quantizers.log_ranges[offset : offset + channels]
         )
         bound = logarithm.exp().reshape(shape)
-        if kind == "weight" and bound.ndim == 2:
-            bound = bound.reshape(-1, 1)  # the reference has one layout, (d_out, d_in)
         if not bool((gates[index] == 1).all()):
             found[kind] = oracle.Quantizer(bound, gates[index])
         offset += channels

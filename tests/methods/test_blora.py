@@ -33,6 +33,7 @@ from tests.methods.reference import (
     seeded,
     set_widths,
     tiny_model,
+    train_steps,
 )
 from tests.oracles import blora as oracle
 from tests.processes import run_code
@@ -630,13 +631,7 @@ def test_rank_zero_trains_through_all_phases(gates: str) -> None:
     model = tiny_model(WARM_UP, gates=gates, rank_pattern={"first": 0}, warmup_fraction=0.25, freeze_fraction=0.25)
     optimizer = torch.optim.AdamW(parameter_groups(model, lr=1e-3))
     loop = bayeslora.BayesLoop(model, optimizer, total_steps=8)
-    for _ in range(8):
-        loop.step_begin()
-        model(X).square().mean().backward()
-        loop.before_optimizer_step()
-        optimizer.step()
-        loop.step_end()
-        optimizer.zero_grad()
+    train_steps(model, optimizer, loop, X, 8)
     assert int(layers_of(model)[0].blora_progress["default"].phase) == int(FROZEN)
     assert all(tensor.isfinite().all() for tensor in model.state_dict().values())
     assert all(math.isfinite(value) for value in loop.statistics().values())

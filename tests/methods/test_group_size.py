@@ -18,7 +18,18 @@ from bayeslora import BayesLoraError, BLoraConfig, describe, export
 from bayeslora.export.container import PACKED, read_container, write_container
 from bayeslora.quantization import codes, grid_step, optimal_range, quantize
 from tests.conftest import build_tiny_llama
-from tests.methods.reference import D_IN, D_OUT, FROZEN, LEARN, Tiny, layers_of, seeded, set_widths, tiny_model
+from tests.methods.reference import (
+    D_IN,
+    D_OUT,
+    FROZEN,
+    LEARN,
+    Tiny,
+    layers_of,
+    seeded,
+    set_widths,
+    tiny_model,
+    train_steps,
+)
 
 GROUP = 2
 X = torch.randn(6, D_IN, generator=torch.Generator().manual_seed(7))
@@ -73,13 +84,7 @@ def _trained(options: dict[str, Any], kind: str = "linear", outlier: float = 1.0
     model = get_peft_model(base, config).train()
     optimizer = torch.optim.AdamW(bayeslora.parameter_groups(model, lr=1e-2), lr=1e-2)
     loop = bayeslora.BayesLoop(model, optimizer, total_steps=12, num_examples=6, seed=0)
-    for _ in range(12):
-        loop.step_begin()
-        model(X).square().mean().backward()
-        loop.before_optimizer_step()
-        optimizer.step()
-        loop.step_end()
-        optimizer.zero_grad()
+    train_steps(model, optimizer, loop, X, 12)
     return model.eval()
 
 

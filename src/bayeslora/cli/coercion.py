@@ -106,9 +106,11 @@ def _whole_number(name: str, value: Any, members: list[Any]) -> Iterator[int]:
 def _number(name: str, value: Any, members: list[Any]) -> Iterator[float]:
     if float not in members or isinstance(value, bool) or not isinstance(value, (int, float, str)):
         return
+    number = math.nan
     with contextlib.suppress(ValueError):
-        if math.isfinite(number := float(value)):
-            yield number
+        number = float(value)
+    if math.isfinite(number):
+        yield number
 
 
 def _sequence(name: str, value: Any, members: list[Any]) -> Iterator[list[Any]]:
@@ -160,9 +162,8 @@ def _wrong(name: str, value: Any, members: list[Any]) -> BayesLoraError:
         "a text": str in members and not choices,
         "null": type(None) in members,
     }
-    text = value if isinstance(value, str) else ""
-    near = close_matches(text, choices) if text else ""
-    if _takes_mapping(members) and (pairs := re.findall(r"([\w.]+)\s*[=:]\s*([\w.]+)", text)):
+    near = close_matches(value, choices) if isinstance(value, str) else ""
+    if _takes_mapping(members) and (pairs := re.findall(r"([\w.]+)\s*[=:]\s*([\w.]+)", str(value))):
         near = f", write '{{{', '.join(f'{key}: {item}' for key, item in pairs)}}}'"
     if isinstance(value, bool) and wanted["a text"]:
         near = f", quote a word such as {'yes' if value else 'no'}, which YAML takes for {str(value).lower()}"

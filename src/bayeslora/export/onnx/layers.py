@@ -101,8 +101,6 @@ class ProductLayers:
         product = self.products[head]
         if product.weight.dtype == np.float32:
             return graph("Gather", graph.constant(f"{head}.weight", product.weight), ids, name=path)
-        if product.is_grouped:
-            return graph("Gather", _values(graph, f"{head}.weight", product.weight, product.steps), ids, name=path)
         columns = product.weight.shape[1]
         codes, _ = _blocks(graph, head, product.weight, product.steps, BYTE)
         rows = graph("Gather", codes, ids, name=f"{path}.gathered")

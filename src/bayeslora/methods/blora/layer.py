@@ -99,7 +99,7 @@ class BLoraLayer(BayesLayer):
         shapes = {BASE_WEIGHT: (self.out_features, 1), "A": (rank, 1)} if config.per_channel else {}
         if config.group_size is not None:
             shapes[BASE_WEIGHT] = (self.out_features, self._groups(config.group_size))
-        by_evidence = config.gates == "evidence"  # which begins at full precision, at given widths too
+        by_evidence = config.gates == "evidence"  # which begins at full precision
         logits = [fixed_logits(UNQUANTIZED) if by_evidence else config.bit_logits(kind) for kind in kinds]
         return Quantizers(tuple(kinds), shapes, logits, learned=not by_evidence, transposed=self.is_transposed)
 
