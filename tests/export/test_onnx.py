@@ -23,6 +23,8 @@ from transformers import (
 )
 
 from bayeslora import AdaLoraConfig, BayesLoraError, BLoraConfig, MeLoraConfig, export
+from bayeslora.export.onnx.graph import Graph, Value
+from bayeslora.export.onnx.products import rounded_rows
 from bayeslora.quantization import grid_step
 from tests.conftest import VOCABULARY, build_tiny_bert, build_tiny_deberta, build_tiny_tokenizer
 from tests.methods.reference import FROZEN, RANK, layers_of, randomize, set_widths
@@ -214,6 +216,25 @@ def test_every_layer_computes_on_the_learned_grids(
     assert apart <= count / 500
 
 
+def test_our_own_steps_take_two_bytes_and_learned_ones_stay_as_they_are(tmp_path: Path) -> None:
+    """A step that we choose is one that half precision holds, and never too small for the row's largest value."""
+    weight = torch.randn(6, 40) * torch.tensor([1.0, 1e-3, 3e-6, 0.0, 1e4, 1e9])[:, None]
+    found, steps = rounded_rows(weight)
+    ordinary = [0, 1, 2, 3, 4]
+    assert (steps[ordinary].astype(np.float16) == steps[ordinary]).all() and steps[5] > np.finfo(np.float16).max
+    assert (np.abs(found * steps[:, None] - weight.numpy()) <= steps[:, None] * 0.5001).all()
+    assert np.abs(found[0]).max() >= 126 and not found[3].any()
+
+    graph = Graph()
+    assert [graph.steps("exact", steps[:5]), graph.steps("inexact", steps)] == ["exact", "inexact"]
+    values = Value("exact", onnx.TensorProto.FLOAT, [5])
+    graph.save(tmp_path / "graph.onnx", "steps", [], [values, Value("inexact", onnx.TensorProto.FLOAT, [6])], "")
+    made = onnxruntime.InferenceSession(tmp_path / "graph.onnx").run(["exact"], {})[0]
+    assert (made == steps[:5]).all()
+    stored = {each.name: each.data_type for each in onnx.load(tmp_path / "graph.onnx").graph.initializer}
+    assert stored == {"exact.half": onnx.TensorProto.FLOAT16, "inexact": onnx.TensorProto.FLOAT}
+
+
 @pytest.mark.parametrize("kind", ["bert", "roberta", "distilbert"])
 def test_positions_take_a_byte_where_words_do(kind: str, tmp_path: Path) -> None:
     """Embeddings of words and positions are codes with a step a row, and the first layer gets their sum."""
@@ -222,11 +243,12 @@ def test_positions_take_a_byte_where_words_do(kind: str, tmp_path: Path) -> None
     graph = onnx.load(tmp_path / "model.onnx").graph
     constants = {each.name: onnx.numpy_helper.to_array(each) for each in graph.initializer}
     (name,) = [each for each in constants if each.endswith("position_embeddings.codes")]
-    found = constants[name] * constants[name.replace(".codes", ".steps")]
+    steps = constants[name.replace(".codes", ".steps.half")]
+    found = constants[name] * steps.astype(np.float32)
     (table,) = [p for n, p in model.named_parameters() if n.endswith("position_embeddings.weight")]
     (types,) = [p[0] for n, p in model.named_parameters() if n.endswith("token_type_embeddings.weight")] or [0.0]
     table = (table + types).detach()
-    assert constants[name].dtype == np.int8
+    assert constants[name].dtype == np.int8 and steps.dtype == np.float16
     assert ((torch.from_numpy(found) - table).abs().amax(1) <= table.abs().amax(1) / 250).all()
 
     batch = _batch(model, *SHAPES[1])
@@ -265,8 +287,8 @@ def _layer_alone(path: Path, layer: str, x: Tensor) -> Tensor:
     members = [f"{block}.attention.{each}" for each in PROJECTIONS]
     together = (f"{block}.projections", *members) if layer in members else (layer,)
     names = tuple(f"{each}." for each in together)
-    own = [node for node in model.graph.node if node.name.startswith(names) and node.output[0] not in moved]
-    own = [node for node in own if not node.name.endswith((".activation", ".tanh"))]
+    own = [node for node in model.graph.node if node.output[0].startswith(names) and node.output[0] not in moved]
+    own = [node for node in own if not node.output[0].endswith((".activation", ".tanh"))]
     for node in own:
         for place, name in enumerate(node.input):
             while name in moved:

@@ -336,7 +336,7 @@ class Decoder:
             return self.layers.linears(graph, f"{path}.projections", parts, x, after=self._by_head)
         (found,) = self.layers.linears(graph, paths[0], [Part(paths[0])], x, after=self._by_head)
         names = [f"{path}.{kind}" for kind in ("query", "key", "value")]
-        q, k, v = graph.several("Split", found, graph.integers(*shares), name=f"{path}.parts", outputs=names, axis=1)
+        q, k, v = graph.several("Split", found, graph.integers(*shares), outputs=names, axis=1)
         return [graph("Mul", q, graph.number(factor), name=f"{path}.query.scaled"), k, v]
 
     def _by_head(self, x: str, path: str) -> str:
@@ -345,8 +345,7 @@ class Decoder:
     def _rotated(self, path: str, x: str) -> str:
         """Return x cos + (-x2, x1) sin of the halves x1 and x2 of every head."""
         graph = self.graph
-        make = partial(graph.several, "Split", x, name=f"{path}.halves", axis=3, num_outputs=2)
-        first, second = make(outputs=[f"{path}.first", f"{path}.second"])
+        first, second = graph.several("Split", x, outputs=[f"{path}.first", f"{path}.second"], axis=3, num_outputs=2)
         turned = graph(
             "Concat", graph("Neg", second, name=f"{path}.negative"), first, name=f"{path}.quarter_turn", axis=3
         )

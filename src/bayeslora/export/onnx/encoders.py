@@ -182,7 +182,7 @@ class Encoder:
         codes, steps = rounded_rows(torch.from_numpy(values))
         found = rows(graph.constant(f"{name}.codes", codes), f"{name}.rows")
         found = graph("Cast", found, name=f"{name}.values", to=TensorProto.FLOAT)
-        scales = rows(graph.constant(f"{name}.steps", steps.reshape(-1, 1)), f"{name}.scales")
+        scales = rows(graph.steps(f"{name}.steps", steps.reshape(-1, 1)), f"{name}.scales")
         return graph("Mul", found, scales, name=name)
 
     def _position_rows(self, path: str) -> NamedMove:

@@ -1,4 +1,4 @@
-"""A small builder of ONNX graphs, whose nodes and tensors are named after the modules that they compute."""
+"""A small builder of ONNX graphs, whose tensors are named after the modules that they compute."""
 
 from __future__ import annotations
 
@@ -65,14 +65,22 @@ class Graph:
         """Return the name of a constant float32 scalar."""
         return self.constant(f"float_{np.float32(value)!s}", np.array(value, dtype=np.float32))
 
-    def __call__(self, operator: str, *inputs: str, name: str, **attributes: Any) -> str:
-        """Add a node called `name` with one output of the same name, and return it."""
-        return self.several(operator, *inputs, name=name, outputs=[name], **attributes)[0]
+    def steps(self, name: str, values: NDArray[np.float32]) -> str:
+        """Add steps of grids, stored in half precision if that loses nothing, and return their name."""
+        with np.errstate(over="ignore"):
+            half = values.astype(np.float16)
+        if not np.array_equal(half.astype(np.float32), values):
+            return self.constant(name, values)
+        return self("Cast", self.constant(f"{name}.half", half), name=name, to=onnx.TensorProto.FLOAT)
 
-    def several(
-        self, operator: str, *inputs: str, name: str, outputs: Sequence[str], **attributes: Any
-    ) -> Sequence[str]:
+    def __call__(self, operator: str, *inputs: str, name: str, **attributes: Any) -> str:
+        """Add a node whose one output is called `name`, and return it."""
+        return self.several(operator, *inputs, outputs=[name], **attributes)[0]
+
+    def several(self, operator: str, *inputs: str, outputs: Sequence[str], **attributes: Any) -> Sequence[str]:
         """Add a node with several outputs."""
+        # The output is named after the module; the same name again for each node would only make the file larger.
+        name = f"{operator}_{len(self._nodes)}"
         self._nodes.append(helper.make_node(operator, inputs, outputs, name=name, **attributes))
         return outputs
 

@@ -92,7 +92,7 @@ class ProductLayers:
             return graph("Gather", graph.constant(f"{path}.weight", found), ids, name=path)
         rows, steps = found
         gathered = graph("Gather", graph.constant(f"{path}.codes", rows), ids, name=f"{path}.gathered")
-        scales = graph("Gather", graph.constant(f"{path}.steps", steps.reshape(-1, 1)), ids, name=f"{path}.scales")
+        scales = graph("Gather", graph.steps(f"{path}.steps", steps.reshape(-1, 1)), ids, name=f"{path}.scales")
         values = graph("Cast", gathered, name=f"{path}.values", to=TensorProto.FLOAT)
         return graph("Mul", values, scales, name=path)
 
@@ -406,7 +406,7 @@ class _Joint:
         else:
             shares = graph.integers(*(part.share for part in self.parts))
             names = [f"{part.path}.part" for part in self.parts]
-            outputs = list(graph.several("Split", found, shares, name=f"{name}.parts", outputs=names, axis=1))
+            outputs = list(graph.several("Split", found, shares, outputs=names, axis=1))
         result = []
         for part, grid, output in zip(self.parts, grids, outputs, strict=True):
             if is_byte and not is_clipped:
@@ -485,10 +485,12 @@ def _product(
         terms = [_values(graph, f"{path}.weight", weight, steps)]
         terms += [] if bias is None else [graph.constant(f"{path}.bias", bias)]
     else:
-        terms = [_by_row(graph, f"{path}.weight", weight, steps)]
+        scales = graph.steps(f"{path}.weight.steps", steps.astype(np.float32))
+        terms = [_by_row(graph, f"{path}.weight", weight, scales)]
         if bias is not None:
-            sums, limits = grid.step * steps, np.iinfo(np.int32)
-            whole = np.clip(np.round(bias / sums), limits.min, limits.max).astype(np.int32)
+            limits = np.iinfo(np.int32)
+            whole = np.clip(np.round(bias / (np.float32(grid.step) * steps)), limits.min, limits.max).astype(np.int32)
+            sums = graph("Mul", scales, graph.number(grid.step), name=f"{path}.bias.steps")
             terms.append(_by_row(graph, f"{path}.bias", whole, sums))
     return graph("Gemm", x, *terms, name=f"{path}.products", transB=1)
 
@@ -527,11 +529,10 @@ def _blocks(graph: Graph, path: str, weight: Array, steps: Array, bits: int) -> 
     return graph.constant(f"{path}.weight.blocks", found), graph.constant(f"{path}.weight.steps", scales)
 
 
-def _by_row(graph: Graph, path: str, rows: Array, steps: Array) -> str:
+def _by_row(graph: Graph, path: str, rows: Array, steps: str) -> str:
     """Add values from codes with one step and, as runtimes expect, one zero point for each row."""
-    zeros = graph.constant(f"{rows.dtype.name}_zeros_{len(steps)}", np.zeros(len(steps), dtype=rows.dtype))
-    scales = graph.constant(f"{path}.steps", steps.astype(np.float32))
-    return graph("DequantizeLinear", _stored(graph, path, rows), scales, zeros, name=path, axis=0)
+    zeros = graph.constant(f"{rows.dtype.name}_zeros_{len(rows)}", np.zeros(len(rows), dtype=rows.dtype))
+    return graph("DequantizeLinear", _stored(graph, path, rows), steps, zeros, name=path, axis=0)
 
 
 def _values(graph: Graph, path: str, weight: Array, steps: Array) -> str:

@@ -154,9 +154,19 @@ def rounded(module: nn.Linear | Conv1D, grid: Grid | None) -> Product:
 
 
 def rounded_rows(weight: Tensor) -> tuple[Array, Array]:
-    """Return 8-bit codes with one range a row, and the steps (rows,)."""
-    bound = weight.detach().float().abs().amax(1, keepdim=True).clamp_min(FLOOR)
-    return codes(weight, bound, BYTE).to(torch.int8).cpu().numpy(), array(grid_step(bound, BYTE).reshape(-1))
+    """Return 8-bit codes with one range a row, and the steps (rows,), which half precision holds if it has such."""
+    values = array(weight)
+    level = (1 << (BYTE - 1)) - 1
+    steps = _half_above(np.maximum(np.abs(values).max(1), FLOOR) / np.float32(level))
+    return np.clip(np.round(values / steps[:, None]), -level, level).astype(np.int8), steps
+
+
+def _half_above(steps: NDArray[np.float32]) -> NDArray[np.float32]:
+    """Return the least numbers in half precision that are not smaller, but larger steps than it has as they are."""
+    with np.errstate(over="ignore"):
+        half = steps.astype(np.float16)
+        above = np.where(half < steps, np.nextafter(half, np.float16(np.inf)), half)
+    return np.where(np.isfinite(above), above.astype(np.float32), steps)
 
 
 def plain(module: nn.Linear | Conv1D) -> Product:
