@@ -20,13 +20,13 @@ from bayeslora.export.integer import reader as integer_reader
 from bayeslora.export.integer import writer as integer_writer
 from bayeslora.quantization import grid_step
 from bayeslora.runtime import integer_kernels, integer_linear
-from bayeslora.runtime.integer_kernels import SMALL_BATCH, ZERO_POINT
+from bayeslora.runtime.integer_kernels import FEW_ROWS, SMALL_BATCH, ZERO_POINT
 from bayeslora.runtime.integer_linear import IntegerEmbedding, IntegerLinear
 from tests.conftest import build_tiny_bert, build_tiny_gpt2, build_tiny_llama
 from tests.methods.reference import FROZEN, RANK, WARM_UP, layers_of, randomize, set_widths, tiny_model
 
 TOKENS = torch.arange(24).view(2, 12)
-KERNELS = ("has_prepacked_kernel", "has_integer_kernel", "has_weight_kernel")
+KERNELS = ("has_few_rows_kernel", "has_prepacked_kernel", "has_integer_kernel", "has_weight_kernel")
 LLAMA = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 WIDTHS = {"weight": 8, "A": 4, "E": 8, "B": 2, "A_out": 8, "E_out": 4, "out": 8}
 
@@ -122,9 +122,9 @@ def test_every_width_of_everything(kind: str, width: int, tmp_path: Path) -> Non
     assert entry["bits"].get(kind, 32) == width
 
 
-@pytest.mark.parametrize("rows", [1, 3, 4, 5, 40])
+@pytest.mark.parametrize("rows", [1, 4, 5, FEW_ROWS, FEW_ROWS + 1])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("width", [8, 16, 32])
+@pytest.mark.parametrize("width", [4, 8, 16, 32])
 def test_kernels_give_what_dequantizing_gives(
     width: int, dtype: torch.dtype, rows: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -135,27 +135,28 @@ def test_kernels_give_what_dequantizing_gives(
     x = torch.randn(rows, 32, generator=torch.Generator().manual_seed(1)).to(dtype)
     layers = [integer.lm_head, integer.model.layers[0].mlp.up_proj]
     assert layers[0].is_learned is False
-    assert (layers[1].takes_codes, layers[1].takes_int16) == (width == 8, width == 16)
+    assert (layers[1].takes_codes, layers[1].takes_int16) == (width <= 8, width == 16)
     for layer in layers:
         found = layer(x).float()
-        with monkeypatch.context() as patched:
-            for kernel in KERNELS:
-                patched.setattr(integer_linear, kernel, lambda device: False)
-            plain = layer(x).float()
-        exact = dtype == torch.float32 and layer.is_learned
-        assert (found - plain).abs().max() <= (1e-6 if exact else 0.02) * plain.abs().max()
+        for missing in (KERNELS[:1], KERNELS):
+            with monkeypatch.context() as patched:
+                for kernel in missing:
+                    patched.setattr(integer_linear, kernel, lambda device: False)
+                plain = layer(x).float()
+            exact = dtype == torch.float32 and layer.is_learned
+            assert (found - plain).abs().max() <= (1e-6 if exact else 0.02) * plain.abs().max()
 
 
-@pytest.mark.parametrize("rows", [1, 4, 5, 40])
+@pytest.mark.parametrize("rows", [1, 4, 5, FEW_ROWS + 1])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("has_kernels", [True, False])
+@pytest.mark.parametrize("missing", [(), KERNELS[:1], KERNELS])
 def test_a_feed_forward_network_passes_the_codes_that_its_parts_would_make(
-    has_kernels: bool, dtype: torch.dtype, rows: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    missing: tuple[str, ...], dtype: torch.dtype, rows: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """For few rows it passes the values instead, which the kernel rounds to these codes."""
     export(BASES["bert"](), tmp_path, format="integer", calibration=[{"input_ids": TOKENS}])
-    if not has_kernels:
-        for kernel in KERNELS:
-            monkeypatch.setattr(integer_linear, kernel, lambda device: False)
+    for kernel in missing:
+        monkeypatch.setattr(integer_linear, kernel, lambda device: False)
     fused = load_integer(tmp_path, dtype=dtype).bert.encoder.layer
     monkeypatch.setattr(integer_reader, "_fuse_activations", lambda model, dtype: None)
     parts = load_integer(tmp_path, dtype=dtype).bert.encoder.layer
@@ -164,11 +165,14 @@ def test_a_feed_forward_network_passes_the_codes_that_its_parts_would_make(
     for ours, theirs in zip(fused, parts, strict=True):
         step = ours.output.dense.input.step
         codes, values = ours.intermediate(x), theirs.intermediate(x).float()
-        zero = ZERO_POINT if has_kernels and rows > SMALL_BATCH and integer_kernels.has_prepacked_kernel("cpu") else 0
-        assert codes.dtype == (torch.uint8 if zero else torch.int8) and codes.float().std() > 5
-        signed = codes.float() - zero
-        apart = (signed * step - values.clamp(-127 * step, 127 * step)).abs().max()
-        assert apart <= (0.5 + tolerance) * step + (0 if dtype == torch.float32 else 0.01)
+        limit = tolerance * step + (0 if dtype == torch.float32 else 0.01)
+        if rows <= FEW_ROWS and integer_linear.has_few_rows_kernel("cpu"):
+            assert codes.dtype == torch.float32 and (codes - values).abs().max() <= limit
+        else:
+            zero = ZERO_POINT if rows > SMALL_BATCH and integer_linear.has_prepacked_kernel("cpu") else 0
+            assert codes.dtype == (torch.uint8 if zero else torch.int8) and codes.float().std() > 5
+            signed = codes.float() - zero
+            assert (signed * step - values.clamp(-127 * step, 127 * step)).abs().max() <= 0.5 * step + limit
         found, expected = ours.output(codes, x), theirs.output(theirs.intermediate(x), x)
         assert found.dtype == expected.dtype == dtype
         assert (found - expected).abs().max() <= tolerance + 4 * step * float(ours.output.dense.weight.abs().max())
@@ -222,6 +226,17 @@ def test_a_kernel_that_is_right_but_slow_is_left_alone() -> None:
     assert not integer_kernels._is_usable(slowly, "cpu", shapes, torch.int8, tolerance=0.0)
 
 
+def test_a_kernel_whose_sums_overflow_is_left_alone() -> None:
+    """Without VNNI, FBGEMM adds two products of an unsigned and a signed byte in 16 bits."""
+
+    def overflowing(x: Tensor, codes: Tensor) -> Tensor:
+        pairs = ((x + ZERO_POINT)[:, None] * codes.float()).unflatten(-1, (-1, 2)).sum(-1)
+        return pairs.clamp(-(2**15), 2**15 - 1).sum(-1) - ZERO_POINT * codes.float().sum(1)
+
+    shapes = integer_kernels._ANY_SHAPES[::2]  # of an even number of columns
+    assert not integer_kernels._is_usable(overflowing, "cpu", shapes, torch.float32, tolerance=0.0)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("base", ["llama", "gpt2"])
 def test_few_rows_are_what_they_are_among_many(base: str, dtype: torch.dtype, tmp_path: Path) -> None:
@@ -230,7 +245,7 @@ def test_few_rows_are_what_they_are_among_many(base: str, dtype: torch.dtype, tm
     adapted = [layer for layer in _integer_layers(load_integer(tmp_path, dtype=dtype)) if layer.rank]
     assert len(adapted) > 3
     for layer in adapted:
-        x = torch.randn(2, 4, layer.in_features, generator=generator).to(dtype)
+        x = torch.randn(FEW_ROWS, 4, layer.in_features, generator=generator).to(dtype)
         among, few = layer(x)[0], layer(x[0])
         assert few.dtype == dtype and few.shape == (4, layer.out_features)
         assert layer._small_batch is not None

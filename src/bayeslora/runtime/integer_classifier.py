@@ -71,7 +71,7 @@ class ClassifierForward:
         mask = given.get("attention_mask")
         if config.output_hidden_states or config.output_attentions:
             return False
-        return mask is None or (mask.dim() == 2 and bool(mask.any(1).all()))
+        return mask is None or (mask.dim() == 2 and bool(mask.all() or mask.any(1).all()))
 
     def _logits(self, input_ids: Tensor, attention_mask: Tensor | None = None, **types: Tensor) -> Tensor:
         family = self.family

@@ -1,14 +1,15 @@
 """Products of activations and a matrix of integer codes: PyTorch's kernels, and a plain product as fallback.
 
-All but `PrepackedWeight` return sums of activation times code, (n, d_in) by (d_out, d_in) to (n, d_out), and the
-caller scales them. A kernel is used on a device type if it runs there, agrees with the plain product and is fast
-enough. On a processor without the right instructions, libraries fall back to reference code that is thousands of times
-slower; a short timing per process and device type rejects it (see `has_integer_kernel`).
+All but `FewRowsWeight` and `PrepackedWeight` return sums of activation times code, (n, d_in) by (d_out, d_in) to
+(n, d_out), and the caller scales them. A kernel is used on a device type if it runs there, agrees with the plain
+product and is fast enough. On a processor without the right instructions, libraries fall back to reference code that
+is thousands of times slower; a short timing per process and device type rejects it (see `has_integer_kernel`).
 """
 
 from __future__ import annotations
 
 import time
+import warnings
 from collections.abc import Callable, Sequence
 from functools import cache
 
@@ -18,6 +19,9 @@ from torch import Tensor
 
 SMALL_BATCH = 4
 """Largest number of rows for which reading the weight dominates, so that int8 codes are read directly."""
+
+FEW_ROWS = 64
+"""Largest number of rows for `FewRowsWeight`, whose calls cost little; `PrepackedWeight` reads many rows faster."""
 
 WEIGHT_MULTIPLE = 32
 """Block length of the kernel of `int8_weight_product`; d_in must be a multiple of it."""
@@ -103,6 +107,42 @@ Processors without AMX multiply unsigned by signed bytes; for signed activations
 """
 
 
+class FewRowsWeight:
+    """A weight in FBGEMM's memory layout, whose product rounds the input and includes scales and bias.
+
+    A call costs a fraction of one of oneDNN, which is most of the time of one sentence.
+
+    Args:
+        codes: (d_out, d_in), int8.
+        scales: of the sums of input value times weight code, (d_out,), float32.
+        bias: (d_out,), float32, or None.
+        step: of the input's grid.
+    """
+
+    def __init__(self, codes: Tensor, scales: Tensor, bias: Tensor | None, step: float) -> None:
+        self.step = step
+        zeros = torch.zeros(len(scales), dtype=torch.long)
+        engine = torch.backends.quantized.engine
+        torch.backends.quantized.engine = "fbgemm"
+        try:
+            with warnings.catch_warnings():  # PyTorch will drop these tensors: `has_few_rows_kernel` is then False
+                warnings.simplefilter("ignore", UserWarning)
+                weight = torch._make_per_channel_quantized_tensor(codes, scales.double(), zeros, 0)
+            self.packed = torch.ops.quantized.linear_prepack(weight, bias)
+        finally:
+            torch.backends.quantized.engine = engine
+
+    def product(self, x: Tensor) -> Tensor:
+        """Return values (n, d_out) from values (n, d_in), both float32.
+
+        Inputs are rounded to codes from -128 to 127. A value within 1e-5 steps of a tie may get the other code. Sums
+        are exact.
+        """
+        apply = torch.ops.quantized.linear_with_input_q_dq_qweight_dq_output_fp32
+        found: Tensor = apply(x, self.step, ZERO_POINT, self.packed)
+        return found
+
+
 class PrepackedWeight:
     """A weight in oneDNN's memory layout, whose product includes scales and bias.
 
@@ -154,6 +194,18 @@ def _at_least(rows: int, x: Tensor) -> Tensor:
 def _prepacked_sums(x: Tensor, codes: Tensor) -> Tensor:
     unsigned = (x.short() + ZERO_POINT).to(torch.uint8)
     return PrepackedWeight(codes, torch.ones(len(codes), device=codes.device), None).product(unsigned, torch.float32)
+
+
+def _few_rows_sums(x: Tensor, codes: Tensor) -> Tensor:
+    if codes.device.type != "cpu":
+        raise NotImplementedError
+    return FewRowsWeight(codes, torch.ones(len(codes)), None, 1.0).product(x)
+
+
+@torch.compiler.assume_constant_result
+def has_few_rows_kernel(device: str) -> bool:
+    """Return whether `FewRowsWeight` works on this device type; without VNNI its sums would overflow."""
+    return _is_usable(_few_rows_sums, device, _ANY_SHAPES, torch.float32, tolerance=0.0)
 
 
 @torch.compiler.assume_constant_result

@@ -21,12 +21,15 @@ from torch import Tensor, nn
 from bayeslora.methods.layer import Float32Module
 from bayeslora.quantization import WIDTHS, grid_step
 from bayeslora.runtime.integer_kernels import (
+    FEW_ROWS,
     SMALL_BATCH,
     WEIGHT_MULTIPLE,
     ZERO_POINT,
+    FewRowsWeight,
     PrepackedWeight,
     dequantized_product,
     fused_product,
+    has_few_rows_kernel,
     has_integer_kernel,
     has_prepacked_kernel,
     has_weight_kernel,
@@ -122,18 +125,23 @@ def zero_point_for(rows: Tensor) -> int:
     return ZERO_POINT if is_many and has_prepacked_kernel(rows.device.type) else 0
 
 
+def are_few(rows: Tensor) -> bool:
+    """Return whether `FewRowsWeight` computes products of these rows (n, d_in) with codes."""
+    return len(rows) <= FEW_ROWS and not torch.compiler.is_compiling() and has_few_rows_kernel(rows.device.type)
+
+
 class SmallBatch:
     """The arithmetic of a layer in as few calls as possible, for a few rows at a time as in generation.
 
     With few rows, calls and buffer look-ups take longer than the product, so the buffers are plain attributes here.
-    Layers with integer products need a device with `integer_product`, and those with 16-bit inputs run here for any
-    number of rows; other layers run here only when compiled.
+    Layers with integer products need a device with `FewRowsWeight` or `integer_product`, and those with 16-bit inputs
+    run here for any number of rows; other layers run here only when compiled.
 
     All values that differ between layers of one shape are tensors, so that these layers share compiled code.
     """
 
     __slots__ = (
-        "bias", "bounds", "codes", "diagonal", "down", "input_step",
+        "bias", "bounds", "codes", "diagonal", "down", "few_rows", "has_gelu", "input_range", "input_step",
         "output_step", "row_sums", "scales", "takes_codes", "up", "widths",
     )  # fmt: skip
 
@@ -151,26 +159,48 @@ class SmallBatch:
         self.down = None if layer.is_stacked or not layer.rank else layer.down * self.input_step
         if layer.rank:
             self.diagonal, self.up = layer.diagonal, layer.up
+        # The kernel has the code -128 too, which a fed layer's input does not reach (see `can_feed`).
+        self.input_range = None if layer.is_fed else layer.input.level * layer.input.step
+        self.has_gelu = layer.emits_codes
+        self.few_rows: FewRowsWeight | None = None
 
     def product(self, rows: Tensor) -> Tensor:
         """Return the layer's output (n, d_out), float32, for rows (n, d_in)."""
-        into, after_a, after_e, out = self.bounds
-        values = rows if rows.dtype == torch.float32 else rows.float()
-        steps = rounded(into, values.div(self.input_step))
-        sums, hidden = self._sums(steps), None
-        found = sums * self.scales if self.bias is None else torch.addcmul(self.bias, sums, self.scales)
+        _, after_a, after_e, out = self.bounds
+        values, hidden = rows if rows.dtype == torch.float32 else rows.float(), None
+        if self.takes_codes and are_few(rows):
+            found, steps = self.of_few_rows(values), None
+        else:
+            steps = self._steps(values)
+            sums = self._sums(steps)
+            found = sums * self.scales if self.bias is None else torch.addcmul(self.bias, sums, self.scales)
         if self.widths is not None:
             found, hidden = found.split_with_sizes(self.widths, 1)
         elif self.down is not None:
-            hidden = nn.functional.linear(steps, self.down)
+            hidden = nn.functional.linear(self._steps(values) if steps is None else steps, self.down)
         if hidden is not None:
             low = rounded(after_e, rounded(after_a, hidden).mul_(self.diagonal))
             # In a compiled graph a loop over r numbers costs less than the call of a library's product.
             if torch.compiler.is_compiling() and len(rows) <= SMALL_BATCH:
                 found = found + (low[:, :, None] * self.up).sum(1)
             else:
-                found = torch.addmm(found, low, self.up)
+                found = found.addmm_(low, self.up)
+        if self.has_gelu:
+            return torch.ops.aten.gelu_(found)
         return found if out is None else rounded(out, found).mul_(self.output_step)
+
+    def of_few_rows(self, values: Tensor) -> Tensor:
+        """Return W_0 x_q + b and, if A has codes too, A x_q beside it: (n, d_out + r), in steps of their grids."""
+        if self.few_rows is None:
+            step = float(self.input_step)
+            self.few_rows = FewRowsWeight(self.codes, self.scales / step, self.bias, step)
+        if self.input_range is not None:
+            values = values.clamp(-self.input_range, self.input_range)
+        return self.few_rows.product(values)
+
+    def _steps(self, values: Tensor) -> Tensor:
+        """Return the input's codes, as float32 numbers; its values in steps if it has no grid."""
+        return rounded(self.bounds[0], values.div(self.input_step))
 
     def _sums(self, steps: Tensor) -> Tensor:
         """Return the product of the input, in steps of its grid, and the weight's codes or values."""
@@ -204,6 +234,10 @@ class IntegerLinear(Float32Module):
             layer of int8 codes may round its input to bfloat16.
 
     Tensors keep their types when the model is cast; the output has the type of the input.
+
+    Attributes:
+        takes_codes: whether the product uses int8 codes of weight and input.
+        takes_int16: whether the product uses the high and low bytes of 16-bit input codes.
     """
 
     codes: Tensor
@@ -258,6 +292,8 @@ class IntegerLinear(Float32Module):
         if bias is not None:
             bias = torch.cat([bias.float() / step, torch.zeros(len(sum_scales) - len(bias))])
         self.register_buffer("codes", weight.contiguous())
+        self.takes_codes = weight.dtype == torch.int8 and self.input.bits <= _BYTE
+        self.takes_int16 = weight.dtype == torch.int8 and self.input.bits == _INT16
         self.register_buffer("row_sums", self.codes.sum(1).float() if self.takes_int16 else None)
         self.register_buffer("scales", scales.contiguous().float())
         self.scale = float(steps) / step if steps.numel() == 1 else None
@@ -266,7 +302,7 @@ class IntegerLinear(Float32Module):
         self.register_buffer("sum_scales", sum_scales.float() * (self.input.step if self.takes_codes else 1.0))
         self._prepacked_weight: PrepackedWeight | None = None
         self._small_batch: SmallBatch | None = None
-        self._stream = torch.float32
+        self._stream: torch.dtype | None = None
         self._emitted: StaticQuantizer | None = None
 
     def can_feed(self, following: IntegerLinear) -> bool:
@@ -280,9 +316,9 @@ class IntegerLinear(Float32Module):
         return is_bare and self.takes_codes and following.takes_codes and is_wide
 
     def feed(self, following: IntegerLinear, dtype: torch.dtype) -> None:
-        """Let the layer return 8-bit codes of GELU of its output, on the grid that `following` reads.
+        """Let the layer return GELU of its output, for many rows as 8-bit codes on the grid that `following` reads.
 
-        `following` then takes codes and returns `dtype`. Call this only if `can_feed` returns True.
+        `following` then takes either and returns `dtype`. Call this only if `can_feed` returns True.
         """
         self._emitted, following._stream = following.input, dtype
         self._prepacked_weight = self._small_batch = None
@@ -297,6 +333,11 @@ class IntegerLinear(Float32Module):
         """True if the output is codes for the next layer."""
         return self._emitted is not None
 
+    @property
+    def is_fed(self) -> bool:
+        """True if the input is what another layer emits."""
+        return self._stream is not None
+
     def __getstate__(self) -> dict[str, Any]:
         """Return the state without caches: oneDNN's memory layout cannot be copied or pickled."""
         return {**self.__dict__, "_prepacked_weight": None, "_small_batch": None}
@@ -307,38 +348,33 @@ class IntegerLinear(Float32Module):
         return self
 
     @property
-    def takes_codes(self) -> bool:
-        """True if the product uses int8 codes of weight and input."""
-        return self.codes.dtype == torch.int8 and self.input.bits <= _BYTE
-
-    @property
-    def takes_int16(self) -> bool:
-        """True if the product uses the high and low bytes of 16-bit input codes."""
-        return self.codes.dtype == torch.int8 and self.input.bits == _INT16
-
-    @property
     def weight(self) -> Tensor:
         """The base weight (d_out, d_in) as float32 values, for code that inspects it; `forward` does not use it."""
         return self.codes[: self.out_features].float() * self.scales[:, None]
 
-    @torch.no_grad()
     def forward(self, x: Tensor) -> Tensor:
-        if self._suits_small_batch(x):
-            found, dtype = self._small_batch_forward().product(x.reshape(-1, self.in_features)), x.dtype
+        rows = x if x.dim() == 2 else x.reshape(-1, self.in_features)
+        if torch.is_grad_enabled():  # asked, because entering the context takes as long as a call of the arithmetic
+            with torch.no_grad():
+                found = self._of_rows(rows)
         else:
-            rows, are_codes = x.reshape(-1, self.in_features), not x.dtype.is_floating_point
-            dtype = self._stream if are_codes else x.dtype
+            found = self._of_rows(rows)
+        return found if x.dim() == 2 else found.view(*x.shape[:-1], self.out_features)
+
+    def _of_rows(self, rows: Tensor) -> Tensor:
+        dtype = self._stream or rows.dtype
+        if self._suits_small_batch(rows):
+            found = self._small_batch_forward().product(rows)
+        else:
             within = torch.bfloat16 if dtype == torch.bfloat16 else torch.float32
             if self.takes_codes:
-                codes = rows if are_codes else self.input.codes(rows, zero_point_for(rows))
+                codes = self.input.codes(rows, zero_point_for(rows)) if rows.dtype.is_floating_point else rows
                 # bfloat16 resolves large codes only to half a step, which could change a code.
                 exact = self.output.bits < _UNQUANTIZED
                 found = self._finished(*self._of_codes(codes, torch.float32 if exact else within))
             else:
                 found = self._finished(*self._of_values(rows.to(within)))
-        if found.dtype != dtype and not self.emits_codes:
-            found = found.to(dtype)
-        return found.view(*x.shape[:-1], self.out_features)
+        return found if found.dtype == dtype or self.emits_codes else found.to(dtype)
 
     def sums_of_codes(self, codes: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
         """Return W_0 x_q + b and, if A has codes too, A x_q beside it: (n, d_out + r) in `dtype`.
@@ -357,6 +393,10 @@ class IntegerLinear(Float32Module):
             sums = dequantized_product(codes.float(), self.codes)
         found, emitted = self._scaled(sums), self._emitted
         return found.to(dtype) if emitted is None else emitted.codes(nn.functional.gelu(found))
+
+    def few_rows_sums(self, rows: Tensor) -> Tensor:
+        """Return the same for float32 values that `are_few`."""
+        return self._small_batch_forward().of_few_rows(rows)
 
     def _of_codes(self, codes: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor | None]:
         """Return W_0 x_q + b (n, d_out) in `dtype` and A x_q (n, r) in float32; codes as in `sums_of_codes`."""
@@ -409,16 +449,19 @@ class IntegerLinear(Float32Module):
             self._small_batch = SmallBatch(self)
         return self._small_batch
 
-    def _suits_small_batch(self, x: Tensor) -> bool:
-        if not x.is_floating_point() or self.emits_codes:
+    def _suits_small_batch(self, rows: Tensor) -> bool:
+        if not rows.dtype.is_floating_point:
             return False
-        is_compiled, rows = torch.compiler.is_compiling(), x.numel() // self.in_features
-        are_integers = self.takes_codes or self.takes_int16
-        if is_compiled and rows <= (1 if are_integers else SMALL_BATCH):
+        if self.takes_codes and are_few(rows):
             return True
-        if not are_integers or (self.takes_codes and rows > SMALL_BATCH and not is_compiled):
+        is_compiled, are_integers = torch.compiler.is_compiling(), self.takes_codes or self.takes_int16
+        if self.emits_codes:
             return False
-        return self._small_batch is not None or has_integer_kernel(x.device.type)
+        if is_compiled and len(rows) <= (1 if are_integers else SMALL_BATCH):
+            return True
+        if not are_integers or (self.takes_codes and len(rows) > SMALL_BATCH and not is_compiled):
+            return False
+        return self._small_batch is not None or has_integer_kernel(rows.device.type)
 
     def _suits_weight_kernel(self, x: Tensor) -> bool:
         fits = len(x) <= SMALL_BATCH and self.in_features % WEIGHT_MULTIPLE == 0
@@ -454,7 +497,8 @@ class IntegerEmbedding(Float32Module):
         return self.codes.float() * self.scales
 
     def forward(self, ids: Tensor) -> Tensor:
-        return (self.codes[ids].float() * self.scales[ids]).to(self.dtype)
+        values = nn.functional.embedding(ids, self.codes).float().mul_(nn.functional.embedding(ids, self.scales))
+        return values.to(self.dtype)
 
     def tied_linear(self, bias: Tensor | None) -> IntegerLinear:
         """Return a head that shares the embedding's codes in memory."""

@@ -21,6 +21,7 @@ from bayeslora.runtime.integer_linear import (
     Bounds,
     IntegerLinear,
     StaticQuantizer,
+    are_few,
     as_codes,
     rounded,
     zero_point_for,
@@ -81,8 +82,10 @@ class JointLinear:
         return torch.cat([self._product(part) for part in rows.split(block)])
 
     def _product(self, rows: Tensor) -> Tensor:
-        codes = self._codes(rows)
-        found = [layer.sums_of_codes(part) for layer, part in zip(self.layers, codes, strict=True)]
+        if are_few(rows):
+            found = [layer.few_rows_sums(rows) for layer in self.layers]
+        else:
+            found = [layer.sums_of_codes(part) for layer, part in zip(self.layers, self._codes(rows), strict=True)]
         joint = torch.cat([part[:, : layer.out_features] for layer, part in zip(self.layers, found, strict=True)], 1)
         if self.rank:
             joint = joint.addmm_(self._low(found), self.up)
