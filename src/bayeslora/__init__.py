@@ -176,10 +176,11 @@ def __dir__() -> list[str]:
 
 
 class _Package(ModuleType):
-    """Keep `bayeslora.export` the function when the package of that name is imported."""
+    """Leave `bayeslora.export` to be the function, which `__getattr__` finds, when the package is imported."""
 
     def __setattr__(self, name: str, value: Any) -> None:
-        super().__setattr__(name, value.export if name == "export" and isinstance(value, ModuleType) else value)
+        if not (name == "export" and isinstance(value, ModuleType)):
+            super().__setattr__(name, value)
 
 
 sys.modules[__name__].__class__ = _Package

@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import random
 import shutil
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -146,6 +148,17 @@ def test_a_forged_index_is_refused(path: tuple[str, ...], value: Any, said: str,
     (tmp_path / WEIGHTS_FILE).write_bytes(_sealed((folder / WEIGHTS_FILE).read_bytes(), text))
     with pytest.raises(BayesLoraError, match=said):
         load_integer(tmp_path)
+
+
+def test_loading_an_integer_model_imports_neither_peft_nor_what_trains(folder: Path) -> None:
+    code = (
+        f"import sys, torch, bayeslora\nmodel = bayeslora.load_integer({str(folder)!r})\n"
+        "model(torch.arange(8)[None])\n"
+        "unwanted = {'peft', 'transformers.trainer', 'datasets', 'bayeslora.methods', 'bayeslora.export.formats'}\n"
+        "print(unwanted & set(sys.modules))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "set()"
 
 
 def test_files_that_are_missing_or_of_another_export_are_named(folder: Path, tmp_path: Path) -> None:

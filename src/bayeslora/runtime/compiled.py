@@ -15,7 +15,6 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 from transformers import CompileConfig, PreTrainedModel
 
@@ -46,7 +45,9 @@ def compile_inference(model: nn.Module, max_length: int | None = None, backend: 
         BayesLoraError: a model with an adapter, in training mode, or not from Transformers; a length below 2, or for
             a model that does not generate; or a CPU without a C++ compiler, which PyTorch needs.
     """
-    if any(isinstance(module, BaseTunerLayer) for module in model.modules()):
+    # No model has an adapter in a process that has not imported PEFT, and a deployed model needs no PEFT.
+    peft_layers = sys.modules.get("peft.tuners.tuners_utils")
+    if peft_layers and any(isinstance(module, peft_layers.BaseTunerLayer) for module in model.modules()):
         raise BayesLoraError(
             "the model has an adapter, but a compiled graph would not notice when the adapter changes: "
             "export it with format='merged' or 'integer' first"

@@ -78,16 +78,16 @@ class ClassifierForward:
         embeddings = self.model.get_submodule(f"{family.encoder}.embeddings")
         places = _Places(input_ids, attention_mask)
         x = places.rows(embeddings(input_ids=input_ids, **types))
-        for block in self._prepared():
+        for block in self._prepared(input_ids.device):
             x = block(x, places)
         for path, activation in family.head:
             x = self.model.get_submodule(path)(x)
             x = x if activation is None else getattr(torch, activation.lower())(x)
         return x
 
-    def _prepared(self) -> list[_Block]:
-        if self._made_for != self.model.device:
-            self._made_for, family = self.model.device, self.family
+    def _prepared(self, device: torch.device) -> list[_Block]:
+        if self._made_for != device:
+            self._made_for, family = device, self.family
             *blocks, last = self.model.get_submodule(f"{family.encoder}.{family.blocks}").children()
             heads = int(cast(Any, self.model.config).num_attention_heads)
             self._blocks = [*(_Block(block, family, heads) for block in blocks), _LastBlock(last, family, heads)]

@@ -131,6 +131,9 @@ class FewRowsWeight:
             self.packed = torch.ops.quantized.linear_prepack(weight, bias)
         finally:
             torch.backends.quantized.engine = engine
+        # Without the packet around it, which looks at every argument in Python.
+        packet = torch.ops.quantized.linear_with_input_q_dq_qweight_dq_output_fp32
+        self._apply: Callable[..., Tensor] = getattr(packet, "_op", packet)
 
     def product(self, x: Tensor) -> Tensor:
         """Return values (n, d_out) from values (n, d_in), both float32.
@@ -138,9 +141,7 @@ class FewRowsWeight:
         Inputs are rounded to codes from -128 to 127. A value within 1e-5 steps of a tie may get the other code. Sums
         are exact.
         """
-        apply = torch.ops.quantized.linear_with_input_q_dq_qweight_dq_output_fp32
-        found: Tensor = apply(x, self.step, ZERO_POINT, self.packed)
-        return found
+        return self._apply(x, self.step, ZERO_POINT, self.packed)
 
 
 class PrepackedWeight:

@@ -18,8 +18,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from bayeslora.methods.layer import Float32Module
 from bayeslora.quantization import WIDTHS, grid_step
+from bayeslora.quantization.float32 import Float32Module
 from bayeslora.runtime.integer_kernels import (
     FEW_ROWS,
     SMALL_BATCH,
@@ -127,7 +127,7 @@ def zero_point_for(rows: Tensor) -> int:
 
 def are_few(rows: Tensor) -> bool:
     """Return whether `FewRowsWeight` computes products of these rows (n, d_in) with codes."""
-    return len(rows) <= FEW_ROWS and not torch.compiler.is_compiling() and has_few_rows_kernel(rows.device.type)
+    return rows.shape[0] <= FEW_ROWS and not torch.compiler.is_compiling() and has_few_rows_kernel(rows.device.type)
 
 
 class SmallBatch:
@@ -166,22 +166,29 @@ class SmallBatch:
 
     def product(self, rows: Tensor) -> Tensor:
         """Return the layer's output (n, d_out), float32, for rows (n, d_in)."""
+        steps = self._steps(rows.float())
+        sums = self._sums(steps)
+        found = sums * self.scales if self.bias is None else torch.addcmul(self.bias, sums, self.scales)
+        return self._finished(found, steps)
+
+    def product_of_few(self, rows: Tensor) -> Tensor:
+        """Return the same for rows that `are_few`, of a layer that takes codes."""
+        values = rows.float()
+        found = self.of_few_rows(values)
+        return self._finished(found, None if self.down is None else self._steps(values))
+
+    def _finished(self, found: Tensor, steps: Tensor | None) -> Tensor:
+        """Return the output from W_0 x_q + b, perhaps with A x_q beside it, and the input's codes if A has none."""
         _, after_a, after_e, out = self.bounds
-        values, hidden = rows if rows.dtype == torch.float32 else rows.float(), None
-        if self.takes_codes and are_few(rows):
-            found, steps = self.of_few_rows(values), None
-        else:
-            steps = self._steps(values)
-            sums = self._sums(steps)
-            found = sums * self.scales if self.bias is None else torch.addcmul(self.bias, sums, self.scales)
+        hidden = None
         if self.widths is not None:
             found, hidden = found.split_with_sizes(self.widths, 1)
-        elif self.down is not None:
-            hidden = nn.functional.linear(self._steps(values) if steps is None else steps, self.down)
+        elif self.down is not None and steps is not None:
+            hidden = nn.functional.linear(steps, self.down)
         if hidden is not None:
             low = rounded(after_e, rounded(after_a, hidden).mul_(self.diagonal))
             # In a compiled graph a loop over r numbers costs less than the call of a library's product.
-            if torch.compiler.is_compiling() and len(rows) <= SMALL_BATCH:
+            if torch.compiler.is_compiling() and len(low) <= SMALL_BATCH:
                 found = found + (low[:, :, None] * self.up).sum(1)
             else:
                 found = found.addmm_(low, self.up)
@@ -363,7 +370,9 @@ class IntegerLinear(Float32Module):
 
     def _of_rows(self, rows: Tensor) -> Tensor:
         dtype = self._stream or rows.dtype
-        if self._suits_small_batch(rows):
+        if self.takes_codes and rows.dtype.is_floating_point and are_few(rows):
+            found = self._small_batch_forward().product_of_few(rows)
+        elif self._suits_small_batch(rows):
             found = self._small_batch_forward().product(rows)
         else:
             within = torch.bfloat16 if dtype == torch.bfloat16 else torch.float32
@@ -450,13 +459,9 @@ class IntegerLinear(Float32Module):
         return self._small_batch
 
     def _suits_small_batch(self, rows: Tensor) -> bool:
-        if not rows.dtype.is_floating_point:
+        if self.emits_codes or not rows.dtype.is_floating_point:
             return False
-        if self.takes_codes and are_few(rows):
-            return True
         is_compiled, are_integers = torch.compiler.is_compiling(), self.takes_codes or self.takes_int16
-        if self.emits_codes:
-            return False
         if is_compiled and len(rows) <= (1 if are_integers else SMALL_BATCH):
             return True
         if not are_integers or (self.takes_codes and len(rows) > SMALL_BATCH and not is_compiled):

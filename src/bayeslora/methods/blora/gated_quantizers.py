@@ -12,7 +12,6 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-from bayeslora.methods.layer import Float32Module
 from bayeslora.posterior.draws import whole, write
 from bayeslora.quantization import (
     FLOOR,
@@ -28,6 +27,7 @@ from bayeslora.quantization import (
     quantize_mixture,
     rank_gates,
 )
+from bayeslora.quantization.float32 import Float32Module
 from bayeslora.vocabulary import ACTIVATIONS, BASE_WEIGHT, UNQUANTIZED, WIDTHS
 
 _LOG_LIMIT = 20.0  # keeps a range finite and non-zero whatever an optimizer does to its logarithm
