@@ -32,6 +32,7 @@ def run(given: dict[str, Any]) -> int:
     """Run the command with the options `given` on the command line."""
     form = given["format"]
     from bayeslora.cli.progress import disable_progress_bars
+    from bayeslora.export.noise import moved_by_noise
     from bayeslora.export.record import ExportRecord
     from bayeslora.runs.info import RunInfo
 
@@ -59,6 +60,8 @@ def run(given: dict[str, Any]) -> int:
             options = {**_options(form, given, loaded), **_batches(form, given, loaded)}
             with bayeslora.at_rank(loaded.model, rank) if rank is not None else nullcontext():
                 measured = bayeslora.export(loaded.model, partial, format=form, **options)
+            if form != "packed":
+                measured |= moved_by_noise(loaded.model, options.get("rows") or [options.get("batch")])
         ExportRecord.of(form, measured).save(partial)
         for folder in _folders(form, partial):
             loaded.tokenizer.save_pretrained(folder)
@@ -92,9 +95,8 @@ def _batches(form: str, given: dict[str, Any], loaded: Run) -> dict[str, Any]:
         if form == "onnx" and loaded.info.head == "sequence":
             batches = training_batches(loaded.info, loaded.tokenizer, 2 * _CALIBRATION_BATCHES, seed=0)
             return {"rows": batches[::2], "calibration": batches[1::2]}
-        batches = training_batches(
-            loaded.info, loaded.tokenizer, _CALIBRATION_BATCHES if given.get("calibrate") else 1
-        )
+        count = _CALIBRATION_BATCHES if given.get("calibrate") else 1
+        batches = training_batches(loaded.info, loaded.tokenizer, count)
         if form in ("gguf", "onnx"):
             return {"rows": batches}
     except BayesLoraError as error:
@@ -107,25 +109,23 @@ def _batches(form: str, given: dict[str, Any], loaded: Run) -> dict[str, Any]:
 
 def _options(form: str, given: dict[str, Any], loaded: Run) -> dict[str, Any]:
     """Return the options of `bayeslora.export` for this format."""
+    allowed = {"allow_error": bool(given.get("allow_error"))}
     if form == "merged":
-        return {"allow_error": bool(given.get("allow_error"))}
+        return allowed
     unadapted = {"unadapted": given["unadapted"]} if "unadapted" in given else {}
     if form == "gguf":
         beside = {"adapter": given["adapter"]} if "adapter" in given else {}
-        return {"tokenizer": loaded.tokenizer, **unadapted, **beside, "allow_error": bool(given.get("allow_error"))}
+        return {"tokenizer": loaded.tokenizer, **unadapted, **beside, **allowed}
     if form == "integer":
         return unadapted
     if form == "onnx":
-        own = {"tokenizer": loaded.tokenizer, "max_length": loaded.info.max_length}
-        return {**own, **unadapted, "allow_error": bool(given.get("allow_error"))}
+        return {"tokenizer": loaded.tokenizer, "max_length": loaded.info.max_length, **unadapted, **allowed}
     from bayeslora import describe
     from bayeslora.posterior import POSTERIOR_FILE
 
     if form == "lora":
-        options: dict[str, Any] = {
-            name: given[name] for name in ("uniform", "draws", "seed", "members") if name in given
-        }
-        options["allow_error"] = bool(given.get("allow_error"))
+        own = ("uniform", "draws", "seed", "members")
+        options: dict[str, Any] = {**allowed, **{name: given[name] for name in own if name in given}}
         drawn = "draws" in given and (loaded.folder / POSTERIOR_FILE).is_file()
         return {**options, "posterior": loaded.predictor} if drawn else options
     if form == "packed" and (loaded.folder / POSTERIOR_FILE).is_file():
