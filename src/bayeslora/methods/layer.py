@@ -24,7 +24,7 @@ from bayeslora._peft import (
     resolve_quantization_backend,
 )
 from bayeslora.methods.description import LayerDescription
-from bayeslora.quantization.float32 import Float32Module
+from bayeslora.quantization import Float32Module
 from bayeslora.vocabulary import BASE_WEIGHT, KINDS, UNQUANTIZED
 
 

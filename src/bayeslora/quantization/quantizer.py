@@ -23,11 +23,11 @@ Algorithm 2 prints the divisor as `b` (line 6) and as $\beta$ (line 9); both sta
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from bayeslora.quantization import kernels
@@ -268,3 +268,22 @@ def _flatten(x: Tensor, range: Tensor) -> tuple[Tensor, kernels.Number]:  # noqa
     if range.numel() != 1:
         return x.float(), range.float()
     return x.reshape(-1).float(), range.float().item() if range.device.type == "cpu" else range.reshape(()).float()
+
+
+class Float32Module(nn.Module):
+    """A module whose tensors stay float32 when the model around it is cast.
+
+    Gate logits move by about 1e-3 from values near 6, which bfloat16 cannot represent: cast, they would freeze.
+    """
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Float32Module:
+        def keep_dtype(tensor: Tensor) -> Tensor:
+            moved = fn(tensor)
+            return moved if moved.dtype == tensor.dtype else tensor.to(moved.device)
+
+        return super()._apply(keep_dtype, recurse)
+
+    def cast_parameters(self, dtype: torch.dtype) -> None:
+        """Cast all the same, for a caller who has asked PEFT not to keep adapters in float32."""
+        for parameter in self.parameters():
+            parameter.data = parameter.data.to(dtype)

@@ -18,8 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from bayeslora.quantization import WIDTHS, grid_step
-from bayeslora.quantization.float32 import Float32Module
+from bayeslora.quantization import WIDTHS, Float32Module, grid_step
 from bayeslora.runtime.integer_kernels import (
     FEW_ROWS,
     SMALL_BATCH,

@@ -15,7 +15,7 @@ from torch import Tensor
 from bayeslora.methods.allocation import open_probability
 from bayeslora.methods.blora.config import BLoraConfig
 from bayeslora.methods.description import GateDescription
-from bayeslora.quantization.float32 import Float32Module
+from bayeslora.quantization import Float32Module
 from bayeslora.vocabulary import WIDTHS
 
 MEASURED = (2, 4, 8)

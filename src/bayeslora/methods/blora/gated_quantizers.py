@@ -17,6 +17,7 @@ from bayeslora.quantization import (
     FLOOR,
     SURE_LOGIT,
     Calibration,
+    Float32Module,
     active_widths,
     evaluation_width,
     fixed_logits,
@@ -27,7 +28,6 @@ from bayeslora.quantization import (
     quantize_mixture,
     rank_gates,
 )
-from bayeslora.quantization.float32 import Float32Module
 from bayeslora.vocabulary import ACTIVATIONS, BASE_WEIGHT, UNQUANTIZED, WIDTHS
 
 _LOG_LIMIT = 20.0  # keeps a range finite and non-zero whatever an optimizer does to its logarithm
