@@ -1,4 +1,4 @@
-"""`export --format gguf` on finished runs of a language model."""
+"""`export --format gguf` and `--format torchao` on finished runs of a language model."""
 
 from __future__ import annotations
 
@@ -100,3 +100,23 @@ def test_verify_reads_the_files(
     assert found["divergence"] <= 2 * max(measured["divergence"], 1e-4)
     assert main([*against, "--max-divergence", "0", "--limit", "2"]) == 1
     assert json.loads(capsys.readouterr().out)["rows"] == 2
+
+
+def test_a_run_becomes_weights_in_torchaos_layout(
+    runs: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pytest.importorskip("torchao")
+    target = tmp_path / "out"
+    command = ["export", str(runs["blora"]), "--format", "torchao", "--allow-error", "--output-dir", str(target)]
+    capsys.readouterr()
+    assert main([*command, "--json"]) == 0
+    measured = json.loads(capsys.readouterr().out)
+    assert measured["left_out"].startswith("activations") and measured["loss_before"] > 0
+    for path in (path for path in target.rglob("*") if path.is_file()):
+        content = path.read_bytes()
+        assert str(runs["blora"].parent).encode() not in content and b"/tmp/" not in content, path
+    assert main(["verify", str(target), "--against", str(runs["blora"]), "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["format"] == "torchao" and found["divergence"] <= 2 * max(measured["divergence"], 1e-4)
+    assert main(["export", str(runs["lora"]), "--format", "torchao", "--output-dir", str(tmp_path / "no")]) == 2
+    assert "this format needs one: other programs read an adapter of PEFT as it is" in capsys.readouterr().err

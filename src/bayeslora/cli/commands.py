@@ -29,7 +29,7 @@ from bayeslora.vocabulary import (
 DESCRIPTION = "Bayesian low-rank adapters for pretrained transformers: train, judge, export."
 SelectionScore = Literal["mutual_information", "entropy", "margin", "random"]
 CalibrationScore = Literal["lac", "aps", "residual", "scaled"]
-ExportFormat = Literal["lora", "merged", "packed", "integer", "onnx", "gguf"]
+ExportFormat = Literal["lora", "merged", "packed", "integer", "onnx", "gguf", "torchao"]
 AdapterFile = Literal["beside", "merged", "only"]
 TaskType = Literal["seq_cls", "causal_lm", "token_cls", "question_ans", "seq_2_seq_lm", "feature_extraction"]
 
@@ -252,10 +252,8 @@ def _without_encoder(given: dict[str, Any]) -> Iterator[str]:
 
 def _contradictions_of_export(given: dict[str, Any]) -> Iterator[str]:
     chosen = given.get("format")
-    owners: dict[str, tuple[str, ...]] = {
-        "allow_error": ("lora", "merged", "onnx", "gguf"),
-        "unadapted": ("integer", "onnx", "gguf"),
-    }
+    whole = ("onnx", "gguf", "torchao")
+    owners: dict[str, tuple[str, ...]] = {"allow_error": ("lora", "merged", *whole), "unadapted": ("integer", *whole)}
     owners |= {"calibrate": ("integer",), "adapter": ("gguf",)}
     owners |= dict.fromkeys(("mean_rank", "uniform", "draws", "members", "seed"), ("lora",))
     for name, formats in owners.items():
@@ -501,7 +499,9 @@ COMMANDS = {
     "export": Command(
         "write a finished run in another format",
         (
-            Option("format", "NAME", "lora, merged, packed, integer, onnx or gguf", ExportFormat, required=True),
+            Option(
+                "format", "NAME", "lora, merged, packed, integer, onnx, gguf, torchao", ExportFormat, required=True
+            ),
             Option("output_dir", "DIR", "new folder for the export", required=True),
             _number("rank", "K", "rank to export from a run of dylora (all)"),
             Option("mean_rank", "R", "lora: cut a run of lora to this mean rank, on 1,024 training rows", float),
@@ -513,13 +513,10 @@ COMMANDS = {
                 "unadapted", "TYPE", "integer, onnx: type of layers without adapter: int8, bfloat16, float32 (int8)"
             ),
             Option(
-                "adapter",
-                "FORM",
-                "gguf: beside the base, merged, or only it (beside if widths were learned)",
-                AdapterFile,
+                "adapter", "FORM", "gguf: beside the base, merged or only it (beside with learned widths)", AdapterFile
             ),
             _switch("calibrate", "integer: 8-bit inputs of those layers, calibrated on 256 training rows"),
-            _switch("allow_error", "lora, merged, onnx, gguf: allow an inexact form and measure its error"),
+            _switch("allow_error", "lora, merged, onnx, gguf, torchao: allow and measure an error"),
             *_BASE,
             _switch("json", "print the measurements as JSON"),
         ),

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from bayeslora.runs.run import Run
 
 _CALIBRATION_BATCHES = 8
+_WHOLE = ("gguf", "onnx", "torchao")  # with tokenizer and card, for other programs than this one
 
 FORMATS = {
     "gguf": "GGUF model",
@@ -25,6 +26,7 @@ FORMATS = {
     "merged": "merged Transformers model",
     "onnx": "ONNX model",
     "packed": "packed adapter",
+    "torchao": "model in torchao's int8",
 }
 
 
@@ -80,7 +82,7 @@ def run(given: dict[str, Any]) -> int:
 
 def _folders(form: str, partial: Path) -> list[Path]:
     """Return the folders that `bayeslora.load` reads like the run."""
-    if form in ("gguf", "onnx"):
+    if form in _WHOLE:
         return []
     return sorted([*partial.glob("draw-*"), *partial.glob("member-*")]) or [partial]
 
@@ -97,7 +99,7 @@ def _batches(form: str, given: dict[str, Any], loaded: Run) -> dict[str, Any]:
             return {"rows": batches[::2], "calibration": batches[1::2]}
         count = _CALIBRATION_BATCHES if given.get("calibrate") else 1
         batches = training_batches(loaded.info, loaded.tokenizer, count)
-        if form in ("gguf", "onnx"):
+        if form in _WHOLE:
             return {"rows": batches}
     except BayesLoraError as error:
         if given.get("calibrate"):
@@ -113,7 +115,7 @@ def _options(form: str, given: dict[str, Any], loaded: Run) -> dict[str, Any]:
     if form == "merged":
         return allowed
     unadapted = {"unadapted": given["unadapted"]} if "unadapted" in given else {}
-    if form == "gguf":
+    if form in ("gguf", "torchao"):
         beside = {"adapter": given["adapter"]} if "adapter" in given else {}
         return {"tokenizer": loaded.tokenizer, **unadapted, **beside, **allowed}
     if form == "integer":

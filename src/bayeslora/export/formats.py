@@ -31,6 +31,7 @@ FORMATS = {
     "merged": "bayeslora.export.merged",
     "onnx": "bayeslora.export.onnx.writer",
     "packed": "bayeslora.export.packed.writer",
+    "torchao": "bayeslora.export.torchao",
 }
 """Module of each format, imported at its first use; its function is named `export_` and the format."""
 
@@ -50,7 +51,8 @@ def export(
         path: folder to write into; removed if the export fails, unless it was there before.
         format: `lora` (default) for plain LoRA, which needs nothing but PEFT; `packed` for the adapter at its learned
             widths; `merged` for one model without an adapter; `integer` for one model of codes, which `load_integer`
-            loads; `onnx` for a graph that onnxruntime runs; `gguf` for files that llama.cpp runs.
+            loads; `onnx` for a graph that onnxruntime runs; `gguf` for files that llama.cpp runs; `torchao` for int8
+            weights that Transformers and vLLM run.
         adapter_name: by default the active adapter.
         batch: inputs to measure the output error on.
         options: further keyword arguments of the format's function, such as `export_lora`.

@@ -133,6 +133,10 @@ def load_export(folder: Path, run: Run) -> tuple[str, nn.Module]:
 
         base = None if (folder / MODEL_FILE).is_file() else _base(run)
         return form, ready(load_gguf(folder, base), device)
+    if form == "torchao":
+        from bayeslora.export.torchao import load_torchao
+
+        return form, ready(load_torchao(folder, type(cast(Any, run.model).get_base_model())), device)
     if (folder / RUN_FILE).is_file():
         own = RunInfo.load(folder)
         if (own.task, own.labels) != (run.info.task, run.info.labels):
@@ -165,7 +169,7 @@ def format_of(folder: Path) -> str:
         if adapter_config(folder).get("peft_type") == "LORA":
             return "lora"
     elif (folder / "config.json").is_file():
-        return "merged"
+        return "torchao" if (folder / "adapter" / ADAPTER_CONFIG).is_file() else "merged"
     raise BayesLoraError(f"{folder} is not an export, but must be one: give a folder that bayeslora export wrote")
 
 

@@ -1,0 +1,251 @@
+r"""A Transformers folder in torchao's layout, for vLLM and Transformers.
+
+An adapted layer with a learned width of at most 8 bits computes $Q_w(W_0) x + c\, Q_b(B) (E \circ Q_a(A) x)$. The
+codes of $Q_w(W_0)$ and the step of each row are written as they are, as torchao's `Int8Tensor`. The low-rank part is
+written beside them, as a plain LoRA: their sum is on no grid. Quantizers of activations are left out.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from peft import PeftModel
+from torch import Tensor, nn
+from torchao.quantization import Int8WeightOnlyConfig
+from torchao.quantization.quantize_.workflows.int8.int8_tensor import Int8Tensor
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, TorchAoConfig
+from transformers.quantizers import AutoHfQuantizer
+
+from bayeslora.errors import BayesLoraError, counted
+from bayeslora.export.agreement import compare
+from bayeslora.export.formats import adapted_parts, inputs_for, output_of, to_take_apart
+from bayeslora.export.lora import export_lora
+from bayeslora.export.onnx.products import learned, rounded_rows
+from bayeslora.methods.layer import BayesLayer, evaluation_mode
+from bayeslora.model_card import CARD_FILE, front_matter, public_name
+from bayeslora.vocabulary import ACTIVATIONS, BASE_WEIGHT, UNQUANTIZED
+
+ADAPTER_FOLDER = "adapter"
+TOLERANCE = 0.01
+"""Largest mean divergence, in nats, of an export that is written without being asked to allow an error."""
+_BYTE = 8
+
+
+def export_torchao(
+    model: nn.Module,
+    path: str | Path,
+    adapter_name: str | None = None,
+    batch: Mapping[str, Tensor] | None = None,
+    *,
+    tokenizer: PreTrainedTokenizerBase | None = None,
+    unadapted: str = "int8",
+    rows: Iterable[Mapping[str, Tensor]] | None = None,
+    allow_error: bool = False,
+) -> dict[str, Any]:
+    """Write the base with int8 weights in torchao's layout, and the adapter beside it as a plain LoRA.
+
+    Args:
+        model: a Transformers model of linear layers, with an adapter that learned the widths of its base weights;
+            left unchanged.
+        path: folder for `model.safetensors`, `config.json`, the tokenizer, a card, and a folder `adapter`; created if
+            missing.
+        adapter_name: by default the active adapter.
+        batch: inputs to measure the error on, if `rows` is None; by default the model's `dummy_inputs`.
+        tokenizer: saved beside the weights.
+        unadapted: `"int8"` (default) rounds the linear layers that learned no width too, a range for each row, but not
+            the output head. `"float32"` leaves them as they are; vLLM then needs an adapter on all of query, key and
+            value, and on both gate and up.
+        rows: batches of inputs to measure the error on.
+        allow_error: True to write files although the mean divergence exceeds 0.01 nats.
+
+    Returns:
+        `file_bytes` of base and adapter; `float32_bytes` of the model; `weights`, how many matrices are int8;
+        `widened`, learned widths of weights below 8 bits, which take 8, or None; `left_out`, learned widths of
+        activations, or None; and the error as `bayeslora.export` measures it for a graph.
+
+    Raises:
+        BayesLoraError: no base weight has a learned width of at most 8 bits; weights with ranges of groups, or stored
+            the other way round; or an error that is not allowed.
+    """
+    if unadapted not in ("int8", "float32"):
+        raise BayesLoraError(f"unadapted is {unadapted!r}, but must be int8 or float32: choose one")
+    inner, tuner, name = adapted_parts(model, adapter_name)
+    whole, layers = to_take_apart(inner, tuner, name)
+    codes = _codes(layers, name)
+    folder, config = Path(path), cast(Any, whole.peft_config[name])
+    base = cast(PreTrainedModel, whole.unload())
+    count = _save(base, codes, folder, round_others=unadapted == "int8")
+    if tokenizer is not None:
+        tokenizer.save_pretrained(folder)
+    source = public_name(str(config.base_model_name_or_path or base.config.name_or_path or type(base).__name__))
+    uniform = not config.modules_to_save  # servers load no other trained modules, so one rank would be for nobody
+    export_lora(model, folder / ADAPTER_FOLDER, adapter_name, batch, uniform=uniform, allow_error=True)
+    rank = _renamed(folder / ADAPTER_FOLDER / "adapter_config.json", source)
+    files = [folder / "model.safetensors", folder / ADAPTER_FOLDER / "adapter_model.safetensors"]
+    result = {
+        "file_bytes": sum(file.stat().st_size for file in files),
+        "float32_bytes": 4 * sum(parameter.numel() for parameter in inner.get_base_model().parameters()),
+        "weights": count,
+        **_not_kept(layers, name),
+        **_error(model, folder, type(base), [batch] if rows is None else rows),
+    }
+    if not allow_error and result["divergence"] is not None and not result["divergence"] <= TOLERANCE:
+        raise BayesLoraError(
+            f"the torchao form diverges by {result['divergence']:.2g} nats from the model and changes "
+            f"{result['changed']:.1%} of the answers, but {TOLERANCE} nats is the most: allow and measure the error "
+            "with allow_error=True, or export another format"
+        )
+    _write_card(folder, source, str(getattr(config, "method", "blora")), type(base).__name__, rank, result)
+    return result
+
+
+def _codes(layers: Mapping[str, BayesLayer], name: str) -> dict[str, tuple[Tensor, Tensor]]:
+    """Return codes (d_out, d_in), int8, and steps (d_out,) of the base weights with a learned width, by path."""
+    found = {}
+    for path, layer in layers.items():
+        if layer.packed_tensors(name) is None or layer.widths(name).get(BASE_WEIGHT, UNQUANTIZED) > _BYTE:
+            continue
+        product = learned(layer, name)
+        if layer.is_transposed or product.is_grouped:
+            why = "stored as (d_in, d_out)" if layer.is_transposed else "in groups of inputs"
+            raise BayesLoraError(
+                f"the base weight of {path} is {why}, but torchao's int8 layout has one step for each row of "
+                "(d_out, d_in): export 'gguf' instead"
+            )
+        found[path] = torch.from_numpy(product.weight), torch.from_numpy(product.steps.copy())
+    if not found:
+        raise BayesLoraError(
+            "no base weight has a learned width of at most 8 bits, but torchao's layout is for those: export 'merged' "
+            "and quantize that with torchao"
+        )
+    return found
+
+
+@torch.no_grad()
+def _save(
+    base: PreTrainedModel, codes: Mapping[str, tuple[Tensor, Tensor]], folder: Path, *, round_others: bool
+) -> int:
+    """Write the base, and return the number of matrices in torchao's layout."""
+    kept, count, head = [], 0, cast(Any, base.get_output_embeddings())
+    for path, module in base.named_modules():
+        if not isinstance(module, nn.Linear):
+            continue
+        if path in codes:
+            rows, steps = codes[path]
+        elif round_others and module is not head:
+            rounded, scales = rounded_rows(module.weight)
+            rows, steps = torch.from_numpy(rounded), torch.from_numpy(scales)
+        else:
+            kept.append(path)
+            continue
+        dtype, steps = module.weight.dtype, steps.float()[:, None]
+        zeros = torch.zeros_like(steps, dtype=torch.int8)
+        tensor = Int8Tensor(rows, steps, [1, rows.shape[1]], dtype, zero_point=zeros)
+        module.weight = nn.Parameter(tensor, requires_grad=False)
+        count += 1
+    config = TorchAoConfig(Int8WeightOnlyConfig(version=2), modules_to_not_convert=kept)
+    quantized: Any = base
+    quantized.config.quantization_config = config
+    quantized.hf_quantizer, quantized.is_quantized = AutoHfQuantizer.from_config(config, pre_quantized=True), True
+    base.save_pretrained(folder, max_shard_size="1000GB")
+    return count
+
+
+def _renamed(file: Path, base: str) -> int:
+    """Give the adapter's base its public name, which says nothing of this machine, and return the adapter's rank."""
+    content = json.loads(file.read_text(encoding="utf-8"))
+    file.write_text(json.dumps({**content, "base_model_name_or_path": base}, indent=2) + "\n", encoding="utf-8")
+    return int(content["r"])
+
+
+def _not_kept(layers: Mapping[str, BayesLayer], name: str) -> dict[str, str | None]:
+    """Return the learned widths that the files hold in more bits, and those of activations, which they leave out."""
+    widths = [layer.widths(name) for layer in layers.values()]
+    narrow = sorted({each[BASE_WEIGHT] for each in widths if each.get(BASE_WEIGHT, UNQUANTIZED) < _BYTE})
+    kinds = {kind: {each.get(kind, UNQUANTIZED) for each in widths} - {UNQUANTIZED} for kind in ACTIVATIONS}
+    left_out = ", ".join(f"{kind} {' and '.join(map(str, sorted(bits)))}" for kind, bits in kinds.items() if bits)
+    return {
+        "widened": f"{BASE_WEIGHT} {' and '.join(map(str, narrow))} as {_BYTE}" if narrow else None,
+        "left_out": f"activations ({left_out} bits)" if left_out else None,
+    }
+
+
+def load_torchao(folder: Path, family: type[PreTrainedModel]) -> PeftModel:
+    """Return the model of a folder that `export` wrote with `format="torchao"`, with its adapter.
+
+    Raises:
+        BayesLoraError: files that are missing or damaged.
+    """
+    try:
+        base = family.from_pretrained(folder)
+        return PeftModel.from_pretrained(cast(Any, base), str(folder / ADAPTER_FOLDER)).eval()
+    except (OSError, ValueError, RuntimeError) as error:
+        raise BayesLoraError(f"{folder} cannot be read ({str(error).splitlines()[0]}): export it again") from error
+
+
+def _error(
+    model: nn.Module, folder: Path, family: type[PreTrainedModel], batches: Iterable[Mapping[str, Tensor] | None]
+) -> dict[str, Any]:
+    """Return the measured difference between the model and what the files hold."""
+    inputs = [each for batch in batches if (each := inputs_for(model, batch)) is not None]
+    loaded = load_torchao(folder, family).to(next(model.parameters()).device)
+    with evaluation_mode(model):
+        agreement = compare(
+            lambda row: cast(Tensor, output_of(model, row)), lambda row: cast(Tensor, output_of(loaded, row)), inputs
+        )
+    return agreement.summary()
+
+
+def _write_card(folder: Path, base: str, method: str, family: str, rank: int, measured: Mapping[str, Any]) -> None:
+    front = front_matter(
+        f"{base} in int8",
+        base,
+        library="transformers",
+        relation="quantized",
+        tags=["bayeslora", method, "torchao", "vllm"],
+    )
+    kept = " ".join(
+        f"{text}: {measured[key]}."
+        for key, text in (("widened", "In more bits than learned"), ("left_out", "Left out"))
+        if measured[key]
+    )
+    error = "The difference from the trained model was not measured."
+    if measured["divergence"] is not None:
+        error = (
+            f"Measured on {counted(measured['rows'], 'row')} beside the trained model: {measured['changed']:.2%} of "
+            f"the answers change, and the mean Kullback-Leibler divergence is {measured['divergence']:.2g} nats."
+        )
+    text = f"""---
+{front}
+---
+
+# `{base}` in int8, with an adapter
+
+`{base}` with an adapter that was trained with the method `{method}` of bayeslora. {measured["weights"]} matrices have
+8-bit codes in torchao's layout. The adapter is a plain LoRA in the folder `{ADAPTER_FOLDER}`; a posterior is used at
+its mean. {kept}
+
+## How to load it
+
+With `pip install transformers peft torchao`, in this folder:
+
+```python
+from peft import PeftModel
+from transformers import {family}
+
+model = PeftModel.from_pretrained({family}.from_pretrained("."), "{ADAPTER_FOLDER}").eval()
+```
+
+vLLM serves a language model, with torchao installed beside it:
+
+    vllm serve . --enable-lora --max-lora-rank {rank} --lora-modules trained={ADAPTER_FOLDER}
+
+## Error
+
+{error}
+"""
+    (folder / CARD_FILE).write_text(text, encoding="utf-8")
