@@ -24,8 +24,8 @@ def servers_table(results: Path) -> str:
     for case in next(iter(servers.values()))["cases"]:
         cells = [case, f"{moved[case]:.2g}" if case in moved else "–"]
         for server in servers.values():
-            own = server["cases"][case]
-            cells += [f"{own['max_difference']:.1e}", f"{own['shared_of_top']:.0%}"]
+            own = server["cases"].get(case)
+            cells += [f"{own['max_difference']:.1e}", f"{own['shared_of_top']:.0%}"] if own else ["–", "–"]
         rows.append(cells)
     versions = " and ".join(f"{name} {server['version']}" for name, server in servers.items())
     out = f" {' and '.join(found['left_out'])} left out." if found["left_out"] else ""

