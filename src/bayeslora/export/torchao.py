@@ -93,12 +93,8 @@ def export_torchao(
         **_not_kept(layers, name),
         **_error(model, folder, type(base), [batch] if rows is None else rows),
     }
-    if not allow_error and result["divergence"] is not None and not result["divergence"] <= TOLERANCE:
-        raise BayesLoraError(
-            f"the torchao form diverges by {result['divergence']:.2g} nats from the model and changes "
-            f"{result['changed']:.1%} of the answers, but {TOLERANCE} nats is the most: allow and measure the error "
-            "with allow_error=True, or export another format"
-        )
+    if not allow_error:
+        _check_error(result)
     _write_card(folder, source, str(getattr(config, "method", "blora")), type(base).__name__, rank, result)
     return result
 
@@ -123,6 +119,15 @@ def _codes(layers: Mapping[str, BayesLayer], name: str) -> dict[str, tuple[Tenso
             "and quantize that with torchao"
         )
     return found
+
+
+def _check_error(measured: Mapping[str, Any]) -> None:
+    if measured["divergence"] is not None and not measured["divergence"] <= TOLERANCE:
+        raise BayesLoraError(
+            f"the torchao form diverges by {measured['divergence']:.2g} nats from the model and changes "
+            f"{measured['changed']:.1%} of the answers, but {TOLERANCE} nats is the most: allow and measure the error "
+            "with allow_error=True, or export another format"
+        )
 
 
 @torch.no_grad()
