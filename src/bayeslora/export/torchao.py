@@ -51,14 +51,12 @@ def export_torchao(
     Args:
         model: a Transformers model of linear layers, with an adapter that learned the widths of its base weights;
             left unchanged.
-        path: folder for `model.safetensors`, `config.json`, the tokenizer, a card, and a folder `adapter`; created if
-            missing.
+        path: folder for `model.safetensors`, `config.json`, tokenizer, card and a folder `adapter`; made if missing.
         adapter_name: by default the active adapter.
         batch: inputs to measure the error on, if `rows` is None; by default the model's `dummy_inputs`.
         tokenizer: saved beside the weights.
-        unadapted: `"int8"` (default) rounds the linear layers that learned no width too, a range for each row, but not
-            the output head. `"float32"` leaves them as they are; vLLM then needs an adapter on all of query, key and
-            value, and on both gate and up.
+        unadapted: `"int8"` (default) rounds other linear layers too, a range a row, but not the output head;
+            `"float32"` leaves them. vLLM then needs an adapter on all of query, key and value, and on gate and up.
         rows: batches of inputs to measure the error on.
         allow_error: True to write files although the mean divergence exceeds 0.01 nats.
 
