@@ -91,7 +91,9 @@ def test_a_classifier_keeps_its_trained_head(tmp_path: Path) -> None:
     assert type(base.classifier.weight) is nn.Parameter
 
 
-def test_what_the_layout_cannot_hold_is_refused_in_one_sentence(tmp_path: Path) -> None:
+def test_what_the_layout_cannot_hold_is_refused_in_one_sentence(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     def refused(model: nn.Module, said: str, **options: Any) -> None:
         with pytest.raises(BayesLoraError, match=said):
             export(model, tmp_path / "no", format="torchao", batch=IDS, **options)
@@ -103,6 +105,9 @@ def test_what_the_layout_cannot_hold_is_refused_in_one_sentence(tmp_path: Path) 
     wide = _blora(build_tiny_llama(), LLAMA, 16, task_type="CAUSAL_LM")
     refused(wide, "no base weight has a learned width of at most 8 bits, but torchao's layout is for those: export 'm")
     refused(wide, "unadapted is 'int4', but must be int8 or float32: choose one", unadapted="int4")
+    with monkeypatch.context() as patch:
+        patch.setattr("torchao.quantization.Int8Tensor.optional_tensor_data_names", [])
+        refused(wide, "torchao is older than 0.17, whose int8 layout vLLM reads: pip install -U torchao")
     plain = get_peft_model(build_tiny_llama(), LoraConfig(r=2, target_modules=["q_proj"]))
     refused(plain, "has no adapter of bayeslora, but this format needs one")
 

@@ -56,7 +56,7 @@ def export_torchao(
         batch: inputs to measure the error on, if `rows` is None; by default the model's `dummy_inputs`.
         tokenizer: saved beside the weights.
         unadapted: `"int8"` (default) rounds other linear layers too, a range a row, but not the output head;
-            `"float32"` leaves them. vLLM then needs an adapter on all of query, key and value, and on gate and up.
+            `"float32"` leaves them. vLLM then needs an adapter on all of query, key and value, on gate and up.
         rows: batches of inputs to measure the error on.
         allow_error: True to write files although the mean divergence exceeds 0.01 nats.
 
@@ -69,8 +69,7 @@ def export_torchao(
         BayesLoraError: no base weight has a learned width of at most 8 bits; weights with ranges of groups, or stored
             the other way round; or an error that is not allowed.
     """
-    if unadapted not in ("int8", "float32"):
-        raise BayesLoraError(f"unadapted is {unadapted!r}, but must be int8 or float32: choose one")
+    _check_options(unadapted)
     inner, tuner, name = adapted_parts(model, adapter_name)
     whole, layers = to_take_apart(inner, tuner, name)
     codes = _codes(layers, name)
@@ -117,6 +116,13 @@ def _codes(layers: Mapping[str, BayesLayer], name: str) -> dict[str, tuple[Tenso
             "and quantize that with torchao"
         )
     return found
+
+
+def _check_options(unadapted: str) -> None:
+    if "zero_point" not in getattr(Int8Tensor, "optional_tensor_data_names", ()):
+        raise BayesLoraError("torchao is older than 0.17, whose int8 layout vLLM reads: pip install -U torchao")
+    if unadapted not in ("int8", "float32"):
+        raise BayesLoraError(f"unadapted is {unadapted!r}, but must be int8 or float32: choose one")
 
 
 def _check_error(measured: Mapping[str, Any]) -> None:
