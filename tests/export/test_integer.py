@@ -216,6 +216,25 @@ def test_the_kernels_of_this_torch_are_found_on_the_cpu() -> None:
     assert not integer_kernels.has_integer_kernel("no such device")
 
 
+@pytest.mark.parametrize(
+    ("rows", "width", "height"), [(1, 24, 40), (16, 64, 51), (17, 37, 8), (33, 63, 51), (32, 64, 48)]
+)
+def test_products_in_shapes_that_cuda_accepts_are_the_same(
+    rows: int, width: int, height: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    generator = torch.Generator().manual_seed(0)
+    x, codes = (torch.randint(-127, 128, (n, width), generator=generator, dtype=torch.int8) for n in (rows, height))
+    multiply = torch._int_mm
+
+    def as_cuda_does(a: Tensor, b: Tensor) -> Tensor:
+        assert len(a) > 16 and a.shape[1] % 8 == 0 and b.shape[1] % 8 == 0
+        return multiply(a, b)
+
+    monkeypatch.setattr(torch, "_int_mm", as_cuda_does)
+    found = integer_kernels.padded_integer_product(x, codes)
+    assert found.dtype == torch.int32 and torch.equal(found.long(), x.long() @ codes.long().T)
+
+
 def test_a_kernel_that_is_right_but_slow_is_left_alone() -> None:
     def slowly(x: Tensor, codes: Tensor) -> Tensor:
         time.sleep(0.05)

@@ -29,6 +29,9 @@ WEIGHT_MULTIPLE = 32
 _FEWEST_ROWS, _FEWEST_COLUMNS = 16, 32
 """Smaller products (one row, or at most 256 results) run in oneDNN's reference code, 100 times as slow."""
 
+_CUDA_ROWS, _CUDA_MULTIPLE = 24, 8
+"""Fewest rows, and the factor of both widths, of a product of integers in cuBLASLt."""
+
 _ANY_SHAPES = ((1, 24, 40), (SMALL_BATCH, 37, 11), (33, 64, 51))
 _TIMED_WIDTH = 256  # of d_in and d_out
 _SLOWEST = 10  # times as slow as the plain product in float32
@@ -74,7 +77,17 @@ def _in_blocks(codes: Tensor) -> tuple[Tensor, ...]:
 
 def integer_product(x: Tensor, codes: Tensor) -> Tensor:
     """Return `torch._int_mm` of int8 `x`, with exact sums in int32."""
-    return torch._int_mm(x, codes.T)
+    return torch._int_mm(x, codes.T) if x.device.type == "cpu" else padded_integer_product(x, codes)
+
+
+def padded_integer_product(x: Tensor, codes: Tensor) -> Tensor:
+    """Return the same in a shape that CUDA accepts: more than 16 rows, and widths that are multiples of 8."""
+    (rows, width), height = x.shape, len(codes)
+    columns = -width % _CUDA_MULTIPLE
+    x = F.pad(x, (0, columns, 0, max(0, _CUDA_ROWS - rows)))
+    codes = F.pad(codes, (0, columns, 0, -height % _CUDA_MULTIPLE))
+    found = torch._int_mm(x, codes.T)
+    return found if found.shape == (rows, height) else found[:rows, :height]
 
 
 def int16_product(x: Tensor, codes: Tensor, row_sums: Tensor) -> Tensor:
