@@ -7,7 +7,7 @@ Models are random Llamas made from a config, so nothing is downloaded. Needs tor
 safetensors, numpy and the source of bayeslora, which need not be installed. The sections, each with its own checks:
 
     quantizer       codes, values and gradients equal the CPU's; time against a copy
-    kernels         the integer kernels that run on the device, and `torch._int_mm` for shapes of a model
+    kernels         the integer kernels that run on the device, and products of integers in shapes of a model
     train METHOD    the loss falls; an adapter that is saved and loaded again gives equal logits
     step            time and peak memory of a training step against LoRA's, and its synchronisations (CUDA)
     predict METHOD  ten draws: time against one pass, repeatable, equal on the CPU
@@ -120,18 +120,24 @@ def kernels(bench: Bench) -> None:
     hidden, inner = bench.size.hidden, bench.size.inner
     shapes = [(rows, hidden, inner) for rows in (1, 4, 16, 17, 32, 33, 256)]
     shapes += [(33, inner, hidden), (33, hidden, 8), (33, 8, hidden), (33, hidden, inner + 3), (33, hidden - 4, inner)]
-    found: dict[str, str] = {}
+    products = {"int_mm": lambda x, weight: torch._int_mm(x, weight.T), "ours": integer_kernels.integer_product}
+    found: dict[str, dict[str, str]] = {}
     for rows, width, height in shapes:
         x, weight = (torch.randint(-127, 128, (n, width), device=bench.device).to(torch.int8) for n in (rows, height))
-        try:
-            same = torch.equal(torch._int_mm(x, weight.T).double(), x.double() @ weight.double().T)
-            answer = "exact" if same else "wrong"
-        except RuntimeError as error:
-            answer = str(error).splitlines()[0][:120]
-        found[f"{rows}x{width}x{height}"] = answer
-    bench.report.figures["kernels"] = {"usable": usable, "int_mm": found}
-    wrong = [shape for shape, answer in found.items() if answer == "wrong"]
+        exact = x.double() @ weight.double().T
+        own = found.setdefault(f"{rows}x{width}x{height}", {})
+        for name, product in products.items():
+            try:
+                own[name] = "exact" if torch.equal(product(x, weight).double(), exact) else "wrong"
+            except RuntimeError as error:
+                own[name] = str(error).splitlines()[0][:120]
+    bench.report.figures["kernels"] = {"usable": usable, "products": found}
+    wrong = [shape for shape, own in found.items() if own["int_mm"] == "wrong"]
     bench.report.check("torch._int_mm is exact or refuses", not wrong, wrong=wrong)
+    inexact = {shape: own["ours"] for shape, own in found.items() if own["ours"] != "exact"}
+    # A device without the kernel takes the plain product instead.
+    holds = not inexact or not usable["has_integer_kernel"]
+    bench.report.check("integer_product is exact in all shapes", holds, others=inexact)
 
 
 def train(bench: Bench, method: str) -> None:
