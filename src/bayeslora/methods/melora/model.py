@@ -107,8 +107,11 @@ class MeLoraModel(VariationalModel):
         squares = [layer.take_row_gradients(name) / scale**2 for layer in self.adapted_layers(name)]
         count = len(run.terms)
         # A rank's loss is the mean of its own terms: its gradients of single rows are 1 / terms of theirs.
-        flat, run.seen = _with_all_ranks(torch.cat([each.view(count, -1).cpu() for each in squares], dim=1), run.terms)
-        parts = flat.split([each.numel() // count for each in squares], dim=1)
+        # One copy from and to an accelerator, and not one for each layer.
+        device = squares[0].device if len({each.device for each in squares}) == 1 else torch.device("cpu")
+        joined = torch.cat([each.view(count, -1).to(device) for each in squares], dim=1)
+        flat, run.seen = _with_all_ranks(joined.cpu(), run.terms)
+        parts = flat.to(device).split([each.numel() // count for each in squares], dim=1)
         run.found = [part.reshape(each.shape).to(each) for part, each in zip(parts, squares, strict=True)]
 
     @torch.no_grad()
