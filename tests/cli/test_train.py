@@ -192,6 +192,17 @@ def test_a_pair_and_a_test_file_and_kept_checkpoints(setting: Setting, tmp_path:
     assert len(list((tmp_path / "out" / "checkpoints").glob("checkpoint-*"))) == 2
 
 
+def test_an_empty_name_of_the_label_column_is_refused(
+    setting: Setting, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    data = write_jsonl(tmp_path / "rows.jsonl", review_rows(8, 2))
+    files = ["--train-file", str(data), "--eval-file", str(data), "--text-column", "text", "--label-column", ""]
+    options = ["--method", "lora", "--model", str(setting.model), "--output-dir", str(tmp_path / "out")]
+    assert main(["train", *options, *files]) == 2
+    said = "--label-column is empty, but must be a column's name: leave it out for the column label"
+    assert said in capsys.readouterr().err and not (tmp_path / "out").exists()
+
+
 def test_numbers_as_labels_make_a_regression(setting: Setting, tmp_path: Path) -> None:
     rows = [{"text": row["text"], "label": float(str(row["label"])) + 0.5} for row in review_rows(32, 3)]
     data = write_jsonl(tmp_path / "numbers.jsonl", rows)

@@ -195,6 +195,13 @@ def test_a_named_column_must_be_there(tickets: Path) -> None:
             inspect_file(tickets, columns, "Label")
 
 
+def test_columns_of_words_and_tags_must_be_there_too(tickets: Path) -> None:
+    with pytest.raises(BayesLoraError, match="lacks column 'tokens', but needs one of words: name it with --text-col"):
+        inspect_file(tickets, kind="token_classification")
+    with pytest.raises(BayesLoraError, match="lacks column 'ner_tags', but needs one of tags: name it with --label-"):
+        inspect_file(tickets, ["Message"], kind="token_classification")
+
+
 def test_rows_to_generate_from_are_checked_as_in_training(tmp_path: Path) -> None:
     ask, tell = {"role": "user", "content": "who ?"}, {"role": "assistant", "content": "cat"}
     good = write_rows(tmp_path / "good.jsonl", [{"messages": [ask, tell]}] * 2)

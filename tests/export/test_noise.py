@@ -7,6 +7,7 @@ import warnings
 import pytest
 import torch
 from peft import get_peft_model
+from transformers import AutoModelForTokenClassification
 
 from bayeslora import BLoraConfig, MeLoraConfig
 from bayeslora.export import noise
@@ -52,6 +53,12 @@ def test_every_next_token_of_a_language_model_counts(monkeypatch: pytest.MonkeyP
     changed = moved_by_noise(model, [TOKENS])["noise_changed"]
     assert 0 < changed < 1 and changed * 24 == pytest.approx(round(changed * 24))
     assert moved_by_noise(model, [None]) and moved_by_noise(model, []) == {}
+
+
+def test_tags_of_a_row_are_answers_of_its_tokens() -> None:
+    base = AutoModelForTokenClassification.from_config(build_tiny_bert(num_labels=4).config)
+    model = _blora(base, ["query"], "TOKEN_CLS")
+    assert moved_by_noise(model, [TOKENS])["noise_changed"] == 0
 
 
 def test_what_moves_by_rounding_alone_is_not_measured() -> None:

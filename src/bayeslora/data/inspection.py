@@ -177,6 +177,8 @@ def inspect_file(
         answers = None if text_columns else text_form(columns)
         given = list(text_columns or answers or ())
         texts, label, form = _read_columns(columns, len(table), given, label_column, kind)
+        if form == "token_classification":
+            _check_tagged(table, texts[0], label)
         found = _Rows(table, _texts(table, texts), None, [], 0)
         with problems.collected():
             _check_guessed(file, texts, label if label_column is None else None)
@@ -207,6 +209,13 @@ def _check_guessed(file: str | Path, texts: list[str], label: str | None) -> Non
     """Raise if a row lacks the label column that was guessed from others, as training would."""
     if label is not None:
         read_table(file, [*texts, label])
+
+
+def _check_tagged(table: Table, words: str, tags: str | None) -> None:
+    """Raise if the usual columns of words and tags are not there, and no other was named."""
+    for name, what, option in ((words, "words", "--text-column"), (tags, "tags", "--label-column")):
+        if name not in table.columns:
+            raise BayesLoraError(f"{table.path} lacks column {name!r}, but needs one of {what}: name it with {option}")
 
 
 @dataclass(frozen=True)

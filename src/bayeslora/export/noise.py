@@ -14,8 +14,8 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from bayeslora.export.agreement import compare
-from bayeslora.export.formats import inputs_for, output_of
+from bayeslora.export.agreement import Agreement
+from bayeslora.export.formats import inputs_for
 from bayeslora.methods.layer import evaluation_mode
 from bayeslora.methods.tuner import describe
 from bayeslora.vocabulary import ACTIVATIONS, UNQUANTIZED
@@ -41,26 +41,29 @@ def moved_by_noise(model: nn.Module, batches: Iterable[Mapping[str, Tensor] | No
     """
     config: Any = getattr(model, "config", None)
     widths = [layer.bits.get(kind, UNQUANTIZED) for layer in describe(model) for kind in ACTIVATIONS]
-    if config is None or min(widths, default=UNQUANTIZED) == UNQUANTIZED or config.is_encoder_decoder:
+    if min(widths, default=UNQUANTIZED) == UNQUANTIZED or getattr(config, "is_encoder_decoder", False):
         return {}
     batch = next((each for given in batches if (each := inputs_for(model, given)) is not None), None)
     if batch is None or "input_ids" not in batch:
         return {}
-    rows = {name: values[:_ROWS] for name, values in batch.items()}
-    embedding = cast(nn.Module, cast(Any, model).get_input_embeddings())
-
-    def noisy(row: dict[str, Tensor]) -> Tensor:
-        handle = embedding.register_forward_hook(_with_noise)
-        try:
-            return cast(Tensor, output_of(model, row))
-        finally:
-            handle.remove()
-
-    with evaluation_mode(model):
-        expected = cast(Tensor, output_of(model, {name: values[:1] for name, values in rows.items()}))
-        if expected.shape[-1] == 1 or getattr(config, "problem_type", None) == "multi_label_classification":
-            return {}
-        found = compare(lambda row: cast(Tensor, output_of(model, row)), noisy, [rows]).summary()
+    if getattr(config, "problem_type", None) == "multi_label_classification":
+        return {}
+    embedding, agreement = cast(nn.Module, cast(Any, model).get_input_embeddings()), Agreement()
+    with evaluation_mode(model), torch.no_grad():
+        for number in range(min(_ROWS, len(batch["input_ids"]))):
+            row = {name: values[number : number + 1] for name, values in batch.items()}
+            before = model(**row)
+            if "logits" not in before or before["logits"].shape[-1] == 1:
+                return {}
+            handle = embedding.register_forward_hook(_with_noise)
+            try:
+                after = model(**row)["logits"]
+            finally:
+                handle.remove()
+            agreement.add(*(_answers(logits, row) for logits in (before["logits"], after)))
+    if not agreement.positions:
+        return {}
+    found = agreement.summary()
     if found["divergence"] > MOST_DIVERGENCE:
         warnings.warn(
             f"noise of {NOISE:g} on the embedded tokens changes {found['changed']:.1%} of this model's answers "
@@ -69,6 +72,13 @@ def moved_by_noise(model: nn.Module, batches: Iterable[Mapping[str, Tensor] | No
             stacklevel=2,
         )
     return {"noise_changed": found["changed"], "noise_divergence": found["divergence"]}
+
+
+def _answers(logits: Tensor, row: Mapping[str, Tensor]) -> Tensor:
+    """Return logits (answers, classes): of the row, or of each token that its `attention_mask` shows."""
+    if logits.ndim == 2:
+        return logits
+    return logits[0][row["attention_mask"][0].bool()] if "attention_mask" in row else logits[0]
 
 
 def _with_noise(module: nn.Module, inputs: Any, output: Tensor) -> Tensor:

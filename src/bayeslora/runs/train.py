@@ -255,7 +255,8 @@ def _load_data(plan: TrainPlan) -> Task:
     assert options.train_file
     if options.text_column is None:
         return load_generation(options.train_file, options.eval_file, test_file=options.test_file)
-    assert options.label_column
+    if not options.label_column:
+        raise BayesLoraError("--label-column is empty, but must be a column's name: leave it out for the column label")
     share = options.eval_fraction
     return load_files(
         options.train_file,
