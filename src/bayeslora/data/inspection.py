@@ -176,9 +176,7 @@ def inspect_file(
         columns = {name: _column(name, values) for name, values in table.columns.items()}
         answers = None if text_columns else text_form(columns)
         given = list(text_columns or answers or ())
-        texts, label, form = _read_columns(columns, len(table), given, label_column, kind)
-        if form == "token_classification":
-            _check_tagged(table, texts[0], label)
+        texts, label, form = _read_columns(table, columns, given, label_column, kind)
         found = _Rows(table, _texts(table, texts), None, [], 0)
         with problems.collected():
             _check_guessed(file, texts, label if label_column is None else None)
@@ -211,7 +209,7 @@ def _check_guessed(file: str | Path, texts: list[str], label: str | None) -> Non
         read_table(file, [*texts, label])
 
 
-def _check_tagged(table: Table, words: str, tags: str | None) -> None:
+def _check_tagged(table: Table, words: str, tags: str) -> None:
     """Raise if the usual columns of words and tags are not there, and no other was named."""
     for name, what, option in ((words, "words", "--text-column"), (tags, "tags", "--label-column")):
         if name not in table.columns:
@@ -385,7 +383,7 @@ def _is_empty(value: Any) -> bool:
 
 
 def _read_columns(
-    columns: dict[str, Column], rows: int, texts: list[str], label: str | None, kind: Kind | None
+    table: Table, columns: dict[str, Column], texts: list[str], label: str | None, kind: Kind | None
 ) -> tuple[list[str], str | None, _Form | None]:
     """Return the columns of the texts and of the labels, and the kind that the columns tell, if not named."""
     if not texts and label is None and kind is None and choice_form(columns):
@@ -394,12 +392,14 @@ def _read_columns(
         kind = "token_classification"
     if kind == "token_classification":
         words, tags = tagged_form(columns) or (WORDS, TAGS[0])
-        return texts or [words], label or tags, kind
+        texts, label = texts or [words], label or tags
+        _check_tagged(table, texts[0], label)
+        return texts, label, kind
     if not texts:
         texts = _guessed_texts(columns, label)
     elif text_form(texts) is not None:
         return texts, label, kind
-    return texts, label or _guessed_label(columns, rows, texts), kind
+    return texts, label or _guessed_label(columns, len(table), texts), kind
 
 
 def _guessed_texts(columns: dict[str, Column], label: str | None) -> list[str]:
