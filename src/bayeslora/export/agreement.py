@@ -10,11 +10,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
+
+from bayeslora.export.formats import inputs_for, output_of
+from bayeslora.methods.layer import evaluation_mode
 
 Outputs = Callable[[dict[str, Tensor]], Tensor]
 """Returns the logits, (rows, classes) or (rows, tokens, words), of a batch of inputs."""
@@ -118,3 +121,20 @@ def compare(expected: Outputs, found: Outputs, batches: Iterable[Mapping[str, Te
             targets = torch.cat([ids[1:], ids.new_full((1,), -1)])
             agreement.add(before[0][shown], after[0][shown], targets)
     return agreement
+
+
+def difference(model: nn.Module, loaded: nn.Module, batches: Iterable[Mapping[str, Tensor] | None]) -> dict[str, Any]:
+    """Return the measured difference of an export, loaded again, from its model, as `Agreement.summary` does.
+
+    Args:
+        model: that was exported, left in its mode.
+        loaded: moved to its device.
+        batches: of inputs, None for the model's `dummy_inputs`.
+    """
+    inputs = [each for batch in batches if (each := inputs_for(model, batch)) is not None]
+    loaded.to(next(model.parameters()).device)
+    with evaluation_mode(model):
+        agreement = compare(
+            lambda row: cast(Tensor, output_of(model, row)), lambda row: cast(Tensor, output_of(loaded, row)), inputs
+        )
+    return agreement.summary()

@@ -21,11 +21,11 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, TorchAoConfig
 from transformers.quantizers import AutoHfQuantizer
 
 from bayeslora.errors import BayesLoraError, counted
-from bayeslora.export.agreement import compare
-from bayeslora.export.formats import adapted_parts, inputs_for, output_of, to_take_apart
+from bayeslora.export.agreement import difference
+from bayeslora.export.formats import adapted_parts, to_take_apart
 from bayeslora.export.lora import export_lora
 from bayeslora.export.onnx.products import learned, rounded_rows
-from bayeslora.methods.layer import BayesLayer, evaluation_mode
+from bayeslora.methods.layer import BayesLayer
 from bayeslora.model_card import CARD_FILE, front_matter, public_name
 from bayeslora.vocabulary import ACTIVATIONS, BASE_WEIGHT, UNQUANTIZED
 
@@ -88,7 +88,7 @@ def export_torchao(
         "float32_bytes": 4 * sum(parameter.numel() for parameter in inner.get_base_model().parameters()),
         "weights": count,
         **_not_kept(layers, name),
-        **_error(model, folder, type(base), [batch] if rows is None else rows),
+        **difference(model, load_torchao(folder, type(base)), [batch] if rows is None else rows),
     }
     if not allow_error:
         _check_error(result)
@@ -194,19 +194,6 @@ def load_torchao(folder: Path, family: type[PreTrainedModel]) -> PeftModel:
         return PeftModel.from_pretrained(cast(Any, base), str(folder / ADAPTER_FOLDER)).eval()
     except (OSError, ValueError, RuntimeError) as error:
         raise BayesLoraError(f"{folder} cannot be read ({str(error).splitlines()[0]}): export it again") from error
-
-
-def _error(
-    model: nn.Module, folder: Path, family: type[PreTrainedModel], batches: Iterable[Mapping[str, Tensor] | None]
-) -> dict[str, Any]:
-    """Return the measured difference between the model and what the files hold."""
-    inputs = [each for batch in batches if (each := inputs_for(model, batch)) is not None]
-    loaded = load_torchao(folder, family).to(next(model.parameters()).device)
-    with evaluation_mode(model):
-        agreement = compare(
-            lambda row: cast(Tensor, output_of(model, row)), lambda row: cast(Tensor, output_of(loaded, row)), inputs
-        )
-    return agreement.summary()
 
 
 def _write_card(folder: Path, base: str, method: str, family: str, rank: int, measured: Mapping[str, Any]) -> None:

@@ -12,7 +12,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import gguf
 import torch
@@ -21,8 +21,8 @@ from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
 from bayeslora.errors import BayesLoraError
-from bayeslora.export.agreement import compare
-from bayeslora.export.formats import inputs_for, output_of, upright
+from bayeslora.export.agreement import difference
+from bayeslora.export.formats import upright
 from bayeslora.export.gguf.architectures import ROPE_FACTORS, rope_factors
 from bayeslora.export.gguf.blocks import BLOCKS, rounded
 from bayeslora.export.gguf.card import write_card
@@ -30,7 +30,6 @@ from bayeslora.export.gguf.layers import Weight, array, widened
 from bayeslora.export.gguf.parts import Parts, taken_apart
 from bayeslora.export.gguf.reader import ADAPTER_FILE, MODEL_FILE, load_gguf
 from bayeslora.export.gguf.vocabulary import add_vocabulary
-from bayeslora.methods.layer import evaluation_mode
 
 TOLERANCE = 0.01
 """Largest mean divergence, in nats, of an export that is written without being asked to allow an error."""
@@ -95,8 +94,8 @@ def export_gguf(
         found.base.config.save_pretrained(folder)
     if found.form != "merged":
         _write_adapter(folder / ADAPTER_FILE, found)
-    batches = [batch] if rows is None else rows
-    result = {**_described(found, folder, kinds), **_error(model, found, folder, batches)}
+    loaded = load_gguf(folder, found.base)
+    result = {**_described(found, folder, kinds), **difference(model, loaded, [batch] if rows is None else rows)}
     if not allow_error and result["divergence"] is not None and not result["divergence"] <= TOLERANCE:
         raise _refusal(result)
     write_card(folder, found.name, found.method, found.form, result)
@@ -190,16 +189,3 @@ def _finish(writer: gguf.GGUFWriter) -> None:
 
 def _size(file: Path) -> int:
     return file.stat().st_size if file.is_file() else 0
-
-
-def _error(
-    model: nn.Module, parts: Parts, folder: Path, batches: Iterable[Mapping[str, Tensor] | None]
-) -> dict[str, Any]:
-    """Return the measured difference between the model and what the files hold."""
-    inputs = [each for batch in batches if (each := inputs_for(model, batch)) is not None]
-    loaded = load_gguf(folder, parts.base)
-    with evaluation_mode(model):
-        agreement = compare(
-            lambda row: cast(Tensor, output_of(model, row)), lambda row: cast(Tensor, output_of(loaded, row)), inputs
-        )
-    return agreement.summary()

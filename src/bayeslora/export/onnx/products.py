@@ -154,7 +154,7 @@ def rounded(module: nn.Linear | Conv1D, grid: Grid | None) -> Product:
 
 
 def rounded_rows(weight: Tensor) -> tuple[Array, Array]:
-    """Return 8-bit codes with one range a row, and the steps (rows,), which half precision holds if it has such."""
+    """Return 8-bit codes with one range a row, and the steps (rows,): numbers of half precision, if not too large."""
     values = array(weight)
     level = (1 << (BYTE - 1)) - 1
     steps = _half_above(np.maximum(np.abs(values).max(1), FLOOR) / np.float32(level))
@@ -162,7 +162,7 @@ def rounded_rows(weight: Tensor) -> tuple[Array, Array]:
 
 
 def _half_above(steps: NDArray[np.float32]) -> NDArray[np.float32]:
-    """Return the least numbers in half precision that are not smaller, but larger steps than it has as they are."""
+    """Round steps up to half precision; those that are too large for it stay as they are."""
     with np.errstate(over="ignore"):
         half = steps.astype(np.float16)
         above = np.where(half < steps, np.nextafter(half, np.float16(np.inf)), half)
