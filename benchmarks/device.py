@@ -7,6 +7,7 @@ Models are random Llamas made from a config, so nothing is downloaded. Needs tor
 safetensors, numpy and the source of bayeslora, which need not be installed. The sections, each with its own checks:
 
     quantizer       codes, values and gradients equal the CPU's; time against a copy
+    noise           seeded numbers equal the CPU's; time against torch.randn
     kernels         the integer kernels that run on the device, and products of integers in shapes of a model
     train METHOD    the loss falls; an adapter that is saved and loaded again gives equal logits
     step            time and peak memory of a training step against LoRA's, and its synchronisations (CUDA)
@@ -61,6 +62,7 @@ from torch import Tensor, nn
 from transformers import LlamaForCausalLM
 
 import bayeslora
+from bayeslora.posterior import counter
 from bayeslora.quantization import WIDTHS, codes, mixture_weights, optimal_range, quantize, quantize_mixture
 from bayeslora.runtime import integer_kernels
 
@@ -112,6 +114,24 @@ def quantizer(bench: Bench) -> None:
     if bench.cuda:
         figures["peak_over_input"] = {name: bench.peak(run) / (4 * x.numel()) for name, run in timed.items()}
     bench.report.figures["quantizer"] = figures
+
+
+def noise(bench: Bench) -> None:
+    cpu, own = torch.device("cpu"), bench.device
+    for name, draw in (("normal", counter.normal), ("uniform", counter.uniform), ("signs", counter.signs)):
+        found, expected = (draw(counter.key_of("device"), range(5), 40_001, device).cpu() for device in (own, cpu))
+        apart = float((found - expected).abs().max())
+        # Hashes are integers, and equal; logarithms, sines and cosines may differ in their last bits.
+        bench.report.check(
+            f"{name} numbers equal the CPU's", apart < (1e-5 if name == "normal" else 1e-12), apart=apart
+        )
+    count = bench.size.side**2
+    timed: dict[str, Callable[[], object]] = {
+        "torch.randn": lambda: torch.randn(count, device=own),
+        "ours": lambda: counter.normal(7, range(1), count, own),
+        "on the CPU, copied": lambda: torch.randn(count).to(own),
+    }
+    bench.report.figures["noise"] = {"numbers": count, "time": times(bench, timed, "torch.randn")}
 
 
 def kernels(bench: Bench) -> None:
@@ -341,7 +361,8 @@ def move(bench: Bench, method: str) -> None:
 
 def sections(bench: Bench) -> dict[str, Callable[[], None]]:
     bind = functools.partial
-    found: dict[str, Callable[[], None]] = {"quantizer": bind(quantizer, bench), "kernels": bind(kernels, bench)}
+    firsts: dict[str, Callable[[Bench], None]] = {"quantizer": quantizer, "noise": noise, "kernels": kernels}
+    found: dict[str, Callable[[], None]] = {name: bind(section, bench) for name, section in firsts.items()}
     found |= {f"train {method}": bind(train, bench, method) for method in METHODS}
     found["step"] = bind(step, bench)
     for method in ("melora", "blob", "lora_ivon", "bayes_adalora_ivon"):

@@ -135,7 +135,9 @@ class IVON(Optimizer):
         try:
             for index, flat in enumerate(self._flattened()):
                 flat.read_mean()
-                flat.draw(Noise("batch", self.seed, f"ivon/{number}/{index}", draws=[self._paired]))
+                flat.draw(
+                    Noise("batch", self.seed, f"ivon/{number}/{index}", draws=range(self._paired, self._paired + 1))
+                )
         except BaseException:
             self.restore()
             raise

@@ -11,12 +11,11 @@ Fresh noise comes from torch's default generators. Gradient checkpointing restor
 pass, and checkpoints save it. Distributed ranks often have the same seed, so the rank is mixed in and each rank draws
 different noise (except in a compiled forward pass: seed the ranks differently there). Seeded noise depends only on the
 seed, the layer, and the draw or (scope `example`) the row's position: not on the device, the batch size, the rank or
-the other draws of the batch.
+the other draws of the batch (`posterior.counter`). It is drawn on the device that uses it.
 """
 
 from __future__ import annotations
 
-import hashlib
 import math
 from collections.abc import Callable, Sequence
 from typing import Literal, get_args
@@ -26,12 +25,11 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from bayeslora.errors import BayesLoraError, counted
+from bayeslora.posterior import counter
 
 _VARIANCE_FLOOR = 1e-12
 Scope = Literal["example", "token", "batch"]
 SCOPES: tuple[str, ...] = get_args(Scope)
-_BLOCK = 16
-"""Block size of torch's CPU generator of normal numbers; it fills an incomplete block differently."""
 
 
 def standard_deviation(rho: Tensor) -> Tensor:
@@ -149,12 +147,11 @@ class Noise:
             generator = rank_generator(device)
             return self._paired(groups, lambda count: torch.randn(count, *shape, device=device, generator=generator))
         if self.scope != "batch":
-            return self._paired(groups, lambda count: self._seeded("", count, shape)).to(device)
+            return self._paired(groups, lambda count: self._seeded(range(count), shape, device))
         key = (tuple(shape), device)
         if key not in self._kept:
             with torch.inference_mode(False):  # a later pass with autograd may use the kept noise
-                drawn = [self._of_draw(draw, shape) for draw in self.draws]
-                self._kept = {key: (torch.cat(drawn) if len(drawn) > 1 else drawn[0]).to(device)}
+                self._kept = {key: self._of_draws(shape, device)}
         return self._kept[key]
 
     def normal_per_token(self, shape: Sequence[int], device: torch.device) -> Tensor:
@@ -163,19 +160,18 @@ class Noise:
             return torch.zeros(tuple(shape), device=device)
         if self.seed is None:
             return self._scaled(torch.randn(tuple(shape), device=device, generator=rank_generator(device)))
-        return self._scaled(self._seeded("", shape[0], shape[1:]).to(device))
+        return self._scaled(self._seeded(range(shape[0]), shape[1:], device))
 
     def _scaled(self, drawn: Tensor) -> Tensor:
         return drawn if self.scale == 1.0 else drawn * self.scale
 
     def signs(self, shape: Sequence[int], device: torch.device, name: str) -> Tensor:
         """Draw random signs -1 and 1 of `shape`, float32; each call in one layer needs a different `name`."""
-        if self.seed is None:
-            generator, where = rank_generator(device), device
-        else:
-            generator, where = self._generator(name), torch.device("cpu")
-        drawn = torch.randint(0, 2, tuple(shape), dtype=torch.float32, device=where, generator=generator)
-        return drawn.mul_(2).sub_(1).to(device)
+        if self.seed is not None:
+            count = math.prod(shape)
+            return counter.signs(self._key(name), range(1), count, device).view(*shape)
+        drawn = torch.randint(0, 2, tuple(shape), dtype=torch.float32, device=device, generator=rank_generator(device))
+        return drawn.mul_(2).sub_(1)
 
     def _paired(self, count: int, draw: Callable[[int], Tensor]) -> Tensor:
         if not self.antithetic:
@@ -183,23 +179,19 @@ class Noise:
         drawn = draw((count + 1) // 2)
         return torch.cat([drawn, -drawn])[:count]
 
-    def _of_draw(self, draw: int, shape: Sequence[int]) -> Tensor:
+    def _of_draws(self, shape: Sequence[int], device: torch.device) -> Tensor:
         if not self.antithetic:
-            return self._seeded(str(draw), 1, shape)
-        drawn = self._seeded(str(draw // 2), 1, shape)
-        return -drawn if draw % 2 else drawn
+            return self._seeded(self.draws, shape, device)
+        pairs = sorted({draw // 2 for draw in self.draws})
+        drawn = dict(zip(pairs, self._seeded(pairs, shape, device), strict=True))
+        return torch.stack([-drawn[draw // 2] if draw % 2 else drawn[draw // 2] for draw in self.draws])
 
-    def _seeded(self, name: str, count: int, shape: Sequence[int]) -> Tensor:
-        """Return (count, *shape) numbers; a larger `count` only appends entries."""
-        size = math.prod(shape)
-        padded = -(-size // _BLOCK) * _BLOCK
-        return torch.randn(count, padded, generator=self._generator(name))[:, :size].reshape(count, *shape)
+    def _seeded(self, streams: Sequence[int], shape: Sequence[int], device: torch.device) -> Tensor:
+        """Return the numbers (streams, *shape) of rows or draws."""
+        return counter.normal(self._key(""), streams, math.prod(shape), device).reshape(len(streams), *shape)
 
-    def _generator(self, name: str) -> torch.Generator:
-        """Return a generator on the CPU, so that a seed gives the same numbers on every device."""
-        text = f"{self.seed}/{self.key}/{name}"
-        word = int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "little")
-        return torch.Generator().manual_seed(word >> 1)
+    def _key(self, name: str) -> int:
+        return counter.key_of(f"{self.seed}/{self.key}/{name}")
 
 
 def rank_generator(device: torch.device) -> torch.Generator | None:

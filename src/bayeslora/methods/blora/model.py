@@ -42,8 +42,8 @@ from bayeslora.methods.tuner import (
     TrainingSetup,
     batch_rows,
     mean_ranks,
-    step_generator,
 )
+from bayeslora.posterior import counter
 from bayeslora.posterior.draws import is_sharded
 from bayeslora.quantization import (
     GATED_WIDTHS,
@@ -352,10 +352,11 @@ class BLoraModel(BayesTuner):
         learning = self._learning(name) if self.config_of(name).learns_bits else []
         if not learning:
             return
-        generator = step_generator(seed, step)
-        for layer in learning:
-            quantizers = layer.quantizers(name)
-            quantizers.draw(torch.rand(quantizers.gates.shape, generator=generator))
+        gates = [layer.quantizers(name).gates for layer in learning]
+        sizes, key = [each.numel() for each in gates], counter.key_of(f"{seed}/gates/{step}")
+        drawn = counter.uniform(key, range(1), sum(sizes), gates[0].device)[0].split(sizes)
+        for layer, each, noise in zip(learning, gates, drawn, strict=True):
+            layer.quantizers(name).draw(noise.view(each.shape))
 
     def _begin_watching(self, step: int) -> None:
         """Watch the components from the rotation to the last decision."""
