@@ -62,7 +62,7 @@ from torch import Tensor, nn
 from transformers import LlamaForCausalLM
 
 import bayeslora
-from bayeslora.posterior import counter
+from bayeslora.posterior.noise import key_of, seeded_normal, seeded_signs, seeded_uniform
 from bayeslora.quantization import WIDTHS, codes, mixture_weights, optimal_range, quantize, quantize_mixture
 from bayeslora.runtime import integer_kernels
 
@@ -118,8 +118,8 @@ def quantizer(bench: Bench) -> None:
 
 def noise(bench: Bench) -> None:
     cpu, own = torch.device("cpu"), bench.device
-    for name, draw in (("normal", counter.normal), ("uniform", counter.uniform), ("signs", counter.signs)):
-        found, expected = (draw(counter.key_of("device"), range(5), 40_001, device).cpu() for device in (own, cpu))
+    for name, draw in (("normal", seeded_normal), ("uniform", seeded_uniform), ("signs", seeded_signs)):
+        found, expected = (draw(key_of("device"), range(5), 40_001, device).cpu() for device in (own, cpu))
         apart = float((found - expected).abs().max())
         # Hashes are integers, and equal; logarithms, sines and cosines may differ in their last bits.
         bench.report.check(
@@ -128,7 +128,7 @@ def noise(bench: Bench) -> None:
     count = bench.size.side**2
     timed: dict[str, Callable[[], object]] = {
         "torch.randn": lambda: torch.randn(count, device=own),
-        "ours": lambda: counter.normal(7, range(1), count, own),
+        "ours": lambda: seeded_normal(7, range(1), count, own),
         "on the CPU, copied": lambda: torch.randn(count).to(own),
     }
     bench.report.figures["noise"] = {"numbers": count, "time": times(bench, timed, "torch.randn")}

@@ -57,6 +57,9 @@ Scoring = Literal["letters", "cloze"]
 Normalization = Literal["none", "tokens", "bytes"]
 """Divisor of the log-likelihood of a choice: nothing, or the length of its text in this unit."""
 
+FORMATS_FOR_OTHERS = ("onnx", "gguf", "torchao")
+"""Formats of exports that other programs run."""
+
 MESSAGES, PROMPT, COMPLETION = "messages", "prompt", "completion"
 """Columns of rows to generate text from: a conversation, or a text and what follows it."""
 

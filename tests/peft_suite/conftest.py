@@ -41,7 +41,7 @@ def steady_samples(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPat
     """One sample of gates, strictly between 0 and 1, and of weights for the tests in `NEED_ALL_GRADIENTS`."""
     if any(part in request.node.name for part in NEED_ALL_GRADIENTS):
         monkeypatch.setattr("bayeslora.methods.blora.gated_quantizers._uniform", _median)
-        monkeypatch.setattr("bayeslora.posterior.gaussian.rank_generator", _always_the_same)
+        monkeypatch.setattr("bayeslora.posterior.noise.rank_generator", _always_the_same)
 
 
 # By evidence every tensor begins at full precision, and then no range has a part in a pass. Ranges train from the

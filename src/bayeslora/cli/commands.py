@@ -15,6 +15,7 @@ from bayeslora.files import first_columns
 from bayeslora.runs.plan import RunOptions, declared
 from bayeslora.vocabulary import (
     CHOICES_BY_TASK,
+    FORMATS_FOR_OTHERS,
     SHIFTS,
     AnswerLoss,
     Measure,
@@ -252,7 +253,7 @@ def _without_encoder(given: dict[str, Any]) -> Iterator[str]:
 
 def _contradictions_of_export(given: dict[str, Any]) -> Iterator[str]:
     chosen = given.get("format")
-    whole = ("onnx", "gguf", "torchao")
+    whole = FORMATS_FOR_OTHERS
     owners: dict[str, tuple[str, ...]] = {"allow_error": ("lora", "merged", *whole), "unadapted": ("integer", *whole)}
     owners |= {"calibrate": ("integer",), "adapter": ("gguf",)}
     owners |= dict.fromkeys(("mean_rank", "uniform", "draws", "members", "seed"), ("lora",))

@@ -12,12 +12,13 @@ from typing import TYPE_CHECKING, Any
 from bayeslora.cli.inputs import load_run
 from bayeslora.errors import BayesLoraError
 from bayeslora.files import finite, new_folder
+from bayeslora.vocabulary import FORMATS_FOR_OTHERS
 
 if TYPE_CHECKING:
+    from bayeslora.runs.info import RunInfo
     from bayeslora.runs.run import Run
 
 _CALIBRATION_BATCHES = 8
-_WHOLE = ("gguf", "onnx", "torchao")  # with tokenizer and card, for other programs than this one
 
 FORMATS = {
     "gguf": "GGUF model",
@@ -65,10 +66,10 @@ def run(given: dict[str, Any]) -> int:
             if form != "packed":
                 measured |= moved_by_noise(loaded.model, options.get("rows") or [options.get("batch")])
         ExportRecord.of(form, measured).save(partial)
-        for folder in _folders(form, partial):
+        for folder in _folders(partial):
             loaded.tokenizer.save_pretrained(folder)
             # run.json lets `bayeslora.load`, `evaluate` and `predict` read the export like the run.
-            dataclasses.replace(loaded.info, **_loaded_as(form, folder)).save(folder)
+            _loaded_as(form, folder, loaded.info).save(folder)
     if given.get("json"):
         print(json.dumps(finite({"folder": str(target), **measured}), indent=2))
         return 0
@@ -80,10 +81,8 @@ def run(given: dict[str, Any]) -> int:
     return 0
 
 
-def _folders(form: str, partial: Path) -> list[Path]:
+def _folders(partial: Path) -> list[Path]:
     """Return the folders that `bayeslora.load` reads like the run."""
-    if form in _WHOLE:
-        return []
     return sorted([*partial.glob("draw-*"), *partial.glob("member-*")]) or [partial]
 
 
@@ -99,7 +98,7 @@ def _batches(form: str, given: dict[str, Any], loaded: Run) -> dict[str, Any]:
             return {"rows": batches[::2], "calibration": batches[1::2]}
         count = _CALIBRATION_BATCHES if given.get("calibrate") else 1
         batches = training_batches(loaded.info, loaded.tokenizer, count)
-        if form in _WHOLE:
+        if form in FORMATS_FOR_OTHERS:
             return {"rows": batches}
     except BayesLoraError as error:
         if given.get("calibrate"):
@@ -137,10 +136,14 @@ def _options(form: str, given: dict[str, Any], loaded: Run) -> dict[str, Any]:
     return {}
 
 
-def _loaded_as(form: str, folder: Path) -> dict[str, Any]:
-    """Return the fields of `run.json` that the export changes."""
+def _loaded_as(form: str, folder: Path, info: RunInfo) -> RunInfo:
+    """Return what `run.json` says of the export."""
+    from bayeslora.runs.exports import for_others
+
+    if form in FORMATS_FOR_OTHERS:
+        return for_others(info)
     if form in ("integer", "merged"):
-        return {"method": "full"}
+        return dataclasses.replace(info, method="full")
     config = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))
-    changed = {"method": "lora"} if form == "lora" else {}
-    return {**changed, "base_name": config["base_model_name_or_path"]}
+    method = "lora" if form == "lora" else info.method
+    return dataclasses.replace(info, method=method, base_name=config["base_model_name_or_path"])

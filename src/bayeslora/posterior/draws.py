@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, Replicate
 
 from bayeslora.errors import BayesLoraError
-from bayeslora.posterior.gaussian import Noise
+from bayeslora.posterior.noise import Noise
 
 _ALIGNED = 16
 """Parts of a flat buffer start at multiples of this many elements; the padding between them is never read."""

@@ -19,6 +19,7 @@ _TOKENIZER = (
     "vocab.json",
     "merges.txt",
 )
+_WEIGHTS = ("*.safetensors", "*.onnx", "*.gguf")
 # Where the base model lies may change, and libraries write their versions.
 _ANYWHERE = (
     "base_model_name_or_path",
@@ -34,7 +35,9 @@ _BLOCK, _BLOCKS = 2**20, 256
 def save_digests(folder: Path) -> None:
     """Write digests of configuration, tokenizer and all weights that are in the folder now."""
     named = [folder / name for name in (ADAPTER_CONFIG, "config.json", *_TOKENIZER)]
-    files = [path for path in (*named, *sorted(folder.glob("*.safetensors"))) if path.is_file()]
+    files = [
+        path for path in (*named, *(each for kind in _WEIGHTS for each in sorted(folder.glob(kind)))) if path.is_file()
+    ]
     save_json(folder / DIGESTS_FILE, {path.name: _digest(path) for path in files})
 
 

@@ -48,6 +48,7 @@ from bayeslora.runs.base import (
 )
 from bayeslora.runs.decisions import Calibration, calibrated, calibration_for, model_digest
 from bayeslora.runs.digests import check_digests
+from bayeslora.runs.exports import format_for_others, load_for_others
 from bayeslora.runs.info import RUN_FILE, RunInfo, RunKind, check_one_label_a_row
 from bayeslora.runs.plain import ADAPTER_FILE, CONFIG_FILE, adapter_config, plain_info
 from bayeslora.runs.predictions import Predictions
@@ -429,6 +430,13 @@ def load(
             raise BayesLoraError(f"device_map is {device_map}, but {place} is an integer model, which has one device")
         loaded: nn.Module = load_integer(place)
         check_digests(place)
+    elif (form := format_for_others(place)) is not None:
+        if device_map is not None:
+            raise BayesLoraError(
+                f"device_map is {device_map}, but {place} has the format {form}, which has one device"
+            )
+        check_digests(place)
+        loaded = load_for_others(form, place, info, own, model)
     elif info.method == "full":
         with load_errors(f"the model in {place}"):
             loaded = AUTO_CLASSES[info.head].from_pretrained(

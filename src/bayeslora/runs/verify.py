@@ -19,17 +19,15 @@ from bayeslora.data import Task
 from bayeslora.errors import BayesLoraError
 from bayeslora.evaluation import evaluate
 from bayeslora.export.agreement import Agreement, compare
-from bayeslora.export.container import looks_packed
 from bayeslora.export.formats import output_of
-from bayeslora.export.integer.index import is_integer_model
 from bayeslora.export.record import EXACT, ExportRecord
 from bayeslora.methods.layer import evaluation_mode
-from bayeslora.runs.base import load_base, quiet_loading, ready
+from bayeslora.runs.base import quiet_loading, ready
+from bayeslora.runs.exports import format_of, load_for_others
 from bayeslora.runs.info import RUN_FILE, RunInfo
-from bayeslora.runs.plain import ADAPTER_FILE, adapter_config
-from bayeslora.runs.plain import CONFIG_FILE as ADAPTER_CONFIG
 from bayeslora.runs.rows import encode_for
 from bayeslora.runs.run import Run, load
+from bayeslora.vocabulary import FORMATS_FOR_OTHERS
 
 _SMALLEST = 1e-12  # a probability that float32 logits may round to zero
 
@@ -123,20 +121,9 @@ def load_export(folder: Path, run: Run) -> tuple[str, nn.Module]:
     """
     form = format_of(folder)
     device = next(run.model.parameters()).device
-    if form == "onnx":
-        from bayeslora.export.onnx.reader import OnnxClassifier, OnnxDecoder
-
-        reader = OnnxClassifier if run.info.head == "sequence" else OnnxDecoder
-        return form, reader(folder).eval()
-    if form == "gguf":
-        from bayeslora.export.gguf.reader import MODEL_FILE, load_gguf
-
-        base = None if (folder / MODEL_FILE).is_file() else _base(run)
-        return form, ready(load_gguf(folder, base), device)
-    if form == "torchao":
-        from bayeslora.export.torchao import load_torchao
-
-        return form, ready(load_torchao(folder, type(cast(Any, run.model).get_base_model())), device)
+    if form in FORMATS_FOR_OTHERS:
+        name = run.base if form == "gguf" else None
+        return form, ready(load_for_others(form, folder, run.info, run.tokenizer, name), device)
     if (folder / RUN_FILE).is_file():
         own = RunInfo.load(folder)
         if (own.task, own.labels) != (run.info.task, run.info.labels):
@@ -147,38 +134,6 @@ def load_export(folder: Path, run: Run) -> tuple[str, nn.Module]:
     spread = getattr(run.model, "hf_device_map", None) if form != "integer" else None
     place: dict[str, Any] = {"device": device} if spread is None else {"device_map": spread}
     return form, load(folder, run.info.model, tokenizer=run.tokenizer, **place).model
-
-
-def format_of(folder: Path) -> str:
-    """Return the format of the export in a folder.
-
-    Raises:
-        BayesLoraError: there is none.
-    """
-    if not folder.is_dir():
-        raise BayesLoraError(f"{folder} is not a folder, but must be an export: check the path")
-    if (folder / "model.onnx").is_file():
-        return "onnx"
-    if any((folder / name).is_file() for name in ("model.gguf", "adapter.gguf")):
-        return "gguf"
-    if is_integer_model(folder):
-        return "integer"
-    if (folder / ADAPTER_CONFIG).is_file():
-        if looks_packed(folder / ADAPTER_FILE):
-            return "packed"
-        if adapter_config(folder).get("peft_type") == "LORA":
-            return "lora"
-    elif (folder / "config.json").is_file():
-        return "torchao" if (folder / "adapter" / ADAPTER_CONFIG).is_file() else "merged"
-    raise BayesLoraError(f"{folder} is not an export, but must be one: give a folder that bayeslora export wrote")
-
-
-def _base(run: Run) -> Any:
-    """Return the base of the run without an adapter, with new heads at random."""
-    info = run.info
-    return load_base(
-        info.model, run.tokenizer, labels=info.labels, kind=info.kind, dtype=info.dtype, head=info.head
-    ).model
 
 
 def _of_answers(run: Run, model: nn.Module, encoded: Dataset, task: Task, size: int) -> dict[str, Any]:

@@ -31,6 +31,8 @@ class _OnnxModel(nn.Module):
         folder: that `export` wrote with `format="onnx"`.
     """
 
+    device = torch.device("cpu")
+
     def __init__(self, folder: Path) -> None:
         super().__init__()
         self.session, self.config = _opened(folder, MODEL_FILE)

@@ -43,8 +43,8 @@ from bayeslora.methods.tuner import (
     batch_rows,
     mean_ranks,
 )
-from bayeslora.posterior import counter
 from bayeslora.posterior.draws import is_sharded
+from bayeslora.posterior.noise import key_of, seeded_uniform
 from bayeslora.quantization import (
     GATED_WIDTHS,
     OPEN_LOGIT,
@@ -353,8 +353,8 @@ class BLoraModel(BayesTuner):
         if not learning:
             return
         gates = [layer.quantizers(name).gates for layer in learning]
-        sizes, key = [each.numel() for each in gates], counter.key_of(f"{seed}/gates/{step}")
-        drawn = counter.uniform(key, range(1), sum(sizes), gates[0].device)[0].split(sizes)
+        sizes, key = [each.numel() for each in gates], key_of(f"{seed}/gates/{step}")
+        drawn = seeded_uniform(key, range(1), sum(sizes), gates[0].device)[0].split(sizes)
         for layer, each, noise in zip(learning, gates, drawn, strict=True):
             layer.quantizers(name).draw(noise.view(each.shape))
 

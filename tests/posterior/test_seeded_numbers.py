@@ -7,7 +7,7 @@ import math
 import pytest
 import torch
 
-from bayeslora.posterior import counter
+from bayeslora.posterior import noise
 
 CPU = torch.device("cpu")
 INCREMENT = 0x9E3779B97F4A7C15
@@ -39,35 +39,35 @@ def oracle(key: int, stream: int, count: int) -> list[float]:
 def test_the_hash_is_the_published_one() -> None:
     # The first outputs of SplitMix64 from the state 0, as in the test vectors of several implementations.
     published = [0xE220A8397B1DCDAF, 0x6E789E6AA1B965F4, 0x06C45D188009454F]
-    states = torch.arange(1, 4).mul_(counter._signed(INCREMENT))
-    assert [word & WORD for word in counter._mixed(states).tolist()] == published
+    states = torch.arange(1, 4).mul_(noise._signed(INCREMENT))
+    assert [word & WORD for word in noise._mixed(states).tolist()] == published
     assert [mixed(i * INCREMENT & WORD) for i in (1, 2, 3)] == published
 
 
-@pytest.mark.parametrize("key", [0, 1, WORD, counter.key_of("7/layer/")])
+@pytest.mark.parametrize("key", [0, 1, WORD, noise.key_of("7/layer/")])
 @pytest.mark.parametrize("count", [0, 1, 2, 7])
 def test_numbers_are_those_of_the_equations(key: int, count: int) -> None:
     streams = [0, 5, 1 << 40]
-    drawn = counter.normal(key, streams, count, CPU)
+    drawn = noise.seeded_normal(key, streams, count, CPU)
     expected = torch.tensor([oracle(key, stream, count) for stream in streams]).view(3, count)
     torch.testing.assert_close(drawn, expected, rtol=2e-6, atol=2e-6)
     fractions = [[((hashed(key, s, i) >> 41) + 0.5) / (1 << 23) for i in range(count)] for s in streams]
-    assert counter.uniform(key, streams, count, CPU).tolist() == torch.tensor(fractions).view(3, count).tolist()
+    assert noise.seeded_uniform(key, streams, count, CPU).tolist() == torch.tensor(fractions).view(3, count).tolist()
     signs = [[2 * (hashed(key, s, i) >> 63) - 1 for i in range(count)] for s in streams]
-    assert counter.signs(key, streams, count, CPU).tolist() == signs
+    assert noise.seeded_signs(key, streams, count, CPU).tolist() == signs
 
 
-@pytest.mark.parametrize("draw", [counter.normal, counter.uniform, counter.signs])
+@pytest.mark.parametrize("draw", [noise.seeded_normal, noise.seeded_uniform, noise.seeded_signs])
 def test_a_part_is_a_part_of_the_whole(draw: object, monkeypatch: pytest.MonkeyPatch) -> None:
     whole = draw(9, range(6), 41, CPU)  # type: ignore[operator]
     assert torch.equal(draw(9, range(2, 6, 2), 30, CPU), whole[2:6:2, :30])  # type: ignore[operator]
     assert torch.equal(draw(9, [4], 41, CPU), whole[4:5])  # type: ignore[operator]
-    monkeypatch.setattr(counter, "_AT_ONCE", 24)
+    monkeypatch.setattr(noise, "_AT_ONCE", 24)
     assert torch.equal(draw(9, range(6), 41, CPU), whole)  # type: ignore[operator]
 
 
 def test_a_number_is_normal_and_independent_of_its_neighbours_in_place_and_stream() -> None:
-    drawn = counter.normal(counter.key_of("distribution"), range(400), 1000, CPU).double()
+    drawn = noise.seeded_normal(noise.key_of("distribution"), range(400), 1000, CPU).double()
     error = drawn.numel() ** -0.5
     assert abs(drawn.mean()) < 4 * error
     assert abs(drawn.square().mean() - 1) < 4 * error * 2**0.5
@@ -82,6 +82,6 @@ def test_a_number_is_normal_and_independent_of_its_neighbours_in_place_and_strea
 
 
 def test_uniform_numbers_are_flat_and_never_at_an_end() -> None:
-    drawn = counter.uniform(3, range(100), 4000, CPU)
+    drawn = noise.seeded_uniform(3, range(100), 4000, CPU)
     assert 0 < drawn.min() and drawn.max() < 1
     assert (drawn.histc(50, 0, 1) / drawn.numel() * 50 - 1).abs().max() < 4 * (50 / drawn.numel()) ** 0.5

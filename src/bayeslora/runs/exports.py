@@ -1,0 +1,99 @@
+"""Tell the formats of exports apart, and load those that are for other programs."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from typing import Any, cast
+
+from torch import nn
+from transformers import PreTrainedTokenizerBase
+
+from bayeslora.errors import BayesLoraError
+from bayeslora.export.container import looks_packed
+from bayeslora.export.integer.index import is_integer_model
+from bayeslora.model_card import public_name
+from bayeslora.runs.base import AUTO_CLASSES, load_base
+from bayeslora.runs.info import RunInfo
+from bayeslora.runs.plain import ADAPTER_FILE, adapter_config
+from bayeslora.runs.plain import CONFIG_FILE as ADAPTER_CONFIG
+
+
+def format_of(folder: Path) -> str:
+    """Return the format of the export in a folder.
+
+    Raises:
+        BayesLoraError: there is none.
+    """
+    if not folder.is_dir():
+        raise BayesLoraError(f"{folder} is not a folder, but must be an export: check the path")
+    if (form := format_for_others(folder)) is not None:
+        return form
+    if is_integer_model(folder):
+        return "integer"
+    if (folder / ADAPTER_CONFIG).is_file():
+        if looks_packed(folder / ADAPTER_FILE):
+            return "packed"
+        if adapter_config(folder).get("peft_type") == "LORA":
+            return "lora"
+    elif (folder / "config.json").is_file():
+        return "merged"
+    raise BayesLoraError(f"{folder} is not an export, but must be one: give a folder that bayeslora export wrote")
+
+
+def format_for_others(folder: Path) -> str | None:
+    """Return which of `FORMATS_FOR_OTHERS` the folder has; None for another one."""
+    if (folder / "model.onnx").is_file():
+        return "onnx"
+    if any((folder / name).is_file() for name in ("model.gguf", "adapter.gguf")):
+        return "gguf"
+    is_adapter = (folder / ADAPTER_CONFIG).is_file()
+    if not is_adapter and (folder / "config.json").is_file() and (folder / "adapter" / ADAPTER_CONFIG).is_file():
+        return "torchao"
+    return None
+
+
+def load_for_others(
+    form: str, folder: Path, info: RunInfo, tokenizer: PreTrainedTokenizerBase, base: str | None = None
+) -> nn.Module:
+    """Return the model of an export for other programs; ONNX runs in onnxruntime, GGUF in Transformers.
+
+    Args:
+        form: one of `FORMATS_FOR_OTHERS`.
+        folder: of the export.
+        info: of its run.
+        tokenizer: of its run.
+        base: folder or hub id of the base model of a GGUF adapter alone; by default the one in `info`.
+
+    Raises:
+        BayesLoraError: files that are missing or damaged, or belong to another kind of run.
+    """
+    if form == "onnx":
+        from bayeslora.export.onnx.reader import OnnxClassifier, OnnxDecoder
+
+        return (OnnxClassifier if info.head == "sequence" else OnnxDecoder)(folder)
+    if form == "torchao":
+        from bayeslora.export.torchao import load_torchao
+
+        return load_torchao(folder, cast(Any, AUTO_CLASSES[info.head]))
+    from bayeslora.export.gguf.reader import MODEL_FILE, load_gguf
+
+    if (folder / MODEL_FILE).is_file():
+        return load_gguf(folder)
+    made: dict[str, Any] = {"labels": info.labels, "kind": info.kind, "dtype": info.dtype, "head": info.head}
+    return load_gguf(folder, cast(Any, load_base(base or info.model, tokenizer, **made).model))
+
+
+def for_others(info: RunInfo) -> RunInfo:
+    """Return the description that goes into such an export: without the places of files on this machine."""
+    return dataclasses.replace(
+        info,
+        method="full",
+        model=public_name(info.model),
+        base_name="",
+        base_fingerprint="",
+        data_dir=None,
+        files={},
+        evaluation_rows=[],
+        train_digest=None,
+    )
