@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+import bayeslora
 from bayeslora.cli.main import main
 from tests.cli.conftest import write_jsonl
 from tests.conftest import EMPTY_PNG, build_tiny_llama
@@ -63,13 +64,18 @@ def test_a_run_becomes_files_and_a_card(
         main(["export", str(runs[method]), "--format", "gguf", *options, "--output-dir", str(target), "--json"]) == 0
     )
     measured = json.loads(capsys.readouterr().out)
-    assert {path.name for path in target.iterdir()} == files | {"README.md", "export.json"}
+    said = {"README.md", "export.json", "run.json", "digests.json"}
+    said |= {"tokenizer.json", "tokenizer_config.json", "chat_template.jinja"}
+    assert {path.name for path in target.iterdir()} == files | said
     for path in target.iterdir():  # nothing says where they were made
         content = path.read_bytes()
         assert str(runs[method].parent).encode() not in content and b"/tmp/" not in content
     assert measured["file_bytes"] == sum((target / name).stat().st_size for name in files if name.endswith(".gguf"))
     assert measured["rows"] > 20 and measured["loss_before"] > 0
+    base = str(runs[method].parent / "base") if "config.json" not in files else None
+    own = bayeslora.load(target, base).generate(["Hello"], max_new_tokens=8)[0]
     if method == "lora":
+        assert own.text == bayeslora.load(runs[method]).generate(["Hello"], max_new_tokens=8)[0].text
         assert measured["changed"] < 0.01 and measured["divergence"] < 1e-5
     else:
         assert measured["types"] and measured["left_out"].startswith("activations")
@@ -118,5 +124,7 @@ def test_a_run_becomes_weights_in_torchaos_layout(
     assert main(["verify", str(target), "--against", str(runs["blora"]), "--json"]) == 0
     found = json.loads(capsys.readouterr().out)
     assert found["format"] == "torchao" and found["divergence"] <= 2 * max(measured["divergence"], 1e-4)
+    own, of_run = (bayeslora.load(each).generate(["Hello"], max_new_tokens=4)[0] for each in (target, runs["blora"]))
+    assert own.log_probability == pytest.approx(of_run.log_probability, rel=0.05)
     assert main(["export", str(runs["lora"]), "--format", "torchao", "--output-dir", str(tmp_path / "no")]) == 2
     assert "this format needs one: other programs read an adapter of PEFT as it is" in capsys.readouterr().err

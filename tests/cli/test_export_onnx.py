@@ -74,20 +74,47 @@ def test_the_card_alone_gives_the_answers_of_the_run(
     assert {path.name for path in target.iterdir()} == {
         "README.md",
         "config.json",
+        "digests.json",
         "export.json",
         "model.onnx",
+        "run.json",
         "tokenizer.json",
         "tokenizer_config.json",
     }
     for path in target.iterdir():  # nothing says where they were made
         content = path.read_bytes()
         assert str(tmp_path.parent).encode() not in content and str(Path.home()).encode() not in content
-        assert path.name != "run.json" and b"/tmp/" not in content
+        assert b"/tmp/" not in content
     assert measured["file_bytes"] == (target / "model.onnx").stat().st_size and measured["rows"] == 32
     card = (target / "README.md").read_text(encoding="utf-8")
     assert f"{measured['changed']:.2%} of the answers change" in card and f"`{method}`" in card
     if method != "blora":
         assert measured["changed"] == 0 and measured["max_output_error"] < 1e-4
+
+
+def test_a_graph_is_loaded_and_used_like_the_run(
+    runs: dict[str, Path], tmp_path: Path, refused: Refused, capfd: pytest.CaptureFixture[str]
+) -> None:
+    target, rows = tmp_path / "onnx", write_jsonl(tmp_path / "rows.jsonl", review_rows(12, seed=5))
+    assert main(["export", str(runs["lora"]), "--format", "onnx", "--output-dir", str(target)]) == 0
+    run, graph = bayeslora.load(runs["lora"]), bayeslora.load(target)
+    assert (graph.kind, graph.labels, graph.method) == (run.kind, run.labels, "full")
+    for found, expected in zip(graph.predict(TEXTS), run.predict(TEXTS), strict=True):
+        assert found.label == expected.label
+        assert found.probabilities == pytest.approx(expected.probabilities, abs=1e-5)
+
+    capfd.readouterr()
+    scores = []
+    for folder in (target, runs["lora"]):
+        assert main(["evaluate", str(folder), "--eval-file", str(rows), "--json"]) == 0
+        scores.append(json.loads(capfd.readouterr().out)["scores"])
+    assert scores[0] == pytest.approx(scores[1], abs=1e-4)
+    predict = ["predict", target, "--input", rows, "--output", tmp_path / "found.jsonl"]
+    assert "--samples is 2, but the model" in refused(*predict, "--samples", "2")
+    assert "--eval-file" in refused("evaluate", target)  # where the rows were is not in the folder
+    assert "the format onnx, which has one device" in refused(*predict, "--device-map", "cpu")
+    (target / "model.onnx").write_bytes((target / "model.onnx").read_bytes() + b"\0")
+    assert "model.onnx is not the file that was saved here" in refused(*predict)
 
 
 def test_without_training_rows_the_inputs_of_unadapted_layers_stay_float32(
@@ -189,4 +216,7 @@ def test_a_graph_is_verified_against_a_run_of_its_kind(
         folder = tmp_path / source.parent.name
         assert main(["export", str(source), "--format", "onnx", "--output-dir", str(folder)]) == 0
         said = refused("verify", folder, "--against", other)
+        if source == writers["lora"]:  # a graph has no `generate` of Transformers
+            prompts = write_jsonl(tmp_path / "prompts.jsonl", [{"prompt": "Hello"}])
+            assert "reads texts but cannot generate" in refused("generate", folder, "--input", prompts)
         assert "give its own run" in said and ("has the graph of a classifier" in said) == (source == runs["lora"])

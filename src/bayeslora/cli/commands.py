@@ -253,9 +253,8 @@ def _without_encoder(given: dict[str, Any]) -> Iterator[str]:
 
 def _contradictions_of_export(given: dict[str, Any]) -> Iterator[str]:
     chosen = given.get("format")
-    whole = FORMATS_FOR_OTHERS
-    owners: dict[str, tuple[str, ...]] = {"allow_error": ("lora", "merged", *whole), "unadapted": ("integer", *whole)}
-    owners |= {"calibrate": ("integer",), "adapter": ("gguf",)}
+    owners: dict[str, tuple[str, ...]] = {"allow_error": ("lora", "merged", *FORMATS_FOR_OTHERS)}
+    owners |= {"unadapted": ("integer", *FORMATS_FOR_OTHERS), "calibrate": ("integer",), "adapter": ("gguf",)}
     owners |= dict.fromkeys(("mean_rank", "uniform", "draws", "members", "seed"), ("lora",))
     for name, formats in owners.items():
         if name in given and chosen not in (*formats, None):

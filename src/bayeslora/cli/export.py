@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import sys
 from contextlib import nullcontext
@@ -15,7 +14,6 @@ from bayeslora.files import finite, new_folder
 from bayeslora.vocabulary import FORMATS_FOR_OTHERS
 
 if TYPE_CHECKING:
-    from bayeslora.runs.info import RunInfo
     from bayeslora.runs.run import Run
 
 _CALIBRATION_BATCHES = 8
@@ -37,6 +35,7 @@ def run(given: dict[str, Any]) -> int:
     from bayeslora.cli.progress import disable_progress_bars
     from bayeslora.export.noise import moved_by_noise
     from bayeslora.export.record import ExportRecord
+    from bayeslora.runs.exports import info_of_export
     from bayeslora.runs.info import RunInfo
 
     disable_progress_bars()
@@ -69,7 +68,7 @@ def run(given: dict[str, Any]) -> int:
         for folder in _folders(partial):
             loaded.tokenizer.save_pretrained(folder)
             # run.json lets `bayeslora.load`, `evaluate` and `predict` read the export like the run.
-            _loaded_as(form, folder, loaded.info).save(folder)
+            info_of_export(form, folder, loaded.info).save(folder)
     if given.get("json"):
         print(json.dumps(finite({"folder": str(target), **measured}), indent=2))
         return 0
@@ -134,16 +133,3 @@ def _options(form: str, given: dict[str, Any], loaded: Run) -> dict[str, Any]:
             return {"posterior": loaded.folder}
         print("note: posterior.safetensors is left out, because matrices below 32 bits lack one", file=sys.stderr)
     return {}
-
-
-def _loaded_as(form: str, folder: Path, info: RunInfo) -> RunInfo:
-    """Return what `run.json` says of the export."""
-    from bayeslora.runs.exports import for_others
-
-    if form in FORMATS_FOR_OTHERS:
-        return for_others(info)
-    if form in ("integer", "merged"):
-        return dataclasses.replace(info, method="full")
-    config = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))
-    method = "lora" if form == "lora" else info.method
-    return dataclasses.replace(info, method=method, base_name=config["base_model_name_or_path"])

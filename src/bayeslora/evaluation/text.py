@@ -26,7 +26,8 @@ from bayeslora.data.encode import pad_id
 from bayeslora.errors import BayesLoraError
 from bayeslora.evaluation.metrics import calibration_gap, confidence_bins
 from bayeslora.evaluation.uncertainty import area_under_risk_coverage, histograms, risk_coverage_curve
-from bayeslora.prediction import Predictable, evaluation_mode
+from bayeslora.methods.layer import device_of, evaluation_mode
+from bayeslora.prediction import Predictable
 from bayeslora.prediction.weights import Weights
 
 Array = NDArray[np.float64]
@@ -144,7 +145,7 @@ def _batches(
     """Yield the numbers of some rows, the longest first, and their batch, padded on the right."""
     lengths = np.asarray([len(ids) for ids in data["input_ids"]])
     order = np.argsort(-lengths, kind="stable")
-    pad, device = pad_id(tokenizer), next(model.parameters()).device
+    pad, device = pad_id(tokenizer), device_of(model)
     start = 0
     while start < len(order):
         width = int(lengths[order[start]])

@@ -354,6 +354,11 @@ def add_update(result: Tensor, hidden: Tensor, b: Tensor, scaling: float, in_pla
     return flat.view(result.shape)
 
 
+def device_of(model: nn.Module) -> torch.device:
+    """Return the device of the first parameter; the CPU for a model without parameters, such as a graph."""
+    return next((parameter.device for parameter in model.parameters()), torch.device("cpu"))
+
+
 @contextmanager
 def evaluation_mode(model: nn.Module) -> Iterator[None]:
     """Put the model in evaluation mode, and restore the mode of every submodule afterwards.

@@ -27,9 +27,10 @@ from torch import Tensor, nn
 from transformers.cache_utils import DynamicCache, DynamicLayer, DynamicSlidingWindowLayer
 
 from bayeslora.errors import BayesLoraError
+from bayeslora.methods.layer import device_of, evaluation_mode
 from bayeslora.posterior import IndivisibleBatchError
 from bayeslora.prediction.batched_sampling import repeat_rows
-from bayeslora.prediction.predict import evaluation_mode, seeded
+from bayeslora.prediction.predict import seeded
 from bayeslora.prediction.predictor import Predictable, check_adapters, check_finite
 from bayeslora.prediction.weights import Weights
 
@@ -180,9 +181,13 @@ class _Run:
         _check_prompts(input_ids, attention_mask)
         if options.pop("return_dict_in_generate", False):
             raise BayesLoraError("return_dict_in_generate is True, but generate returns a Generation: leave it out")
-        self.device = next(self.model.parameters()).device
+        self.device = device_of(self.model)
         self.owners = [_MEAN] if samples == 0 or answers == "mean" else list(range(samples))
         base: Any = self.model.get_base_model() if hasattr(self.model, "get_base_model") else self.model  # type: ignore[operator]
+        if not hasattr(base, "generate"):
+            raise BayesLoraError(
+                f"{type(base).__name__} reads texts but cannot generate them: give the run or another export of it"
+            )
         self.base, config = base, base.config
         self.encodes = bool(getattr(config, "is_encoder_decoder", False))
         self.settings = getattr(base, "generation_config", None) or config

@@ -29,7 +29,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from bayeslora.errors import BayesLoraError, counted
-from bayeslora.methods.layer import evaluation_mode
+from bayeslora.methods.layer import device_of, evaluation_mode
 from bayeslora.prediction.predictor import (
     MULTI_LABEL,
     Logits,
@@ -167,7 +167,7 @@ def _sampled_logits(
     logits: Logits | None,
 ) -> Tensor:
     batches = [loader_or_batch] if isinstance(loader_or_batch, Mapping) else loader_or_batch
-    device = next((parameter.device for parameter in predictor.model.parameters()), torch.device("cpu"))
+    device = device_of(predictor.model)
     read = _checked(logits or _forward, (2,) if logits is None else (2, 3))
     collected: list[Tensor] = []
     with evaluation_mode(predictor.model), torch.inference_mode():

@@ -17,6 +17,7 @@ from bayeslora.runs.base import AUTO_CLASSES, load_base
 from bayeslora.runs.info import RunInfo
 from bayeslora.runs.plain import ADAPTER_FILE, adapter_config
 from bayeslora.runs.plain import CONFIG_FILE as ADAPTER_CONFIG
+from bayeslora.vocabulary import FORMATS_FOR_OTHERS
 
 
 def format_of(folder: Path) -> str:
@@ -84,16 +85,24 @@ def load_for_others(
     return load_gguf(folder, cast(Any, load_base(base or info.model, tokenizer, **made).model))
 
 
-def for_others(info: RunInfo) -> RunInfo:
-    """Return the description that goes into such an export: without the places of files on this machine."""
-    return dataclasses.replace(
-        info,
-        method="full",
-        model=public_name(info.model),
-        base_name="",
-        base_fingerprint="",
-        data_dir=None,
-        files={},
-        evaluation_rows=[],
-        train_digest=None,
-    )
+def info_of_export(form: str, folder: Path, info: RunInfo) -> RunInfo:
+    """Return what the `run.json` of an export says, with which it is loaded like the run.
+
+    That of a folder for other programs, which goes to other machines, does not say where files are on this one.
+    """
+    if form in FORMATS_FOR_OTHERS:
+        return dataclasses.replace(
+            info,
+            method="full",
+            model=public_name(info.model),
+            base_name="",
+            base_fingerprint="",
+            data_dir=None,
+            files={},
+            evaluation_rows=[],
+            train_digest=None,
+        )
+    if form in ("integer", "merged"):
+        return dataclasses.replace(info, method="full")
+    method = "lora" if form == "lora" else info.method
+    return dataclasses.replace(info, method=method, base_name=adapter_config(folder)["base_model_name_or_path"])

@@ -21,7 +21,7 @@ from bayeslora.evaluation import evaluate
 from bayeslora.export.agreement import Agreement, compare
 from bayeslora.export.formats import output_of
 from bayeslora.export.record import EXACT, ExportRecord
-from bayeslora.methods.layer import evaluation_mode
+from bayeslora.methods.layer import device_of, evaluation_mode
 from bayeslora.runs.base import quiet_loading, ready
 from bayeslora.runs.exports import format_of, load_for_others
 from bayeslora.runs.info import RUN_FILE, RunInfo
@@ -120,7 +120,7 @@ def load_export(folder: Path, run: Run) -> tuple[str, nn.Module]:
         BayesLoraError: a folder that is no export, or one that another run was written to.
     """
     form = format_of(folder)
-    device = next(run.model.parameters()).device
+    device = device_of(run.model)
     if form in FORMATS_FOR_OTHERS:
         name = run.base if form == "gguf" else None
         return form, ready(load_for_others(form, folder, run.info, run.tokenizer, name), device)
@@ -163,7 +163,7 @@ def _of_answers(run: Run, model: nn.Module, encoded: Dataset, task: Task, size: 
 
 def _of_tokens(run: Run, model: nn.Module, encoded: Dataset) -> dict[str, Any]:
     """Return the agreement on the next tokens of texts; the score is the negative log-likelihood of a token."""
-    device = next(run.model.parameters()).device
+    device = device_of(run.model)
 
     def outputs(each: nn.Module) -> Any:
         return lambda row: cast(Tensor, output_of(each, {name: ids.to(device) for name, ids in row.items()}))
