@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping
-from typing import Any
+from collections.abc import Mapping
+from typing import Any, Self
 
 import numpy as np
 import torch
@@ -13,20 +13,23 @@ from sklearn.isotonic import IsotonicRegression
 from torch import Tensor
 
 from bayeslora.errors import BayesLoraError
-from bayeslora.posthoc.temperature import held_out_logits, predictive_loss
-from bayeslora.prediction import Logits, Predictable, Sampler, as_predictor, check_one_label, check_samples
+from bayeslora.posthoc.temperature import CalibrationMap, predictive_loss
+from bayeslora.prediction import Logits, Predictable, Sampler
 
 _LEAST_ROWS = 10
 """Fewest held-out rows of each class: with fewer the maps fit the rows and not the model's errors."""
 
 
-class VectorScaling:
+class VectorScaling(CalibrationMap):
     r"""Logits times one factor and plus one offset a class (Guo et al., 2017, arXiv:1706.04599).
 
     $$ z'_c = w_c z_c + b_c, \qquad w_c > 0, \quad \textstyle\sum_c b_c = 0 $$
 
     Unlike a temperature it corrects classes that are predicted too often, and the most probable class may change.
     Around another predictor it maps the logits of each sample.
+
+    `fit` chooses the factors and offsets with which held-out labels are likeliest. It needs 10 rows of each class, and
+    labels that are not all predicted correctly.
 
     Args:
         model: a model or another predictor.
@@ -39,15 +42,13 @@ class VectorScaling:
     """Smallest and largest factor that `fit` tries; offsets go up to the largest in size."""
 
     def __init__(self, model: Predictable) -> None:
-        self.predictor = as_predictor(model)
-        self.model = self.predictor.model
-        check_one_label(self.model)
+        super().__init__(model)
         self.weight: Tensor | None = None
         self.bias: Tensor | None = None
 
     def check_samples(self, samples: int) -> None:
         _check_fitted(self, self.weight)
-        check_samples(self.predictor, samples)
+        super().check_samples(samples)
 
     def sampler(self, samples: int, seed: int, antithetic: bool, read: Logits) -> Sampler:
         inner = self.predictor.sampler(samples, seed, antithetic, read)
@@ -59,27 +60,7 @@ class VectorScaling:
 
         return scaled
 
-    def fit(
-        self,
-        loader: Mapping[str, Any] | Iterable[Mapping[str, Any]],
-        samples: int = 0,
-        seed: int = 0,
-        logits: Logits | None = None,
-    ) -> VectorScaling:
-        """Set the factors and offsets that minimize the negative log-likelihood of held-out labels, and return self.
-
-        Args:
-            loader: a batch or batches with `labels`, of data that the model was not trained on.
-            samples, seed, logits: as they will be given to `predict`.
-
-        Raises:
-            BayesLoraError: labels are missing or not classes, a class has fewer than 10 rows, or the likelihood is
-                best at a bound, as when every held-out label is predicted correctly.
-        """
-        return self.fit_logits(*held_out_logits(self.predictor, loader, samples, seed, logits))
-
-    def fit_logits(self, outputs: Tensor, labels: Tensor) -> VectorScaling:
-        """Fit like `fit` to logits (S, n, C) of S samples, float64, and class ids (n,)."""
+    def fit_logits(self, outputs: Tensor, labels: Tensor) -> Self:
         _check_rows(outputs, labels)
         classes = outputs.shape[2]
 
@@ -111,20 +92,20 @@ class VectorScaling:
         return {"weight": self.weight.tolist(), "bias": self.bias.tolist()}
 
     @classmethod
-    def from_numbers(cls, model: Predictable, numbers: Mapping[str, Any]) -> VectorScaling:
+    def from_numbers(cls, model: Predictable, numbers: Mapping[str, Any]) -> Self:
         """Return the predictor with `numbers` around another model or predictor."""
         found = cls(model)
         found.weight, found.bias = (torch.tensor(numbers[name], dtype=torch.float64) for name in ("weight", "bias"))
         return found
 
 
-class IsotonicCalibration:
+class IsotonicCalibration(CalibrationMap):
     """Each class's probability mapped by a rising step function, and the classes normalized again.
 
     One function a class (isotonic regression of "is it this class?" on the probability; Zadrozny and Elkan, 2002) can
-    have any shape, and needs more rows than a temperature: some hundreds. Its levels stay 1 / (n + 2) away from 0 and
-    1, so that one mistake does not make the likelihood zero. Rows that fall on one step get equal probabilities, so
-    that the order of predictions by confidence, and with it AURC, becomes coarser.
+    have any shape, and needs more rows than a temperature: some hundreds, and 10 of each class. Its levels stay
+    1 / (n + 2) away from 0 and 1, so that one mistake does not make the likelihood zero. Rows that fall on one step
+    get equal probabilities, so that the order of predictions by confidence, and with it AURC, becomes coarser.
 
     Samples are averaged before they are mapped: the prediction is one set of probabilities, without a part that the
     samples disagree about.
@@ -137,14 +118,12 @@ class IsotonicCalibration:
     """
 
     def __init__(self, model: Predictable) -> None:
-        self.predictor = as_predictor(model)
-        self.model = self.predictor.model
-        check_one_label(self.model)
+        super().__init__(model)
         self.maps: list[IsotonicRegression] = []
 
     def check_samples(self, samples: int) -> None:
         _check_fitted(self, self.maps or None)
-        check_samples(self.predictor, samples)
+        super().check_samples(samples)
 
     def sampler(self, samples: int, seed: int, antithetic: bool, read: Logits) -> Sampler:
         inner = self.predictor.sampler(samples, seed, antithetic, read)
@@ -161,26 +140,7 @@ class IsotonicCalibration:
 
         return calibrated
 
-    def fit(
-        self,
-        loader: Mapping[str, Any] | Iterable[Mapping[str, Any]],
-        samples: int = 0,
-        seed: int = 0,
-        logits: Logits | None = None,
-    ) -> IsotonicCalibration:
-        """Fit the step functions to held-out labels, and return self.
-
-        Args:
-            loader: a batch or batches with `labels`, of data that the model was not trained on.
-            samples, seed, logits: as they will be given to `predict`.
-
-        Raises:
-            BayesLoraError: labels are missing or not classes, or a class has fewer than 10 rows.
-        """
-        return self.fit_logits(*held_out_logits(self.predictor, loader, samples, seed, logits))
-
-    def fit_logits(self, outputs: Tensor, labels: Tensor) -> IsotonicCalibration:
-        """Fit like `fit` to logits (S, n, C) of S samples, float64, and class ids (n,)."""
+    def fit_logits(self, outputs: Tensor, labels: Tensor) -> Self:
         _check_rows(outputs, labels)
         p, is_class = outputs.softmax(dim=-1).mean(dim=0).numpy(), labels.numpy()
         edge = 1 / (len(labels) + 2)
@@ -197,7 +157,7 @@ class IsotonicCalibration:
         return {"maps": [{"x": m.X_thresholds_.tolist(), "y": m.y_thresholds_.tolist()} for m in self.maps]}
 
     @classmethod
-    def from_numbers(cls, model: Predictable, numbers: Mapping[str, Any]) -> IsotonicCalibration:
+    def from_numbers(cls, model: Predictable, numbers: Mapping[str, Any]) -> Self:
         """Return the predictor with `numbers` around another model or predictor."""
         found = cls(model)
         # The corners rise, so that a fit to them goes through each.

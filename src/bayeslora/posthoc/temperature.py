@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping
-from typing import Any
+from typing import Any, Self
 
 from scipy.optimize import minimize_scalar
 from torch import Tensor, nn
@@ -23,7 +23,45 @@ from bayeslora.prediction import (
 from bayeslora.prediction.predictor import Predictor
 
 
-class TemperatureScaling:
+class CalibrationMap:
+    """A predictor around another one, with a map of its outputs that is fitted on held-out rows.
+
+    Args:
+        model: a model or another predictor.
+    """
+
+    def __init__(self, model: Predictable) -> None:
+        self.predictor = as_predictor(model)
+        self.model = self.predictor.model
+        check_one_label(self.model)
+
+    def check_samples(self, samples: int) -> None:
+        check_samples(self.predictor, samples)
+
+    def fit(
+        self,
+        loader: Mapping[str, Any] | Iterable[Mapping[str, Any]],
+        samples: int = 0,
+        seed: int = 0,
+        logits: Logits | None = None,
+    ) -> Self:
+        """Fit the map to held-out labels, and return self.
+
+        Args:
+            loader: a batch or batches with `labels`, of data that the model was not trained on.
+            samples, seed, logits: as they will be given to `predict`.
+
+        Raises:
+            BayesLoraError: labels are missing or not classes, or the rows do not determine the map.
+        """
+        return self.fit_logits(*held_out_logits(self.predictor, loader, samples, seed, logits))
+
+    def fit_logits(self, outputs: Tensor, labels: Tensor) -> Self:
+        """Fit like `fit` to logits (S, n, C) of S samples, float64, and class ids (n,)."""
+        raise NotImplementedError
+
+
+class TemperatureScaling(CalibrationMap):
     """Logits divided by one temperature, fitted on held-out data (Guo et al., 2017, arXiv:1706.04599).
 
     The most probable class stays the same; only the confidence changes. Around another predictor it divides the logits
@@ -31,7 +69,9 @@ class TemperatureScaling:
 
     Args:
         model: a model or another predictor.
-        temperature: T > 0; above 1 lowers the confidence. Usually set by `fit`.
+        temperature: T > 0; above 1 lowers the confidence. Usually set by `fit`, to where held-out labels are
+            likeliest. That is inside `bounds` unless every label is predicted correctly, or none better than by
+            chance.
     """
 
     bounds = (0.02, 50.0)
@@ -40,12 +80,8 @@ class TemperatureScaling:
     def __init__(self, model: Predictable, temperature: float = 1.0) -> None:
         if not temperature > 0:
             raise BayesLoraError(f"the temperature is {temperature}, but must be positive: give 1 to change nothing")
-        self.predictor, self.temperature = as_predictor(model), float(temperature)
-        self.model = self.predictor.model
-        check_one_label(self.model)
-
-    def check_samples(self, samples: int) -> None:
-        check_samples(self.predictor, samples)
+        super().__init__(model)
+        self.temperature = float(temperature)
 
     def sampler(self, samples: int, seed: int, antithetic: bool, read: Logits) -> Sampler:
         inner = self.predictor.sampler(samples, seed, antithetic, read)
@@ -57,27 +93,7 @@ class TemperatureScaling:
 
         return scaled
 
-    def fit(
-        self,
-        loader: Mapping[str, Any] | Iterable[Mapping[str, Any]],
-        samples: int = 0,
-        seed: int = 0,
-        logits: Logits | None = None,
-    ) -> TemperatureScaling:
-        """Set the temperature that minimizes the negative log-likelihood of held-out labels, and return self.
-
-        Args:
-            loader: a batch or batches with `labels`, of data that the model was not trained on.
-            samples, seed, logits: as they will be given to `predict`.
-
-        Raises:
-            BayesLoraError: labels are missing or not classes, or the likelihood is best at a bound, as when every
-                held-out label is predicted correctly, or none better than by chance.
-        """
-        return self.fit_logits(*held_out_logits(self.predictor, loader, samples, seed, logits))
-
-    def fit_logits(self, outputs: Tensor, labels: Tensor) -> TemperatureScaling:
-        """Fit like `fit` to logits (S, n, C) of S samples, float64, and class ids (n,)."""
+    def fit_logits(self, outputs: Tensor, labels: Tensor) -> Self:
         _check_classes(outputs)
         low, high = (math.log(bound) for bound in self.bounds)
 
@@ -100,7 +116,7 @@ class TemperatureScaling:
         return {"temperature": self.temperature}
 
     @classmethod
-    def from_numbers(cls, model: Predictable, numbers: Mapping[str, Any]) -> TemperatureScaling:
+    def from_numbers(cls, model: Predictable, numbers: Mapping[str, Any]) -> Self:
         """Return the predictor with `numbers` around another model or predictor."""
         return cls(model, numbers["temperature"])
 
