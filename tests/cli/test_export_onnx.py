@@ -113,8 +113,10 @@ def test_a_graph_is_loaded_and_used_like_the_run(
     assert "--samples is 2, but the model" in refused(*predict, "--samples", "2")
     assert "--eval-file" in refused("evaluate", target)  # where the rows were is not in the folder
     assert "the format onnx, which has one device" in refused(*predict, "--device-map", "cpu")
+    of_run = (target / "run.json").read_bytes()
     (target / "run.json").unlink()  # which an export from Python lacks
     assert [row.label for row in bayeslora.load(target).predict(TEXTS)] == [row.label for row in run.predict(TEXTS)]
+    (target / "run.json").write_bytes(of_run)
     (target / "model.onnx").write_bytes((target / "model.onnx").read_bytes() + b"\0")
     assert "model.onnx is not the file that was saved here" in refused(*predict)
 
