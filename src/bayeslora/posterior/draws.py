@@ -84,7 +84,8 @@ def drawn_weights(
     """
     starts, length = aligned([entry.size for entry in gaussians])
     noise = Noise("batch", seed, "weights", draws=[draw], antithetic=antithetic)
-    numbers = noise.normal(1, (length,), torch.device("cpu"))[0]
+    device = next((entry.parameter.device for entry in gaussians if entry.parameter is not None), torch.device("cpu"))
+    numbers = noise.normal(1, (length,), device)[0]
     shared = _shared_numbers(gaussians, seed, draw, antithetic)
     before: list[tuple[Tensor, Tensor]] = []
     try:
