@@ -10,7 +10,7 @@ the task's metric on all held-out rows, looked at once, after training. With `--
 held out and scored instead, in results/frontier-selection.
 
 The budgets of a task, scope and seed have the same warm-up. With `--warm-ups FOLDER` it is trained once and kept
-there, and the other runs resume from it: other seconds, and the rows in another order than without that option.
+there, and the other runs resume from it: the clocks then show the rest of the run.
 """
 
 from __future__ import annotations

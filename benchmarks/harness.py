@@ -58,6 +58,7 @@ from bayeslora.runs.train import precision_options
 from bayeslora.training.hooks import posterior_statistics
 
 # The base model's own dropout takes a quarter of a step on a CPU; no method has it in these benchmarks.
+LOGGING_STEPS = 20
 NO_DROPOUT = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
 TRAINS_IN_BFLOAT16 = bool(precision_options())
 """As in the demo: a processor without instructions for bfloat16 takes two to three times as long with it."""
@@ -173,7 +174,7 @@ def fine_tune(
             train_sampling_strategy="group_by_length",
             use_cpu=not torch.cuda.is_available(),
             seed=seed,
-            logging_steps=20,
+            logging_steps=LOGGING_STEPS,
             save_strategy="no",
             report_to=[],
             disable_tqdm=True,
@@ -190,10 +191,11 @@ def fine_tune(
         else:
             options = {"data_collator": DataCollatorWithPadding(tokenizer)}
         callbacks = [] if callback is None else [callback(model)]
-        begin = 0
+        begin, shared = 0, None
         if warm_up is not None:
             begin, _ = phases(config, training.steps)
-            callbacks.append(SharedWarmUp(begin, seed))
+            shared = SharedWarmUp(begin, warm_up)
+            callbacks.append(shared)
         resumed = warm_up is not None and warm_up.exists()
         trainer = kind(model=model, args=arguments, train_dataset=data, callbacks=callbacks, **options)
         terms = labelled_tokens(data) if LABELS in data.column_names else len(data)
@@ -203,8 +205,8 @@ def fine_tune(
         start, computed = time.perf_counter(), time.process_time()
         trainer.train(str(warm_up) if resumed else None)
         seconds, computed = time.perf_counter() - start, time.process_time() - computed
-        if warm_up is not None and not warm_up.exists():
-            shutil.copytree(Path(scratch) / f"checkpoint-{begin}", warm_up)
+        if shared is not None and not resumed:
+            shared.keep(Path(scratch) / f"checkpoint-{begin}")
     clocks = {"seconds": seconds, "processor_seconds": computed}
     found = {**clocks, "peak_memory_bytes": peak_memory(), "parameters": parameters, "machine": machine()}
     if resumed:
@@ -215,18 +217,31 @@ def fine_tune(
 
 
 class SharedWarmUp(TrainerCallback):
-    """A checkpoint after one step, and an order of the rows in each epoch that a resumed run finds again.
+    """A checkpoint after one step, from which another run goes on with the rows in the order of a run of its own.
 
-    The sampler that groups rows by length draws from torch's global generator, whose state a resumed run lacks.
+    When an epoch begins, the sampler that groups rows by length draws from torch's global generator. A checkpoint
+    holds the generator's state at its step, but not at the beginning of its epoch, which is kept beside it.
     """
 
-    def __init__(self, step: int, seed: int) -> None:
-        self.step, self.seed = step, seed
+    def __init__(self, step: int, folder: Path) -> None:
+        self.step, self.folder = step, folder
+        self.file = folder / "epoch_rng_state.pt"
+        self.begun = torch.load(self.file, weights_only=True) if self.file.exists() else None
+        self.resumes = self.begun is not None
 
     def on_epoch_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        torch.manual_seed(10_000 * self.seed + int((state.epoch or 0) + 1e-6))
+        if self.resumes:
+            torch.set_rng_state(self.begun)
+            self.resumes = False
+        elif state.global_step < self.step:
+            self.begun = torch.get_rng_state()
+
+    def keep(self, checkpoint: Path) -> None:
+        """Put the checkpoint of a finished run where the others look for it."""
+        shutil.copytree(checkpoint, self.folder)
+        torch.save(self.begun, self.file)
 
     def on_step_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
