@@ -113,6 +113,10 @@ def test_a_graph_is_loaded_and_used_like_the_run(
     assert "--samples is 2, but the model" in refused(*predict, "--samples", "2")
     assert "--eval-file" in refused("evaluate", target)  # where the rows were is not in the folder
     assert "the format onnx, which has one device" in refused(*predict, "--device-map", "cpu")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(sys.modules, "onnxruntime", None)
+        patch.delitem(sys.modules, "bayeslora.export.onnx.reader")
+        assert "onnxruntime is not installed, but format onnx needs it" in refused(*predict)
     of_run = (target / "run.json").read_bytes()
     (target / "run.json").unlink()  # which an export from Python lacks
     assert [row.label for row in bayeslora.load(target).predict(TEXTS)] == [row.label for row in run.predict(TEXTS)]

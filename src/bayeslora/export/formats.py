@@ -62,16 +62,23 @@ def export(
     """
     if format not in FORMATS:
         raise BayesLoraError(f"format is {format!r}, but must be one of {', '.join(sorted(FORMATS))}: choose one")
-    try:
+    with libraries_of(format):
         write = getattr(importlib.import_module(FORMATS[format]), f"export_{format}")
-    except ModuleNotFoundError as error:
-        raise BayesLoraError(
-            f"{error.name} is not installed, but format {format!r} needs it: pip install 'bayeslora[{format}]'"
-        ) from error
     if unknown := sorted(set(options) - set(inspect.signature(write).parameters)):
         raise BayesLoraError(f"format {format!r} takes no option {unknown[0]!r}: drop it, or choose another format")
     with _nothing_left_over(path):
         return cast(dict[str, Any], write(model, path, adapter_name, batch, **options))
+
+
+@contextmanager
+def libraries_of(form: str) -> Iterator[None]:
+    """Raise `BayesLoraError` if an import inside the `with` lacks a library, which the format needs."""
+    try:
+        yield
+    except ModuleNotFoundError as error:
+        raise BayesLoraError(
+            f"{error.name} is not installed, but format {form!r} needs it: pip install 'bayeslora[{form}]'"
+        ) from error
 
 
 @contextmanager

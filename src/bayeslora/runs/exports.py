@@ -11,6 +11,7 @@ from transformers import PreTrainedTokenizerBase
 
 from bayeslora.errors import BayesLoraError
 from bayeslora.export.container import looks_packed
+from bayeslora.export.formats import libraries_of
 from bayeslora.export.integer.index import is_integer_model
 from bayeslora.model_card import public_name
 from bayeslora.runs.base import AUTO_CLASSES, load_base
@@ -67,17 +68,19 @@ def load_for_others(
         base: folder or hub id of the base model of a GGUF adapter alone; by default the one in `info`.
 
     Raises:
-        BayesLoraError: files that are missing or damaged, or belong to another kind of run.
+        BayesLoraError: a library that is not installed; files that are missing or damaged, or belong to another kind
+            of run.
     """
-    if form == "onnx":
-        from bayeslora.export.onnx.reader import OnnxClassifier, OnnxDecoder
+    with libraries_of(form):
+        if form == "onnx":
+            from bayeslora.export.onnx.reader import OnnxClassifier, OnnxDecoder
 
-        return (OnnxClassifier if info.head == "sequence" else OnnxDecoder)(folder)
-    if form == "torchao":
-        from bayeslora.export.torchao import load_torchao
+            return (OnnxClassifier if info.head == "sequence" else OnnxDecoder)(folder)
+        if form == "torchao":
+            from bayeslora.export.torchao import load_torchao
 
-        return load_torchao(folder, cast(Any, AUTO_CLASSES[info.head]))
-    from bayeslora.export.gguf.reader import MODEL_FILE, load_gguf
+            return load_torchao(folder, cast(Any, AUTO_CLASSES[info.head]))
+        from bayeslora.export.gguf.reader import MODEL_FILE, load_gguf
 
     if (folder / MODEL_FILE).is_file():
         return load_gguf(folder)
