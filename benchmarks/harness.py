@@ -57,8 +57,8 @@ from bayeslora.runs.eva import initialize_eva
 from bayeslora.runs.train import precision_options
 from bayeslora.training.hooks import posterior_statistics
 
-# The base model's own dropout takes a quarter of a step on a CPU; no method has it in these benchmarks.
 LOGGING_STEPS = 20
+# The base model's own dropout takes a quarter of a step on a CPU; no method has it in these benchmarks.
 NO_DROPOUT = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
 TRAINS_IN_BFLOAT16 = bool(precision_options())
 """As in the demo: a processor without instructions for bfloat16 takes two to three times as long with it."""
@@ -226,7 +226,7 @@ class SharedWarmUp(TrainerCallback):
     def __init__(self, step: int, folder: Path) -> None:
         self.step, self.folder = step, folder
         self.file = folder / "epoch_rng_state.pt"
-        self.begun = torch.load(self.file, weights_only=True) if self.file.exists() else None
+        self.begun = torch.load(self.file, weights_only=True) if folder.exists() else None
         self.resumes = self.begun is not None
 
     def on_epoch_begin(

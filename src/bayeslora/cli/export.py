@@ -17,7 +17,6 @@ if TYPE_CHECKING:
     from bayeslora.runs.run import Run
 
 _CALIBRATION_BATCHES = 8
-
 FORMATS = {
     "gguf": "GGUF model",
     "integer": "integer model",

@@ -12,8 +12,9 @@ from bayeslora.cli.inputs import load_run
 from bayeslora.cli.progress import disable_progress_bars
 from bayeslora.errors import BayesLoraError, counted
 from bayeslora.files import finite
+from bayeslora.runs.exports import format_of
 from bayeslora.runs.info import RunInfo
-from bayeslora.runs.verify import Verified, format_of, verify
+from bayeslora.runs.verify import Verified, verify
 
 DISAGREES = 1
 

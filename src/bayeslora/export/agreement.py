@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from bayeslora.export.formats import inputs_for, output_of
-from bayeslora.methods.layer import evaluation_mode
+from bayeslora.methods.layer import device_of, evaluation_mode
 
 Outputs = Callable[[dict[str, Tensor]], Tensor]
 """Returns the logits, (rows, classes) or (rows, tokens, words), of a batch of inputs."""
@@ -132,7 +132,7 @@ def difference(model: nn.Module, loaded: nn.Module, batches: Iterable[Mapping[st
         batches: of inputs, None for the model's `dummy_inputs`.
     """
     inputs = [each for batch in batches if (each := inputs_for(model, batch)) is not None]
-    loaded.to(next(model.parameters()).device)
+    loaded.to(device_of(model))
     with evaluation_mode(model):
         agreement = compare(
             lambda row: cast(Tensor, output_of(model, row)), lambda row: cast(Tensor, output_of(loaded, row)), inputs

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from bayeslora.errors import BayesLoraError
-from bayeslora.methods.layer import BayesLayer
+from bayeslora.methods.layer import BayesLayer, device_of
 from bayeslora.methods.tuner import BayesTuner, check_has_tuner, tuner_of
 
 FORMATS = {
@@ -249,7 +249,7 @@ def inputs_for(model: nn.Module, batch: Mapping[str, Tensor] | None) -> dict[str
     found = batch if batch is not None else getattr(model, "dummy_inputs", None)
     if found is None:
         return None
-    device = next(model.parameters()).device
+    device = device_of(model)
     return {key: value.to(device) for key, value in found.items() if key not in ("labels", "label")}
 
 

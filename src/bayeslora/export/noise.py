@@ -1,4 +1,4 @@
-"""How far a model's answers move under noise of the size of float rounding.
+"""Measure how far a model's answers move under noise of the size of float rounding.
 
 A value halfway between two codes goes to either of them for a difference in its last digit. Where activations have few
 codes, one such step grows through the layers that follow. Then no export agrees with the model better than the model

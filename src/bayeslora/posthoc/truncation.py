@@ -28,6 +28,7 @@ from bayeslora.errors import BayesLoraError
 from bayeslora.methods.blora.components import Watch, close_together, deal, taken_over
 from bayeslora.methods.blora.probe import logits_of, score_seed
 from bayeslora.methods.config import KEPT_FIELDS
+from bayeslora.methods.layer import device_of
 from bayeslora.methods.tuner import batch_rows
 from bayeslora.posthoc.plain_lora import lora_factors, lora_layers, only_lora
 
@@ -214,7 +215,7 @@ def component_sketch(
 
 def _show(model: PeftModel, weights: list[Tensor], watches: list[Watch], batch: Mapping[str, Any], step: int) -> None:
     """Show the derivatives of one batch, for labels that the model draws in `step`, to the watches."""
-    device = next(model.parameters()).device
+    device = device_of(model)
     given = {key: value.to(device) for key, value in batch.items() if isinstance(value, Tensor)}
     dealt = deal(given, batch_rows((), given), -1 - step)  # not the numbers that draw the labels
     for watch in watches:

@@ -41,7 +41,7 @@ class Weights:
 
     @property
     def draws_share_a_pass(self) -> bool:
-        """Whether one batch can hold rows of several draws."""
+        """Return whether one batch can hold rows of several draws."""
         return self._source is None
 
     @contextmanager

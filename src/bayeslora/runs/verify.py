@@ -64,7 +64,7 @@ class Verified:
 
     @property
     def agrees(self) -> bool:
-        """Whether divergence and changes are within the tolerance."""
+        """Return whether divergence and changes are within the tolerance."""
         few = self.max_changed is None or self.changed is None or self.changed <= self.max_changed
         return few and self.divergence <= self.tolerance
 
@@ -122,8 +122,7 @@ def load_export(folder: Path, run: Run) -> tuple[str, nn.Module]:
     form = format_of(folder)
     device = device_of(run.model)
     if form in FORMATS_FOR_OTHERS:
-        name = run.base if form == "gguf" else None
-        return form, ready(load_for_others(form, folder, run.info, run.tokenizer, name), device)
+        return form, ready(load_for_others(form, folder, run.info, run.tokenizer), device)
     if (folder / RUN_FILE).is_file():
         own = RunInfo.load(folder)
         if (own.task, own.labels) != (run.info.task, run.info.labels):

@@ -19,11 +19,6 @@ from bayeslora.export.gguf.blocks import Array
 MODEL_FILE, ADAPTER_FILE = "model.gguf", "adapter.gguf"
 
 
-def is_gguf_folder(folder: Path) -> bool:
-    """Return whether `export` wrote a GGUF file into the folder."""
-    return (folder / MODEL_FILE).is_file() or (folder / ADAPTER_FILE).is_file()
-
-
 @torch.no_grad()
 def load_gguf(folder: Path, base: PreTrainedModel | None = None) -> PreTrainedModel:
     """Return the model of a folder that `export` wrote with `format="gguf"`, with its adapter added to the weights.

@@ -33,7 +33,7 @@ from bayeslora.export.formats import (
 )
 from bayeslora.export.integer.index import BIAS, INDEX_FILE, IntegerIndex, IntegerLayer
 from bayeslora.export.integer.reader import CODES_SUFFIX, WEIGHTS_FILE, load_integer, own_tensors, seal
-from bayeslora.methods.layer import BayesLayer
+from bayeslora.methods.layer import BayesLayer, device_of
 from bayeslora.quantization import FLOOR, codes
 from bayeslora.vocabulary import ALL_KINDS, BASE_WEIGHT, MATRICES, UNQUANTIZED
 
@@ -94,7 +94,7 @@ def export_integer(
     base = cast(PreTrainedModel, whole.unload())
     index, tensors = _written(base, layers, name, unadapted, trained, inputs_of_layers)
     _save(Path(path), base, index, tensors)
-    found = None if inputs is None else output_of(load_integer(path, next(base.parameters()).device), inputs)
+    found = None if inputs is None else output_of(load_integer(path, device_of(base)), inputs)
     return {
         "file_bytes": (Path(path) / WEIGHTS_FILE).stat().st_size,
         "ideal_bytes": sum(tensor.nbytes for tensor in tensors.values()),

@@ -88,7 +88,7 @@ class MeLoraConfig(VariationalConfig):
 
     @property
     def _can_be_set(self) -> bool:
-        """Whether nothing is asked for that a closed form lacks: another scope, no weight, a start to learn from."""
+        """Return whether all that is asked for has a closed form: no other scope, weight or start to learn from."""
         return self.noise_scope == "example" and self.kl_weight > 0 and self.initial_std is None
 
     def _check_initial_std(self, is_new: bool) -> None:
