@@ -2,6 +2,7 @@
 
     python benchmarks/frontier.py --data-dir DATA --threads 1                    # every missing run
     python benchmarks/frontier.py --data-dir DATA --tasks sst2 --seeds 0 --scopes attention
+    python benchmarks/frontier.py --data-dir DATA --model FOLDER --budgets .03    # another encoder, in frontier-FOLDER
 
 One file a run, in results/frontier. Each trains the widths of query, key and value, or of all linear layers of the
 blocks, under the steps and the rate of the GLUE table (`glue.py`), to a budget that one of the roundings in
@@ -30,17 +31,18 @@ outputs at 4 in attention; of W8A8, W4A8, W4A4 and W2A4, with outputs at 8 bits,
 
 
 def jobs(given: argparse.Namespace) -> dict[Path, Job]:
-    folder = given.results / ("frontier-selection" if given.select else "frontier")
+    what = "frontier-selection" if given.select else "frontier"
+    folder = given.results / (what if given.model == "minilm" else f"{what}-{Path(given.model).name}")
     found = {}
     for seed in given.seeds:
         for task in given.tasks:
             for scope in given.scopes:
-                targets = target_modules("minilm", all_linear=scope == "encoder")
-                for budget in BUDGETS[scope]:
+                targets = target_modules(given.model, all_linear=scope == "encoder")
+                for budget in given.budgets or BUDGETS[scope]:
                     options = {"target_bops": budget, "bops_scope": scope, "rank_price": 0.0}
                     file = folder / f"{task}-{scope}-{budget}-{seed}.json"
                     found[file] = Job(
-                        task, "evidence-q+ra", seed, "minilm", given.data_dir, targets, given.select, options=options,
+                        task, "evidence-q+ra", seed, given.model, given.data_dir, targets, given.select, options=options,
                         warm_up=given.warm_ups and given.warm_ups / f"{task}-{scope}-{seed}",
                     )  # fmt: skip
     return found
@@ -52,6 +54,8 @@ def main() -> None:
     parser.add_argument("--tasks", nargs="+", choices=list(TRAINING), default=["sst2", "mrpc"])
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
     parser.add_argument("--scopes", nargs="+", choices=list(BUDGETS), default=list(BUDGETS))
+    parser.add_argument("--budgets", nargs="+", type=float, help="other shares than those of the roundings")
+    parser.add_argument("--model", default="minilm", metavar="minilm|FOLDER", help="the packaged encoder or a folder")
     parser.add_argument("--select", action="store_true", help="hold rows of train out, and score on them alone")
     parser.add_argument("--warm-ups", type=Path, metavar="FOLDER", help="train each warm-up once, and keep it here")
     parser.add_argument("--threads", type=int)

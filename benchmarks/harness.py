@@ -63,8 +63,8 @@ NO_DROPOUT = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
 TRAINS_IN_BFLOAT16 = bool(precision_options())
 """As in the demo: a processor without instructions for bfloat16 takes two to three times as long with it."""
 # torch's fused attention spends more than half of a bfloat16 training step on a CPU in its backward pass; in float32
-# it is the faster one.
-ATTENTION = {"attn_implementation": "eager" if TRAINS_IN_BFLOAT16 else "sdpa"}
+# it is the faster one, and what Transformers takes where a model has it.
+ATTENTION = {"attn_implementation": "eager"} if TRAINS_IN_BFLOAT16 else {}
 
 
 @dataclass(frozen=True)

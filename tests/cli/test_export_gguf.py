@@ -9,6 +9,7 @@ import pytest
 
 import bayeslora
 from bayeslora.cli.main import main
+from bayeslora.errors import BayesLoraError
 from tests.cli.conftest import write_jsonl
 from tests.conftest import EMPTY_PNG, build_tiny_llama
 from tests.export.test_gguf import SIZES, byte_tokenizer
@@ -126,5 +127,9 @@ def test_a_run_becomes_weights_in_torchaos_layout(
     assert found["format"] == "torchao" and found["divergence"] <= 2 * max(measured["divergence"], 1e-4)
     own, of_run = (bayeslora.load(each).generate(["Hello"], max_new_tokens=4)[0] for each in (target, runs["blora"]))
     assert own.log_probability == pytest.approx(of_run.log_probability, rel=0.05)
+    config = target / "adapter" / "adapter_config.json"
+    config.write_text(json.dumps({**json.loads(config.read_text()), "lora_alpha": 17}))
+    with pytest.raises(BayesLoraError, match="adapter/adapter_config.json is not the file that was saved here"):
+        bayeslora.load(target)
     assert main(["export", str(runs["lora"]), "--format", "torchao", "--output-dir", str(tmp_path / "no")]) == 2
     assert "this format needs one: other programs read an adapter of PEFT as it is" in capsys.readouterr().err

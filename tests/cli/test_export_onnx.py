@@ -112,7 +112,7 @@ def test_a_graph_is_loaded_and_used_like_the_run(
     predict = ["predict", target, "--input", rows, "--output", tmp_path / "found.jsonl"]
     assert "--samples is 2, but the model" in refused(*predict, "--samples", "2")
     assert "--eval-file" in refused("evaluate", target)  # where the rows were is not in the folder
-    assert "the format onnx, which has one device" in refused(*predict, "--device-map", "cpu")
+    assert "the format onnx, which is on one device: leave it out" in refused(*predict, "--device-map", "cpu")
     with pytest.MonkeyPatch.context() as patch:
         patch.setitem(sys.modules, "onnxruntime", None)
         patch.delitem(sys.modules, "bayeslora.export.onnx.reader")

@@ -20,6 +20,8 @@ _TOKENIZER = (
     "merges.txt",
 )
 _WEIGHTS = ("*.safetensors", "*.onnx", "*.gguf")
+_BESIDE = "adapter"
+"""Folder of the adapter that is not in the weights of an export in torchao's layout."""
 # Where the base model lies may change, and libraries write their versions.
 _ANYWHERE = (
     "base_model_name_or_path",
@@ -34,11 +36,12 @@ _BLOCK, _BLOCKS = 2**20, 256
 
 def save_digests(folder: Path) -> None:
     """Write digests of configuration, tokenizer and all weights that are in the folder now."""
-    named = [folder / name for name in (ADAPTER_CONFIG, "config.json", *_TOKENIZER)]
-    files = [
-        path for path in (*named, *(each for kind in _WEIGHTS for each in sorted(folder.glob(kind)))) if path.is_file()
-    ]
-    save_json(folder / DIGESTS_FILE, {path.name: _digest(path) for path in files})
+    files = [folder / name for name in (ADAPTER_CONFIG, "config.json", *_TOKENIZER)]
+    for place in (folder, folder / _BESIDE):
+        files += [path for kind in _WEIGHTS for path in sorted(place.glob(kind))]
+    files.append(folder / _BESIDE / ADAPTER_CONFIG)
+    known = {path.relative_to(folder).as_posix(): _digest(path) for path in files if path.is_file()}
+    save_json(folder / DIGESTS_FILE, known)
 
 
 def check_digests(folder: Path, only_config: bool = False) -> None:
@@ -59,7 +62,7 @@ def check_digests(folder: Path, only_config: bool = False) -> None:
     except (OSError, ValueError, TypeError, RecursionError) as error:
         raise BayesLoraError(f"{path} is damaged: restore it from a copy, or delete it to check nothing") from error
     for name, digest in known.items():
-        file = folder / Path(name).name
+        file = folder / (_BESIDE if Path(name).parent.name == _BESIDE else "") / Path(name).name
         if (only_config and name != ADAPTER_CONFIG) or (name in _TOKENIZER and not file.is_file()):
             continue
         if not file.is_file() or _digest(file) != digest:

@@ -425,18 +425,16 @@ def load(
     place = _place(folder)
     info = RunInfo.load(place) if (place / RUN_FILE).is_file() else plain_info(place, model)
     own = _tokenizer(place, info, model, tokenizer)
-    if is_integer_model(place):
-        if device_map is not None:
-            raise BayesLoraError(f"device_map is {device_map}, but {place} is an integer model, which has one device")
-        loaded: nn.Module = load_integer(place)
-        check_digests(place)
-    elif (form := format_for_others(place)) is not None:
+    form = "integer" if is_integer_model(place) else format_for_others(place)
+    if form is not None:
         if device_map is not None:
             raise BayesLoraError(
-                f"device_map is {device_map}, but {place} has the format {form}, which has one device"
+                f"device_map is {device_map}, but {place} has the format {form}, which is on one device: leave it out"
             )
         check_digests(place)
-        loaded = load_for_others(form, place, info, own, model)
+        loaded: nn.Module = (
+            load_integer(place) if form == "integer" else load_for_others(form, place, info, own, model)
+        )
     elif info.method == "full":
         with load_errors(f"the model in {place}"):
             loaded = AUTO_CLASSES[info.head].from_pretrained(
