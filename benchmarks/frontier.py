@@ -42,8 +42,8 @@ def jobs(given: argparse.Namespace) -> dict[Path, Job]:
                     options = {"target_bops": budget, "bops_scope": scope, "rank_price": 0.0}
                     file = folder / f"{task}-{scope}-{budget}-{seed}.json"
                     found[file] = Job(
-                        task, "evidence-q+ra", seed, given.model, given.data_dir, targets, given.select, options=options,
-                        warm_up=given.warm_ups and given.warm_ups / f"{task}-{scope}-{seed}",
+                        task, "evidence-q+ra", seed, given.model, given.data_dir, targets, given.select,
+                        options=options, warm_up=given.warm_ups and given.warm_ups / f"{task}-{scope}-{seed}",
                     )  # fmt: skip
     return found
 

@@ -13,7 +13,8 @@ Each file holds the scores, the shares of bit operations (`bayeslora.cost.relati
 
     lora        the LoRA at 32 bits
     rounded     W8A8, W4A8, W4A4, W3A4, W2A8, W2A4 on query, key and value and on all linear layers of the blocks; the
-                outputs of query, key and value have 8 bits, and in a second variant those of the inputs
+                outputs of query, key and value have 8 bits, and in a second variant those of the inputs; codes of
+                weights are the nearest, or GPTQ's
     cut         its SVD at mean ranks 1, 1.5, 2 and 4 over all layers, and at ranks 1 and 2 in each; at mean ranks 1
                 and 1.5 also its components that matter most to the predictions of 1,024 training rows
 
@@ -117,7 +118,8 @@ def run(job: Job) -> Run:
         "cut": list(cuts(lora, calibration(encoded["train"], tokenizer, job.seed, CUT_ROWS), scores)),
     }
     if not job.only_cuts:
-        seen = bayeslora.ActivationCounts(lora, calibration(encoded["train"], tokenizer, job.seed))
+        rows = calibration(encoded["train"], tokenizer, job.seed)
+        seen = bayeslora.ActivationCounts(lora, rows, moments=True)
         found["rounded"] = list(rounded(lora, seen, scores))
     return found
 
@@ -181,15 +183,17 @@ def rounded(lora: nn.Module, seen: bayeslora.ActivationCounts, scores: Scores) -
         for weight_bits, input_bits in WIDTHS:
             for output_bits in dict.fromkeys((OUTPUT_BITS, input_bits)):
                 widths = {"weight_bits": weight_bits, "input_bits": input_bits, "output_bits": output_bits}
-                found = bayeslora.round_after_training(lora, seen, **widths, scope=scope)
-                yield {
-                    "setting": f"W{weight_bits}A{input_bits}",
-                    "scope": scope,
-                    **widths,
-                    "scores": scores(found.model),
-                    "relative_bops": relative_bops(found.model, layers=found.layers),
-                    "bytes": {"layers": found.layer_bytes, "model": found.model_bytes},
-                }
+                for rounding in ("nearest", "gptq"):
+                    found = bayeslora.round_after_training(lora, seen, **widths, scope=scope, rounding=rounding)
+                    yield {
+                        "setting": f"W{weight_bits}A{input_bits}",
+                        "scope": scope,
+                        "rounding": rounding,
+                        **widths,
+                        "scores": scores(found.model),
+                        "relative_bops": relative_bops(found.model, layers=found.layers),
+                        "bytes": {"layers": found.layer_bytes, "model": found.model_bytes},
+                    }
 
 
 def cuts(lora: nn.Module, rows: list[Any], scores: Scores) -> Iterator[Run]:

@@ -15,6 +15,7 @@ from bayeslora.errors import BayesLoraError
 from bayeslora.posthoc import ActivationCounts, RoundedModel, round_after_training
 from bayeslora.posthoc.rounding import RoundedLinear
 from bayeslora.prediction import predict
+from bayeslora.quantization import gptq_codes, grid_step
 from tests.cost.models import QKV, family_model
 from tests.oracles.rounding import least_error, on_grid, rounded_layer
 from tests.posthoc.test_bayesianize import trained_lora
@@ -112,6 +113,28 @@ def test_ranges_are_those_of_all_rows_together_without_padding() -> None:
     changed["input_ids"][:, -3:] = 7  # what stands under the padding
     other = round_after_training(model, changed, 4, 4, 4)
     assert torch.equal(layer_of(other, VALUE).input_range, layer_of(whole, VALUE).input_range)
+
+
+def test_gptq_changes_the_outputs_less_than_the_nearest_codes() -> None:
+    model, batch = trained_lora(), inputs(64)
+    exact = predict(model, batch).logits
+    counted = ActivationCounts(model, batch, moments=True)
+    errors = {}
+    for rounding in ("nearest", "gptq"):
+        rounded = round_after_training(model, batch, 3, 32, rounding=rounding)  # type: ignore[arg-type]
+        errors[rounding] = float((predict(rounded.model, batch).logits - exact).square().sum())
+        again = round_after_training(model, counted, 3, 32, rounding=rounding)  # type: ignore[arg-type]
+        assert torch.equal(layer_of(again, VALUE).weight, layer_of(rounded, VALUE).weight)
+    assert errors["gptq"] < 0.7 * errors["nearest"]
+    x, _ = inputs_of(model.get_base_model(), VALUE, batch)
+    weight = layer_of(round_after_training(model, batch, 32, 32), VALUE).weight.detach()
+    bound = bayeslora.quantization.optimal_range(weight, 3, dim=1)
+    expected = gptq_codes(weight, bound, 3, x.T @ x) * grid_step(bound, 3)
+    assert torch.equal(layer_of(rounded, VALUE).weight.detach(), expected)
+    with pytest.raises(BayesLoraError, match="counted without moments: add them"):
+        round_after_training(model, ActivationCounts(model, batch), 3, 8, rounding="gptq")
+    with pytest.raises(BayesLoraError, match="rounding is 'up', but must be 'nearest' or 'gptq'"):
+        round_after_training(model, batch, rounding="up")  # type: ignore[arg-type]
 
 
 def test_bit_operations_of_one_layer_and_its_attention_by_hand() -> None:

@@ -5,7 +5,8 @@ A chosen linear layer computes
 $$ y = Q_{out}(Q_w(W)\, Q_{in}(x) + b) $$
 
 with the grids of B-LoRA: symmetric, $2^b - 1$ levels at b bits. W has one range for each output channel, an activation
-one static range. Every range is the one with the least squared error, an activation's over all calibration rows.
+one static range. Every range is the one with the least squared error, an activation's over all calibration rows. Codes
+of W are the nearest, or those that change the layer's output least on these rows (`quantization/gptq.py`).
 Quantization is simulated in floating point.
 """
 
@@ -27,13 +28,22 @@ from bayeslora.errors import BayesLoraError
 from bayeslora.export.formats import inputs_for
 from bayeslora.methods import LayerDescription, describe
 from bayeslora.prediction import evaluation_mode
-from bayeslora.quantization import FLOOR, magnitude_counts, optimal_range, quantize, range_of_counts
+from bayeslora.quantization import (
+    FLOOR,
+    gptq_codes,
+    grid_step,
+    magnitude_counts,
+    optimal_range,
+    quantize,
+    range_of_counts,
+)
 from bayeslora.vocabulary import UNQUANTIZED
 
 RoundingScope = Literal["adapted", "attention", "encoder"]
+Rounding = Literal["nearest", "gptq"]
 _Key = tuple[str, Literal["in", "out"]]
 _NAMES = {"weight": "weight_bits", "in": "input_bits", "out": "output_bits"}
-_FLOAT32_BYTES = 4
+_FLOAT32_BYTES, _BYTE = 4, 8
 
 
 @dataclass(frozen=True)
@@ -73,20 +83,31 @@ class RoundedLinear(nn.Module):
         layer: a linear layer, or GPT-2's `Conv1D`.
         bits: widths of `weight`, `in` and `out`.
         input_range, output_range: positive, one element; None at 32 bits.
+        moments: of the inputs (d_in, d_in), to choose codes of the weight by; None for the nearest.
     """
 
     input_range: Tensor | None
     output_range: Tensor | None
 
     def __init__(
-        self, layer: nn.Module, bits: Mapping[str, int], input_range: Tensor | None, output_range: Tensor | None
+        self,
+        layer: nn.Module,
+        bits: Mapping[str, int],
+        input_range: Tensor | None,
+        output_range: Tensor | None,
+        moments: Tensor | None = None,
     ) -> None:
         super().__init__()
         weight = cast(Tensor, layer.weight).detach()
         weight = weight.T.contiguous() if isinstance(layer, Conv1D) else weight
         if bits["weight"] < UNQUANTIZED:
-            bound = optimal_range(weight, bits["weight"], dim=1)
-            weight = quantize(weight, bound, bits["weight"])
+            width = bits["weight"]
+            bound = optimal_range(weight, width, dim=1)
+            if moments is None:
+                weight = quantize(weight, bound, width)
+            else:
+                codes = gptq_codes(weight, bound, width, moments.to(weight.device))
+                weight = (codes * grid_step(bound, width)).to(weight.dtype)
         self.out_features, self.in_features = weight.shape
         self.bits = dict(bits)
         self.weight = nn.Parameter(weight, requires_grad=False)
@@ -123,12 +144,19 @@ class ActivationCounts:
     Args:
         model: as for `round_after_training`.
         batches: as for `round_after_training`.
+        moments: True to gather the second moments of the inputs too, d_in^2 numbers a layer, for `rounding="gptq"`.
 
     Raises:
         BayesLoraError: an activation is not finite.
     """
 
-    def __init__(self, model: nn.Module, batches: Mapping[str, Any] | Iterable[Mapping[str, Any]]) -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        batches: Mapping[str, Any] | Iterable[Mapping[str, Any]],
+        *,
+        moments: bool = False,
+    ) -> None:
         given = [batches] if isinstance(batches, Mapping) else list(batches)
         merged = _merged(model) if isinstance(model, PeftModel) else model
         structure, root = read_structure(merged), base_model(merged)
@@ -138,6 +166,7 @@ class ActivationCounts:
         wanted |= {(path, "out") for path in structure.projections if path in linear}
         self._largest: dict[_Key, Tensor] = {}
         self._counts: dict[_Key, Tensor] = {}
+        self._moments: dict[str, Tensor] | None = {} if moments else None
         with torch.no_grad():
             _watch(merged, linear, wanted, given, self._see_largest)
             for (path, kind), value in self._largest.items():
@@ -160,12 +189,27 @@ class ActivationCounts:
             )
         return range_of_counts(self._counts[path, kind], self._largest[path, kind], bits)
 
+    def moments(self, path: str) -> Tensor:
+        """Return the sum of $x x^T$ over the inputs of a layer (d_in, d_in).
+
+        Raises:
+            BayesLoraError: moments have not been gathered.
+        """
+        if self._moments is None:
+            raise BayesLoraError("rounding is 'gptq', but the activations were counted without moments: add them")
+        self.range(path, "in", UNQUANTIZED)  # which the batches have reached
+        return self._moments[path]
+
     def _see_largest(self, key: _Key, x: Tensor) -> None:
         found = x.abs().max().float().clamp_min(FLOOR)
         self._largest[key] = torch.maximum(self._largest.get(key, found), found)
 
     def _see_counts(self, key: _Key, x: Tensor) -> None:
         self._counts[key] = self._counts.get(key, 0) + magnitude_counts(x, self._largest[key]).double()
+        path, kind = key
+        if self._moments is not None and kind == "in":
+            rows = x.reshape(-1, x.shape[-1]).float()
+            self._moments[path] = self._moments.get(path, 0) + rows.T @ rows
 
 
 def round_after_training(
@@ -176,6 +220,7 @@ def round_after_training(
     output_bits: int | None = None,
     *,
     scope: RoundingScope = "adapted",
+    rounding: Rounding = "nearest",
 ) -> RoundedModel:
     """Merge the adapter into a copy of `model`, and round linear layers without training.
 
@@ -190,15 +235,19 @@ def round_after_training(
             other; by default they are not rounded. Other outputs are rounded as inputs of the next layer only.
         scope: the layers with an adapter, the query, key and value projections (`"attention"`), or all linear layers
             of the transformer blocks (`"encoder"`). The head is never rounded.
+        rounding: `"nearest"` codes of the weights, or `"gptq"`: those that change a layer's output least on the
+            batches, at widths of at most 8 bits.
 
     Raises:
-        BayesLoraError: for another width or scope, a scope without layers, layers that are not linear or have a
-            quantized base weight, or batches that do not use a layer or make its activations infinite.
+        BayesLoraError: for another width, scope or rounding, a scope without layers, layers that are not linear or
+            have a quantized base weight, or batches that do not use a layer or make its activations infinite.
     """
     bits = {"weight": weight_bits, "in": input_bits, "out": UNQUANTIZED if output_bits is None else output_bits}
     for kind, width in bits.items():
         if isinstance(width, bool) or not isinstance(width, int) or not (2 <= width <= 16 or width == UNQUANTIZED):
             raise BayesLoraError(f"{_NAMES[kind]} is {width!r}, but must be from 2 to 16, or 32: give such a width")
+    if rounding not in get_args(Rounding):
+        raise BayesLoraError(f"rounding is {rounding!r}, but must be 'nearest' or 'gptq': choose one")
     chosen = _chosen(model, scope)
     merged = _merged(model)
     structure = read_structure(merged)
@@ -209,8 +258,9 @@ def round_after_training(
         raise BayesLoraError(
             f"output_bits is {output_bits}, but scope {scope!r} has no query, key or value projection: leave it out"
         )
-    seen = batches if isinstance(batches, ActivationCounts) else ActivationCounts(merged, batches)
-    rounded = {id(module): _rounded(path, module, widths[path], seen) for path, module in modules.items()}
+    by_output = rounding == "gptq" and weight_bits <= _BYTE
+    seen = batches if isinstance(batches, ActivationCounts) else ActivationCounts(merged, batches, moments=by_output)
+    rounded = {id(module): _rounded(path, module, widths[path], seen, by_output) for path, module in modules.items()}
     for parent in list(merged.modules()):
         for name, child in parent._modules.items():
             if id(child) in rounded:
@@ -223,10 +273,12 @@ def round_after_training(
     return RoundedModel(merged.eval(), layers)
 
 
-def _rounded(path: str, module: nn.Module, bits: Mapping[str, int], seen: ActivationCounts) -> RoundedLinear:
+def _rounded(
+    path: str, module: nn.Module, bits: Mapping[str, int], seen: ActivationCounts, by_output: bool
+) -> RoundedLinear:
     input_range = seen.range(path, "in", bits["in"]) if bits["in"] < UNQUANTIZED else None
     output_range = seen.range(path, "out", bits["out"]) if bits["out"] < UNQUANTIZED else None
-    return RoundedLinear(module, bits, input_range, output_range)
+    return RoundedLinear(module, bits, input_range, output_range, seen.moments(path) if by_output else None)
 
 
 def _chosen(model: nn.Module, scope: RoundingScope) -> list[str]:

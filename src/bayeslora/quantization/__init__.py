@@ -1,5 +1,6 @@
 """Gates, quantizers and ranges: tensors in, tensors out."""
 
+from bayeslora.quantization.gptq import gptq_codes
 from bayeslora.quantization.kernels import linear
 from bayeslora.quantization.quantizer import (
     CLOSED_THRESHOLD,
@@ -50,6 +51,7 @@ __all__ = [
     "codes",
     "evaluation_width",
     "fixed_logits",
+    "gptq_codes",
     "grid_step",
     "hard_concrete",
     "linear",
