@@ -14,7 +14,7 @@ Each file holds the scores, the shares of bit operations (`bayeslora.cost.relati
     lora        the LoRA at 32 bits
     rounded     W8A8, W4A8, W4A4, W3A4, W2A8, W2A4 on query, key and value and on all linear layers of the blocks; the
                 outputs of query, key and value have 8 bits, and in a second variant those of the inputs; codes of
-                weights are the nearest, or GPTQ's
+                weights are the nearest, or below 8 bits GPTQ's
     cut         its SVD at mean ranks 1, 1.5, 2 and 4 over all layers, and at ranks 1 and 2 in each; at mean ranks 1
                 and 1.5 also its components that matter most to the predictions of 1,024 training rows
 
@@ -54,6 +54,8 @@ from bayeslora.methods import LayerDescription
 WIDTHS = ((8, 8), (4, 8), (4, 4), (3, 4), (2, 8), (2, 4))
 """Bits of weights and of inputs."""
 OUTPUT_BITS = 8
+GPTQ_BITS = 4
+"""Widest weights whose codes GPTQ chooses, too: at 8 bits the nearest are as good."""
 SCOPES = ("attention", "encoder")
 MEAN_RANKS = (1, 1.5, 2, 4)
 RANKS = (1, 2)
@@ -183,7 +185,7 @@ def rounded(lora: nn.Module, seen: bayeslora.ActivationCounts, scores: Scores) -
         for weight_bits, input_bits in WIDTHS:
             for output_bits in dict.fromkeys((OUTPUT_BITS, input_bits)):
                 widths = {"weight_bits": weight_bits, "input_bits": input_bits, "output_bits": output_bits}
-                for rounding in ("nearest", "gptq"):
+                for rounding in ("nearest", "gptq")[: 1 + (weight_bits <= GPTQ_BITS)]:
                     found = bayeslora.round_after_training(lora, seen, **widths, scope=scope, rounding=rounding)
                     yield {
                         "setting": f"W{weight_bits}A{input_bits}",

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import base64
+import json
+import zlib
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +14,8 @@ from peft import PeftModel, get_peft_model
 from torch import Tensor, nn
 
 import bayeslora
-from bayeslora import BayesLoraError, BLoraConfig, export, load_integer
+from bayeslora import BayesLoraError, BLoraConfig, export, load_integer, load_packed
+from bayeslora.export.container import PACKED, read_container, write_container
 from bayeslora.quantization import codes, grid_step, repeated
 from bayeslora.quantization.packing import unpack
 from tests.conftest import build_tiny_bert
@@ -111,6 +115,28 @@ def test_files_give_the_codes_back(kind: str, options: dict[str, Any], tmp_path:
         assert torch.equal(used(layer), used(first))
     merged = PeftModel.from_pretrained(seeded(lambda: Tiny(kind)), tmp_path / "saved").merge_and_unload()
     torch.testing.assert_close(merged(X), expected, atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize("coded", ["1", "111", "2", 11, None, "01", "00"])
+def test_a_packed_file_that_says_otherwise_where_codes_are_is_refused(coded: Any, tmp_path: Path) -> None:
+    export(trained(fixed_bits={"weight": 4}, per_channel=True), tmp_path, format="packed")
+    text, tensors = read_container(tmp_path / "adapter_model.safetensors", PACKED)
+    index = json.loads(zlib.decompress(base64.b85decode(text)))
+    assert index["coded"] == "11"
+    index["coded"] = coded
+    changed = base64.b85encode(zlib.compress(json.dumps(index).encode())).decode()
+    write_container(tmp_path / "adapter_model.safetensors", changed, tensors)
+    with pytest.raises(BayesLoraError, match="damaged"):
+        load_packed(tmp_path)
+
+
+def test_codes_of_another_size_are_refused() -> None:
+    model = trained(fixed_bits={"weight": 4})
+    layer = layers_of(model)[0]
+    layer.quantizers("default").weight_codes = layer.quantizers("default").weight_codes[1:]
+    layer.frozen_weight.cached = None
+    with pytest.raises(BayesLoraError, match="the data have 59 bytes, but 120 codes of 4 bits take 60"):
+        model(X)
 
 
 @pytest.fixture(scope="module")
