@@ -16,7 +16,8 @@ from records import TASK_TITLES, Run, grouped, markdown_table, read_runs, score
 from bayeslora.report import style
 
 INTRO = """One LoRA of r = 8 on query, key and value is merged and rounded after training (`benchmarks/rounding.py`):
-per-channel weights, static inputs, ranges with the least squared error on 128 training rows. B-LoRA is trained to the
+per-channel weights, static inputs, ranges with the least squared error on 128 training rows. Codes are the nearest, or
+GPTQ's where all seeds have been rounded so. B-LoRA is trained to the
 budgets that these roundings cost (`benchmarks/frontier.py`), in the same number of steps. Bit operations are a share
 of LoRA r = 16 at 32 bits in the scope of the table, counted by one function. Scores are in per cent, on all held-out
 rows.
@@ -73,16 +74,22 @@ def _lora_rows(rounded: Iterable[Run], task: str, scope: str) -> list[list[Any]]
     return [["LoRA, 32 bits", found[0]["relative_bops"][scope], *_means(found)]] if found else []
 
 
-def _rounded_rows(rounded: Iterable[Run], task: str, scope: str) -> list[list[Any]]:
-    groups: dict[tuple[str, int | None], list[Run]] = {}
-    for run in rounded:
+def _roundings(rounded: Iterable[Run], task: str, scope: str) -> dict[str, list[Run]]:
+    """The scores of each rounding of a task, by its name; those that not all of the task's seeds have are left out."""
+    groups: dict[str, list[Run]] = {}
+    runs = [run for run in rounded if run["task"] == task]
+    for run in runs:
         for entry in run["rounded"]:
-            if run["task"] == task and entry["scope"] == scope:
-                groups.setdefault((entry["setting"], entry.get("output_bits")), []).append(_of(run, entry))
-    return [
-        [f"LoRA, rounded {setting}, outputs {bits}", group[0]["relative_bops"][scope], *_means(group)]
-        for (setting, bits), group in groups.items()
-    ]
+            if entry["scope"] == scope:
+                by = " by GPTQ" if entry.get("rounding") == "gptq" else ""
+                name = f"LoRA, rounded {entry['setting']}{by}, outputs {entry.get('output_bits')}"
+                groups.setdefault(name, []).append(_of(run, entry))
+    return {name: group for name, group in groups.items() if len(group) == len(runs)}
+
+
+def _rounded_rows(rounded: Iterable[Run], task: str, scope: str) -> list[list[Any]]:
+    groups = _roundings(rounded, task, scope)
+    return [[name, group[0]["relative_bops"][scope], *_means(group)] for name, group in groups.items()]
 
 
 def _trained_rows(trained: Iterable[Run], task: str, scope: str) -> list[list[Any]]:
@@ -138,12 +145,9 @@ def bytes_table(results: Path) -> str:
         "task", "scope", "budget",
     ).items():  # fmt: skip
         size = statistics.fmean(sum(map(layer_bytes, run["layers"])) for run in group)
-        others: dict[tuple[str, int | None], list[Run]] = {}
-        for run in rounded:
-            for entry in run["rounded"]:
-                if run["task"] == task and entry["scope"] == scope and entry["bytes"]["layers"] <= size * (1 + CLOSE):
-                    others.setdefault((entry["setting"], entry.get("output_bits")), []).append(_of(run, entry))
-        best = max((_means(found) for found in others.values()), default=None)
+        others = _roundings(rounded, task, scope).values()
+        fits = [each for each in others if each[0]["bytes"]["layers"] <= size * (1 + CLOSE)]
+        best = max(map(_means, fits), default=None)
         simple = "–" if best is None else f"{best[0][0]:.1f} ({best[2][0]})"
         own = _means(group)
         lines.append((task, scope, -size, simple, f"{own[0][0]:.1f} ({own[2][0]})"))
