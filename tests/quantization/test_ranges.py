@@ -19,6 +19,7 @@ from bayeslora.quantization import (
     optimal_ranges,
     quantize,
     range_of_counts,
+    ranges,
 )
 from tests.oracles import blora as oracle
 
@@ -219,3 +220,16 @@ def test_rows_that_are_searched_at_once_get_the_ranges_of_rows_searched_alone(bi
     together = optimal_range(x, bits, dim=1)
     alone = torch.cat([optimal_range(row.unsqueeze(0), bits, dim=1) for row in x])
     torch.testing.assert_close(together, alone, rtol=0.0026, atol=0.0)  # a quarter percent: neighbours may tie
+
+
+@pytest.mark.parametrize("count", [2, 8, 32, 128])
+@pytest.mark.parametrize("bits", [2, 4, 8])
+def test_ranges_that_cannot_be_best_are_left_out_of_the_search(
+    count: int, bits: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    draw = torch.Generator().manual_seed(count)
+    rows = torch.randn(300, count, generator=draw) ** 3
+    rows[:100, 0] *= 30
+    found = optimal_range(rows, bits, dim=1)
+    monkeypatch.setattr(ranges, "_least_share", lambda count, bits: 0.0)
+    assert torch.equal(found, optimal_range(rows, bits, dim=1))

@@ -50,7 +50,7 @@ def optimal_range(x: Tensor, bits: int = 8, method: Calibration = "mse", dim: in
             if rows.numel() > _BINS and dim is None:
                 return range_of_counts(magnitude_counts(rows, found), found, bits)
             sample = _spread(rows)
-            for shares in (_COARSE, _FINE):
+            for shares in (_COARSE[_COARSE >= _least_share(sample.shape[1], bits)], _FINE):
                 found = found * _best_share(sample, None, found, bits, shares.to(rows.device))
     return found.reshape(()) if dim is None else found
 
@@ -98,6 +98,16 @@ def range_of_counts(counts: Tensor, largest: Tensor, bits: int) -> Tensor:
     for shares in (_COARSE, _FINE):
         found = found * _best_share(centres, counts.float(), found, bits, shares.to(counts.device))
     return found.reshape(())
+
+
+def _least_share(count: int, bits: int) -> float:
+    """Return a share of the largest magnitude below which no range of `count` entries is best.
+
+    With the largest magnitude as range no error exceeds half a step, so that the squares sum to at most count / 4 steps
+    squared. Below this share the clipping of the largest entry alone costs more.
+    """
+    level = (1 << (bits - 1)) - 1
+    return (1 - math.sqrt(count) / (2 * level + 1)) * (level + 0.5) / level
 
 
 def _spread(rows: Tensor) -> Tensor:
