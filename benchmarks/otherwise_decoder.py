@@ -2,8 +2,8 @@
 
 The adapters are on all linear layers and trained for a few steps on review lines, so scores say what a form loses,
 and nothing of the methods. B-LoRA's base weights have 8 bits, with a range for each row, or 4, with one for each group
-of 32 inputs and GPTQ's codes. Its factors have 8 bits, and no activation is quantized. What one would do instead at 4
-bits is there, too: a LoRA that is trained beside the base as `Q4_0` rounds it.
+of 32 inputs. Its factors have 8 bits, and no activation is quantized. What one would do instead at 4 bits is there,
+too: a LoRA that is trained beside the base as `Q4_0` rounds it.
 """
 
 from __future__ import annotations
@@ -61,7 +61,6 @@ METHODS: dict[str, PeftConfig] = {
             "per_channel": False,
             "group_size": 32,
             "calibration": "mse",
-            "rounding": "gptq",
         },
     ),
 }

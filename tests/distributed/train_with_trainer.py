@@ -21,7 +21,7 @@ from transformers import Trainer, TrainingArguments, set_seed  # noqa: E402
 import bayeslora  # noqa: E402
 from tests.conftest import build_tiny_bert, build_tiny_llama  # noqa: E402
 
-KINDS = ("blora", "blora codes", "blora paper", "ivon", "language model")
+KINDS = ("blora", "blora paper", "ivon", "language model")
 
 
 def _model(kind: str) -> nn.Module:
@@ -42,8 +42,6 @@ def _model(kind: str) -> nn.Module:
     else:  # the best range of a batch of activations is not the mean of those of its parts
         activations = dict.fromkeys(("A_out", "E_out", "out"), 32)
         gates = {"fixed_bits": activations, "target_bops": 0.75, "target_rank": 2.0}
-        if kind == "blora codes":
-            gates |= {"fixed_bits": {**activations, "weight": 2}, "rounding": "gptq"}
     config = bayeslora.BLoraConfig(
         **gates,
         warmup_fraction=0.2,

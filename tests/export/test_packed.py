@@ -18,11 +18,10 @@ from torch import Tensor, nn
 import bayeslora
 from bayeslora import BayesLoraError, BLoraConfig, DyLoraConfig, describe, export, load_packed, shrink
 from bayeslora.cost import relative_bops
-from bayeslora.export.container import CODES, INDEX_KEY
+from bayeslora.export.container import CODES, INDEX_KEY, unpack
 from bayeslora.export.packed.reader import read_index
 from bayeslora.optim import IVON
 from bayeslora.quantization import codes
-from bayeslora.quantization.packing import unpack
 from tests.conftest import build_tiny_bert, build_tiny_llama
 from tests.methods import adalora_models, variational_models
 from tests.methods.reference import (

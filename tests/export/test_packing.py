@@ -8,8 +8,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from bayeslora import BayesLoraError
+from bayeslora.export.container import pack, packed_size, unpack
 from bayeslora.quantization import codes as quantizer_codes
-from bayeslora.quantization.packing import pack, packed_size, unpack
 
 SHAPES = st.lists(st.integers(0, 7), min_size=0, max_size=3)
 

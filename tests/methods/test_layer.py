@@ -263,7 +263,7 @@ def test_gates_and_ranges_stay_float32_when_the_model_is_cast(dtype: torch.dtype
     before = _states(model)
     model = model.to(dtype) if dtype == torch.bfloat16 else model.half()
     kept = [name for name in before if any(part in name for part in ("quantizers", "blora_rank", "evidence"))]
-    assert len(kept) == 2 * (5 if gates == "paper" else 17)
+    assert len(kept) == 2 * (5 if gates == "paper" else 16)
     after = model.state_dict()
     for name in kept:
         assert after[name].dtype == torch.float32 and torch.equal(after[name], before[name]), name

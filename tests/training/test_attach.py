@@ -279,10 +279,8 @@ def test_accumulation_gives_the_update_of_one_batch(options: dict[str, Any], tmp
         {},
         {"target_bops": 0.3},
         {"fixed_bits": {"weight": 4}, "group_size": 2},
-        {"target_bops": 0.3, "rounding": "gptq"},
-        {"fixed_bits": {"weight": 2}, "rounding": "gptq"},
     ],
-    ids=["penalty", "price", "budget", "given width", "codes", "codes of a given width"],
+    ids=["penalty", "price", "budget", "given width"],
 )
 def test_a_run_resumed_in_any_phase_ends_bit_for_bit_where_the_uninterrupted_one_does(
     options: dict[str, Any], tmp_path: Path

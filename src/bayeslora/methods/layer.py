@@ -38,7 +38,6 @@ class PackedTensors:
         log_ranges: logarithms of the ranges of the kinds that have a quantizer, (1,) or one a row or group.
         ranges: the ranges as evaluation uses them, (), (rows, 1), or of a base weight (rows, groups).
         has_rank_gates: whether the adapter has gates for its ranks.
-        weight_codes: codes (d_out, d_in) of the base weight, int8, if they are not the nearest.
     """
 
     matrices: dict[str, Tensor]
@@ -46,7 +45,6 @@ class PackedTensors:
     log_ranges: dict[str, Tensor]
     ranges: dict[str, Tensor]
     has_rank_gates: bool = False
-    weight_codes: Tensor | None = None
 
 
 class BayesLayer(nn.Module, BaseTunerLayer):
@@ -126,11 +124,6 @@ class BayesLayer(nn.Module, BaseTunerLayer):
         a, diagonal, b = self.factors(adapter_name)
         delta = (b * diagonal) @ a * self.scaling[adapter_name]
         return delta.T if self.is_transposed else delta
-
-    def base_matrix(self, adapter_name: str) -> Tensor:
-        """Return the base weight (d_out, d_in) whose nearest codes are those that evaluation uses."""
-        weight = self.get_base_weight().detach()
-        return weight.T if self.is_transposed else weight
 
     def kept(self, adapter_name: str) -> Tensor:
         """Return a boolean mask (r,) of the ranks that contribute: those whose diagonal entry is not zero."""

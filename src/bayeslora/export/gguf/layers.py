@@ -13,6 +13,7 @@ from gguf import GGMLQuantizationType as Type
 from torch import Tensor, nn
 
 from bayeslora.errors import BayesLoraError
+from bayeslora.export.formats import upright
 from bayeslora.export.gguf.blocks import Array, are_steps_exact, block_type, packed, repeated, rounded
 from bayeslora.methods.layer import BayesLayer
 from bayeslora.quantization import codes, grid_step, quantize
@@ -69,7 +70,7 @@ def learned_weight(layer: nn.Module, name: str) -> Weight | None:
     if found is None or BASE_WEIGHT not in found.widths:
         return None
     assert isinstance(layer, BayesLayer)
-    weight = layer.base_matrix(name).float()
+    weight = upright(layer.get_base_layer()).float()
     bits, bound = found.widths[BASE_WEIGHT], found.ranges[BASE_WEIGHT]
     if bits > _BYTE:
         return Weight(array(quantize(weight, bound, bits)), None, bits)

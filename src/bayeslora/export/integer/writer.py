@@ -21,7 +21,7 @@ from transformers.pytorch_utils import Conv1D
 from bayeslora._peft import AuxiliaryTrainingWrapper
 from bayeslora.errors import BayesLoraError
 from bayeslora.export.calibration import LayerInputs, inputs_of_plain_layers
-from bayeslora.export.container import write_container
+from bayeslora.export.container import pack, write_container
 from bayeslora.export.formats import (
     adapted_parts,
     check_floating_point,
@@ -35,7 +35,6 @@ from bayeslora.export.integer.index import BIAS, INDEX_FILE, IntegerIndex, Integ
 from bayeslora.export.integer.reader import CODES_SUFFIX, WEIGHTS_FILE, load_integer, own_tensors, seal
 from bayeslora.methods.layer import BayesLayer, device_of
 from bayeslora.quantization import FLOOR, codes
-from bayeslora.quantization.packing import pack
 from bayeslora.vocabulary import ALL_KINDS, BASE_WEIGHT, MATRICES, UNQUANTIZED
 
 UNADAPTED = ("int8", "bfloat16", "float32")
@@ -230,7 +229,8 @@ def _adapted(path: str, layer: BayesLayer, name: str) -> tuple[IntegerLayer, lis
         bias is not None,
         learned=True,
     )
-    matrices = {BASE_WEIGHT: layer.base_matrix(name), **packed.matrices}
+    weight = layer.get_base_weight().detach()
+    matrices = {BASE_WEIGHT: weight.T if layer.is_transposed else weight, **packed.matrices}
     return described, _packed(described, matrices, bounds, bias)
 
 

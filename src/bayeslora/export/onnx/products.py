@@ -131,7 +131,8 @@ class Product:
 def learned(layer: BayesLayer, name: str) -> Product:
     """Return the product of a layer with the adapter `name`, without its closed ranks, as evaluation uses it."""
     packed = cast(PackedTensors, layer.packed_tensors(name))
-    matrices = {BASE_WEIGHT: layer.base_matrix(name), **packed.matrices}
+    weight = layer.get_base_weight().detach()
+    matrices = {BASE_WEIGHT: weight.T if layer.is_transposed else weight, **packed.matrices}
     grids = {
         kind: Grid.of_range(float(packed.ranges[kind]), packed.widths[kind])
         for kind in ACTIVATIONS

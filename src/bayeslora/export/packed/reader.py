@@ -65,8 +65,7 @@ class PackedState(dict[str, Tensor]):
         if unknown := self.keys() - known.keys():
             raise BayesLoraError(f"the packed adapter has {min(unknown)}, but the model does not: {_WAY_OUT}")
         for key, tensor in self.items():
-            # Of an optional tensor the file decides the size: the model has none before it is loaded.
-            if tensor.shape != known[key].shape and not any(part in key for part in self.optional):
+            if tensor.shape != known[key].shape:
                 raise BayesLoraError(
                     f"{key} has shape {tuple(tensor.shape)} in the packed adapter, but {tuple(known[key].shape)} in "
                     f"the model: {_WAY_OUT}"
@@ -107,7 +106,7 @@ def load_packed(path: str | os.PathLike[str]) -> PackedState:
         logarithms = dict(zip(scalars, index.ranges[used : used + len(scalars)], strict=True))
         used += len(scalars)
         logarithms.update({kind: check_ranges(part, PACKED) for (kind, is_range), part in found.items() if is_range})
-        codes = {kind: part for (kind, is_range), part in found.items() if not is_range}
+        codes = {kind: found[kind, False] for kind in MATRICES}
         for suffix, tensor in _layer_state(index, layer, codes, logarithms).items():
             key = f"{PREFIX}{layer.name}.{suffix}"
             if key in state:
@@ -127,7 +126,6 @@ def _layer_state(
         log_ranges=ranges if index.bit_gates else {},
         ranges={},
         has_rank_gates=index.rank_gates,
-        weight_codes=codes.get(BASE_WEIGHT),
     )
     try:
         return layer_class(index.method).unpacked_state(packed)
@@ -175,16 +173,10 @@ def read_index(text: str) -> PackedIndex:
     group = content.get("group_size")
     if group is not None and not (is_size(group) and group > 1 and all(size % group == 0 for size, _ in shapes)):
         PACKED.damaged(f"its group_size {group!r:.40} does not fit its layers")
-    coded = content.get("coded", "0" * count)
-    if not isinstance(coded, str) or len(coded) != count or set(coded) - {"0", "1"}:
-        PACKED.damaged("it does not say which base weights have codes")
     layers = [
-        PackedLayer(name, rank, *shapes[index], _widths(row, bit_gates), group, digit == "1")
-        for name, rank, index, row, digit in zip(names, ranks, which, rows, coded, strict=True)
+        PackedLayer(name, rank, *shapes[index], _widths(row, bit_gates), group)
+        for name, rank, index, row in zip(names, ranks, which, rows, strict=True)
     ]
-    for layer in layers:
-        if layer.coded and layer.widths.get(BASE_WEIGHT, UNQUANTIZED) == UNQUANTIZED:
-            PACKED.damaged(f"{layer.name:.80} has codes of a base weight without a width")
     per_channel = _get(content, "per_channel", list)
     if per_channel not in PER_CHANNEL:
         PACKED.damaged(f"its per-channel kinds are {per_channel!r:.60}")

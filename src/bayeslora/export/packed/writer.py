@@ -20,12 +20,11 @@ the header.
 | `bit_gates`, `rank_gates` | whether the adapter has quantizers and rank gates |
 | `per_channel` | kinds with one range per channel |
 | `group_size` | inputs of each row of a base weight that share a range, if these are not all |
-| `coded` | for each layer 1 if its base weight has other codes than the nearest, otherwise 0; left out if none has |
 | `ranges` | base64 of float32: logarithms of the other ranges, layer by layer, of kinds below 32 bits |
 
 The codes of all layers are one tensor of bytes without gaps: A (r, d_in), E (r,) and B (d_out, r), each at its width
-and starting at a whole byte, codes of the base weight (d_out, d_in) if it is `coded`, then the logarithms of the
-layer's per-channel ranges in float32. Positions follow from shapes and widths, so they are not stored.
+and starting at a whole byte, then the logarithms of the layer's per-channel ranges in float32. Positions follow from
+shapes and widths, so they are not stored.
 """
 
 from __future__ import annotations
@@ -46,14 +45,13 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from bayeslora.errors import BayesLoraError
-from bayeslora.export.container import CODES, PACKED, Part, write_container
+from bayeslora.export.container import CODES, PACKED, Part, pack, write_container
 from bayeslora.export.formats import adapted_parts, saved_state, sharing_base
 from bayeslora.methods.config import AdapterConfig
 from bayeslora.methods.layer import PackedTensors
 from bayeslora.methods.tuner import BayesTuner
 from bayeslora.posterior import WeightPosterior, load_posterior
 from bayeslora.quantization import codes
-from bayeslora.quantization.packing import pack
 from bayeslora.vocabulary import ALL_KINDS, BASE_WEIGHT, MATRICES, UNQUANTIZED
 
 ADAPTER_FILE = "adapter_model.safetensors"
@@ -70,12 +68,9 @@ class PackedLayer:
     out_features: int
     widths: dict[str, int]
     group_size: int | None = None
-    coded: bool = False
 
     def shape_of(self, kind: str) -> tuple[int, ...]:
         """Return the shape of a matrix."""
-        if kind == BASE_WEIGHT:
-            return self.out_features, self.in_features
         return {"A": (self.rank, self.in_features), "E": (self.rank,), "B": (self.out_features, self.rank)}[kind]
 
     def channels(self, kind: str) -> int:
@@ -86,8 +81,7 @@ class PackedLayer:
 
     def parts(self, per_channel: Sequence[str]) -> list[Part]:
         """Return the parts of the layer's bytes, in order."""
-        kinds = (*MATRICES, BASE_WEIGHT) if self.coded else MATRICES
-        matrices = [Part(kind, self.widths[kind], self.shape_of(kind)) for kind in kinds]
+        matrices = [Part(kind, self.widths[kind], self.shape_of(kind)) for kind in MATRICES]
         vectors = [kind for kind in per_channel if self.widths.get(kind, UNQUANTIZED) < UNQUANTIZED]
         return matrices + [Part(kind, UNQUANTIZED, (self.channels(kind),), True) for kind in vectors]
 
@@ -113,11 +107,6 @@ class PackedIndex:
         """Number of bytes of the codes and per-channel ranges of all layers."""
         return sum(part.size for layer in self.layers for part in layer.parts(self.per_channel))
 
-    @property
-    def is_coded(self) -> bool:
-        """True if the base weight of a layer has other codes than the nearest."""
-        return any(layer.coded for layer in self.layers)
-
     def to_text(self) -> str:
         shapes = [(layer.in_features, layer.out_features) for layer in self.layers]
         distinct = list(dict.fromkeys(shapes))
@@ -133,7 +122,6 @@ class PackedIndex:
             "rank_gates": self.rank_gates,
             "per_channel": self.per_channel,
             **({"group_size": self.group_size} if self.group_size else {}),
-            **({"coded": "".join(str(int(layer.coded)) for layer in self.layers)} if self.is_coded else {}),
             "ranges": base64.b64encode(self.ranges.numpy().astype("<f4").tobytes()).decode(),
         }
         return base64.b85encode(zlib.compress(json.dumps(content, separators=(",", ":")).encode(), 9)).decode()
@@ -158,8 +146,8 @@ def export_packed(
             `posterior.safetensors`, or a `WeightPosterior`. Its ranks are cut too.
 
     Returns:
-        `file_bytes` of the adapter file; `matrix_bytes` of the matrices with codes, and `ideal_bytes`, their number of
-        bits / 8; `kept_bytes` of the tensors stored unchanged; `ranks` by layer.
+        `file_bytes` of the adapter file; `matrix_bytes` of the low-rank matrices with codes, and `ideal_bytes`, their
+        number of bits / 8; `kept_bytes` of the tensors stored unchanged; `ranks` by layer.
 
     Raises:
         BayesLoraError: if the model lacks such an adapter, or for a posterior over matrices that are rounded to codes,
@@ -189,7 +177,7 @@ def export_packed(
     _save_config(cut, name, folder)
     if saved is not None:
         saved.save(folder)
-    bits = [part.bits * math.prod(part.shape) for layer in index.layers for part in layer.parts(())]
+    bits = [layer.widths[kind] * math.prod(layer.shape_of(kind)) for layer in index.layers for kind in MATRICES]
     return {
         "file_bytes": (folder / ADAPTER_FILE).stat().st_size,
         "matrix_bytes": len(buffer),
@@ -223,8 +211,7 @@ def _packed_layers(tuner: BayesTuner, name: str) -> tuple[PackedIndex, Tensor]:
     for path, layer, tensors in packed:
         index.bit_gates, index.rank_gates = bool(tensors.log_ranges), tensors.has_rank_gates
         rank, sizes = len(tensors.matrices["E"]), (layer.in_features, layer.out_features)
-        coded = tensors.weight_codes is not None
-        entry = PackedLayer(path, rank, *sizes, tensors.widths, index.group_size, coded)
+        entry = PackedLayer(path, rank, *sizes, tensors.widths, index.group_size)
         for part in entry.parts(index.per_channel):
             if part.is_range:
                 stretches.append(pack(tensors.log_ranges[part.kind], part.bits))
@@ -251,9 +238,6 @@ def _front_coded(names: list[str]) -> list[str]:
 
 def _codes(tensors: PackedTensors, kind: str) -> Tensor:
     """Return the codes of a matrix, or the matrix itself at 32 bits."""
-    if kind == BASE_WEIGHT:
-        assert tensors.weight_codes is not None
-        return tensors.weight_codes
     matrix, bits = tensors.matrices[kind].cpu(), tensors.widths[kind]
     return matrix if bits == UNQUANTIZED else codes(matrix, tensors.ranges[kind].cpu(), bits)
 

@@ -94,13 +94,6 @@ class BLoraConfig(AdapterConfig):
     calibration: Literal["mse", "absmax"] = field(
         default="mse", metadata={"help": "Ranges: least squared error, or largest magnitude."}
     )
-    rounding: Literal["nearest", "gptq"] = field(
-        default="nearest",
-        metadata={
-            "help": "Codes of W0 at 2 and 4 bits: the nearest, or those that change the layer's output least (gptq) "
-            "and are saved with the adapter."
-        },
-    )
     warmup_fraction: float | None = field(
         default=None,
         metadata={
@@ -128,7 +121,6 @@ class BLoraConfig(AdapterConfig):
         self._check_choice("bit_weighting", ("const", "bits", "bops"))
         self._check_choice("calibration", ("mse", "absmax"))
         self._check_choice("gates", ("evidence", "paper"))
-        self._check_choice("rounding", ("nearest", "gptq"))
         for name in ("bit_penalty", "rank_penalty", "bops_price", "rank_price"):
             self._check(name, (getattr(self, name) or 0) >= 0, "at least 0", "give 0 for none")
         if self.bops_scope is not None:
@@ -160,16 +152,6 @@ class BLoraConfig(AdapterConfig):
         for name in ("target_bops", "target_bytes", "quantize_input", "fixed_bits", "group_size"):
             if getattr(self, name) and not self.learns_bits:
                 raise BayesLoraError(f"{name} is given, but mode 'ra' has no bit-widths: drop it, or use 'q+ra'")
-        if self.rounding == "gptq" and (self.gates == "paper" or not self.learns_bits):
-            given = "gates='paper'" if self.gates == "paper" else "mode 'ra'"
-            raise BayesLoraError(
-                f"rounding is 'gptq', but {given} gives no base weight a final width in training: leave it out"
-            )
-        if self.rounding == "gptq" and (self.fixed_bits or {}).get("weight", 4) > 4:
-            raise BayesLoraError(
-                "rounding is 'gptq', but fixed_bits gives weight more than 4 bits, where the nearest codes do: "
-                "leave it out"
-            )
         if rank is not None and not self.learns_ranks:
             raise BayesLoraError("target_rank is given, but mode 'q' keeps all ranks: drop it, or use 'q+ra'")
         if self.target_bops is not None and self.target_bytes is not None:

@@ -192,7 +192,7 @@ def apply(layers: Mapping[str, Any], name: str, choice: Choice) -> None:
         for kind in layer.quantized_kinds(name):
             bits = choice.widths[path, kind]
             if bits != present[kind]:
-                layer.set_width(name, kind, bits, best_range(layer, name, kind, bits))
+                layer.quantizers(name).set_width(kind, bits, best_range(layer, name, kind, bits))
 
 
 def _set_components(layers: Mapping[str, Any], name: str, choice: Choice) -> None:

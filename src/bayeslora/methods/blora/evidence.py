@@ -24,9 +24,6 @@ MEASURED = (2, 4, 8)
 RANGED = (*MEASURED, 16)
 """Widths for which the best ranges of activations are kept."""
 
-ROUNDED = (2, 4)
-"""Widths at which `rounding="gptq"` chooses the codes of a base weight; at 8 bits the nearest are as good."""
-
 RANK = "rank"
 """Kind of the gates of components."""
 
@@ -40,9 +37,7 @@ class Evidence(Float32Module):
     (kinds, 4), sums of the best ranges of activations for 2, 4, 8 and 16 bits, and `passes`, their number;
     `width_savings` (kinds, 4) and `rank_savings` (r,), the cost that closing a gate saves; `prices` (2,), in nats of
     mean loss for a unit of that cost, of widths and of ranks; `examples`, N, 0 where it is unknown; `present` (r,), 0
-    for components that have been cut since: r is the rank before the cut, so that their numbers stay; `moments`
-    (d_in, d_in), of the inputs, weighted by the squared gradients of their outputs, from the passes before the first
-    decision to the last decision, otherwise empty.
+    for components that have been cut since: r is the rank before the cut, so that their numbers stay.
     """
 
     width_sums: Tensor
@@ -56,7 +51,6 @@ class Evidence(Float32Module):
     prices: Tensor
     examples: Tensor
     present: Tensor
-    moments: Tensor
 
     def __init__(self, kinds: int, rank: int) -> None:
         super().__init__()
@@ -68,7 +62,6 @@ class Evidence(Float32Module):
         for name in ("terms", "passes", "examples"):
             self.register_buffer(name, torch.zeros(()))
         self.register_buffer("rank_sketch", torch.zeros(0, rank))
-        self.register_buffer("moments", torch.zeros(0, 0))
         self.register_buffer("prices", torch.zeros(2))
         self.register_buffer("present", torch.ones(rank))
 
@@ -102,9 +95,7 @@ class Evidence(Float32Module):
         """Add one step's sums, by the names of the buffers."""
         for name, value in found.items():
             buffer = getattr(self, name)
-            if name == "moments" and not len(buffer):
-                self.moments = value.to(buffer)
-            elif name == "rank_sums":
+            if name == "rank_sums":
                 buffer[self.is_present] += value.to(buffer)
             else:
                 buffer.add_(value.to(buffer))
@@ -119,9 +110,6 @@ class Evidence(Float32Module):
     def drop_sketch(self) -> None:
         self.rank_sketch = self.rank_sketch.new_zeros(0, self.rank_sketch.shape[1])
 
-    def drop_moments(self) -> None:
-        self.moments = self.moments.new_zeros(0, 0)
-
     @torch.no_grad()
     def forget(self, share: float) -> None:
         """Give what was found until now the weight `share` beside what will be."""
@@ -133,7 +121,7 @@ class Evidence(Float32Module):
         """Load what is there; what a file lacks keeps its initial value."""
         for name, tensor in self._buffers.items():
             given = state.setdefault(prefix + name, tensor)
-            if tensor is not None and name in ("rank_sums", "rank_sketch", "rank_savings", "present", "moments"):
+            if tensor is not None and name in ("rank_sums", "rank_sketch", "rank_savings", "present"):
                 self._buffers[name] = tensor.new_zeros(given.shape)  # with the components that have been cut
         super()._load_from_state_dict(state, prefix, *args)
 

@@ -21,16 +21,13 @@ from bayeslora.quantization import (
     active_widths,
     evaluation_width,
     fixed_logits,
-    grid_step,
     hard_concrete,
     mixture_weights,
     optimal_range,
     quantize,
     quantize_mixture,
     rank_gates,
-    repeated,
 )
-from bayeslora.quantization.packing import pack, unpack
 from bayeslora.vocabulary import ACTIVATIONS, BASE_WEIGHT, UNQUANTIZED, WIDTHS
 
 _LOG_LIMIT = 20.0  # keeps a range finite and non-zero whatever an optimizer does to its logarithm
@@ -196,20 +193,17 @@ class Quantizers(Float32Module):
         shapes: shape of the range of each kind that has one a channel, such as (d_out, 1), or one a group of inputs,
             (d_out, groups); the others have one number.
         transposed: whether the base weight is (d_in, d_out).
-        keeps_codes: codes of the base weight may be given, instead of the nearest.
         initial_logits: for each kind the starting logits of the gates of 4, 8, 16 and 32 bits.
         learned: gates and the base weight's range are trained; otherwise evidence sets them, and they are buffers.
 
     Tensors (all float32 whatever the model is cast to): `gates` (kinds, 4) logits; `log_weight_range`, the logarithm
     of the base weight's range, which stops learning when gates freeze; `log_ranges`, those of the other kinds, always
-    trained; `observed` (kinds,), the largest range seen in calibration, 0 where none was; `weight_codes`, the bytes of
-    the base weight's codes (uint8, `packing.py`), empty where they are the nearest.
+    trained; `observed` (kinds,), the largest range seen in calibration, 0 where none was.
     """
 
     gates: Tensor
     log_weight_range: Tensor
     observed: Tensor
-    weight_codes: Tensor
 
     def __init__(
         self,
@@ -218,7 +212,6 @@ class Quantizers(Float32Module):
         initial_logits: Sequence[Sequence[float]],
         learned: bool = True,
         transposed: bool = False,
-        keeps_codes: bool = False,
     ) -> None:
         super().__init__()
         self.transposed = transposed
@@ -232,7 +225,6 @@ class Quantizers(Float32Module):
             _hold(self, "log_weight_range", torch.zeros(self.channels[0]), learned)
         self.log_ranges = nn.Parameter(torch.zeros(sum(self.channels[BASE_WEIGHT in kinds :])))
         self.register_buffer("observed", torch.zeros(len(kinds)))
-        self.register_buffer("weight_codes", torch.zeros(0, dtype=torch.uint8), persistent=keeps_codes)
         self.generation = 0  # counts writes to the ranges other than an optimizer's
         self.noise: Tensor | None = None  # (kinds, 4) uniform, shared by every forward pass of one optimizer step
         self._frozen_widths, self._drawn_widths = FrozenWidths(), DrawnWidths()
@@ -286,21 +278,6 @@ class Quantizers(Float32Module):
         """Give `kind` another width, and `value` as its range."""
         self.gates[self.kinds.index(kind)] = torch.tensor(fixed_logits(bits)).to(self.gates)
         self.set_range(kind, value)
-        if kind == BASE_WEIGHT:
-            self.weight_codes = self.weight_codes[:0]
-
-    @torch.no_grad()
-    def set_codes(self, codes: Tensor, bits: int) -> None:
-        """Give the base weight, which has this width, other codes (d_out, d_in) than the nearest."""
-        self.weight_codes = pack(codes, bits).to(self.weight_codes.device)
-        self.generation += 1
-
-    def _coded_weight(self, weight: Tensor, bound: Tensor, bits: int) -> Tensor:
-        """Return the base weight of the codes that were given, in the shape and type of `weight`."""
-        shape = weight.T.shape if self.transposed else weight.shape
-        codes = unpack(self.weight_codes.cpu(), bits, shape).to(weight.device)
-        steps = grid_step(repeated(bound, weight), bits)
-        return ((codes.T if self.transposed else codes) * steps).to(weight.dtype)
 
     @property
     def version(self) -> tuple[int, ...]:
@@ -323,8 +300,6 @@ class Quantizers(Float32Module):
         bound = assignment.ranges[index].view(self.shapes[index])
         if kind == BASE_WEIGHT and self.transposed:
             bound = bound.t()
-        if kind == BASE_WEIGHT and self.weight_codes.numel():
-            return self._coded_weight(x, bound, widths[0])
         if assignment.weights is None:
             return quantize(x, bound, widths[0])
         return quantize_mixture(x, bound, assignment.weights[index], widths)
@@ -371,11 +346,8 @@ class Quantizers(Float32Module):
         self.channels[index] = int(keep.sum())
         self.log_ranges = nn.Parameter(torch.cat(parts), self.log_ranges.requires_grad)
 
-    def _load_from_state_dict(self, state: Any, prefix: str, *args: Any) -> None:
-        if "weight_codes" not in self._non_persistent_buffers_set:
-            given = state.setdefault(f"{prefix}weight_codes", self.weight_codes[:0])
-            self.weight_codes = self.weight_codes.new_zeros(given.shape)
-        super()._load_from_state_dict(state, prefix, *args)
+    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        super()._load_from_state_dict(*args, **kwargs)
         self.generation += 1
 
 

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from bayeslora.errors import BayesLoraError
 from bayeslora.methods.blora.components import Watch
 from bayeslora.methods.blora.config import BLoraConfig
-from bayeslora.methods.blora.evidence import ROUNDED, Evidence, described_gates
+from bayeslora.methods.blora.evidence import Evidence, described_gates
 from bayeslora.methods.blora.gated_quantizers import (
     FrozenWeight,
     Observing,
@@ -26,21 +26,10 @@ from bayeslora.methods.blora.gated_quantizers import (
     calibration_bits,
     gathered,
 )
-from bayeslora.methods.blora.moments import Moments
 from bayeslora.methods.blora.probe import Probe, probed_forward
 from bayeslora.methods.description import LayerDescription
 from bayeslora.methods.layer import BayesLayer, PackedTensors, add_update
-from bayeslora.quantization import (
-    SURE_LOGIT,
-    fixed_logits,
-    gptq_codes,
-    grid_step,
-    linear,
-    optimal_range,
-    quantize,
-    repeated,
-)
-from bayeslora.quantization.packing import pack, unpack
+from bayeslora.quantization import SURE_LOGIT, fixed_logits, linear, optimal_range
 from bayeslora.vocabulary import ACTIVATIONS, BASE_WEIGHT, KINDS, MATRICES, UNQUANTIZED
 
 
@@ -53,7 +42,7 @@ class BLoraLayer(BayesLayer):
 
     adapter_layer_names = ("blora_A", "blora_B", "blora_E", "blora_rank", "blora_quantizers")
     other_param_names = (*BayesLayer.other_param_names, "blora_progress", "blora_evidence", "configs")
-    optional_state = (".blora_evidence.", ".blora_progress.penalty_scale", ".weight_codes")
+    optional_state = (".blora_evidence.", ".blora_progress.penalty_scale")
 
     def __init__(self, base_layer: nn.Module, **kwargs: Any) -> None:
         super().__init__(base_layer, **kwargs)
@@ -66,9 +55,7 @@ class BLoraLayer(BayesLayer):
         self.frozen_weight = FrozenWeight()
         self.probe: Probe | None = None  # measures the evidence of one pass
         self.watch: Watch | None = None  # gathers that of the components in one training step
-        self.moments: Moments | None = None  # gathers those of the inputs in one training step
         self._weight_ranges: dict[int, Tensor] = {}
-        self._weight_codes: dict[int, Tensor] = {}
 
     def add_adapter(self, adapter_name: str, config: BLoraConfig, rank: int) -> None:
         self.configs[adapter_name] = config
@@ -114,14 +101,7 @@ class BLoraLayer(BayesLayer):
             shapes[BASE_WEIGHT] = (self.out_features, self._groups(config.group_size))
         by_evidence = config.gates == "evidence"  # which begins at full precision
         logits = [fixed_logits(UNQUANTIZED) if by_evidence else config.bit_logits(kind) for kind in kinds]
-        return Quantizers(
-            tuple(kinds),
-            shapes,
-            logits,
-            learned=not by_evidence,
-            transposed=self.is_transposed,
-            keeps_codes=config.rounding == "gptq",
-        )
+        return Quantizers(tuple(kinds), shapes, logits, learned=not by_evidence, transposed=self.is_transposed)
 
     def _groups(self, size: int) -> int:
         """Number of groups of this many inputs."""
@@ -173,8 +153,6 @@ class BLoraLayer(BayesLayer):
             self.watch.diagonal(self.blora_E[name], hidden, scaled)
         hidden = quantized("E_out", scaled)
         result = add_update(result, hidden, b, self.scaling[name], in_place=quantized.replaces_weight)
-        if self.moments is not None:
-            self.moments.watch(inputs, result)
         return quantized("out", result).view(*x.shape[:-1], self.out_features)
 
     def _diagonal(self, name: str) -> Tensor:
@@ -205,9 +183,7 @@ class BLoraLayer(BayesLayer):
     @torch.no_grad()
     def give_weight_its_width(self, name: str, bits: int) -> None:
         """Round the base weight from now on, so that all of training is that of factors beside the rounded weight."""
-        if BASE_WEIGHT not in self.quantized_kinds(name) or self.quantizers(name).weight_codes.numel():
-            return  # a run that goes on has its codes
-        if self.progress(name).current == Phase.WARM_UP:
+        if BASE_WEIGHT in self.quantized_kinds(name) and self.progress(name).current == Phase.WARM_UP:
             self.quantizers(name).set_width(BASE_WEIGHT, bits, self.weight_range(name, BASE_WEIGHT, bits))
             self.quantizers(name).chosen()  # a compiled pass finds the widths on the host
 
@@ -249,61 +225,9 @@ class BLoraLayer(BayesLayer):
             return self._weight_ranges[bits]
         return self._best_range(name, kind, bits)
 
-    @torch.no_grad()
-    def set_width(self, name: str, kind: str, bits: int, bound: Tensor) -> None:
-        """Give a tensor another width with this range; a base weight gets the codes that change its output least."""
-        self.quantizers(name).set_width(kind, bits, bound)
-        if kind == BASE_WEIGHT and self._finds_codes(name, bits):
-            self.quantizers(name).set_codes(self._best_codes(name, bits), bits)
-
-    def rounded(self, name: str, kind: str, tensor: Tensor, bits: int) -> Tensor:
-        """Return a weight (rows, columns) as it would be at `bits` bits."""
-        if kind != BASE_WEIGHT or not self._finds_codes(name, bits):
-            return self.nearest(name, kind, tensor, bits)
-        return self._best_codes(name, bits) * grid_step(repeated(self.weight_range(name, kind, bits), tensor), bits)
-
-    def nearest(self, name: str, kind: str, tensor: Tensor, bits: int) -> Tensor:
-        """Return a weight (rows, columns) rounded to the nearest codes of `bits` bits."""
-        return quantize(tensor, self.weight_range(name, kind, bits), bits)
-
-    def _finds_codes(self, name: str, bits: int) -> bool:
-        """Return whether codes of W0 are chosen at this width: once all moments of its inputs are there."""
-        if bits not in ROUNDED or name not in self.blora_evidence or self.moments is not None:
-            return False
-        return len(self.evidence(name).moments) > 0
-
-    def _best_codes(self, name: str, bits: int) -> Tensor:
-        """Return the codes (d_out, d_in) of W0 by the moments of its inputs, found once for each width."""
-        if bits not in self._weight_codes:
-            weight = gathered(self.weight)
-            moments = self.evidence(name).moments.to(weight.device)
-            bound = self.weight_range(name, BASE_WEIGHT, bits)
-            self._weight_codes[bits] = gptq_codes(weight.T if self.is_transposed else weight, bound, bits, moments)
-        return self._weight_codes[bits]
-
-    @torch.no_grad()
-    def choose_codes(self, name: str) -> None:
-        """Give W0, which has its width, the codes that suit the inputs seen until now."""
-        bits = self.widths(name)[BASE_WEIGHT]
-        if self._finds_codes(name, bits):
-            self.quantizers(name).set_codes(self._best_codes(name, bits), bits)
-            self.forget_moments(name)
-
-    def forget_moments(self, name: str) -> None:
-        """Drop what codes of W0 are found by."""
-        self.evidence(name).drop_moments()
-        self._weight_codes.clear()
-
-    def base_matrix(self, adapter_name: str) -> Tensor:
-        if adapter_name not in self.blora_quantizers or not self.quantizers(adapter_name).weight_codes.numel():
-            return super().base_matrix(adapter_name)
-        weight = self._as_deployed(adapter_name, BASE_WEIGHT, self.weight)
-        return weight.T if self.is_transposed else weight
-
     def _apply(self, fn: Any, recurse: bool = True) -> Any:
         self.frozen_weight.cached = None
         self._weight_ranges.clear()
-        self._weight_codes.clear()
         return super()._apply(fn, recurse)
 
     def _anchor(self, name: str) -> Tensor | float:
@@ -432,14 +356,7 @@ class BLoraLayer(BayesLayer):
             ranges[kind] = bound.reshape(shape)
             logarithms[kind] = quantizers.log_range(kind)
         widths = {kind: widths[kind] for kind in quantizers.kinds}
-        return PackedTensors(matrices, widths, logarithms, ranges, has_rank_gates, self._given_codes(adapter_name))
-
-    def _given_codes(self, name: str) -> Tensor | None:
-        """Return the codes (d_out, d_in) of W0 that are not the nearest; None where they are."""
-        codes = self.quantizers(name).weight_codes
-        if not codes.numel():
-            return None
-        return unpack(codes.cpu(), self.widths(name)[BASE_WEIGHT], (self.out_features, self.in_features))
+        return PackedTensors(matrices, widths, logarithms, ranges, has_rank_gates)
 
     def remove_quantizers(self) -> list[str]:
         kinds = [kind for name in self.blora_quantizers for kind in self.quantizers(name).kinds]
@@ -458,8 +375,6 @@ class BLoraLayer(BayesLayer):
             state["blora_quantizers.log_ranges"] = torch.cat(list(ranges.values()))
             state["blora_quantizers.gates"] = torch.tensor([fixed_logits(bits) for bits in packed.widths.values()])
             state["blora_quantizers.observed"] = torch.zeros(len(packed.widths))
-            if packed.weight_codes is not None:
-                state["blora_quantizers.weight_codes"] = pack(packed.weight_codes, packed.widths[BASE_WEIGHT])
         state["blora_progress.phase"] = torch.tensor(int(Phase.FROZEN))
         return state
 

@@ -31,7 +31,6 @@ from bayeslora.methods.blora.decisions import MEMORY, Schedule, apply, check_rea
 from bayeslora.methods.blora.gated_quantizers import Phase
 from bayeslora.methods.blora.layer import BLoraLayer, Linear
 from bayeslora.methods.blora.length import phases, shortfall
-from bayeslora.methods.blora.moments import Moments
 from bayeslora.methods.blora.probe import Probe, logits_of, score_seed
 from bayeslora.methods.blora.rotation import rotate
 from bayeslora.methods.layer import evaluation_mode
@@ -81,9 +80,6 @@ class BLoraRun(RunState):
         terms: terms of the current step's loss, on this rank, where it is watched.
         batches: micro-batches of the current step that a sharded model is still to be measured on.
         watched_step: the current step.
-        coded_after: number of steps after which codes of base weights are first chosen by the moments of their inputs,
-            which are gathered in the last steps before; 0 where they are the nearest.
-        moments: what gathers them in the current step, by layer.
         warning: what was said about the run's length.
     """
 
@@ -99,8 +95,6 @@ class BLoraRun(RunState):
     terms: float = 0.0
     batches: list[Batch] = field(default_factory=list)
     watched_step: int = 0
-    coded_after: int = 0
-    moments: dict[str, Moments] = field(default_factory=dict)
     warning: str | None = None
 
 
@@ -228,9 +222,6 @@ class BLoraModel(BayesTuner):
         if (bits := (config.fixed_bits or {}).get(BASE_WEIGHT)) is not None:
             for layer in self.adapted_layers(self.training_adapter()):
                 layer.give_weight_its_width(self.training_adapter(), bits)
-        if config.rounding == "gptq":
-            early = min(OBSERVED_STEPS, max(1, setup.total_steps // CODED_SHARE))
-            run.coded_after = run.schedule.decisions[0] + 1 if bits is None else early
         self._warn_if_short(setup.rows)
         if not self._hooked:
             self.model.register_forward_pre_hook(self._before_forward, with_kwargs=True)
@@ -328,8 +319,8 @@ class BLoraModel(BayesTuner):
         probes = {}
         for path, layer in layers.items():
             kinds, rank = layer.quantized_kinds(name), len(layer.blora_E[name])
-            rounded = functools.partial(layer.rounded, name)
-            probes[path] = layer.probe = Probe(kinds, rank, rows, fixed, config.calibration, rounded)
+            ranges = functools.partial(layer.weight_range, name)
+            probes[path] = layer.probe = Probe(kinds, rank, rows, fixed, config.calibration, ranges)
         try:
             # The tuner is in evaluation mode as well, so that its own hooks leave this pass alone.
             with evaluation_mode(model), evaluation_mode(self), torch.enable_grad():
@@ -378,16 +369,6 @@ class BLoraModel(BayesTuner):
             if due and layer.progress(name).current != Phase.FROZEN:
                 diagonal = layer.blora_E[name]
                 layer.watch = run.watches[path] = Watch(len(diagonal), diagonal.device)
-        self._begin_moments(step)
-
-    def _begin_moments(self, step: int) -> None:
-        """Gather the moments of inputs in the last steps before codes of base weights are chosen by them."""
-        name, run = self.training_adapter(), self.run_state()
-        run.moments, is_due = {}, run.coded_after - OBSERVED_STEPS <= step < run.coded_after
-        for path, layer in self.named_layers(name).items():
-            layer.moments = None
-            if is_due and BASE_WEIGHT in layer.quantized_kinds(name) and layer.progress(name).current != Phase.FROZEN:
-                layer.moments = run.moments[path] = Moments(layer.in_features, layer.weight.device)
 
     @torch.no_grad()
     def observe(self, step: int, optimizer: Optimizer, scale: float = 1.0) -> None:
@@ -398,7 +379,6 @@ class BLoraModel(BayesTuner):
         for batch in batches:
             assert run.setup.model is not None
             self._measure(run.setup.model, batch, step)
-        self._keep_moments()
         if not watches:
             return
         # A rank's loss is the mean of its own terms: times their number it is a sum, as the sketch wants.
@@ -408,18 +388,6 @@ class BLoraModel(BayesTuner):
             layer.watch = None
             if bool(sums["sketch"].isfinite().all()):  # of a step that the loss scale skips it is not
                 layer.evidence(name).add_sketch(sums["sketch"])
-
-    def _keep_moments(self) -> None:
-        """Add the moments of this step on all ranks to the evidence of each layer."""
-        name, run = self.training_adapter(), self.run_state()
-        gathered, run.moments = run.moments, {}
-        if not gathered:
-            return
-        layers = self.named_layers(name)
-        for path, sums in zip(gathered, pooled([{"moments": each.sums} for each in gathered.values()]), strict=True):
-            layers[path].moments = None
-            if bool(sums["moments"].isfinite().all()):
-                layers[path].evidence(name).add(sums)
 
     def rate_of(self, role: ParameterRole, step: int) -> float | None:
         if role not in self.learning_rates:
@@ -436,12 +404,7 @@ class BLoraModel(BayesTuner):
         if step + 1 == run.rotated_after and config.rotate and phases == {Phase.WARM_UP}:
             for layer in layers.values():
                 rotate(layer.blora_A[name], layer.blora_E[name], layer.blora_B[name], optimizer)
-        if run.schedule is None:
-            return
-        if step + 1 == run.coded_after and BASE_WEIGHT in (config.fixed_bits or {}):
-            for layer in layers.values():
-                layer.choose_codes(name)
-        if phases != {Phase.LEARN}:
+        if run.schedule is None or phases != {Phase.LEARN}:
             return  # an adapter whose gates are frozen trains on as it is
         self._measured_step = None
         if step in run.schedule.passes:
@@ -469,7 +432,6 @@ class BLoraModel(BayesTuner):
             record(layers, name, choice, run.costs.get(config.currency[0]), run.setup.num_examples)
             for layer in layers.values():
                 layer.evidence(name).drop_sketch()
-                layer.forget_moments(name)
             return
         for layer in layers.values():
             layer.evidence(name).forget(MEMORY)
@@ -523,10 +485,7 @@ GATE_TRAVEL = 2.0
 """Distance that a gate may move in its phase, as a multiple of the distance to closing: it sets the default rate."""
 
 OBSERVED_STEPS = 32
-"""Most steps in which activations are observed: a search for the best range costs about a step. So do moments."""
-
-CODED_SHARE = 8
-"""A base weight with a given width gets its codes in the first eighth of a run, and the rest trains beside them."""
+"""Most steps in which activations are observed: a search for the best range costs about a step."""
 
 OBSERVED_SHARE = 4
 """The last quarter of the warm-up comes after the rotation: activations are observed in it."""

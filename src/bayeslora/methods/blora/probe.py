@@ -25,7 +25,6 @@ from torch import Tensor
 from bayeslora.errors import BayesLoraError
 from bayeslora.methods.blora.evidence import MEASURED, RANGED
 from bayeslora.quantization import Calibration, optimal_ranges, quantize
-from bayeslora.vocabulary import BASE_WEIGHT
 
 _ODD = 0x5851F42D4C957F2D  # an odd factor with bits set throughout
 _LARGEST_CHUNK = 1 << 24  # entries of the gradients of single rows that are held at once
@@ -41,7 +40,7 @@ class Probe:
             labels the square of a sum over rows is the sum of their squares on average.
         fixed: kinds whose width is given: only the ranges of activations are found.
         calibration: how the range of an activation is found.
-        rounded: from kind, weight and bits to the weight at this width.
+        weight_range: from kind and bits to the range of a weight.
     """
 
     def __init__(
@@ -51,10 +50,10 @@ class Probe:
         rows: int,
         fixed: frozenset[str],
         calibration: Calibration,
-        rounded: Callable[[str, Tensor, int], Tensor],
+        weight_range: Callable[[str, int], Tensor],
     ) -> None:
         self.kinds, self.rows, self.fixed = tuple(kinds), rows, fixed
-        self.calibration, self.rounded = calibration, rounded
+        self.calibration, self.weight_range = calibration, weight_range
         self.widths = torch.zeros(len(kinds), len(MEASURED))
         self.ranks = torch.zeros(rank)
         self.ranges = torch.zeros(len(kinds), len(RANGED))
@@ -97,7 +96,7 @@ class Probe:
             rows = self._row_count(gradient)
             x = inputs.float().reshape(rows, -1, values.shape[1])
             g = gradient.float().reshape(rows, -1, values.shape[0])
-            errors = [self.rounded(kind, values, bits) - values for bits in MEASURED]
+            errors = [quantize(values, self.weight_range(kind, bits), bits) - values for bits in MEASURED]
             directions = torch.stack([error.flatten() for error in errors], dim=1)
             step = max(1, _LARGEST_CHUNK // values.numel())
             for start in range(0, rows, step):
@@ -118,7 +117,7 @@ class Probe:
             products = (gradient.float() * inputs.float()).unflatten(0, (rows, -1)).flatten(1, -2).sum(1)
             self.ranks += (products * values).square().sum(0).cpu()
             if self._measures("E"):
-                errors = [self.rounded("E", values, bits) - values for bits in MEASURED]
+                errors = [quantize(values, self.weight_range("E", bits), bits) - values for bits in MEASURED]
                 along = products @ torch.stack(errors, dim=1)
                 self.widths[self.kinds.index("E")] += along.square().sum(0).cpu()
 
@@ -146,7 +145,7 @@ def probed_forward(layer: Any, name: str, x: Tensor, probe: Probe, *args: Any, *
     else:
         result = layer.base_layer(inputs, *args, **kwargs)
     if layer.has_plain_weight:
-        probe.weight(BASE_WEIGHT, layer.weight.T if layer.is_transposed else layer.weight, inputs, result)
+        probe.weight("weight", layer.weight.T if layer.is_transposed else layer.weight, inputs, result)
 
     a, e, b = layer.blora_A[name], layer.blora_E[name], layer.blora_B[name]
     branch = layer.adapter_input(name, inputs, a.dtype)
