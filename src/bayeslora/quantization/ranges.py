@@ -103,8 +103,8 @@ def range_of_counts(counts: Tensor, largest: Tensor, bits: int) -> Tensor:
 def _least_share(count: int, bits: int) -> float:
     """Return a share of the largest magnitude below which no range of `count` entries is best.
 
-    With the largest magnitude as range no error exceeds half a step, so that the squares sum to at most count / 4 steps
-    squared. Below this share the clipping of the largest entry alone costs more.
+    With the largest magnitude as range no error exceeds half a step, so that the squares sum to at most count / 4
+    steps squared. Below this share the clipping of the largest entry alone costs more.
     """
     level = (1 << (bits - 1)) - 1
     return (1 - math.sqrt(count) / (2 * level + 1)) * (level + 0.5) / level
