@@ -27,7 +27,7 @@ from measuring import ONE_THREAD, Answering
 from otherwise_writer import read
 from peft import LoraConfig, PeftConfig, get_peft_model
 from torch import nn
-from transformers import PreTrainedTokenizerBase
+from transformers import AutoModelForCausalLM, PreTrainedTokenizerBase, TorchAoConfig
 
 import bayeslora
 from bayeslora.export.gguf.reader import load_gguf
@@ -79,6 +79,8 @@ class Variant:
 
 VARIANTS = {
     BASELINE: Variant("LoRA merged, Transformers float32", "merged", "torch"),
+    "lora-torchao": Variant("LoRA merged, torchao int8, Transformers", "lora-torchao", "torch"),
+    "blora-torchao": Variant("**B-LoRA, 8 bits, torchao, Transformers**", "blora-torchao", "torch", "blora"),
     "q8": Variant("LoRA merged, llama.cpp Q8_0", "q8", LLAMA),
     "q4": Variant("LoRA merged, llama.cpp Q4_0", "q4", LLAMA),
     "lora4-gguf": Variant("LoRA beside a base in Q4_0, llama.cpp", "lora4-gguf", LLAMA, "lora4"),
@@ -110,10 +112,20 @@ class Decoders:
 
     def bytes(self, form: str) -> int:
         """Of all files with weights."""
-        return sum(path.stat().st_size for path in self.path(form).iterdir() if path.suffix in WEIGHTS)
+        return sum(path.stat().st_size for path in self.path(form).rglob("*") if path.suffix in WEIGHTS)
 
     def merged(self, target: Path) -> None:
         copy.deepcopy(self.models["lora"]).merge_and_unload().save_pretrained(target)
+
+    def in_torchao(self, target: Path) -> None:
+        """The merged LoRA in 8 bits, as the documentation of Transformers has it."""
+        from torchao.quantization import Int8WeightOnlyConfig
+
+        config = TorchAoConfig(Int8WeightOnlyConfig(version=2))
+        source = self.path("merged")
+        AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32, quantization_config=config).save_pretrained(
+            target
+        )
 
     def exported(self, method: str, form: str, target: Path, **more: Any) -> None:
         options = {"tokenizer": self.tokenizer, "rows": self.rows, "allow_error": True, **more}
@@ -134,6 +146,8 @@ class Decoders:
 
 WRITERS: dict[str, Callable[[Decoders, Path], None]] = {
     "merged": Decoders.merged,
+    "lora-torchao": Decoders.in_torchao,
+    "blora-torchao": lambda decoders, target: decoders.exported("blora", "torchao", target),
     "lora-gguf": lambda decoders, target: decoders.exported("lora", "gguf", target),
     "q8": lambda decoders, target: decoders.rounded(Q8, target),
     "q4": lambda decoders, target: decoders.rounded(Q4, target),
@@ -270,6 +284,8 @@ def measure(given: argparse.Namespace, folder: Path) -> dict[str, Any]:
     left_out = {}
     if importlib.util.find_spec("openvino") is None:
         left_out["blora-onnx-openvino"] = "openvino is missing"
+    if importlib.util.find_spec("torchao") is None:
+        left_out |= {name: "torchao is missing" for name in VARIANTS if name.endswith("torchao")}
     if subprocess.run([given.llama_python, "-c", "import xllamacpp"], check=False, capture_output=True).returncode:
         left_out |= {name: "xllamacpp is missing" for name, each in VARIANTS.items() if each.runtime == LLAMA}
     for name, why in left_out.items():

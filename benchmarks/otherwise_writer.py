@@ -32,7 +32,7 @@ class Model(Protocol):
 
 
 class InTorch:
-    """A folder of Transformers."""
+    """A folder of Transformers, and of PEFT where an adapter lies beside the weights."""
 
     def __init__(self, folder: Path) -> None:
         import torch
@@ -41,6 +41,10 @@ class InTorch:
         self.torch = torch
         torch.set_num_threads(1)
         self.model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+        if (folder / "adapter").is_dir():
+            from peft import PeftModel
+
+            self.model = PeftModel.from_pretrained(self.model, folder / "adapter").eval()
 
     def write(self, prompt: list[int], count: int) -> list[int]:
         ids = self.torch.tensor([prompt])
