@@ -4,12 +4,17 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import re
 import shutil
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from huggingface_hub import ModelCard
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 import bayeslora
@@ -168,3 +173,71 @@ def test_a_damaged_packed_run_is_one_line(runs: dict[str, Path], tmp_path: Path,
     assert "checksum" in refused("evaluate", target)
     path.write_bytes(data[:100])
     assert "damaged" in refused("evaluate", target)
+
+
+BASE_ID = "someone/some-base"
+EXPORTS = [("melora", "lora"), ("melora", "merged"), ("blora", "packed"), ("blora", "integer"), ("lora", "onnx")]
+ALONE = """
+import json, sys, torch
+
+names = {}
+if sys.argv[1] == "lora":
+    sys.modules["bayeslora"] = None  # an import of it would fail
+exec(sys.argv[2], names)
+model = names["model"].eval()
+with torch.no_grad():
+    print(json.dumps(model(**{k: torch.tensor(v) for k, v in json.loads(sys.argv[3]).items()}).logits.tolist()))
+"""
+
+
+@pytest.mark.parametrize(("method", "form"), EXPORTS)
+def test_an_export_with_a_base_model_id_tells_no_path_of_this_machine(
+    method: str, form: str, runs: dict[str, Path], tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    if form == "onnx":
+        pytest.importorskip("onnxruntime")
+    target = tmp_path / "out"
+    command = ["export", str(runs[method]), "--format", form, "--output-dir", str(target)]
+    assert main([*command, "--base-model-id", BASE_ID, "--license", "apache-2.0"]) == 0
+    for path in target.iterdir():
+        content = path.read_bytes()
+        for place in (tmp_path.parent, runs[method].parent, Path.home(), "/tmp/"):
+            assert str(place).encode() not in content, path
+    card = ModelCard.load(target / "README.md")
+    assert (card.data.base_model, card.data.license) == (BASE_ID, "apache-2.0")
+    assert card.data.pipeline_tag == "text-classification" and "bayeslora" in card.data.tags
+    assert json.loads((target / "run.json").read_text())["files"] == {}
+
+
+@pytest.mark.parametrize(("method", "form"), [("melora", "lora"), ("blora", "packed"), ("blora", "integer")])
+def test_a_stranger_loads_an_export_by_its_card(
+    method: str, form: str, runs: dict[str, Path], tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    target, run = tmp_path / "out", bayeslora.load(runs[method])
+    assert (
+        main(["export", str(runs[method]), "--format", form, "--output-dir", str(target), "--base-model-id", BASE_ID])
+        == 0
+    )
+    (code,) = re.findall(r"```python\n(.*?)```", (target / "README.md").read_text(encoding="utf-8"), re.DOTALL)
+    batch = dict(run.tokenizer(["a fine film", "a bad one"], return_tensors="pt", padding=True))
+    found = subprocess.run(
+        [sys.executable, "-c", ALONE, form, code.replace(BASE_ID, run.info.model), json.dumps(
+            {name: value.tolist() for name, value in batch.items()}
+        )],
+        cwd=target, capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert found.returncode == 0, found.stderr
+    with torch.no_grad():
+        expected = run.model(**batch).logits
+    tolerance = 0.05 if form == "integer" else 1e-4  # whose other layers have 8 bits
+    torch.testing.assert_close(torch.tensor(json.loads(found.stdout)), expected, atol=tolerance, rtol=0)
+
+
+def test_an_export_may_go_without_its_tokenizer(
+    runs: dict[str, Path], tmp_path: Path, refused: Refused, capfd: pytest.CaptureFixture[str]
+) -> None:
+    target, command = tmp_path / "out", ["export", str(runs["melora"]), "--no-tokenizer", "--format"]
+    assert main([*command, "lora", "--output-dir", str(target)]) == 0
+    assert not list(target.glob("tokenizer*")) and (target / "run.json").is_file()
+    line = refused(*command, "onnx", "--output-dir", tmp_path / "graph")
+    assert "--no-tokenizer is given with --format onnx, but needs --format lora or merged" in line

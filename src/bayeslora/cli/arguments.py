@@ -87,8 +87,8 @@ def _split(words: list[str], switches: set[str], problems: Problems) -> tuple[di
             if name not in switches and waiting and not waiting[-1].startswith("--"):
                 value = waiting.pop()
             else:
-                value = not name.startswith("no_")
-                name = name.removeprefix("no_")
+                value = name in switches or not name.startswith("no_")
+                name = name if name in switches else name.removeprefix("no_")
         if name in found:
             problems.append(f"{option(name)} is given twice, but must be given once: leave one out")
         found[name] = value

@@ -256,6 +256,7 @@ def _contradictions_of_export(given: dict[str, Any]) -> Iterator[str]:
     owners: dict[str, tuple[str, ...]] = {"allow_error": ("lora", "merged", *FORMATS_FOR_OTHERS)}
     owners |= {"unadapted": ("integer", *FORMATS_FOR_OTHERS), "calibrate": ("integer",), "adapter": ("gguf",)}
     owners |= dict.fromkeys(("mean_rank", "uniform", "draws", "members", "seed"), ("lora",))
+    owners["no_tokenizer"] = ("lora", "merged", "packed", "integer")
     for name, formats in owners.items():
         if name in given and chosen not in (*formats, None):
             needed = " or ".join(formats)
@@ -517,6 +518,9 @@ COMMANDS = {
             ),
             _switch("calibrate", "integer: 8-bit inputs of those layers, calibrated on 256 training rows"),
             _switch("allow_error", "lora, merged, onnx, gguf, torchao: allow and measure an error"),
+            Option("base_model_id", "OWNER/NAME", "hub id of the base, for a folder that leaves this machine"),
+            Option("license", "ID", "the hub's name of a license, for the card (the run's)"),
+            _switch("no_tokenizer", "lora, merged, packed, integer: leave out the tokenizer"),
             *_BASE,
             _switch("json", "print the measurements as JSON"),
         ),

@@ -35,6 +35,9 @@ FORMATS = {
 }
 """Module of each format, imported at its first use; its function is named `export_` and the format."""
 
+CARDED = ("integer", "lora", "packed")
+"""Formats whose functions write files that PEFT or this library loads, and no card."""
+
 
 def export(
     model: nn.Module,
@@ -42,6 +45,8 @@ def export(
     format: str = "lora",  # noqa: A002 - the command's own word
     adapter_name: str | None = None,
     batch: Mapping[str, Tensor] | None = None,
+    *,
+    base_model_id: str | None = None,
     **options: Any,
 ) -> dict[str, Any]:
     """Write an adapter to the folder `path` in another format and return the measurements of that format.
@@ -55,6 +60,8 @@ def export(
             weights that Transformers and vLLM run.
         adapter_name: by default the active adapter.
         batch: inputs to measure the output error on.
+        base_model_id: hub id of the base model, which card and configuration then name; by default where it was
+            loaded from.
         options: further keyword arguments of the format's function, such as `export_lora`.
 
     Raises:
@@ -66,8 +73,38 @@ def export(
         write = getattr(importlib.import_module(FORMATS[format]), f"export_{format}")
     if unknown := sorted(set(options) - set(inspect.signature(write).parameters)):
         raise BayesLoraError(f"format {format!r} takes no option {unknown[0]!r}: drop it, or choose another format")
-    with _nothing_left_over(path):
-        return cast(dict[str, Any], write(model, path, adapter_name, batch, **options))
+    with _nothing_left_over(path), _based_on(model, base_model_id):
+        measured: dict[str, Any] = write(model, path, adapter_name, batch, **options)
+        if format in CARDED:
+            _write_cards(Path(path), format, model, adapter_name, measured)
+    return measured
+
+
+@contextmanager
+def _based_on(model: nn.Module, name: str | None) -> Iterator[None]:
+    """Let the adapters inside `model` name this base, unless it is None."""
+    found = [module for module in model.modules() if isinstance(module, PeftModel)] if name is not None else []
+    configs = [config for module in found for config in module.peft_config.values()]
+    before = [config.base_model_name_or_path for config in configs]
+    for config in configs:
+        config.base_model_name_or_path = name
+    try:
+        yield
+    finally:
+        for config, known in zip(configs, before, strict=True):
+            config.base_model_name_or_path = known
+
+
+def _write_cards(
+    folder: Path, form: str, model: nn.Module, adapter_name: str | None, measured: Mapping[str, Any]
+) -> None:
+    """Write a card into each folder of an export whose format leaves that to us."""
+    from bayeslora.export.card import write_card
+
+    inner = next(module for module in model.modules() if isinstance(module, PeftModel))
+    config = inner.peft_config[adapter_name or only_active(inner)]
+    for each in sorted([*folder.glob("draw-*"), *folder.glob("member-*")]) or [folder]:
+        write_card(each, form, inner.get_base_model(), config, measured)
 
 
 @contextmanager

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 from torch.nn import functional as F
 
+from bayeslora.export.card import write_card
 from bayeslora.methods import describe
 from bayeslora.posthoc import truncate_rank
 from bayeslora.runs.rows import training_batches
@@ -18,13 +21,14 @@ _MEASURED = 8
 
 
 @torch.no_grad()
-def export_cut(run: Run, mean_rank: float, folder: Path) -> dict[str, Any]:
+def export_cut(run: Run, mean_rank: float, folder: Path, base_model_id: str | None = None) -> dict[str, Any]:
     """Write the run's LoRA at a mean rank into `folder`, as plain LoRA with a rank for each layer.
 
     Args:
         run: of plain LoRA.
         mean_rank: over all adapted layers, above 0.
-        folder: for the adapter.
+        folder: for the adapter and a card.
+        base_model_id: hub id of the base model, for card and configuration.
 
     Returns:
         `mean_rank`, `ranks` by layer (0: no adapter), `rows` of train that chose them, and of classifiers what the cut
@@ -37,18 +41,23 @@ def export_cut(run: Run, mean_rank: float, folder: Path) -> dict[str, Any]:
     batches = training_batches(run.info, run.tokenizer, _BATCHES, seed=0)
     with torch.enable_grad():
         cut = truncate_rank(run.model, mean_rank=mean_rank, data=batches)
+    config = cut.peft_config[cut.active_adapter]
+    config.base_model_name_or_path = base_model_id or config.base_model_name_or_path
     cut.save_pretrained(str(folder), save_embedding_layers=False)
     ranks = dict.fromkeys((layer.name for layer in describe(run.model)), 0)
     ranks |= {layer.name: layer.rank for layer in describe(cut)}
     rows = sum(len(batch["input_ids"]) for batch in batches)
-    found = {"mean_rank": sum(ranks.values()) / len(ranks), "ranks": ranks, "rows": rows}
-    if run.info.kind != "classification":
-        return found
-    pairs = [
-        [F.log_softmax(model(**batch).logits.float(), -1) for model in (run.model, cut)]
-        for batch in batches[:_MEASURED]
-    ]
+    found: dict[str, Any] = {"mean_rank": sum(ranks.values()) / len(ranks), "ranks": ranks, "rows": rows}
+    if run.info.kind == "classification":
+        found |= _moved(run, cut, batches[:_MEASURED])
+    write_card(folder, "lora", cut.get_base_model(), config, found)
+    return found
+
+
+def _moved(run: Run, cut: nn.Module, batches: Sequence[Any]) -> dict[str, float]:
+    """Return how far the cut moves the run's predictions on these batches."""
+    pairs = [[F.log_softmax(model(**batch).logits.float(), -1) for model in (run.model, cut)] for batch in batches]
     before, after = (torch.cat(parts) for parts in zip(*pairs, strict=True))
     divergence = F.kl_div(after, before, reduction="batchmean", log_target=True)
     changed = (before.argmax(-1) != after.argmax(-1)).float().mean()
-    return {**found, "divergence": float(divergence), "changed": float(changed)}
+    return {"divergence": float(divergence), "changed": float(changed)}

@@ -88,23 +88,19 @@ def load_for_others(
     return load_gguf(folder, cast(Any, load_base(base or info.model, tokenizer, **made).model))
 
 
-def info_of_export(form: str, folder: Path, info: RunInfo) -> RunInfo:
+def info_of_export(form: str, folder: Path, info: RunInfo, base_model_id: str | None = None) -> RunInfo:
     """Return what the `run.json` of an export says, with which it is loaded like the run.
 
-    That of a folder for other programs, which goes to other machines, does not say where files are on this one.
+    That of a folder for other machines does not say where files are on this one. Such are the formats for other
+    programs, and all that name a `base_model_id`.
     """
+    if form in FORMATS_FOR_OTHERS or base_model_id is not None:
+        info = dataclasses.replace(
+            info, model=base_model_id or public_name(info.model), base_name=base_model_id or "",
+            data_dir=None, files={}, evaluation_rows=[], train_digest=None,
+        )  # fmt: skip
     if form in FORMATS_FOR_OTHERS:
-        return dataclasses.replace(
-            info,
-            method="full",
-            model=public_name(info.model),
-            base_name="",
-            base_fingerprint="",
-            data_dir=None,
-            files={},
-            evaluation_rows=[],
-            train_digest=None,
-        )
+        return dataclasses.replace(info, method="full", base_fingerprint="")
     if form in ("integer", "merged"):
         return dataclasses.replace(info, method="full")
     method = "lora" if form == "lora" else info.method
