@@ -8,6 +8,7 @@ from typing import Any
 
 from huggingface_hub import ModelCard
 from torch import nn
+from transformers import PreTrainedModel
 
 from bayeslora.model_card import CARD_FILE, front_matter, public_name
 
@@ -77,10 +78,14 @@ def _program(form: str, base: str, base_model: nn.Module) -> str:
     if form == "integer":
         return 'import bayeslora\n\nmodel = bayeslora.load_integer(".")'
     family = type(base_model).__name__
+    first = "import bayeslora  # PEFT then knows the method\n" if form == "packed" else ""
+    if not isinstance(base_model, PreTrainedModel):
+        return f"""{first}from peft import PeftModel
+
+model = PeftModel.from_pretrained(base, ".").eval()  # base: the {family} that was adapted"""
     labels = getattr(getattr(base_model, "config", None), "num_labels", None)
     is_classifier = family.endswith(("ForSequenceClassification", "ForTokenClassification"))
     size = f", num_labels={labels}" if is_classifier and labels is not None else ""
-    first = "import bayeslora  # PEFT then knows the method\n" if form == "packed" else ""
     return f"""{first}from peft import PeftModel
 from transformers import {family}
 

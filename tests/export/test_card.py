@@ -1,0 +1,38 @@
+"""Cards of exports from Python: of any model, and with a name for its base."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+
+import torch
+from huggingface_hub import ModelCard
+from peft import get_peft_model
+
+from bayeslora import MeLoraConfig, export
+from tests.conftest import build_tiny_bert
+from tests.methods.reference import D_IN, FROZEN, Tiny, seeded, tiny_model
+
+
+def test_a_card_of_a_model_that_is_not_of_transformers_says_what_to_give(tmp_path: Path) -> None:
+    model = tiny_model(FROZEN).eval()
+    export(model, tmp_path, format="packed")
+    (code,) = re.findall(r"```python\n(.*?)```", (tmp_path / "README.md").read_text(encoding="utf-8"), re.DOTALL)
+    assert "# base: the Tiny that was adapted" in code
+    names = {"base": seeded(Tiny)}
+    exec(code.replace('"."', repr(str(tmp_path))), names)
+    x = torch.randn(3, D_IN, generator=torch.Generator().manual_seed(0))
+    torch.testing.assert_close(names["model"](x), model(x), atol=1e-6, rtol=0)
+
+
+def test_the_name_of_the_base_is_for_the_files_alone(tmp_path: Path) -> None:
+    config = MeLoraConfig(r=2, target_modules=["query"], task_type="SEQ_CLS")
+    model = get_peft_model(build_tiny_bert(), config).eval()
+    before = model.peft_config["default"].base_model_name_or_path
+    export(model, tmp_path, format="lora", draws=2, base_model_id="someone/some-base")
+    assert model.peft_config["default"].base_model_name_or_path == before
+    for folder in (tmp_path / "draw-0", tmp_path / "draw-1"):
+        assert ModelCard.load(folder / "README.md").data.base_model == "someone/some-base"
+        written = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))
+        assert written["base_model_name_or_path"] == "someone/some-base"
