@@ -45,8 +45,8 @@ def test_cuts_alone_are_a_file_of_another_folder(job: rounding.Job) -> None:
 def test_a_file_has_every_setting_and_the_adapter_is_trained_once(job: rounding.Job) -> None:
     found = rounding.run(job)
     assert json.loads(json.dumps(found)) and found["held_out"] == 16
-    settings = {(each["setting"], each["output_bits"], each["scope"]) for each in found["rounded"]}
-    assert len(settings) == len(found["rounded"]) == 2 * 9
+    settings = {(each["setting"], each["output_bits"], each["scope"], each["rounding"]) for each in found["rounded"]}
+    assert len(settings) == len(found["rounded"]) == 2 * (9 + 8)
     shares = {(each["setting"], each["scope"]): each["relative_bops"]["attention"] for each in found["rounded"]}
     assert shares["W2A4", "attention"] < shares["W8A8", "attention"] < found["lora"]["relative_bops"]["attention"]
     for each in found["rounded"]:

@@ -1,4 +1,4 @@
-"""Cards of exports from Python: of any model, and with a name for its base."""
+"""Cards of exports of any model, and names for their base and license."""
 
 from __future__ import annotations
 
@@ -6,11 +6,12 @@ import json
 import re
 from pathlib import Path
 
+import pytest
 import torch
-from huggingface_hub import ModelCard
 from peft import get_peft_model
 
-from bayeslora import MeLoraConfig, export
+from bayeslora import BayesLoraError, MeLoraConfig, export
+from bayeslora.export.card import check_license, write_card
 from tests.conftest import build_tiny_bert
 from tests.methods.reference import D_IN, FROZEN, Tiny, seeded, tiny_model
 
@@ -18,6 +19,7 @@ from tests.methods.reference import D_IN, FROZEN, Tiny, seeded, tiny_model
 def test_a_card_of_a_model_that_is_not_of_transformers_says_what_to_give(tmp_path: Path) -> None:
     model = tiny_model(FROZEN).eval()
     export(model, tmp_path, format="packed")
+    write_card(tmp_path, "packed", model.get_base_model(), model.peft_config["default"], {})
     (code,) = re.findall(r"```python\n(.*?)```", (tmp_path / "README.md").read_text(encoding="utf-8"), re.DOTALL)
     assert "# base: the Tiny that was adapted" in code
     names = {"base": seeded(Tiny)}
@@ -33,6 +35,15 @@ def test_the_name_of_the_base_is_for_the_files_alone(tmp_path: Path) -> None:
     export(model, tmp_path, format="lora", draws=2, base_model_id="someone/some-base")
     assert model.peft_config["default"].base_model_name_or_path == before
     for folder in (tmp_path / "draw-0", tmp_path / "draw-1"):
-        assert ModelCard.load(folder / "README.md").data.base_model == "someone/some-base"
         written = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))
         assert written["base_model_name_or_path"] == "someone/some-base"
+
+
+@pytest.mark.parametrize("name", ["", "a/b/c", "a b", "\udcff", "-a", "/home/me/model", "x" * 200])
+def test_what_is_no_name_on_the_hub_is_refused(name: str, tmp_path: Path) -> None:
+    with pytest.raises(BayesLoraError, match="but must be a hub id: give one such as"):
+        export(tiny_model(FROZEN), tmp_path / "out", format="packed", base_model_id=name)
+    assert not (tmp_path / "out").exists()
+    if name.strip("x"):
+        with pytest.raises(BayesLoraError, match="must be the hub's name of one: give one such as apache-2.0"):
+            check_license(name)

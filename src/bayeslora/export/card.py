@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,7 @@ from huggingface_hub import ModelCard
 from torch import nn
 from transformers import PreTrainedModel
 
+from bayeslora.errors import BayesLoraError
 from bayeslora.model_card import CARD_FILE, front_matter, public_name
 
 _TITLES = {
@@ -27,6 +29,10 @@ _WHAT = {
 }
 _NEEDS = {"lora": "transformers peft", "packed": "bayeslora", "integer": "bayeslora"}
 _PACKED = "The adapter computes what the trained one computes, to the rounding of sums in floating point."
+CARDED = tuple(_TITLES)
+"""Formats that `bayeslora.export` writes no card for."""
+
+_LICENSE = re.compile(r"[A-Za-z0-9][A-Za-z0-9.+-]*")
 _FROM_THE_RUN = ("license", "datasets", "pipeline_tag", "language")
 
 
@@ -105,6 +111,12 @@ def _error(measured: Mapping[str, Any]) -> str:
         f"The largest difference in outputs from the trained model is {measured['max_output_error']:.3g}, where the "
         f"largest output is {measured['max_output']:.3g}."
     )
+
+
+def check_license(name: str) -> None:
+    """Raise `BayesLoraError` unless `name` could be the hub's name of a license."""
+    if not _LICENSE.fullmatch(name):
+        raise BayesLoraError(f"license is {name!r}, but must be the hub's name of one: give one such as apache-2.0")
 
 
 def complete_card(folder: Path, source: Path, license: str | None = None) -> None:  # noqa: A002 - the hub's name

@@ -15,6 +15,8 @@ from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
+from huggingface_hub.errors import HFValidationError
+from huggingface_hub.utils import validate_repo_id
 from peft import PeftModel, get_peft_model_state_dict
 from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
@@ -34,9 +36,6 @@ FORMATS = {
     "torchao": "bayeslora.export.torchao",
 }
 """Module of each format, imported at its first use; its function is named `export_` and the format."""
-
-CARDED = ("integer", "lora", "packed")
-"""Formats whose functions write files that PEFT or this library loads, and no card."""
 
 
 def export(
@@ -74,15 +73,14 @@ def export(
     if unknown := sorted(set(options) - set(inspect.signature(write).parameters)):
         raise BayesLoraError(f"format {format!r} takes no option {unknown[0]!r}: drop it, or choose another format")
     with _nothing_left_over(path), _based_on(model, base_model_id):
-        measured: dict[str, Any] = write(model, path, adapter_name, batch, **options)
-        if format in CARDED:
-            _write_cards(Path(path), format, model, adapter_name, measured)
-    return measured
+        return cast(dict[str, Any], write(model, path, adapter_name, batch, **options))
 
 
 @contextmanager
 def _based_on(model: nn.Module, name: str | None) -> Iterator[None]:
     """Let the adapters inside `model` name this base, unless it is None."""
+    if name is not None:
+        check_hub_id(name)
     found = [module for module in model.modules() if isinstance(module, PeftModel)] if name is not None else []
     configs = [config for module in found for config in module.peft_config.values()]
     before = [config.base_model_name_or_path for config in configs]
@@ -95,16 +93,14 @@ def _based_on(model: nn.Module, name: str | None) -> Iterator[None]:
             config.base_model_name_or_path = known
 
 
-def _write_cards(
-    folder: Path, form: str, model: nn.Module, adapter_name: str | None, measured: Mapping[str, Any]
-) -> None:
-    """Write a card into each folder of an export whose format leaves that to us."""
-    from bayeslora.export.card import write_card
-
-    inner = next(module for module in model.modules() if isinstance(module, PeftModel))
-    config = inner.peft_config[adapter_name or only_active(inner)]
-    for each in sorted([*folder.glob("draw-*"), *folder.glob("member-*")]) or [folder]:
-        write_card(each, form, inner.get_base_model(), config, measured)
+def check_hub_id(name: str) -> None:
+    """Raise `BayesLoraError` unless `name` could be that of a model on the hub."""
+    try:
+        validate_repo_id(name)
+    except HFValidationError as error:
+        raise BayesLoraError(
+            f"base_model_id is {name!r}, but must be a hub id: give one such as google/gemma-3-1b"
+        ) from error
 
 
 @contextmanager

@@ -10,7 +10,6 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from bayeslora.export.card import write_card
 from bayeslora.methods import describe
 from bayeslora.posthoc import truncate_rank
 from bayeslora.runs.rows import training_batches
@@ -27,8 +26,8 @@ def export_cut(run: Run, mean_rank: float, folder: Path, base_model_id: str | No
     Args:
         run: of plain LoRA.
         mean_rank: over all adapted layers, above 0.
-        folder: for the adapter and a card.
-        base_model_id: hub id of the base model, for card and configuration.
+        folder: for the adapter.
+        base_model_id: hub id of the base model, for the configuration.
 
     Returns:
         `mean_rank`, `ranks` by layer (0: no adapter), `rows` of train that chose them, and of classifiers what the cut
@@ -50,7 +49,6 @@ def export_cut(run: Run, mean_rank: float, folder: Path, base_model_id: str | No
     found: dict[str, Any] = {"mean_rank": sum(ranks.values()) / len(ranks), "ranks": ranks, "rows": rows}
     if run.info.kind == "classification":
         found |= _moved(run, cut, batches[:_MEASURED])
-    write_card(folder, "lora", cut.get_base_model(), config, found)
     return found
 
 

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import copy
 import sys
 from collections.abc import Mapping
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
+from peft import PeftModel
+
 import bayeslora
 from bayeslora.errors import BayesLoraError
-from bayeslora.export.card import complete_card
+from bayeslora.export.card import CARDED, check_license, complete_card, write_card
+from bayeslora.export.formats import check_hub_id
 from bayeslora.export.noise import moved_by_noise
 from bayeslora.export.record import ExportRecord
 from bayeslora.posterior import POSTERIOR_FILE
@@ -35,7 +39,11 @@ def export_run(run: Run, form: str, folder: Path, given: Mapping[str, Any]) -> d
     Raises:
         BayesLoraError: for whatever `bayeslora.export` refuses.
     """
-    base, rank = given.get("base_model_id"), given.get("rank")
+    base, rank, license = given.get("base_model_id"), given.get("rank"), given.get("license")  # noqa: A001
+    if base is not None:
+        check_hub_id(base)
+    if license is not None:
+        check_license(license)
     if "mean_rank" in given:
         measured = export_cut(run, given["mean_rank"], folder, base)
     else:
@@ -46,12 +54,21 @@ def export_run(run: Run, form: str, folder: Path, given: Mapping[str, Any]) -> d
             measured |= moved_by_noise(run.model, options.get("rows") or [options.get("batch")])
     ExportRecord.of(form, measured).save(folder)
     for each in sorted([*folder.glob("draw-*"), *folder.glob("member-*")]) or [folder]:
-        complete_card(each, run.folder, given.get("license"))
+        if form in CARDED:
+            _write_card(each, form, run, base, measured)
+        complete_card(each, run.folder, license)
         if not given.get("no_tokenizer"):
             run.tokenizer.save_pretrained(each)
         # run.json lets `bayeslora.load`, `evaluate` and `predict` read the export like the run.
         info_of_export(form, each, run.info, base).save(each)
     return measured
+
+
+def _write_card(folder: Path, form: str, run: Run, base: str | None, measured: Mapping[str, Any]) -> None:
+    inner = next(module for module in run.model.modules() if isinstance(module, PeftModel))
+    config = copy.copy(inner.peft_config[inner.active_adapter])
+    config.base_model_name_or_path = base or config.base_model_name_or_path
+    write_card(folder, form, inner.get_base_model(), config, measured)
 
 
 def _batches(form: str, given: Mapping[str, Any], run: Run) -> dict[str, Any]:
