@@ -20,8 +20,8 @@ _TITLES = {
     "integer": "{base} as integers",
 }
 _WHAT = {
-    "lora": "An adapter for `{base}`, trained with the method `{method}` of bayeslora, as a plain LoRA of PEFT: E and "
-    "gates are folded into its factors, and a posterior is used at its mean or at one draw.",
+    "lora": "An adapter for `{base}`, trained with the method `{method}` of bayeslora, as a plain LoRA of PEFT: "
+    "what lies between its factors is folded into them, and a posterior is used at its mean or at one draw.",
     "packed": "An adapter for `{base}`, trained with the method `{method}` of bayeslora. Every tensor takes the bits "
     "that it has learned, and closed ranks are cut.",
     "integer": "`{base}` with an adapter that was trained with the method `{method}` of bayeslora, as one model of "
