@@ -119,7 +119,7 @@ class RunInfo:
             BayesLoraError: the folder is not a finished run, its file is damaged, or a newer version wrote it.
         """
         path = folder / RUN_FILE
-        wanted = "but must be one that `bayeslora train` or `export` wrote: check the path"
+        wanted = "but must be a folder that `bayeslora train` or `export` wrote: check the path"
         if not folder.is_dir():
             raise BayesLoraError(f"{folder} is not a folder, {wanted}")
         if not path.is_file():

@@ -95,7 +95,7 @@ class ClassifierForward:
 
 
 class _Places:
-    """Where the tokens of a batch are, and which of them are rows.
+    """Places of the tokens of a batch, and the rows among them.
 
     The first token of each text is a row, even if it is hidden, because the classifier reads it.
 
