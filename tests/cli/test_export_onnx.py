@@ -224,7 +224,18 @@ def test_a_graph_is_verified_against_a_run_of_its_kind(
         folder = tmp_path / source.parent.name
         assert main(["export", str(source), "--format", "onnx", "--output-dir", str(folder)]) == 0
         said = refused("verify", folder, "--against", other)
-        if source == writers["lora"]:  # a graph has no `generate` of Transformers
-            prompts = write_jsonl(tmp_path / "prompts.jsonl", [{"prompt": "Hello"}])
-            assert "reads texts but cannot generate" in refused("generate", folder, "--input", prompts)
         assert "give its own run" in said and ("has the graph of a classifier" in said) == (source == runs["lora"])
+
+
+def test_a_graph_generates_what_its_run_generates(writers: dict[str, Path], tmp_path: Path) -> None:
+    folder, run = tmp_path / "onnx", writers["lora"]
+    assert main(["export", str(run), "--format", "onnx", "--output-dir", str(folder)]) == 0
+    prompts = write_jsonl(tmp_path / "prompts.jsonl", [{"prompt": "Hello"}, {"prompt": "The film was"}])
+    answers = []
+    for each in (run, folder):
+        written = tmp_path / f"{each.name}-answers.jsonl"
+        command = ["generate", str(each), "--input", str(prompts), "--output", str(written), "--max-new-tokens", "6"]
+        assert main(command) == 0
+        answers.append([json.loads(line) for line in written.read_text(encoding="utf-8").splitlines()])
+    of_run, of_graph = answers
+    assert [row["text"] for row in of_graph] == [row["text"] for row in of_run]

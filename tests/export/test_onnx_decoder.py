@@ -9,6 +9,7 @@ import sys
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -25,6 +26,7 @@ from transformers import (
     Qwen2ForCausalLM,
 )
 
+import bayeslora
 from bayeslora import BayesLoraError, BLoraConfig, MeLoraConfig, export
 from bayeslora.data.packaged import packaged_model
 from tests.conftest import VOCABULARY, build_tiny_gpt2, build_tiny_llama, build_tiny_tokenizer
@@ -36,6 +38,7 @@ onnxruntime = pytest.importorskip("onnxruntime")
 from bayeslora.export.onnx import writer  # noqa: E402 - after the packages that it needs
 from bayeslora.export.onnx.graph import Graph  # noqa: E402
 from bayeslora.export.onnx.layers import _blocks  # noqa: E402
+from bayeslora.export.onnx.reader import OnnxDecoder  # noqa: E402
 
 LLAMA = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 
@@ -324,3 +327,44 @@ def test_smollm_writes_with_its_cache_what_the_model_writes(tmp_path: Path) -> N
             ids = torch.cat([ids, new], 1)
     generated = model.generate(**batch, max_new_tokens=12, do_sample=False)[0, batch["input_ids"].shape[1] :]
     assert written == generated.tolist()
+
+
+@pytest.mark.parametrize("kind", ["llama", "gpt2"])
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"use_cache": False}, {"num_beams": 3}, {"do_sample": True, "num_return_sequences": 3}],
+    ids=["greedy", "uncached", "beams", "sampled"],
+)
+def test_a_graph_generates_what_the_model_generates(kind: str, options: dict[str, Any], tmp_path: Path) -> None:
+    build, targets = BASES[kind]
+    torch.manual_seed(0)
+    config = LoraConfig(r=RANK, target_modules=targets, init_lora_weights=False, fan_in_fan_out=kind == "gpt2")
+    model = get_peft_model(_spread(build()), config).eval()
+    model.generation_config.eos_token_id = 3
+    export(model, tmp_path, format="onnx", tokenizer=build_tiny_tokenizer())
+    graph = OnnxDecoder(tmp_path)
+    assert graph.generation_config.eos_token_id == 3
+    ids = torch.randint(5, len(VOCABULARY), (2, 7))
+    mask = torch.ones_like(ids)
+    mask[1, :3] = 0
+    given = {"samples": 0, "seed": 1, "uncertainty": False, "max_new_tokens": 8, "pad_token_id": 0, **options}
+    expected, found = (bayeslora.generate(each, ids, mask, **given) for each in (model, graph))
+    assert torch.equal(found.sequences, expected.sequences) and found.tokens.shape[-1] > 1
+    torch.testing.assert_close(found.log_probability, expected.log_probability, atol=1e-3, rtol=1e-3)
+    torch.testing.assert_close(found.token_entropy, expected.token_entropy, atol=1e-3, rtol=1e-3)
+
+
+def test_a_graph_reads_a_token_behind_those_in_its_cache_alone(tmp_path: Path, monkeypatch: Any) -> None:
+    torch.manual_seed(0)
+    model = get_peft_model(build_tiny_llama(), LoraConfig(r=RANK, target_modules=["q_proj"])).eval()
+    export(model, tmp_path, format="onnx", tokenizer=build_tiny_tokenizer())
+    graph, read = OnnxDecoder(tmp_path), []
+    run = graph.session.run
+
+    def noted(names: Any, feeds: dict[str, np.ndarray]) -> Any:
+        read.append((feeds["input_ids"].shape[1], feeds["past_key_values.0.key"].shape[2]))
+        return run(names, feeds)
+
+    monkeypatch.setattr(graph, "session", SimpleNamespace(run=noted))
+    graph.generate(torch.arange(5, 11)[None], max_new_tokens=4, min_new_tokens=4, do_sample=False)
+    assert read == [(6, 0), (1, 6), (1, 7), (1, 8)]

@@ -64,7 +64,7 @@ def write_decoder_card(
     """
     count, heads, size = cache_sizes(model.config)
     files = f"""| `model.onnx` | the graph, whose inputs and outputs have the names that Optimum gives them |
-| `config.json` | the model's configuration |
+| `config.json`, `generation_config.json` | the model's configuration, and how it generates |
 | `tokenizer.json` | the tokenizer |
 
 `input_ids` and `position_ids` are int64 (batch, length); `attention_mask` is int64 (batch, past + length). Each of the

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import onnxruntime
 import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
-from transformers import AutoConfig
-from transformers.modeling_outputs import CausalLMOutput, Seq2SeqLMOutput, SequenceClassifierOutput
+from transformers import AutoConfig, GenerationConfig, GenerationMixin, PreTrainedModel
+from transformers.cache_utils import Cache, DynamicCache
+from transformers.modeling_outputs import CausalLMOutputWithPast, Seq2SeqLMOutput, SequenceClassifierOutput
+from transformers.utils import GENERATION_CONFIG_NAME
 
 from bayeslora.errors import BayesLoraError, one_line
 
@@ -22,23 +25,6 @@ CACHES = "past_key_values"
 """Beginning of the names of a decoder's inputs for keys and values."""
 
 _ERROR = 3  # onnxruntime's level, above the warnings about the processor
-
-
-class _OnnxModel(nn.Module):
-    """A graph in onnxruntime, on the CPU.
-
-    Args:
-        folder: that `export` wrote with `format="onnx"`.
-    """
-
-    device = torch.device("cpu")
-
-    def __init__(self, folder: Path) -> None:
-        super().__init__()
-        self.session, self.config = _opened(folder, MODEL_FILE)
-        inputs = self.session.get_inputs()
-        self.names = [each.name for each in inputs if not each.name.startswith(CACHES)]
-        self.caches = {each.name: each.shape for each in inputs if each.name.startswith(CACHES)}
 
 
 def _opened(folder: Path, file: str) -> tuple[onnxruntime.InferenceSession, Any]:
@@ -52,7 +38,14 @@ def _opened(folder: Path, file: str) -> tuple[onnxruntime.InferenceSession, Any]
         raise BayesLoraError(f"{folder} cannot be loaded ({one_line(error)}): export it again") from error
 
 
-class OnnxClassifier(_OnnxModel):
+def _inputs_of(session: onnxruntime.InferenceSession) -> tuple[list[str], dict[str, list[Any]]]:
+    """Return the names of a graph's inputs, and the shapes of those for keys and values by name."""
+    inputs = session.get_inputs()
+    caches = {each.name: each.shape for each in inputs if each.name.startswith(CACHES)}
+    return [each.name for each in inputs if each.name not in caches], caches
+
+
+class OnnxClassifier(nn.Module):
     """The graph of an encoder with its classifier, in onnxruntime on the CPU.
 
     Args:
@@ -62,9 +55,13 @@ class OnnxClassifier(_OnnxModel):
         BayesLoraError: files that are missing or damaged, or the graph of a decoder.
     """
 
+    device = torch.device("cpu")
+
     def __init__(self, folder: Path) -> None:
-        super().__init__(folder)
-        if self.caches:
+        super().__init__()
+        self.session, self.config = _opened(folder, MODEL_FILE)
+        self.names, caches = _inputs_of(self.session)
+        if caches:
             raise BayesLoraError(
                 f"{folder} has the graph of a language model, but the run needs a classifier's: give its own run"
             )
@@ -84,8 +81,8 @@ class OnnxClassifier(_OnnxModel):
         return SequenceClassifierOutput(logits=torch.from_numpy(self.session.run(None, feeds)[0]))
 
 
-class OnnxDecoder(_OnnxModel):
-    """The graph of a decoder, in onnxruntime on the CPU; it reads whole texts, without a cache.
+class OnnxDecoder(PreTrainedModel, GenerationMixin):
+    """The graph of a decoder, in onnxruntime on the CPU, with the `generate` of Transformers.
 
     Args:
         folder: that `export` wrote with `format="onnx"`.
@@ -95,27 +92,71 @@ class OnnxDecoder(_OnnxModel):
     """
 
     def __init__(self, folder: Path) -> None:
-        super().__init__(folder)
+        session, config = _opened(folder, MODEL_FILE)
+        super().__init__(config)
+        self.session, (self.names, self.caches) = session, _inputs_of(session)
         if not self.caches:
             raise BayesLoraError(
                 f"{folder} has the graph of a classifier, but the run needs a language model's: give its own run"
             )
+        if (folder / GENERATION_CONFIG_NAME).is_file():
+            self.generation_config = GenerationConfig.from_pretrained(folder)
+
+    @property
+    def device(self) -> torch.device:
+        """The device of inputs and outputs, the CPU."""
+        return torch.device("cpu")
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The type of the logits and the caches, float32."""
+        return torch.float32
 
     def forward(
         self,
         input_ids: Tensor,
         attention_mask: Tensor | None = None,
         position_ids: Tensor | None = None,
-    ) -> CausalLMOutput:
-        """Return the logits (rows, tokens, words) for ids, a mask and positions (rows, tokens)."""
-        mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
+        past_key_values: Cache | None = None,
+        use_cache: bool | None = None,
+        **_: Any,
+    ) -> CausalLMOutputWithPast:
+        """Return the logits (rows, tokens, words) for new tokens behind those in a cache.
+
+        Args:
+            input_ids: new tokens, (rows, tokens).
+            attention_mask: of the past and the new ones, (rows, past + tokens).
+            position_ids: of the new ones, (rows, tokens).
+            past_key_values: of the tokens before, a `DynamicCache`, which is grown.
+            use_cache: return a cache even if none is given.
+        """
+        rows, new = input_ids.shape
+        seen = 0 if past_key_values is None else past_key_values.get_seq_length()
+        mask = input_ids.new_ones(rows, seen + new) if attention_mask is None else attention_mask
         if position_ids is None:  # Transformers counts padding too
-            position_ids = torch.arange(input_ids.shape[1]).expand(input_ids.shape)
+            position_ids = torch.arange(seen, seen + new).expand(rows, new)
         given = {"input_ids": input_ids, "attention_mask": mask, "position_ids": position_ids}
         feeds: dict[str, Any] = {name: _integers(given[name]) for name in self.names}
-        for name, (_, heads, _, size) in self.caches.items():
-            feeds[name] = np.zeros((len(input_ids), heads, 0, size), dtype=np.float32)
-        return CausalLMOutput(logits=torch.from_numpy(self.session.run(["logits"], feeds)[0]))
+        cache = DynamicCache() if past_key_values is None and use_cache else past_key_values
+        if cache is not None and seen:
+            past = [each for layer in cast(Any, cache).layers for each in (layer.keys, layer.values)]
+            feeds |= {name: each.contiguous().numpy() for name, each in zip(self.caches, past, strict=True)}
+        else:
+            feeds |= {name: _empty(rows, shape) for name, shape in self.caches.items()}
+        logits, *present = self.session.run(["logits"] if cache is None else None, feeds)
+        if cache is not None:
+            _hold(cache, [torch.from_numpy(each) for each in present])
+        return CausalLMOutputWithPast(logits=torch.from_numpy(logits), past_key_values=cache)
+
+
+def _hold(cache: Cache, present: Sequence[Tensor]) -> None:
+    """Make the cache hold these keys and values, which the graph has put behind those that it held."""
+    layers: list[Any] = cache.layers
+    for number, (keys, values) in enumerate(zip(present[::2], present[1::2], strict=True)):
+        if number == len(layers) or not layers[number].is_initialized:
+            cache.update(keys, values, number)
+        else:
+            layers[number].keys, layers[number].values = keys, values
 
 
 class OnnxEncoderDecoder(nn.Module):
@@ -145,10 +186,15 @@ class OnnxEncoderDecoder(nn.Module):
         ids, shown = _integers(input_ids), _integers(mask)
         read = dict(zip(self.names, self.encoder.run(None, {"input_ids": ids, "attention_mask": shown}), strict=True))
         feeds = {name.replace("present", CACHES): values for name, values in read.items() if ".encoder." in name}
-        for name, (_, heads, _, size) in self.caches.items():
-            feeds[name] = np.zeros((len(ids), heads, 0, size), dtype=np.float32)
+        feeds |= {name: _empty(len(ids), shape) for name, shape in self.caches.items()}
         feeds |= {"input_ids": _integers(decoder_input_ids), "encoder_attention_mask": shown}
         return Seq2SeqLMOutput(logits=torch.from_numpy(self.decoder.run(["logits"], feeds)[0]))
+
+
+def _empty(rows: int, shape: Sequence[Any]) -> NDArray[np.float32]:
+    """Return keys or values (rows, heads, 0, size) of no tokens, of an input that has this shape."""
+    _, heads, _, size = shape
+    return np.zeros((rows, heads, 0, size), dtype=np.float32)
 
 
 def _integers(values: Tensor) -> NDArray[np.int64]:
