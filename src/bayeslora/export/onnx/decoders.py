@@ -132,7 +132,17 @@ def activated(graph: Graph, activation: str, path: str, x: str) -> str:
     return graph(operator, x, name=f"{path}.activation", **attributes)
 
 
-def root_mean_square_norm(graph: Graph, path: str, x: str, weight: str, epsilon: float) -> str:
+def normalized(graph: Graph, model: nn.Module, path: str, x: str) -> str:
+    """Add the norm at `path`, of either kind, over the last axis."""
+    module = cast(Any, model.get_submodule(path))
+    weight = graph.constant(f"{path}.weight", array(module.weight))
+    if isinstance(module, nn.LayerNorm):
+        bias = graph.constant(f"{path}.bias", array(module.bias))
+        return graph("LayerNormalization", x, weight, bias, name=path, axis=-1, epsilon=float(module.eps))
+    return _root_mean_square_norm(graph, path, x, weight, float(module.variance_epsilon))
+
+
+def _root_mean_square_norm(graph: Graph, path: str, x: str, weight: str, epsilon: float) -> str:
     """Add x / sqrt(mean(x^2) + epsilon) times the weight, over the last axis."""
     squares = graph("Pow", x, graph.number(2.0), name=f"{path}.squares")
     mean = graph("ReduceMean", squares, graph.integers(-1), name=f"{path}.mean", keepdims=1)
@@ -209,16 +219,14 @@ class Decoder:
         graph("Reshape", x, sizes, name=LOGITS)
         return graph
 
-    def _constant(self, path: str, name: str = "weight") -> str:
-        values = array(cast(Tensor, getattr(self.model.get_submodule(path), name)))
-        return self.graph.constant(f"{path}.{name}", values)
-
     def _embeddings(self) -> str:
         """Return the embedded tokens as rows."""
         graph, family = self.graph, self.family
         x = self.layers.embedding(graph, family.words, IDS)
         if family.positions is not None:
-            places = graph("Gather", self._constant(family.positions), POSITIONS, name=family.positions)
+            weight = array(cast(Tensor, self.model.get_submodule(family.positions).weight))
+            table = graph.constant(f"{family.positions}.weight", weight)
+            places = graph("Gather", table, POSITIONS, name=family.positions)
             x = graph("Add", x, places, name=f"{family.positions}.sum")
         return graph("Reshape", x, graph.integers(-1, int(self.config.hidden_size)), name="rows")
 
@@ -271,12 +279,7 @@ class Decoder:
         self._cos, self._sin = found
 
     def _norm(self, path: str, x: str) -> str:
-        graph, module = self.graph, cast(Any, self.model.get_submodule(path))
-        weight = self._constant(path)
-        if isinstance(module, nn.LayerNorm):
-            bias = self._constant(path, "bias")
-            return graph("LayerNormalization", x, weight, bias, name=path, axis=-1, epsilon=float(module.eps))
-        return root_mean_square_norm(graph, path, x, weight, float(module.variance_epsilon))
+        return normalized(self.graph, self.model, path, x)
 
     def _block(self, path: str, number: int, x: str) -> str:
         graph, family = self.graph, self.family
