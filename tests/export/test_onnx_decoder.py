@@ -20,8 +20,8 @@ from torch import Tensor, nn
 from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
-    BartConfig,
-    BartForConditionalGeneration,
+    OPTConfig,
+    OPTForCausalLM,
     Qwen2Config,
     Qwen2ForCausalLM,
 )
@@ -287,11 +287,9 @@ def test_what_the_graph_does_not_have_is_refused(tmp_path: Path) -> None:
         assert not (tmp_path / "out").exists()
         return str(error.value)
 
-    sizes = {"vocab_size": 64, "d_model": 32, "encoder_layers": 1, "decoder_layers": 1, "max_position_embeddings": 16}
-    bart = BartForConditionalGeneration(BartConfig(**sizes, encoder_ffn_dim=64, decoder_ffn_dim=64))
-    assert re.match(
-        "the model is a BartForConditionalGeneration, but format 'onnx' is for Bert.*Llama", refused(bart, "q_proj")
-    )
+    sizes = {"vocab_size": 64, "hidden_size": 32, "word_embed_proj_dim": 32, "num_hidden_layers": 1, "ffn_dim": 64}
+    opt = OPTForCausalLM(OPTConfig(**sizes, num_attention_heads=4, max_position_embeddings=16))
+    assert re.match("the model is a OPTForCausalLM, but format 'onnx' is for Bart.*Llama", refused(opt, "q_proj"))
     dynamic = {"rope_type": "dynamic", "rope_theta": 10000.0, "factor": 2.0}
     llama = build_tiny_llama(rope_parameters=dynamic)
     assert "rotary embedding is 'dynamic', but format 'onnx' is for default, linear" in refused(llama, "q_proj")

@@ -13,7 +13,18 @@ import pytest
 import torch
 from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
-from transformers import MT5Config, MT5ForConditionalGeneration, T5Config, T5ForConditionalGeneration
+from transformers import (
+    BartConfig,
+    BartForConditionalGeneration,
+    MBartConfig,
+    MBartForConditionalGeneration,
+    MT5Config,
+    MT5ForConditionalGeneration,
+    PegasusConfig,
+    PegasusForConditionalGeneration,
+    T5Config,
+    T5ForConditionalGeneration,
+)
 
 from bayeslora import BayesLoraError, BLoraConfig, export
 from tests.conftest import VOCABULARY, build_tiny_tokenizer
@@ -30,6 +41,12 @@ SIZES: dict[str, Any] = {
     "num_decoder_layers": 3, "relative_attention_num_buckets": 8, "relative_attention_max_distance": 12,
     "dropout_rate": 0.0, "decoder_start_token_id": 0, "eos_token_id": 3, "pad_token_id": 0,
 }  # fmt: skip
+OF_BART: dict[str, Any] = {
+    "vocab_size": len(VOCABULARY), "d_model": 32, "encoder_layers": 2, "decoder_layers": 3,
+    "encoder_attention_heads": 2, "decoder_attention_heads": 4, "encoder_ffn_dim": 48, "decoder_ffn_dim": 64,
+    "max_position_embeddings": 32, "dropout": 0.0, "decoder_start_token_id": 3, "eos_token_id": 3, "bos_token_id": 2,
+    "pad_token_id": 0, "forced_eos_token_id": None,
+}  # fmt: skip
 WIDE = {"A_out": 32, "E_out": 32, "out": 32}
 BASES: dict[str, Any] = {
     "t5": lambda: T5ForConditionalGeneration(T5Config(**SIZES)),
@@ -37,7 +54,15 @@ BASES: dict[str, Any] = {
         T5Config(**SIZES, feed_forward_proj="gated-gelu", tie_word_embeddings=False, scale_decoder_outputs=False)
     ),
     "mt5": lambda: MT5ForConditionalGeneration(MT5Config(**SIZES)),
+    "bart": lambda: BartForConditionalGeneration(BartConfig(**OF_BART)),
+    "bart-scaled": lambda: BartForConditionalGeneration(
+        BartConfig(**OF_BART, scale_embedding=True, activation_function="relu")
+    ),
+    "mbart": lambda: MBartForConditionalGeneration(MBartConfig(**OF_BART, scale_embedding=True)),
+    "pegasus": lambda: PegasusForConditionalGeneration(PegasusConfig(**OF_BART)),
 }
+MOST = 20
+ALL_OF_BART = ["q_proj", "k_proj", "v_proj", "out_proj", "fc1", "fc2"]
 ALL = ["q", "k", "v", "o", "wi", "wo"]
 ASKED = torch.randint(5, len(VOCABULARY), (2, 19), generator=torch.Generator().manual_seed(1))
 SHOWN = torch.ones_like(ASKED)
@@ -51,7 +76,10 @@ def _base(kind: str) -> nn.Module:
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             own = torch.randn_like(parameter) / 4
-            parameter.copy_(1 + own if "layer_norm" in name else own * (8 if "relative" in name else 1))
+            is_norm = "norm" in name and name.endswith("weight")
+            parameter.copy_(1 + own if is_norm else own * (8 if "relative" in name else 1))
+        if hasattr(model, "final_logits_bias"):
+            model.final_logits_bias.normal_()
     return model.eval()
 
 
@@ -84,7 +112,10 @@ class Cached:
 @torch.no_grad()
 def _worst(model: nn.Module, folder: Path, steps: int = 20) -> float:
     """The largest difference from the model, reading four tokens at once and then one by one, beyond the buckets."""
-    cached, ids = Cached(folder), torch.cat([torch.zeros(2, 1, dtype=torch.long), ASKED[:, :3]], dim=1)
+    cached, ids = (
+        Cached(folder),
+        torch.cat([torch.full((2, 1), model.config.decoder_start_token_id), ASKED[:, :3]], dim=1),
+    )
     encoded = model.get_encoder()(input_ids=ASKED, attention_mask=SHOWN).last_hidden_state  # type: ignore[operator]
     worst = float((cached.states - encoded)[SHOWN.bool()].abs().max())
     new = ids
@@ -104,6 +135,10 @@ def _worst(model: nn.Module, folder: Path, steps: int = 20) -> float:
         ("t5", "melora", ["q", "v"]),
         ("t5-gated", "blora", ["q", "wi_0", "wo"]),
         ("mt5", "lora", ["q"]),
+        ("bart", "lora", ALL_OF_BART),
+        ("bart-scaled", "melora", ["q_proj", "v_proj"]),
+        ("mbart", "blora", ["k_proj", "fc2"]),
+        ("pegasus", "lora", ["q_proj"]),
     ],
 )
 def test_a_merged_model_writes_what_the_model_writes(
@@ -121,12 +156,14 @@ def test_a_merged_model_writes_what_the_model_writes(
     torch.testing.assert_close(whole, expected, atol=1e-3, rtol=1e-4)
 
 
+@pytest.mark.parametrize("kind", ["t5", "bart"])
 @pytest.mark.parametrize("activations", [True, False])
-def test_learned_widths_are_in_the_graphs(activations: bool, tmp_path: Path) -> None:
+def test_learned_widths_are_in_the_graphs(activations: bool, kind: str, tmp_path: Path) -> None:
+    targets = ALL if kind == "t5" else ALL_OF_BART
     config = BLoraConfig(
-        r=RANK, target_modules=ALL, task_type="SEQ_2_SEQ_LM", init_weights=False, quantize_input=activations
+        r=RANK, target_modules=targets, task_type="SEQ_2_SEQ_LM", init_weights=False, quantize_input=activations
     )
-    model = get_peft_model(_base("t5"), config)
+    model = get_peft_model(_base(kind), config)
     generator = torch.Generator().manual_seed(3)
     for layer in layers_of(model):
         randomize(layer, generator, FROZEN)
@@ -140,17 +177,21 @@ def test_learned_widths_are_in_the_graphs(activations: bool, tmp_path: Path) -> 
     assert result["divergence"] < (0.05 if not activations else 1e-3)
 
 
-def test_the_cards_program_writes_what_the_model_writes(tmp_path: Path) -> None:
+@pytest.mark.parametrize(("kind", "forced"), [("t5", None), ("bart", None), ("bart", 7)])
+def test_the_cards_program_writes_what_the_model_writes(kind: str, forced: int | None, tmp_path: Path) -> None:
     """In an environment with neither this library nor torch."""
-    config = LoraConfig(r=RANK, target_modules=ALL, task_type="SEQ_2_SEQ_LM", init_lora_weights=False)
-    model, tokenizer = get_peft_model(_base("t5"), config).eval(), build_tiny_tokenizer()
+    targets = ALL if kind == "t5" else ALL_OF_BART
+    config = LoraConfig(r=RANK, target_modules=targets, task_type="SEQ_2_SEQ_LM", init_lora_weights=False)
+    model, tokenizer = get_peft_model(_base(kind), config).eval(), build_tiny_tokenizer()
+    model.generation_config.forced_bos_token_id = forced
     export(model, tmp_path, format="onnx", tokenizer=tokenizer, batch=BATCH)
     (program,) = re.findall(r"```python\n(.*?)```", (tmp_path / "README.md").read_text(encoding="utf-8"), re.DOTALL)
     alone = "import sys\nfor name in ('bayeslora', 'torch', 'transformers', 'peft'):\n    sys.modules[name] = None\n"
+    program = program.replace("most=40", f"most={MOST}")
     code = f"{alone}{program.replace('summarize: The film is long, and it is good.', 'the film was good')}"
     done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, check=True)
     ids = tokenizer("the film was good", return_tensors="pt")["input_ids"]
-    written = model.generate(input_ids=ids, max_new_tokens=40, do_sample=False, use_cache=False)[0, 1:].tolist()
+    written = model.generate(input_ids=ids, max_new_tokens=MOST, do_sample=False, use_cache=False)[0, 1:].tolist()
     kept = written[: written.index(3)] if 3 in written else written
     assert done.stdout.strip() == tokenizer.decode(kept, skip_special_tokens=True).strip()
 
@@ -164,3 +205,26 @@ def test_what_has_no_graph_is_refused(tmp_path: Path) -> None:
     model.get_base_model().config.dense_act_fn = "tanh"
     with pytest.raises(BayesLoraError, match="activation is 'tanh', but format 'onnx' is for silu, gelu"):
         export(model, tmp_path, batch=BATCH, **options)
+
+
+def test_a_model_with_two_word_embeddings_or_no_first_token_is_refused(tmp_path: Path) -> None:
+    config = LoraConfig(r=RANK, target_modules=["q_proj"], task_type="SEQ_2_SEQ_LM")
+    options: dict[str, Any] = {"format": "onnx", "tokenizer": build_tiny_tokenizer(), "batch": BATCH}
+    model = get_peft_model(_base("bart"), config)
+    model.generation_config.decoder_start_token_id = model.generation_config.bos_token_id = None
+    with pytest.raises(BayesLoraError, match="decoder_start_token_id is None, but an answer begins with it"):
+        export(model, tmp_path, **options)
+    model = get_peft_model(_base("bart"), config)
+    encoder = model.get_base_model().model.encoder
+    encoder.embed_tokens.weight = nn.Parameter(encoder.embed_tokens.weight.clone())
+    with pytest.raises(BayesLoraError, match="word embeddings of their own"):
+        export(model, tmp_path, **options)
+    assert not list(tmp_path.iterdir())
+
+
+def test_the_card_names_what_its_program_leaves_out(tmp_path: Path) -> None:
+    model = get_peft_model(_base("bart"), LoraConfig(r=RANK, target_modules=["q_proj"], task_type="SEQ_2_SEQ_LM"))
+    model.generation_config.num_beams, model.generation_config.no_repeat_ngram_size = 4, 3
+    export(model.eval(), tmp_path, format="onnx", tokenizer=build_tiny_tokenizer(), batch=BATCH)
+    card = (tmp_path / "README.md").read_text(encoding="utf-8")
+    assert "leaves out what the model's `num_beams=4`, `no_repeat_ngram_size=3` ask for" in card

@@ -86,7 +86,7 @@ class BartStack(Stack):
     activation = "activation_function"
     prefix = "model."
     embedding_norm: ClassVar[str | None] = "layernorm_embedding"
-    final_norm = None
+    final_norm: ClassVar[str | None] = None
     is_pre_norm = False
     projections = {"q": "q_proj", "k": "k_proj", "v": "v_proj", "o": "out_proj"}
     feed_forward_layers = (("fc1",), "fc2")

@@ -62,8 +62,8 @@ def export_onnx(
 
     Args:
         model: BERT, RoBERTa or DistilBERT for sequence classification, Llama, Qwen2 or GPT-2 for causal language
-            modelling, or T5 or mT5 for conditional generation, with an adapter of this library or of PEFT's LoRA; left
-            unchanged.
+            modelling, or T5, mT5, BART, mBART or Pegasus for conditional generation, with an adapter of this library
+            or of PEFT's LoRA; left unchanged.
         path: folder for `model.onnx`, `config.json`, the tokenizer and a card, `README.md`; created if missing.
         adapter_name: by default the active adapter.
         batch: inputs to measure the error on, if `rows` is None; by default the model's `dummy_inputs`.
