@@ -66,8 +66,12 @@ def trained(config: Any) -> Any:
 
 @pytest.mark.parametrize(
     ("config", "held"),
-    [(BLoraConfig(mode="ra", target_rank=1.0, **LAYERS), "e"), (MeLoraConfig(**LAYERS), "m")],
-    ids=["ranks alone, before the rotation", "Me-LoRA, before the noise"],
+    [
+        (BLoraConfig(mode="ra", target_rank=1.0, **LAYERS), "e"),
+        (BLoraConfig(mode="q", quantize_input=True, **LAYERS), "e"),
+        (MeLoraConfig(**LAYERS), "m"),
+    ],
+    ids=["ranks alone, before the rotation", "widths, before the rotation", "Me-LoRA, before the noise"],
 )
 def test_training_is_that_of_lora(config: Any, held: str) -> None:
     ours, theirs = trained(config), trained(LoraConfig(**LAYERS))

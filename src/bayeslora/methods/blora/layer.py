@@ -156,10 +156,11 @@ class BLoraLayer(BayesLayer):
         return quantized("out", result).view(*x.shape[:-1], self.out_features)
 
     def _diagonal(self, name: str) -> Tensor:
-        """E (r,); in a run that closes ranks alone without a gradient by it, so that this is LoRA's."""
+        """E (r,); without a gradient by it before gates close by evidence, so that training is LoRA's up to there."""
         diagonal = self.blora_E[name]
-        closes_ranks_alone = name in self.blora_evidence and name not in self.blora_quantizers
-        if not (self.training and closes_ranks_alone and name in self.training_adapters):
+        if not (self.training and name in self.blora_evidence and name in self.training_adapters):
+            return diagonal
+        if name in self.blora_quantizers and self.progress(name).current != Phase.WARM_UP:
             return diagonal
         return diagonal.detach() + 0.0 * diagonal  # zero, not None: distributed training waits for it
 
