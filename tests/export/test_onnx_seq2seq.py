@@ -41,11 +41,12 @@ SIZES: dict[str, Any] = {
     "num_decoder_layers": 3, "relative_attention_num_buckets": 8, "relative_attention_max_distance": 12,
     "dropout_rate": 0.0, "decoder_start_token_id": 0, "eos_token_id": 3, "pad_token_id": 0,
 }  # fmt: skip
-OF_BART: dict[str, Any] = {
+POSITIONS = 23
+BART: dict[str, Any] = {
     "vocab_size": len(VOCABULARY), "d_model": 32, "encoder_layers": 2, "decoder_layers": 3,
-    "encoder_attention_heads": 2, "decoder_attention_heads": 4, "encoder_ffn_dim": 48, "decoder_ffn_dim": 64,
-    "max_position_embeddings": 32, "dropout": 0.0, "decoder_start_token_id": 3, "eos_token_id": 3, "bos_token_id": 2,
-    "pad_token_id": 0, "forced_eos_token_id": None,
+    "encoder_attention_heads": 2, "decoder_attention_heads": 4, "encoder_ffn_dim": 64, "decoder_ffn_dim": 48,
+    "max_position_embeddings": POSITIONS, "dropout": 0.0, "decoder_start_token_id": 3, "eos_token_id": 3,
+    "forced_eos_token_id": 3, "pad_token_id": 0, "bos_token_id": 2,
 }  # fmt: skip
 WIDE = {"A_out": 32, "E_out": 32, "out": 32}
 BASES: dict[str, Any] = {
@@ -54,16 +55,15 @@ BASES: dict[str, Any] = {
         T5Config(**SIZES, feed_forward_proj="gated-gelu", tie_word_embeddings=False, scale_decoder_outputs=False)
     ),
     "mt5": lambda: MT5ForConditionalGeneration(MT5Config(**SIZES)),
-    "bart": lambda: BartForConditionalGeneration(BartConfig(**OF_BART)),
+    "bart": lambda: BartForConditionalGeneration(BartConfig(**BART)),
     "bart-scaled": lambda: BartForConditionalGeneration(
-        BartConfig(**OF_BART, scale_embedding=True, activation_function="relu")
+        BartConfig(**BART, scale_embedding=True, activation_function="relu")
     ),
-    "mbart": lambda: MBartForConditionalGeneration(MBartConfig(**OF_BART, scale_embedding=True)),
-    "pegasus": lambda: PegasusForConditionalGeneration(PegasusConfig(**OF_BART)),
+    "mbart": lambda: MBartForConditionalGeneration(MBartConfig(**BART, scale_embedding=True)),
+    "pegasus": lambda: PegasusForConditionalGeneration(PegasusConfig(**BART, scale_embedding=True)),
 }
-MOST = 20
-ALL_OF_BART = ["q_proj", "k_proj", "v_proj", "out_proj", "fc1", "fc2"]
 ALL = ["q", "k", "v", "o", "wi", "wo"]
+ALL_OF_BART = ["q_proj", "k_proj", "v_proj", "out_proj", "fc1", "fc2"]
 ASKED = torch.randint(5, len(VOCABULARY), (2, 19), generator=torch.Generator().manual_seed(1))
 SHOWN = torch.ones_like(ASKED)
 SHOWN[1, 14:] = 0
@@ -111,11 +111,11 @@ class Cached:
 
 @torch.no_grad()
 def _worst(model: nn.Module, folder: Path, steps: int = 20) -> float:
-    """The largest difference from the model, reading four tokens at once and then one by one, beyond the buckets."""
-    cached, ids = (
-        Cached(folder),
-        torch.cat([torch.full((2, 1), model.config.decoder_start_token_id), ASKED[:, :3]], dim=1),
-    )
+    """The largest difference from the model, reading four tokens at once and then one by one.
+
+    The last of them is beyond T5's buckets, and has the last of BART's positions.
+    """
+    cached, ids = Cached(folder), torch.cat([torch.zeros(2, 1, dtype=torch.long), ASKED[:, :3]], dim=1)
     encoded = model.get_encoder()(input_ids=ASKED, attention_mask=SHOWN).last_hidden_state  # type: ignore[operator]
     worst = float((cached.states - encoded)[SHOWN.bool()].abs().max())
     new = ids
@@ -136,9 +136,9 @@ def _worst(model: nn.Module, folder: Path, steps: int = 20) -> float:
         ("t5-gated", "blora", ["q", "wi_0", "wo"]),
         ("mt5", "lora", ["q"]),
         ("bart", "lora", ALL_OF_BART),
-        ("bart-scaled", "melora", ["q_proj", "v_proj"]),
-        ("mbart", "blora", ["k_proj", "fc2"]),
-        ("pegasus", "lora", ["q_proj"]),
+        ("bart-scaled", "blora", ["q_proj", "fc1"]),
+        ("mbart", "melora", ["v_proj", "out_proj"]),
+        ("pegasus", "lora", ["k_proj", "fc2"]),
     ],
 )
 def test_a_merged_model_writes_what_the_model_writes(
@@ -150,16 +150,18 @@ def test_a_merged_model_writes_what_the_model_writes(
     assert result["divergence"] < 1e-6 and "loss_after" in result
     assert result["file_bytes"] == sum(path.stat().st_size for path in tmp_path.glob("*.onnx"))
     assert _worst(model, tmp_path) < 1e-4 * max(1.0, result["max_output"])
+    if hasattr(model.config, "max_position_embeddings"):
+        with pytest.raises(Exception, match="indices element out of data bounds"):
+            Cached(tmp_path)(torch.zeros(2, POSITIONS + 1, dtype=torch.long))
     whole = OnnxEncoderDecoder(tmp_path)(ASKED, SHOWN, ASKED[:, :5]).logits
     with torch.no_grad():
         expected = model(input_ids=ASKED, attention_mask=SHOWN, decoder_input_ids=ASKED[:, :5]).logits
     torch.testing.assert_close(whole, expected, atol=1e-3, rtol=1e-4)
 
 
-@pytest.mark.parametrize("kind", ["t5", "bart"])
 @pytest.mark.parametrize("activations", [True, False])
-def test_learned_widths_are_in_the_graphs(activations: bool, kind: str, tmp_path: Path) -> None:
-    targets = ALL if kind == "t5" else ALL_OF_BART
+@pytest.mark.parametrize(("kind", "targets"), [("t5", ALL), ("bart", ALL_OF_BART), ("mbart", ALL_OF_BART)])
+def test_learned_widths_are_in_the_graphs(kind: str, targets: list[str], activations: bool, tmp_path: Path) -> None:
     config = BLoraConfig(
         r=RANK, target_modules=targets, task_type="SEQ_2_SEQ_LM", init_weights=False, quantize_input=activations
     )
@@ -177,23 +179,45 @@ def test_learned_widths_are_in_the_graphs(activations: bool, kind: str, tmp_path
     assert result["divergence"] < (0.05 if not activations else 1e-3)
 
 
-@pytest.mark.parametrize(("kind", "forced"), [("t5", None), ("bart", None), ("bart", 7)])
-def test_the_cards_program_writes_what_the_model_writes(kind: str, forced: int | None, tmp_path: Path) -> None:
-    """In an environment with neither this library nor torch."""
-    targets = ALL if kind == "t5" else ALL_OF_BART
-    config = LoraConfig(r=RANK, target_modules=targets, task_type="SEQ_2_SEQ_LM", init_lora_weights=False)
-    model, tokenizer = get_peft_model(_base(kind), config).eval(), build_tiny_tokenizer()
-    model.generation_config.forced_bos_token_id = forced
-    export(model, tmp_path, format="onnx", tokenizer=tokenizer, batch=BATCH)
-    (program,) = re.findall(r"```python\n(.*?)```", (tmp_path / "README.md").read_text(encoding="utf-8"), re.DOTALL)
+def _written(folder: Path, text: str) -> str:
+    """What the card's program writes, in an environment with neither this library nor torch."""
+    (program,) = re.findall(r"```python\n(.*?)```", (folder / "README.md").read_text(encoding="utf-8"), re.DOTALL)
     alone = "import sys\nfor name in ('bayeslora', 'torch', 'transformers', 'peft'):\n    sys.modules[name] = None\n"
-    program = program.replace("most=40", f"most={MOST}")
-    code = f"{alone}{program.replace('summarize: The film is long, and it is good.', 'the film was good')}"
-    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, check=True)
-    ids = tokenizer("the film was good", return_tensors="pt")["input_ids"]
-    written = model.generate(input_ids=ids, max_new_tokens=MOST, do_sample=False, use_cache=False)[0, 1:].tolist()
+    code = f"{alone}{program.replace('The film is long, and it is good.', text)}"
+    done = subprocess.run([sys.executable, "-c", code], cwd=folder, capture_output=True, text=True, check=True)
+    return done.stdout.strip()
+
+
+def _likeliest(model: nn.Module, text: str, most: int) -> str:
+    tokenizer = build_tiny_tokenizer()
+    ids = tokenizer(text, return_tensors="pt", truncation=True, max_length=POSITIONS)["input_ids"]
+    plain = {"do_sample": False, "num_beams": 1, "no_repeat_ngram_size": 0}
+    written = model.generate(input_ids=ids, max_new_tokens=most, use_cache=False, **plain)[0, 1:].tolist()  # type: ignore[operator]
     kept = written[: written.index(3)] if 3 in written else written
-    assert done.stdout.strip() == tokenizer.decode(kept, skip_special_tokens=True).strip()
+    return tokenizer.decode(kept, skip_special_tokens=True).strip()
+
+
+def test_the_cards_program_writes_what_the_model_writes(tmp_path: Path) -> None:
+    config = LoraConfig(r=RANK, target_modules=ALL, task_type="SEQ_2_SEQ_LM", init_lora_weights=False)
+    model = get_peft_model(_base("t5"), config).eval()
+    export(model, tmp_path, format="onnx", tokenizer=build_tiny_tokenizer(), batch=BATCH)
+    assert _written(tmp_path, "the film was good") == _likeliest(model, "the film was good", 40)
+    assert "positions" not in (tmp_path / "README.md").read_text(encoding="utf-8")
+
+
+@pytest.mark.parametrize("kind", ["bart", "mbart", "pegasus"])
+def test_the_cards_program_begins_and_ends_as_the_generation_config_says(kind: str, tmp_path: Path) -> None:
+    """It cuts a text and an answer to the positions, and the card says which other settings it lacks."""
+    config = LoraConfig(r=RANK, target_modules=ALL_OF_BART, task_type="SEQ_2_SEQ_LM", init_lora_weights=False)
+    model = get_peft_model(_base(kind), config).eval()
+    settings = {"forced_bos_token_id": 20, "num_beams": 4, "no_repeat_ngram_size": 3, "min_length": 0}
+    model.get_base_model().generation_config.update(**settings)
+    export(model, tmp_path, format="onnx", tokenizer=build_tiny_tokenizer(), batch=BATCH)
+    text, card = " ".join(["the film was good"] * 8), (tmp_path / "README.md").read_text(encoding="utf-8")
+    found = _written(tmp_path, text)
+    assert found == _likeliest(model, text, POSITIONS) and found.startswith(build_tiny_tokenizer().decode([20]))
+    assert "`generation_config`: `no_repeat_ngram_size=3`, `num_beams=4`." in card
+    assert f"knows {POSITIONS} positions" in card
 
 
 def test_what_has_no_graph_is_refused(tmp_path: Path) -> None:
@@ -205,26 +229,22 @@ def test_what_has_no_graph_is_refused(tmp_path: Path) -> None:
     model.get_base_model().config.dense_act_fn = "tanh"
     with pytest.raises(BayesLoraError, match="activation is 'tanh', but format 'onnx' is for silu, gelu"):
         export(model, tmp_path, batch=BATCH, **options)
-
-
-def test_a_model_with_two_word_embeddings_or_no_first_token_is_refused(tmp_path: Path) -> None:
-    config = LoraConfig(r=RANK, target_modules=["q_proj"], task_type="SEQ_2_SEQ_LM")
-    options: dict[str, Any] = {"format": "onnx", "tokenizer": build_tiny_tokenizer(), "batch": BATCH}
-    model = get_peft_model(_base("bart"), config)
-    model.generation_config.decoder_start_token_id = model.generation_config.bos_token_id = None
+    model.get_base_model().config.dense_act_fn = "relu"
+    model.get_base_model().generation_config.decoder_start_token_id = None
     with pytest.raises(BayesLoraError, match="decoder_start_token_id is None, but an answer begins with it"):
-        export(model, tmp_path, **options)
-    model = get_peft_model(_base("bart"), config)
-    encoder = model.get_base_model().model.encoder
-    encoder.embed_tokens.weight = nn.Parameter(encoder.embed_tokens.weight.clone())
-    with pytest.raises(BayesLoraError, match="word embeddings of their own"):
-        export(model, tmp_path, **options)
+        export(model, tmp_path, batch=BATCH, **options)
+
+
+def test_two_word_embeddings_are_refused(tmp_path: Path) -> None:
+    untied = BartForConditionalGeneration(BartConfig(**BART, tie_word_embeddings=False))
+    model = get_peft_model(untied, LoraConfig(target_modules=["q_proj"], task_type="SEQ_2_SEQ_LM"))
+    with pytest.raises(BayesLoraError, match="word embeddings of their own, but format 'onnx' is for one that"):
+        export(model, tmp_path, format="onnx", tokenizer=build_tiny_tokenizer(), batch=BATCH)
     assert not list(tmp_path.iterdir())
 
 
-def test_the_card_names_what_its_program_leaves_out(tmp_path: Path) -> None:
-    model = get_peft_model(_base("bart"), LoraConfig(r=RANK, target_modules=["q_proj"], task_type="SEQ_2_SEQ_LM"))
-    model.generation_config.num_beams, model.generation_config.no_repeat_ngram_size = 4, 3
-    export(model.eval(), tmp_path, format="onnx", tokenizer=build_tiny_tokenizer(), batch=BATCH)
-    card = (tmp_path / "README.md").read_text(encoding="utf-8")
-    assert "leaves out what the model's `num_beams=4`, `no_repeat_ngram_size=3` ask for" in card
+def test_without_rows_the_models_own_are_measured(tmp_path: Path) -> None:
+    config = LoraConfig(r=RANK, target_modules=["q_proj"], task_type="SEQ_2_SEQ_LM", init_lora_weights=False)
+    model = get_peft_model(_base("bart"), config)
+    result = export(model, tmp_path, format="onnx", tokenizer=build_tiny_tokenizer())
+    assert result["rows"] == 2 and result["divergence"] < 1e-6

@@ -116,6 +116,8 @@ class MeasuredEncoderDecoder:
         base: Any = self.model.get_base_model() if isinstance(self.model, PeftModel) else self.model
         answers = found.get("decoder_input_ids")
         labels = None if batch is None else batch.get("labels")
+        if batch is None and answers is None:  # BART's `dummy_inputs` are a text, which is its own answer
+            labels = found.get("input_ids")
         if answers is None and labels is not None:
             answers = base.prepare_decoder_input_ids_from_labels(labels=labels.to(found["input_ids"].device))
         if answers is None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -17,40 +17,53 @@ _PROGRAM = '''import numpy as np
 import onnxruntime
 from tokenizers import Tokenizer
 
-tokenizer = Tokenizer.from_file("tokenizer.json")
+tokenizer = Tokenizer.from_file("tokenizer.json")CUT
 encoder = onnxruntime.InferenceSession("encoder_model.onnx")
 decoder = onnxruntime.InferenceSession("decoder_model.onnx")
 caches = [each for each in decoder.get_inputs() if ".decoder." in each.name]
-begin, ends = BEGIN, ENDS
+start, ends = START, ENDS
 
 
-def generate(text, most=40):
-    """Return the likeliest answer to the text, of at most this many tokens."""
+def generate(text, most=MOST):
+    """Return the answer to the text, the likeliest token each time, at most this many."""
     ids = np.array([tokenizer.encode(text).ids], dtype=np.int64)
     mask = np.ones_like(ids)
     names = [each.name for each in encoder.get_outputs()]
     read = dict(zip(names, encoder.run(None, {"input_ids": ids, "attention_mask": mask})))
     seen = {name.replace("present", "past_key_values"): each for name, each in read.items() if ".encoder." in name}
     past = {each.name: np.zeros((1, each.shape[1], 0, each.shape[3]), dtype=np.float32) for each in caches}
-    written, new = list(begin), np.array([begin], dtype=np.int64)
+    written = [start]
     while len(written) <= most:
+        new = np.array([written[-1:]], dtype=np.int64)
         logits, *present = decoder.run(None, {"input_ids": new, "encoder_attention_mask": mask, **past, **seen})
-        token = int(logits[0, -1].argmax())
+        token = int(logits[0, -1].argmax())FORCED
         if token in ends:
             break
         written.append(token)
-        new = np.array([[token]], dtype=np.int64)
         past = dict(zip(past, present))
     return tokenizer.decode(written[1:])
 
 
-print(generate("summarize: The film is long, and it is good."))'''
-
-_SETTINGS: dict[str, tuple[Any, ...]] = {
-    "num_beams": (1,), "do_sample": (False,), "no_repeat_ngram_size": (0,), "repetition_penalty": (1.0,),
-    "min_length": (0,), "min_new_tokens": (0,), "bad_words_ids": (), "suppress_tokens": (),
-}  # fmt: skip
-"""Settings of a model's `generate` that the program lacks, and the values with which they do nothing."""
+print(generate("The film is long, and it is good."))'''
+_MOST = 40
+_PLAIN = {
+    "bad_words_ids": None,
+    "begin_suppress_tokens": None,
+    "do_sample": False,
+    "encoder_no_repeat_ngram_size": 0,
+    "encoder_repetition_penalty": 1.0,
+    "exponential_decay_length_penalty": None,
+    "guidance_scale": 1.0,
+    "min_length": 0,
+    "min_new_tokens": 0,
+    "no_repeat_ngram_size": 0,
+    "num_beams": 1,
+    "repetition_penalty": 1.0,
+    "sequence_bias": None,
+    "stop_strings": None,
+    "suppress_tokens": None,
+}
+"""Settings of `generate` with which it writes the likeliest token each time, as the program does."""
 
 
 def write_seq2seq_card(folder: Path, model: PreTrainedModel, config: Any, measured: Mapping[str, Any]) -> None:
@@ -64,6 +77,7 @@ def write_seq2seq_card(folder: Path, model: PreTrainedModel, config: Any, measur
     """
     own: Any = model.config
     blocks, heads, size = FAMILIES[type(model).__name__].sizes(own, "decoder")
+    positions = getattr(own, "max_position_embeddings", None)
     files = f"""| `encoder_model.onnx` | the graph that reads a text; inputs and outputs have Optimum's names |
 | `decoder_model.onnx` | the graph that writes the answer |
 | `config.json`, `generation_config.json` | the model's configuration, and how it generates |
@@ -75,26 +89,42 @@ The encoder reads `input_ids` and `attention_mask`, int64 (batch, source). For e
 `encoder_attention_mask`, its new tokens as `input_ids`, int64 (batch, length), and the keys and values of those
 before as `past_key_values.0.decoder.key` and `.value`, (batch, {heads}, past, {size}), of length 0 at first. It
 returns `logits`, float32 (batch, length, {own.vocab_size}), and `present.0.decoder.key` and `.value`."""
-    begin, ends = _ends(model)
-    if left_out := _left_out(model.generation_config):
-        files += f"\n\nThe program below takes the likeliest token. It leaves out what the model's {left_out} ask for."
-    program = _PROGRAM.replace("BEGIN", str(begin)).replace("ENDS", str(ends))
-    write_page(folder, model, config, measured, "text-generation", files, program, tokens_error(measured))
+    said = "\n\n".join([files, *_limits(model.generation_config, positions)])
+    program = _program(model, positions)
+    write_page(folder, model, config, measured, "text-generation", said, program, tokens_error(measured))
 
 
-def _ends(model: PreTrainedModel) -> tuple[list[int], list[int]]:
-    """Return the tokens that an answer begins with, and those that end it."""
+def _limits(generation: Any, positions: int | None) -> Iterator[str]:
+    """Yield paragraphs about what model and program cannot do."""
+    if positions is not None:
+        yield f"The model knows {positions} positions: a text or answer has at most as many tokens."
+    given = {name: getattr(generation, name, None) for name in _PLAIN}
+    others = [f"`{name}={value!r}`" for name, value in given.items() if value not in (None, _PLAIN[name])]
+    if others:
+        yield f"""The program writes the likeliest token each time, without the other settings of the model's
+`generation_config`: {", ".join(others)}."""
+
+
+def _program(model: PreTrainedModel, positions: int | None) -> str:
+    """Return the program, which begins and ends an answer as `generate` does."""
     generation: Any = model.generation_config
-    forced = getattr(generation, "forced_bos_token_id", None)
-    named = model.config.eos_token_id if generation.eos_token_id is None else generation.eos_token_id
-    ends = named if isinstance(named, list) else [named]
-    begin = [start_token(model), *([] if forced is None else [forced])]
-    return [int(token) for token in begin if token is not None], sorted(
-        int(token) for token in ends if token is not None
-    )
+    forced = ""
+    for length, name in (("1", "forced_bos_token_id"), ("most", "forced_eos_token_id")):
+        for token in _tokens(getattr(generation, name, None))[:1]:
+            forced += f"\n        if len(written) == {length}:  # {name}\n            token = {token}"
+    values = {
+        "CUT": "" if positions is None else f"\ntokenizer.enable_truncation({positions})",
+        "MOST": min(_MOST, positions or _MOST),
+        "START": start_token(model),
+        "ENDS": _tokens(generation.eos_token_id),
+        "FORCED": forced,
+    }
+    program = _PROGRAM
+    for name, value in values.items():
+        program = program.replace(name, str(value))
+    return program
 
 
-def _left_out(generation: Any) -> str:
-    """Return the settings of the model's `generate` that change which token is taken, as text; empty if none does."""
-    found = {name: getattr(generation, name, None) for name in _SETTINGS}
-    return ", ".join(f"`{name}={value}`" for name, value in found.items() if value not in (None, *_SETTINGS[name]))
+def _tokens(named: int | list[int] | None) -> list[int]:
+    """Return the tokens that a setting names, in order; `generate` forces the first of them."""
+    return sorted(named if isinstance(named, list) else [] if named is None else [named])
