@@ -363,7 +363,7 @@ def test_products_of_codes_become_integer_products(bits: int, tmp_path: Path) ->
 
 def test_other_architectures_are_refused_before_anything_is_written(tmp_path: Path) -> None:
     model = get_peft_model(build_tiny_deberta(), MeLoraConfig(r=RANK, target_modules=["query_proj"], num_examples=9))
-    with pytest.raises(BayesLoraError, match="the model is a .*, but format 'onnx' is for Bert.*: export 'merged'"):
+    with pytest.raises(BayesLoraError, match="the model is a .*, but format 'onnx' is for Bart.*: export 'merged'"):
         export(model, tmp_path / "out", format="onnx", tokenizer=build_tiny_tokenizer())
     assert not (tmp_path / "out").exists()
 
