@@ -94,6 +94,7 @@ class OnnxDecoder(PreTrainedModel, GenerationMixin):
     def __init__(self, folder: Path) -> None:
         session, config = _opened(folder, MODEL_FILE)
         super().__init__(config)
+        self.config._attn_implementation = "onnx"  # unlike eager or sdpa, takes a mask of tokens alone
         self.session, (self.names, self.caches) = session, _inputs_of(session)
         if not self.caches:
             raise BayesLoraError(
