@@ -29,6 +29,8 @@ EXPORTS = sorted(path.parent.name for path in FOLDER.glob("*/integer_model.safet
 DRAWS = FOLDER / "expected" / "draws"
 STOCHASTIC = sorted(path.stem for path in DRAWS.glob("*.safetensors"))
 TOLERANCE = 1e-6
+DRAWN_TOLERANCE = 5e-6
+"""Of logits under draws of all weights, which another processor rounds otherwise."""
 
 
 def base() -> nn.Module:
@@ -47,8 +49,8 @@ def expected(name: str) -> dict[str, Tensor]:
     return load_file(FOLDER / "expected" / f"{name}.safetensors")
 
 
-def assert_close(found: Tensor, wanted: Tensor) -> None:
-    torch.testing.assert_close(found, wanted, rtol=0, atol=TOLERANCE)
+def assert_close(found: Tensor, wanted: Tensor, tolerance: float = TOLERANCE) -> None:
+    torch.testing.assert_close(found, wanted, rtol=0, atol=tolerance)
 
 
 def described(model: nn.Module) -> list[dict[str, Any]]:
@@ -106,8 +108,8 @@ def test_a_seed_draws_the_weights_that_it_drew_then(name: str) -> None:
         prediction = bayeslora.predict(bayeslora.load_posterior(model, FOLDER / name), inputs(), samples=3, seed=0)
     else:
         prediction = bayeslora.predict(model, inputs(), samples=3, seed=0)
-    assert_close(prediction.probabilities, wanted["probabilities"])
-    assert_close(prediction.mutual_information, wanted["mutual_information"])
+    assert_close(prediction.probabilities, wanted["probabilities"], DRAWN_TOLERANCE)
+    assert_close(prediction.mutual_information, wanted["mutual_information"], DRAWN_TOLERANCE)
     assert wanted["mutual_information"].max() > 1e-4  # the draws differ
     other = bayeslora.predict(model, inputs()).probabilities
     assert (other - wanted["probabilities"]).abs().max() > 1e-4  # and are not the mean
