@@ -29,8 +29,8 @@ EXPORTS = sorted(path.parent.name for path in FOLDER.glob("*/integer_model.safet
 DRAWS = FOLDER / "expected" / "draws"
 STOCHASTIC = sorted(path.stem for path in DRAWS.glob("*.safetensors"))
 TOLERANCE = 1e-6
-DRAWN_TOLERANCE = 5e-6
-"""Of logits under draws of all weights, which another processor rounds otherwise."""
+IVON_TOLERANCE = 5e-6
+"""Of draws of all weights: processors differ in the last bits of their noise."""
 
 
 def base() -> nn.Module:
@@ -103,13 +103,14 @@ def test_an_adapter_is_saved_again_as_it_was(name: str, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("name", STOCHASTIC)
 def test_a_seed_draws_the_weights_that_it_drew_then(name: str) -> None:
-    model, wanted = loaded(name), load_file(DRAWS / f"{name}.safetensors")
+    model, wanted, tolerance = loaded(name), load_file(DRAWS / f"{name}.safetensors"), TOLERANCE
     if (FOLDER / name / "posterior.safetensors").exists():
+        tolerance = IVON_TOLERANCE
         prediction = bayeslora.predict(bayeslora.load_posterior(model, FOLDER / name), inputs(), samples=3, seed=0)
     else:
         prediction = bayeslora.predict(model, inputs(), samples=3, seed=0)
-    assert_close(prediction.probabilities, wanted["probabilities"], DRAWN_TOLERANCE)
-    assert_close(prediction.mutual_information, wanted["mutual_information"], DRAWN_TOLERANCE)
+    assert_close(prediction.probabilities, wanted["probabilities"], tolerance)
+    assert_close(prediction.mutual_information, wanted["mutual_information"], tolerance)
     assert wanted["mutual_information"].max() > 1e-4  # the draws differ
     other = bayeslora.predict(model, inputs()).probabilities
     assert (other - wanted["probabilities"]).abs().max() > 1e-4  # and are not the mean
