@@ -366,3 +366,14 @@ def test_a_graph_reads_a_token_behind_those_in_its_cache_alone(tmp_path: Path, m
     monkeypatch.setattr(graph, "session", SimpleNamespace(run=noted))
     graph.generate(torch.arange(5, 11)[None], max_new_tokens=4, min_new_tokens=4, do_sample=False)
     assert read == [(6, 0), (1, 6), (1, 7), (1, 8)]
+
+
+def test_settings_of_generate_that_contradict_each_other_go_along(tmp_path: Path) -> None:
+    """Many models of the hub have a temperature and do not sample; Transformers refuses to write that."""
+    model = get_peft_model(build_tiny_llama(), LoraConfig(r=RANK, target_modules=["q_proj"])).eval()
+    model.generation_config.temperature, model.generation_config.do_sample = 0.7, False
+    export(model, tmp_path, format="onnx", tokenizer=build_tiny_tokenizer())
+    graph = OnnxDecoder(tmp_path)
+    assert graph.generation_config.temperature == 0.7 and graph.generation_config.do_sample is False
+    with pytest.raises(ValueError, match="not_an_option"):
+        graph.generate(torch.arange(5, 9)[None], not_an_option=1)

@@ -21,6 +21,7 @@ from peft import PeftModel, get_peft_model_state_dict
 from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
+from transformers.utils import GENERATION_CONFIG_NAME
 
 from bayeslora.errors import BayesLoraError
 from bayeslora.methods.layer import BayesLayer, device_of
@@ -265,11 +266,16 @@ def saved_state(model: PeftModel, adapter_name: str) -> dict[str, Tensor]:
 
 
 def save_config(model: Any, folder: Path) -> None:
-    """Write the model's `config.json`, with the names of a classifier's labels also where they are the usual two.
+    """Write the model's `config.json`, and of one that generates `generation_config.json`.
 
-    Transformers leaves those out, but reads a file without them as of three labels for BART, mBART and LED.
+    A classifier's labels have their names also where they are the usual two: Transformers leaves those out, but reads
+    a file without them as of three labels for BART, mBART and LED. Settings of `generate` that contradict each other
+    are written as they are; with `save_pretrained` they would stop the export.
     """
     model.config.save_pretrained(folder)
+    generation = getattr(model, "generation_config", None)
+    if generation is not None and model.can_generate():
+        generation.to_json_file(folder / GENERATION_CONFIG_NAME)
     if str((model.config.architectures or [""])[0]).endswith("Classification"):
         file = folder / "config.json"
         names = {str(number): name for number, name in model.config.id2label.items()}

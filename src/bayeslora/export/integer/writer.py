@@ -127,9 +127,6 @@ def _save(folder: Path, base: PreTrainedModel, index: IntegerIndex, tensors: dic
     (folder / INDEX_FILE).write_text(text, encoding="utf-8")
     base.config.architectures = [index.architecture]
     save_config(base, folder)
-    generation = getattr(base, "generation_config", None)
-    if generation is not None and base.can_generate():
-        generation.save_pretrained(folder)
 
 
 @torch.no_grad()

@@ -120,7 +120,7 @@ class OnnxDecoder(PreTrainedModel, GenerationMixin):
         position_ids: Tensor | None = None,
         past_key_values: Cache | None = None,
         use_cache: bool | None = None,
-        **_: Any,
+        return_dict: bool = True,
     ) -> CausalLMOutputWithPast:
         """Return the logits (rows, tokens, words) for new tokens behind those in a cache.
 
@@ -130,6 +130,7 @@ class OnnxDecoder(PreTrainedModel, GenerationMixin):
             position_ids: of the new ones, (rows, tokens).
             past_key_values: of the tokens before, a `DynamicCache`, which is grown.
             use_cache: return a cache even if none is given.
+            return_dict: True, which `generate` gives.
         """
         rows, new = input_ids.shape
         seen = 0 if past_key_values is None else past_key_values.get_seq_length()

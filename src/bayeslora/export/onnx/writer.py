@@ -264,8 +264,6 @@ def _save(
         writer.write().save(folder / MODEL_FILE, called, writer.inputs, writer.outputs, note)
     base.config.architectures = [type(base).__name__]
     save_config(base, folder)
-    if _writes_text(base) and base.generation_config is not None:
-        base.generation_config.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
 
 
