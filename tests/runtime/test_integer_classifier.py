@@ -14,9 +14,8 @@ from torch import Tensor, nn
 
 from bayeslora import export, load_integer
 from bayeslora.runtime import integer_classifier, integer_linear
-from bayeslora.runtime.integer_classifier import ClassifierForward
+from bayeslora.runtime.integer_classifier import ClassifierForward, JointLinear
 from bayeslora.runtime.integer_linear import IntegerLinear
-from bayeslora.runtime.joint_linear import JointLinear
 from tests.conftest import build_tiny_bert
 from tests.export.test_integer import BASES, KERNELS, _blora
 from tests.export.test_onnx import _tiny_distilbert, _tiny_roberta

@@ -1,7 +1,6 @@
 """Gates, quantizers and ranges: tensors in, tensors out."""
 
 from bayeslora.quantization.gptq import gptq_codes
-from bayeslora.quantization.kernels import linear
 from bayeslora.quantization.quantizer import (
     CLOSED_THRESHOLD,
     GATED_WIDTHS,
@@ -16,6 +15,7 @@ from bayeslora.quantization.quantizer import (
     fixed_logits,
     grid_step,
     hard_concrete,
+    linear,
     mixture_weights,
     nested_probability,
     open_probability,
