@@ -1,4 +1,4 @@
-"""Cards of the formats that PEFT or this library loads, and what all cards have from the run."""
+"""Cards of the formats that PEFT or this library loads, what all cards say alike, and what they have from the run."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from huggingface_hub import ModelCard
 from torch import nn
 from transformers import PreTrainedModel
 
-from bayeslora.errors import BayesLoraError
+from bayeslora.errors import BayesLoraError, counted
 from bayeslora.model_card import CARD_FILE, front_matter, public_name
 
 _TITLES = {
@@ -46,8 +46,7 @@ def write_card(folder: Path, form: str, base_model: nn.Module, config: Any, meas
         config: of the adapter.
         measured: what the export returns.
     """
-    path = config.base_model_name_or_path or getattr(base_model, "name_or_path", "")
-    base = public_name(str(path)) if path else type(base_model).__name__
+    base = base_name(config, base_model)
     method = getattr(config, "method", "lora")
     title = _TITLES[form].format(base=f"`{base}`")
     front = front_matter(
@@ -75,7 +74,7 @@ With `pip install {_NEEDS[form]}`, in this folder:
 
 ## Error
 
-{_PACKED if form == "packed" else _error(measured)}
+{_PACKED if form == "packed" else error_of(measured)}
 """
     (folder / CARD_FILE).write_text(text, encoding="utf-8")
 
@@ -99,11 +98,25 @@ base = {family}.from_pretrained("{base}"{size})
 model = PeftModel.from_pretrained(base, ".").eval()"""
 
 
-def _error(measured: Mapping[str, Any]) -> str:
+def base_name(config: Any, base_model: nn.Module) -> str:
+    """Return the public name of the model that an adapter with this config was trained on."""
+    path = config.base_model_name_or_path or getattr(base_model, "name_or_path", "")
+    return public_name(str(path)) if path else type(base_model).__name__
+
+
+def error_of(measured: Mapping[str, Any], how: str = "", answers: str = "answers") -> str:
+    """Return the sentences on the measured difference from the trained model.
+
+    Args:
+        measured: what an export returns.
+        how: it was measured, such as `, with the weights in float32,`.
+        answers: what a model predicts at each position.
+    """
     if measured.get("divergence") is not None:
+        rows = counted(measured["rows"], "row") if "rows" in measured else "training rows"
         return (
-            f"Beside the trained model on training rows: {measured['changed']:.2%} of the answers change, and the "
-            f"mean Kullback-Leibler divergence is {measured['divergence']:.2g} nats."
+            f"Measured on {rows}{how} beside the trained model: {measured['changed']:.2%} of the {answers} change. "
+            f"The mean Kullback-Leibler divergence is {measured['divergence']:.2g} nats."
         )
     if measured.get("max_output_error") is None:
         return "The difference from the trained model was not measured."

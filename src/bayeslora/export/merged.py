@@ -17,6 +17,7 @@ from peft import PeftModel
 from torch import Tensor, nn
 
 from bayeslora.errors import BayesLoraError
+from bayeslora.export.card import base_name, error_of
 from bayeslora.export.formats import (
     adapted_parts,
     check_unmerged,
@@ -30,7 +31,7 @@ from bayeslora.export.formats import (
 )
 from bayeslora.methods.layer import undo_cpu_order
 from bayeslora.methods.tuner import BayesTuner, tuner_of
-from bayeslora.model_card import CARD_FILE, front_matter, public_name
+from bayeslora.model_card import CARD_FILE, front_matter
 
 TOLERANCE = 1e-4
 """Largest output error, as a share of the largest output, that counts as float rounding through a deep model."""
@@ -153,17 +154,12 @@ def merge_into_base(whole: PeftModel, name: str) -> Any:
 
 def _card(config: Any, base: nn.Module, measured: dict[str, Any]) -> str:
     """Return a model card with the merged parts and the difference in outputs."""
-    path = config.base_model_name_or_path or getattr(base, "name_or_path", "")
-    name = public_name(str(path)) if path else type(base).__name__
-    error, largest, reason = (measured[key] for key in ("max_output_error", "max_output", "inexact"))
+    name, reason = base_name(config, base), measured["inexact"]
     if reason is None:
         said = "The merge is exact: outputs are those of base and adapter, to float rounding"
     else:
         said = f"**The merge is not exact**: {reason}"
-    if error is None:
-        said += ". The difference in outputs was not measured."
-    else:
-        said += f". Largest difference in outputs measured: {error:.3g}, where the largest output is {largest:.3g}."
+    outputs = {key: measured[key] for key in ("max_output_error", "max_output")}
     method = getattr(config, "method", "lora")
     trained, how = "PEFT's LoRA", ""
     if hasattr(config, "method"):
@@ -179,5 +175,5 @@ def _card(config: Any, base: nn.Module, measured: dict[str, Any]) -> str:
 `{name}` with an adapter trained with {trained}, merged into its weights{how}.
 It is an ordinary Transformers model and needs no library besides Transformers.
 
-{said}
+{said}. {error_of(outputs)}
 """

@@ -20,13 +20,14 @@ from torchao.quantization.quantize_.workflows.int8.int8_tensor import Int8Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, TorchAoConfig
 from transformers.quantizers import AutoHfQuantizer
 
-from bayeslora.errors import BayesLoraError, counted
+from bayeslora.errors import BayesLoraError
 from bayeslora.export.agreement import difference
+from bayeslora.export.card import base_name, error_of
 from bayeslora.export.formats import adapted_parts, to_take_apart
 from bayeslora.export.lora import export_lora
 from bayeslora.export.onnx.products import learned, rounded_rows
 from bayeslora.methods.layer import BayesLayer
-from bayeslora.model_card import CARD_FILE, front_matter, public_name
+from bayeslora.model_card import CARD_FILE, front_matter
 from bayeslora.vocabulary import ACTIVATIONS, BASE_WEIGHT, UNQUANTIZED
 
 ADAPTER_FOLDER = "adapter"
@@ -78,7 +79,7 @@ def export_torchao(
     count = _save(base, codes, folder, round_others=unadapted == "int8")
     if tokenizer is not None:
         tokenizer.save_pretrained(folder)
-    source = public_name(str(config.base_model_name_or_path or base.config.name_or_path or type(base).__name__))
+    source = base_name(config, base)
     uniform = not config.modules_to_save  # servers load no other trained modules, so one rank would be for nobody
     export_lora(model, folder / ADAPTER_FOLDER, adapter_name, batch, uniform=uniform, allow_error=True)
     rank = _renamed(folder / ADAPTER_FOLDER / "adapter_config.json", source)
@@ -209,12 +210,6 @@ def _write_card(folder: Path, base: str, method: str, family: str, rank: int, me
         for key, text in (("widened", "In more bits than learned"), ("left_out", "Left out"))
         if measured[key]
     )
-    error = "The difference from the trained model was not measured."
-    if measured["divergence"] is not None:
-        error = (
-            f"Measured on {counted(measured['rows'], 'row')} beside the trained model: {measured['changed']:.2%} of "
-            f"the answers change, and the mean Kullback-Leibler divergence is {measured['divergence']:.2g} nats."
-        )
     text = f"""---
 {front}
 ---
@@ -242,6 +237,6 @@ vLLM serves a language model, with torchao installed beside it:
 
 ## Error
 
-{error}
+{error_of(measured)}
 """
     (folder / CARD_FILE).write_text(text, encoding="utf-8")

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from bayeslora.errors import counted
+from bayeslora.export.card import error_of
 from bayeslora.export.gguf.reader import ADAPTER_FILE, MODEL_FILE
 from bayeslora.model_card import CARD_FILE, front_matter
 
@@ -88,14 +88,10 @@ def _command(form: str) -> str:
 
 
 def _error(measured: Mapping[str, Any]) -> str:
-    if measured["max_output_error"] is None:
-        return "The difference from the trained model was not measured."
-    said = (
-        f"Measured on {counted(measured['rows'], 'row')}, with the weights in the files computed in float32, "
-        "beside the "
-        f"trained model: {measured['changed']:.2%} of the next tokens change. The mean Kullback-Leibler divergence is "
-        f"{measured['divergence']:.2g} nats, and the largest {measured['max_divergence']:.2g}."
-    )
+    said = error_of(measured, ", with the weights in the files computed in float32,", "next tokens")
+    if measured["divergence"] is None:
+        return said
+    said += f" The largest divergence is {measured['max_divergence']:.2g}."
     if "loss_before" in measured:
         said += (
             f" The negative log-likelihood of a token of the rows is {measured['loss_before']:.4f} before and "

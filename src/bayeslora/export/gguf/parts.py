@@ -14,6 +14,7 @@ from transformers import PreTrainedModel
 
 from bayeslora._peft import AuxiliaryTrainingWrapper
 from bayeslora.errors import BayesLoraError
+from bayeslora.export.card import base_name
 from bayeslora.export.formats import adapted_parts, lora_layers, only_active, to_take_apart, upright
 from bayeslora.export.gguf.architectures import Architecture, Names, architecture_of
 from bayeslora.export.gguf.blocks import Array
@@ -21,7 +22,6 @@ from bayeslora.export.gguf.layers import UNADAPTED, Weight, array, learned_weigh
 from bayeslora.export.merged import merge_into_base
 from bayeslora.methods.layer import BayesLayer
 from bayeslora.methods.tuner import tuner_of
-from bayeslora.model_card import public_name
 
 FORMS = ("beside", "merged", "only")
 
@@ -82,9 +82,7 @@ def taken_apart(model: nn.Module, adapter_name: str | None, form: str | None, un
         base = cast(PreTrainedModel, whole.unload())
     tied, head = cast(Any, base.get_input_embeddings()), cast(Any, base.get_output_embeddings())
     base.config.tie_word_embeddings = head.weight is tied.weight
-    source = config.base_model_name_or_path or getattr(base, "name_or_path", "")
-    called = public_name(str(source)) if source else type(base).__name__
-    method = getattr(config, "method", "lora")
+    called, method = base_name(config, base), getattr(config, "method", "lora")
     return Parts(base, architecture, form, UNADAPTED[unadapted], learned, updates, left_out, called, method)
 
 
