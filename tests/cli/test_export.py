@@ -209,6 +209,16 @@ def test_an_export_with_a_base_model_id_tells_no_path_of_this_machine(
     assert json.loads((target / "run.json").read_text())["files"] == {}
 
 
+@pytest.mark.parametrize(("option", "said"), [("--base-model-id", "hub id"), ("--license", "name of one")])
+def test_a_name_that_the_hub_would_not_take_is_told_before_the_run_is_loaded(
+    option: str, said: str, runs: dict[str, Path], tmp_path: Path, refused: Refused, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("bayeslora.cli.export.load_run", None)
+    target = tmp_path / "out"
+    line = refused("export", runs["melora"], "--format", "lora", "--output-dir", target, option, "not a name")
+    assert said in line and not target.exists()
+
+
 @pytest.mark.parametrize(("method", "form"), [("melora", "lora"), ("blora", "packed"), ("blora", "integer")])
 def test_a_stranger_loads_an_export_by_its_card(
     method: str, form: str, runs: dict[str, Path], tmp_path: Path, capfd: pytest.CaptureFixture[str]

@@ -13,6 +13,7 @@ from transformers import (
     AutoModelForCausalLM,
     AutoModelForSequenceClassification,
     BitsAndBytesConfig,
+    GenerationConfig,
     OPTConfig,
     OPTForCausalLM,
 )
@@ -98,6 +99,15 @@ def test_a_bfloat16_base_rounds_the_sum_and_says_so(tmp_path: Path) -> None:
         export(model, tmp_path, format="merged")
     assert export(model, tmp_path, format="merged", allow_error=True)["max_output_error"] > 0
     assert AutoModelForCausalLM.from_pretrained(tmp_path, dtype="auto").dtype == torch.bfloat16
+
+
+def test_settings_of_generate_that_contradict_each_other_are_saved(tmp_path: Path) -> None:
+    """Many models of the hub have a temperature and do not sample; Transformers refuses to save that."""
+    model = _blora(build_tiny_llama(), ["q_proj"], mode="ra")
+    model.generation_config.temperature, model.generation_config.do_sample = 0.7, False
+    export(model, tmp_path, format="merged")
+    saved = GenerationConfig.from_pretrained(tmp_path)
+    assert (saved.temperature, saved.do_sample) == (0.7, False) and model.generation_config.temperature == 0.7
 
 
 @pytest.mark.parametrize("targets", [["query", "value"], ["query", "word_embeddings"]])

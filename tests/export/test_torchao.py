@@ -13,7 +13,7 @@ import pytest
 import torch
 from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, GenerationConfig
 
 from bayeslora import BayesLoraError, BLoraConfig, export
 from bayeslora.quantization import codes, grid_step
@@ -120,3 +120,12 @@ def test_what_the_layout_cannot_hold_is_refused_in_one_sentence(
     )
     found = export(coarse, tmp_path / "yes", format="torchao", batch=IDS, allow_error=True)
     assert found["left_out"] == "activations (out 2 bits)" and found["divergence"] > 0.01
+
+
+def test_settings_of_generate_that_contradict_each_other_are_saved(tmp_path: Path) -> None:
+    """Many models of the hub have a temperature and do not sample; Transformers refuses to save that."""
+    model = _blora(build_tiny_llama(), LLAMA)
+    model.generation_config.temperature, model.generation_config.do_sample = 0.7, False
+    export(model, tmp_path, format="torchao", allow_error=True)
+    saved = GenerationConfig.from_pretrained(tmp_path)
+    assert (saved.temperature, saved.do_sample) == (0.7, False) and model.generation_config.temperature == 0.7

@@ -39,11 +39,11 @@ def run(given: dict[str, Any]) -> int:
             f"--mean-rank is {given['mean_rank']:g}, but {source} was trained with {method}, not lora: export it "
             "as plain LoRA first, and cut that export"
         )
-    with new_folder(target) as partial:
-        loaded = load_run(source, given)
-        from bayeslora.runs.export_run import export_run
+    from bayeslora.runs.export_run import check_names, export_run
 
-        measured = export_run(loaded, form, partial, given)
+    check_names(given)
+    with new_folder(target) as partial:
+        measured = export_run(load_run(source, given), form, partial, given)
     if given.get("json"):
         print(json.dumps(finite({"folder": str(target), **measured}), indent=2))
         return 0

@@ -20,6 +20,7 @@ from huggingface_hub.utils import validate_repo_id
 from peft import PeftModel, get_peft_model_state_dict
 from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
+from transformers import GenerationConfig
 from transformers.pytorch_utils import Conv1D
 from transformers.utils import GENERATION_CONFIG_NAME
 
@@ -281,6 +282,19 @@ def save_config(model: Any, folder: Path) -> None:
         names = {str(number): name for number, name in model.config.id2label.items()}
         content = {**json.loads(file.read_text("utf-8")), "id2label": names, "label2id": model.config.label2id}
         file.write_text(json.dumps(content, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+
+
+def save_model(model: Any, folder: Path, **options: Any) -> None:
+    """Save with `save_pretrained(folder, **options)`, and the configurations as `save_config` does."""
+    known = getattr(model, "generation_config", None)
+    if known is not None:
+        model.generation_config = GenerationConfig()
+    try:
+        model.save_pretrained(folder, **options)
+    finally:
+        if known is not None:
+            model.generation_config = known
+    save_config(model, folder)
 
 
 def inputs_for(model: nn.Module, batch: Mapping[str, Tensor] | None) -> dict[str, Tensor] | None:

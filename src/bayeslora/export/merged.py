@@ -26,7 +26,7 @@ from bayeslora.export.formats import (
     only_active,
     output_error,
     output_of,
-    save_config,
+    save_model,
     sharing_base,
 )
 from bayeslora.methods.layer import undo_cpu_order
@@ -90,8 +90,7 @@ def export_merged(
     folder.mkdir(parents=True, exist_ok=True)
     for module in merged.modules():
         undo_cpu_order(module)
-    merged.save_pretrained(folder)
-    save_config(merged, folder)
+    save_model(merged, folder)
     (folder / CARD_FILE).write_text(_card(original.peft_config[name], base, measured), encoding="utf-8")
     return measured
 

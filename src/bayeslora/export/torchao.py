@@ -23,7 +23,7 @@ from transformers.quantizers import AutoHfQuantizer
 from bayeslora.errors import BayesLoraError
 from bayeslora.export.agreement import difference
 from bayeslora.export.card import base_name, error_of
-from bayeslora.export.formats import adapted_parts, to_take_apart
+from bayeslora.export.formats import adapted_parts, save_model, to_take_apart
 from bayeslora.export.lora import export_lora
 from bayeslora.export.onnx.products import learned, rounded_rows
 from bayeslora.methods.layer import BayesLayer
@@ -161,7 +161,7 @@ def _save(
     quantized: Any = base
     quantized.config.quantization_config = config
     quantized.hf_quantizer, quantized.is_quantized = AutoHfQuantizer.from_config(config, pre_quantized=True), True
-    base.save_pretrained(folder, max_shard_size="1000GB")
+    save_model(base, folder, max_shard_size="1000GB")
     return count
 
 

@@ -39,11 +39,7 @@ def export_run(run: Run, form: str, folder: Path, given: Mapping[str, Any]) -> d
     Raises:
         BayesLoraError: for whatever `bayeslora.export` refuses.
     """
-    base, rank, license = given.get("base_model_id"), given.get("rank"), given.get("license")  # noqa: A001
-    if base is not None:
-        check_hub_id(base)
-    if license is not None:
-        check_license(license)
+    base, rank = given.get("base_model_id"), given.get("rank")
     if "mean_rank" in given:
         measured = export_cut(run, given["mean_rank"], folder, base)
     else:
@@ -56,12 +52,20 @@ def export_run(run: Run, form: str, folder: Path, given: Mapping[str, Any]) -> d
     for each in sorted([*folder.glob("draw-*"), *folder.glob("member-*")]) or [folder]:
         if form in CARDED:
             _write_card(each, form, run, base, measured)
-        complete_card(each, run.folder, license)
+        complete_card(each, run.folder, given.get("license"))
         if not given.get("no_tokenizer"):
             run.tokenizer.save_pretrained(each)
         # run.json lets `bayeslora.load`, `evaluate` and `predict` read the export like the run.
         info_of_export(form, each, run.info, base).save(each)
     return measured
+
+
+def check_names(given: Mapping[str, Any]) -> None:
+    """Raise `BayesLoraError` unless `base_model_id` and `license`, where given, could be names on the hub."""
+    if "base_model_id" in given:
+        check_hub_id(given["base_model_id"])
+    if "license" in given:
+        check_license(given["license"])
 
 
 def _write_card(folder: Path, form: str, run: Run, base: str | None, measured: Mapping[str, Any]) -> None:
