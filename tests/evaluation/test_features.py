@@ -20,10 +20,11 @@ from sklearn.neighbors import NearestNeighbors
 import bayeslora
 from bayeslora.errors import BayesLoraError
 from bayeslora.evaluation import FeatureDetector, FeatureSpace, dataset_features
-from bayeslora.evaluation.features import FEATURE_SCORES
 from bayeslora.evaluation.uncertainty import detection_scores
 from tests.conftest import build_tiny_bert, build_tiny_tokenizer
 from tests.evaluation.test_runner import make_task
+
+SCORES = ("energy", "mahalanobis", "relative_mahalanobis", "nearest_neighbors")
 
 
 def clusters(count: int, seed: int, size: int = 5, classes: int = 3) -> tuple[np.ndarray, np.ndarray]:
@@ -62,7 +63,7 @@ def test_mahalanobis_distances_are_scipys(shrinkage: float | None) -> None:
 def test_energy_and_neighbors_are_the_formulas() -> None:
     features, labels = clusters(60, seed=1)
     found = FeatureSpace(features, labels, neighbors=4).scores(POINTS, LOGITS)
-    assert tuple(found) == FEATURE_SCORES
+    assert tuple(found) == SCORES
     np.testing.assert_allclose(found["energy"], -np.log(np.exp(LOGITS).sum(axis=1)))
     unit = [values / np.linalg.norm(values, axis=1, keepdims=True) for values in (features, POINTS)]
     np.testing.assert_allclose(found["nearest_neighbors"], np.sort(cdist(unit[1], unit[0]), axis=1)[:, 3], atol=1e-7)
@@ -91,7 +92,7 @@ def test_an_invertible_map_of_all_features_changes_no_mahalanobis_distance() -> 
     rotation = np.linalg.qr(mapping)[0]
     turned = FeatureSpace(3 * features @ rotation, labels).scores(3 * POINTS @ rotation, LOGITS)
     shrunk = FeatureSpace(features, labels).scores(POINTS, LOGITS)
-    for name in FEATURE_SCORES:  # shrinkage keeps rotations and scales, and so does the normalization
+    for name in SCORES:  # shrinkage keeps rotations and scales, and so does the normalization
         np.testing.assert_allclose(turned[name], shrunk[name], rtol=1e-6, atol=1e-6)
 
 

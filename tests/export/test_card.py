@@ -11,7 +11,7 @@ import torch
 from peft import get_peft_model
 
 from bayeslora import BayesLoraError, MeLoraConfig, export
-from bayeslora.export.card import check_license, write_card
+from bayeslora.model_card import check_license
 from tests.conftest import build_tiny_bert
 from tests.methods.reference import D_IN, FROZEN, Tiny, seeded, tiny_model
 
@@ -19,7 +19,6 @@ from tests.methods.reference import D_IN, FROZEN, Tiny, seeded, tiny_model
 def test_a_card_of_a_model_that_is_not_of_transformers_says_what_to_give(tmp_path: Path) -> None:
     model = tiny_model(FROZEN).eval()
     export(model, tmp_path, format="packed")
-    write_card(tmp_path, "packed", model.get_base_model(), model.peft_config["default"], {})
     (code,) = re.findall(r"```python\n(.*?)```", (tmp_path / "README.md").read_text(encoding="utf-8"), re.DOTALL)
     assert "# base: the Tiny that was adapted" in code
     names = {"base": seeded(Tiny)}
@@ -37,6 +36,8 @@ def test_the_name_of_the_base_is_for_the_files_alone(tmp_path: Path) -> None:
     for folder in (tmp_path / "draw-0", tmp_path / "draw-1"):
         written = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))
         assert written["base_model_name_or_path"] == "someone/some-base"
+        assert "# Plain LoRA for `someone/some-base`" in (folder / "README.md").read_text(encoding="utf-8")
+    assert not (tmp_path / "README.md").exists()
 
 
 @pytest.mark.parametrize("name", ["", "a/b/c", "a b", "\udcff", "-a", "/home/me/model", "x" * 200])

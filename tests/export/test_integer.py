@@ -425,6 +425,7 @@ def test_the_public_predict_and_moves_work_on_it(tmp_path: Path) -> None:
         == torch.float32
     )
     assert sorted(path.name for path in tmp_path.iterdir()) == [
+        "README.md",
         "config.json",
         "integer.json",
         "integer_model.safetensors",

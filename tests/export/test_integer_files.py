@@ -17,8 +17,7 @@ from peft import get_peft_model
 
 from bayeslora import BayesLoraError, BLoraConfig, export, load_integer
 from bayeslora.export.container import CHECKSUM_KEY, DTYPES, INDEX_KEY, checksum
-from bayeslora.export.integer.index import INDEX_FILE
-from bayeslora.export.integer.reader import WEIGHTS_FILE, seal
+from bayeslora.export.integer.reader import INDEX_FILE, WEIGHTS_FILE, seal
 from tests.conftest import build_tiny_llama
 from tests.export.test_hostile_files import (
     VALUES,

@@ -177,9 +177,10 @@ def test_a_transformers_model_with_head_and_biases_keeps_outputs_and_costs(tmp_p
     assert relative_bops(loaded)["adapted"] < 0.9
 
 
-def test_a_folder_is_one_tensor_file_one_config_and_no_pickle(tmp_path: Path) -> None:
+def test_a_folder_is_one_tensor_file_one_config_one_card_and_no_pickle(tmp_path: Path) -> None:
     export(_bert(), tmp_path, format="packed")
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["adapter_config.json", "adapter_model.safetensors"]
+    written = ["README.md", "adapter_config.json", "adapter_model.safetensors"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == written
     with safe_open(tmp_path / "adapter_model.safetensors", framework="pt") as file:
         index = read_index(file.metadata()[INDEX_KEY])
         assert sorted(file.keys()) == [f"base_model.model.classifier.{name}" for name in ("bias", "weight")] + [CODES]

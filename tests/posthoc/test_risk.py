@@ -10,7 +10,7 @@ from scipy.stats import beta, binom
 
 from bayeslora.errors import BayesLoraError
 from bayeslora.posthoc import RiskControl
-from bayeslora.posthoc.risk import SHARES, rows_needed
+from bayeslora.posthoc.risk import SHARES
 
 
 def rows(confidence: np.ndarray, wrong: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -114,8 +114,7 @@ def test_errors_among_all_rows_stay_below_the_risk_on_average_and_close_to_it() 
 
 
 def test_a_model_without_errors_answers_from_the_stated_number_of_rows_on() -> None:
-    needed = rows_needed(0.05)
-    assert needed == 117  # .95^117 = .0025 = .05 / 20
+    needed = 117  # .95^117 = .0025 = .05 / 20
     sure = np.linspace(0.9, 0.99, needed)
     right = np.zeros(needed, dtype=bool)
     assert RiskControl(0.05).fit(*rows(sure, right)).threshold().coverage == 1

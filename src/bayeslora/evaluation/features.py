@@ -41,8 +41,6 @@ from bayeslora.files import write_atomically
 from bayeslora.prediction import Predictable, features_and_logits, labels_of
 
 Array = NDArray[np.float64]
-FEATURE_SCORES = ("energy", "mahalanobis", "relative_mahalanobis", "nearest_neighbors")
-"""Names of the scores, in the order of tables."""
 NEIGHBORS = 10
 _LEAST_SHRINKAGE = 1e-6
 
@@ -123,7 +121,7 @@ class FeatureSpace:
         self._nearest = NearestNeighbors(n_neighbors=self.neighbors).fit(_normalized(self.features))
 
     def scores(self, features: ArrayLike, logits: ArrayLike) -> dict[str, Array]:
-        """Return each of `FEATURE_SCORES`, (n,), for (n, d) features and (n, C) logits of the same rows."""
+        """Return the scores by name, (n,) each, for (n, d) features and (n, C) logits of the same rows."""
         points = np.asarray(features, dtype=np.float64)
         if points.ndim != 2 or points.shape[1] != self.features.shape[1]:
             raise BayesLoraError(

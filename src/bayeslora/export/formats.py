@@ -27,6 +27,7 @@ from transformers.utils import GENERATION_CONFIG_NAME
 from bayeslora.errors import BayesLoraError
 from bayeslora.methods.layer import BayesLayer, device_of
 from bayeslora.methods.tuner import BayesTuner, check_has_tuner, tuner_of
+from bayeslora.model_card import CARDED, write_card
 
 FORMATS = {
     "gguf": "bayeslora.export.gguf.writer",
@@ -52,6 +53,8 @@ def export(
 ) -> dict[str, Any]:
     """Write an adapter to the folder `path` in another format and return the measurements of that format.
 
+    A card, `README.md`, says what the folder holds, how to load it, its error and its source.
+
     Args:
         model: a PEFT model with an adapter of this library; for `onnx` and `gguf` also PEFT's LoRA.
         path: folder to write into; removed if the export fails, unless it was there before.
@@ -75,7 +78,19 @@ def export(
     if unknown := sorted(set(options) - set(inspect.signature(write).parameters)):
         raise BayesLoraError(f"format {format!r} takes no option {unknown[0]!r}: drop it, or choose another format")
     with _nothing_left_over(path), _based_on(model, base_model_id):
-        return cast(dict[str, Any], write(model, path, adapter_name, batch, **options))
+        measured = cast(dict[str, Any], write(model, path, adapter_name, batch, **options))
+        if format in CARDED:
+            inner = next(module for module in model.modules() if isinstance(module, PeftModel))
+            config = inner.peft_config[adapter_name or inner.active_adapter]
+            for each in adapter_folders(Path(path), options):
+                write_card(each, format, inner.get_base_model(), config, measured)
+    return measured
+
+
+def adapter_folders(path: Path, options: Mapping[str, Any]) -> list[Path]:
+    """Return the folders that an export with these options has: one each for draws and members, otherwise `path`."""
+    kind = "draw" if options.get("draws") else "member" if options.get("members") else None
+    return [path] if kind is None else sorted(path.glob(f"{kind}-*"))
 
 
 @contextmanager

@@ -17,7 +17,6 @@ from peft import PeftModel
 from torch import Tensor, nn
 
 from bayeslora.errors import BayesLoraError
-from bayeslora.export.card import base_name, error_of
 from bayeslora.export.formats import (
     adapted_parts,
     check_unmerged,
@@ -31,7 +30,7 @@ from bayeslora.export.formats import (
 )
 from bayeslora.methods.layer import undo_cpu_order
 from bayeslora.methods.tuner import BayesTuner, tuner_of
-from bayeslora.model_card import CARD_FILE, front_matter
+from bayeslora.model_card import CARD_FILE, base_name, error_of, front_matter
 
 TOLERANCE = 1e-4
 """Largest output error, as a share of the largest output, that counts as float rounding through a deep model."""
@@ -154,10 +153,8 @@ def merge_into_base(whole: PeftModel, name: str) -> Any:
 def _card(config: Any, base: nn.Module, measured: dict[str, Any]) -> str:
     """Return a model card with the merged parts and the difference in outputs."""
     name, reason = base_name(config, base), measured["inexact"]
-    if reason is None:
-        said = "The merge is exact: outputs are those of base and adapter, to float rounding"
-    else:
-        said = f"**The merge is not exact**: {reason}"
+    exact = "The merge is exact: outputs are those of base and adapter, to float rounding"
+    said = exact if reason is None else f"**The merge is not exact**: {reason}"
     outputs = {key: measured[key] for key in ("max_output_error", "max_output")}
     method = getattr(config, "method", "lora")
     trained, how = "PEFT's LoRA", ""

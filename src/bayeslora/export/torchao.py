@@ -22,12 +22,11 @@ from transformers.quantizers import AutoHfQuantizer
 
 from bayeslora.errors import BayesLoraError
 from bayeslora.export.agreement import difference
-from bayeslora.export.card import base_name, error_of
 from bayeslora.export.formats import adapted_parts, save_model, to_take_apart
 from bayeslora.export.lora import export_lora
 from bayeslora.export.onnx.products import learned, rounded_rows
 from bayeslora.methods.layer import BayesLayer
-from bayeslora.model_card import CARD_FILE, front_matter
+from bayeslora.model_card import CARD_FILE, base_name, error_of, front_matter
 from bayeslora.vocabulary import ACTIVATIONS, BASE_WEIGHT, UNQUANTIZED
 
 ADAPTER_FOLDER = "adapter"

@@ -143,8 +143,3 @@ class RiskControl:
             return NONE
         errors = self.confidence[self.wrong]
         return float(errors[allowed]) if allowed < len(errors) else ALL
-
-
-def rows_needed(risk: float, delta: float = 0.05) -> int:
-    """Return how many calibration rows without an error `of="answers"` needs at least to answer any row."""
-    return math.ceil(math.log(delta / SHARES) / math.log1p(-risk) - 1e-9)

@@ -11,6 +11,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from bayeslora.methods import describe
+from bayeslora.model_card import write_card
 from bayeslora.posthoc import truncate_rank
 from bayeslora.runs.rows import training_batches
 from bayeslora.runs.run import Run
@@ -47,9 +48,9 @@ def export_cut(run: Run, mean_rank: float, folder: Path, base_model_id: str | No
     ranks |= {layer.name: layer.rank for layer in describe(cut)}
     rows = sum(len(batch["input_ids"]) for batch in batches)
     found: dict[str, Any] = {"mean_rank": sum(ranks.values()) / len(ranks), "ranks": ranks, "rows": rows}
-    if run.info.kind == "classification":
-        found |= _moved(run, cut, batches[:_MEASURED])
-    return found
+    moved = _moved(run, cut, batches[:_MEASURED]) if run.info.kind == "classification" else {}
+    write_card(folder, "lora", cut.get_base_model(), config, moved)
+    return {**found, **moved}
 
 
 def _moved(run: Run, cut: nn.Module, batches: Sequence[Any]) -> dict[str, float]:

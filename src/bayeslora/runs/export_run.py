@@ -2,21 +2,18 @@
 
 from __future__ import annotations
 
-import copy
 import sys
 from collections.abc import Mapping
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
-from peft import PeftModel
-
 import bayeslora
 from bayeslora.errors import BayesLoraError
-from bayeslora.export.card import CARDED, check_license, complete_card, write_card
-from bayeslora.export.formats import check_hub_id
+from bayeslora.export.formats import adapter_folders, check_hub_id
 from bayeslora.export.noise import moved_by_noise
 from bayeslora.export.record import ExportRecord
+from bayeslora.model_card import check_license, complete_card
 from bayeslora.posterior import POSTERIOR_FILE
 from bayeslora.runs.cut import export_cut
 from bayeslora.runs.exports import info_of_export
@@ -49,9 +46,7 @@ def export_run(run: Run, form: str, folder: Path, given: Mapping[str, Any]) -> d
         if form != "packed":
             measured |= moved_by_noise(run.model, options.get("rows") or [options.get("batch")])
     ExportRecord.of(form, measured).save(folder)
-    for each in sorted([*folder.glob("draw-*"), *folder.glob("member-*")]) or [folder]:
-        if form in CARDED:
-            _write_card(each, form, run, base, measured)
+    for each in adapter_folders(folder, given):
         complete_card(each, run.folder, given.get("license"))
         if not given.get("no_tokenizer"):
             run.tokenizer.save_pretrained(each)
@@ -66,13 +61,6 @@ def check_names(given: Mapping[str, Any]) -> None:
         check_hub_id(given["base_model_id"])
     if "license" in given:
         check_license(given["license"])
-
-
-def _write_card(folder: Path, form: str, run: Run, base: str | None, measured: Mapping[str, Any]) -> None:
-    inner = next(module for module in run.model.modules() if isinstance(module, PeftModel))
-    config = copy.copy(inner.peft_config[inner.active_adapter])
-    config.base_model_name_or_path = base or config.base_model_name_or_path
-    write_card(folder, form, inner.get_base_model(), config, measured)
 
 
 def _batches(form: str, given: Mapping[str, Any], run: Run) -> dict[str, Any]:

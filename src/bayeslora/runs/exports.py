@@ -12,7 +12,7 @@ from transformers import PreTrainedTokenizerBase
 from bayeslora.errors import BayesLoraError
 from bayeslora.export.container import looks_packed
 from bayeslora.export.formats import libraries_of
-from bayeslora.export.integer.index import is_integer_model
+from bayeslora.export.integer.reader import is_integer_model
 from bayeslora.model_card import public_name
 from bayeslora.runs.base import AUTO_CLASSES, load_base
 from bayeslora.runs.info import RunInfo

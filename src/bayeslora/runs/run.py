@@ -21,8 +21,7 @@ from bayeslora.data.tasks import LABEL, Task
 from bayeslora.errors import BayesLoraError, counted
 from bayeslora.evaluation import dataset_logits, predict_dataset
 from bayeslora.export.container import looks_packed
-from bayeslora.export.integer.index import is_integer_model
-from bayeslora.export.integer.reader import load_integer
+from bayeslora.export.integer.reader import is_integer_model, load_integer
 from bayeslora.files import check_readable, parse_yaml
 from bayeslora.methods import tuner_of
 from bayeslora.methods.registry import find_method

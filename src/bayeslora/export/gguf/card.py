@@ -6,9 +6,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from bayeslora.export.card import error_of
 from bayeslora.export.gguf.reader import ADAPTER_FILE, MODEL_FILE
-from bayeslora.model_card import CARD_FILE, front_matter
+from bayeslora.model_card import CARD_FILE, error_of, front_matter
 
 _FILES = {
     MODEL_FILE: "the model, with its tokenizer",

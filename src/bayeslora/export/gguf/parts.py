@@ -14,7 +14,6 @@ from transformers import PreTrainedModel
 
 from bayeslora._peft import AuxiliaryTrainingWrapper
 from bayeslora.errors import BayesLoraError
-from bayeslora.export.card import base_name
 from bayeslora.export.formats import adapted_parts, lora_layers, only_active, to_take_apart, upright
 from bayeslora.export.gguf.architectures import Architecture, Names, architecture_of
 from bayeslora.export.gguf.blocks import Array
@@ -22,6 +21,7 @@ from bayeslora.export.gguf.layers import UNADAPTED, Weight, array, learned_weigh
 from bayeslora.export.merged import merge_into_base
 from bayeslora.methods.layer import BayesLayer
 from bayeslora.methods.tuner import tuner_of
+from bayeslora.model_card import base_name
 
 FORMS = ("beside", "merged", "only")
 

@@ -31,8 +31,17 @@ from bayeslora.export.formats import (
     save_config,
     sharing_base,
 )
-from bayeslora.export.integer.index import BIAS, INDEX_FILE, IntegerIndex, IntegerLayer
-from bayeslora.export.integer.reader import CODES_SUFFIX, WEIGHTS_FILE, load_integer, own_tensors, seal
+from bayeslora.export.integer.reader import (
+    BIAS,
+    CODES_SUFFIX,
+    INDEX_FILE,
+    WEIGHTS_FILE,
+    IntegerIndex,
+    IntegerLayer,
+    load_integer,
+    own_tensors,
+    seal,
+)
 from bayeslora.methods.layer import BayesLayer, device_of
 from bayeslora.quantization import FLOOR, codes
 from bayeslora.vocabulary import ALL_KINDS, BASE_WEIGHT, MATRICES, UNQUANTIZED
