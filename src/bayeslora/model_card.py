@@ -178,25 +178,33 @@ def base_name(config: Any, base_model: Any) -> str:
 
 
 def error_of(measured: Mapping[str, Any], how: str = "", answers: str = "answers") -> str:
-    """Return the sentences on the measured difference from the trained model.
+    """Return a paragraph with the measured differences from the trained model.
 
     Args:
         measured: what an export returns.
-        how: it was measured, such as `, with the weights in float32,`.
+        how: it was measured, such as ` in onnxruntime`.
         answers: what a model predicts at each position.
     """
+    said = []
     if measured.get("divergence") is not None:
-        rows = counted(measured["rows"], "row") if "rows" in measured else "training rows"
-        return (
-            f"Measured on {rows}{how} beside the trained model: {measured['changed']:.2%} of the {answers} change. "
-            f"The mean Kullback-Leibler divergence is {measured['divergence']:.2g} nats."
+        largest = f", and the largest {measured['max_divergence']:.2g}" if "max_divergence" in measured else ""
+        said.append(
+            f"{measured['changed']:.2%} of the {answers} change. The mean Kullback-Leibler divergence is "
+            f"{measured['divergence']:.2g} nats{largest}."
         )
-    if measured.get("max_output_error") is None:
+    if measured.get("max_output_error") is not None:
+        said.append(
+            f"The largest difference in outputs is {measured['max_output_error']:.3g}, where the largest output is "
+            f"{measured['max_output']:.3g}."
+        )
+    if "loss_after" in measured:
+        said.append(
+            f"The loss of a token is {measured['loss_before']:.4f} before and {measured['loss_after']:.4f} after."
+        )
+    if not said:
         return "The difference from the trained model was not measured."
-    return (
-        f"The largest difference in outputs from the trained model is {measured['max_output_error']:.3g}, where the "
-        f"largest output is {measured['max_output']:.3g}."
-    )
+    rows = f" on {counted(measured['rows'], 'row')}" if "rows" in measured else ""
+    return f"Measured{rows}{how}, beside the trained model: {' '.join(said)}"
 
 
 def check_license(name: str) -> None:

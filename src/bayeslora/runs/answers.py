@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils.rnn import pad_sequence
 
 from bayeslora.data.chat import answer_of, asked_of, end_tokens, prompt_tokens
 from bayeslora.data.encode import pad_id
@@ -182,9 +183,7 @@ def answer_rows(
             long for the model.
     """
     writer = _Writer(predictor, tokenizer, sampling)
-    prompts = [prompt_tokens(row, tokenizer) for row in rows]
-    for number, prompt in enumerate(prompts, start=1):
-        writer.check_length(number, len(prompt))
+    prompts = [writer.read(number, row) for number, row in enumerate(rows, start=1)]
     order = sorted(range(len(rows)), key=lambda row: -len(prompts[row]))
     found: dict[int, Answer] = {}
     for start in range(0, len(order), batch_size):
@@ -211,25 +210,32 @@ class _Writer:
             check_samples(predictor, sampling.samples)
         self.embed = Embedder(sampling.cluster_with) if sampling.cluster_with and sampling.samples else None
         config = base.config.get_text_config()
+        self.encodes = bool(getattr(config, "is_encoder_decoder", False))
         self.limit = getattr(config, "max_position_embeddings", None)
         stated = getattr(getattr(base, "generation_config", None), "eos_token_id", None)
         own = [] if stated is None else stated if isinstance(stated, list) else [stated]
         self.ends = list(dict.fromkeys([*end_tokens(tokenizer), *own]))
 
-    def check_length(self, number: int, tokens: int) -> None:
-        """Raise `BayesLoraError` if the model cannot read a prompt of so many tokens and write its answer."""
-        new = self.sampling.max_new_tokens or 1
-        if self.limit is not None and tokens + new > self.limit:
+    def read(self, number: int, row: Mapping[str, Any]) -> list[int]:
+        """Return the tokens of a prompt; raise `BayesLoraError` if the model cannot read them and write its answer."""
+        if self.encodes and MESSAGES in row:
+            raise BayesLoraError(
+                f"row {number} is a conversation, but an encoder-decoder reads a text: give a text or a prompt"
+            )
+        prompt = self.tokenizer(row[PROMPT]).input_ids if self.encodes else prompt_tokens(row, self.tokenizer)
+        tokens, new = len(prompt), self.sampling.max_new_tokens or 1
+        if self.limit is not None and (max(tokens, new) if self.encodes else tokens + new) > self.limit:
             raise BayesLoraError(
                 f"prompt {number} has {counted(tokens, 'token')} and the answer {new}, but the model reads "
-                f"{self.limit} in all: "
+                f"{self.limit} {'of each' if self.encodes else 'in all'}: "
                 "shorten the prompt or lower max_new_tokens"
             )
+        return list(prompt)
 
     def answers(self, prompts: list[list[int]], rows: Sequence[Mapping[str, Any]]) -> list[Answer]:
         """Return an `Answer` to each prompt."""
         samples = self.sampling.samples
-        batch = _padded(prompts, pad_id(self.tokenizer))
+        batch = _padded(prompts, pad_id(self.tokenizer), on_the_right=self.encodes)
         drawn = samples if self.is_random else 0
         found = generate(**self._asked(batch, drawn, answers="mean", do_sample=False))
         own = self._own_answers(batch) if samples else []
@@ -254,7 +260,8 @@ class _Writer:
 
     def _asked(self, batch: dict[str, Tensor], samples: int, **options: Any) -> dict[str, Any]:
         """Return the arguments of `generate` for a batch of prompts."""
-        room = MAX_NEW_TOKENS if self.limit is None else min(MAX_NEW_TOKENS, self.limit - batch["input_ids"].shape[1])
+        taken = 1 if self.encodes else batch["input_ids"].shape[1]  # of the positions that the answer has
+        room = MAX_NEW_TOKENS if self.limit is None else min(MAX_NEW_TOKENS, self.limit - taken)
         return {
             "model": self.predictor,
             **batch,
@@ -300,11 +307,11 @@ def _asked(row: Mapping[str, Any]) -> str:
     return str(asked_of(row[MESSAGES])[-1]["content"] if MESSAGES in row else row[PROMPT])
 
 
-def _padded(prompts: list[list[int]], pad: int) -> dict[str, Tensor]:
-    """Return ids and mask (B, T), padded on the left."""
-    width = max(map(len, prompts))
-    ids = torch.tensor([[pad] * (width - len(prompt)) + prompt for prompt in prompts])
-    mask = torch.tensor([[0] * (width - len(prompt)) + [1] * len(prompt) for prompt in prompts])
+def _padded(prompts: list[list[int]], pad: int, *, on_the_right: bool) -> dict[str, Tensor]:
+    """Return ids and mask (B, T), padded on the right for an encoder and on the left for a decoder."""
+    rows, side = [torch.tensor(prompt) for prompt in prompts], "right" if on_the_right else "left"
+    ids = pad_sequence(rows, batch_first=True, padding_value=pad, padding_side=side)
+    mask = pad_sequence([torch.ones_like(row) for row in rows], batch_first=True, padding_side=side)
     return {"input_ids": ids, "attention_mask": mask}
 
 

@@ -19,6 +19,7 @@ from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
     AutoModelForMultipleChoice,
+    AutoModelForSeq2SeqLM,
     AutoModelForSequenceClassification,
     AutoModelForTokenClassification,
     AutoTokenizer,
@@ -61,6 +62,7 @@ AUTO_CLASSES = {
     "letters": AutoModelForCausalLM,
     "cloze": AutoModelForCausalLM,
     "text": AutoModelForCausalLM,
+    "seq2seq": AutoModelForSeq2SeqLM,
 }
 CLASS_HEADS = ("sequence", "words")
 """Heads whose classes are in the model's configuration."""
@@ -74,6 +76,7 @@ _TASK_TYPES = {
     "letters": TaskType.CAUSAL_LM,
     "cloze": TaskType.CAUSAL_LM,
     "text": TaskType.CAUSAL_LM,
+    "seq2seq": TaskType.SEQ_2_SEQ_LM,
 }
 
 
@@ -368,7 +371,7 @@ def longest_input(
     """
     config: Any = model.config
     default = DEFAULT_PROMPT_LENGTH if head in LANGUAGE_HEADS else _DEFAULT_LENGTH
-    default = _DEFAULT_TEXT_LENGTH if head == "text" else default
+    default = _DEFAULT_TEXT_LENGTH if head in ("text", "seq2seq") else default
     positions = getattr(config, "max_position_embeddings", None)
     # RoBERTa's positions start after its padding id.
     offset = config.pad_token_id + 1 if config.model_type in _OFFSET_POSITIONS else 0

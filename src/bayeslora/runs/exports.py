@@ -75,6 +75,11 @@ def load_for_others(
         if form == "onnx":
             from bayeslora.export.onnx.reader import OnnxClassifier, OnnxDecoder
 
+            if info.head == "seq2seq":
+                raise BayesLoraError(
+                    f"{folder} has the graphs of an encoder-decoder, but load reads those of classifiers and decoders "
+                    "alone: use the program on the folder's card"
+                )
             return (OnnxClassifier if info.head == "sequence" else OnnxDecoder)(folder)
         if form == "torchao":
             from bayeslora.export.torchao import load_torchao

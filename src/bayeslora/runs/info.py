@@ -17,7 +17,7 @@ from bayeslora.vocabulary import Normalization, Scoring
 
 RUN_FILE = "run.json"
 
-Head = Literal["sequence", "words", "choices", "letters", "cloze", "text"]
+Head = Literal["sequence", "words", "choices", "letters", "cloze", "text", "seq2seq"]
 """Source of the class logits: a classifier (or regressor) of a text or pair, one of the words of a text, a scorer of
 questions with a choice, or a language model's head, at the letters of the choices or at the tokens of their text;
 `text` answers in its words."""
@@ -55,7 +55,7 @@ class RunInfo:
         base_name: `base_model_name_or_path` of the adapter's configuration.
         task_name: of a named task.
         data_dir: the named task's folder.
-        head: of the model; `"letters"`, `"cloze"` or `"text"` for language models.
+        head: of the model; `"letters"`, `"cloze"` or `"text"` for language models, `"seq2seq"` for encoder-decoders.
         context: of a run by cloze, the text before a choice (`Cloze.context`).
         normalization: of a run by cloze, what log-likelihoods are divided by.
         train_split: of a named task with several training splits.

@@ -21,11 +21,17 @@ from bayeslora.vocabulary import WORDS
 
 CONFIG_FILE = "adapter_config.json"
 ADAPTER_FILE = "adapter_model.safetensors"
-_HEADS: dict[str, Head] = {"SEQ_CLS": "sequence", "TOKEN_CLS": "words", "CAUSAL_LM": "text"}
+_HEADS: dict[str, Head] = {
+    "SEQ_CLS": "sequence",
+    "TOKEN_CLS": "words",
+    "CAUSAL_LM": "text",
+    "SEQ_2_SEQ_LM": "seq2seq",
+}
 _SUFFIXES: dict[str, Head] = {
     "ForSequenceClassification": "sequence",
     "ForTokenClassification": "words",
     "ForCausalLM": "text",
+    "ForConditionalGeneration": "seq2seq",
 }
 _PROBE = 7919
 """A number of classes that differs from every other dimension of a model."""
@@ -108,7 +114,7 @@ def _info(method: str, model: str, base_name: str, head: Head, config: Pretraine
         known: dict[Any, str] = dict(config.id2label or {}) if config.num_labels == classes else {}
         labels = [str(known.get(index, f"LABEL_{index}")) for index in range(classes)]
     of_classes = "token_classification" if head == "words" else "classification"
-    kind = "generation" if head == "text" else of_classes if labels else "regression"
+    kind = "generation" if head in ("text", "seq2seq") else of_classes if labels else "regression"
     return RunInfo(
         method=method,
         model=model,
@@ -145,5 +151,6 @@ def _saved_classes(folder: Path, config: PretrainedConfig, head: Head) -> int:
 def _other_task(folder: Path, kind: str) -> BayesLoraError:
     return BayesLoraError(
         f"the model in {folder} is for the task {kind}, but load accepts sequence classification (SEQ_CLS), token "
-        "classification (TOKEN_CLS) and language models (CAUSAL_LM): load it with PEFT and use bayeslora.predict"
+        "classification (TOKEN_CLS), language models (CAUSAL_LM) and encoder-decoders (SEQ_2_SEQ_LM): load it with "
+        "PEFT and use bayeslora.predict"
     )

@@ -87,15 +87,9 @@ def _command(form: str) -> str:
 
 
 def _error(measured: Mapping[str, Any]) -> str:
-    said = error_of(measured, ", with the weights in the files computed in float32,", "next tokens")
+    said = error_of(measured, " with the weights in the files in float32", "next tokens")
     if measured["divergence"] is None:
         return said
-    said += f" The largest divergence is {measured['max_divergence']:.2g}."
-    if "loss_before" in measured:
-        said += (
-            f" The negative log-likelihood of a token of the rows is {measured['loss_before']:.4f} before and "
-            f"{measured['loss_after']:.4f} after."
-        )
     return (
         f"{said} llama.cpp also rounds the inputs of its products, to 8 bits in blocks; that is not in these figures."
     )

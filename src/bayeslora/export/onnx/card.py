@@ -8,8 +8,7 @@ from typing import Any
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from bayeslora.errors import counted
-from bayeslora.model_card import CARD_FILE, front_matter, public_name
+from bayeslora.model_card import CARD_FILE, error_of, front_matter, public_name
 
 _FIELDS = {"input_ids": "ids", "attention_mask": "attention_mask", "token_type_ids": "type_ids"}
 _TEXTS = 'texts = ["The film is a joy.", "The film is a bore."]  # or pairs: [("A text.", "Another."), …]'
@@ -42,7 +41,9 @@ def write_card(
 | `config.json` | the model's configuration, with the names of the labels |
 | `tokenizer.json` | the tokenizer |"""
     program = _code(tokenizer, length, inputs, measured)
-    write_page(folder, model, config, measured, "text-classification", files, program, _error(measured))
+    write_page(
+        folder, model, config, measured, "text-classification", files, program, error_of(measured, " in onnxruntime")
+    )
 
 
 def write_page(
@@ -53,7 +54,7 @@ def write_page(
     pipeline_tag: str,
     files: str,
     program: str,
-    error: str,
+    answers: str = "answers",
 ) -> None:
     """Write `README.md` from the parts in which graphs differ.
 
@@ -65,7 +66,7 @@ def write_page(
         pipeline_tag: the hub's name for what the model does.
         files: rows of the table of files, and what there is to say about them.
         program: that runs the graph.
-        error: a paragraph with the measured differences.
+        answers: what the model predicts at each position.
     """
     path = config.base_model_name_or_path or getattr(model, "name_or_path", "")
     base = public_name(str(path)) if path else type(model).__name__
@@ -100,7 +101,7 @@ With `pip install onnxruntime tokenizers`, in this folder:
 
 ## Error
 
-{error}
+{error_of(measured, " in onnxruntime", answers)}
 """
     (folder / CARD_FILE).write_text(text, encoding="utf-8")
 
@@ -156,21 +157,3 @@ def logits(texts):
 {_TEXTS}
 for text, row in zip(texts, logits(texts)):
     print(text, {answer})"""
-
-
-def _error(measured: Mapping[str, Any]) -> str:
-    """Return a paragraph with the measured differences."""
-    if measured["max_output_error"] is None:
-        return "The difference from the trained model was not measured."
-    said = (
-        f"Measured on {counted(measured['rows'], 'row')}, in onnxruntime beside the trained model in PyTorch: "
-        "the largest "
-        f"difference in outputs is {measured['max_output_error']:.3g}, where the largest output is "
-        f"{measured['max_output']:.3g}."
-    )
-    if measured.get("changed") is None:
-        return said
-    return (
-        f"{said} {measured['changed']:.2%} of the answers change. The mean Kullback-Leibler divergence is "
-        f"{measured['divergence']:.2g} nats."
-    )

@@ -8,7 +8,6 @@ from typing import Any
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from bayeslora.errors import counted
 from bayeslora.export.onnx.card import write_page
 from bayeslora.export.onnx.decoders import cache_sizes
 
@@ -72,7 +71,7 @@ def write_decoder_card(
 (batch, {heads}, past, {size}), and `present.0.key` and `.value` leave, (batch, {heads}, past + length, {size}).
 `logits` are float32 (batch, length, {model.config.vocab_size})."""
     program = _PROGRAM.replace("ENDS", str(sorted(_ends(model, tokenizer))))
-    write_page(folder, model, config, measured, "text-generation", files, program, tokens_error(measured))
+    write_page(folder, model, config, measured, "text-generation", files, program, "next tokens")
 
 
 def _ends(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> set[int]:
@@ -80,19 +79,3 @@ def _ends(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> set[int
     named = model.config.eos_token_id
     known = [*(named if isinstance(named, list) else [named]), tokenizer.eos_token_id]
     return {int(token) for token in known if token is not None}
-
-
-def tokens_error(measured: Mapping[str, Any]) -> str:
-    if measured["max_output_error"] is None:
-        return "The difference from the trained model was not measured."
-    said = (
-        f"Measured on {counted(measured['rows'], 'row')}, in onnxruntime beside the trained model in PyTorch: "
-        "the largest "
-        f"difference in outputs is {measured['max_output_error']:.3g}, where the largest output is "
-        f"{measured['max_output']:.3g}. {measured['changed']:.2%} of the next tokens change. The mean "
-        f"Kullback-Leibler divergence is {measured['divergence']:.2g} nats"
-    )
-    if "loss_after" not in measured:
-        return f"{said}."
-    before, after = measured["loss_before"], measured["loss_after"]
-    return f"{said}, and the loss per token is {after:.4f} where the model's is {before:.4f}."

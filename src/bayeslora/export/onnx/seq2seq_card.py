@@ -9,7 +9,6 @@ from typing import Any
 from transformers import PreTrainedModel
 
 from bayeslora.export.onnx.card import write_page
-from bayeslora.export.onnx.decoder_card import tokens_error
 from bayeslora.export.onnx.seq2seq import start_token
 from bayeslora.export.onnx.seq2seq_families import FAMILIES
 
@@ -91,7 +90,7 @@ before as `past_key_values.0.decoder.key` and `.value`, (batch, {heads}, past, {
 returns `logits`, float32 (batch, length, {own.vocab_size}), and `present.0.decoder.key` and `.value`."""
     said = "\n\n".join([files, *_limits(model.generation_config, positions)])
     program = _program(model, positions)
-    write_page(folder, model, config, measured, "text-generation", said, program, tokens_error(measured))
+    write_page(folder, model, config, measured, "text-generation", said, program, "next tokens")
 
 
 def _limits(generation: Any, positions: int | None) -> Iterator[str]:
