@@ -13,6 +13,7 @@ from transformers import (
     PreTrainedModel,
     T5Config,
     T5ForConditionalGeneration,
+    WhisperConfig,
 )
 
 import bayeslora
@@ -97,3 +98,9 @@ def test_what_an_encoder_decoder_cannot_do_is_one_sentence(adapted: Path, tmp_pa
         with pytest.raises(BayesLoraError, match=f"and the answer 30, but the model reads {POSITIONS} of each"):
             run.generate("good", max_new_tokens=30)
         assert run.generate(" ".join(["good"] * 20))[0].tokens  # an encoder's positions are not the answer's
+
+
+def test_a_model_of_speech_is_not_taken_for_one_of_text(tmp_path: Path) -> None:
+    WhisperConfig(architectures=["WhisperForConditionalGeneration"]).save_pretrained(tmp_path)
+    with pytest.raises(BayesLoraError, match="is for the task WhisperForConditionalGeneration, but load accepts"):
+        bayeslora.load(tmp_path)

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from peft import PeftConfig
 from safetensors import SafetensorError, safe_open
-from transformers import AutoConfig, PretrainedConfig
+from transformers import MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING, AutoConfig, PretrainedConfig
 
 from bayeslora.errors import BayesLoraError
 from bayeslora.files import check_readable
@@ -103,6 +103,8 @@ def _of_adapter(folder: Path, content: dict[str, Any], model: str | None) -> Run
 
 
 def _info(method: str, model: str, base_name: str, head: Head, config: PretrainedConfig, classes: int) -> RunInfo:
+    if head == "seq2seq" and type(config) not in MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING:
+        raise _other_task(Path(model), str((config.architectures or [config.model_type])[0]))
     problem = getattr(config, "problem_type", None) if head == "sequence" else None
     if problem == MULTI_LABEL or (problem == "regression" and classes > 1):
         raise BayesLoraError(
