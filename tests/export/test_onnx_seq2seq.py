@@ -6,6 +6,7 @@ import re
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -26,6 +27,7 @@ from transformers import (
     T5ForConditionalGeneration,
 )
 
+import bayeslora
 from bayeslora import BayesLoraError, BLoraConfig, export
 from tests.conftest import VOCABULARY, build_tiny_tokenizer
 from tests.methods.reference import FROZEN, RANK, layers_of, randomize, set_widths
@@ -218,6 +220,52 @@ def test_the_cards_program_begins_and_ends_as_the_generation_config_says(kind: s
     assert found == _likeliest(model, text, POSITIONS) and found.startswith(build_tiny_tokenizer().decode([20]))
     assert "`generation_config`: `no_repeat_ngram_size=3`, `num_beams=4`." in card
     assert f"knows {POSITIONS} positions" in card
+
+
+@pytest.mark.parametrize("kind", ["t5", "bart"])
+def test_the_graphs_generate_as_the_model_does_one_token_a_step(
+    kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    targets = ALL if kind == "t5" else ALL_OF_BART
+    config = LoraConfig(r=RANK, target_modules=targets, task_type="SEQ_2_SEQ_LM", init_lora_weights=False)
+    model = get_peft_model(_base(kind), config).eval()
+    model.get_base_model().generation_config.update(forced_bos_token_id=20)
+    export(model, tmp_path, format="onnx", tokenizer=build_tiny_tokenizer(), batch=BATCH)
+    graph = bayeslora.load(tmp_path).model
+    asked = {"input_ids": ASKED, "attention_mask": SHOWN}
+    for options in (
+        {"do_sample": False},
+        {"num_beams": 3, "num_return_sequences": 2, "do_sample": False},
+        {"do_sample": False, "use_cache": False},
+    ):
+        # Without a cache: Transformers makes one of too few layers for a T5 with more of them in the decoder.
+        expected = model.generate(**asked, max_new_tokens=9, **{**options, "use_cache": False})  # type: ignore[operator]
+        assert torch.equal(graph.generate(**asked, max_new_tokens=9, **options), expected)  # type: ignore[operator]
+    session, read = graph.session, []
+
+    def noted(outputs: Any, feeds: dict[str, Any]) -> Any:
+        past = next(values for name, values in feeds.items() if ".decoder." in name)
+        read.append((feeds["input_ids"].shape[1], past.shape[2]))
+        return session.run(outputs, feeds)  # type: ignore[union-attr, operator]
+
+    monkeypatch.setattr(graph, "session", SimpleNamespace(run=noted))
+    graph.generate(**asked, max_new_tokens=4, min_new_tokens=4, do_sample=False)  # type: ignore[operator]
+    assert read == [(1, 0), (1, 1), (1, 2), (1, 3)]
+
+
+def test_a_run_of_the_graphs_answers_texts_as_the_merged_model_does(tmp_path: Path) -> None:
+    config = LoraConfig(r=RANK, target_modules=ALL_OF_BART, task_type="SEQ_2_SEQ_LM", init_lora_weights=False)
+    model = get_peft_model(_base("bart"), config).eval()
+    export(model, tmp_path / "onnx", format="onnx", tokenizer=build_tiny_tokenizer(), batch=BATCH)
+    export(model, tmp_path / "merged", format="merged")
+    build_tiny_tokenizer().save_pretrained(tmp_path / "merged")
+    texts = ["the film was good", "a bad one", "good good good the plot was a bad one"]
+    graphs, merged = (bayeslora.load(tmp_path / name).generate(texts, max_new_tokens=6) for name in ("onnx", "merged"))
+    assert [answer.text for answer in graphs] == [answer.text for answer in merged]
+    for one, other in zip(graphs, merged, strict=True):
+        torch.testing.assert_close(one.entropy, other.entropy, atol=1e-3, rtol=1e-3)
+    with pytest.raises(BayesLoraError, match="samples"):
+        bayeslora.load(tmp_path / "onnx").generate(texts, samples=2)
 
 
 def test_what_has_no_graph_is_refused(tmp_path: Path) -> None:

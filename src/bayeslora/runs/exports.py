@@ -45,7 +45,7 @@ def format_of(folder: Path) -> str:
 
 def format_for_others(folder: Path) -> str | None:
     """Return which of `FORMATS_FOR_OTHERS` the folder has; None for another one."""
-    if (folder / "model.onnx").is_file():
+    if any((folder / f"{name}model.onnx").is_file() for name in ("", "encoder_")):
         return "onnx"
     if any((folder / name).is_file() for name in ("model.gguf", "adapter.gguf")):
         return "gguf"
@@ -73,14 +73,10 @@ def load_for_others(
     """
     with libraries_of(form):
         if form == "onnx":
-            from bayeslora.export.onnx.reader import OnnxClassifier, OnnxDecoder
+            from bayeslora.export.onnx.reader import OnnxClassifier, OnnxDecoder, OnnxEncoderDecoder
 
-            if info.head == "seq2seq":
-                raise BayesLoraError(
-                    f"{folder} has the graphs of an encoder-decoder, but load reads those of classifiers and decoders "
-                    "alone: use the program on the folder's card"
-                )
-            return (OnnxClassifier if info.head == "sequence" else OnnxDecoder)(folder)
+            reader = {"sequence": OnnxClassifier, "seq2seq": OnnxEncoderDecoder}.get(info.head, OnnxDecoder)
+            return reader(folder)
         if form == "torchao":
             from bayeslora.export.torchao import load_torchao
 

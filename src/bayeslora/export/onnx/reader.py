@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, cast
 
@@ -12,7 +12,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 from transformers import AutoConfig, GenerationConfig, GenerationMixin, PreTrainedModel
-from transformers.cache_utils import Cache, DynamicCache
+from transformers.cache_utils import Cache, DynamicCache, EncoderDecoderCache
 from transformers.modeling_outputs import CausalLMOutputWithPast, Seq2SeqLMOutput, SequenceClassifierOutput
 from transformers.utils import GENERATION_CONFIG_NAME
 
@@ -81,25 +81,12 @@ class OnnxClassifier(nn.Module):
         return SequenceClassifierOutput(logits=torch.from_numpy(self.session.run(None, feeds)[0]))
 
 
-class OnnxDecoder(PreTrainedModel, GenerationMixin):
-    """The graph of a decoder, in onnxruntime on the CPU, with the `generate` of Transformers.
+class _Writer(PreTrainedModel, GenerationMixin):
+    """Graphs that write text, in onnxruntime on the CPU, with the `generate` of Transformers."""
 
-    Args:
-        folder: that `export` wrote with `format="onnx"`.
-
-    Raises:
-        BayesLoraError: files that are missing or damaged, or the graph of a classifier.
-    """
-
-    def __init__(self, folder: Path) -> None:
-        session, config = _opened(folder, MODEL_FILE)
+    def __init__(self, config: Any, folder: Path) -> None:
         super().__init__(config)
         self.config._attn_implementation = "onnx"  # unlike eager or sdpa, takes a mask of tokens alone
-        self.session, (self.names, self.caches) = session, _inputs_of(session)
-        if not self.caches:
-            raise BayesLoraError(
-                f"{folder} has the graph of a classifier, but the run needs a language model's: give its own run"
-            )
         if (folder / GENERATION_CONFIG_NAME).is_file():
             self.generation_config = GenerationConfig.from_pretrained(folder)
 
@@ -112,6 +99,26 @@ class OnnxDecoder(PreTrainedModel, GenerationMixin):
     def dtype(self) -> torch.dtype:
         """The type of the logits and the caches, float32."""
         return torch.float32
+
+
+class OnnxDecoder(_Writer):
+    """The graph of a decoder, in onnxruntime on the CPU, with the `generate` of Transformers.
+
+    Args:
+        folder: that `export` wrote with `format="onnx"`.
+
+    Raises:
+        BayesLoraError: files that are missing or damaged, or the graph of a classifier.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        session, config = _opened(folder, MODEL_FILE)
+        super().__init__(config, folder)
+        self.session, (self.names, self.caches) = session, _inputs_of(session)
+        if not self.caches:
+            raise BayesLoraError(
+                f"{folder} has the graph of a classifier, but the run needs a language model's: give its own run"
+            )
 
     def forward(
         self,
@@ -140,15 +147,19 @@ class OnnxDecoder(PreTrainedModel, GenerationMixin):
         given = {"input_ids": input_ids, "attention_mask": mask, "position_ids": position_ids}
         feeds: dict[str, Any] = {name: _integers(given[name]) for name in self.names}
         cache = DynamicCache() if past_key_values is None and use_cache else past_key_values
-        if cache is not None and seen:
-            past = [each for layer in cast(Any, cache).layers for each in (layer.keys, layer.values)]
-            feeds |= {name: each.contiguous().numpy() for name, each in zip(self.caches, past, strict=True)}
-        else:
-            feeds |= {name: _empty(rows, shape) for name, shape in self.caches.items()}
+        feeds |= _past(cache, self.caches, rows)
         logits, *present = self.session.run(["logits"] if cache is None else None, feeds)
         if cache is not None:
             _hold(cache, [torch.from_numpy(each) for each in present])
         return CausalLMOutputWithPast(logits=torch.from_numpy(logits), past_key_values=cache)
+
+
+def _past(cache: Cache | None, caches: Mapping[str, Any], rows: int) -> dict[str, NDArray[np.float32]]:
+    """Return the keys and values that the cache holds, by a graph's names; of no tokens where it holds none."""
+    if cache is None or not cache.get_seq_length():
+        return {name: _empty(rows, shape) for name, shape in caches.items()}
+    past = [each for layer in cast(Any, cache).layers for each in (layer.keys, layer.values)]
+    return {name: each.contiguous().numpy() for name, each in zip(caches, past, strict=True)}
 
 
 def _hold(cache: Cache, present: Sequence[Tensor]) -> None:
@@ -161,8 +172,25 @@ def _hold(cache: Cache, present: Sequence[Tensor]) -> None:
             layers[number].keys, layers[number].values = keys, values
 
 
-class OnnxEncoderDecoder(nn.Module):
-    """The two graphs of an encoder-decoder, in onnxruntime on the CPU; it reads whole answers, without a cache.
+class _Encoder(nn.Module):
+    """The graph of an encoder, which returns keys and values of the text by the decoder's names."""
+
+    def __init__(self, session: onnxruntime.InferenceSession) -> None:
+        super().__init__()
+        self.session, self.names = session, [each.name for each in session.get_outputs()]
+
+    def forward(self, input_ids: Tensor, attention_mask: Tensor, **_: Any) -> dict[str, Tensor]:
+        feeds = {"input_ids": _integers(input_ids), "attention_mask": _integers(attention_mask)}
+        read = dict(zip(self.names, self.session.run(None, feeds), strict=True))
+        return {
+            name.replace("present", CACHES): torch.from_numpy(each)
+            for name, each in read.items()
+            if ".encoder." in name
+        }
+
+
+class OnnxEncoderDecoder(_Writer):
+    """The two graphs of an encoder-decoder, in onnxruntime on the CPU, with the `generate` of Transformers.
 
     Args:
         folder: that `export` wrote with `format="onnx"`.
@@ -172,25 +200,52 @@ class OnnxEncoderDecoder(nn.Module):
     """
 
     def __init__(self, folder: Path) -> None:
-        super().__init__()
-        self.encoder, _ = _opened(folder, ENCODER_FILE)
-        self.decoder, self.config = _opened(folder, DECODER_FILE)
-        self.names = [each.name for each in self.encoder.get_outputs()]
-        self.caches = {each.name: each.shape for each in self.decoder.get_inputs() if ".decoder." in each.name}
+        encoder, _ = _opened(folder, ENCODER_FILE)
+        session, config = _opened(folder, DECODER_FILE)
+        super().__init__(config, folder)
+        self.session, self.reads = session, _Encoder(encoder)
+        self.caches = {name: shape for name, shape in _inputs_of(session)[1].items() if ".decoder." in name}
+
+    def get_encoder(self, modality: str | None = None) -> nn.Module:
+        return self.reads
 
     def forward(
-        self, input_ids: Tensor, attention_mask: Tensor | None = None, decoder_input_ids: Tensor | None = None
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        decoder_input_ids: Tensor | None = None,
+        encoder_outputs: dict[str, Tensor] | None = None,
+        past_key_values: EncoderDecoderCache | None = None,
+        use_cache: bool | None = None,
+        return_dict: bool = True,
     ) -> Seq2SeqLMOutput:
-        """Return the logits (rows, length, words) for texts and a mask (rows, source), and answers (rows, length)."""
+        """Return the logits (rows, tokens, words) for the tokens of answers behind those in a cache.
+
+        Args:
+            input_ids: texts, (rows, source); needed without `encoder_outputs`.
+            attention_mask: of the texts.
+            decoder_input_ids: new tokens of the answers, (rows, tokens).
+            encoder_outputs: what the encoder has read.
+            past_key_values: of the tokens before, which is grown.
+            use_cache: as `generate` gives it; a cache is kept where one is given.
+            return_dict: True, which `generate` gives.
+        """
         if decoder_input_ids is None:
             raise BayesLoraError("decoder_input_ids is missing, but an encoder-decoder scores answers: give them")
-        mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
-        ids, shown = _integers(input_ids), _integers(mask)
-        read = dict(zip(self.names, self.encoder.run(None, {"input_ids": ids, "attention_mask": shown}), strict=True))
-        feeds = {name.replace("present", CACHES): values for name, values in read.items() if ".encoder." in name}
-        feeds |= {name: _empty(len(ids), shape) for name, shape in self.caches.items()}
-        feeds |= {"input_ids": _integers(decoder_input_ids), "encoder_attention_mask": shown}
-        return Seq2SeqLMOutput(logits=torch.from_numpy(self.decoder.run(["logits"], feeds)[0]))
+        if attention_mask is None:
+            attention_mask = torch.ones_like(cast(Tensor, input_ids))
+        read = encoder_outputs or self.reads(input_ids, attention_mask)
+        cache = None if past_key_values is None else past_key_values.self_attention_cache
+        if past_key_values is not None and not past_key_values.get_seq_length():
+            # Transformers counts T5's encoder layers.
+            cache = past_key_values.self_attention_cache = DynamicCache()
+        feeds = {name: each.contiguous().numpy() for name, each in read.items()}
+        feeds |= _past(cache, self.caches, len(decoder_input_ids))
+        feeds |= {"input_ids": _integers(decoder_input_ids), "encoder_attention_mask": _integers(attention_mask)}
+        logits, *present = self.session.run(["logits"] if cache is None else None, feeds)
+        if cache is not None:
+            _hold(cache, [torch.from_numpy(each) for each in present])
+        return Seq2SeqLMOutput(logits=torch.from_numpy(logits), past_key_values=past_key_values)
 
 
 def _empty(rows: int, shape: Sequence[Any]) -> NDArray[np.float32]:
