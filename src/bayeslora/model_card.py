@@ -204,7 +204,7 @@ def error_of(measured: Mapping[str, Any], how: str = "", answers: str = "answers
     if not said:
         return "The difference from the trained model was not measured."
     rows = f" on {counted(measured['rows'], 'row')}" if "rows" in measured else ""
-    return f"Measured{rows}{how}, beside the trained model: {' '.join(said)}"
+    return f"Measured{rows}{how} beside the trained model: {' '.join(said)}"
 
 
 def check_license(name: str) -> None:

@@ -81,7 +81,7 @@ def export(
         measured = cast(dict[str, Any], write(model, path, adapter_name, batch, **options))
         if format in CARDED:
             inner = next(module for module in model.modules() if isinstance(module, PeftModel))
-            config = inner.peft_config[adapter_name or inner.active_adapter]
+            config = inner.peft_config[adapter_name or only_active(inner)]
             for each in adapter_folders(Path(path), options):
                 write_card(each, format, inner.get_base_model(), config, measured)
     return measured
