@@ -68,6 +68,8 @@ CLASS_HEADS = ("sequence", "words")
 """Heads whose classes are in the model's configuration."""
 LANGUAGE_HEADS = ("letters", "cloze")
 """Heads of language models on multiple choice."""
+WRITING_HEADS = ("text", "seq2seq")
+"""Heads of models that write their answers."""
 # PEFT lacks a task type for multiple choice; without a type it wraps the model unchanged.
 _TASK_TYPES = {
     "sequence": TaskType.SEQ_CLS,
@@ -371,7 +373,7 @@ def longest_input(
     """
     config: Any = model.config
     default = DEFAULT_PROMPT_LENGTH if head in LANGUAGE_HEADS else _DEFAULT_LENGTH
-    default = _DEFAULT_TEXT_LENGTH if head in ("text", "seq2seq") else default
+    default = _DEFAULT_TEXT_LENGTH if head in WRITING_HEADS else default
     positions = getattr(config, "max_position_embeddings", None)
     # RoBERTa's positions start after its padding id.
     offset = config.pad_token_id + 1 if config.model_type in _OFFSET_POSITIONS else 0

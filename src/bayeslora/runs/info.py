@@ -20,7 +20,7 @@ RUN_FILE = "run.json"
 Head = Literal["sequence", "words", "choices", "letters", "cloze", "text", "seq2seq"]
 """Source of the class logits: a classifier (or regressor) of a text or pair, one of the words of a text, a scorer of
 questions with a choice, or a language model's head, at the letters of the choices or at the tokens of their text;
-`text` answers in its words."""
+`text` and `seq2seq` answer in their words."""
 RunKind = Literal[
     "classification", "multi_label", "regression", "token_classification", "multiple_choice", "generation"
 ]

@@ -15,7 +15,7 @@ from bayeslora.errors import BayesLoraError
 from bayeslora.files import check_readable
 from bayeslora.methods.registry import find_method
 from bayeslora.prediction.predictor import MULTI_LABEL
-from bayeslora.runs.base import AUTO_CLASSES, CLASS_HEADS, load_errors, resolve_model, source
+from bayeslora.runs.base import AUTO_CLASSES, CLASS_HEADS, WRITING_HEADS, load_errors, resolve_model, source
 from bayeslora.runs.info import Head, RunInfo
 from bayeslora.vocabulary import WORDS
 
@@ -116,7 +116,7 @@ def _info(method: str, model: str, base_name: str, head: Head, config: Pretraine
         known: dict[Any, str] = dict(config.id2label or {}) if config.num_labels == classes else {}
         labels = [str(known.get(index, f"LABEL_{index}")) for index in range(classes)]
     of_classes = "token_classification" if head == "words" else "classification"
-    kind = "generation" if head in ("text", "seq2seq") else of_classes if labels else "regression"
+    kind = "generation" if head in WRITING_HEADS else of_classes if labels else "regression"
     return RunInfo(
         method=method,
         model=model,
