@@ -80,6 +80,9 @@ def test_a_calibration_is_of_one_model_one_number_of_samples_and_one_seed(folder
     run = bayeslora.load(folder)
     with pytest.raises(BayesLoraError, match=r"lacks conformal\.json.*`bayeslora calibrate .*out` first"):
         run.predict(TEXTS, coverage=0.9)
+    shutil.copytree(folder, folder.with_name("plain"), ignore=shutil.ignore_patterns("run.json"))
+    with pytest.raises(BayesLoraError, match=r"plain lacks conformal\.json.*: call `calibrate` of the loaded model"):
+        Calibration.load(folder.with_name("plain"))
     run.calibrate(tickets(24, seed=7), samples=3)
     with pytest.raises(BayesLoraError, match=r"samples is 5, but .*conformal\.json was made with 3"):
         run.predict(TEXTS, samples=5, coverage=0.9)

@@ -129,7 +129,7 @@ class AnswerCalibration:
         Raises:
             BayesLoraError: the file is missing or damaged, or a newer version wrote it.
         """
-        return read_calibration(folder / RISK_FILE, "a risk", _VERSION, cls._read)
+        return read_calibration(folder / RISK_FILE, "a risk", "calibrate_answers", _VERSION, cls._read)
 
     @classmethod
     def _read(cls, content: dict[str, Any]) -> AnswerCalibration:

@@ -29,7 +29,7 @@ from bayeslora.posthoc.conformal import ConformalIntervals, ConformalSets, confo
 from bayeslora.posthoc.risk import RiskControl, Threshold
 from bayeslora.prediction import Predictable, Prediction
 from bayeslora.runs.base import add_tensor
-from bayeslora.runs.info import RunInfo
+from bayeslora.runs.info import RUN_FILE, RunInfo
 from bayeslora.runs.predictions import Decisions
 from bayeslora.runs.scaling import Scaling
 
@@ -218,7 +218,7 @@ class Calibration:
         Raises:
             BayesLoraError: the file is missing or damaged, or a newer version wrote it.
         """
-        return read_calibration(folder / CALIBRATION_FILE, "a coverage or risk", _VERSION, cls._read)
+        return read_calibration(folder / CALIBRATION_FILE, "a coverage or risk", "calibrate", _VERSION, cls._read)
 
     @classmethod
     def _read(cls, content: dict[str, Any]) -> Calibration:
@@ -241,12 +241,15 @@ class Calibration:
         return cls(sets, risk, content["labels"], **shared)
 
 
-def read_calibration(path: Path, needing: str, version: int, read: Callable[[dict[str, Any]], Read]) -> Read:
+def read_calibration(
+    path: Path, needing: str, maker: str, version: int, read: Callable[[dict[str, Any]], Read]
+) -> Read:
     """Return what `read` makes of a file that `bayeslora calibrate` has written into a run's folder.
 
     Args:
         path: of the file.
         needing: what needs it, for the message.
+        maker: the method of `Run` that writes it, where the command cannot.
         version: the newest that `read` knows.
         read: makes an object of the content; what it raises for a wrong one counts as damage.
 
@@ -254,9 +257,9 @@ def read_calibration(path: Path, needing: str, version: int, read: Callable[[dic
         BayesLoraError: the file is missing or damaged, or a newer version wrote it.
     """
     if not path.is_file():
-        raise BayesLoraError(
-            f"{path.parent} lacks {path.name}, but {needing} needs it: run `bayeslora calibrate {path.parent}` first"
-        )
+        has_info = (path.parent / RUN_FILE).is_file()  # which the command needs
+        mend = f"run `bayeslora calibrate {path.parent}`" if has_info else f"call `{maker}` of the loaded model"
+        raise BayesLoraError(f"{path.parent} lacks {path.name}, but {needing} needs it: {mend} first")
     check_readable(path)
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
