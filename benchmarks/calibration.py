@@ -77,6 +77,7 @@ class Job:
     folder: Path
     training: Training
     rows: int | None = None
+    without_tfb: bool = False
 
     @property
     def settings(self) -> dict[str, Any]:
@@ -102,7 +103,7 @@ def run(job: Job) -> dict[str, Any]:
     rows = rows_of["selection" if job.select else labelled]
     scored: dict[str, Any] = {}
     with training_arithmetic(done.model):
-        for form in forms(job.method, done):
+        for form in forms(job.method, done, job.without_tfb):
             scored[form.name] = _scored(form, rows, task, done.data.tokenizer, job.seed)
     return {
         **shared,
@@ -191,6 +192,9 @@ def main() -> None:
     parser.add_argument("--select", action="store_true", help="score on the rows held out of train alone")
     parser.add_argument("--set", nargs="+", default=[], metavar="FIELD=JSON", help="the configuration, with --select")
     parser.add_argument("--results", type=Path, default=RESULTS, help="the folder of the runs' files")
+    parser.add_argument(
+        "--without-tfb", action="store_true", help="leave out training-free Bayesianization: it is slow"
+    )
     parser.add_argument("--steps", type=int, help="of every run, to try the benchmark out in another --results")
     parser.add_argument("--rows", type=int, help="of train and to score, to try the benchmark out")
     parser.add_argument("--table", action="store_true", help="only print the tables, as on the results page")
@@ -222,7 +226,8 @@ def jobs(given: argparse.Namespace) -> dict[Path, Job]:
                 training = TRAINING[task] if given.steps is None else replace(TRAINING[task], steps=given.steps)
                 own = {**OPTIONS.get(method, {}), **options}
                 file = folder / f"{_file_name(task, method)}{changed}-{seed}.json"
-                found[file] = Job(method, task, seed, given.data_dir, own, given.select, folder, training, given.rows)
+                where = given.data_dir, own, given.select, folder
+                found[file] = Job(method, task, seed, *where, training, given.rows, given.without_tfb)
     return found
 
 

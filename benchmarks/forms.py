@@ -234,8 +234,11 @@ class KeptPosterior(TrainerCallback):
         self.kept.append(WeightPosterior.of(self.model, unwrapped(kwargs["optimizer"])))
 
 
-def forms(method: str, run: Trained) -> Iterator[Form]:
-    """Every row that one trained model fills; the last ones may use the model up."""
+def forms(method: str, run: Trained, without_tfb: bool = False) -> Iterator[Form]:
+    """Every row that one trained model fills; the last ones may use the model up.
+
+    `without_tfb` leaves out training-free Bayesianization, whose search takes longer than training.
+    """
     model, numbers = run.model, int(run.facts["parameters"]["adapter"])
     kind = method.partition("-")[0]
     if kind in ("swag", "ivon"):
@@ -243,7 +246,7 @@ def forms(method: str, run: Trained) -> Iterator[Form]:
         stored = numbers * (2 if kind == "ivon" else SWAG_RANK + 2)
         yield Form(method, ModelPredictor(model, run.posterior), SAMPLES, SAMPLES, stored)
     elif kind in ("lora", "tuned"):
-        yield from _forms_of_lora(method, run, numbers)
+        yield from _forms_of_lora(method, run, numbers, without_tfb)
     elif method == "melora-cores":
         # Every core is drawn once: as many passes as members.
         yield Form(method, model, CORES, CORES, numbers)
@@ -256,7 +259,7 @@ def forms(method: str, run: Trained) -> Iterator[Form]:
             yield from _fitted(f"{method}-temperature", TemperatureScaling, run, numbers, SAMPLES)
 
 
-def _forms_of_lora(method: str, run: Trained, numbers: int) -> Iterator[Form]:
+def _forms_of_lora(method: str, run: Trained, numbers: int, without_tfb: bool) -> Iterator[Form]:
     """Rows of a LoRA; an older run (`lora`) has three of them, under names without its own."""
     model, data = run.model, run.data
     yield Form(method, model, 0, 1, numbers)
@@ -277,6 +280,9 @@ def _forms_of_lora(method: str, run: Trained, numbers: int) -> Iterator[Form]:
         parts = (curvature.eigenvalues, curvature.left, curvature.right, curvature.whole)
         stored = numbers + sum(part.numel() for part in parts if part is not None)
         yield Form("laplace", laplace, 0, 1, stored, time.perf_counter() - start)
+    if without_tfb:
+        run.left_out["tfb"] = "not asked for (--without-tfb): other seeds have it"
+        return
     start = time.perf_counter()
     try:
         samples = CLOZE_TFB_SAMPLES if is_language else SAMPLES
