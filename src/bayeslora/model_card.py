@@ -203,8 +203,9 @@ def error_of(measured: Mapping[str, Any], how: str = "", answers: str = "answers
         )
     if not said:
         return "The difference from the trained model was not measured."
-    rows = f" on {counted(measured['rows'], 'row')}" if "rows" in measured else ""
-    return f"Measured{rows}{how} beside the trained model: {' '.join(said)}"
+    on = f" on {counted(measured['rows'], 'row')}" if "rows" in measured else ""
+    on = " on the base's dummy inputs, not on your data," if measured.get("dummy_inputs") else on
+    return f"Measured{on}{how} beside the trained model: {' '.join(said)}"
 
 
 def check_license(name: str) -> None:

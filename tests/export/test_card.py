@@ -10,9 +10,9 @@ import pytest
 import torch
 from peft import get_peft_model
 
-from bayeslora import BayesLoraError, MeLoraConfig, export
+from bayeslora import BayesLoraError, BLoraConfig, MeLoraConfig, export
 from bayeslora.model_card import check_license
-from tests.conftest import build_tiny_bert
+from tests.conftest import build_tiny_bert, build_tiny_tokenizer
 from tests.methods.reference import D_IN, FROZEN, Tiny, seeded, tiny_model
 
 
@@ -38,6 +38,21 @@ def test_the_name_of_the_base_is_for_the_files_alone(tmp_path: Path) -> None:
         assert written["base_model_name_or_path"] == "someone/some-base"
         assert "# Plain LoRA for `someone/some-base`" in (folder / "README.md").read_text(encoding="utf-8")
     assert not (tmp_path / "README.md").exists()
+
+
+@pytest.mark.parametrize("form", ["lora", "merged", "integer", "onnx"])
+def test_a_card_says_that_its_error_is_that_of_dummy_inputs(form: str, tmp_path: Path) -> None:
+    if form == "onnx":
+        pytest.importorskip("onnxruntime")
+    config = BLoraConfig(r=2, target_modules=["query"], task_type="SEQ_CLS")
+    model = get_peft_model(build_tiny_bert(), config).eval()
+    rows = {"input_ids": torch.tensor([[5, 6, 7], [8, 9, 10]]), "attention_mask": torch.ones(2, 3, dtype=torch.int64)}
+    options = {"tokenizer": build_tiny_tokenizer()} if form == "onnx" else {}
+    for folder, batch in (("without", None), ("with", rows)):
+        measured = export(model, tmp_path / folder, format=form, batch=batch, **options)
+        card = (tmp_path / folder / "README.md").read_text(encoding="utf-8")
+        assert (batch is None) == ("dummy_inputs" in measured) == ("dummy inputs, not on your data" in card)
+        assert "% of the answers change" in card and measured["divergence"] >= 0
 
 
 @pytest.mark.parametrize("name", ["", "a/b/c", "a b", "\udcff", "-a", "/home/me/model", "x" * 200])

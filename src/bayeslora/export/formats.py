@@ -63,7 +63,7 @@ def export(
             loads; `onnx` for a graph that onnxruntime runs; `gguf` for files that llama.cpp runs; `torchao` for int8
             weights that Transformers and vLLM run.
         adapter_name: by default the active adapter.
-        batch: inputs to measure the output error on.
+        batch: inputs to measure the output error on; without it the `dummy_inputs`, and result and card say so.
         base_model_id: hub id of the base model, which card and configuration then name; by default where it was
             loaded from.
         options: further keyword arguments of the format's function, such as `export_lora`.
@@ -317,8 +317,7 @@ def inputs_for(model: nn.Module, batch: Mapping[str, Tensor] | None) -> dict[str
     found = batch if batch is not None else getattr(model, "dummy_inputs", None)
     if found is None:
         return None
-    device = device_of(model)
-    return {key: value.to(device) for key, value in found.items() if key not in ("labels", "label")}
+    return {key: value.to(device_of(model)) for key, value in found.items() if key not in ("labels", "label")}
 
 
 @torch.no_grad()
@@ -331,7 +330,7 @@ def output_of(model: nn.Module, inputs: Mapping[str, Tensor] | None) -> Tensor |
 
 
 def output_error(
-    expected: Tensor | None, found: Tensor | None, model: nn.Module | None = None
+    expected: Tensor | None, found: Tensor | None, model: nn.Module | None = None, *, is_dummy: bool = False
 ) -> dict[str, float | None]:
     """Return how far outputs are from the expected ones.
 
@@ -339,6 +338,7 @@ def output_error(
         expected: (…, classes), or None if there was nothing to measure on.
         found: of the same shape, or None.
         model: that the outputs are logits of, one class of several; None if they may be others.
+        is_dummy: True for outputs of the model's `dummy_inputs`; the result then has `dummy_inputs`, True.
 
     Returns:
         `max_output_error` and `max_output`, the largest difference and the largest expected output, or None; and of
@@ -354,5 +354,5 @@ def output_error(
     if config is not None and expected.shape[-1] > 1 and config.problem_type != "multi_label_classification":
         before, after = (logits.float().flatten(0, -2).log_softmax(-1) for logits in (expected, found))
         errors["changed"] = float((before.argmax(1) != after.argmax(1)).float().mean())
-        errors["divergence"] = float(F.kl_div(after, before, reduction="batchmean", log_target=True))
-    return errors
+        errors["divergence"] = max(0.0, float(F.kl_div(after, before, reduction="batchmean", log_target=True)))
+    return {**errors, "dummy_inputs": True} if is_dummy else errors

@@ -148,10 +148,8 @@ def _export_members(
 def _largest(found: list[dict[str, Any]]) -> dict[str, Any]:
     """Return the maxima of several exports' measurements and ranks."""
     ranks = {layer: max(each["ranks"][layer] for each in found) for layer in found[0]["ranks"]}
-    largest = {
-        key: None if found[0][key] is None else max(each[key] for each in found)
-        for key in ("max_output_error", "max_output")
-    }
+    said = {key: value for key, value in found[0].items() if key != "ranks"}
+    largest = {key: None if value is None else max(each[key] for each in found) for key, value in said.items()}
     return {**largest, "ranks": ranks}
 
 
@@ -276,8 +274,6 @@ def _measure(
 ) -> dict[str, float | None]:
     """Return the largest difference between the outputs of the model and of its LoRA form on `batch`."""
     inputs = inputs_for(model, batch)
-    if inputs is None:
-        return output_error(None, None)
     was_training = model.training
     active = {path: layer._active_adapter for path, layer in layers.items()}
     model.eval()
@@ -291,7 +287,7 @@ def _measure(
         model.train(was_training)
         for path, layer in layers.items():
             layer._active_adapter = active[path]
-    return output_error(ours, exported, model)
+    return output_error(ours, exported, model, is_dummy=batch is None)
 
 
 @contextmanager

@@ -79,7 +79,7 @@ def export_merged(
     ours = output_of(whole, inputs)
     merged = merge_into_base(whole, name)
     theirs = output_of(merged, inputs)
-    measured: dict[str, Any] = {**output_error(ours, theirs, merged), "inexact": reason}
+    measured: dict[str, Any] = {**output_error(ours, theirs, merged, is_dummy=batch is None), "inexact": reason}
     far = theirs is not None and not measured["max_output_error"] <= TOLERANCE * max(1.0, measured["max_output"])
     if far and reason is None:
         measured["inexact"] = "a merged weight is used in a second place, such as a tied embedding"
@@ -155,7 +155,6 @@ def _card(config: Any, base: nn.Module, measured: dict[str, Any]) -> str:
     name, reason = base_name(config, base), measured["inexact"]
     exact = "The merge is exact: outputs are those of base and adapter, to float rounding"
     said = exact if reason is None else f"**The merge is not exact**: {reason}"
-    outputs = {key: measured[key] for key in ("max_output_error", "max_output")}
     method = getattr(config, "method", "lora")
     trained, how = "PEFT's LoRA", ""
     if hasattr(config, "method"):
@@ -171,5 +170,5 @@ def _card(config: Any, base: nn.Module, measured: dict[str, Any]) -> str:
 `{name}` with an adapter trained with {trained}, merged into its weights{how}.
 It is an ordinary Transformers model and needs no library besides Transformers.
 
-{said}. {error_of(outputs)}
+{said}. {error_of(measured)}
 """

@@ -108,7 +108,7 @@ def export_integer(
         "file_bytes": (Path(path) / WEIGHTS_FILE).stat().st_size,
         "ideal_bytes": sum(tensor.nbytes for tensor in tensors.values()),
         "float32_bytes": 4 * sum(parameter.numel() for parameter in base.parameters()),
-        **output_error(expected, found, base),
+        **output_error(expected, found, base, is_dummy=batch is None),
     }
 
 

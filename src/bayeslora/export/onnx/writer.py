@@ -95,7 +95,7 @@ def export_onnx(
     config, folder = whole.peft_config[name], Path(path)
     base, products = _taken_apart(whole, layers, name, unadapted, filled_inputs(whole, calibration or [], names))
     _save(folder, base, products, names, fast)
-    result = {**_sizes(folder, base), **measured.errors(folder)}
+    result = _sizes(folder, base) | measured.errors(folder) | ({"dummy_inputs": True} if batch is rows is None else {})
     result |= {"widened": products.widened, "unadapted": products.unadapted}
     _check_error(result, are_learned=products.are_learned, allow_error=allow_error)
     _write_card(folder, base, config, fast, max_length, names, result)
