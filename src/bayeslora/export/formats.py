@@ -64,8 +64,7 @@ def export(
             weights for Transformers and vLLM.
         adapter_name: name of the adapter, by default the active one.
         batch: inputs on which the error of the outputs is measured.
-        base_model_id: hub id of the base model to write into README and configuration; by default the name or path
-            that it was loaded from.
+        base_model_id: hub id of the base model for README and configuration; by default where it was loaded from.
         options: further keyword arguments of the format's function, such as those of `export_lora`.
 
     Raises:
@@ -148,8 +147,7 @@ def shrink(model: nn.Module, adapter_name: str | None = None) -> dict[str, int]:
 
     A rank is removed if its gate is closed or its diagonal entry is quantized to zero. Ranges and the scaling stay as
     trained, so the outputs stay the same up to float rounding. `rank_pattern` in the adapter's config records the
-    remaining ranks, and a saved adapter reloads with them. Shrink after training: existing optimizers keep the old
-    tensors.
+    remaining ranks, and a saved adapter reloads with them. Shrink after training: optimizers keep the old tensors.
 
     Args:
         model: a PEFT model; one without an adapter of this library is left unchanged.

@@ -50,8 +50,7 @@ def bayesianize(
 
     Args:
         model: a PEFT model with one LoRA adapter on linear layers.
-        anchor: a batch or batches of held-out data, a few hundred examples. Without labels, the classes that the model
-            predicts are used.
+        anchor: a batch or batches of a few hundred held-out examples; without labels, predicted classes are used.
         tolerance: relative increase of the anchor's negative log-likelihood that is allowed. The posterior gets the
             largest noise scale within it.
         samples, seed: number and seed of the draws that estimate this likelihood, the same for every scale.

@@ -69,9 +69,8 @@ class TemperatureScaling(CalibrationMap):
 
     Args:
         model: a model or another predictor.
-        temperature: T > 0; above 1 lowers the confidence. `fit` sets it to maximize the likelihood of held-out labels,
-            and fails if the maximum is not inside `bounds`: if every label is predicted correctly, or none better than
-            by chance.
+        temperature: T > 0; above 1 lowers the confidence. `fit` sets it to maximize the likelihood of held-out labels.
+            It fails if the model predicts all labels correctly or none better than by chance.
     """
 
     bounds = (0.02, 50.0)

@@ -108,11 +108,9 @@ def generate(
             tokens are masked, unless the padding token is also an end-of-sequence token.
         samples: number of draws of the weights; 0 generates once with the mean weights, for any model.
         seed: seed of the draws and of `do_sample`.
-        uncertainty: score each sequence under all draws, not only its own. This takes one pass over all sequences for
-            each draw.
+        uncertainty: score each sequence under all draws, not only its own; this takes a pass for each draw.
         antithetic: pair draws with opposite noise.
-        answers: `"draws"` generates under every draw; `"mean"` generates once with the mean weights, and the draws
-            only score the result.
+        answers: `"draws"` generates under every draw; `"mean"` only with the mean weights, and the draws score that.
         generate_kwargs: options of `model.generate`: `max_new_tokens`, `num_beams`, `do_sample`, … Entropies and
             probabilities are the model's own, before any temperature or other processing.
 

@@ -56,8 +56,7 @@ class ModelPredictor:
 
     Args:
         model: the model whose weights are drawn.
-        source: the `IVON` or `SWAG` that has trained the model, or a saved `WeightPosterior`; None uses the adapter's
-            own posterior.
+        source: the model's `IVON` or `SWAG`, or a saved `WeightPosterior`; None uses the adapter's own posterior.
 
     Raises:
         BayesLoraError: `source` has no posterior.

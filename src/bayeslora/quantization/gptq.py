@@ -26,13 +26,13 @@ _BLOCK = 64  # columns whose changes reach the rest of the matrix in one product
 
 @torch.no_grad()
 def gptq_codes(weight: Tensor, ranges: Tensor, bits: int, moments: Tensor) -> Tensor:
-    r"""Codes (d_out, d_in), int8, of a weight on the grids of its ranges.
+    r"""Return the GPTQ codes (d_out, d_in), int8, of a weight.
 
     Args:
-        weight: (d_out, d_in).
-        ranges: as of `quantize`: one number, (d_out, 1), or (d_out, groups).
-        bits: from 2 to 8.
-        moments: H (d_in, d_in), times any positive number.
+        weight: (d_out, d_in) weight.
+        ranges: ranges of the grids, as for `quantize`: one number, (d_out, 1), or (d_out, groups).
+        bits: width of the codes, from 2 to 8.
+        moments: (d_in, d_in) second moments H of the inputs, up to a positive factor.
     """
     level = (1 << (bits - 1)) - 1
     order = moments.diagonal().argsort(descending=True, stable=True)

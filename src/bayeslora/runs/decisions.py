@@ -127,8 +127,7 @@ class Calibration:
 
         Args:
             prediction: prediction by the calibrated predictor, with the calibration's samples and seed.
-            coverage: share of the sets that contain the right label, or of the intervals that contain the right
-                value; None for neither.
+            coverage: share of the sets or intervals that contain the right label or value; None for no sets.
             risk: maximum share of wrong answers; None to mark no rows.
             delta: probability that the risk is exceeded, by default 0.05; see `RiskControl`.
 

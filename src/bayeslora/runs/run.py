@@ -341,8 +341,7 @@ class Run:
             save: write `conformal.json` into the run's folder, replacing an earlier one.
 
         Raises:
-            BayesLoraError: the rows were used in training or do not fit the run, or `samples` > 0 for a deterministic
-                model.
+            BayesLoraError: the rows were used in training or do not fit, or `samples` > 0 for a deterministic model.
         """
         given: str | Path | list[dict[str, Any]]
         given = Path(rows) if isinstance(rows, (str, os.PathLike)) else [dict(row) for row in rows]
