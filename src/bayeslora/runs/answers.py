@@ -80,11 +80,11 @@ class Sampling:
 
     Attributes:
         samples: number of draws.
-        seed: of the draws.
+        seed: seed of the draws.
         max_new_tokens: maximum length of an answer; None for what the task needs or the model has room for.
-        temperature: of the tokens of the draws' answers; 0 for the most probable ones.
-        cluster_with: an encoder whose embeddings say which answers of the draws say the same; None for equal words.
-        similarity: cosine of two embeddings from which on they do.
+        temperature: temperature of the draws' answers; 0 for the most probable tokens.
+        cluster_with: encoder whose embeddings group the draws' answers by meaning; None groups equal words only.
+        similarity: cosine of two embeddings from which two answers are in one group.
     """
 
     samples: int = 0
