@@ -271,7 +271,7 @@ class ClozeLogits:
         """Return class logits for a batch from `ClozeCollator`; other keys are ignored.
 
         Raises:
-            BayesLoraError: a model with an adapter of this library is in training but cannot share the context.
+            BayesLoraError: a model with an adapter of this library is in training, but does not share the context.
         """
         return trained_logits(model, self._logits, batch)
 

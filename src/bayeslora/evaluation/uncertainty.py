@@ -137,7 +137,7 @@ def detection_scores(inside: ArrayLike, outside: ArrayLike) -> dict[str, float]:
         outside: (m,) uncertainty of out-of-distribution examples.
 
     Returns:
-        `auroc`: probability that an outside example has the larger uncertainty than an inside one; ties count 1/2.
+        `auroc`: probability that an outside example is less sure than an inside one; a tie counts one half.
         `aupr`: average precision, $\sum_t (R_t - R_{t-1}) P_t$ over the distinct thresholds, so tied examples are
         flagged together. Chance gives m / (n + m), so compare it only at equal n and m.
         `fpr95`: share of inside examples flagged at the highest threshold that flags at least 95 % of the outside ones

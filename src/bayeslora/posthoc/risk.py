@@ -76,7 +76,7 @@ class RiskControl:
         self.confidence: NDArray[np.float64] = np.empty(0)
         """Confidence of the calibration rows, from the surest down; empty before `fit`."""
         self.wrong: NDArray[np.bool_] = np.empty(0, dtype=bool)
-        """Return whether the predicted class of each of these rows is wrong."""
+        """Whether the predicted class of each of these rows is wrong; empty before `fit`."""
 
     def fit(self, calibration: Prediction | ArrayLike, labels: ArrayLike) -> RiskControl:
         """Keep confidence and errors of labelled rows that the model was not trained on, and return self.
