@@ -9,10 +9,10 @@ from contextlib import contextmanager
 
 
 class BayesLoraError(ValueError):
-    """Invalid input, options or files.
+    """Raised for invalid input, options or files.
 
     Each argument is one sentence: "<what was given>, but <what is accepted>: <what to do>". The command line prints
-    one per line and exits with status 2.
+    each on a line of its own and exits with status 2.
     """
 
     def __str__(self) -> str:

@@ -33,25 +33,25 @@ def relative_bops(
     tokens: int = 128,
     baseline_rank: int = 16,
 ) -> dict[str, float]:
-    """Return bit operations as a share of LoRA on query, key and value of the same model at 32 × 32 bits.
+    """Return a model's bit operations as a share of those of 32-bit LoRA on query, key and value of the same model.
 
-    A LoRA of rank `baseline_rank` on all query, key and value projections is exactly 1 in every scope. "adapted"
+    LoRA of rank `baseline_rank` on all query, key and value projections is exactly 1 in every scope. "adapted"
     compares the adapted layers with the same layers of the baseline, which adapts only query, key and value
     projections. The other scopes compare all their operations, so adapters on more layers cost more. The paper's
     headline figures count attention alone; with the feed-forward layers ("encoder") the same run saves about half as
     much, so every scope is reported.
 
-    In a model without a recognisable attention module the baseline adapts the same layers as the model, and they count
-    as "attention" (see `bayeslora.cost.operations`). An empty scope is 1.0: it offers nothing to save.
+    In a model without a recognisable attention module, the baseline adapts the same layers as the model, and they
+    count as "attention" (see `bayeslora.cost.operations`). An empty scope is 1.0: there is nothing to save in it.
 
     Args:
         model: a model or a configuration, as in `bayeslora.cost.operations`.
-        layers: the adapted layers, by default `bayeslora.describe(model)`; an empty list is the base model alone.
-        tokens: length of the sequence.
-        baseline_rank: rank r of the baseline.
+        layers: the adapted layers, by default `bayeslora.describe(model)`; an empty list gives the base model alone.
+        tokens: length of the sequence in tokens.
+        baseline_rank: rank of the baseline.
 
     Returns:
-        {"adapted", "attention", "encoder", "model"}: shares, 1.0 = the baseline.
+        The share for each of "adapted", "attention", "encoder" and "model"; 1.0 is the baseline.
     """
     built = as_model(model)
     if layers is None:

@@ -29,14 +29,14 @@ def bops_cost(
 ) -> CostModel:
     """Return the bit operations of a model as a function of its adapted layers' widths and ranks.
 
-    Its share of the layers' own widths and ranks is `relative_bops(...)[scope]`. Tensors and layers that a choice does
-    not name count at the width and rank they are described with.
+    For the layers' own widths and ranks, its `share` is `relative_bops(...)[scope]`. Tensors and layers that are not
+    passed to `share` count at the width and rank in their description.
 
     Args:
         model: a model or a configuration, as in `bayeslora.cost.operations`.
-        scope: adapted, attention, encoder or model, as in `relative_bops`.
-        tokens: length of the sequence.
-        baseline_rank: rank r of the baseline.
+        scope: "adapted", "attention", "encoder" or "model", as in `relative_bops`.
+        tokens: length of the sequence in tokens.
+        baseline_rank: rank of the baseline.
         layers: the adapted layers, by default `bayeslora.describe(model)`.
 
     Raises:
@@ -61,14 +61,14 @@ def bytes_cost(
 ) -> CostModel:
     """Return the bytes of the adapted layers' weights as a function of their widths and ranks.
 
-    A, E and B of rank r take (d_in, 1 and d_out) · r · b / 8 bytes, and a base weight whose width is learned d_in ·
-    d_out · b / 8. Ranges, biases and all other layers do not count. The baseline is the same layers in float32 with
-    A and B of a LoRA of rank `baseline_rank`, with the same base weights.
+    At b bits and rank r, A, E and B take d_in r b / 8, r b / 8 and d_out r b / 8 bytes; a base weight with a learned
+    width takes d_in d_out b / 8. Ranges, biases and all other layers do not count. The baseline is the same base
+    weights in float32, with A and B of a LoRA of rank `baseline_rank`.
 
     Args:
         model: a model or a configuration.
         baseline_rank: rank r of the baseline.
-        weights: names of the layers whose base weights count, by default those whose adapter quantizes them.
+        weights: names of the layers whose base weights count; by default those that the adapter quantizes.
         layers: the adapted layers, by default `bayeslora.describe(model)`.
     """
     built = as_model(model)
@@ -88,7 +88,7 @@ def bytes_cost(
 
 
 def rank_cost(model: ModelOrConfig, layers: Sequence[LayerCost] | None = None) -> CostModel:
-    """Return the mean rank of the adapted layers as a cost: its share is the mean rank itself.
+    """Return the mean rank of the adapted layers as a cost model, whose `share` is the mean rank itself.
 
     Args:
         model: a model or a configuration.

@@ -66,8 +66,8 @@ class Operation:
     narrower regions: encoder includes attention, model includes all. An adapted layer counts in "adapted" and in the
     scopes of its region, so an adapted feed-forward layer never enters "attention".
 
-    `weight_of` and `input_of` are the tensors of adapted layers whose widths the operands have, None for other
-    operands; `rank_of` is the adapted layer whose rank is a factor of the MACs, or None.
+    `weight_of` and `input_of` name the tensors of adapted layers that set the widths of the operands, or are None.
+    `rank_of` is the adapted layer whose rank is a factor of the MACs, or None.
     """
 
     name: str
@@ -86,7 +86,7 @@ class Operation:
         return self.macs * self.weight_bits * self.input_bits
 
     def counts_in(self, scope: Scope) -> bool:
-        """Return whether this product is part of a scope."""
+        """Return True if this product belongs to `scope`."""
         if scope == "adapted":
             return self.scope == "adapted"
         return SCOPES.index(self.region) <= SCOPES.index(scope)
@@ -112,17 +112,16 @@ def operations(
     keys mix values, so those operands count as 32 bits. Softmax weights always count as 32 bits.
 
     Args:
-        model_or_config: a model (plain, or with PEFT adapters) or a transformers configuration, which is built on the
-            meta device.
+        model_or_config: a model (plain or with PEFT adapters), or a configuration to build on the meta device.
         tokens: length of the sequence, n.
         layers: the adapted layers; by default those of the model, as `bayeslora.describe` reports them. An empty list
             gives the base model without adapters.
 
     Returns:
-        The products, named `<module path>.<weight|A|E|B>`, with `.positions` before the last part where a shared
-        projection is applied to DeBERTa's positions, and `<attention module>.<scores|weighted_values|
-        content_to_position|position_to_content>`. Without adapted layers the query, key and value projections are
-        scope "adapted", so that the scope covers the same layers in every run.
+        The products. Those of layers are named `<module path>.<weight|A|E|B>`, with `.positions` before the last part
+        if a shared projection is applied to DeBERTa's positions; those of attention `<attention module>.<scores|
+        weighted_values|content_to_position|position_to_content>`. Without adapted layers, the query, key and value
+        projections have the scope "adapted", so that the scope covers the same layers in every run.
 
     Raises:
         BayesLoraError: `tokens` is not a positive whole number, or a layer is not part of the model.

@@ -14,10 +14,10 @@ def count_parameters(model: nn.Module) -> dict[str, int]:
     """Count a model's parameters.
 
     Returns:
-        trainable: parameters the optimizer changes (`requires_grad`), the task head included.
-        adapter: parameters of the adapter layers, trainable or frozen: the low-rank matrices, and the diagonal, gates
-            and ranges of the methods that have them.
-        total: all parameters, base model included; weights packed in 4 bits count at their original number.
+        trainable: parameters that the optimizer changes (`requires_grad`), including the task head.
+        adapter: parameters of the adapters, trainable or frozen: the low-rank matrices, and the diagonal, gates and
+            ranges of the methods that have them.
+        total: all parameters, including the base model; weights packed in 4 bits count at their original number.
 
     A tensor that several modules share counts once.
     """

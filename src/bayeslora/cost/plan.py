@@ -56,18 +56,18 @@ class Plan:
 
     Attributes:
         model: class name of the model.
-        task_type: PEFT's name of the task, None for a model without a head.
-        batch_size, tokens, dtype: as given; `dtype` is the base model's, adapters train in float32.
+        task_type: PEFT's name of the task; None for a model without a head.
+        batch_size, tokens, dtype: the arguments; `dtype` is the base model's, and adapters train in float32.
         parameters: {"trainable", "adapter", "total"}, as `count_parameters` counts them.
-        relative_bops: bit operations by scope as a share of LoRA r = 16 at 32 × 32 bits, at the configured rank and
-            32 bits: the cost at the start of training, before a method has learned narrower widths.
-        macs: multiply-accumulate operations of one sequence by scope, forward only.
-        bytes: {"weights", "gradients", "optimizer", "activations", "training", "file", "file_16bit"}: for AdamW, which
-            keeps two numbers of a trained parameter's type; `activations` is an estimate of the bytes that
-            autograd keeps of one batch, None if the model does not run without values; `training` sums the first
-            four; `file` is the size of the file of `save_pretrained` (the adapter, or the whole model without one).
+        relative_bops: bit operations by scope, as a share of 32-bit LoRA of rank 16. Counted at the configured rank
+            and 32 bits: the cost at the start of training, before a method has learned narrower widths.
+        macs: multiply-accumulate operations of one sequence by scope, forward pass only.
+        bytes: {"weights", "gradients", "optimizer", "activations", "training", "file", "file_16bit"}. The optimizer is
+            AdamW, with two numbers in a trained parameter's dtype. `activations` estimates what autograd keeps of one
+            batch; None if the model cannot run on the meta device. `training` is the sum of the first four. `file` is
+            the file that `save_pretrained` writes: the adapter, or the whole model if there is none.
         layers: the adapted layers.
-        notes: unknown values and why, one sentence each.
+        notes: values that are unknown and why, one sentence each.
     """
 
     model: str
@@ -83,7 +83,7 @@ class Plan:
     notes: list[str]
 
     def to_dict(self) -> dict[str, Any]:
-        """Return the plan, under the keys of `metrics.json` as far as it has them."""
+        """Return the plan as a dictionary, with the keys of `metrics.json` where they exist."""
         return {**asdict(self), "layers": [layer.to_dict() for layer in self.layers]}
 
 
@@ -97,20 +97,19 @@ def plan(
     dtype: Dtype = "float32",
     device: Device = "cpu",
 ) -> Plan:
-    """Return the cost of training `model` with `method`, counted on the meta device.
+    """Return the cost of training `model` with `method`, counted on the meta device without loading weights.
 
     Args:
-        model: a configuration, or a source of one for `from_config`: a model folder, a `config.json`, a dictionary.
-        method: the configuration of an adapter, one of this library's or of PEFT's; None trains every weight.
+        model: a configuration, or a source for `from_config`: a model folder, a `config.json` or a dictionary.
+        method: configuration of an adapter, from this library or from PEFT; None trains every weight.
         task_type: one of `TASK_TYPES`; by default the method's own, then that of the configuration's first
             `architectures` entry, then "CAUSAL_LM" for a decoder.
-        batch_size, tokens: rows of a batch (default 32) and tokens of each row (default 128).
-        dtype: type of the base model's weights, by default "float32".
-        device: "cpu" (default) or "cuda": where the activations are estimated; the two differ with dropout only.
+        batch_size, tokens: rows per batch (default 32) and tokens per row (default 128).
+        dtype: dtype of the base model's weights, by default "float32".
+        device: device for which activations are estimated, "cpu" (default) or "cuda"; they differ only with dropout.
 
     Raises:
-        BayesLoraError: the configuration cannot be read or built, the adapter does not fit the model, or a number is
-            not positive.
+        BayesLoraError: the configuration cannot be read or built, the adapter does not fit it, or a number is below 1.
     """
     for name, value in (("batch_size", batch_size), ("tokens", tokens)):
         if isinstance(value, bool) or not isinstance(value, int) or value < 1:
@@ -142,14 +141,14 @@ def plan(
 
 
 def build_for_task(config: PretrainedConfig, task_type: str | None = None) -> tuple[nn.Module, str | None, list[str]]:
-    """Build the model of a configuration on the meta device under the head of a task.
+    """Build the model of a configuration on the meta device, with the head of a task.
 
     Returns:
         The model, the task type (None for a model without a head), and the modules that the configuration's
-        checkpoint does not hold, so that they are trained and saved with an adapter.
+        checkpoint lacks, which are therefore trained and saved with an adapter.
 
     Raises:
-        BayesLoraError: an unknown task type, or one without a class for this architecture.
+        BayesLoraError: the task type is unknown, or this architecture has no class for it.
     """
     own = next(iter(getattr(config, "architectures", None) or []), None)
     if task_type is None:

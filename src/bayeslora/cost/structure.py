@@ -40,8 +40,7 @@ def from_config(source: str | Path | dict[str, Any]) -> PretrainedConfig:
     Nothing is downloaded: a name that is not a path on this machine is an error.
 
     Raises:
-        BayesLoraError: the path does not exist, the file is not a JSON object, or its `model_type` is missing or
-            unknown.
+        BayesLoraError: the path does not exist, or the file is not a JSON object with a known `model_type`.
     """
     if isinstance(source, dict):
         values, origin = dict(source), "the dictionary"
@@ -77,10 +76,10 @@ def from_config(source: str | Path | dict[str, Any]) -> PretrainedConfig:
 
 
 def build_on_meta(config: PretrainedConfig) -> nn.Module:
-    """Build the model of a configuration without its weights: shapes only, in seconds for any size.
+    """Build the model of a configuration on the meta device, without weights; takes seconds for a model of any size.
 
-    The class is the configuration's first `architectures` entry; without one, a causal language model for a decoder
-    (so that its `lm_head` counts), and the bare encoder otherwise.
+    The class is the configuration's first `architectures` entry. Without one, it is the causal language model for a
+    decoder (so that its `lm_head` counts), and otherwise the bare encoder.
     """
     import transformers
 

@@ -54,8 +54,8 @@ class _Counts:
 def encode_generation(split: Dataset, tokenizer: Any, max_length: int) -> Dataset:
     """Encode conversations or completions as `input_ids`, `attention_mask` and `labels`.
 
-    Labels are -100 where nothing is learned. A row that is too long loses the beginning of its prompt, and an answer
-    that alone is too long its end; one warning counts each.
+    Labels are -100 for tokens without a loss. A row that is too long loses the beginning of its prompt; an answer that
+    is too long by itself loses its end. A warning counts the rows of each kind.
 
     Args:
         split: rows with `messages`, or with `prompt` and `completion`.
@@ -102,7 +102,7 @@ def _shortened(row: Mapping[str, Any], most: int) -> dict[str, Any]:
 
 
 def labelled_tokens(data: Dataset) -> int:
-    """Return the number of tokens that the loss of an encoded split is a mean of."""
+    """Return the number of tokens over which the loss of an encoded split is averaged."""
     return sum(sum(label != IGNORED for label in row) for row in data[LABELS])
 
 

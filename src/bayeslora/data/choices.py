@@ -22,17 +22,17 @@ ENDING = "ending"
 
 @dataclass(frozen=True)
 class Cloze:
-    """Rule by which choices are scored by the likelihood of their text.
+    """Rule for scoring each choice by the likelihood of its text.
 
     Attributes:
-        context: text before a choice, a `str.format` template with `question`. The choice follows after one space, so
-            it must not end in white space.
+        context: text before a choice, a `str.format` template with `question`. It must not end in whitespace, because
+            the choice follows after one space.
         normalization: `"none"` for the sum of the tokens' log-likelihoods, which favours short choices; `"tokens"` for
             their mean; `"bytes"` for the sum divided by the length of the text in UTF-8 bytes, which does not depend
             on the tokenizer.
 
     Raises:
-        BayesLoraError: the context ends in white space, or the normalization is unknown.
+        BayesLoraError: the context ends in whitespace, or the normalization is unknown.
     """
 
     context: str = "Question: {question}\nAnswer:"

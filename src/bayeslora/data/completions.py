@@ -13,26 +13,25 @@ IGNORED = -100
 def prompt_masked(prompt: str, completion: str, tokenizer: Any, max_length: int | None = None) -> dict[str, list[int]]:
     """Return a prompt and its completion as one sequence, labelled so that only the completion is learned.
 
-    Prompt and completion are tokenized separately and then joined, so that the prompt has the tokens that `generate`
-    will get. A completion that begins a new word should begin with a space. The end-of-text token follows the
+    Prompt and completion are tokenized separately and then joined, so that the prompt has the same tokens here as in
+    `generate`. A completion that begins a new word should begin with a space. The end-of-text token follows the
     completion and is learned with it, so that the model learns to stop.
 
-    For batches, `transformers.DataCollatorForSeq2Seq(tokenizer, label_pad_token_id=-100)` pads the labels too. TRL's
-    `SFTTrainer` accepts these rows unchanged and packs them with `packing=True`.
+    To pad batches, labels included, use `transformers.DataCollatorForSeq2Seq(tokenizer, label_pad_token_id=-100)`.
+    TRL's `SFTTrainer` accepts these rows unchanged and packs them with `packing=True`.
 
     Args:
         prompt: text to complete; may be empty.
         completion: text to learn.
         tokenizer: the model's tokenizer.
-        max_length: maximum length of the sequence in tokens. If it is longer, the prompt loses tokens at its beginning
-            (the text nearest to the completion matters most), but not those that open every text. The completion is
-            never cut.
+        max_length: maximum length of the sequence in tokens. A longer prompt is cut at its beginning (the text nearest
+            to the completion matters most), but keeps the tokens that open every text. The completion is never cut.
 
     Returns:
         `input_ids`, `attention_mask` and `labels`, of equal length; `labels` is -100 over the prompt.
 
     Raises:
-        BayesLoraError: the completion is empty, or alone longer than `max_length`.
+        BayesLoraError: the completion is empty, or longer than `max_length` by itself.
     """
     written = list(tokenizer(completion, add_special_tokens=False)["input_ids"])
     if not written:

@@ -26,23 +26,23 @@ Collate = Callable[[Sequence[Mapping[str, Any]]], dict[str, Tensor]]
 
 
 def encode(task: Task, tokenizer: Any, max_length: int | None = None) -> dict[str, Dataset]:
-    """Tokenize every split of a task with `encode_texts`; labels are in the column `label`."""
+    """Tokenize every split of a task with `encode_texts`; the labels go to the column `label`."""
     return {name: encode_texts(split, task.text_columns, tokenizer, max_length) for name, split in task.splits.items()}
 
 
 def encode_texts(
     dataset: Dataset, text_columns: Sequence[str], tokenizer: Any, max_length: int | None = None
 ) -> Dataset:
-    """Tokenize texts or pairs into the tokenizer's outputs, without padding, and `label` if the data set has it.
+    """Tokenize texts or pairs into the tokenizer's outputs, without padding, and keep `label` if there is one.
 
     Args:
-        dataset: has the text columns; other columns except the label are dropped.
+        dataset: data set with the text columns; all other columns except the label are dropped.
         text_columns: one name, or two for pairs; the longer text of a pair is cut first.
         tokenizer: the model's tokenizer.
         max_length: maximum length of an example in tokens; by default 128, or the model's maximum if that is less.
 
     Raises:
-        BayesLoraError: `max_length` leaves no room for text, or is more than the model's maximum.
+        BayesLoraError: `max_length` leaves no room for text, or exceeds the model's maximum.
     """
     length = allowed_length(tokenizer, max_length, pair=len(text_columns) == 2)
 

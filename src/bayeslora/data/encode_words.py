@@ -34,17 +34,17 @@ _STAND_IN = "?"
 def encode_words(split: Dataset, column: str, tokenizer: Any, max_length: int | None = None) -> Dataset:
     """Tokenize sentences into the tokenizer's outputs with `starts`, `row` and `words`, in order, without padding.
 
-    `labels`, if the split has tags, are the ids of the tags at the first tokens of the words and -100 elsewhere.
-    `offsets` are kept. A word that the tokenizer drops, such as an invisible character, is read as an unknown one.
+    If the split has tags, `labels` holds a word's tag id at its first token and -100 elsewhere. A column `offsets` is
+    kept. A word that the tokenizer drops, such as an invisible character, becomes the unknown token.
 
     Args:
         split: sentences; the words are in `column`, the ids of their tags in `label`.
-        column: of the words.
-        tokenizer: the model's, a fast one.
+        column: name of the column with the words.
+        tokenizer: the model's tokenizer, which must be a fast one.
         max_length: maximum length of a sequence in tokens; by default 128, or the model's maximum if that is less.
 
     Raises:
-        BayesLoraError: the tokenizer is a slow one, or `max_length` leaves no room or is beyond the model's maximum.
+        BayesLoraError: the tokenizer is slow, or `max_length` leaves no room or exceeds the model's maximum.
     """
     if not getattr(tokenizer, "is_fast", False):
         raise BayesLoraError(
@@ -76,7 +76,7 @@ def has_words(dataset: Dataset) -> bool:
 
 
 def word_rows(dataset: Dataset) -> NDArray[np.int64]:
-    """Return (n,) the number of the sentence of each word."""
+    """Return the sentence number (n,) of each of n words."""
     return np.repeat(np.asarray(dataset[ROW], dtype=np.int64), [len(places) for places in dataset[STARTS]])
 
 
@@ -87,7 +87,7 @@ def word_labels(dataset: Dataset) -> NDArray[np.int64]:
 
 
 def word_collator(tokenizer: Any) -> Collate:
-    """Return a function from rows to a batch that is padded on the right, with `starts` (B, W) padded by 0."""
+    """Return a collator that pads rows on the right, and `starts` (B, W) with 0."""
     fill = {"input_ids": pad_id(tokenizer), STARTS: 0}
 
     def collate(rows: Sequence[Mapping[str, Any]]) -> dict[str, Tensor]:

@@ -18,7 +18,7 @@ Row = Mapping[str, Any]
 
 
 def few_shot_pool(task: Task) -> Dataset:
-    """Return the split that examples of a task come from: its `few_shot` split, or else its training data."""
+    """Return the split from which few-shot examples are taken: `few_shot` if the task has it, otherwise `train`."""
     return task.splits["few_shot"] if "few_shot" in task.splits else task.train_split
 
 

@@ -21,13 +21,13 @@ _COLUMNS = (MESSAGES, PROMPT, COMPLETION)
 
 
 def load_generation(train_file: Source, eval_file: Source | None = None, *, test_file: Source | None = None) -> Task:
-    """Load conversations (`messages`), or prompts with completions, for a language model to learn the answers.
+    """Load conversations (`messages`), or prompts with completions, as a task for training a language model.
 
     Args:
-        train_file: a data file, or rows: `{"messages": [{"role": "user", "content": "…"}, …]}` with at least one turn
-            of the assistant, or `{"prompt": "…", "completion": "…"}`.
-        eval_file: becomes the split `validation`. Without it a tenth of the training rows does, always the same ones.
-        test_file: becomes the split `test`.
+        train_file: a data file, or rows: `{"messages": [{"role": "user", "content": "…"}, …]}` with at least one
+            assistant turn, or `{"prompt": "…", "completion": "…"}`.
+        eval_file: file or rows of the split `validation`; by default a tenth of the training rows, always the same.
+        test_file: file or rows of the split `test`.
 
     Raises:
         BayesLoraError: a file cannot be used, has other columns, or is too small to hold out a row.

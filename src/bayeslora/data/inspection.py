@@ -111,17 +111,19 @@ class Inspection:
 
     Attributes:
         file: the training file.
-        rows: all rows of the file.
-        encoding, delimiter: as guessed; empty where the format has none.
-        columns: in their order in the file.
-        text_columns, label_column: as named or, if `guessed` has them, as guessed; None without a label column.
+        rows: number of rows in the file.
+        encoding, delimiter: guessed encoding and delimiter; empty if the format has none.
+        columns: descriptions of the columns, in the order of the file.
+        text_columns, label_column: names of the columns that training would read; None without a label column.
+        guessed: those of these names that were not given but guessed.
         kind: `"classification"`, `"multi_label"`, `"regression"` or `"token_classification"`, None without labels;
             `"generation"` for conversations and completions, `"multiple_choice"` for questions with choices.
-        numbers: of a regression, `least`, `mean`, `most` and `deviation`.
+        numbers: for regression, `least`, `mean`, `most` and `deviation` of the values; otherwise empty.
         training: rows to train on.
         evaluation: rows to score, from the evaluation file or held out; None without either.
-        texts: lengths and repetitions; None without rows to train on.
-        notes: what training would tell; `problems`: why it would refuse.
+        texts: lengths and repetitions of the texts; None without rows to train on.
+        notes: warnings that training would give.
+        problems: reasons for which training would refuse the data; empty if it would not.
     """
 
     file: str
@@ -160,8 +162,8 @@ def inspect_file(
         text_columns: one or two; None takes `text`, or `text_a` and `text_b`, or the column with the longest texts.
         label_column: None takes `label` or another usual name, or the only other column whose few values repeat.
         eval_file, held_out, labels, kind: as for `load_files`.
-        count_tokens: counts the tokens of rows; None leaves them out. Prompts of multiple choice are not counted.
-        max_length: of the model in tokens; `too_long` counts the rows beyond it.
+        count_tokens: counts the tokens of rows, except for multiple choice; None leaves these counts out.
+        max_length: maximum input length of the model in tokens; `too_long` counts the rows beyond it.
 
     Raises:
         BayesLoraError: the file cannot be read, or lacks a named column.

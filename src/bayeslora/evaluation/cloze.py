@@ -89,26 +89,26 @@ def encode_cloze(
     pool: Dataset | None = None,
     seed: int | None = None,
 ) -> Dataset:
-    """Encode contexts and choices for a language model, which `choice_scoring` scores by likelihood.
+    """Encode contexts and choices for a language model, so that `choice_scoring` can score them by likelihood.
 
     Args:
         split: rows with `question` and `choices`, and maybe `label`, `subject` and `ending`.
         tokenizer: the model's tokenizer.
         classes: C, at least the number of choices of any row.
         cloze: text before a choice, and normalization; by default "Question: …", "Answer:" and the sum.
-        max_length: maximum length in tokens of a context with its longest choice. Longer ones lose examples from the
-            front, with one warning for all.
+        max_length: maximum length in tokens of a context with its longest choice. Longer items lose their first
+            few-shot examples, with a single warning.
         few_shot: number of solved examples before each item, chosen as for `encode_prompts`.
         pool: rows to take examples from; required if `few_shot` is above 0.
-        seed: None keeps the pool's order.
+        seed: seed of the order of the examples; None keeps the pool's order.
 
     Returns:
-        `input_ids` of the context; of each choice `choice_ids`, `choice_scored` (how many of its last tokens count)
-        and `choice_length` (the divisor); `choice_mask` and, if known, `label`.
+        A data set with `input_ids` of the context; for each choice `choice_ids`, `choice_scored` (the number of its
+        last tokens that are scored) and `choice_length` (the divisor); `choice_mask` and, if known, `label`.
 
     Raises:
-        BayesLoraError: an item alone is longer than `max_length`, has more choices than `classes` or a choice without
-            text, or `pool` has too few rows.
+        BayesLoraError: an item is longer than `max_length` without examples, has more choices than `classes` or a
+            choice without text, or `pool` has too few rows.
     """
     form = cloze or Cloze()
     rows = list(split)
@@ -258,20 +258,20 @@ def _laid_out(row: Mapping[str, Any]) -> dict[str, list[int]]:
 
 @dataclass(frozen=True)
 class ClozeLogits:
-    """Class logits of a causal language model by cloze: `ClozeLogits()(model, batch)` is (B, C) in float32.
+    """Function to class logits of a language model, by cloze: `ClozeLogits()(model, batch)` is (B, C), float32.
 
     Args:
-        share_context: read the context of an item once, where the model can; False reads every choice with its own
-            copy, which gives the same logits up to rounding.
+        share_context: read the context of an item only once, if the model can. False reads a copy of it with every
+            choice, which gives the same logits up to rounding.
     """
 
     share_context: bool = True
 
     def __call__(self, model: nn.Module, batch: Batch) -> Tensor:
-        """Return logits for a batch of `ClozeCollator`; ignore other keys.
+        """Return class logits for a batch from `ClozeCollator`; other keys are ignored.
 
         Raises:
-            BayesLoraError: a model with one of this library's adapters is to be trained on copies of the context.
+            BayesLoraError: a model with an adapter of this library is in training, but does not share the context.
         """
         return trained_logits(model, self._logits, batch)
 

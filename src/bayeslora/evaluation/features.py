@@ -78,17 +78,17 @@ def _factor(covariance: Array) -> Array:
 
 
 class FeatureSpace:
-    """Features of training rows, and the distances of other rows to them.
+    """Features of the training rows, to which the distances of other rows are measured.
 
     Args:
-        features: (n, d) of the training rows.
-        labels: (n,) class ids.
+        features: (n, d) features of the training rows.
+        labels: (n,) class ids of the training rows.
         neighbors: k of `nearest_neighbors`, at most n; None takes 10, or n if that is less.
-        shrinkage: s in [0, 1]; None chooses it (Ledoit and Wolf, 2004). With 0, Mahalanobis
-            distances do not change when all features are transformed by the same invertible affine map.
+        shrinkage: shrinkage of the covariance, in [0, 1]; None estimates it (Ledoit and Wolf, 2004). With 0,
+            Mahalanobis distances do not depend on an invertible affine map of all features.
 
     Raises:
-        BayesLoraError: features or options have another form, are not finite, or a covariance is singular.
+        BayesLoraError: a shape or an option is wrong, a feature is not finite, or a covariance is singular.
     """
 
     def __init__(
@@ -121,7 +121,7 @@ class FeatureSpace:
         self._nearest = NearestNeighbors(n_neighbors=self.neighbors).fit(_normalized(self.features))
 
     def scores(self, features: ArrayLike, logits: ArrayLike) -> dict[str, Array]:
-        """Return the scores by name, (n,) each, for (n, d) features and (n, C) logits of the same rows."""
+        """Return the scores (n,) by name, for the features (n, d) and logits (n, C) of n rows."""
         points = np.asarray(features, dtype=np.float64)
         if points.ndim != 2 or points.shape[1] != self.features.shape[1]:
             raise BayesLoraError(
@@ -139,7 +139,7 @@ class FeatureSpace:
 
 
 class FeatureDetector:
-    """Detector of inputs unlike the training data, from the features of a sequence classifier; call `fit` first.
+    """Detect inputs unlike the training data by the features of a sequence classifier; call `fit` first.
 
     ```python
     detector = bayeslora.FeatureDetector(model).fit(train_loader)
@@ -149,9 +149,9 @@ class FeatureDetector:
     Scoring takes one pass with the mean weights, without samples.
 
     Args:
-        model: a sequence classifier of two or more classes, with an adapter or without.
-        neighbors: see `FeatureSpace`.
-        shrinkage: see `FeatureSpace`.
+        model: a sequence classifier of two or more classes, with or without an adapter.
+        neighbors: number k of neighbors, see `FeatureSpace`.
+        shrinkage: shrinkage of the covariance, see `FeatureSpace`.
     """
 
     def __init__(self, model: Predictable, neighbors: int | None = None, shrinkage: float | None = None) -> None:
@@ -159,7 +159,7 @@ class FeatureDetector:
         self.space: FeatureSpace | None = None
 
     def fit(self, loader: Mapping[str, Any] | Iterable[Mapping[str, Any]]) -> FeatureDetector:
-        """Fit to rows that the model was trained on, and return self; a few thousand of them are enough.
+        """Fit the detector to rows that the model was trained on, and return self; a few thousand are enough.
 
         Args:
             loader: a batch or batches with `labels`.
@@ -174,7 +174,7 @@ class FeatureDetector:
         return self
 
     def score(self, loader: Mapping[str, Any] | Iterable[Mapping[str, Any]]) -> dict[str, Array]:
-        """Return `energy`, `mahalanobis`, `relative_mahalanobis` and `nearest_neighbors` of each row, (n,).
+        """Return the scores `energy`, `mahalanobis`, `relative_mahalanobis` and `nearest_neighbors`, (n,) each.
 
         Raises:
             BayesLoraError: `fit` was not called, or the batches do not fit the model.
@@ -195,7 +195,7 @@ class FeatureDetector:
 
     @classmethod
     def load(cls, model: Predictable, file: str | os.PathLike[str]) -> FeatureDetector:
-        """Read a fitted detector; its scores are those of the saved one for the same model.
+        """Load a fitted detector; with the same model it gives the same scores as the saved one.
 
         Raises:
             BayesLoraError: the file is missing, damaged, or not a detector's.

@@ -1,8 +1,8 @@
-r"""Scores of predictions in float64, by scikit-learn and SciPy if they have them, and otherwise by NumPy.
+r"""Scores of predictions in float64, from scikit-learn and SciPy where they have them.
 
 Probabilities are (n, C) with rows that sum to 1, labels are (n,) class ids, values are (n,) floats. Every average is
 over examples, never over batches. Sums over classes are not divided by C. Log-likelihood and Brier score are computed
-here, because scikit-learn clips probabilities at 2e-16 and refuses those that rounding puts above 1.
+here, because scikit-learn clips probabilities at 2e-16 and rejects those that rounding puts above 1.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ def softmax(logits: ArrayLike) -> Array:
 
 
 def matthews_correlation(predicted: ArrayLike, labels: ArrayLike) -> float:
-    """Return Matthews' correlation, generalized to C classes (Gorodkin, 2004); 0 if either side is constant."""
+    """Return the Matthews correlation, generalized to C classes (Gorodkin, 2004); 0 if either side is constant."""
     predicted, labels = aligned(predicted, labels)
     return float(matthews_corrcoef(labels, predicted))
 
@@ -72,7 +72,7 @@ CLASSIFICATION_METRICS: dict[str, Callable[[ArrayLike, ArrayLike], float]] = {
     "f1": f1,
     "matthews_correlation": matthews_correlation,
 }
-"""Metrics of predicted class ids that a task can name."""
+"""Metrics that compare predicted class ids with labels, by the name that a task uses."""
 
 
 def negative_log_likelihood(probabilities: ArrayLike, labels: ArrayLike) -> float:
@@ -91,7 +91,7 @@ def brier(probabilities: ArrayLike, labels: ArrayLike) -> float:
 
 
 def reliability_bins(probabilities: ArrayLike, labels: ArrayLike, bins: int = BINS) -> list[dict[str, Any]]:
-    """Return equal-width bins (lower, upper] of the predicted class's probability, as in metrics.json.
+    """Return a reliability diagram: equal-width bins (lower, upper] of the predicted class's probability.
 
     Returns:
         One dict per bin: `lower`, `upper`, `count`, and mean `confidence` and `accuracy`, None in an empty bin.
@@ -101,7 +101,7 @@ def reliability_bins(probabilities: ArrayLike, labels: ArrayLike, bins: int = BI
 
 
 def confidence_bins(confidence: ArrayLike, correct: ArrayLike, bins: int = BINS) -> list[dict[str, Any]]:
-    """Return `reliability_bins` from the probabilities (n,) of the predicted classes, and whether each is right."""
+    """Return the bins of `reliability_bins`, given the confidence (n,) of each prediction and whether it is right."""
     confidence, correct = aligned(confidence, correct)
     edges = np.linspace(0.0, 1.0, bins + 1)
     index = bin_index(confidence, bins)
@@ -127,7 +127,7 @@ def expected_calibration_error(probabilities: ArrayLike, labels: ArrayLike, bins
 
 
 def calibration_gap(bins: Sequence[Mapping[str, Any]]) -> float:
-    """Return the gap between accuracy and confidence, averaged over the examples in the bins."""
+    """Return the mean absolute gap between accuracy and confidence of the bins, weighted by their counts."""
     filled = [b for b in bins if b["count"]]
     total = sum(b["count"] for b in filled)
     return float(sum(b["count"] * abs(b["accuracy"] - b["confidence"]) for b in filled) / total)
@@ -136,17 +136,16 @@ def calibration_gap(bins: Sequence[Mapping[str, Any]]) -> float:
 def classification_scores(
     probabilities: ArrayLike, labels: ArrayLike, metrics: Sequence[str] = ("accuracy",)
 ) -> dict[str, float]:
-    """Return headline and calibration scores of a classifier; the task's `metrics` come first.
+    """Return the headline and calibration scores of a classifier; the given `metrics` come first.
 
     Args:
-        probabilities: (n, C).
+        probabilities: (n, C) class probabilities.
         labels: (n,) class ids.
-        metrics: some of `"accuracy"`, `"f1"` (of class 1) and `"matthews_correlation"`; the accuracy is always
-            among the scores.
+        metrics: some of `"accuracy"`, `"f1"` (of class 1) and `"matthews_correlation"`; `accuracy` is always added.
 
     Returns:
-        The metrics, `accuracy`, `nll`, `ece`, `adaptive_ece`, `classwise_ece`, `brier` and `aurc` (of the predicted
-        class's probability).
+        The metrics, `accuracy`, `nll`, `ece`, `adaptive_ece`, `classwise_ece`, `brier` and `aurc` (with the predicted
+        class's probability as confidence).
     """
     chosen, labels = class_arrays(probabilities, labels)
     predicted = chosen.argmax(axis=1)
@@ -165,14 +164,14 @@ def classification_scores(
 
 
 def baseline_scores(labels: ArrayLike, classes: int, metrics: Sequence[str] = ("accuracy",)) -> dict[str, float]:
-    """Return scores of the best constant prediction: the shares of the classes in the labels, for every example.
+    """Return the scores of the best constant prediction: the class shares of the labels, for every example.
 
-    Its class is the most frequent one, its `nll` the entropy of the labels. Calibration errors are left out, since
-    shares are calibrated, and `aurc`, since all confidences are equal.
+    It predicts the most frequent class, and its `nll` is the entropy of the labels. Calibration errors are left out,
+    because the shares are calibrated, and so is `aurc`, because all confidences are equal.
 
     Args:
-        labels: (n,) class ids; values if `classes` is 0, whose mean is then predicted.
-        classes: number of classes C.
+        labels: (n,) class ids; if `classes` is 0, values, whose mean is then predicted.
+        classes: number of classes C, or 0 for regression.
         metrics: as for `classification_scores`.
     """
     values = np.asarray(labels)
@@ -184,7 +183,7 @@ def baseline_scores(labels: ArrayLike, classes: int, metrics: Sequence[str] = ("
 
 
 def regression_scores(predicted: ArrayLike, values: ArrayLike) -> dict[str, float]:
-    """Return `pearson`, `spearman` and the mean squared error `mse`."""
+    """Return the correlations `pearson` and `spearman` and the mean squared error `mse`."""
     predicted, values = aligned(predicted, values)
     return {
         "pearson": pearson(predicted, values),

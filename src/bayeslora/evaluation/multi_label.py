@@ -22,18 +22,18 @@ from bayeslora.evaluation.uncertainty import Array, area_under_risk_coverage, hi
 
 @dataclass(frozen=True)
 class MultiLabelEvaluation:
-    """Scores of a model with several labels a row on a split, with what is behind them, in the split's order.
+    """Scores of a multi-label model on a split, with its predictions in the split's order.
 
     Attributes:
-        scores: `multi_label_scores`.
+        scores: scores by name, from the function `multi_label_scores`.
         predictions: (n, L) probability of each label, averaged over samples.
         labels: (n, L) 1 for the labels of a row, otherwise 0.
-        label_scores: of each label, by its name: `label_scores`.
+        label_scores: scores of each label by its name, from the function `label_scores`.
         seconds: wall time of the forward passes.
-        entropy: (n, L) of each decision, in nats.
-        mutual_information: (n, L) the part of the entropy that the samples disagree about; 0 without samples.
+        entropy: (n, L) entropy of each yes-or-no decision, in nats.
+        mutual_information: (n, L) the part of `entropy` due to disagreement of the samples; 0 without samples.
         samples: number of draws from the posterior for each prediction; 0 is the posterior mean.
-        baseline: scores of the shares of the labels, for every row.
+        baseline: scores of the best constant prediction: for every row, each label's share of the rows.
     """
 
     scores: dict[str, float]
@@ -58,12 +58,12 @@ class MultiLabelEvaluation:
 
     @property
     def risk_coverage(self) -> dict[str, list[float]]:
-        """Share of wrong decisions by the share of decisions made, the most confident first, as in metrics.json."""
+        """Share of wrong decisions as a function of coverage, the most confident first, as in metrics.json."""
         confidence, correct = _decided(self.predictions, self.labels)
         return risk_coverage_curve(-confidence, ~correct)
 
     def histograms(self) -> dict[str, dict[str, Any]]:
-        """Count entropy and mutual information of right and wrong decisions, as in metrics.json."""
+        """Return histograms of entropy and mutual information of right and wrong decisions, as in metrics.json."""
         _, correct = _decided(self.predictions, self.labels)
         measures = {"entropy": self.entropy.ravel()}
         if self.samples:
@@ -76,14 +76,14 @@ class MultiLabelEvaluation:
 
 
 def multi_label_scores(probabilities: ArrayLike, labels: ArrayLike) -> dict[str, float]:
-    """Return the scores of n rows with L labels each.
+    """Return the scores of a multi-label model on n rows with L possible labels.
 
     Args:
-        probabilities: (n, L) of each label.
+        probabilities: (n, L) probability of each label.
         labels: (n, L) 1 for the labels of a row, otherwise 0.
 
     Returns:
-        `f1_micro` (of all decisions together), `f1_macro` (the mean over labels; 0 for a label that is neither there
+        `f1_micro` (over all decisions together), `f1_macro` (mean over labels; 0 for a label that is neither present
         nor predicted), `exact_match` (share of rows with every label right), `label_accuracy` (share of right
         decisions), `nll`, `brier`, `ece` and `aurc`.
 
@@ -106,9 +106,9 @@ def multi_label_scores(probabilities: ArrayLike, labels: ArrayLike) -> dict[str,
 
 
 def label_scores(probabilities: ArrayLike, labels: ArrayLike, names: list[str]) -> dict[str, dict[str, float]]:
-    """Return for each label `precision`, `recall`, `f1`, `nll`, the number of `rows` that have it, and `auroc`.
+    """Return `precision`, `recall`, `f1`, `nll`, `rows` (how many have the label) and `auroc` of each label, by name.
 
-    `auroc` is missing where all rows or none have the label.
+    `auroc` is missing for a label that all rows or no rows have.
     """
     chosen, truth = _checked(probabilities, labels)
     found = {}

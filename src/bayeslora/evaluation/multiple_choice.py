@@ -57,13 +57,13 @@ DEFAULT_PAIR_LENGTH = 128
 
 @dataclass(frozen=True)
 class ChoicePrompt:
-    """Text of an item, in parts that are `str.format` templates.
+    """Prompt for a multiple-choice item, in parts that are `str.format` templates.
 
     Attributes:
-        question: first line, with `question`; left out if the question is empty.
-        choice: line of each choice, with `letter` and `choice`.
-        answer: last line. The answer's letter follows after one space, so it must not end in white space.
-        subject: first paragraph for items with a subject, with `subject`.
+        question: first line, a template with `question`; left out if the question is empty.
+        choice: line of each choice, a template with `letter` and `choice`.
+        answer: last line. It must not end in whitespace, because the answer's letter follows after one space.
+        subject: first paragraph for items with a subject, a template with `subject`.
     """
 
     question: str = "Question: {question}"
@@ -88,7 +88,7 @@ class ChoicePrompt:
         return "\n".join([*lines, self.answer])
 
     def render(self, row: Row, examples: Iterable[Row] = ()) -> str:
-        """Return the whole prompt: the subject's paragraph, the examples with their answers, the item."""
+        """Return the whole prompt: the paragraph about the subject, the examples with their answers, and the item."""
         parts = [self.subject.format(subject=row[SUBJECT].replace("_", " "))] if row.get(SUBJECT) else []
         parts += [f"{self.item(example)} {LETTERS[example[LABEL]]}" for example in examples]
         return "\n\n".join([*parts, self.item(row)])
@@ -107,23 +107,23 @@ def encode_prompts(
 ) -> Dataset:
     """Encode prompts for a language model: `input_ids`, `attention_mask`, `choice_mask` and, if known, `label`.
 
-    Few-shot examples are the first `few_shot` rows of `pool` (of the item's subject, if it has one), in the file's
-    order or in one drawn with `seed`. An item is never an example of itself, so `pool` may be the training split that
-    is encoded.
+    Few-shot examples are the first `few_shot` rows of `pool` (with the item's subject, if it has one), in the order of
+    the pool or in a random order drawn with `seed`. An item is never its own example, so `pool` may be the training
+    split that is encoded.
 
     Args:
         split: rows with `question` and `choices`, and maybe `label` and `subject`.
         tokenizer: the model's tokenizer.
         classes: C, at least the number of choices of any row.
-        max_length: maximum length in tokens. Longer prompts lose examples from the front, with one warning for all.
-        prompt: text form of an item.
+        max_length: maximum length in tokens. Longer prompts lose their first few-shot examples, with a single warning.
+        prompt: templates of the prompt; None takes the defaults of `ChoicePrompt`.
         few_shot: number of examples before each item.
         pool: rows to take examples from; required if `few_shot` is above 0.
-        seed: None keeps the file's order.
+        seed: seed of the order of the examples; None keeps the pool's order.
 
     Raises:
-        BayesLoraError: an item alone is longer than `max_length` (questions are never cut), has more choices than
-            `classes`, or `pool` has too few rows.
+        BayesLoraError: an item is longer than `max_length` without examples (questions are never cut), has more
+            choices than `classes`, or `pool` has too few rows.
     """
     form = prompt or ChoicePrompt()
     rows = list(split)
@@ -142,8 +142,8 @@ def encode_prompts(
 def encode_pairs(split: Dataset, tokenizer: Any, *, classes: int, max_length: int = DEFAULT_PAIR_LENGTH) -> Dataset:
     """Encode pairs (question, choice) for an encoder: C lists per row in each tokenizer output, and `choice_mask`.
 
-    An absent choice is a copy of the first one, which `choice_mask` removes: a row of padding alone would not have a
-    token to attend to. If a pair is too long, its longer text is cut.
+    An absent choice is filled with a copy of the first one, which `choice_mask` removes: a row of nothing but padding
+    would have no token to attend to. If a pair is too long, its longer text is cut.
 
     Raises:
         BayesLoraError: a row has more choices than `classes`, or `max_length` leaves no room for a pair.
@@ -167,17 +167,17 @@ def encode_pairs(split: Dataset, tokenizer: Any, *, classes: int, max_length: in
 def encode_choices(
     split: Dataset, task: Task, tokenizer: Any, *, max_length: int = DEFAULT_PROMPT_LENGTH, few_shot: int = 0
 ) -> Dataset:
-    """Encode rows for a language model that answers as `task.scoring` says, by letters or by cloze.
+    """Encode rows for a language model, for answers by letters or by cloze, as `task.scoring` says.
 
     Args:
         split: rows with the columns of the task.
-        task: decides the number of classes, and has the rows that few-shot examples come from.
+        task: task with the number of classes, and with the rows from which few-shot examples are taken.
         tokenizer: the model's tokenizer.
-        max_length: maximum length in tokens, of a prompt or of a context with its longest choice.
-        few_shot: solved examples before each item, the first of the task's.
+        max_length: maximum length in tokens of a prompt, or of a context with its longest choice.
+        few_shot: number of solved examples before each item.
 
     Raises:
-        BayesLoraError: as `encode_prompts` and `encode_cloze`.
+        BayesLoraError: in the cases of `encode_prompts` and `encode_cloze`.
     """
     options: dict[str, Any] = {
         "classes": len(task.labels),
@@ -194,7 +194,7 @@ def letter_ids(tokenizer: Any, classes: int) -> list[int]:
     """Return the token ids of " A", " B", … after the colon of "Answer:", one for each class.
 
     Raises:
-        BayesLoraError: the tokenizer does not write each letter as a separate token.
+        BayesLoraError: the tokenizer does not encode each letter as a token of its own.
     """
     start = list(tokenizer("Answer:", add_special_tokens=False)["input_ids"])
     found = []
@@ -211,23 +211,22 @@ def letter_ids(tokenizer: Any, classes: int) -> list[int]:
 
 @dataclass(frozen=True)
 class LetterLogits:
-    """Class logits of a causal language model: `LetterLogits(letter_ids)(model, batch)` is (B, C) in float32.
+    """Function to class logits of a language model, by letters: `LetterLogits(ids)(model, batch)` is (B, C), float32.
 
     Rows may be padded on either side. Positions count from a row's first token, so that padding changes nothing for
-    models with absolute positions. Models that can leave logits out (`logits_to_keep`) compute those of the last
-    positions only.
+    models with absolute positions. Models that support `logits_to_keep` compute only the logits of the last positions.
 
     Args:
-        letter_ids: ids of the C letters, from the function of that name.
-        share_prefix: run the common beginning of a batch's rows only once (if it is at least half of the longest row
-            and the model has a cache). For deterministic models only: with samples each pass has other weights.
+        letter_ids: token ids of the C letters, from the function `letter_ids`.
+        share_prefix: process the common prefix of a batch's rows only once, if it is at least half as long as the
+            longest row and the model has a cache. Not for models with samples, where each pass has other weights.
     """
 
     letter_ids: tuple[int, ...]
     share_prefix: bool = False
 
     def __call__(self, model: nn.Module, batch: Batch) -> Tensor:
-        """Return logits for `input_ids`, `attention_mask` (B, T) and `choice_mask` (B, C); ignore other keys."""
+        """Return logits for `input_ids`, `attention_mask` (B, T) and `choice_mask` (B, C); other keys are ignored."""
         return trained_logits(model, self._logits, batch)
 
     def _logits(self, model: nn.Module, batch: Batch) -> Tensor:
@@ -275,10 +274,10 @@ class LetterLogits:
 
 
 class PairLogits:
-    """Class logits of an encoder with a one-logit head: `PairLogits()(model, batch)` is (B, C) in float32."""
+    """Function to class logits of an encoder with one output: `PairLogits()(model, batch)` is (B, C), float32."""
 
     def __call__(self, model: nn.Module, batch: Batch) -> Tensor:
-        """Return logits for (B, C, T) inputs and `choice_mask` (B, C); ignore labels."""
+        """Return logits for (B, C, T) inputs and `choice_mask` (B, C); labels are ignored."""
         return trained_logits(model, self._logits, batch)
 
     def _logits(self, model: nn.Module, batch: Batch) -> Tensor:
@@ -321,7 +320,7 @@ class PairCollator:
 
 @dataclass(frozen=True)
 class ChoiceScoring:
-    """Functions to run a model over encoded items: `collate` rows into a batch, and `logits(model, batch)`."""
+    """The collator for encoded items, `collate`, and the function to class logits, `logits(model, batch)`."""
 
     collate: Collate
     logits: ClassLogits
@@ -333,10 +332,12 @@ def is_multiple_choice(dataset: Dataset) -> bool:
 
 
 def choice_scoring(dataset: Dataset, tokenizer: Any) -> ChoiceScoring:
-    """Return how to score an encoded data set: prompts by letters, contexts and choices by cloze, pairs by pairs.
+    """Return the logits function and the collator for an encoded data set.
+
+    Data from `encode_prompts` are scored by letters, from `encode_cloze` by cloze, and from `encode_pairs` by pairs.
 
     Raises:
-        BayesLoraError: the data set is of another kind, or the tokenizer lacks letters of one token or padding.
+        BayesLoraError: the data set has another form, or the tokenizer lacks single-token letters or padding.
     """
     if not is_multiple_choice(dataset) or not len(dataset):
         raise BayesLoraError(

@@ -16,7 +16,7 @@ from bayeslora.prediction import Prediction
 
 @dataclass(frozen=True)
 class Evaluation:
-    """Scores of a model on a split, with the predictions and labels behind them, in the split's order.
+    """Scores of a model on a split, with its predictions and the labels, in the split's order.
 
     Attributes:
         scores: scores by name, the task's headline first.
@@ -24,10 +24,10 @@ class Evaluation:
         labels: (n,) class ids or values.
         reliability: confidence bins as in metrics.json; empty for regression.
         seconds: wall time of the forward passes.
-        entropy: (n,) of the predictions, in nats; 0 for regression.
-        mutual_information: (n,) the part of the entropy that the samples disagree about, in nats; 0 without samples.
+        entropy: (n,) entropy of the predictions, in nats; 0 for regression.
+        mutual_information: (n,) the part of `entropy` due to disagreement of the samples, in nats; 0 without samples.
         samples: number of draws from the posterior for each prediction; 0 is the posterior mean.
-        baseline: scores of the best constant prediction for these labels, `metrics.baseline_scores`.
+        baseline: scores of the best constant prediction for these labels, from `metrics.baseline_scores`.
     """
 
     scores: dict[str, float]
@@ -47,19 +47,19 @@ class Evaluation:
 
     @property
     def expected_entropy(self) -> NDArray[np.float64]:
-        """Mean entropy (n,) of the single samples' predictions: the part that known weights would leave."""
+        """Aleatoric part (n,) of the entropy, in nats: the mean entropy of the samples' predictions."""
         return self.entropy - self.mutual_information
 
     @property
     def uncertainties(self) -> dict[str, NDArray[np.float64]]:
-        """Measures of uncertainty, (n,) each, larger = less sure (`uncertainty.uncertainties`); {} for regression."""
+        """Measures of uncertainty, (n,) each, from `uncertainty.uncertainties`; {} for regression."""
         if self.predictions.ndim == 1:
             return {}
         return uncertainties(self.predictions, self.entropy, self.mutual_information)
 
     @property
     def risk_coverage(self) -> dict[str, list[float]]:
-        """Error rate by share of examples answered, the most confident first, as in metrics.json."""
+        """Error rate as a function of coverage, the most confident examples first, as in metrics.json."""
         if self.predictions.ndim == 1:
             return {}
         return risk_coverage_curve(self.uncertainties["max_probability"], ~self._correct)
@@ -71,10 +71,10 @@ class Evaluation:
         return of(self.predictions, self.labels)
 
     def histograms(self, outside: Prediction | None = None) -> dict[str, dict[str, Any]]:
-        """Count entropy and mutual information of `correct`, `wrong` and `ood` predictions, as in metrics.json.
+        """Return histograms of entropy and mutual information of `correct`, `wrong` and `ood` predictions.
 
         Args:
-            outside: predictions for out-of-distribution inputs by the same model with the same samples.
+            outside: predictions for out-of-distribution inputs, by the same model with as many samples.
         """
         if self.predictions.ndim == 1:
             return {}

@@ -71,22 +71,22 @@ def evaluate(
 
     Args:
         model: a model, which keeps its mode and device; or a predictor around one, as for `predict`.
-        dataset: a split as `encode` returns it.
-        task: decides the scores.
-        tokenizer: pads the batches.
+        dataset: an encoded split, as `encode` returns it.
+        task: task whose metrics are computed.
+        tokenizer: tokenizer that pads the batches.
         batch_size: examples per forward pass; every example is used, and the scores do not depend on it.
-        samples: draws from the posterior to average probabilities over; 0 uses the posterior mean.
+        samples: number of draws from the posterior to average probabilities over; 0 uses the posterior mean.
         seed: seed of the draws; the same seed gives the same scores.
-        antithetic: pair draws of opposite noise.
+        antithetic: pair draws with opposite noise.
 
     Returns:
-        The `Evaluation`. Its scores are for classification the task's metrics, `accuracy`, `nll`, `ece`,
-        `adaptive_ece`, `classwise_ece`, `brier` and `aurc`; for regression `pearson`, `spearman` and `mse`; with
-        several labels a row it is a `MultiLabelEvaluation`, and of the tags of words a `TaggingEvaluation`.
+        An `Evaluation`, or for a multi-label task a `MultiLabelEvaluation`, or for tagging a `TaggingEvaluation`.
+        For classification, its scores are the task's metrics, `accuracy`, `nll`, `ece`, `adaptive_ece`,
+        `classwise_ece`, `brier` and `aurc`; for regression `pearson`, `spearman` and `mse`.
 
     Raises:
-        BayesLoraError: `dataset` lacks labels or rows, the model's kind or number of classes is not that of the task,
-            outputs are not finite, or samples are wanted but the model lacks a posterior.
+        BayesLoraError: `dataset` lacks labels or rows, the model's kind or number of classes differs from the task's,
+            outputs are not finite, or `samples` > 0 for a model without a posterior.
     """
     if (LABELS if has_words(dataset) else LABEL) not in dataset.column_names:
         raise BayesLoraError(
@@ -114,15 +114,14 @@ def predict_dataset(
     *,
     per_sample: bool = False,
 ) -> Prediction:
-    """Return `predict` of an encoded split, in its order; batches are padded and hold examples of similar length.
+    """Predict an encoded split with `predict`, in its order; batches are padded and hold examples of similar length.
 
-    Of sentences from `encode_words` the examples are the words.
-
-    Prompts that begin alike (few-shot ones) share a batch, and a model without samples reads their beginning once.
+    For sentences from `encode_words`, the examples are the words. Prompts with the same beginning (few-shot prompts)
+    share a batch, and a model without samples reads their beginning once.
 
     Raises:
-        BayesLoraError: `dataset` lacks rows, `batch_size` is below 1, the tokenizer cannot pad, or
-            samples are wanted but the model lacks a posterior.
+        BayesLoraError: `dataset` lacks rows, `batch_size` is below 1, the tokenizer cannot pad, or `samples` > 0 for a
+            model without a posterior.
     """
     batches, places, logits = _batched(dataset, tokenizer, batch_size, samples)
     prediction = predict(model, batches, samples, seed, per_sample=per_sample, antithetic=antithetic, logits=logits)
@@ -138,10 +137,10 @@ def predict_dataset(
 def dataset_logits(
     model: Predictable, dataset: Dataset, tokenizer: Any, batch_size: int = 64, samples: int = 0, seed: int = 0
 ) -> torch.Tensor:
-    """Return the (S, n, C) logits of an encoded split, in its order, for a calibration's `fit_logits`.
+    """Return the logits (S, n, C) of an encoded split, in its order, for the method `fit_logits` of a calibration.
 
     Raises:
-        BayesLoraError: as `predict_dataset`.
+        BayesLoraError: in the cases of `predict_dataset`.
     """
     batches, places, logits = _batched(dataset, tokenizer, batch_size, samples)
     predictor = as_predictor(model)

@@ -32,13 +32,13 @@ _EDITS = ("keyboard", "swap", "drop", "duplicate")
 
 
 def shifted(dataset: Dataset, columns: Sequence[str], suite: str, severity: float, seed: int = 0) -> Dataset:
-    """Return the rows with the texts in `columns` shifted and everything else as it was.
+    """Return a copy of a data set with the texts in `columns` shifted, for scores under distribution shift.
 
     Args:
-        dataset: with a column of strings for each of `columns`.
+        dataset: data set in which each of `columns` holds strings.
         columns: names of the columns to shift.
-        suite: one of `SEVERITIES`.
-        severity: share of what changes, 0 to 1; 0 changes nothing. `SEVERITIES` has the levels of the command.
+        suite: kind of shift, one of `SEVERITIES`.
+        severity: share of the text that changes, 0 to 1; 0 changes nothing. `SEVERITIES` has the command's levels.
         seed: seed of the edits; the same seed gives the same texts in every process.
 
     Raises:

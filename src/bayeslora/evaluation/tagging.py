@@ -26,12 +26,12 @@ _ALL = "micro avg"
 
 @dataclass(frozen=True)
 class TaggingEvaluation(Evaluation):
-    """`Evaluation` of the words of sentences: n is the number of words.
+    """`Evaluation` of a model that tags words; n is the number of words.
 
     Attributes:
-        row: (n,) the number of the sentence of each word.
-        label_scores: of each kind of span, `precision`, `recall`, `f1` and the number of `spans`; {} if the tags mark
-            no spans.
+        row: (n,) sentence number of each word.
+        label_scores: `precision`, `recall`, `f1` and number of `spans` of each kind of span, by its name; {} if the
+            tags mark no spans.
     """
 
     row: NDArray[np.int64] = field(default_factory=lambda: np.zeros(0, dtype=np.int64))
@@ -51,8 +51,7 @@ class TaggingEvaluation(Evaluation):
     def findings(self) -> dict[str, Any]:
         """Confusion matrix of the tags, as in metrics.json.
 
-        There is no verdict, whose intervals are of rows that are independent of each other: words of one sentence are
-        not.
+        There is no verdict: its intervals need independent rows, and the words of one sentence are not independent.
         """
         table = findings.confusion(self.predictions.argmax(axis=1), self.labels, self.predictions.shape[1])
         return {"confusion": table}
@@ -67,16 +66,16 @@ def check_span_metrics(names: Sequence[str]) -> None:
 def tagging_scores(
     probabilities: ArrayLike, labels: ArrayLike, rows: ArrayLike, names: Sequence[str]
 ) -> dict[str, float]:
-    """Return the scores of n words.
+    """Return the scores of tags for n words.
 
     Args:
-        probabilities: (n, C).
-        labels: (n,) ids of tags.
-        rows: (n,) number of the sentence of each word.
-        names: of the tags, by id.
+        probabilities: (n, C) probability of each tag.
+        labels: (n,) ids of the right tags.
+        rows: (n,) sentence number of each word.
+        names: names of the tags by id.
 
     Returns:
-        `span_f1`, `span_precision` and `span_recall` where the tags mark spans; then those of
+        `span_f1`, `span_precision` and `span_recall` if the tags mark spans, and the scores of
         `metrics.classification_scores` over words.
     """
     spans, _ = span_scores(labels, np.asarray(probabilities).argmax(axis=1), rows, names)

@@ -37,18 +37,18 @@ _MAX_NUMBERS = 2**26
 
 @dataclass(frozen=True)
 class TextEvaluation:
-    """Scores of a language model on known answers, with what is behind them by token, in the split's order.
+    """Scores of a language model on n tokens of known answers, in the split's order.
 
     Attributes:
-        log_probability: (n,) of each token of an answer, in nats.
-        entropy: (n,) of the distribution that it is from, in nats.
-        mutual_information: (n,) the part of the entropy that the draws disagree about; 0 without samples.
-        confidence: (n,) the largest probability of that distribution.
-        correct: (n,) whether the token is the most probable one.
-        row: (n,) number of the row that the token is from.
-        vocabulary: number of tokens that the model knows.
+        log_probability: (n,) log-probability of each answer token, in nats.
+        entropy: (n,) entropy of the distribution over the vocabulary at each token, in nats.
+        mutual_information: (n,) the part of `entropy` due to disagreement of the draws; 0 without samples.
+        confidence: (n,) largest probability of the distribution at each token.
+        correct: (n,) whether the answer token is the most probable one.
+        row: (n,) number of the row that the token belongs to.
+        vocabulary: size of the model's vocabulary.
         seconds: wall time of the forward passes.
-        samples: number of draws; 0 is the mean weights.
+        samples: number of draws of the weights; 0 is the mean weights.
     """
 
     log_probability: Array
@@ -63,7 +63,7 @@ class TextEvaluation:
 
     @property
     def scores(self) -> dict[str, float]:
-        """`perplexity`, `nll`, `token_accuracy`, and of the most probable tokens `ece` and `aurc`."""
+        """`perplexity`, `nll` and `token_accuracy`, and `ece` and `aurc` of the most probable tokens."""
         nll = float(-self.log_probability.mean())
         return {
             "perplexity": float(np.exp(nll)),
@@ -85,11 +85,11 @@ class TextEvaluation:
 
     @property
     def risk_coverage(self) -> dict[str, list[float]]:
-        """Share of wrong tokens by the share of tokens answered, the most confident first, as in metrics.json."""
+        """Share of wrong tokens as a function of coverage, the most confident first, as in metrics.json."""
         return risk_coverage_curve(-self.confidence, ~self.correct)
 
     def histograms(self) -> dict[str, dict[str, Any]]:
-        """Count entropy and mutual information of right and wrong tokens, as in metrics.json."""
+        """Return histograms of entropy and mutual information of right and wrong tokens, as in metrics.json."""
         measures = {"entropy": self.entropy}
         if self.samples:
             measures["mutual_information"] = self.mutual_information
@@ -108,13 +108,13 @@ def evaluate_text(
     Args:
         model: a language model, or the saved posterior of its weights.
         data: the encoded split.
-        tokenizer: pads the batches.
-        batch_size: maximum number of rows in a forward pass; long rows take fewer.
-        samples: draws to average the probability of each token over; 0 uses the mean weights.
+        tokenizer: tokenizer that pads the batches.
+        batch_size: maximum number of rows in a forward pass; passes with long rows have fewer.
+        samples: number of draws to average the probability of each token over; 0 uses the mean weights.
         seed: seed of the draws.
 
     Raises:
-        BayesLoraError: samples are wanted but the model lacks a posterior, or an output is not finite.
+        BayesLoraError: `samples` > 0 for a model without a posterior, or an output is not finite.
     """
     weights = Weights(model, samples, seed)
     started = time.perf_counter()

@@ -1,7 +1,7 @@
-r"""Scores of generated texts against right answers, of which the nearest counts; between 0 and 1.
+r"""Scores between 0 and 1 of generated texts, each compared with the reference that gives it the best score.
 
 Exact match and F1 are those of SQuAD (Rajpurkar et al., 2016, arXiv:1606.05250; 2018, arXiv:1806.03822, for questions
-without an answer). BLEU is sacreBLEU's over all texts, ROUGE-L the F-measure of `rouge_score`, averaged.
+without an answer). BLEU is sacreBLEU's corpus BLEU, and ROUGE-L is the F-measure of `rouge_score`.
 """
 
 from __future__ import annotations
@@ -20,12 +20,12 @@ from bayeslora.data.text_tasks import NO_ANSWER
 from bayeslora.errors import BayesLoraError
 
 References = Sequence[Sequence[str]]
-"""The right answers to each row; none where the right answer is that there is none."""
+"""Reference answers of each row; an empty list means that the question has no answer."""
 _PACKAGES = {"bleu": ("sacrebleu", "sacrebleu"), "rouge_l": ("rouge_score", "rouge-score")}
 
 
 def check_metrics(names: Sequence[str]) -> None:
-    """Raise `BayesLoraError` if a score needs a package that is missing, before a run starts."""
+    """Raise `BayesLoraError` if one of these scores needs a package that is not installed."""
     for name in names:
         module, package = _PACKAGES.get(name, ("", ""))
         if module and find_spec(module) is None:
@@ -33,20 +33,20 @@ def check_metrics(names: Sequence[str]) -> None:
 
 
 def exact_match(texts: Sequence[str], references: References) -> NDArray[np.float64]:
-    """Return (n,) 1 for texts equal to a right answer but for case, punctuation and articles, otherwise 0."""
+    """Return (n,) 1 where a text equals a reference up to case, punctuation and articles, otherwise 0."""
     return _best(texts, references, lambda text, answer: float(_words(text) == _words(answer)))
 
 
 def token_f1(texts: Sequence[str], references: References) -> NDArray[np.float64]:
-    """Return (n,) harmonic means of precision and recall of the words, of the best right answer.
+    """Return the F1 of the words (n,) of each text, against its best reference.
 
-    Where one side has no words, as without an answer, it is 1 if the other has none either.
+    If the text or the reference has no words (no answer), the F1 is 1 if both have none, and otherwise 0.
     """
     return _best(texts, references, _f1)
 
 
 def rouge_l(texts: Sequence[str], references: References) -> NDArray[np.float64]:
-    """Return (n,) F-measures of the longest common subsequence of words, of the best right answer."""
+    """Return the ROUGE-L F-measure (n,) of each text (longest common subsequence), against its best reference."""
     check_metrics(["rouge_l"])
     from rouge_score.rouge_scorer import RougeScorer
 
@@ -55,7 +55,7 @@ def rouge_l(texts: Sequence[str], references: References) -> NDArray[np.float64]
 
 
 def bleu(texts: Sequence[str], references: References) -> float:
-    """Return the BLEU of all texts together, with as many right answers as each has."""
+    """Return the corpus BLEU of all texts, each of which may have several references."""
     check_metrics(["bleu"])
     import sacrebleu
 
@@ -67,7 +67,7 @@ def bleu(texts: Sequence[str], references: References) -> float:
 def text_scores(
     metrics: Sequence[str], texts: Sequence[str], references: References
 ) -> tuple[dict[str, float], NDArray[np.float64]]:
-    """Return scores by name, and the loss (n,) of each text: 1 minus its F1, or its ROUGE-L."""
+    """Return scores by name, and the loss (n,) of each text: 1 - F1 if `metrics` has `f1`, otherwise 1 - ROUGE-L."""
     found = {name: BY_ROW[name](texts, references) for name in metrics if name in BY_ROW}
     scores = {name: float(found[name].mean()) if name in found else bleu(texts, references) for name in metrics}
     return scores, 1 - found["f1" if "f1" in found else "rouge_l"]
@@ -78,7 +78,7 @@ BY_ROW: dict[str, Callable[[Sequence[str], References], NDArray[np.float64]]] = 
     "f1": token_f1,
     "rouge_l": rouge_l,
 }
-"""Functions to a score of each text, by name."""
+"""Functions that return a score for each text, by name."""
 
 
 def _best(texts: Sequence[str], references: References, score: Any) -> NDArray[np.float64]:

@@ -1,8 +1,8 @@
 r"""Scores of a model's uncertainty, in float64: calibration, selective prediction, detection.
 
-Calibration asks whether confidence is a probability, selective prediction whether the model is unsure where it is
-wrong, detection whether it is unsure about inputs unlike its training data. Ties are never broken: every score depends
-only on the set of examples, and its docstring says how it treats ties.
+Calibration: is confidence a probability? Selective prediction: is the model unsure where it is wrong? Detection: is it
+unsure about inputs unlike its training data? Ties are never broken: every score depends only on the set of examples,
+and its docstring says how it treats ties.
 """
 
 from __future__ import annotations
@@ -19,24 +19,24 @@ from bayeslora.errors import BayesLoraError, counted
 
 Array = NDArray[np.float64]
 BINS = 15
-"""Number of bins of every calibration error, equal-width or equal-mass."""
+"""Default number of bins of every calibration error, with equal width or equal mass."""
 HISTOGRAM_BINS = 30
 CURVE_POINTS = 100
 UNCERTAINTIES = ("max_probability", "entropy", "mutual_information")
-"""Names of the measures of uncertainty that detection is scored with; see `uncertainties`."""
+"""Names of the measures of uncertainty; see `uncertainties`."""
 
 
 def uncertainties(probabilities: ArrayLike, entropy: ArrayLike, mutual_information: ArrayLike) -> dict[str, Array]:
     """Return a classifier's measures of uncertainty, (n,) each; larger means less sure.
 
     Args:
-        probabilities: (n, C).
-        entropy: (n,) of the same predictions, in nats.
-        mutual_information: (n,), in nats.
+        probabilities: (n, C) class probabilities.
+        entropy: (n,) entropy of the same predictions, in nats.
+        mutual_information: (n,) mutual information of the same predictions, in nats.
 
     Returns:
-        `max_probability`, negated as 1 - max p; `entropy`; `mutual_information`, unless it is 0 for every example:
-        one set of weights does not disagree with itself.
+        `max_probability`, as 1 - max p; `entropy`; and `mutual_information`, unless it is 0 for every example, as with
+        a single set of weights.
     """
     found = {
         "max_probability": 1.0 - np.asarray(probabilities, dtype=np.float64).max(axis=1),
@@ -52,9 +52,9 @@ def adaptive_calibration_error(probabilities: ArrayLike, labels: ArrayLike, bins
     r"""Return the calibration error over bins of equal mass, $\frac1B \sum_b |\text{acc}_b - \text{conf}_b|$.
 
     Examples are sorted by the predicted class's probability and cut into B bins of n/B examples (Nixon et al., 2019,
-    arXiv:1904.01685, for the predicted class alone), so that confidences that crowd near 1 still fill B bins. If a cut
-    falls inside an example, or inside a group of equal confidences, each side takes its share of the group's mean:
-    ties are not ordered, and all B bins have exactly equal mass for every n. Fewer than B examples have a bin each.
+    arXiv:1904.01685, for the predicted class alone), so that confidences close to 1 still fill B bins. If a cut falls
+    inside an example or a group of equal confidences, each side takes its share of the group's mean: ties are not
+    ordered, and all B bins have exactly equal mass for every n. With fewer than B examples, each has a bin of its own.
     """
     chosen, labels = class_arrays(probabilities, labels)
     confidence = chosen.max(axis=1)
@@ -94,8 +94,8 @@ def area_under_risk_coverage(uncertainty: ArrayLike, wrong: ArrayLike) -> float:
 
     It is the mean over i = 1, …, n of the error rate among the i examples that the model is surest of (Geifman and
     El-Yaniv, 2018, arXiv:1805.08206). It depends on the error rate and on the order of the examples; `excess_area`
-    removes the former. Ties: the expectation over all orders of examples with equal uncertainty, so a constant
-    uncertainty has the error rate as its area.
+    removes the effect of the error rate. With ties, it is the expectation over all orders of examples with equal
+    uncertainty, so a constant uncertainty has the error rate as its area.
 
     Args:
         uncertainty: (n,) larger = less sure.
@@ -108,7 +108,7 @@ def area_under_risk_coverage(uncertainty: ArrayLike, wrong: ArrayLike) -> float:
 
 
 def excess_area(uncertainty: ArrayLike, wrong: ArrayLike) -> float:
-    """Return the E-AURC: the area minus that of the best order, to compare methods of different accuracy."""
+    """Return the E-AURC: the AURC minus that of the best order, to compare methods with different accuracies."""
     _, losses = aligned(uncertainty, wrong)
     return area_under_risk_coverage(uncertainty, wrong) - area_under_risk_coverage(losses, losses)
 
@@ -116,11 +116,11 @@ def excess_area(uncertainty: ArrayLike, wrong: ArrayLike) -> float:
 def risk_coverage_curve(
     uncertainty: ArrayLike, wrong: ArrayLike, points: int = CURVE_POINTS
 ) -> dict[str, list[float]]:
-    """Return the error rate among the share of examples that a model is surest of, on an even grid of shares.
+    """Return the error rate among the examples that a model is surest of, as a function of their share.
 
     Returns:
-        `coverage` (1/points, …, 1) and `risk`, lists of `points` numbers, as in metrics.json. Ties as in
-        `area_under_risk_coverage`; a coverage that ends inside an example counts that part of it.
+        `coverage` (1/points, …, 1) and `risk`, lists of `points` numbers, as in metrics.json. Ties are treated as in
+        `area_under_risk_coverage`. If a coverage ends inside an example, that part of the example counts.
     """
     scores, losses = aligned(uncertainty, wrong)
     count, total = _cumulative(scores, losses)
@@ -130,18 +130,18 @@ def risk_coverage_curve(
 
 
 def detection_scores(inside: ArrayLike, outside: ArrayLike) -> dict[str, float]:
-    r"""Score how well an uncertainty separates out-of-distribution examples (the positives) from in-distribution ones.
+    r"""Return how well an uncertainty separates out-of-distribution examples (positives) from in-distribution ones.
 
     Args:
         inside: (n,) uncertainty of in-distribution examples, larger = less sure.
         outside: (m,) uncertainty of out-of-distribution examples.
 
     Returns:
-        `auroc`: the probability that an outside example is less sure than an inside one; a tie counts one half.
-        `aupr`: average precision, $\sum_t (R_t - R_{t-1}) P_t$ over the distinct thresholds, so examples that tie
-        are flagged together; chance gives m / (n + m), so compare it only at equal n and m.
-        `fpr95`: the share of inside examples flagged at the highest threshold that flags at least 95 % of the outside
-        ones (Hendrycks et al., 2019, arXiv:1812.04606, who also count the outside as positive); ties are flagged.
+        `auroc`: probability that an outside example is less sure than an inside one; a tie counts one half.
+        `aupr`: average precision, $\sum_t (R_t - R_{t-1}) P_t$ over the distinct thresholds, so tied examples are
+        flagged together. Chance gives m / (n + m), so compare it only at equal n and m.
+        `fpr95`: share of inside examples flagged at the highest threshold that flags at least 95 % of the outside ones
+        (Hendrycks et al., 2019, arXiv:1812.04606, who also count the outside as positive); ties are flagged.
 
     Raises:
         BayesLoraError: one side lacks examples, or a value is not finite.
@@ -158,17 +158,17 @@ def detection_scores(inside: ArrayLike, outside: ArrayLike) -> dict[str, float]:
 
 
 def detection(inside: Mapping[str, Array], outside: Mapping[str, Array]) -> dict[str, dict[str, float]]:
-    """Return `detection_scores` for each measure of uncertainty (of `uncertainties`) that both sides have."""
+    """Return `detection_scores` for each measure from `uncertainties` that both sides have."""
     return {name: detection_scores(inside[name], outside[name]) for name in inside if name in outside}
 
 
 def histograms(groups: Mapping[str, Mapping[str, Array]], classes: int) -> dict[str, dict[str, Any]]:
-    """Count entropy and mutual information by group of examples, on shared bins, as in metrics.json.
+    """Return histograms of entropy and mutual information for groups of examples, on shared bins, as in metrics.json.
 
     Args:
-        groups: `uncertainties` by name of a group, such as `correct`, `wrong` and `ood`.
-        classes: C. The bins end at log C, the maximum of the entropy. Those of mutual information, which is often far
-            smaller, end at the last of log C, log C / 2, log C / 4, … that is not exceeded.
+        groups: measures from `uncertainties` for each group, such as `correct`, `wrong` and `ood`.
+        classes: number of classes C. The bins of the entropy end at its maximum, log C. Those of mutual information,
+            which is often far smaller, end at the last of log C, log C / 2, log C / 4, … that is not exceeded.
 
     Returns:
         For each measure, `edges` (31 numbers, in nats) and a list of 30 counts for each group.
@@ -190,7 +190,7 @@ def histograms(groups: Mapping[str, Mapping[str, Array]], classes: int) -> dict[
 
 
 def aligned(predicted: ArrayLike, labels: ArrayLike) -> tuple[Array, Array]:
-    """Return two flat float64 arrays of equal length, at least 1."""
+    """Return both arguments as flat float64 arrays, after checking that their lengths are equal and at least 1."""
     a = np.asarray(predicted, dtype=np.float64).reshape(-1)
     b = np.asarray(labels, dtype=np.float64).reshape(-1)
     if len(a) != len(b) or not len(a):
@@ -202,7 +202,7 @@ def aligned(predicted: ArrayLike, labels: ArrayLike) -> tuple[Array, Array]:
 
 
 def class_arrays(probabilities: ArrayLike, labels: ArrayLike) -> tuple[Array, NDArray[np.int64]]:
-    """Return (n, C) probabilities in float64 and (n,) class ids in 0..C-1, checked."""
+    """Return (n, C) probabilities in float64 and (n,) class ids, after checking that the ids are in 0..C-1."""
     chosen = np.asarray(probabilities, dtype=np.float64)
     ids = np.asarray(labels).astype(np.int64).reshape(-1)
     if chosen.ndim != 2 or len(chosen) != len(ids) or not len(ids):

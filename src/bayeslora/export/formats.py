@@ -38,7 +38,7 @@ FORMATS = {
     "packed": "bayeslora.export.packed.writer",
     "torchao": "bayeslora.export.torchao",
 }
-"""Module of each format, imported at its first use; its function is named `export_` and the format."""
+"""Module of each format, imported at first use; the module's function is named `export_<format>`."""
 
 
 def export(
@@ -51,25 +51,24 @@ def export(
     base_model_id: str | None = None,
     **options: Any,
 ) -> dict[str, Any]:
-    """Write an adapter to the folder `path` in another format and return the measurements of that format.
+    """Write an adapter to the folder `path` in another format, and return what was measured, such as sizes and errors.
 
-    A card, `README.md`, says what the folder holds, how to load it, its error and its source.
+    The folder's `README.md` says what the folder holds, how to load it, how large its error is, and where it is from.
 
     Args:
-        model: a PEFT model with an adapter of this library; for `onnx` and `gguf` also PEFT's LoRA.
-        path: folder to write into; removed if the export fails, unless it was there before.
-        format: `lora` (default) for plain LoRA, which needs nothing but PEFT; `packed` for the adapter at its learned
-            widths; `merged` for one model without an adapter; `integer` for one model of codes, which `load_integer`
-            loads; `onnx` for a graph that onnxruntime runs; `gguf` for files that llama.cpp runs; `torchao` for int8
-            weights that Transformers and vLLM run.
-        adapter_name: by default the active adapter.
-        batch: inputs to measure the output error on; without it the `dummy_inputs`, and result and card say so.
-        base_model_id: hub id of the base model, which card and configuration then name; by default where it was
-            loaded from.
-        options: further keyword arguments of the format's function, such as `export_lora`.
+        model: a PEFT model with an adapter of this library; for `onnx` and `gguf` also with PEFT's LoRA.
+        path: folder to write into; removed if the export fails, unless it existed before.
+        format: `lora` (default) for a plain LoRA adapter that needs only PEFT; `packed` for the adapter at its learned
+            widths; `merged` for a single model without an adapter; `integer` for a single model of integer codes, for
+            `load_integer`; `onnx` for a graph for onnxruntime; `gguf` for files for llama.cpp; `torchao` for int8
+            weights for Transformers and vLLM.
+        adapter_name: name of the adapter, by default the active one.
+        batch: inputs to measure the error on; by default the model's `dummy_inputs`, and result and card say so.
+        base_model_id: hub id of the base model for README and configuration; by default where it was loaded from.
+        options: further keyword arguments of the format's function, such as those of `export_lora`.
 
     Raises:
-        BayesLoraError: for an unknown format or option, or a model without an adapter of this library.
+        BayesLoraError: the format or an option is unknown, or the model has no adapter that can be exported.
     """
     if format not in FORMATS:
         raise BayesLoraError(f"format is {format!r}, but must be one of {', '.join(sorted(FORMATS))}: choose one")
@@ -147,18 +146,18 @@ def shrink(model: nn.Module, adapter_name: str | None = None) -> dict[str, int]:
     """Remove every rank that contributes nothing from the tensors of an adapter, in place.
 
     A rank is removed if its gate is closed or its diagonal entry is quantized to zero. Ranges and the scaling stay as
-    trained, so outputs are equal to float rounding. `rank_pattern` in the adapter's config records the ranks left, and
-    a saved adapter reloads with them. Existing optimizers keep the old tensors: shrink after training.
+    trained, so the outputs stay the same up to float rounding. `rank_pattern` in the adapter's config records the
+    remaining ranks, and a saved adapter reloads with them. Shrink after training: optimizers keep the old tensors.
 
     Args:
         model: a PEFT model; one without an adapter of this library is left unchanged.
-        adapter_name: by default the active adapter.
+        adapter_name: name of the adapter, by default the active one.
 
     Returns:
-        The rank of each layer by name; ranks may be 0.
+        The remaining rank of each layer, by layer name; a rank may be 0.
 
     Raises:
-        BayesLoraError: if Transformers has added the adapter, which has no configuration then to record ranks in.
+        BayesLoraError: Transformers has added the adapter, so that there is no configuration to record ranks in.
     """
     check_has_tuner(model)
     tuner = tuner_of(model)

@@ -52,27 +52,28 @@ def export_lora(
     Args:
         model: a PEFT model with an adapter of this library.
         path: folder to write `adapter_config.json` and `adapter_model.safetensors` into; created if missing.
-        adapter_name: by default the active adapter.
-        batch: inputs to measure the output error on; by default the model's `dummy_inputs`.
-        uniform: True for one rank in all layers, with `lora_alpha` equal to it, for vLLM, SGLang and llama.cpp: the
+        adapter_name: name of the adapter, by default the active one.
+        batch: inputs on which the output error is measured; by default the model's `dummy_inputs`.
+        uniform: use one rank for all layers, with `lora_alpha` equal to it, as vLLM, SGLang and llama.cpp need it: the
             smallest of `SERVED_RANKS` that is at least every layer's rank, or else the largest rank.
-        draws: K, to write K draws of the weights instead of their mean (default), into the folders draw-0 …
+        draws: write this number K of draws of the weights instead of their mean (default), into the folders draw-0 …
             draw-(K - 1) of `path`. Their mean probabilities equal `predict(model, batch, samples=K, seed=seed)`.
         seed: seed of the draws, by default 0.
-        posterior: source of the draws of a deterministic adapter: the `IVON` that trained it, or `load_posterior(…)`.
-        members: True to write each of the K cores of `MeLoraConfig(cores=K)`, at its mean, into the folders member-0 …
+        posterior: posterior to draw from for a deterministic adapter: the `IVON` or `SWAG` that trained it, or
+            `load_posterior(…)`.
+        members: write each of the K cores of `MeLoraConfig(cores=K)`, at its mean, into the folders member-0 …
             member-(K - 1) of `path`. Their mean probabilities equal `predict(CoreEnsemble(model), batch)`.
-        allow_error: True to leave out quantizers of the base weights and of activations, by default False.
+        allow_error: leave out the quantizers of base weights and activations, by default False.
 
     Returns:
         `max_output_error` and `max_output`, over the outputs of this model and of the exported one on the batch (None
-        without inputs to measure on), and `ranks` by layer; for draws and members the maximum over them, and their
-        number, `draws` or `members`.
+        without inputs), and `ranks` by layer. For draws and members, the maximum over them, and their number as
+        `draws` or `members`.
 
     Raises:
-        BayesLoraError: if the model lacks an adapter of this library, if the adapter quantizes more than its matrices
-            and `allow_error` is False, for draws of a deterministic adapter, for members of an adapter with a single
-            core, or for a uniform export of an adapter that trains more than its matrices (a head, biases).
+        BayesLoraError: the model has no adapter of this library; the adapter quantizes more than its matrices and
+            `allow_error` is False; it is deterministic and draws are wanted; it has a single core and members are
+            wanted; or it trains more than its matrices (a head, biases) and `uniform` is given.
     """
     if members:
         return _export_members(model, Path(path), adapter_name, batch, uniform, draws)

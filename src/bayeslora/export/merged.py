@@ -47,19 +47,19 @@ def export_merged(
     """Write base and adapter, at its learned widths and its posterior mean, as one Transformers model.
 
     Args:
-        model: a PEFT model on a Transformers model, with an adapter of this library or PEFT's LoRA; left unchanged.
-        path: folder for the model and a card, `README.md`; created if missing.
-        adapter_name: by default the active adapter.
-        batch: inputs to measure the output error on; by default the model's `dummy_inputs`.
-        allow_error: True to merge even if the outputs will differ, by default False.
+        model: a PEFT model on a Transformers model, with this library's adapter or PEFT's LoRA. It stays unchanged.
+        path: folder for the model and its `README.md`; created if missing.
+        adapter_name: name of the adapter, by default the active one.
+        batch: inputs on which the output error is measured; by default the model's `dummy_inputs`.
+        allow_error: merge even if the outputs will differ, by default False.
 
     Returns:
         `max_output_error` and `max_output`, over the outputs of this model and of the merged one on the batch (None
-        without inputs to measure on), and `inexact`, the reason why they differ by more than float rounding, or None.
+        without inputs), and `inexact`, the reason why they differ by more than float rounding, or None.
 
     Raises:
-        BayesLoraError: if merging cannot be exact and `allow_error` is False, if an adapter is merged already, or if
-            the base is not a Transformers model.
+        BayesLoraError: merging cannot be exact and `allow_error` is False, an adapter is merged already, or the base
+            is not a Transformers model.
     """
     original, tuner, name = _parts(model, adapter_name)
     base = original.get_base_model()

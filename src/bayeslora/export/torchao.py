@@ -49,25 +49,26 @@ def export_torchao(
     """Write the base with int8 weights in torchao's layout, and the adapter beside it as a plain LoRA.
 
     Args:
-        model: a Transformers model of linear layers, with an adapter that learned the widths of its base weights;
-            left unchanged.
-        path: folder for `model.safetensors`, `config.json`, tokenizer, card and a folder `adapter`; made if missing.
-        adapter_name: by default the active adapter.
-        batch: inputs to measure the error on, if `rows` is None; by default the model's `dummy_inputs`.
-        tokenizer: saved beside the weights.
-        unadapted: `"int8"` (default) rounds other linear layers too, a range a row, but not the output head;
-            `"float32"` leaves them. vLLM then needs an adapter on all of query, key and value, on gate and up.
-        rows: batches of inputs to measure the error on.
-        allow_error: True to write files although the mean divergence exceeds 0.01 nats.
+        model: a Transformers model with an adapter on linear layers that learned the widths of base weights. It stays
+            unchanged.
+        path: folder for `model.safetensors`, `config.json`, the tokenizer, `README.md` and a folder `adapter`; created
+            if missing.
+        adapter_name: name of the adapter, by default the active one.
+        batch: inputs on which the error is measured, if `rows` is None; by default the model's `dummy_inputs`.
+        tokenizer: tokenizer to save with the weights.
+        unadapted: `"int8"` (default) also rounds the other linear layers, with a range per row, except the output
+            head; `"float32"` leaves them. vLLM then needs adapters on query, key and value, and on gate and up.
+        rows: batches of inputs on which the error is measured.
+        allow_error: write the files even if the mean divergence exceeds 0.01 nats.
 
     Returns:
-        `file_bytes` of base and adapter; `float32_bytes` of the model; `weights`, how many matrices are int8;
-        `widened`, learned widths of weights below 8 bits, which take 8, or None; `left_out`, learned widths of
-        activations, or None; and the error as `bayeslora.export` measures it for a graph.
+        `file_bytes` of base and adapter; `float32_bytes` of the model; `weights`, the number of int8 matrices;
+        `widened`, the learned weight widths below 8 bits, which take 8 here, or None; `left_out`, the learned widths
+        of activations, or None; and the error, as `bayeslora.export` measures it for ONNX.
 
     Raises:
-        BayesLoraError: no base weight has a learned width of at most 8 bits; weights with ranges of groups, or stored
-            the other way round; or an error that is not allowed.
+        BayesLoraError: no base weight has a learned width of at most 8 bits, a weight has ranges for groups or is
+            stored transposed, or the error is not allowed.
     """
     _check_options(unadapted)
     inner, tuner, name = adapted_parts(model, adapter_name)

@@ -38,10 +38,9 @@ class Product:
     """One term of a cost: amount × width of `left` × width of `right` × rank of `rank_of`.
 
     Attributes:
-        amount: what one bit of each operand costs, such as the MACs of one sequence; for each rank if `rank_of` is
-            given.
-        left, right: a fixed width, or the tensor whose width it is.
-        rank_of: the layer whose rank multiplies the term, or None.
+        amount: cost at one bit for each operand, such as the MACs of one sequence; per rank if `rank_of` is given.
+        left, right: widths of the operands: a fixed number of bits, or the tensor that sets it.
+        rank_of: layer whose rank multiplies the term, or None.
     """
 
     amount: float
@@ -52,13 +51,13 @@ class Product:
 
 @dataclass(frozen=True)
 class CostModel:
-    """A cost that is a sum of products, as a share of `baseline`.
+    """A cost that is a sum of products, expressed as a share of `baseline`.
 
     Attributes:
-        products: the terms.
-        baseline: the cost that is 1.0; with a baseline of 0 there is nothing to save, and every share is 1.0.
-        default_widths, default_ranks: of tensors and layers that a choice does not name; a width is 32 if it is in
-            neither.
+        products: terms of the sum.
+        baseline: cost that counts as 1.0; with a baseline of 0 there is nothing to save, and every share is 1.0.
+        default_widths, default_ranks: widths and ranks of the tensors and layers that an argument does not name; a
+            width that is missing here too is 32.
     """
 
     products: tuple[Product, ...]
@@ -75,7 +74,7 @@ class CostModel:
         return self.total(widths, ranks) / self.baseline if self.baseline else 1.0
 
     def total(self, widths: Mapping[TensorKey, int], ranks: Mapping[str, int]) -> float:
-        """Return the cost itself, in the unit of the products; exact where their amounts are whole numbers."""
+        """Return the cost in the unit of the products; it is exact if their amounts are whole numbers."""
         return sum(self._amount(product, widths, ranks) for product in self.products)
 
     def _amount(self, product: Product, widths: Mapping[TensorKey, int], ranks: Mapping[str, int]) -> float:
@@ -99,12 +98,12 @@ class CostModel:
 
 @dataclass(frozen=True)
 class Evidence:
-    """Worth of each width and each component, in nats of mean loss.
+    """How much each width and each rank-one component is worth, in nats of mean loss.
 
     Attributes:
-        widths: for each tensor, increase of the mean loss when it has that many bits (2, 4, 8, 16, 32), against its
+        widths: for each tensor and number of bits (2, 4, 8, 16, 32), the increase of the mean loss over that at the
             widest; usually 0.0 at 32. Only the listed widths can be chosen.
-        ranks: for each layer, increase of the mean loss when that component is removed, one number a component.
+        ranks: for each layer, a list with the increase of the mean loss when each component is removed.
     """
 
     widths: Mapping[TensorKey, Mapping[int, float]]
@@ -113,14 +112,14 @@ class Evidence:
 
 @dataclass
 class Allocation:
-    """Chosen widths and ranks.
+    """The widths and ranks that `allocate` has chosen.
 
     Attributes:
         widths: bits of each tensor.
         open: for each layer, whether each component stays.
         price: λ, in nats of mean loss per share of the baseline; with a target, the price at which the last gate
-            closed, and 0.0 if none had to.
-        share: the cost reached.
+            closed, or 0.0 if none had to close.
+        share: cost of the choice, as a share of the baseline.
     """
 
     widths: dict[TensorKey, int]
@@ -152,23 +151,24 @@ def allocate(
 ) -> Allocation:
     """Choose widths and ranks so that a gate is open if and only if it is worth more than its price.
 
-    Starts with the widest widths and all components, and closes the gate with the least loss per share saved, over
-    all tensors and layers; a width may narrow by several steps at once if that is better. Closing a gate makes its
-    partners cheaper, so gates that are then worth more than their price open again, in rounds. With a target, what is
-    left of it at the end goes to the gates that are worth the most and still fit. Every move is the best single one,
-    so a better choice that needs two moves at once can be missed.
+    The search starts with the widest widths and all components. It repeatedly closes the gate with the least loss per
+    share saved, over all tensors and layers; a width may narrow by several steps at once if that is better. Closing a
+    gate makes its partners cheaper, so gates that are then worth more than their price open again, in rounds. With a
+    target, the unused part goes in the end to the gates that are worth the most and still fit. Every move is the best
+    single one, so a better choice that needs two moves at once can be missed.
 
-    Negative increases are noise and count as 0; an increase that is smaller at fewer bits counts as the larger one. A
-    tensor whose width changes no cost keeps its widest. Equal gates close in the order of the evidence, tensors first.
+    Negative increases of the loss are noise and count as 0. If an increase is smaller at fewer bits, the larger one
+    counts. A tensor that does not change the cost keeps its widest width. Equal gates close in the evidence's order,
+    tensors first.
 
     Args:
         evidence: worth of each width and component.
-        cost: the cost to lower; what it does not depend on keeps all its bits and ranks.
-        target: the share of the baseline to reach.
+        cost: cost to lower; tensors and layers that it does not depend on keep all bits and ranks.
+        target: share of the baseline to reach.
         price: λ, in nats of mean loss per share of the baseline; 0 removes only what is worth nothing.
 
     Raises:
-        BayesLoraError: not exactly one of `target` and `price` is given, the target cannot be reached, or the
+        BayesLoraError: `target` and `price` are both given or both missing, the target cannot be reached, or the
             evidence is not finite or lists other widths.
     """
     if (target is None) == (price is None):
@@ -190,7 +190,7 @@ def allocate(
 
 
 def least_share(evidence: Evidence, cost: CostModel) -> float:
-    """Return the share of the baseline with the narrowest listed widths and all components closed."""
+    """Return the smallest share that can be reached: the narrowest listed widths and all components closed."""
     return cost.share(*_narrowest(evidence))
 
 

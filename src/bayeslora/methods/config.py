@@ -29,7 +29,7 @@ _LARGEST_ALPHA = 1e30
 
 @dataclass
 class AdapterConfig(PeftConfig):
-    """Fields shared with `peft.LoraConfig`; raises `BayesLoraError` for values that cannot work."""
+    """Configuration fields shared with `peft.LoraConfig`; raises `BayesLoraError` for invalid values."""
 
     method: ClassVar[str]
 

@@ -12,18 +12,18 @@ from bayeslora.vocabulary import KINDS
 class GateDescription:
     r"""One gate of a layer, as the last decision by evidence left it.
 
-    A gate is worth its price where $\Delta > \lambda w$, and its probability is $\sigma(N (\Delta - \lambda w))$ over
-    the N examples of training (`methods.allocation`).
+    A gate is worth its price if $\Delta > \lambda w$, and it is open with probability
+    $\sigma(N (\Delta - \lambda w))$, for N training examples (`methods.allocation`).
 
     Attributes:
-        kind: the tensor whose width the gate is, one of `vocabulary.ALL_KINDS`, or ``"rank"``.
-        gate: the bits that it opens (4, 8, 16 or 32), or the index of the component, counted before any cut.
+        kind: kind of tensor whose width the gate decides, one of `vocabulary.ALL_KINDS`; or ``"rank"``.
+        gate: bits that the gate opens (4, 8, 16 or 32), or the index of the component, counted before any cut.
         is_open: True if evaluation uses those bits or that component.
         delta: Δ, the rise of the mean loss in nats when the gate closes: from b to b/2 bits, or without the component.
-        saving: w, what closing it saves: a share of the baseline's cost, or of the mean rank for most ranks. A rank
-            that bit operations or bytes decide counts in these instead.
-        price: λ, in nats of mean loss per unit of the saving.
-        probability: of being open, between 0 and 1; None if N is unknown.
+        saving: w, what closing the gate saves. For a width: a share of the baseline's cost. For a rank: the decrease
+            of the mean rank, or a share of the baseline's cost if bit operations or bytes decide.
+        price: λ, in nats of mean loss per unit of `saving`.
+        probability: probability that the gate is open, between 0 and 1; None if N is unknown.
     """
 
     kind: str
@@ -37,13 +37,13 @@ class GateDescription:
 
 @dataclass(frozen=True)
 class PosteriorWidth:
-    r"""Width of a layer's posterior beside that of its prior: $\Omega / \sigma_p$ over the layer's entries.
+    r"""Width of a layer's posterior relative to its prior: statistics of $\Omega / \sigma_p$ over its entries.
 
-    1 is the prior's width: the data have said nothing. 0 is certainty.
+    A ratio of 1 is the width of the prior: the data say nothing about the entry. A ratio of 0 is certainty.
 
     Attributes:
-        mean: over all entries.
-        low, median, high: the 5th, 50th and 95th percentile.
+        mean: mean over all entries.
+        low, median, high: 5th, 50th and 95th percentile.
     """
 
     mean: float
@@ -61,11 +61,11 @@ class LayerDescription:
         in_features, out_features: d_in and d_out.
         rank: effective rank; columns that are gated off or quantized to zero do not count.
         initial_rank: the configured rank.
-        parameters: number of trained scalars the adapter has here.
+        parameters: number of the adapter's trained scalars in this layer.
         bits: width of each tensor, by the names in `KINDS`; 32 means not quantized.
-        gates: the gates that evidence has decided, those of cut components included; empty for other methods, for the
-            gates of the paper, and before the last decision.
-        posterior_to_prior: posterior by prior standard deviation; None for methods without a posterior.
+        gates: gates decided by evidence, including those of cut components; empty for other methods, for the paper's
+            gates, and before the last decision.
+        posterior_to_prior: ratio of posterior to prior standard deviation; None for methods without a posterior.
     """
 
     name: str
@@ -79,9 +79,9 @@ class LayerDescription:
     posterior_to_prior: PosteriorWidth | None = None
 
     def to_dict(self) -> dict[str, Any]:
-        """The entry of `layers` in `metrics.json`; `gates` is left out if there are none.
+        """Return the layer's entry of `layers` in `metrics.json`, without `gates` if there are none.
 
-        `posterior_to_prior` has an entry of its own, `posterior`.
+        `posterior_to_prior` is not part of it: `metrics.json` has it under `posterior`.
         """
         found = asdict(self)
         del found["posterior_to_prior"]

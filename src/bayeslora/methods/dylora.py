@@ -190,10 +190,10 @@ class DyLoraModel(BayesTuner):
 
 @contextmanager
 def at_rank(model: nn.Module, rank: int, adapter_name: str | None = None) -> Iterator[None]:
-    """Inside, `model`, trained with DyLoRA, evaluates, merges, is described and exported at `rank`.
+    """Use a DyLoRA model at `rank` inside the context: to evaluate, merge, describe and export it.
 
     Raises:
-        BayesLoraError: a model without DyLoRA, a rank that was not trained, or an adapter that is merged.
+        BayesLoraError: the model has no DyLoRA adapter, the adapter is merged, or the rank was not trained.
     """
     tuner = _dylora(model)
     before = tuner.rank_in_use(adapter_name)
@@ -208,15 +208,15 @@ def at_rank(model: nn.Module, rank: int, adapter_name: str | None = None) -> Ite
 def rank_curve(
     model: nn.Module, score: Callable[[nn.Module], float], ranks: Iterable[int] | None = None
 ) -> dict[int, float]:
-    """The score of every rank that was trained together.
+    """Return the score of a DyLoRA model at each rank, by rank.
 
     Args:
-        model: trained with DyLoRA; put into evaluation mode while `score` runs.
-        score: what to measure; called once a rank.
-        ranks: which ones; by default all from the smallest trained to r.
+        model: a model trained with DyLoRA; it is in evaluation mode while `score` runs.
+        score: function from the model to its score, called once for each rank.
+        ranks: ranks to score; by default all trained ranks, `min_rank` to r.
 
     Raises:
-        BayesLoraError: a model without DyLoRA, or a rank that was not trained.
+        BayesLoraError: the model has no DyLoRA adapter, or a rank was not trained.
     """
     tuner = _dylora(model)
     config = tuner.config_of(tuner.active_adapters[0])

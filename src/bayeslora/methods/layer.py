@@ -50,8 +50,8 @@ class PackedTensors:
 class BayesLayer(nn.Module, BaseTunerLayer):
     """One adapted linear layer (`nn.Linear`, its 4- and 8-bit forms, or GPT-2's `Conv1D`) with any number of adapters.
 
-    A method implements `add_adapter`, `adapted`, `factors` and `shrink`. Everything tensor-like it keeps sits in
-    dictionaries keyed by adapter name directly on the layer: what PEFT saves and loads.
+    A method implements `add_adapter`, `adapted`, `factors` and `shrink`. It keeps its tensors in dictionaries with the
+    adapter names as keys, as attributes of the layer: PEFT saves and loads these.
 
     Attributes:
         scaling: factor of each adapter's update.
@@ -62,7 +62,7 @@ class BayesLayer(nn.Module, BaseTunerLayer):
 
     other_param_names: tuple[str, ...] = ("adapter_dropout", "scaling", "initial_rank")
     optional_state: ClassVar[tuple[str, ...]] = ()
-    """Parts of the names of tensors that only training needs: a file may have them or not."""
+    """Parts of the names of tensors that only training needs, so that a saved file may lack them."""
 
     def __init__(self, base_layer: nn.Module, **kwargs: Any) -> None:
         super().__init__()
@@ -92,31 +92,31 @@ class BayesLayer(nn.Module, BaseTunerLayer):
         raise NotImplementedError
 
     def shrink(self, adapter_name: str) -> int:
-        """Cut the ranks that contribute nothing out of every tensor, and return the rank that is left."""
+        """Cut the ranks that contribute nothing out of every tensor, and return the remaining rank."""
         raise NotImplementedError
 
     def packed_tensors(self, adapter_name: str) -> PackedTensors | None:
-        """Return what an export stores as codes, or None for a method that learns no widths."""
+        """Return the tensors that an export stores as codes, or None for a method that learns no widths."""
         return None
 
     def remove_quantizers(self) -> list[str]:
-        """Remove the quantizers of all adapters and return the kinds of tensors they quantized: for cost estimates."""
+        """Remove the quantizers of all adapters, for cost estimates; return the kinds of tensors they quantized."""
         return []
 
     @staticmethod
     def unpacked_state(packed: PackedTensors) -> dict[str, Tensor]:
-        """Return the tensors of a frozen adapter by the ends of their keys: the inverse of `packed_tensors`."""
+        """Return the tensors of a frozen adapter, by the last parts of their keys: the inverse of `packed_tensors`."""
         raise NotImplementedError
 
     def merged_weight(self, adapter_name: str, weight: Tensor) -> Tensor:
-        """Return the weight that has the effect of `weight` and the adapter together."""
+        """Return a weight with the combined effect of `weight` and the adapter."""
         return weight + self.get_delta_weight(adapter_name).to(weight.device, weight.dtype)
 
     def check_merge(self, adapter_name: str) -> None:
         """Raise `BayesLoraError` if no weight can have the adapter's effect."""
 
     def needs_backup(self, adapter_name: str) -> bool:
-        """Return True if a subtraction cannot undo a merge, so that the base weight must be kept."""
+        """Return True if subtraction cannot undo a merge, so that a copy of the base weight must be kept."""
         return False
 
     def get_delta_weight(self, adapter_name: str) -> Tensor:
@@ -149,10 +149,10 @@ class BayesLayer(nn.Module, BaseTunerLayer):
         )
 
     def initial_factors(self, config: Any, rank: int) -> tuple[nn.Parameter, nn.Parameter]:
-        """Return A (r, d_in) and B (d_out, r) as LoRA begins: A uniform, B zero unless `init_weights` is False.
+        """Return LoRA's initial A (r, d_in) and B (d_out, r): A uniform, B zero unless `init_weights` is False.
 
-        PEFT draws both before it sets them. So do we: one seed gives LoRA and the methods that start like it
-        the same A and the same dropout, and runs with the same seed can be compared in pairs.
+        Like PEFT, this draws both matrices before it sets them. With the same seed, LoRA and the methods that start
+        like it therefore get the same A and the same dropout, and runs can be compared in pairs.
         """
         a, b = torch.empty(rank, self.in_features), torch.zeros(self.out_features, rank)
         if not rank:
@@ -176,7 +176,7 @@ class BayesLayer(nn.Module, BaseTunerLayer):
 
     @property
     def base_width(self) -> int:
-        """Bits of the stored base weight: 4 or 8 where it was loaded so, otherwise 32."""
+        """Bits of the stored base weight: 4 or 8 if it was loaded quantized, otherwise 32."""
         if self.quantization_backend is None:
             return UNQUANTIZED
         layer = self.get_base_layer()
@@ -187,7 +187,7 @@ class BayesLayer(nn.Module, BaseTunerLayer):
 
     @property
     def has_plain_weight(self) -> bool:
-        """True if W0 is an ordinary matrix; a base loaded in 4 or 8 bits keeps its width."""
+        """True if the base weight is an ordinary matrix, and not loaded in 4 or 8 bits."""
         forward = type(self.get_base_layer()).forward
         return self.quantization_backend is None and forward in (nn.Linear.forward, Conv1D.forward)
 
@@ -211,7 +211,7 @@ class BayesLayer(nn.Module, BaseTunerLayer):
         self.set_adapter(self.active_adapters, inference_mode=config.inference_mode)
 
     def cast_kept_parameters(self, adapter_name: str, dtype: torch.dtype) -> None:
-        """Cast what otherwise stays float32 in the adapter."""
+        """Cast those tensors of the adapter that usually stay float32."""
         for container in self.children():
             if isinstance(container, nn.ModuleDict) and adapter_name in container:
                 module = container[adapter_name]
@@ -222,7 +222,7 @@ class BayesLayer(nn.Module, BaseTunerLayer):
         return self.rows_first(self._with_rows_first(self.rows_first(x), *args, **kwargs))
 
     def rows_first(self, x: Tensor) -> Tensor:
-        """Return an input (rows, tokens, d) of the layer, or an output as the module around it expects it."""
+        """Swap the first two dimensions of an input or output if the layer has its tokens first."""
         return x.transpose(0, 1).contiguous() if self.tokens_first and x.ndim == 3 else x
 
     def _with_rows_first(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
@@ -266,12 +266,12 @@ class BayesLayer(nn.Module, BaseTunerLayer):
         return self.base_layer(x, *args, **kwargs) if out is None else out
 
     def get_base_weight(self) -> Tensor:
-        """The base weight (d_out, d_in) in its own type, dequantized where it is stored in fewer bits."""
+        """Return the base weight (d_out, d_in) in its own dtype, dequantized if it is stored in fewer bits."""
         undo_cpu_order(self.get_base_layer())
         return super().get_base_weight()
 
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
-        """Fold the named (default: the active) adapters, at their posterior mean, into the base weight."""
+        """Merge adapters (by default the active ones), at their posterior mean, into the base weight."""
         for name in check_adapters_to_merge(self, adapter_names):
             if name not in self.adapter_names:
                 continue
@@ -286,7 +286,7 @@ class BayesLayer(nn.Module, BaseTunerLayer):
             self.merged_adapters.append(name)
 
     def unmerge(self) -> None:
-        """Take the merged adapters out of the base weight again."""
+        """Remove the merged adapters from the base weight."""
         if not self.merged:
             warnings.warn("Already unmerged. Nothing to do.", stacklevel=2)
             return
@@ -342,9 +342,9 @@ def undo_cpu_order(module: nn.Module) -> None:
 
 
 def add_update(result: Tensor, hidden: Tensor, b: Tensor, scaling: float, in_place: bool = False) -> Tensor:
-    """`result + scaling * hidden @ b.T`, in one pass over `result` where the types agree.
+    """Return `result + scaling * hidden @ b.T`, computed in one pass over `result` if the dtypes agree.
 
-    `in_place` says that `result` is a matrix which nobody else holds.
+    Set `in_place` if `result` is a matrix that nothing else refers to, so that it may be overwritten.
     """
     if not result.dtype == hidden.dtype == b.dtype:
         return result + (F.linear(hidden, b) * scaling).to(result.dtype)
@@ -363,7 +363,7 @@ def device_of(model: nn.Module) -> torch.device:
 def evaluation_mode(model: nn.Module) -> Iterator[None]:
     """Put the model in evaluation mode, and restore the mode of every submodule afterwards.
 
-    `model.train()` would not do: parts of a model may be in evaluation mode on purpose.
+    `model.train()` cannot restore it, because parts of a model may be in evaluation mode on purpose.
     """
     modes = [(module, module.training) for module in model.modules()]
     model.eval()

@@ -30,20 +30,20 @@ _OTHER_TITLES = {"lora": "LoRA", "adalora": "AdaLoRA", "full": "full fine-tuning
 
 
 def register_method(name: str, config_class: type[AdapterConfig], model_class: type[BayesTuner]) -> None:
-    """Teach PEFT and this library a method; a class defined again under the same name takes the place of the first.
+    """Register a method of your own with PEFT and this library.
 
-    `get_peft_model`, saving and loading, `attach`, `predict`, `describe`, merging and exports work with it from then
-    on. The command finds it as `--method name` where the installed package that calls this has an entry point `name`
-    in the group `bayeslora.methods`.
+    Afterwards `get_peft_model`, saving and loading, `attach`, `predict`, `describe`, merging and exports work with it.
+    A class that is defined again under the same name replaces the first. `bayeslora train --method name` finds the
+    method if the package that registers it is installed with an entry point `name` in the group `bayeslora.methods`.
 
     Args:
-        name: lower-case letters, digits and underscores.
-        config_class: its `method` is set to `name` unless the class has one already.
-        model_class: with `prefix`, `tuner_layer_cls` and `linear_class`; the containers in the layer's
-            `adapter_layer_names` begin with the prefix, because PEFT saves by it.
+        name: name of the method: lower-case letters, digits and underscores.
+        config_class: configuration class; its `method` is set to `name` unless it has one already.
+        model_class: tuner class, with `prefix`, `tuner_layer_cls` and `linear_class`. The names in the layer's
+            `adapter_layer_names` must begin with the prefix, because PEFT saves tensors by it.
 
     Raises:
-        BayesLoraError: for a name that is taken or malformed, or for classes that do not fit together.
+        BayesLoraError: the name is taken or malformed, or the classes do not fit together.
     """
     _check_name(name, config_class, model_class)
     if not (issubclass(config_class, AdapterConfig) and issubclass(model_class, BayesTuner)):

@@ -35,13 +35,13 @@ class TrainingSetup:
     """Facts about a run that a method needs before it starts.
 
     Attributes:
-        total_steps: optimizer steps of the whole run.
-        num_examples: N, the number of training examples; None where a method does not need it.
+        total_steps: number of optimizer steps in the whole run.
+        num_examples: N, the number of training examples; None if the method does not need it.
         has_posterior: whether the optimizer keeps a Gaussian of every weight, `optimizer.posterior(p) -> (mean, std)`.
-        cost_of: from a currency (`"bops"`, `"bytes"` or `"rank"`) and a scope of bit operations, or None for that of
-            the adapted layers' region, to the cost of the model.
-        rows: rows in an optimizer step, over its micro-batches and all ranks; None where they are not known yet.
-        model: the model that the loop calls, perhaps wrapped for distributed training; None where it is not known.
+        cost_of: function from a unit (`"bops"`, `"bytes"` or `"rank"`) and a scope of bit operations (None: the scope
+            of the adapted layers' region) to the cost of the model.
+        rows: rows per optimizer step, over all micro-batches and ranks; None if not known yet.
+        model: the model that the loop calls, possibly wrapped for distributed training; None if not known.
     """
 
     total_steps: int
@@ -75,32 +75,32 @@ class RunState:
 
 
 class BayesTuner(BaseTuner):
-    """Base of the methods: a method adds `penalty`, the roles and rates of its parameters, and its phases.
+    """Base class of the methods, which add a `penalty`, roles and learning rates of parameters, and phases.
 
-    A training loop calls `begin` once, then around every optimizer step `step_begin`, `add_penalty` and `observe`
-    before it, `allocate` and `step_end` after it.
+    A training loop calls `begin` once. In every step it calls `step_begin`, `add_penalty` and `observe` before the
+    optimizer's step, and `allocate` and `step_end` after it.
     """
 
     least_travel: ClassVar[float] = 0.05
-    """Distance that a weight must be able to move in a run of IVON, or the run is warned about."""
+    """Distance that a weight must be able to move in a run with IVON; if it cannot, a warning is given."""
 
     row_loss: RowLoss | None = None
-    """Loss of the forward pass that is under way, where it is not the model's own."""
+    """Loss of the current forward pass, if it is not the model's own."""
 
     kept_labels: Any = None
-    """Labels of the batch that is under way, which a trainer may keep from the model to compute the loss itself."""
+    """Labels of the current batch, which a trainer may withhold from the model to compute the loss itself."""
 
     counted: int | None = None
-    """N of a run that has counted the rows of its training set."""
+    """N, if a run has counted it from its training set."""
 
     rows_per_example: int = 1
-    """Rows that make up an example of a training batch, such as the two texts of a pair: all first ones come first."""
+    """Rows per example of a training batch, such as 2 for the texts of a pair; all first texts come first."""
 
     needs_whole_factors: ClassVar[bool] = False
-    """True if the method reads whole factors while it trains: FSDP1, which flattens them, cannot give it any."""
+    """True if the method reads whole factors during training, which FSDP1 cannot provide because it flattens them."""
 
     trains_sharded: ClassVar[bool] = True
-    """False if the method cannot train where each rank has a part of a factor, as under FSDP."""
+    """False if the method cannot train with factors that are sharded over ranks, as under FSDP."""
 
     _run: RunState | None = None
     _named_layers: dict[str, Any] | None = None
@@ -179,7 +179,7 @@ class BayesTuner(BaseTuner):
         return super().merge_and_unload(progressbar, safe_merge, adapter_names)
 
     def check_merge(self, adapter_names: list[str] | None) -> None:
-        """Refuse, before any layer is touched, a merge that a layer would refuse."""
+        """Raise `BayesLoraError`, before any layer changes, if a layer cannot be merged."""
         for name in adapter_names or self.active_adapters:
             for layer in self.adapted_layers(name):
                 layer.check_merge(name)
@@ -212,18 +212,18 @@ class BayesTuner(BaseTuner):
 
     @property
     def num_examples(self) -> int | None:
-        """N, where the configuration states it."""
+        """N, if the configuration sets it; otherwise None."""
         return None
 
     def forget_counted(self) -> None:
-        """Take N out of the configuration if an earlier run has counted it: the next may have other data."""
+        """Remove N from the configuration if an earlier run has counted it, since the next run may have other data."""
 
     def begin(self, setup: TrainingSetup) -> None:
-        """Fit the method's schedule into the run; raises `BayesLoraError` where it cannot work."""
+        """Fit the method's schedule into the run; raises `BayesLoraError` if it does not fit."""
         self._run = RunState()
 
     def row_logits(self, model: nn.Module, loss: RowLoss) -> Tensor:
-        """Return `loss.logits(model)`; the method knows in the forward passes inside that they are for this loss."""
+        """Return `loss.logits(model)`, and tell the method that the forward passes inside are for this loss."""
         self.row_loss = loss
         try:
             return loss.logits(model)
@@ -231,12 +231,12 @@ class BayesTuner(BaseTuner):
             self.row_loss = None
 
     def labels_in(self, kwargs: Mapping[str, Any]) -> Any:
-        """Return the labels that the model is called with or, if it gets none, those that its trainer keeps."""
+        """Return the labels that the model is called with, or if there are none, those that the trainer withholds."""
         given = kwargs.get("labels")
         return self.kept_labels if given is None else given
 
     def terms_in(self, kwargs: Mapping[str, Any], rows: int) -> Tensor:
-        """Return how many terms of the loss each example of a batch of `rows` rows has: of a pair one."""
+        """Return the number of loss terms of each example in a batch of `rows` rows; a pair has one."""
         if self.rows_per_example > 1:
             return torch.ones(rows // self.rows_per_example)
         return loss_terms(self.labels_in(kwargs), rows)
@@ -246,13 +246,13 @@ class BayesTuner(BaseTuner):
         return None
 
     def step_begin(self, step: int, seed: int) -> None:
-        """Draw what is random in optimizer step `step`, shared by its micro-batches and by all ranks."""
+        """Draw the noise of optimizer step `step` that its micro-batches and all ranks share."""
 
     def observe(self, step: int, optimizer: Optimizer, scale: float = 1.0) -> None:
-        """Look at the final gradients of optimizer step `step` (times `scale`), before the weights change."""
+        """Read the final gradients of optimizer step `step` (times `scale`), before the weights change."""
 
     def allocate(self, step: int, optimizer: Optimizer) -> None:
-        """Divide a budget among the layers after optimizer step `step`; `optimizer` has the weights' statistics."""
+        """Divide a budget among the layers after optimizer step `step`, by the statistics in `optimizer`."""
 
     def step_end(self, step: int) -> None:
         """Calibrate or freeze after optimizer step `step`."""
@@ -263,21 +263,21 @@ class BayesTuner(BaseTuner):
 
     @property
     def is_final(self) -> bool:
-        """True if the adapter has its final form, so that a model evaluated now can be the best of its run."""
+        """True if the adapter has its final form, so that the current model can be chosen as the best of its run."""
         return True
 
     @property
     def final_from(self) -> int:
-        """Fewest optimizer steps of the run after which `is_final` holds."""
+        """Smallest number of optimizer steps after which `is_final` is True."""
         return 0
 
     @property
     def learning_rates(self) -> dict[ParameterRole, float]:
-        """Learning rates that the method has fixed, by role."""
+        """Learning rates that the method sets itself, by role."""
         return self.run_state().learning_rates
 
     def run_state(self) -> RunState:
-        """Return what `begin` has made; raises `BayesLoraError` before it."""
+        """Return the state of the run that `begin` has created; raises `BayesLoraError` before that."""
         if self._run is None:
             raise BayesLoraError("no run has begun, but this call needs its schedule: call begin() first")
         return self._run
@@ -307,7 +307,7 @@ class BayesTuner(BaseTuner):
         self._named_layers = None
 
     def add_weighted_adapter(self, *args: Any, **kwargs: Any) -> None:
-        """Refuse what only adapters of plain LoRA can do."""
+        """Raise `BayesLoraError`: only plain LoRA adapters can be combined."""
         raise BayesLoraError(
             f"add_weighted_adapter is called on adapters of {self.title}, but only plain LoRA can be added up: export "
             "each with `bayeslora export --format lora` first"
@@ -360,14 +360,14 @@ def check_has_tuner(model: nn.Module) -> None:
 
 
 def describe(model: nn.Module, adapter_name: str | None = None) -> list[LayerDescription]:
-    """Describe every adapted layer of `model`, in its order; return an empty list for a model without adapters.
+    """Describe every adapted layer of `model`, in the model's order; an empty list for a model without adapters.
 
     Args:
         model: a PEFT model, with one of this library's methods or with LoRA.
-        adapter_name: which adapter; by default the active one.
+        adapter_name: name of the adapter, by default the active one.
 
     Raises:
-        BayesLoraError: if the model has no adapter of that name, or one that Transformers has added.
+        BayesLoraError: the model has no adapter of that name, or Transformers has added the adapter.
     """
     check_has_tuner(model)
     tuner = tuner_of(model)

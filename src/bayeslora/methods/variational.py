@@ -28,10 +28,10 @@ from bayeslora.posterior import SCOPES, Noise, Scope, kl_divergence
 
 @dataclass
 class VariationalConfig(AdapterConfig):
-    """Fields of every method with a Gaussian posterior."""
+    """Configuration fields of every method with a Gaussian posterior."""
 
     prior_is_derived: ClassVar[bool] = False
-    """True if `prior_std` may be None, for one that `prior_of` derives from the rank."""
+    """True if `prior_std` may be None, so that `prior_of` derives it from the rank."""
 
     num_examples: int | None = field(
         default=None, metadata={"help": "N, the training examples that the divergence is divided by."}
@@ -163,12 +163,12 @@ def stochastic_layers(model: nn.Module) -> dict[str, VariationalLayer]:
 
 
 def has_posterior(model: nn.Module) -> bool:
-    """Return whether the model has an adapter that can draw weights."""
+    """Return True if the model has an adapter that can draw weights."""
     return bool(stochastic_layers(model))
 
 
 def member_count(model: nn.Module, adapter_name: str | None = None) -> int:
-    """Return K, the cores of an adapter (by default the active one), members of an ensemble; 1 for other models."""
+    """Return the number K of cores (ensemble members) of an adapter, by default the active one; 1 for other models."""
     counts = [
         layer.member_count(name)
         for layer in stochastic_layers(model).values()
@@ -187,23 +187,22 @@ def sampling(
     antithetic: bool = False,
     scale: float = 1.0,
 ) -> Iterator[None]:
-    """Let every stochastic layer compute with drawn weights, in training and in evaluation mode alike.
+    """Compute with drawn weights inside the context, in training mode and in evaluation mode alike.
+
+    With K cores, draw d uses member d mod K (with `antithetic`, pair by pair), and so does row d in scope `example`:
+    K draws use each member once.
 
     Args:
-        model: with an adapter that has a posterior.
-        scope: share one draw within each row of the batch (`example`), each token (`token`), or all rows (`batch`).
-        seed: the same seed replays the same function; None draws anew in every forward pass.
-        draws: number of draws of the weights that a batch holds, or their numbers; more than one needs scope `batch`,
-            and rows in that many groups of equal size, one after the other.
-        antithetic: draws in pairs of opposite noise.
-        scale: factor of the standard deviations. 0 draws the means: with several cores, those of the members.
-
-    With K cores, draw d belongs to member d mod K (with `antithetic`, pair by pair), and so does row d of scope
-    `example`. So K draws have each member once.
+        model: a model with an adapter that has a posterior.
+        scope: what shares one draw: each row of the batch (`example`), each token (`token`), or all rows (`batch`).
+        seed: seed of the draws; the same seed gives the same function. None draws anew in every forward pass.
+        draws: number of draws in a batch, or their numbers. More than one needs scope `batch`, and a batch of equal,
+            consecutive groups of rows, one for each draw.
+        antithetic: pair draws with opposite noise.
+        scale: factor of the standard deviations. 0 gives the means: with several cores, the mean of each member.
 
     Raises:
-        BayesLoraError: for a model without a posterior, or with its mean merged into the base weights; for an unknown
-            scope, or draws that do not fit it.
+        BayesLoraError: the model has no posterior, its mean is merged, the scope is unknown, or the draws do not fit.
     """
     numbers = range(draws) if isinstance(draws, int) else draws
     if any(layer.merged for layer in stochastic_layers(model).values()):
@@ -221,7 +220,7 @@ def sampling(
 
 @contextmanager
 def posterior_mean(model: nn.Module) -> Iterator[None]:
-    """Let every layer compute with its posterior mean, even in training mode; a deterministic model stays as it is."""
+    """Compute with the posterior mean inside the context, even in training mode; no effect on deterministic models."""
     with _controlled(model, lambda path: None):
         yield
 

@@ -32,9 +32,9 @@ from bayeslora.posterior import GaussianParameter, Noise, drawn_weights
 class IVON(Optimizer):
     """Variational online Newton: train the mean of a Gaussian over the weights, and learn its variance along the way.
 
-    A step is `sample()`, backward pass, `step()`. From `sample()` to `step()` the weights are a draw from the
-    posterior; after `step()` they are always its mean. With `mc_samples` above 1, repeat `sample()`, backward pass and
-    `pair()` for each sample before `step()`, or give `step` a closure, which it calls for each sample.
+    A training step is `sample()`, the backward pass, `step()`. Between `sample()` and `step()` the weights are a draw
+    from the posterior; after `step()` they are its mean. With `mc_samples` above 1, repeat `sample()`, backward pass
+    and `pair()` for each sample before `step()`, or give `step` a closure, which it calls for each sample.
 
     ```python
     optimizer = bayeslora.IVON(parameters, lr=0.1, ess=len(train_set))
@@ -45,25 +45,26 @@ class IVON(Optimizer):
         optimizer.zero_grad()
     ```
 
-    A draw depends only on the seed, the step, the sample and the parameter's position in the optimizer, so all
-    micro-batches and ranks of a step share it, and gradients can be summed and averaged over them as usual. It is made
-    on the CPU, which makes it the same on every device. `step` (or `pair`) reads the gradients, so clipping or
-    unscaling them earlier also changes what the Hessian is estimated from.
+    A draw depends only on the seed, the step, the sample and the parameter's position in the optimizer. All
+    micro-batches and ranks of a step therefore share it, and gradients can be summed and averaged over them as usual.
+    The random numbers come from the CPU, so they are the same on every device. `step` (or `pair`) reads the gradients,
+    so clipping or unscaling them earlier also affects the estimate of the Hessian.
 
     The state of a parameter p, `state[p]`, holds `step`, `momentum` (g), `hessian` (h) and, for a 16-bit parameter,
     `mean` (m), in float32 (float64 for a 64-bit parameter). These are views of longer tensors: change them in place.
 
     Args:
-        params: parameters or groups. Parameters that do not require gradients are never drawn; those without a
-            gradient in a step are not updated in it.
-        lr: learning rate; much larger than Adam's, as no square root is taken: 0.1 to 2 is usual with `rescale_lr`.
-        ess: effective sample size λ: the number of training examples for a loss that is their mean. A larger value
-            makes the posterior narrower.
-        hess_init: h at the start, above 0; it determines σ if h changes slowly.
-        betas: β1 and β2, for the averages of the gradient and of the Hessian.
-        weight_decay: δ, prior precision over λ; decays the mean.
-        clip_radius: ξ, the maximum change of an element in units of the learning rate.
-        mc_samples: S, draws per step.
+        params: parameters or groups. Parameters that do not require gradients are never drawn; parameters without a
+            gradient in a step are not updated in that step.
+        lr: learning rate; much larger than Adam's, because no square root is taken: 0.1 to 2 is usual with
+            `rescale_lr`.
+        ess: effective sample size λ: for a mean loss, the number of training examples. A larger value makes the
+            posterior narrower.
+        hess_init: initial Hessian h, above 0; it determines σ if h changes slowly.
+        betas: β1 and β2, for the running averages of the gradient and of the Hessian.
+        weight_decay: δ, the prior precision divided by λ; decays the mean.
+        clip_radius: ξ, the maximum change of an element per step, in units of the learning rate.
+        mc_samples: S, the number of draws per step.
         rescale_lr: multiply the learning rate by `hess_init + weight_decay`.
         seed: seed of the draws; must be the same on all ranks.
         max_grad_norm: maximum norm of each sample's gradient over all groups, clipped before it is paired with its
@@ -122,10 +123,10 @@ class IVON(Optimizer):
 
     @torch.no_grad()
     def sample(self, step: int | None = None) -> None:
-        """Set the weights to the next draw of this step, instead of one that has not been paired yet.
+        """Set the weights to the next draw of this step; a draw that has not been paired yet is replaced.
 
         Args:
-            step: number of the step whose noise is drawn; by default the number of steps taken.
+            step: number of the step whose noise is drawn, by default the number of steps taken.
         """
         self._put_mean()
         if self._paired >= self.mc_samples:
@@ -146,11 +147,11 @@ class IVON(Optimizer):
     def pair(self, scale: float = 1.0) -> None:
         """Pair the gradients of the current draw with its noise, and set the weights back to the mean.
 
-        Call it for each of several samples; for a single one `step` does it. With several it clears `.grad`; after
-        the last, `.grad` is the mean over the samples, for reading only: `step` ignores it.
+        Call it once for each of several samples; for a single sample, `step` does it. With several samples it clears
+        `.grad`; after the last one, `.grad` is the mean over the samples, for reading only: `step` ignores it.
 
         Args:
-            scale: loss scale of mixed precision, if the gradients still have it.
+            scale: loss scale of mixed precision, if the gradients have not been unscaled yet.
 
         Raises:
             BayesLoraError: the weights are not a draw.
@@ -191,14 +192,14 @@ class IVON(Optimizer):
         """Update mean and Hessian from the gradients of this step's draws, and set the weights to the new mean.
 
         Args:
-            closure: clears the gradients, computes the loss, calls backward and returns the loss; called once for
-                each sample, with the weights drawn. If it raises, the weights return to the mean.
+            closure: function that clears the gradients, computes the loss, calls backward and returns the loss. It is
+                called once for each sample, with the weights drawn. If it raises, the weights return to the mean.
 
         Returns:
             None, or the mean of the closure's losses.
 
         Raises:
-            BayesLoraError: without a closure, when fewer than `mc_samples` draws were made and paired.
+            BayesLoraError: there is no closure, and fewer than `mc_samples` draws were made and paired.
         """
         loss = self._losses(closure) if closure is not None else None
         if self._is_drawn:
@@ -235,7 +236,7 @@ class IVON(Optimizer):
 
     @torch.no_grad()
     def posterior(self, parameter: Tensor) -> tuple[Tensor, Tensor]:
-        """Return mean and standard deviation of one parameter, in its shape and in the precision of its state.
+        """Return the mean and standard deviation of one parameter, in its shape and in the precision of its state.
 
         Raises:
             BayesLoraError: the parameter does not belong to the optimizer.
@@ -254,7 +255,7 @@ class IVON(Optimizer):
 
         Args:
             seed: seed of the draws; independent of the training seed.
-            draw: number of the draw; the same seed and number give the same weights, in later processes too.
+            draw: number of the draw; the same seed and number give the same weights, also in another process.
             antithetic: give draws 2k and 2k + 1 opposite noise.
 
         Raises:
@@ -301,7 +302,7 @@ class IVON(Optimizer):
         return self._known
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Continue exactly where `state_dict` was saved, in its precision, also for 16-bit parameters."""
+        """Load a saved state in its own precision, also for 16-bit parameters, so that training continues exactly."""
         if self._is_drawn:
             self.restore()
         super().load_state_dict(state_dict)

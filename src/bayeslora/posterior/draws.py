@@ -22,10 +22,10 @@ class GaussianParameter(NamedTuple):
 
     Attributes:
         size: number of elements.
-        parameter: None if it is frozen; it still uses up its share of a draw's random numbers.
-        mean, deviation: posterior mean and standard deviation, of the parameter's shape; None if it is frozen.
+        parameter: the parameter, or None if it is frozen; a frozen one still uses up its share of random numbers.
+        mean, deviation: posterior mean and standard deviation, in the parameter's shape; None if it is frozen.
         columns: (K, *shape) factor L of a covariance shared by all parameters, $\mathrm{diag}(\text{deviation}^2) +
-            L^\top L$; None without one.
+            L^\top L$; None for a diagonal covariance.
     """
 
     size: int
@@ -43,7 +43,7 @@ class PosteriorSource(Protocol):
         """Return the Gaussian of every parameter, in the order of the optimizer that trained them."""
 
     def sampled(self, seed: int = 0, draw: int = 0, antithetic: bool = False) -> AbstractContextManager[None]:
-        """Return a context that sets the weights to draw number `draw`, and restores them at its end."""
+        """Return a context manager that sets the weights to draw number `draw`, and restores them at the end."""
 
 
 def unwrapped(optimizer: Any) -> Any:
@@ -72,9 +72,8 @@ def drawn_weights(
 ) -> Iterator[None]:
     """Set each parameter to `mean + deviation * noise`, cast to its type, and restore it bit for bit afterwards.
 
-    One call draws the noise of all parameters, so that a draw depends only on their order and sizes: an optimizer and
-    the posterior saved from it give the same draws. `columns` are multiplied by K further numbers, the same for all
-    parameters.
+    One call draws the noise of all parameters, so a draw depends only on their order and sizes, and an optimizer gives
+    the same draws as the posterior saved from it. All parameters share the K random numbers that multiply `columns`.
 
     Args:
         gaussians: the Gaussian of every parameter, in order.

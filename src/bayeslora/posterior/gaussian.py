@@ -27,9 +27,9 @@ def kl_divergence(mean: Tensor, std: Tensor, prior_mean: Tensor | float, prior_s
     $$ \sum \log\frac{\sigma_p}{\Omega} + \frac{\Omega^2 + (M - M_p)^2}{2\sigma_p^2} - \frac12 $$
 
     Args:
-        mean, std: of the posterior, the same shape; `std` positive.
-        prior_mean: broadcasts to `mean`.
-        prior_std: positive.
+        mean, std: mean and positive standard deviation of the posterior, in the same shape.
+        prior_mean: mean of the prior, broadcast to `mean`.
+        prior_std: standard deviation of the prior, positive.
     """
     std, offset = std.float(), mean.float() - prior_mean
     return (math.log(prior_std) - std.log() + (std.square() + offset.square()) / (2 * prior_std**2) - 0.5).sum()
@@ -40,12 +40,12 @@ def local_reparametrization(z: Tensor, mean: Tensor, std: Tensor, noise: Tensor)
 
     $$ u = M z + \epsilon \sqrt{\Omega^2 z^2 + 10^{-12}} $$
 
-    Each row has its exact distribution, but rows are independent; with one shared $W$ they would not be. The constant
-    keeps the gradient finite at z = 0.
+    Each row has the exact distribution of $W z$, but rows are independent, which they are not with one shared $W$. The
+    constant keeps the gradient finite at z = 0.
 
     Args:
-        z: (..., d_in).
-        mean, std: (d_out, d_in).
-        noise: (..., d_out), standard normal.
+        z: (..., d_in) inputs.
+        mean, std: (d_out, d_in) mean and standard deviation of $W$.
+        noise: (..., d_out) standard normal noise.
     """
     return z @ mean.T + noise * torch.sqrt(z.square() @ std.square().T + _VARIANCE_FLOOR)

@@ -133,15 +133,15 @@ class Noise:
         scope: what shares one draw of the weights: a row, a token or the batch.
         seed: None draws fresh noise in every call; with a seed every call returns the same noise.
         key: name of the layer, so that layers differ under one seed.
-        draws: numbers of the weight draws that a batch holds, for scope `batch`: with D draws and N rows, row i uses
+        draws: numbers of the weight draws in a batch, for scope `batch`: with D draws and N rows, row i uses
             `draws[i // (N / D)]`.
-        antithetic: pair draws of opposite noise, which cancels the odd part of a function in every average: seeded
-            draws 2k and 2k + 1, otherwise the two halves of the rows (`example`) or of the draws.
-        scale: factor of the normal numbers; 0 leaves the means.
+        antithetic: pair draws with opposite noise, which cancels the odd part of a function in every average. With a
+            seed, draws 2k and 2k + 1 are a pair; without one, the two halves of the rows (`example`) or draws are.
+        scale: factor of the normal numbers; 0 leaves only the means.
 
     Raises:
-        BayesLoraError: for an unknown scope, an empty `draws`, several draws with a scope other than `batch`, or
-            antithetic noise for tokens.
+        BayesLoraError: the scope is unknown, `draws` is empty, there are several draws with a scope other than
+            `batch`, or the noise is antithetic with scope `token`.
     """
 
     def __init__(
@@ -173,7 +173,7 @@ class Noise:
         return Noise(self.scope, self.seed, f"{self.key}+{position}", self.draws, self.antithetic, self.scale)
 
     def groups(self, rows: int) -> int:
-        """Return the number of equal, consecutive groups that `rows` rows form: one for each draw of the weights."""
+        """Return the number of equal, consecutive groups into which `rows` rows are divided: one per weight draw."""
         if self.scope == "example":
             return rows
         if rows % len(self.draws):
@@ -184,7 +184,7 @@ class Noise:
         return len(self.draws)
 
     def normal(self, groups: int, shape: Sequence[int], device: torch.device) -> Tensor:
-        """Draw normal numbers (groups, *shape) of deviation `scale`, float32: one entry for each draw."""
+        """Draw normal numbers (groups, *shape) with standard deviation `scale`, float32: one entry per draw."""
         if self.scale == 0.0:  # no random number is used up: dropout stays what it is without noise
             return torch.zeros(groups, *shape, device=device)
         copies = self.rows_per_example if self.scope == "example" else 1
@@ -205,7 +205,7 @@ class Noise:
         return self._kept[key]
 
     def normal_per_token(self, shape: Sequence[int], device: torch.device) -> Tensor:
-        """Draw normal numbers of `shape` and deviation `scale`, float32, for scope `token`."""
+        """Draw normal numbers of `shape` with standard deviation `scale`, float32, for scope `token`."""
         if self.scale == 0.0:
             return torch.zeros(tuple(shape), device=device)
         if self.seed is None:

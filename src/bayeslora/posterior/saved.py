@@ -35,17 +35,16 @@ _WRAPPERS = ("module", "_orig_mod", "_fsdp_wrapped_module", "modules_to_save")
 
 
 class WeightPosterior:
-    """Gaussian over the weights of a model that an optimizer has trained; the model's own weights are the mean.
+    """Gaussian posterior over the trained weights of a model; the model's own weights are the mean.
 
     `bayeslora.predict(posterior, batch, samples=10)` draws from it.
 
     Args:
         model: the model with the trained adapter.
-        order: name and number of elements of every parameter of the optimizer, in its order; frozen ones have an
-            empty name.
-        deviations: standard deviations by name, float32 on the CPU.
-        columns: (K, *shape) factors of a further covariance, by name, as in `GaussianParameter`; empty for none.
-        means: means in float32, by name, of 16-bit parameters, whose weights round them.
+        order: name (empty if frozen) and number of elements of every parameter, in the order of the optimizer.
+        deviations: standard deviations by parameter name, float32 on the CPU.
+        columns: (K, *shape) low-rank covariance factors by name, as in `GaussianParameter`; empty without them.
+        means: float32 means by name, for 16-bit parameters, whose weights are only the rounded means.
 
     Raises:
         BayesLoraError: the model lacks a parameter, or has it in another shape.
@@ -79,7 +78,7 @@ class WeightPosterior:
 
     @classmethod
     def of(cls, model: nn.Module, source: Optimizer | PosteriorSource) -> WeightPosterior:
-        """Return the posterior that `source` has learned about the parameters of `model`; see `save_posterior`."""
+        """Return the posterior that `source` has learned over the parameters of `model`; see `save_posterior`."""
         names = {id(parameter): name for name, parameter in _named(model)}
         order: list[tuple[str, int]] = []
         deviations: dict[str, Tensor] = {}
@@ -104,7 +103,7 @@ class WeightPosterior:
         return cls(model, order, deviations, columns, means)
 
     def cut(self, model: nn.Module, kept: Mapping[str, Tensor]) -> WeightPosterior:
-        """Return the posterior of `model`, from which ranks have been removed since.
+        """Return the posterior without the ranks that have since been removed from `model`.
 
         Args:
             model: the model after `shrink`.
@@ -162,25 +161,25 @@ class WeightPosterior:
 def save_posterior(model: nn.Module, optimizer: Optimizer | PosteriorSource, folder: str | os.PathLike[str]) -> Path:
     """Write the posterior that `optimizer` has learned to `posterior.safetensors` in `folder`, next to the adapter.
 
-    Distributed tensors are gathered: call it on every rank; the first one writes.
+    In distributed training, call this on every rank: sharded tensors are gathered, and the first rank writes.
 
     Args:
-        model: the trained model, wrapped or not.
-        optimizer: an `IVON` or a `SWAG`.
-        folder: usually that of `save_pretrained`; created if it is missing.
+        model: the trained model, possibly wrapped for distributed training.
+        optimizer: the `IVON` or `SWAG` that has trained the model.
+        folder: folder to write to, usually that of `save_pretrained`; created if missing.
 
     Returns:
         Path of the file.
 
     Raises:
-        BayesLoraError: the optimizer lacks a posterior, or `model` lacks one of its parameters, as after ranks were
-            removed from an adapter: save before that.
+        BayesLoraError: the optimizer has no posterior, or `model` lacks one of its parameters. `shrink` removes ranks
+            from an adapter's parameters: save the posterior before it.
     """
     return WeightPosterior.of(model, optimizer).save(folder)
 
 
 def load_posterior(model: nn.Module, folder: str | os.PathLike[str]) -> WeightPosterior:
-    """Load the posterior that `save_posterior` wrote to `folder`, to predict with.
+    """Load the posterior that `save_posterior` wrote to `folder`, for prediction.
 
     ```python
     model = PeftModel.from_pretrained(base, folder)
@@ -188,8 +187,8 @@ def load_posterior(model: nn.Module, folder: str | os.PathLike[str]) -> WeightPo
     ```
 
     Args:
-        model: the model with the adapter of that folder, whose weights are the mean.
-        folder: the folder with `posterior.safetensors`.
+        model: the model with the adapter that was saved in that folder; its weights are the mean.
+        folder: folder with `posterior.safetensors`.
 
     Raises:
         BayesLoraError: the file is missing or damaged, or does not fit the model.

@@ -43,19 +43,20 @@ def select_rows(
     seed: int = 0,
     rows: ArrayLike | None = None,
 ) -> list[int]:
-    """Return the indices of the rows to label next, the first to label first.
+    """Return the indices of the rows to label next, in order of priority.
 
     Args:
-        prediction: of unlabelled rows; for `mutual_information` with at least 2 samples and `per_sample=True`.
-        budget: number of rows, at most n, or of sentences.
-        score: `mutual_information` as described above; `entropy`, the largest first; `margin`, the smallest difference
-            between the two most probable classes first; or `random`.
-        seed: for `random`.
-        rows: (n,) the number of the sentence of each predicted word, from 0 and in order, such as
-            `bayeslora.data.word_rows` gives; sentences are chosen then, by the means of their words.
+        prediction: predictions for n unlabelled rows; `mutual_information` needs at least 2 samples and
+            `per_sample=True`.
+        budget: number of rows to choose, at most n; with `rows`, number of sentences.
+        score: `mutual_information`, large and from rows that differ from each other; `entropy`, the largest first;
+            `margin`, the smallest difference between the two most probable classes first; or `random`.
+        seed: seed for `random`.
+        rows: (n,) sentence number of each predicted word, from 0 and in order, as `bayeslora.data.word_rows` returns
+            it. Sentences are then chosen instead of words, by the mean score of their words.
 
     Raises:
-        BayesLoraError: the prediction is of a regression, has fewer rows than `budget`, or lacks its samples.
+        BayesLoraError: the prediction is a regression, has fewer rows than `budget`, or lacks samples.
     """
     probabilities = class_probabilities(prediction)
     of_row = np.arange(len(probabilities)) if rows is None else np.asarray(rows, dtype=np.int64)

@@ -44,22 +44,22 @@ def bayesianize(
     steps: int = 8,
     logits: Logits | None = None,
 ) -> PeftModel:
-    """Return a model with the same mean and a BLoB posterior around it, without training.
+    """Turn a LoRA adapter into a BLoB adapter with the same mean and a posterior around it, without training.
 
     The LoRA adapter is removed from `model`, and the base model is reused: do not use `model` afterwards.
 
     Args:
         model: a PEFT model with one LoRA adapter on linear layers.
-        anchor: a batch or batches of held-out data, a few hundred examples. Without labels, the model's own
-            predictions are used.
-        tolerance: share by which the anchor's negative log-likelihood may grow.
-        samples, seed: draws from the posterior for the anchor's likelihood, the same for every scale that is tried.
-        steps: bisections of the interval, a factor of two, that contains the scale.
-        logits: as for `predict`.
+        anchor: a batch or batches of a few hundred held-out examples; without labels, predicted classes are used.
+        tolerance: relative increase of the anchor's negative log-likelihood that is allowed. The posterior gets the
+            largest noise scale within it.
+        samples, seed: number and seed of the draws that estimate this likelihood, the same for every scale.
+        steps: number of bisections, after an interval of a factor of two that contains the scale has been found.
+        logits: function from the model and a batch to class logits, as for `predict`.
 
     Raises:
-        BayesLoraError: the model does not have exactly one LoRA adapter of A and B alone, the tolerance is not
-            positive, or noise does not lower the anchor's likelihood (an untrained adapter, random labels).
+        BayesLoraError: the model does not have exactly one LoRA adapter that consists of A and B alone, the tolerance
+            is not positive, or noise does not lower the anchor's likelihood (an untrained adapter, random labels).
     """
     if tolerance <= 0 or samples < 1 or steps < 0:
         raise BayesLoraError(

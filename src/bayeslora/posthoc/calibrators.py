@@ -21,15 +21,15 @@ _LEAST_ROWS = 10
 
 
 class VectorScaling(CalibrationMap):
-    r"""Logits times one factor and plus one offset a class (Guo et al., 2017, arXiv:1706.04599).
+    r"""Predictor that scales and shifts the logit of each class (Guo et al., 2017, arXiv:1706.04599).
 
     $$ z'_c = w_c z_c + b_c, \qquad w_c > 0, \quad \textstyle\sum_c b_c = 0 $$
 
-    Unlike a temperature it corrects classes that are predicted too often, and the most probable class may change.
-    Around another predictor it maps the logits of each sample.
+    Unlike a temperature, this corrects classes that are predicted too often, and may change the most probable class.
+    With samples, it maps the logits of each sample.
 
-    `fit` chooses the factors and offsets with which held-out labels are likeliest. It needs 10 rows of each class, and
-    labels that are not all predicted correctly.
+    `fit` maximizes the likelihood of held-out labels. It needs at least 10 rows of each class, and at least one row
+    that is predicted wrongly.
 
     Args:
         model: a model or another predictor.
@@ -39,7 +39,7 @@ class VectorScaling(CalibrationMap):
     """
 
     bounds = (0.02, 50.0)
-    """Smallest and largest factor that `fit` tries; offsets go up to the largest in size."""
+    """Smallest and largest factor that `fit` tries; the largest also bounds the size of the offsets."""
 
     def __init__(self, model: Predictable) -> None:
         super().__init__(model)
@@ -100,15 +100,14 @@ class VectorScaling(CalibrationMap):
 
 
 class IsotonicCalibration(CalibrationMap):
-    """Each class's probability mapped by a rising step function, and the classes normalized again.
+    """Predictor that maps the probability of each class by a non-decreasing function and renormalizes the result.
 
-    One function a class (isotonic regression of "is it this class?" on the probability; Zadrozny and Elkan, 2002) can
-    have any shape, and needs more rows than a temperature: some hundreds, and 10 of each class. Its levels stay
-    1 / (n + 2) away from 0 and 1, so that one mistake does not make the likelihood zero. Rows that fall on one step
-    get equal probabilities, so that the order of predictions by confidence, and with it AURC, becomes coarser.
+    Each class has its own function: an isotonic regression of "is it this class?" on the probability (Zadrozny and
+    Elkan, 2002). It can have any shape, and needs more rows than a temperature: some hundreds, with 10 of each class.
+    Its values stay 1 / (n + 2) away from 0 and 1, so that one mistake does not make the likelihood zero. Rows on a
+    flat part get equal probabilities, so the order of predictions by confidence, and with it AURC, becomes coarser.
 
-    Samples are averaged before they are mapped: the prediction is one set of probabilities, without a part that the
-    samples disagree about.
+    Samples are averaged before they are mapped, so the result has no mutual information.
 
     Args:
         model: a model or another predictor.
@@ -152,7 +151,7 @@ class IsotonicCalibration(CalibrationMap):
 
     @property
     def numbers(self) -> dict[str, Any]:
-        """Return the fitted numbers, for JSON and `from_numbers`: the corners of each class's step function."""
+        """Return the fitted numbers, for JSON and `from_numbers`: the corners of each class's function."""
         _check_fitted(self, self.maps or None)
         return {"maps": [{"x": m.X_thresholds_.tolist(), "y": m.y_thresholds_.tolist()} for m in self.maps]}
 

@@ -59,26 +59,26 @@ def conformal_quantile(scores: ArrayLike, coverage: float) -> float:
 
 
 class ConformalSets:
-    r"""Sets of labels that contain the right one with probability `coverage`.
+    r"""Conformal prediction for classes: sets of labels that contain the right one with probability `coverage`.
 
-    | `score` | of label k | the sets |
+    | `score` | score of label k | size of the sets |
     |---|---|---|
     | `lac` | $1 - p_k$ (Sadinle et al., 2019, arXiv:1609.00451) | smallest on average |
     | `aps` | $\sum_{j: p_j > p_k} p_j + u\,p_k$ (Romano et al., 2020, arXiv:2006.02544) | larger for harder rows |
 
-    Labels whose score is at most the quantile of the calibration rows form the set. For `aps`, u is uniform in (0, 1)
-    for each row. Without `randomized` it is 1: rows with equal probabilities have the same set, but with few classes
-    many scores are 1, and the sets are larger.
+    A set holds the labels whose score is at most the quantile of the calibration scores. For `aps`, u is uniform in
+    (0, 1) for each row if `randomized`, and otherwise 1. With u = 1, rows with equal probabilities have the same set,
+    but with few classes many scores are 1, and the sets are larger.
 
     Args:
         score: `lac` or `aps`.
-        coverage: $1 - \alpha$; can be changed in each call of `sets`.
-        by_class: use a separate quantile for each class, so that each class has the coverage (Mondrian; Vovk, 2012,
-            arXiv:1209.2673). A class with too few calibration rows is in every set.
-        randomized: for `aps`; see above.
-        allow_empty: leave sets empty where no label fits as well as the calibration rows do. Otherwise such a set is
-            the most probable label, and the coverage can only rise.
-        seed: for u. Rows of one call of `sets` have independent numbers; each call starts from the first one.
+        coverage: $1 - \alpha$; each call of `sets` can give another one.
+        by_class: use a separate quantile for each class, so that the coverage holds within each class (Mondrian; Vovk,
+            2012, arXiv:1209.2673). A class with too few calibration rows is in every set.
+        randomized: whether u is random, for `aps`.
+        allow_empty: leave a set empty if no label has a low enough score. By default such a set becomes the most
+            probable label, which can only raise the coverage.
+        seed: seed of u. The rows in one call of `sets` have independent numbers; each call starts from the first one.
     """
 
     def __init__(
@@ -107,11 +107,11 @@ class ConformalSets:
         """Keep the scores of labelled rows that the model was not trained on, and return self.
 
         Args:
-            calibration: predictions as they will be made later, or (n, C) probabilities.
+            calibration: predictions made in the way that later ones will be, or (n, C) probabilities.
             labels: (n,) class ids.
 
         Raises:
-            BayesLoraError: rows have several labels each, probabilities do not sum to 1, or labels do not fit them.
+            BayesLoraError: rows have several labels each, probabilities do not sum to 1, or labels are not class ids.
         """
         probabilities, ids = labelled_probabilities(calibration, labels)
         of_labels = self._of_classes(probabilities, _CALIBRATION)[np.arange(len(ids)), ids]
@@ -119,9 +119,9 @@ class ConformalSets:
         return self
 
     def thresholds(self, coverage: float | None = None) -> Array:
-        """Return the largest score (C,) of each class that is in a set; infinity where there are too few rows.
+        """Return each class's threshold (C,): a label with a score up to it is in the set.
 
-        A `UserWarning` says if there are too few.
+        With too few calibration rows, a threshold is infinite and a `UserWarning` is given.
         """
         wanted = self.coverage if coverage is None else check_share("coverage", coverage)
         if not self.scores:
@@ -137,16 +137,16 @@ class ConformalSets:
         return found
 
     def sets(self, prediction: Prediction | ArrayLike, coverage: float | None = None) -> Tensor:
-        """Return (n, C) booleans: which classes are in the set of each row.
+        """Return (n, C) booleans: True where the class is in the set of the row.
 
-        A class that a row does not have (a logit of -inf) is in no set.
+        A class that a row does not have (a logit of -inf) is not in its set.
 
         Args:
-            prediction: from the predictor that the calibration is of, or (n, C) probabilities.
-            coverage: by default the one of the constructor.
+            prediction: prediction by the calibrated predictor, or (n, C) probabilities.
+            coverage: coverage of the sets, by default that of the constructor.
 
         Raises:
-            BayesLoraError: the number of classes is not that of the calibration, or `fit` has not been called.
+            BayesLoraError: the calibration has another number of classes, or `fit` has not been called.
         """
         thresholds = self.thresholds(coverage)
         probabilities = class_probabilities(prediction)
@@ -177,14 +177,14 @@ class ConformalSets:
 
 
 class ConformalIntervals:
-    r"""Intervals around the predicted numbers of a regression that contain the true one with probability `coverage`.
+    r"""Conformal prediction for regression: intervals that contain the true value with probability `coverage`.
 
     The score is $|y - \hat y|$, so all intervals have the same width. With `scaled` it is $|y - \hat y| / \sigma$,
     σ being the standard deviation of the samples (Lei et al., 2018): intervals are wider where the samples disagree.
 
     Args:
-        coverage: can be changed in each call of `intervals`.
-        scaled: divide by the standard deviation of the samples.
+        coverage: $1 - \alpha$; each call of `intervals` can give another one.
+        scaled: divide the score by the standard deviation of the samples.
     """
 
     def __init__(self, coverage: float = 0.9, scaled: bool = False) -> None:
@@ -201,11 +201,11 @@ class ConformalIntervals:
         """Keep the scores of labelled rows that the model was not trained on, and return self.
 
         Args:
-            calibration: predictions as they will be made later, or, unless scaled, (n,) predicted numbers.
-            labels: (n,) true numbers.
+            calibration: predictions made in the way that later ones will be, or (unless `scaled`) n predicted values.
+            labels: (n,) true values.
 
         Raises:
-            BayesLoraError: the prediction is of a classifier, lacks a standard deviation, or does not fit the labels.
+            BayesLoraError: the prediction is a classifier's, lacks a standard deviation, or does not fit the labels.
         """
         values, scale = self._read(calibration)
         truth = np.asarray(labels, dtype=np.float64).reshape(-1)
@@ -218,11 +218,11 @@ class ConformalIntervals:
         return self
 
     def intervals(self, prediction: Prediction | ArrayLike, coverage: float | None = None) -> Tensor:
-        """Return the lower and upper bounds (n, 2), infinite (with a `UserWarning`) if there are too few rows.
+        """Return lower and upper bounds (n, 2); infinite, with a `UserWarning`, if there are too few calibration rows.
 
         Args:
-            prediction: from the predictor that the calibration is of; or, unless scaled, (n,) predicted numbers.
-            coverage: by default the one of the constructor.
+            prediction: prediction by the calibrated predictor, or (unless `scaled`) n predicted values.
+            coverage: coverage of the intervals, by default that of the constructor.
         """
         wanted = self.coverage if coverage is None else check_share("coverage", coverage)
         if not self.rows:

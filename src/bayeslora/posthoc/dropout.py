@@ -16,12 +16,12 @@ from bayeslora.prediction.predict import seeded
 
 
 class MCDropout:
-    """Monte-Carlo dropout (Gal and Ghahramani, 2016, arXiv:1506.02142): dropout stays on, predictions are averaged.
+    """Monte-Carlo dropout (Gal and Ghahramani, 2016, arXiv:1506.02142): average predictions made with dropout on.
 
-    Every dropout module of the model with a positive rate takes part, in the adapter and in the base model; dropout
-    inside fused attention kernels, which is not a module, stays off. A variational adapter stays at its mean. A sample
-    depends on the seed and, unlike a draw from a posterior, on how the data are batched. With 0 samples the model
-    predicts without dropout.
+    Every dropout module with a positive rate is active, in the adapter and in the base model. Dropout inside fused
+    attention kernels, which is not a module, stays off. A variational adapter stays at its mean. A sample depends on
+    the seed and, unlike a draw from a posterior, on how the data are batched. With 0 samples the model predicts
+    without dropout.
 
     Args:
         model: a model trained with dropout.
@@ -42,7 +42,7 @@ class MCDropout:
             )
 
     def check_samples(self, samples: int) -> None:
-        """Accept any number."""
+        """Accept any number of samples."""
 
     def sampler(self, samples: int, seed: int, antithetic: bool, read: Logits) -> Sampler:
         if antithetic:

@@ -21,13 +21,13 @@ from bayeslora.prediction import Logits, Sampler
 
 
 class DeepEnsemble:
-    """Predictor with the mean of an ensemble; `samples` must be the number of members, or 0 for all of them.
+    """Predictor that averages over an ensemble; `samples` must be the number of members, or 0 for all of them.
 
     Variational members predict at their posterior means.
 
     Args:
         members: whole models, or one PEFT model whose adapters are the members.
-        adapters: names of those adapters; None takes all of them.
+        adapters: names of the member adapters of that model; None takes all of its adapters.
 
     Raises:
         BayesLoraError: there are fewer than two members, or adapters are missing from the model.

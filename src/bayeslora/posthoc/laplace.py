@@ -111,24 +111,25 @@ class Curvature:
 class LaplacePredictor:
     r"""Predictor with a last-layer Laplace approximation; call `fit` first.
 
-    With 0 samples it uses the head as trained, or the probit approximation. A variational adapter below the head stays
-    at its mean. A sample is a draw of the head's weights, the same for every batch; all of them share one pass.
+    A sample is a draw of the head's weights, the same for every batch; all samples share one forward pass. With 0
+    samples, the predictor uses the head as trained or, with `probit`, the probit approximation. A variational adapter
+    below the head stays at its mean.
 
     Args:
-        model: a classifier or regressor whose outputs come from a linear layer, possibly those of one token.
-        structure: structure of the curvature: `full` decomposes a matrix of C (d + 1) rows for d features and C
-            classes, `kron` its two Kronecker factors, `diag` keeps its diagonal. None is full up to 2,048 rows and
-            kron beyond.
+        model: a classifier or regressor whose outputs come from a linear layer, possibly from that of one token.
+        structure: structure of the curvature, a matrix with C (d + 1) rows for d features and C classes: `full`
+            decomposes the matrix, `kron` its two Kronecker factors, and `diag` keeps only the diagonal. None means
+            `full` up to 2,048 rows and `kron` beyond.
         prior_precision: $\lambda$ > 0; None chooses it by the marginal likelihood of the training data.
-        probit: with 0 samples average over the posterior in closed form. For classes k and i whose logits differ by
+        probit: with 0 samples, average over the posterior in closed form. For classes k and i whose logits differ by
             $\mu_k - \mu_i$ with variance $v_{ki}$,
             $p_k = 1 / \sum_i \exp((\mu_i - \mu_k) / \sqrt{1 + \pi v_{ki} / 8})$, normalized (MacKay, 1992, for two
             classes; Lu et al., 2020, arXiv:2006.07584, for more).
 
     Attributes:
-        prior_precision: $\lambda$, after `fit` that which is used.
-        noise_variance: $s^2$ of a regression, after `fit`; None for a classifier.
-        log_marginal_likelihood: at those values, after `fit`.
+        prior_precision: $\lambda$; after `fit`, the value in use.
+        noise_variance: noise variance $s^2$ of a regression, after `fit`; None for a classifier.
+        log_marginal_likelihood: log marginal likelihood at these values, after `fit`.
     """
 
     def __init__(

@@ -40,7 +40,7 @@ class LossThreshold:
     Attributes:
         uncertainty: rows below it are answered; infinity answers all rows, minus infinity none.
         coverage: share of the calibration rows that are answered.
-        risk: mean loss of those; 0 if there are none.
+        risk: mean loss of the answered calibration rows; 0 if none is answered.
         rows: number of calibration rows.
     """
 
@@ -51,15 +51,15 @@ class LossThreshold:
 
 
 class LossControl:
-    """The rows to leave to a person, so that the mean loss of the others stays below a level.
+    """Decides which answers to leave to a person, so that the mean loss of the others stays below a level.
 
     Args:
-        uncertainty: (n,) of answers to calibration rows, larger is less sure.
-        losses: (n,) of these answers, between 0 and 1.
+        uncertainty: (n,) uncertainty of the answers to calibration rows; larger means less sure.
+        losses: (n,) losses of these answers, between 0 and 1.
         delta: probability, over calibration sets, that the level is exceeded.
 
     Raises:
-        BayesLoraError: there are no rows, or a value is not finite or a loss not between 0 and 1.
+        BayesLoraError: there are no rows, a value is not finite, or a loss is not between 0 and 1.
     """
 
     def __init__(self, uncertainty: ArrayLike, losses: ArrayLike, delta: float = 0.05) -> None:
@@ -77,7 +77,7 @@ class LossControl:
         self.delta = check_share("delta", delta)
 
     def threshold(self, risk: float) -> LossThreshold:
-        """Return the highest of the tested thresholds that keeps the risk; minus infinity if none does.
+        """Return the highest tested threshold that keeps the risk; its uncertainty is minus infinity if none does.
 
         Raises:
             BayesLoraError: the risk is not between 0 and 1.
@@ -90,11 +90,11 @@ class LossControl:
         return LossThreshold(-math.inf, 0.0, 0.0, n)
 
     def ask_a_human(self, uncertainty: ArrayLike, risk: float) -> NDArray[np.bool_]:
-        """Return (n,) booleans: True for rows whose uncertainty is not below the threshold."""
+        """Return (n,) booleans: True for rows whose uncertainty is at or above the threshold."""
         return np.asarray(uncertainty, dtype=np.float64) >= self.threshold(risk).uncertainty
 
     def lowest(self) -> float:
-        """Return the lowest risk at which any of the calibration rows is answered; 1 if there is none below."""
+        """Return the lowest risk at which any calibration row is answered; 1 if there is no lower one."""
         return min((self._lowest(self.losses[:answered]) for _, answered in self._tested()), default=1.0)
 
     def _lowest(self, losses: NDArray[np.float64]) -> float:

@@ -47,7 +47,7 @@ class Threshold:
     Attributes:
         confidence: rows above it are answered; 0 answers all rows, 2 none.
         coverage: share of the calibration rows that are answered.
-        risk: error rate among those; 0 if there are none.
+        risk: error rate of the answered calibration rows; 0 if none is answered.
         rows: number of calibration rows.
     """
 
@@ -58,15 +58,15 @@ class Threshold:
 
 
 class RiskControl:
-    """The rows that a person should decide, so that errors stay below a level.
+    """Decides which rows to leave to a person, so that the errors in the others stay below a level.
 
-    With probability 1 - `delta` over calibration sets, at most a share `risk` of the answers is wrong.
+    By default, at most a share `risk` of the answers is wrong, with probability 1 - `delta` over calibration sets.
 
     Args:
-        risk: the level r, between 0 and 1; can be changed in each call.
-        of: `answers` bounds the error rate among the answered rows, with probability 1 - `delta`; `rows` bounds the
-            expected share of all rows that are answered wrongly.
-        delta: probability, over calibration sets, that `answers` does not hold.
+        risk: the level, between 0 and 1; each call can give another one.
+        of: `answers` (default) bounds the error rate among the answered rows, with probability 1 - `delta`; `rows`
+            bounds the expected share of all rows that are answered and wrong.
+        delta: probability, over calibration sets, that the bound of `answers` does not hold.
     """
 
     def __init__(self, risk: float = 0.05, of: Literal["answers", "rows"] = "answers", delta: float = 0.05) -> None:
@@ -76,13 +76,13 @@ class RiskControl:
         self.confidence: NDArray[np.float64] = np.empty(0)
         """Confidence of the calibration rows, from the surest down; empty before `fit`."""
         self.wrong: NDArray[np.bool_] = np.empty(0, dtype=bool)
-        """Return whether the predicted class of each of these rows is wrong."""
+        """Whether the predicted class of each of these rows is wrong; empty before `fit`."""
 
     def fit(self, calibration: Prediction | ArrayLike, labels: ArrayLike) -> RiskControl:
         """Keep confidence and errors of labelled rows that the model was not trained on, and return self.
 
         Args:
-            calibration: predictions as they will be made later, or (n, C) probabilities.
+            calibration: predictions made in the way that later ones will be, or (n, C) probabilities.
             labels: (n,) class ids.
         """
         probabilities, ids = labelled_probabilities(calibration, labels)
@@ -92,7 +92,7 @@ class RiskControl:
         return self
 
     def threshold(self, risk: float | None = None) -> Threshold:
-        """Return the lowest threshold that keeps the risk; none that does has a `confidence` of 2.
+        """Return the lowest threshold that keeps the risk; its `confidence` is 2 if none does.
 
         Raises:
             BayesLoraError: `fit` has not been called, or the risk is not between 0 and 1.
@@ -107,14 +107,14 @@ class RiskControl:
         return Threshold(chosen, float(answered.mean()), rate, len(answered))
 
     def ask_a_human(self, prediction: Prediction | ArrayLike, risk: float | None = None) -> Tensor:
-        """Return (n,) booleans: True for rows whose confidence is not above the threshold."""
+        """Return (n,) booleans: True for rows whose confidence is at or below the threshold."""
         confidence = class_probabilities(prediction).max(axis=1)
         return torch.from_numpy(confidence <= self.threshold(risk).confidence)
 
     def lowest(self) -> float:
-        """Return the lowest risk at which any of the calibration rows is answered; 1 if there is none below.
+        """Return the lowest risk at which any calibration row is answered; 1 if there is no lower one.
 
-        No threshold keeps a lower one with this model and so many rows.
+        With this model and this number of rows, no threshold keeps a lower risk.
         """
         if self.of == "rows":
             surest = self.confidence == self.confidence.max(initial=0)

@@ -48,7 +48,7 @@ _FLOAT32_BYTES, _BYTE = 4, 8
 
 @dataclass(frozen=True)
 class RoundedModel:
-    """A rounded model, with what its cost depends on.
+    """A rounded model, with the ranks and widths that its cost depends on.
 
     ```python
     rounded = bayeslora.round_after_training(model, batches, weight_bits=4, input_bits=8, scope="attention")
@@ -56,8 +56,8 @@ class RoundedModel:
     ```
 
     Attributes:
-        model: in evaluation mode, without an adapter.
-        layers: the rounded layers, of rank 0, with their widths `weight`, `in` and `out`.
+        model: the rounded model, in evaluation mode, without an adapter.
+        layers: descriptions of the rounded layers: rank 0, and bits for `weight`, `in` and `out`.
     """
 
     model: nn.Module
@@ -65,12 +65,12 @@ class RoundedModel:
 
     @property
     def layer_bytes(self) -> int:
-        """Bytes of the rounded layers: codes at their width, ranges and biases in float32."""
+        """Bytes of the rounded layers: codes at their widths, ranges and biases in float32."""
         return sum(module.stored_bytes for module in self.model.modules() if isinstance(module, RoundedLinear))
 
     @property
     def model_bytes(self) -> int:
-        """Bytes of the whole model: the rounded layers' and four for each other parameter."""
+        """Bytes of the whole model: those of the rounded layers, and four for each other parameter."""
         inside = [m for m in self.model.modules() if isinstance(m, RoundedLinear)]
         own = {id(parameter) for module in inside for parameter in module.parameters()}
         return self.layer_bytes + _FLOAT32_BYTES * sum(p.numel() for p in self.model.parameters() if id(p) not in own)
@@ -136,15 +136,15 @@ class RoundedLinear(nn.Module):
 
 
 class ActivationCounts:
-    """Magnitudes of the activations of linear layers over calibration rows.
+    """Histograms of the activation magnitudes of linear layers over calibration rows.
 
-    Given to `round_after_training` in place of the batches, they are counted once for several widths and scopes. One
-    pass over the batches finds the maxima, and a second one counts magnitudes in bins up to them.
+    Pass them to `round_after_training` in place of the batches, to count once for several widths and scopes. One pass
+    over the batches finds the maxima, and a second one counts magnitudes in bins up to them.
 
     Args:
-        model: as for `round_after_training`.
-        batches: as for `round_after_training`.
-        moments: True to gather the second moments of the inputs too, d_in^2 numbers a layer, for `rounding="gptq"`.
+        model: the model to round, as for `round_after_training`.
+        batches: calibration rows, as for `round_after_training`.
+        moments: also gather second moments of the inputs, d_in^2 numbers per layer, for `rounding="gptq"`.
 
     Raises:
         BayesLoraError: an activation is not finite.
@@ -180,7 +180,7 @@ class ActivationCounts:
         """Return the range (0-d) of a layer's input or output with the least squared error at `bits`.
 
         Raises:
-            BayesLoraError: the batches have not reached the layer.
+            BayesLoraError: the forward passes over the batches did not use the layer.
         """
         if (path, kind) not in self._counts:
             raise BayesLoraError(
@@ -193,7 +193,7 @@ class ActivationCounts:
         """Return the sum of $x x^T$ over the inputs of a layer (d_in, d_in).
 
         Raises:
-            BayesLoraError: moments have not been gathered.
+            BayesLoraError: moments were not gathered.
         """
         if self._moments is None:
             raise BayesLoraError("rounding is 'gptq', but the activations were counted without moments: add them")
@@ -225,22 +225,22 @@ def round_after_training(
     """Merge the adapter into a copy of `model`, and round linear layers without training.
 
     Args:
-        model: a PEFT model with one active adapter that can be merged, such as LoRA, or a model without adapters; left
-            unchanged.
-        batches: a batch or batches of inputs that the ranges of activations are set on, such as 128 training rows;
-            padding is left out where they have an `attention_mask`. Labels are ignored. `ActivationCounts` of the same
-            model save the passes over them.
-        weight_bits, input_bits: widths from 2 to 16, or 32 to round nothing.
+        model: a PEFT model with one active adapter that can be merged, such as LoRA, or a model without adapters. It
+            stays unchanged.
+        batches: a batch or batches of inputs to calibrate the activation ranges, such as 128 training rows. Padding is
+            left out if there is an `attention_mask`; labels are ignored. `ActivationCounts` of the same model replace
+            the passes over the batches.
+        weight_bits, input_bits: widths from 2 to 16, or 32 for no rounding.
         output_bits: width of the outputs of query, key and value projections, which attention multiplies with each
-            other; by default they are not rounded. Other outputs are rounded as inputs of the next layer only.
-        scope: the layers with an adapter, the query, key and value projections (`"attention"`), or all linear layers
-            of the transformer blocks (`"encoder"`). The head is never rounded.
-        rounding: `"nearest"` codes of the weights, or `"gptq"`: those that change a layer's output least on the
-            batches, at widths of at most 8 bits.
+            other; by default they are not rounded. All other outputs are rounded only as inputs of the next layer.
+        scope: layers to round: those with an adapter (`"adapted"`), the query, key and value projections
+            (`"attention"`), or all linear layers of the transformer blocks (`"encoder"`). The head is never rounded.
+        rounding: `"nearest"` rounds each weight to the nearest code; `"gptq"` chooses the codes that change a layer's
+            output least on the batches, for weights of at most 8 bits.
 
     Raises:
-        BayesLoraError: for another width, scope or rounding, a scope without layers, layers that are not linear or
-            have a quantized base weight, or batches that do not use a layer or make its activations infinite.
+        BayesLoraError: the width, scope or rounding is unknown, the scope has no layers, a layer is not linear or has
+            a quantized base weight, or the batches do not use a layer or make its activations infinite.
     """
     bits = {"weight": weight_bits, "in": input_bits, "out": UNQUANTIZED if output_bits is None else output_bits}
     for kind, width in bits.items():

@@ -49,7 +49,7 @@ class CalibrationMap:
 
         Args:
             loader: a batch or batches with `labels`, of data that the model was not trained on.
-            samples, seed, logits: as they will be given to `predict`.
+            samples, seed, logits: the arguments that `predict` will get.
 
         Raises:
             BayesLoraError: labels are missing or not classes, or the rows do not determine the map.
@@ -57,21 +57,20 @@ class CalibrationMap:
         return self.fit_logits(*held_out_logits(self.predictor, loader, samples, seed, logits))
 
     def fit_logits(self, outputs: Tensor, labels: Tensor) -> Self:
-        """Fit like `fit` to logits (S, n, C) of S samples, float64, and class ids (n,)."""
+        """Do what `fit` does, from the logits (S, n, C) of S samples, float64, and class ids (n,)."""
         raise NotImplementedError
 
 
 class TemperatureScaling(CalibrationMap):
-    """Logits divided by one temperature, fitted on held-out data (Guo et al., 2017, arXiv:1706.04599).
+    """Predictor that divides logits by one temperature, fitted on held-out data (Guo et al., 2017, arXiv:1706.04599).
 
-    The most probable class stays the same; only the confidence changes. Around another predictor it divides the logits
-    of each sample.
+    With the mean weights, only the confidence changes and the most probable class stays the same. With samples, the
+    logits of each sample are divided before their probabilities are averaged.
 
     Args:
         model: a model or another predictor.
-        temperature: T > 0; above 1 lowers the confidence. Usually set by `fit`, to where held-out labels are
-            likeliest. That is inside `bounds` unless every label is predicted correctly, or none better than by
-            chance.
+        temperature: T > 0; above 1 lowers the confidence. `fit` sets it to maximize the likelihood of held-out labels.
+            It fails if the model predicts all labels correctly or none better than by chance.
     """
 
     bounds = (0.02, 50.0)

@@ -60,30 +60,30 @@ def truncate_rank(
     data: Mapping[str, Any] | Iterable[Mapping[str, Any]] | None = None,
     seed: int = 0,
 ) -> PeftModel:
-    """Return a LoRA model whose update is that of `model` cut to lower ranks, without training.
+    """Return a copy of a LoRA model with its update cut to lower ranks, without training.
 
-    The result is ordinary PEFT LoRA with a `rank_pattern`, and is saved and loaded as such. Singular values are
-    divided equally between A and B, and every layer keeps its scaling. A layer at rank 0 has no adapter.
+    The result is an ordinary PEFT LoRA model with a `rank_pattern`, and is saved and loaded as such. Singular values
+    are split equally between A and B, and every layer keeps its scaling. A layer at rank 0 has no adapter.
 
-    Without `data` the largest singular values stay. With it one pass, forward and backward without dropout, finds the
-    derivatives of every row's log-likelihood along all components, for labels that the model draws itself. Components
-    are then chosen together: those stay without which the predictions change least, and they are rescaled to take over
-    what the others did. The pass keeps 256 numbers for each component, however many rows there are.
+    Without `data`, the largest singular values stay. With `data`, one forward and backward pass without dropout finds
+    the derivatives of each row's log-likelihood along all components, for labels drawn from the model's own
+    predictions. Components are then chosen jointly, to change the predictions least, and the remaining ones are
+    rescaled to make up for the others. The pass keeps 256 numbers per component, however many rows there are.
 
     Args:
-        model: a PEFT model with one LoRA adapter on linear layers; left unchanged, its base model is copied.
-        rank: maximum rank of every layer, or the rank of each layer by its path, as in `bayeslora.describe`; layers
-            that are not named keep their rank.
-        mean_rank: mean over all layers instead. The largest singular values of the scaled updates are kept, or the
-            components that `data` say, so a layer may have rank 0. At least one rank is kept.
+        model: a PEFT model with one LoRA adapter on linear layers. It stays unchanged; its base model is copied.
+        rank: maximum rank of every layer, or a dictionary from layer paths, as in `bayeslora.describe`, to ranks;
+            layers that are missing from it keep their rank.
+        mean_rank: mean rank over all layers, instead of `rank`. Keeps the largest singular values of the scaled
+            updates, or the components chosen with `data`, so a layer may have rank 0. At least one rank is kept.
         data: a batch or batches of inputs, such as a few hundred training rows, for `mean_rank` only. Labels are not
-            needed; those of a language model only say which tokens count, -100 being those that do not.
-        seed: seed of the drawn labels and of the sketch. Two classes and regression need no draw but that of a sign.
+            needed; for a language model, labels of -100 mark the tokens that do not count.
+        seed: seed of the drawn labels and of the sketch. For two classes and for regression only signs are drawn.
 
     Raises:
-        BayesLoraError: the model does not have exactly one LoRA adapter of A and B alone, its initialization has
-            changed the base weights, a rank is impossible, a layer does not exist, or no rank would be left; `data`
-            is given without `mean_rank`, has no rows, or shows no effect of the adapter.
+        BayesLoraError: the model does not have exactly one LoRA adapter of A and B alone, the adapter's initialization
+            has changed the base weights, a rank is impossible, a layer does not exist, or no rank would be left;
+            `data` is given without `mean_rank`, has no rows, or shows no effect of the adapter.
     """
     name, config = only_lora(model)
     start = getattr(config, "init_lora_weights", None)

@@ -23,13 +23,13 @@ def features_and_logits(
 ) -> tuple[Tensor, Tensor]:
     """Return the features and the logits of a sequence classifier with its mean weights, from one pass over the data.
 
-    The features are what the last linear layer of the head reads: the pooled and transformed first token of BERT and
-    RoBERTa, the last token of a decoder. A hook puts them beside the layer's output, so that the model itself chooses
-    the token, whatever its architecture.
+    The features are the inputs of the head's last linear layer: the pooled and transformed first token of BERT and
+    RoBERTa, the last token of a decoder. A hook on that layer reads them, so the model itself chooses the token,
+    whatever its architecture.
 
     Args:
-        model: a sequence classifier with an adapter or without, or a predictor around one, whose `model` is used.
-        loader_or_batch: as for `predict`; labels are ignored.
+        model: a sequence classifier, with or without an adapter, or a predictor around one, whose `model` is used.
+        loader_or_batch: a batch or an iterable of batches, as for `predict`; labels are ignored.
 
     Returns:
         (n, d) features and (n, C) logits, float64 on the CPU, in the order of the rows.

@@ -52,20 +52,24 @@ _GROWING = (DynamicLayer, DynamicSlidingWindowLayer)
 
 @dataclass(frozen=True)
 class Generation:
-    """Sequences for n = rows x `num_return_sequences` prompts under S draws, on the model's device.
+    """Sequences generated under S draws of the weights, on the model's device: n = B × `num_return_sequences` each.
 
-    With `samples=0` or `answers="mean"`, S is 1: the sequences are those of the mean weights.
+    With `samples=0` or `answers="mean"`, S is 1 and the mean weights generate the sequences.
 
     Attributes:
-        sequences: (S, n, L) token ids as `model.generate` returns them, with the prompts for decoder-only models;
-            [s, i] was generated under draw s; shorter ones are padded on the right.
-        tokens: (S, n, G) generated part only.
+        sequences: (S, n, L) token ids as `model.generate` returns them, prompts included for decoder-only models.
+            Draw s generated [s, i]; shorter sequences are padded on the right.
+        tokens: (S, n, G) the generated part of `sequences`.
         mask: (S, n, G) True for all tokens up to and including the end-of-sequence token.
-        token_entropy: (S, n, G) in nats, float32, 0 where `mask` is False, as in the other (S, n, G) tensors.
-        log_probability: (S, n) of the sequence under its own draw, in nats.
-        predictive_entropy, mutual_information: (S, n, G); None without `uncertainty`.
-        mixture_log_probability, log_probability_std: (S, n); None without `uncertainty`.
-        draw_log_probabilities: (D, S, n) of the sequences under each of D draws; None without `uncertainty`.
+        token_entropy: (S, n, G) entropy of each token under its own draw, in nats, float32. This and the other
+            (S, n, G) entropies are 0 where `mask` is False.
+        log_probability: (S, n) log-probability of each sequence under its own draw, in nats.
+        predictive_entropy: (S, n, G) entropy of each token's distribution, averaged over D draws before its entropy is
+            taken; None without `uncertainty`, like the fields below.
+        mutual_information: (S, n, G) the part of `predictive_entropy` due to disagreement of the draws.
+        mixture_log_probability: (S, n) log of each sequence's probability averaged over the draws.
+        log_probability_std: (S, n) standard deviation of `draw_log_probabilities` over the draws.
+        draw_log_probabilities: (D, S, n) log-probability of each sequence under each of the D draws.
     """
 
     sequences: Tensor
@@ -92,7 +96,7 @@ def generate(
     answers: Literal["draws", "mean"] = "draws",
     **generate_kwargs: Any,
 ) -> Generation:
-    """Generate for every prompt under each of `samples` draws of the weights.
+    """Generate a sequence for every prompt under each of `samples` draws of the weights.
 
     Runs in evaluation mode without gradients, and restores torch's random state. Draw d is the same function as draw d
     of `predict` with the same seed.
@@ -100,20 +104,19 @@ def generate(
     Args:
         model: a causal or encoder-decoder language model with an adapter that has a posterior; or the saved posterior
             of its weights.
-        input_ids, attention_mask: (B, T) prompts; padded on the left for decoder-only models, as always. Without a
-            mask, the padding token is padding, unless it ends texts too.
-        samples: S, the draws of the weights; 0 generates once with the mean weights, for any model.
+        input_ids, attention_mask: (B, T) prompts, padded on the left for decoder-only models. Without a mask, padding
+            tokens are masked, unless the padding token is also an end-of-sequence token.
+        samples: number of draws of the weights; 0 generates once with the mean weights, for any model.
         seed: seed of the draws and of `do_sample`.
-        uncertainty: score each sequence under all draws, not only its own; this takes S passes over all sequences.
-        antithetic: pair draws of opposite noise.
-        answers: `"draws"` generates under every draw; `"mean"` generates once with the mean weights, and the draws
-            score that.
+        uncertainty: score each sequence under all draws, not only its own; this takes a pass for each draw.
+        antithetic: pair draws with opposite noise.
+        answers: `"draws"` generates under every draw; `"mean"` only with the mean weights, and the draws score that.
         generate_kwargs: options of `model.generate`: `max_new_tokens`, `num_beams`, `do_sample`, … Entropies and
             probabilities are the model's own, before any temperature or other processing.
 
     Raises:
-        BayesLoraError: samples are wanted but the model lacks a posterior, the inputs are not (B, T), or an option
-            asks for anything but sequences.
+        BayesLoraError: `samples` > 0 for a model without a posterior, the inputs are not (B, T), or
+            `return_dict_in_generate` is given.
     """
     run = _Run(model, input_ids, attention_mask, samples, seed, antithetic, answers, generate_kwargs)
     with evaluation_mode(run.model), torch.inference_mode(), seeded(seed, run.device):

@@ -50,24 +50,24 @@ NO_BATCH = "the loader gave 0 batches, but at least 1 is needed: check the data 
 
 @dataclass(frozen=True)
 class Prediction:
-    """Predictions for n examples in the order they came in; float64 (labels: int64) tensors on the CPU.
+    """Predictions for n examples, in the order of the input: float64 (labels: int64) tensors on the CPU.
 
-    Of a model with several labels a row, `probabilities` (n, C) are each label's own and do not sum to 1, `labels` are
-    (n, C), 1 where the probability is above one half, and `entropy`, `mutual_information`, `expected_entropy` and
-    `std` are (n, C), of each label.
+    For a multi-label model, `probabilities` (n, C) has one probability per label, which need not sum to 1; `labels` is
+    (n, C), 1 where the probability is above one half; `entropy`, `mutual_information`, `expected_entropy` and `std`
+    are (n, C), with one number per label.
 
     Attributes:
-        logits: (n, C) outputs of the model, or, with samples, those that give `probabilities`: their logarithms, with
-            several labels a row their log-odds; (n, 1) for regression, with samples their mean.
-        probabilities: (n, C) with rows that sum to 1, with samples their mean; (n, 0) for regression.
+        logits: (n, C) outputs of the model. With samples, the logits that correspond to `probabilities`: their
+            logarithms, or their log-odds for a multi-label model. (n, 1) for regression, with samples their mean.
+        probabilities: (n, C) class probabilities, averaged over the samples; rows sum to 1; (n, 0) for regression.
         labels: (n,) ids of the most probable class; for regression the predicted values, float64.
         entropy: (n,) entropy of `probabilities` in nats; 0 for regression.
-        mutual_information: (n,) the part of the entropy that comes from not knowing the weights, in nats, at least 0;
-            0 for a deterministic prediction and for regression.
-        expected_entropy: (n,) the other part, the mean entropy of the samples.
+        mutual_information: (n,) the part of `entropy` due to uncertainty about the weights, in nats, at least 0; 0 for
+            a deterministic prediction and for regression.
+        expected_entropy: (n,) the rest of `entropy`: the mean entropy of the samples.
         std: (n,) standard deviation over the samples for regression; 0 without samples and for classes.
-        sample_probabilities: (S, n, C) of each sample, with `per_sample`; None otherwise and for regression.
-        sample_values: (S, n) of each sample for regression, with `per_sample`; None otherwise and for classes.
+        sample_probabilities: (S, n, C) probabilities of each sample, if `per_sample`; None for regression.
+        sample_values: (S, n) predicted values of each sample, if `per_sample`; None for classes.
     """
 
     logits: Tensor
@@ -105,22 +105,22 @@ def predict(
         model: a sequence classifier or regressor, whose output is, or has, `logits` of shape (batch, C); a predictor
             such as `MCDropout` around one; or the posterior that `load_posterior(model, folder)` returns.
         loader_or_batch: a mapping from input names to tensors, or an iterable of such mappings (a `DataLoader`).
-        samples: draws of the weights to average the probabilities over. 0 uses the mean weights, the only choice for
-            an adapter without a posterior.
+        samples: number of draws of the weights to average the probabilities over. 0 uses the mean weights, the only
+            choice for an adapter without a posterior.
         seed: seed of the draws; the same seed gives the same prediction.
-        per_sample: also keep the outputs of each sample: `sample_probabilities` or `sample_values`.
-        antithetic: pair draws of opposite noise.
+        per_sample: also return the output of each sample, in `sample_probabilities` or `sample_values`.
+        antithetic: pair draws with opposite noise.
         logits: function from the model and a batch to class logits (batch, C), for models that do not return them,
             such as language models that choose among answers. A logit of -inf marks a class that the row does not
-            have. Logits (batch, W, C), as of `word_logits`, give batch · W predictions, row by row. It gets batches of
-            repeated rows and must use the model's logits: a classifier's last block may give hidden states of the
-            first token only.
-        optimizer: an `IVON` that has trained the model, whose posterior is drawn from.
+            have. Logits (batch, W, C), as from `word_logits`, give batch · W predictions, row by row. The function
+            gets batches with repeated rows. It must use the model's logits, not its hidden states: the last block of a
+            classifier may compute those of the first token only.
+        optimizer: the `IVON` or `SWAG` that has trained the model; samples are drawn from its posterior.
 
     Raises:
-        BayesLoraError: `samples` is above 0 for a deterministic adapter, the optimizer lacks a posterior, the loader
-            is empty, inputs are not tensors, the logits' shape is not (batch, C) or they are not finite, or the
-            model predicts several numbers a row.
+        BayesLoraError: `samples` > 0 for a deterministic adapter, the optimizer has no posterior, the loader is empty,
+            inputs are not tensors, logits are not finite or not of shape (batch, C), or the model predicts several
+            numbers per row.
     """
     predictor = as_predictor(model) if optimizer is None else _drawn_by(optimizer, model)
     check_samples(predictor, samples)
@@ -151,7 +151,7 @@ def sampled_logits(
     """Return the (S, n, C) logits of all samples and batches, float64 on the CPU; S = 1 for the mean weights.
 
     Raises:
-        BayesLoraError: as `predict`, and for a model with several labels a row.
+        BayesLoraError: in the cases of `predict`, and for a multi-label model.
     """
     if logits is None:
         check_one_label(predictor.model)
@@ -203,7 +203,7 @@ def seeded(seed: int, device: torch.device) -> Iterator[None]:
 
 
 def labels_of(batches: Iterable[Mapping[str, Any]]) -> Tensor:
-    """Return (n,) class ids of all batches, int64 on the CPU.
+    """Return the class ids (n,) of all batches, int64 on the CPU.
 
     Raises:
         BayesLoraError: there are no batches, a batch lacks labels, or labels are not class ids.

@@ -16,50 +16,50 @@ from bayeslora.posterior.saved import check_unmerged
 from bayeslora.prediction.batched_sampling import BatchedSampler, first_token_only
 
 Logits = Callable[[nn.Module, Mapping[str, Tensor]], Any]
-"""Function from the model and a batch of B rows to class logits (B, C), or (B, W, C) of W words in each row; -inf
-marks a class that a row lacks."""
+"""Function from the model and a batch of B rows to class logits (B, C), or (B, W, C) for W words in each row; -inf
+marks a class that a row does not have."""
 
 MULTI_LABEL = "multi_label_classification"
 """The `problem_type` of Transformers' models with several labels a row."""
 
 Sampler = Callable[[Mapping[str, Tensor]], Tensor]
-"""Function from a batch of B rows to (S, B, C) logits, one entry for each sample, or (S, B, W, C) of words."""
+"""Function from a batch of B rows to the logits of S samples: (S, B, C), or (S, B, W, C) for W words in each row."""
 
 
 @runtime_checkable
 class Predictor(Protocol):
-    """An object that `predict` can use, such as a post-hoc method around a finished model.
+    """An object that `predict` accepts, such as a post-hoc method around a trained model.
 
     Attributes:
-        model: the module that is put in evaluation mode; batches are moved to its device.
+        model: the module that `predict` puts in evaluation mode; batches are moved to its device.
     """
 
     @property
     def model(self) -> nn.Module: ...
 
     def check_samples(self, samples: int) -> None:
-        """Raise `BayesLoraError` if this number of samples cannot be drawn."""
+        """Raise `BayesLoraError` if the predictor cannot draw this number of samples."""
 
     def sampler(self, samples: int, seed: int, antithetic: bool, read: Logits) -> Sampler:
-        """Return a function from batches to the logits of S >= 1 samples, for one run over the data.
+        """Return a function from a batch to the logits of S >= 1 samples, for one run over the data.
 
-        It is called in evaluation mode without gradients. `read` returns the (B, C) logits of one pass.
+        `predict` calls it in evaluation mode without gradients. `read` returns the (B, C) logits of one forward pass.
         """
 
 
 class ModelPredictor:
     """Predictor with a model's posterior mean, or with draws from the posterior of its adapter or of an optimizer.
 
-    `predict` makes one for a model; make one to put another predictor around it, as in
+    `predict` makes one for a plain model. Make one yourself to wrap it in another predictor, as in
     `TemperatureScaling(ModelPredictor(model, ivon))`. A draw is the same function for every batch, batch size and
-    process. Draws from `source` take one pass each, since all of the trained weights differ.
+    process. Each draw from `source` takes a forward pass of its own, because all trained weights differ.
 
     Args:
         model: the model whose weights are drawn.
-        source: an `IVON` that has trained it, or a saved `WeightPosterior`; None uses the adapter's posterior.
+        source: the model's `IVON` or `SWAG`, or a saved `WeightPosterior`; None uses the adapter's own posterior.
 
     Raises:
-        BayesLoraError: `source` lacks a posterior.
+        BayesLoraError: `source` has no posterior.
     """
 
     def __init__(self, model: nn.Module, source: object | None = None) -> None:
@@ -111,10 +111,10 @@ class ModelPredictor:
 
 
 class CoreEnsemble:
-    """Predictor with the mean of an adapter's cores, each without noise; `samples` must be their number K, or 0.
+    """Predictor that averages over the K cores of an adapter, each without noise; `samples` must be K or 0.
 
-    It takes K passes. `predict(model, …)` without it uses the mean core, in one pass, or K draws, which have the noise
-    of each member as well.
+    A prediction costs K forward passes. Without this predictor, `predict(model, …)` uses the mean core in one pass, or
+    draws that include the noise of each core.
 
     Args:
         model: a model with an adapter of `MeLoraConfig(cores=K)`.
@@ -177,7 +177,7 @@ def problem_type(model: nn.Module) -> str | None:
 
 
 def check_one_label(model: nn.Module) -> None:
-    """Raise BayesLoraError for a model with several labels a row, where classes have to exclude each other."""
+    """Raise `BayesLoraError` for a multi-label model, where the classes must exclude each other."""
     if problem_type(model) == MULTI_LABEL:
         raise BayesLoraError(
             f"the model gives several labels a row (problem_type is {MULTI_LABEL!r}), but this needs one of several "
@@ -199,7 +199,7 @@ def check_samples(model: Predictable, samples: int) -> None:
 
 
 class NotFiniteError(BayesLoraError):
-    """Outputs of a model are not finite."""
+    """The outputs of a model are not finite."""
 
 
 def check_finite(logits: Tensor, model: nn.Module, of: str = "example") -> None:

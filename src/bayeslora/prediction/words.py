@@ -12,13 +12,13 @@ from bayeslora.vocabulary import STARTS
 
 
 def word_logits(model: nn.Module, batch: Mapping[str, Tensor]) -> Tensor:
-    """Return the logits (B, W, C) of W words in each row, those at their first tokens.
+    """Return the logits (B, W, C) of W words in each row, taken at the first token of each word.
 
     `predict(model, batch, logits=word_logits)` then gives predictions for B · W words, row by row.
 
     Args:
         model: a token classifier.
-        batch: its inputs, and `starts` (B, W), the places of the words' first tokens.
+        batch: the model's inputs, and `starts` (B, W), the positions of the words' first tokens.
 
     Raises:
         BayesLoraError: `starts` is missing, or the model does not tag tokens.

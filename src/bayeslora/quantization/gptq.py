@@ -1,9 +1,9 @@
 r"""Codes of a weight chosen for the output of its layer: every column makes up for the errors of those before it.
 
-Rounding W (d_out, d_in) to Q changes the output of a layer by $(Q - W) x$. Over inputs with second moments
-$H = \mathrm{E}[x x^T]$ that is $\mathrm{tr}((Q - W) H (Q - W)^T)$ in the square, which nearest codes do not minimise:
-inputs have a mean, and are correlated. Columns are therefore rounded one after the other. Of those that are left the
-best change that makes up for an error $e$ in column j is
+Rounding W (d_out, d_in) to Q changes the output of a layer by $(Q - W) x$. For inputs with second moments
+$H = \mathrm{E}[x x^T]$, the mean square of this change is $\mathrm{tr}((Q - W) H (Q - W)^T)$. The nearest codes do not
+minimise it, because inputs have a mean and are correlated. Columns are therefore rounded one after the other, and the
+remaining columns make up for an error $e$ in column j by the best change,
 
 $$ w_k \leftarrow w_k - e\, U_{jk} / U_{jj}, \quad k > j, \qquad H^{-1} = U^T U, $$
 
@@ -26,13 +26,13 @@ _BLOCK = 64  # columns whose changes reach the rest of the matrix in one product
 
 @torch.no_grad()
 def gptq_codes(weight: Tensor, ranges: Tensor, bits: int, moments: Tensor) -> Tensor:
-    r"""Codes (d_out, d_in), int8, of a weight on the grids of its ranges.
+    r"""Return the GPTQ codes (d_out, d_in), int8, of a weight.
 
     Args:
-        weight: (d_out, d_in).
-        ranges: as of `quantize`: one number, (d_out, 1), or (d_out, groups).
-        bits: from 2 to 8.
-        moments: H (d_in, d_in), times any positive number.
+        weight: (d_out, d_in) weight.
+        ranges: ranges of the grids, as for `quantize`: one number, (d_out, 1), or (d_out, groups).
+        bits: width of the codes, from 2 to 8.
+        moments: (d_in, d_in) second moments H of the inputs, up to a positive factor.
     """
     level = (1 << (bits - 1)) - 1
     order = moments.diagonal().argsort(descending=True, stable=True)

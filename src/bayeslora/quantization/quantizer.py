@@ -44,10 +44,10 @@ OPEN_LOGIT = _SHIFT + math.log((1 - CLOSED_THRESHOLD) / CLOSED_THRESHOLD)
 """A gate is open in evaluation if and only if its logit exceeds this (about -0.9353)."""
 
 SURE_LOGIT = 20.0
-"""Logit of a gate that stays open (or, negated, closed): the noise that training draws lies within 14."""
+"""Logit of a gate that always stays open (or, negated, closed): the noise drawn in training is at most 14 in size."""
 
 GATED_WIDTHS = WIDTHS[1:]
-"""Widths with a gate; two bits are always there."""
+"""Widths that have a gate; the two-bit grid is always on."""
 
 _WORTHWHILE = 1 << 18
 """Entries of an input from which on `linear` takes its outer products in bfloat16."""
@@ -57,9 +57,9 @@ _WHOLE = torch.ones(())
 
 
 def hard_concrete(logits: Tensor, uniform: Tensor) -> Tensor:
-    """Relaxed gates `z` in [0, 1] for `logits` of any shape and `uniform` noise of the same shape in (0, 1).
+    """Draw relaxed gates `z` in [0, 1] for `logits` of any shape, given `uniform` noise in (0, 1) of the same shape.
 
-    Differentiable in `logits`; the gradient is exactly zero where `z` is clamped to 0 or 1.
+    The gates are differentiable in `logits`; the gradient is exactly zero where `z` is clamped to 0 or 1.
     """
     low, high = STRETCH
     noise = uniform.log() - (-uniform).log1p()
@@ -72,21 +72,21 @@ def open_probability(logits: Tensor) -> Tensor:
 
 
 def opened(logits: Sequence[float]) -> int:
-    """Number of gates that evaluation and deployment see open, from the narrowest up to the first closed one.
+    """Return the number of open gates in evaluation and deployment, from the narrowest up to the first closed one.
 
-    A gate is open iff $P(z = 0)$ is below 0.34, that is iff its logit exceeds `OPEN_LOGIT`.
+    A gate is open if and only if $P(z = 0)$ is below 0.34, that is, if its logit exceeds `OPEN_LOGIT`.
     """
     closed = (position for position, logit in enumerate(logits) if not logit > OPEN_LOGIT)
     return next(closed, len(logits))
 
 
 def evaluation_width(logits: Sequence[float]) -> int:
-    """Bits of a tensor in evaluation, from the logits of its gates of 4, 8, 16 and 32 bits."""
+    """Return the bits of a tensor in evaluation, from the logits of its gates for 4, 8, 16 and 32 bits."""
     return WIDTHS[opened(logits)]
 
 
 def fixed_logits(bits: int) -> list[float]:
-    """Logits of gates that stay at `bits`: no noise reaches across them, and the penalty has no gradient there."""
+    """Return gate logits that fix the width at `bits`: noise cannot change it, and the penalty has no gradient."""
     return [SURE_LOGIT if width <= bits else -SURE_LOGIT for width in GATED_WIDTHS]
 
 
@@ -119,19 +119,19 @@ def grid_step(range: Tensor, bits: int) -> Tensor:  # noqa: A002 - the field's n
 
 
 def codes(x: Tensor, range: Tensor, bits: int) -> Tensor:  # noqa: A002
-    """Integer codes (int32, shape of `x`) of `x` at `bits` < 32 bits; `codes * grid_step` is the quantized value.
+    """Return the integer codes (int32, in the shape of `x`) of `x`; `codes * grid_step` is the quantized value.
 
     Args:
-        x: any shape.
-        range: as of `quantize`.
-        bits: from 2 to 16.
+        x: tensor of any shape.
+        range: range of the grid, as for `quantize`.
+        bits: width of the codes, from 2 to 16.
     """
     level, bound = (1 << (bits - 1)) - 1, repeated(range.float(), x)
     return torch.round(x.float() / grid_step(bound, bits)).clamp(-level, level).to(torch.int32)
 
 
 def repeated(range: Tensor, x: Tensor) -> Tensor:  # noqa: A002
-    """Return ranges of groups, (rows, groups) of a matrix or their transpose, once for each entry of their group."""
+    """Return the ranges of groups, (rows, groups) or transposed, repeated for each entry of a group of the matrix."""
     if range.ndim == 2 and x.ndim == 2:
         for dim in (0, 1):
             if 1 < range.shape[dim] < x.shape[dim]:
@@ -146,10 +146,10 @@ def mixture_weights(gates: Tensor) -> Tensor:
 
 
 def active_widths(gates: Sequence[float]) -> tuple[int, ...]:
-    """Widths with non-zero weight for the four gate values, known on the host.
+    """Return the widths with non-zero weight, given the four gate values as Python numbers.
 
-    The other widths add nothing to the output, and nothing to the gradient of any gate that lies strictly between 0
-    and 1; a gate at 0 or 1 is clamped there and has no gradient. Leaving them out is therefore exact.
+    The other widths contribute nothing to the output, nor to the gradient of a gate strictly between 0 and 1; a gate
+    at 0 or 1 is clamped and has no gradient. Leaving them out is therefore exact.
     """
     active, reached = [], 1.0
     for width, gate in zip(WIDTHS, (*gates, 0.0), strict=True):
@@ -160,13 +160,13 @@ def active_widths(gates: Sequence[float]) -> tuple[int, ...]:
 
 
 def quantize(x: Tensor, range: Tensor, bits: int) -> Tensor:  # noqa: A002
-    r"""`x` on the grid of one fixed width: $Q_b(x)$, straight-through in `x`, with the learned-range gradient.
+    r"""Round `x` to the grid of one width: $Q_b(x)$, straight-through in `x`, with the learned-range gradient.
 
     Args:
-        x: any shape and floating dtype; the result has the same.
-        range: positive, 0-d, one element, broadcastable to `x` (``[d_out, 1]`` for per-channel ranges), or
-            ``[d_out, groups]`` for a matrix ``[d_out, d_in]`` whose rows have equal groups with a range each.
-        bits: from 2 to 16, also between the `WIDTHS` with a gate; 32 clips to the range and rounds nothing.
+        x: tensor of any shape and floating dtype; the result has the same.
+        range: positive range: 0-d, one element, broadcastable to `x` (``[d_out, 1]`` for per-channel ranges), or
+            ``[d_out, groups]`` for a matrix ``[d_out, d_in]`` whose rows consist of equal groups.
+        bits: any width from 2 to 16; 32 clips to the range without rounding.
     """
     return quantize_mixture(x, range, _WHOLE.to(x.device), (bits,))
 
@@ -277,9 +277,9 @@ def _flatten(x: Tensor, range: Tensor) -> tuple[Tensor, kernels.Number]:  # noqa
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """`F.linear(x, weight, bias)` for `x` (..., d_in) and a quantized `weight` (d_out, d_in).
 
-    The weight itself is frozen. Its gradient is only summed up into those of its range and gates, five numbers in all,
-    so where the hardware multiplies bfloat16 faster, the outer products are taken in bfloat16: for sums over thousands
-    of tokens that changes these numbers in about the third digit, and saves most of the gradient's time.
+    The weight itself is frozen: its gradient is only summed into those of its range and gates, five numbers in all.
+    Where the hardware multiplies bfloat16 faster, the outer products are therefore taken in bfloat16. For sums over
+    thousands of tokens this changes the numbers in about the third digit, and saves most of the gradient's time.
     """
     if weight.requires_grad and x.dtype == torch.float32 and x.numel() >= _WORTHWHILE and _has_fast_bfloat16(x):
         return _Linear.apply(x, weight, bias)
@@ -315,7 +315,7 @@ class _Linear(torch.autograd.Function):
 class Float32Module(nn.Module):
     """A module whose tensors stay float32 when the model around it is cast.
 
-    Gate logits move by about 1e-3 from values near 6, which bfloat16 cannot represent: cast, they would freeze.
+    Gate logits move in steps of about 1e-3 near 6. bfloat16 cannot represent such steps, so logits cast to it freeze.
     """
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Float32Module:
@@ -326,6 +326,6 @@ class Float32Module(nn.Module):
         return super()._apply(keep_dtype, recurse)
 
     def cast_parameters(self, dtype: torch.dtype) -> None:
-        """Cast all the same, for a caller who has asked PEFT not to keep adapters in float32."""
+        """Cast the tensors anyway, for a caller who has asked PEFT not to keep adapters in float32."""
         for parameter in self.parameters():
             parameter.data = parameter.data.to(dtype)

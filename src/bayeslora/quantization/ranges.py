@@ -15,7 +15,7 @@ from bayeslora.quantization.quantizer import grid_step
 Calibration = Literal["mse", "absmax"]
 
 FLOOR = 1e-6
-"""Smallest range; an all-zero tensor gets this one, so that no step is ever zero."""
+"""Smallest range; an all-zero tensor gets it, so that no step is ever zero."""
 
 # Beyond the largest magnitude too: the top level is below the range, at 2/3 of it for two bits.
 _COARSE = torch.logspace(-1.6, 0.1761, 80)
@@ -27,18 +27,19 @@ _BINS = 2048  # 16 to a step of 8 bits; counts of them stand for a large tensor
 
 @torch.no_grad()
 def optimal_range(x: Tensor, bits: int = 8, method: Calibration = "mse", dim: int | None = None) -> Tensor:
-    r"""Positive float32 range for `x`: the largest magnitude (`absmax`), or the one with least squared error (`mse`).
+    r"""Return a positive float32 range for `x`: its largest magnitude (`absmax`) or that of least error (`mse`).
 
-    The optimum is searched over 80 multiples of the largest magnitude, up to 1.5 and spaced 5% apart, and again in
-    steps of a quarter percent around the best. One range's error is measured on a histogram of all magnitudes (2,048
-    bins), a row's on at most 65,521 evenly spaced entries. For a Gaussian it lies near 1.85, 2.65 and 3.9 standard
-    deviations at 2, 4 and 8 bits, where the largest magnitude would cost about twice the error at the low widths.
+    `mse` minimizes the squared error: it tries 80 multiples of the largest magnitude, up to 1.5 and spaced 5% apart,
+    and then steps of a quarter percent around the best. The error of a single range is measured on a histogram of all
+    magnitudes (2,048 bins), that of a row on at most 65,521 evenly spaced entries. For a Gaussian, the optimum is near
+    1.85, 2.65 and 3.9 standard deviations at 2, 4 and 8 bits; at the low widths, the largest magnitude has about twice
+    the error.
 
     Args:
-        x: any shape; empty and all-zero tensors give `FLOOR`.
-        bits: width the error is measured at; at 16 and 32 bits the largest magnitude is the optimum.
+        x: tensor of any shape; empty and all-zero tensors give `FLOOR`.
+        bits: width at which the error is measured; at 16 and 32 bits the largest magnitude is the optimum.
         method: ``"mse"`` or ``"absmax"``.
-        dim: None for one range (0-d); 1 for one range a row of a matrix, of shape [rows, 1].
+        dim: None for a single range (0-d); 1 for one range per row of a matrix, in the shape [rows, 1].
     """
     x = x.detach().float()
     rows = x.reshape(1, -1) if dim is None else x
@@ -87,7 +88,7 @@ def range_of_counts(counts: Tensor, largest: Tensor, bits: int) -> Tensor:
     Args:
         counts: as `magnitude_counts` returns them, or their sum over parts.
         largest: the maximum that they were counted with, one positive number.
-        bits: as for `optimal_range`, which gives the same for a large tensor.
+        bits: width at which the error is measured; `optimal_range` gives the same range for a large tensor.
     """
     largest = largest.float().reshape(1, 1)
     if bits >= 16:

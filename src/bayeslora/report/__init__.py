@@ -1,7 +1,7 @@
 """Report on finished runs: figures, a self-contained HTML page, a comparison of runs, and the model card.
 
-Every function reads the files in a run's output folder (`metrics.json`, `history.json`), so a report can be rebuilt
-at any time without the model. The modules, and with them Matplotlib and Jinja, are imported on first use.
+The functions read the files in a run's output folder (`metrics.json`, `history.json`), so a report can be rebuilt
+at any time without the model; `write_answers` takes answers instead. Matplotlib and Jinja are imported on first use.
 """
 
 from __future__ import annotations

@@ -38,13 +38,13 @@ class ShadedToken:
 def write_answers(path: str | Path, answers: Sequence[Answer], title: str = "Answers", about: str = "") -> Path:
     """Write a self-contained HTML page of answers, in their order, and return its path.
 
-    Tokens are shaded by mutual information, or at a click by entropy; with the draws' answers in groups under each.
+    Tokens are shaded by mutual information, or after a click by entropy. Groups of the draws' answers follow below.
 
     Args:
-        path: the file, replaced if it exists.
-        answers: from `Run.generate`.
+        path: HTML file to write; replaced if it exists.
+        answers: answers from `Run.generate`.
         title: heading of the page.
-        about: line under it, such as the run and the number of samples.
+        about: line under the heading, such as the run and the number of samples.
 
     Raises:
         BayesLoraError: there are no answers, or the file cannot be written.

@@ -31,10 +31,10 @@ _TASK_TYPES = {
 
 
 def write_model_card(output_dir: Path) -> Path:
-    """Write `output_dir/README.md` from `metrics.json` and, if there is one, `adapter_config.json`.
+    """Write the model card `output_dir/README.md` from `metrics.json` and, if there is one, `adapter_config.json`.
 
-    The front matter holds metadata for model hubs, including the scores. For a method of this library the loading code
-    imports `bayeslora` first, because PEFT raises a bare KeyError for a method that is not registered.
+    The front matter holds metadata for model hubs, including the scores. For a method of this library, the loading
+    code imports `bayeslora` first, because PEFT raises a bare KeyError for a method that is not registered.
 
     Raises:
         BayesLoraError: `metrics.json` is missing or malformed, or `adapter_config.json` cannot be read.

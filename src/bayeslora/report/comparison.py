@@ -54,9 +54,9 @@ def write_comparison(folders: Sequence[Path], output_dir: Path) -> dict[str, Any
     The figures are `score_bops.png`, `reliability.png`, `risk_coverage.png` and, for runs that were scored on
     out-of-distribution inputs, `uncertainty.png` and `ood.png`; figures without data are left out.
 
-    Runs whose method, model, task, split, steps, samples and options (`config.yaml` without seed and output paths)
-    agree form a group, reported as mean ± sample standard deviation (n − 1) over its distinct seeds. Runs with the
-    same seed are repeats and are never averaged.
+    Runs form a group if their method, model, task, split, steps, samples and options (`config.yaml` without seed and
+    output paths) agree. A group is reported as mean ± sample standard deviation (n − 1) over its distinct seeds. Runs
+    with the same seed are repeats and are never averaged.
 
     Args:
         folders: output folders of `bayeslora train` or `bayeslora evaluate`, in the order of the rows.
@@ -65,9 +65,9 @@ def write_comparison(folders: Sequence[Path], output_dir: Path) -> dict[str, Any
     Returns:
         The content of `table.json`: `{"runs": [row, …], "groups": [row, …], "differences": [row, …], "figures": [file
         name, …]}`. In a group's row each number is `{"mean", "sd", "n"}`, with `sd` null for a single run. A row of
-        the differences is about one group and the first group of the same task and split: `setting`, `baseline`,
-        `seeds` that both have, and for each score `{"mean", "low", "high"}`, a 95% interval from Student's t over the
-        seeds' own differences, null for a single seed.
+        `differences` compares one group with the first group of the same task and split. It has `setting`, `baseline`,
+        the `seeds` that both have, and for each score `{"mean", "low", "high"}`: a 95% interval from Student's t over
+        the differences at each seed, null for a single seed.
 
     Raises:
         BayesLoraError: no folder is given, one is given twice, or a `metrics.json` is invalid.

@@ -28,14 +28,14 @@ Drawings = Mapping[str, Callable[[], Figure | None]]
 def write_report(output_dir: Path) -> list[Path]:
     """Draw a run's figures and write `report.html` from its `metrics.json`, `history.json` and `examples.json`.
 
-    The page begins with what a user asks: better than a constant, as sure as it is right, which rows to hand over. Its
-    figures are drawn twice, for wide and narrow screens. Figures without data are left out (ranks and widths of full
-    fine-tuning or plain LoRA). A PNG of that name from an earlier report is removed, so that the folder never shows
-    figures of another run.
+    The page begins with the questions of a user: is the model better than a constant, is it as confident as it is
+    right, which rows need a person? Figures are drawn twice, for wide and narrow screens. Figures without data are
+    left out, such as ranks and widths for full fine-tuning or plain LoRA. Their PNGs from an earlier report are
+    removed, so that the folder never shows figures of another run.
 
     Args:
-        output_dir: the output folder of `bayeslora train`; or of `bayeslora evaluate`, with the figures of its
-            predictions only, from `metrics.json`.
+        output_dir: output folder of `bayeslora train`; or of `bayeslora evaluate`, whose `metrics.json` gives only the
+            figures of predictions.
 
     Returns:
         The files written: the PNGs (`ranks`, `bits`, `evidence`, `gates`, `cost`, `calibration`, `selective`,

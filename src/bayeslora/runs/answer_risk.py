@@ -33,15 +33,15 @@ _RISKS = (0.05, 0.1, 0.2, 0.3, 0.4)
 
 @dataclass(frozen=True)
 class AnswerCalibration:
-    """Answers to rows with known answers that a run was not trained on: how unsure, and how wrong each is.
+    """Uncertainty and loss of a run's answers to rows with known answers that it was not trained on.
 
     Attributes:
-        control: with the uncertainty and the loss of each row.
-        measure: the uncertainty, see `uncertainty_of`.
-        loss: the score that the loss is 1 minus of.
-        sampling: how the answers were made.
-        source: the file or split of the rows.
-        fingerprint: digest of the model.
+        control: risk control with the uncertainty and the loss of each answer.
+        measure: measure of uncertainty, see `uncertainty_of`.
+        loss: name of the score; the loss is 1 minus the score.
+        sampling: settings with which the answers were made.
+        source: name of the file or split with the rows.
+        fingerprint: digest of the calibrated model.
     """
 
     control: LossControl
@@ -57,7 +57,7 @@ class AnswerCalibration:
         return len(self.control.losses)
 
     def settings(self, folder: Path, given: Mapping[str, Any]) -> Sampling:
-        """Return how the answers were made; raise if `given` has other settings (None is not given)."""
+        """Return the settings of the answers; raise `BayesLoraError` if a value in `given`, except None, differs."""
         for name, value in given.items():
             own = getattr(self.sampling, name)
             if value is not None and value != own:
@@ -80,9 +80,9 @@ class AnswerCalibration:
         """Return the answers with `ask_a_human`, so that the mean loss of the others is at most `risk`.
 
         Args:
-            answers: of the calibrated model, made in the same way.
+            answers: answers by the calibrated model, made with the same settings.
             risk: the level, between 0 and 1.
-            delta: probability that it is exceeded, see `LossControl`; .05 by default.
+            delta: probability that the risk is exceeded, by default 0.05; see `LossControl`.
         """
         control = self.control
         if delta is not None:

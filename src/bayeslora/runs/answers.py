@@ -39,18 +39,18 @@ class Answer:
     Attributes:
         prompt: the text, or the last message before the answer.
         text: the answer of the mean weights.
-        tokens: its T tokens as text, with the one that ends it.
-        entropy: of each token's distribution, averaged over the draws, in nats.
-        mutual_information: the part of it that the draws disagree about, in nats; 0 without draws.
-        log_probability: of the answer under the mean weights, in nats.
-        mixture_log_probability: of the answer under the mean of the draws' probabilities, in nats.
-        draw_log_probabilities: of the answer under each draw, in nats; empty without draws.
-        draws: answers of the draws (or, of a deterministic model, of the sampled tokens); empty without.
-        clusters: of `draws`, the largest first.
-        semantic_entropy: of the clusters, in nats; None without draws.
-        is_finished: False if the answer was cut at the maximum of new tokens.
+        tokens: the T tokens of `text` as strings, including the end token.
+        entropy: entropy of each token's distribution after averaging it over the draws, in nats.
+        mutual_information: for each token, the part of `entropy` due to disagreement of the draws; 0 without draws.
+        log_probability: log-probability of `text` under the mean weights, in nats.
+        mixture_log_probability: log-probability of `text` under the average of the draws, in nats.
+        draw_log_probabilities: log-probability of `text` under each draw, in nats; empty without draws.
+        draws: one answer from each draw (a deterministic model samples tokens instead); empty without draws.
+        clusters: groups of `draws` with the same meaning, the largest first.
+        semantic_entropy: entropy of the sizes of `clusters`, in nats; None without draws.
+        is_finished: False if the answer was cut off at the maximum number of new tokens.
         reference: the known answer, if the row has one.
-        ask_a_human: with a risk, whether the answer is too uncertain to be given; None without a risk.
+        ask_a_human: whether the answer is too uncertain to give, if a risk was asked for; otherwise None.
     """
 
     prompt: str
@@ -80,11 +80,11 @@ class Sampling:
 
     Attributes:
         samples: number of draws.
-        seed: of the draws.
+        seed: seed of the draws.
         max_new_tokens: maximum length of an answer; None for what the task needs or the model has room for.
-        temperature: of the tokens of the draws' answers; 0 for the most probable ones.
-        cluster_with: an encoder whose embeddings say which answers of the draws say the same; None for equal words.
-        similarity: cosine of two embeddings from which on they do.
+        temperature: temperature of the draws' answers; 0 for the most probable tokens.
+        cluster_with: encoder whose embeddings group the draws' answers by meaning; None groups equal words only.
+        similarity: cosine of two embeddings from which two answers are in one group.
     """
 
     samples: int = 0

@@ -43,7 +43,7 @@ Embed = Callable[[Sequence[str]], Tensor]
 
 @dataclass(frozen=True)
 class Cluster:
-    """Answers of the draws that say the same: that of the first one, and how many there are."""
+    """A group of sampled answers with the same meaning: the `text` of the first, and their `count`."""
 
     text: str
     count: int

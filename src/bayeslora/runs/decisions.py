@@ -46,16 +46,16 @@ _OF_CLASSES, _OF_NUMBERS = ("lac", "aps"), ("residual", "scaled")
 
 @dataclass(frozen=True)
 class Calibration:
-    """Scores of labelled rows that a run was not trained on.
+    """A run's conformal sets, risk control and probability map, calibrated on labelled rows outside the training data.
 
     Attributes:
-        sets: of a classifier's labels, or intervals of a regression; None for the tags of words.
-        risk: for `ask_a_human`; None for a regression and for the tags of words.
-        labels: class names by id; empty for a regression.
-        samples, seed: of the predictions.
-        source: the file or split of the rows.
-        fingerprint: digest of the model.
-        scaling: the map of the probabilities, fitted on rows other than those of `sets` and `risk`; None without one.
+        sets: conformal sets for classes, or conformal intervals for regression; None for a run that tags words.
+        risk: decides `ask_a_human`; None for regression and for a run that tags words.
+        labels: class names by id; empty for regression and for a run that tags words.
+        samples, seed: Monte-Carlo samples and seed of the predictions that were calibrated.
+        source: name of the file or split with the calibration rows.
+        fingerprint: digest of the calibrated model.
+        scaling: map of the probabilities, fitted on other rows than `sets` and `risk`; None without a map.
     """
 
     sets: ConformalSets | ConformalIntervals | None
@@ -69,7 +69,7 @@ class Calibration:
 
     @property
     def rows(self) -> int:
-        """Number of calibration rows of the sets and the risk, or of words that the map was fitted on."""
+        """Number of rows that calibrate `sets` and `risk`; for a run that tags words, of words that fit the map."""
         if self.sets is None:
             assert self.scaling is not None
             return self.scaling.rows
@@ -77,7 +77,7 @@ class Calibration:
 
     @property
     def score(self) -> str | None:
-        """`lac` or `aps`; for a regression `residual` or `scaled`; None for the tags of words."""
+        """Conformal score: `lac` or `aps` for classes, `residual` or `scaled` for regression, None for tags."""
         if self.sets is None:
             return None
         if isinstance(self.sets, ConformalSets):
@@ -85,7 +85,7 @@ class Calibration:
         return _OF_NUMBERS[self.sets.scaled]
 
     def check(self, folder: Path, samples: int | None, seed: int | None) -> tuple[int, int]:
-        """Return the number of samples and the seed of the calibration; raise if others are given."""
+        """Return the calibration's number of samples and seed; raise `BayesLoraError` if others are given."""
         way_out = ", or give uncalibrated=True" if self.scaling else ""
         for name, given, own in (("samples", samples, self.samples), ("seed", seed, self.seed)):
             if given not in (None, own) and (name == "samples" or self.samples):
@@ -96,7 +96,7 @@ class Calibration:
         return self.samples, self.seed
 
     def check_model(self, folder: Path, model: nn.Module) -> None:
-        """Raise if the model is not the one that was calibrated."""
+        """Raise `BayesLoraError` if `model` is not the one that was calibrated."""
         found = model_digest(model, folder)
         if found != self.fingerprint:
             raise BayesLoraError(
@@ -105,11 +105,11 @@ class Calibration:
             )
 
     def around(self, model: Predictable) -> Predictable:
-        """Return the predictor that the calibration is of: `model`, with the map around it if there is one."""
+        """Return the predictor that was calibrated: `model`, wrapped in the probability map if there is one."""
         return model if self.scaling is None else self.scaling.around(model)
 
     def threshold(self, risk: float, delta: float | None = None) -> Threshold:
-        """Return the confidence above which rows are answered so that at most a share `risk` of answers is wrong.
+        """Return the confidence threshold above which at most a share `risk` of the answers is wrong.
 
         Raises:
             BayesLoraError: the run is a regression, or a number is not between 0 and 1.
@@ -123,13 +123,13 @@ class Calibration:
         risk: float | None = None,
         delta: float | None = None,
     ) -> Decisions:
-        """Return the sets or intervals at a coverage, and the rows that a person should decide at a risk.
+        """Return conformal sets or intervals for a coverage, and the rows that need a person for a risk.
 
         Args:
-            prediction: of the calibrated model with the calibration's samples and seed.
-            coverage: share of the sets that contain the right label; None for no sets.
+            prediction: prediction by the calibrated predictor, with the calibration's samples and seed.
+            coverage: share of the sets or intervals that contain the right label or value; None for no sets.
             risk: maximum share of wrong answers; None to mark no rows.
-            delta: probability that the risk is exceeded, see `RiskControl`; .05 by default.
+            delta: probability that the risk is exceeded, by default 0.05; see `RiskControl`.
 
         Raises:
             BayesLoraError: a risk for a regression, or numbers that are not between 0 and 1.
@@ -157,7 +157,7 @@ class Calibration:
         return other
 
     def save(self, folder: Path) -> Path:
-        """Write `conformal.json` in one step, in place of an earlier one."""
+        """Write `conformal.json` into `folder` atomically, replacing an earlier one, and return its path."""
         content: dict[str, Any] = {
             "version": _VERSION if self.sets is None else 2 if self.scaling else 1,
             "rows": self.rows,
@@ -186,7 +186,7 @@ class Calibration:
         return path
 
     def summary(self) -> dict[str, Any]:
-        """Return what usual levels of coverage and risk mean for the calibration rows."""
+        """Return what common levels of coverage and risk mean for the calibration rows."""
         sets = self.sets
         found: dict[str, Any] = {name: getattr(self, name) for name in ("rows", "source", "samples", "seed", "score")}
         if self.scaling is not None:

@@ -43,27 +43,27 @@ class RunInfo:
         method: a value of `bayeslora train --method`; `full` for any model without an adapter.
         model: folder or hub id of the base model.
         task: name of the task.
-        kind: of the task.
-        metric: the task's headline score.
-        text_columns: one name, or two for pairs; `messages`, or `prompt` and `completion`, of generation; empty if
-            unknown (an adapter without `run.json`).
-        label_column: name of the label column in the user's files, or of several (`a,b`).
+        kind: kind of the task, such as `"classification"` or `"generation"`.
+        metric: name of the task's headline score.
+        text_columns: names of the input columns: one, or two for pairs; `messages`, or `prompt` and `completion`, for
+            generation; empty if unknown (an adapter without `run.json`).
+        label_column: name of the label column in the user's files, or several names joined by commas (`a,b`).
         labels: class names by id, or names of tags; empty for regression and generation.
         max_length: maximum input length in tokens.
-        dtype: of the base model.
+        dtype: dtype of the base model's weights.
         base_fingerprint: digest of the base model's weights; empty if unknown.
-        base_name: `base_model_name_or_path` of the adapter's configuration.
-        task_name: of a named task.
-        data_dir: the named task's folder.
-        head: of the model; `"letters"`, `"cloze"` or `"text"` for language models, `"seq2seq"` for encoder-decoders.
-        context: of a run by cloze, the text before a choice (`Cloze.context`).
-        normalization: of a run by cloze, what log-likelihoods are divided by.
-        train_split: of a named task with several training splits.
-        few_shot: examples in each prompt.
-        files: `train_file`, `eval_file` and `test_file` of a task from files.
-        evaluation_rows: rows of `train_file` (from 0) that are held out for evaluation; empty with an `eval_file`.
-        train_digest: digest of `train_file`, if it has evaluation rows; None otherwise.
-        tokenizer_digest: see `base.tokenizer_digest`; None in older folders, which are not checked.
+        base_name: `base_model_name_or_path` in the adapter's configuration.
+        task_name: name to pass to `load_task`; None for a task from files.
+        data_dir: folder with the data of a named task.
+        head: head of the model, such as `"sequence"`; `"letters"`, `"cloze"` or `"text"` for causal language models.
+        context: text before a choice, for a run that scores by cloze (`Cloze.context`).
+        normalization: divisor of the log-likelihoods, for a run that scores by cloze (`Cloze.normalization`).
+        train_split: training split that was chosen, for a named task that has several.
+        few_shot: number of solved examples in each prompt.
+        files: paths `train_file`, `eval_file` and `test_file`, for a task from files.
+        evaluation_rows: numbers (from 0) of the rows of `train_file` that are held out; empty with an `eval_file`.
+        train_digest: digest of `train_file`, if rows of it are held out; otherwise None.
+        tokenizer_digest: digest of the tokenizer's vocabulary (`base.tokenizer_digest`); None skips the check.
     """
 
     method: str
@@ -96,18 +96,18 @@ class RunInfo:
 
     @property
     def scoring(self) -> Scoring | None:
-        """Return the way in which a language model answers multiple choice; None for other models."""
+        """Return how a language model answers multiple choice, `"letters"` or `"cloze"`; None for other models."""
         if self.kind != "multiple_choice":
             return None
         return "letters" if self.head == "letters" else "cloze" if self.head == "cloze" else None
 
     @property
     def cloze(self) -> Cloze:
-        """Return the rule that scores choices by their text, of a run by cloze."""
+        """Return the rule by which a run with the head `"cloze"` scores the text of each choice."""
         return Cloze(self.context, self.normalization)
 
     def save(self, folder: Path) -> None:
-        """Write `run.json` and the digests of the files beside it, which have to be there."""
+        """Write `run.json` and the digests of the other files in `folder`, which must already be there."""
         save_digests(folder)
         save_json(folder / RUN_FILE, dataclasses.asdict(self))
 

@@ -17,16 +17,16 @@ class PredictedRow:
     """The prediction for one row.
 
     Attributes:
-        label: name of the most probable class; the value for regression; of a run with several labels a row the list
-            of those whose probability is above one half.
-        probabilities: of each class, in the order of the run's `labels`; None for regression.
-        entropy: of `probabilities` in nats; None for regression; with several labels a row a list, of each label.
-        expected_entropy: aleatoric part of the entropy, likewise.
-        mutual_information: epistemic part of the entropy, likewise.
+        label: name of the most probable class; for regression the predicted value; for a multi-label run the list of
+            labels whose probability is above one half.
+        probabilities: probability of each class, in the order of the run's `labels`; None for regression.
+        entropy: entropy of `probabilities` in nats; None for regression; one number per label for a multi-label run.
+        expected_entropy: aleatoric part of `entropy`, in the same form.
+        mutual_information: epistemic part of `entropy`, in the same form.
         std: standard deviation over the samples, for regression; None for classes.
-        set: names of the labels in the conformal set, with a coverage; None otherwise.
-        interval: lower and upper bound for regression, with a coverage; a missing bound is None.
-        ask_a_human: whether a person should decide, with a risk; None otherwise.
+        set: names of the labels in the conformal set, if a coverage was given; otherwise None.
+        interval: lower and upper bound of a regression, if a coverage was given; None stands for an infinite bound.
+        ask_a_human: whether a person should decide, if a risk was given; otherwise None.
     """
 
     label: str | float | list[str]
@@ -41,10 +41,7 @@ class PredictedRow:
 
     @property
     def confidence(self) -> float | None:
-        """Probability of the label; None for regression. With several labels a row that of the least certain one.
-
-        A label is then as certain as its yes or no is probable.
-        """
+        """Probability of `label`; for a multi-label run the smallest max(p, 1 - p) of a label; None for regression."""
         if self.probabilities is None:
             return None
         if isinstance(self.label, list):
@@ -52,19 +49,19 @@ class PredictedRow:
         return max(self.probabilities)
 
     def to_dict(self) -> dict[str, Any]:
-        """Return the fields by name; those from `std` on only where they have a value."""
+        """Return the fields by name; `std` and the fields after it are left out if they are None."""
         optional = ("std", "set", "interval", "ask_a_human")
         return {name: value for name, value in vars(self).items() if name not in optional or value is not None}
 
 
 @dataclass
 class Decisions:
-    """Decisions for n rows; an empty list where none were asked for.
+    """Decisions for n rows; a kind of decision that was not asked for is an empty list.
 
     Attributes:
-        sets: names of the labels in the conformal set of each row.
-        intervals: lower and upper bound of each row; None for an infinite one.
-        ask_a_human: whether a person should decide each row.
+        sets: conformal set of each row, as names of labels.
+        intervals: lower and upper bound of each row; None stands for an infinite bound.
+        ask_a_human: for each row, whether a person should decide it.
     """
 
     sets: list[list[str]] = field(default_factory=list)
@@ -72,19 +69,18 @@ class Decisions:
     ask_a_human: list[bool] = field(default_factory=list)
 
     def of(self, row: int) -> dict[str, Any]:
-        """Return the fields of a `PredictedRow` that these decisions give."""
+        """Return the decisions about one row, by the names of the fields of `PredictedRow`."""
         columns: dict[str, list[Any]] = {"set": self.sets, "interval": self.intervals, "ask_a_human": self.ask_a_human}
         return {name: values[row] for name, values in columns.items() if values}
 
 
 class Predictions(Sequence[PredictedRow]):
-    """Predictions for n rows, in their order; indexed and iterated by row.
+    """Predictions for n rows, in the order of the input: a sequence of `PredictedRow`.
 
     Attributes:
         prediction: the underlying tensors, for calibration, conformal sets and metrics.
-        labels: (n) names of the most probable classes; values for regression; lists of names with several labels a
-            row.
-        decisions: conformal sets and rows that a person should decide, as far as they were asked for.
+        labels: n names of the most probable classes; values for regression; lists of names for a multi-label run.
+        decisions: conformal sets and `ask_a_human`, if they were asked for.
     """
 
     def __init__(self, prediction: Prediction, names: Sequence[str], decisions: Decisions | None = None) -> None:
@@ -102,22 +98,22 @@ class Predictions(Sequence[PredictedRow]):
 
     @property
     def probabilities(self) -> Tensor:
-        """(n, C) in the order of the run's `labels`; (n, 0) for regression."""
+        """Class probabilities (n, C), in the order of the run's `labels`; (n, 0) for regression."""
         return self.prediction.probabilities
 
     @property
     def entropy(self) -> Tensor:
-        """(n,) in nats; 0 for regression; (n, C) with several labels a row, as in the next two."""
+        """Entropy (n,) in nats; 0 for regression; (n, C) for a multi-label run, like its two parts below."""
         return self.prediction.entropy
 
     @property
     def expected_entropy(self) -> Tensor:
-        """(n,) in nats, the aleatoric part of the entropy; 0 for regression."""
+        """Aleatoric part (n,) of the entropy in nats; 0 for regression."""
         return self.prediction.expected_entropy
 
     @property
     def mutual_information(self) -> Tensor:
-        """(n,) in nats, the epistemic part of the entropy; 0 for regression and without samples."""
+        """Epistemic part (n,) of the entropy in nats; 0 for regression and without samples."""
         return self.prediction.mutual_information
 
     def __len__(self) -> int:
@@ -139,9 +135,9 @@ class Predictions(Sequence[PredictedRow]):
         )
 
     def records(self) -> Iterator[dict[str, Any]]:
-        """Yield what `bayeslora predict` writes for each row: `to_dict`, the confidence, probabilities by label.
+        """Yield what `bayeslora predict` writes for each row: `to_dict`, plus the confidence and the label names.
 
-        With several labels a row entropies are by label, too.
+        Label names are the keys of `probabilities`, and for a multi-label run also of the entropies.
         """
         several = self.prediction.labels.ndim == 2
         by_label = ("probabilities", *(("entropy", "expected_entropy", "mutual_information") if several else ()))

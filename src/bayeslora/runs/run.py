@@ -71,10 +71,10 @@ class Run:
     ```
 
     Attributes:
-        folder: the run was loaded from.
-        model: in evaluation mode.
-        tokenizer: of the model.
-        info: the content of `run.json`, or what the other files tell if it is missing.
+        folder: folder that the run was loaded from.
+        model: the model, in evaluation mode.
+        tokenizer: the model's tokenizer.
+        info: the content of `run.json`; if that is missing, what the other files say.
     """
 
     folder: Path
@@ -88,7 +88,7 @@ class Run:
 
     @property
     def labels(self) -> list[str]:
-        """Class names by id; empty for regression and for a language model."""
+        """Class names by id, or names of tags; empty for regression and generation."""
         return self.info.labels
 
     @property
@@ -114,7 +114,7 @@ class Run:
 
     @property
     def config(self) -> dict[str, Any]:
-        """The options of the training in `config.yaml`; empty without that file."""
+        """The training options in `config.yaml`; empty without that file."""
         path = self.folder / "config.yaml"
         return dict(parse_yaml(path.read_text(encoding="utf-8"))) if path.is_file() else {}
 
@@ -125,7 +125,7 @@ class Run:
 
     @functools.cached_property
     def predictor(self) -> nn.Module | WeightPosterior:
-        """The model for `bayeslora.predict`, with the posterior of IVON if the run saved one."""
+        """The model for `bayeslora.predict`, with the posterior from IVON or SWAG if the folder holds one."""
         return with_posterior(self.model, self.folder)
 
     @quiet_loading()
@@ -141,28 +141,28 @@ class Run:
         delta: float | None = None,
         uncalibrated: bool = False,
     ) -> Predictions | Taggings:
-        """Predict labels and their uncertainty, and decide with them.
+        """Predict labels with their uncertainty and, if asked, label sets and rows that need a person.
 
-        If `calibrate` has saved a map of the probabilities, such as a temperature, it is used. A run that tags words
-        returns `Taggings`, and takes neither coverage nor risk.
+        If `calibrate` has saved a map of the probabilities, such as a temperature, `predict` applies it. A run that
+        tags words returns `Taggings` and accepts neither `coverage` nor `risk`.
 
         Args:
-            inputs: a text, a pair (a tuple of two strings) or a row (a dict); an iterable of them, such as a list or
-                a `datasets.Dataset`; or the `pathlib.Path` of a data file. Rows have the columns of the training,
-                `question` and `choices` for multiple choice; other columns are ignored. To tag words, a text, which
-                is split at its blanks, or in such an iterable also a list of words.
-            samples: Monte-Carlo samples of the weights; 0 uses their mean. By default 0, or with a coverage, a risk or
-                a map of the probabilities the number that `calibrate` used.
-            seed: for the samples; by default 0, or that of `calibrate`.
+            inputs: a text, a pair (a tuple of two strings) or a row (a dict); an iterable of these, such as a list or
+                a `datasets.Dataset`; or the `pathlib.Path` of a data file. Rows have the columns used in training
+                (`question` and `choices` for multiple choice); other columns are ignored. A run that tags words
+                splits a text at whitespace; an iterable may also hold lists of words.
+            samples: number of Monte-Carlo samples of the weights; 0 uses the mean weights. The default is 0, or the
+                number that `calibrate` used if a coverage, a risk or a saved map needs it.
+            seed: seed of the samples, by default 0 or the seed that `calibrate` used.
             batch_size: rows per batch; the result does not depend on it.
-            coverage: add the set of labels (or interval) that contains the right one with this probability.
-            risk: add whether to `ask_a_human`, so that at most this share of the other labels is wrong.
-            delta: probability that the risk is exceeded, see `RiskControl`; .05 by default.
-            uncalibrated: leave out a map of the probabilities.
+            coverage: also return the label set (or interval) that contains the right one with this probability.
+            risk: also return `ask_a_human`, so that at most this share of the other labels is wrong.
+            delta: probability that the risk is exceeded, by default 0.05; see `RiskControl`.
+            uncalibrated: do not apply a saved map of the probabilities.
 
         Raises:
-            BayesLoraError: there are 0 rows, a row does not fit, the model is deterministic and `samples` > 0; or a
-                coverage or risk without `calibrate` with these samples.
+            BayesLoraError: there are 0 rows, a row does not fit the run, `samples` > 0 for a deterministic model, or
+                a coverage or risk is given but `calibrate` was not called with these samples.
         """
         decides = coverage is not None or risk is not None
         if decides:
@@ -188,31 +188,31 @@ class Run:
         delta: float | None = None,
         **sampling: Any,
     ) -> list[Answer]:
-        """Answer prompts with the mean weights; draws of the weights score the answers and write their own.
+        """Answer prompts with the mean weights; draws of the weights score each answer and generate their own.
 
         Args:
             inputs: a text, a row (a dict with `messages` or `prompt`) or a conversation (a list of messages with
-                `role` and `content`); an iterable of them; or the `pathlib.Path` of a data file. A text is a message
-                of the user for a run trained on conversations, and otherwise the prompt. Answers that end a row are
-                kept as its reference and not shown to the model.
-            samples: draws of the weights; 0, the default, gives the answer of the mean weights alone.
-            seed: of the draws, by default 0.
-            batch_size: prompts in a batch; with a temperature the draws' answers depend on it.
-            risk: add whether to `ask_a_human`, so that the mean loss of the other answers is at most this. Samples,
-                seed and all of `sampling` are then by default those of `calibrate_answers`.
-            delta: probability that the risk is exceeded, see `LossControl`; .05 by default.
-            sampling: `max_new_tokens`, the maximum length of an answer (128, or what the model has room for);
-                `temperature` of the tokens of the draws' answers (0, the most probable ones; above 0 a deterministic
-                run has samples too, of its tokens); `cluster_with`, an encoder whose embeddings say which of these
-                answers say the same, and their `similarity` (0.9).
+                `role` and `content`); an iterable of these; or the `pathlib.Path` of a data file. For a run trained
+                on conversations a text becomes a user message, otherwise it is the prompt. An answer at the end of a
+                row is kept as the reference and not shown to the model.
+            samples: number of draws of the weights; 0, the default, gives only the answer of the mean weights.
+            seed: seed of the draws, by default 0.
+            batch_size: prompts per batch. With a temperature, the draws' answers depend on it.
+            risk: also set `ask_a_human`, so that the mean loss of the other answers is at most this. Samples, seed
+                and `sampling` then default to those that `calibrate_answers` used.
+            delta: probability that the risk is exceeded, by default 0.05; see `LossControl`.
+            sampling: `max_new_tokens` (default 128, or less if the model has no room); `temperature` of the draws'
+                answers (default 0: the most probable tokens; above 0, a deterministic run samples tokens instead of
+                weights); `cluster_with`, an encoder whose embeddings group the draws' answers by meaning; and
+                `similarity`, the cosine from which two answers form one group (default 0.9).
 
         Returns:
-            An `Answer` to each row, in order.
+            An `Answer` for each row, in order.
 
         Raises:
-            BayesLoraError: the run predicts labels, an input does not fit, a prompt is too long for the model, the
-                model is deterministic and `samples` > 0 without a temperature, or a risk without `calibrate_answers`
-                of such answers.
+            BayesLoraError: the run predicts labels, an input does not fit, a prompt is too long for the model,
+                `samples` > 0 for a deterministic model without a temperature, or a risk is given but
+                `calibrate_answers` was not called with these settings.
         """
         check_generates(self.info)
         given = {"samples": samples, "seed": seed, **sampling}
@@ -222,7 +222,7 @@ class Run:
     def generate_rows(
         self, rows: list[dict[str, Any]], batch_size: int, risk: float | None, delta: float | None, **given: Any
     ) -> list[Answer]:
-        """Answer like `generate` rows of `runs.answers.read_prompts`; `given` are samples, seed and `sampling`."""
+        """Do what `generate` does for rows from `read_prompts`; `given` holds samples, seed and `sampling`."""
         calibration = None if risk is None else AnswerCalibration.load(self.folder)
         if calibration is None:
             how = Sampling(**{name: value for name, value in given.items() if value is not None})
@@ -243,20 +243,21 @@ class Run:
         save: bool = True,
         **sampling: Any,
     ) -> AnswerCalibration:
-        """Answer rows with known answers, for `generate` with a risk.
+        """Calibrate the risk on rows with known answers, so that `generate` accepts `risk`.
 
         Args:
-            rows: a data file, or rows (dicts), of conversations or completions. The run must not be trained on them.
-            batch_size: prompts in a batch.
-            measure: uncertainty of an answer: `probability` (of the whole answer under the mean of the draws),
-                `mutual_information` (the mean over its tokens) or `semantic_entropy` (of the draws' answers).
-            loss: what the risk is the mean of: 1 minus `f1`, `exact_match` or `rouge_l` (that of the task, or f1).
-            save: write `risk.json` into the run's folder, in place of an earlier one.
-            sampling: samples, seed and the others, as for `generate`.
+            rows: a data file, or rows (dicts), with conversations or completions that the run was not trained on.
+            batch_size: prompts per batch.
+            measure: uncertainty of an answer: `probability` (minus `Answer.mixture_log_probability`),
+                `mutual_information` (mean over the answer's tokens) or `semantic_entropy` (of the draws' answers).
+            loss: score whose difference from 1 is an answer's loss: `f1`, `exact_match` or `rouge_l`; by default the
+                task's, or `f1`. The risk is the mean loss.
+            save: write `risk.json` into the run's folder, replacing an earlier one.
+            sampling: samples, seed and other settings, as for `generate`.
 
         Raises:
-            BayesLoraError: the run predicts labels, the rows are those of the training or do not fit, or the measure
-                needs draws that there are not.
+            BayesLoraError: the run predicts labels, the rows were used in training or do not fit the run, or the
+                measure needs draws but none were asked for.
         """
         check_generates(self.info)
         given = Path(rows) if isinstance(rows, (str, os.PathLike)) else [dict(row) for row in rows]
@@ -268,7 +269,7 @@ class Run:
     def calibrate_answers_split(
         self, task: Task, split: str, batch_size: int, sampling: Sampling, *, save: bool = True, **options: Any
     ) -> AnswerCalibration:
-        """Calibrate like `calibrate_answers` on a split of a task."""
+        """Do what `calibrate_answers` does, on a split of a task."""
         check_not_training(self.info, options["source"], split)
         options["fingerprint"] = model_digest(self.model, self.folder)
         calibration = calibrated_answers(
@@ -287,12 +288,12 @@ class Run:
         calibration: Calibration | None = None,
         **asked: float | None,
     ) -> Predictions | Taggings:
-        """Predict like `predict` for rows that `runs.rows.encode_for` has tokenized.
+        """Do what `predict` does, on rows that `runs.rows.encode_for` has tokenized.
 
         Args:
             data: encoded rows.
-            samples, seed, batch_size: as for `predict`; the former two must be those of the calibration.
-            calibration: of the run, to use its map of the probabilities and to decide with.
+            samples, seed, batch_size: as for `predict`; samples and seed must be those of `calibration`.
+            calibration: the run's calibration, whose map of the probabilities and decisions are applied.
             asked: coverage, risk and delta, as for `predict`.
         """
         if calibration is not None:
@@ -320,28 +321,27 @@ class Run:
         scaling: ScalingName | None = None,
         save: bool = True,
     ) -> Calibration:
-        """Calibrate conformal sets and the risk on labelled rows, for `predict` with a coverage or a risk.
+        """Calibrate conformal sets and the risk on labelled rows, so that `predict` accepts `coverage` and `risk`.
 
-        With `scaling`, a map of the probabilities is fitted on half of the rows, drawn at random with `seed`, and used
-        by `predict` from then on. The sets and the risk are calibrated with mapped probabilities of the other half.
-        For them the map is as fixed as the model, so that their guarantees hold.
+        With `scaling`, a map of the probabilities is fitted on a random half of the rows (drawn with `seed`), and
+        `predict` applies it from then on. The sets and the risk are calibrated on the mapped probabilities of the
+        other half. Their guarantees hold, because the map does not depend on that half.
 
-        A run that tags words gets the map alone, fitted on all words.
+        A run that tags words gets only the map, fitted on all words.
 
         Args:
-            rows: a data file, or rows (dicts), with the columns of the training. The run must not be trained on them.
-            samples, seed: of the predictions; `predict` then uses the same.
+            rows: a data file, or rows (dicts), with the columns used in training. The run must not be trained on them.
+            samples, seed: Monte-Carlo samples and seed of the predictions; `predict` then uses the same.
             batch_size: rows per batch.
-            score: `lac` (the default) or `aps`, see `ConformalSets`; for a regression `residual` (the default) or
+            score: `lac` (the default) or `aps`, see `ConformalSets`; for regression `residual` (the default) or
                 `scaled`, see `ConformalIntervals`.
-            by_class: give each class the coverage.
+            by_class: make the coverage hold for each class separately.
             scaling: `temperature` (`TemperatureScaling`), `vector` (`VectorScaling`) or `isotonic`
-                (`IsotonicCalibration`), for classes; by default none, and of tags `temperature`.
-            save: write `conformal.json` into the run's folder, in place of an earlier one.
+                (`IsotonicCalibration`), for classes; by default none, or `temperature` for a run that tags words.
+            save: write `conformal.json` into the run's folder, replacing an earlier one.
 
         Raises:
-            BayesLoraError: the rows are those of the training or do not fit, or the model is deterministic and
-                `samples` > 0.
+            BayesLoraError: the rows were used in training or do not fit, or `samples` > 0 for a deterministic model.
         """
         given: str | Path | list[dict[str, Any]]
         given = Path(rows) if isinstance(rows, (str, os.PathLike)) else [dict(row) for row in rows]
@@ -362,7 +362,7 @@ class Run:
         save: bool = True,
         **options: Any,
     ) -> Calibration:
-        """Calibrate like `calibrate` on a split of a task; `options` are those of `decisions.calibrated`."""
+        """Do what `calibrate` does, on a split of a task; `options` are those of `decisions.calibrated`."""
         check_not_training(self.info, options["source"], split)
         words = self.kind == "token_classification"
         if words:
@@ -407,16 +407,17 @@ def load(
     """Load a finished run, an export of one, or an adapter that `save_pretrained` wrote.
 
     Args:
-        folder: the folder, or a hub id (`owner/name`) that has its files.
-        model: folder or hub id of the base model, by default the one that the run or the adapter names.
-        device: to compute on, by default the GPU if one is available.
-        tokenizer: the tokenizer the run was trained with, or its folder or hub id, where `folder` lacks it.
-        device_map: instead of `device`, how to spread a model over several, as in Transformers: `"auto"`,
+        folder: folder of the run, export or adapter, or a hub id (`owner/name`) of its files.
+        model: folder or hub id of the base model; by default the one named by the run or the adapter.
+        device: device to compute on, by default the GPU if one is available.
+        tokenizer: the tokenizer that the run was trained with, or its folder or hub id, if `folder` lacks it.
+        device_map: places the model on several devices, instead of `device`, as in Transformers: `"auto"`,
             `"balanced"`, `"balanced_low_0"`, `"sequential"`, a device, or a dictionary of the base model's modules.
 
     Raises:
-        BayesLoraError: nothing of the kind at `folder`, a missing or damaged file, no way to the hub, a base model or
-            tokenizer that is not the one trained with, or a device map that leaves weights outside all devices.
+        BayesLoraError: `folder` holds nothing that can be loaded, a file is missing or damaged, the hub cannot be
+            reached, the base model or tokenizer is not the one used in training, or the device map leaves weights
+            outside all devices.
     """
     if device is not None and device_map is not None:
         raise BayesLoraError(f"device is {device} and device_map {device_map}, but one of them places the model")

@@ -31,9 +31,9 @@ class Scaling:
     """A fitted map of probabilities.
 
     Attributes:
-        name: which map.
-        rows: number of rows it was fitted on.
-        numbers: those of the map, as JSON holds them: `temperature`; `weight` and `bias`; or `maps`.
+        name: kind of map: `temperature`, `vector` or `isotonic`.
+        rows: number of rows that the map was fitted on.
+        numbers: fitted numbers, as JSON holds them: `temperature`; `weight` and `bias`; or `maps`.
     """
 
     name: ScalingName
@@ -45,18 +45,18 @@ class Scaling:
         """Fit the map to held-out rows.
 
         Args:
-            name: which map.
+            name: kind of map: `temperature`, `vector` or `isotonic`.
             model: a model or another predictor.
-            logits: (S, n, C) of the model's samples, as `sampled_logits` returns them.
+            logits: (S, n, C) logits of the model's samples, as `sampled_logits` returns them.
             labels: (n,) class ids.
 
         Raises:
-            BayesLoraError: the name is unknown, or the rows are too few for the map.
+            BayesLoraError: the name is unknown, or there are too few rows to fit the map.
         """
         return cls(name, len(labels), _class_of(name)(model).fit_logits(logits, labels).numbers)
 
     def around(self, model: Predictable) -> Calibrator:
-        """Return the predictor with the map around `model`."""
+        """Return `model` wrapped in the map, as a predictor."""
         return _class_of(self.name).from_numbers(model, self.numbers)
 
     def __str__(self) -> str:

@@ -24,11 +24,11 @@ class TaggedWord:
     Attributes:
         word: the word.
         tag: name of the most probable tag.
-        confidence: its probability.
-        entropy: of the probabilities of all tags.
-        expected_entropy: aleatoric part of the entropy.
-        mutual_information: epistemic part of the entropy; 0 without samples.
-        characters: where the word begins and ends in its text; None for a word that was given.
+        confidence: probability of `tag`.
+        entropy: entropy of the distribution over all tags.
+        expected_entropy: aleatoric part of `entropy`.
+        mutual_information: epistemic part of `entropy`; 0 without samples.
+        characters: start and end of the word in the input text; None if the input was a list of words.
     """
 
     word: str
@@ -42,14 +42,14 @@ class TaggedWord:
 
 @dataclass(frozen=True)
 class Span:
-    """Words that belong together.
+    """Consecutive words that form one entity.
 
     Attributes:
         tag: kind of the span, such as `PER`.
-        start, end: of its words: from `start` (0 is the first word) up to but not including `end`.
-        text: its words, between blanks.
-        confidence: the smallest probability of the tag of a word in it.
-        characters: where it begins and ends in its text; None where words were given.
+        start, end: word numbers, from 0; the span does not include word `end`.
+        text: words of the span, joined by spaces.
+        confidence: smallest `confidence` of the words in the span.
+        characters: start and end of the span in the input text; None if the input was a list of words.
     """
 
     tag: str
@@ -65,9 +65,9 @@ class Tagging:
     """The tags of a sentence.
 
     Attributes:
-        words: in their order.
-        spans: in their order; none if the tags do not mark spans.
-        probabilities: (words, C) of each tag, in the order of the run's `labels`.
+        words: tagged words, in the order of the sentence.
+        spans: spans, in the order of the sentence; empty if the tags do not mark spans.
+        probabilities: (words, C) probability of each tag, in the order of the run's `labels`.
     """
 
     words: list[TaggedWord]
@@ -76,11 +76,11 @@ class Tagging:
 
     @property
     def tags(self) -> list[str]:
-        """Names of the words' tags."""
+        """Tag of each word."""
         return [word.tag for word in self.words]
 
     def to_dict(self) -> dict[str, Any]:
-        """Return `words` and `spans` as `bayeslora predict` writes them; `characters` only of texts."""
+        """Return `words` and `spans` as `bayeslora predict` writes them, without `characters` that are None."""
         found = {"words": map(asdict, self.words), "spans": map(asdict, self.spans)}
         return {
             name: [{key: value for key, value in each.items() if value is not None} for each in parts]
@@ -89,11 +89,11 @@ class Tagging:
 
 
 class Taggings(Sequence[Tagging]):
-    """The tags of n sentences, in their order; indexed and iterated by sentence.
+    """The tags of n sentences, in the order of the input: a sequence of `Tagging`.
 
     Args:
-        prediction: for all words, one after the other.
-        names: of the tags, by id.
+        prediction: prediction for the words of all sentences, one after the other.
+        names: names of the tags by id.
         data: the sentences, as `encode_words` returns them.
 
     Attributes:

@@ -28,22 +28,22 @@ def compile_inference(model: nn.Module, max_length: int | None = None, backend: 
         bayeslora.compile_inference(model, max_length=512)
         model.generate(**inputs)
 
-    A model that generates reads its prompt without the graph and each later token with it, using Transformers' static
+    A generative model reads its prompt without the graph and each later token with it, using Transformers' static
     cache; any other model is compiled as a whole, for inputs of any length. The first call waits for the compiler,
-    minutes for a model of 30 layers; later processes wait less, because PyTorch caches the code on disk. A new batch
-    size (for an encoder, a second one above 1), a longer cache, or moving or casting the model compiles again. The
-    graph does not notice any other change of the model.
+    minutes for a model of 30 layers; later processes wait less, because PyTorch caches the code on disk. The model is
+    compiled again for a new batch size (for an encoder, a second one above 1) or a longer cache, and after it is moved
+    or cast. The graph does not notice any other change of the model.
 
     Args:
-        model: from `load_integer`, or any Transformers model without an adapter, in evaluation mode. A model that
-            generates must support a static cache.
+        model: a model from `load_integer`, or any Transformers model without an adapter, in evaluation mode. A model
+            that generates must support a static cache.
         max_length: capacity of the cache in tokens, prompt included, in every call of `generate`, so that longer calls
             do not compile again; by default the maximum length of each call. The time per token grows with it.
         backend: backend of `torch.compile`, by default "inductor".
 
     Raises:
-        BayesLoraError: a model with an adapter, in training mode, or not from Transformers; a length below 2, or for
-            a model that does not generate; or a CPU without a C++ compiler, which PyTorch needs.
+        BayesLoraError: the model has an adapter, is in training mode or is not from Transformers; `max_length` is
+            below 2, or given for a model that does not generate; or the CPU has no C++ compiler, which PyTorch needs.
     """
     # No model has an adapter in a process that has not imported PEFT, and a deployed model needs no PEFT.
     peft_layers = sys.modules.get("peft.tuners.tuners_utils")

@@ -34,32 +34,32 @@ AnyTrainer = TypeVar("AnyTrainer", bound=Trainer)
 def attach(
     trainer: AnyTrainer, num_examples: int | None = None, optimizer: str | OptimizerFactory | None = None
 ) -> AnyTrainer:
-    """Attach the method of `trainer.model` to `trainer` and return it; works with any Trainer, including TRL's.
+    """Attach the method of `trainer.model` to `trainer`, and return `trainer`; any Trainer works, including TRL's.
 
-    It adds one callback before all others, gives the optimizer a group for each role of the method's parameters, and
-    adds the method's numbers to what the Trainer logs. The evaluation loss remains that of the task. A model without
-    one of this library's adapters (plain LoRA, a full model) trains as without this call unless IVON trains it; only
-    the scale of the loss under gradient accumulation and on several devices is corrected, for every model.
+    This adds one callback before all others, gives the optimizer a parameter group for each role of the method's
+    parameters, and adds the method's statistics to the Trainer's logs. The evaluation loss stays the task's own loss.
+    A model without an adapter of this library (plain LoRA, a full model) trains as usual, unless IVON trains it. For
+    every model, the scale of the loss under gradient accumulation and on several devices is corrected.
 
-    With IVON the weights are a draw from the posterior from the first micro-batch of an optimizer step to its end, and
-    the mean at any other time: whenever the Trainer evaluates, saves, logs or stops, even by an exception. Checkpoints
-    hold the posterior in `posterior.safetensors`. A second call with the same arguments changes nothing.
+    With IVON, the weights are a draw from the posterior during an optimizer step, from its first micro-batch to its
+    end. At all other times they are the mean: when the Trainer evaluates, saves, logs or stops, even by an exception.
+    Checkpoints hold the posterior in `posterior.safetensors`. A second call with the same arguments changes nothing.
 
     Args:
-        trainer: constructed but not yet trained.
-        num_examples: N, for methods with a divergence: the number of terms that the loss is a mean of over the whole
-            training set. Defaults to that of the configuration, or else to the length of the training set; required
-            for language models and token classifiers, whose loss is a mean over tokens.
+        trainer: a Trainer whose training has not begun.
+        num_examples: N, for methods with a KL divergence: the number of terms over which the loss of the whole
+            training set is averaged. Defaults to the value in the adapter's configuration, or else to the length of
+            the training set. Required for language models and token classifiers, whose loss is a mean over tokens.
         optimizer: `"ivon"`, or `functools.partial(bayeslora.IVON, hess_init=…, …)`, to train with IVON. Learning rate,
-            weight decay and seed come from the Trainer's arguments and `ess` is N, unless the partial sets them. None
-            leaves the choice to the Trainer's arguments.
+            weight decay and seed come from the Trainer's arguments, and `ess` is N, unless the partial sets them. None
+            keeps the optimizer in the Trainer's arguments.
 
     Raises:
-        BayesLoraError: under DeepSpeed, which owns the gradients; if the trainer was given an optimizer that lacks the
-            method's groups, or one in addition to `optimizer`; if N contradicts the configuration; for B-LoRA or IVON
-            under FSDP1; for IVON with several Monte-Carlo samples, or for an adapter with other parameters than
-            weights; after a call with other arguments; where several GPUs are to share one process. While it trains:
-            at the next log after a weight is no longer finite.
+        BayesLoraError: DeepSpeed is used, which owns the gradients; the trainer's optimizer lacks the method's groups,
+            or was given in addition to `optimizer`; N contradicts the configuration; B-LoRA or IVON is used under
+            FSDP1; IVON has several Monte-Carlo samples, or the adapter has parameters other than weights; an earlier
+            call had other arguments; or several GPUs would share one process. During training: a weight is no longer
+            finite (raised at the next log).
     """
     arguments = (num_examples, optimizer)
     attached = [each for each in trainer.callback_handler.callbacks if isinstance(each, BayesCallback)]

@@ -15,18 +15,18 @@ ROLE = "bayeslora_role"
 def parameter_groups(
     model: nn.Module, lr: float, weight_decay: float = 0.0, no_decay: tuple[str, ...] = ("bias", "norm")
 ) -> list[dict[str, Any]]:
-    """Return groups of all trainable parameters of `model`, for any `torch.optim.Optimizer`.
+    """Return parameter groups of all trainable parameters of `model`, for any `torch.optim.Optimizer`.
 
     Args:
-        model: an adapted model, or any other (which gives the usual two groups).
+        model: an adapted model, or any other model (which gives the usual two groups).
         lr: learning rate of the weights; other roles get a multiple of it, or a rate that the method sets when
             training begins.
-        weight_decay: decay of the weights. Gates, ranges, vectors and parameters named in `no_decay` get none: decay
-            would pull a gate's logit towards a half-open 0 and a range towards an arbitrary 1.
-        no_decay: parts of names, compared in lower case, of further parameters without decay.
+        weight_decay: weight decay of the weights. Gates, ranges, vectors and parameters named in `no_decay` get none:
+            decay would pull a gate's logit towards a half-open 0 and a range towards an arbitrary 1.
+        no_decay: parameters whose name contains one of these strings (compared in lower case) get no decay either.
 
     Returns:
-        Dictionaries with `params`, `lr`, `weight_decay` and the group's role under `ROLE`.
+        Dictionaries with `params`, `lr`, `weight_decay` and, under the key `ROLE`, the group's role.
     """
     check_has_tuner(model)
     tuner = tuner_of(model)

@@ -31,17 +31,17 @@ class BayesLoop:
     Args:
         model: a PEFT model with one of this library's methods, possibly wrapped for distributed training; with
             IVON any model.
-        optimizer: built from `parameter_groups(model, …)`, so that each role has a group.
-        total_steps: optimizer steps of the whole run.
-        num_examples: N; only methods with a divergence need it.
+        optimizer: an optimizer built from `parameter_groups(model, …)`, so that each role has a group.
+        total_steps: number of optimizer steps in the whole run.
+        num_examples: N, the number of terms in the loss of the training set, for methods with a KL divergence.
         seed: seed of the noise that is drawn once per step.
-        step: optimizer steps already taken, when a run is resumed.
-        rows: rows in an optimizer step, over its micro-batches and all ranks, so that B-LoRA can warn of too few
-            before training; if it is not given, it counts them at its first decision.
+        step: number of optimizer steps already taken, if a run is resumed.
+        rows: rows per optimizer step, over all micro-batches and ranks. With it, B-LoRA can warn before training that
+            there are too few; without it, B-LoRA counts them at its first decision.
 
     Raises:
-        BayesLoraError: neither the adapter nor the optimizer is of this library, the optimizer lacks the groups, or
-            the method cannot work in this run (gates that cannot close, parameters that IVON cannot train).
+        BayesLoraError: neither the adapter nor the optimizer comes from this library, the optimizer lacks the groups,
+            or the method cannot work in this run (gates that cannot close, parameters that IVON cannot train).
     """
 
     def __init__(
@@ -70,22 +70,22 @@ class BayesLoop:
             hook.begin(total_steps)
 
     def step_begin(self) -> None:
-        """Call before the first micro-batch of a step: draw its noise, set the rates of gates and ranges."""
+        """Draw a step's noise and set the learning rates of gates and ranges; call before its first micro-batch."""
         for hook in self.hooks:
             hook.step_begin(self.step)
 
     def before_optimizer_step(self, scale: float = 1.0) -> None:
-        """Call after the last backward pass and after clipping: add `scale` times the penalty's gradient to `.grad`.
+        """Add `scale` times the penalty's gradient to `.grad`; call after the last backward pass and after clipping.
 
         The penalty depends on the parameters alone, so this is exact under gradient accumulation and on any number of
-        ranks, where a penalty in the loss would count once for each micro-batch and rank. `scale` is the loss scale of
-        mixed precision if the gradients still have it.
+        ranks; a penalty inside the loss would count once for each micro-batch and rank. `scale` is the loss scale of
+        mixed precision, if the gradients have not been unscaled yet.
         """
         for hook in self.hooks:
             hook.before_step(self.step, scale)
 
     def step_end(self) -> None:
-        """Call after the optimizer's step: follow the budget, then allocate ranks, calibrate or freeze what is due."""
+        """Allocate ranks, calibrate ranges or freeze gates where it is time; call after the optimizer's step."""
         try:
             for hook in self.hooks:
                 hook.step_end(self.step)
@@ -95,7 +95,7 @@ class BayesLoop:
         self.step += 1
 
     def check_finite(self) -> None:
-        """Raise BayesLoraError if a trained weight is not finite: training has diverged, and cannot come back."""
+        """Raise `BayesLoraError` if a trained weight is not finite: training has diverged and cannot recover."""
         for name, parameter in self.model.named_parameters():
             if parameter.requires_grad and not bool(torch.isfinite(whole(parameter)).all()):
                 raise BayesLoraError(
@@ -105,10 +105,10 @@ class BayesLoop:
                 )
 
     def restore(self) -> None:
-        """Call instead of `step_end` after a step that was interrupted or skipped: the weights are the mean again."""
+        """Set the weights back to the mean; call instead of `step_end` after an interrupted or skipped step."""
         for hook in self.hooks:
             hook.restore()
 
     def statistics(self) -> dict[str, float]:
-        """Return values to log with the loss: penalty terms, widths, ranks, bit operations, IVON's posterior."""
+        """Return statistics to log with the loss: penalty terms, widths, ranks, bit operations, IVON's posterior."""
         return {name: value for hook in self.hooks for name, value in hook.statistics().items()}

@@ -40,7 +40,7 @@ _WEIGHT_ROLES = ("weights", "means")
 
 
 class SWAG(TrainerCallback):
-    """Callback that collects a Gaussian posterior over the trained weights in the last part of a Trainer's run.
+    """Callback that fits a Gaussian posterior over the trained weights to the last part of a Trainer's run.
 
     ```python
     swag = bayeslora.SWAG(model)
@@ -50,19 +50,19 @@ class SWAG(TrainerCallback):
     bayeslora.save_posterior(model, swag, folder)               # for load_posterior(model, folder)
     ```
 
-    It covers every parameter of the adapter and the head that is trained as a weight, of any PEFT or full model;
-    gates, ranges and deviations of this library's methods stay at their values. After training the weights are the
-    mean of the iterates. Moments are float32 on the CPU, 4 (K + 2) bytes for each weight, whatever the weights' type.
-    Every checkpoint has them, in `swag.safetensors`, so that a resumed run has the posterior of an uninterrupted one.
+    The posterior covers all trained weights of the adapter and the head, or of a full model; the gates, ranges and
+    deviations of this library's methods are not sampled. After training, the weights are the mean of the iterates.
+    Moments are float32 on the CPU, 4 (K + 2) bytes for each weight, whatever the weights' type. Checkpoints after
+    `start` hold them in `swag.safetensors`, so a resumed run ends with the posterior of an uninterrupted one.
 
     Args:
         model: the model that the Trainer trains.
-        start: share of the steps after which iterates are collected, at least 0 and below 1.
-        every: steps from one iterate to the next; by default as many as give `rank` iterates.
-        rank: K, the number of iterates whose deviations are kept, at least 2.
+        start: share of the steps after which iterates (the weights after a step) are collected, at least 0, below 1.
+        every: number of steps between iterates; by default chosen to give `rank` iterates.
+        rank: K, the number of last iterates whose deviations from the mean are kept, at least 2.
         scale: a, the factor of every deviation from the mean, at least 0.
-        hold_rate: keep the learning rate at its value at `start` while iterates are collected. With a rate that falls
-            to zero they would lie ever closer together, and their spread would show the schedule.
+        hold_rate: keep the learning rate at its value at `start` while iterates are collected. With a learning rate
+            that falls to zero, the spread of the iterates would shrink with the schedule.
 
     Raises:
         BayesLoraError: an argument is out of range.
@@ -148,7 +148,7 @@ class SWAG(TrainerCallback):
             self._moments.add(torch.cat([parameter.detach().float().flatten() for parameter in self._parameters]))
 
     def on_log(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        """Log the learning rate that is held instead of the schedule's."""
+        """Replace the schedule's learning rate in the log by the one that is held."""
         if self._rates is not None and "learning_rate" in kwargs["logs"]:
             for log in (kwargs["logs"], state.log_history[-1]):
                 log["learning_rate"] = self._rates[0]

@@ -55,35 +55,34 @@ def export_gguf(
     rows: Iterable[Mapping[str, Tensor]] | None = None,
     allow_error: bool = False,
 ) -> dict[str, Any]:
-    """Write a decoder and its adapter as GGUF files, which llama.cpp runs.
+    """Write a decoder and its adapter as GGUF files for llama.cpp.
 
     Args:
-        model: Llama, Qwen2 or GPT-2 for causal language modelling, with an adapter of this library or of PEFT's LoRA;
-            left unchanged.
-        path: folder for `model.gguf`, `adapter.gguf`, `config.json` and a card, `README.md`; created if missing.
-        adapter_name: by default the active adapter.
-        batch: inputs to measure the error on, if `rows` is None; by default the model's `dummy_inputs`.
-        tokenizer: the model's, a byte-level BPE; written into the file.
-        adapter: `"beside"` for a file of the base and one of the adapter, the default if widths were learned;
-            `"merged"` for one file, the default otherwise; `"only"` for the file of the adapter alone, which fits any
-            GGUF file of the base.
-        unadapted: type of the weights that did not learn a width: `"int8"` (Q8_0, the default if widths were
-            learned), `"float16"` (the default otherwise) or `"float32"`. A and B beside the base are float32 with
-            `"float32"`, and otherwise in half precision. Vectors are always float32.
-        rows: batches of inputs to measure the error on.
-        allow_error: True to write files although the mean divergence exceeds 0.01 nats.
+        model: a causal Llama, Qwen2 or GPT-2, with an adapter of this library or PEFT's LoRA. It stays unchanged.
+        path: folder for `model.gguf`, `adapter.gguf`, `config.json` and `README.md`; created if missing.
+        adapter_name: name of the adapter, by default the active one.
+        batch: inputs on which the error is measured, if `rows` is None; by default the model's `dummy_inputs`.
+        tokenizer: the model's tokenizer, a byte-level BPE, to write into the file.
+        adapter: `"beside"` writes one file of the base and one of the adapter (default if widths were learned);
+            `"merged"` writes a single file (default otherwise); `"only"` writes just the adapter, which fits any GGUF
+            file of the base.
+        unadapted: type of the weights without a learned width: `"int8"` (Q8_0, default if widths were learned),
+            `"float16"` (default otherwise) or `"float32"`. A and B beside the base are float32 with `"float32"`, and
+            otherwise in half precision. Vectors are always float32.
+        rows: batches of inputs on which the error is measured.
+        allow_error: write the files even if the mean divergence exceeds 0.01 nats.
 
     Returns:
-        `file_bytes`, the sum over the files; `adapter_bytes`; `float32_bytes` of the model; `types`, how many weights
-        have which type; `widened`, learned widths that got more bits, or None; `left_out`, quantizers that the files
-        cannot hold, or None; and the error: `rows`, `max_output_error`, `max_output`, `changed`, the share of
-        positions with another next token, `divergence` and `max_divergence`, Kullback-Leibler in nats, and
-        `loss_before` and `loss_after`, the negative log-likelihood per token of the rows. llama.cpp's own rounding of
-        activations is not in it.
+        `file_bytes`, the sum over the files; `adapter_bytes`; `float32_bytes` of the model; `types`, the number of
+        weights of each type; `widened`, the learned widths that got more bits, or None; `left_out`, the quantizers
+        that the files cannot hold, or None; and the error: `rows`, `max_output_error`, `max_output`, `changed` (the
+        share of positions with another next token), `divergence` and `max_divergence` (Kullback-Leibler, in nats),
+        `loss_before` and `loss_after` (the negative log-likelihood per token of the rows). The error does not include
+        llama.cpp's own rounding of activations.
 
     Raises:
-        BayesLoraError: another architecture or tokenizer, a base in 4 or 8 bits, a merged adapter, or an error that is
-            not allowed.
+        BayesLoraError: the architecture or tokenizer is another one, the base is in 4 or 8 bits, the adapter is
+            merged, or the error is not allowed.
     """
     found = taken_apart(model, adapter_name, adapter, unadapted)
     folder = Path(path)

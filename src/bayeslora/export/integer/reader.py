@@ -77,18 +77,18 @@ def load_integer(
     device: str | torch.device = "cpu",
     dtype: torch.dtype = torch.float32,
 ) -> PreTrainedModel:
-    """Return the model of a folder that `export` wrote with `format="integer"`, in evaluation mode.
+    """Load a model that `export` wrote with `format="integer"`, in evaluation mode.
 
     Args:
-        path: the folder.
-        device: device of the model. Kernels are chosen for it; without a kernel, each call dequantizes the codes.
-        dtype: type of the activations between the layers. With float32 (default) an adapted layer computes the trained
-            function up to float rounding before its output quantizer, so only codes at rounding ties differ. With
-            bfloat16 inputs and sums are rounded and some codes change; one changed code between the factors can
+        path: folder of the export.
+        device: device of the model, which decides the kernels; without a kernel, each call dequantizes the codes.
+        dtype: dtype of the activations between the layers. With float32 (default), an adapted layer computes the
+            trained function up to float rounding before its output quantizer, so only codes at rounding ties differ.
+            With bfloat16, inputs and sums are rounded and some codes change; one changed code between the factors can
             change output codes by several steps.
 
     Raises:
-        BayesLoraError: files that are missing, damaged or inconsistent, or another dtype.
+        BayesLoraError: files are missing, damaged or inconsistent, or the dtype is another one.
     """
     if dtype not in DTYPES:
         raise BayesLoraError(f"dtype is {dtype}, but must be torch.float32 or torch.bfloat16: choose one")

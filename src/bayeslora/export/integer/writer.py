@@ -62,23 +62,23 @@ def export_integer(
     """Write base and adapter as one model of integer codes, which `load_integer` loads.
 
     Args:
-        model: a PEFT model with a B-LoRA adapter on a Transformers model; left unchanged.
+        model: a PEFT model with a B-LoRA adapter on a Transformers model. It stays unchanged.
         path: folder for `config.json`, `integer.json` and `integer_model.safetensors`; created if missing.
-        adapter_name: by default the active adapter.
-        batch: inputs to measure the output error on; by default the model's `dummy_inputs`.
+        adapter_name: name of the adapter, by default the active one.
+        batch: inputs on which the output error is measured; by default the model's `dummy_inputs`.
         unadapted: type of the weights of linear layers without an adapter, and of the input embedding: `"int8"`
             (default) with a range per row, `"bfloat16"`, or `"float32"`, which changes nothing. Other trained
             modules, such as a classifier, keep their type.
-        calibration: batches of inputs on which static 8-bit ranges of the inputs of unadapted int8 layers are fixed,
-            so that their products use integers too; None (default) does not quantize these inputs.
+        calibration: batches of inputs that fix static 8-bit ranges for the inputs of unadapted int8 layers, so that
+            their products use integers too; None (default) leaves these inputs unquantized.
 
     Returns:
-        `file_bytes` of the tensors' file; `ideal_bytes`, the sum of all stored numbers' bits by eight;
-        `float32_bytes` of the model in float32; `max_output_error` and `max_output` over the outputs of this model and
-        of the one that was written (None without inputs to measure on).
+        `file_bytes`, the size of the tensor file; `ideal_bytes`, the bits of all stored numbers divided by eight;
+        `float32_bytes`, the size of the model in float32; `max_output_error` and `max_output`, over the outputs of
+        this model and of the one that was written (None without inputs).
 
     Raises:
-        BayesLoraError: for another method, a base in 4 or 8 bits, a merged adapter, or a base that is not a
+        BayesLoraError: the adapter has another method or is merged, or the base is in 4 or 8 bits or is not a
             Transformers model.
     """
     if unadapted not in UNADAPTED:

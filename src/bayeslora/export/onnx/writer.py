@@ -55,38 +55,38 @@ def export_onnx(
 ) -> dict[str, Any]:
     """Write base, adapter and head as one ONNX graph, which onnxruntime runs without this library.
 
-    A method that learned widths keeps its quantizers: the graph has codes of the weights, and static ranges of the
+    If widths were learned, the graph keeps the quantizers: it has codes for the weights and static ranges for the
     activations. Any other adapter is merged in float32, a posterior at its mean. The graph of a decoder takes and
-    returns the keys and values of its blocks, under the names that Optimum gives them. An encoder-decoder is two
-    graphs, `encoder_model.onnx` and `decoder_model.onnx`.
+    returns the keys and values of its blocks, with Optimum's names. An encoder-decoder becomes two graphs,
+    `encoder_model.onnx` and `decoder_model.onnx`.
 
     Args:
         model: BERT, RoBERTa or DistilBERT for sequence classification, Llama, Qwen2 or GPT-2 for causal language
             modelling, or T5, mT5, BART, mBART or Pegasus for conditional generation, with an adapter of this library
-            or of PEFT's LoRA; left unchanged.
-        path: folder for `model.onnx`, `config.json`, the tokenizer and a card, `README.md`; created if missing.
-        adapter_name: by default the active adapter.
-        batch: inputs to measure the error on, if `rows` is None; by default the model's `dummy_inputs`.
-        tokenizer: the model's, which must be a fast one; saved beside the graph. It decides the graph's inputs.
-        max_length: number of tokens to which the card's code cuts a text; by default the tokenizer's maximum.
-        unadapted: if widths were learned, type of the weights of linear layers without an adapter and of the word
-            embedding, in an encoder of the position embedding too: `"int8"` (default), with a range per row, or
-            `"float32"`. A trained classifier stays float32.
-        calibration: batches of inputs on which static 8-bit ranges of the inputs of an encoder's unadapted int8 layers
-            are fixed, so that their products use integers too; None (default) does not quantize these inputs.
-        rows: batches of inputs to measure the error on.
-        allow_error: True to write a merged graph although its outputs differ by more than float rounding, or a decoder
-            on codes although its mean divergence exceeds 0.01 nats.
+            or PEFT's LoRA. It stays unchanged.
+        path: folder for `model.onnx`, `config.json`, the tokenizer and `README.md`; created if missing.
+        adapter_name: name of the adapter, by default the active one.
+        batch: inputs on which the error is measured, if `rows` is None; by default the model's `dummy_inputs`.
+        tokenizer: the model's tokenizer, which must be a fast one, to save with the graph. It decides the inputs.
+        max_length: number of tokens to which the code in README cuts a text; by default the tokenizer's maximum.
+        unadapted: if widths were learned, type of the weights of unadapted linear layers and of the word embedding,
+            for an encoder also of the position embedding: `"int8"` (default), with a range per row, or `"float32"`. A
+            trained classifier stays float32.
+        calibration: batches of inputs that fix static 8-bit ranges for the inputs of an encoder's unadapted int8
+            layers, so that their products use integers too; None (default) leaves these inputs unquantized.
+        rows: batches of inputs on which the error is measured.
+        allow_error: write a merged graph even if its outputs differ by more than float rounding, or a decoder with
+            codes even if its mean divergence exceeds 0.01 nats.
 
     Returns:
-        `file_bytes` of the graph; `float32_bytes` of the model; `rows`, how many the rest was measured on;
-        `max_output_error`, `max_output`; `changed`, the share of other answers or next tokens, and `divergence`, the
-        mean Kullback-Leibler divergence in nats; of a decoder also `max_divergence`, `loss_before` and `loss_after`;
-        `widened`, the learned widths that the graph computes in more bits; and `unadapted`, what the other layers are.
+        `file_bytes` of the graph; `float32_bytes` of the model; `rows`, the number of rows measured;
+        `max_output_error`, `max_output`; `changed`, the share of other answers or next tokens; `divergence`, the mean
+        Kullback-Leibler divergence in nats; for a decoder also `max_divergence`, `loss_before` and `loss_after`;
+        `widened`, the learned widths that the graph computes in more bits; and `unadapted`, as used.
 
     Raises:
-        BayesLoraError: a package is missing, another architecture, a base in 4 or 8 bits, a merged adapter, or an
-            error that is not allowed.
+        BayesLoraError: a package is missing, the architecture is another one, the base is in 4 or 8 bits, the adapter
+            is merged, or the error is not allowed.
     """
     fast = _checked(tokenizer, unadapted)
     whole, layers, name = _copied(model, adapter_name)

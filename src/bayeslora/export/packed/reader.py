@@ -73,16 +73,16 @@ class PackedState(dict[str, Tensor]):
 
 
 def load_packed(path: str | os.PathLike[str]) -> PackedState:
-    """Return the tensors of a packed adapter by the keys that PEFT saves, without a model.
+    """Load the tensors of a packed adapter, under the keys that PEFT saves, without a model.
 
-    Matrices with codes are returned as float32, codes times steps; other tensors keep the type they were saved in.
+    Matrices stored as codes are returned as float32, codes times steps; other tensors keep the dtype of the file. The
+    result takes at most 16 times the file's size, because 2-bit codes become float32.
 
     Args:
         path: a folder that `export` wrote with `format="packed"`, or its `adapter_model.safetensors`.
 
     Raises:
-        BayesLoraError: a file that is missing, damaged, hostile or of another kind. Memory is bounded by 16 times the
-            file's size, because 2-bit codes become float32.
+        BayesLoraError: the file is missing, damaged, malicious or of another kind.
     """
     where = Path(path)
     text, tensors = read_container(where / ADAPTER_FILE if where.is_dir() else where, PACKED)

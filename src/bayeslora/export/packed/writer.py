@@ -138,20 +138,20 @@ def export_packed(
     """Write the adapter at its learned widths, as the frozen evaluation model uses it.
 
     Args:
-        model: a PEFT model with an adapter of this library; left unchanged.
+        model: a PEFT model with an adapter of this library. It stays unchanged.
         path: folder to write `adapter_config.json` and `adapter_model.safetensors` into; created if missing.
-        adapter_name: by default the active adapter.
+        adapter_name: name of the adapter, by default the active one.
         batch: ignored, because packing does not change the outputs.
-        posterior: the posterior over the adapter's weights, saved with it: the IVON that trained it, a folder with
+        posterior: posterior over the adapter's weights to save with it: the optimizer that trained it, a folder with
             `posterior.safetensors`, or a `WeightPosterior`. Its ranks are cut too.
 
     Returns:
-        `file_bytes` of the adapter file; `matrix_bytes` of the low-rank matrices with codes, and `ideal_bytes`, their
-        number of bits / 8; `kept_bytes` of the tensors stored unchanged; `ranks` by layer.
+        `file_bytes` of the adapter file; `matrix_bytes` of the matrices stored as codes; `ideal_bytes`, the number of
+        their bits / 8; `kept_bytes` of the tensors stored unchanged; and `ranks` by layer.
 
     Raises:
-        BayesLoraError: if the model lacks such an adapter, or for a posterior over matrices that are rounded to codes,
-            because its means would differ from the weights.
+        BayesLoraError: the model has no such adapter, or the posterior is over matrices that are rounded to codes, so
+            that its means would differ from the weights.
     """
     original, tuner, name = adapted_parts(model, adapter_name)
     kept_ranks = {key: layer.kept(name) for key, layer in tuner.named_layers(name).items()}

@@ -11,12 +11,12 @@ from bayeslora.methods.config import AdapterConfig
 
 @dataclass
 class AdaLoraConfig(AdapterConfig):
-    """Configuration of Bayesian AdaLoRA; names are those of `peft.AdaLoraConfig`, without its `total_step`."""
+    """Configuration of Bayesian AdaLoRA, with the field names of `peft.AdaLoraConfig`, except `total_step`."""
 
     method = "bayes_adalora"
 
     r: int = field(init=False, default=12, repr=False)
-    """The same as `init_r`, under the name that all methods have."""
+    """The same as `init_r`, under the name that all methods share."""
 
     init_r: int = field(default=12, metadata={"help": "Ranks of every layer at the start."})
     target_r: int = field(default=8, metadata={"help": "Ranks left at the end, on average over the layers."})

@@ -28,7 +28,7 @@ RANK_PRICE = 1e-3
 class BLoraConfig(AdapterConfig):
     """Configuration of B-LoRA, on top of the fields shared with `peft.LoraConfig`.
 
-    Gates by evidence are decided by `attach` or `BayesLoop`: in a training loop without either, the adapter keeps full
+    `attach` or `BayesLoop` decides the gates by evidence. In a training loop without either, the adapter keeps full
     precision and all its ranks.
     """
 
@@ -176,23 +176,23 @@ class BLoraConfig(AdapterConfig):
         self.require_something_to_learn(kinds)
 
     def require_something_to_learn(self, kinds: Sequence[str]) -> None:
-        """Refuse widths that are all fixed, where ranks are not learned and a layer has these kinds of tensors."""
+        """Raise `BayesLoraError` if the widths of all these kinds of tensors are fixed and ranks are not learned."""
         if self.mode == "q" and set(kinds) <= set(self.fixed_bits or {}):
             raise BayesLoraError(
                 "fixed_bits names every kind of tensor, but mode 'q' must learn a width: leave one out, or use 'q+ra'"
             )
 
     def bit_logits(self, kind: str) -> list[float]:
-        """Starting logits of the gates of 4, 8, 16 and 32 bits of one kind of tensor."""
+        """Return the initial logits of the gates for 4, 8, 16 and 32 bits of one kind of tensor."""
         fixed = (self.fixed_bits or {}).get(kind)
         return self.initial_bit_logits if fixed is None else fixed_logits(fixed)
 
     @property
     def phase_shares(self) -> tuple[float, float]:
-        """Shares of the steps before gates learn and after they do.
+        """Shares of the steps before gates learn and after they have learned.
 
-        Ranks that close by evidence do so at the end of the run: the others take over, and nothing has to be learned
-        anew. Widths, and the paper's gates, leave a network that has to get used to them.
+        Ranks that close by evidence can close at the end of the run: the others take over, and nothing is learned
+        anew. After widths or the paper's gates have been decided, the network needs steps to adapt to them.
         """
         defaults = LATE_PHASES if self.closes_ranks_alone else PHASES
         first, last = self.warmup_fraction, self.freeze_fraction
@@ -204,17 +204,17 @@ class BLoraConfig(AdapterConfig):
 
     @property
     def closes_ranks_alone(self) -> bool:
-        """True if ranks close by evidence, and nothing else is learned."""
+        """True if ranks close by evidence and no widths are learned."""
         return self.gates == "evidence" and not self.learns_bits
 
     @property
     def currency(self) -> tuple[str, float | None]:
-        """Currency of the widths' cost, `"bops"` or `"bytes"`, and the budget in it, if there is one."""
+        """Unit of the widths' cost, `"bops"` or `"bytes"`, and the budget in that unit, or None."""
         return ("bops", self.target_bops) if self.target_bytes is None else ("bytes", self.target_bytes)
 
     @property
     def price_of_rank(self) -> float:
-        """Nats of mean loss that a rank is worth, beside what a budget for widths makes it worth."""
+        """Price of a rank in nats of mean loss, in addition to the price that a budget for widths gives it."""
         if self.rank_price is not None:
             return self.rank_price
         return RANK_PRICE if self.currency[1] is None else 0.0

@@ -397,7 +397,7 @@ class BLoraModel(BayesTuner):
 
     @torch.no_grad()
     def allocate(self, step: int, optimizer: Optimizer) -> None:
-        """Rotate the factors near the end of the warm-up; afterwards choose widths and ranks when it is time."""
+        """Rotate the factors near the end of the warm-up; later choose widths and ranks at the scheduled steps."""
         name, run = self.training_adapter(), self.run_state()
         layers, config = self.named_layers(name), self.config_of(name)
         phases = {layer.progress(name).current for layer in layers.values()}
@@ -437,7 +437,7 @@ class BLoraModel(BayesTuner):
             layer.evidence(name).forget(MEMORY)
 
     def step_end(self, step: int) -> None:
-        """Move to the next phase after optimizer step `step` (from 0) where it is due."""
+        """Move to the next phase if it begins after optimizer step `step` (from 0)."""
         name = self.training_adapter()
         layers, config = self.adapted_layers(name), self.config_of(name)
         phase = layers[0].progress(name).current
@@ -454,7 +454,7 @@ class BLoraModel(BayesTuner):
 
     @property
     def is_final(self) -> bool:
-        """True if the gates are frozen; a model of the warm-up has all ranks, in full precision."""
+        """True if the gates are frozen; during the warm-up, the model has all ranks and full precision."""
         name = self.training_adapter()
         return all(layer.progress(name).current == Phase.FROZEN for layer in self.adapted_layers(name))
 
