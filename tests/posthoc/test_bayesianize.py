@@ -105,6 +105,7 @@ def test_the_search_returns_the_largest_value_that_was_allowed(true: float) -> N
         return scale <= true
 
     found = largest_allowed(allowed, steps=8)
+    assert len(tried) <= 14  # the start, at most 3 strides, 2 + 8 bisections
     assert found == max(scale for scale in tried if scale <= true)
     assert true / 2 ** (1 / 2**8) <= found <= true
 

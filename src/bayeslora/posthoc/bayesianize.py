@@ -31,7 +31,7 @@ _log = logging.getLogger(__name__)
 _SMALLEST_SHARE = 1e-6
 """Singular values are at least this share of the largest, so that noise is not divided by zero."""
 _FIRST_SCALE = 1e-3
-_STEPS_OUT = 24
+_STEPS_OUT, _STRIDE = 6, 16  # two bisections of a stride make a factor of two
 
 
 def bayesianize(
@@ -110,7 +110,7 @@ def largest_allowed(allowed: Callable[[float], bool], steps: int) -> float:
     """
     scale, holds = _FIRST_SCALE, allowed(_FIRST_SCALE)
     for _ in range(_STEPS_OUT):
-        following = scale * 2 if holds else scale / 2
+        following = scale * _STRIDE if holds else scale / _STRIDE
         if allowed(following) != holds:
             break
         scale = following
@@ -121,7 +121,7 @@ def largest_allowed(allowed: Callable[[float], bool], steps: int) -> float:
             "a trained adapter, other anchor examples or another tolerance"
         )
     low, high = (scale, following) if holds else (following, scale)
-    for _ in range(steps):
+    for _ in range(steps + 2):
         middle = (low * high) ** 0.5
         low, high = (middle, high) if allowed(middle) else (low, middle)
     return low
