@@ -51,8 +51,9 @@ All tables come from the files in `benchmarks/results/`; the [results page](resu
 ## Probabilities
 
 Each method on the same layers, the same steps and 90% of the training rows; temperatures are fitted on the other 10%.
-Means over seeds; lower is better. NLL is the negative log-likelihood in nats. AURC is the mean error rate over all
-shares of answered rows, the most certain first: a temperature cannot change it for two classes.
+Means over seeds; where a row has fewer than LoRA, their number is in parentheses. Lower is better. NLL is the negative
+log-likelihood in nats. AURC is the mean error rate over all shares of answered rows, the most certain first: a
+temperature cannot change it for two classes.
 {tuned}
 
 {probabilities}
@@ -165,10 +166,18 @@ def _probabilities(tables: dict[str, Table], key: str) -> str:
             name = next((name for name in names if name in rows), None)
             found = [run["forms"][name]["scores"].get(key) for run in rows[name]] if name else []
             known = [value for value in found if value is not None]
-            cells.append(f"{statistics.fmean(known):.3f}" if known else "–")
+            cells.append(f"{statistics.fmean(known):.3f}{_other_seeds(rows, name)}" if known else "–")
         if set(cells) != {"–"}:
             lines.append([title, *cells])
     return markdown_table([key.upper(), *(TASK_TITLES[task] for task in tables)], lines)
+
+
+def _other_seeds(rows: Table, name: str | None) -> str:
+    """The number of seeds of a row that has others than LoRA, in parentheses; an ensemble is of LoRA's own."""
+    first = next(each for each in ("tuned", "lora") if each in rows)
+    if name is None or "ensemble" in name or len(rows[name]) == len(rows[first]):
+        return ""
+    return f" ({len(rows[name])})"
 
 
 def _bits(results: Path, scope: str) -> str:

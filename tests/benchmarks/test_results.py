@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 from records import IVON_SETTINGS, RESULTS
 from results import DOCS, FIGURES, WITH_TABLES, page, write
-from results_choice import choice_page, choice_tables, with_tables
+from results_choice import _probabilities, choice_page, choice_tables, with_tables
 from results_frontier import bytes_table, layer_bytes
 from results_glue import glue_section, missing, score_table
 from results_sections import importance_section, mmlu_section, nested_tables
@@ -50,6 +51,16 @@ def test_learned_ranks_are_compared_with_the_lora_of_the_same_seed(tmp_path: Pat
     assert "| Minus LoRA, r = 8 | MRPC | RTE | mean |" in table
     assert "| B-LoRA, mean rank 1.5: points | +2.0 (2) | -10.0 (1) | -4.0 |" in table
     assert "| B-LoRA, mean rank 1.5: NLL | +0.0% | +10.0% | +5.0% |" in table
+
+
+def test_a_row_of_fewer_seeds_than_loras_says_so() -> None:
+    def runs(name: str, *nll: float) -> list[Any]:
+        return [{"forms": {name: {"scores": {"nll": each}}}} for each in nll]
+
+    rows = {"tuned": runs("tuned", 0.4, 0.5), "tfb": runs("tfb", 0.45), "tuned-ensemble": runs("tuned-ensemble", 0.3)}
+    table = _probabilities({"mrpc": rows}, "nll")
+    assert "| LoRA | 0.450 |" in table and "| TFB (`bayesianize`) | 0.450 (1) |" in table
+    assert "| ensemble of 3 LoRAs | 0.300 |" in table
 
 
 def test_a_cell_is_mean_and_deviation_over_seeds_beside_the_papers_number() -> None:
