@@ -33,7 +33,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import time
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -165,7 +164,6 @@ def _fewer(task: Task, job: Job) -> Task:
 
 def _scored(form: Form, rows: Any, task: Task, tokenizer: Any, seed: int) -> dict[str, Any]:
     """What a file holds of one form."""
-    start = time.perf_counter()
     batch_size = CLOZE_BATCH if task.name in LANGUAGE else BATCH
     scored = evaluate(form.predictor, rows, task, tokenizer, batch_size, form.samples, seed)
     p = scored.predictions
@@ -175,7 +173,6 @@ def _scored(form: Form, rows: Any, task: Task, tokenizer: Any, seed: int) -> dic
         "passes": form.passes,
         "numbers": form.numbers,
         "fit_seconds": form.seconds,
-        "predict_seconds": time.perf_counter() - start,
         "log_odds": encoded(p),
     }
 

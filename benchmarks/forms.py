@@ -16,7 +16,7 @@ from harness import Training, classifier, fine_tune, language_model
 from peft import LoraConfig, PeftConfig
 from records import IVON_SETTINGS
 from results_calibration import LANGUAGE, SAMPLES
-from torch import nn
+from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from transformers import DataCollatorWithPadding, TrainerCallback, set_seed
 
@@ -35,7 +35,8 @@ from bayeslora.posthoc import (
     bayesianize,
 )
 from bayeslora.posthoc.temperature import predictive_nll
-from bayeslora.prediction import ModelPredictor, Predictable, labels_of, sampled_logits
+from bayeslora.prediction import Logits, ModelPredictor, Predictable, Predictor, labels_of, sampled_logits
+from bayeslora.prediction.predictor import Sampler
 from bayeslora.training import SWAG
 
 CLOZE_BATCH = 16
@@ -249,14 +250,16 @@ def forms(method: str, run: Trained, without_tfb: bool = False) -> Iterator[Form
         yield from _forms_of_lora(method, run, numbers, without_tfb)
     elif method == "melora-cores":
         # Every core is drawn once: as many passes as members.
-        yield Form(method, model, CORES, CORES, numbers)
-        yield from _fitted(f"{method}-temperature", TemperatureScaling, run, numbers, CORES)
+        predictor = Remembering(model)
+        yield Form(method, predictor, CORES, CORES, numbers)
+        yield from _fitted(f"{method}-temperature", TemperatureScaling, run, numbers, CORES, predictor)
         yield Form(f"{method}-means", bayeslora.CoreEnsemble(model), 0, CORES, numbers)
     else:
+        predictor = Remembering(model)
         yield Form(f"{method}-mean", model, 0, 1, numbers)
-        yield Form(method, model, SAMPLES, SAMPLES, numbers)
+        yield Form(method, predictor, SAMPLES, SAMPLES, numbers)
         if method == "melora-closed":
-            yield from _fitted(f"{method}-temperature", TemperatureScaling, run, numbers, SAMPLES)
+            yield from _fitted(f"{method}-temperature", TemperatureScaling, run, numbers, SAMPLES, predictor)
 
 
 def _forms_of_lora(method: str, run: Trained, numbers: int, without_tfb: bool) -> Iterator[Form]:
@@ -295,11 +298,36 @@ def _forms_of_lora(method: str, run: Trained, numbers: int, without_tfb: bool) -
     yield Form("tfb", noisy, SAMPLES, SAMPLES, stored, time.perf_counter() - start)
 
 
-def _fitted(name: str, kind: Callable[[Any], Any], run: Trained, numbers: int, samples: int) -> Iterator[Form]:
+class Remembering(ModelPredictor):
+    """Keeps the logits of each batch, so that a row with a temperature does not compute again what that without has.
+
+    The rows of a batch tell the batches of one benchmark apart, as far as they are shown.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__(model)
+        self.kept: dict[tuple[Any, ...], Tensor] = {}
+
+    def sampler(self, samples: int, seed: int, antithetic: bool, read: Logits) -> Sampler:
+        draw = super().sampler(samples, seed, antithetic, read)
+
+        def remembered(batch: Mapping[str, Tensor]) -> Tensor:
+            shown = tuple(batch[name].cpu().numpy().tobytes() for name in ("input_ids", "attention_mask"))
+            key = (samples, seed, antithetic, *shown)
+            if key not in self.kept:
+                self.kept[key] = draw(batch)
+            return self.kept[key]
+
+        return remembered
+
+
+def _fitted(
+    name: str, kind: Callable[[Any], Any], run: Trained, numbers: int, samples: int, predictor: Predictor | None = None
+) -> Iterator[Form]:
     """The row of a calibrator, unless the held-out rows do not determine it: a model that knows nothing of them."""
     start = time.perf_counter()
     try:
-        fitted = kind(run.model).fit(run.data.batches("selection"), samples, logits=run.data.logits)
+        fitted = kind(predictor or run.model).fit(run.data.batches("selection"), samples, logits=run.data.logits)
     except BayesLoraError as error:
         run.left_out[name] = str(error)
         return

@@ -12,11 +12,14 @@ import calibration
 import harness
 import numpy as np
 import pytest
-from forms import METHODS, OPTIONS
+import torch
+from forms import METHODS, OPTIONS, Remembering
 from harness import Training
 from intervals import probabilities_of
+from peft import get_peft_model
 from results_calibration import TUNED_ROWS
 
+import bayeslora
 from bayeslora.evaluation.metrics import classification_scores
 from tests.conftest import build_tiny_bert, build_tiny_llama, build_tiny_tokenizer
 
@@ -71,7 +74,13 @@ def item(index: int) -> dict[str, Any]:
 
 def given(folder: Path, **changes: Any) -> argparse.Namespace:
     defaults = {"data_dir": folder, "tasks": ["sst2"], "methods": list(METHODS), "seeds": [0], "select": False}
-    more = {"set": [], "steps": None, "rows": None, "results": folder / "results" / "calibration"}
+    more = {
+        "set": [],
+        "steps": None,
+        "rows": None,
+        "without_tfb": False,
+        "results": folder / "results" / "calibration",
+    }
     return argparse.Namespace(**{**defaults, **more, **changes})
 
 
@@ -96,6 +105,20 @@ def test_the_search_sets_the_rate_and_length_of_all(folder: Path, monkeypatch: p
     for method in ("tuned", "swag"):
         training, searched = calibration.tuned_settings(replace(job, method=method, options={}, seed=1))
         assert (training.learning_rate, training.steps, searched) == (best["learning_rate"], steps, found["search"])
+
+
+def test_what_is_remembered_is_of_its_batch_number_of_samples_and_seed() -> None:
+    config = bayeslora.MeLoraConfig(r=2, target_modules=["query"], task_type="SEQ_CLS", init_weights=False)
+    model = get_peft_model(build_tiny_bert(), config).eval()
+    remembering = Remembering(model)
+    ids = torch.tensor([[5, 6, 7], [8, 9, 10]])
+    batches = [{"input_ids": ids, "attention_mask": torch.ones_like(ids)}]
+    batches += [{**batches[0], "input_ids": ids.flip(0)}, {**batches[0], "attention_mask": torch.tril(ids) // ids}]
+    asked = [(batch, samples, seed) for batch in batches for samples, seed in ((3, 0), (3, 1), (0, 0))]
+    for batch, samples, seed in asked * 2:
+        found, expected = (bayeslora.predict(each, batch, samples, seed) for each in (remembering, model))
+        assert torch.equal(found.probabilities, expected.probabilities)
+    assert len(remembering.kept) == len(asked)
 
 
 @pytest.mark.slow
