@@ -93,6 +93,9 @@ class BayesTuner(BaseTuner):
     counted: int | None = None
     """N, if a run has counted it from its training set."""
 
+    backward_scale: float = 1.0
+    """Loss scale of the present step's backward passes, which gradients of rows have even where `.grad` has none."""
+
     rows_per_example: int = 1
     """Rows per example of a training batch, such as 2 for the texts of a pair; all first texts come first."""
 

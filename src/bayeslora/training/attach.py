@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
+from torch.amp.grad_scaler import OptState
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
@@ -214,17 +215,14 @@ class BayesCallback(TrainerCallback):
     def on_pre_optimizer_step(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        scaler = getattr(kwargs["optimizer"], "scaler", None)
-        clipped = (args.max_grad_norm or 0) > 0  # clipping has unscaled the gradients already
-        self.loop.before_optimizer_step(1.0 if scaler is None or clipped else scaler.get_scale())
+        self.loop.before_optimizer_step(*_loss_scales(kwargs["optimizer"]))
 
     def on_optimizer_step(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         if getattr(kwargs["optimizer"], "step_was_skipped", False):
             self.loop.restore()
-        else:
-            self.loop.step_end()
+        self.loop.step_end()  # the Trainer counts a skipped step, so that what is due in it is due now
 
     def on_evaluate(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -258,6 +256,15 @@ class BayesCallback(TrainerCallback):
                 found = self._loop.statistics()
             kwargs["logs"].update(found)
             state.log_history[-1].update(found)
+
+
+def _loss_scales(optimizer: Any) -> tuple[float, float]:
+    """Return the loss scale that gradients still have, as some trainers unscale them, and that of the passes."""
+    scaler = getattr(optimizer, "scaler", None)
+    if scaler is None:
+        return 1.0, 1.0
+    scale, state = scaler.get_scale(), scaler._per_optimizer_states[id(unwrapped(optimizer))]
+    return (1.0 if state["stage"] == OptState.UNSCALED else scale), scale
 
 
 def _restore_after_training(trainer: Trainer, callback: BayesCallback) -> None:

@@ -74,13 +74,16 @@ class BayesLoop:
         for hook in self.hooks:
             hook.step_begin(self.step)
 
-    def before_optimizer_step(self, scale: float = 1.0) -> None:
+    def before_optimizer_step(self, scale: float = 1.0, backward_scale: float | None = None) -> None:
         """Add `scale` times the penalty's gradient to `.grad`; call after the last backward pass and after clipping.
 
         The penalty depends on the parameters alone, so this is exact under gradient accumulation and on any number of
         ranks; a penalty inside the loss would count once for each micro-batch and rank. `scale` is the loss scale of
-        mixed precision, if the gradients have not been unscaled yet.
+        mixed precision that the gradients still have, `backward_scale` that of the backward passes, by default the
+        same: after `scaler.unscale_(optimizer)` give `backward_scale=scaler.get_scale()`.
         """
+        if self.tuner is not None:
+            self.tuner.backward_scale = scale if backward_scale is None else backward_scale
         for hook in self.hooks:
             hook.before_step(self.step, scale)
 

@@ -41,9 +41,7 @@ def write_card(
 | `config.json` | the model's configuration, with the names of the labels |
 | `tokenizer.json` | the tokenizer |"""
     program = _code(tokenizer, length, inputs, measured)
-    write_page(
-        folder, model, config, measured, "text-classification", files, program, error_of(measured, " in onnxruntime")
-    )
+    write_page(folder, model, config, measured, "text-classification", files, program)
 
 
 def write_page(

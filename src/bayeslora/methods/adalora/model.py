@@ -190,7 +190,10 @@ class AdaLoraModel(BayesTuner):
         seen = [p for group in self._groups() for p in group.parameters if p.grad is not None]
         if seen:
             gradients = [cast(Tensor, p.grad) for p in seen]
-            run.observed = list(zip(seen, sensitivities(seen, gradients, scale), strict=True))
+            found = sensitivities(seen, gradients, scale)
+            # Of a step that the loss scale skips it is not finite.
+            if self.backward_scale == 1.0 or bool(torch.stack([each.isfinite().all() for each in found]).all()):
+                run.observed = list(zip(seen, found, strict=True))
 
     @torch.no_grad()
     def allocate(self, step: int, optimizer: Optimizer) -> None:

@@ -382,7 +382,9 @@ class BLoraModel(BayesTuner):
         if not watches:
             return
         # A rank's loss is the mean of its own terms: times their number it is a sum, as the sketch wants.
-        found = pooled([{"sketch": watch.sketch.cpu() * (run.terms / scale)} for watch in watches.values()])
+        found = pooled(
+            [{"sketch": watch.sketch.cpu() * (run.terms / self.backward_scale)} for watch in watches.values()]
+        )
         for path, sums in zip(watches, found, strict=True):
             layer = self.named_layers(name)[path]
             layer.watch = None

@@ -15,12 +15,20 @@ from bayeslora.methods.melora.config import INITIAL_STD, MeLoraConfig
 from bayeslora.methods.melora.cores import Deal, in_turn, starting_cores
 from bayeslora.methods.variational import VariationalLayer, per_group
 from bayeslora.posterior import Noise, inverse_softplus, local_reparametrization, standard_deviation
+from bayeslora.quantization import Float32Module
 
 FISHER_RATE = 0.05
 """Weight of one step in the running mean of squared gradients, and in that of the prior's evidence."""
 
 LEAST_PRIOR = 1e-3
 """Smallest standard deviation of a prior from the evidence."""
+
+
+class Float32Buffers(Float32Module, BufferDict):
+    """Buffers by adapter that stay float32: a running mean moves by less than bfloat16 resolves."""
+
+    def __setitem__(self, name: str, buffer: Tensor) -> None:
+        super().__setitem__(name, buffer.float())  # PEFT gives it the base's type
 
 
 class MeLoraLayer(VariationalLayer):
@@ -48,8 +56,8 @@ class MeLoraLayer(VariationalLayer):
         super().__init__(base_layer, **kwargs)
         self.melora_A, self.melora_B = nn.ParameterDict(), nn.ParameterDict()
         self.melora_M, self.melora_rho = nn.ParameterDict(), nn.ParameterDict()
-        self.melora_precision = BufferDict({}, persistent=True)
-        self.melora_prior = BufferDict({}, persistent=True)
+        self.melora_precision = Float32Buffers({}, persistent=True)
+        self.melora_prior = Float32Buffers({}, persistent=True)
         self._start: dict[str, tuple[int, int, float, bool]] = {}
         self.cores: dict[str, int] = {}
         self.deals: dict[str, Deal] = {}

@@ -104,13 +104,15 @@ class MeLoraModel(VariationalModel):
         if not self._sets_deviations:
             return
         run, name = self.run_state(), self.training_adapter()
-        squares = [layer.take_row_gradients(name) / scale**2 for layer in self.adapted_layers(name)]
+        squares = [layer.take_row_gradients(name) / self.backward_scale**2 for layer in self.adapted_layers(name)]
         count = len(run.terms)
         # A rank's loss is the mean of its own terms: its gradients of single rows are 1 / terms of theirs.
         # One copy from and to an accelerator, and not one for each layer.
         device = squares[0].device if len({each.device for each in squares}) == 1 else torch.device("cpu")
         joined = torch.cat([each.view(count, -1).to(device) for each in squares], dim=1)
         flat, run.seen = _with_all_ranks(joined.cpu(), run.terms)
+        if not bool(flat.isfinite().all()):  # of a step that the loss scale skips it is not
+            return
         parts = flat.to(device).split([each.numel() // count for each in squares], dim=1)
         run.found = [part.reshape(each.shape).to(each) for part, each in zip(parts, squares, strict=True)]
 
