@@ -42,8 +42,8 @@ the input, not at the answer |
 | a smaller model, down to 5% of the bit operations | LoRA, merged and rounded to 4 or 8 bits | it costs no training; \
 [see below](#bits) |
 | a smaller model than that | [B-LoRA](blora.md) with `target_bops` and `quantize_input` (`train --goal small`); with \
-inputs at 32 bits no budget below about 5% can be reached | training keeps points that rounding inputs to 4 bits loses: \
-on MRPC and QNLI 4 to 13 below 5%, on SST-2 .5 to 1 down to 3% |
+inputs at 32 bits no budget below about 5% can be reached | training keeps points that rounding inputs to 4 bits \
+loses: on MRPC and QNLI 4 to 13 below 5%, on SST-2 .5 to 1 down to 3% |
 | small ranks | LoRA of r = 8, then [`truncate_rank`](export.md#rounding-and-cutting-without-training) with training \
 rows as its `data`, or `export --mean-rank 1` | one pass and no training; [see below](#ranks) |
 | ranks from 1 up to choose among later | [DyLoRA](dylora.md) | one training for all ranks |
