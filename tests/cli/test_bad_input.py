@@ -149,7 +149,8 @@ def test_a_best_model_from_before_the_gates(train_refused: Refused) -> None:
 
 
 def test_a_budget_out_of_reach_names_the_option(train_refused: Refused) -> None:
-    assert "--target-bops is 0.0001, but the least share" in train_refused(target_bops=1e-4)
+    line = train_refused(target_bops=1e-4)
+    assert "--target-bops is 0.0001, but the least share" in line and line.endswith("operands (--quantize-input)")
     line = train_refused(gate_learning_rate=1e-9, gates="paper")
     assert "at --gate-learning-rate 1e-09 move" in line
 
@@ -203,6 +204,7 @@ def test_options_in_yaml(train_refused: Refused, tmp_path: Path) -> None:
 
 def test_an_unknown_option_or_value(train_refused: Refused) -> None:
     assert "did you mean --learning-rate" in train_refused(lerning_rate=0.1)
+    assert "unknown option --lr, did you mean --learning-rate: " in train_refused(lr=0.1)
     assert "did you mean q" in train_refused(mode="qq")
 
 

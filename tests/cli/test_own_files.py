@@ -81,6 +81,10 @@ def test_what_came_of_it_and_how_to_train_longer_are_told(
     assert "  Not clearly better than a constant answer; " in printed or "  Worse than a constant" in printed
     # 45 to 48 rows are two steps of 32, and 300 steps 150 epochs.
     assert "  2 steps of training are few: try --num-train-epochs 150\n" in printed
+    options = ["--learning-rate", "100", "--num-train-epochs", "1", "--output-dir", str(tmp_path / "diverged")]
+    assert main(["train", "--method", "lora", "--model", str(setting.model), *files, *options]) == 0
+    printed = capsys.readouterr().out
+    assert "try --learning-rate 10 before more steps\n" in printed and "of training are few" not in printed
 
 
 def test_class_weights_are_recorded_and_give_both_classes_the_same_total(run: Path, tickets: Path) -> None:

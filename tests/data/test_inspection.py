@@ -230,7 +230,7 @@ def test_one_wrong_label_is_one_problem_and_not_one_for_each_file(tmp_path: Path
 def test_a_guessed_label_that_a_row_lacks_is_a_problem_as_in_training(tmp_path: Path) -> None:
     rows = [{"text": "a", "label": 0}, {"text": "b", "labe": 1}, {"text": "c", "label": 1}]
     file = write_rows(tmp_path / "rows.jsonl", rows)
-    said = f"{file}, line 2 lacks column 'label', but has columns text, labe: name one of them"
+    said = f"{file}, line 2 lacks column 'label', but has columns text, labe: name one of them with --label-column"
     assert inspect_file(file).problems == [said]
     with pytest.raises(BayesLoraError, match="line 2 lacks column 'label'"):
         load_files(file, file, "text", "label")

@@ -148,7 +148,9 @@ def test_a_missing_column_names_those_there_are(tmp_path: Path) -> None:
         load_files(file, later, "text", "label")
     for name in ("data.csv", "data.parquet"):
         table = write(tmp_path / name, [{"a": "x", "b": "y", "y": 0}])
-        with pytest.raises(BayesLoraError, match=r"lacks column 'text', but has columns a, b, y"):
+        with pytest.raises(
+            BayesLoraError, match="'text', but has columns a, b, y: name one of them with --text-column"
+        ):
             load_files(table, table, "text", "y")
 
 

@@ -28,7 +28,8 @@ def said(
         "gain": interval(*gain), "overconfidence": interval(*gap),
         "thresholds": [level(0.05, *five), level(0.2, 0.5, 0.9, 0.15)],
     }  # fmt: skip
-    metrics = make_metrics(verdict=found, rows=1000, confusion=CONFUSION, scores={"accuracy": 0.9}, **changes)
+    changes = {"scores": {"accuracy": 0.9}, **changes}
+    metrics = make_metrics(verdict=found, rows=1000, confusion=CONFUSION, **changes)
     return verdict(RunRecord.from_dict({**metrics, "metric": "accuracy"}))
 
 
@@ -73,6 +74,15 @@ def test_few_steps_are_told_where_the_run_lacks_what_more_could_give(
 ) -> None:
     means = said(gain=gain, gap=gap, steps=steps)[-1].text
     assert ("36 steps of training are few: train longer." in means) is expected
+
+
+@pytest.mark.parametrize(("nll", "expected"), [(3.2, True), (0.7, False)])
+def test_a_run_that_has_diverged_needs_a_smaller_rate_before_more_steps(nll: float, expected: bool) -> None:
+    """The NLL of a constant is 0.57 here: one that is far above it does not come of few steps."""
+    scores, baseline = {"accuracy": 0.74, "nll": nll}, {"accuracy": 0.74, "nll": 0.57}
+    means = said(gain=(0.0, -0.01, 0.01), gap=(0.2, 0.1, 0.3), steps=36, scores=scores, baseline=baseline)[-1].text
+    assert ("Lower the learning rate first." in means) is expected
+    assert ("train longer" in means) is not expected
 
 
 @pytest.mark.parametrize(

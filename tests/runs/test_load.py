@@ -95,7 +95,7 @@ def test_every_form_of_input_is_the_same_texts(run_of: RunOf, tmp_path: Path) ->
         (["good", 5], "row 2 is of type int, but must be one text"),
         ([("good", "bad")], "row 1 is two texts, but must be one text"),
         (7, "the input is of type int, but must be a text"),
-        ([{"txt": "good"}], "the input, row 1 lacks column 'text', but has columns txt"),
+        ([{"txt": "good"}], "the input, row 1 lacks column 'text', but has columns txt: name one of them$"),
         ([{"text": "good"}, {"text": None}], "the input, row 2 has an empty value in column 'text'"),
         (Dataset.from_dict({"words": ["good"]}), "the input, row 1 lacks column 'text', but has columns words"),
         (Path("absent.csv"), "absent.csv does not exist"),

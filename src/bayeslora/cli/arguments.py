@@ -335,7 +335,7 @@ def _unknown_option(name: str, method: str, known: Iterable[str], where: str) ->
             f"{option(name)} is given, but belongs to --method {', '.join(owners)}, not to {method}: "
             "leave it out or change the method"
         )
-    near = close_matches(option(name), map(option, known))
+    near = ", did you mean --learning-rate" if name == "lr" else close_matches(option(name), map(option, known))
     return BayesLoraError(f"unknown option {option(name)}{near}: {where}")
 
 

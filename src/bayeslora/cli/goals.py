@@ -43,7 +43,7 @@ GOALS = {
     ),
     "draws": Goal(
         {"method": "melora", "samples": 10},
-        "Me-LoRA, one adapter whose draws say which rows are doubtful and which to label next",
+        "Me-LoRA, whose draws say how much of a doubt is due to the weights (on SST-2 they saved no labels)",
         "bayeslora predict OUT --samples 10 --input ROWS --output ANSWERS",
     ),
 }
@@ -63,6 +63,5 @@ def with_goal(given: dict[str, Any], problems: Problems) -> dict[str, Any]:
         problems.append("--goal is given with --method, but it chooses the method: leave one out")
         return rest
     goal = GOALS[name]
-    chosen = {key: value for key, value in goal.options.items() if key not in given}
     warnings.warn(f"--goal {name}: {goal.because}; afterwards `{goal.then}`", stacklevel=2)
-    return {**chosen, **rest}
+    return {**goal.options, **rest}

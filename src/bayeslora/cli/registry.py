@@ -29,8 +29,7 @@ def check_method(name: str) -> None:
     """Raise BayesLoraError for an unknown method."""
     names = method_names()
     if name not in names:
-        near = close_matches(name, names)
-        raise BayesLoraError(f"unknown --method {name!r}{near}: choose from {', '.join(names)}")
+        raise BayesLoraError(f"unknown --method {name!r}{close_matches(name, names)}: choose from {', '.join(names)}")
 
 
 def method_config_class(name: str) -> type[PeftConfig] | None:

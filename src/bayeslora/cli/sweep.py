@@ -40,9 +40,7 @@ def build_sweep(given: dict[str, Any], problems: Problems) -> Sweep:
     if not problems and (not seeds or len(set(seeds)) < len(seeds) or min(seeds) < 0):
         problems.append(f"--seeds is {given['seeds']}, but must be different whole numbers: write --seeds 0,1,2")
     if os.environ.get("WORLD_SIZE", "1") != "1":
-        problems.append(
-            "--seeds is given to several processes, but they share one run: give each seed its own command"
-        )
+        problems.append("--seeds is given to several processes, but they share one run: give a command to each seed")
     shared = {name: value for name, value in given.items() if name not in ("seeds", "seed", "resume")}
     out = build_plan(shared, problems).output_dir  # of the command line or of its file; says what else is wrong
     plans = [

@@ -10,7 +10,7 @@ from bayeslora.cli.progress import ProgressBar, disable_progress_bars
 from bayeslora.errors import counted
 from bayeslora.report import check_installed
 from bayeslora.report.page import REPORT_NAME
-from bayeslora.report.verdict import ENOUGH_STEPS, is_undertrained, verdict
+from bayeslora.report.verdict import ENOUGH_STEPS, has_diverged, is_undertrained, verdict
 from bayeslora.runs import train as runs
 from bayeslora.runs.partial import CONFIG_FILE
 from bayeslora.runs.plan import TrainPlan
@@ -45,6 +45,9 @@ def run(plan: TrainPlan) -> int:
     headings = [found.heading for found in verdict(record)[:-1]]
     if headings:
         print(f"  {'; '.join([headings[0], *(text[0].lower() + text[1:] for text in headings[1:])])}")
+    if has_diverged(record):
+        rate = plan.training_options["learning_rate"] / 10
+        print(f"  its NLL is far above that of the same for every row: try --learning-rate {rate:g} before more steps")
     if is_undertrained(record):
         print(f"  {counted(record.steps or 0, 'step')} of training are few: {_longer(plan, record.steps or 1)}")
     print(f"  what they mean, with figures: {plan.output_dir / REPORT_NAME}")

@@ -24,7 +24,7 @@ from bayeslora.data.label_sets import (
     rows_with_sets,
 )
 from bayeslora.data.labels import Kind, LabelMap, labelled, learn_labels
-from bayeslora.data.split import HoldOut
+from bayeslora.data.split import HoldOut, is_blank
 from bayeslora.data.tables import Table, read_table
 from bayeslora.data.tagged import Tags, learn_tags, rarest_tags, read_tagged
 from bayeslora.errors import BayesLoraError, Problems
@@ -266,9 +266,8 @@ class _Rows:
         columns = choice_columns(table)
         names = list(LETTERS[: max(map(len, columns[CHOICES]))])
         texts = _texts(dataclasses.replace(table, columns=columns), [QUESTION, CHOICES])
-        return cls(
-            table, texts, LabelMap("classification", names, {n: n for n in range(len(names))}), columns[LABEL], 0
-        )
+        letters = LabelMap("classification", names, {n: n for n in range(len(names))})
+        return cls(table, texts, letters, columns[LABEL], 0)
 
     def part(self, rows: Sequence[int], **more: Any) -> Part:
         """Return the rows of one side."""
@@ -368,7 +367,7 @@ def _text(value: Any) -> str:
 
 
 def _column(name: str, values: list[Any]) -> Column:
-    filled = [value for value in values if not _is_empty(value)]
+    filled = [value for value in values if not is_blank(value)]
     strings = [value for value in filled if isinstance(value, str)]
     example = " ".join(str(filled[0]).split()) if filled else ""
     return Column(
@@ -378,10 +377,6 @@ def _column(name: str, values: list[Any]) -> Column:
         example if len(example) <= _EXAMPLE else example[: _EXAMPLE - 1] + "…",
         Lengths.of(list(map(len, strings))) if strings else None,
     )
-
-
-def _is_empty(value: Any) -> bool:
-    return value is None or value != value or (isinstance(value, str) and not value.strip())
 
 
 def _read_columns(

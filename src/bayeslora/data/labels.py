@@ -224,7 +224,7 @@ def _tell_doubts(table: Table, column: str, values: list[Any]) -> None:
     if decimals or len(counts) > max(_MANY_NUMBERS, len(values) // 10):
         warnings.warn(
             f"{table.path} has {len(counts):,} different whole numbers in column {column!r}, which are read as "
-            "classes: say kind regression to predict them as numbers",
+            "classes: give --kind regression to predict them as numbers",
             stacklevel=4,
         )
 
@@ -236,7 +236,7 @@ def _tell_other_columns(table: Table, column: str, counts: Counter[str]) -> None
     if 2 * sum(counts[name] for name in lists) > rows:
         warnings.warn(
             f"{table.path} has lists such as {lists[0][:40]!r} in column {column!r}, each of which is read as "
-            "the name of one class: say kind multi_label if they are the labels of a row",
+            "the name of one class: give --kind multi_label if they are the labels of a row",
             stacklevel=5,
         )
     elif len(counts) > max(_MANY_NUMBERS, rows // 2):
@@ -269,7 +269,7 @@ def _tell_mixture(table: Table, column: str, values: list[Any], kind: Kind) -> N
             warnings.warn(
                 f"{table.path} has {len(few):,} of {len(values):,} labels with a fraction in column {column!r} (first "
                 f"{table.places[few[0]]}, {values[few[0]]!r}), so that all are read as numbers to predict: correct "
-                "them, or say kind classification",
+                "them, or give --kind classification",
                 stacklevel=4,
             )
         return
@@ -277,14 +277,14 @@ def _tell_mixture(table: Table, column: str, values: list[Any], kind: Kind) -> N
     if not words and isinstance(values[0], str) and not all(float(value).is_integer() for value in values):
         warnings.warn(
             f"{table.path} has numbers with a fraction as texts in column {column!r} (first {table.places[0]}, "
-            f"{values[0]!r}), which are read as names of classes: write them without quotes, or say kind regression",
+            f"{values[0]!r}), which are read as names of classes: write them unquoted, or give --kind regression",
             stacklevel=4,
         )
     if 0 < len(words) < len(values) and (len(words) * _SLIPS <= len(values) or _has_fractions(values)):
         warnings.warn(
             f"{table.path} has {len(values) - len(words):,} of {len(values):,} labels that are numbers in column "
             f"{column!r}, but {table.places[words[0]]} has {values[words[0]]!r}, so that all are read as names of "
-            "classes: correct the others, or say kind regression",
+            "classes: correct the others, or give --kind regression",
             stacklevel=4,
         )
 

@@ -31,11 +31,12 @@ class HoldOut:
         names = text_columns if self.group_column is None else (self.group_column,)
         values = list(zip(*(table.columns[name] for name in names), strict=True))
         # A row without a group or a text is a group of its own.
-        units = [row if all(map(_is_blank, key)) else repr(key) for row, key in enumerate(values)]
+        units = [row if all(map(is_blank, key)) else repr(key) for row, key in enumerate(values)]
         return held_out_rows(classes, units, self.fraction, self.seed, str(table.path))
 
 
-def _is_blank(value: Any) -> bool:
+def is_blank(value: Any) -> bool:
+    """Return whether a cell is empty: nothing, not a number, or blanks."""
     return value is None or value != value or not str(value).strip()
 
 
@@ -80,7 +81,6 @@ def held_out_rows(
     if not held:
         raise BayesLoraError(
             f"{what} has {counted(len(classes), 'row')} in {len(members):,} groups or different texts, but none "
-            "can be held "
-            "out with every class still in training: give an evaluation file, or more rows"
+            "can be held out with every class still in training: give an evaluation file, or more rows"
         )
     return sorted(held)

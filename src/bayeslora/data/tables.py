@@ -404,4 +404,5 @@ def _kept_columns(
 
 def _missing(place: str, name: str, columns: Sequence[str]) -> BayesLoraError:
     found = ", ".join(columns) or "none"
-    return BayesLoraError(f"{place} lacks column {name!r}, but has columns {found}: name one of them")
+    how = f" with --{name}-column" if name in ("text", "label") and not place.startswith("the input, ") else ""
+    return BayesLoraError(f"{place} lacks column {name!r}, but has columns {found}: name one of them{how}")

@@ -207,7 +207,7 @@ def load_files(
         return _build_sets(name, tables, columns, own, labels, held_out)
     if len(own) > 1:
         raise BayesLoraError(
-            f"the label columns are {', '.join(own)}, but {kind} has one: name one column, or give kind multi_label"
+            f"the label columns are {', '.join(own)}, but {kind} has one: name one column, or give --kind multi_label"
         )
     return _build(name, tables, columns, label_column, kind=kind, names=labels, held_out=held_out)
 

@@ -210,14 +210,12 @@ def check_target(evidence: Evidence, cost: CostModel, target: float, name: str =
     if least <= target:
         return
 
-    def is_wide(operand: int | TensorKey) -> bool:
-        return cost.width(operand, widths) == UNQUANTIZED
-
-    wide = tuple(product for product in cost.products if is_wide(product.left) or is_wide(product.right))
+    wide = tuple(p for p in cost.products if UNQUANTIZED in (cost.width(p.left, widths), cost.width(p.right, widths)))
     part = replace(cost, products=wide).share(widths, ranks)
     raise BayesLoraError(
         f"{name} is {target:.4g}, but the least share that these widths and ranks can reach is {least:.4g}, of which "
-        f"{part:.4g} is products with an operand fixed at 32 bits: give a larger target, or quantize those operands"
+        f"{part:.4g} is products with an operand fixed at 32 bits: give a larger target, or quantize those operands "
+        "(quantize_input=True)"
     )
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Literal
 
@@ -13,7 +14,10 @@ MAIN_RISK = 0.05
 """The error rate among answers that the report decides for."""
 ENOUGH_STEPS = 300
 """Training steps from which on more of them are hardly what a poor run lacks."""
+FAR_ABOVE = 1.5
+"""Multiple of a constant's NLL from which on a run has more likely diverged than stopped early."""
 _FEW_ROWS = 200
+_NOT_YET = "Do not use it yet: check the labels, train longer, or give it more rows."
 _ALL, _NONE = 0.0, 2.0  # thresholds that every confidence is above, and that none is above
 Tone = Literal["good", "bad", "plain"]
 
@@ -42,7 +46,13 @@ def is_undertrained(run: RunRecord) -> bool:
     """Return whether few steps may be why a run is no better than a constant, or right more often than it says."""
     gain, gap = run.verdict.gain, run.verdict.overconfidence
     bad = (gain is not None and gain.low <= 0) or (gap is not None and gap.high < 0)
-    return bad and run.steps is not None and run.steps < ENOUGH_STEPS
+    return bad and run.steps is not None and run.steps < ENOUGH_STEPS and not has_diverged(run)
+
+
+def has_diverged(run: RunRecord) -> bool:
+    """Return whether a run is no better than a constant and its NLL far above: more steps will not mend that."""
+    gain, constant = run.verdict.gain, run.baseline.get("nll", math.inf)
+    return gain is not None and gain.low <= 0 and run.scores.get("nll", 0.0) > FAR_ABOVE * constant
 
 
 def threshold(run: RunRecord, risk: float = MAIN_RISK) -> ThresholdRecord | None:
@@ -106,8 +116,7 @@ def _confidence(run: RunRecord, gap: Interval) -> Statement:
 def _hand_over(run: RunRecord, chosen: ThresholdRecord) -> Statement:
     level = f"{100 * chosen.risk:g} %"
     if chosen.confidence == _ALL:
-        wrong = percent(chosen.errors)
-        text = f"{wrong} of the answers are wrong; of new ones at most {level}, with 95 % probability."
+        text = f"{percent(chosen.errors)} of the answers are wrong; of new ones at most {level} with 95 % probability."
         return Statement(f"No rows to hand over for at most {level} errors", text, "good")
     if chosen.confidence == _NONE:
         text = f"These rows support no threshold that keeps errors among its answers below {level}."
@@ -127,8 +136,10 @@ def _meaning(run: RunRecord, chosen: ThresholdRecord | None) -> Statement:
     gain, gap = run.verdict.gain, run.verdict.overconfidence
     assert gain is not None and gap is not None
     said = []
-    if gain.low <= 0:
-        said.append("Do not use it yet: check the labels, train longer, or give it more rows.")
+    if has_diverged(run):
+        said.append("Do not use it: its NLL is far above a constant answer's. Lower the learning rate first.")
+    elif gain.low <= 0:
+        said.append(_NOT_YET)
     elif chosen is None or chosen.confidence == _NONE:
         said.append("Use its answers as suggestions that a person checks.")
     elif chosen.confidence == _ALL:
@@ -136,8 +147,7 @@ def _meaning(run: RunRecord, chosen: ThresholdRecord | None) -> Statement:
     else:
         said.append("Use the answers it is sure of, and give the other rows to a person.")
     if not gap.has_zero and not run.calibrated:
-        mend = "`bayeslora calibrate OUT --temperature`, on rows it has not seen, mends its confidence."
-        said.append(mend)
+        said.append("`bayeslora calibrate OUT --temperature`, on rows it has not seen, mends its confidence.")
     if is_undertrained(run):
         said.append(f"{counted(run.steps or 0, 'step')} of training are few: train longer.")
     if run.rows is not None and run.rows < _FEW_ROWS:
@@ -154,8 +164,7 @@ def _gain_in_error(run: RunRecord, gain: Interval) -> Statement:
     )
     if gain.low > 0:
         return Statement("Better than a constant answer", f"{text}: {percent(gain.mean / constant)} less.", "good")
-    worse = gain.high < 0
-    return Statement(f"{'Worse' if worse else 'Not clearly better'} than a constant answer", f"{text}.", "bad")
+    return Statement(f"{'Worse' if gain.high < 0 else 'Not clearly better'} than a constant answer", f"{text}.", "bad")
 
 
 def _spread(run: RunRecord) -> list[Statement]:
@@ -170,11 +179,8 @@ def _spread(run: RunRecord) -> list[Statement]:
 
 
 def _meaning_of_numbers(gain: Interval) -> Statement:
-    if gain.low <= 0:
-        text = "Do not use it yet: check the labels, train longer, or give it more rows."
-    else:
-        text = "Use its numbers where errors of this width are acceptable; `bayeslora calibrate OUT` keeps intervals."
-    return Statement("What this means", text)
+    use = "Use its numbers where errors of this width are acceptable; `bayeslora calibrate OUT` keeps intervals."
+    return Statement("What this means", use if gain.low > 0 else _NOT_YET)
 
 
 def _of_tokens(run: RunRecord) -> list[Statement]:
