@@ -38,14 +38,7 @@ from bayeslora.runs.digests import ADAPTER_CONFIG
 from bayeslora.runs.info import Head, RunKind
 from bayeslora.vocabulary import Scoring
 
-TOKENIZER_FILES = (
-    "tokenizer_config.json",
-    "tokenizer.json",
-    "vocab.txt",
-    "vocab.json",
-    "tokenizer.model",
-    "spiece.model",
-)
+_TOKENIZER_FILES = ("tokenizer*", "vocab*", "merges.txt", "tekken.json", "*.model", "*.spm", "*.tiktoken")
 _TENSOR_PROBE = 64
 _DEFAULT_LENGTH, _DEFAULT_TEXT_LENGTH = 128, 1024
 _GGUF = ".gguf"
@@ -209,8 +202,14 @@ def _is_found(model: str) -> bool:
 def load_tokenizer(folder: str, name: str, *, of_words: bool = False) -> PreTrainedTokenizerBase:
     """Load the tokenizer of a folder, GGUF file or hub id; the end token replaces a missing padding token.
 
-    One for lists of words (`of_words`) reads a blank before the first of them, where it has a choice.
+    One for lists of words (`of_words`) reads a blank before the first of them, where it has a choice. A folder without
+    one is refused, because Transformers would make it up, without a vocabulary.
     """
+    if Path(folder).is_dir() and not has_tokenizer(Path(folder)):
+        raise BayesLoraError(
+            f"{name} lacks a tokenizer, but needs that of the model that was fine-tuned: save it there, or give the "
+            "folder or hub id of that model"
+        )
     with load_errors(f"the tokenizer of {name}", folder):
         tokenizer = AutoTokenizer.from_pretrained(**source(folder))
         if of_words and getattr(tokenizer, "add_prefix_space", True) is False:
@@ -223,8 +222,8 @@ def load_tokenizer(folder: str, name: str, *, of_words: bool = False) -> PreTrai
 
 
 def has_tokenizer(folder: Path) -> bool:
-    """Return whether a folder has tokenizer files; without them Transformers may make an empty tokenizer."""
-    return any((folder / name).is_file() for name in TOKENIZER_FILES)
+    """Return whether a folder has a file of any kind of tokenizer."""
+    return any(path.is_file() for pattern in _TOKENIZER_FILES for path in folder.glob(pattern))
 
 
 def tokenizer_digest(tokenizer: PreTrainedTokenizerBase) -> str:

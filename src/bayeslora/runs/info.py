@@ -16,6 +16,8 @@ from bayeslora.runs.digests import save_digests
 from bayeslora.vocabulary import Normalization, Scoring
 
 RUN_FILE = "run.json"
+UNKNOWN = "unknown"
+"""Task of a folder without `run.json`."""
 
 Head = Literal["sequence", "words", "choices", "letters", "cloze", "text", "seq2seq"]
 """Source of the class logits: a classifier (or regressor) of a text or pair, one of the words of a text, a scorer of
@@ -46,7 +48,7 @@ class RunInfo:
         kind: kind of the task, such as `"classification"` or `"generation"`.
         metric: name of the task's headline score.
         text_columns: names of the input columns: one, or two for pairs; `messages`, or `prompt` and `completion`, for
-            generation; empty if unknown (an adapter without `run.json`).
+            generation; empty if unknown (a folder without `run.json`, and none given to `load`).
         label_column: name of the label column in the user's files, or several names joined by commas (`a,b`).
         labels: class names by id, or names of tags; empty for regression and generation.
         max_length: maximum input length in tokens.
