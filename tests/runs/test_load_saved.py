@@ -28,7 +28,7 @@ def saved(folder: Path, base: Path, classes: int = len(NAMES), kind: str = "SEQ_
     model = build_tiny_bert(num_labels=classes)
     model.name_or_path = str(base)
     config = bayeslora.MeLoraConfig(r=2, target_modules=["query"], task_type=kind, init_weights=False)
-    get_peft_model(model, config).save_pretrained(folder)
+    get_peft_model(model, config).save_pretrained(str(folder))
     return folder
 
 
@@ -156,12 +156,12 @@ def test_what_cannot_be_told_names_the_argument(adapter: Path, tmp_path: Path) -
     ("given", "sentence"),
     [
         ({"labels": NAMES[:4]}, "labels has 4 names, but the model in .* has 6 classes: give one for each"),
-        ({"labels": {1: "a", 2: "b"}}, "labels has the ids 1, 2, but must have one for each class, from 0"),
+        ({"labels": {1: "a", 2: "b"}}, "labels is {1: .*, but must be different names, one for each class"),
         ({"labels": ["a"] * 6}, "labels is .*, but must be different names"),
         ({"labels": "billing"}, "labels is 'billing', but must be"),
-        ({"text_columns": ["a", "b", "c"]}, "text_columns is .*, but must be one name or two different ones"),
-        ({"text_columns": ["a", "a"]}, "text_columns is .*, but must be one name or two different ones"),
-        ({"text_columns": []}, "text_columns is .*, but must be one name or two different ones"),
+        ({"text_columns": ["a", "b", "c"]}, "text_columns is .*, but must be one name, or two different ones"),
+        ({"text_columns": ["a", "a"]}, "text_columns is .*, but must be one name, or two different ones"),
+        ({"text_columns": []}, "text_columns is .*, but must be one name, or two different ones"),
         ({"label_column": ["a"]}, "label_column is .*, but must be a name"),
     ],
 )

@@ -23,12 +23,7 @@ from bayeslora.vocabulary import WORDS
 
 CONFIG_FILE = "adapter_config.json"
 ADAPTER_FILE = "adapter_model.safetensors"
-_HEADS: dict[str, Head] = {
-    "SEQ_CLS": "sequence",
-    "TOKEN_CLS": "words",
-    "CAUSAL_LM": "text",
-    "SEQ_2_SEQ_LM": "seq2seq",
-}
+_HEADS: dict[str, Head] = {"SEQ_CLS": "sequence", "TOKEN_CLS": "words", "CAUSAL_LM": "text", "SEQ_2_SEQ_LM": "seq2seq"}
 _SUFFIXES: dict[str, Head] = {
     "ForSequenceClassification": "sequence",
     "ForTokenClassification": "words",
@@ -39,7 +34,7 @@ _PROBE = 7919
 """A number of classes that differs from every other dimension of a model."""
 _NAMES = {
     "labels": "different names, one for each class in the order of their ids",
-    "text_columns": "one name or two different ones",
+    "text_columns": "one name, or two different ones for a classifier of pairs",
     "label_column": "a name",
 }
 """What `load` takes of what only `run.json` stores."""
@@ -96,38 +91,32 @@ def with_names(info: RunInfo, folder: Path, given: Mapping[str, Any]) -> RunInfo
     Raises:
         BayesLoraError: a name does not fit the model, or `run.json` has another.
     """
-    found = {name: _names(name, value) for name, value in given.items() if value is not None}
+    found = {name: _names(name, value, info) for name, value in given.items() if value is not None}
+    does = {"generation": "generates text", "regression": "predicts numbers"}.get(info.kind)
     for name, value in found.items():
         own = getattr(info, name)
         if own and value != own and (folder / RUN_FILE).is_file():
             raise BayesLoraError(f"{name} is {value}, but {folder / RUN_FILE} has {own}: leave it out")
-        does = {"generation": "generates text", "regression": "predicts numbers"}.get(info.kind)
         if value != own and does and (name == "labels" or info.kind == "generation"):
             raise BayesLoraError(f"{name} is given, but the model in {folder} {does}: leave it out")
-    if (classes := len(info.labels)) != (count := len(found.get("labels", info.labels))):
-        raise BayesLoraError(
-            f"labels has {counted(count, 'name')}, but the model in {folder} has {classes} classes: give one for each, "
-            "in the order of their ids"
-        )
-    columns = found.get("text_columns", [])
-    if info.head == "words" and len(columns) > 1:
-        raise BayesLoraError(f"text_columns is {columns}, but must be one name for a model that tags words: give one")
+        if name == "labels" and len(value) != len(own):
+            raise BayesLoraError(
+                f"labels has {counted(len(value), 'name')}, but the model in {folder} has {len(own)} classes: give "
+                "one for each, in the order of their ids"
+            )
     return dataclasses.replace(info, **found)
 
 
-def _names(name: str, value: Any) -> Any:
+def _names(name: str, value: Any, info: RunInfo) -> Any:
     """Return an argument of `load` as `RunInfo` has it."""
-    if name == "labels" and isinstance(value, Mapping):
-        if {*value} != {*range(len(value))}:
-            raise BayesLoraError(
-                f"labels has the ids {', '.join(map(str, value))}, but must have one for each class, from 0: do so"
-            )
-        value = [value[number] for number in range(len(value))]
-    if name == "text_columns" and isinstance(value, str):
-        value = [value]
-    names = list(value) if isinstance(value, Iterable) and not isinstance(value, str) else [value]
-    fits = isinstance(value, str) == (name == "label_column") and all(isinstance(each, str) for each in names)
-    if not fits or len({*names}) < len(names) or name == "text_columns" and len(names) not in (1, 2):
+    if isinstance(value, Mapping) and name == "labels":
+        names = [value.get(number) for number in range(len(value))]
+    else:
+        names = list(value) if isinstance(value, Iterable) and not isinstance(value, str) else [value]
+    is_kind = name == "text_columns" or isinstance(value, str) == (name == "label_column")
+    fits = is_kind and all(isinstance(each, str) for each in names) and len({*names}) == len(names)
+    most = {"labels": len(names), "text_columns": 1 if info.head == "words" else 2, "label_column": 1}[name]
+    if not fits or not 0 < len(names) <= most:
         raise BayesLoraError(f"{name} is {value!r}, but must be {_NAMES[name]}: correct it")
     return value if name == "label_column" else names
 

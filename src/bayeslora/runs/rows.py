@@ -185,12 +185,9 @@ def named_task(name: str, info: RunInfo, data_dir: str | None) -> Task:
 
 
 def labelled_rows(
-    info: RunInfo,
-    file: Source,
-    text_columns: list[str] | None = None,
-    label_column: str | None = None,
+    info: RunInfo, file: Source, text_columns: list[str] | None = None, label_column: str | None = None,
     held_out: Sequence[int] = (),
-) -> Task:
+) -> Task:  # fmt: skip
     """Read the rows of a file, or in memory, as the split `validation`; labels become the ids of the run.
 
     Those of a run that generates text have answers instead of labels. If some rows were `held_out`, only they are in
@@ -226,16 +223,19 @@ def evaluation_task(info: RunInfo, text_columns: list[str] | None = None, label_
     """
     if info.evaluation_rows:
         return _split_file(info, text_columns, label_column)
-    if "eval_file" not in info.files:
-        raise BayesLoraError("run.json does not name the rows to score, but they are needed: give --eval-file")
-    return labelled_rows(info, info.files["eval_file"], text_columns, label_column)
+    return labelled_rows(info, _file(info, "eval_file"), text_columns, label_column)
+
+
+def _file(info: RunInfo, name: str, what: str = "rows to score", mend: str = "give --eval-file") -> str:
+    """Return the file of a run that trained on files."""
+    if name not in info.files:
+        raise BayesLoraError(f"run.json does not name the {what}, but they are needed: {mend}")
+    return info.files[name]
 
 
 def _split_file(info: RunInfo, text_columns: list[str] | None = None, label_column: str | None = None) -> Task:
     """Return the training and the evaluation rows of a run on one file."""
-    if "train_file" not in info.files:
-        raise BayesLoraError("run.json does not name the rows to score, but they are needed: give --eval-file")
-    file = info.files["train_file"]
+    file = _file(info, "train_file")
     if Path(file).is_file() and file_digest(file) != info.train_digest:
         raise BayesLoraError(
             f"{file} has changed, but the run's own evaluation rows are rows of it: restore it, or give --eval-file"
@@ -301,16 +301,13 @@ def training_rows(info: RunInfo, count: int = FITTED_ROWS, seed: int = 0) -> tup
 
 def _training_split(info: RunInfo) -> tuple[Task, Dataset]:
     if info.task_name is None:
-        if "train_file" not in info.files:
-            raise BayesLoraError("run.json does not name the training data, but they are needed: train the run again")
-        if info.kind == "generation":
-            task = load_generation(info.files["train_file"], info.files.get("eval_file"))
-            return task, task.train_split
-        if info.evaluation_rows:
-            task = _split_file(info)
-            return task, task.train_split
-        task = labelled_rows(info, info.files["train_file"])
-        return task, task.splits[EVALUATION]
+        file = _file(info, "train_file", "training data", "train the run again")
+        if info.kind != "generation" and not info.evaluation_rows:
+            task = labelled_rows(info, file)
+            return task, task.splits[EVALUATION]
+        generates = info.kind == "generation"
+        task = load_generation(file, info.files.get("eval_file")) if generates else _split_file(info)
+        return task, task.train_split
     task = load_task(info.task_name, info.data_dir, train_split=info.train_split)
     if "train" not in task.splits:
         raise BayesLoraError(f"{info.task_name} lacks training rows, but they are needed: name a run with such rows")
@@ -359,11 +356,9 @@ def scored_part(info: RunInfo) -> str | None:
 
 def own_rows(info: RunInfo) -> Task:
     """Return the task of a run that learned text from files; the rows that scored it are the split `validation`."""
-    if "train_file" not in info.files:
-        raise BayesLoraError("run.json does not name the data of the run, but they are to be scored: give --eval-file")
-    if "eval_file" in info.files:
-        return replace(labelled_rows(info, info.files["eval_file"]), name=info.task)
-    return replace(load_generation(info.files["train_file"]), name=info.task)
+    file = _file(info, "train_file")
+    own = "eval_file" in info.files
+    return replace(labelled_rows(info, info.files["eval_file"]) if own else load_generation(file), name=info.task)
 
 
 def _check_labels(info: RunInfo) -> None:

@@ -33,10 +33,10 @@ from bayeslora.runs.base import (
     AUTO_CLASSES,
     CLASS_HEADS,
     DeviceMap,
+    base_of,
     check_device_map,
     check_in_memory,
     has_tokenizer,
-    load_base,
     load_errors,
     load_tokenizer,
     longest_input,
@@ -260,8 +260,7 @@ class Run:
                 measure needs draws but none were asked for.
         """
         check_generates(self.info)
-        given = Path(rows) if isinstance(rows, (str, os.PathLike)) else [dict(row) for row in rows]
-        source = str(given) if isinstance(given, Path) else f"{counted(len(given), 'row')}"
+        given, source = _given(rows)
         options: dict[str, Any] = {"measure": measure, "loss": loss, "source": source}
         task = labelled_rows(self.info, given)
         return self.calibrate_answers_split(task, EVALUATION, batch_size, Sampling(**sampling), save=save, **options)
@@ -343,10 +342,8 @@ class Run:
         Raises:
             BayesLoraError: the rows were used in training or do not fit, or `samples` > 0 for a deterministic model.
         """
-        given: str | Path | list[dict[str, Any]]
-        given = Path(rows) if isinstance(rows, (str, os.PathLike)) else [dict(row) for row in rows]
+        given, source = _given(rows)
         task = labelled_rows(self.info, given)
-        source = str(given) if isinstance(given, Path) else f"{counted(len(given), 'row')}"
         options = {"score": score, "by_class": by_class, "source": source}
         return self.calibrate_split(task, EVALUATION, samples, seed, batch_size, scaling=scaling, save=save, **options)
 
@@ -395,6 +392,14 @@ class Run:
         return calibration
 
 
+def _given(rows: str | os.PathLike[str] | Iterable[Mapping[str, Any]]) -> tuple[Path | list[dict[str, Any]], str]:
+    """Return labelled rows for `labelled_rows`, and what a calibration calls them."""
+    if isinstance(rows, (str, os.PathLike)):
+        return Path(rows), str(rows)
+    found = [dict(row) for row in rows]
+    return found, counted(len(found), "row")
+
+
 @quiet_loading()
 def load(
     folder: str | os.PathLike[str],
@@ -433,8 +438,7 @@ def load(
     check_device_map(device_map)
     place = _place(folder)
     info = RunInfo.load(place) if (place / RUN_FILE).is_file() else plain_info(place, model)
-    names = {"labels": labels, "text_columns": text_columns, "label_column": label_column}
-    info = with_names(info, place, names)
+    info = with_names(info, place, {"labels": labels, "text_columns": text_columns, "label_column": label_column})
     own = _tokenizer(place, info, model, tokenizer)
     loaded = _model(place, info, own, model, device_map)
     config: Any = loaded.config
@@ -537,15 +541,7 @@ def _adapted(
     _check_adapter_files(folder, info)
     check_digests(folder, only_config=True)
     with torch.random.fork_rng(devices=[]):
-        base = load_base(
-            name,
-            tokenizer,
-            labels=info.labels,
-            kind=info.kind,
-            dtype=info.dtype,
-            head=info.head,
-            device_map=device_map,
-        )
+        base = base_of(info, name, tokenizer, device_map)
     if info.base_fingerprint and base.fingerprint != info.base_fingerprint:
         raise BayesLoraError(
             f"the adapter in {folder} was trained on {info.model}, but the weights of {name} differ: "
