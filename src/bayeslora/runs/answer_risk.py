@@ -21,7 +21,7 @@ from bayeslora.evaluation.text_metrics import BY_ROW, check_metrics
 from bayeslora.files import save_json, write_atomically
 from bayeslora.posthoc.loss import LossControl
 from bayeslora.runs.answers import Answer, Sampling, answer_rows
-from bayeslora.runs.decisions import model_digest, read_calibration
+from bayeslora.runs.decisions import check_calibrated, read_calibration
 from bayeslora.runs.text_scores import references_of, sampling_of, uncertainty_of
 from bayeslora.vocabulary import AnswerLoss, Measure
 
@@ -69,12 +69,7 @@ class AnswerCalibration:
 
     def check_model(self, folder: Path, model: nn.Module) -> None:
         """Raise if the model is not the one that was calibrated."""
-        found = model_digest(model, folder)
-        if found != self.fingerprint:
-            raise BayesLoraError(
-                f"{folder / RISK_FILE} was made for the model {self.fingerprint}, but the model is {found}: calibrate "
-                "again"
-            )
+        check_calibrated(folder / RISK_FILE, self.fingerprint, model)
 
     def decide(self, answers: list[Answer], risk: float, delta: float | None = None) -> list[Answer]:
         """Return the answers with `ask_a_human`, so that the mean loss of the others is at most `risk`.

@@ -7,7 +7,7 @@ import importlib.metadata
 import io
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext, redirect_stderr
+from contextlib import contextmanager, nullcontext, redirect_stderr, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -35,17 +35,10 @@ from bayeslora.errors import BayesLoraError, counted, one_line
 from bayeslora.evaluation.items import DEFAULT_PROMPT_LENGTH
 from bayeslora.prediction.predictor import MULTI_LABEL
 from bayeslora.runs.digests import ADAPTER_CONFIG
-from bayeslora.runs.info import Head, RunKind
+from bayeslora.runs.info import Head, RunInfo, RunKind
 from bayeslora.vocabulary import Scoring
 
-TOKENIZER_FILES = (
-    "tokenizer_config.json",
-    "tokenizer.json",
-    "vocab.txt",
-    "vocab.json",
-    "tokenizer.model",
-    "spiece.model",
-)
+_TOKENIZER_FILES = ("tokenizer*", "vocab*", "merges.txt", "tekken.json", "*.model", "*.spm", "*.tiktoken")
 _TENSOR_PROBE = 64
 _DEFAULT_LENGTH, _DEFAULT_TEXT_LENGTH = 128, 1024
 _GGUF = ".gguf"
@@ -195,22 +188,25 @@ def load_errors(what: str, model: str | None = None) -> Iterator[None]:
 
 def _is_found(model: str) -> bool:
     """Return whether a result of `resolve_model` is on this machine, or the hub has its configuration."""
-    if Path(model).exists():
-        return True
     try:
-        AutoConfig.from_pretrained(model)
+        with suppress(ValueError):  # of a configuration of an unknown kind
+            return Path(model).exists() or AutoConfig.from_pretrained(model) is not None
     except OSError:
         return False
-    except ValueError:  # a configuration of an unknown kind
-        return True
     return True
 
 
 def load_tokenizer(folder: str, name: str, *, of_words: bool = False) -> PreTrainedTokenizerBase:
     """Load the tokenizer of a folder, GGUF file or hub id; the end token replaces a missing padding token.
 
-    One for lists of words (`of_words`) reads a blank before the first of them, where it has a choice.
+    One for lists of words (`of_words`) reads a blank before the first of them, where it has a choice. A folder without
+    one is refused, because Transformers would make it up, without a vocabulary.
     """
+    if Path(folder).is_dir() and not has_tokenizer(Path(folder)):
+        raise BayesLoraError(
+            f"{name} lacks a tokenizer, but needs that of the model that was fine-tuned: save it there, or give the "
+            "folder or hub id of that model"
+        )
     with load_errors(f"the tokenizer of {name}", folder):
         tokenizer = AutoTokenizer.from_pretrained(**source(folder))
         if of_words and getattr(tokenizer, "add_prefix_space", True) is False:
@@ -223,8 +219,8 @@ def load_tokenizer(folder: str, name: str, *, of_words: bool = False) -> PreTrai
 
 
 def has_tokenizer(folder: Path) -> bool:
-    """Return whether a folder has tokenizer files; without them Transformers may make an empty tokenizer."""
-    return any((folder / name).is_file() for name in TOKENIZER_FILES)
+    """Return whether a folder has a file of any kind of tokenizer."""
+    return any(path.is_file() for pattern in _TOKENIZER_FILES for path in folder.glob(pattern))
 
 
 def tokenizer_digest(tokenizer: PreTrainedTokenizerBase) -> str:
@@ -319,6 +315,14 @@ def load_base(
     return BaseModel(model, fresh, _fingerprint(model, fresh), _TASK_TYPES[head])
 
 
+def base_of(
+    info: RunInfo, name: str, tokenizer: PreTrainedTokenizerBase, device_map: DeviceMap | None = None
+) -> BaseModel:
+    """Load the base model of a run, which is `name` on this machine."""
+    made: dict[str, Any] = {"labels": info.labels, "kind": info.kind, "dtype": info.dtype, "head": info.head}
+    return load_base(name, tokenizer, device_map=device_map, **made)
+
+
 def check_bare(name: str, resolved: str) -> None:
     """Raise `BayesLoraError` if an adapter is beside the model: Transformers would load it into the model unasked."""
     if find_adapter_config_file(source(resolved)["pretrained_model_name_or_path"]) is not None:
@@ -337,9 +341,8 @@ def tell_other_order(name: str, labels: list[str], head: Head, fresh: list[str])
         return
     known = AutoConfig.from_pretrained(**source(resolved)).id2label
     own = [str(known[number]) for number in sorted(known)]
-    alike = sorted(each.lower() for each in own) == sorted(each.lower() for each in labels)
-    if alike and [each.lower() for each in own] != [each.lower() for each in labels]:
-        order = [each.lower() for each in own]
+    order, asked_order = ([each.lower() for each in names] for names in (own, labels))
+    if order != asked_order and sorted(order) == sorted(asked_order):
         asked = ",".join(sorted(labels, key=lambda each: order.index(each.lower())))
         warnings.warn(
             f"model {name} has a head for {', '.join(own)}, but the labels are {', '.join(labels)} in this order: "
@@ -356,11 +359,9 @@ def _classes(labels: list[str], kind: RunKind, resolved: str) -> dict[str, Any]:
         config.num_labels = 1
         return {"config": config}
     ids = {name: index for index, name in enumerate(labels)}
-    names = {"id2label": dict(enumerate(labels)), "label2id": ids}
-    if kind == "token_classification":
-        return {"num_labels": len(labels), **names}
+    found = {"num_labels": len(labels), "id2label": dict(enumerate(labels)), "label2id": ids}
     problem = MULTI_LABEL if kind == "multi_label" else "single_label_classification"
-    return {"num_labels": len(labels), "problem_type": problem, **names}
+    return found if kind == "token_classification" else {**found, "problem_type": problem}
 
 
 def longest_input(

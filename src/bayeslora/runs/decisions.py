@@ -97,12 +97,8 @@ class Calibration:
 
     def check_model(self, folder: Path, model: nn.Module) -> None:
         """Raise `BayesLoraError` if `model` is not the one that was calibrated."""
-        found = model_digest(model, folder)
-        if found != self.fingerprint:
-            raise BayesLoraError(
-                f"{folder / CALIBRATION_FILE} was made for the model {self.fingerprint}, but the model is {found}: "
-                f"calibrate again{', or give uncalibrated=True' if self.scaling else ''}"
-            )
+        otherwise = ", or give uncalibrated=True" if self.scaling else ""
+        check_calibrated(folder / CALIBRATION_FILE, self.fingerprint, model, otherwise)
 
     def around(self, model: Predictable) -> Predictable:
         """Return the predictor that was calibrated: `model`, wrapped in the probability map if there is one."""
@@ -270,6 +266,14 @@ def read_calibration(
         raise
     except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
         raise BayesLoraError(f"{path} is damaged ({type(error).__name__}): run `bayeslora calibrate` again") from error
+
+
+def check_calibrated(path: Path, fingerprint: str, model: nn.Module, otherwise: str = "") -> None:
+    """Raise `BayesLoraError` if `model` is not the one with the digest in the file at `path`."""
+    if (found := model_digest(model, path.parent)) != fingerprint:
+        raise BayesLoraError(
+            f"{path} was made for the model {fingerprint}, but the model is {found}: calibrate again{otherwise}"
+        )
 
 
 def calibrated(

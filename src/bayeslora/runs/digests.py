@@ -12,25 +12,15 @@ from bayeslora.files import check_readable, save_json
 DIGESTS_FILE = "digests.json"
 ADAPTER_CONFIG = "adapter_config.json"
 _TOKENIZER = (
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "special_tokens_map.json",
-    "vocab.txt",
-    "vocab.json",
-    "merges.txt",
-)
+    "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "vocab.txt", "vocab.json", "merges.txt",
+)  # fmt: skip
 _WEIGHTS = ("*.safetensors", "*.onnx", "*.gguf")
 _BESIDE = "adapter"
 """Folder of the adapter that is not in the weights of an export in torchao's layout."""
 # Where the base model lies may change, and libraries write their versions.
 _ANYWHERE = (
-    "base_model_name_or_path",
-    "_name_or_path",
-    "name_or_path",
-    "peft_version",
-    "transformers_version",
-    "revision",
-)
+    "base_model_name_or_path", "_name_or_path", "name_or_path", "peft_version", "transformers_version", "revision",
+)  # fmt: skip
 _BLOCK, _BLOCKS = 2**20, 256
 
 

@@ -81,7 +81,7 @@ def choose_examples(
         task: of the split.
         count: 0 gives none.
     """
-    from numpy import abs, arange, argsort, searchsorted, where
+    from numpy import abs, arange, argsort, searchsorted
 
     if task.kind == "multi_label":
         return _of_label_sets(evaluation, rows, task, count)
@@ -112,15 +112,12 @@ def choose_examples(
         return Example(_number(row, task), texts, *names, float(confidence[i]), float(of_label[i]), information)
 
     alike = _Alike(places, [task.labels[label] for label in labels])
-    unsure = argsort(confidence, kind="stable")
-    wrong = where(predicted != labels)[0]
-    wrongest = wrong[argsort(of_label[wrong], kind="stable")]
-    return Examples(*(alike.first(order, count, example) for order in (unsure, wrongest)))
+    return alike.examples(count, example, confidence, of_label, predicted != labels)
 
 
 def _of_label_sets(evaluation: Any, rows: Dataset, task: Task, count: int) -> Examples:
     """Return `choose_examples` of rows with several labels, which are as certain as the least certain label."""
-    from numpy import argsort, maximum, where
+    from numpy import maximum, where
 
     p, labels = evaluation.predictions, evaluation.labels
     confidence, of_label = maximum(p, 1 - p).min(axis=1), where(labels == 1, p, 1 - p).min(axis=1)
@@ -136,10 +133,7 @@ def _of_label_sets(evaluation: Any, rows: Dataset, task: Task, count: int) -> Ex
         )
 
     alike = _Alike(_keys(rows, task), list(map(names, labels)))
-    unsure = argsort(confidence, kind="stable")
-    wrong = where(of_label < 0.5)[0]
-    wrongest = wrong[argsort(of_label[wrong], kind="stable")]
-    return Examples(*(alike.first(order, count, example) for order in (unsure, wrongest)))
+    return alike.examples(count, example, confidence, of_label, of_label < 0.5)
 
 
 class _Alike:
@@ -150,6 +144,12 @@ class _Alike:
         self._members: dict[Any, list[int]] = {}
         for number, key in enumerate(keys):
             self._members.setdefault(key, []).append(number)
+
+    def examples(self, count: int, example: Callable[[int], Example], sure: Any, right: Any, wrong: Any) -> Examples:
+        """Return the first `count` by confidence `sure`, and of those that are `wrong` by the probability `right`."""
+        by_right = right.argsort(kind="stable")
+        orders = (sure.argsort(kind="stable"), by_right[wrong[by_right]])
+        return Examples(*(self.first(order, count, example) for order in orders))
 
     def first(self, order: Iterable[Any], count: int, example: Callable[[int], Example]) -> list[Example]:
         """Return the first `count` with different texts, in this order, with what is known of those like them."""

@@ -14,7 +14,7 @@ from bayeslora.export.container import looks_packed
 from bayeslora.export.formats import libraries_of
 from bayeslora.export.integer.reader import is_integer_model
 from bayeslora.model_card import public_name
-from bayeslora.runs.base import AUTO_CLASSES, load_base
+from bayeslora.runs.base import AUTO_CLASSES, base_of
 from bayeslora.runs.info import RunInfo
 from bayeslora.runs.plain import ADAPTER_FILE, adapter_config
 from bayeslora.runs.plain import CONFIG_FILE as ADAPTER_CONFIG
@@ -85,8 +85,7 @@ def load_for_others(
 
     if (folder / MODEL_FILE).is_file():
         return load_gguf(folder)
-    made: dict[str, Any] = {"labels": info.labels, "kind": info.kind, "dtype": info.dtype, "head": info.head}
-    return load_gguf(folder, cast(Any, load_base(base or info.model, tokenizer, **made).model))
+    return load_gguf(folder, cast(Any, base_of(info, base or info.model, tokenizer).model))
 
 
 def info_of_export(form: str, folder: Path, info: RunInfo, base_model_id: str | None = None) -> RunInfo:

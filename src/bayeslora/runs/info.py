@@ -6,16 +6,18 @@ import dataclasses
 import json
 from dataclasses import dataclass, field
 from pathlib import Path
-from types import UnionType
-from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
+from typing import Any, Literal, cast
 
 from bayeslora.data.choices import Cloze
 from bayeslora.errors import BayesLoraError
 from bayeslora.files import check_readable, save_json
 from bayeslora.runs.digests import save_digests
+from bayeslora.runs.schema import Mismatch, from_json
 from bayeslora.vocabulary import Normalization, Scoring
 
 RUN_FILE = "run.json"
+UNKNOWN = "unknown"
+"""Task of a folder without `run.json`."""
 
 Head = Literal["sequence", "words", "choices", "letters", "cloze", "text", "seq2seq"]
 """Source of the class logits: a classifier (or regressor) of a text or pair, one of the words of a text, a scorer of
@@ -46,7 +48,7 @@ class RunInfo:
         kind: kind of the task, such as `"classification"` or `"generation"`.
         metric: name of the task's headline score.
         text_columns: names of the input columns: one, or two for pairs; `messages`, or `prompt` and `completion`, for
-            generation; empty if unknown (an adapter without `run.json`).
+            generation; empty if unknown (a folder without `run.json`, and none given to `load`).
         label_column: name of the label column in the user's files, or several names joined by commas (`a,b`).
         labels: class names by id, or names of tags; empty for regression and generation.
         max_length: maximum input length in tokens.
@@ -90,10 +92,6 @@ class RunInfo:
     train_digest: str | None = None
     tokenizer_digest: str | None = None
 
-    def __post_init__(self) -> None:
-        if not isinstance(self.evaluation_rows, list) or not all(type(row) is int for row in self.evaluation_rows):
-            raise TypeError("evaluation_rows must be a list of row numbers")
-
     @property
     def scoring(self) -> Scoring | None:
         """Return how a language model answers multiple choice, `"letters"` or `"cloze"`; None for other models."""
@@ -127,31 +125,19 @@ class RunInfo:
         check_readable(path)
         try:
             content: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-            known = {each.name for each in dataclasses.fields(cls)}
-            if unknown := sorted(set(content) - known):
+            known = {each.name: each for each in dataclasses.fields(cls)}
+            if unknown := sorted({*content} - {*known}):
                 raise BayesLoraError(
                     f"{path} has the field {unknown[0]!r}, but this version of bayeslora does not know it: "
                     "load the run with the version that wrote it"
                 )
-            for name, hint in get_type_hints(cls).items():
-                if name in content and not _fits(content[name], hint):
-                    raise ValueError(f"{name} is {repr(content[name])[:40]}, which is of a wrong kind")
-            return cls(**content)
+            if empty := [name for name in content if content[name] is None and known[name].default is not None]:
+                raise ValueError(f"{empty[0]} is missing")
+            return cast(RunInfo, from_json(cls, content))
         except BayesLoraError:
             raise
         except (OSError, ValueError, TypeError, RecursionError) as error:
-            raise BayesLoraError(f"{path} is damaged ({error}): train again or restore it from a copy") from error
-
-
-def _fits(value: Any, hint: Any) -> bool:
-    """Return whether a value from JSON is of the type of a field."""
-    origin, arguments = get_origin(hint), get_args(hint)
-    if origin in (UnionType, Union):
-        return any(_fits(value, each) for each in arguments)
-    if origin is Literal:
-        return value in arguments
-    if origin is list:
-        return isinstance(value, list) and all(_fits(item, arguments[0]) for item in value)
-    if origin is dict:
-        return isinstance(value, dict) and all(_fits(item, arguments[1]) for item in value.values())
-    return isinstance(value, hint) and not (hint is int and isinstance(value, bool))
+            why: object = error
+            if isinstance(error, Mismatch):
+                why = f"{error.key.partition('[')[0]} has {repr(error.value)[:40]} where {error.wanted} is needed"
+            raise BayesLoraError(f"{path} is damaged ({why}): train again or restore it from a copy") from error

@@ -25,8 +25,6 @@ _ROLES: list[tuple[str, str]] = [
     ("up", r"(^|\.)(up_proj|fc1|c_fc|lin1|wi|wi_\d|dense_h_to_4h)$|intermediate\.dense$"),
     ("down", r"(^|\.)(down_proj|fc2|lin2|wo|c_proj|dense_4h_to_h)$|output\.dense$"),
 ]
-_COMPILED = [(role, re.compile(pattern, re.IGNORECASE)) for role, pattern in _ROLES]
-_ROLE_ORDER = {role: position for position, (role, _) in enumerate(_ROLES)}
 
 
 @dataclass(frozen=True)
@@ -59,22 +57,13 @@ def locate(name: str) -> Address:
 
 def matrix_role(matrix: str) -> str | None:
     """Return the role of a matrix in its block, from its path inside the block."""
-    for role, pattern in _COMPILED:
-        if pattern.search(matrix):
-            return role
-    return None
+    return next((role for role, pattern in _ROLES if re.search(pattern, matrix, re.IGNORECASE)), None)
 
 
 def order_matrices(matrices: Iterable[str]) -> list[str]:
     """Sort distinct matrices: Q, K, V, output, gate, up, down, then unknown names in the order given."""
-    distinct = list(dict.fromkeys(matrices))
-    last = len(_ROLE_ORDER)
-
-    def key(matrix: str) -> tuple[int, int]:
-        role = matrix_role(matrix)
-        return (_ROLE_ORDER[role] if role else last, distinct.index(matrix))
-
-    return sorted(distinct, key=key)
+    order = [*(role for role, _ in _ROLES), None]
+    return sorted(dict.fromkeys(matrices), key=lambda matrix: order.index(matrix_role(matrix)))
 
 
 def shortest_labels(paths: Iterable[str]) -> dict[str, str]:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -11,22 +13,17 @@ from peft import PeftConfig
 from safetensors import SafetensorError, safe_open
 from transformers import MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING, AutoConfig, PretrainedConfig
 
-from bayeslora.errors import BayesLoraError
+from bayeslora.errors import BayesLoraError, counted
 from bayeslora.files import check_readable
 from bayeslora.methods.registry import find_method
 from bayeslora.prediction.predictor import MULTI_LABEL
 from bayeslora.runs.base import AUTO_CLASSES, CLASS_HEADS, WRITING_HEADS, load_errors, resolve_model, source
-from bayeslora.runs.info import Head, RunInfo
+from bayeslora.runs.info import RUN_FILE, UNKNOWN, Head, RunInfo
 from bayeslora.vocabulary import WORDS
 
 CONFIG_FILE = "adapter_config.json"
 ADAPTER_FILE = "adapter_model.safetensors"
-_HEADS: dict[str, Head] = {
-    "SEQ_CLS": "sequence",
-    "TOKEN_CLS": "words",
-    "CAUSAL_LM": "text",
-    "SEQ_2_SEQ_LM": "seq2seq",
-}
+_HEADS: dict[str, Head] = {"SEQ_CLS": "sequence", "TOKEN_CLS": "words", "CAUSAL_LM": "text", "SEQ_2_SEQ_LM": "seq2seq"}
 _SUFFIXES: dict[str, Head] = {
     "ForSequenceClassification": "sequence",
     "ForTokenClassification": "words",
@@ -35,6 +32,12 @@ _SUFFIXES: dict[str, Head] = {
 }
 _PROBE = 7919
 """A number of classes that differs from every other dimension of a model."""
+_NAMES = {
+    "labels": "different names, one for each class in the order of their ids",
+    "text_columns": "one name, or two different ones for a classifier of pairs",
+    "label_column": "a name",
+}
+"""What `load` takes of what only `run.json` stores."""
 
 
 def adapter_config(folder: Path) -> dict[str, Any]:
@@ -82,6 +85,42 @@ def plain_info(folder: Path, model: str | None) -> RunInfo:
     return _info("full", str(folder), "", head, config, config.num_labels or 0)
 
 
+def with_names(info: RunInfo, folder: Path, given: Mapping[str, Any]) -> RunInfo:
+    """Return what describes a folder with the names that were given to `load`; one that is None is not given.
+
+    Raises:
+        BayesLoraError: a name does not fit the model, or `run.json` has another.
+    """
+    found = {name: _names(name, value, info) for name, value in given.items() if value is not None}
+    does = {"generation": "generates text", "regression": "predicts numbers"}.get(info.kind)
+    for name, value in found.items():
+        own = getattr(info, name)
+        if own and value != own and (folder / RUN_FILE).is_file():
+            raise BayesLoraError(f"{name} is {value}, but {folder / RUN_FILE} has {own}: leave it out")
+        if value != own and does and (name == "labels" or info.kind == "generation"):
+            raise BayesLoraError(f"{name} is given, but the model in {folder} {does}: leave it out")
+        if name == "labels" and len(value) != len(own):
+            raise BayesLoraError(
+                f"labels has {counted(len(value), 'name')}, but the model in {folder} has {len(own)} classes: give "
+                "one for each, in the order of their ids"
+            )
+    return dataclasses.replace(info, **found)
+
+
+def _names(name: str, value: Any, info: RunInfo) -> Any:
+    """Return an argument of `load` as `RunInfo` has it."""
+    if isinstance(value, Mapping) and name == "labels":
+        names = [value.get(number) for number in range(len(value))]
+    else:
+        names = list(value) if isinstance(value, Iterable) and not isinstance(value, str) else [value]
+    is_kind = name == "text_columns" or isinstance(value, str) == (name == "label_column")
+    fits = is_kind and all(isinstance(each, str) for each in names) and len({*names}) == len(names)
+    most = {"labels": len(names), "text_columns": 1 if info.head == "words" else 2, "label_column": 1}[name]
+    if not fits or not 0 < len(names) <= most:
+        raise BayesLoraError(f"{name} is {value!r}, but must be {_NAMES[name]}: correct it")
+    return value if name == "label_column" else names
+
+
 def _of_adapter(folder: Path, content: dict[str, Any], model: str | None) -> RunInfo:
     name = model or content.get("base_model_name_or_path")
     if not name:
@@ -120,7 +159,7 @@ def _info(method: str, model: str, base_name: str, head: Head, config: Pretraine
     return RunInfo(
         method=method,
         model=model,
-        task="unknown",
+        task=UNKNOWN,
         kind=kind,  # type: ignore[arg-type]
         metric={"regression": "pearson", "generation": "perplexity"}.get(kind, "accuracy"),
         text_columns=[WORDS] if head == "words" else [],

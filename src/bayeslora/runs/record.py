@@ -505,7 +505,8 @@ def read_run(folder: Path) -> RunRecord:
         from bayeslora.methods.registry import title_of
 
         record = dataclasses.replace(record, title=title_of(record.method))
-    return dataclasses.replace(record, folder=folder, metric=_headline(record), relative_bops=bops)
+    metric = next(name for name in (record.metric, *_HEADLINES, *record.scores) if name in record.scores)
+    return dataclasses.replace(record, folder=folder, metric=metric, relative_bops=bops)
 
 
 def read_history(folder: Path) -> History:
@@ -537,7 +538,3 @@ def _read_json(path: Path) -> Any:
         raise BayesLoraError(
             f"{path} is damaged, but must be valid JSON ({error}): run `bayeslora train` again"
         ) from error
-
-
-def _headline(record: RunRecord) -> str:
-    return next(name for name in (record.metric, *_HEADLINES, *record.scores) if name in record.scores)

@@ -18,8 +18,7 @@ from bayeslora.data.encode import collated
 from bayeslora.data.encode_words import encode_words
 from bayeslora.data.generation import answered_rows, text_task
 from bayeslora.data.known import KNOWN
-from bayeslora.data.labels import Kind
-from bayeslora.data.tables import EXTENSIONS, Source, Table, read_table
+from bayeslora.data.tables import EXTENSIONS, Source, Table, columns_of, read_table
 from bayeslora.data.tagged import TEXT, words_to_tag
 from bayeslora.data.tasks import load_choices
 from bayeslora.data.text_tasks import TEXT_TASKS
@@ -28,7 +27,7 @@ from bayeslora.evaluation.cloze import copies, is_cloze
 from bayeslora.evaluation.multiple_choice import choice_scoring, encode_choices, encode_pairs, is_multiple_choice
 from bayeslora.files import file_digest
 from bayeslora.runs.base import LANGUAGE_HEADS
-from bayeslora.runs.info import Head, RunInfo
+from bayeslora.runs.info import UNKNOWN, Head, RunInfo
 from bayeslora.vocabulary import Normalization, Scoring
 
 EVALUATION, TEST = "validation", "test"
@@ -37,7 +36,7 @@ FITTED_ROWS = 2000
 """Number of training rows that scores by features are fitted to."""
 _SOURCE = "source"
 _TEXT_COLUMNS = {1: ["text"], 2: ["text_a", "text_b"]}
-"""Column names by number of texts, for an adapter without `run.json`."""
+"""Column names by number of texts, for a folder that does not name them."""
 
 
 def encode_split(
@@ -186,11 +185,13 @@ def named_task(name: str, info: RunInfo, data_dir: str | None) -> Task:
 
 
 def labelled_rows(
-    info: RunInfo, file: Source, text_columns: list[str] | None = None, label_column: str | None = None
-) -> Task:
+    info: RunInfo, file: Source, text_columns: list[str] | None = None, label_column: str | None = None,
+    held_out: Sequence[int] = (),
+) -> Task:  # fmt: skip
     """Read the rows of a file, or in memory, as the split `validation`; labels become the ids of the run.
 
-    Those of a run that generates text have answers instead of labels.
+    Those of a run that generates text have answers instead of labels. If some rows were `held_out`, only they are in
+    the split, and the others in `train`.
     """
     if info.kind == "generation":
         rows = answered_rows(file)
@@ -199,10 +200,19 @@ def labelled_rows(
         return task if known is None else replace(task, metric=known.metrics[0], extra_metrics=known.metrics[1:])
     if info.kind == "multiple_choice":
         return _choices(Path(file) if isinstance(file, str) else file, info, answers=True)
-    columns = _checked_columns(text_columns, info)
-    # `load_files` needs training data too; with the class names given, it learns nothing from them.
+    columns = _checked_columns(text_columns, info) or _guessed_columns(file)
     label = label_column or info.label_column
-    return load_files(file, file, columns, label, labels=info.labels or None, kind=_kind(info))
+    if info.task == UNKNOWN and not label_column and (there := columns_of(file)) and label not in there:
+        raise _unnamed(file, there, "the label", "label_column")
+    kind = info.kind if info.kind in ("regression", "multi_label", "token_classification") else "classification"
+    # `load_files` needs training data too; with the class names given, it learns nothing from them.
+    options: dict[str, Any] = {"labels": info.labels or None, "kind": kind, "held_out": held_out or None}
+    try:
+        return load_files(file, None if held_out else file, columns, label, **options)
+    except BayesLoraError as error:
+        if info.task != UNKNOWN or info.labels[:1] != ["LABEL_0"] or " has the label " not in str(error):
+            raise
+        raise BayesLoraError(f"{error}, or name the classes by load(…, labels=…)") from error
 
 
 def evaluation_task(info: RunInfo, text_columns: list[str] | None = None, label_column: str | None = None) -> Task:
@@ -213,33 +223,24 @@ def evaluation_task(info: RunInfo, text_columns: list[str] | None = None, label_
     """
     if info.evaluation_rows:
         return _split_file(info, text_columns, label_column)
-    if "eval_file" not in info.files:
-        raise BayesLoraError("run.json does not name the rows to score, but they are needed: give --eval-file")
-    return labelled_rows(info, info.files["eval_file"], text_columns, label_column)
+    return labelled_rows(info, _file(info, "eval_file"), text_columns, label_column)
+
+
+def _file(info: RunInfo, name: str, what: str = "rows to score", mend: str = "give --eval-file") -> str:
+    """Return the file of a run that trained on files."""
+    if name not in info.files:
+        raise BayesLoraError(f"run.json does not name the {what}, but they are needed: {mend}")
+    return info.files[name]
 
 
 def _split_file(info: RunInfo, text_columns: list[str] | None = None, label_column: str | None = None) -> Task:
     """Return the training and the evaluation rows of a run on one file."""
-    if "train_file" not in info.files:
-        raise BayesLoraError("run.json does not name the rows to score, but they are needed: give --eval-file")
-    file = info.files["train_file"]
+    file = _file(info, "train_file")
     if Path(file).is_file() and file_digest(file) != info.train_digest:
         raise BayesLoraError(
             f"{file} has changed, but the run's own evaluation rows are rows of it: restore it, or give --eval-file"
         )
-    return load_files(
-        file,
-        None,
-        _checked_columns(text_columns, info),
-        label_column or info.label_column,
-        labels=info.labels or None,
-        kind=_kind(info),
-        held_out=info.evaluation_rows,
-    )
-
-
-def _kind(info: RunInfo) -> Kind:
-    return info.kind if info.kind in ("regression", "multi_label", "token_classification") else "classification"
+    return labelled_rows(info, file, text_columns, label_column, info.evaluation_rows)
 
 
 def check_not_training(info: RunInfo, source: str, split: str) -> None:
@@ -300,16 +301,13 @@ def training_rows(info: RunInfo, count: int = FITTED_ROWS, seed: int = 0) -> tup
 
 def _training_split(info: RunInfo) -> tuple[Task, Dataset]:
     if info.task_name is None:
-        if "train_file" not in info.files:
-            raise BayesLoraError("run.json does not name the training data, but they are needed: train the run again")
-        if info.kind == "generation":
-            task = load_generation(info.files["train_file"], info.files.get("eval_file"))
-            return task, task.train_split
-        if info.evaluation_rows:
-            task = _split_file(info)
-            return task, task.train_split
-        task = labelled_rows(info, info.files["train_file"])
-        return task, task.splits[EVALUATION]
+        file = _file(info, "train_file", "training data", "train the run again")
+        if info.kind != "generation" and not info.evaluation_rows:
+            task = labelled_rows(info, file)
+            return task, task.splits[EVALUATION]
+        generates = info.kind == "generation"
+        task = load_generation(file, info.files.get("eval_file")) if generates else _split_file(info)
+        return task, task.train_split
     task = load_task(info.task_name, info.data_dir, train_split=info.train_split)
     if "train" not in task.splits:
         raise BayesLoraError(f"{info.task_name} lacks training rows, but they are needed: name a run with such rows")
@@ -358,11 +356,9 @@ def scored_part(info: RunInfo) -> str | None:
 
 def own_rows(info: RunInfo) -> Task:
     """Return the task of a run that learned text from files; the rows that scored it are the split `validation`."""
-    if "train_file" not in info.files:
-        raise BayesLoraError("run.json does not name the data of the run, but they are to be scored: give --eval-file")
-    if "eval_file" in info.files:
-        return replace(labelled_rows(info, info.files["eval_file"]), name=info.task)
-    return replace(load_generation(info.files["train_file"]), name=info.task)
+    file = _file(info, "train_file")
+    own = "eval_file" in info.files
+    return replace(labelled_rows(info, info.files["eval_file"]) if own else load_generation(file), name=info.task)
 
 
 def _check_labels(info: RunInfo) -> None:
@@ -377,9 +373,8 @@ def _choices(source: Path | Table | Sequence[Mapping[str, Any]], info: RunInfo, 
     rows = load_choices(source, task_name=info.task_name, answers=answers)
     most = max(len(choices) for choices in rows["choices"])
     if most > len(info.labels):
-        where = source if isinstance(source, Path) else source.path if isinstance(source, Table) else "the input"
         raise BayesLoraError(
-            f"{where} has a row with {most} choices, but the run was trained on at most {len(info.labels)}: "
+            f"{_named(source)} has a row with {most} choices, but the run was trained on at most {len(info.labels)}: "
             "remove the row"
         )
     splits: dict[str, Dataset] = {}
@@ -405,11 +400,24 @@ def _checked_columns(given: list[str] | None, info: RunInfo, name: str = "--text
     return given
 
 
-def _guessed_columns(inputs: Path | Table | list[Mapping[str, Any]]) -> list[str]:
-    """Return default text columns for a run without names: `text`, or `text_a` and `text_b`."""
-    names = inputs.columns if isinstance(inputs, Table) else [] if isinstance(inputs, Path) else inputs[0]
-    pairs = {*_TEXT_COLUMNS[2]} <= {*names}
-    return _TEXT_COLUMNS[2 if pairs else 1]
+def _guessed_columns(source: Source) -> list[str]:
+    """Return the text columns for a run without names: `text_a` and `text_b` if the rows have both, or `text`."""
+    there = columns_of(source)
+    found = next((columns for columns in (_TEXT_COLUMNS[2], _TEXT_COLUMNS[1]) if {*columns} <= {*there}), None)
+    if found is None and there:
+        raise _unnamed(source, there, "the text", "text_columns")
+    return found or _TEXT_COLUMNS[1]  # of a file that cannot be read, as reading it will say
+
+
+def _unnamed(source: Source, there: list[str], what: str, argument: str) -> BayesLoraError:
+    return BayesLoraError(
+        f"{_named(source)} has the columns {', '.join(there)}, but nothing says which is {what}: give load(…, "
+        f"{argument}=…)"
+    )
+
+
+def _named(source: Source) -> str:
+    return str(source if isinstance(source, (str, Path)) else getattr(source, "path", "the input"))
 
 
 def _records(inputs: Any, info: RunInfo) -> list[Mapping[str, Any]]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -33,10 +33,10 @@ from bayeslora.runs.base import (
     AUTO_CLASSES,
     CLASS_HEADS,
     DeviceMap,
+    base_of,
     check_device_map,
     check_in_memory,
     has_tokenizer,
-    load_base,
     load_errors,
     load_tokenizer,
     longest_input,
@@ -49,7 +49,7 @@ from bayeslora.runs.decisions import Calibration, calibrated, calibration_for, m
 from bayeslora.runs.digests import check_digests
 from bayeslora.runs.exports import format_for_others, load_for_others
 from bayeslora.runs.info import RUN_FILE, RunInfo, RunKind, check_one_label_a_row
-from bayeslora.runs.plain import ADAPTER_FILE, CONFIG_FILE, adapter_config, plain_info
+from bayeslora.runs.plain import ADAPTER_FILE, CONFIG_FILE, adapter_config, plain_info, with_names
 from bayeslora.runs.predictions import Predictions
 from bayeslora.runs.record import METRICS_FILE, RunRecord, read_run
 from bayeslora.runs.rows import EVALUATION, check_not_training, encode_for, labelled_rows, rows_to_predict
@@ -260,8 +260,7 @@ class Run:
                 measure needs draws but none were asked for.
         """
         check_generates(self.info)
-        given = Path(rows) if isinstance(rows, (str, os.PathLike)) else [dict(row) for row in rows]
-        source = str(given) if isinstance(given, Path) else f"{counted(len(given), 'row')}"
+        given, source = _given(rows)
         options: dict[str, Any] = {"measure": measure, "loss": loss, "source": source}
         task = labelled_rows(self.info, given)
         return self.calibrate_answers_split(task, EVALUATION, batch_size, Sampling(**sampling), save=save, **options)
@@ -343,10 +342,8 @@ class Run:
         Raises:
             BayesLoraError: the rows were used in training or do not fit, or `samples` > 0 for a deterministic model.
         """
-        given: str | Path | list[dict[str, Any]]
-        given = Path(rows) if isinstance(rows, (str, os.PathLike)) else [dict(row) for row in rows]
+        given, source = _given(rows)
         task = labelled_rows(self.info, given)
-        source = str(given) if isinstance(given, Path) else f"{counted(len(given), 'row')}"
         options = {"score": score, "by_class": by_class, "source": source}
         return self.calibrate_split(task, EVALUATION, samples, seed, batch_size, scaling=scaling, save=save, **options)
 
@@ -395,6 +392,14 @@ class Run:
         return calibration
 
 
+def _given(rows: str | os.PathLike[str] | Iterable[Mapping[str, Any]]) -> tuple[Path | list[dict[str, Any]], str]:
+    """Return labelled rows for `labelled_rows`, and what a calibration calls them."""
+    if isinstance(rows, (str, os.PathLike)):
+        return Path(rows), str(rows)
+    found = [dict(row) for row in rows]
+    return found, counted(len(found), "row")
+
+
 @quiet_loading()
 def load(
     folder: str | os.PathLike[str],
@@ -403,6 +408,9 @@ def load(
     *,
     tokenizer: PreTrainedTokenizerBase | str | os.PathLike[str] | None = None,
     device_map: DeviceMap | None = None,
+    labels: Sequence[str] | Mapping[int, str] | None = None,
+    text_columns: str | Sequence[str] | None = None,
+    label_column: str | None = None,
 ) -> Run:
     """Load a finished run, an export of one, or an adapter that `save_pretrained` wrote.
 
@@ -413,10 +421,16 @@ def load(
         tokenizer: the tokenizer that the run was trained with, or its folder or hub id, if `folder` lacks it.
         device_map: places the model on several devices, instead of `device`, as in Transformers: `"auto"`,
             `"balanced"`, `"balanced_low_0"`, `"sequential"`, a device, or a dictionary of the base model's modules.
+        labels: class names in the order of their ids, or by id, if `folder` lacks `run.json`; by default those in the
+            configuration of the base model or export if it has as many classes, otherwise `LABEL_0`, `LABEL_1`, ….
+        text_columns: name of the text column in your files, or two for pairs, if `folder` lacks `run.json`; by
+            default `text`, or `text_a` and `text_b`, and `tokens` for a model that tags words.
+        label_column: name of the label column in your files if `folder` lacks `run.json`, by default `label`.
 
     Raises:
         BayesLoraError: `folder` holds nothing that can be loaded, a file is missing or damaged, the hub cannot be
-            reached, the base model or tokenizer is not the one used in training, or the device map leaves weights
+            reached, the base model or tokenizer is not the one used in training, the tokenizer has no vocabulary or
+            less than half of the model's, names do not fit the model or `run.json`, or the device map leaves weights
             outside all devices.
     """
     if device is not None and device_map is not None:
@@ -424,33 +438,45 @@ def load(
     check_device_map(device_map)
     place = _place(folder)
     info = RunInfo.load(place) if (place / RUN_FILE).is_file() else plain_info(place, model)
+    info = with_names(info, place, {"labels": labels, "text_columns": text_columns, "label_column": label_column})
     own = _tokenizer(place, info, model, tokenizer)
-    form = "integer" if is_integer_model(place) else format_for_others(place)
-    if form is not None:
-        if device_map is not None:
-            raise BayesLoraError(
-                f"device_map is {device_map}, but {place} has the format {form}, which is on one device: leave it out"
-            )
-        check_digests(place)
-        loaded: nn.Module = (
-            load_integer(place) if form == "integer" else load_for_others(form, place, info, own, model)
+    loaded = _model(place, info, own, model, device_map)
+    config: Any = loaded.config
+    if info.tokenizer_digest is None and 2 * len(own) < (getattr(config, "vocab_size", None) or 0):
+        raise BayesLoraError(
+            f"the tokenizer has {counted(len(own), 'token')}, but the model knows {config.vocab_size:,}: give "
+            "load(…, tokenizer=…) the folder or hub id of the model that was fine-tuned"
         )
-    elif info.method == "full":
-        with load_errors(f"the model in {place}"):
-            loaded = AUTO_CLASSES[info.head].from_pretrained(
-                place, dtype=getattr(torch, info.dtype), device_map=device_map
-            )
-            check_in_memory(loaded, place)
-        check_digests(place)
-    else:
-        loaded = _adapted(place, info, own, model or info.model, device_map)
     if not info.max_length:
-        info = dataclasses.replace(info, max_length=longest_input(loaded, own, None, info.head))
+        length = longest_input(loaded, own, None, info.head)
+        info = dataclasses.replace(info, max_length=length, tokenizer_digest=tokenizer_digest(own))
     if info.head in CLASS_HEADS and info.labels:
-        config: Any = loaded.config
         config.id2label = dict(enumerate(info.labels))
         config.label2id = {name: index for index, name in enumerate(info.labels)}
     return Run(place, ready(loaded, device), own, info)
+
+
+def _model(
+    place: Path, info: RunInfo, tokenizer: PreTrainedTokenizerBase, name: str | None, device_map: DeviceMap | None
+) -> nn.Module:
+    """Return the model of a run, an export or an adapter; `name` is its base model where that was given."""
+    form = "integer" if is_integer_model(place) else format_for_others(place)
+    if form is None and info.method != "full":
+        return _adapted(place, info, tokenizer, name or info.model, device_map)
+    if form is not None and device_map is not None:
+        raise BayesLoraError(
+            f"device_map is {device_map}, but {place} has the format {form}, which is on one device: leave it out"
+        )
+    if form is not None:
+        check_digests(place)
+        return load_integer(place) if form == "integer" else load_for_others(form, place, info, tokenizer, name)
+    with load_errors(f"the model in {place}"):
+        loaded: nn.Module = AUTO_CLASSES[info.head].from_pretrained(
+            place, dtype=getattr(torch, info.dtype), device_map=device_map
+        )
+        check_in_memory(loaded, place)
+    check_digests(place)
+    return loaded
 
 
 def with_posterior(model: nn.Module, folder: Path) -> nn.Module | WeightPosterior:
@@ -495,12 +521,12 @@ def _tokenizer(
         name = model or info.model
         found, origin = read(resolve_model(name), name), f"the tokenizer of {name}"
     else:
+        base = "" if info.model == str(folder) else f", {info.model}"
         raise BayesLoraError(
-            f"{folder} lacks the tokenizer that the run was trained with: restore it from a copy, or give load(…, "
-            f"tokenizer={info.model!r}) if it is that of the base model"
+            f"{folder} lacks the tokenizer that the model was trained with: save it there, or give load(…, "
+            f"tokenizer=…) the folder or hub id of the model that was fine-tuned{base}"
         )
-    digest = tokenizer_digest(found)
-    if info.tokenizer_digest is not None and digest != info.tokenizer_digest:
+    if info.tokenizer_digest is not None and (digest := tokenizer_digest(found)) != info.tokenizer_digest:
         raise BayesLoraError(
             f"{origin} has the vocabulary {digest}, but the run was trained with {info.tokenizer_digest}: "
             "give the tokenizer of the training"
@@ -515,15 +541,7 @@ def _adapted(
     _check_adapter_files(folder, info)
     check_digests(folder, only_config=True)
     with torch.random.fork_rng(devices=[]):
-        base = load_base(
-            name,
-            tokenizer,
-            labels=info.labels,
-            kind=info.kind,
-            dtype=info.dtype,
-            head=info.head,
-            device_map=device_map,
-        )
+        base = base_of(info, name, tokenizer, device_map)
     if info.base_fingerprint and base.fingerprint != info.base_fingerprint:
         raise BayesLoraError(
             f"the adapter in {folder} was trained on {info.model}, but the weights of {name} differ: "

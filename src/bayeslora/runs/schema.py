@@ -1,7 +1,7 @@
 """Read and write JSON files with dataclasses as their schema: reading checks types and ranges.
 
 `from_json` understands dataclasses, `list`, `dict` with text keys, `X | None`, `str`, `int` and `float`, each also as
-`Annotated[X, Limit(...)]`; and `bool`. Unknown keys are ignored, so that older versions read newer files.
+`Annotated[X, Limit(...)]`; `bool`, and `Literal`. Unknown keys are ignored, so that older versions read newer files.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import functools
 import math
 from dataclasses import dataclass
 from types import UnionType
-from typing import Annotated, Any, Union, get_args, get_origin, get_type_hints
+from typing import Annotated, Any, Literal, Union, get_args, get_origin, get_type_hints
 
 _NAMES = {str: "a text", int: "a whole number", float: "a number", bool: "true or false"}
 
@@ -50,6 +50,8 @@ def from_json(kind: Any, value: Any) -> Any:
         return _limited(arguments[0], arguments[1], value)
     if origin in (UnionType, Union):
         return None if value is None else from_json(arguments[0], value)
+    if origin is Literal and value in arguments:
+        return value
     if origin is list:
         if not isinstance(value, list):
             raise Mismatch("", value, "a list")
@@ -62,7 +64,7 @@ def from_json(kind: Any, value: Any) -> Any:
     is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
     if kind is float and is_number or kind is int and is_number and math.isfinite(value) and value == int(value):
         return kind(value)
-    raise Mismatch("", value, _NAMES[kind])
+    raise Mismatch("", value, f"one of {', '.join(arguments)}" if origin is Literal else _NAMES[kind])
 
 
 def to_json(record: Any) -> Any:

@@ -34,13 +34,7 @@ class AnswerEvaluation:
 
 
 def scored_text(
-    predictor: Any,
-    task: Task,
-    rows: Dataset,
-    encoded: Dataset,
-    tokenizer: Any,
-    batch_size: int,
-    sampling: Sampling,
+    predictor: Any, task: Task, rows: Dataset, encoded: Dataset, tokenizer: Any, batch_size: int, sampling: Sampling
 ) -> dict[str, Any]:
     """Return the part of `metrics.json` about a split, and its number of `rows` and `seconds`.
 

@@ -139,15 +139,11 @@ def train(plan: TrainPlan, reporter: Reporter | None = None) -> RunRecord | None
     partial = out.with_name(out.name + ".partial")
     training_arguments(plan, partial / CHECKPOINTS)  # joins the processes of the run, where there are several
     with Interruption() as interruption, ExitStack() as owned:
-        ranks.by_first(lambda: _owned(owned, plan))
+        ranks.by_first(lambda: owned.enter_context(claimed(plan)))
         try:
             return _train(plan, partial, interruption, (reporter if ranks.is_first() else None) or Reporter())
         except KeyboardInterrupt as error:
             raise TrainingInterrupted(partial, out, can_be_resumed(partial)) from error
-
-
-def _owned(owned: ExitStack, plan: TrainPlan) -> None:
-    owned.enter_context(claimed(plan))
 
 
 def _train(plan: TrainPlan, partial: Path, interruption: Interruption, reporter: Reporter) -> RunRecord | None:
@@ -209,14 +205,7 @@ def prepare(plan: TrainPlan, partial: Path) -> Session:
     head = head_for(task.kind, resolved, options.model, task.scoring)
     check_asked(head, options.scoring, options.normalization)
     set_seed(plan.seed)
-    base = load_base(
-        options.model,
-        tokenizer,
-        labels=task.labels,
-        kind=task.kind,
-        dtype=options.dtype,
-        head=head,
-    )
+    base = load_base(options.model, tokenizer, labels=task.labels, kind=task.kind, dtype=options.dtype, head=head)
     tell_other_order(options.model, task.labels, head, base.fresh)
     model = adapt(base, plan.config_class, plan.method_options)
     if not plan.has_weight_posterior:
@@ -320,7 +309,7 @@ def training_arguments(plan: TrainPlan, checkpoints: Path) -> TrainingArguments:
             "FSDP is asked for, but the command trains whole copies of the model: leave it out, or use "
             "bayeslora.attach in a script of your own"
         )
-    if settings.get("bf16") and not _has_accelerator():
+    if settings.get("bf16") and not getattr(torch, "accelerator", torch.cuda).is_available():
         settings.setdefault("use_cpu", True)  # otherwise TrainingArguments looks for a GPU
     with option_errors("training"):
         arguments = TrainingArguments(output_dir=str(checkpoints), **settings)
@@ -404,10 +393,6 @@ def _quick_attention(model: PreTrainedModel, arguments: TrainingArguments) -> It
         yield
     finally:
         model.set_attn_implementation(own)
-
-
-def _has_accelerator() -> bool:
-    return torch.accelerator.is_available() if hasattr(torch, "accelerator") else torch.cuda.is_available()
 
 
 def _trainer_class(session: Session) -> Callable[..., Trainer]:

@@ -9,9 +9,9 @@ from bayeslora.errors import BayesLoraError
 from bayeslora.runs.base import (
     LANGUAGE_HEADS,
     DeviceMap,
+    base_of,
     check_device_map,
     head_for,
-    load_base,
     load_tokenizer,
     longest_input,
     ready,
@@ -62,14 +62,6 @@ def load_untrained(info: RunInfo, device_map: DeviceMap | None = None) -> Run:
     """Load the base model of `untrained_info` as a run."""
     tokenizer = load_tokenizer(resolve_model(info.model), info.model)
     check_device_map(device_map)
-    base = load_base(
-        info.model,
-        tokenizer,
-        labels=[],
-        kind=info.kind,
-        dtype=info.dtype,
-        head=info.head,
-        device_map=device_map,
-    )
+    base = base_of(info, info.model, tokenizer, device_map)
     info.max_length = longest_input(base.model, tokenizer, None, info.head)
     return Run(Path(info.model), ready(base.model), tokenizer, info)
