@@ -80,7 +80,6 @@ def held_out_rows(
     if not held:
         raise BayesLoraError(
             f"{what} has {counted(len(classes), 'row')} in {len(members):,} groups or different texts, but none "
-            "can be held "
-            "out with every class still in training: give an evaluation file, or more rows"
+            "can be held out with every class still in training: give an evaluation file, or more rows"
         )
     return sorted(held)
