@@ -651,3 +651,19 @@ def test_gpt2_and_bert_adapt_through_all_doors(tiny_gpt2: PreTrainedModel, tiny_
             torch.testing.assert_close(layer(x), oracle_forward(layer, x), atol=1e-4, rtol=1e-4)
         with model.disable_adapter():
             assert torch.equal(model(input_ids=tokens).logits, expected)
+
+
+@pytest.mark.parametrize("first", [{"per_channel": True}, {"group_size": 2}, {"calibration": "absmax"}, {}])
+@pytest.mark.parametrize("second", [{}, {"per_channel": True}])
+def test_each_adapter_has_the_base_weights_ranges_of_its_own_settings(
+    first: dict[str, Any], second: dict[str, Any]
+) -> None:
+    model = tiny_model(**first)
+    alone = [layer.weight_range("default", "weight", 4).clone() for layer in layers_of(tiny_model(**second))]
+    [layer.weight_range("default", "weight", 4) for layer in layers_of(model)]
+    model.add_adapter("b", BLoraConfig(r=RANK, target_modules=["first", "second"], **second))
+    found = [layer.weight_range("b", "weight", 4) for layer in layers_of(model)]
+    assert all(map(torch.equal, found, alone))
+    with torch.no_grad():
+        layers_of(model)[0].weight.mul_(2)
+    torch.testing.assert_close(layers_of(model)[0].weight_range("b", "weight", 4), 2 * alone[0])

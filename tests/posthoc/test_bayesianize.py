@@ -118,6 +118,10 @@ def test_what_cannot_work_is_refused() -> None:
         bayesianize(classifier("bert"), inputs())
     with pytest.raises(BayesLoraError, match="has use_dora, but must be plain LoRA"):
         bayesianize(trained_lora(use_dora=True), inputs())
+    for start in ("pissa", "olora"):
+        text = f"init_lora_weights is '{start}', which changes the base weights, but the adapter alone must hold"
+        with pytest.raises(BayesLoraError, match=text):
+            bayesianize(trained_lora(init_lora_weights=start), inputs())
     with pytest.raises(BayesLoraError, match="tolerance is 0"):
         bayesianize(trained_lora(), inputs(), tolerance=0)
     with pytest.raises(BayesLoraError, match="always lowers the anchor set's likelihood"):

@@ -8,7 +8,10 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from transformers import BertForSequenceClassification
+from transformers.modeling_outputs import SequenceClassifierOutput
 
+from bayeslora import predict
 from bayeslora.errors import BayesLoraError
 from bayeslora.methods.variational import stochastic_layers
 from bayeslora.prediction.batched_sampling import MAX_ELEMENTS, BatchedSampler, first_token_only, repeat_rows
@@ -180,6 +183,23 @@ def test_the_last_block_works_on_the_first_token_only_and_only_inside_the_contex
     with first_token_only(model):
         read(model, inputs())
     assert seen[-1] == 7
+
+
+class MeanPoolBertForSequenceClassification(BertForSequenceClassification):
+    def forward(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> SequenceClassifierOutput:
+        hidden = self.bert(input_ids, attention_mask=attention_mask).last_hidden_state
+        return SequenceClassifierOutput(logits=self.classifier(hidden.mean(1)))
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("samples", [0, 2])
+def test_a_classifier_of_ones_own_may_read_every_token(samples: int) -> None:
+    torch.manual_seed(0)
+    model = noisy(MeanPoolBertForSequenceClassification(classifier("bert").config), TARGETS["bert"]).eval()
+    found = predict(model, inputs(), samples=samples, seed=3, per_sample=True).sample_probabilities
+    draws = [merged_draw(model, 3, draw) for draw in range(samples)] or [model]
+    expected = torch.stack([read(each, inputs()).double().softmax(-1) for each in draws])
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-5)
 
 
 def test_rows_are_repeated_draw_by_draw_and_other_tensors_left_alone() -> None:

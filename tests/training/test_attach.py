@@ -607,6 +607,32 @@ def test_a_run_in_which_gates_cannot_move_does_not_start(
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
 
 
+@pytest.mark.parametrize("rows", [1, 2])
+def test_a_model_that_the_run_builds_sees_the_labels_and_the_pairs(
+    rows: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """`model_init` gives `train` a new model, with a tuner of its own."""
+    monkeypatch.setitem(bayeslora.attach.__globals__, "compares_pairs", lambda trainer: rows == 2)
+    seen: list[tuple[bool, int]] = []
+
+    def build() -> nn.Module:
+        torch.manual_seed(0)
+        config = bayeslora.MeLoraConfig(r=2, target_modules=["query"], task_type="SEQ_CLS")
+        model = get_peft_model(build_tiny_bert(), config)
+        tuner = model.base_model
+
+        def see(*_: Any) -> None:
+            seen.append((tuner.kept_labels is not None, tuner.rows_per_example))
+
+        model.register_forward_pre_hook(see)
+        return model
+
+    settings = {"max_steps": 2, "label_smoothing_factor": 0.1, "report_to": [], "use_cpu": True, "save_strategy": "no"}
+    trainer = Trainer(args=TrainingArguments(str(tmp_path), **settings), model_init=build, train_dataset=Rows())
+    bayeslora.attach(trainer).train()
+    assert seen == [(True, rows)] * 2
+
+
 def test_a_model_saved_by_the_trainer_is_a_peft_adapter(
     trained: Any, tmp_path: Path, tiny_bert: PreTrainedModel
 ) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 import subprocess
 import sys
@@ -237,6 +238,37 @@ def test_what_cannot_work_is_refused(tmp_path: Path) -> None:
     trainer.args.load_best_model_at_end = True
     with pytest.raises(BayesLoraError, match="load_best_model_at_end is True"):
         trainer.train()
+
+
+def blora(**options: Any) -> nn.Module:
+    torch.manual_seed(0)
+    config = bayeslora.BLoraConfig(r=4, target_modules=["query"], task_type="SEQ_CLS", **options)
+    return get_peft_model(build_tiny_bert(num_hidden_layers=1), config)
+
+
+def test_iterates_in_two_bases_are_refused_before_training(tmp_path: Path) -> None:
+    """Ranks alone are rotated after 0.9 of the steps, and decided after the last."""
+    model = blora(mode="ra", target_rank=2.0)
+    seen = Iterates(model)
+    trainer = trainer_of(model, tmp_path, SWAG(model), seen, max_steps=40)
+    text = (
+        "SWAG averages the weights from step 31, but B-LoRA changes their basis or ranks up to step 40: end that "
+        "sooner (freeze_fraction=0.3, for AdaLoRA tfinal), or raise start"
+    )
+    with pytest.raises(BayesLoraError, match=re.escape(text)):
+        bayeslora.attach(trainer).train()
+    assert not seen.seen
+
+
+@pytest.mark.filterwarnings("ignore:.* training steps are few for B-LoRA")
+@pytest.mark.parametrize(
+    "options", [{"mode": "ra", "target_rank": 2.0, "freeze_fraction": 0.3}, {"target_bytes": 0.3}]
+)
+def test_iterates_of_the_final_form_are_averaged(options: dict[str, Any], tmp_path: Path) -> None:
+    model = blora(**options)
+    swag, seen = SWAG(model), Iterates(model)
+    bayeslora.attach(trainer_of(model, tmp_path, swag, seen, max_steps=40)).train()
+    np.testing.assert_allclose(flat(swag.gaussians(), "mean"), torch.stack(seen.seen[30:]).mean(0), atol=1e-6)
 
 
 def test_a_checkpoint_without_its_moments_is_refused(tmp_path: Path) -> None:

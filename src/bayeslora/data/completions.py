@@ -45,8 +45,7 @@ def prompt_masked(prompt: str, completion: str, tokenizer: Any, max_length: int 
         if room < 0:
             raise BayesLoraError(
                 f"the completion {completion[:40]!r} needs {counted(len(start) + len(written), 'token')}, but "
-                "max_length is "
-                f"{max_length} and completions are not cut: raise max_length or drop the row"
+                f"max_length is {max_length} and completions are not cut: raise max_length or drop the row"
             )
         given = given[len(given) - min(room, len(given)) :]
     ids = [*start, *given, *written]

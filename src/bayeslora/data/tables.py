@@ -265,8 +265,7 @@ def _csv(path: Path, text: str, wanted: Sequence[str], optional: Sequence[str] |
                 kind = {",": "commas", ";": "semicolons", "\t": "tabs"}.get(delimiter, repr(delimiter))
                 raise BayesLoraError(
                     f"{path}, line {reader.line_num} has {counted(len(row), 'field')}, but the header has "
-                    f"{len(header)}: "
-                    f"quote fields that hold {kind}"
+                    f"{len(header)}: quote fields that hold {kind}"
                 )
             if len(row) > 1 and row[0].strip() == header[0] and [cell.strip() for cell in row] == header:
                 repeated.append(reader.line_num)  # of a file that was put behind another one

@@ -159,8 +159,7 @@ def _flat(table: Table, columns: tuple[str, str]) -> Table:
         if len(own) != len(words):
             raise BayesLoraError(
                 f"{table.where(row)} has {counted(len(words), 'word')} but {counted(len(own), 'tag')}, but each "
-                "word needs one: "
-                "correct the row"
+                "word needs one: correct the row"
             )
         here = [f"{table.places[row]}, word {number}" for number in range(1, len(words) + 1)]
         tags += [_tag(table.path, place, tag) for place, tag in zip(here, own, strict=True)]

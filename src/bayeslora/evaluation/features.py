@@ -99,8 +99,7 @@ class FeatureSpace:
         if self.features.ndim != 2 or len(self.features) != len(self.labels) or len(self.labels) < 2:
             raise BayesLoraError(
                 f"features have shape {self.features.shape} for {counted(len(self.labels), 'label')}, but must "
-                "be (rows, "
-                "features): give one row for each label, at least 2"
+                "be (rows, features): give one row for each label, at least 2"
             )
         _check_finite(self.features)
         if shrinkage is not None and not 0 <= shrinkage <= 1:

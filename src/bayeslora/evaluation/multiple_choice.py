@@ -341,9 +341,8 @@ def choice_scoring(dataset: Dataset, tokenizer: Any) -> ChoiceScoring:
     """
     if not is_multiple_choice(dataset) or not len(dataset):
         raise BayesLoraError(
-            f"the data set has {counted(len(dataset), 'row')} and the columns "
-            f"{', '.join(dataset.column_names)}, but must have "
-            "encoded multiple-choice items: use encode_prompts, encode_cloze or encode_pairs"
+            f"the data set has {counted(len(dataset), 'row')} and the columns {', '.join(dataset.column_names)}, but "
+            "must have encoded multiple-choice items: use encode_prompts, encode_cloze or encode_pairs"
         )
     first = dataset[0]
     if isinstance(first["input_ids"][0], list):

@@ -58,8 +58,8 @@ def bayesianize(
         logits: function from the model and a batch to class logits, as for `predict`.
 
     Raises:
-        BayesLoraError: the model does not have exactly one LoRA adapter that consists of A and B alone, the tolerance
-            is not positive, or noise does not lower the anchor's likelihood (an untrained adapter, random labels).
+        BayesLoraError: the model does not have exactly one LoRA adapter of A and B alone, on an unchanged base, the
+            tolerance is not positive, or noise does not lower the likelihood (an untrained adapter, random labels).
     """
     if tolerance <= 0 or samples < 1 or steps < 0:
         raise BayesLoraError(

@@ -267,8 +267,7 @@ def labelled_probabilities(prediction: Prediction | ArrayLike, labels: ArrayLike
     if len(given) != len(probabilities) or not len(given):
         raise BayesLoraError(
             f"got {counted(len(probabilities), 'prediction')} for {counted(len(given), 'label')}, but "
-            "each needs one: give as many, "
-            "and at least one"
+            "each needs one: give as many, and at least one"
         )
     ids = given.astype(np.int64)
     if (ids != given).any() or ids.min() < 0 or ids.max() >= probabilities.shape[1]:

@@ -16,13 +16,16 @@ _UNUSUAL = (
     *("layer_replication", "alora_invocation_tokens"),
 )
 """Fields of a LoRA config that make the adapter more than A and B beside linear layers."""
+_CHANGES_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
+"""Beginnings of the initializations that take the initial update out of the base weights."""
 
 
 def only_lora(model: nn.Module) -> tuple[str, Any]:
     """Return the name and the configuration of the only adapter of `model`.
 
     Raises:
-        BayesLoraError: the model does not have exactly one adapter, or that is merged or not LoRA of A and B alone.
+        BayesLoraError: the model does not have exactly one adapter, or that is merged, not LoRA of A and B alone, or
+            initialized in a way that changes the base weights.
     """
     configs = getattr(model, "peft_config", None) if isinstance(model, PeftModel) else None
     kinds = [str(getattr(config.peft_type, "value", config.peft_type)) for config in (configs or {}).values()]
@@ -38,6 +41,12 @@ def only_lora(model: nn.Module) -> tuple[str, Any]:
         unusual.append(f"bias={config.bias!r}")
     if unusual:
         raise BayesLoraError(f"the adapter has {', '.join(unusual)}, but must be plain LoRA: train one without")
+    start = getattr(config, "init_lora_weights", None)
+    if isinstance(start, str) and start.lower().startswith(_CHANGES_BASE):
+        raise BayesLoraError(
+            f"init_lora_weights is {start!r}, which changes the base weights, but the adapter alone must hold the "
+            "update: convert it with save_pretrained(path_initial_model_for_weight_conversion=...) first"
+        )
     return name, config
 
 

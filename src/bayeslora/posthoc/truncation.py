@@ -32,9 +32,6 @@ from bayeslora.methods.layer import device_of
 from bayeslora.methods.tuner import batch_rows
 from bayeslora.posthoc.plain_lora import lora_factors, lora_layers, only_lora
 
-_CHANGES_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
-"""Beginnings of the initializations that take the initial update out of the base weights."""
-
 
 class _Update(NamedTuple):
     """The update of one layer: `left` (d_out, r), `values` (r,) without the scaling, `right` (r, d_in), float64."""
@@ -86,12 +83,6 @@ def truncate_rank(
             `data` is given without `mean_rank`, has no rows, or shows no effect of the adapter.
     """
     name, config = only_lora(model)
-    start = getattr(config, "init_lora_weights", None)
-    if isinstance(start, str) and start.lower().startswith(_CHANGES_BASE):
-        raise BayesLoraError(
-            f"init_lora_weights is {start!r}, which changes the base weights, but the adapter alone must hold the "
-            "update: convert it with save_pretrained(path_initial_model_for_weight_conversion=...) first"
-        )
     if (rank is None) == (mean_rank is None):
         raise BayesLoraError(
             f"rank is {rank!r} and mean_rank {mean_rank!r}, but exactly one must be given: give one of them"

@@ -289,13 +289,14 @@ def first_token_only(model: nn.Module) -> Any:
 
     Attention mixes tokens, but the layers after it do not: from the last block's attention output on, other tokens do
     not affect the logits, and neither do their queries. They do affect hidden states and attentions, so models that
-    return those are left unchanged, as are all other models.
+    return those are left unchanged, as are all other models, and classes of one's own, which may read every token.
     """
     base: Any = getattr(tuner_of(model), "model", model)
     config = getattr(base, "config", None)
-    if getattr(config, "model_type", None) not in _POOLS_FIRST_TOKEN or not type(base).__name__.endswith(_HEADS):
-        return nullcontext()
-    if getattr(config, "output_hidden_states", False) or getattr(config, "output_attentions", False):
+    kind = type(base)
+    is_known = kind.__module__.startswith("transformers.models.") and kind.__name__.endswith(_HEADS)
+    shows_more = getattr(config, "output_hidden_states", False) or getattr(config, "output_attentions", False)
+    if shows_more or not is_known or getattr(config, "model_type", None) not in _POOLS_FIRST_TOKEN:
         return nullcontext()
     attention = _last_attention(getattr(base, base.base_model_prefix, None))
     return nullcontext() if attention is None else _cut(attention)

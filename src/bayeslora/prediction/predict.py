@@ -132,8 +132,7 @@ def predict(
     if problem == "regression" and collected.shape[2] > 1:
         raise BayesLoraError(
             f"the model predicts {counted(collected.shape[2], 'number')} a row, but predict takes a regression "
-            "of one: "
-            "call the model yourself"
+            "of one: call the model yourself"
         )
     if samples == 0 and len(collected) == 1:
         prediction = replace(prediction, logits=collected[0])

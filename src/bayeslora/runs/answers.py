@@ -227,8 +227,7 @@ class _Writer:
         if self.limit is not None and (max(tokens, new) if self.encodes else tokens + new) > self.limit:
             raise BayesLoraError(
                 f"prompt {number} has {counted(tokens, 'token')} and the answer {new}, but the model reads "
-                f"{self.limit} {'of each' if self.encodes else 'in all'}: "
-                "shorten the prompt or lower max_new_tokens"
+                f"{self.limit} {'of each' if self.encodes else 'in all'}: shorten the prompt or lower max_new_tokens"
             )
         return list(prompt)
 

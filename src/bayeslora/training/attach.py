@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import warnings
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 import torch
 from torch.amp.grad_scaler import OptState
@@ -112,22 +112,22 @@ def _check_distribution(trainer: Trainer, tuner: BayesTuner | None, by_ivon: boo
 def _prepare(trainer: Trainer, tuner: BayesTuner) -> None:
     """Check that the adapter can be trained, and let its method know what the trainer's batches are."""
     _check_trainable(trainer.model, tuner)
-    _show_labels(trainer, tuner)
-    tuner.rows_per_example = 2 if compares_pairs(trainer) else 1
+    _show_batches(trainer, tuner)
     tuner.forget_counted()
 
 
-def _show_labels(trainer: Trainer, tuner: BayesTuner) -> None:
-    """Let the method see labels that the trainer takes out of the batch, as for label smoothing."""
-    compute_loss = trainer.compute_loss
+def _show_batches(trainer: Trainer, tuner: BayesTuner) -> None:
+    """Let the method see pairs, and labels that the trainer takes out of the batch, as for label smoothing."""
+    compute_loss, rows = trainer.compute_loss, 2 if compares_pairs(trainer) else 1
 
     @functools.wraps(compute_loss)
     def shown(model: Any, inputs: Any, *args: Any, **kwargs: Any) -> Any:
-        tuner.kept_labels = inputs.get("labels")
+        current = tuner_of(cast(Any, trainer.model)) or tuner  # `model_init` gives every run a model of its own
+        current.kept_labels, current.rows_per_example = inputs.get("labels"), rows
         try:
             return compute_loss(model, inputs, *args, **kwargs)
         finally:
-            tuner.kept_labels = None
+            current.kept_labels = None
 
     trainer.compute_loss = shown  # type: ignore[method-assign]
 

@@ -103,8 +103,7 @@ class BayesLoop:
             if parameter.requires_grad and not bool(torch.isfinite(whole(parameter)).all()):
                 raise BayesLoraError(
                     f"{name} is not finite after {counted(self.step, 'step')}, but must be (training diverged): "
-                    "lower the "
-                    "learning rate"
+                    "lower the learning rate"
                 )
 
     def restore(self) -> None:

@@ -65,7 +65,8 @@ class SWAG(TrainerCallback):
             that falls to zero, the spread of the iterates would shrink with the schedule.
 
     Raises:
-        BayesLoraError: an argument is out of range.
+        BayesLoraError: an argument is out of range. At the start of training: it would collect fewer than 2 iterates,
+            or some from before the adapter has its final ranks.
     """
 
     def __init__(
@@ -107,9 +108,9 @@ class SWAG(TrainerCallback):
         if left // self._every < 2:
             raise BayesLoraError(
                 f"SWAG would collect {counted(left // self._every, 'iterate')} in the last {left} of "
-                f"{state.max_steps} steps, "
-                "but needs at least 2: train for longer, or lower start or every"
+                f"{state.max_steps} steps, but needs at least 2: train for longer, or lower start or every"
             )
+        self._check_form(self._first + self._every)
         self._moments, self._rates = IterateMoments(self.rank), None
         if state.global_step > self._first:
             assert args.output_dir is not None
@@ -126,6 +127,15 @@ class SWAG(TrainerCallback):
         if args.load_best_model_at_end:
             raise BayesLoraError(
                 "load_best_model_at_end is True, but SWAG averages the last iterates: leave one of the two out"
+            )
+
+    def _check_form(self, first: int) -> None:
+        """Refuse iterates of an adapter that is still to be rotated or cut: their mean is the weights of no model."""
+        tuner = tuner_of(self.model)
+        if tuner is not None and tuner.final_from > first:
+            raise BayesLoraError(
+                f"SWAG averages the weights from step {first}, but {tuner.title} changes their basis or ranks up to "
+                f"step {tuner.final_from}: end that sooner (freeze_fraction=0.3, for AdaLoRA tfinal), or raise start"
             )
 
     def on_step_begin(
@@ -206,8 +216,7 @@ class SWAG(TrainerCallback):
         if self.count < 2:
             raise BayesLoraError(
                 f"SWAG has {counted(self.count, 'iterate')}, but a posterior needs at least 2: add it to a "
-                "Trainer as a "
-                "callback, and train"
+                "Trainer as a callback, and train"
             )
         columns = self._moments.deviations()
         columns *= self.scale * (2 * (len(columns) - 1)) ** -0.5

@@ -15,6 +15,7 @@ from bayeslora.methods.blora.components import Watch
 from bayeslora.methods.blora.config import BLoraConfig
 from bayeslora.methods.blora.evidence import Evidence, described_gates
 from bayeslora.methods.blora.gated_quantizers import (
+    Assignment,
     FrozenWeight,
     Observing,
     Phase,
@@ -55,7 +56,7 @@ class BLoraLayer(BayesLayer):
         self.frozen_weight = FrozenWeight()
         self.probe: Probe | None = None  # measures the evidence of one pass
         self.watch: Watch | None = None  # gathers that of the components in one training step
-        self._weight_ranges: dict[int, Tensor] = {}
+        self._weight_ranges: dict[tuple[Any, ...], Tensor] = {}
 
     def add_adapter(self, adapter_name: str, config: BLoraConfig, rank: int) -> None:
         self.configs[adapter_name] = config
@@ -203,28 +204,27 @@ class BLoraLayer(BayesLayer):
             self._calibrate_on(name, x, *args, **kwargs)
         if progress.current != Phase.FROZEN:
             return Quantizing(quantizers, quantizers.sampled() if self.training else quantizers.fixed())
-        assignment = quantizers.frozen()
-        if BASE_WEIGHT not in quantizers.kinds:
-            return Quantizing(quantizers, assignment)
-        return Quantizing(quantizers, assignment, self.frozen_weight.of(quantizers, self.weight, assignment))
+        return self._at_width(quantizers, quantizers.frozen())
 
     def current_quantization(self, name: str) -> Unquantized:
         """Every tensor at the width that evidence has chosen."""
         if not self.is_quantizing(name):
             return _UNQUANTIZED
-        quantizers = self.quantizers(name)
-        assignment = quantizers.chosen()
-        if BASE_WEIGHT not in quantizers.kinds:
-            return Quantizing(quantizers, assignment)
-        return Quantizing(quantizers, assignment, self.frozen_weight.of(quantizers, self.weight, assignment))
+        return self._at_width(self.quantizers(name), self.quantizers(name).chosen())
+
+    def _at_width(self, quantizers: Quantizers, widths: Assignment) -> Quantizing:
+        weight = self.frozen_weight.of(quantizers, self.weight, widths) if BASE_WEIGHT in quantizers.kinds else None
+        return Quantizing(quantizers, widths, weight)
 
     def weight_range(self, name: str, kind: str, bits: int) -> Tensor:
         """Best range of a weight at `bits` bits: one, or one a channel (channels, 1) or group (channels, groups)."""
-        if kind == BASE_WEIGHT:
-            if bits not in self._weight_ranges:
-                self._weight_ranges[bits] = self._best_range(name, kind, bits)
-            return self._weight_ranges[bits]
-        return self._best_range(name, kind, bits)
+        if kind != BASE_WEIGHT:
+            return self._best_range(name, kind, bits)
+        shape, weight = self.quantizers(name).shape_of(kind), self.weight
+        key = (bits, shape, self.configs[name].calibration, weight._version, id(weight))
+        if key not in self._weight_ranges:
+            self._weight_ranges[key] = self._best_range(name, kind, bits)
+        return self._weight_ranges[key]
 
     def _apply(self, fn: Any, recurse: bool = True) -> Any:
         self.frozen_weight.cached = None
