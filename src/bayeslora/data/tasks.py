@@ -292,28 +292,17 @@ def _build(
     labels = learn_labels(read["train"], label_column, f"{label_column}_text", names, kind)
     for table in read.values():
         _tell_empty_texts(table, text_columns)
-    rows: list[int] = []
-    if held_out is not None:
-        table = read["train"]
-        classes = labels.apply(table, label_column) if labels.names else [0] * len(table)
-        held, rows = _held_out(tables["train"], table, classes, text_columns, held_out)
-        parts = {"train": sorted({*range(len(table))} - {*held}), "validation": held}
-        read = {**read, **{split: table.select(chosen) for split, chosen in parts.items()}}
+    splits = {
+        split: Dataset.from_dict({**_texts(table, text_columns), LABEL: labels.apply(table, label_column)})
+        for split, table in read.items()
+    }
+    classes = list(splits["train"][LABEL]) if labels.names else [0] * len(read["train"])
+    splits, rows = _with_held_out(splits, tables["train"], read["train"], classes, text_columns, held_out)
     headline, *extra = metrics or (("pearson", "spearman") if labels.kind == "regression" else ("accuracy",))
     return Task(
-        name=name,
-        kind=labels.kind,
-        text_columns=text_columns,
-        label_column=LABEL,
-        labels=labels.names,
-        metric=headline,
-        splits={
-            split: Dataset.from_dict({**_texts(table, text_columns), LABEL: labels.apply(table, label_column)})
-            for split, table in read.items()
-        },
-        extra_metrics=tuple(extra),
-        evaluation_rows=rows,
-    )
+        name, labels.kind, text_columns, LABEL, labels.names, headline, splits,
+        extra_metrics=tuple(extra), evaluation_rows=rows,
+    )  # fmt: skip
 
 
 def _build_sets(
@@ -325,16 +314,12 @@ def _build_sets(
     labels = learn_label_sets(read["train"], label_columns, names)
     for table in read.values():
         _tell_empty_texts(table, text_columns)
-    rows: list[int] = []
-    if held_out is not None:
-        table = read["train"]
-        held, rows = _held_out(tables["train"], table, rarest(labels.apply(table)), text_columns, held_out)
-        parts = {"train": sorted({*range(len(table))} - {*held}), "validation": held}
-        read = {**read, **{split: table.select(chosen) for split, chosen in parts.items()}}
     splits = {
         split: Dataset.from_dict({**_texts(table, text_columns), LABEL: labels.apply(table)})
         for split, table in read.items()
     }
+    classes = rarest(list(splits["train"][LABEL]))
+    splits, rows = _with_held_out(splits, tables["train"], read["train"], classes, text_columns, held_out)
     return Task(
         name, "multi_label", text_columns, LABEL, labels.names, "f1_micro", splits,
         extra_metrics=("f1_macro", "exact_match"), evaluation_rows=rows,
@@ -360,23 +345,21 @@ def _build_tagged(
         split: Dataset.from_dict({columns[0]: words_of(table, columns[0]), LABEL: tags.apply(table)})
         for split, table in tables.items()
     }
-    rows: list[int] = []
-    if held_out is not None:
-        table, whole = tables["train"], splits["train"]
-        held, rows = _held_out(table, table, rarest_tags(whole[LABEL], len(tags.names)), text_columns, held_out)
-        chosen = {"train": sorted({*range(len(table))} - {*held}), "validation": held}
-        splits = {**splits, **{split: whole.select(numbers) for split, numbers in chosen.items()}}
+    classes, table = rarest_tags(splits["train"][LABEL], len(tags.names)), tables["train"]
+    splits, rows = _with_held_out(splits, table, table, classes, text_columns, held_out)
     metric = "span_f1" if marks_spans(tags.names) else "accuracy"
     return Task(
         name, "token_classification", text_columns, LABEL, tags.names, metric, splits, evaluation_rows=rows
     )  # fmt: skip
 
 
-def _held_out(
-    table: Table, read: Table, classes: Sequence[Any], text_columns: tuple[str, ...],
-    held_out: HoldOut | Sequence[int],
-) -> tuple[list[int], list[int]]:  # fmt: skip
-    """Return the rows of `read`, the labelled rows of `table`, to hold out, and their numbers in `table`."""
+def _with_held_out(
+    splits: dict[str, Dataset], table: Table, read: Table, classes: Sequence[Any], text_columns: tuple[str, ...],
+    held_out: HoldOut | Sequence[int] | None,
+) -> tuple[dict[str, Dataset], list[int]]:  # fmt: skip
+    """Divide the training split, the labelled rows `read` of `table`; also return the numbers held out of `table`."""
+    if held_out is None:
+        return splits, []
     number_at = {place: number for number, place in enumerate(table.places)}
     numbers = [number_at[place] for place in read.places]
     if isinstance(held_out, HoldOut):
@@ -389,7 +372,8 @@ def _held_out(
             f"{len(held)} of the {len(read)} labelled rows of {table.path} are held out, but both parts need at least "
             "1: give an evaluation file"
         )
-    return held, [numbers[row] for row in held]
+    whole, kept = splits["train"], sorted({*range(len(read))} - {*held})
+    return {**splits, "train": whole.select(kept), "validation": whole.select(held)}, [numbers[row] for row in held]
 
 
 def _texts(table: Table, text_columns: tuple[str, ...]) -> dict[str, list[Any]]:
