@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import gc
+import re
 import weakref
 from typing import Any
 
@@ -509,8 +510,22 @@ def test_a_mixed_batch_gives_each_row_its_own_adapter_and_the_base_where_asked()
 def test_two_active_adapters_that_quantize_are_an_error() -> None:
     model = _two_adapters()
     model.base_model.set_adapter(["default", "other"])
-    with pytest.raises(BayesLoraError, match="each quantize the same base weight: activate one of them at a time"):
+    text = re.escape(
+        "adapters ['default', 'other'] each quantize the same base weight: activate one of them at a time"
+    )
+    with pytest.raises(BayesLoraError, match=text):
         model(X)
+    for layer in layers_of(model):
+        for config in layer.configs.values():
+            config.allow_inexact_merge = True
+    before = [layer.weight.clone() for layer in layers_of(model)]
+    for merge in (model.merge_adapter, model.base_model.merge_and_unload):
+        with pytest.raises(BayesLoraError, match=text):
+            merge(adapter_names=["default", "other"])
+    assert all(torch.equal(layer.weight, weight) for layer, weight in zip(layers_of(model), before, strict=True))
+    model.merge_adapter(["default"])
+    with pytest.raises(BayesLoraError, match=text):
+        model.merge_adapter(["other"])
 
 
 def test_two_active_adapters_that_do_not_quantize_add_up() -> None:

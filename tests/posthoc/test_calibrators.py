@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from typing import Any
 
@@ -126,5 +127,16 @@ def test_what_cannot_work_is_refused(kind: Any) -> None:
 
 def test_held_out_rows_that_are_all_right_are_refused_by_vector_scaling() -> None:
     labels = torch.arange(60) % 3
-    with pytest.raises(BayesLoraError, match="offsets for the 60 held-out examples are as large as can be"):
+    text = (
+        "the best factors and offsets for the 60 held-out examples are beyond a bound, but factors must be inside "
+        "(0.02, 50.0) and offsets below 50: use more examples, or others"
+    )
+    with pytest.raises(BayesLoraError, match=re.escape(text)):
         VectorScaling(Fixed()).fit({"x": torch.nn.functional.one_hot(labels).float(), "labels": labels})
+
+
+def test_logits_that_are_too_large_for_any_factor_are_refused_by_vector_scaling() -> None:
+    x = 1e3 * torch.randn(90, 3, generator=torch.Generator().manual_seed(0))
+    labels = torch.arange(90) % 3
+    with pytest.raises(BayesLoraError, match="factors and offsets for the 90 held-out examples are beyond a bound"):
+        VectorScaling(Fixed()).fit({"x": x, "labels": labels})

@@ -188,6 +188,10 @@ def test_intervals_cover_and_scaled_ones_follow_the_deviation() -> None:
         ),
         (lambda p, y: ConformalIntervals(scaled=True).fit([1.0], [1.0]), "give a Prediction"),
         (lambda p, y: ConformalIntervals().fit([1.0, 2.0], [1.0]), "got 2 predictions for 1 label,"),
+        (
+            lambda p, y: ConformalIntervals().fit([1.0, 2.0], [1.0, float("nan")]),
+            "a label is nan or infinite, but must be a number: leave such rows out",
+        ),
         (lambda p, y: ConformalIntervals().intervals([1.0]), "call fit first"),
     ],
 )

@@ -112,8 +112,8 @@ class BayesLayer(nn.Module, BaseTunerLayer):
         """Return a weight with the combined effect of `weight` and the adapter."""
         return weight + self.get_delta_weight(adapter_name).to(weight.device, weight.dtype)
 
-    def check_merge(self, adapter_name: str) -> None:
-        """Raise `BayesLoraError` if no weight can have the adapter's effect."""
+    def check_merge(self, *adapter_names: str) -> None:
+        """Raise `BayesLoraError` if no weight can have the adapters' effect."""
 
     def needs_backup(self, adapter_name: str) -> bool:
         """Return True if subtraction cannot undo a merge, so that a copy of the base weight must be kept."""

@@ -183,9 +183,8 @@ class BayesTuner(BaseTuner):
 
     def check_merge(self, adapter_names: list[str] | None) -> None:
         """Raise `BayesLoraError`, before any layer changes, if a layer cannot be merged."""
-        for name in adapter_names or self.active_adapters:
-            for layer in self.adapted_layers(name):
-                layer.check_merge(name)
+        for layer in self.adapted_layers():
+            layer.check_merge(*(name for name in adapter_names or self.active_adapters if name in layer.adapter_names))
 
     def penalty(self) -> dict[str, Tensor]:
         """Return named scalar terms to add to the mean loss, functions of the parameters alone; {} for none."""

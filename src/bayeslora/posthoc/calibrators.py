@@ -13,7 +13,7 @@ from sklearn.isotonic import IsotonicRegression
 from torch import Tensor
 
 from bayeslora.errors import BayesLoraError
-from bayeslora.posthoc.temperature import CalibrationMap, predictive_loss
+from bayeslora.posthoc.temperature import CalibrationMap, check_classes, predictive_loss
 from bayeslora.prediction import Logits, Predictable, Sampler
 
 _LEAST_ROWS = 10
@@ -74,11 +74,12 @@ class VectorScaling(CalibrationMap):
         limits = [(low, high)] * classes + [(-high, high)] * classes
         start = np.concatenate([np.ones(classes), np.zeros(classes)])
         best = minimize(objective, start, jac=True, method="L-BFGS-B", bounds=limits).x
-        # Where every row is right, larger factors are always likelier, if ever less so.
-        if np.abs(best).max() > 0.999 * high or objective(2 * best)[0] <= objective(best)[0]:
+        loss, smaller = objective(best)[0], best * np.repeat([0.5, 1.0], classes)
+        # Where every row is right, larger factors are always likelier, if ever less so; huge logits need smaller ones.
+        if np.abs(best).max() > 0.999 * high or objective(2 * best)[0] <= loss or objective(smaller)[0] < loss - 0.001:
             raise BayesLoraError(
-                f"the best factors and offsets for the {len(labels)} held-out examples are as large as can be, but "
-                f"must be below {high:g}: use more examples, or others"
+                f"the best factors and offsets for the {len(labels)} held-out examples are beyond a bound, but "
+                f"factors must be inside {self.bounds} and offsets below {high:g}: use more examples, or others"
             )
         found = torch.from_numpy(best)
         self.weight, self.bias = found[:classes], found[classes:] - found[classes:].mean()
@@ -166,9 +167,8 @@ class IsotonicCalibration(CalibrationMap):
 
 def _check_rows(outputs: Tensor, labels: Tensor) -> None:
     """Refuse held-out rows with fewer than 10 of a class."""
+    check_classes(outputs)
     classes = outputs.shape[2]
-    if classes == 1:
-        raise BayesLoraError("the model has 1 output (a regression), but must have classes: use a classifier")
     counts = torch.bincount(labels, minlength=classes)
     if len(counts) > classes or int(counts.min()) < _LEAST_ROWS:
         rarest = int(counts.argmin())

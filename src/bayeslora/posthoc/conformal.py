@@ -205,7 +205,8 @@ class ConformalIntervals:
             labels: (n,) true values.
 
         Raises:
-            BayesLoraError: the prediction is a classifier's, lacks a standard deviation, or does not fit the labels.
+            BayesLoraError: the prediction is a classifier's, lacks a standard deviation, or does not fit the labels,
+                or a label is not finite.
         """
         values, scale = self._read(calibration)
         truth = np.asarray(labels, dtype=np.float64).reshape(-1)
@@ -214,6 +215,8 @@ class ConformalIntervals:
                 f"got {counted(len(values), 'prediction')} for {counted(len(truth), 'label')}, but each "
                 "needs one: give as many"
             )
+        if not np.isfinite(truth).all():
+            raise BayesLoraError("a label is nan or infinite, but must be a number: leave such rows out")
         self.scores = np.sort(np.abs(truth - values) / scale)
         return self
 

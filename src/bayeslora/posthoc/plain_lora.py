@@ -24,8 +24,7 @@ def only_lora(model: nn.Module) -> tuple[str, Any]:
     """Return the name and the configuration of the only adapter of `model`.
 
     Raises:
-        BayesLoraError: the model does not have exactly one adapter, or that is merged, not LoRA of A and B alone, or
-            initialized in a way that changes the base weights.
+        BayesLoraError: the model does not have exactly one adapter, unmerged and of A and B on unchanged base weights.
     """
     configs = getattr(model, "peft_config", None) if isinstance(model, PeftModel) else None
     kinds = [str(getattr(config.peft_type, "value", config.peft_type)) for config in (configs or {}).values()]

@@ -87,13 +87,13 @@ class TemperatureScaling(CalibrationMap):
 
         def scaled(batch: Mapping[str, Tensor]) -> Tensor:
             logits = inner(batch)
-            _check_classes(logits)
+            check_classes(logits)
             return logits / self.temperature
 
         return scaled
 
     def fit_logits(self, outputs: Tensor, labels: Tensor) -> Self:
-        _check_classes(outputs)
+        check_classes(outputs)
         low, high = (math.log(bound) for bound in self.bounds)
 
         def nll(log_temperature: float) -> float:
@@ -120,7 +120,7 @@ class TemperatureScaling(CalibrationMap):
         return cls(model, numbers["temperature"])
 
 
-def _check_classes(logits: Tensor) -> None:
+def check_classes(logits: Tensor) -> None:
     if logits.shape[-1] == 1:
         raise BayesLoraError("the model has 1 output (a regression), but must have classes: use a classifier")
 

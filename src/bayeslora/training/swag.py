@@ -65,8 +65,7 @@ class SWAG(TrainerCallback):
             that falls to zero, the spread of the iterates would shrink with the schedule.
 
     Raises:
-        BayesLoraError: an argument is out of range. At the start of training: it would collect fewer than 2 iterates,
-            or some from before the adapter has its final ranks.
+        BayesLoraError: an argument is out of range, or, at the start of training, does not fit the run or the adapter.
     """
 
     def __init__(
@@ -101,7 +100,6 @@ class SWAG(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         self._parameters = trained_weights(self.model)
-        self._check(args, kwargs["model"])
         self._first = int(self.start * state.max_steps)
         left = state.max_steps - self._first
         self._every = self.every or max(1, left // self.rank)
@@ -110,7 +108,7 @@ class SWAG(TrainerCallback):
                 f"SWAG would collect {counted(left // self._every, 'iterate')} in the last {left} of "
                 f"{state.max_steps} steps, but needs at least 2: train for longer, or lower start or every"
             )
-        self._check_form(self._first + self._every)
+        self._check(args, kwargs["model"])
         self._moments, self._rates = IterateMoments(self.rank), None
         if state.global_step > self._first:
             assert args.output_dir is not None
@@ -128,11 +126,8 @@ class SWAG(TrainerCallback):
             raise BayesLoraError(
                 "load_best_model_at_end is True, but SWAG averages the last iterates: leave one of the two out"
             )
-
-    def _check_form(self, first: int) -> None:
-        """Refuse iterates of an adapter that is still to be rotated or cut: their mean is the weights of no model."""
-        tuner = tuner_of(self.model)
-        if tuner is not None and tuner.final_from > first:
+        tuner, first = tuner_of(self.model), self._first + self._every
+        if tuner is not None and tuner.final_from > first:  # a mean over two bases is the weights of no model
             raise BayesLoraError(
                 f"SWAG averages the weights from step {first}, but {tuner.title} changes their basis or ranks up to "
                 f"step {tuner.final_from}: end that sooner (freeze_fraction=0.3, for AdaLoRA tfinal), or raise start"

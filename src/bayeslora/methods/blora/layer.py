@@ -119,10 +119,7 @@ class BLoraLayer(BayesLayer):
     def adapted(self, x: Tensor, adapter_names: list[str], *args: Any, **kwargs: Any) -> Tensor:
         if len(adapter_names) == 1:
             return self._adapted_by(adapter_names[0], x, *args, **kwargs)
-        if any(self.is_quantizing(name) for name in adapter_names):
-            raise BayesLoraError(
-                f"adapters {adapter_names} each quantize the same base weight: activate one of them at a time"
-            )
+        self._check_quantized_once(adapter_names)
         result = self.base_layer(x, *args, **kwargs)
         for name in adapter_names:
             a = self.blora_A[name]
@@ -130,6 +127,12 @@ class BLoraLayer(BayesLayer):
             hidden = hidden * self.gated(name, self.blora_E[name]).to(hidden.dtype)
             result = add_update(result, hidden, self.blora_B[name], self.scaling[name])
         return result
+
+    def _check_quantized_once(self, adapter_names: list[str]) -> None:
+        if len(adapter_names) > 1 and any(self.is_quantizing(name) for name in adapter_names):
+            raise BayesLoraError(
+                f"adapters {adapter_names} each quantize the same base weight: activate one of them at a time"
+            )
 
     def _adapted_by(self, name: str, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         r"""$Q_{out}(Q_w(W_0) Q_{in}(x) + b + s Q_b(B) Q_E((Q_e(E) \circ G) \circ Q_A(Q_a(A) Q_{in}(x))))$."""
@@ -305,13 +308,15 @@ class BLoraLayer(BayesLayer):
         widths = self.widths(adapter_name)
         return {kind: widths[kind] for kind in ACTIVATIONS if widths.get(kind, 32) < 32}
 
-    def check_merge(self, adapter_name: str) -> None:
-        narrow = self.quantized_activations(adapter_name)
-        if narrow and not self.configs[adapter_name].allow_inexact_merge:
-            raise BayesLoraError(
-                f"adapter {adapter_name!r} quantizes activations ({narrow} bits), which a merged weight cannot hold: "
-                "set allow_inexact_merge=True in its config, or export it instead"
-            )
+    def check_merge(self, *adapter_names: str) -> None:
+        self._check_quantized_once(list(dict.fromkeys([*self.merged_adapters, *adapter_names])))
+        for name in adapter_names:
+            narrow = self.quantized_activations(name)
+            if narrow and not self.configs[name].allow_inexact_merge:
+                raise BayesLoraError(
+                    f"adapter {name!r} quantizes activations ({narrow} bits), which a merged weight cannot hold: "
+                    "set allow_inexact_merge=True in its config, or export it instead"
+                )
 
     def widths(self, adapter_name: str) -> dict[str, int]:
         widths = super().widths(adapter_name)
@@ -352,10 +357,9 @@ class BLoraLayer(BayesLayer):
         if adapter_name not in self.blora_quantizers:
             return PackedTensors(matrices, {kind: widths[kind] for kind in matrices}, {}, {}, has_rank_gates)
         quantizers = self.quantizers(adapter_name)
-        logarithms, ranges = {}, {}
-        for kind, bound, shape in zip(quantizers.kinds, quantizers.ranges(), quantizers.shapes, strict=True):
-            ranges[kind] = bound.reshape(shape)
-            logarithms[kind] = quantizers.log_range(kind)
+        bounds = zip(quantizers.kinds, quantizers.ranges(), quantizers.shapes, strict=True)
+        ranges = {kind: bound.reshape(shape) for kind, bound, shape in bounds}
+        logarithms = {kind: quantizers.log_range(kind) for kind in quantizers.kinds}
         widths = {kind: widths[kind] for kind in quantizers.kinds}
         return PackedTensors(matrices, widths, logarithms, ranges, has_rank_gates)
 
