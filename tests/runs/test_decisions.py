@@ -113,6 +113,9 @@ def test_rows_of_the_training_are_refused(run_of: RunOf, folder: Path) -> None:
     run = bayeslora.load(folder)
     with pytest.raises(BayesLoraError, match="was trained on them"):
         run.calibrate(run_of("melora").parent / "melora.jsonl")
+    copy = shutil.copy(run_of("melora").parent / "melora.jsonl", folder.with_name("copy.jsonl"))
+    with pytest.raises(BayesLoraError, match="was trained on them"):
+        run.calibrate(copy)
     with pytest.raises(BayesLoraError, match="score is residual, but must be lac or aps"):
         run.calibrate(tickets(12, 0), score="residual")
     with pytest.raises(BayesLoraError, match="row 1 has the label 'other'"):

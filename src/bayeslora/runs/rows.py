@@ -244,7 +244,7 @@ def _split_file(info: RunInfo, text_columns: list[str] | None = None, label_colu
 
 
 def check_not_training(info: RunInfo, source: str, split: str) -> None:
-    """Raise if rows are those that the run was trained on: its file, or a split for training.
+    """Raise if rows are those that the run was trained on: its file, a copy of it, or a split for training.
 
     Args:
         info: of the run.
@@ -252,7 +252,8 @@ def check_not_training(info: RunInfo, source: str, split: str) -> None:
         split: of a task.
     """
     file = Path(info.files.get("train_file", ""))
-    same_file = file.is_file() and Path(source).is_file() and file.samefile(source)
+    known = {info.train_digest, file_digest(file) if file.is_file() else None}
+    same_file = Path(source).is_file() and file_digest(source) in known  # or a copy
     if same_file or split.startswith("train"):
         raise BayesLoraError(
             f"the rows are those of {source if same_file else split}, but the run was trained on them: calibrate on "
