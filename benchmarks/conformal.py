@@ -25,6 +25,7 @@ from pathlib import Path
 from typing import Any, get_args
 
 import numpy as np
+from intervals import probabilities_of
 from records import RESULTS, TASK_TITLES, Run, markdown_table, read_runs
 from scipy.stats import betabinom
 
@@ -98,8 +99,7 @@ def measured(run: Run) -> list[dict[str, Any]]:
     """One record for each form of a run."""
     labels, records = np.asarray(run["labels"]), []
     for name, form in run["forms"].items():
-        probabilities = np.asarray(form["probabilities"], dtype=np.float64)
-        probabilities /= probabilities.sum(axis=1, keepdims=True)  # they are rounded in the files
+        probabilities = probabilities_of(form, len(labels))
         sets = {}
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # a rare class may have too few rows in some split

@@ -149,8 +149,7 @@ def _export_members(
 def _largest(found: list[dict[str, Any]]) -> dict[str, Any]:
     """Return the maxima of several exports' measurements and ranks."""
     ranks = {layer: max(each["ranks"][layer] for each in found) for layer in found[0]["ranks"]}
-    said = {key: value for key, value in found[0].items() if key != "ranks"}
-    largest = {key: None if value is None else max(each[key] for each in found) for key, value in said.items()}
+    largest = {k: None if v is None else max(each[k] for each in found) for k, v in found[0].items() if k != "ranks"}
     return {**largest, "ranks": ranks}
 
 

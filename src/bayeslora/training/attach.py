@@ -112,18 +112,18 @@ def _check_distribution(trainer: Trainer, tuner: BayesTuner | None, by_ivon: boo
 def _prepare(trainer: Trainer, tuner: BayesTuner) -> None:
     """Check that the adapter can be trained, and let its method know what the trainer's batches are."""
     _check_trainable(trainer.model, tuner)
-    _show_batches(trainer, tuner)
+    _show_labels(trainer, tuner)
     tuner.forget_counted()
 
 
-def _show_batches(trainer: Trainer, tuner: BayesTuner) -> None:
-    """Let the method see pairs, and labels that the trainer takes out of the batch, as for label smoothing."""
-    compute_loss, rows = trainer.compute_loss, 2 if compares_pairs(trainer) else 1
+def _show_labels(trainer: Trainer, tuner: BayesTuner) -> None:
+    """Let the method see labels that the trainer takes out of the batch, as for label smoothing."""
+    compute_loss = trainer.compute_loss
 
     @functools.wraps(compute_loss)
     def shown(model: Any, inputs: Any, *args: Any, **kwargs: Any) -> Any:
         current = tuner_of(cast(Any, trainer.model)) or tuner  # `model_init` gives every run a model of its own
-        current.kept_labels, current.rows_per_example = inputs.get("labels"), rows
+        current.kept_labels = inputs.get("labels")
         try:
             return compute_loss(model, inputs, *args, **kwargs)
         finally:
@@ -172,6 +172,7 @@ class BayesCallback(TrainerCallback):
         assert model is not None
         tuner = tuner_of(model)
         if tuner is not None:
+            tuner.rows_per_example = 2 if compares_pairs(self.trainer) else 1
             tuner.forget_counted()
         stated = self.arguments[0] or (tuner.num_examples if tuner is not None else None)
         self._tell_of_other_data(stated)
