@@ -31,7 +31,7 @@ ROWS = [{"text": text, "label": label} for text, label in (("good film", "yes"),
 def folder(tmp_path: Path, tiny_bert_folder: Path) -> Iterator[Path]:
     """A folder with a run in `out`, which cannot be written to."""
     rows = write_jsonl(tmp_path / "rows.jsonl", ROWS)
-    write_jsonl(tmp_path / "held.jsonl", ROWS)
+    write_jsonl(tmp_path / "held.jsonl", ROWS[::-1])
     options = ["--method", "melora", "--model", str(tiny_bert_folder), "--train-file", str(rows), "--max-steps", "1"]
     options += ["--eval-file", str(tmp_path / "held.jsonl"), "--text-column", "text", "--label-column", "label"]
     assert main(["train", *options, "--output-dir", str(tmp_path / "out")]) == 0
