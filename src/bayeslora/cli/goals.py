@@ -43,7 +43,7 @@ GOALS = {
     ),
     "draws": Goal(
         {"method": "melora", "samples": 10},
-        "Me-LoRA, whose draws say how much of a doubt is due to the weights (on SST-2 they saved no labels)",
+        "Me-LoRA, one adapter whose draws say how much of a doubt is due to the weights",
         "bayeslora predict OUT --samples 10 --input ROWS --output ANSWERS",
     ),
 }

@@ -30,7 +30,7 @@ def build_sweep(given: dict[str, Any], problems: Problems) -> Sweep:
     With `resume` finished runs stay, an interrupted one continues, and the others begin.
 
     Raises:
-        BayesLoraError: as for `build_plan`, seeds are no list of different whole numbers, or a folder exists.
+        BayesLoraError: as for `build_plan`, seeds are not a list of different whole numbers, or a folder exists.
     """
     seeds: list[int] = []
     with problems.collected():

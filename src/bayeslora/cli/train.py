@@ -47,7 +47,7 @@ def run(plan: TrainPlan) -> int:
         print(f"  {'; '.join([headings[0], *(text[0].lower() + text[1:] for text in headings[1:])])}")
     if has_diverged(record):
         rate = plan.training_options["learning_rate"] / 10
-        print(f"  its NLL is far above that of the same for every row: try --learning-rate {rate:g} before more steps")
+        print(f"  its NLL is far above that of a constant answer: try --learning-rate {rate:g} before more steps")
     if is_undertrained(record):
         print(f"  {counted(record.steps or 0, 'step')} of training are few: {_longer(plan, record.steps or 1)}")
     print(f"  what they mean, with figures: {plan.output_dir / REPORT_NAME}")

@@ -94,7 +94,7 @@ def learn_label_sets(table: Table, columns: Sequence[str], names: Sequence[str] 
     """Learn the labels from the training data: those in the lists, sorted, or the names of the columns.
 
     Raises:
-        BayesLoraError: there are less than 2 labels, names are given for columns, or a value is no label.
+        BayesLoraError: there are less than 2 labels, names are given for columns, or a value is not a label.
     """
     if len(columns) > 1:
         if names is not None and list(names) != list(columns):

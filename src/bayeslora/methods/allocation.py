@@ -98,7 +98,7 @@ class CostModel:
 
 @dataclass(frozen=True)
 class Evidence:
-    """How much each width and each rank-one component is worth, in nats of mean loss.
+    """Worth of each width and each rank-one component, in nats of mean loss.
 
     Attributes:
         widths: for each tensor and number of bits (2, 4, 8, 16, 32), the increase of the mean loss over that at the
@@ -198,7 +198,7 @@ def falling(progress: float, start: float, target: float) -> float:
     r"""Return the budget at `progress` p in [0, 1]: AdaLoRA's $b_T + (b_0 - b_T)(1 - p)^3$.
 
     All methods with a budget approach it so. AdaLoRA shares nothing else with `allocate`: its scores order the
-    components and are no losses, so that no price can be put on them.
+    components and are not losses, so that no price can be put on them.
     """
     return (start - target) * (1 - progress) ** 3 + target
 

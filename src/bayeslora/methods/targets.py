@@ -20,7 +20,7 @@ def check_targets(model: nn.Module, config: Any) -> None:
     """Raise BayesLoraError if a target names weights that no method adapts; warn of targets that are left out.
 
     PEFT is content if one of several names matches. Mixtures of experts keep the weights of all experts in one tensor
-    (experts, d_out, d_in), which is no linear layer: methods of this library do not adapt it.
+    (experts, d_out, d_in), which is not a linear layer: methods of this library do not adapt it.
 
     Args:
         model: the base model, perhaps with other adapters.

@@ -93,7 +93,7 @@ def verify(
         max_changed: share of changed answers to allow; None (default) for any.
 
     Raises:
-        BayesLoraError: a folder that is no export, or one of another run.
+        BayesLoraError: a folder that is not an export, or one of another run.
     """
     for name, value in (("max_divergence", max_divergence), ("max_changed", max_changed)):
         if value is not None and not value >= 0:
@@ -117,7 +117,7 @@ def load_export(folder: Path, run: Run) -> tuple[str, nn.Module]:
     """Return the format of an export and its model, in evaluation mode.
 
     Raises:
-        BayesLoraError: a folder that is no export, or one that another run was written to.
+        BayesLoraError: a folder that is not an export, or one that another run was written to.
     """
     form = format_of(folder)
     device = device_of(run.model)

@@ -170,7 +170,7 @@ def score_seed(output: Any, inputs: Mapping[str, Any], model: Any, step: int) ->
     row's tokens and on `step` alone, so that they are the same on any rank. Of a model that returns no logits the loss
     on the labels of the data is used. Logits (B, C) of choices (`RowLoss`) have a label for each row, drawn among the
     choices that it has: of minus infinity neither a label nor a derivative comes. The tokens of a language model count
-    where they are labelled or are no padding.
+    where they are labelled or are not padding.
     """
     logits = logits_of(output)
     if logits is None:
