@@ -298,20 +298,52 @@ def test_relative_positions_and_shared_projections_are_measured(tiny_deberta: Pr
         assert evidence.width_deltas.isfinite().all() and (evidence.rank_deltas > 0).all()
 
 
-def test_a_layer_called_twice_or_not_at_all_does_no_harm() -> None:
-    class Odd(OneLayer):
-        def __init__(self) -> None:
-            super().__init__(2)
-            self.unused = nn.Linear(WIDTH, WIDTH)
+class CalledTwice(OneLayer):
+    """One layer runs twice, as ALBERT's do, and another one never."""
 
-        def forward(self, input_ids: Tensor) -> SimpleNamespace:  # type: ignore[override]
-            return SimpleNamespace(logits=self.head(self.layer(torch.tanh(self.layer(self.embed(input_ids))))))
+    def __init__(self) -> None:
+        super().__init__(2)
+        self.unused = nn.Linear(WIDTH, WIDTH)
 
-    config = BLoraConfig(r=RANK, target_modules=["layer", "unused"], init_weights=False)
-    model = get_peft_model(Odd(), config).train()
-    gathered(model, lambda: model(input_ids=IDS))
-    used, unused = (layer.evidence("default") for layer in model.base_model.adapted_layers())
-    assert (used.rank_deltas > 0).all() and used.passes == 1
+    def forward(self, input_ids: Tensor, labels: Tensor | None = None) -> SimpleNamespace:
+        return SimpleNamespace(logits=self.head(self.layer(3 * torch.tanh(self.layer(self.embed(input_ids))))))
+
+
+def test_evidence_of_a_layer_called_twice_is_that_of_both_calls_together() -> None:
+    config = BLoraConfig(r=RANK, target_modules=["layer", "unused"], init_weights=False, quantize_input=True)
+    model = seeded(lambda: get_peft_model(CalledTwice(), config)).eval()  # training holds E
+    layer = layer_of(model)
+    diagonal, kinds = layer.blora_E["default"], layer.quantizers("default").kinds
+    weight_error = quantize(layer.weight, layer.weight_range("default", "weight", 2), 2) - layer.weight
+    base = model.base_model.model
+    first_inputs = base.embed(IDS).detach()
+    second_inputs = 3 * torch.tanh(layer(first_inputs)).detach()
+    components, weight, inputs = torch.zeros(RANK), 0.0, 0.0
+    for row, first, second in zip(IDS, first_inputs, second_inputs, strict=True):
+        for parameter in (layer.base_layer.weight, diagonal):
+            parameter.requires_grad_()
+        shifts = [torch.zeros_like(first, requires_grad=True), torch.zeros_like(first, requires_grad=True)]
+        hidden = 3 * torch.tanh(layer(base.embed(row) + shifts[0]))
+        logits = base.head(layer(hidden + shifts[1]))
+        errors = [
+            quantize(x, optimal_range(whole, 2), 2).detach() - x
+            for x, whole in ((first, first_inputs), (second, second_inputs))
+        ]
+        for probability, loss in oracle.losses(logits, "classification"):
+            wanted = [diagonal, layer.base_layer.weight, *shifts]
+            by_e, by_w, *by_x = torch.autograd.grad(loss, wanted, retain_graph=True)
+            components += probability * (by_e * diagonal.detach()).square() / (2 * ROWS)
+            weight += float(probability * (by_w * weight_error).sum().square() / (2 * ROWS))
+            along = sum((gradient * error).sum() for gradient, error in zip(by_x, errors, strict=True))
+            inputs += float(probability * along.square() / (2 * ROWS))
+    gathered(model.train(), lambda: model(input_ids=IDS))
+    used, unused = (each.evidence("default") for each in model.base_model.adapted_layers())
+    torch.testing.assert_close(used.rank_deltas, components.detach(), rtol=1e-3, atol=0)
+    assert float(used.width_deltas[kinds.index("weight"), 0]) == pytest.approx(weight, rel=1e-3)
+    assert float(used.width_deltas[kinds.index("in"), 0]) == pytest.approx(inputs, rel=0.01)
+    widest = max(float(optimal_range(x, 2)) for x in (first_inputs, second_inputs))
+    assert float(used.ranges[kinds.index("in"), 0] / used.passes) == pytest.approx(widest, rel=1e-4)
+    assert used.passes == 1
     assert not unused.rank_deltas.any() and not unused.width_deltas.any() and unused.passes == 0
 
 

@@ -9,6 +9,7 @@ import pytest
 import torch
 from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 
 import bayeslora
@@ -361,3 +362,97 @@ def test_gpt2_and_bert_adapt_through_all_doors(tiny_gpt2: PreTrainedModel, tiny_
         _close(layer.eval()(x), oracle(layer, x, [None, None]), atol=1e-4)
         with model.disable_adapter():
             assert torch.equal(model(input_ids=tokens).logits, expected)
+
+
+# Layers that run several times in a pass ------------------------------------------------------------------------
+
+
+class _Twice(Tiny):
+    """The second layer's output goes through it again, as through ALBERT's one block."""
+
+    dropout = 0.3
+    reentrant: bool | None = None  # of gradient checkpointing; None: without it
+
+    def forward(self, x: Tensor) -> Tensor:
+        hidden = torch.tanh(self.first(x)).requires_grad_()
+        for _ in range(2):
+            if self.reentrant is None:
+                hidden = self._block(hidden)
+            else:
+                hidden = checkpoint(self._block, hidden, use_reentrant=self.reentrant)
+        return self.head(hidden)
+
+    def _block(self, hidden: Tensor) -> Tensor:
+        return torch.nn.functional.dropout(torch.tanh(2 * self.second(hidden)), self.dropout, self.training)
+
+
+def _twice(adapter: Any, reentrant: bool | None = None) -> tuple[Any, bayeslora.BayesLoop]:
+    model = seeded(lambda: get_peft_model(_Twice(), adapter)).train()
+    model.base_model.model.reentrant = reentrant
+    optimizer = torch.optim.SGD(parameter_groups(model, lr=0.1))
+    return model, bayeslora.BayesLoop(model, optimizer, total_steps=10)
+
+
+TWICE: dict[str, Any] = {"r": RANK, "num_examples": 40, "target_modules": ["second"], "init_weights": False}
+
+
+@pytest.mark.parametrize(
+    "adapter",
+    [
+        MeLoraConfig(**TWICE, prior_std=0.5),
+        MeLoraConfig(**TWICE, prior_std=0.5, cores=2, variance="closed_form"),
+        MeLoraConfig(**TWICE, noise_scope="batch", variance="learned"),
+        bayeslora.BlobConfig(**TWICE, noise_scope="example"),
+    ],
+)
+def test_a_layer_that_runs_twice_has_one_draw_in_a_pass(adapter: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    model, loop = _twice(adapter)
+    drawn: list[Tensor] = []
+    normal = Noise.normal
+    monkeypatch.setattr(Noise, "normal", lambda *args: drawn.append(normal(*args)) or drawn[-1])
+    for _ in range(2):
+        loop.step_begin()
+        for layer in layers_of(model):
+            layer._fresh["default"].scale = 1.0
+        model(X).square().mean().backward()
+        loop.before_optimizer_step()
+        loop.step_end()
+    one, again, other, last = drawn
+    assert torch.equal(one, again) and torch.equal(other, last)
+    assert one.any() and not torch.equal(one, other)
+
+
+def test_deviations_of_a_layer_that_runs_twice_are_of_both_calls_together() -> None:
+    """A row's gradient by the core is the sum over the calls, squared after it."""
+    prior = 1e-5  # draws are the mean then
+    model, loop = _twice(MeLoraConfig(**TWICE, prior_std=prior))
+    model.base_model.model.dropout = 0.0
+    (layer,) = layers_of(model)
+    fisher = torch.zeros_like(layer.melora_M["default"])
+    for x, label in zip(X, LABELS, strict=True):
+        with bayeslora.posterior_mean(model):
+            loss = torch.nn.functional.cross_entropy(model(x[None]).mean(1), label[None])
+        (gradient,) = torch.autograd.grad(loss, [layer.melora_M["default"]])
+        fisher += gradient.square() / len(X)
+    _step(model, loop)
+    assert (0.05 * fisher * 40).max() > 1e-3
+    _close(layer.melora_precision["default"], 0.05 * fisher * 40, rtol=1e-3)
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+@pytest.mark.parametrize("cores", [1, 2])
+def test_checkpointing_a_layer_that_runs_twice_changes_nothing(cores: int, reentrant: bool) -> None:
+    found = []
+    for checkpointed in (None, reentrant):
+        model, loop = _twice(MeLoraConfig(**TWICE, prior_std=0.5, cores=cores, variance="closed_form"), checkpointed)
+        (layer,) = layers_of(model)
+        loop.step_begin()
+        layer.set_noise("default", 1.0)
+        torch.manual_seed(3)
+        torch.nn.functional.cross_entropy(model(X).mean(1), LABELS).backward()
+        loop.before_optimizer_step()
+        loop.step_end()
+        found.append([layer.melora_precision["default"], layer.melora_A["default"].grad])
+    assert found[0][0].any()
+    for one, other in zip(*found, strict=True):
+        _close(one, other)

@@ -633,6 +633,28 @@ def test_a_model_that_the_run_builds_sees_the_labels_and_the_pairs(
     assert seen == [(True, rows)] * 2
 
 
+@pytest.mark.parametrize(
+    ("config", "missing"),
+    [
+        (BLoraConfig, "no rank closes and no width narrows"),
+        (AdaLoraConfig, "no rank is pruned"),
+        (bayeslora.DyLoraConfig, "every layer draws a rank of its own"),
+        (bayeslora.MeLoraConfig, "nothing is learned about the posterior but its mean"),
+        (BlobConfig, "nothing is learned about the posterior but its mean"),
+    ],
+)
+def test_a_trainer_that_was_never_attached_is_told_once(config: Any, missing: str, tmp_path: Path) -> None:
+    ranks = {"init_r": 3, "target_r": 2, "importance": "sensitivity"} if config is AdaLoraConfig else {"r": 2}
+    model = get_peft_model(build_tiny_bert(), config(target_modules=["query"], task_type="SEQ_CLS", **ranks))
+    trainer = _trainer(model, tmp_path, attached=False, max_steps=4)
+    with pytest.warns(UserWarning, match="no run has begun") as told:
+        trainer.train()
+    (message,) = [str(each.message) for each in told if "no run has begun" in str(each.message)]
+    assert f"so {missing}: call bayeslora.attach(trainer) before trainer.train()" in message
+    trainer = _trainer(model, tmp_path, max_steps=12)  # a warning would be an error
+    trainer.train()
+
+
 def test_a_model_saved_by_the_trainer_is_a_peft_adapter(
     trained: Any, tmp_path: Path, tiny_bert: PreTrainedModel
 ) -> None:

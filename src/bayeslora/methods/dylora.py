@@ -119,6 +119,7 @@ class DyLoraModel(BayesTuner):
     """DyLoRA over a whole model: one rank a step, and the rank that evaluation uses."""
 
     title = "DyLoRA"
+    without_a_run = "every layer draws a rank of its own"
     prefix = "dylora_"
     tuner_layer_cls = DyLoraLayer
     linear_class = Linear

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, cast
@@ -107,10 +108,14 @@ class BayesTuner(BaseTuner):
 
     _run: RunState | None = None
     _named_layers: dict[str, Any] | None = None
+    _passes_without_a_run: int | None = None  # None: nothing counts them yet
+    _first_sum: float | None = None  # of the first layer's weights in the first of these passes; None: no more
 
     target_module_mapping: dict[str, list[str]] = cast(Any, DEFAULT_TARGET_MODULES)
     title: ClassVar[str]
     """The method's name in prose."""
+    without_a_run: ClassVar[str] = "its penalty and its schedule stay out"
+    """What is missing from training where no run has begun, as a clause for a warning."""
     linear_class: ClassVar[type[BayesLayer]]
 
     def _create_and_replace(
@@ -307,6 +312,29 @@ class BayesTuner(BaseTuner):
             warn_of_unmatched(model, config)
         super().inject_adapter(model, adapter_name, *args, **kwargs)
         self._named_layers = None
+        if not config.inference_mode and self._passes_without_a_run is None:
+            self._passes_without_a_run = 0
+            model.register_forward_pre_hook(self._tell_of_no_run)
+
+    def _tell_of_no_run(self, *_: Any) -> None:
+        """Warn once if weights move in training although no run has begun; looked at in passes 1, 2, 4, 8, …"""
+        if self._run is not None or torch.compiler.is_compiling() or not (self.training and torch.is_grad_enabled()):
+            return
+        passes = self._passes_without_a_run = (self._passes_without_a_run or 0) + 1
+        if passes.bit_count() > 1 or (passes > 1 and self._first_sum is None):
+            return
+        layer = next(iter(self.adapted_layers()), nn.Module())
+        own = (p.detach() for name, p in layer.named_parameters() if name.startswith(self.prefix))
+        total = sum(float(weight.sum()) for weight in own)
+        if passes == 1:
+            self._first_sum = total
+        elif total != self._first_sum:
+            self._first_sum = None
+            warnings.warn(
+                f"an optimizer moves the weights of {self.title}, but no run has begun, so {self.without_a_run}: call "
+                "bayeslora.attach(trainer) before trainer.train(), or use bayeslora.BayesLoop in a loop of your own",
+                stacklevel=2,
+            )
 
     def add_weighted_adapter(self, *args: Any, **kwargs: Any) -> None:
         """Raise `BayesLoraError`: only plain LoRA adapters can be combined."""

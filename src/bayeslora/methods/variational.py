@@ -23,7 +23,7 @@ from bayeslora.methods.config import AdapterConfig
 from bayeslora.methods.description import LayerDescription, PosteriorWidth
 from bayeslora.methods.layer import BayesLayer, add_update
 from bayeslora.methods.tuner import BayesTuner, ParameterRole, RunState, TrainingSetup, tuner_of
-from bayeslora.posterior import SCOPES, Noise, Scope, kl_divergence
+from bayeslora.posterior import SCOPES, Noise, PassDraws, Scope, kl_divergence
 
 
 @dataclass
@@ -129,6 +129,12 @@ class VariationalLayer(BayesLayer):
     def draw_for(self, name: str, rows: int) -> None:
         """Let adapter `name` alone draw in training, once for the `rows` rows that make up an example of a batch."""
         self._trained, self._fresh[name].rows_per_example = name, rows
+        self._fresh[name].of_pass = PassDraws()
+
+    @property
+    def pass_draws(self) -> list[PassDraws]:
+        """What the calls of one forward pass share, of every adapter that a run has trained."""
+        return [noise.of_pass for noise in self._fresh.values() if noise.of_pass is not None]
 
     def noise_of(self, name: str, position: int = 0) -> Noise | None:
         """The noise of this forward pass under `name`, at `position` among the active ones; None is the mean."""
@@ -255,6 +261,8 @@ class VariationalModel(BayesTuner):
     """Role of a parameter by the name of its container."""
 
     penalty_names = ("kl",)
+    without_a_run = "nothing is learned about the posterior but its mean"
+    _hooked = False
 
     def config_of(self, name: str) -> VariationalConfig:
         return cast(VariationalConfig, self.peft_config[name])
@@ -307,6 +315,23 @@ class VariationalModel(BayesTuner):
         self._run = VariationalRun(
             total_steps=setup.total_steps, warm_up_steps=round(config.kl_warmup * setup.total_steps)
         )
+        if not self._hooked:
+            self.model.register_forward_pre_hook(self._begin_pass, with_kwargs=True)
+            self.model.register_forward_hook(self._end_pass, always_call=True)
+            self._hooked = True
+
+    def _begin_pass(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """Begin a forward pass in training: a layer has one draw of its weights in it, however often it runs."""
+        if self._run is not None and self.training:
+            for draws in self._pass_draws():
+                draws.begin_pass()
+
+    def _end_pass(self, *_: Any) -> None:
+        for draws in self._pass_draws():
+            draws.end_pass()
+
+    def _pass_draws(self) -> Iterator[PassDraws]:
+        return (draws for layer in self.adapted_layers() for draws in layer.pass_draws)
 
     def run_state(self) -> VariationalRun:
         return cast(VariationalRun, super().run_state())

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from bayeslora.posterior.draws import GaussianParameter, PosteriorSource, drawn_weights, posterior_source, unwrapped
 from bayeslora.posterior.gaussian import inverse_softplus, kl_divergence, local_reparametrization, standard_deviation
-from bayeslora.posterior.noise import SCOPES, IndivisibleBatchError, Noise, Scope
+from bayeslora.posterior.noise import SCOPES, IndivisibleBatchError, Noise, PassDraws, Scope
 from bayeslora.posterior.saved import POSTERIOR_FILE, WeightPosterior, load_posterior, save_posterior
 
 __all__ = [
@@ -13,6 +13,7 @@ __all__ = [
     "GaussianParameter",
     "IndivisibleBatchError",
     "Noise",
+    "PassDraws",
     "PosteriorSource",
     "Scope",
     "WeightPosterior",

@@ -126,6 +126,40 @@ class IndivisibleBatchError(BayesLoraError):
     """The rows of a forward pass cannot be divided among several draws; one draw per pass always works."""
 
 
+class PassDraws:
+    """Draws of one layer in a forward pass. A layer that runs several times in it (ALBERT's) has one, the first.
+
+    Later calls draw and drop: a call uses up as many random numbers when gradient checkpointing repeats it.
+
+    Attributes:
+        number: the pass, from 1.
+        repeats: whether the layer has run several times in one pass.
+    """
+
+    def __init__(self) -> None:
+        self.number, self.repeats = 0, False
+        self._is_inside = False
+        self._calls = 0
+        self._first: dict[tuple[int, ...], Tensor] = {}
+
+    def begin_pass(self) -> None:
+        self.number += 1
+        self._is_inside, self._calls = True, 0
+        self._first.clear()
+
+    def end_pass(self) -> None:
+        """Mark the end of a forward pass; a call after it is recomputed for a backward pass."""
+        self._is_inside = False
+
+    def shared(self, drawn: Tensor) -> Tensor:
+        """Return the first draw of this shape in the pass, which is `drawn` in the first call."""
+        if self._is_inside:
+            self._calls += 1
+            self.repeats = self.repeats or self._calls > 1
+            return self._first.setdefault(tuple(drawn.shape), drawn)
+        return self._first.get(tuple(drawn.shape), drawn) if self.repeats else drawn
+
+
 class Noise:
     """Normal noise and random signs for one layer.
 
@@ -164,6 +198,7 @@ class Noise:
         self.scope, self.seed, self.key, self.draws, self.antithetic = scope, seed, key, draws, antithetic
         self.scale = scale
         self.rows_per_example = 1  # rows 0, n/2, … of n share a draw where it is 2, as of a text and its alternative
+        self.of_pass: PassDraws | None = None  # of fresh noise, what the calls of one forward pass share
         self._kept: dict[tuple[object, ...], Tensor] = {}
 
     def for_adapter(self, position: int) -> Noise:
@@ -185,8 +220,12 @@ class Noise:
 
     def normal(self, groups: int, shape: Sequence[int], device: torch.device) -> Tensor:
         """Draw normal numbers (groups, *shape) with standard deviation `scale`, float32: one entry per draw."""
-        if self.scale == 0.0:  # no random number is used up: dropout stays what it is without noise
-            return torch.zeros(groups, *shape, device=device)
+        # With a scale of 0 no random number is used up: dropout stays what it is without noise.
+        is_drawn = self.scale != 0.0
+        drawn = self._repeated(groups, shape, device) if is_drawn else torch.zeros(groups, *shape, device=device)
+        return drawn if self.of_pass is None or self.scope == "token" else self.of_pass.shared(drawn)
+
+    def _repeated(self, groups: int, shape: Sequence[int], device: torch.device) -> Tensor:
         copies = self.rows_per_example if self.scope == "example" else 1
         if copies > 1 and groups % copies == 0:
             return self._scaled(self._normal(groups // copies, shape, device)).repeat(copies, *[1] * len(shape))

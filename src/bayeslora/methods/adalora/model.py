@@ -80,6 +80,7 @@ class AdaLoraModel(BayesTuner):
     """Bayesian AdaLoRA over a whole model: its budget, its scores and its penalty."""
 
     title = "Bayesian AdaLoRA"
+    without_a_run = "no rank is pruned"
     prefix = "bayes_adalora_"
     tuner_layer_cls = AdaLoraLayer
     linear_class = Linear

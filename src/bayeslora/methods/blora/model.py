@@ -102,6 +102,7 @@ class BLoraModel(BayesTuner):
     """B-LoRA over a whole model: its penalty, its phases and its budget."""
 
     title = "B-LoRA"
+    without_a_run = "no rank closes and no width narrows"
     prefix = "blora_"
     tuner_layer_cls = BLoraLayer
     linear_class = Linear

@@ -29,9 +29,15 @@ from bayeslora.quantization import Calibration, optimal_ranges, quantize
 _ODD = 0x5851F42D4C957F2D  # an odd factor with bits set throughout
 _LARGEST_CHUNK = 1 << 24  # entries of the gradients of single rows that are held at once
 
+_COMPONENTS = "components"
+
 
 class Probe:
-    """Findings of one pass in one layer; `widths` and the rest are sums over the pass's rows.
+    """Findings of one pass in one layer, as sums over the pass's rows.
+
+    A layer that runs several times in a pass (ALBERT's, DeBERTa's projections of positions) has one gate for all of
+    them: a row's derivatives are summed over the calls before they are squared, and the widest range holds. Calls
+    with other numbers of rows are summed apart.
 
     Args:
         kinds: the quantized tensors of the layer, in order; empty where only ranks are learned.
@@ -54,9 +60,9 @@ class Probe:
     ) -> None:
         self.kinds, self.rows, self.fixed = tuple(kinds), rows, fixed
         self.calibration, self.weight_range = calibration, weight_range
-        self.widths = torch.zeros(len(kinds), len(MEASURED))
-        self.ranks = torch.zeros(rank)
+        self.rank = rank
         self.ranges = torch.zeros(len(kinds), len(RANGED))
+        self._along: dict[tuple[str, int], Tensor] = {}
         self.anchor = torch.zeros((), requires_grad=True)
         self.used = False
 
@@ -66,21 +72,26 @@ class Probe:
     def _row_count(self, tensor: Tensor) -> int:
         return self.rows if tensor.shape[0] % self.rows == 0 else 1
 
+    def _add(self, name: str, along: Tensor) -> None:
+        """Add the derivatives (rows, directions) of one call along the errors of `name`."""
+        key = (name, len(along))
+        self._along[key] = self._along[key] + along if key in self._along else along
+
     def activation(self, kind: str, before: Tensor, after: Tensor) -> Tensor:
         """Measure the activation `before` where its gradient arrives at `after`, which is returned."""
         if kind not in self.kinds or not before.numel():
             return after
         index, values = self.kinds.index(kind), before.detach()
         bounds = optimal_ranges(values, RANGED, self.calibration)
-        self.ranges[index] += torch.stack([bound.float().cpu() for bound in bounds])
+        found = torch.stack([bound.float().cpu() for bound in bounds])
+        self.ranges[index] = torch.maximum(self.ranges[index], found)
 
         def measure(gradient: Tensor) -> None:
             rows = self._row_count(gradient)
             gradient = gradient.float()
-            for column, (bits, bound) in enumerate(zip(MEASURED, bounds, strict=False)):
-                error = quantize(values, bound, bits).float() - values.float()
-                along = (error * gradient).reshape(rows, -1).sum(1)
-                self.widths[index, column] += along.square().sum().cpu()
+            pairs = zip(MEASURED, bounds, strict=False)
+            errors = (quantize(values, bound, bits).float() - values.float() for bits, bound in pairs)
+            self._add(kind, torch.stack([(error * gradient).reshape(rows, -1).sum(1) for error in errors], dim=1))
 
         if self._measures(kind):
             after.register_hook(measure)
@@ -90,7 +101,7 @@ class Probe:
         """Measure the weight (d_out, d_in) that multiplied `inputs` (..., d_in), where its gradient meets `output`."""
         if not self._measures(kind) or not weight.numel():
             return
-        index, values, inputs = self.kinds.index(kind), weight.detach().float(), inputs.detach()
+        values, inputs = weight.detach().float(), inputs.detach()
 
         def measure(gradient: Tensor) -> None:
             rows = self._row_count(gradient)
@@ -99,10 +110,8 @@ class Probe:
             errors = [quantize(values, self.weight_range(kind, bits), bits) - values for bits in MEASURED]
             directions = torch.stack([error.flatten() for error in errors], dim=1)
             step = max(1, _LARGEST_CHUNK // values.numel())
-            for start in range(0, rows, step):
-                products = torch.bmm(g[start : start + step].transpose(1, 2), x[start : start + step])
-                along = products.flatten(1) @ directions
-                self.widths[index] += along.square().sum(0).cpu()
+            chunks = [(g[first : first + step], x[first : first + step]) for first in range(0, rows, step)]
+            self._add(kind, torch.cat([torch.bmm(g.transpose(1, 2), x).flatten(1) @ directions for g, x in chunks]))
 
         output.register_hook(measure)
 
@@ -115,19 +124,25 @@ class Probe:
         def measure(gradient: Tensor) -> None:
             rows = self._row_count(gradient)
             products = (gradient.float() * inputs.float()).unflatten(0, (rows, -1)).flatten(1, -2).sum(1)
-            self.ranks += (products * values).square().sum(0).cpu()
+            self._add(_COMPONENTS, products * values)
             if self._measures("E"):
                 errors = [quantize(values, self.weight_range("E", bits), bits) - values for bits in MEASURED]
-                along = products @ torch.stack(errors, dim=1)
-                self.widths[self.kinds.index("E")] += along.square().sum(0).cpu()
+                self._add("E", products @ torch.stack(errors, dim=1))
 
         output.register_hook(measure)
 
     @property
     def found(self) -> dict[str, Tensor]:
+        widths, ranks = torch.zeros(len(self.kinds), len(MEASURED)), torch.zeros(self.rank)
+        for (kind, _), along in self._along.items():
+            squares = along.square().sum(0).cpu()
+            if kind == _COMPONENTS:
+                ranks += squares
+            else:
+                widths[self.kinds.index(kind)] += squares
         return {
-            "width_sums": self.widths,
-            "rank_sums": self.ranks,
+            "width_sums": widths,
+            "rank_sums": ranks,
             "ranges": self.ranges,
             "passes": torch.tensor(float(self.used)),
         }

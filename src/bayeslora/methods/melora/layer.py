@@ -13,6 +13,7 @@ from bayeslora._peft import BufferDict
 from bayeslora.errors import BayesLoraError
 from bayeslora.methods.melora.config import INITIAL_STD, MeLoraConfig
 from bayeslora.methods.melora.cores import Deal, in_turn, starting_cores
+from bayeslora.methods.melora.row_gradients import RowGradients
 from bayeslora.methods.variational import VariationalLayer, per_group
 from bayeslora.posterior import Noise, inverse_softplus, local_reparametrization, standard_deviation
 from bayeslora.quantization import Float32Module
@@ -61,7 +62,7 @@ class MeLoraLayer(VariationalLayer):
         self._start: dict[str, tuple[int, int, float, bool]] = {}
         self.cores: dict[str, int] = {}
         self.deals: dict[str, Deal] = {}
-        self._row_gradients: dict[str, Tensor | None] = {}
+        self._row_gradients: dict[str, RowGradients] = {}
 
     def add_adapter(self, adapter_name: str, config: MeLoraConfig, rank: int) -> None:
         self.add_common(adapter_name, config, rank)
@@ -72,7 +73,7 @@ class MeLoraLayer(VariationalLayer):
         self.melora_M[adapter_name] = nn.Parameter(core.clone())
         if config.variance == "closed_form":
             self.melora_precision[adapter_name] = torch.zeros_like(core)
-            self._row_gradients[adapter_name] = None
+            self._row_gradients[adapter_name] = RowGradients(core.shape)
         elif config.variance == "learned":
             self.melora_rho[adapter_name] = nn.Parameter(
                 torch.full_like(core, inverse_softplus(config.initial_std or INITIAL_STD))
@@ -120,7 +121,7 @@ class MeLoraLayer(VariationalLayer):
 
     def take_row_gradients(self, name: str) -> Tensor:
         """Return the sum over rows of squared gradients of the core since the last call, of the core's shape."""
-        found, self._row_gradients[name] = self._row_gradients[name], None
+        found = self._row_gradients[name].take()
         return torch.zeros_like(self.melora_precision[name]) if found is None else found
 
     def posterior(self, name: str) -> tuple[Tensor, Tensor, Tensor | float]:
@@ -189,18 +190,14 @@ class MeLoraLayer(VariationalLayer):
         return members.to(device)
 
     def _gather_gradients(self, name: str, cores: Tensor, members: Tensor | None) -> None:
-        """Add the squared gradients of each row's core, by member, when they arrive."""
-        shape = self.melora_M[name].shape
+        """Add the gradients of each row's core, by member, when they arrive."""
+        fresh, draws = self._fresh[name], self._fresh[name].of_pass
+        number = 0 if draws is None else draws.number
 
         def gather(gradient: Tensor) -> None:
-            copies = self._fresh[name].rows_per_example
-            squares = gradient.detach().float().unflatten(0, (copies, -1)).sum(0).square()
-            if members is None:
-                squares = squares.sum(0)
-            else:
-                squares = squares.new_zeros(shape).index_add_(0, members[: len(squares)], squares)
-            known = self._row_gradients[name]
-            self._row_gradients[name] = squares if known is None else known + squares
+            examples = gradient.detach().float().unflatten(0, (fresh.rows_per_example, -1)).sum(0)
+            repeats = draws is not None and draws.repeats
+            self._row_gradients[name].add(examples, members, number if repeats else None)
 
         (cores if cores.requires_grad else cores.requires_grad_()).register_hook(gather)
 

@@ -43,7 +43,6 @@ class MeLoraModel(VariationalModel):
     linear_class = Linear
     trains_sharded = False
     roles = {"melora_rho": "variances", "melora_M": "means"}
-    _hooked = False
 
     def config_of(self, name: str) -> MeLoraConfig:
         return cast(MeLoraConfig, super().config_of(name))
@@ -60,10 +59,6 @@ class MeLoraModel(VariationalModel):
         if config.cores > 1:
             for layer in self.adapted_layers(name):
                 layer.deals[name] = self._run.deal
-        if (config.cores > 1 or self._sets_deviations) and not self._hooked:
-            self.model.register_forward_pre_hook(self._begin_pass, with_kwargs=True)
-            self.model.register_forward_hook(self._end_pass, always_call=True)
-            self._hooked = True
 
     def run_state(self) -> MeLoraRun:
         return cast(MeLoraRun, super().run_state())
@@ -74,6 +69,7 @@ class MeLoraModel(VariationalModel):
 
     def _begin_pass(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Deal the rows, and count by member what the mean loss is a mean of: rows, or labelled tokens."""
+        super()._begin_pass(model, args, kwargs)
         if self._run is None or not (self.training and torch.is_grad_enabled()):
             return
         run = self.run_state()
@@ -83,6 +79,7 @@ class MeLoraModel(VariationalModel):
             run.terms.index_add_(0, members, self.terms_in(kwargs, rows))
 
     def _end_pass(self, *_: Any) -> None:
+        super()._end_pass()
         if self._run is not None:
             self.run_state().deal.end_pass()
 
