@@ -30,6 +30,18 @@ _PACKED = "The adapter computes what the trained one computes, to the rounding o
 CARDED = tuple(_TITLES)
 """Formats that `write_card` has a card for; the others write their own."""
 
+_AS_A_RUN = """
+## With its tokenizer and labels
+
+They are in this folder too. With `pip install bayeslora`:
+
+```python
+import bayeslora
+
+run = bayeslora.load(".")  # also finds a base that is an installed Python package
+```
+"""
+
 _LICENSE = re.compile(r"[A-Za-z0-9][A-Za-z0-9.+-]*")
 _FROM_THE_RUN = ("license", "datasets", "pipeline_tag", "language")
 
@@ -214,13 +226,20 @@ def check_license(name: str) -> None:
         raise BayesLoraError(f"license is {name!r}, but must be the hub's name of one: give one such as apache-2.0")
 
 
-def complete_card(folder: Path, source: Path, license: str | None = None) -> None:  # noqa: A002 - the hub's name
+def complete_card(
+    folder: Path,
+    source: Path,
+    license: str | None = None,  # noqa: A002 - the hub's name
+    *,
+    loads_as_run: bool = False,
+) -> None:
     """Add to the card of an export what the card of its run says of data, task, language and license.
 
     Args:
         folder: of the export.
         source: of the run; one without a card adds nothing.
         license: the hub's name of one, such as `apache-2.0`, in place of the run's.
+        loads_as_run: say how `bayeslora.load` reads the folder.
     """
     from huggingface_hub import ModelCard
 
@@ -232,4 +251,6 @@ def complete_card(folder: Path, source: Path, license: str | None = None) -> Non
                 setattr(card.data, name, getattr(known, name))
     if license is not None:
         card.data.license = license
+    if loads_as_run:
+        card.text += _AS_A_RUN
     card.save(folder / CARD_FILE)

@@ -221,14 +221,19 @@ def test_a_name_that_the_hub_would_not_take_is_told_before_the_run_is_loaded(
 
 @pytest.mark.parametrize(("method", "form"), [("melora", "lora"), ("blora", "packed"), ("blora", "integer")])
 def test_a_stranger_loads_an_export_by_its_card(
-    method: str, form: str, runs: dict[str, Path], tmp_path: Path, capfd: pytest.CaptureFixture[str]
+    method: str,
+    form: str,
+    runs: dict[str, Path],
+    tmp_path: Path,
+    capfd: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     target, run = tmp_path / "out", bayeslora.load(runs[method])
     assert (
         main(["export", str(runs[method]), "--format", form, "--output-dir", str(target), "--base-model-id", BASE_ID])
         == 0
     )
-    (code,) = re.findall(r"```python\n(.*?)```", (target / "README.md").read_text(encoding="utf-8"), re.DOTALL)
+    code, as_run = re.findall(r"```python\n(.*?)```", (target / "README.md").read_text(encoding="utf-8"), re.DOTALL)
     batch = dict(run.tokenizer(["a fine film", "a bad one"], return_tensors="pt", padding=True))
     found = subprocess.run(
         [sys.executable, "-c", ALONE, form, code.replace(BASE_ID, run.info.model), json.dumps(
@@ -241,6 +246,14 @@ def test_a_stranger_loads_an_export_by_its_card(
         expected = run.model(**batch).logits
     tolerance = 0.05 if form == "integer" else 1e-4  # whose other layers have 8 bits
     torch.testing.assert_close(torch.tensor(json.loads(found.stdout)), expected, atol=tolerance, rtol=0)
+    for path in target.glob("*.json"):  # instead of the hub
+        path.write_text(path.read_text(encoding="utf-8").replace(BASE_ID, run.info.model), encoding="utf-8")
+    monkeypatch.chdir(target)
+    names: dict[str, Any] = {}
+    exec(as_run, names)
+    assert (
+        names["run"].predict(["a fine film", "a bad one"]).labels == run.predict(["a fine film", "a bad one"]).labels
+    )
 
 
 def test_an_export_may_go_without_its_tokenizer(

@@ -5,10 +5,12 @@ from __future__ import annotations
 import json
 import re
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from peft import get_peft_model
+from transformers import AutoTokenizer
 
 from bayeslora import BayesLoraError, BLoraConfig, MeLoraConfig, export
 from bayeslora.model_card import check_license
@@ -64,3 +66,25 @@ def test_what_is_no_name_on_the_hub_is_refused(name: str, tmp_path: Path) -> Non
     if name.strip("x"):
         with pytest.raises(BayesLoraError, match="must be the hub's name of one: give one such as apache-2.0"):
             check_license(name)
+
+
+@pytest.mark.parametrize("form", ["lora", "merged", "packed", "integer"])
+def test_a_tokenizer_lies_beside_a_model_exported_from_python(form: str, tmp_path: Path) -> None:
+    config = MeLoraConfig(r=2, target_modules=["query"], task_type="SEQ_CLS")
+    if form == "integer":
+        config = BLoraConfig(r=2, target_modules=["query"], task_type="SEQ_CLS")
+    model = get_peft_model(build_tiny_bert(), config).eval()
+    export(model, tmp_path / "one", format=form, tokenizer=build_tiny_tokenizer())
+    text = "w1 w2"
+    found = AutoTokenizer.from_pretrained(tmp_path / "one")(text)["input_ids"]
+    assert found == build_tiny_tokenizer()(text)["input_ids"]
+    if form == "lora":
+        export(model, tmp_path / "two", format=form, tokenizer=build_tiny_tokenizer(), draws=2)
+        assert all((tmp_path / "two" / f"draw-{k}" / "tokenizer.json").is_file() for k in range(2))
+    if form == "merged":
+        card = (tmp_path / "one" / "README.md").read_text(encoding="utf-8")
+        (code,) = re.findall(r"```python\n(.*?)```", card, re.DOTALL)
+        names: dict[str, Any] = {}
+        exec(code.replace('"."', repr(str(tmp_path / "one"))), names)
+        ids = torch.tensor([[5, 6, 7]])
+        torch.testing.assert_close(names["model"].eval()(ids).logits, model(input_ids=ids).logits, atol=1e-5, rtol=0)

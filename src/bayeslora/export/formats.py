@@ -49,6 +49,7 @@ def export(
     batch: Mapping[str, Tensor] | None = None,
     *,
     base_model_id: str | None = None,
+    tokenizer: Any = None,
     **options: Any,
 ) -> dict[str, Any]:
     """Write an adapter to the folder `path` in another format, and return what was measured, such as sizes and errors.
@@ -65,6 +66,7 @@ def export(
         adapter_name: name of the adapter, by default the active one.
         batch: inputs to measure the error on; by default the model's `dummy_inputs`, and result and card say so.
         base_model_id: hub id of the base model for README and configuration; by default where it was loaded from.
+        tokenizer: a Transformers tokenizer to save beside the model; `gguf` and `onnx` need it.
         options: further keyword arguments of the format's function, such as those of `export_lora`.
 
     Raises:
@@ -74,10 +76,15 @@ def export(
         raise BayesLoraError(f"format is {format!r}, but must be one of {', '.join(sorted(FORMATS))}: choose one")
     with libraries_of(format):
         write = getattr(importlib.import_module(FORMATS[format]), f"export_{format}")
-    if unknown := sorted(set(options) - set(inspect.signature(write).parameters)):
+    takes = set(inspect.signature(write).parameters)
+    options |= {"tokenizer": tokenizer} if tokenizer is not None and "tokenizer" in takes else {}
+    if unknown := sorted(set(options) - takes):
         raise BayesLoraError(f"format {format!r} takes no option {unknown[0]!r}: drop it, or choose another format")
     with _nothing_left_over(path), _based_on(model, base_model_id):
         measured = cast(dict[str, Any], write(model, path, adapter_name, batch, **options))
+        if tokenizer is not None and "tokenizer" not in takes:
+            for each in adapter_folders(Path(path), options):
+                tokenizer.save_pretrained(each)
         if format in CARDED:
             inner = next(module for module in model.modules() if isinstance(module, PeftModel))
             config = inner.peft_config[adapter_name or only_active(inner)]

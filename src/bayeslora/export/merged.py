@@ -168,7 +168,13 @@ def _card(config: Any, base: nn.Module, measured: dict[str, Any]) -> str:
 # A merged model
 
 `{name}` with an adapter trained with {trained}, merged into its weights{how}.
-It is an ordinary Transformers model and needs no library besides Transformers.
+It is an ordinary Transformers model and needs no library besides Transformers. In this folder:
+
+```python
+from transformers import {type(base).__name__}
+
+model = {type(base).__name__}.from_pretrained(".")
+```
 
 {said}. {error_of(measured)}
 """

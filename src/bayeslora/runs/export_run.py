@@ -47,7 +47,8 @@ def export_run(run: Run, form: str, folder: Path, given: Mapping[str, Any]) -> d
             measured |= moved_by_noise(run.model, options.get("rows") or [options.get("batch")])
     ExportRecord.of(form, measured).save(folder)
     for each in adapter_folders(folder, given):
-        complete_card(each, run.folder, given.get("license"))
+        is_whole = form not in FORMATS_FOR_OTHERS and not given.get("no_tokenizer")
+        complete_card(each, run.folder, given.get("license"), loads_as_run=is_whole)
         if not given.get("no_tokenizer"):
             run.tokenizer.save_pretrained(each)
         # run.json lets `bayeslora.load`, `evaluate` and `predict` read the export like the run.
