@@ -1,0 +1,196 @@
+"""What else people do instead of B-LoRA: LoRA under quantization-aware training (QAT), with torchao's fake quantizers.
+
+    python benchmarks/qat.py --data-dir DATA --threads 1                            # every missing run
+    python benchmarks/qat.py --data-dir DATA --tasks mrpc --seeds 0 --settings W2A4/8
+    python benchmarks/qat.py --data-dir DATA --select --begin 0 0.6                 # when to begin, on rows of train
+
+One file a run, in results/qat (results/qat-selection with `--select`, which holds a fifth of the training rows out and
+scores them alone). The LoRA is the table's (`glue.py`, row `lora`): the same start, rows, steps and rate. From the
+share `--begin` of the steps on, query, key and value compute with the merged weight, rounded, so that what is trained
+is what a rounded merge computes:
+
+    weights     torchao's `IntxFakeQuantizer`: symmetric, a range for each output channel, from its largest entry
+    inputs      asymmetric, a range for each token, found anew in each pass; outputs likewise
+
+B-LoRA and `rounding.py` have one static range for an activation, which costs nothing to find when a model runs. Bit
+operations are counted by the function that counts theirs, without the cost of finding ranges. The settings are those
+roundings that B-LoRA's budgets in attention come from (`frontier.py`), W2A4/8 with outputs at 8 bits.
+"""
+
+from __future__ import annotations
+
+import argparse
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from datasets import concatenate_datasets
+from glue import TRAINING
+from harness import Training, classifier, fine_tune, run_missing
+from peft import PeftConfig
+from peft.tuners.lora import Linear as LoraLinear
+from records import RESULTS, Run
+from rows import ROWS, adapter_options, target_modules, training_of
+from torch import Tensor, nn
+from torchao.quantization.qat import IntxFakeQuantizeConfig, IntxFakeQuantizer
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments, set_seed
+
+import bayeslora
+from bayeslora.cost import relative_bops
+from bayeslora.data import hold_out, load_task
+from bayeslora.evaluation import evaluate
+from bayeslora.methods import LayerDescription
+
+SETTINGS = {"W8A8/8": (8, 8, 8), "W4A4/8": (4, 4, 8), "W2A4/8": (2, 4, 8), "W2A4/4": (2, 4, 4)}
+"""Bits of weights, of inputs and of outputs."""
+KINDS = ("weight", "in", "out")
+BEGIN = 0.0
+"""Share of the steps before numbers are rounded."""
+_TYPES = {2: torch.int2, 4: torch.int4, 8: torch.int8}
+
+
+@dataclass(frozen=True)
+class Job:
+    """One run: its task, seed and widths, and when rounding begins."""
+
+    task: str
+    seed: int
+    setting: str
+    begin: float
+    model: str
+    data_dir: Path
+    target_modules: list[str]
+    select: bool = False
+    steps: int | None = None
+
+    @property
+    def training(self) -> Training:
+        return training_of(ROWS["lora"], TRAINING[self.task], {} if self.steps is None else {"steps": self.steps})
+
+    @property
+    def config(self) -> PeftConfig | None:
+        return ROWS["lora"].build({"target_modules": self.target_modules, "task_type": "SEQ_CLS"}, self.training.steps)
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """What has to be the same in a file that is already there."""
+        return {
+            "model": self.model,
+            "training": vars(self.training),
+            "target_modules": self.target_modules,
+            "adapter": adapter_options(self.config),
+            "setting": self.setting,
+            "begin": self.begin,
+        }
+
+
+class RoundedMerge(nn.Module):
+    """Forward pass of a linear layer with LoRA, as that of its merged weight with rounded numbers."""
+
+    def __init__(self, layer: LoraLinear, bits: tuple[int, ...]) -> None:
+        super().__init__()
+        self.layer = [layer]  # not a submodule: it holds this one's function
+        channels = IntxFakeQuantizeConfig(_TYPES[bits[0]], "per_channel", is_symmetric=True)
+        tokens = [IntxFakeQuantizeConfig(_TYPES[width], "per_token", is_symmetric=False) for width in bits[1:]]
+        self.weight, self.input, self.output = map(IntxFakeQuantizer, (channels, *tokens))
+        self.is_rounding = False
+
+    def forward(self, x: Tensor) -> Tensor:
+        (layer,) = self.layer
+        base = layer.get_base_layer()
+        merged = base.weight + layer.get_delta_weight("default")
+        if not self.is_rounding:
+            return F.linear(x, merged, base.bias)
+        return self.output(F.linear(self.input(x), self.weight(merged), base.bias))
+
+
+class BeginRounding(TrainerCallback):
+    """Puts `RoundedMerge` in place of the layers' forward passes, and lets it round from a share of the steps on."""
+
+    def __init__(self, model: nn.Module, bits: tuple[int, ...], begin: float) -> None:
+        self.begin = begin
+        self.passes = []
+        for layer in model.modules():
+            if isinstance(layer, LoraLinear):
+                rounded = RoundedMerge(layer, bits)
+                object.__setattr__(layer, "forward", rounded.forward)
+                self.passes.append(rounded)
+
+    def on_step_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        if state.global_step >= round(self.begin * state.max_steps):
+            for each in self.passes:
+                each.is_rounding = True
+
+
+def run(job: Job) -> Run:
+    """Train and score one run; returns what its file holds."""
+    set_seed(job.seed)
+    task = load_task(job.task, job.data_dir)
+    if job.select:
+        task = hold_out(task, 0.2)
+    bits = SETTINGS[job.setting]
+    base, tokenizer, encoded = classifier(task, job.training, job.model)
+    model, trained = fine_tune(
+        base, tokenizer, encoded["train"], job.config, job.training, job.seed,
+        callback=lambda adapted: BeginRounding(adapted, bits, job.begin),
+    )  # fmt: skip
+    scored = ["selection"] if job.select else [split for split in ("validation", "test") if split in encoded]
+    held_out = concatenate_datasets([encoded[split] for split in scored])
+    found = {
+        "task": job.task,
+        "method": "lora-qat",
+        "seed": job.seed,
+        **job.settings,
+        "metric": task.metric,
+        "held_out": len(held_out),
+        "scores": evaluate(model, held_out, task, tokenizer, 64).scores,
+    }
+    layers = [as_merged(layer, bits) for layer in bayeslora.describe(model)]
+    whole: Any = model
+    return {**found, "relative_bops": relative_bops(whole.unload(), layers=layers), **trained}
+
+
+def as_merged(layer: LayerDescription, bits: tuple[int, ...]) -> LayerDescription:
+    """The layer without a branch, at these widths."""
+    return replace(layer, rank=0, initial_rank=0, parameters=0, bits=dict(zip(KINDS, bits, strict=True)))
+
+
+def jobs(given: argparse.Namespace) -> dict[Path, Job]:
+    folder = given.results / ("qat-selection" if given.select else "qat")
+    targets = target_modules(given.model, False)
+    found = {}
+    for seed in given.seeds:
+        for task in given.tasks:
+            for setting in given.settings:
+                for begin in given.begin:
+                    name = f"{task}-{setting.replace('/', '-')}" + ("" if begin == BEGIN else f"-{begin}")
+                    found[folder / f"{name}-{seed}.json"] = Job(
+                        task, seed, setting, begin, given.model, given.data_dir, targets, given.select, given.steps
+                    )
+    return found
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data-dir", type=Path, required=True)
+    parser.add_argument("--tasks", nargs="+", choices=("sst2", "mrpc", "qnli"), default=["sst2", "mrpc"])
+    parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
+    parser.add_argument("--settings", nargs="+", choices=list(SETTINGS), default=list(SETTINGS))
+    parser.add_argument("--begin", nargs="+", type=float, default=[BEGIN], help="share of the steps before rounding")
+    parser.add_argument("--select", action="store_true", help="hold rows of train out, and score on them alone")
+    parser.add_argument("--model", default="minilm", metavar="minilm|FOLDER", help="the packaged encoder or a folder")
+    parser.add_argument("--threads", type=int)
+    parser.add_argument("--steps", type=int, help="instead of the table's, for a trial")
+    parser.add_argument("--results", type=Path, default=RESULTS, help="the folder of all results")
+    given = parser.parse_args()
+    if given.threads:
+        torch.set_num_threads(given.threads)
+    run_missing(parser, jobs(given), run)
+
+
+if __name__ == "__main__":
+    main()
