@@ -64,7 +64,7 @@ class LayerDescription:
         parameters: number of the adapter's trained scalars in this layer.
         bits: width of each tensor, by the names in `KINDS`; 32 means not quantized.
         gates: gates decided by evidence, including those of cut components; empty for other methods, for the paper's
-            gates, and before the last decision.
+            gates, and before the last decision. Not printed: a layer has dozens.
         posterior_to_prior: ratio of posterior to prior standard deviation; None for methods without a posterior.
     """
 
@@ -75,7 +75,7 @@ class LayerDescription:
     initial_rank: int
     parameters: int
     bits: dict[str, int] = field(default_factory=lambda: dict.fromkeys(KINDS, 32))
-    gates: list[GateDescription] = field(default_factory=list)
+    gates: list[GateDescription] = field(default_factory=list, repr=False)
     posterior_to_prior: PosteriorWidth | None = None
 
     def to_dict(self) -> dict[str, Any]:
