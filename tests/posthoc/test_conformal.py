@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import math
 import warnings
 from typing import Any
@@ -75,7 +76,10 @@ def test_aps_scores_are_what_is_above_a_label_and_a_share_of_it() -> None:
     plain = ConformalSets("aps", randomized=False).fit(probabilities, [0, 2])
     assert plain.scores[0] == pytest.approx([1.0]) and plain.scores[2] == pytest.approx([0.8])
     random = ConformalSets("aps", seed=5).fit(probabilities, [2, 2])
-    u = np.random.default_rng([5, 0x415053]).random(2)
+    u = [
+        int.from_bytes(hashlib.blake2b(row.tobytes(), digest_size=8, key=b"5").digest(), "little") / 2**64
+        for row in probabilities
+    ]
     assert random.scores[2] == pytest.approx(np.sort([0.5 + u[0] * 0.3, u[1] * 0.8]))
 
 
@@ -127,6 +131,20 @@ def test_randomized_sets_are_smaller_with_two_classes_and_repeat() -> None:
     assert first.sum() < 500 and plain.sets(probabilities[300:]).sum() > 590
     sets.seed = 2
     assert not torch.equal(first, sets.sets(probabilities[300:]))
+
+
+@pytest.mark.parametrize("seed", [0, 5])
+def test_a_row_has_the_same_set_in_any_call(seed: int) -> None:
+    """Rows that come one by one are covered as often as in one call, whatever the seed."""
+    inside = []
+    for split in range(20):
+        probabilities, labels = draws(600, 3, seed=split)
+        sets = ConformalSets("aps", 0.8, allow_empty=True, seed=seed).fit(probabilities[:500], labels[:500])
+        together = sets.sets(probabilities[500:])
+        one_by_one = torch.cat([sets.sets(row[None]) for row in probabilities[500:]])
+        assert torch.equal(together, one_by_one)
+        inside.append(covered(one_by_one, labels[500:]).mean())
+    assert np.mean(inside) == pytest.approx(0.8, abs=0.03)
 
 
 def test_a_class_that_a_row_does_not_have_is_in_no_set() -> None:

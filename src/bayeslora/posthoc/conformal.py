@@ -14,6 +14,7 @@ small, k > n, $\hat q$ is infinite and everything is in the set.
 
 from __future__ import annotations
 
+import hashlib
 import math
 import warnings
 from typing import Any, Literal
@@ -28,9 +29,6 @@ from bayeslora.prediction import Prediction
 
 Array = NDArray[np.float64]
 SetScore = Literal["lac", "aps"]
-_CALIBRATION, _PREDICTION = 0x415053, 0x415054
-"""Streams of the random numbers of APS. Those of calibration rows, of new rows, and of the same seed elsewhere (as in
-the split of the rows) are independent."""
 
 
 def check_share(name: str, value: float) -> float:
@@ -78,7 +76,7 @@ class ConformalSets:
         randomized: whether u is random, for `aps`.
         allow_empty: leave a set empty if no label has a low enough score. By default such a set becomes the most
             probable label, which can only raise the coverage.
-        seed: seed of u. The rows in one call of `sets` have independent numbers; each call starts from the first one.
+        seed: seed of u, which is a hash of it and of the row's prediction: a row has the same u in any call.
     """
 
     def __init__(
@@ -114,7 +112,7 @@ class ConformalSets:
             BayesLoraError: rows have several labels each, probabilities do not sum to 1, or labels are not class ids.
         """
         probabilities, ids = labelled_probabilities(calibration, labels)
-        of_labels = self._of_classes(probabilities, _CALIBRATION)[np.arange(len(ids)), ids]
+        of_labels = self._of_classes(calibration, probabilities)[np.arange(len(ids)), ids]
         self.scores = [np.sort(of_labels[ids == number]) for number in range(probabilities.shape[1])]
         return self
 
@@ -155,7 +153,7 @@ class ConformalSets:
                 f"the prediction has {probabilities.shape[1]} classes, but the calibration has {len(thresholds)}: "
                 "use the model that was calibrated"
             )
-        chosen = self._of_classes(probabilities, _PREDICTION) <= thresholds
+        chosen = self._of_classes(prediction, probabilities) <= thresholds
         if isinstance(prediction, Prediction):
             chosen &= ~torch.isneginf(prediction.logits).numpy()
         if not self.allow_empty:
@@ -163,12 +161,14 @@ class ConformalSets:
             chosen[empty, probabilities[empty].argmax(axis=1)] = True
         return torch.from_numpy(chosen)
 
-    def _of_classes(self, probabilities: Array, stream: int) -> Array:
+    def _of_classes(self, prediction: Prediction | ArrayLike, probabilities: Array) -> Array:
         """Return the score (n, C) of every class."""
         if self.score == "lac":
             return 1 - probabilities
-        rows = len(probabilities)
-        u = np.random.default_rng([self.seed, stream]).random(rows) if self.randomized else np.ones(rows)
+        u = np.ones(len(probabilities))
+        if self.randomized:  # by logits, where there are any: they still differ where probabilities are all 0 and 1
+            told_apart = prediction.logits.numpy() if isinstance(prediction, Prediction) else probabilities
+            u = _uniform(np.ascontiguousarray(told_apart), self.seed)
         order = np.argsort(-probabilities, axis=1, kind="stable")
         ranked = np.take_along_axis(probabilities, order, axis=1)
         scores = np.empty_like(ranked)
@@ -307,6 +307,13 @@ def class_probabilities(prediction: Prediction | ArrayLike) -> Array:
             "are not supported"
         )
     return probabilities
+
+
+def _uniform(rows: NDArray[Any], seed: int) -> Array:
+    """Return a number in [0, 1) for each row (n, …), by a hash of its bytes."""
+    key = str(seed).encode()
+    hashes = b"".join(hashlib.blake2b(row.tobytes(), digest_size=8, key=key).digest() for row in rows)
+    return (np.frombuffer(hashes, dtype="<u8") >> np.uint64(11)) / 2.0**53
 
 
 def _too_few(rows: int, coverage: float, consequence: str) -> str:
