@@ -3,6 +3,8 @@
     python benchmarks/rounding.py --data-dir DATA --adapters FOLDER --threads 1       # every missing file
     python benchmarks/rounding.py --data-dir DATA --adapters FOLDER --tasks sst2 mrpc --seeds 0
     python benchmarks/rounding.py --data-dir DATA --adapters FOLDER --only-cuts      # no roundings, in results/cut
+    python benchmarks/rounding.py --data-dir DATA --adapters FOLDER --model MPNET --tasks rte --seeds 0 \\
+        --scopes attention --settings W4A8 W3A4 W2A4                                 # another encoder, some roundings
     python benchmarks/rounding.py --data-dir DATA --adapters FOLDER --steps 3 --results DIR     # does it run?
 
 One file a task and seed, in results/rounding. The LoRA is the table's (`glue.py`, row `lora`): the adapter in
@@ -53,6 +55,7 @@ from bayeslora.methods import LayerDescription
 
 WIDTHS = ((8, 8), (4, 8), (4, 4), (3, 4), (2, 8), (2, 4))
 """Bits of weights and of inputs."""
+NAMED = {f"W{weight}A{inputs}": (weight, inputs) for weight, inputs in WIDTHS}
 OUTPUT_BITS = 8
 GPTQ_BITS = 4
 """Widest weights whose codes GPTQ chooses, too: at 8 bits the nearest are as good."""
@@ -77,6 +80,8 @@ class Job:
     target_modules: list[str]
     steps: int | None = None
     only_cuts: bool = False
+    scopes: tuple[str, ...] = SCOPES
+    widths: tuple[tuple[int, int], ...] = WIDTHS
 
     @property
     def training(self) -> Training:
@@ -122,7 +127,7 @@ def run(job: Job) -> Run:
     if not job.only_cuts:
         rows = calibration(encoded["train"], tokenizer, job.seed)
         seen = bayeslora.ActivationCounts(lora, rows, moments=True)
-        found["rounded"] = list(rounded(lora, seen, scores))
+        found["rounded"] = list(rounded(lora, seen, scores, job))
     return found
 
 
@@ -180,9 +185,9 @@ def adapted(model: Any, layers: list[LayerDescription], scores: Scores) -> Run:
     }
 
 
-def rounded(lora: nn.Module, seen: bayeslora.ActivationCounts, scores: Scores) -> Iterator[Run]:
-    for scope in SCOPES:
-        for weight_bits, input_bits in WIDTHS:
+def rounded(lora: nn.Module, seen: bayeslora.ActivationCounts, scores: Scores, job: Job) -> Iterator[Run]:
+    for scope in job.scopes:
+        for weight_bits, input_bits in job.widths:
             for output_bits in dict.fromkeys((OUTPUT_BITS, input_bits)):
                 widths = {"weight_bits": weight_bits, "input_bits": input_bits, "output_bits": output_bits}
                 for rounding in ("nearest", "gptq")[: 1 + (weight_bits <= GPTQ_BITS)]:
@@ -229,6 +234,8 @@ def jobs(given: argparse.Namespace) -> dict[Path, Job]:
                 targets[task in ALL_LINEAR],
                 given.steps,
                 given.only_cuts,
+                tuple(given.scopes),
+                tuple(NAMED[name] for name in given.settings),
             )
     return found
 
@@ -242,6 +249,8 @@ def main() -> None:
     parser.add_argument("--model", default="minilm", metavar="minilm|FOLDER", help="the packaged encoder or a folder")
     parser.add_argument("--threads", type=int)
     parser.add_argument("--steps", type=int, help="instead of the table's, for a trial")
+    parser.add_argument("--scopes", nargs="+", choices=SCOPES, default=list(SCOPES))
+    parser.add_argument("--settings", nargs="+", choices=list(NAMED), default=list(NAMED))
     parser.add_argument("--only-cuts", action="store_true", help="without the roundings, which take most of the time")
     parser.add_argument("--results", type=Path, default=RESULTS, help="the folder of all results")
     given = parser.parse_args()

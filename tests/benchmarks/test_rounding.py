@@ -29,7 +29,7 @@ def job(tmp_path: Path, tiny_bert_folder: Path) -> rounding.Job:
     (tmp_path / "rte" / "dev.jsonl").write_text(rows(16), encoding="utf-8")
     given = Namespace(
         data_dir=tmp_path, adapters=tmp_path / "adapters", tasks=["rte"], seeds=[1], model=str(tiny_bert_folder),
-        steps=2, results=tmp_path, only_cuts=False,
+        steps=2, results=tmp_path, only_cuts=False, scopes=rounding.SCOPES, settings=list(rounding.NAMED),
     )  # fmt: skip
     given.adapters.mkdir()
     ((path, found),) = rounding.jobs(given).items()
@@ -40,6 +40,12 @@ def job(tmp_path: Path, tiny_bert_folder: Path) -> rounding.Job:
 def test_cuts_alone_are_a_file_of_another_folder(job: rounding.Job) -> None:
     found = rounding.run(dataclasses.replace(job, only_cuts=True))
     assert "rounded" not in found and len(found["cut"]) == 8
+
+
+def test_some_roundings_may_be_asked_for(job: rounding.Job) -> None:
+    found = rounding.run(dataclasses.replace(job, scopes=("attention",), widths=((2, 4),)))
+    assert {(each["setting"], each["scope"]) for each in found["rounded"]} == {("W2A4", "attention")}
+    assert len(found["rounded"]) == 4
 
 
 def test_a_file_has_every_setting_and_the_adapter_is_trained_once(job: rounding.Job) -> None:
