@@ -18,8 +18,10 @@ from bayeslora.report import style
 INTRO = """One LoRA of r = 8 on query, key and value is merged and rounded after training (`benchmarks/rounding.py`):
 per-channel weights, static inputs, ranges with the least squared error on 128 training rows. Codes are the nearest, or
 GPTQ's where all seeds have been rounded so. B-LoRA is trained to the
-budgets that these roundings cost (`benchmarks/frontier.py`), in the same number of steps. Bit operations are a share
-of LoRA r = 16 at 32 bits in the scope of the table, counted by one function. Scores are in per cent, on all held-out
+budgets that these roundings cost (`benchmarks/frontier.py`), in the same number of steps. QAT is the same LoRA trained
+with torchao's fake quantizers on its merged weight and on activations, whose ranges are found anew for each token
+(`benchmarks/qat.py`). Bit operations are a share of LoRA r = 16 at 32 bits in the scope of the table, counted by one
+function. Scores are in per cent, on all held-out
 rows.
 
 """
@@ -30,6 +32,8 @@ CLOSE = 0.005
 """Share by which a rounding may cost more than the budget, or the bytes, that it is compared at."""
 COSTS = (0.01, 0.02, 0.03, 0.05, 0.08)
 """Marks of the figure's axis."""
+ENCODERS = {"all-mpnet-base-v2": "MPNet-base (110 million parameters)"}
+"""Encoders other than MiniLM, by the names of their folders."""
 SCOPES = {"attention": "Attention", "encoder": "Whole encoder"}
 
 
@@ -38,24 +42,34 @@ def frontier_section(results: Path) -> str:
     trained, rounded = read_runs(results / "frontier"), read_runs(results / "rounding")
     if not trained and not rounded:
         return "Not run.\n"
-    parts = [INTRO]
+    parts = [INTRO, *_score_tables(results)]
+    for folder in sorted(results.glob("frontier-*")):
+        if model := ENCODERS.get(folder.name.removeprefix("frontier-")):
+            parts += _score_tables(results, folder.name.removeprefix("frontier"), f", {model}")
+    if by_bytes := bytes_table(results):
+        parts.append(f"**Against bytes**\n\n{BYTES}\n{by_bytes}\n")
+    parts += _pattern_tables(trained)
+    cut = _cut_table(cut_runs(results))
+    return "\n".join([*parts, cut] if cut else parts)
+
+
+def _score_tables(results: Path, folder: str = "", model: str = "") -> list[str]:
+    """Scores by cost, a table for each task and scope, from the folders of one encoder."""
+    trained, rounded = read_runs(results / f"frontier{folder}"), read_runs(results / f"rounding{folder}")
+    found = []
     for task in dict.fromkeys(run["task"] for run in [*rounded, *trained]):
         for scope, title in SCOPES.items():
             rows = [*_lora_rows(rounded, task, scope), *_rounded_rows(rounded, task, scope)]
-            rows += _trained_rows(trained, task, scope)
-            if rows:
+            rows += _qat_rows(read_runs(results / f"qat{folder}"), task, scope) + _trained_rows(trained, task, scope)
+            if [row for row in rows if not row[0].startswith("LoRA, 32")]:
                 rows.sort(key=lambda row: -row[1])
                 cells = [
                     [name, f"{cost:.2%}", *(f"{value:.{digits}f}" for value, digits in numbers)]
                     for name, cost, *numbers in rows
                 ]
                 heading = ["", "BOPs", "score", "NLL", "seeds"]
-                parts.append(f"**{TASK_TITLES[task]}, {title.lower()}**\n\n{markdown_table(heading, cells)}\n")
-    if by_bytes := bytes_table(results):
-        parts.append(f"**Against bytes**\n\n{BYTES}\n{by_bytes}\n")
-    parts += _pattern_tables(trained)
-    cut = _cut_table(cut_runs(results))
-    return "\n".join([*parts, cut] if cut else parts)
+                found.append(f"**{TASK_TITLES[task]}, {title.lower()}{model}**\n\n{markdown_table(heading, cells)}\n")
+    return found
 
 
 def _means(entries: Sequence[Run]) -> list[tuple[float, int]]:
@@ -92,6 +106,15 @@ def _rounded_rows(rounded: Iterable[Run], task: str, scope: str) -> list[list[An
     return [[name, group[0]["relative_bops"][scope], *_means(group)] for name, group in groups.items()]
 
 
+def _qat_rows(trained: Iterable[Run], task: str, scope: str) -> list[list[Any]]:
+    """LoRA under quantization-aware training, which rounds query, key and value."""
+    groups: dict[str, list[Run]] = {}
+    for run in trained:
+        if run["task"] == task and scope == "attention":
+            groups.setdefault("LoRA, QAT at {}, outputs {}".format(*run["setting"].split("/")), []).append(run)
+    return [[name, group[0]["relative_bops"][scope], *_means(group)] for name, group in groups.items()]
+
+
 def _trained_rows(trained: Iterable[Run], task: str, scope: str) -> list[list[Any]]:
     groups: dict[float, list[Run]] = {}
     for run in trained:
@@ -107,6 +130,8 @@ def _trained_rows(trained: Iterable[Run], task: str, scope: str) -> list[list[An
 def budget_rows(results: Path, scope: str) -> dict[tuple[str, float], tuple[str, str]]:
     """By task and budget, the score of the best rounding that costs no more, and of B-LoRA, with numbers of seeds.
 
+    A rounding is one after training, or in it (QAT).
+
     LoRA at 32 bits stands at a budget of 1.
     """
     trained, rounded = read_runs(results / "frontier"), read_runs(results / "rounding")
@@ -114,7 +139,7 @@ def budget_rows(results: Path, scope: str) -> dict[tuple[str, float], tuple[str,
     for task in dict.fromkeys(run["task"] for run in [*rounded, *trained]):
         for _, _, (value, _), _, (seeds, _) in _lora_rows(rounded, task, scope):
             found[task, 1.0] = (f"{value:.1f} ({seeds})", "–")
-        others = _rounded_rows(rounded, task, scope)
+        others = _rounded_rows(rounded, task, scope) + _qat_rows(read_runs(results / "qat"), task, scope)
         for _, cost, (value, _), _, (seeds, _) in _trained_rows(trained, task, scope):
             budget = round(cost, 3)
             cheap = [row[2:] for row in others if row[1] <= cost * (1 + CLOSE)]
@@ -221,8 +246,9 @@ def _panels(results: Path, shown: Sequence[tuple[str, str]]) -> Figure | None:
             curves = {
                 "B-LoRA": _trained_rows(trained, task, scope),
                 "LoRA, rounded": _rounded_rows(rounded, task, scope),
+                "LoRA, QAT": _qat_rows(read_runs(results / "qat"), task, scope),
             }
-            for (name, rows), marker in zip(curves.items(), ("o-", "s"), strict=True):
+            for (name, rows), marker in zip(curves.items(), ("o-", "s", "^"), strict=True):
                 points = sorted((row[1], row[2][0]) for row in rows)
                 if points:
                     axes.plot(*zip(*points, strict=True), marker, label=name, markersize=4)
