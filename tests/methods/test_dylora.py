@@ -197,7 +197,7 @@ def test_training_lowers_the_loss_of_every_rank() -> None:
 
 
 def test_what_cannot_work_is_one_sentence() -> None:
-    for options in ({"min_rank": 0}, {"min_rank": 9}):
+    for options in ({"min_rank": 0}, {"min_rank": 9}, {"eval_rank": 0}, {"eval_rank": 9}):
         with pytest.raises(BayesLoraError, match="but must be from 1 to r = 8"):
             DyLoraConfig(r=8, **options)
     with pytest.raises(
@@ -221,3 +221,21 @@ def test_the_configuration_survives_a_file(tmp_path: Path) -> None:
     options.save_pretrained(tmp_path)
     again = PeftConfig.from_pretrained(tmp_path)
     assert type(again) is DyLoraConfig and again.to_dict() == options.to_dict()
+
+
+def test_a_chosen_rank_is_saved_with_the_adapter(tmp_path: Path) -> None:
+    model = _tiny(use_rslora=True).eval()
+    whole = model(X)
+    model.base_model.set_rank(2)
+    expected = model(X)
+    assert not torch.allclose(expected, whole)
+    model.save_pretrained(tmp_path)
+    again = PeftModel.from_pretrained(seeded(Tiny), tmp_path).eval()
+    _close(again(X), expected)
+    assert [layer.rank for layer in describe(again)] == [2, 2]
+    again.base_model.set_rank(RANK)
+    _close(again(X), whole)
+    assert again.peft_config["default"].eval_rank is None
+    with at_rank(model, 3):
+        assert model.peft_config["default"].eval_rank == 3
+    assert model.peft_config["default"].eval_rank == 2

@@ -35,10 +35,13 @@ class DyLoraConfig(AdapterConfig):
     frozen: bool = field(
         default=False, metadata={"help": "A step of rank k trains row and column k alone (the paper's variant)."}
     )
+    eval_rank: int | None = field(default=None, metadata={"help": "Rank that evaluation takes, at most r; None is r."})
 
     def __post_init__(self) -> None:
         super().__post_init__()
         self._check("min_rank", 1 <= self.min_rank <= self.r, f"from 1 to r = {self.r}", "give such a rank")
+        known = self.eval_rank is None or 1 <= self.eval_rank <= self.r
+        self._check("eval_rank", known, f"from 1 to r = {self.r}", "give such a rank")
 
 
 class DyLoraLayer(BayesLayer):
@@ -60,7 +63,8 @@ class DyLoraLayer(BayesLayer):
 
     def add_adapter(self, adapter_name: str, config: DyLoraConfig, rank: int) -> None:
         self.configs[adapter_name], self.initial_rank[adapter_name] = config, rank
-        self.rank[adapter_name], self.full_scaling[adapter_name] = config.r, self.scaling[adapter_name]
+        self.full_scaling[adapter_name] = self.scaling[adapter_name]
+        self.set_rank(adapter_name, config.eval_rank or config.r)
         self.dylora_A[adapter_name], self.dylora_B[adapter_name] = self.initial_factors(config, rank)
 
     def scaling_at(self, name: str, rank: int) -> float:
@@ -150,7 +154,7 @@ class DyLoraModel(BayesTuner):
         return int(layers[0].rank[name]) if layers else self.config_of(name).r
 
     def set_rank(self, rank: int, adapter_name: str | None = None) -> None:
-        """Evaluate, merge, describe, shrink and export at `rank`, 1 to r, from now on.
+        """Evaluate, merge, describe, shrink and export at `rank`, 1 to r, from now on, also when saved and reloaded.
 
         Raises:
             BayesLoraError: for any other rank, or while the adapter is merged.
@@ -169,6 +173,7 @@ class DyLoraModel(BayesTuner):
             )
         for layer in layers:
             layer.set_rank(name, rank)
+        config.eval_rank = None if rank == config.r else rank
 
     def shrink(self, adapter_name: str | None = None) -> dict[str, int]:
         """Cut everything beyond evaluation's rank k out; what is left is DyLoRA of largest rank k."""
@@ -178,7 +183,7 @@ class DyLoraModel(BayesTuner):
         ranks = super().shrink(name)
         for layer in layers:
             layer.full_scaling[name] = layer.scaling[name]
-        config.r, config.min_rank = rank, min(config.min_rank, rank)
+        config.r, config.min_rank, config.eval_rank = rank, min(config.min_rank, rank), None
         config.rank_pattern = {path: left for path, left in ranks.items() if left != rank}
         return ranks
 
