@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 from peft import get_peft_model
-from transformers import AutoTokenizer
+from transformers import AutoTokenizer, ViTConfig, ViTForImageClassification
 
 from bayeslora import BayesLoraError, BLoraConfig, MeLoraConfig, export
 from bayeslora.model_card import check_license
@@ -56,6 +56,18 @@ def test_a_card_says_that_its_error_is_that_of_dummy_inputs(form: str, tmp_path:
         assert (batch is None) == ("dummy_inputs" in measured) == ("dummy inputs, not on your data" in card)
         assert card.count("Measured ") == card.count("% of the answers change") == 1
         assert measured["divergence"] >= 0
+
+
+@pytest.mark.parametrize("form", ["lora", "merged"])
+def test_a_model_of_images_has_no_dummy_inputs(form: str, tmp_path: Path) -> None:
+    sizes = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 16}
+    base = ViTForImageClassification(ViTConfig(**sizes, image_size=8, patch_size=4))
+    config = MeLoraConfig(r=2, target_modules=["q_proj"], init_weights=False)
+    model = get_peft_model(base, config).eval()
+    assert export(model, tmp_path / "without", format=form)["max_output_error"] is None
+    assert "was not measured" in (tmp_path / "without" / "README.md").read_text(encoding="utf-8")
+    images = {"pixel_values": torch.randn(2, 3, 8, 8, generator=torch.Generator().manual_seed(0))}
+    assert export(model, tmp_path / "with", format=form, batch=images)["max_output_error"] < 1e-5
 
 
 @pytest.mark.parametrize("name", ["", "a/b/c", "a b", "\udcff", "-a", "/home/me/model", "x" * 200])

@@ -44,7 +44,9 @@ class AdapterConfig(PeftConfig):
     bias: str = field(default="none", metadata={"help": "Biases to train: 'none' or 'all'."})
     use_rslora: bool = field(default=False, metadata={"help": "Scale by lora_alpha / sqrt(r) instead."})
     init_weights: bool = field(default=True, metadata={"help": "False starts from a random, non-zero update."})
-    rank_pattern: dict[str, int] = field(default_factory=dict, metadata={"help": "Rank by layer name; may be 0."})
+    rank_pattern: dict[str, int] = field(
+        default_factory=dict, metadata={"help": "Rank by layer name; may be 0. The scaling stays lora_alpha / r."}
+    )
     alpha_pattern: dict[str, int] = field(default_factory=dict, metadata={"help": "lora_alpha by layer name."})
 
     def __post_init__(self) -> None:
