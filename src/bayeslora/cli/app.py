@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 from bayeslora.cli.inputs import load_run
-from bayeslora.cli.progress import disable_progress_bars
 from bayeslora.errors import BayesLoraError
 from bayeslora.methods.registry import title_of
 from bayeslora.runs.info import RunInfo
@@ -23,7 +22,6 @@ def run(given: dict[str, Any]) -> int:
     if find_spec("gradio") is None:
         raise BayesLoraError("gradio is not installed, but the page needs it: pip install bayeslora[app]")
     os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"
-    disable_progress_bars()
     page(given).launch(server_name=given.get("host", "127.0.0.1"), server_port=given.get("port", _PORT), quiet=True)
     return 0
 

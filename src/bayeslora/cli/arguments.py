@@ -11,7 +11,7 @@ from __future__ import annotations
 import dataclasses
 import typing
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -148,33 +148,22 @@ def build_plan(given: dict[str, Any], problems: Problems | None = None) -> Train
     file = given.get("config")  # True without a value, which is told below
     values = with_goal({**(read_config(file) if file and file is not True else {}), **given}, problems)
     options = RunOptions(**read_options(COMMANDS["train"], values, problems))
-    own = {item.name for item in dataclasses.fields(RunOptions)}
-    rest = {name: value for name, value in values.items() if name not in own}
+    rest = {name: value for name, value in values.items() if name not in vars(options)}
     by_ivon = rest.get("optim") == IVON  # the Trainer knows the others
     if by_ivon:
         del rest["optim"]
-    for name in [name for name in _TRAINING_FIELDS_SET_HERE if name in rest]:
-        problems.append(f"{option(name)} is given, but the command sets it: use {_TRAINING_FIELDS_SET_HERE[name]}")
-        del rest[name]
+    refused = {name: f"the command sets it: use {instead}" for name, instead in _TRAINING_FIELDS_SET_HERE.items()}
     if not by_ivon:
-        for name in [name for name in ivon_field_hints() if name in rest]:
-            problems.append(f"{option(name)} is given, but needs --optim ivon: add that or leave this out")
-            del rest[name]
-    _check_method(options.method, problems)
+        refused |= dict.fromkeys(ivon_field_hints(), "needs --optim ivon: add that or leave this out")
+    for name in [name for name in refused if name in rest]:
+        problems.append(f"{option(name)} is given, but {refused[name]}")
+        del rest[name]
     where = f"`bayeslora train --method {options.method} --list-options` lists all"
-    _check_by_source(rest, [ivon_field_hints(), _training_hints_by_source()], options.method, own, where, problems)
-    groups = [ivon_field_hints(), method_field_hints(options.method), training_field_hints()]
-    ivon, method_options, training = _sorted_out(rest, groups, options.method, own, where, problems)
+    method_options, training, ivon = _sorted_out(rest, options, where, problems)
     _fill_defaults(options, method_options, training, by_ivon)
-    plan = TrainPlan(
-        options,
-        method_options,
-        training,
-        method_config_class(options.method),
-        IvonOptions(**ivon) if by_ivon else None,
-    )
-    _check_with_libraries(plan, problems)
-    problems.tell()
+    config_class = method_config_class(options.method)
+    plan = TrainPlan(options, method_options, training, config_class, IvonOptions(**ivon) if by_ivon else None)
+    _check_with_libraries(plan)
     return plan
 
 
@@ -184,17 +173,12 @@ def plan_options(
     """Return the options of `bayeslora plan`, those of the method and its config class; raise like `build_plan`."""
     given = _rank_as_r(given, problems)
     options = PlanOptions(**read_options(COMMANDS["plan"], given, problems))
-    own = {item.name for item in dataclasses.fields(PlanOptions)}
-    rest = {name: value for name, value in given.items() if name not in own}
-    _check_method(options.method, problems)
+    rest = {name: value for name, value in given.items() if name not in vars(options)}
     where = (
         "`bayeslora plan --help` shows its own options, and "
         f"`bayeslora train --method {options.method} --list-options` those of the method"
     )
-    _check_by_source(rest, [], options.method, own, where, problems)
-    groups = [method_field_hints(options.method)]
-    (method_options,) = _sorted_out(rest, groups, options.method, own, where, problems)
-    problems.tell()
+    (method_options,) = _sorted_out(rest, options, where, problems)
     return options, shared_defaults(options.method) | method_options, method_config_class(options.method)
 
 
@@ -205,82 +189,74 @@ def _rank_as_r(given: dict[str, Any], problems: Problems) -> dict[str, Any]:
     return {"r" if name == "rank" else name: value for name, value in given.items()}
 
 
-def _check_method(method: str, problems: Problems) -> None:
-    """Raise the problems if the method is unknown: its fields are, too."""
+def _sorted_out(
+    given: dict[str, Any], options: RunOptions | PlanOptions, where: str, problems: Problems
+) -> list[dict[str, Any]]:
+    """Return the method's options, for `train` also the trainer's and IVON's, converted to the types of their fields.
+
+    Problems that the source of the configurations shows are raised first: importing their classes takes seconds.
+    """
+    method = options.method
     with problems.collected():
         check_method(method)
     if method not in method_names():
+        problems.tell()  # its fields are unknown, too
+    by_source = _method_hints_by_source, _training_hints_by_source
+    for of_method, of_training in (by_source, (method_field_hints, training_field_hints)):
+        groups = [of_method(method), *([of_training(), ivon_field_hints()] if isinstance(options, RunOptions) else [])]
+        found = _converted(given, groups, options, where, problems)
         problems.tell()
+    return found
 
 
-def _check_by_source(
+def _converted(
     given: dict[str, Any],
     groups: list[dict[str, Any]],
-    method: str,
-    own: Iterable[str],
-    where: str,
-    problems: Problems,
-) -> None:
-    """Raise the problems if the source of the configurations shows one: importing their classes takes seconds."""
-    if method_source_hints(method) is None or training_source_hints() is None:  # told later, by the classes
-        return
-    groups = [*groups, _method_hints_by_source(method)]
-    is_open = {name for hints in groups for name, hint in hints.items() if hint is OPEN}
-    _sorted_out({name: v for name, v in given.items() if name not in is_open}, groups, method, own, where, problems)
-    problems.tell()
-
-
-def _sorted_out(
-    given: dict[str, Any],
-    groups: list[dict[str, Any]],
-    method: str,
-    own: Iterable[str],
+    options: RunOptions | PlanOptions,
     where: str,
     problems: Problems,
 ) -> list[dict[str, Any]]:
-    """Return each group's options, converted to the types of its fields of that name."""
+    """Return each group's options, converted to the types of its fields of that name; open types are left out."""
     found: list[dict[str, Any]] = [{} for _ in groups]
-    known = {*own, *(name for hints in groups for name in hints)}
     for name, value in given.items():
         with problems.collected():
             place = next((index for index, hints in enumerate(groups) if name in hints), None)
             if place is None:
-                raise _unknown_option(name, method, known, where)
+                raise _unknown_option(name, options.method, {*vars(options), *(n for g in groups for n in g)}, where)
+            if groups[place][name] is OPEN:
+                continue
             found[place][name] = coerce(name, value, groups[place][name])
             if name == "r" and isinstance(found[place][name], int) and found[place][name] < 1:
                 raise BayesLoraError(f"--r is {value}, but must be at least 1: give the initial rank")
     return found
 
 
-def _check_with_libraries(plan: TrainPlan, problems: Problems) -> None:
-    """Collect what the method's config and `TrainingArguments` refuse once every option is valid by itself."""
+def _check_with_libraries(plan: TrainPlan) -> None:
+    """Raise what the method's config and `TrainingArguments` refuse, of options that are valid by themselves."""
     from bayeslora.runs.adapt import check_options
     from bayeslora.runs.train import training_arguments
 
-    if not problems:
-        with problems.collected(), fields_as_options(plan.options.method):
-            check_options(plan.config_class, plan.method_options)
-        with problems.collected(), fields_as_options(plan.options.method):
-            training_arguments(plan, plan.output_dir)
+    problems = Problems()
+    with problems.collected(), fields_as_options(plan.options.method):
+        check_options(plan.config_class, plan.method_options)
+    with problems.collected(), fields_as_options(plan.options.method):
+        training_arguments(plan, plan.output_dir)
+    problems.tell()
 
 
-@contextmanager
-def fields_as_options(method: str) -> Iterator[None]:
+def fields_as_options(method: str) -> AbstractContextManager[None]:
     """Spell fields of configs that an error of the library names as the options they are given by."""
 
     def names() -> dict[str, str]:
         of_ivon = {name.removeprefix(IVON_PREFIX): name for name in ivon_field_hints()}
         return of_ivon | {name: name for name in (*method_field_hints(method), *training_field_hints())}
 
-    with _spelled(names):
-        yield
+    return _spelled(names)
 
 
-@contextmanager
-def arguments_as_options(command: str) -> Iterator[None]:
+def arguments_as_options(command: str) -> AbstractContextManager[None]:
     """Spell arguments that an error of the library names as the options of a command that they are given by."""
-    with _spelled(lambda: {item.name: item.name for item in COMMANDS[command].options}):
-        yield
+    return _spelled(lambda: {item.name: item.name for item in COMMANDS[command].options})
 
 
 @contextmanager
@@ -295,20 +271,18 @@ def _spelled(names: Callable[[], dict[str, str]]) -> Iterator[None]:
 def method_field_hints(method: str) -> dict[str, Any]:
     """Map names to type hints of the method's fields that a user may set; empty for full fine-tuning."""
     config_class = method_config_class(method)
-    hints = {} if config_class is None else _hints(config_class)
-    return {name: hint for name, hint in hints.items() if name not in _METHOD_FIELDS_SET_HERE}
+    return {} if config_class is None else _hints(config_class)
 
 
 def _method_hints_by_source(method: str) -> dict[str, Any]:
     """Return what `method_field_hints` does with hints from the source, where that is known."""
     hints = method_source_hints(method)
-    if hints is None:
-        return method_field_hints(method)
-    return {name: hint for name, hint in hints.items() if name not in _METHOD_FIELDS_SET_HERE}
+    return method_field_hints(method) if hints is None else _settable(hints)
 
 
 def _training_hints_by_source() -> dict[str, Any]:
-    return {n: hint for n, hint in (training_source_hints() or {}).items() if n not in _TRAINING_FIELDS_SET_HERE}
+    hints = training_source_hints()
+    return training_field_hints() if hints is None else _settable(hints)
 
 
 def ivon_field_hints() -> dict[str, Any]:
@@ -320,12 +294,18 @@ def training_field_hints() -> dict[str, Any]:
     """Map names to type hints of the `TrainingArguments` that a user may set."""
     from transformers import TrainingArguments
 
-    return {name: hint for name, hint in _hints(TrainingArguments).items() if name not in _TRAINING_FIELDS_SET_HERE}
+    return _hints(TrainingArguments)
 
 
 def _hints(cls: type) -> dict[str, Any]:
     hints = typing.get_type_hints(cls)
-    return {item.name: hints[item.name] for item in dataclasses.fields(cls) if item.init}
+    return _settable({item.name: hints[item.name] for item in dataclasses.fields(cls) if item.init})
+
+
+def _settable(hints: dict[str, Any]) -> dict[str, Any]:
+    return {
+        n: hint for n, hint in hints.items() if n not in _METHOD_FIELDS_SET_HERE | _TRAINING_FIELDS_SET_HERE.keys()
+    }
 
 
 def _unknown_option(name: str, method: str, known: Iterable[str], where: str) -> BayesLoraError:

@@ -120,8 +120,7 @@ def _with_task(given: dict[str, Any]) -> Iterator[str]:
 
 
 def _with_files(given: dict[str, Any]) -> Iterator[str]:
-    for name in _among(given, "train_split", "data_dir"):
-        yield f"{option(name)} is given, but needs --task: add that or leave this out"
+    yield from _needing(given, ("train_split", "task"), ("data_dir", "task"))
     if _generates(given):
         for name in _among(given, "text_column", "label_column", "labels", "kind", "class_weights"):
             yield f"{option(name)} is given, but {given['train_file']} has answers and no labels: leave it out"
@@ -144,11 +143,13 @@ def _with_files(given: dict[str, Any]) -> Iterator[str]:
         yield "--text-column is missing: name the column (or two, a,b) that holds the text"
     elif tagged and len(columns) > 1:
         yield f"--text-column names {counted(len(columns), 'column')}, but words are in one: name that"
-    elif len(columns) > 2:
-        yield (
-            f"--text-column names {counted(len(given['text_column']), 'column')}, but a text has one or two: "
-            "name those"
-        )
+    elif not tagged:
+        yield from _too_many(columns)
+
+
+def _too_many(columns: list[str]) -> Iterator[str]:
+    if len(columns) > 2:
+        yield f"--text-column names {counted(len(columns), 'column')}, but a text has one or two: name those"
 
 
 def _generates(given: dict[str, Any]) -> bool:
@@ -167,10 +168,8 @@ def _tags_words(given: dict[str, Any]) -> bool:
 
 def _held_out(given: dict[str, Any]) -> Iterator[str]:
     fraction = given.get("eval_fraction")
-    if fraction is None:
-        for name in _among(given, "group_column", "split_seed"):
-            yield f"{option(name)} is given, but needs --eval-fraction: add that or leave this out"
-    elif "eval_file" in given:
+    yield from _needing(given, ("group_column", "eval_fraction"), ("split_seed", "eval_fraction"))
+    if fraction is not None and "eval_file" in given:
         yield "--eval-fraction is given with --eval-file, but one of them has the rows to score: leave one out"
     elif isinstance(fraction, float) and not 0 < fraction < 1:
         yield f"--eval-fraction is {fraction:g}, but must be between 0 and 1: give 0.2 for a fifth"
@@ -180,27 +179,35 @@ def _among(given: dict[str, Any], *names: str) -> list[str]:
     return [name for name in names if name in given]
 
 
-_SHIFT_NEEDS = {"shift_column": "shift", "shift_text_column": "shift_file", "shift_label_column": "shift_file"}
+def _needing(given: dict[str, Any], *needs: tuple[str, ...]) -> Iterator[str]:
+    """Say which options are given without the one that they need, or another that does as well."""
+    for name, needed, *others in needs:
+        if name in given and not {needed, *others} & given.keys():
+            yield f"{option(name)} is given, but needs {option(needed)}: add that or leave this out"
+
+
+def _excluding(given: dict[str, Any], chosen: str, *others: str) -> Iterator[str]:
+    """Say which options are given with the `chosen` one, with which they make no sense."""
+    for name in _among(given, *others) if chosen in given else ():
+        yield f"{option(name)} is given with {option(chosen)}, but they exclude each other: leave one out"
+
+
+_SIMILARITY = ("similarity", "cluster_with", "risk")
 
 
 def _contradictions_of_evaluate(given: dict[str, Any]) -> Iterator[str]:
-    exclusive = {
-        "eval_file": ("task", "data_dir", "split"),
-        "ood": ("ood_file", "ood_text_column"),
-        "shift_task": ("shift_file", "shift_text_column", "shift_label_column"),
-    }
-    for chosen, others in exclusive.items():
-        for name in _among(given, *others):
-            if chosen in given:
-                yield f"{option(name)} is given with {option(chosen)}, but they exclude each other: leave one out"
-    yield from _without_encoder(given)
-    if "report_rows" in given and "output_dir" not in given:
-        yield "--report-rows is given, but needs --output-dir: add that or leave this out"
-    if "ood_text_column" in given and not {"ood", "ood_file"} & given.keys():
-        yield "--ood-text-column is given, but needs --ood-file: add that or leave this out"
-    for name, needed in _SHIFT_NEEDS.items():
-        if name in given and needed not in given and not (needed == "shift_file" and "shift_task" in given):
-            yield f"{option(name)} is given, but needs {option(needed)}: add that or leave this out"
+    yield from _excluding(given, "eval_file", "task", "data_dir", "split")
+    yield from _excluding(given, "ood", "ood_file", "ood_text_column")
+    yield from _excluding(given, "shift_task", "shift_file", "shift_text_column", "shift_label_column")
+    yield from _needing(
+        given,
+        _SIMILARITY,
+        ("report_rows", "output_dir"),
+        ("ood_text_column", "ood_file", "ood"),
+        ("shift_column", "shift"),
+        ("shift_text_column", "shift_file", "shift_task"),
+        ("shift_label_column", "shift_file", "shift_task"),
+    )
 
 
 def _contradictions_of_inspect(given: dict[str, Any]) -> Iterator[str]:
@@ -208,47 +215,29 @@ def _contradictions_of_inspect(given: dict[str, Any]) -> Iterator[str]:
     yield from _held_out(given)
     if "max_length" in given and "model" not in given:
         yield "--max-length is given, but needs --model, whose tokens it counts: add that or leave this out"
-    if len(given.get("text_column", "")) > 2:
-        yield (
-            f"--text-column names {counted(len(given['text_column']), 'column')}, but a text has one or two: "
-            "name those"
-        )
+    yield from _too_many(given.get("text_column", []))
 
 
 def _contradictions_of_calibrate(given: dict[str, Any]) -> Iterator[str]:
     yield from _contradictions_of_evaluate(given)
-    chosen = [name for name in _among(given, "temperature", "vector_scaling", "isotonic") if given[name]]
-    for name in chosen[1:]:
-        yield f"{option(name)} is given with {option(chosen[0])}, but they exclude each other: leave one out"
-
-
-def _contradictions_of_predict(given: dict[str, Any]) -> Iterator[str]:
-    yield from _shares(given)
+    if maps := [name for name in _among(given, "temperature", "vector_scaling", "isotonic") if given[name]]:
+        yield from _excluding(given, *maps)
 
 
 def _shares(given: dict[str, Any]) -> Iterator[str]:
     for name in _among(given, "coverage", "risk", "delta"):
         if isinstance(given[name], float) and not 0 < given[name] < 1:
             yield f"{option(name)} is {given[name]:g}, but must be between 0 and 1: give 0.9 for 90%"
-    if "delta" in given and "risk" not in given:
-        yield "--delta is given, but needs --risk: add that or leave this out"
+    yield from _needing(given, ("delta", "risk"))
 
 
 def _contradictions_of_generate(given: dict[str, Any]) -> Iterator[str]:
-    if "input" in given and "prompt" in given:
-        yield "--prompt is given with --input, but they exclude each other: leave one out"
+    yield from _excluding(given, "input", "prompt")
     if "input" not in given and "prompt" not in given:
         yield "--input is missing: give a file with messages or prompt, or one --prompt"
-    for name in _among(given, "temperature", "cluster_with"):
-        if given[name] and "samples" not in given and "risk" not in given:
-            yield f"{option(name)} is given, but needs --samples: add that or leave this out"
-    yield from _without_encoder(given)
+    asked = [name for name in ("temperature", "cluster_with") if given.get(name)]
+    yield from _needing(given, *((name, "samples", "risk") for name in asked), _SIMILARITY)
     yield from _shares(given)
-
-
-def _without_encoder(given: dict[str, Any]) -> Iterator[str]:
-    if "similarity" in given and "cluster_with" not in given and "risk" not in given:
-        yield "--similarity is given, but needs --cluster-with: add that or leave this out"
 
 
 def _contradictions_of_export(given: dict[str, Any]) -> Iterator[str]:
@@ -283,6 +272,9 @@ _SAMPLING = (
     _number("seed", "N", "seed for the samples (0)"),
     _number("batch_size", "N", "rows per batch (64)", least=1),
 )
+_TEMPERATURE = Option(
+    "temperature", "T", "generated text: temperature of tokens in the draws' answers (0: the most probable one)", float
+)
 _CLUSTERS = (
     Option(
         "cluster_with",
@@ -296,11 +288,16 @@ _TEXT_COLUMN = Option("text_column", "A[,B]", "text column or columns (as traine
 _LABELLED = (
     Option("task", "NAME", "a named task (as trained)"),
     Option("data_dir", "DIR", "folder with <task>/<split>.jsonl (as trained)"),
-)
-_LABELLED_FILE = (
+    Option("eval_file", "FILE", "labelled rows instead of a task", is_data=True),
     _TEXT_COLUMN,
     Option("label_column", "NAME", "label column (as trained)"),
+    Option("split", "NAME", "split of the task (its evaluation split)"),
 )
+_INPUT = Option("input", "FILE", "rows (.jsonl, .json, .csv, .tsv, .parquet, CoNLL)", required=True, is_data=True)
+_SHIFT = Option(
+    "shift", "[A,B]", f"also score shifted texts: {', '.join(SHIFTS)} (all)", list[ShiftName], alone=list(SHIFTS)
+)
+_JSON = _switch("json", "print JSON instead of a table")
 
 _OF_TRAIN = {item.name: item for item in _of_fields(RunOptions)}
 
@@ -312,7 +309,7 @@ COMMANDS = {
             *(_OF_TRAIN[name] for name in ("group_column", "split_seed", "labels", "kind")),
             Option("model", "FOLDER_OR_ID", "also count the tokens of this model"),
             _number("max_length", "N", "tokens beyond which texts are cut (128 or the model's limit)", least=1),
-            _switch("json", "print JSON instead of a table"),
+            _JSON,
         ),
         ("file", "FILE", "rows (.jsonl, .json, .csv, .tsv, .parquet, CoNLL)"),
         epilog="Without --text-column and --label-column it guesses them, and says so.",
@@ -340,19 +337,10 @@ COMMANDS = {
         (
             *_SAMPLING,
             *_LABELLED,
-            Option("eval_file", "FILE", "rows to score instead of a task", is_data=True),
-            *_LABELLED_FILE,
-            Option("split", "NAME", "split of the task to score (its evaluation split)"),
             _switch("ood", "also detect the task's out-of-distribution texts"),
             Option("ood_file", "FILE", "also detect these out-of-distribution texts", is_data=True),
             Option("ood_text_column", "A[,B]", "column or columns of --ood-file (as trained)", list[str]),
-            Option(
-                "shift",
-                "[A,B]",
-                f"also score shifted texts: {', '.join(SHIFTS)} (all)",
-                list[ShiftName],
-                alone=list(SHIFTS),
-            ),
+            _SHIFT,
             Option("shift_column", "NAME", "the column of a pair to shift (both)"),
             Option("shift_task", "NAME", "also score this task, with the same labels, as another domain"),
             Option("shift_file", "FILE", "also score these labelled rows as another domain", is_data=True),
@@ -363,15 +351,10 @@ COMMANDS = {
             _number("few_shot", "K", "examples in each prompt (as trained; 0)", least=0),
             Option("scoring", "NAME", "language models answer by letters or cloze (as trained)", Scoring),
             Option("normalization", "UNIT", "cloze: divide by none, tokens or bytes (as trained)", Normalization),
-            Option(
-                "temperature",
-                "T",
-                "generated text: temperature of the tokens in the answers of the draws (0: the most probable token)",
-                float,
-            ),
+            _TEMPERATURE,
             *_CLUSTERS,
             _UNCALIBRATED,
-            _switch("json", "print JSON instead of a table"),
+            _JSON,
         ),
         RUN,
         contradictions=_contradictions_of_evaluate,
@@ -381,13 +364,7 @@ COMMANDS = {
         "label the rows of a file, one line per row, in order",
         (
             *_SAMPLING,
-            Option(
-                "input",
-                "FILE",
-                "rows to label (.jsonl, .json, .csv, .tsv, .parquet, CoNLL)",
-                required=True,
-                is_data=True,
-            ),
+            _INPUT,
             Option("output", "FILE", "file for rows and predictions (.csv, .tsv, otherwise .jsonl)", required=True),
             _TEXT_COLUMN,
             Option("coverage", "P", "add a set of labels that contains the right one with this probability", float),
@@ -398,7 +375,7 @@ COMMANDS = {
         RUN,
         epilog="--coverage and --risk need `bayeslora calibrate OUT` first. They use its samples and seed; so does "
         "a temperature that it has saved.",
-        contradictions=_contradictions_of_predict,
+        contradictions=_shares,
         example="bayeslora predict OUT --risk 0.05 --input new.csv --output answers.csv",
     ),
     "generate": Command(
@@ -413,12 +390,7 @@ COMMANDS = {
             Option("output", "FILE.jsonl", "file for the answers (printed)"),
             Option("html", "FILE.html", "also a page of the answers, with tokens shaded by their uncertainty"),
             _number("max_new_tokens", "N", "maximum tokens of an answer (128)", least=1),
-            Option(
-                "temperature",
-                "T",
-                "temperature of the tokens in the answers of the draws (0: the most probable token)",
-                float,
-            ),
+            _TEMPERATURE,
             *_CLUSTERS,
             Option("risk", "P", "add ask_a_human, so that the mean loss of the other answers is at most this", float),
             DELTA,
@@ -445,9 +417,6 @@ COMMANDS = {
         (
             *_SAMPLING,
             *_LABELLED,
-            Option("eval_file", "FILE", "labelled rows instead of a task", is_data=True),
-            *_LABELLED_FILE,
-            Option("split", "NAME", "split of the task (its evaluation split)"),
             Option("score", "NAME", "lac or aps; for numbers residual or scaled (lac, residual)", CalibrationScore),
             _switch("by_class", "give each class the coverage"),
             _switch("temperature", "also fit a temperature, on half of the rows; `predict` and `evaluate` use it"),
@@ -462,7 +431,7 @@ COMMANDS = {
             _number("max_new_tokens", "N", "text: maximum tokens of an answer (the task's, or 128)", least=1),
             Option("token_temperature", "T", "text: --temperature of `generate` (0)", float),
             *_CLUSTERS,
-            _switch("json", "print JSON instead of a table"),
+            _JSON,
         ),
         RUN,
         epilog="Writes conformal.json, or for text risk.json, into OUT, in place of an earlier one. A run that tags "
@@ -477,7 +446,7 @@ COMMANDS = {
             _number("samples", "N", "Monte-Carlo samples (10 for mutual_information, otherwise 0)", least=0),
             _number("seed", "N", "seed for the samples and for random (0)"),
             _number("batch_size", "N", "rows per batch (64)", least=1),
-            Option("input", "FILE", "unlabelled rows (.jsonl or .csv)", required=True, is_data=True),
+            _INPUT,
             Option("output", "FILE.jsonl", "file for the chosen rows, the first to label first", required=True),
             Option("budget", "N", "number of rows to choose", int, required=True, least=1),
             Option(
@@ -538,7 +507,7 @@ COMMANDS = {
             Option("max_divergence", "NATS", "mean divergence to allow (as recorded in the export)", float),
             Option("max_changed", "SHARE", "share of changed answers to allow (any)", float),
             *_BASE,
-            _switch("json", "print JSON instead of a table"),
+            _JSON,
         ),
         ("folder", "EXPORT", "folder that `bayeslora export` wrote, of any format"),
         epilog="Exits with status 1 if they disagree.",

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
+from bayeslora.cli.inputs import print_json
 from bayeslora.files import new_folder
 from bayeslora.report import check_installed
 from bayeslora.runs.record import METRICS_FILE
@@ -19,7 +19,7 @@ def run(given: dict[str, Any]) -> int:
     target = Path(given["output_dir"])
     table = compare([run for folder in given["folders"] for run in runs_in(Path(folder))], target)
     if given.get("json"):
-        print(json.dumps(table, indent=2, ensure_ascii=False))
+        print_json(table)
     else:
         show(target)
     return 0

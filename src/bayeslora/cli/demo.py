@@ -10,14 +10,13 @@ import math
 import shutil
 import textwrap
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast
+from typing import Any, cast
 
 from bayeslora.cli.arguments import build_plan
 from bayeslora.cli.compare import compare
 from bayeslora.errors import BayesLoraError
-
-if TYPE_CHECKING:
-    from bayeslora.runs.record import RunRecord
+from bayeslora.runs.examples import read_examples
+from bayeslora.runs.record import RunRecord, read_run
 
 # The runs differ only in the method; `configs/demo.yaml` holds B-LoRA's options for a run by hand.
 SHARED: dict[str, Any] = {
@@ -54,17 +53,8 @@ def run(given: dict[str, Any]) -> int:
     from bayeslora.runs.train import precision_options
 
     for method, own in METHODS.items():
-        options = {
-            **SHARED,
-            **size,
-            **precision_options(),
-            **own,
-            **limit,
-            "method": method,
-            "output_dir": str(target / method),
-        }
-        status = train(build_plan(options))
-        if status:
+        options = {**SHARED, **size, **precision_options(), **own, **limit}
+        if status := train(build_plan({**options, "method": method, "output_dir": str(target / method)})):
             return status
     compare(folders, target / _COMPARISON)
     print(f"\n{_table(folders)}\n\n{_to_hand_over(target / 'melora')}\n")
@@ -84,8 +74,6 @@ def _clear(folders: list[Path], overwrite: bool) -> None:
 
 def _table(folders: list[Path]) -> str:
     """Return the runs' scores on the evaluation rows and their costs, with what chance alone would do."""
-    from bayeslora.runs.record import read_run
-
     runs = [read_run(folder) for folder in folders]
     count = cast(int, runs[0].rows)  # of runs that have just been scored
     rows: list[tuple[str, list[str]]] = [
@@ -122,8 +110,6 @@ def _accuracy_at(run: RunRecord) -> float:
 
 def _to_hand_over(folder: Path) -> str:
     """Return the reviews that the scored run is least certain about."""
-    from bayeslora.runs.examples import read_examples
-
     lines = [f"{_SHOWN} reviews to hand to a person (Me-LoRA is least certain about them):"]
     for example in read_examples(folder).least_certain[:_SHOWN]:
         text = textwrap.shorten(example.texts["text"], 160, placeholder=" …")

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
-from bayeslora.cli.inputs import load_run
+from bayeslora.cli.inputs import load_run, print_json
 from bayeslora.errors import BayesLoraError
-from bayeslora.files import finite, new_folder
+from bayeslora.files import new_folder
+from bayeslora.runs.export_run import check_names, export_run
+from bayeslora.runs.info import RunInfo
 
 FORMATS = {
     "gguf": "GGUF model",
@@ -24,10 +25,6 @@ FORMATS = {
 def run(given: dict[str, Any]) -> int:
     """Run the command with the options `given` on the command line."""
     form = given["format"]
-    from bayeslora.cli.progress import disable_progress_bars
-    from bayeslora.runs.info import RunInfo
-
-    disable_progress_bars()
     source, target = Path(given["folder"]), Path(given["output_dir"])
     method, rank = RunInfo.load(source).method, given.get("rank")
     if method == "full":
@@ -39,13 +36,11 @@ def run(given: dict[str, Any]) -> int:
             f"--mean-rank is {given['mean_rank']:g}, but {source} was trained with {method}, not lora: export it "
             "as plain LoRA first, and cut that export"
         )
-    from bayeslora.runs.export_run import check_names, export_run
-
     check_names(given)
     with new_folder(target) as partial:
         measured = export_run(load_run(source, given), form, partial, given)
     if given.get("json"):
-        print(json.dumps(finite({"folder": str(target), **measured}), indent=2))
+        print_json({"folder": str(target), **measured})
         return 0
     print(f"{target}: {FORMATS[form]}")
     for name, value in measured.items():

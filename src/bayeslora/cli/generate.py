@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import Any
 
 from bayeslora.cli.inputs import check_output, load_run
-from bayeslora.cli.progress import disable_progress_bars
 from bayeslora.errors import BayesLoraError, counted
 from bayeslora.files import write_atomically
 from bayeslora.methods.registry import title_of
@@ -35,7 +34,6 @@ def run(given: dict[str, Any]) -> int:
     chosen = {name: given[name] for name in SAMPLING if name in given}
     sampling = AnswerCalibration.load(folder).settings(folder, chosen) if "risk" in given else Sampling(**chosen)
     rows = read_prompts(source if "input" in given else given["prompt"], info)
-    disable_progress_bars()
     loaded = load_run(folder, given)
     answers = loaded.generate_rows(rows, given.get("batch_size", 8), given.get("risk"), given.get("delta"), **chosen)
     lines = answer_lines(rows, answers)

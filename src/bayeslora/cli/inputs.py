@@ -1,13 +1,14 @@
-"""Checks shared by the commands that predict with a finished run."""
+"""What the commands share: checks of options and files, a run from its folder, and JSON."""
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from bayeslora.errors import BayesLoraError, Problems, option
-from bayeslora.files import check_writable
-from bayeslora.runs.info import RUN_FILE, RunInfo
+from bayeslora.errors import BayesLoraError
+from bayeslora.files import check_writable, finite
+from bayeslora.runs.info import RUN_FILE, RunInfo, refuse
 
 if TYPE_CHECKING:
     from bayeslora.runs.run import Run
@@ -17,15 +18,20 @@ _OF_A_RUN = (".json", ".yaml", ".safetensors", ".md")
 
 
 def load_run(folder: str | Path, given: dict[str, Any]) -> Run:
-    """Load the run in `folder` with its base from `--model`, spread over devices by `--device-map`."""
-    from bayeslora.runs.run import load  # which imports PyTorch
+    """Load the run in `folder` with its base from `--model`, spread over devices by `--device-map`.
 
+    Other libraries' progress bars are turned off from then on.
+    """
+    from bayeslora.cli.progress import disable_progress_bars  # which imports PyTorch
+    from bayeslora.runs.run import load
+
+    disable_progress_bars()
     return load(folder, given.get("model"), device_map=given.get("device_map"))
 
 
-def refuse(given: dict[str, Any], names: tuple[str, ...], reason: str) -> None:
-    """Raise for each of the options `names` that is given; its message is the option and `reason`."""
-    Problems(f"{option(name)} {reason}" for name in names if name in given).tell()
+def print_json(content: Any) -> None:
+    """Print a value as JSON, with null for numbers that are not finite."""
+    print(json.dumps(finite(content), indent=2, ensure_ascii=False))
 
 
 def check_files(given: dict[str, Any], info: RunInfo) -> tuple[Path, Path]:

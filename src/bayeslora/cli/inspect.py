@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 from collections.abc import Iterator
 from typing import Any
 
+from bayeslora.cli.inputs import print_json
 from bayeslora.data.guessing import DELIMITERS
 from bayeslora.data.inspection import CountTokens, Inspection, Lengths, Part, Texts, inspect_file
 from bayeslora.data.split import HoldOut
 from bayeslora.errors import BayesLoraError, counted
-from bayeslora.files import finite
 
 _MOST_CLASSES = 20
 
@@ -32,7 +31,7 @@ def run(given: dict[str, Any]) -> int:
         max_length=length,
     )
     if given.get("json"):
-        print(json.dumps(finite(dataclasses.asdict(found)), indent=2, ensure_ascii=False))
+        print_json(dataclasses.asdict(found))
     else:
         print("\n".join(lines(found, length)))
     if found.problems:

@@ -27,6 +27,16 @@ from bayeslora.errors import BayesLoraError, close_matches
 USER_ERROR = 2
 INTERRUPTED = 130
 _HELP = ("-h", "--help")
+_UNUSABLE = {
+    **dict.fromkeys((errno.EACCES, errno.EPERM), "cannot be used ({}): `chmod` it, or give another path"),
+    **dict.fromkeys(
+        (errno.ENAMETOOLONG, errno.ELOOP, errno.ENOTDIR, errno.EISDIR), "cannot be used ({}): give another path"
+    ),
+    **dict.fromkeys(
+        (errno.ENOSPC, errno.EROFS, errno.EDQUOT), "cannot be written ({}): choose another folder or free space"
+    ),
+}
+"""What is said of a file by the number of the error that the system gives."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -46,15 +56,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
     except OSError as error:
-        if error.errno in (errno.EACCES, errno.EPERM):
-            _say(f"{error.filename or 'a file'} cannot be used ({error.strerror}): `chmod` it, or give another path")
-            return USER_ERROR
-        if error.errno in (errno.ENAMETOOLONG, errno.ELOOP, errno.ENOTDIR, errno.EISDIR):
-            _say(f"{error.filename or 'a path'} cannot be used ({error.strerror}): give another path")
-            return USER_ERROR
-        if error.errno not in (errno.ENOSPC, errno.EROFS, errno.EDQUOT):
+        if error.errno not in _UNUSABLE:
             raise
-        _say(f"{error.filename or 'a file'} cannot be written ({error.strerror}): choose another folder or free space")
+        _say(f"{error.filename or 'a file'} {_UNUSABLE[error.errno].format(error.strerror)}")
         return USER_ERROR
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +10,7 @@ from transformers import AutoConfig, PretrainedConfig
 
 from bayeslora.cli.arguments import fields_as_options
 from bayeslora.cli.commands import PlanOptions
+from bayeslora.cli.inputs import print_json
 from bayeslora.cli.progress import disable_progress_bars
 from bayeslora.cost import Plan, build_for_task, from_config, plan
 from bayeslora.errors import BayesLoraError, counted
@@ -43,8 +43,7 @@ def run(resolved: tuple[PlanOptions, dict[str, Any], type[PeftConfig] | None]) -
             device=options.device,
         )
     if options.json:
-        record = {"method": options.method, **found.to_dict(), "model": options.model, "class": found.model}
-        print(json.dumps(record, indent=2, ensure_ascii=False))
+        print_json({"method": options.method, **found.to_dict(), "model": options.model, "class": found.model})
     else:
         print(table(found, options.method, options.model))
     return 0

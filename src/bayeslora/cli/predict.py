@@ -5,11 +5,10 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from bayeslora.cli.inputs import check_files, load_run, refuse
-from bayeslora.cli.progress import disable_progress_bars
+from bayeslora.cli.inputs import check_files, load_run
 from bayeslora.errors import counted
 from bayeslora.runs.decisions import calibration_for
-from bayeslora.runs.info import RunInfo
+from bayeslora.runs.info import RunInfo, refuse
 from bayeslora.runs.prediction_files import write_predictions
 from bayeslora.runs.rows import encode_for, rows_to_predict, table_to_predict
 
@@ -31,7 +30,6 @@ def run(given: dict[str, Any]) -> int:
     )
     table = table_to_predict(source, info, given.get("text_column"))
     task = rows_to_predict(table, info, given.get("text_column"))
-    disable_progress_bars()
     loaded = load_run(folder, given)
     data = encode_for(task.eval_split, task, loaded.tokenizer, loaded.info)
     predictions = loaded.predict_encoded(data, samples, seed, given.get("batch_size", 64), calibration, **asked)

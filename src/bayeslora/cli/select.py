@@ -9,7 +9,6 @@ from typing import Any
 import numpy as np
 
 from bayeslora.cli.inputs import check_files, load_run
-from bayeslora.cli.progress import disable_progress_bars
 from bayeslora.data.encode_words import has_words, word_rows
 from bayeslora.data.tagged import OFFSETS
 from bayeslora.errors import BayesLoraError, counted
@@ -23,10 +22,7 @@ from bayeslora.runs.rows import encode_for, rows_to_predict
 from bayeslora.runs.run import Run
 
 _ADDED = ("row", "entropy", "mutual_information")
-_OTHERS_THAN_CLASSES = {
-    "regression": "predicts numbers",
-    "multi_label": "has several labels a row",
-}
+_OTHERS_THAN_CLASSES = {"regression": "predicts numbers", "multi_label": "has several labels a row"}
 _OTHERS = "give --score entropy, margin or random"
 
 
@@ -49,7 +45,6 @@ def run(given: dict[str, Any]) -> int:
         )
     if taken := [name for name in _ADDED if name in rows.column_names]:
         raise BayesLoraError(f"{source} has the column {taken[0]!r}, but select adds one of that name: rename it")
-    disable_progress_bars()
     loaded = load_run(folder, given)
     _check_randomness(loaded, samples, by_information)
     data = encode_for(rows, task, loaded.tokenizer, loaded.info)

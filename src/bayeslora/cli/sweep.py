@@ -9,11 +9,12 @@ from typing import Any
 
 from bayeslora.cli.arguments import build_plan
 from bayeslora.cli.coercion import coerce
+from bayeslora.cli.compare import SEED_FOLDER, compare, runs_in, show
 from bayeslora.errors import BayesLoraError, Problems
 from bayeslora.runs.plan import TrainPlan
+from bayeslora.runs.record import METRICS_FILE
 
 COMPARISON = "compare"
-_METRICS = "metrics.json"
 
 
 @dataclass(frozen=True)
@@ -46,7 +47,7 @@ def build_sweep(given: dict[str, Any], problems: Problems) -> Sweep:
     plans = [
         build_plan({**shared, **_own(out, seed, bool(given.get("resume")))})
         for seed in seeds
-        if not (given.get("resume") and (_folder(out, seed) / _METRICS).exists())
+        if not (given.get("resume") and (_folder(out, seed) / METRICS_FILE).exists())
     ]
     present = [folder for folder in (*(plan.output_dir for plan in plans), out / COMPARISON) if folder.exists()]
     if present:
@@ -56,7 +57,6 @@ def build_sweep(given: dict[str, Any], problems: Problems) -> Sweep:
 
 def run(sweep: Sweep) -> int:
     """Train as planned, one after the other, and compare all runs of the folder; return 0."""
-    from bayeslora.cli.compare import compare, runs_in, show
     from bayeslora.cli.train import run as train
 
     for plan in sweep.plans:
@@ -71,7 +71,7 @@ def run(sweep: Sweep) -> int:
 
 
 def _folder(out: Path, seed: int) -> Path:
-    return out / f"seed-{seed}"
+    return out / f"{SEED_FOLDER}{seed}"
 
 
 def _own(out: Path, seed: int, resume: bool) -> dict[str, Any]:

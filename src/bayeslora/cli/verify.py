@@ -3,15 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 from pathlib import Path
 from typing import Any
 
-from bayeslora.cli.evaluate import rows_to_score, source_of
-from bayeslora.cli.inputs import load_run
-from bayeslora.cli.progress import disable_progress_bars
+from bayeslora.cli.inputs import load_run, print_json
 from bayeslora.errors import BayesLoraError, counted
-from bayeslora.files import finite
+from bayeslora.runs.evaluate_run import rows_to_score, source_of
 from bayeslora.runs.exports import format_of
 from bayeslora.runs.info import RunInfo
 from bayeslora.runs.verify import Verified, verify
@@ -29,7 +26,6 @@ def run(given: dict[str, Any]) -> int:
         task, split = rows_to_score(asked, info)
     except BayesLoraError as error:
         raise BayesLoraError(str(error).replace("--eval-file", "--rows")) from error
-    disable_progress_bars()
     found = verify(
         folder,
         load_run(source, given),
@@ -42,7 +38,7 @@ def run(given: dict[str, Any]) -> int:
     )
     if given.get("json"):
         content = {"folder": str(folder), "against": str(source), "rows_of": source_of(asked, task, split)}
-        print(json.dumps(finite({**content, **dataclasses.asdict(found), "agrees": found.agrees}), indent=2))
+        print_json({**content, **dataclasses.asdict(found), "agrees": found.agrees})
     else:
         _print(found, folder, source)
     return 0 if found.agrees else DISAGREES

@@ -14,20 +14,10 @@ from transformers.pytorch_utils import Conv1D
 from bayeslora.errors import BayesLoraError, close_matches, one_line
 from bayeslora.methods.targets import check_not_nested, exclude_saved
 from bayeslora.runs.base import BaseModel
+from bayeslora.vocabulary import FUSED_PROJECTIONS, SEPARATE_PROJECTIONS
 
-# Names of query, key and value projections in model families; the first set that a model has is the default.
-_ATTENTION_NAMES = (
-    ("query", "key", "value"),
-    ("query_proj", "key_proj", "value_proj"),
-    ("q_proj", "k_proj", "v_proj"),
-    ("q_lin", "k_lin", "v_lin"),
-    ("c_attn",),
-    ("query_key_value",),
-    ("qkv_proj",),
-    ("Wqkv",),
-)
-
-
+# The first set of names that a model has is the default; PEFT knows the models with q, k and v.
+_ATTENTION_NAMES = (*SEPARATE_PROJECTIONS[:-1], *((name,) for name in FUSED_PROJECTIONS))
 _REFUSALS = (ValueError, TypeError, ImportError, RuntimeError, OSError, LookupError, AttributeError, AssertionError)
 """What PEFT and the Trainer raise for options; a file of options that is missing is an OSError."""
 
@@ -86,21 +76,22 @@ def option_errors(what: str) -> Iterator[None]:
 def default_targets(model: nn.Module) -> list[str] | None:
     """Return the model's names for query, key and value; None leaves the choice to PEFT."""
     present = {name.rpartition(".")[2] for name, _ in model.named_modules()}
-    for names in _ATTENTION_NAMES:
-        if present.issuperset(names):
-            return list(names)
-    return None
+    return next((list(names) for names in _ATTENTION_NAMES if present.issuperset(names)), None)
 
 
 def check_saved_modules(model: nn.Module, names: list[str]) -> None:
     """Raise BayesLoraError for a name in `modules_to_save` that matches nothing; PEFT ignores it."""
     paths = [path for path, _ in model.named_modules()]
-    for name in names:
-        if not any(path == name or path.endswith("." + name) for path in paths):
-            near = close_matches(name, {path.rpartition(".")[2] for path in paths} - {""})
-            raise BayesLoraError(
-                f"--modules-to-save is {name!r}, but matches nothing in the model{near}: correct it or leave it out"
-            )
+    for name in _unmatched(names, paths):
+        near = close_matches(name, {path.rpartition(".")[2] for path in paths} - {""})
+        raise BayesLoraError(
+            f"--modules-to-save is {name!r}, but matches nothing in the model{near}: correct it or leave it out"
+        )
+
+
+def _unmatched(names: list[str], paths: list[str]) -> list[str]:
+    """Return the names that are neither a path nor the end of one."""
+    return [name for name in names if not any(path == name or path.endswith("." + name) for path in paths)]
 
 
 def check_targets(model: nn.Module, targets: list[str] | str) -> None:
@@ -116,7 +107,7 @@ def check_targets(model: nn.Module, targets: list[str] | str) -> None:
                 f"--target-modules is {targets!r}, but must be a regular expression ({error}): correct it"
             ) from error
     else:
-        unmatched = [t for t in targets if not any(path == t or path.endswith("." + t) for path in paths)]
+        unmatched = _unmatched(targets, paths)
         if not targets:
             raise BayesLoraError("--target-modules is empty, but must name at least 1 module: give a name")
     if unmatched:

@@ -12,9 +12,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor, nn
-from torch.nn.utils.rnn import pad_sequence
 
 from bayeslora.data.chat import answer_of, asked_of, end_tokens, prompt_tokens
 from bayeslora.data.encode import pad_id
@@ -117,13 +115,7 @@ def check_generates(info: RunInfo) -> None:
 
 
 def read_prompts(inputs: Any, info: RunInfo) -> list[dict[str, Any]]:
-    """Return rows with `messages` or `prompt`.
-
-    Args:
-        inputs: a text, a row (a dict) or a conversation (a list of messages); an iterable of them; or the `Path` of a
-            data file. A text becomes a message of the user for a run trained on conversations, and otherwise the
-            prompt.
-        info: of the run.
+    """Return rows with `messages` or `prompt`, from `inputs` as `Run.generate` takes them.
 
     Raises:
         BayesLoraError: there are 0 rows, or one has another form.
@@ -169,14 +161,7 @@ def answer_rows(
     sampling: Sampling,
     batch_size: int = 8,
 ) -> list[Answer]:
-    """Answer rows of `read_prompts`, in their order.
-
-    Args:
-        predictor: the model, or the posterior of its weights.
-        tokenizer: of the model.
-        rows: what to answer.
-        sampling: number of draws, and how each answer is made.
-        batch_size: prompts in a batch.
+    """Answer rows of `read_prompts`, in their order, with a model or with the posterior of its weights.
 
     Raises:
         BayesLoraError: draws are wanted but the model is deterministic and the temperature is 0, or a prompt is too
@@ -211,6 +196,7 @@ class _Writer:
         self.embed = Embedder(sampling.cluster_with) if sampling.cluster_with and sampling.samples else None
         config = base.config.get_text_config()
         self.encodes = bool(getattr(config, "is_encoder_decoder", False))
+        self.pad = pad_id(tokenizer)
         self.limit = getattr(config, "max_position_embeddings", None)
         stated = getattr(getattr(base, "generation_config", None), "eos_token_id", None)
         own = [] if stated is None else stated if isinstance(stated, list) else [stated]
@@ -234,13 +220,16 @@ class _Writer:
     def answers(self, prompts: list[list[int]], rows: Sequence[Mapping[str, Any]]) -> list[Answer]:
         """Return an `Answer` to each prompt."""
         samples = self.sampling.samples
-        batch = _padded(prompts, pad_id(self.tokenizer), on_the_right=self.encodes)
+        side = "right" if self.encodes else "left"
+        batch = self.tokenizer.pad(
+            {"input_ids": prompts}, padding_side=side, return_attention_mask=True, return_tensors="pt"
+        )
         drawn = samples if self.is_random else 0
         found = generate(**self._asked(batch, drawn, answers="mean", do_sample=False))
         own = self._own_answers(batch) if samples else []
         return [self._answer(found, place, row, [texts[place] for texts in own]) for place, row in enumerate(rows)]
 
-    def _own_answers(self, batch: dict[str, Tensor]) -> list[list[str]]:
+    def _own_answers(self, batch: Mapping[str, Tensor]) -> list[list[str]]:
         """Return the texts of every draw: S lists of one for each prompt."""
         heat, samples = self.sampling.temperature, self.sampling.samples
         options: dict[str, Any] = {"do_sample": False}
@@ -257,7 +246,7 @@ class _Writer:
             for rows in zip(tokens, mask, strict=True)
         ]
 
-    def _asked(self, batch: dict[str, Tensor], samples: int, **options: Any) -> dict[str, Any]:
+    def _asked(self, batch: Mapping[str, Tensor], samples: int, **options: Any) -> dict[str, Any]:
         """Return the arguments of `generate` for a batch of prompts."""
         taken = 1 if self.encodes else batch["input_ids"].shape[1]  # of the positions that the answer has
         room = MAX_NEW_TOKENS if self.limit is None else min(MAX_NEW_TOKENS, self.limit - taken)
@@ -269,7 +258,7 @@ class _Writer:
             **{"temperature": None, "top_k": None, "top_p": None, "num_beams": 1},
             "max_new_tokens": self.sampling.max_new_tokens or room,
             "eos_token_id": self.ends or None,
-            "pad_token_id": pad_id(self.tokenizer),
+            "pad_token_id": self.pad,
             **options,
         }
 
@@ -304,14 +293,6 @@ class _Writer:
 
 def _asked(row: Mapping[str, Any]) -> str:
     return str(asked_of(row[MESSAGES])[-1]["content"] if MESSAGES in row else row[PROMPT])
-
-
-def _padded(prompts: list[list[int]], pad: int, *, on_the_right: bool) -> dict[str, Tensor]:
-    """Return ids and mask (B, T), padded on the right for an encoder and on the left for a decoder."""
-    rows, side = [torch.tensor(prompt) for prompt in prompts], "right" if on_the_right else "left"
-    ids = pad_sequence(rows, batch_first=True, padding_value=pad, padding_side=side)
-    mask = pad_sequence([torch.ones_like(row) for row in rows], batch_first=True, padding_side=side)
-    return {"input_ids": ids, "attention_mask": mask}
 
 
 def pieces(ids: Sequence[int], tokenizer: Any) -> list[str]:

@@ -141,10 +141,6 @@ def source(resolved: str) -> dict[str, Any]:
     return {"pretrained_model_name_or_path": str(Path(resolved).parent), "gguf_file": Path(resolved).name}
 
 
-def _weights(resolved: str) -> dict[str, Any]:
-    return {**source(resolved), **(gguf_options() if resolved.endswith(_GGUF) else {})}
-
-
 @contextmanager
 def quiet_loading() -> Iterator[None]:
     """Silence the loaders' progress bars and their report of new weights, which the adapter's files replace."""
@@ -286,7 +282,8 @@ def load_base(
     with load_errors(f"model {name}", resolved), quiet:
         check_bare(name, resolved)
         model, info = AUTO_CLASSES[head].from_pretrained(
-            **_weights(resolved),
+            **source(resolved),
+            **(gguf_options() if resolved.endswith(_GGUF) else {}),
             dtype=getattr(torch, dtype),
             ignore_mismatched_sizes=True,
             output_loading_info=True,

@@ -24,11 +24,7 @@ _MEASURED = 8
 def export_cut(run: Run, mean_rank: float, folder: Path, base_model_id: str | None = None) -> dict[str, Any]:
     """Write the run's LoRA at a mean rank into `folder`, as plain LoRA with a rank for each layer.
 
-    Args:
-        run: of plain LoRA.
-        mean_rank: over all adapted layers, above 0.
-        folder: for the adapter.
-        base_model_id: hub id of the base model, for the configuration.
+    The mean is over all adapted layers, and above 0. The configuration names `base_model_id`, a hub id, if given.
 
     Returns:
         `mean_rank`, `ranks` by layer (0: no adapter), `rows` of train that chose them, and of classifiers what the cut

@@ -37,11 +37,8 @@ def save_digests(folder: Path) -> None:
 def check_digests(folder: Path, only_config: bool = False) -> None:
     """Raise BayesLoraError if a file is not the one whose digest was saved; folders without digests are not checked.
 
-    A missing file of the tokenizer is left to those who look for one.
-
-    Args:
-        folder: of a run or an export.
-        only_config: check the adapter's configuration alone, before anything is made as it says.
+    A missing file of the tokenizer is left to those who look for one. With `only_config` the adapter's configuration
+    is checked alone, before anything is made as it says.
     """
     path = folder / DIGESTS_FILE
     if not path.is_file():

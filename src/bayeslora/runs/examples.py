@@ -73,14 +73,7 @@ class Examples:
 def choose_examples(
     evaluation: Evaluation | MultiLabelEvaluation, rows: Dataset, task: Task, count: int = ROWS
 ) -> Examples:
-    """Return up to `count` rows of each kind; of rows with equal texts the first.
-
-    Args:
-        evaluation: of the rows.
-        rows: the split, with its texts.
-        task: of the split.
-        count: 0 gives none.
-    """
+    """Return up to `count` rows of each kind from a split of the task; of rows with equal texts the first."""
     from numpy import abs, arange, argsort, searchsorted
 
     if task.kind == "multi_label":

@@ -27,11 +27,7 @@ _CALIBRATION_BATCHES = 8
 def export_run(run: Run, form: str, folder: Path, given: Mapping[str, Any]) -> dict[str, Any]:
     """Write a run in another format, with everything that `bayeslora.load` reads, and return the measurements.
 
-    Args:
-        run: with an adapter.
-        form: a key of `bayeslora.export.formats.FORMATS`.
-        folder: to write into.
-        given: options of `bayeslora export`, by name.
+    The format is a key of `bayeslora.export.formats.FORMATS`; `given` holds options of `bayeslora export`, by name.
 
     Raises:
         BayesLoraError: for whatever `bayeslora.export` refuses.

@@ -58,14 +58,9 @@ def format_for_others(folder: Path) -> str | None:
 def load_for_others(
     form: str, folder: Path, info: RunInfo, tokenizer: PreTrainedTokenizerBase, base: str | None = None
 ) -> nn.Module:
-    """Return the model of an export for other programs; ONNX runs in onnxruntime, GGUF in Transformers.
+    """Return the model of an export in one of `FORMATS_FOR_OTHERS`; ONNX runs in onnxruntime, GGUF in Transformers.
 
-    Args:
-        form: one of `FORMATS_FOR_OTHERS`.
-        folder: of the export.
-        info: of its run.
-        tokenizer: of its run.
-        base: folder or hub id of the base model of a GGUF adapter alone; by default the one in `info`.
+    A GGUF adapter alone goes into `base`, a folder or hub id; by default into the base model that `info` names.
 
     Raises:
         BayesLoraError: a library that is not installed; files that are missing or damaged, or belong to another kind

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import dataclasses
 import json
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, cast
 
 from bayeslora.data.choices import Cloze
-from bayeslora.errors import BayesLoraError
+from bayeslora.errors import BayesLoraError, Problems, option
 from bayeslora.files import check_readable, save_json
 from bayeslora.runs.digests import save_digests
 from bayeslora.runs.schema import Mismatch, from_json
@@ -35,6 +36,11 @@ def check_one_label_a_row(kind: str, what: str) -> None:
     """Raise `BayesLoraError` for a kind of run with several answers a row, where `what` needs one."""
     if kind in _SEVERAL:
         raise BayesLoraError(f"the run {_SEVERAL[kind]}, but {what} needs one: use a run with one label")
+
+
+def refuse(given: Mapping[str, Any], names: Sequence[str], reason: str) -> None:
+    """Raise for each of the options `names` that is given; its message is the option and `reason`."""
+    Problems(f"{option(name)} {reason}" for name in names if name in given).tell()
 
 
 @dataclass

@@ -60,11 +60,8 @@ def plain_info(folder: Path, model: str | None) -> RunInfo:
     """Describe a folder that `save_pretrained` or `bayeslora.export` wrote.
 
     The base model comes from `adapter_config.json`, the number of classes from the shape of the saved classifier, and
-    the class names from the model's configuration if their number matches.
-
-    Args:
-        folder: of an adapter or a whole model.
-        model: folder or hub id of the base model, by default as the adapter names it.
+    the class names from the model's configuration if their number matches. `model` is the folder or hub id of the base
+    model, if it is not as the adapter names it.
 
     Raises:
         BayesLoraError: the folder is neither an adapter nor a model, or its task is not supported.

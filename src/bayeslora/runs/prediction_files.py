@@ -28,12 +28,7 @@ def write_predictions(path: Path, table: Table, predictions: Predictions | Taggi
     `probability_<label>`, an interval the columns `lower` and `upper`, and a set is a JSON list, as are several labels
     of a row, the words with their tags and the spans. A `.csv` has the delimiter of the table if that is one, and a
     byte-order mark, which Excel needs, unless the table is plain UTF-8. Other paths become JSON Lines, with
-    `probabilities` as an object by label.
-
-    Args:
-        path: file to write, completely or not at all.
-        table: the rows, with all their columns.
-        predictions: for these rows.
+    `probabilities` as an object by label. The file is written completely or not at all.
 
     Returns:
         The columns of the table that were renamed to `input_<name>`, because a prediction has their name.

@@ -146,9 +146,6 @@ class Predictions(Sequence[PredictedRow]):
             named = {name: found[name] and dict(zip(self._names, found[name], strict=True)) for name in by_label}
             yield {**found, **named}
 
-    def __iter__(self) -> Iterator[PredictedRow]:
-        return (self[row] for row in range(len(self)))
-
     def __repr__(self) -> str:
         shown = ", ".join(map(repr, self.labels[:3])) + (", …" if len(self) > 3 else "")
         return f"Predictions({counted(len(self), 'row')}: {shown})"

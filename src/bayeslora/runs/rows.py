@@ -44,13 +44,8 @@ def encode_split(
 ) -> Dataset:
     """Tokenize a split of `task`, or other rows with its columns, for a model with this head.
 
-    Args:
-        split: rows with the task's text columns.
-        task: with the classes, how choices are scored by their text, and the rows of few-shot examples.
-        tokenizer: of the model.
-        head: of the model.
-        length: maximum input length in tokens.
-        few_shot: examples in each prompt.
+    An input has at most `length` tokens. The task has the classes, says how choices are scored by their text, and has
+    the rows of the `few_shot` examples in each prompt.
 
     Raises:
         BayesLoraError: few-shot examples for a model without prompts, or rows that do not fit.
@@ -79,11 +74,9 @@ def asked(task: Task, scoring: Scoring | None, normalization: Normalization | No
 
 
 def check_task_asked(name: str | None, given: Mapping[str, Any]) -> None:
-    """Raise `BayesLoraError` if options about answers to multiple choice are given for another task.
+    """Raise `BayesLoraError` if options about answers to multiple choice are given for another task, None for files.
 
-    Args:
-        name: of the task; None for data files.
-        given: fields of `RunOptions` about such answers; one that is None or 0 is not given.
+    They are the fields of `RunOptions` in `given`; one that is None or 0 is not given.
     """
     choices = {known.name: known for known in KNOWN.values() if known.kind == "multiple_choice"}
     if name in choices:
@@ -136,11 +129,8 @@ def encode_for(split: Dataset, task: Task, tokenizer: PreTrainedTokenizerBase, i
 def rows_to_predict(inputs: Any, info: RunInfo, text_columns: list[str] | None = None) -> Task:
     """Read rows without labels as the split `validation` of a task that fits the run.
 
-    Args:
-        inputs: a text, a pair (tuple), a list of words to tag, or a row (dict); an iterable of them, such as a list or
-            a `Dataset`; the `Path` of a data file, or its `table_to_predict`.
-        info: of the run.
-        text_columns: text column or columns, by default those of the training.
+    The inputs are those of `Run.predict`, or the `table_to_predict` of a file. The text columns are by default those
+    of the training.
 
     Raises:
         BayesLoraError: there are 0 rows, a column is missing, or a value has the wrong type.
@@ -244,13 +234,7 @@ def _split_file(info: RunInfo, text_columns: list[str] | None = None, label_colu
 
 
 def check_not_training(info: RunInfo, source: str, split: str) -> None:
-    """Raise if rows are those that the run was trained on: its file, a copy of it, or a split for training.
-
-    Args:
-        info: of the run.
-        source: where the rows come from, perhaps a file.
-        split: of a task.
-    """
+    """Raise if rows of `source`, perhaps a file, were trained on: the file, a copy of it, or a split for training."""
     file = Path(info.files.get("train_file", ""))
     known = {info.train_digest, file_digest(file) if file.is_file() else None}
     same_file = Path(source).is_file() and file_digest(source) in known  # or a copy
@@ -286,11 +270,6 @@ def training_batches(
 def training_rows(info: RunInfo, count: int = FITTED_ROWS, seed: int = 0) -> tuple[Task, Dataset]:
     """Return the run's task, and `count` of its training rows in their order, or all if there are no more.
 
-    Args:
-        info: of the run.
-        count: maximum number of rows.
-        seed: seed of the choice.
-
     Raises:
         BayesLoraError: the training rows cannot be found.
     """
@@ -325,7 +304,9 @@ class OutsideRows:
     sources: list[str]
 
 
-def outside_rows(info: RunInfo, task: Task, file: Path | None, text_columns: list[str] | None = None) -> OutsideRows:
+def outside_rows(
+    info: RunInfo, task: Task, file: str | Path | None, text_columns: list[str] | None = None
+) -> OutsideRows:
     """Read out-of-distribution rows from a file, by default those of the task.
 
     Raises:
@@ -342,7 +323,7 @@ def outside_rows(info: RunInfo, task: Task, file: Path | None, text_columns: lis
         sources = list(rows[_SOURCE]) if _SOURCE in rows.column_names else []
         return OutsideRows(f"{task.name} {OUT_OF_DISTRIBUTION}", rows, task, sources)
     if info.kind == "multiple_choice":
-        items = _choices(file, info)
+        items = _choices(Path(file), info)
         return OutsideRows(str(file), items.eval_split, items, [])
     columns = _checked_columns(text_columns, info, "--ood-text-column")
     return OutsideRows(str(file), load_texts(file, columns), replace(task, text_columns=tuple(columns)), [])

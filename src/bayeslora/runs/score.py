@@ -41,7 +41,7 @@ from bayeslora.prediction import Predictable, Prediction
 from bayeslora.runs.answers import Sampling
 from bayeslora.runs.examples import Examples, choose_examples
 from bayeslora.runs.info import RunInfo
-from bayeslora.runs.rows import EVALUATION, FITTED_ROWS, TEST, OutsideRows, encode_for, training_rows
+from bayeslora.runs.rows import EVALUATION, TEST, OutsideRows, encode_for, training_rows
 from bayeslora.runs.run import Run
 from bayeslora.runs.text_scores import scored_text
 
@@ -126,14 +126,14 @@ def scored(evaluation: Evaluation | MultiLabelEvaluation) -> dict[str, Any]:
 
 
 def fitted_space(
-    model: nn.Module, tokenizer: PreTrainedTokenizerBase, info: RunInfo, batch_size: int = 64, count: int = FITTED_ROWS
+    model: nn.Module, tokenizer: PreTrainedTokenizerBase, info: RunInfo, batch_size: int = 64
 ) -> FeatureSpace:
-    """Return the features of `count` of the run's training rows, for scores by features.
+    """Return the features of `FITTED_ROWS` of the run's training rows, for scores by features.
 
     Raises:
         BayesLoraError: the training rows cannot be found, or the model is not a sequence classifier.
     """
-    task, rows = training_rows(info, count)
+    task, rows = training_rows(info)
     data = encode_for(rows, task, tokenizer, info)
     return FeatureSpace(dataset_features(model, data, tokenizer, batch_size)[0], data[LABEL])
 
@@ -181,22 +181,15 @@ def detected(
 ) -> dict[str, Any]:
     """Return the `ood` block of `metrics.json`: AUROC, AUPR and FPR95 by measure of uncertainty and by source.
 
-    Args:
-        outside: the out-of-distribution rows.
-        evaluation: of the in-distribution rows.
-        prediction: for the rows of `outside`.
-        features: training rows' features, and those of the in- and out-of-distribution rows, for scores by features.
+    The evaluation is of the in-distribution rows. For scores by features, `features` has those of the training rows,
+    and of the in- and out-of-distribution rows.
     """
     inside, found = evaluation.uncertainties, uncertainties_of(prediction)
     if features is not None:
         space, of_inside, of_outside = features
         inside, found = inside | space.scores(*of_inside), found | space.scores(*of_outside)
-    block: dict[str, Any] = {
-        "name": outside.name,
-        "rows": len(outside.rows),
-        "rows_in": len(evaluation.labels),
-        "scores": detection(inside, found),
-    }
+    block: dict[str, Any] = {"name": outside.name, "rows": len(outside.rows), "rows_in": len(evaluation.labels)}
+    block["scores"] = detection(inside, found)
     if features is not None:
         block["rows_fitted"] = len(features[0].labels)
     sources = np.asarray(outside.sources)

@@ -62,21 +62,19 @@ def conformal_scores(
     It gives nothing without `conformal.json`, for a regression, or where that file was made with other samples, for
     another model, or with a map of the probabilities that is left out (`uncalibrated`).
     """
-    none: Callable[[Evaluation], dict[str, float]] = lambda evaluation: {}  # noqa: E731
-    if not (folder / CALIBRATION_FILE).is_file():
-        return none
-    found = Calibration.load(folder)
-    if not isinstance(found.sets, ConformalSets):
-        return none
-    try:
-        calibration_for(folder, samples, seed, decides=True, uncalibrated=uncalibrated)
-        found.check_model(folder, model)
-    except BayesLoraError as error:
-        warnings.warn(f"the coverage of conformal sets is left out, because {error}", stacklevel=2)
-        return none
-    sets = found.sets
+    found = Calibration.load(folder) if (folder / CALIBRATION_FILE).is_file() else None
+    sets = None if found is None else found.sets
+    if found is not None and isinstance(sets, ConformalSets):
+        try:
+            calibration_for(folder, samples, seed, decides=True, uncalibrated=uncalibrated)
+            found.check_model(folder, model)
+        except BayesLoraError as error:
+            warnings.warn(f"the coverage of conformal sets is left out, because {error}", stacklevel=2)
+            sets = None
 
     def scores(evaluation: Evaluation) -> dict[str, float]:
+        if not isinstance(sets, ConformalSets):
+            return {}
         chosen = sets.sets(evaluation.predictions, COVERAGE).numpy()
         held = chosen[np.arange(len(chosen)), evaluation.labels]
         return {"coverage": float(held.mean()), "set_size": float(chosen.sum(axis=1).mean())}

@@ -136,9 +136,6 @@ class Taggings(Sequence[Tagging]):
         ]
         return Tagging(words, self._spans(words), p)
 
-    def __iter__(self) -> Iterator[Tagging]:
-        return (self[row] for row in range(len(self)))
-
     def __repr__(self) -> str:
         return f"Taggings({counted(len(self), 'row')} of {len(self.prediction)} words)"
 

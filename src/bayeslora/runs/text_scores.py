@@ -38,14 +38,7 @@ def scored_text(
 ) -> dict[str, Any]:
     """Return the part of `metrics.json` about a split, and its number of `rows` and `seconds`.
 
-    Args:
-        predictor: the model, or the posterior of its weights.
-        task: of generation.
-        rows: the split.
-        encoded: the split, encoded.
-        tokenizer: of the model.
-        batch_size: rows in a batch.
-        sampling: number of draws and how they answer.
+    The predictor is a model or the posterior of its weights; `encoded` has the split's `rows`, encoded.
     """
     draws = sampling.samples if is_random(predictor) or not sampling.temperature else 0
     tokens: TextEvaluation = evaluate_text(predictor, encoded, tokenizer, batch_size, draws, sampling.seed)

@@ -22,10 +22,7 @@ _MOST_REPEATS = 4
 def check_config(folder: Path, config: Mapping[str, Any], weights: Path) -> None:
     """Raise BayesLoraError for ranks that the weights do not have, and for patterns that could match for hours.
 
-    Args:
-        folder: of the adapter.
-        config: content of its `adapter_config.json`.
-        weights: its safetensors file.
+    `config` is the content of the adapter's `adapter_config.json`, and `weights` its safetensors file.
     """
     with safe_open(weights, framework="pt") as file:
         shapes = [file.get_slice(key).get_shape() for key in file.keys()]

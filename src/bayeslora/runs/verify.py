@@ -173,9 +173,7 @@ def _of_tokens(run: Run, model: nn.Module, encoded: Dataset) -> dict[str, Any]:
     found = agreement.summary()
     return {
         "answers": agreement.positions,
-        "changed": found["changed"],
-        "divergence": found["divergence"],
-        "max_divergence": found["max_divergence"],
+        **{name: found[name] for name in ("changed", "divergence", "max_divergence")},
         "metric": "nll",
         "score_before": found.get("loss_before", float("nan")),
         "score_after": found.get("loss_after", float("nan")),
