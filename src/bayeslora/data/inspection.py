@@ -177,11 +177,11 @@ def inspect_file(
         table = read_table(file, [*named, *group], None)
         columns = {name: _column(name, values) for name, values in table.columns.items()}
         answers = None if text_columns else text_form(columns)
-        given = list(text_columns or answers or ())
-        texts, label, form = _read_columns(table, columns, given, label_column, kind)
+        texts, label, form = _read_columns(table, columns, list(text_columns or answers or ()), label_column, kind)
         found = _Rows(table, _texts(table, texts), None, [], 0)
         with problems.collected():
-            _check_guessed(file, texts, label if label_column is None else None)
+            if label is not None and label_column is None:
+                read_table(file, [*texts, label])  # a row may lack a column that was guessed from others
             found = _Rows.answers(table) if answers else _Rows.read(table, texts, label, labels, form)
         training, evaluation = Part(len(found.texts)), None
         with problems.collected():
@@ -203,12 +203,6 @@ def inspect_file(
         notes=list(dict.fromkeys(str(warning.message) for warning in caught)),
         problems=[*problems],
     )
-
-
-def _check_guessed(file: str | Path, texts: list[str], label: str | None) -> None:
-    """Raise if a row lacks the label column that was guessed from others, as training would."""
-    if label is not None:
-        read_table(file, [*texts, label])
 
 
 def _check_tagged(table: Table, words: str, tags: str) -> None:
@@ -301,7 +295,8 @@ def _parts(
         elif isinstance(found.map, Tags):
             classes = rarest_tags(found.values, len(found.map.names))
         held = held_out.rows(found.table, classes, tuple(texts))
-        evaluation = found.part(held, shared=_shared(found.texts, held, sorted({*numbers} - {*held})))
+        known = {found.texts[row] for row in {*numbers} - {*held}}
+        evaluation = found.part(held, shared=sum(found.texts[row] in known for row in held))
     elif eval_file is not None:
         read = other = _evaluation_table(found, texts, label, eval_file)
         # What labels mean is not known if those to learn from cannot be read.
@@ -346,11 +341,6 @@ def _facts(found: _Rows, count_tokens: CountTokens | None, max_length: int) -> T
         tokens=Lengths.of(tokens) if tokens else None,
         too_long=sum(count > max_length for count in tokens) if tokens else None,
     )
-
-
-def _shared(texts: list[tuple[str, ...]], held: list[int], trained: list[int]) -> int:
-    known = {texts[row] for row in trained}
-    return sum(texts[row] in known for row in held)
 
 
 def _texts(table: Table, columns: Sequence[str]) -> list[tuple[str, ...]]:
@@ -423,11 +413,6 @@ def _guessed_label(columns: dict[str, Column], rows: int, texts: list[str]) -> s
 
 
 def _summary(values: list[float]) -> dict[str, float]:
-    if not values:
-        return {}
-    return {
-        "least": min(values),
-        "mean": statistics.fmean(values),
-        "most": max(values),
-        "deviation": statistics.pstdev(values),
-    }
+    summaries: dict[str, Callable[[list[float]], float]]
+    summaries = {"least": min, "mean": statistics.fmean, "most": max, "deviation": statistics.pstdev}
+    return {name: of(values) for name, of in summaries.items()} if values else {}

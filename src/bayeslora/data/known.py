@@ -220,5 +220,4 @@ def _labelled(table: Table, known: Known) -> Table:
     """Return the rows that have a label; the hub hides one as -1 or an empty string."""
     labels = table.columns[known.answer]
     kept = [row for row, label in enumerate(labels) if label not in (-1, "")]
-    columns = {name: [values[row] for row in kept] for name, values in table.columns.items()}
-    return Table(table.path, columns, [table.places[row] for row in kept])
+    return table.select(kept)

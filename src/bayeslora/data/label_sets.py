@@ -143,7 +143,9 @@ def _labels(table: Table, column: str, row: int, value: Any, separator: str) -> 
     if isinstance(value, str):
         text = value.strip()
         try:
-            parts = _list_of(text) if text.startswith("[") else text.split(separator)
+            parts = text.split(separator)
+            if text.startswith("["):  # as in JSON, or as Python and pandas write it, in single quotes
+                parts = json.loads(text) if '"' in text or "'" not in text else ast.literal_eval(text)
         except (ValueError, SyntaxError, RecursionError, MemoryError):
             parts = None
         value = [item for item in parts if item != ""] if isinstance(parts, list) else None
@@ -156,11 +158,6 @@ def _labels(table: Table, column: str, row: int, value: Any, separator: str) -> 
             "labels is needed, each a text or a whole number: correct the row"
         )
     return list(dict.fromkeys(names))
-
-
-def _list_of(text: str) -> Any:
-    """Return a list that is written as in JSON, or as Python and pandas write it, in single quotes."""
-    return json.loads(text) if '"' in text or "'" not in text else ast.literal_eval(text)
 
 
 def _is_set(table: Table, column: str, row: int) -> bool:

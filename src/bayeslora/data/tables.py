@@ -12,14 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from bayeslora.data.guessing import (
-    decode,
-    described,
-    guess_delimiter,
-    rows_of_object,
-    split_off_separator,
-    whole,
-)
+from bayeslora.data.guessing import decode, described, guess_delimiter, rows_of_object, split_off_separator, whole
 from bayeslora.errors import BayesLoraError, counted
 from bayeslora.files import DOCUMENT_START, conll_columns, conll_fields, first_columns
 
@@ -91,11 +84,7 @@ def columns_of(source: Source) -> list[str]:
     return list(first) if isinstance(first, Mapping) else []
 
 
-def read_table(
-    source: Source,
-    wanted: Sequence[str],
-    optional: Sequence[str] | None = (),
-) -> Table:
+def read_table(source: Source, wanted: Sequence[str], optional: Sequence[str] | None = ()) -> Table:
     """Read the named columns of a file, in the format of its extension.
 
     The encoding of a text file and the delimiter of a CSV file are guessed; a warning says them unless they are UTF-8
@@ -341,8 +330,7 @@ def tell_empty(table: Table, texts: Sequence[Any], column: str) -> None:
     empty = sum(isinstance(text, str) and not text.strip() for text in texts)
     if empty:
         warnings.warn(
-            f"{table.path} has {empty:,} of {len(table):,} rows with an empty text in column {column!r}",
-            stacklevel=4,
+            f"{table.path} has {empty:,} of {len(table):,} rows with an empty text in column {column!r}", stacklevel=4
         )
 
 

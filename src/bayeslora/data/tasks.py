@@ -12,16 +12,7 @@ import numpy as np
 from datasets import Dataset
 
 from bayeslora.data import packaged
-from bayeslora.data.choices import (
-    ANSWER,
-    CHOICES,
-    GROUP,
-    LETTERS,
-    QUESTION,
-    SUBJECT,
-    Cloze,
-    choice_columns,
-)
+from bayeslora.data.choices import ANSWER, CHOICES, GROUP, LETTERS, QUESTION, SUBJECT, Cloze, choice_columns
 from bayeslora.data.known import KNOWN, Known, known_tables
 from bayeslora.data.label_sets import has_label_sets, label_columns, learn_label_sets, rarest, rows_with_sets
 from bayeslora.data.labels import Kind, TaskKind, labelled, learn_labels
@@ -147,7 +138,7 @@ def load_task(name: str, data_dir: str | Path | None = None, *, train_split: str
         return _choice_task(known, tables)
     assert known.kind != "generation"
     return _build(
-        name, tables, known.text_columns, LABEL, kind=known.kind, names=known.labels or None, metrics=known.metrics
+        name, tables, known.text_columns, (LABEL,), kind=known.kind, names=known.labels or None, metrics=known.metrics
     )
 
 
@@ -195,21 +186,13 @@ def load_files(
         return _build_tagged(name, files, columns, label_column, labels, held_out)
     names_column = f"{label_column}_text"
     optional = [] if names_column in columns else [names_column]
-    group_column = held_out.group_column if isinstance(held_out, HoldOut) else None
+    group = [held_out.group_column] if isinstance(held_out, HoldOut) and held_out.group_column else []
     tables = {
-        split: read_table(
-            file, (*columns, *own, *([group_column] if group_column and split == "train" else [])), optional
-        )
+        split: read_table(file, (*columns, *own, *(group if split == "train" else ())), optional)
         for split, file in files.items()
         if file is not None
     }
-    if has_label_sets(tables["train"], own, kind):
-        return _build_sets(name, tables, columns, own, labels, held_out)
-    if len(own) > 1:
-        raise BayesLoraError(
-            f"the label columns are {', '.join(own)}, but {kind} has one: name one column, or give --kind multi_label"
-        )
-    return _build(name, tables, columns, label_column, kind=kind, names=labels, held_out=held_out)
+    return _build(name, tables, columns, own, kind=kind, names=labels, held_out=held_out)
 
 
 def _check_labels(labels: Sequence[str] | None) -> None:
@@ -284,46 +267,38 @@ def _whole_groups(groups: np.ndarray, fraction: float, generator: np.random.Gene
 
 
 def _build(
-    name: str, tables: dict[str, Table], text_columns: tuple[str, ...], label_column: str, *,
+    name: str, tables: dict[str, Table], text_columns: tuple[str, ...], label_columns: tuple[str, ...], *,
     kind: Kind | None = None, names: Sequence[str] | None = None, metrics: Sequence[str] = (),
     held_out: HoldOut | Sequence[int] | None = None,
 ) -> Task:  # fmt: skip
-    read = {split: labelled(table, label_column, names or ()) for split, table in tables.items()}
-    labels = learn_labels(read["train"], label_column, f"{label_column}_text", names, kind)
+    """Return a task of texts with one label each, or with several."""
+    several = has_label_sets(tables["train"], label_columns, kind)
+    if len(label_columns) > 1 and not several:
+        raise BayesLoraError(
+            f"the label columns are {', '.join(label_columns)}, but {kind} has one: name one column, or give --kind "
+            "multi_label"
+        )
+    ids: dict[str, list[Any]]
+    if several:
+        read = {split: rows_with_sets(table, label_columns) for split, table in tables.items()}
+        sets = learn_label_sets(read["train"], label_columns, names)
+        ids = {split: sets.apply(table) for split, table in read.items()}
+        found, classes, metrics = sets.names, rarest(ids["train"]), ("f1_micro", "f1_macro", "exact_match")
+        kind = "multi_label"
+    else:
+        (column,) = label_columns
+        read = {split: labelled(table, column, names or ()) for split, table in tables.items()}
+        labels = learn_labels(read["train"], column, f"{column}_text", names, kind)
+        ids = {split: labels.apply(table, column) for split, table in read.items()}
+        found, classes, kind = labels.names, ids["train"] if labels.names else [0] * len(read["train"]), labels.kind
+        metrics = metrics or (("pearson", "spearman") if kind == "regression" else ("accuracy",))
     for table in read.values():
         _tell_empty_texts(table, text_columns)
     splits = {
-        split: Dataset.from_dict({**_texts(table, text_columns), LABEL: labels.apply(table, label_column)})
-        for split, table in read.items()
+        split: Dataset.from_dict({**_texts(table, text_columns), LABEL: ids[split]}) for split, table in read.items()
     }
-    classes = list(splits["train"][LABEL]) if labels.names else [0] * len(read["train"])
-    splits, rows = _with_held_out(splits, tables["train"], read["train"], classes, text_columns, held_out)
-    headline, *extra = metrics or (("pearson", "spearman") if labels.kind == "regression" else ("accuracy",))
-    return Task(
-        name, labels.kind, text_columns, LABEL, labels.names, headline, splits,
-        extra_metrics=tuple(extra), evaluation_rows=rows,
-    )  # fmt: skip
-
-
-def _build_sets(
-    name: str, tables: dict[str, Table], text_columns: tuple[str, ...], label_columns: tuple[str, ...],
-    names: Sequence[str] | None, held_out: HoldOut | Sequence[int] | None,
-) -> Task:  # fmt: skip
-    """Return a task with several labels a row."""
-    read = {split: rows_with_sets(table, label_columns) for split, table in tables.items()}
-    labels = learn_label_sets(read["train"], label_columns, names)
-    for table in read.values():
-        _tell_empty_texts(table, text_columns)
-    splits = {
-        split: Dataset.from_dict({**_texts(table, text_columns), LABEL: labels.apply(table)})
-        for split, table in read.items()
-    }
-    classes = rarest(list(splits["train"][LABEL]))
-    splits, rows = _with_held_out(splits, tables["train"], read["train"], classes, text_columns, held_out)
-    return Task(
-        name, "multi_label", text_columns, LABEL, labels.names, "f1_micro", splits,
-        extra_metrics=("f1_macro", "exact_match"), evaluation_rows=rows,
-    )  # fmt: skip
+    task = Task(name, kind, text_columns, LABEL, found, metrics[0], splits, extra_metrics=tuple(metrics[1:]))
+    return _with_held_out(task, tables["train"], read["train"], classes, held_out)
 
 
 def _build_tagged(
@@ -346,24 +321,21 @@ def _build_tagged(
         for split, table in tables.items()
     }
     classes, table = rarest_tags(splits["train"][LABEL], len(tags.names)), tables["train"]
-    splits, rows = _with_held_out(splits, table, table, classes, text_columns, held_out)
     metric = "span_f1" if marks_spans(tags.names) else "accuracy"
-    return Task(
-        name, "token_classification", text_columns, LABEL, tags.names, metric, splits, evaluation_rows=rows
-    )  # fmt: skip
+    task = Task(name, "token_classification", text_columns, LABEL, tags.names, metric, splits)
+    return _with_held_out(task, table, table, classes, held_out)
 
 
 def _with_held_out(
-    splits: dict[str, Dataset], table: Table, read: Table, classes: Sequence[Any], text_columns: tuple[str, ...],
-    held_out: HoldOut | Sequence[int] | None,
-) -> tuple[dict[str, Dataset], list[int]]:  # fmt: skip
-    """Divide the training split, the labelled rows `read` of `table`; also return the numbers held out of `table`."""
+    task: Task, table: Table, read: Table, classes: Sequence[Any], held_out: HoldOut | Sequence[int] | None
+) -> Task:
+    """Divide the training split, the labelled rows `read` of `table`."""
     if held_out is None:
-        return splits, []
+        return task
     number_at = {place: number for number, place in enumerate(table.places)}
     numbers = [number_at[place] for place in read.places]
     if isinstance(held_out, HoldOut):
-        held = held_out.rows(read, classes, text_columns)
+        held = held_out.rows(read, classes, task.text_columns)
     else:
         recorded = set(held_out)
         held = [row for row, number in enumerate(numbers) if number in recorded]
@@ -372,8 +344,9 @@ def _with_held_out(
             f"{len(held)} of the {len(read)} labelled rows of {table.path} are held out, but both parts need at least "
             "1: give an evaluation file"
         )
-    whole, kept = splits["train"], sorted({*range(len(read))} - {*held})
-    return {**splits, "train": whole.select(kept), "validation": whole.select(held)}, [numbers[row] for row in held]
+    whole, kept = task.train_split, sorted({*range(len(read))} - {*held})
+    splits = {**task.splits, "train": whole.select(kept), "validation": whole.select(held)}
+    return dataclasses.replace(task, splits=splits, evaluation_rows=[numbers[row] for row in held])
 
 
 def _texts(table: Table, text_columns: tuple[str, ...]) -> dict[str, list[Any]]:
@@ -414,29 +387,16 @@ def load_choices(file: Source, *, task_name: str | None = None, answers: bool = 
 
 def _choice_task(known: Known, tables: Mapping[str, Table]) -> Task:
     splits = {split: Dataset.from_dict(choice_columns(table, gap=known.gap)) for split, table in tables.items()}
-    most = max(len(choices) for split in splits.values() for choices in split[CHOICES])
+    letters = list(LETTERS[: max(len(choices) for split in splits.values() for choices in split[CHOICES])])
     return Task(
-        name=known.name,
-        kind="multiple_choice",
-        text_columns=known.text_columns,
-        label_column=LABEL,
-        labels=list(LETTERS[:most]),
-        metric=known.metrics[0],
-        splits=splits,
+        known.name, "multiple_choice", known.text_columns, LABEL, letters, known.metrics[0], splits,
         group_column=GROUP if "train" in splits and GROUP in splits["train"].column_names else None,
         scoring="cloze" if known.cloze else "letters",
         cloze=known.cloze or Cloze(),
-    )
+    )  # fmt: skip
 
 
 def _packaged_task(name: str) -> Task:
-    return Task(
-        name=name,
-        kind="classification",
-        text_columns=("text",),
-        label_column=LABEL,
-        labels=list(packaged.LABELS),
-        metric="accuracy",
-        splits={split: Dataset.from_dict(columns) for split, columns in PACKAGED_TASKS[name]().items()},
-        group_column="film",
-    )
+    splits = {split: Dataset.from_dict(columns) for split, columns in PACKAGED_TASKS[name]().items()}
+    labels = list(packaged.LABELS)
+    return Task(name, "classification", ("text",), LABEL, labels, "accuracy", splits, group_column="film")
