@@ -242,12 +242,7 @@ def _laid_out(row: Mapping[str, Any]) -> dict[str, list[int]]:
     """Return the tokens of a row with their positions and owners, context first."""
     context: list[int] = list(row["input_ids"])
     count = len(context)
-    laid = {
-        "input_ids": context,
-        "position_ids": list(range(count)),
-        OWNER: [0] * count,
-        IS_SCORED: [0] * count,
-    }
+    laid = {"input_ids": context, "position_ids": list(range(count)), OWNER: [0] * count, IS_SCORED: [0] * count}
     for number, (ids, scored) in enumerate(zip(row[CHOICE_IDS], row[SCORED], strict=True), start=1):
         laid["input_ids"] += ids
         laid["position_ids"] += range(count, count + len(ids))

@@ -185,10 +185,7 @@ class FeatureDetector:
         """Write the training rows' features and labels to a safetensors file; features become float32."""
         space = self._fitted()
         options = {"neighbors": space.neighbors, "shrinkage": space.shrinkage}
-        tensors = {
-            "features": torch.from_numpy(space.features).float(),
-            "labels": torch.from_numpy(space.labels),
-        }
+        tensors = {"features": torch.from_numpy(space.features).float(), "labels": torch.from_numpy(space.labels)}
         with write_atomically(file) as path:
             save_file(tensors, path, {"feature_detector": json.dumps(options)})
 

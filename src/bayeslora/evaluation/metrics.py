@@ -7,6 +7,7 @@ here, because scikit-learn clips probabilities at 2e-16 and rejects those that r
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -103,21 +104,14 @@ def reliability_bins(probabilities: ArrayLike, labels: ArrayLike, bins: int = BI
 def confidence_bins(confidence: ArrayLike, correct: ArrayLike, bins: int = BINS) -> list[dict[str, Any]]:
     """Return the bins of `reliability_bins`, given the confidence (n,) of each prediction and whether it is right."""
     confidence, correct = aligned(confidence, correct)
-    edges = np.linspace(0.0, 1.0, bins + 1)
     index = bin_index(confidence, bins)
     result: list[dict[str, Any]] = []
-    for position in range(bins):
+    for position, (lower, upper) in enumerate(itertools.pairwise(np.linspace(0.0, 1.0, bins + 1).tolist())):
         inside = index == position
         count = int(inside.sum())
-        result.append(
-            {
-                "lower": float(edges[position]),
-                "upper": float(edges[position + 1]),
-                "count": count,
-                "confidence": float(confidence[inside].mean()) if count else None,
-                "accuracy": float(correct[inside].mean()) if count else None,
-            }
-        )
+        means = {"confidence": confidence, "accuracy": correct}
+        found = {name: float(values[inside].mean()) if count else None for name, values in means.items()}
+        result.append({"lower": lower, "upper": upper, "count": count, **found})
     return result
 
 

@@ -13,11 +13,17 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
-from sklearn.metrics import f1_score, precision_score, recall_score, roc_auc_score
+from sklearn.metrics import f1_score, precision_recall_fscore_support, roc_auc_score
 
 from bayeslora.errors import BayesLoraError
 from bayeslora.evaluation.metrics import calibration_gap, confidence_bins
-from bayeslora.evaluation.uncertainty import Array, area_under_risk_coverage, histograms, risk_coverage_curve
+from bayeslora.evaluation.uncertainty import (
+    Array,
+    area_under_risk_coverage,
+    by_correctness,
+    histograms,
+    risk_coverage_curve,
+)
 
 
 @dataclass(frozen=True)
@@ -68,11 +74,7 @@ class MultiLabelEvaluation:
         measures = {"entropy": self.entropy.ravel()}
         if self.samples:
             measures["mutual_information"] = self.mutual_information.ravel()
-        groups = {
-            name: {measure: values[chosen] for measure, values in measures.items()}
-            for name, chosen in (("correct", correct), ("wrong", ~correct))
-        }
-        return histograms(groups, 2)
+        return histograms(by_correctness(measures, correct), 2)
 
 
 def multi_label_scores(probabilities: ArrayLike, labels: ArrayLike) -> dict[str, float]:
@@ -112,16 +114,12 @@ def label_scores(probabilities: ArrayLike, labels: ArrayLike, names: list[str]) 
     """
     chosen, truth = _checked(probabilities, labels)
     found = {}
-    for place, name in enumerate(names):
-        p, y = chosen[:, place], truth[:, place]
-        scores = {
-            "precision": float(precision_score(y, p > 0.5, zero_division=0)),
-            "recall": float(recall_score(y, p > 0.5, zero_division=0)),
-            "f1": float(f1_score(y, p > 0.5, zero_division=0)),
-            "nll": float(_losses(p, y).mean()),
-            "rows": float(y.sum()),
-        }
-        found[name] = {**scores, **({"auroc": float(roc_auc_score(y, p))} if 0 < y.mean() < 1 else {})}
+    for name, p, y in zip(names, chosen.T, truth.T, strict=False):
+        scores = precision_recall_fscore_support(y, p > 0.5, average="binary", zero_division=0)
+        found[name] = {key: float(score) for key, score in zip(("precision", "recall", "f1"), scores, strict=False)}
+        found[name] |= {"nll": float(_losses(p, y).mean()), "rows": float(y.sum())}
+        if 0 < y.mean() < 1:
+            found[name]["auroc"] = float(roc_auc_score(y, p))
     return found
 
 

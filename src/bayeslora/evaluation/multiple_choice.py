@@ -295,11 +295,8 @@ class PromptCollator:
 
     def __call__(self, rows: Sequence[Mapping[str, Any]]) -> dict[str, Tensor]:
         """Return `input_ids`, `attention_mask` (B, T), `choice_mask` (B, C) and, if known, `labels` (B,)."""
-        length = max(len(row["input_ids"]) for row in rows)
-        pad = pad_id(self.tokenizer)
-        ids = [[pad] * (length - len(row["input_ids"])) + list(row["input_ids"]) for row in rows]
-        mask = [[0] * (length - len(row["input_ids"])) + [1] * len(row["input_ids"]) for row in rows]
-        return {"input_ids": torch.tensor(ids), "attention_mask": torch.tensor(mask), **targets(rows)}
+        columns = {name: [row[name] for row in rows] for name in ("input_ids", "attention_mask")}
+        return {**self.tokenizer.pad(columns, padding_side="left", return_tensors="pt"), **targets(rows)}
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from bayeslora.evaluation import findings
-from bayeslora.evaluation.uncertainty import histograms, risk_coverage_curve, uncertainties
+from bayeslora.evaluation.uncertainty import by_correctness, histograms, risk_coverage_curve, uncertainties
 from bayeslora.prediction import Prediction
 
 
@@ -78,10 +78,7 @@ class Evaluation:
         """
         if self.predictions.ndim == 1:
             return {}
-        groups = {
-            name: {measure: values[rows] for measure, values in self.uncertainties.items()}
-            for name, rows in (("correct", self._correct), ("wrong", ~self._correct))
-        }
+        groups = by_correctness(self.uncertainties, self._correct)
         if outside is not None:
             groups["ood"] = uncertainties_of(outside)
         return histograms(groups, self.predictions.shape[1])

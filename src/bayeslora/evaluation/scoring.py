@@ -28,18 +28,8 @@ from bayeslora.evaluation.metrics import (
     reliability_bins,
     softmax,
 )
-from bayeslora.evaluation.multi_label import (
-    MultiLabelEvaluation,
-    baseline_of_labels,
-    label_scores,
-    multi_label_scores,
-)
-from bayeslora.evaluation.multiple_choice import (
-    LetterLogits,
-    choice_scoring,
-    is_multiple_choice,
-    row_lengths,
-)
+from bayeslora.evaluation.multi_label import MultiLabelEvaluation, baseline_of_labels, label_scores, multi_label_scores
+from bayeslora.evaluation.multiple_choice import LetterLogits, choice_scoring, is_multiple_choice, row_lengths
 from bayeslora.evaluation.prefix_sharing import rows_that_begin_alike
 from bayeslora.evaluation.result import Evaluation
 from bayeslora.evaluation.tagging import TaggingEvaluation, constant_spans, span_scores, tagging_scores

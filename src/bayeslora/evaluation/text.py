@@ -7,7 +7,6 @@ mean of its probabilities under them. `nll` is the mean of $-\log p$ over all to
 
 from __future__ import annotations
 
-import inspect
 import math
 import time
 from collections.abc import Iterator
@@ -24,8 +23,9 @@ from bayeslora.data.chat import LABELS
 from bayeslora.data.completions import IGNORED
 from bayeslora.data.encode import pad_id
 from bayeslora.errors import BayesLoraError
+from bayeslora.evaluation.items import forward_names, innermost
 from bayeslora.evaluation.metrics import calibration_gap, confidence_bins
-from bayeslora.evaluation.uncertainty import area_under_risk_coverage, histograms, risk_coverage_curve
+from bayeslora.evaluation.uncertainty import area_under_risk_coverage, by_correctness, histograms, risk_coverage_curve
 from bayeslora.methods.layer import device_of, evaluation_mode
 from bayeslora.prediction import Predictable
 from bayeslora.prediction.weights import Weights
@@ -93,11 +93,7 @@ class TextEvaluation:
         measures = {"entropy": self.entropy}
         if self.samples:
             measures["mutual_information"] = self.mutual_information
-        groups = {
-            name: {measure: values[chosen] for measure, values in measures.items()}
-            for name, chosen in (("correct", self.correct), ("wrong", ~self.correct))
-        }
-        return histograms(groups, self.vocabulary)
+        return histograms(by_correctness(measures, self.correct), self.vocabulary)
 
 
 def evaluate_text(
@@ -120,7 +116,7 @@ def evaluate_text(
     started = time.perf_counter()
     parts: list[Tensor] = []
     rows: list[NDArray[np.int64]] = []
-    vocabulary = _vocabulary(weights.model)
+    vocabulary = int(innermost(weights.model).config.get_text_config().vocab_size)
     with evaluation_mode(weights.model), torch.inference_mode():
         for numbers, batch in _batches(data, tokenizer, batch_size, vocabulary, weights.model):
             parts.append(_scored(weights, batch).cpu())
@@ -186,13 +182,7 @@ def _logits(model: nn.Module, batch: dict[str, Tensor], places: tuple[Tensor, ..
     """Return the logits (n, V) of the tokens after `places`, rows and columns."""
     inputs = {name: batch[name] for name in ("input_ids", "attention_mask")}
     rows, columns = places
-    base: Any = model.get_base_model() if hasattr(model, "get_base_model") else model  # type: ignore[operator]
-    if "logits_to_keep" not in inspect.signature(base.forward).parameters:
+    if "logits_to_keep" not in forward_names(model):
         return model(**inputs).logits[rows, columns]
     kept, index = torch.unique(columns, return_inverse=True)
     return model(**inputs, logits_to_keep=kept).logits[rows, index]
-
-
-def _vocabulary(model: nn.Module) -> int:
-    base: Any = model.get_base_model() if hasattr(model, "get_base_model") else model  # type: ignore[operator]
-    return int(base.config.get_text_config().vocab_size)

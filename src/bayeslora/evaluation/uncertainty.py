@@ -162,6 +162,12 @@ def detection(inside: Mapping[str, Array], outside: Mapping[str, Array]) -> dict
     return {name: detection_scores(inside[name], outside[name]) for name in inside if name in outside}
 
 
+def by_correctness(measures: Mapping[str, Array], correct: NDArray[np.bool_]) -> dict[str, dict[str, Array]]:
+    """Return the measures of the examples that are `correct`, (n,), and those of the `wrong` ones."""
+    groups = {"correct": correct, "wrong": ~correct}
+    return {group: {name: values[rows] for name, values in measures.items()} for group, rows in groups.items()}
+
+
 def histograms(groups: Mapping[str, Mapping[str, Array]], classes: int) -> dict[str, dict[str, Any]]:
     """Return histograms of entropy and mutual information for groups of examples, on shared bins, as in metrics.json.
 

@@ -48,18 +48,14 @@ def write_model_card(output_dir: Path) -> Path:
     auto_class, pipeline_tag = _TASK_TYPES.get(task_type, ("AutoModel", None))
     base = public_name(str(config.get("base_model_name_or_path") or run.model), run.model)
     adapter = bool(run.layers)
+    tasks = [run.task] if info is None or info.task_name else []
     context = {
         "run": run,
         "front_matter": front_matter(
             f"{run.title} on {run.task}",
             base,
             library="peft" if adapter else "transformers",
-            tags=[
-                "bayeslora",
-                run.method,
-                *([run.task] if info is None or info.task_name else []),
-                *(["lora"] if adapter else []),
-            ],
+            tags=["bayeslora", run.method, *tasks, *(["lora"] if adapter else [])],
             pipeline_tag=pipeline_tag,
             task=run.task,
             dataset=run.dataset,

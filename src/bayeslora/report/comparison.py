@@ -15,7 +15,7 @@ import yaml
 from matplotlib.figure import Figure
 from scipy.stats import t as student_t
 
-from bayeslora.errors import BayesLoraError
+from bayeslora.errors import BayesLoraError, counted
 from bayeslora.files import finite, parse_yaml, save_json, write_atomically
 from bayeslora.report import comparison_figures, uncertainty_figures
 from bayeslora.report.comparison_table import comma_separated, latex, markdown
@@ -264,7 +264,7 @@ def _flattened(options: dict[str, Any], dropped: frozenset[str], prefix: str = "
 
 def _name(run: RunRecord, sampled: Container[str]) -> str:
     """Return the method's title, with the number of samples (or "mean") if any run of the method was sampled."""
-    how = f", {run.samples} sample{'s' if run.samples > 1 else ''}" if run.samples else ", mean"
+    how = f", {counted(run.samples, 'sample')}" if run.samples else ", mean"
     return run.title + (how if run.method in sampled else "")
 
 
@@ -291,18 +291,7 @@ def _labels(same: Sequence[Group]) -> list[str]:
 
 
 def _figures(groups: Sequence[Group]) -> dict[str, Figure | None]:
-    points = [
-        comparison_figures.Point(
-            group.label,
-            run.where,
-            run.metric,
-            run.score,
-            run.relative_bops.get("attention", math.nan),
-            sum(each.count for each in run.reliability.filled),
-        )
-        for group in groups
-        for run in group.runs
-    ]
+    points = [_point(group.label, run) for group in groups for run in group.runs]
     several = len({group.where for group in groups}) > 1
     titled = [(f"{group.label} on {group.where}" if several else group.label, group.runs) for group in groups]
     panels = [panel for label, runs in titled if any(run.ood for run in runs) for panel in _histograms(label, runs)]
@@ -313,6 +302,11 @@ def _figures(groups: Sequence[Group]) -> dict[str, Figure | None]:
         "uncertainty": uncertainty_figures.histograms_figure(panels),
         "ood": uncertainty_figures.detection_figure([_detections(group) for group in groups]),
     }
+
+
+def _point(label: str, run: RunRecord) -> comparison_figures.Point:
+    bops, rows = run.relative_bops.get("attention", math.nan), sum(each.count for each in run.reliability.filled)
+    return comparison_figures.Point(label, run.where, run.metric, run.score, bops, rows)
 
 
 def reliability_of(label: str, runs: Sequence[RunRecord]) -> tuple[str, Reliability, float]:

@@ -20,13 +20,11 @@ _SCORES: list[Column] = [
     ("classwise_ece", "class-wise ECE", text.number),
     ("brier", "Brier", text.number),
     ("aurc", "AURC", text.number),
-    ("ood_max_probability_auroc", "OOD AUROC, max probability", text.number),
-    ("ood_entropy_auroc", "OOD AUROC, entropy", text.number),
-    ("ood_mutual_information_auroc", "OOD AUROC, mutual information", text.number),
-    ("ood_energy_auroc", "OOD AUROC, energy", text.number),
-    ("ood_mahalanobis_auroc", "OOD AUROC, Mahalanobis", text.number),
-    ("ood_relative_mahalanobis_auroc", "OOD AUROC, relative Mahalanobis", text.number),
-    ("ood_nearest_neighbors_auroc", "OOD AUROC, nearest neighbors", text.number),
+    *(
+        (f"ood_{name.lower().replace(' ', '_')}_auroc", f"OOD AUROC, {name}", text.number)
+        for name in ("max probability", "entropy", "mutual information", "energy")
+        + ("Mahalanobis", "relative Mahalanobis", "nearest neighbors")
+    ),
 ]
 _COSTS: list[Column] = [
     ("trainable_parameters", "trainable", text.count),
@@ -79,14 +77,8 @@ def latex(table: dict[str, Any]) -> str:
     lines = ["% \\usepackage{booktabs}"]
     for part in parts(table):
         aligned = "l" * part.left + "r" * (len(part.head) - part.left)
-        lines += [
-            "",
-            f"% {part.title}",
-            f"\\begin{{tabular}}{{{aligned}}}",
-            "\\toprule",
-            _latex_row(part.head),
-            "\\midrule",
-        ]
+        lines += ["", f"% {part.title}", f"\\begin{{tabular}}{{{aligned}}}"]
+        lines += ["\\toprule", _latex_row(part.head), "\\midrule"]
         lines += [*map(_latex_row, part.rows), "\\bottomrule", "\\end{tabular}"]
     return "\n".join([*lines, "", f"% {_BOPS}", ""])
 

@@ -10,6 +10,7 @@ import statistics
 import textwrap
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
@@ -24,6 +25,11 @@ from bayeslora.runs.record import DOMAIN, NO_SHIFT, Histogram, RunRecord
 
 Curve = Sequence[tuple[float, float]]
 _GROUPS = {"correct": "right", "wrong": "wrong", "ood": "out of distribution"}
+_OUTLINES: dict[str, dict[str, Any]] = {
+    "wrong": {"color": style.ORANGE, "linestyle": "-"},
+    "ood": {"color": style.INK, "linestyle": (0, (3, 1.2))},
+}
+"""Lines of the groups that are not filled."""
 _MARKERS = {
     "max_probability": "o", "entropy": "s", "mutual_information": "D",
     "energy": "^", "mahalanobis": "v", "relative_mahalanobis": "P", "nearest_neighbors": "X",
@@ -281,8 +287,7 @@ def _histogram(axes: Axes, histogram: Histogram) -> None:
         if group == "correct":
             axes.stairs(shares, edges, fill=True, color=style.SKY, alpha=0.75)
         else:
-            axes.stairs(shares, edges, color=style.ORANGE if group == "wrong" else style.INK, linewidth=1.4,
-                        linestyle="-" if group == "wrong" else (0, (3, 1.2)))  # fmt: skip
+            axes.stairs(shares, edges, linewidth=1.4, **_OUTLINES[group])
     # The axis ends at the last bin with more than 0.2% of a group.
     last = max(i for i in range(len(edges) - 1) if any(c[i] > 0.002 * sum(c) for c in histogram.counts.values()))
     right = edges[last + 1]
@@ -297,9 +302,7 @@ def _histogram(axes: Axes, histogram: Histogram) -> None:
 def _group_look(group: str) -> Patch | Line2D:
     if group == "correct":
         return Patch(facecolor=style.SKY, alpha=0.75, label=_GROUPS[group])
-    dashes = "-" if group == "wrong" else (0, (3, 1.2))
-    color = style.ORANGE if group == "wrong" else style.INK
-    return Line2D([], [], color=color, linestyle=dashes, label=_GROUPS[group])  # type: ignore[arg-type]
+    return Line2D([], [], label=_GROUPS[group], **_OUTLINES[group])
 
 
 def _curve(axes: Axes, curve: Curve, color: str, dashes: object, label: str) -> None:

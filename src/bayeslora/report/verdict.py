@@ -191,11 +191,9 @@ def _of_tokens(run: RunRecord) -> list[Statement]:
     tokens = sum(found.count for found in run.reliability.bins)
     if accuracy is None or not tokens:
         return []
-    sure = _mean_confidence(run)
     text = (
         f"It predicts {percent(accuracy)} of {count(tokens)} tokens of the known answers, each from those before it, "
-        f"and is {percent(sure)} sure on average: {points(abs(sure - accuracy))} points "
-        f"{'too much' if sure > accuracy else 'too little'}. An answer can be right in other words."
+        f"and is {_sureness(run, accuracy)}. An answer can be right in other words."
     )
     return [Statement("Token by token", text)]
 
@@ -206,11 +204,9 @@ def _of_words(run: RunRecord) -> list[Statement]:
     There are no intervals, which need rows that are independent of each other.
     """
     accuracy, constant = run.scores["accuracy"], run.baseline.get("accuracy")
-    sure = _mean_confidence(run)
     text = (
         f"It tags {percent(accuracy)} of {count(run.words)} words rightly; “{most_frequent(run)}” for every word "
-        f"would be right for {percent(constant)}. It is {percent(sure)} sure on average: "
-        f"{points(abs(sure - accuracy))} points {'too much' if sure > accuracy else 'too little'}."
+        f"would be right for {percent(constant)}. It is {_sureness(run, accuracy)}."
     )
     if "span_f1" in run.scores:
         text += f" Of the spans it finds {percent(run.scores['span_recall'])} whole, and of those that it claims "
@@ -218,6 +214,9 @@ def _of_words(run: RunRecord) -> list[Statement]:
     return [Statement("Word by word", text)]
 
 
-def _mean_confidence(run: RunRecord) -> float:
+def _sureness(run: RunRecord, accuracy: float) -> str:
+    """Return the mean confidence, and how far it is from the accuracy."""
     filled = run.reliability.filled
-    return sum(found.count * found.confidence for found in filled) / max(1, sum(found.count for found in filled))
+    sure = sum(found.count * found.confidence for found in filled) / max(1, sum(found.count for found in filled))
+    too = "too much" if sure > accuracy else "too little"
+    return f"{percent(sure)} sure on average: {points(abs(sure - accuracy))} points {too}"
