@@ -48,7 +48,11 @@ _OF_ONE_LABEL = tuple(name for name in _OF_CLASSES if name.startswith(("ood", "s
 def run(given: dict[str, Any]) -> int:
     """Run the command with the options `given` on the command line."""
     folder, info = Path(given["folder"]), info_to_score(given)
-    target = _target(given)
+    target = Path(given["output_dir"]) if "output_dir" in given else None
+    if target is not None:
+        check_installed()
+        check_new(target)
+        check_writable(target)
     task, split = rows_to_score(given, info)
     _check_kind(given, task)
     outside = None
@@ -152,17 +156,6 @@ def shift_lines(block: dict[str, Any], metric: str) -> list[str]:
         lines.append(f"  {level['suite']:<11}  {level['severity']:>8.0%}  {scores}{place}")
     unchanged = from_json(Shift, block).unchanged
     return [*lines, f"  {unchanged}"] if unchanged else lines
-
-
-def _target(given: dict[str, Any]) -> Path | None:
-    """Return `--output-dir`; it must not exist."""
-    if "output_dir" not in given:
-        return None
-    check_installed()
-    target = Path(given["output_dir"])
-    check_new(target)
-    check_writable(target)
-    return target
 
 
 def _write(

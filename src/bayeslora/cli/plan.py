@@ -33,15 +33,8 @@ def run(resolved: tuple[PlanOptions, dict[str, Any], type[PeftConfig] | None]) -
         method = None
         if config_class is not None:
             method = _method_config(config, task_type, config_class, method_options)
-        found = plan(
-            config,
-            method,
-            task_type=task_type,
-            batch_size=options.batch_size,
-            tokens=options.tokens,
-            dtype=options.dtype,
-            device=options.device,
-        )
+        sizes = {name: getattr(options, name) for name in ("batch_size", "tokens", "dtype", "device")}
+        found = plan(config, method, task_type=task_type, **sizes)
     if options.json:
         print_json({"method": options.method, **found.to_dict(), "model": options.model, "class": found.model})
     else:

@@ -44,10 +44,11 @@ def build_sweep(given: dict[str, Any], problems: Problems) -> Sweep:
         problems.append("--seeds is given to several processes, but they share one run: give a command to each seed")
     shared = {name: value for name, value in given.items() if name not in ("seeds", "seed", "resume")}
     out = build_plan(shared, problems).output_dir  # of the command line or of its file; says what else is wrong
+    folders = {seed: out / f"{SEED_FOLDER}{seed}" for seed in seeds}
     plans = [
-        build_plan({**shared, **_own(out, seed, bool(given.get("resume")))})
-        for seed in seeds
-        if not (given.get("resume") and (_folder(out, seed) / METRICS_FILE).exists())
+        build_plan({**shared, "seed": seed, "output_dir": str(folder), **_resumed(folder, given)})
+        for seed, folder in folders.items()
+        if not (given.get("resume") and (folder / METRICS_FILE).exists())
     ]
     present = [folder for folder in (*(plan.output_dir for plan in plans), out / COMPARISON) if folder.exists()]
     if present:
@@ -70,11 +71,6 @@ def run(sweep: Sweep) -> int:
     return 0
 
 
-def _folder(out: Path, seed: int) -> Path:
-    return out / f"{SEED_FOLDER}{seed}"
-
-
-def _own(out: Path, seed: int, resume: bool) -> dict[str, Any]:
-    folder = _folder(out, seed)
-    own: dict[str, Any] = {"seed": seed, "output_dir": str(folder)}
-    return {**own, "resume": True} if resume and folder.with_name(folder.name + ".partial").is_dir() else own
+def _resumed(folder: Path, given: dict[str, Any]) -> dict[str, Any]:
+    is_there = folder.with_name(folder.name + ".partial").is_dir()
+    return {"resume": True} if given.get("resume") and is_there else {}

@@ -37,9 +37,7 @@ def answered_columns(table: Table) -> dict[str, list[Any]]:
 def conversations(table: Table, *, needs_answer: bool) -> list[list[dict[str, str]]]:
     """Return the role and the content of each message of each row; a warning names what else messages have.
 
-    Args:
-        table: rows with `messages`.
-        needs_answer: True for rows to learn from; others need something to answer.
+    Rows to learn from need an answer (`needs_answer`); others need something to answer.
 
     Raises:
         BayesLoraError: a row has another form, calls tools, or lacks what it needs.

@@ -104,10 +104,7 @@ def word_collator(tokenizer: Any) -> Collate:
 def word_order(dataset: Dataset, order: NDArray[np.int64], batch_size: int) -> NDArray[np.int64]:
     """Return the places, among all that padded batches have for words, of the words in the order of the data set.
 
-    Args:
-        dataset: encoded sentences.
-        order: of its sequences in the batches.
-        batch_size: sequences in a batch; each has as many places as the one with most words needs.
+    The batches have the sequences in this order; each sequence has as many places as the one with most words needs.
     """
     counts = np.asarray([len(places) for places in dataset[STARTS]])
     firsts = np.zeros(len(order), dtype=np.int64)

@@ -41,7 +41,8 @@ def load_generation(train_file: Source, eval_file: Source | None = None, *, test
                 f"the {name} rows have {' and '.join(split.column_names)}, but the training rows have "
                 f"{' and '.join(columns)}: give rows of one form"
             )
-    task = text_task(_name(train_file), columns, splits)
+    name = Path(train_file).name if isinstance(train_file, (str, Path)) else "text"
+    task = text_task(name, columns, splits)
     if eval_file is not None:
         return task
     divided = hold_out(task, HELD_OUT)
@@ -87,7 +88,3 @@ def rows_to_answer(file: Source) -> list[dict[str, Any]]:
         {**row, PROMPT: prompt, **({} if answer is None else {COMPLETION: answer})}
         for row, prompt, answer in zip(rows, table.strings(PROMPT), known, strict=True)
     ]
-
-
-def _name(file: Source) -> str:
-    return Path(file).name if isinstance(file, (str, Path)) else "text"

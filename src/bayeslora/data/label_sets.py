@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from bayeslora.data.labels import Kind
+from bayeslora.data.labels import Kind, unknown_label
 from bayeslora.data.tables import Table
 from bayeslora.errors import BayesLoraError
 
@@ -52,11 +52,7 @@ class LabelSets:
         found = []
         for row, labels in enumerate(_lists(table, self.columns[0])):
             if unknown := next((label for label in labels if label not in known), None):
-                source = "that were named" if self.named else "of the training data"
-                raise BayesLoraError(
-                    f"{table.where(row)} has the label {unknown!r}, but the labels {source} are "
-                    f"{', '.join(map(repr, self.names[:20]))}: correct the label or drop the row"
-                )
+                raise unknown_label(table, row, unknown, self.names, self.named)
             found.append([float(name in labels) for name in self.names])
         return found
 

@@ -35,12 +35,7 @@ def labelled(table: Table, column: str, known: Collection[str] = ()) -> Table:
     """Return the rows that have a label, stripped of blanks around it; a warning counts the others and the blanks.
 
     A label is missing if it is None, NaN, blank, or the word `nan`, `<NA>` or `#N/A`. Booleans become the strings
-    `True` and `False`, as in CSV.
-
-    Args:
-        table: rows of a file.
-        column: its label column.
-        known: class names that the caller knows; a label that is one of them stays as it is.
+    `True` and `False`, as in CSV. A label that is one of the class names in `known` stays as it is.
 
     Raises:
         BayesLoraError: every row lacks a label, or a label is not a number, a string or a boolean.
@@ -134,14 +129,18 @@ class LabelMap:
         for row, raw in enumerate(values):
             found = next((key for key in _spellings(raw, truths) if key in self.ids), None)
             if found is None:
-                known = ", ".join(repr(key) for key in list(self.ids)[:20])
-                source = "that were named" if self.named else "of the training data"
-                raise BayesLoraError(
-                    f"{table.where(row)} has the label {raw!r}, but the labels {source} are {known}: "
-                    "correct the label or drop the row"
-                )
+                raise unknown_label(table, row, raw, list(self.ids), self.named)
             result.append(self.ids[found])
         return result
+
+
+def unknown_label(table: Table, row: int, label: Any, known: list[Any], named: bool) -> BayesLoraError:
+    """Return the error for a label that is not among the `known` ones, which are from the caller if `named`."""
+    source = "that were named" if named else "of the training data"
+    return BayesLoraError(
+        f"{table.where(row)} has the label {label!r}, but the labels {source} are {', '.join(map(repr, known[:20]))}: "
+        "correct the label or drop the row"
+    )
 
 
 def _spellings(value: Any, truths: dict[str, str]) -> list[Any]:

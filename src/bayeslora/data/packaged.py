@@ -135,10 +135,7 @@ def packaged_file(package: str, ending: str) -> Path:
 
 
 def packaged_reviews(seed: int = SPLIT_SEED) -> dict[str, dict[str, list[Any]]]:
-    """Return the columns of the review splits and of the out-of-distribution text.
-
-    Args:
-        seed: seed of the hash that assigns films to splits.
+    """Return the columns of the review splits, by a hash with this seed, and of the out-of-distribution text.
 
     Returns:
         `train`, `validation`, `test`: columns `text`, `label` (index into `LABELS`) and `film`; `ood`: columns `text`

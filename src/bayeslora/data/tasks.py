@@ -182,11 +182,11 @@ def load_files(
         raise BayesLoraError("eval_file and held_out are both given or both missing, but one is needed: give one")
     files = {"train": train_file, "validation": eval_file, "test": test_file}
     name = Path(train_file).name if isinstance(train_file, (str, Path)) else "rows"
+    group = [held_out.group_column] if isinstance(held_out, HoldOut) and held_out.group_column else []
     if kind == "token_classification":
-        return _build_tagged(name, files, columns, label_column, labels, held_out)
+        return _build_tagged(name, files, columns, label_column, labels, held_out, group)
     names_column = f"{label_column}_text"
     optional = [] if names_column in columns else [names_column]
-    group = [held_out.group_column] if isinstance(held_out, HoldOut) and held_out.group_column else []
     tables = {
         split: read_table(file, (*columns, *own, *(group if split == "train" else ())), optional)
         for split, file in files.items()
@@ -303,13 +303,12 @@ def _build(
 
 def _build_tagged(
     name: str, files: dict[str, Source | None], text_columns: tuple[str, ...], tag_column: str,
-    names: Sequence[str] | None, held_out: HoldOut | Sequence[int] | None,
+    names: Sequence[str] | None, held_out: HoldOut | Sequence[int] | None, group: Sequence[str],
 ) -> Task:  # fmt: skip
     """Return a task of words with a tag each."""
     if len(text_columns) > 1:
         raise BayesLoraError(f"the text columns are {', '.join(text_columns)}, but words are in one: name one column")
     columns = (text_columns[0], tag_column)
-    group = [held_out.group_column] if isinstance(held_out, HoldOut) and held_out.group_column else []
     tables = {
         split: read_tagged(file, columns, group if split == "train" else ())
         for split, file in files.items()

@@ -69,11 +69,9 @@ TEXT_TASKS = {
 
 
 def text_splits(name: str, data_dir: str | Path | None) -> dict[str, Dataset]:
-    """Return the splits of a task with the columns `prompt`, `completion` and `references`.
+    """Return the splits of one of `TEXT_TASKS` with the columns `prompt`, `completion` and `references`.
 
-    Args:
-        name: one of `TEXT_TASKS`.
-        data_dir: folder with `name/{train,dev,test}.jsonl`; `test` may be missing.
+    The folder has `name/{train,dev,test}.jsonl`; `test` may be missing.
 
     Raises:
         BayesLoraError: there is no folder, or a file is missing or malformed.

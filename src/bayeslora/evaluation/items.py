@@ -35,12 +35,7 @@ def fitted(
 ) -> list[Encoded]:
     """Encode rows after their examples; those that are too long lose examples from the front, with one warning.
 
-    Args:
-        rows: items.
-        examples: those to show before each item.
-        encode: function from pairs of an item and its examples to the encoded items.
-        length: number of tokens of an encoded item.
-        max_length: its maximum.
+    `encode` takes pairs of an item and its examples, and `length` gives the number of tokens of an encoded item.
 
     Raises:
         BayesLoraError: an item alone is longer than `max_length`.

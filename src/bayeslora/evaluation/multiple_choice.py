@@ -179,12 +179,8 @@ def encode_choices(
     Raises:
         BayesLoraError: in the cases of `encode_prompts` and `encode_cloze`.
     """
-    options: dict[str, Any] = {
-        "classes": len(task.labels),
-        "max_length": max_length,
-        "few_shot": few_shot,
-        "pool": few_shot_pool(task) if few_shot else None,
-    }
+    options: dict[str, Any] = {"classes": len(task.labels), "max_length": max_length, "few_shot": few_shot}
+    options["pool"] = few_shot_pool(task) if few_shot else None
     if task.scoring == "cloze":
         return encode_cloze(split, tokenizer, cloze=task.cloze, **options)
     return encode_prompts(split, tokenizer, **options)

@@ -7,6 +7,7 @@ and not by luck. A text never becomes empty, and labels are not touched.
 
 from __future__ import annotations
 
+import itertools
 import math
 import random
 import re
@@ -120,12 +121,8 @@ def _casing(text: str, severity: float, generator: random.Random) -> str:
 
 def _punctuation(text: str, severity: float, generator: random.Random) -> str:
     """Remove each punctuation mark with probability `severity`, unless nothing else would be left."""
-    kept = [
-        letter
-        for letter in text
-        if not (unicodedata.category(letter).startswith("P") and generator.random() < severity)
-    ]
-    found = "".join(kept)
+    kept = (not (unicodedata.category(letter).startswith("P") and generator.random() < severity) for letter in text)
+    found = "".join(itertools.compress(text, kept))
     return found if found.strip() else text
 
 

@@ -9,8 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from bayeslora.errors import BayesLoraError
-from bayeslora.files import write_atomically
-from bayeslora.report.page import environment
+from bayeslora.report.page import environment, write_files
 
 if TYPE_CHECKING:
     from bayeslora.runs.answers import Answer
@@ -71,9 +70,7 @@ def write_answers(path: str | Path, answers: Sequence[Answer], title: str = "Ans
         has_draws=any(answer.draw_log_probabilities for answer in answers),
     )  # fmt: skip
     target = Path(path)
-    with write_atomically(target) as partial:
-        partial.write_text(html, encoding="utf-8")
-    return target
+    return write_files(target.parent, {target.name: html.encode()})[0]
 
 
 def shade(answer: Answer) -> list[ShadedToken]:

@@ -9,11 +9,10 @@ from pathlib import Path
 from typing import Any
 
 from bayeslora.errors import BayesLoraError
-from bayeslora.files import write_atomically
 from bayeslora.methods.registry import package_of
 from bayeslora.model_card import CARD_FILE, front_matter, public_name
 from bayeslora.report import text
-from bayeslora.report.page import environment
+from bayeslora.report.page import environment, write_files
 from bayeslora.runs.info import RUN_FILE, RunInfo
 from bayeslora.runs.names import order_matrices, shortest_labels
 from bayeslora.runs.record import RunRecord, read_run
@@ -76,9 +75,7 @@ def write_model_card(output_dir: Path) -> Path:
         "literal": lambda value: json.dumps(value, ensure_ascii=False),
     }
     card = environment().get_template("card.md.j2").render(context)
-    with write_atomically(folder / CARD_FILE) as path:
-        path.write_text(card, encoding="utf-8")
-    return folder / CARD_FILE
+    return write_files(folder, {CARD_FILE: card.encode()})[0]
 
 
 def _adapter_config(folder: Path) -> dict[str, Any]:

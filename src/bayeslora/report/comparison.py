@@ -19,7 +19,7 @@ from bayeslora.errors import BayesLoraError, counted
 from bayeslora.files import finite, parse_yaml, save_json, write_atomically
 from bayeslora.report import comparison_figures, uncertainty_figures
 from bayeslora.report.comparison_table import comma_separated, latex, markdown
-from bayeslora.report.page import write_pngs
+from bayeslora.report.page import write_files
 from bayeslora.report.style import pdf_bytes, png_bytes
 from bayeslora.report.uncertainty_figures import pooled_histogram
 from bayeslora.runs.record import Histogram, Reliability, ReliabilityBin, RunRecord, read_run
@@ -87,23 +87,19 @@ def write_comparison(folders: Sequence[Path], output_dir: Path) -> dict[str, Any
     except OSError as error:
         raise BayesLoraError(f"{target} cannot be created ({error.strerror}): choose a writable folder") from error
     drawn = {name: figure for name, figure in _figures(groups).items() if figure is not None}
-    table: dict[str, Any] = finite(
-        {
-            "runs": [{"setting": label_of[run.folder], **run_row(run)} for run in runs],
-            "groups": [group_row(group) for group in groups],
-            "differences": differences(groups),
-            "figures": [f"{name}.png" for name in drawn],
-        }
-    )
-    write_pngs(target, {name: png_bytes(figure) for name, figure in drawn.items()})
-    for name, figure in drawn.items():
-        with write_atomically(target / f"{name}.pdf") as path:
-            path.write_bytes(pdf_bytes(figure))
+    table: dict[str, Any] = {
+        "runs": [{"setting": label_of[run.folder], **run_row(run)} for run in runs],
+        "groups": [group_row(group) for group in groups],
+        "differences": differences(groups),
+        "figures": [f"{name}.png" for name in drawn],
+    }
+    table = finite(table)
+    write_files(target, {f"{name}.png": png_bytes(figure) for name, figure in drawn.items()})
+    write_files(target, {f"{name}.pdf": pdf_bytes(figure) for name, figure in drawn.items()})
     with write_atomically(target / "table.json") as path:
         save_json(path, table)
-    for ending, written in {"md": markdown, "tex": latex, "csv": comma_separated}.items():
-        with write_atomically(target / f"table.{ending}") as path:
-            path.write_text(written(table), encoding="utf-8")
+    forms = {"table.md": markdown, "table.tex": latex, "table.csv": comma_separated}
+    write_files(target, {name: written(table).encode() for name, written in forms.items()})
     return table
 
 
@@ -159,13 +155,10 @@ def run_numbers(run: RunRecord) -> dict[str, float | None]:
 def group_row(group: Group) -> dict[str, Any]:
     """Return the row of a group: shared columns, and mean, sample standard deviation and count of each number."""
     rows = [run_numbers(run) for run in group.runs]
-    row: dict[str, Any] = {
-        "setting": group.label,
-        **_setting(group.runs[0]),
-        "seeds": [run.seed for run in group.runs],
-        "folders": [str(run.folder) for run in group.runs],
-        "options": group.options,
-    }
+    row: dict[str, Any] = {"setting": group.label, **_setting(group.runs[0])}
+    row["seeds"] = [run.seed for run in group.runs]
+    row["folders"] = [str(run.folder) for run in group.runs]
+    row["options"] = group.options
     for name in dict.fromkeys(name for numbers in rows for name in numbers):
         values = [value for numbers in rows if (value := numbers.get(name)) is not None]
         row[name] = mean_and_deviation(values)

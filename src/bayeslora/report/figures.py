@@ -89,7 +89,8 @@ def rank_figure(run: RunRecord) -> Figure | None:
         bar.set_label(f"rank (started at {_range_text([x.initial_rank for x in run.layers])})")
         bar.set_ticks(_whole_ticks(highest))
         bar.outline.set_visible(False)  # type: ignore[operator]
-        _note_missing(figure, ranks)
+        if np.isnan(ranks).any():
+            figure.text(0.995, 0.995, "· not adapted", ha="right", va="top", fontsize=7, color=style.GREY)
     return figure
 
 
@@ -238,11 +239,6 @@ def label_grid(axes: Axes, grid: LayerGrid, rotate: bool, columns: Sequence[str]
     axes.tick_params(length=0, pad=3)
     for spine in axes.spines.values():
         spine.set_visible(False)
-
-
-def _note_missing(figure: Figure, values: np.ndarray) -> None:
-    if np.isnan(values).any():
-        figure.text(0.995, 0.995, "· not adapted", ha="right", va="top", fontsize=7, color=style.GREY)
 
 
 def _cell_height(rows: int, wanted: float) -> float:

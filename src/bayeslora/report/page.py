@@ -51,12 +51,10 @@ def write_report(output_dir: Path) -> list[Path]:
     pictures = {name: _picture(name, figure, drawings[name]) for name, figure in shown.items()}
     context = _context(run) | {"pictures": pictures, "examples": read_examples(folder)}
     html = environment().get_template("report.html.j2").render(context)
-    written = write_pngs(folder, {name: png_bytes(figure) for name, figure in shown.items()})
+    written = write_files(folder, {f"{name}.png": png_bytes(figure) for name, figure in shown.items()})
     for stale in drawings.keys() - shown.keys():
         (folder / f"{stale}.png").unlink(missing_ok=True)
-    with write_atomically(folder / REPORT_NAME) as path:
-        path.write_text(html, encoding="utf-8")
-    return [*written, folder / REPORT_NAME]
+    return [*written, *write_files(folder, {REPORT_NAME: html.encode()})]
 
 
 def _picture(name: str, figure: Figure, draw: Callable[[], Figure | None]) -> dict[str, Any]:
@@ -74,12 +72,12 @@ def _picture(name: str, figure: Figure, draw: Callable[[], Figure | None]) -> di
     }
 
 
-def write_pngs(folder: Path, images: Mapping[str, bytes]) -> list[Path]:
-    """Write images by name into `folder`, and return their paths."""
-    for name, png in images.items():
-        with write_atomically(folder / f"{name}.png") as path:
-            path.write_bytes(png)
-    return [folder / f"{name}.png" for name in images]
+def write_files(folder: Path, files: Mapping[str, bytes]) -> list[Path]:
+    """Write files by name into `folder`, and return their paths."""
+    for name, content in files.items():
+        with write_atomically(folder / name) as path:
+            path.write_bytes(content)
+    return [folder / name for name in files]
 
 
 @cache

@@ -113,11 +113,8 @@ def png_bytes(figure: Figure) -> bytes:
 def inline_svg(figure: Figure, name: str) -> str:
     """Return the figure as an SVG element for an HTML page, with text as outlines and without a size or references.
 
-    Colours of ink and paper become variables of the page, so that a dark page has dark figures.
-
-    Args:
-        figure: the figure.
-        name: prefix of the ids, which must be unique on the page.
+    Colours of ink and paper become variables of the page, so that a dark page has dark figures. The `name` is a prefix
+    of the ids, which must be unique on the page.
     """
     buffer = io.StringIO()
     with matplotlib.rc_context({"svg.fonttype": "path", "svg.hashsalt": "bayeslora"}):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import statistics
 from collections.abc import Callable, Sequence
 from functools import partial
 
@@ -237,10 +238,5 @@ def _step_axis(axes: Axes, history: History) -> None:
 
 def _running_mean(values: Sequence[float], window: int) -> list[float]:
     """Return the centred running mean; the window shrinks at both ends so that the curve covers all steps."""
-    half = window // 2
-    means = []
-    for i in range(len(values)):
-        near = min(half, i, len(values) - 1 - i)
-        part = values[i - near : i + near + 1]
-        means.append(sum(part) / len(part))
-    return means
+    near = [min(window // 2, i, len(values) - 1 - i) for i in range(len(values))]
+    return [statistics.fmean(values[i - reach : i + reach + 1]) for i, reach in enumerate(near)]

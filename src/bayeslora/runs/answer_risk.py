@@ -6,9 +6,8 @@ those of one model and one way to answer, which the file names: other answers ha
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, get_args
 
@@ -83,10 +82,7 @@ class AnswerCalibration:
         if delta is not None:
             control = LossControl(control.uncertainty, control.losses, delta)
         asked = control.ask_a_human(uncertainty_of(answers)[self.measure], risk)
-        return [
-            dataclasses.replace(answer, ask_a_human=bool(is_asked))
-            for answer, is_asked in zip(answers, asked, strict=True)
-        ]
+        return [replace(answer, ask_a_human=bool(each)) for answer, each in zip(answers, asked, strict=True)]
 
     def save(self, folder: Path) -> Path:
         """Write `risk.json` in one step, in place of an earlier one."""
@@ -97,7 +93,7 @@ class AnswerCalibration:
             "source": self.source,
             "measure": self.measure,
             "loss": self.loss,
-            "sampling": dataclasses.asdict(self.sampling),
+            "sampling": asdict(self.sampling),
             "fingerprint": self.fingerprint,
             "uncertainty": self.control.uncertainty.tolist(),
             "losses": self.control.losses.tolist(),
@@ -111,7 +107,7 @@ class AnswerCalibration:
         found = {name: getattr(self, name) for name in ("rows", "source", "measure", "loss")}
         return {
             **found,
-            **dataclasses.asdict(self.sampling),
+            **asdict(self.sampling),
             "risk_of_all": float(self.control.losses.mean()),
             "risk": [{"risk": risk, "answered": self.control.threshold(risk).coverage} for risk in _RISKS],
             "lowest_risk": self.control.lowest(),

@@ -85,10 +85,7 @@ class Embedder:
 def clustered(texts: Sequence[str], embed: Embed | None = None, similarity: float = SIMILARITY) -> list[Cluster]:
     """Return clusters of texts that say the same, the largest first; of equal size, the first to appear.
 
-    Args:
-        texts: the answers.
-        embed: also joins texts whose embeddings are similar; an empty text stays alone.
-        similarity: cosine from which on they are.
+    With `embed`, texts join whose embeddings have a cosine of at least `similarity`; an empty text stays alone.
     """
     found: dict[str, Cluster] = {}
     for text in texts:

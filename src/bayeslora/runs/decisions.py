@@ -191,12 +191,12 @@ class Calibration:
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")
                 limits = {coverage: sets.thresholds(coverage) for coverage in _COVERAGES}
-            always = {
-                coverage: [name for name, is_in in zip(self.labels, np.isinf(limit), strict=True) if is_in]
-                for coverage, limit in limits.items()
-            }
             found["coverage"] = [
-                {"coverage": coverage, "limit": float(np.max(limit)), "labels": always[coverage]}
+                {
+                    "coverage": coverage,
+                    "limit": float(np.max(limit)),
+                    "labels": [name for name, always in zip(self.labels, np.isinf(limit), strict=True) if always],
+                }
                 for coverage, limit in limits.items()
             ]
         elif sets is not None:
@@ -242,12 +242,8 @@ def read_calibration(
 ) -> Read:
     """Return what `read` makes of a file that `bayeslora calibrate` has written into a run's folder.
 
-    Args:
-        path: of the file.
-        needing: what needs it, for the message.
-        maker: the method of `Run` that writes it, where the command cannot.
-        version: the newest that `read` knows.
-        read: makes an object of the content; what it raises for a wrong one counts as damage.
+    What `read` raises for a wrong content counts as damage; `version` is the newest that it knows. A message says what
+    is `needing` the file, and names the `maker`, the method of `Run` that writes it where the command cannot.
 
     Raises:
         BayesLoraError: the file is missing or damaged, or a newer version wrote it.

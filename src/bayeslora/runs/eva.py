@@ -22,14 +22,8 @@ from bayeslora.prediction import evaluation_mode
 def initialize_eva(model: nn.Module, data: Dataset, tokenizer: Any, batch_size: int = 32, seed: int = 0) -> bool:
     """Start the adapter of `model` from training rows if it is LoRA with `init_lora_weights="eva"`.
 
-    Ranks move between layers as `eva_config.rho` allows; a layer may lose its adapter.
-
-    Args:
-        model: a model with or without an adapter.
-        data: encoded rows; batches are drawn from them until the singular vectors have converged.
-        tokenizer: pads the batches.
-        batch_size: rows per batch.
-        seed: of the order of the rows.
+    Ranks move between layers as `eva_config.rho` allows; a layer may lose its adapter. Batches of the encoded rows are
+    drawn, in an order by `seed`, until the singular vectors have converged.
 
     Returns:
         Whether the adapter was one to start.

@@ -37,7 +37,6 @@ from bayeslora.runs.rows import (
     evaluation_task,
     labelled_rows,
     named_task,
-    own_rows,
     scored_part,
 )
 from bayeslora.runs.run import Run, load
@@ -120,8 +119,6 @@ def rows_to_score(given: Mapping[str, Any], info: RunInfo) -> tuple[Task, str]:
     if "task" not in given and info.task_name is None:
         if "data_dir" in given or "split" in given:
             raise BayesLoraError("--data-dir or --split is given, but the run was trained on files: give --eval-file")
-        if info.kind == "generation":
-            return own_rows(info), EVALUATION
         task = evaluation_task(info, given.get("text_column"), given.get("label_column"))
         return replace(task, name=info.task), EVALUATION
     refuse(given, ("text_column", "label_column"), "is given, but needs --eval-file: add that or leave this out")

@@ -22,6 +22,8 @@ from bayeslora.runs.run import Run
 from bayeslora.vocabulary import FORMATS_FOR_OTHERS
 
 _CALIBRATION_BATCHES = 8
+_PASSED_ON = ("unadapted", "adapter", "uniform", "draws", "seed", "members")
+"""Options that `bayeslora.export` takes as they are; the command refuses those of other formats."""
 
 
 def export_run(run: Run, form: str, folder: Path, given: Mapping[str, Any]) -> dict[str, Any]:
@@ -82,24 +84,19 @@ def _batches(form: str, given: Mapping[str, Any], run: Run) -> dict[str, Any]:
 
 def _options(form: str, given: Mapping[str, Any], run: Run) -> dict[str, Any]:
     """Return the options of `bayeslora.export` for this format."""
-    allowed = {"allow_error": bool(given.get("allow_error"))}
-    if form == "merged":
-        return allowed
-    unadapted = {"unadapted": given["unadapted"]} if "unadapted" in given else {}
-    if form in ("gguf", "torchao"):
-        beside = {"adapter": given["adapter"]} if "adapter" in given else {}
-        return {"tokenizer": run.tokenizer, **unadapted, **beside, **allowed}
-    if form == "integer":
-        return unadapted
+    options: dict[str, Any] = {name: given[name] for name in _PASSED_ON if name in given}
+    if form in ("lora", "merged", *FORMATS_FOR_OTHERS):
+        options["allow_error"] = bool(given.get("allow_error"))
+    if form in FORMATS_FOR_OTHERS:
+        options["tokenizer"] = run.tokenizer
     if form == "onnx":
-        return {"tokenizer": run.tokenizer, "max_length": run.info.max_length, **unadapted, **allowed}
-    if form == "lora":
-        own = ("uniform", "draws", "seed", "members")
-        options: dict[str, Any] = {**allowed, **{name: given[name] for name in own if name in given}}
-        drawn = "draws" in given and (run.folder / POSTERIOR_FILE).is_file()
-        return {**options, "posterior": run.predictor} if drawn else options
-    if (run.folder / POSTERIOR_FILE).is_file():
+        options["max_length"] = run.info.max_length
+    has_posterior = (run.folder / POSTERIOR_FILE).is_file()
+    if form == "lora" and "draws" in given and has_posterior:
+        options["posterior"] = run.predictor
+    if form == "packed" and has_posterior:
         if all(layer.bits[kind] == 32 for layer in bayeslora.describe(run.model) for kind in ("A", "E", "B")):
-            return {"posterior": run.folder}
-        print("note: posterior.safetensors is left out, because matrices below 32 bits lack one", file=sys.stderr)
-    return {}
+            options["posterior"] = run.folder
+        else:
+            print("note: posterior.safetensors is left out, because matrices below 32 bits lack one", file=sys.stderr)
+    return options

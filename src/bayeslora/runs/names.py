@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os.path
 import re
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -88,8 +89,6 @@ def stack_labels(stacks: Iterable[str]) -> dict[str, str]:
     if len(distinct) < 2:
         return dict.fromkeys(distinct, "")
     split = [stack.split(".") for stack in distinct]
-    depth = 0
-    while depth < min(len(s) for s in split) - 1 and len({s[depth] for s in split}) == 1:
-        depth += 1
+    depth = min(len(os.path.commonprefix(split)), min(map(len, split)) - 1)
     labels = {stack: parts[depth] for stack, parts in zip(distinct, split, strict=True)}
     return labels if len(set(labels.values())) == len(distinct) else {stack: stack for stack in distinct}

@@ -206,13 +206,15 @@ def labelled_rows(
 
 
 def evaluation_task(info: RunInfo, text_columns: list[str] | None = None, label_column: str | None = None) -> Task:
-    """Return the evaluation rows of a run on files as the split `validation`.
+    """Return the evaluation rows of a run on files as the split `validation`; of text maybe a tenth of its file.
 
     Raises:
         BayesLoraError: their file is missing, or was changed after they had been split off the training rows.
     """
     if info.evaluation_rows:
         return _split_file(info, text_columns, label_column)
+    if info.kind == "generation" and "eval_file" not in info.files:
+        return load_generation(_file(info, "train_file"))
     return labelled_rows(info, _file(info, "eval_file"), text_columns, label_column)
 
 
@@ -334,13 +336,6 @@ def scored_part(info: RunInfo) -> str | None:
     if "train_file" not in info.files:
         return None
     return f"rows of {Path(info.files['eval_file']).name}" if "eval_file" in info.files else "held-out rows"
-
-
-def own_rows(info: RunInfo) -> Task:
-    """Return the task of a run that learned text from files; the rows that scored it are the split `validation`."""
-    file = _file(info, "train_file")
-    own = "eval_file" in info.files
-    return replace(labelled_rows(info, info.files["eval_file"]) if own else load_generation(file), name=info.task)
 
 
 def _check_labels(info: RunInfo) -> None:

@@ -107,13 +107,14 @@ class Taggings(Sequence[Tagging]):
         self._words: list[list[str]] = []
         self._places: list[list[list[int]]] = []
         last = None
-        for row, words, places in zip(data[ROW], data[TEXTS], _offsets(data), strict=True):
+        offsets = data[OFFSETS] if OFFSETS in data.column_names else [[]] * len(data)
+        for row, words, places in zip(data[ROW], data[TEXTS], offsets, strict=True):
             if row != last:  # a long sentence has several sequences
                 self._words.append([])
                 self._places.append([])
             last = row
             self._words[-1] += words
-            self._places[-1] += places
+            self._places[-1] += places or []
         self._firsts = np.cumsum([0, *map(len, self._words)])
 
     def __len__(self) -> int:
@@ -154,7 +155,3 @@ class Taggings(Sequence[Tagging]):
             text = " ".join(word.word for word in inside)
             found.append(Span(tag, start, end, text, min(word.confidence for word in inside), characters))
         return found
-
-
-def _offsets(data: Dataset) -> list[list[list[int]]]:
-    return [each or [] for each in data[OFFSETS]] if OFFSETS in data.column_names else [[] for _ in range(len(data))]

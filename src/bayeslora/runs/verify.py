@@ -80,13 +80,12 @@ def verify(
     max_divergence: float | None = None,
     max_changed: float | None = None,
 ) -> Verified:
-    """Compare an export with its run at the mean of the weights.
+    """Compare an export with its run at the mean of the weights, on a split of a task.
 
     Args:
         folder: the export.
         run: that it was written from.
-        task: with the rows.
-        split: of the task.
+        task, split: the rows.
         limit: number of rows, the first ones; None (default) for all.
         batch_size: rows at once, by default 64.
         max_divergence: tolerance in nats; by default the one in the export's `export.json`, or 1e-4 without the file.
