@@ -129,6 +129,11 @@ def test_a_target_module_that_matches_nothing(train_refused: Refused) -> None:
     assert "matches nothing" in train_refused(target_modules="no.*match")
 
 
+def test_a_layer_that_the_model_lacks(train_refused: Refused) -> None:
+    line = train_refused(layers_to_transform=7, target_modules="query,value")
+    assert "--layers-to-transform names 7, but the model has layers 0 to" in line
+
+
 @pytest.mark.parametrize("method", ["blora", "lora"])
 def test_a_rank_below_one(train_refused: Refused, method: str) -> None:
     assert "--r is 0" in train_refused(method=method, r=0)

@@ -63,7 +63,7 @@ def test_an_interrupted_sweep_goes_on_where_it_was(
 @pytest.mark.parametrize(
     ("more", "sentence"),
     [
-        (["--seeds", "0,0"], "must be different whole numbers: write --seeds 0,1,2"),
+        (["--seeds", "0,0"], "must be different whole numbers below 2^32: write --seeds 0,1,2"),
         (["--seeds", "-1,2"], "must be different whole numbers"),
         (["--seeds", "0,x"], "--seeds"),
         (["--seeds", "0,1", "--seed", "2"], "--seed is given with --seeds, which lists all of them: leave one out"),

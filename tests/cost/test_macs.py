@@ -264,3 +264,15 @@ def test_a_layer_of_another_model_is_refused() -> None:
 def test_what_is_no_model_is_refused() -> None:
     with pytest.raises(BayesLoraError, match="is a str, but must be"):
         operations("bert-base-uncased", 5)  # type: ignore[arg-type]
+
+
+def test_modernbert_reads_its_classification_head_at_one_vector() -> None:
+    sizes = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 64}
+    ids = {f"{name}_token_id": 0 for name in ("pad", "eos", "bos", "cls", "sep")}
+    config = transformers.ModernBertConfig(**sizes, **ids, vocab_size=50)
+    for auto, rows in (
+        (transformers.AutoModelForSequenceClassification, 1),
+        (transformers.AutoModelForTokenClassification, 13),
+    ):
+        found = {each.name: each.macs for each in operations(auto.from_config(config), 13)}
+        assert found["head.dense.weight"] == rows * 32 * 32

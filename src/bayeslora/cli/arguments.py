@@ -9,6 +9,7 @@ that names and types show are reported together and at once, without importing t
 from __future__ import annotations
 
 import dataclasses
+import math
 import typing
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager
@@ -36,6 +37,17 @@ _METHOD_FIELDS_SET_HERE = {
     *("peft_version", "runtime_config"),
 }
 _TRAINING_FIELDS_SET_HERE = {"output_dir": "--output-dir", "resume_from_checkpoint": "--resume"}
+_BOUNDS: dict[str, tuple[float, float, str]] = {
+    "r": (1, math.inf, "give the initial rank"),
+    "max_steps": (-1, math.inf, "leave it out to train for whole epochs"),
+    "num_train_epochs": (0, math.inf, "give a number of passes over the rows, such as 3"),
+    "seed": (0, 2**32 - 1, "give such a whole number"),
+    **dict.fromkeys(
+        ("per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps"),
+        (1, math.inf, "give 1 or more"),
+    ),
+}
+_NOT_ZERO = ("max_steps", "num_train_epochs")
 # Plain LoRA shares these defaults with the library's methods, so that two runs differ only in --method.
 _SHARED_DEFAULTS = ("r", "lora_alpha", "lora_dropout")
 
@@ -222,13 +234,23 @@ def _converted(
         with problems.collected():
             place = next((index for index, hints in enumerate(groups) if name in hints), None)
             if place is None:
-                raise _unknown_option(name, options.method, {*vars(options), *(n for g in groups for n in g)}, where)
+                known = {*vars(options), *(n for g in groups for n in g)}
+                raise _unknown_option(f"no_{name}" if value is False else name, options.method, known, where)
             if groups[place][name] is OPEN:
                 continue
             found[place][name] = coerce(name, value, groups[place][name])
-            if name == "r" and isinstance(found[place][name], int) and found[place][name] < 1:
-                raise BayesLoraError(f"--r is {value}, but must be at least 1: give the initial rank")
+            _check_bounds(name, found[place][name])
     return found
+
+
+def _check_bounds(name: str, value: Any) -> None:
+    """Raise for numbers that the Trainer takes, and fails on later."""
+    if name not in _BOUNDS or not isinstance(value, (int, float)):
+        return
+    least, most, way_out = _BOUNDS[name]
+    if not least <= value <= most or (value == 0 and name in _NOT_ZERO):
+        bound = f"at most {most}" if value > most else "above 0" if name in _NOT_ZERO else f"at least {least}"
+        raise BayesLoraError(f"{option(name)} is {value}, but must be {bound}: {way_out}")
 
 
 def _check_with_libraries(plan: TrainPlan) -> None:

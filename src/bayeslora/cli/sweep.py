@@ -38,8 +38,10 @@ def build_sweep(given: dict[str, Any], problems: Problems) -> Sweep:
         seeds = coerce("seeds", given["seeds"], list[int])
     if "seed" in given:
         problems.append("--seed is given with --seeds, which lists all of them: leave one out")
-    if not problems and (not seeds or len(set(seeds)) < len(seeds) or min(seeds) < 0):
-        problems.append(f"--seeds is {given['seeds']}, but must be different whole numbers: write --seeds 0,1,2")
+    if not problems and (not seeds or len(set(seeds)) < len(seeds) or min(seeds) < 0 or max(seeds) >= 2**32):
+        problems.append(
+            f"--seeds is {given['seeds']}, but must be different whole numbers below 2^32: write --seeds 0,1,2"
+        )
     if os.environ.get("WORLD_SIZE", "1") != "1":
         problems.append("--seeds is given to several processes, but they share one run: give a command to each seed")
     shared = {name: value for name, value in given.items() if name not in ("seeds", "seed", "resume")}

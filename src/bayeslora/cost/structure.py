@@ -193,7 +193,8 @@ class ModelStructure:
         if self.region(name) == "model" and self.attentions:
             parts = name.split(".")
             per_token_head = "TokenClassification" in self.class_name
-            if _POOLED_NAMES.intersection(parts) or ("classifier" in parts and not per_token_head):
+            is_pooled = "head" in parts and "SequenceClassification" in self.class_name  # ModernBERT's
+            if is_pooled or _POOLED_NAMES.intersection(parts) or ("classifier" in parts and not per_token_head):
                 return 1
         return tokens * self.calls(name)
 

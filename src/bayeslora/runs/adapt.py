@@ -38,6 +38,7 @@ def adapt(base: BaseModel, config_class: type[PeftConfig] | None, options: dict[
     if targets is not None:
         check_targets(base.model, targets)
         options["target_modules"] = targets
+    check_layers(base.model, options.get("layers_to_transform"))
     check_saved_modules(base.model, options.get("modules_to_save") or [])
     options["modules_to_save"] = sorted({*(options.get("modules_to_save") or ()), *base.fresh}) or None
     check_not_nested(base.model, options["modules_to_save"])
@@ -71,6 +72,16 @@ def option_errors(what: str) -> Iterator[None]:
                 "query,value, or adapt every linear layer with --target-modules all-linear"
             ) from error
         raise BayesLoraError(f"{what} does not accept these options ({one_line(error)}): change them") from error
+
+
+def check_layers(model: nn.Module, wanted: int | list[int] | None) -> None:
+    """Raise BayesLoraError if the model lacks a layer of this number."""
+    found = sorted({int(n) for path, _ in model.named_modules() for n in re.findall(r"(?<=\.)\d+(?=\.)", path)})
+    for number in [] if wanted is None else [wanted] if isinstance(wanted, int) else wanted:
+        if found and number not in found:
+            raise BayesLoraError(
+                f"--layers-to-transform names {number}, but the model has layers {found[0]} to {found[-1]}: give those"
+            )
 
 
 def default_targets(model: nn.Module) -> list[str] | None:

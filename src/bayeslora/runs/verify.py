@@ -125,9 +125,11 @@ def load_export(folder: Path, run: Run) -> tuple[str, nn.Module]:
     if (folder / RUN_FILE).is_file():
         own = RunInfo.load(folder)
         if (own.task, own.labels) != (run.info.task, run.info.labels):
+            trained = own.task if own.task != run.info.task else f"{own.task} with labels {', '.join(own.labels)}"
+            given = run.info.task if own.task != run.info.task else f"it with {', '.join(run.info.labels)}"
             raise BayesLoraError(
-                f"{folder} was exported from a run on {own.task}, but {run.folder} is one on {run.info.task}: "
-                "give the run of the export"
+                f"{folder} was exported from a run on {trained}, but {run.folder} is one on {given}: give the run of "
+                "the export"
             )
     spread = getattr(run.model, "hf_device_map", None) if form != "integer" else None
     place: dict[str, Any] = {"device": device} if spread is None else {"device_map": spread}
