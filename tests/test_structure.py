@@ -34,8 +34,8 @@ FLOORS = [
 TOP = {"", "__main__", "_peft_hook"}
 """The package itself, what runs its command, and what teaches PEFT its methods: above every floor."""
 LONGEST_FUNCTION = 60
-MOST_LINES = 44_619
-MOST_LINES_OF_COMMANDS = 3_074
+MOST_LINES = 44482
+MOST_LINES_OF_COMMANDS = 2846
 
 
 @cache

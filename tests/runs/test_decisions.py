@@ -116,6 +116,13 @@ def test_rows_of_the_training_are_refused(run_of: RunOf, folder: Path) -> None:
     copy = shutil.copy(run_of("melora").parent / "melora.jsonl", folder.with_name("copy.jsonl"))
     with pytest.raises(BayesLoraError, match="was trained on them"):
         run.calibrate(copy)
+    new = json.dumps({"text": "the dog was a dull cat of good plot", "label": "bug"})
+    shuffled = copy.with_name("shuffled.jsonl")
+    shuffled.write_text("".join(reversed(copy.read_text().splitlines(keepends=True))) + new + "\n")
+    with pytest.warns(UserWarning, match=r"(\d+) of the \d+ rows of .*shuffled.jsonl are training rows too") as told:
+        run.calibrate(shuffled)
+    rows = len(shuffled.read_text().splitlines())
+    assert any(f"{rows - 1} of the {rows} rows" in str(each.message) for each in told)
     with pytest.raises(BayesLoraError, match="score is residual, but must be lac or aps"):
         run.calibrate(tickets(12, 0), score="residual")
     with pytest.raises(BayesLoraError, match="row 1 has the label 'other'"):

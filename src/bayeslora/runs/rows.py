@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -235,8 +236,13 @@ def _split_file(info: RunInfo, text_columns: list[str] | None = None, label_colu
     return labelled_rows(info, file, text_columns, label_column, info.evaluation_rows)
 
 
-def check_not_training(info: RunInfo, source: str, split: str) -> None:
-    """Raise if rows of `source`, perhaps a file, were trained on: the file, a copy of it, or a split for training."""
+def check_not_training(info: RunInfo, source: str, task: Task, split: str) -> None:
+    """Raise if the rows of a split were trained on: the same file or a split for training; warn of single rows.
+
+    Args:
+        source: of the rows, perhaps a file.
+        task: with the split.
+    """
     file = Path(info.files.get("train_file", ""))
     known = {info.train_digest, file_digest(file) if file.is_file() else None}
     same_file = Path(source).is_file() and file_digest(source) in known  # or a copy
@@ -244,6 +250,19 @@ def check_not_training(info: RunInfo, source: str, split: str) -> None:
         raise BayesLoraError(
             f"the rows are those of {source if same_file else split}, but the run was trained on them: calibrate on "
             "rows that it has not seen"
+        )
+    try:
+        trained = _training_split(info)[1]
+    except BayesLoraError:  # it is elsewhere
+        return
+    rows = task.splits[split]
+    columns = [name for name in rows.column_names if name in trained.column_names]
+    seen = {str(row) for row in trained.select_columns(columns)}
+    count = sum(str(row) in seen for row in rows.select_columns(columns))
+    if count:
+        warnings.warn(
+            f"{count} of the {counted(len(rows), 'row')} of {source} are training rows too: their errors are too few",
+            stacklevel=3,
         )
 
 

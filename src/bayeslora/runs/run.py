@@ -269,7 +269,7 @@ class Run:
         self, task: Task, split: str, batch_size: int, sampling: Sampling, *, save: bool = True, **options: Any
     ) -> AnswerCalibration:
         """Do what `calibrate_answers` does, on a split of a task."""
-        check_not_training(self.info, options["source"], split)
+        check_not_training(self.info, options["source"], task, split)
         options["fingerprint"] = model_digest(self.model, self.folder)
         calibration = calibrated_answers(
             self.predictor, self.tokenizer, task, task.splits[split], batch_size, sampling, **options
@@ -360,7 +360,7 @@ class Run:
         **options: Any,
     ) -> Calibration:
         """Do what `calibrate` does, on a split of a task; `options` are those of `decisions.calibrated`."""
-        check_not_training(self.info, options["source"], split)
+        check_not_training(self.info, options["source"], task, split)
         words = self.kind == "token_classification"
         if words:
             scaling = scaling or "temperature"
