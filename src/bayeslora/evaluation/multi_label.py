@@ -114,7 +114,7 @@ def label_scores(probabilities: ArrayLike, labels: ArrayLike, names: list[str]) 
     """
     chosen, truth = _checked(probabilities, labels)
     found = {}
-    for name, p, y in zip(names, chosen.T, truth.T, strict=False):
+    for name, p, y in zip(names, chosen.T, truth.T, strict=True):
         scores = precision_recall_fscore_support(y, p > 0.5, average="binary", zero_division=0)
         found[name] = {key: float(score) for key, score in zip(("precision", "recall", "f1"), scores, strict=False)}
         found[name] |= {"nll": float(_losses(p, y).mean()), "rows": float(y.sum())}

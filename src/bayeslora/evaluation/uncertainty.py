@@ -22,8 +22,6 @@ BINS = 15
 """Default number of bins of every calibration error, with equal width or equal mass."""
 HISTOGRAM_BINS = 30
 CURVE_POINTS = 100
-UNCERTAINTIES = ("max_probability", "entropy", "mutual_information")
-"""Names of the measures of uncertainty; see `uncertainties`."""
 
 
 def uncertainties(probabilities: ArrayLike, entropy: ArrayLike, mutual_information: ArrayLike) -> dict[str, Array]:

@@ -237,7 +237,7 @@ def ready(model: torch.nn.Module, device: str | torch.device | None = None) -> t
     return model.to(device or ("cuda" if torch.cuda.is_available() else "cpu")).eval()
 
 
-def check_device_map(device_map: DeviceMap | None, name: str = "device_map") -> None:
+def check_device_map(device_map: DeviceMap | None) -> None:
     """Raise `BayesLoraError` unless `device_map` is a known plan, a device of this machine or a dictionary."""
     if not isinstance(device_map, str) or device_map in DEVICE_PLANS:
         return
@@ -245,7 +245,7 @@ def check_device_map(device_map: DeviceMap | None, name: str = "device_map") -> 
         torch.empty(0, device=device_map)
     except (RuntimeError, AssertionError) as error:  # without CUDA, PyTorch raises the latter
         raise BayesLoraError(
-            f"{name} is {device_map}, which is no device of this machine: give one, such as cpu, or one of "
+            f"device_map is {device_map}, which is no device of this machine: give one, such as cpu, or one of "
             f"{', '.join(DEVICE_PLANS)}"
         ) from error
 

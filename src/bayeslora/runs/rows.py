@@ -35,6 +35,7 @@ EVALUATION, TEST = "validation", "test"
 OUT_OF_DISTRIBUTION = "ood"
 FITTED_ROWS = 2000
 """Number of training rows that scores by features are fitted to."""
+_BATCH_ROWS = 32
 _SOURCE = "source"
 _TEXT_COLUMNS = {1: ["text"], 2: ["text_a", "text_b"]}
 """Column names by number of texts, for a folder that does not name them."""
@@ -267,21 +268,21 @@ def check_not_training(info: RunInfo, source: str, task: Task, split: str) -> No
 
 
 def training_batches(
-    info: RunInfo, tokenizer: PreTrainedTokenizerBase, count: int, size: int = 32, seed: int | None = None
+    info: RunInfo, tokenizer: PreTrainedTokenizerBase, count: int, seed: int | None = None
 ) -> list[dict[str, Tensor]]:
-    """Return `count` batches of the training rows, as inputs of the model: the first, or with a seed a random choice.
+    """Return `count` batches of 32 training rows, as inputs of the model: the first, or with a seed a random choice.
 
     Raises:
         BayesLoraError: the training rows cannot be found.
     """
     if seed is None:
         task, training = _training_split(info)
-        rows = training.select(range(min(len(training), count * size)))
+        rows = training.select(range(min(len(training), count * _BATCH_ROWS)))
     else:
-        task, rows = training_rows(info, count * size, seed)
+        task, rows = training_rows(info, count * _BATCH_ROWS, seed)
     data = encode_for(rows, task, tokenizer, info)
     collate = choice_scoring(data, tokenizer).collate if is_multiple_choice(data) else None
-    batches = collated(data, np.arange(len(data)), tokenizer, size, collate)
+    batches = collated(data, np.arange(len(data)), tokenizer, _BATCH_ROWS, collate)
     if is_cloze(data):
         sequences = (copies(batch) for batch in batches)
         return [{"input_ids": ids, "attention_mask": mask} for ids, mask, _, _ in sequences]
