@@ -35,7 +35,7 @@ from tests.methods.reference import FROZEN, RANK, layers_of, randomize, set_widt
 onnx = pytest.importorskip("onnx")
 onnxruntime = pytest.importorskip("onnxruntime")
 
-from bayeslora.export.onnx import writer  # noqa: E402 - after the packages that it needs
+from bayeslora.export import agreement  # noqa: E402 - after the packages that it needs
 from bayeslora.export.onnx.graph import Graph  # noqa: E402
 from bayeslora.export.onnx.layers import _blocks  # noqa: E402
 from bayeslora.export.onnx.reader import OnnxDecoder  # noqa: E402
@@ -272,7 +272,7 @@ def test_the_card_alone_writes_what_the_model_writes(tmp_path: Path) -> None:
 def test_a_decoder_far_from_the_model_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     model = _learned(_spread(build_tiny_llama()), LLAMA, {"weight": 4, "A": 8, "E": 8, "B": 8, **WIDE})
     options: dict[str, Any] = {"format": "onnx", "tokenizer": build_tiny_tokenizer()}
-    monkeypatch.setattr(writer, "MOST_DIVERGENCE", 1e-9)
+    monkeypatch.setattr(agreement, "MOST_DIVERGENCE", 1e-9)
     with pytest.raises(BayesLoraError, match=r"diverges by .* nats .* but 1e-09 nats is the most: .*allow_error=True"):
         export(model, tmp_path, **options)
     result = export(model, tmp_path, **options, allow_error=True)

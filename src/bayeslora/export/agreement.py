@@ -16,12 +16,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from bayeslora.errors import BayesLoraError
 from bayeslora.export.formats import inputs_for, output_of
 from bayeslora.methods.layer import device_of, evaluation_mode
 
 Outputs = Callable[[dict[str, Tensor]], Tensor]
 """Returns the logits, (rows, classes) or (rows, tokens, words), of a batch of inputs."""
 
+MOST_DIVERGENCE = 0.01
+"""Largest mean divergence, in nats, of an export that is written without being asked to allow an error."""
 _AT_ONCE = 1 << 24  # logits in memory at a time, besides those of one row
 
 
@@ -133,8 +136,29 @@ def difference(model: nn.Module, loaded: nn.Module, batches: Iterable[Mapping[st
     given = list(batches)
     inputs = [each for batch in given if (each := inputs_for(model, batch)) is not None]
     loaded.to(device_of(model))
+    return compared(model, loaded, inputs) | ({"dummy_inputs": True} if given == [None] else {})
+
+
+def compared(
+    model: nn.Module,
+    loaded: nn.Module,
+    rows: Iterable[Mapping[str, Tensor]],
+    inputs_of: Callable[[Mapping[str, Tensor]], Mapping[str, Tensor]] = dict,
+) -> dict[str, Any]:
+    """Return the summary of the agreement of two models, which read what `inputs_of` makes of a row."""
+
+    def outputs_of(network: nn.Module) -> Outputs:
+        return lambda row: cast(Tensor, output_of(network, inputs_of(row)))
+
     with evaluation_mode(model):
-        agreement = compare(
-            lambda row: cast(Tensor, output_of(model, row)), lambda row: cast(Tensor, output_of(loaded, row)), inputs
+        return compare(outputs_of(model), outputs_of(loaded), rows).summary()
+
+
+def check_divergence(measured: Mapping[str, Any], form: str, answers: str = "next tokens", reason: str = "") -> None:
+    """Raise `BayesLoraError` if an export, such as `the graph`, diverges by more than `MOST_DIVERGENCE`."""
+    if measured["divergence"] is not None and not measured["divergence"] <= MOST_DIVERGENCE:
+        raise BayesLoraError(
+            f"{form} diverges by {measured['divergence']:.2g} nats from the model and changes "
+            f"{measured['changed']:.1%} of the {answers}{reason}, but {MOST_DIVERGENCE} nats is the most: allow and "
+            "measure the error with allow_error=True, or export another format"
         )
-    return agreement.summary() | ({"dummy_inputs": True} if given == [None] else {})

@@ -14,7 +14,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from bayeslora.export.agreement import Agreement
+from bayeslora.export.agreement import MOST_DIVERGENCE, Agreement
 from bayeslora.export.formats import inputs_for
 from bayeslora.methods.layer import evaluation_mode
 from bayeslora.methods.tuner import describe
@@ -22,8 +22,6 @@ from bayeslora.vocabulary import ACTIVATIONS, UNQUANTIZED
 
 NOISE = 1e-6
 """Standard deviation of the noise, relative to each entry of the embedded tokens."""
-MOST_DIVERGENCE = 0.01
-"""Mean divergence, in nats, that is not warned of."""
 _ROWS = 32
 
 
@@ -55,11 +53,8 @@ def moved_by_noise(model: nn.Module, batches: Iterable[Mapping[str, Tensor] | No
             before = model(**row)
             if "logits" not in before or before["logits"].shape[-1] == 1:
                 return {}
-            handle = embedding.register_forward_hook(_with_noise)
-            try:
+            with embedding.register_forward_hook(_with_noise):
                 after = model(**row)["logits"]
-            finally:
-                handle.remove()
             agreement.add(*(_answers(logits, row) for logits in (before["logits"], after)))
     if not agreement.positions:
         return {}

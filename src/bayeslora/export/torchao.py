@@ -21,7 +21,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, TorchAoConfig
 from transformers.quantizers import AutoHfQuantizer
 
 from bayeslora.errors import BayesLoraError
-from bayeslora.export.agreement import difference
+from bayeslora.export.agreement import check_divergence, difference
 from bayeslora.export.formats import adapted_parts, save_model, to_take_apart
 from bayeslora.export.lora import export_lora
 from bayeslora.export.onnx.products import learned, rounded_rows
@@ -30,8 +30,6 @@ from bayeslora.model_card import CARD_FILE, base_name, error_of, front_matter
 from bayeslora.vocabulary import ACTIVATIONS, BASE_WEIGHT, UNQUANTIZED
 
 ADAPTER_FOLDER = "adapter"
-TOLERANCE = 0.01
-"""Largest mean divergence, in nats, of an export that is written without being asked to allow an error."""
 _BYTE = 8
 
 
@@ -92,7 +90,7 @@ def export_torchao(
         **difference(model, load_torchao(folder, type(base)), [batch] if rows is None else rows),
     }
     if not allow_error:
-        _check_error(result)
+        check_divergence(result, "the torchao form", "answers")
     _write_card(folder, source, str(getattr(config, "method", "blora")), type(base).__name__, rank, result)
     return result
 
@@ -124,15 +122,6 @@ def _check_options(unadapted: str) -> None:
         raise BayesLoraError("torchao is older than 0.17, whose int8 layout vLLM reads: pip install -U torchao")
     if unadapted not in ("int8", "float32"):
         raise BayesLoraError(f"unadapted is {unadapted!r}, but must be int8 or float32: choose one")
-
-
-def _check_error(measured: Mapping[str, Any]) -> None:
-    if measured["divergence"] is not None and not measured["divergence"] <= TOLERANCE:
-        raise BayesLoraError(
-            f"the torchao form diverges by {measured['divergence']:.2g} nats from the model and changes "
-            f"{measured['changed']:.1%} of the answers, but {TOLERANCE} nats is the most: allow and measure the error "
-            "with allow_error=True, or export another format"
-        )
 
 
 @torch.no_grad()

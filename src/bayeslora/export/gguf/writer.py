@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
 from bayeslora.errors import BayesLoraError
-from bayeslora.export.agreement import difference
+from bayeslora.export.agreement import check_divergence, difference
 from bayeslora.export.formats import upright
 from bayeslora.export.gguf.architectures import ROPE_FACTORS, rope_factors
 from bayeslora.export.gguf.blocks import BLOCKS, rounded
@@ -30,9 +30,6 @@ from bayeslora.export.gguf.layers import Weight, array, widened
 from bayeslora.export.gguf.parts import Parts, taken_apart
 from bayeslora.export.gguf.reader import ADAPTER_FILE, MODEL_FILE, load_gguf
 from bayeslora.export.gguf.vocabulary import add_vocabulary
-
-TOLERANCE = 0.01
-"""Largest mean divergence, in nats, of an export that is written without being asked to allow an error."""
 
 _FILE_TYPES = {
     Type.F32: gguf.LlamaFileType.ALL_F32,
@@ -95,8 +92,9 @@ def export_gguf(
         _write_adapter(folder / ADAPTER_FILE, found)
     loaded = load_gguf(folder, found.base)
     result = {**_described(found, folder, kinds), **difference(model, loaded, [batch] if rows is None else rows)}
-    if not allow_error and result["divergence"] is not None and not result["divergence"] <= TOLERANCE:
-        raise _refusal(result)
+    if not allow_error:
+        reason = f" ({result['left_out']})" if result["left_out"] else ""
+        check_divergence(result, "the GGUF form", reason=reason)
     write_card(folder, found.name, found.method, found.form, result)
     return result
 
@@ -112,15 +110,6 @@ def _described(found: Parts, folder: Path, kinds: Mapping[str, Type]) -> dict[st
         "widened": widened({path: kinds[path] for path in found.learned if path in kinds}, found.learned, BLOCKS),
         "left_out": found.left_out,
     }
-
-
-def _refusal(result: Mapping[str, Any]) -> BayesLoraError:
-    reason = f" ({result['left_out']})" if result["left_out"] else ""
-    return BayesLoraError(
-        f"the GGUF form diverges by {result['divergence']:.2g} nats from the model and changes "
-        f"{result['changed']:.1%} of the next tokens{reason}, but {TOLERANCE} nats is the most: allow and measure the "
-        "error with allow_error=True, or export another format"
-    )
 
 
 @torch.no_grad()

@@ -24,16 +24,10 @@ def write_card(
     inputs: Sequence[str],
     measured: Mapping[str, Any],
 ) -> None:
-    """Write `README.md`.
+    """Write `README.md` of an encoder, as `write_page`.
 
-    Args:
-        folder: of the graph.
-        model: that was written.
-        config: of the adapter.
-        tokenizer: beside the graph.
-        max_length: tokens of a text, by default as many as model and tokenizer take.
-        inputs: names of the graph's inputs.
-        measured: sizes and errors, as the export returns them.
+    `max_length` is the number of tokens of a text, by default as many as model and tokenizer take; `inputs` are the
+    names of the graph's.
     """
     length = max_length or min(tokenizer.model_max_length, int(model.config.max_position_embeddings), _UNLIMITED)
     files = f"""| `model.onnx` | the graph: {", ".join(inputs)}, int64 (batch, length), to logits, float32 \

@@ -52,15 +52,7 @@ def write_decoder_card(
     tokenizer: PreTrainedTokenizerBase,
     measured: Mapping[str, Any],
 ) -> None:
-    """Write `README.md`.
-
-    Args:
-        folder: of the graph.
-        model: that was written.
-        config: of the adapter.
-        tokenizer: beside the graph.
-        measured: sizes and errors, as the export returns them.
-    """
+    """Write `README.md` of a decoder, as `write_page`."""
     count, heads, size = cache_sizes(model.config)
     files = f"""| `model.onnx` | the graph, whose inputs and outputs have the names that Optimum gives them |
 | `config.json`, `generation_config.json` | the model's configuration, and how it generates |

@@ -14,13 +14,11 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any, cast
 
-import numpy as np
 from onnx import TensorProto
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from bayeslora.errors import BayesLoraError
-from bayeslora.export.onnx.encoders import ACTIVATIONS, HIDDEN, IDS, LOGITS, MASK
+from bayeslora.export.onnx.encoders import ACTIVATIONS, HIDDEN, IDS, LOGITS, MASK, normalized, refused
 from bayeslora.export.onnx.graph import Graph, Value
 from bayeslora.export.onnx.layers import Part, ProductLayers
 from bayeslora.export.onnx.products import array
@@ -99,24 +97,18 @@ def check_decoder(model: nn.Module) -> None:
     config = cast(Any, model).config
     check_activation(activation_name(config))
     if getattr(config, "use_sliding_window", False):
-        raise _refused("attention", "sliding", ["full"])
+        raise refused("attention", "sliding", ["full"])
     kind = (getattr(config, "rope_parameters", None) or {}).get("rope_type", "default")
     if kind not in _STATIC_ROTATIONS:
-        raise _refused("rotary embedding", kind, _STATIC_ROTATIONS)
+        raise refused("rotary embedding", kind, _STATIC_ROTATIONS)
     if getattr(config, "scale_attn_by_inverse_layer_idx", False) or not getattr(config, "scale_attn_weights", True):
-        raise _refused("attention", "scaled by layer or not at all", ["scaled by the size of a head"])
+        raise refused("attention", "scaled by layer or not at all", ["scaled by the size of a head"])
 
 
 def check_activation(activation: str) -> None:
     """Raise `BayesLoraError` for an activation that `activated` lacks."""
     if activation != "silu" and activation not in ACTIVATIONS:
-        raise _refused("activation", activation, ["silu", *sorted(ACTIVATIONS)])
-
-
-def _refused(what: str, given: str, known: Sequence[str]) -> BayesLoraError:
-    return BayesLoraError(
-        f"the model's {what} is {given!r}, but format 'onnx' is for {', '.join(known)}: export 'merged' instead"
-    )
+        raise refused("activation", activation, ["silu", *sorted(ACTIVATIONS)])
 
 
 def activation_name(config: Any) -> str:
@@ -124,30 +116,42 @@ def activation_name(config: Any) -> str:
     return str(config.activation_function if config.model_type == "gpt2" else config.hidden_act)
 
 
-def activated(graph: Graph, activation: str, path: str, x: str) -> str:
-    """Add the activation of this name, called after the layer at `path`."""
+def fed_forward(
+    graph: Graph, layers: ProductLayers, name: str, paths: Sequence[str], down: str, activation: str, rows: str
+) -> str:
+    """Add a feed-forward network under this name: layers, of which the second is a factor, and the layer `down`."""
+    parts = [Part(path, share=layers.width(path)) for path in paths]
+    x, *factors = layers.linears(graph, name, parts, rows)
     if activation == "silu":
-        return graph("Mul", x, graph("Sigmoid", x, name=f"{path}.gate"), name=f"{path}.activation")
-    operator, attributes = ACTIVATIONS[activation]
-    return graph(operator, x, name=f"{path}.activation", **attributes)
+        x = graph("Mul", x, graph("Sigmoid", x, name=f"{paths[0]}.gate"), name=f"{paths[0]}.activation")
+    else:
+        operator, attributes = ACTIVATIONS[activation]
+        x = graph(operator, x, name=f"{paths[0]}.activation", **attributes)
+    for factor in factors:
+        x = graph("Mul", x, factor, name=f"{name}.gated")
+    return layers.linear(graph, down, x)
 
 
-def normalized(graph: Graph, model: nn.Module, path: str, x: str) -> str:
-    """Add the norm at `path`, of either kind, over the last axis."""
-    module = cast(Any, model.get_submodule(path))
-    weight = graph.constant(f"{path}.weight", array(module.weight))
-    if isinstance(module, nn.LayerNorm):
-        bias = graph.constant(f"{path}.bias", array(module.bias))
-        return graph("LayerNormalization", x, weight, bias, name=path, axis=-1, epsilon=float(module.eps))
-    return _root_mean_square_norm(graph, path, x, weight, float(module.variance_epsilon))
+def tokens_before(graph: Graph, keys: str) -> tuple[str, str, str]:
+    """Add the places of new tokens and of all, past `keys` included, and whether one of all is later than a new one.
+
+    Returns:
+        (length,), (past + length,) and (length, past + length); sizes are `length` and `total.length`, vectors of one.
+    """
+    past = graph("Shape", keys, name="past.length", start=2, end=3)
+    length = graph("Shape", IDS, name="length", start=1, end=2)
+    total = graph("Add", past, length, name="total.length")
+    ends = [graph("Squeeze", each, name=f"{each}.number") for each in (past, total)]
+    own = graph("Range", *ends, graph.integer(1), name="attention.own")
+    seen = graph("Range", graph.integer(0), ends[1], graph.integer(1), name="attention.seen")
+    rows = graph("Unsqueeze", own, graph.integers(1), name="attention.rows")
+    return own, seen, graph("Greater", seen, rows, name="attention.is_later")
 
 
-def _root_mean_square_norm(graph: Graph, path: str, x: str, weight: str, epsilon: float) -> str:
-    """Add x / sqrt(mean(x^2) + epsilon) times the weight, over the last axis."""
-    squares = graph("Pow", x, graph.number(2.0), name=f"{path}.squares")
-    mean = graph("ReduceMean", squares, graph.integers(-1), name=f"{path}.mean", keepdims=1)
-    root = graph("Sqrt", graph("Add", mean, graph.number(epsilon), name=f"{path}.positive"), name=f"{path}.root")
-    return graph("Mul", graph("Div", x, root, name=f"{path}.scaled"), weight, name=path)
+def tokens_apart(graph: Graph, rows: str, name: str) -> None:
+    """Add rows as an output (batch, length, width) of this name."""
+    sizes = graph("Concat", "shape", graph.integers(-1), name=f"{name}.sizes", axis=0)
+    graph("Reshape", rows, sizes, name=name)
 
 
 def by_head(graph: Graph, x: str, sizes: str, path: str) -> str:
@@ -206,8 +210,8 @@ class Decoder:
     def write(self) -> Graph:
         """Return the graph."""
         graph, family = self.graph, self.family
-        self._shape = graph("Shape", IDS, name="shape")
-        self._sizes = graph("Concat", self._shape, graph.integers(-1, self.size), name="sizes", axis=0)
+        shape = graph("Shape", IDS, name="shape")
+        self._sizes = graph("Concat", shape, graph.integers(-1, self.size), name="sizes", axis=0)
         self._bias = self._attention_bias()
         if family.positions is None:
             self._find_rotations()
@@ -215,8 +219,7 @@ class Decoder:
         for number in range(self.count):
             x = self._block(f"{family.blocks}.{number}", number, x)
         x = self.layers.linear(graph, family.head, self._norm(family.norm, x))
-        sizes = graph("Concat", self._shape, graph.integers(-1), name="logits.sizes", axis=0)
-        graph("Reshape", x, sizes, name=LOGITS)
+        tokens_apart(graph, x, LOGITS)
         return graph
 
     def _embeddings(self) -> str:
@@ -236,29 +239,11 @@ class Decoder:
         A token sees those that the mask shows, up to itself.
         """
         graph = self.graph
-        zero, one = (graph.constant(f"int64_{name}", np.array(n)) for name, n in (("zero", 0), ("one", 1)))
-        past = graph("Shape", "past_key_values.0.key", name="past.length", start=2, end=3)
-        length = graph("Shape", IDS, name="length", start=1, end=2)
-        total = graph("Add", past, length, name="total.length")
-        self._score_sizes = graph(
-            "Concat",
-            graph("Shape", IDS, name="batch.size", start=0, end=1),
-            graph.integers(self.heads),
-            length,
-            total,
-            name="scores.sizes",
-            axis=0,
-        )
-        ends = [graph("Squeeze", each, name=f"{each}.number") for each in (past, total)]
-        own = graph("Range", ends[0], ends[1], one, name="attention.own")
-        seen = graph("Range", zero, ends[1], one, name="attention.seen")
-        is_later = graph(
-            "Greater",
-            seen,
-            graph("Unsqueeze", own, graph.integers(1), name="attention.rows"),
-            name="attention.is_later",
-        )
-        is_padding = graph("Equal", MASK, zero, name="attention.is_padding")
+        _, _, is_later = tokens_before(graph, "past_key_values.0.key")
+        batch = graph("Shape", IDS, name="batch.size", start=0, end=1)
+        sizes = batch, graph.integers(self.heads), "length", "total.length"
+        self._score_sizes = graph("Concat", *sizes, name="scores.sizes", axis=0)
+        is_padding = graph("Equal", MASK, graph.integer(0), name="attention.is_padding")
         is_padding = graph("Unsqueeze", is_padding, graph.integers(1, 2), name="attention.padding")
         hidden = graph("Or", is_padding, is_later, name="attention.is_hidden")
         return graph("Where", hidden, graph.number(HIDDEN), graph.number(0.0), name="attention.bias")
@@ -287,12 +272,10 @@ class Decoder:
         attended = self._attention(path, number, self._norm(attention_norm, x))
         x = graph("Add", x, attended, name=f"{path}.attended")
         rows = self._norm(second_norm, x)
-        parts = [Part(f"{path}.{name}", share=self.layers.width(f"{path}.{name}")) for name in family.feed_forward]
-        found = self.layers.linears(graph, f"{path}.feed_forward", parts, rows)
-        hidden = activated(graph, activation_name(self.config), parts[0].path, found[0])
-        if len(found) > 1:
-            hidden = graph("Mul", hidden, found[1], name=f"{path}.gated")
-        return graph("Add", x, self.layers.linear(graph, f"{path}.{family.down}", hidden), name=f"{path}.output")
+        paths, down = [f"{path}.{name}" for name in family.feed_forward], f"{path}.{family.down}"
+        activation, name = activation_name(self.config), f"{path}.feed_forward"
+        fed = fed_forward(graph, self.layers, name, paths, down, activation, rows)
+        return graph("Add", x, fed, name=f"{path}.output")
 
     def _attention(self, path: str, number: int, x: str) -> str:
         """Return softmax(q k^T / sqrt(d)) v of every head, through the output layer."""
@@ -312,9 +295,8 @@ class Decoder:
         scores = graph("MatMul", q, turned, name=f"{path}.products")
         if is_grouped:
             scores = graph("Reshape", scores, self._score_sizes, name=f"{path}.by_head")
-        shares = graph(
-            "Softmax", graph("Add", scores, self._bias, name=f"{path}.scores"), name=f"{path}.shares", axis=-1
-        )
+        scores = graph("Add", scores, self._bias, name=f"{path}.scores")
+        shares = graph("Softmax", scores, name=f"{path}.shares", axis=-1)
         if is_grouped:
             sizes = graph("Shape", q, name=f"{path}.sizes", start=0, end=3)
             sizes = graph("Concat", sizes, graph.integers(-1), name=f"{path}.share_sizes", axis=0)
@@ -349,12 +331,8 @@ class Decoder:
         """Return x cos + (-x2, x1) sin of the halves x1 and x2 of every head."""
         graph = self.graph
         first, second = graph.several("Split", x, outputs=[f"{path}.first", f"{path}.second"], axis=3, num_outputs=2)
-        turned = graph(
-            "Concat", graph("Neg", second, name=f"{path}.negative"), first, name=f"{path}.quarter_turn", axis=3
-        )
-        return graph(
-            "Add",
-            graph("Mul", x, self._cos, name=f"{path}.cosine"),
-            graph("Mul", turned, self._sin, name=f"{path}.sine"),
-            name=f"{path}.rotated",
-        )
+        negative = graph("Neg", second, name=f"{path}.negative")
+        turned = graph("Concat", negative, first, name=f"{path}.quarter_turn", axis=3)
+        cosine = graph("Mul", x, self._cos, name=f"{path}.cosine")
+        sine = graph("Mul", turned, self._sin, name=f"{path}.sine")
+        return graph("Add", cosine, sine, name=f"{path}.rotated")

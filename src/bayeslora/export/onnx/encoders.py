@@ -18,7 +18,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from onnx import TensorProto
-from torch import Tensor, nn
+from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from bayeslora.errors import BayesLoraError
@@ -50,15 +50,19 @@ def check_encoder(model: nn.Module) -> None:
     config = cast(Any, model).config
     activation = _activation_name(config)
     if activation not in ACTIVATIONS:
-        raise BayesLoraError(
-            f"the model's activation is {activation!r}, but format 'onnx' is for {', '.join(sorted(ACTIVATIONS))}: "
-            "export 'merged' instead"
-        )
+        raise refused("activation", activation, sorted(ACTIVATIONS))
     if getattr(config, "is_decoder", False):
         raise BayesLoraError(
             "the model's attention sees only earlier tokens, but format 'onnx' is for BERT as an encoder: "
             "export 'merged' instead"
         )
+
+
+def refused(what: str, given: str, known: Sequence[str]) -> BayesLoraError:
+    """Return the error for a setting that the graph does not have."""
+    return BayesLoraError(
+        f"the model's {what} is {given!r}, but format 'onnx' is for {', '.join(known)}: export 'merged' instead"
+    )
 
 
 def input_names(model: nn.Module, tokenizer: PreTrainedTokenizerBase) -> list[str]:
@@ -71,6 +75,20 @@ def input_names(model: nn.Module, tokenizer: PreTrainedTokenizerBase) -> list[st
 
 def _activation_name(config: Any) -> str:
     return str(config.activation if config.model_type == "distilbert" else config.hidden_act)
+
+
+def normalized(graph: Graph, model: nn.Module, path: str, x: str) -> str:
+    """Add the norm at `path` over the last axis, a `LayerNorm` or x / sqrt(mean(x^2) + epsilon) times the weight."""
+    module: Any = model.get_submodule(path)
+    weight = graph.constant(f"{path}.weight", array(module.weight))
+    if isinstance(module, nn.LayerNorm):
+        bias = graph.constant(f"{path}.bias", array(module.bias))
+        return graph("LayerNormalization", x, weight, bias, name=path, axis=-1, epsilon=float(module.eps))
+    squares = graph("Pow", x, graph.number(2.0), name=f"{path}.squares")
+    mean = graph("ReduceMean", squares, graph.integers(-1), name=f"{path}.mean", keepdims=1)
+    positive = graph("Add", mean, graph.number(float(module.variance_epsilon)), name=f"{path}.positive")
+    root = graph("Sqrt", positive, name=f"{path}.root")
+    return graph("Mul", graph("Div", x, root, name=f"{path}.scaled"), weight, name=path)
 
 
 class Encoder:
@@ -119,24 +137,16 @@ class Encoder:
     def _module(self, path: str) -> nn.Module:
         return self.model.get_submodule(path)
 
-    def _array(self, path: str, name: str = "weight") -> NDArray[np.float32]:
-        return array(cast(Tensor, getattr(self._module(path), name)))
-
     def _norm(self, path: str, x: str) -> str:
-        weight, bias = (self.graph.constant(f"{path}.{name}", self._array(path, name)) for name in ("weight", "bias"))
-        epsilon = float(cast(nn.LayerNorm, self._module(path)).eps)
-        return self.graph("LayerNormalization", x, weight, bias, name=path, axis=-1, epsilon=epsilon)
+        return normalized(self.graph, self.model, path, x)
 
     def _embeddings(self) -> str:
         """Return the embedded tokens as rows."""
         graph, path = self.graph, f"{self.family.encoder}.embeddings"
         words = self.layers.embedding(graph, f"{path}.word_embeddings", IDS)
-        positions = self._array(f"{path}.position_embeddings")
-        types = (
-            self._array(f"{path}.token_type_embeddings")
-            if hasattr(self._module(path), "token_type_embeddings")
-            else None
-        )
+        module: Any = self._module(path)
+        positions = array(module.position_embeddings.weight)
+        types = array(module.token_type_embeddings.weight) if hasattr(module, "token_type_embeddings") else None
         if types is not None and TYPES not in self.names:
             positions = positions + types[0]  # without the input every token is of the first type
         x = graph("Add", words, self._positions(path, positions), name=f"{path}.positioned")
@@ -153,7 +163,7 @@ class Encoder:
         to which the attention gives no weight.
         """
         graph = self.graph
-        one = graph.constant("int64_one", np.array(1, dtype=np.int64))
+        one = graph.integer(1)
         start, end, axis = graph.integers(1), graph.integers(np.iinfo(np.int64).max), graph.integers(1)
         later = graph("Slice", MASK, start, end, axis, name="tokens.later")
         first = graph("Slice", MASK, graph.integers(0), start, axis, name="tokens.first")
@@ -162,9 +172,7 @@ class Encoder:
         flat = graph("Reshape", flat, graph.integers(-1), name="tokens.flat")
         kept = graph("NonZero", flat, name="tokens.found")
         self._kept = graph("Reshape", kept, graph.integers(-1), name="tokens.kept")
-        counted = graph(
-            "CumSum", flat, graph.constant("int64_zero", np.array(0, dtype=np.int64)), name="tokens.counted"
-        )
+        counted = graph("CumSum", flat, graph.integer(0), name="tokens.counted")
         rows = graph("Sub", counted, one, name="tokens.rows")
         self._places = graph("Reshape", rows, self._shape, name="tokens.places")
 
@@ -191,14 +199,10 @@ class Encoder:
         if self.family.counts_padding:
             length = graph("Shape", IDS, name=f"{path}.length", start=1, end=2)
             return lambda table, name: graph("Slice", table, graph.integers(0), length, graph.integers(0), name=name)
-        padding = graph.constant("padding", np.array(self.config.pad_token_id, dtype=np.int64))
-        is_padding = graph("Equal", IDS, padding, name=f"{path}.is_padding")
-        is_token = graph(
-            "Cast", graph("Not", is_padding, name=f"{path}.is_token"), name=f"{path}.tokens", to=TensorProto.INT64
-        )
-        counted = graph(
-            "CumSum", is_token, graph.constant("axis_1", np.array(1, dtype=np.int64)), name=f"{path}.counted"
-        )
+        padding = graph.integer(self.config.pad_token_id)
+        is_token = graph("Not", graph("Equal", IDS, padding, name=f"{path}.is_padding"), name=f"{path}.is_token")
+        is_token = graph("Cast", is_token, name=f"{path}.tokens", to=TensorProto.INT64)
+        counted = graph("CumSum", is_token, graph.integer(1), name=f"{path}.counted")
         numbers = graph("Mul", counted, is_token, name=f"{path}.numbers")
         ids = graph("Add", numbers, padding, name=f"{path}.position_ids")
         return lambda table, name: graph("Gather", table, ids, name=name)
@@ -209,8 +213,7 @@ class Encoder:
         Padding has the row of a token before it; the first token may be hidden itself.
         """
         graph = self.graph
-        zero = graph.constant("int64_zero", np.array(0, dtype=np.int64))
-        hidden = graph("Equal", MASK, zero, name="attention.is_hidden")
+        hidden = graph("Equal", MASK, graph.integer(0), name="attention.is_hidden")
         start, end = graph.integers(0), graph.integers(1)
         is_first = graph("Slice", hidden, start, end, end, name="attention.first_is_hidden")
         least = graph("Where", is_first, graph.number(HIDDEN), graph.number(_REPEATED), name="attention.least")
@@ -226,14 +229,12 @@ class Encoder:
         inner, outer = (f"{path}.{name}" for name in family.feed_forward)
         operator, attributes = ACTIVATIONS[_activation_name(self.config)]
         hidden = graph(operator, self.layers.linear(graph, inner, x), name=f"{inner}.activation", **attributes)
-        return self._norm(
-            second_norm, graph("Add", self.layers.linear(graph, outer, hidden), x, name=f"{second_norm}.sum")
-        )
+        x = graph("Add", self.layers.linear(graph, outer, hidden), x, name=f"{second_norm}.sum")
+        return self._norm(second_norm, x)
 
     def _first_tokens(self, path: str, x: str) -> str:
         """Return the rows of the first tokens, (batch, width)."""
-        zero = self.graph.constant("int64_zero", np.array(0, dtype=np.int64))
-        places = self.graph("Gather", self._places, zero, name=f"{path}.places", axis=1)
+        places = self.graph("Gather", self._places, self.graph.integer(0), name=f"{path}.places", axis=1)
         return self.graph("Gather", x, places, name=path, axis=0)
 
     def _attention(self, path: str, x: str, queries_of: str, bias: str) -> str:

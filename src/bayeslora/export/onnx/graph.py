@@ -61,6 +61,10 @@ class Graph:
         """Return the name of a constant vector of int64, such as a shape or axes."""
         return self.constant("int64_" + "_".join(map(str, values)), np.array(values, dtype=np.int64))
 
+    def integer(self, value: int) -> str:
+        """Return the name of a constant int64 scalar."""
+        return self.constant(f"int64_scalar_{value}", np.array(value, dtype=np.int64))
+
     def number(self, value: float) -> str:
         """Return the name of a constant float32 scalar."""
         return self.constant(f"float_{np.float32(value)!s}", np.array(value, dtype=np.float32))

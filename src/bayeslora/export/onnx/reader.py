@@ -84,6 +84,9 @@ class OnnxClassifier(nn.Module):
 class _Writer(PreTrainedModel, GenerationMixin):
     """Graphs that write text, in onnxruntime on the CPU, with the `generate` of Transformers."""
 
+    session: onnxruntime.InferenceSession
+    caches: Mapping[str, Any]
+
     def __init__(self, config: Any, folder: Path) -> None:
         super().__init__(config)
         self.config._attn_implementation = "onnx"  # unlike eager or sdpa, takes a mask of tokens alone
@@ -99,6 +102,14 @@ class _Writer(PreTrainedModel, GenerationMixin):
     def dtype(self) -> torch.dtype:
         """The type of the logits and the caches, float32."""
         return torch.float32
+
+    def _logits(self, feeds: dict[str, Any], cache: Cache | None, rows: int) -> Tensor:
+        """Run the graph behind the keys and values in a cache, which is grown, and return the logits."""
+        feeds = feeds | _past(cache, self.caches, rows)
+        logits, *present = self.session.run(["logits"] if cache is None else None, feeds)
+        if cache is not None:
+            _hold(cache, [torch.from_numpy(each) for each in present])
+        return torch.from_numpy(logits)
 
 
 class OnnxDecoder(_Writer):
@@ -147,17 +158,13 @@ class OnnxDecoder(_Writer):
         given = {"input_ids": input_ids, "attention_mask": mask, "position_ids": position_ids}
         feeds: dict[str, Any] = {name: _integers(given[name]) for name in self.names}
         cache = DynamicCache() if past_key_values is None and use_cache else past_key_values
-        feeds |= _past(cache, self.caches, rows)
-        logits, *present = self.session.run(["logits"] if cache is None else None, feeds)
-        if cache is not None:
-            _hold(cache, [torch.from_numpy(each) for each in present])
-        return CausalLMOutputWithPast(logits=torch.from_numpy(logits), past_key_values=cache)
+        return CausalLMOutputWithPast(logits=self._logits(feeds, cache, rows), past_key_values=cache)
 
 
 def _past(cache: Cache | None, caches: Mapping[str, Any], rows: int) -> dict[str, NDArray[np.float32]]:
     """Return the keys and values that the cache holds, by a graph's names; of no tokens where it holds none."""
     if cache is None or not cache.get_seq_length():
-        return {name: _empty(rows, shape) for name, shape in caches.items()}
+        return {name: np.zeros((rows, heads, 0, size), "float32") for name, (_, heads, _, size) in caches.items()}
     past = [each for layer in cast(Any, cache).layers for each in (layer.keys, layer.values)]
     return {name: each.contiguous().numpy() for name, each in zip(caches, past, strict=True)}
 
@@ -240,18 +247,9 @@ class OnnxEncoderDecoder(_Writer):
             # Transformers counts T5's encoder layers.
             cache = past_key_values.self_attention_cache = DynamicCache()
         feeds = {name: each.contiguous().numpy() for name, each in read.items()}
-        feeds |= _past(cache, self.caches, len(decoder_input_ids))
         feeds |= {"input_ids": _integers(decoder_input_ids), "encoder_attention_mask": _integers(attention_mask)}
-        logits, *present = self.session.run(["logits"] if cache is None else None, feeds)
-        if cache is not None:
-            _hold(cache, [torch.from_numpy(each) for each in present])
-        return Seq2SeqLMOutput(logits=torch.from_numpy(logits), past_key_values=past_key_values)
-
-
-def _empty(rows: int, shape: Sequence[Any]) -> NDArray[np.float32]:
-    """Return keys or values (rows, heads, 0, size) of no tokens, of an input that has this shape."""
-    _, heads, _, size = shape
-    return np.zeros((rows, heads, 0, size), dtype=np.float32)
+        logits = self._logits(feeds, cache, len(decoder_input_ids))
+        return Seq2SeqLMOutput(logits=logits, past_key_values=past_key_values)
 
 
 def _integers(values: Tensor) -> NDArray[np.int64]:

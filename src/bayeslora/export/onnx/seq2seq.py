@@ -17,12 +17,12 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from bayeslora.errors import BayesLoraError
-from bayeslora.export.onnx.decoders import check_activation
+from bayeslora.export.onnx.decoders import check_activation, tokens_apart, tokens_before
 from bayeslora.export.onnx.encoders import HIDDEN, IDS, LOGITS, MASK
 from bayeslora.export.onnx.graph import Graph, Value
 from bayeslora.export.onnx.layers import ProductLayers
 from bayeslora.export.onnx.seq2seq_families import FAMILIES
-from bayeslora.export.onnx.seq2seq_stack import KINDS, Stack
+from bayeslora.export.onnx.seq2seq_stack import KINDS
 
 SOURCE_MASK, STATES = "encoder_attention_mask", "last_hidden_state"
 _ROOTS = ("encoder", "decoder")
@@ -97,7 +97,7 @@ class EncoderDecoder:
         stack = self.family(self.model, self.layers, "encoder")
         graph = stack.graph
         length = graph("Shape", IDS, name="length", start=1, end=2)
-        ends = (stack.number(0), graph("Squeeze", length, name="length.number"), stack.number(1))
+        ends = graph.integer(0), graph("Squeeze", length, name="length.number"), graph.integer(1)
         places = graph("Range", *ends, name="places")
         bias = stack.biased(stack.padding(MASK), places, places)
         x = stack.embedded(places)
@@ -105,7 +105,7 @@ class EncoderDecoder:
             x = stack.self_attention(number, x, bias)
             x = stack.feed_forward(number, x)
         x = stack.finished(x)
-        _reshaped(stack, x, STATES)
+        tokens_apart(graph, x, STATES)
         for block in range(self.blocks):
             for kind, values in zip(KINDS, stack.read(block, x), strict=True):
                 graph("Identity", values, name=f"present.{block}.encoder.{kind}")
@@ -114,15 +114,8 @@ class EncoderDecoder:
     def decoder(self) -> Graph:
         """Return the graph that writes the next tokens."""
         stack = self.family(self.model, self.layers, "decoder")
-        graph, zero, one = stack.graph, stack.number(0), stack.number(1)
-        past = graph("Shape", "past_key_values.0.decoder.key", name="past.length", start=2, end=3)
-        length = graph("Shape", IDS, name="length", start=1, end=2)
-        total = graph("Add", past, length, name="total.length")
-        ends = [graph("Squeeze", each, name=f"{each}.number") for each in (past, total)]
-        own = graph("Range", ends[0], ends[1], one, name="attention.own")
-        seen = graph("Range", zero, ends[1], one, name="attention.seen")
-        rows = graph("Unsqueeze", own, graph.integers(1), name="attention.rows")
-        is_later = graph("Greater", seen, rows, name="attention.is_later")
+        graph = stack.graph
+        own, seen, is_later = tokens_before(graph, "past_key_values.0.decoder.key")
         hidden = graph("Where", is_later, graph.number(HIDDEN), graph.number(0.0), name="attention.hidden")
         bias, source = stack.biased(hidden, own, seen), stack.padding(SOURCE_MASK)
         x = stack.embedded(own)
@@ -130,12 +123,5 @@ class EncoderDecoder:
             x = stack.self_attention(number, x, bias, [f"past_key_values.{number}.decoder.{kind}" for kind in KINDS])
             x = stack.cross_attention(number, x, source)
             x = stack.feed_forward(number, x)
-        _reshaped(stack, stack.scored(stack.finished(x)), LOGITS)
+        tokens_apart(graph, stack.scored(stack.finished(x)), LOGITS)
         return graph
-
-
-def _reshaped(stack: Stack, x: str, name: str) -> None:
-    """Add rows as an output (batch, length, width)."""
-    graph = stack.graph
-    sizes = graph("Concat", stack.shape, graph.integers(-1), name=f"{name}.sizes", axis=0)
-    graph("Reshape", x, sizes, name=name)

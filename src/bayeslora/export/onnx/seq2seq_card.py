@@ -66,14 +66,7 @@ _PLAIN = {
 
 
 def write_seq2seq_card(folder: Path, model: PreTrainedModel, config: Any, measured: Mapping[str, Any]) -> None:
-    """Write `README.md`.
-
-    Args:
-        folder: of the graphs.
-        model: that was written.
-        config: of the adapter.
-        measured: sizes and errors, as the export returns them.
-    """
+    """Write `README.md` of an encoder-decoder, as `write_page`."""
     own: Any = model.config
     blocks, heads, size = FAMILIES[type(model).__name__].sizes(own, "decoder")
     positions = getattr(own, "max_position_embeddings", None)

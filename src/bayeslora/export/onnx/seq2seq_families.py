@@ -51,9 +51,9 @@ class T5Stack(Stack):
         table = graph.constant(f"{self.root}.distances", _table(attention, furthest))
         rows = graph("Unsqueeze", own, graph.integers(1), name="distances.rows")
         apart = graph("Sub", seen, rows, name="distances.apart")
-        ends = (self.number(-furthest), self.number(furthest))
+        ends = graph.integer(-furthest), graph.integer(furthest)
         apart = graph("Clip", apart, *ends, name="distances.clipped")
-        columns = graph("Add", apart, self.number(furthest), name="distances.columns")
+        columns = graph("Add", apart, ends[1], name="distances.columns")
         found = graph("Gather", table, columns, name="distances", axis=1)
         return graph("Add", bias, found, name="attention.bias")
 

@@ -7,11 +7,10 @@ from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any, ClassVar
 
-import numpy as np
 from transformers import PreTrainedModel
 
-from bayeslora.export.onnx.decoders import activated, by_head, by_row, normalized
-from bayeslora.export.onnx.encoders import HIDDEN, IDS
+from bayeslora.export.onnx.decoders import by_head, by_row, fed_forward
+from bayeslora.export.onnx.encoders import HIDDEN, IDS, normalized
 from bayeslora.export.onnx.graph import Graph
 from bayeslora.export.onnx.layers import Part, ProductLayers
 
@@ -84,10 +83,6 @@ class Stack(ABC):
         """Return the words' scores of each row."""
         return self.layers.linear(self.graph, "lm_head", x)
 
-    def number(self, value: int) -> str:
-        """Return the name of a constant int64 scalar."""
-        return self.graph.constant(f"int64_scalar_{value}", np.array(value))
-
     def embedded(self, places: str) -> str:
         """Return the embedded tokens."""
         x = self.positioned(self.layers.embedding(self.graph, f"{self.prefix}shared", IDS), places)
@@ -96,7 +91,7 @@ class Stack(ABC):
     def padding(self, mask: str) -> str:
         """Return what is added to the scores for a mask (batch, source): 0, or a large negative number."""
         graph = self.graph
-        is_padding = graph("Equal", mask, self.number(0), name=f"{mask}.is_padding")
+        is_padding = graph("Equal", mask, graph.integer(0), name=f"{mask}.is_padding")
         is_padding = graph("Unsqueeze", is_padding, graph.integers(1, 2), name=f"{mask}.padding")
         return graph("Where", is_padding, graph.number(HIDDEN), graph.number(0.0), name=f"{mask}.bias")
 
@@ -136,17 +131,13 @@ class Stack(ABC):
 
     def feed_forward(self, number: int, x: str) -> str:
         """Return the rows with the feed-forward network added."""
-        graph, layers = self.graph, self.layers
         path, norm = self.place(self.root, number, FORWARD)
         names, last = self.feed_forward_layers
+        paths, down = [f"{path}.{name}" for name in names], f"{path}.{last}"
+        activation: str = getattr(self.config, self.activation)
 
         def fed(rows: str) -> str:
-            parts = [Part(f"{path}.{name}", share=layers.width(f"{path}.{name}")) for name in names]
-            found = layers.linears(graph, f"{path}.inputs", parts, rows)
-            hidden = activated(graph, getattr(self.config, self.activation), parts[0].path, found[0])
-            if len(found) > 1:
-                hidden = graph("Mul", hidden, found[1], name=f"{path}.gated")
-            return layers.linear(graph, f"{path}.{last}", hidden)
+            return fed_forward(self.graph, self.layers, f"{path}.inputs", paths, down, activation, rows)
 
         return self._added(norm, x, fed)
 

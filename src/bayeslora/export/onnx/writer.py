@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any, cast
 
@@ -15,6 +15,7 @@ from transformers.pytorch_utils import Conv1D
 
 from bayeslora._peft import AuxiliaryTrainingWrapper
 from bayeslora.errors import BayesLoraError
+from bayeslora.export.agreement import check_divergence, compared
 from bayeslora.export.calibration import CODES, LayerInputs, inputs_of_plain_layers
 from bayeslora.export.formats import adapted_parts, only_active, save_config, to_take_apart
 from bayeslora.export.merged import TOLERANCE, merge_into_base
@@ -24,9 +25,9 @@ from bayeslora.export.onnx.decoder_card import write_decoder_card
 from bayeslora.export.onnx.decoders import Decoder, is_decoder
 from bayeslora.export.onnx.encoders import IDS, MASK, Encoder
 from bayeslora.export.onnx.layers import Embedding, ProductLayers
-from bayeslora.export.onnx.measured import Measured, MeasuredDecoder, MeasuredEncoderDecoder, filled_inputs
+from bayeslora.export.onnx.measured import answers_of, asked, filled_inputs, outputs_kept
 from bayeslora.export.onnx.products import BYTE, Grid, Product, array, learned, plain, rounded, rounded_rows
-from bayeslora.export.onnx.reader import DECODER_FILE, ENCODER_FILE, MODEL_FILE
+from bayeslora.export.onnx.reader import DECODER_FILE, ENCODER_FILE, MODEL_FILE, OnnxDecoder, OnnxEncoderDecoder
 from bayeslora.export.onnx.seq2seq import EncoderDecoder, is_encoder_decoder
 from bayeslora.export.onnx.seq2seq_card import write_seq2seq_card
 from bayeslora.methods.layer import BayesLayer
@@ -36,8 +37,6 @@ from bayeslora.quantization import FLOOR
 from bayeslora.vocabulary import UNQUANTIZED
 
 UNADAPTED = ("int8", "float32")
-MOST_DIVERGENCE = 0.01
-"""Largest mean divergence, in nats, of a decoder that is written without being asked to allow an error."""
 
 
 def export_onnx(
@@ -91,11 +90,11 @@ def export_onnx(
     fast = _checked(tokenizer, unadapted)
     whole, layers, name = _copied(model, adapter_name)
     names = _input_names(whole.get_base_model(), fast)
-    measured = _measuring(model, adapter_name, whole, [batch] if rows is None else rows, names)
+    errors_of = _measuring(model, adapter_name, whole, [batch] if rows is None else rows, names)
     config, folder = whole.peft_config[name], Path(path)
     base, products = _taken_apart(whole, layers, name, unadapted, filled_inputs(whole, calibration or [], names))
     _save(folder, base, products, names, fast)
-    result = _sizes(folder, base) | measured.errors(folder) | ({"dummy_inputs": True} if batch is rows is None else {})
+    result = _sizes(folder, base) | errors_of(folder) | ({"dummy_inputs": True} if batch is rows is None else {})
     result |= {"widened": products.widened, "unadapted": products.unadapted}
     _check_error(result, are_learned=products.are_learned, allow_error=allow_error)
     _write_card(folder, base, config, fast, max_length, names, result)
@@ -117,13 +116,17 @@ def _measuring(
     whole: PeftModel,
     batches: Iterable[Mapping[str, Tensor] | None],
     names: list[str],
-) -> Measured | MeasuredDecoder | MeasuredEncoderDecoder:
-    """Return what measures the error: from an encoder's outputs, or a decoder itself, whose are many."""
+) -> Callable[[Path], dict[str, Any]]:
+    """Return what measures a folder's error: from an encoder's outputs, or a decoder itself, whose are many."""
     base = whole.get_base_model()
     if not _writes_text(base):
-        return Measured(whole, batches, names)
+        return outputs_kept(whole, batches, names)
     original = model if adapter_name is None else _copied(model, adapter_name)[0]
-    return MeasuredDecoder(original, batches) if is_decoder(base) else MeasuredEncoderDecoder(original, batches)
+    if is_decoder(base):
+        rows = list(filled_inputs(original, batches, names))
+        return lambda folder: compared(original, OnnxDecoder(folder), rows)
+    answers = [answers_of(original, batch) for batch in batches]
+    return lambda folder: compared(original, OnnxEncoderDecoder(folder), answers, asked)
 
 
 def _write_card(
@@ -284,9 +287,5 @@ def _check_error(result: Mapping[str, Any], *, are_learned: bool, allow_error: b
             f"outputs of the graph differ by {error:.2g}, where the largest is {largest:.2g}, but a merged graph must "
             "be exact: load the base in float32, or allow and measure the error with allow_error=True"
         )
-    if "max_divergence" in result and not result["divergence"] <= MOST_DIVERGENCE:
-        raise BayesLoraError(
-            f"the graph diverges by {result['divergence']:.2g} nats from the model and changes "
-            f"{result['changed']:.1%} of the next tokens, but {MOST_DIVERGENCE} nats is the most: allow and measure "
-            "the error with allow_error=True, or export another format"
-        )
+    if "max_divergence" in result:
+        check_divergence(result, "the graph")
