@@ -64,7 +64,7 @@ samples, a temperature cannot change it for two classes.
 Paired over rows and seeds, with 95% intervals ([results](results.md#calibration)): Me-LoRA with a temperature ties
 with LoRA with one in NLL on all five tasks; on SST-2, where a temperature does not help, it is .009 lower without.
 Four cores with a temperature tie on MRPC, RTE and SST-2, and are worse on CoLA and QNLI. An ensemble of three LoRAs
-is better on MRPC (by .015) and SST-2 (.018), and ties on CoLA.
+is better on MRPC (by .015) and SST-2 (.018), and ties on CoLA and RTE.
 
 ## Bits
 
