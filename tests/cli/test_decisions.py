@@ -127,6 +127,7 @@ def test_decisions_that_cannot_be_are_refused(run: Path, setting: Setting, tmp_p
     predict = ["predict", run, "--input", setting.dev, "--output", target]
     assert f"run `bayeslora calibrate {run}` first" in refused(*predict, "--coverage", 0.9)
     assert "--coverage is 90, but must be between 0 and 1" in refused(*predict, "--coverage", 90)
+    assert "must be CSV, TSV or JSON Lines" in refused(*predict[:-1], tmp_path / "table.parquet")
     assert "--risk is 0, but must be between" in refused(*predict, "--risk", 0)
     assert "--delta is given, but needs --risk" in refused(*predict, "--delta", 0.1)
     assert main(["calibrate", str(run), "--samples", "2"]) == 0

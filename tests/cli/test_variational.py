@@ -54,6 +54,14 @@ def test_n_is_the_number_of_training_rows_and_the_log_has_the_divergence(run: tu
     assert logged[-1]["kl"] > 0 and logged[-1]["penalty_kl"] > 0
 
 
+def test_another_number_of_examples_is_told(
+    setting: Setting, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    command = ["train", "--method", "melora", *setting.options, "--max-steps", "1", "--num-examples", "5"]
+    with pytest.warns(UserWarning, match="--num-examples is 5, but the loss of the training rows has 64 terms"):
+        assert main([*map(str, command), "--output-dir", str(tmp_path / "out")]) == 0
+
+
 def test_a_run_says_what_it_scores_unless_it_is_to_be_quiet(
     setting: Setting, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:

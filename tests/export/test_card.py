@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 from peft import get_peft_model
-from transformers import AutoTokenizer, ViTConfig, ViTForImageClassification
+from transformers import AutoTokenizer, T5Config, T5ForConditionalGeneration, ViTConfig, ViTForImageClassification
 
 from bayeslora import BayesLoraError, BLoraConfig, MeLoraConfig, export
 from bayeslora.model_card import check_license
@@ -68,6 +68,17 @@ def test_a_model_of_images_has_no_dummy_inputs(form: str, tmp_path: Path) -> Non
     assert "was not measured" in (tmp_path / "without" / "README.md").read_text(encoding="utf-8")
     images = {"pixel_values": torch.randn(2, 3, 8, 8, generator=torch.Generator().manual_seed(0))}
     assert export(model, tmp_path / "with", format=form, batch=images)["max_output_error"] < 1e-5
+
+
+def test_the_error_of_an_encoder_decoder_is_measured_on_a_training_batch(tmp_path: Path) -> None:
+    sizes = {"d_model": 16, "d_kv": 4, "d_ff": 16, "num_layers": 1, "num_heads": 2, "vocab_size": 30}
+    base = T5ForConditionalGeneration(T5Config(**sizes, decoder_start_token_id=0))
+    model = get_peft_model(base, MeLoraConfig(r=2, target_modules=["q"], init_weights=False)).eval()
+    generator = torch.Generator().manual_seed(0)
+    batch = {name: torch.randint(2, 30, (2, 5), generator=generator) for name in ("input_ids", "labels")}
+    measured = export(model, tmp_path, format="merged", batch=batch)
+    assert measured["max_output_error"] < 1e-5
+    assert measured["max_output"] == pytest.approx(float(model(**batch).logits.abs().max()), rel=1e-5)
 
 
 @pytest.mark.parametrize("name", ["", "a/b/c", "a b", "\udcff", "-a", "/home/me/model", "x" * 200])

@@ -13,6 +13,8 @@ from bayeslora.runs.info import RUN_FILE, RunInfo, refuse
 if TYPE_CHECKING:
     from bayeslora.runs.run import Run
 
+_TABLES = (".parquet", ".xlsx", ".xls", ".arrow", ".feather")
+"""Extensions of tables that are no text, which no command writes."""
 _OF_A_RUN = (".json", ".yaml", ".safetensors", ".md")
 """Extensions of the files in a run's folder that hold it; predictions have others."""
 
@@ -47,6 +49,8 @@ def check_output(target: Path, source: Path, name: str = "--output") -> Path:
     """Return a file to write, given by the option `name`; raise unless its folder exists and it is not the input."""
     if target.is_dir() or not target.absolute().parent.is_dir():
         raise BayesLoraError(f"{name} is {target}, but must be a file in an existing folder: name another path")
+    if target.suffix.lower() in _TABLES:
+        raise BayesLoraError(f"{name} is {target}, but must be CSV, TSV or JSON Lines: name it .csv, .tsv or .jsonl")
     if target.exists() and source.exists() and target.samefile(source):
         raise BayesLoraError(f"{name} is {target}, but must not be the input file: name another file")
     if target.is_file() and target.suffix in _OF_A_RUN and (target.absolute().parent / RUN_FILE).is_file():

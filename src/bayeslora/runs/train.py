@@ -11,6 +11,7 @@ import functools
 import os
 import re
 import time
+import warnings
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
@@ -358,10 +359,15 @@ def _build_trainer(session: Session, callbacks: list[TrainerCallback]) -> Traine
         )
     for printing in (PrinterCallback, ProgressCallback):
         trainer.remove_callback(printing)
-    stated = session.plan.method_options.get("num_examples")
+    stated, terms = session.plan.method_options.get("num_examples"), _terms(session)
+    if stated not in (None, terms):
+        warnings.warn(
+            f"--num-examples is {stated}, but the loss of the training rows has {terms} terms: leave it out to count",
+            stacklevel=2,
+        )
     ivon = session.plan.ivon
     optimizer = None if ivon is None else functools.partial(IVON, **ivon.keywords())
-    return attach(trainer, _terms(session) if stated is None else stated, optimizer)
+    return attach(trainer, terms if stated is None else stated, optimizer)
 
 
 def _terms(session: Session) -> int:
