@@ -29,7 +29,7 @@ def said(
         "thresholds": [level(0.05, *five), level(0.2, 0.5, 0.9, 0.15)],
     }  # fmt: skip
     changes = {"scores": {"accuracy": 0.9}, **changes}
-    metrics = make_metrics(verdict=found, rows=1000, confusion=CONFUSION, **changes)
+    metrics = make_metrics(**{"verdict": found, "rows": 1000, "confusion": CONFUSION, **changes})
     return verdict(RunRecord.from_dict({**metrics, "metric": "accuracy"}))
 
 
@@ -83,6 +83,16 @@ def test_a_run_that_has_diverged_needs_a_smaller_rate_before_more_steps(nll: flo
     means = said(gain=(0.0, -0.01, 0.01), gap=(0.2, 0.1, 0.3), steps=36, scores=scores, baseline=baseline)[-1].text
     assert ("Lower the learning rate first." in means) is expected
     assert ("train longer" in means) is not expected
+
+
+def test_an_untrained_head_has_not_diverged() -> None:
+    """It answers all of four classes alike, of which the rows have two."""
+    scores, baseline = {"accuracy": 0.74, "nll": 1.4}, {"accuracy": 0.74, "nll": 0.57}
+    changes = {"gain": (0.0, -0.01, 0.01), "steps": 4, "scores": scores, "baseline": baseline}
+    assert "Lower the learning rate first." in said(**changes)[-1].text
+    confusion = [[700, 0, 0, 40], [60, 200, 0, 0], [0] * 4, [0] * 4]
+    text = said(**changes, labels=["a", "b", "c", "d"], confusion=confusion)[-1].text
+    assert "Lower the learning rate first." not in text and "4 steps of training are few" in text
 
 
 @pytest.mark.parametrize(

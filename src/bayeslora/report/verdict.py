@@ -50,8 +50,12 @@ def is_undertrained(run: RunRecord) -> bool:
 
 
 def has_diverged(run: RunRecord) -> bool:
-    """Return whether a run is no better than a constant and its NLL far above: more steps will not mend that."""
+    """Return whether a run is no better than a constant and its NLL far above: more steps will not mend that.
+
+    An untrained head answers every class alike, which is not far above, however few of its classes the rows have.
+    """
     gain, constant = run.verdict.gain, run.baseline.get("nll", math.inf)
+    constant = max(constant, math.log(len(run.labels) or 1))
     return gain is not None and gain.low <= 0 and run.scores.get("nll", 0.0) > FAR_ABOVE * constant
 
 
