@@ -10,15 +10,18 @@ grid must reach for them depends on the columns of $W$ that they meet.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
+from contextlib import ExitStack
 from dataclasses import dataclass, field
-from typing import Any, cast
+from functools import partial
+from typing import Any, Literal, cast
 
 import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from bayeslora.export.formats import inputs_for, output_of, upright
+from bayeslora.export.formats import inputs_for, upright
+from bayeslora.methods.layer import evaluation_mode
 from bayeslora.quantization import FLOOR
 
 CODES = 255
@@ -27,6 +30,9 @@ _MOST_ROWS = 256
 """Of each batch."""
 _SHARES = (1.0, 0.9, 0.8, 0.7, 0.6, 0.5, 0.4, 0.3)
 """Of the lowest and of the highest value: ends that are tried."""
+
+Activation = tuple[str, Literal["in", "out"]]
+"""A layer's input or output: its path and which of them."""
 
 
 @dataclass
@@ -78,7 +84,6 @@ class LayerInputs:
         return error
 
 
-@torch.no_grad()
 def inputs_of_plain_layers(model: nn.Module, batches: Iterable[Mapping[str, Tensor]]) -> dict[str, LayerInputs]:
     """Return what each linear layer without an adapter reads, by its path in the base model.
 
@@ -86,28 +91,39 @@ def inputs_of_plain_layers(model: nn.Module, batches: Iterable[Mapping[str, Tens
         model: a PEFT model, in evaluation mode.
         batches: of inputs; padding does not count.
     """
+    modules = {path: module for path, module in cast(Any, model).get_base_model().named_modules()}
+    plain = {path for path, module in modules.items() if type(module) in (nn.Linear, Conv1D)}
+    wanted: set[Activation] = {(path, "in") for path in plain if not path.endswith(".base_layer")}
     found: dict[str, LayerInputs] = {}
-    handles = []
-    is_token: Tensor | None = None
 
-    def observer(path: str, weight: Tensor) -> Callable[..., None]:
-        def observe(_: nn.Module, inputs: tuple[Tensor, ...]) -> None:
-            x = inputs[0].detach()
-            is_by_token = is_token is not None and x.shape[:-1] == is_token.shape
-            rows = x[cast(Tensor, is_token)] if is_by_token else x.flatten(0, -2)
-            found.setdefault(path, LayerInputs(weight)).add(rows)
+    def see(key: Activation, x: Tensor) -> None:
+        found.setdefault(key[0], LayerInputs(upright(modules[key[0]]))).add(x.flatten(0, -2))
 
-        return observe
+    watch_layers(model, modules, wanted, batches, see)
+    return found
 
-    for path, module in cast(Any, model).get_base_model().named_modules():
-        if type(module) in (nn.Linear, Conv1D) and not path.endswith(".base_layer"):
-            handles.append(module.register_forward_pre_hook(observer(path, upright(module))))
-    try:
+
+@torch.no_grad()
+def watch_layers(
+    model: nn.Module,
+    modules: Mapping[str, nn.Module],
+    wanted: Collection[Activation],
+    batches: Iterable[Mapping[str, Any]],
+    see: Callable[[Activation, Tensor], None],
+) -> None:
+    """Run the batches, and show the wanted activations without padding to `see`."""
+    mask: Tensor | None = None
+
+    def watch(path: str, _: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+        pairs: tuple[tuple[Activation, Tensor], ...] = (((path, "in"), inputs[0]), ((path, "out"), output))
+        for key, x in pairs:
+            if key in wanted:
+                see(key, x if mask is None or mask.shape != x.shape[:-1] else x[mask])
+
+    with ExitStack() as hooks, evaluation_mode(model):
+        for path in {path for path, _ in wanted}:
+            hooks.enter_context(modules[path].register_forward_hook(partial(watch, path)))
         for batch in batches:
             inputs = inputs_for(model, batch) or {}
-            is_token = inputs["attention_mask"] != 0 if "attention_mask" in inputs else None
-            output_of(model, inputs)
-    finally:
-        for handle in handles:
-            handle.remove()
-    return found
+            mask = inputs["attention_mask"].bool() if "attention_mask" in inputs else None
+            model(**inputs)

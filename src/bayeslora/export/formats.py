@@ -197,11 +197,10 @@ def adapted_parts(model: nn.Module, adapter_name: str | None) -> tuple[PeftModel
     return inner, tuner, name
 
 
-def lora_layers(base: nn.Module, name: str) -> dict[str, nn.Module]:
-    """Return the layers with an adapter of PEFT's LoRA by their path in the base model."""
-    found = {path: module for path, module in base.named_modules() if isinstance(module, LoraLayer)}
-    own = {path: layer for path, layer in found.items() if name in {*layer.lora_A, *layer.lora_embedding_A}}
-    return {path: cast(nn.Module, layer) for path, layer in own.items()}
+def lora_layers(model: PeftModel, name: str) -> dict[str, Any]:
+    """Return the layers with the adapter `name` of PEFT's LoRA by their path in the base model."""
+    modules = model.get_base_model().named_modules()
+    return {path: m for path, m in modules if isinstance(m, LoraLayer) and name in {*m.lora_A, *m.lora_embedding_A}}
 
 
 def sharing_base(model: PeftModel, tuner: BayesTuner) -> PeftModel:

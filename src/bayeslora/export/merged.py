@@ -67,7 +67,7 @@ def export_merged(
         raise BayesLoraError(
             f"{type(base).__name__} is not a Transformers model, but only those can be merged: export 'packed' instead"
         )
-    layers: Mapping[str, Any] = lora_layers(base, name) if tuner is None else tuner.named_layers(name)
+    layers: Mapping[str, Any] = lora_layers(original, name) if tuner is None else tuner.named_layers(name)
     check_unmerged(layers)
     reason = next((found for key, layer in layers.items() if (found := _why_inexact(key, layer, name))), None)
     if reason is not None and not allow_error:
@@ -98,7 +98,7 @@ def _parts(model: nn.Module, adapter_name: str | None) -> tuple[PeftModel, Bayes
     """Return the PEFT model, its tuner (None of PEFT's LoRA) and the name of the adapter to merge."""
     if tuner_of(model) is None and isinstance(model, PeftModel):
         name = adapter_name or only_active(model)
-        if lora_layers(model.get_base_model(), name):
+        if lora_layers(model, name):
             return model, None, name
     return adapted_parts(model, adapter_name)
 

@@ -19,10 +19,11 @@ from peft import PeftModel, get_peft_model, get_peft_model_state_dict, set_peft_
 from torch import Tensor, nn
 
 from bayeslora.errors import BayesLoraError
+from bayeslora.export.formats import lora_layers
 from bayeslora.methods.blob import BlobConfig
 from bayeslora.methods.config import KEPT_FIELDS
 from bayeslora.methods.variational import stochastic_layers
-from bayeslora.posthoc.plain_lora import lora_factors, lora_layers, only_lora
+from bayeslora.posthoc.plain_lora import lora_factors, only_lora
 from bayeslora.posthoc.temperature import predictive_nll
 from bayeslora.prediction import Logits, ModelPredictor, NotFiniteError, labels_of, sampled_logits
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, Self
 
 import numpy as np
@@ -14,7 +14,7 @@ from torch import Tensor
 
 from bayeslora.errors import BayesLoraError
 from bayeslora.posthoc.temperature import CalibrationMap, check_classes, predictive_loss
-from bayeslora.prediction import Logits, Predictable, Sampler
+from bayeslora.prediction import Predictable
 
 _LEAST_ROWS = 10
 """Fewest held-out rows of each class: with fewer the maps fit the rows and not the model's errors."""
@@ -41,24 +41,16 @@ class VectorScaling(CalibrationMap):
     bounds = (0.02, 50.0)
     """Smallest and largest factor that `fit` tries; the largest also bounds the size of the offsets."""
 
-    def __init__(self, model: Predictable) -> None:
-        super().__init__(model)
-        self.weight: Tensor | None = None
-        self.bias: Tensor | None = None
+    weight: Tensor | None = None
+    bias: Tensor | None = None
 
     def check_samples(self, samples: int) -> None:
         _check_fitted(self, self.weight)
         super().check_samples(samples)
 
-    def sampler(self, samples: int, seed: int, antithetic: bool, read: Logits) -> Sampler:
-        inner = self.predictor.sampler(samples, seed, antithetic, read)
-        weight, bias = self.weight, self.bias
-        assert weight is not None and bias is not None  # check_samples
-
-        def scaled(batch: Mapping[str, Tensor]) -> Tensor:
-            return _affine(inner(batch).to("cpu", torch.float64), weight, bias)
-
-        return scaled
+    def mapped(self, logits: Tensor) -> Tensor:
+        assert self.weight is not None and self.bias is not None  # check_samples
+        return _affine(logits.to("cpu", torch.float64), self.weight, self.bias)
 
     def fit_logits(self, outputs: Tensor, labels: Tensor) -> Self:
         _check_rows(outputs, labels)
@@ -87,14 +79,12 @@ class VectorScaling(CalibrationMap):
 
     @property
     def numbers(self) -> dict[str, Any]:
-        """Return the fitted numbers, for JSON and `from_numbers`."""
         _check_fitted(self, self.weight)
         assert self.weight is not None and self.bias is not None
         return {"weight": self.weight.tolist(), "bias": self.bias.tolist()}
 
     @classmethod
     def from_numbers(cls, model: Predictable, numbers: Mapping[str, Any]) -> Self:
-        """Return the predictor with `numbers` around another model or predictor."""
         found = cls(model)
         found.weight, found.bias = (torch.tensor(numbers[name], dtype=torch.float64) for name in ("weight", "bias"))
         return found
@@ -117,28 +107,21 @@ class IsotonicCalibration(CalibrationMap):
         maps: the C fitted regressions; empty before `fit`.
     """
 
-    def __init__(self, model: Predictable) -> None:
-        super().__init__(model)
-        self.maps: list[IsotonicRegression] = []
+    maps: Sequence[IsotonicRegression] = ()
 
     def check_samples(self, samples: int) -> None:
         _check_fitted(self, self.maps or None)
         super().check_samples(samples)
 
-    def sampler(self, samples: int, seed: int, antithetic: bool, read: Logits) -> Sampler:
-        inner = self.predictor.sampler(samples, seed, antithetic, read)
-
-        def calibrated(batch: Mapping[str, Tensor]) -> Tensor:
-            p = inner(batch).to("cpu", torch.float64).softmax(dim=-1).mean(dim=0).numpy()
-            if p.shape[1] != len(self.maps):
-                raise BayesLoraError(
-                    f"the model has {p.shape[1]} classes, but was fitted with {len(self.maps)}: fit again"
-                )
-            mapped = np.stack([each.predict(p[:, c]) for c, each in enumerate(self.maps)], axis=1)
-            # A class that a row lacks has probability 0, and keeps it.
-            return torch.from_numpy(np.where(p > 0, mapped, 0.0)).log().unsqueeze(0)
-
-        return calibrated
+    def mapped(self, logits: Tensor) -> Tensor:
+        p = logits.to("cpu", torch.float64).softmax(dim=-1).mean(dim=0).numpy()
+        if p.shape[1] != len(self.maps):
+            raise BayesLoraError(
+                f"the model has {p.shape[1]} classes, but was fitted with {len(self.maps)}: fit again"
+            )
+        found = np.stack([each.predict(p[:, c]) for c, each in enumerate(self.maps)], axis=1)
+        # A class that a row lacks has probability 0, and keeps it.
+        return torch.from_numpy(np.where(p > 0, found, 0.0)).log().unsqueeze(0)
 
     def fit_logits(self, outputs: Tensor, labels: Tensor) -> Self:
         _check_rows(outputs, labels)
@@ -158,7 +141,6 @@ class IsotonicCalibration(CalibrationMap):
 
     @classmethod
     def from_numbers(cls, model: Predictable, numbers: Mapping[str, Any]) -> Self:
-        """Return the predictor with `numbers` around another model or predictor."""
         found = cls(model)
         # The corners rise, so that a fit to them goes through each.
         found.maps = [IsotonicRegression(out_of_bounds="clip").fit(m["x"], m["y"]) for m in numbers["maps"]]

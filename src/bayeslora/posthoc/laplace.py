@@ -23,18 +23,18 @@ import math
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, Literal, cast
+from typing import Any, Literal
 
 import numpy as np
 import torch
 from scipy.optimize import minimize, minimize_scalar
 from torch import Tensor, nn
 
-from bayeslora._peft import BaseTunerLayer
 from bayeslora.errors import BayesLoraError, counted
 from bayeslora.methods.variational import posterior_mean
 from bayeslora.prediction import Logits, ModelPredictor, Sampler, labels_of, sampled_logits
 from bayeslora.prediction.batched_sampling import restore_forward
+from bayeslora.prediction.features import last_layer
 from bayeslora.prediction.predict import values_of
 
 Structure = Literal["full", "kron", "diag"]
@@ -303,21 +303,7 @@ def _with_bias(head: nn.Linear, features: Tensor) -> Tensor:
 
 def _find_head(model: nn.Module, batch: Mapping[str, Any]) -> nn.Linear:
     """Return the linear layer that the logits come from: the last one that runs, checked on a batch."""
-    called: list[tuple[nn.Linear, torch.dtype]] = []
-    handles = [
-        module.register_forward_hook(lambda module, _args, output: called.append((module, output.dtype)))
-        for module in model.modules()
-        if isinstance(module, nn.Linear)
-    ]
-    try:
-        expected = sampled_logits(ModelPredictor(model), batch, 0)[0]
-    finally:
-        for handle in handles:
-            handle.remove()
-    # An adapted layer's logits are a sum of two products, so neither gives them alone.
-    layers = [module for module in model.modules() if isinstance(module, BaseTunerLayer)]
-    adapted = {part for layer in layers for part in cast(nn.Module, layer).modules()}
-    head, dtype = called[-1] if called and called[-1][0] not in adapted else (None, torch.float32)
+    head, expected, dtype = last_layer(ModelPredictor(model), batch, nn.Linear)
     if head is not None and head.out_features == expected.shape[1]:
         with _identity(head):
             features = sampled_logits(ModelPredictor(model), batch, 0)[0]

@@ -17,7 +17,6 @@ and if each loss is 0 or 1 the exact $P(\mathrm{Bin}(m, r) \le m \hat R)$.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
 from dataclasses import dataclass
 
 import numpy as np
@@ -27,7 +26,7 @@ from scipy.stats import binom
 
 from bayeslora.errors import BayesLoraError
 from bayeslora.posthoc.conformal import check_share
-from bayeslora.posthoc.risk import SHARES
+from bayeslora.posthoc.risk import SHARES, tested
 
 _HALVINGS = 30
 """Of the interval in which `lowest` looks for a level: to 1e-9."""
@@ -84,7 +83,7 @@ class LossControl:
         """
         check_share("risk", risk)
         n = len(self.losses)
-        for limit, answered in self._tested():
+        for limit, answered in tested(self.uncertainty):
             if loss_p_value(self.losses[:answered], risk) <= self.delta / SHARES:
                 return LossThreshold(limit, answered / n, float(self.losses[:answered].mean()), n)
         return LossThreshold(-math.inf, 0.0, 0.0, n)
@@ -95,7 +94,7 @@ class LossControl:
 
     def lowest(self) -> float:
         """Return the lowest risk at which any calibration row is answered; 1 if there is no lower one."""
-        return min((self._lowest(self.losses[:answered]) for _, answered in self._tested()), default=1.0)
+        return min((self._lowest(self.losses[:answered]) for _, answered in tested(self.uncertainty)), default=1.0)
 
     def _lowest(self, losses: NDArray[np.float64]) -> float:
         low, high = float(losses.mean()), 1.0
@@ -104,15 +103,6 @@ class LossControl:
             passes = 0 < middle < 1 and loss_p_value(losses, middle) <= self.delta / SHARES
             low, high = (low, middle) if passes else (middle, high)
         return high
-
-    def _tested(self) -> Iterator[tuple[float, int]]:
-        """Yield the thresholds that are tested, from the highest down, and how many rows are below each."""
-        n = len(self.uncertainty)
-        for share in range(SHARES, 0, -1):
-            first_left_out = n * share // SHARES
-            limit = float(self.uncertainty[first_left_out]) if first_left_out < n else math.inf
-            if answered := int(np.searchsorted(self.uncertainty, limit, side="left")):
-                yield limit, answered
 
 
 def loss_p_value(losses: NDArray[np.float64], risk: float) -> float:

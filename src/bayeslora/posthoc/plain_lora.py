@@ -5,7 +5,6 @@ from __future__ import annotations
 from typing import Any
 
 from peft import PeftModel
-from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 
 from bayeslora.errors import BayesLoraError
@@ -47,12 +46,6 @@ def only_lora(model: nn.Module) -> tuple[str, Any]:
             "update: convert it with save_pretrained(path_initial_model_for_weight_conversion=...) first"
         )
     return name, config
-
-
-def lora_layers(model: Any, name: str) -> dict[str, LoraLayer]:
-    """Return the layers with the adapter `name`, by their path in the base model."""
-    modules = model.get_base_model().named_modules()
-    return {path: m for path, m in modules if isinstance(m, LoraLayer) and {name} & {*m.lora_A, *m.lora_embedding_A}}
 
 
 def lora_factors(layer: Any, name: str) -> tuple[Tensor, Tensor]:

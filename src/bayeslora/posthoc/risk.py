@@ -119,23 +119,15 @@ class RiskControl:
         if self.of == "rows":
             surest = self.confidence == self.confidence.max(initial=0)
             return min(1.0, float(self.wrong[surest].sum() + 1) / (len(self.confidence) + 1))
-        sums = [(int(self.wrong[answered].sum()), int(answered.sum())) for _, answered in self._tested()]
+        sums = [(int(self.wrong[:answered].sum()), answered) for _, answered in tested(-self.confidence)]
         bounds = (beta.ppf(1 - self.delta / SHARES, wrong + 1, rows - wrong) for wrong, rows in sums if wrong < rows)
         return float(min(bounds, default=1.0))
 
     def _of_answers(self, level: float) -> float:
-        for chosen, answered in self._tested():
-            if binom.cdf(self.wrong[answered].sum(), answered.sum(), level) <= self.delta / SHARES:
-                return chosen
+        for limit, answered in tested(-self.confidence):
+            if binom.cdf(self.wrong[:answered].sum(), answered, level) <= self.delta / SHARES:
+                return max(ALL, -limit)
         return NONE
-
-    def _tested(self) -> Iterator[tuple[float, NDArray[np.bool_]]]:
-        """Yield the thresholds that are tested, from the lowest up, and which rows (n,) are above each."""
-        n = len(self.confidence)
-        for share in range(SHARES, 0, -1):
-            first_left_out = n * share // SHARES
-            chosen = float(self.confidence[first_left_out]) if first_left_out < n else ALL
-            yield chosen, self.confidence > chosen
 
     def _of_rows(self, level: float) -> float:
         allowed = math.floor(level * (len(self.confidence) + 1) - 1 + 1e-9)
@@ -143,3 +135,17 @@ class RiskControl:
             return NONE
         errors = self.confidence[self.wrong]
         return float(errors[allowed]) if allowed < len(errors) else ALL
+
+
+def tested(uncertainty: NDArray[np.float64]) -> Iterator[tuple[float, int]]:
+    """Yield the thresholds that are tested, from the highest down, and how many rows are below each.
+
+    Args:
+        uncertainty: (n,) of the calibration rows, in ascending order.
+    """
+    n = len(uncertainty)
+    for share in range(SHARES, 0, -1):
+        first_left_out = n * share // SHARES
+        limit = float(uncertainty[first_left_out]) if first_left_out < n else math.inf
+        if answered := int(np.searchsorted(uncertainty, limit, side="left")):
+            yield limit, answered

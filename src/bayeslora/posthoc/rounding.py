@@ -13,7 +13,7 @@ Quantization is simulated in floating point.
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal, cast, get_args
 
@@ -25,9 +25,8 @@ from transformers.pytorch_utils import Conv1D
 
 from bayeslora.cost.structure import ModelStructure, base_model, read_structure
 from bayeslora.errors import BayesLoraError
-from bayeslora.export.formats import inputs_for
+from bayeslora.export.calibration import Activation, watch_layers
 from bayeslora.methods import LayerDescription, describe
-from bayeslora.prediction import evaluation_mode
 from bayeslora.quantization import (
     FLOOR,
     gptq_codes,
@@ -41,7 +40,6 @@ from bayeslora.vocabulary import UNQUANTIZED
 
 RoundingScope = Literal["adapted", "attention", "encoder"]
 Rounding = Literal["nearest", "gptq"]
-_Key = tuple[str, Literal["in", "out"]]
 _NAMES = {"weight": "weight_bits", "in": "input_bits", "out": "output_bits"}
 _FLOAT32_BYTES, _BYTE = 4, 8
 
@@ -161,20 +159,19 @@ class ActivationCounts:
         merged = _merged(model) if isinstance(model, PeftModel) else model
         structure, root = read_structure(merged), base_model(merged)
         modules = {path: root.get_submodule(path) for path in structure.matrices}
-        linear = {path: module for path, module in modules.items() if type(module) in (nn.Linear, Conv1D)}
-        wanted: set[_Key] = {(path, "in") for path in linear}
+        linear = {path for path, module in modules.items() if type(module) in (nn.Linear, Conv1D)}
+        wanted: set[Activation] = {(path, "in") for path in linear}
         wanted |= {(path, "out") for path in structure.projections if path in linear}
-        self._largest: dict[_Key, Tensor] = {}
-        self._counts: dict[_Key, Tensor] = {}
+        self._largest: dict[Activation, Tensor] = {}
+        self._counts: dict[Activation, Tensor] = {}
         self._moments: dict[str, Tensor] | None = {} if moments else None
-        with torch.no_grad():
-            _watch(merged, linear, wanted, given, self._see_largest)
-            for (path, kind), value in self._largest.items():
-                if not torch.isfinite(value):
-                    raise BayesLoraError(
-                        f"an {kind}put of {path} is not finite, but must be: check the model and the batches"
-                    )
-            _watch(merged, linear, wanted, given, self._see_counts)
+        watch_layers(merged, modules, wanted, given, self._see_largest)
+        for (path, kind), value in self._largest.items():
+            if not torch.isfinite(value):
+                raise BayesLoraError(
+                    f"an {kind}put of {path} is not finite, but must be: check the model and the batches"
+                )
+        watch_layers(merged, modules, wanted, given, self._see_counts)
 
     def range(self, path: str, kind: Literal["in", "out"], bits: int) -> Tensor:
         """Return the range (0-d) of a layer's input or output with the least squared error at `bits`.
@@ -200,11 +197,11 @@ class ActivationCounts:
         self.range(path, "in", UNQUANTIZED)  # which the batches have reached
         return self._moments[path]
 
-    def _see_largest(self, key: _Key, x: Tensor) -> None:
+    def _see_largest(self, key: Activation, x: Tensor) -> None:
         found = x.abs().max().float().clamp_min(FLOOR)
         self._largest[key] = torch.maximum(self._largest.get(key, found), found)
 
-    def _see_counts(self, key: _Key, x: Tensor) -> None:
+    def _see_counts(self, key: Activation, x: Tensor) -> None:
         self._counts[key] = self._counts.get(key, 0) + magnitude_counts(x, self._largest[key]).double()
         path, kind = key
         if self._moments is not None and kind == "in":
@@ -315,34 +312,3 @@ def _check(structure: ModelStructure, modules: Mapping[str, nn.Module]) -> None:
                 f"{path} is a {type(module).__name__}{stored}, but must be a linear layer in floating point: "
                 "load the base in float32, or choose another scope"
             )
-
-
-def _watch(
-    model: nn.Module,
-    modules: Mapping[str, nn.Module],
-    wanted: set[_Key],
-    batches: list[Mapping[str, Any]],
-    see: Callable[[_Key, Tensor], None],
-) -> None:
-    """Run the batches, and show the wanted activations without padding to `see`."""
-    mask: Tensor | None = None
-
-    def watcher(path: str) -> Callable[[nn.Module, tuple[Tensor, ...], Tensor], None]:
-        def watch(_: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
-            pairs: tuple[tuple[_Key, Tensor], ...] = (((path, "in"), inputs[0]), ((path, "out"), output))
-            for key, x in pairs:
-                if key in wanted:
-                    see(key, x if mask is None or mask.shape != x.shape[:-1] else x[mask])
-
-        return watch
-
-    handles = [module.register_forward_hook(watcher(path)) for path, module in modules.items()]
-    try:
-        with evaluation_mode(model):
-            for batch in batches:
-                inputs = inputs_for(model, batch) or {}
-                mask = inputs["attention_mask"].bool() if "attention_mask" in inputs else None
-                model(**inputs)
-    finally:
-        for handle in handles:
-            handle.remove()

@@ -38,6 +38,14 @@ class CalibrationMap:
     def check_samples(self, samples: int) -> None:
         check_samples(self.predictor, samples)
 
+    def sampler(self, samples: int, seed: int, antithetic: bool, read: Logits) -> Sampler:
+        inner = self.predictor.sampler(samples, seed, antithetic, read)
+        return lambda batch: self.mapped(inner(batch))
+
+    def mapped(self, logits: Tensor) -> Tensor:
+        """Return the map of the logits (S, B, C) of S samples."""
+        raise NotImplementedError
+
     def fit(
         self,
         loader: Mapping[str, Any] | Iterable[Mapping[str, Any]],
@@ -58,6 +66,16 @@ class CalibrationMap:
 
     def fit_logits(self, outputs: Tensor, labels: Tensor) -> Self:
         """Do what `fit` does, from the logits (S, n, C) of S samples, float64, and class ids (n,)."""
+        raise NotImplementedError
+
+    @property
+    def numbers(self) -> dict[str, Any]:
+        """Return the fitted numbers, for JSON and `from_numbers`."""
+        raise NotImplementedError
+
+    @classmethod
+    def from_numbers(cls, model: Predictable, numbers: Mapping[str, Any]) -> Self:
+        """Return the predictor with `numbers` around another model or predictor."""
         raise NotImplementedError
 
 
@@ -82,15 +100,9 @@ class TemperatureScaling(CalibrationMap):
         super().__init__(model)
         self.temperature = float(temperature)
 
-    def sampler(self, samples: int, seed: int, antithetic: bool, read: Logits) -> Sampler:
-        inner = self.predictor.sampler(samples, seed, antithetic, read)
-
-        def scaled(batch: Mapping[str, Tensor]) -> Tensor:
-            logits = inner(batch)
-            check_classes(logits)
-            return logits / self.temperature
-
-        return scaled
+    def mapped(self, logits: Tensor) -> Tensor:
+        check_classes(logits)
+        return logits / self.temperature
 
     def fit_logits(self, outputs: Tensor, labels: Tensor) -> Self:
         check_classes(outputs)
@@ -111,12 +123,10 @@ class TemperatureScaling(CalibrationMap):
 
     @property
     def numbers(self) -> dict[str, Any]:
-        """Return the fitted numbers, for JSON and `from_numbers`."""
         return {"temperature": self.temperature}
 
     @classmethod
     def from_numbers(cls, model: Predictable, numbers: Mapping[str, Any]) -> Self:
-        """Return the predictor with `numbers` around another model or predictor."""
         return cls(model, numbers["temperature"])
 
 

@@ -18,6 +18,7 @@ from __future__ import annotations
 import copy
 import functools
 from collections.abc import Iterable, Mapping
+from contextlib import ExitStack
 from typing import Any, NamedTuple, cast
 
 import torch
@@ -25,12 +26,13 @@ from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dic
 from torch import Tensor, nn
 
 from bayeslora.errors import BayesLoraError
+from bayeslora.export.formats import lora_layers
 from bayeslora.methods.blora.components import Watch, close_together, deal, taken_over
 from bayeslora.methods.blora.probe import logits_of, score_seed
 from bayeslora.methods.config import KEPT_FIELDS
 from bayeslora.methods.layer import device_of
 from bayeslora.methods.tuner import batch_rows
-from bayeslora.posthoc.plain_lora import lora_factors, lora_layers, only_lora
+from bayeslora.posthoc.plain_lora import lora_factors, only_lora
 
 
 class _Update(NamedTuple):
@@ -89,7 +91,7 @@ def truncate_rank(
         )
     if data is not None and mean_rank is None:
         raise BayesLoraError("data is given with rank, but chooses components for a mean rank: give mean_rank instead")
-    updates = {path: _decomposed(layer, name) for path, layer in lora_layers(model, name).items()}
+    updates = {path: _decomposed(layer, name) for path, layer in lora_layers(cast(PeftModel, model), name).items()}
     if mean_rank is None:
         cut = _first(updates, _by_layer(updates, rank))
     elif data is None:
@@ -185,16 +187,12 @@ def component_sketch(
     layers = lora_layers(model, name)
     inner = [cast(nn.Linear, layers[path].lora_A[name]) for path in paths]
     watches = [Watch(each.out_features, each.weight.device) for each in inner]
-    handles = []
-    for each, watch in zip(inner, watches, strict=True):
-        each.weight.requires_grad_()
-        handles.append(each.register_forward_hook(functools.partial(_watch, watch)))
-    try:
+    with ExitStack() as hooks:
+        for each, watch in zip(inner, watches, strict=True):
+            each.weight.requires_grad_()
+            hooks.enter_context(each.register_forward_hook(functools.partial(_watch, watch)))
         for index, batch in enumerate([data] if isinstance(data, Mapping) else data):
             _show(model, [each.weight for each in inner], watches, batch, seed * 1_000_003 + index)
-    finally:
-        for handle in handles:
-            handle.remove()
     columns = torch.cat([watch.sketch for watch in watches], dim=1).cpu().double()
     if not columns.any() or not columns.isfinite().all():
         raise BayesLoraError(

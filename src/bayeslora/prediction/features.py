@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterable, Mapping
-from typing import Any
+from contextlib import ExitStack
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -50,38 +51,41 @@ def features_and_logits(
 
 def _with_features(head: nn.Module, model: ModelPredictor, batches: Iterable[Mapping[str, Any]]) -> Tensor:
     """Return the (n, d + C) input and output of the head, at the token that the model predicts from."""
-    handle = head.register_forward_hook(lambda _, inputs, output: torch.cat([inputs[0], output], dim=-1))
-    try:
+    with head.register_forward_hook(lambda _, inputs, output: torch.cat([inputs[0], output], dim=-1)):
         return sampled_logits(model, batches, 0)[0]
-    finally:
-        handle.remove()
 
 
 def _find_head(model: ModelPredictor, batch: Mapping[str, Any]) -> tuple[nn.Module, int]:
     """Return the layer that the logits come from, and their number."""
     probe = {name: value[:_PROBE_ROWS] if isinstance(value, Tensor) else value for name, value in batch.items()}
-    network = model.model
-    layers = [module for module in network.modules() if isinstance(module, BaseTunerLayer)]
-    # An adapted layer's output is a sum, which none of the layers inside it gives alone.
-    inner = {part for layer in layers if isinstance(layer, nn.Module) for part in layer.modules()} - set(layers)
-    called: list[nn.Module] = []
-    handles = [
-        module.register_forward_hook(lambda module, *_: called.append(module))
-        for module in network.modules()
-        if isinstance(getattr(module, "out_features", None), int) and module not in inner
-    ]
-    try:
-        expected = sampled_logits(model, probe, 0)[0]
-    finally:
-        for handle in handles:
-            handle.remove()
+    last, expected, _ = last_layer(model, probe)
     classes = expected.shape[1]
-    if called and classes > 1 and called[-1].out_features == classes:
-        found = _with_features(called[-1], model, [probe])
-        width = called[-1].in_features + classes  # type: ignore[operator]
+    if last is not None and classes > 1 and last.out_features == classes:
+        found, width = _with_features(last, model, [probe]), last.in_features + classes
         if found.shape[1] == width and torch.allclose(found[:, -classes:], expected, _TOLERANCE, _TOLERANCE):
-            return called[-1], classes
+            return last, classes
     raise BayesLoraError(
-        f"the logits of {type(network).__name__} do not come straight from a linear layer of two or more classes, "
+        f"the logits of {type(model.model).__name__} do not come straight from a linear layer of two or more classes, "
         "but its features are the input of one: use a sequence classifier"
     )
+
+
+def last_layer(
+    model: ModelPredictor, batch: Mapping[str, Any], kind: type[nn.Module] = nn.Module
+) -> tuple[Any, Tensor, torch.dtype]:
+    """Return the linear layer that runs last (or None), the logits (n, C), and the type of the layer's output.
+
+    A wrapper with the attributes of a linear layer counts as one, unless `kind` leaves it out.
+    """
+    adapted = [module for module in model.model.modules() if isinstance(module, BaseTunerLayer)]
+    # An adapted layer's output is a sum, which none of the layers inside it gives alone.
+    inner = {part for layer in adapted for part in cast(nn.Module, layer).modules()} - set(adapted)
+    called: list[tuple[nn.Module | None, torch.dtype]] = [(None, torch.float32)]
+    with ExitStack() as hooks:
+        for module in set(model.model.modules()) - inner:
+            if isinstance(module, kind) and isinstance(getattr(module, "out_features", None), int):
+                hook = module.register_forward_hook(lambda module, _, output: called.append((module, output.dtype)))
+                hooks.enter_context(hook)
+        logits = sampled_logits(model, batch, 0)[0]
+    layer, dtype = called[-1]
+    return layer, logits, dtype

@@ -120,11 +120,10 @@ def _copied(model: nn.Module, adapter_name: str | None) -> tuple[PeftModel, dict
     """Return a copy of the model to take apart, its layers with an adapter by path, and the adapter's name."""
     if tuner_of(model) is None and isinstance(model, PeftModel):
         name = adapter_name or only_active(model)
-        layers = lora_layers(model.get_base_model(), name)
-        if not layers:
+        if not lora_layers(model, name):
             raise BayesLoraError(f"the model has no LoRA {name!r}: give a model with its adapter")
         whole = copy.deepcopy(model).eval()
-        return whole, lora_layers(whole.get_base_model(), name), name
+        return whole, lora_layers(whole, name), name
     original, tuner, name = adapted_parts(model, adapter_name)
     whole, own = to_take_apart(original, tuner, name)
     return whole, dict(own), name
