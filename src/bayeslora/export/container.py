@@ -14,13 +14,13 @@ from __future__ import annotations
 import json
 import math
 import os
-import sys
 import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NoReturn
 
+import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
@@ -188,7 +188,7 @@ def unpack(data: Tensor, bits: int, shape: Sequence[int]) -> Tensor:
             "export them again"
         )
     if bits == UNQUANTIZED:
-        return _of_bytes(data, torch.float32).reshape(shape)
+        return _of_bytes(data, "f4").reshape(shape)
     if bits < 8:
         sign = 1 << (bits - 1)
         fields = ((data.unsqueeze(1) >> _shifts(bits).to(torch.uint8)) & ((1 << bits) - 1)).reshape(-1)
@@ -199,7 +199,7 @@ def unpack(data: Tensor, bits: int, shape: Sequence[int]) -> Tensor:
             )
         found = (fields[:count].to(torch.int8) ^ sign) - sign
     else:
-        found = _of_bytes(data, torch.int8 if bits == 8 else torch.int16)
+        found = _of_bytes(data, "i1" if bits == 8 else "i2")
     if count and int(found.min()) == -(1 << (bits - 1)):
         raise BayesLoraError(
             f"the data are damaged ({int(found.min())} is not a code of {bits} bits): export them again"
@@ -316,14 +316,9 @@ def _shifts(bits: int) -> Tensor:
 
 
 def _bytes_of(flat: Tensor) -> Tensor:
-    found = flat.contiguous().view(torch.uint8).clone()
-    return found if sys.byteorder == "little" else _swapped(found, flat.element_size())
+    values = flat.numpy()
+    return torch.from_numpy(values.astype(values.dtype.newbyteorder("<")).view(np.uint8))
 
 
-def _of_bytes(data: Tensor, dtype: torch.dtype) -> Tensor:
-    aligned = data.clone() if sys.byteorder == "little" else _swapped(data, dtype.itemsize)
-    return aligned.view(dtype)
-
-
-def _swapped(data: Tensor, size: int) -> Tensor:
-    return data.view(-1, size).flip(1).reshape(-1)
+def _of_bytes(data: Tensor, kind: str) -> Tensor:
+    return torch.from_numpy(data.numpy().view(f"<{kind}").astype(kind))

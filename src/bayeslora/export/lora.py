@@ -11,8 +11,9 @@ zeros to one r, its scaling is folded into B, and `lora_alpha` = r. docs/serving
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, ExitStack, contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +26,7 @@ from bayeslora.errors import BayesLoraError
 from bayeslora.export.draws import Factors, check_draws, check_members, drawn
 from bayeslora.export.formats import adapted_parts, inputs_for, only_active, output_error, output_of, saved_state
 from bayeslora.methods.config import KEPT_FIELDS
-from bayeslora.methods.layer import BayesLayer
+from bayeslora.methods.layer import BayesLayer, evaluation_mode
 from bayeslora.methods.tuner import BayesTuner, describe, tuner_of
 from bayeslora.posterior import PosteriorSource
 from bayeslora.vocabulary import ACTIVATIONS, BASE_WEIGHT, UNQUANTIZED
@@ -75,44 +76,49 @@ def export_lora(
             `allow_error` is False; it is deterministic and draws are wanted; it has a single core and members are
             wanted; or it trains more than its matrices (a head, biases) and `uniform` is given.
     """
+    if draws is not None and not members:
+        check_draws(model, draws, seed, posterior)
+        if posterior is not None and not uniform and tuner_of(model) is None and isinstance(model, PeftModel):
+            return _export_plain(model, Path(path), adapter_name or only_active(model), draws, seed, posterior)
+    inner, tuner, name = adapted_parts(model, adapter_name)
+    write = partial(_export_one, inner, tuner, name, batch=batch, uniform=uniform)
     if members:
-        return _export_members(model, Path(path), adapter_name, batch, uniform, draws)
-    if draws is None:
-        inner, tuner, name = adapted_parts(model, adapter_name)
-        if not allow_error:
-            _check_exact(tuner.named_layers(name), name)
-        return _export_one(inner, tuner, name, Path(path), batch, uniform, lambda _, layer: layer.factors(name))
-    return _export_draws(model, Path(path), adapter_name, batch, uniform, draws, seed, posterior)
+        draw = partial(drawn, inner, name, 0, posterior=None, scale=0.0)
+        return _export_each("member", check_members(inner, name, draws), draw, write, Path(path))
+    if draws is not None:
+        return _export_each("draw", draws, partial(drawn, inner, name, seed, posterior=posterior), write, Path(path))
+    if not allow_error:
+        _check_exact(tuner.named_layers(name), name)
+    return write(Path(path), lambda _, layer: layer.factors(name))
 
 
-def _export_draws(
-    model: nn.Module,
-    path: Path,
-    adapter_name: str | None,
-    batch: Mapping[str, Tensor] | None,
-    uniform: bool,
-    draws: int,
-    seed: int,
-    posterior: PosteriorSource | None,
+def _export_plain(
+    model: PeftModel, path: Path, name: str, draws: int, seed: int, posterior: PosteriorSource
 ) -> dict[str, Any]:
-    """Write each draw of the posterior into a folder of its own."""
-    tuner: BayesTuner | None
-    check_draws(model, draws, seed, posterior)
-    if posterior is not None and not uniform and tuner_of(model) is None and isinstance(model, PeftModel):
-        inner, tuner, name = model, None, adapter_name or only_active(model)
-    else:
-        inner, tuner, name = adapted_parts(model, adapter_name)
+    """Write draws of the weights of PEFT's own LoRA, which IVON has learned."""
+
+    def write(folder: Path, _: Factors) -> dict[str, Any]:
+        _save(folder, saved_state(model, name), model.peft_config[name])
+        return {**output_error(None, None), "ranks": {layer.name: layer.rank for layer in describe(model, name)}}
+
+    return _export_each("draw", draws, partial(drawn, model, name, seed, posterior=posterior), write, path)
+
+
+def _export_each(
+    kind: str,
+    count: int,
+    draw: Callable[[int], AbstractContextManager[Factors]],
+    write: Callable[[Path, Factors], dict[str, Any]],
+    path: Path,
+) -> dict[str, Any]:
+    """Write each draw or member into a folder of its own, and return the maxima of their measurements and ranks."""
     found = []
-    for draw in range(draws):
-        folder = path / f"draw-{draw}"
-        with drawn(inner, name, seed, draw, posterior) as factors:
-            if tuner is None:  # PEFT's own LoRA, whose weights IVON has drawn
-                _save(folder, saved_state(inner, name), inner.peft_config[name])
-                ranks = {layer.name: layer.rank for layer in describe(inner, name)}
-                found.append({**output_error(None, None), "ranks": ranks})
-            else:
-                found.append(_export_one(inner, tuner, name, folder, batch, uniform, factors))
-    return {**_largest(found), "draws": draws}
+    for number in range(count):
+        with draw(number) as factors:
+            found.append(write(path / f"{kind}-{number}", factors))
+    ranks = {layer: max(each["ranks"][layer] for each in found) for layer in found[0]["ranks"]}
+    largest = {k: None if v is None else max(each[k] for each in found) for k, v in found[0].items() if k != "ranks"}
+    return {**largest, "ranks": ranks, f"{kind}s": count}
 
 
 def _check_exact(layers: Mapping[str, BayesLayer], name: str) -> None:
@@ -129,38 +135,15 @@ def _check_exact(layers: Mapping[str, BayesLayer], name: str) -> None:
             )
 
 
-def _export_members(
-    model: nn.Module,
-    path: Path,
-    adapter_name: str | None,
-    batch: Mapping[str, Tensor] | None,
-    uniform: bool,
-    draws: int | None,
-) -> dict[str, Any]:
-    """Write each core at its mean into a folder of its own."""
-    inner, tuner, name = adapted_parts(model, adapter_name)
-    found = []
-    for member in range(check_members(inner, name, draws)):
-        with drawn(inner, name, 0, member, None, scale=0.0) as factors:
-            found.append(_export_one(inner, tuner, name, path / f"member-{member}", batch, uniform, factors))
-    return {**_largest(found), "members": len(found)}
-
-
-def _largest(found: list[dict[str, Any]]) -> dict[str, Any]:
-    """Return the maxima of several exports' measurements and ranks."""
-    ranks = {layer: max(each["ranks"][layer] for each in found) for layer in found[0]["ranks"]}
-    largest = {k: None if v is None else max(each[k] for each in found) for k, v in found[0].items() if k != "ranks"}
-    return {**largest, "ranks": ranks}
-
-
 def _export_one(
     model: PeftModel,
     tuner: BayesTuner,
     name: str,
     folder: Path,
+    read: Factors,
+    *,
     batch: Mapping[str, Tensor] | None,
     uniform: bool,
-    read: Factors,
 ) -> dict[str, Any]:
     """Write the LoRA with the matrices that `read` returns, and measure its output error."""
     layers: dict[str, BayesLayer] = tuner.named_layers(name)
@@ -274,19 +257,17 @@ def _measure(
 ) -> dict[str, float | None]:
     """Return the largest difference between the outputs of the model and of its LoRA form on `batch`."""
     inputs = inputs_for(model, batch)
-    was_training = model.training
     active = {path: layer._active_adapter for path, layer in layers.items()}
-    model.eval()
-    try:
-        for layer in layers.values():
-            layer._active_adapter = [name]
-        ours = output_of(model, inputs)
-        with _as_lora(layers, factors, name):
-            exported = output_of(model, inputs)
-    finally:
-        model.train(was_training)
-        for path, layer in layers.items():
-            layer._active_adapter = active[path]
+    with evaluation_mode(model):
+        try:
+            for layer in layers.values():
+                layer._active_adapter = [name]
+            ours = output_of(model, inputs)
+            with _as_lora(layers, factors, name):
+                exported = output_of(model, inputs)
+        finally:
+            for path, layer in layers.items():
+                layer._active_adapter = active[path]
     return output_error(ours, exported, model, is_dummy=batch is None)
 
 
@@ -294,19 +275,12 @@ def _measure(
 def _as_lora(layers: dict[str, BayesLayer], factors: dict[str, tuple[Tensor, Tensor]], name: str) -> Iterator[None]:
     """Let every adapted layer compute plain LoRA on the raw base weight inside the context."""
 
-    def replace(path: str) -> Any:
+    def replaced(path: str, layer: BayesLayer, args: tuple[Tensor, ...], output: Tensor) -> Tensor:
         a, b = factors[path]
+        update = args[0].to(a.dtype) @ a.T @ b.T * layer.scaling[name]
+        return layer.base_layer(*args) + update.to(output.dtype)
 
-        def hook(layer: BayesLayer, args: tuple[Tensor, ...], output: Tensor) -> Tensor:
-            x = args[0]
-            update = x.to(a.dtype) @ a.T @ b.T * layer.scaling[name]
-            return layer.base_layer(*args) + update.to(output.dtype)
-
-        return hook
-
-    handles = [layer.register_forward_hook(replace(path)) for path, layer in layers.items()]
-    try:
+    with ExitStack() as hooks:
+        for path, layer in layers.items():
+            hooks.enter_context(layer.register_forward_hook(partial(replaced, path)))
         yield
-    finally:
-        for handle in handles:
-            handle.remove()

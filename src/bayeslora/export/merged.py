@@ -8,7 +8,7 @@ base has fewer bits and rounds the sum. Such a model is merged only on request, 
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, cast
 
@@ -31,6 +31,7 @@ from bayeslora.export.formats import (
 from bayeslora.methods.layer import undo_cpu_order
 from bayeslora.methods.tuner import BayesTuner, tuner_of
 from bayeslora.model_card import CARD_FILE, base_name, error_of, front_matter
+from bayeslora.vocabulary import ACTIVATIONS
 
 TOLERANCE = 1e-4
 """Largest output error, as a share of the largest output, that counts as float rounding through a deep model."""
@@ -112,9 +113,7 @@ def _refusal(reason: str) -> BayesLoraError:
 
 def _why_inexact(key: str, layer: Any, name: str) -> str | None:
     """Return the reason why a stored weight cannot compute the same as `layer` with its adapter, or None."""
-    activations = getattr(layer, "quantized_activations", None)
-    narrow: dict[str, int] = activations(name) if activations is not None else {}
-    if narrow:
+    if narrow := narrow_activations(layer, name):
         listed = ", ".join(f"{kind} {bits}" for kind, bits in narrow.items())
         return f"{key} quantizes activations ({listed} bits), which a weight cannot hold"
     if getattr(layer, "quantization_backend", None) is not None:
@@ -123,6 +122,20 @@ def _why_inexact(key: str, layer: Any, name: str) -> str | None:
     if dtype not in (torch.float32, torch.float64):
         return f"the base weight of {key} is {str(dtype).removeprefix('torch.')}, to which the sum is rounded"
     return None
+
+
+def narrow_activations(layer: Any, name: str) -> dict[str, int]:
+    """Return the learned widths below 32 bits of a layer's activations, by kind."""
+    found = getattr(layer, "quantized_activations", None)
+    return {} if found is None else dict(found(name))
+
+
+def left_out_activations(layers: Iterable[Any], name: str) -> str | None:
+    """Return the learned widths of activations, which a form leaves out, such as `activations (out 8 and 16 bits)`."""
+    narrow = [narrow_activations(layer, name) for layer in layers]
+    widths = {kind: sorted({each[kind] for each in narrow if kind in each}) for kind in ACTIVATIONS}
+    listed = ", ".join(f"{kind} {' and '.join(map(str, bits))}" for kind, bits in widths.items() if bits)
+    return f"activations ({listed} bits)" if listed else None
 
 
 def merge_into_base(whole: PeftModel, name: str) -> Any:

@@ -49,12 +49,7 @@ class ExportRecord:
 
     def save(self, folder: Path) -> None:
         """Write the file."""
-        content = {
-            "version": _VERSION,
-            "format": self.format,
-            "measured": finite(self.measured),
-            "tolerance": self.tolerance,
-        }
+        content = {"version": _VERSION, **vars(self), "measured": finite(self.measured)}
         (folder / RECORD_FILE).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
 
     @classmethod

@@ -24,10 +24,11 @@ from bayeslora.errors import BayesLoraError
 from bayeslora.export.agreement import check_divergence, difference
 from bayeslora.export.formats import adapted_parts, save_model, to_take_apart
 from bayeslora.export.lora import export_lora
+from bayeslora.export.merged import left_out_activations
 from bayeslora.export.onnx.products import learned, rounded_rows
 from bayeslora.methods.layer import BayesLayer
 from bayeslora.model_card import CARD_FILE, base_name, error_of, front_matter
-from bayeslora.vocabulary import ACTIVATIONS, BASE_WEIGHT, UNQUANTIZED
+from bayeslora.vocabulary import BASE_WEIGHT, UNQUANTIZED
 
 ADAPTER_FOLDER = "adapter"
 _BYTE = 8
@@ -165,11 +166,9 @@ def _not_kept(layers: Mapping[str, BayesLayer], name: str) -> dict[str, str | No
     """Return the learned widths that the files hold in more bits, and those of activations, which they leave out."""
     widths = [layer.widths(name) for layer in layers.values()]
     narrow = sorted({each[BASE_WEIGHT] for each in widths if each.get(BASE_WEIGHT, UNQUANTIZED) < _BYTE})
-    kinds = {kind: {each.get(kind, UNQUANTIZED) for each in widths} - {UNQUANTIZED} for kind in ACTIVATIONS}
-    left_out = ", ".join(f"{kind} {' and '.join(map(str, sorted(bits)))}" for kind, bits in kinds.items() if bits)
     return {
         "widened": f"{BASE_WEIGHT} {' and '.join(map(str, narrow))} as {_BYTE}" if narrow else None,
-        "left_out": f"activations ({left_out} bits)" if left_out else None,
+        "left_out": left_out_activations(layers.values(), name),
     }
 
 

@@ -18,15 +18,7 @@ _RELATIONS = {"beside": "quantized", "merged": "merge", "only": "adapter"}
 
 
 def write_card(folder: Path, base: str, method: str, form: str, measured: Mapping[str, Any]) -> None:
-    """Write `README.md`.
-
-    Args:
-        folder: of the files.
-        base: public name of the base model.
-        method: that trained the adapter.
-        form: `beside`, `merged` or `only`.
-        measured: what the export returns.
-    """
+    """Write `README.md` of a base's public name, the adapter's method and form, and what the export returns."""
     front = front_matter(
         f"{base} as GGUF",
         base,
@@ -62,7 +54,6 @@ With llama.cpp, in this folder:
 
 
 def _described(base: str, method: str, form: str, measured: Mapping[str, Any]) -> str:
-    said = f"`{base}` with an adapter that was trained with the method `{method}` of bayeslora"
     if form == "only":
         return (
             f"The adapter alone, trained on `{base}` with the method `{method}` of bayeslora. It needs a GGUF file of "
@@ -70,8 +61,9 @@ def _described(base: str, method: str, form: str, measured: Mapping[str, Any]) -
         )
     how = ", merged into its weights" if form == "merged" else ", in a file of its own"
     text = (
-        f"{said}{how}; a posterior is used at its mean. The files take {measured['file_bytes']:,} bytes; the model in "
-        f"float32 {measured['float32_bytes']:,}. Types of the matrices: {measured['types']}."
+        f"`{base}` with an adapter that was trained with the method `{method}` of bayeslora{how}; a posterior is used "
+        f"at its mean. The files take {measured['file_bytes']:,} bytes; the model in float32 "
+        f"{measured['float32_bytes']:,}. Types of the matrices: {measured['types']}."
     )
     if measured["widened"]:
         text += f" Learned widths of weights in more bits: {measured['widened']}."

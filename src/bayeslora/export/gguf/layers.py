@@ -10,11 +10,12 @@ from typing import Any, cast
 import numpy as np
 import torch
 from gguf import GGMLQuantizationType as Type
-from torch import Tensor, nn
+from torch import nn
 
 from bayeslora.errors import BayesLoraError
 from bayeslora.export.formats import upright
 from bayeslora.export.gguf.blocks import Array, are_steps_exact, block_type, packed, repeated, rounded
+from bayeslora.export.onnx.products import array
 from bayeslora.methods.layer import BayesLayer
 from bayeslora.quantization import codes, grid_step, quantize
 from bayeslora.vocabulary import BASE_WEIGHT, UNQUANTIZED
@@ -57,11 +58,6 @@ class Weight:
         if kind in (Type.F16, Type.F32):
             return rounded((self.values * repeated(self.steps, self.values.shape[1]))[order], kind)
         return packed(self.values[order], self.steps[order], kind)
-
-
-def array(tensor: Tensor) -> Array:
-    """Return a tensor as a NumPy array of float32."""
-    return np.asarray(tensor.detach().float().cpu().numpy())
 
 
 def learned_weight(layer: nn.Module, name: str) -> Weight | None:

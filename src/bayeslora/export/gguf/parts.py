@@ -17,8 +17,9 @@ from bayeslora.errors import BayesLoraError
 from bayeslora.export.formats import adapted_parts, lora_layers, only_active, to_take_apart, upright
 from bayeslora.export.gguf.architectures import Architecture, Names, architecture_of
 from bayeslora.export.gguf.blocks import Array
-from bayeslora.export.gguf.layers import UNADAPTED, Weight, array, learned_weight, update_of
-from bayeslora.export.merged import merge_into_base
+from bayeslora.export.gguf.layers import UNADAPTED, Weight, learned_weight, update_of
+from bayeslora.export.merged import left_out_activations, merge_into_base
+from bayeslora.export.onnx.products import array
 from bayeslora.methods.layer import BayesLayer
 from bayeslora.methods.tuner import tuner_of
 from bayeslora.model_card import base_name
@@ -131,15 +132,5 @@ def _copied(model: nn.Module, adapter_name: str | None) -> tuple[PeftModel, dict
 
 def _left_out(layers: Mapping[str, nn.Module], learned: Mapping[str, Weight], name: str, form: str) -> str | None:
     """Return which quantizers the files leave out, such as `activations (out 8 and 16 bits)`, or None."""
-    widths: dict[str, set[int]] = {}
-    for layer in layers.values():
-        narrow = getattr(layer, "quantized_activations", None)
-        for kind, bits in ({} if narrow is None else narrow(name)).items():
-            widths.setdefault(kind, set()).add(bits)
-    found = []
-    if widths:
-        listed = ", ".join(f"{kind} {' and '.join(map(str, sorted(bits)))}" for kind, bits in widths.items())
-        found.append(f"activations ({listed} bits)")
-    if form == "only" and learned:
-        found.append("base weights")
-    return ", ".join(found) or None
+    found = [left_out_activations(layers.values(), name), "base weights" if form == "only" and learned else None]
+    return ", ".join(filter(None, found)) or None

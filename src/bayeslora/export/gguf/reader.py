@@ -69,7 +69,7 @@ def _fill(model: PreTrainedModel, names: Names, tensors: dict[str, Array]) -> No
         name = names.of(path)
         if name not in tensors:
             raise BayesLoraError(f"the file lacks {name}, but config.json names a model with it: export it again")
-        parameter.copy_(_in_model(tensors.pop(name), names, name, model.get_submodule(path.rpartition(".")[0])))
+        parameter.copy_(_in_model(tensors.pop(name), names, model, path))
     if tensors:
         raise BayesLoraError(f"the file has {min(tensors)}, but the model in config.json lacks it: export it again")
 
@@ -80,20 +80,15 @@ def _add(model: PreTrainedModel, names: Names, tensors: dict[str, Array], alpha:
         if f"{name}.lora_a" not in tensors:
             continue
         a, b = tensors.pop(f"{name}.lora_a"), tensors.pop(f"{name}.lora_b")
-        update = _in_model(b @ a * np.float32(alpha / len(a)), names, name, _owner(model, path))
+        update = _in_model(b @ a * np.float32(alpha / len(a)), names, model, path)
         parameter.data = parameter.data + update.to(parameter.device, parameter.dtype)
     if tensors:
         raise BayesLoraError(f"the adapter has {min(tensors)}, but the model lacks that layer: export it again")
 
 
-def _owner(model: nn.Module, path: str) -> nn.Module:
-    return model.get_submodule(path.rpartition(".")[0])
-
-
-def _in_model(values: Array, names: Names, name: str, owner: nn.Module) -> Tensor:
-    """Return the values in the order and layout of the model."""
-    order = names.order(name, len(values))
+def _in_model(values: Array, names: Names, model: nn.Module, path: str) -> Tensor:
+    """Return the values in the order and layout that the model has at `path`."""
     back: Any = np.empty_like(values)
-    back[order] = values
-    tensor = torch.from_numpy(back)
+    back[names.order(names.of(path), len(values))] = values
+    tensor, owner = torch.from_numpy(back), model.get_submodule(path.rpartition(".")[0])
     return tensor.T if isinstance(owner, Conv1D) and tensor.ndim == 2 else tensor

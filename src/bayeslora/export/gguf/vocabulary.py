@@ -29,32 +29,22 @@ def add_vocabulary(writer: gguf.GGUFWriter, tokenizer: PreTrainedTokenizerBase, 
         BayesLoraError: another kind of tokenizer.
     """
     described = _described(tokenizer)
-    names = tokenizer.convert_ids_to_tokens(list(range(len(tokenizer))))
+    named = tokenizer.convert_ids_to_tokens(list(range(len(tokenizer))))
+    names = [*named, *[None] * (rows - len(named))][:rows]
     added = tokenizer.added_tokens_decoder
-    tokens, kinds = [], []
-    for number in range(rows):
-        name = names[number] if number < len(names) else None
-        if name is None:
-            tokens.append(f"[PAD{number}]")
-            kinds.append(gguf.TokenType.UNUSED)
-        else:
-            tokens.append(name)
-            kinds.append(_kind(added.get(number)))
+    tokens = [f"[PAD{number}]" if name is None else name for number, name in enumerate(names)]
+    unused = gguf.TokenType.UNUSED
+    kinds = [unused if name is None else _kind(added.get(number)) for number, name in enumerate(names)]
     writer.add_tokenizer_model("gpt2")
     writer.add_tokenizer_pre(splitter(described))
     writer.add_token_list(tokens)
     writer.add_token_types(kinds)
     merges = described["model"]["merges"]
     writer.add_token_merges([merge if isinstance(merge, str) else " ".join(merge) for merge in merges])
-    numbers = {
-        "bos": (tokenizer.bos_token_id, writer.add_bos_token_id),
-        "eos": (tokenizer.eos_token_id, writer.add_eos_token_id),
-        "unk": (tokenizer.unk_token_id, writer.add_unk_token_id),
-        "pad": (tokenizer.pad_token_id, writer.add_pad_token_id),
-    }
-    for number, add in numbers.values():
+    for special in ("bos_token_id", "eos_token_id", "unk_token_id", "pad_token_id"):
+        number = getattr(tokenizer, special)
         if number is not None:
-            add(number)
+            getattr(writer, f"add_{special}")(number)
     ids = tokenizer("a")["input_ids"]
     writer.add_add_bos_token(tokenizer.bos_token_id is not None and ids[0] == tokenizer.bos_token_id)
     writer.add_add_eos_token(tokenizer.eos_token_id is not None and ids[-1] == tokenizer.eos_token_id)

@@ -26,10 +26,11 @@ from bayeslora.export.formats import upright
 from bayeslora.export.gguf.architectures import ROPE_FACTORS, rope_factors
 from bayeslora.export.gguf.blocks import BLOCKS, rounded
 from bayeslora.export.gguf.card import write_card
-from bayeslora.export.gguf.layers import Weight, array, widened
+from bayeslora.export.gguf.layers import Weight, widened
 from bayeslora.export.gguf.parts import Parts, taken_apart
 from bayeslora.export.gguf.reader import ADAPTER_FILE, MODEL_FILE, load_gguf
 from bayeslora.export.gguf.vocabulary import add_vocabulary
+from bayeslora.export.onnx.products import array
 
 _FILE_TYPES = {
     Type.F32: gguf.LlamaFileType.ALL_F32,
@@ -101,10 +102,11 @@ def export_gguf(
 
 def _described(found: Parts, folder: Path, kinds: Mapping[str, Type]) -> dict[str, Any]:
     """Return the files' sizes and types, and what is not in them as it was learned."""
-    sizes = {name: _size(folder / name) for name in (MODEL_FILE, ADAPTER_FILE)}
+    files = [folder / name for name in (MODEL_FILE, ADAPTER_FILE)]
+    sizes = {file.name: file.stat().st_size for file in files if file.is_file()}
     return {
         "file_bytes": sum(sizes.values()),
-        "adapter_bytes": sizes[ADAPTER_FILE],
+        "adapter_bytes": sizes.get(ADAPTER_FILE, 0),
         "float32_bytes": 4 * sum(parameter.numel() for parameter in found.base.parameters()),
         "types": ", ".join(f"{kind.name} {count}" for kind, count in Counter(kinds.values()).most_common()) or None,
         "widened": widened({path: kinds[path] for path in found.learned if path in kinds}, found.learned, BLOCKS),
@@ -173,7 +175,3 @@ def _finish(writer: gguf.GGUFWriter) -> None:
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
     writer.close()
-
-
-def _size(file: Path) -> int:
-    return file.stat().st_size if file.is_file() else 0

@@ -347,14 +347,7 @@ class IntegerIndex:
     shared: dict[str, str] = field(default_factory=dict)
 
     def to_text(self) -> str:
-        content = {
-            "version": INTEGER.version,
-            "architecture": self.architecture,
-            "linear": {name: layer.to_json() for name, layer in self.linear.items()},
-            "embeddings": {name: layer.to_json() for name, layer in self.embeddings.items()},
-            "shared": self.shared,
-        }
-        return json.dumps(content, indent=1) + "\n"
+        return json.dumps({"version": INTEGER.version, **vars(self)}, indent=1, default=IntegerLayer.to_json) + "\n"
 
     @classmethod
     def from_text(cls, text: str | bytes) -> IntegerIndex:

@@ -24,12 +24,12 @@ from bayeslora.export.calibration import LayerInputs, inputs_of_plain_layers
 from bayeslora.export.container import pack, write_container
 from bayeslora.export.formats import (
     adapted_parts,
-    check_floating_point,
     inputs_for,
     output_error,
     output_of,
     save_config,
-    sharing_base,
+    to_take_apart,
+    upright,
 )
 from bayeslora.export.integer.reader import (
     BIAS,
@@ -89,14 +89,10 @@ def export_integer(
         )
     original, tuner, name = adapted_parts(model, adapter_name)
     _check(original, tuner.named_layers(name), name)
-    whole = sharing_base(original, tuner)
-    whole.set_adapter(name)
-    whole.eval()
+    whole, layers = to_take_apart(original, tuner, name)
     inputs = inputs_for(whole, batch)
     expected = output_of(whole, inputs)
-    _, cut_tuner, _ = adapted_parts(whole, name)
-    cut_tuner.shrink(name)
-    layers: dict[str, BayesLayer] = cut_tuner.named_layers(name)
+    adapted_parts(whole, name)[1].shrink(name)
     modules = whole.get_base_model().named_modules()
     trained = [key for key, module in modules if isinstance(module, AuxiliaryTrainingWrapper)]
     inputs_of_layers = {} if calibration is None else inputs_of_plain_layers(whole, calibration)
@@ -125,7 +121,6 @@ def _check(model: PeftModel, layers: Mapping[str, BayesLayer], name: str) -> Non
                 f"{key} is a {type(layer).__name__}, but format 'integer' is for methods that learn widths: "
                 "export 'merged' instead"
             )
-    check_floating_point(layers, name)
 
 
 def _save(folder: Path, base: PreTrainedModel, index: IntegerIndex, tensors: dict[str, Tensor]) -> None:
@@ -244,24 +239,19 @@ def _packed(
     layer: IntegerLayer, matrices: Mapping[str, Tensor], bounds: Mapping[str, Tensor], bias: Tensor | None
 ) -> list[Tensor]:
     """Return the bytes of a layer's parts."""
+    given = dict(matrices) if bias is None else {BIAS: bias, **matrices}
     found = []
     for part in layer.parts():
-        if part.kind == BIAS:
-            assert bias is not None
-            found.append(pack(bias.detach(), part.bits))
-        elif part.is_range:
-            found.append(pack(bounds[part.kind], part.bits))
-        elif part.bits == UNQUANTIZED:
-            found.append(pack(matrices[part.kind], part.bits))
-        else:
-            found.append(pack(codes(matrices[part.kind], bounds[part.kind], part.bits), part.bits))
+        values = bounds[part.kind] if part.is_range else given[part.kind]
+        if part.bits < UNQUANTIZED:
+            values = codes(values, bounds[part.kind], part.bits)
+        found.append(pack(values, part.bits))
     return found
 
 
 def _rounded(path: str, module: nn.Module, input_range: float | None) -> tuple[IntegerLayer, list[Tensor]]:
     """Return the entry and bytes of a layer without an adapter, at 8 bits with a range per row."""
-    weight = cast(Tensor, module.weight).detach()
-    weight = weight.T if isinstance(module, Conv1D) else weight
+    weight = upright(module)
     bias = cast("Tensor | None", getattr(module, "bias", None))
     layer = IntegerLayer(
         path,

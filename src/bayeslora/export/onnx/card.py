@@ -15,27 +15,27 @@ _TEXTS = 'texts = ["The film is a joy.", "The film is a bore."]  # or pairs: [("
 _UNLIMITED = 1 << 20
 
 
-def write_card(
-    folder: Path,
+Page = tuple[str, str, str, str]
+"""What `write_page` takes of a kind of graph: `pipeline_tag`, `files`, `program` and `answers`."""
+
+
+def encoder_page(
     model: PreTrainedModel,
-    config: Any,
     tokenizer: PreTrainedTokenizerBase,
     max_length: int | None,
     inputs: Sequence[str],
     measured: Mapping[str, Any],
-) -> None:
-    """Write `README.md` of an encoder, as `write_page`.
+) -> Page:
+    """Return the page of an encoder, whose graph has these inputs.
 
-    `max_length` is the number of tokens of a text, by default as many as model and tokenizer take; `inputs` are the
-    names of the graph's.
+    `max_length` is the number of tokens of a text, by default as many as model and tokenizer take.
     """
     length = max_length or min(tokenizer.model_max_length, int(model.config.max_position_embeddings), _UNLIMITED)
     files = f"""| `model.onnx` | the graph: {", ".join(inputs)}, int64 (batch, length), to logits, float32 \
 (batch, {model.config.num_labels}) |
 | `config.json` | the model's configuration, with the names of the labels |
 | `tokenizer.json` | the tokenizer |"""
-    program = _code(tokenizer, length, inputs, measured)
-    write_page(folder, model, config, measured, "text-classification", files, program)
+    return "text-classification", files, _code(tokenizer, length, inputs, measured), "answers"
 
 
 def write_page(
@@ -46,7 +46,7 @@ def write_page(
     pipeline_tag: str,
     files: str,
     program: str,
-    answers: str = "answers",
+    answers: str,
 ) -> None:
     """Write `README.md` from the parts in which graphs differ.
 

@@ -2,13 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from pathlib import Path
-from typing import Any
-
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from bayeslora.export.onnx.card import write_page
+from bayeslora.export.onnx.card import Page
 from bayeslora.export.onnx.decoders import cache_sizes
 
 _PROGRAM = '''import numpy as np
@@ -45,14 +41,8 @@ def generate(text, most=40):
 print(generate("The film is"))'''
 
 
-def write_decoder_card(
-    folder: Path,
-    model: PreTrainedModel,
-    config: Any,
-    tokenizer: PreTrainedTokenizerBase,
-    measured: Mapping[str, Any],
-) -> None:
-    """Write `README.md` of a decoder, as `write_page`."""
+def decoder_page(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> Page:
+    """Return the page of a decoder."""
     count, heads, size = cache_sizes(model.config)
     files = f"""| `model.onnx` | the graph, whose inputs and outputs have the names that Optimum gives them |
 | `config.json`, `generation_config.json` | the model's configuration, and how it generates |
@@ -63,7 +53,7 @@ def write_decoder_card(
 (batch, {heads}, past, {size}), and `present.0.key` and `.value` leave, (batch, {heads}, past + length, {size}).
 `logits` are float32 (batch, length, {model.config.vocab_size})."""
     program = _PROGRAM.replace("ENDS", str(sorted(_ends(model, tokenizer))))
-    write_page(folder, model, config, measured, "text-generation", files, program, "next tokens")
+    return "text-generation", files, program, "next tokens"
 
 
 def _ends(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> set[int]:

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from pathlib import Path
+from collections.abc import Iterator
 from typing import Any
 
 from transformers import PreTrainedModel
 
-from bayeslora.export.onnx.card import write_page
+from bayeslora.export.onnx.card import Page
 from bayeslora.export.onnx.seq2seq import start_token
 from bayeslora.export.onnx.seq2seq_families import FAMILIES
 
@@ -65,8 +64,8 @@ _PLAIN = {
 """Settings of `generate` with which it writes the likeliest token each time, as the program does."""
 
 
-def write_seq2seq_card(folder: Path, model: PreTrainedModel, config: Any, measured: Mapping[str, Any]) -> None:
-    """Write `README.md` of an encoder-decoder, as `write_page`."""
+def seq2seq_page(model: PreTrainedModel) -> Page:
+    """Return the page of an encoder-decoder."""
     own: Any = model.config
     blocks, heads, size = FAMILIES[type(model).__name__].sizes(own, "decoder")
     positions = getattr(own, "max_position_embeddings", None)
@@ -82,8 +81,7 @@ The encoder reads `input_ids` and `attention_mask`, int64 (batch, source). For e
 before as `past_key_values.0.decoder.key` and `.value`, (batch, {heads}, past, {size}), of length 0 at first. It
 returns `logits`, float32 (batch, length, {own.vocab_size}), and `present.0.decoder.key` and `.value`."""
     said = "\n\n".join([files, *_limits(model.generation_config, positions)])
-    program = _program(model, positions)
-    write_page(folder, model, config, measured, "text-generation", said, program, "next tokens")
+    return "text-generation", said, _program(model, positions), "next tokens"
 
 
 def _limits(generation: Any, positions: int | None) -> Iterator[str]:

@@ -20,8 +20,8 @@ from bayeslora.export.calibration import CODES, LayerInputs, inputs_of_plain_lay
 from bayeslora.export.formats import adapted_parts, only_active, save_config, to_take_apart
 from bayeslora.export.merged import TOLERANCE, merge_into_base
 from bayeslora.export.onnx import decoders, encoders, seq2seq
-from bayeslora.export.onnx.card import write_card
-from bayeslora.export.onnx.decoder_card import write_decoder_card
+from bayeslora.export.onnx.card import Page, encoder_page, write_page
+from bayeslora.export.onnx.decoder_card import decoder_page
 from bayeslora.export.onnx.decoders import Decoder, is_decoder
 from bayeslora.export.onnx.encoders import IDS, MASK, Encoder
 from bayeslora.export.onnx.layers import Embedding, ProductLayers
@@ -29,7 +29,7 @@ from bayeslora.export.onnx.measured import answers_of, asked, filled_inputs, out
 from bayeslora.export.onnx.products import BYTE, Grid, Product, array, learned, plain, rounded, rounded_rows
 from bayeslora.export.onnx.reader import DECODER_FILE, ENCODER_FILE, MODEL_FILE, OnnxDecoder, OnnxEncoderDecoder
 from bayeslora.export.onnx.seq2seq import EncoderDecoder, is_encoder_decoder
-from bayeslora.export.onnx.seq2seq_card import write_seq2seq_card
+from bayeslora.export.onnx.seq2seq_card import seq2seq_page
 from bayeslora.methods.layer import BayesLayer
 from bayeslora.methods.tuner import tuner_of
 from bayeslora.model_card import CARD_FILE
@@ -97,7 +97,7 @@ def export_onnx(
     result = _sizes(folder, base) | errors_of(folder) | ({"dummy_inputs": True} if batch is rows is None else {})
     result |= {"widened": products.widened, "unadapted": products.unadapted}
     _check_error(result, are_learned=products.are_learned, allow_error=allow_error)
-    _write_card(folder, base, config, fast, max_length, names, result)
+    write_page(folder, base, config, result, *_page(base, fast, max_length, names, result))
     return result
 
 
@@ -129,21 +129,19 @@ def _measuring(
     return lambda folder: compared(original, OnnxEncoderDecoder(folder), answers, asked)
 
 
-def _write_card(
-    folder: Path,
+def _page(
     base: PreTrainedModel,
-    config: Any,
     tokenizer: PreTrainedTokenizerBase,
     max_length: int | None,
     names: list[str],
     result: Mapping[str, Any],
-) -> None:
+) -> Page:
+    """Return what the model's card says of its kind of graph."""
     if is_encoder_decoder(base):
-        write_seq2seq_card(folder, base, config, result)
-    elif is_decoder(base):
-        write_decoder_card(folder, base, config, tokenizer, result)
-    else:
-        write_card(folder, base, config, tokenizer, max_length, names, result)
+        return seq2seq_page(base)
+    if is_decoder(base):
+        return decoder_page(base, tokenizer)
+    return encoder_page(base, tokenizer, max_length, names, result)
 
 
 def _checked(tokenizer: PreTrainedTokenizerBase | None, unadapted: str | None) -> PreTrainedTokenizerBase:
