@@ -13,13 +13,7 @@ if TYPE_CHECKING:
     from bayeslora.export.integer.reader import load_integer
     from bayeslora.export.packed.reader import load_packed
 
-__all__ = [
-    "FORMATS",
-    "export",
-    "load_integer",
-    "load_packed",
-    "shrink",
-]
+__all__ = ["FORMATS", "export", "load_integer", "load_packed", "shrink"]
 
 _HOMES = {
     "FORMATS": "formats",

@@ -17,8 +17,7 @@ from __future__ import annotations
 
 import inspect
 import math
-from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -208,21 +207,14 @@ class _Run:
 
     def generated(self) -> Tensor:
         """Generate (S, n, L) sequences, one of S for each owner."""
-        parts = self._together()
-        if parts is None:
-            parts = [self._generate(_only(owner)) for owner in self.owners]
+        parts: list[Tensor] = []
+        if self.owners != [_MEAN] and self.weights.draws_share_a_pass:
+            with suppress(IndivisibleBatchError):
+                parts = [self._generate(range(self.weights.samples))]
+        parts = parts or [self._generate(_only(owner)) for owner in self.owners]
         longest = max(part.shape[1] for part in parts)
         padded = [nn.functional.pad(part, (0, longest - part.shape[1]), value=self.padding) for part in parts]
         return torch.cat(padded).view(len(self.owners), -1, longest)
-
-    def _together(self) -> list[Tensor] | None:
-        """Generate under all draws in one batch; None if that is impossible."""
-        if self.owners == [_MEAN] or not self.weights.draws_share_a_pass:
-            return None
-        try:
-            return [self._generate(range(self.weights.samples))]
-        except IndivisibleBatchError:
-            return None
 
     def _generate(self, draws: range | None) -> Tensor:
         rows = len(self.prompts["input_ids"])
@@ -234,23 +226,14 @@ class _Run:
                 count = options["num_return_sequences"]
                 inputs = {name: each.repeat_interleave(count, dim=0) for name, each in inputs.items()}
                 options = {**options, "num_return_sequences": 1, "past_key_values": cache}
-            with self._watched():
+            with self.base.register_forward_hook(self._check_logits):
                 sequences: Tensor = self.model.generate(**inputs, **options)  # type: ignore[operator]
             check_adapters(self.model)
         return sequences
 
-    @contextmanager
-    def _watched(self) -> Iterator[None]:
+    def _check_logits(self, _module: nn.Module, _args: Any, output: Any) -> None:
         """Raise where the logits that a token is chosen from are not finite, as those of a broken adapter."""
-
-        def check(_module: nn.Module, _args: Any, output: Any) -> None:
-            check_finite(output.logits[None, :, -1], self.model, of="sequence")
-
-        hook = self.base.register_forward_hook(check)
-        try:
-            yield
-        finally:
-            hook.remove()
+        check_finite(output.logits[None, :, -1], self.model, of="sequence")
 
     def _read_prompts(self, inputs: dict[str, Tensor]) -> DynamicCache | None:
         """Return keys and values of all but the last token, once for each sequence; None where `generate` must read.

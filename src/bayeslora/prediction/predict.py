@@ -26,7 +26,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from bayeslora.errors import BayesLoraError, counted
 from bayeslora.methods.layer import device_of, evaluation_mode
@@ -127,7 +126,7 @@ def predict(
     problem = None if logits is not None else problem_type(predictor.model)
     if isinstance(seed, bool) or not isinstance(seed, int):
         raise BayesLoraError(f"the seed is {seed!r}, but must be a whole number: give seed=0")
-    collected = _sampled_logits(predictor, loader_or_batch, samples, seed, antithetic, logits)
+    collected = sampled_logits(predictor, loader_or_batch, samples, seed, antithetic, logits or _forward)
     prediction = _of_labels(collected) if problem == MULTI_LABEL else summarize(collected)
     if problem == "regression" and collected.shape[2] > 1:
         raise BayesLoraError(
@@ -154,20 +153,10 @@ def sampled_logits(
     """
     if logits is None:
         check_one_label(predictor.model)
-    return _sampled_logits(predictor, loader_or_batch, samples, seed, antithetic, logits)
-
-
-def _sampled_logits(
-    predictor: Predictor,
-    loader_or_batch: Mapping[str, Any] | Iterable[Mapping[str, Any]],
-    samples: int,
-    seed: int,
-    antithetic: bool,
-    logits: Logits | None,
-) -> Tensor:
+        logits = _forward
     batches = [loader_or_batch] if isinstance(loader_or_batch, Mapping) else loader_or_batch
     device = device_of(predictor.model)
-    read = _checked(logits or _forward, (2,) if logits is None else (2, 3))
+    read = _checked(logits, (2,) if logits is _forward else (2, 3))
     collected: list[Tensor] = []
     with evaluation_mode(predictor.model), torch.inference_mode():
         sample = predictor.sampler(samples, seed, antithetic, read)
@@ -243,10 +232,11 @@ def summarize(logits: Tensor) -> Prediction:
     A logit of -inf marks a class that the example does not have; its probability is 0.
     """
     logits = logits.to(torch.float64)
-    if logits.shape[2] == 1:
+    if logits.shape[-1] == 1:
         return _regression(logits)
     per_sample = logits.log_softmax(dim=-1)
-    mean = _log_mean(per_sample)
+    # In logarithms, so that small numbers keep their order.
+    mean = per_sample.logsumexp(dim=0) - math.log(len(per_sample))
     sample_probabilities, probabilities = per_sample.exp(), mean.exp()
     entropy, expected = _entropy(probabilities), _entropy(sample_probabilities).mean(dim=0)
     return Prediction(
@@ -264,24 +254,9 @@ def summarize(logits: Tensor) -> Prediction:
 
 def _of_labels(logits: Tensor) -> Prediction:
     """Return the `Prediction` of S >= 1 samples with (S, n, C) logits, one yes or no for each of C labels."""
-    yes, no = (_log_mean(F.logsigmoid(sign * logits)) for sign in (1, -1))
-    entropy = _entropy(torch.stack([yes, no], dim=-1).exp())
-    expected = _entropy(torch.stack([logits.sigmoid(), (-logits).sigmoid()], dim=-1)).mean(dim=0)
-    return Prediction(
-        logits=yes - no,
-        probabilities=yes.exp(),
-        labels=(yes > no).to(torch.int64),
-        entropy=entropy,
-        mutual_information=(entropy - expected).clamp_min(0),
-        expected_entropy=expected,
-        std=torch.zeros_like(entropy),
-        sample_probabilities=logits.sigmoid(),
-    )
-
-
-def _log_mean(logarithms: Tensor) -> Tensor:
-    """Return the logarithm of the mean over the samples, in logarithms, so that small numbers keep their order."""
-    return logarithms.logsumexp(dim=0) - math.log(len(logarithms))
+    found = summarize(torch.stack([torch.zeros_like(logits), logits], dim=-1))  # the sigmoid of z is softmax (0, z)
+    no, yes = found.logits.unbind(dim=-1)
+    return replace(found, logits=yes - no, probabilities=yes.exp(), sample_probabilities=logits.double().sigmoid())
 
 
 def _regression(values: Tensor) -> Prediction:

@@ -81,33 +81,22 @@ class ModelPredictor:
             )
 
     def sampler(self, samples: int, seed: int, antithetic: bool, read: Logits) -> Sampler:
-        if samples == 0:
-            return self._mean(read)
-        if self.source is not None:
-            return self._draws_of_source(samples, seed, antithetic, read)
-        return _of_draws(BatchedSampler(self.model, read, seed, antithetic), samples)
-
-    def _mean(self, read: Logits) -> Sampler:
-        def mean(batch: Mapping[str, Tensor]) -> Tensor:
-            with posterior_mean(self.model):
-                logits: Tensor = read(self.model, batch)
-            return logits.unsqueeze(0)
-
-        return mean
-
-    def _draws_of_source(self, samples: int, seed: int, antithetic: bool, read: Logits) -> Sampler:
         source = self.source
-        assert source is not None
+        if samples and source is None:
+            return _of_draws(BatchedSampler(self.model, read, seed, antithetic), samples)
 
-        def draws(batch: Mapping[str, Tensor]) -> Tensor:
+        def logits(batch: Mapping[str, Tensor]) -> Tensor:
             found = []
-            with posterior_mean(self.model), first_token_only(self.model):
-                for draw in range(samples):
-                    with source.sampled(seed, draw, antithetic):
-                        found.append(read(self.model, batch))
+            with posterior_mean(self.model):
+                if source is None or not samples:
+                    return torch.stack([read(self.model, batch)])
+                with first_token_only(self.model):
+                    for draw in range(samples):
+                        with source.sampled(seed, draw, antithetic):
+                            found.append(read(self.model, batch))
             return torch.stack(found)
 
-        return draws
+        return logits
 
 
 class CoreEnsemble:

@@ -4,6 +4,4 @@ from __future__ import annotations
 
 from bayeslora.runtime.compiled import compile_inference
 
-__all__ = [
-    "compile_inference",
-]
+__all__ = ["compile_inference"]
