@@ -6,7 +6,7 @@ finished model is reported to cost.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Sequence
 
 from torch import nn
 
@@ -15,7 +15,7 @@ from bayeslora.cost.macs import SCOPES, LayerCost, Operation, Scope, described_l
 from bayeslora.cost.structure import ModelOrConfig, as_model, read_structure
 from bayeslora.errors import BayesLoraError
 from bayeslora.methods import LayerDescription
-from bayeslora.methods.allocation import CostModel, Product, TensorKey
+from bayeslora.methods.allocation import CostModel, Product
 from bayeslora.methods.tuner import tuner_of
 from bayeslora.vocabulary import BASE_WEIGHT, MATRICES
 
@@ -47,10 +47,15 @@ def bops_cost(
     built = as_model(model)
     layers = described_layers(built) if layers is None else layers
     structure = read_structure(built)
-    per_rank = structure_operations(structure, tokens, [_at_rank_one(layer) for layer in layers])
+    # With one rank, the operations of a layer are those of each of its ranks.
+    of_one = [LayerDescription(e.name, e.in_features, e.out_features, 1, 1, 0, dict(e.bits)) for e in layers]
+    per_rank = structure_operations(structure, tokens, of_one)
     baseline = bops_by_scope(baseline_operations(structure, tokens, layers, baseline_rank))[scope]
     found = [operation for operation in per_rank if operation.counts_in(scope)]
-    return CostModel(tuple(map(_product, found)), baseline, dict(_operand_widths(found)), _ranks(layers))
+    sides = [each for op in found for each in ((op.weight_of, op.weight_bits), (op.input_of, op.input_bits))]
+    # Of every tensor, also of a base weight loaded in few bits, which only the operations know.
+    widths = {tensor: bits for tensor, bits in sides if tensor is not None}
+    return CostModel(tuple(map(_product, found)), baseline, widths, _ranks(layers))
 
 
 def bytes_cost(
@@ -99,24 +104,10 @@ def rank_cost(model: ModelOrConfig, layers: Sequence[LayerCost] | None = None) -
     return CostModel(products, len(layers), default_ranks=_ranks(layers))
 
 
-def _at_rank_one(layer: LayerCost) -> LayerDescription:
-    """Return the layer with one rank: its operations are those of each rank."""
-    return LayerDescription(layer.name, layer.in_features, layer.out_features, 1, 1, 0, dict(layer.bits))
-
-
 def _product(operation: Operation) -> Product:
     left = operation.weight_bits if operation.weight_of is None else operation.weight_of
     right = operation.input_bits if operation.input_of is None else operation.input_of
     return Product(operation.macs, left, right, operation.rank_of)
-
-
-def _operand_widths(operations: Sequence[Operation]) -> Iterator[tuple[TensorKey, int]]:
-    """Yield the present width of every tensor; the operations know that of a base weight loaded in few bits."""
-    for operation in operations:
-        if operation.weight_of is not None:
-            yield operation.weight_of, operation.weight_bits
-        if operation.input_of is not None:
-            yield operation.input_of, operation.input_bits
 
 
 def _ranks(layers: Sequence[LayerCost]) -> dict[str, int]:

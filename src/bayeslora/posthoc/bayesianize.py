@@ -24,7 +24,7 @@ from bayeslora.methods.blob import BlobConfig
 from bayeslora.methods.config import KEPT_FIELDS
 from bayeslora.methods.variational import stochastic_layers
 from bayeslora.posthoc.plain_lora import lora_factors, only_lora
-from bayeslora.posthoc.temperature import predictive_nll
+from bayeslora.posthoc.temperature import check_classes, predictive_nll
 from bayeslora.prediction import Logits, ModelPredictor, NotFiniteError, labels_of, sampled_logits
 
 _log = logging.getLogger(__name__)
@@ -129,8 +129,7 @@ def largest_allowed(allowed: Callable[[float], bool], steps: int) -> float:
 
 
 def _labels(batches: list[Mapping[str, Any]], logits: Tensor) -> Tensor:
-    if logits.shape[-1] == 1:
-        raise BayesLoraError("the model has 1 output (a regression), but must have classes: use a classifier")
+    check_classes(logits)
     if not any("label" in key and value is not None for batch in batches for key, value in batch.items()):
         return logits[0].argmax(dim=-1)
     return labels_of(batches)

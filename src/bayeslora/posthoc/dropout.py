@@ -51,8 +51,7 @@ class MCDropout:
         def passes(batch: Mapping[str, Tensor]) -> Tensor:
             with posterior_mean(self.model):
                 if samples == 0:
-                    only: Tensor = read(self.model, batch)
-                    return only.unsqueeze(0)
+                    return torch.stack([read(self.model, batch)])
                 device = next(iter(batch.values())).device
                 with self._dropping(), seeded(seed, device):
                     return torch.stack([read(self.model, batch) for _ in range(samples)])

@@ -26,6 +26,7 @@ from transformers.pytorch_utils import Conv1D
 from bayeslora.cost.structure import ModelStructure, base_model, read_structure
 from bayeslora.errors import BayesLoraError
 from bayeslora.export.calibration import Activation, watch_layers
+from bayeslora.export.formats import upright
 from bayeslora.methods import LayerDescription, describe
 from bayeslora.quantization import (
     FLOOR,
@@ -96,8 +97,7 @@ class RoundedLinear(nn.Module):
         moments: Tensor | None = None,
     ) -> None:
         super().__init__()
-        weight = cast(Tensor, layer.weight).detach()
-        weight = weight.T.contiguous() if isinstance(layer, Conv1D) else weight
+        weight = upright(layer).contiguous()
         if bits["weight"] < UNQUANTIZED:
             width = bits["weight"]
             bound = optimal_range(weight, width, dim=1)

@@ -15,7 +15,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager, nullcontext, suppress
 from typing import Any
 
 import torch
@@ -201,10 +201,8 @@ class Prefix:
                 hooks.callback(module.register_forward_hook(leave).remove)
             for layer in self.layers:
                 hooks.callback(layer.register_forward_pre_hook(reach, prepend=True).remove)
-            try:
+            with suppress(_Reached):
                 run()
-            except _Reached:
-                pass
         within = {id(part) for module, _ in self._open if module in self._blocks for part in module.modules()}
         innermost = next((module for module, _ in reversed(self._open) if module in self._blocks), self.model)
         siblings = set(innermost.modules())

@@ -45,11 +45,7 @@ def skip_padding(model: PreTrainedModel) -> None:
 
 
 class ClassifierForward:
-    """The forward pass of one model.
-
-    Args:
-        model: of an architecture in `FAMILIES`, in evaluation mode.
-    """
+    """The forward pass of one model of an architecture in `FAMILIES`, in evaluation mode."""
 
     def __init__(self, model: PreTrainedModel) -> None:
         self.model, self.family = model, FAMILIES[type(model).__name__]
@@ -145,13 +141,10 @@ class _Places:
 
 
 class _Block:
-    """A block of the encoder, on rows.
+    """A block of the encoder, on rows: attention and feed-forward network, at the paths of its family."""
 
-    Args:
-        block: attention and feed-forward network.
-        family: with their paths.
-        heads: number of the attention's.
-    """
+    joint_layers: tuple[str, ...] = ("query", "key", "value")
+    """Layers that are computed together."""
 
     def __init__(self, block: nn.Module, family: Family, heads: int) -> None:
         def part(path: str) -> Any:
@@ -162,17 +155,13 @@ class _Block:
         self.inner, self.outer = (part(path) for path in family.feed_forward)
         self.first_norm, self.second_norm = (part(path) for path in family.norms)
         self.activation = part(family.activation)
-        self.side_by_side = self._side_by_side()
+        self.side_by_side: list[Any] = [getattr(self, name) for name in self.joint_layers]
         self.joint = JointLinear(self.side_by_side) if JointLinear.fit(self.side_by_side) else None
 
     def __call__(self, x: Tensor, places: _Places) -> Tensor:
         """Return the rows after the block."""
         q, k, v = self._projected(x, places)
         return self._finished(places.rows(self._attention(q, k, v, places)), x)
-
-    def _side_by_side(self) -> list[Any]:
-        """Return the layers that are computed together."""
-        return [self.query, self.key, self.value]
 
     def _projected(self, x: Tensor, places: _Places) -> tuple[Tensor, ...]:
         """Return the outputs of these layers, each (batch, heads, length, size)."""
@@ -199,6 +188,8 @@ class _Block:
 class _LastBlock(_Block):
     """The block after which only the first tokens are read."""
 
+    joint_layers = ("key", "value")
+
     def __call__(self, x: Tensor, places: _Places) -> Tensor:
         """Return the rows of the first tokens (batch, width) after the block."""
         first = x.index_select(0, places.first)
@@ -206,12 +197,11 @@ class _LastBlock(_Block):
         k, v = self._projected(x, places)
         return self._finished(self._attention(q, k, v, places).squeeze(1), first)
 
-    def _side_by_side(self) -> list[Any]:
-        return [self.key, self.value]
-
 
 class JointLinear:
     r"""The outputs of several `IntegerLinear` with the same input, such as query, key and value, side by side.
+
+    They must be layers that `fit`.
 
     Three layers take three times as many calls as one, and for one sentence calls take longer than products. Here the
     calls are shared: inputs are rounded to all grids at once, and the updates of all layers are one product with
@@ -219,9 +209,6 @@ class JointLinear:
     $$ \begin{pmatrix} B_q & & \\ & B_k & \\ & & B_v \end{pmatrix}. $$
 
     Only the products with $W_0$ and $A$ stay apart, because each layer has its own grid for the input.
-
-    Args:
-        layers: for which `fit` returns True.
     """
 
     def __init__(self, layers: Sequence[IntegerLinear]) -> None:
@@ -231,18 +218,16 @@ class JointLinear:
         column = (-1, 1, 1)
         self.input_steps = torch.tensor([layer.input.step for layer in layers], device=device).view(column)
         self.input_bounds = _bounds([layer.input for layer in layers], [1] * len(layers), device, column)
-        ranks = [layer.rank for layer in layers]
         with_rank = [layer for layer in layers if layer.rank]
-        self.rank = sum(ranks)
+        counts = [layer.rank for layer in with_rank]
+        self.rank = sum(counts)
         if with_rank:
-            counts = [layer.rank for layer in with_rank]
             self.after_a = _bounds([layer.after_a for layer in with_rank], counts, device)
             self.after_e = _bounds([layer.after_e for layer in with_rank], counts, device)
             self.diagonal = torch.cat([layer.diagonal for layer in with_rank])
             empty = torch.zeros(0, device=device)
-            self.up = torch.block_diag(
-                *(layer.up if layer.rank else empty.new_zeros(0, layer.out_features) for layer in layers)
-            )
+            parts = (layer.up if layer.rank else empty.new_zeros(0, layer.out_features) for layer in layers)
+            self.up = torch.block_diag(*parts)
         widths = [layer.out_features for layer in layers]
         self.output_bounds = _bounds([layer.output for layer in layers], widths, device)
         steps = torch.tensor([layer.output.step for layer in layers], device=device)

@@ -51,9 +51,7 @@ def fused_product(x: Tensor, codes: Tensor) -> Tensor:
     Uncompiled, it would write the codes as float32 for each row.
     """
     x = x.float()
-    x = x.as_strided(
-        x.shape, x.stride()
-    )  # a barrier: keeps the operations before `x` from being fused into every column
+    x = x.as_strided(x.shape, x.stride())  # a barrier: operations before `x` are not fused into every column
     return (x[:, None] * codes.float()).sum(-1)
 
 

@@ -106,12 +106,7 @@ def architecture_of(model: PreTrainedModel) -> Architecture:
 
 
 class Names:
-    """Names of a model's tensors in GGUF, and the order of their rows.
-
-    Args:
-        architecture: of the model.
-        config: of the model.
-    """
+    """Names of a model's tensors in GGUF, and the order of their rows."""
 
     def __init__(self, architecture: Architecture, config: Any) -> None:
         self._map = gguf.get_tensor_name_map(architecture.kind, config.num_hidden_layers)

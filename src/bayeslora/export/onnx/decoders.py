@@ -174,12 +174,7 @@ def cache_sizes(config: Any) -> tuple[int, int, int]:
 
 
 class Decoder:
-    """Writes a model into a graph.
-
-    Args:
-        model: of an architecture in `FAMILIES`, with merged weights.
-        layers: writes linear layers and the word embedding.
-    """
+    """Writes a model with merged weights into a graph; `layers` writes linear layers and the word embedding."""
 
     def __init__(self, model: PreTrainedModel, layers: ProductLayers) -> None:
         self.model, self.layers = model, layers

@@ -92,12 +92,9 @@ def normalized(graph: Graph, model: nn.Module, path: str, x: str) -> str:
 
 
 class Encoder:
-    """Writes a model into a graph.
+    """Writes a model with merged weights into a graph, whose inputs are `names`.
 
-    Args:
-        model: of an architecture in `FAMILIES`, with merged weights.
-        layers: writes linear layers and the word embedding.
-        names: of the graph's inputs.
+    `layers` writes linear layers and the word embedding.
     """
 
     def __init__(self, model: PreTrainedModel, layers: ProductLayers, names: Sequence[str]) -> None:

@@ -71,11 +71,7 @@ class ProductLayers:
     """
 
     def __init__(
-        self,
-        products: Mapping[str, Product],
-        embeddings: Mapping[str, Embedding],
-        *,
-        in_blocks: bool = False,
+        self, products: Mapping[str, Product], embeddings: Mapping[str, Embedding], *, in_blocks: bool = False
     ) -> None:
         self.products, self.embeddings, self.in_blocks = products, embeddings, in_blocks
 
@@ -104,9 +100,8 @@ class ProductLayers:
         columns = product.weight.shape[1]
         codes, _ = _blocks(graph, head, product.weight, product.steps, BYTE)
         rows = graph("Gather", codes, ids, name=f"{path}.gathered")
-        sizes = graph(
-            "Concat", graph("Shape", ids, name=f"{path}.shape"), graph.integers(-1), name=f"{path}.sizes", axis=0
-        )
+        shape = graph("Shape", ids, name=f"{path}.shape")
+        sizes = graph("Concat", shape, graph.integers(-1), name=f"{path}.sizes", axis=0)
         rows = graph("Reshape", rows, sizes, name=f"{path}.rows")
         if columns % BLOCK:
             limits = (graph.integers(each) for each in (0, columns, 2))
@@ -197,27 +192,17 @@ def _fit_together(products: Sequence[Product]) -> bool:
 
 
 class _Input:
-    """Rows that layers read, on each grid once.
-
-    Args:
-        graph: to add to.
-        x: rows, or what `before` makes rows of.
-        before: puts values or codes in another order.
-    """
+    """Rows `x` that layers read, on each grid once; `before` puts their values or codes in another order."""
 
     def __init__(self, graph: Graph, x: str, before: Move | None) -> None:
         self.graph, self.x, self.before = graph, x, before
         self._found: dict[Grid | None, tuple[str, str]] = {}
 
-    def values(self, grid: Grid | None, path: str) -> str:
-        """Return the rows, rounded to the grid if there is one; nodes are named after `path`, the first to ask."""
-        return self._forms(grid, path)[1]
+    def forms(self, grid: Grid | None, path: str) -> tuple[str, str]:
+        """Return the codes of the rows on the grid, and the rows, rounded to the grid if there is one.
 
-    def codes(self, grid: Grid, path: str) -> str:
-        """Return the codes of the rows on a grid of at most 8 bits."""
-        return self._forms(grid, path)[0]
-
-    def _forms(self, grid: Grid | None, path: str) -> tuple[str, str]:
+        Nodes are named after `path`, the first to ask.
+        """
         if grid not in self._found:
             self._found[grid] = self._made(grid, f"{path}.input")
         return self._found[grid]
@@ -237,15 +222,7 @@ class _Input:
 
 
 class _Joint:
-    """Layers side by side, whose outputs are columns of one matrix.
-
-    Args:
-        graph: to add to.
-        name: of the nodes that they share.
-        parts: the layers.
-        products: their weights.
-        in_blocks: as of `ProductLayers`.
-    """
+    """Layers side by side, whose outputs are columns of one matrix; `name` is that of the nodes that they share."""
 
     def __init__(
         self, graph: Graph, name: str, parts: Sequence[Part], products: Sequence[Product], *, in_blocks: bool
@@ -285,7 +262,7 @@ class _Joint:
                 bias = np.concatenate([cast(Array, product.bias) for product in products])
             weight = np.concatenate([product.weight for product in products])
             steps = np.concatenate([product.steps for product in products])
-            x = source.values(grid, path)
+            _, x = source.forms(grid, path)
             in_blocks = self.in_blocks and first.fits_blocks and (grid is None or not grid.is_byte)
             if in_blocks and weight.dtype == np.int8:
                 found.append(_block_product(self.graph, path, x, weight, steps, bias))
@@ -332,7 +309,8 @@ class _Joint:
         for kind in dict.fromkeys(kinds):
             mine = [place for place, each in enumerate(kinds) if each == kind]
             path, grid, is_last = adapted[mine[0]][0], kind[0], kind == kinds[-1]
-            x, own_weights, own_steps = source.values(grid, path), [weights[i] for i in mine], [steps[i] for i in mine]
+            own_weights, own_steps = [weights[i] for i in mine], [steps[i] for i in mine]
+            _, x = source.forms(grid, path)
             found.append(self._a_product(f"{path}.A", x, own_weights, own_steps, grid, has_bias=has_bias and is_last))
         return self._side_by_side(found, "A.products")
 
@@ -344,7 +322,7 @@ class _Joint:
         weights = [cast(Array, product.a) for _, product in adapted]
         known, width = list(dict.fromkeys(grids)), weights[0].shape[1]
         paths = {grid: path for (path, _), grid in reversed(list(zip(adapted, grids, strict=True)))}
-        codes = self._side_by_side([source.codes(grid, paths[grid]) for grid in known], "codes")
+        codes = self._side_by_side([source.forms(grid, paths[grid])[0] for grid in known], "codes")
         x = _from_bytes(self.graph, codes, 1.0, _CENTER, f"{self.name}.inputs")
         wide = [
             np.pad(weight, ((0, 0), (width * before, width * (len(known) - 1 - before))))
@@ -413,15 +391,13 @@ class _Joint:
                 output = _clipped_bytes(graph, output, cast(Grid, grid), f"{part.path}.output")
             output = part.turn(output) if part.turn else output
             if grid is not None:
-                output = self._values_of(output, grid, part)
+                step, values = grid.step * part.factor, f"{part.path}.output"
+                if grid.is_byte:
+                    output = _from_bytes(graph, output, step, grid.zero_point, values)
+                else:
+                    output = graph("Mul", output, graph.number(step), name=values)
             result.append(output)
         return result
-
-    def _values_of(self, codes: str, grid: Grid, part: Part) -> str:
-        step, name = grid.step * part.factor, f"{part.path}.output"
-        if grid.is_byte:
-            return _from_bytes(self.graph, codes, step, grid.zero_point, name)
-        return self.graph("Mul", codes, self.graph.number(step), name=name)
 
 
 def _stored_as(product: Product) -> tuple[Grid | None, str, bool, bool]:
@@ -456,9 +432,8 @@ def _rounded(graph: Graph, steps: str, levels: Sequence[int], name: str) -> str:
 def _byte_codes(graph: Graph, x: str, step: float, grid: Grid, name: str) -> str:
     """Add the code of values on a grid of at most 8 bits, in the unit `step`."""
     zero = graph.constant(f"uint8_{grid.zero_point}", np.array(grid.zero_point, dtype=np.uint8))
-    return _clipped_bytes(
-        graph, graph("QuantizeLinear", x, graph.number(step), zero, name=f"{name}.codes"), grid, name
-    )
+    codes = graph("QuantizeLinear", x, graph.number(step), zero, name=f"{name}.codes")
+    return _clipped_bytes(graph, codes, grid, name)
 
 
 def _clipped_bytes(graph: Graph, codes: str, grid: Grid, name: str) -> str:

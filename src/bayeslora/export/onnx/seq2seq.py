@@ -58,12 +58,7 @@ def start_token(model: nn.Module) -> int | None:
 
 
 class EncoderDecoder:
-    """Writes a model into two graphs.
-
-    Args:
-        model: of an architecture in `FAMILIES`, with merged weights.
-        layers: writes linear layers and the word embedding.
-    """
+    """Writes a model with merged weights into two graphs; `layers` writes linear layers and the word embedding."""
 
     def __init__(self, model: PreTrainedModel, layers: ProductLayers) -> None:
         self.model, self.layers = model, layers

@@ -203,8 +203,7 @@ def _merged(whole: PeftModel, name: str, unadapted: str | None) -> tuple[PreTrai
         raise BayesLoraError(
             f"unadapted is {unadapted!r}, but without learned widths all layers are float32: leave it out"
         )
-    merged = merge_into_base(whole, name)
-    base = cast(PreTrainedModel, merged)
+    base = cast(PreTrainedModel, merge_into_base(whole, name))
     linear = {path: plain(module) for path, module in base.named_modules() if isinstance(module, (nn.Linear, Conv1D))}
     return base, ProductLayers(linear, _embeddings(base, linear, "float32"))
 

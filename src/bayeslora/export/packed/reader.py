@@ -244,11 +244,10 @@ def _names(coded: list[Any]) -> list[str]:
     for entry in coded:
         shared, colon, rest = entry.partition(":") if isinstance(entry, str) else ("", "", "")
         before = names[-1] if names else ""
-        if not colon or not (shared.isascii() and shared.isdigit()) or len(shared) > 4 or int(shared) > len(before):
+        is_number = shared.isascii() and shared.isdigit() and len(shared) <= 4
+        if not colon or not is_number or int(shared) > len(before) or not is_name(before[: int(shared)] + rest):
             PACKED.damaged("a layer's name cannot be read")
         names.append(before[: int(shared)] + rest)
-        if not is_name(names[-1]):
-            PACKED.damaged("a layer's name cannot be read")
     if len(set(names)) < len(names):
         PACKED.damaged("a layer is repeated")
     return names
