@@ -250,16 +250,6 @@ def check_unmerged(layers: Mapping[str, Any]) -> None:
             )
 
 
-def check_floating_point(layers: Mapping[str, BayesLayer], name: str) -> None:
-    """Raise `BayesLoraError` if the base weight of a layer is stored in 4 or 8 bits."""
-    for key, layer in layers.items():
-        if not layer.has_plain_weight:
-            raise BayesLoraError(
-                f"the base weight of {key} has {layer.base_width} bits, but must be in floating point: "
-                f"load the base in float32 and export adapter {name!r} on it"
-            )
-
-
 def to_take_apart(model: PeftModel, tuner: BayesTuner, name: str) -> tuple[PeftModel, dict[str, BayesLayer]]:
     """Return a copy of the model with adapter `name` active, in evaluation mode, and its adapted layers by path.
 
@@ -267,7 +257,12 @@ def to_take_apart(model: PeftModel, tuner: BayesTuner, name: str) -> tuple[PeftM
         BayesLoraError: a base weight is not in floating point.
     """
     layers: dict[str, BayesLayer] = tuner.named_layers(name)
-    check_floating_point(layers, name)
+    for key, layer in layers.items():
+        if not layer.has_plain_weight:
+            raise BayesLoraError(
+                f"the base weight of {key} has {layer.base_width} bits, but must be in floating point: "
+                f"load the base in float32 and export adapter {name!r} on it"
+            )
     whole = sharing_base(model, tuner)
     whole.set_adapter(name)
     _, tuner, _ = adapted_parts(whole.eval(), name)

@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import torch
-from peft import PeftModel, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
+from peft import PeftModel
 from torch import Tensor, nn
 
 from bayeslora.errors import BayesLoraError
@@ -23,7 +23,7 @@ from bayeslora.export.formats import lora_layers
 from bayeslora.methods.blob import BlobConfig
 from bayeslora.methods.config import KEPT_FIELDS
 from bayeslora.methods.variational import stochastic_layers
-from bayeslora.posthoc.plain_lora import lora_factors, only_lora
+from bayeslora.posthoc.plain_lora import lora_factors, only_lora, with_adapter
 from bayeslora.posthoc.temperature import check_classes, predictive_nll
 from bayeslora.prediction import Logits, ModelPredictor, NotFiniteError, labels_of, sampled_logits
 
@@ -93,13 +93,11 @@ def _as_blob(model: Any, name: str, config: Any) -> tuple[PeftModel, dict[str, T
     layers = lora_layers(model, name)
     factors = {path: _decomposed(layer, name) for path, layer in layers.items()}
     scalings = {path: float(layers[path].scaling[name]) for path in factors}
-    saved = get_peft_model_state_dict(model, adapter_name=name)
-    state = {key: value.clone() for key, value in saved.items() if ".lora_" not in key}
+    matrices: dict[str, Tensor] = {}
     for path, (a, b, _) in factors.items():
-        state |= {f"base_model.model.{path}.blob_{part}": value for part, value in (("M", a), ("B", b))}
-        state[f"base_model.model.{path}.blob_G"] = torch.zeros_like(a)
-    new = get_peft_model(model.unload(), _blob_config(config, factors, scalings), adapter_name=name).eval()
-    set_peft_model_state_dict(new, state, adapter_name=name)
+        parts = {"M": a, "B": b, "G": torch.zeros_like(a)}
+        matrices |= {f"{path}.blob_{part}": value for part, value in parts.items()}
+    new = with_adapter(model, name, _blob_config(config, factors, scalings), matrices)
     return new, {path: d for path, (_, _, d) in factors.items()}
 
 

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
-from peft import PeftModel
+from peft import PeftConfig, PeftModel, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
 from torch import Tensor, nn
 
 from bayeslora.errors import BayesLoraError
@@ -59,3 +60,16 @@ def lora_factors(layer: Any, name: str) -> tuple[Tensor, Tensor]:
             f"the adapter is on a {type(layer.get_base_layer()).__name__}, but must be on linear layers: retrain it"
         )
     return layer.lora_A[name].weight.detach().double(), layer.lora_B[name].weight.detach().double()
+
+
+def with_adapter(model: Any, name: str, config: PeftConfig, matrices: Mapping[str, Tensor]) -> PeftModel:
+    """Return the base of `model` with another adapter, whose matrices are given by their paths in the base.
+
+    Other trained tensors, such as a head, stay.
+    """
+    saved = get_peft_model_state_dict(model, adapter_name=name)
+    state = {key: value.clone() for key, value in saved.items() if ".lora_" not in key}
+    state |= {f"base_model.model.{path}": matrix for path, matrix in matrices.items()}
+    new = get_peft_model(model.unload(), config, adapter_name=name).eval()
+    set_peft_model_state_dict(new, state, adapter_name=name)
+    return new

@@ -20,7 +20,6 @@ from bayeslora.prediction import (
     labels_of,
     sampled_logits,
 )
-from bayeslora.prediction.predictor import Predictor
 
 
 class CalibrationMap:
@@ -62,7 +61,10 @@ class CalibrationMap:
         Raises:
             BayesLoraError: labels are missing or not classes, or the rows do not determine the map.
         """
-        return self.fit_logits(*held_out_logits(self.predictor, loader, samples, seed, logits))
+        batches = [loader] if isinstance(loader, Mapping) else list(loader)
+        labels = labels_of(batches)
+        check_samples(self.predictor, samples)
+        return self.fit_logits(sampled_logits(self.predictor, batches, samples, seed, logits=logits), labels)
 
     def fit_logits(self, outputs: Tensor, labels: Tensor) -> Self:
         """Do what `fit` does, from the logits (S, n, C) of S samples, float64, and class ids (n,)."""
@@ -133,20 +135,6 @@ class TemperatureScaling(CalibrationMap):
 def check_classes(logits: Tensor) -> None:
     if logits.shape[-1] == 1:
         raise BayesLoraError("the model has 1 output (a regression), but must have classes: use a classifier")
-
-
-def held_out_logits(
-    predictor: Predictor,
-    loader: Mapping[str, Any] | Iterable[Mapping[str, Any]],
-    samples: int,
-    seed: int,
-    logits: Logits | None,
-) -> tuple[Tensor, Tensor]:
-    """Return logits (S, n, C) and labels (n,) of the rows that a calibration is fitted on."""
-    batches = [loader] if isinstance(loader, Mapping) else list(loader)
-    labels = labels_of(batches)
-    check_samples(predictor, samples)
-    return sampled_logits(predictor, batches, samples, seed, logits=logits), labels
 
 
 def predictive_nll(logits: Tensor, labels: Tensor) -> float:

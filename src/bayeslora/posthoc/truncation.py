@@ -22,7 +22,7 @@ from contextlib import ExitStack
 from typing import Any, NamedTuple, cast
 
 import torch
-from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
+from peft import LoraConfig, PeftModel
 from torch import Tensor, nn
 
 from bayeslora.errors import BayesLoraError
@@ -32,7 +32,7 @@ from bayeslora.methods.blora.probe import logits_of, score_seed
 from bayeslora.methods.config import KEPT_FIELDS
 from bayeslora.methods.layer import device_of
 from bayeslora.methods.tuner import batch_rows
-from bayeslora.posthoc.plain_lora import lora_factors, only_lora
+from bayeslora.posthoc.plain_lora import lora_factors, only_lora, with_adapter
 
 
 class _Update(NamedTuple):
@@ -224,17 +224,13 @@ def _watch(watch: Watch, _: nn.Module, inputs: tuple[Tensor, ...], output: Tenso
 
 def _rebuilt(model: nn.Module, name: str, config: Any, updates: Mapping[str, _Update]) -> PeftModel:
     """Return a copy of `model` in which A and B of every layer are those of its update; one of rank 0 has none."""
-    copied: Any = copy.deepcopy(model)
-    saved = get_peft_model_state_dict(copied, adapter_name=name)
-    state = {key: value.clone() for key, value in saved.items() if ".lora_" not in key}
+    matrices = {}
     left = {path: update for path, update in updates.items() if len(update.values)}
     for path, update in left.items():
         roots, signs = update.values.abs().sqrt(), update.values.sign()
-        state[f"base_model.model.{path}.lora_A.weight"] = (roots.unsqueeze(1) * update.right).float().contiguous()
-        state[f"base_model.model.{path}.lora_B.weight"] = (update.left * (roots * signs)).float().contiguous()
-    new = get_peft_model(copied.unload(), _config(config, left, len(updates)), adapter_name=name).eval()
-    set_peft_model_state_dict(new, state, adapter_name=name)
-    return new
+        matrices[f"{path}.lora_A.weight"] = (roots.unsqueeze(1) * update.right).float().contiguous()
+        matrices[f"{path}.lora_B.weight"] = (update.left * (roots * signs)).float().contiguous()
+    return with_adapter(copy.deepcopy(model), name, _config(config, left, len(updates)), matrices)
 
 
 def _config(config: Any, updates: Mapping[str, _Update], layers: int) -> LoraConfig:

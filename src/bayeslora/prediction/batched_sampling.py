@@ -61,10 +61,11 @@ class BatchedSampler:
     def logits(self, batch: Mapping[str, Tensor], draws: Sequence[int]) -> Tensor:
         """Return (S, B, C) logits under the `draws`, in their order."""
         prefix = self._prefix(batch) if len(draws) > 1 else None
+        largest = max(batch.values(), key=Tensor.numel)
+        most = max(1, MAX_ELEMENTS.get(largest.device.type, _MAX_ELEMENTS) // max(1, largest.numel()))
         parts, start = [], 0
         while start < len(draws):
-            size = self._draws_per_pass(batch) if self.batchable else 1
-            chosen = draws[start : start + size]
+            chosen = draws[start : start + (most if self.batchable else 1)]
             try:
                 parts.append(self._pass(batch, chosen, prefix))
             except IndivisibleBatchError:
@@ -74,11 +75,6 @@ class BatchedSampler:
                 continue
             start += len(chosen)
         return torch.cat(parts)
-
-    @staticmethod
-    def _draws_per_pass(batch: Mapping[str, Tensor]) -> int:
-        largest = max(batch.values(), key=Tensor.numel)
-        return max(1, MAX_ELEMENTS.get(largest.device.type, _MAX_ELEMENTS) // max(1, largest.numel()))
 
     def _pass(self, batch: Mapping[str, Tensor], draws: Sequence[int], prefix: Prefix | None) -> Tensor:
         if prefix is not None and self.shareable:

@@ -149,3 +149,8 @@ def logits(texts):
 {_TEXTS}
 for text, row in zip(texts, logits(texts)):
     print(text, {answer})"""
+
+
+def named_tokens(named: int | list[int] | None) -> list[int]:
+    """Return the tokens that a setting names, in order; `generate` forces the first of them."""
+    return sorted(named if isinstance(named, list) else [] if named is None else [named])

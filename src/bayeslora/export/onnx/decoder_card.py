@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from bayeslora.export.onnx.card import Page
+from bayeslora.export.onnx.card import Page, named_tokens
 from bayeslora.export.onnx.decoders import cache_sizes
 
 _PROGRAM = '''import numpy as np
@@ -52,12 +52,6 @@ def decoder_page(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> 
 {count} blocks has its keys and values: `past_key_values.0.key` and `.value` enter, float32
 (batch, {heads}, past, {size}), and `present.0.key` and `.value` leave, (batch, {heads}, past + length, {size}).
 `logits` are float32 (batch, length, {model.config.vocab_size})."""
-    program = _PROGRAM.replace("ENDS", str(sorted(_ends(model, tokenizer))))
+    ends = {*named_tokens(model.config.eos_token_id), *named_tokens(tokenizer.eos_token_id)}
+    program = _PROGRAM.replace("ENDS", str(sorted(ends)))
     return "text-generation", files, program, "next tokens"
-
-
-def _ends(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> set[int]:
-    """Return the tokens that end a text."""
-    named = model.config.eos_token_id
-    known = [*(named if isinstance(named, list) else [named]), tokenizer.eos_token_id]
-    return {int(token) for token in known if token is not None}

@@ -122,7 +122,7 @@ class Encoder:
         self._sizes = graph("Concat", self._shape, graph.integers(-1, self.width // self.heads), name="sizes", axis=0)
         self._find_tokens()
         x, bias = self._embeddings(), self._attention_bias()
-        blocks = cast(nn.ModuleList, self._module(f"{family.encoder}.{family.blocks}"))
+        blocks = cast(nn.ModuleList, self.model.get_submodule(f"{family.encoder}.{family.blocks}"))
         for number in range(len(blocks)):
             x = self._block(f"{family.encoder}.{family.blocks}.{number}", x, bias, is_last=number == len(blocks) - 1)
         for path, activation in family.head:
@@ -131,9 +131,6 @@ class Encoder:
         graph("Identity", x, name=LOGITS)
         return graph
 
-    def _module(self, path: str) -> nn.Module:
-        return self.model.get_submodule(path)
-
     def _norm(self, path: str, x: str) -> str:
         return normalized(self.graph, self.model, path, x)
 
@@ -141,7 +138,7 @@ class Encoder:
         """Return the embedded tokens as rows."""
         graph, path = self.graph, f"{self.family.encoder}.embeddings"
         words = self.layers.embedding(graph, f"{path}.word_embeddings", IDS)
-        module: Any = self._module(path)
+        module: Any = self.model.get_submodule(path)
         positions = array(module.position_embeddings.weight)
         types = array(module.token_type_embeddings.weight) if hasattr(module, "token_type_embeddings") else None
         if types is not None and TYPES not in self.names:

@@ -84,6 +84,8 @@ class OnnxClassifier(nn.Module):
 class _Writer(PreTrainedModel, GenerationMixin):
     """Graphs that write text, in onnxruntime on the CPU, with the `generate` of Transformers."""
 
+    device = torch.device("cpu")  # type: ignore[assignment]  # of inputs and outputs
+    dtype = torch.float32  # type: ignore[assignment]  # of the logits and the caches
     session: onnxruntime.InferenceSession
     caches: Mapping[str, Any]
 
@@ -92,16 +94,6 @@ class _Writer(PreTrainedModel, GenerationMixin):
         self.config._attn_implementation = "onnx"  # unlike eager or sdpa, takes a mask of tokens alone
         if (folder / GENERATION_CONFIG_NAME).is_file():
             self.generation_config = GenerationConfig.from_pretrained(folder)
-
-    @property
-    def device(self) -> torch.device:
-        """The device of inputs and outputs, the CPU."""
-        return torch.device("cpu")
-
-    @property
-    def dtype(self) -> torch.dtype:
-        """The type of the logits and the caches, float32."""
-        return torch.float32
 
     def _logits(self, feeds: dict[str, Any], cache: Cache | None, rows: int) -> Tensor:
         """Run the graph behind the keys and values in a cache, which is grown, and return the logits."""

@@ -7,7 +7,7 @@ from typing import Any
 
 from transformers import PreTrainedModel
 
-from bayeslora.export.onnx.card import Page
+from bayeslora.export.onnx.card import Page, named_tokens
 from bayeslora.export.onnx.seq2seq import start_token
 from bayeslora.export.onnx.seq2seq_families import FAMILIES
 
@@ -100,21 +100,16 @@ def _program(model: PreTrainedModel, positions: int | None) -> str:
     generation: Any = model.generation_config
     forced = ""
     for length, name in (("1", "forced_bos_token_id"), ("most", "forced_eos_token_id")):
-        for token in _tokens(getattr(generation, name, None))[:1]:
+        for token in named_tokens(getattr(generation, name, None))[:1]:
             forced += f"\n        if len(written) == {length}:  # {name}\n            token = {token}"
     values = {
         "CUT": "" if positions is None else f"\ntokenizer.enable_truncation({positions})",
         "MOST": min(_MOST, positions or _MOST),
         "START": start_token(model),
-        "ENDS": _tokens(generation.eos_token_id),
+        "ENDS": named_tokens(generation.eos_token_id),
         "FORCED": forced,
     }
     program = _PROGRAM
     for name, value in values.items():
         program = program.replace(name, str(value))
     return program
-
-
-def _tokens(named: int | list[int] | None) -> list[int]:
-    """Return the tokens that a setting names, in order; `generate` forces the first of them."""
-    return sorted(named if isinstance(named, list) else [] if named is None else [named])

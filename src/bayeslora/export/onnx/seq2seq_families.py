@@ -28,12 +28,10 @@ class T5Stack(Stack):
 
     @staticmethod
     def sizes(config: Any, root: str) -> tuple[int, int, int]:
-        """Return the number of blocks, of heads, and the size of a head."""
         count = config.num_layers if root == "encoder" else config.num_decoder_layers
         return int(count), int(config.num_heads), int(config.d_kv)
 
     def place(self, root: str, number: int, kind: str) -> tuple[str, str]:
-        """Return the path of a part of a block, and of its norm."""
         names = {OWN: "SelfAttention", READ: "EncDecAttention", FORWARD: "DenseReluDense"}
         order = (OWN, FORWARD) if root == "encoder" else (OWN, READ, FORWARD)
         path = f"{root}.block.{number}.layer.{order.index(kind)}"
@@ -41,7 +39,6 @@ class T5Stack(Stack):
 
     @property
     def feed_forward_layers(self) -> tuple[tuple[str, ...], str]:
-        """Names of the feed-forward network's layers."""
         return ("wi_0", "wi_1") if self.config.is_gated_act else ("wi",), "wo"
 
     def biased(self, bias: str, own: str, seen: str) -> str:
@@ -93,12 +90,10 @@ class BartStack(Stack):
 
     @staticmethod
     def sizes(config: Any, root: str) -> tuple[int, int, int]:
-        """Return the number of blocks, of heads, and the size of a head."""
         count, heads = (int(getattr(config, f"{root}_{name}")) for name in ("layers", "attention_heads"))
         return count, heads, int(config.d_model) // heads
 
     def place(self, root: str, number: int, kind: str) -> tuple[str, str]:
-        """Return the path of a part of a block, and of its norm."""
         path = f"model.{root}.layers.{number}"
         if kind == FORWARD:
             return path, f"{path}.final_layer_norm"
@@ -107,7 +102,6 @@ class BartStack(Stack):
 
     @property
     def scale(self) -> float:
-        """Factor of the queries."""
         return float(self.size**-0.5)
 
     def positioned(self, x: str, places: str) -> str:

@@ -16,7 +16,7 @@ from transformers.pytorch_utils import Conv1D
 from bayeslora._peft import AuxiliaryTrainingWrapper
 from bayeslora.errors import BayesLoraError
 from bayeslora.export.agreement import check_divergence, compared
-from bayeslora.export.calibration import CODES, LayerInputs, inputs_of_plain_layers
+from bayeslora.export.calibration import CODES, inputs_of_plain_layers
 from bayeslora.export.formats import adapted_parts, only_active, save_config, to_take_apart
 from bayeslora.export.merged import TOLERANCE, merge_into_base
 from bayeslora.export.onnx import decoders, encoders, seq2seq
@@ -189,11 +189,14 @@ def _taken_apart(
     calibration: Iterable[dict[str, Tensor]],
 ) -> tuple[PreTrainedModel, ProductLayers]:
     """Return the model without its adapter, and its layers on codes or merged."""
-    if not any(_learns_widths(layer, name) for layer in layers.values()):
+    packed = [layer.packed_tensors(name) for layer in layers.values()]
+    if not any(min(each.widths.values()) < UNQUANTIZED for each in packed if each is not None):
         return _merged(whole, name, unadapted)
-    is_encoder = not _writes_text(whole.get_base_model())
-    inputs = inputs_of_plain_layers(whole, calibration) if is_encoder else {}
-    grids = {path: _best_grid(each) for path, each in inputs.items()}
+    is_encoder, grids = not _writes_text(whole.get_base_model()), {}
+    for path, inputs in (inputs_of_plain_layers(whole, calibration) if is_encoder else {}).items():
+        lowest, highest = inputs.best_ends()
+        step = max(highest - lowest, FLOOR) / CODES
+        grids[path] = Grid(BYTE, step, round(-lowest / step))
     return _quantized(whole, layers, name, unadapted or UNADAPTED[0], grids)
 
 
@@ -236,17 +239,6 @@ def _quantized(
             is_plain = unadapted == "float32" or f"{path}.".startswith(trained)
             linear[path] = plain(module) if is_plain else rounded(module, grids.get(path))
     return base, ProductLayers(linear, _embeddings(base, linear, unadapted), in_blocks=_writes_text(base))
-
-
-def _learns_widths(layer: BayesLayer, name: str) -> bool:
-    packed = layer.packed_tensors(name)
-    return packed is not None and any(bits < UNQUANTIZED for bits in packed.widths.values())
-
-
-def _best_grid(inputs: LayerInputs) -> Grid:
-    lowest, highest = inputs.best_ends()
-    step = max(highest - lowest, FLOOR) / CODES
-    return Grid(BYTE, step, round(-lowest / step))
 
 
 def _save(
