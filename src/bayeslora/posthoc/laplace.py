@@ -185,12 +185,12 @@ class LaplacePredictor:
         structure = self.structure or ("full" if weights.numel() <= _LARGEST_FULL else "kron")
         if is_regression:
             curvatures, fixed = torch.ones(len(features), 1, 1, dtype=torch.float64), 0.0
+            residual = float((logits[:, 0] - labels).square().sum())
         else:
             p = logits.softmax(dim=-1)
             curvatures = torch.diag_embed(p) - p.unsqueeze(2) * p.unsqueeze(1)
-            fixed = -float(nn.functional.cross_entropy(logits, labels, reduction="sum"))
+            fixed, residual = -float(nn.functional.cross_entropy(logits, labels, reduction="sum")), 0.0
         curvature = Curvature.of(structure, features, curvatures)
-        residual = float((logits[:, 0] - labels).square().sum()) if is_regression else 0.0
         evidence = Evidence(curvature.eigenvalues, float(weights.square().sum()), fixed, residual, len(features))
         given = None if self._chosen else self.prior_precision
         precision, noise = evidence.maximize(given, is_regression)

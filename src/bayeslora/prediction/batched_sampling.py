@@ -132,8 +132,7 @@ class BatchedSampler:
         if not self.shareable:
             return None
         prefix = Prefix(self.model, list(self.layers.values()))
-        prefix.capture(lambda: self.read(self.model, batch))
-        self.shareable = prefix.is_known
+        self.shareable = prefix.capture(lambda: self.read(self.model, batch))
         return prefix if self.shareable else None
 
 
@@ -171,12 +170,8 @@ class Prefix:
             block for module in model.modules() if isinstance(module, nn.ModuleList) for block in module.children()
         }
 
-    @property
-    def is_known(self) -> bool:
-        return self._input is not None
-
-    def capture(self, run: Callable[[], Any]) -> None:
-        """Run the model up to its first stochastic layer."""
+    def capture(self, run: Callable[[], Any]) -> bool:
+        """Run the model up to its first stochastic layer, and return whether there was one."""
 
         def enter(module: nn.Module, _args: Any) -> None:
             self._open.append((module, len(self._finished)))
@@ -208,6 +203,7 @@ class Prefix:
             for module, output in self._finished
             if id(module) not in within and (module in self._blocks or self._has_rows(output))
         ]
+        return self._input is not None
 
     def _has_rows(self, output: Any) -> bool:
         return isinstance(output, Tensor) and output.ndim >= 3 and output.shape[0] == self.rows

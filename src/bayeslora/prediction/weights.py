@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 
 from torch import nn
 
@@ -38,23 +38,18 @@ class Weights:
         self.model: nn.Module = predictor.model
         self.samples, self.seed, self.antithetic = samples, seed, antithetic
         self._source = predictor.source
-
-    @property
-    def draws_share_a_pass(self) -> bool:
-        """Return whether one batch can hold rows of several draws."""
-        return self._source is None
+        self.draws_share_a_pass = self._source is None
+        """Whether one batch can hold rows of several draws."""
 
     @contextmanager
     def at(self, draws: range | None) -> Iterator[None]:
         """Set the weights to `draws`, for as many groups of rows of equal size; None is the mean."""
-        if draws is not None and self._source is None:
-            with sampling(self.model, "batch", self.seed, draws, self.antithetic):
-                yield
-            return
-        with posterior_mean(self.model):
-            if draws is None:
-                yield
-                return
-            assert self._source is not None and len(draws) == 1
-            with self._source.sampled(self.seed, draws[0], self.antithetic):
-                yield
+        with ExitStack() as contexts:
+            if draws is not None and self._source is None:
+                contexts.enter_context(sampling(self.model, "batch", self.seed, draws, self.antithetic))
+            else:
+                contexts.enter_context(posterior_mean(self.model))
+            if draws is not None and self._source is not None:
+                assert len(draws) == 1
+                contexts.enter_context(self._source.sampled(self.seed, draws[0], self.antithetic))
+            yield

@@ -70,8 +70,4 @@ def packed(codes: Array, steps: Array, kind: Type) -> Array:
 
 def rounded(values: Array, kind: Type) -> Array:
     """Return values (rows, columns) as `kind`: a type of codes rounds each block anew, by its largest magnitude."""
-    if kind == Type.F32:
-        return np.ascontiguousarray(values, dtype=np.float32)
-    if kind == Type.F16:
-        return np.ascontiguousarray(values).astype(np.float16)
     return np.asarray(gguf.quants.quantize(np.ascontiguousarray(values, dtype=np.float32), kind))

@@ -66,8 +66,11 @@ def refused(what: str, given: str, known: Sequence[str]) -> BayesLoraError:
 
 
 def input_names(model: nn.Module, tokenizer: PreTrainedTokenizerBase) -> list[str]:
-    """Return the names of the graph's inputs: ids, mask, and token types if tokenizer and model distinguish them."""
-    embeddings: Any = model.get_submodule(f"{FAMILIES[type(model).__name__].encoder}.embeddings")
+    """Return the names of the inputs: ids, mask, and token types if tokenizer and encoder distinguish them."""
+    family = FAMILIES.get(type(model).__name__)
+    if family is None:
+        return [IDS, MASK]
+    embeddings: Any = model.get_submodule(f"{family.encoder}.embeddings")
     types = getattr(embeddings, "token_type_embeddings", None)
     has_types = types is not None and types.num_embeddings > 1 and TYPES in tokenizer.model_input_names
     return [IDS, MASK, TYPES] if has_types else [IDS, MASK]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from functools import partial
 from typing import Any, ClassVar
 
@@ -107,27 +107,20 @@ class Stack(ABC):
     def self_attention(self, number: int, x: str, bias: str, past: Sequence[str] = ()) -> str:
         """Return the rows with the attention added; keys and values are behind those of the past."""
         path, norm = self.place(self.root, number, OWN)
-
-        def attended(rows: str) -> str:
-            q, *found = self._projected(path, "qkv", rows, self.heads)
-            if past:
-                found = [
-                    self.graph("Concat", before, new, name=before.replace("past_key_values", "present"), axis=2)
-                    for before, new in zip(past, found, strict=True)
-                ]
-            return self._attended(path, q, found, bias)
-
-        return self._added(norm, x, attended)
+        q, *found = self._projected(path, "qkv", self._read_by_part(norm, x), self.heads)
+        if past:
+            found = [
+                self.graph("Concat", before, new, name=before.replace("past_key_values", "present"), axis=2)
+                for before, new in zip(past, found, strict=True)
+            ]
+        return self._added(norm, x, self._attended(path, q, found, bias))
 
     def cross_attention(self, number: int, x: str, bias: str) -> str:
         """Return the rows with the attention to the text that was read added."""
         path, norm = self.place(self.root, number, READ)
-
-        def attended(rows: str) -> str:
-            (q,) = self._projected(path, "q", rows, self.heads)
-            return self._attended(path, q, [f"past_key_values.{number}.encoder.{kind}" for kind in KINDS], bias)
-
-        return self._added(norm, x, attended)
+        (q,) = self._projected(path, "q", self._read_by_part(norm, x), self.heads)
+        found = [f"past_key_values.{number}.encoder.{kind}" for kind in KINDS]
+        return self._added(norm, x, self._attended(path, q, found, bias))
 
     def feed_forward(self, number: int, x: str) -> str:
         """Return the rows with the feed-forward network added."""
@@ -135,15 +128,16 @@ class Stack(ABC):
         names, last = self.feed_forward_layers
         paths, down = [f"{path}.{name}" for name in names], f"{path}.{last}"
         activation: str = getattr(self.config, self.activation)
-
-        def fed(rows: str) -> str:
-            return fed_forward(self.graph, self.layers, f"{path}.inputs", paths, down, activation, rows)
-
+        rows = self._read_by_part(norm, x)
+        fed = fed_forward(self.graph, self.layers, f"{path}.inputs", paths, down, activation, rows)
         return self._added(norm, x, fed)
 
-    def _added(self, norm: str, x: str, part: Callable[[str], str]) -> str:
-        """Return the rows with what a part of a block makes of them, normalized before or after."""
-        made = part(self.norm(norm, x) if self.is_pre_norm else x)
+    def _read_by_part(self, norm: str, x: str) -> str:
+        """Return the rows as a part of a block reads them."""
+        return self.norm(norm, x) if self.is_pre_norm else x
+
+    def _added(self, norm: str, x: str, made: str) -> str:
+        """Return the rows with what a part of a block makes of them."""
         total = self.graph("Add", x, made, name=f"{norm}.sum")
         return total if self.is_pre_norm else self.norm(norm, total)
 

@@ -23,7 +23,7 @@ from bayeslora.export.onnx import decoders, encoders, seq2seq
 from bayeslora.export.onnx.card import Page, encoder_page, write_page
 from bayeslora.export.onnx.decoder_card import decoder_page
 from bayeslora.export.onnx.decoders import Decoder, is_decoder
-from bayeslora.export.onnx.encoders import IDS, MASK, Encoder
+from bayeslora.export.onnx.encoders import Encoder
 from bayeslora.export.onnx.layers import Embedding, ProductLayers
 from bayeslora.export.onnx.measured import answers_of, asked, filled_inputs, outputs_kept
 from bayeslora.export.onnx.products import BYTE, Grid, Product, array, learned, plain, rounded, rounded_rows
@@ -89,7 +89,7 @@ def export_onnx(
     """
     fast = _checked(tokenizer, unadapted)
     whole, layers, name = _copied(model, adapter_name)
-    names = _input_names(whole.get_base_model(), fast)
+    names = encoders.input_names(whole.get_base_model(), fast)
     errors_of = _measuring(model, adapter_name, whole, [batch] if rows is None else rows, names)
     config, folder = whole.peft_config[name], Path(path)
     base, products = _taken_apart(whole, layers, name, unadapted, filled_inputs(whole, calibration or [], names))
@@ -99,11 +99,6 @@ def export_onnx(
     _check_error(result, are_learned=products.are_learned, allow_error=allow_error)
     write_page(folder, base, config, result, *_page(base, fast, max_length, names, result))
     return result
-
-
-def _input_names(base: nn.Module, tokenizer: PreTrainedTokenizerBase) -> list[str]:
-    """Return the names of the inputs that rows have."""
-    return [IDS, MASK] if _writes_text(base) else encoders.input_names(base, tokenizer)
 
 
 def _writes_text(base: nn.Module) -> bool:
