@@ -28,10 +28,7 @@ def macs_by_scope(operations: Iterable[Operation]) -> dict[str, int]:
 
 
 def relative_bops(
-    model: ModelOrConfig,
-    layers: Sequence[LayerCost] | None = None,
-    tokens: int = 128,
-    baseline_rank: int = 16,
+    model: ModelOrConfig, layers: Sequence[LayerCost] | None = None, tokens: int = 128, baseline_rank: int = 16
 ) -> dict[str, float]:
     """Return a model's bit operations as a share of those of 32-bit LoRA on query, key and value of the same model.
 

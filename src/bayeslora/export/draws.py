@@ -48,12 +48,7 @@ def check_members(model: nn.Module, adapter_name: str, draws: int | None) -> int
 
 @contextmanager
 def drawn(
-    model: nn.Module,
-    adapter_name: str,
-    seed: int,
-    draw: int,
-    posterior: PosteriorSource | None,
-    scale: float = 1.0,
+    model: nn.Module, adapter_name: str, seed: int, draw: int, posterior: PosteriorSource | None, scale: float = 1.0
 ) -> Iterator[Factors]:
     """Run `model` with draw number `draw` inside the context; the context's value returns a layer's matrices.
 

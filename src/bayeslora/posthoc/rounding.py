@@ -149,11 +149,7 @@ class ActivationCounts:
     """
 
     def __init__(
-        self,
-        model: nn.Module,
-        batches: Mapping[str, Any] | Iterable[Mapping[str, Any]],
-        *,
-        moments: bool = False,
+        self, model: nn.Module, batches: Mapping[str, Any] | Iterable[Mapping[str, Any]], *, moments: bool = False
     ) -> None:
         given = [batches] if isinstance(batches, Mapping) else list(batches)
         merged = _merged(model) if isinstance(model, PeftModel) else model

@@ -80,8 +80,5 @@ def _command(form: str) -> str:
 
 def _error(measured: Mapping[str, Any]) -> str:
     said = error_of(measured, " with the weights in the files in float32", "next tokens")
-    if measured["divergence"] is None:
-        return said
-    return (
-        f"{said} llama.cpp also rounds the inputs of its products, to 8 bits in blocks; that is not in these figures."
-    )
+    more = " llama.cpp also rounds the inputs of its products, to 8 bits in blocks; that is not in these figures."
+    return said if measured["divergence"] is None else said + more

@@ -73,9 +73,7 @@ def is_integer_model(path: str | os.PathLike[str]) -> bool:
 
 
 def load_integer(
-    path: str | os.PathLike[str],
-    device: str | torch.device = "cpu",
-    dtype: torch.dtype = torch.float32,
+    path: str | os.PathLike[str], device: str | torch.device = "cpu", dtype: torch.dtype = torch.float32
 ) -> PreTrainedModel:
     """Load a model that `export` wrote with `format="integer"`, in evaluation mode.
 

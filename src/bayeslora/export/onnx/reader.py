@@ -67,11 +67,7 @@ class OnnxClassifier(nn.Module):
             )
 
     def forward(
-        self,
-        input_ids: Tensor,
-        attention_mask: Tensor | None = None,
-        token_type_ids: Tensor | None = None,
-        **_: Any,
+        self, input_ids: Tensor, attention_mask: Tensor | None = None, token_type_ids: Tensor | None = None, **_: Any
     ) -> SequenceClassifierOutput:
         """Return the logits (rows, classes) for ids, a mask and types (rows, tokens)."""
         mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
