@@ -11,9 +11,18 @@ from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, GenerationConfig
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    BertConfig,
+    BertForTokenClassification,
+    GenerationConfig,
+    T5Config,
+    T5ForConditionalGeneration,
+)
 
 from bayeslora import BayesLoraError, BLoraConfig, export
 from bayeslora.quantization import codes, grid_step
@@ -129,3 +138,21 @@ def test_settings_of_generate_that_contradict_each_other_are_saved(tmp_path: Pat
     export(model, tmp_path, format="torchao", allow_error=True)
     saved = GenerationConfig.from_pretrained(tmp_path)
     assert (saved.temperature, saved.do_sample) == (0.7, False) and model.generation_config.temperature == 0.7
+
+
+def test_a_classifier_of_tokens_is_measured_at_each_of_them(tmp_path: Path) -> None:
+    sizes = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 16}
+    base = BertForTokenClassification(BertConfig(**sizes, vocab_size=30, num_labels=4))
+    model = _blora(base, ["query"], task_type="TOKEN_CLS", per_channel=True)
+    found = export(model, tmp_path, format="torchao", batch=IDS, allow_error=True)
+    assert found["rows"] == 2 and found["max_output_error"] < 0.1 and "loss_before" not in found
+
+
+def test_an_encoder_decoder_is_measured_at_the_tokens_of_its_decoder(tmp_path: Path) -> None:
+    sizes = {"d_model": 16, "d_kv": 4, "d_ff": 16, "num_layers": 1, "num_heads": 2, "vocab_size": 30}
+    base = T5ForConditionalGeneration(T5Config(**sizes, decoder_start_token_id=0))
+    model = _blora(base, ["q"], task_type="SEQ_2_SEQ_LM", per_channel=True)
+    batch = {**IDS, "labels": torch.arange(10).view(2, 5)}
+    found = export(model, tmp_path, format="torchao", batch=batch, allow_error=True)
+    expected = F.cross_entropy(model(**batch).logits[:, :-1].flatten(0, 1), batch["labels"][:, :-1].flatten())
+    assert found["rows"] == 2 and found["loss_before"] == pytest.approx(float(expected), rel=1e-4)

@@ -161,9 +161,10 @@ def test_models_and_their_forwards_are_as_before() -> None:
     model = noisy(classifier("llama"), TARGETS["llama"], layers_to_transform=[2])
     before = read(model, inputs())
     own = {module for module in model.modules() if "forward" in module.__dict__}
+    hooks = [(dict(module._forward_pre_hooks), dict(module._forward_hooks)) for module in model.modules()]
     BatchedSampler(model, read, seed=0).logits(inputs(), range(3))
     assert {module for module in model.modules() if "forward" in module.__dict__} == own
-    assert not any(module._forward_pre_hooks or module._forward_hooks for module in model.modules())
+    assert [(dict(m._forward_pre_hooks), dict(m._forward_hooks)) for m in model.modules()] == hooks
     assert torch.equal(read(model, inputs()), before)
 
 

@@ -107,7 +107,8 @@ class Agreement:
 def compare(expected: Outputs, found: Outputs, batches: Iterable[Mapping[str, Tensor]]) -> Agreement:
     """Return the agreement of two models on `batches` of inputs, one row at a time.
 
-    A language model has an answer at every position that its `attention_mask` shows.
+    A language model, and a classifier of tokens, have an answer at every position that the `attention_mask` shows; an
+    encoder-decoder at those of its decoder.
     """
     agreement = Agreement()
     for batch in batches:
@@ -118,10 +119,13 @@ def compare(expected: Outputs, found: Outputs, batches: Iterable[Mapping[str, Te
             if before.ndim == 2:
                 agreement.add(before, after)
                 continue
-            shown = row.get("attention_mask", torch.ones_like(row["input_ids"]))[0].cpu().bool()
-            ids = row["input_ids"][0].cpu()[shown]
+            of = "decoder_" if "decoder_input_ids" in row else ""
+            ids = row[of + "input_ids"][0].cpu()
+            shown = row.get(of + "attention_mask", torch.ones_like(ids)[None])[0].cpu().bool()
+            ids = ids[shown]
             targets = torch.cat([ids[1:], ids.new_full((1,), -1)])
-            agreement.add(before[0][shown], after[0][shown], targets)
+            is_text = before.shape[-1] > ids.max()  # and not classes of tokens
+            agreement.add(before[0][shown], after[0][shown], targets if is_text else None)
     return agreement
 
 

@@ -315,12 +315,18 @@ def save_model(model: Any, folder: Path, **options: Any) -> None:
 def inputs_for(model: nn.Module, batch: Mapping[str, Tensor] | None) -> dict[str, Tensor] | None:
     """Return `batch`, by default the model's `dummy_inputs`, on its device and without labels; None without both.
 
+    Labels that are an encoder-decoder's text become its decoder's inputs.
+
     Transformers' dummy inputs are token ids, also of models that read images or sound: those have none.
     """
     found = batch if batch is not None else getattr(model, "dummy_inputs", None)
     if found is None or (batch is None and getattr(model, "main_input_name", "input_ids") not in found):
         return None
-    return {key: value.to(device_of(model)) for key, value in found.items() if key not in ("labels", "label")}
+    inputs = {key: value.to(device_of(model)) for key, value in found.items() if key not in ("labels", "label")}
+    labels, shift = found.get("labels"), getattr(model, "prepare_decoder_input_ids_from_labels", None)
+    if labels is not None and labels.ndim > 1 and shift is not None and "decoder_input_ids" not in inputs:
+        inputs["decoder_input_ids"] = shift(labels=labels.to(device_of(model)))
+    return inputs
 
 
 @torch.no_grad()
