@@ -126,6 +126,21 @@ def test_rows_that_a_layer_sees_several_times_stay_with_their_member() -> None:
     assert deal.of_rows(7).tolist() == [0, 1, 2, 0, 1, 2, 0]  # tokens of an expert
 
 
+@pytest.mark.parametrize("core", ["full", "diagonal"])
+def test_an_input_that_the_rows_of_a_batch_share_has_the_mean_core(core: str) -> None:
+    """DeBERTa sends its table of relative positions, one row, through the projections of all rows."""
+    found = []
+    for rows in (6, 1):
+        model = tiny(3, "closed_form", core=core)
+        loop_of(model).step_begin()
+        model(X[:rows])
+        layer = layers_of(model)[0]
+        with torch.no_grad():
+            mean = layer.hidden("default", X[:1], None)
+            found.append(torch.allclose(layer.hidden("default", X[:1], layer.noise_of("default")), mean, atol=1e-5))
+    assert found == [True, False]  # a row of its own has its member
+
+
 # Starts and the bound ------------------------------------------------------------------------------------------
 
 

@@ -324,7 +324,9 @@ class BayesTuner(BaseTuner):
         if passes.bit_count() > 1 or (passes > 1 and self._first_sum is None):
             return
         layer = next(iter(self.adapted_layers()), nn.Module())
-        own = (p.detach() for name, p in layer.named_parameters() if name.startswith(self.prefix))
+        own = [p.detach() for name, p in layer.named_parameters() if name.startswith(self.prefix)]
+        if not all(type(weight) is Tensor and not weight.is_meta for weight in own):  # such as those of a plan
+            return
         total = sum(float(weight.sum()) for weight in own)
         if passes == 1:
             self._first_sum = total

@@ -94,6 +94,11 @@ class Deal:
         """Mark the end of a forward pass; a layer that runs after it is recomputed for a backward pass."""
         self._is_inside = False
 
+    @property
+    def is_mixed(self) -> bool:
+        """True if the rows of the present pass have several members."""
+        return len(set(self.members.tolist())) > 1
+
     def of_rows(self, count: int) -> Tensor:
         """Return the members (count,) of a layer's rows; each row of the batch may have several, one after the other.
 

@@ -43,6 +43,7 @@ class MeLoraLayer(VariationalLayer):
     Attributes:
         cores: K, by adapter.
         deals: members of the rows of a training batch, by adapter; where no run has begun, rows take members in turn.
+            An input that rows of several members share has the mean of the cores.
     """
 
     other_param_names = (
@@ -149,6 +150,9 @@ class MeLoraLayer(VariationalLayer):
             drawn = noise.normal_per_token(z.shape, z.device)
             return local_reparametrization(z, core, std, drawn) if core.ndim == 2 else z * (core + std * drawn)
         groups = noise.groups(len(z))
+        if self._is_shared(name, groups):
+            core = self.mean_core(name).float()
+            return F.linear(z, core) if core.ndim == 2 else z * core
         members = self._members(name, groups, noise)
         cores = self._draw(name, groups, members, noise)
         if self.training and torch.is_grad_enabled() and name in self._row_gradients:
@@ -156,6 +160,11 @@ class MeLoraLayer(VariationalLayer):
         if cores.ndim == 3:
             return per_group(z, groups, lambda rows: torch.bmm(rows, cores.transpose(1, 2)))
         return per_group(z, groups, lambda rows: rows * cores.unsqueeze(1))
+
+    def _is_shared(self, name: str, groups: int) -> bool:
+        """Return True if rows of several members share this input, such as DeBERTa's table of positions."""
+        deal = self.deals.get(name)
+        return self.cores[name] > 1 and groups == 1 and not self.is_controlled and deal is not None and deal.is_mixed
 
     def _draw(self, name: str, groups: int, members: Tensor | None, noise: Noise) -> Tensor:
         """Draw a core for each group, (groups, r, r) or (groups, r) in float32, from its member or the only one."""
