@@ -127,25 +127,26 @@ def _trained_rows(trained: Iterable[Run], task: str, scope: str) -> list[list[An
     ]  # fmt: skip
 
 
-def budget_rows(results: Path, scope: str) -> dict[tuple[str, float], tuple[str, str]]:
-    """By task and budget, the score of the best rounding that costs no more, and of B-LoRA, with numbers of seeds.
+def budget_rows(results: Path, scope: str) -> dict[tuple[str, float], dict[str, str]]:
+    """By task and budget, the scores of the best rounding and the best QAT that cost no more, and of B-LoRA.
 
-    A rounding is one after training, or in it (QAT).
-
-    LoRA at 32 bits stands at a budget of 1.
+    Each has its number of seeds in parentheses. LoRA at 32 bits stands at a budget of 1, as a rounding.
     """
     trained, rounded = read_runs(results / "frontier"), read_runs(results / "rounding")
     found = {}
     for task in dict.fromkeys(run["task"] for run in [*rounded, *trained]):
         for _, _, (value, _), _, (seeds, _) in _lora_rows(rounded, task, scope):
-            found[task, 1.0] = (f"{value:.1f} ({seeds})", "–")
-        others = _rounded_rows(rounded, task, scope) + _qat_rows(read_runs(results / "qat"), task, scope)
+            found[task, 1.0] = {"rounded": f"{value:.1f} ({seeds})"}
+        others = {"rounded": _rounded_rows(rounded, task, scope)}
+        others["QAT"] = _qat_rows(read_runs(results / "qat"), task, scope)
         for _, cost, (value, _), _, (seeds, _) in _trained_rows(trained, task, scope):
-            budget = round(cost, 3)
-            cheap = [row[2:] for row in others if row[1] <= cost * (1 + CLOSE)]
-            best = max(cheap, key=lambda row: row[0][0]) if cheap else None
-            simple = "–" if best is None else f"{best[0][0]:.1f} ({best[2][0]})"
-            found[task, budget] = (simple, f"{value:.1f} ({seeds})")
+            cells = found.setdefault((task, round(cost, 3)), {})
+            for name, rows in others.items():
+                cheap = [row[2:] for row in rows if row[1] <= cost * (1 + CLOSE)]
+                if cheap:
+                    best = max(cheap, key=lambda row: row[0][0])
+                    cells[name] = f"{best[0][0]:.1f} ({best[2][0]})"
+            cells["B-LoRA"] = f"{value:.1f} ({seeds})"
     return found
 
 
