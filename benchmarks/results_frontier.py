@@ -264,5 +264,9 @@ def _panels(results: Path, shown: Sequence[tuple[str, str]]) -> Figure | None:
             style.light_grid(axes)
         for axes in panels[len(shown) :]:
             axes.set_axis_off()
-        figure.legend(*panels[0].get_legend_handles_labels(), loc="outside lower center", ncols=3)
+        named: dict[str, Any] = {}
+        for axes in panels:
+            handles, names = axes.get_legend_handles_labels()
+            named = dict(zip(names, handles, strict=True)) | named
+        figure.legend(named.values(), named.keys(), loc="outside lower center", ncols=4)
     return figure
