@@ -89,6 +89,11 @@ def test_figures_are_those_of_the_probabilities(
 
 
 def test_wrong_input_is_refused(runs: dict[str, Path], setting: Setting, tmp_path: Path, refused: Refused) -> None:
+    drawn = tmp_path / "drawn"
+    assert main(["export", str(runs["melora"]), "--format", "lora", "--draws", "2", "--output-dir", str(drawn)]) == 0
+    assert f"holds 2 exports, but must be one: give such as {drawn / 'draw-0'}" in refused(
+        "verify", drawn, "--against", runs["melora"]
+    )
     folder = _exported(runs["melora"], tmp_path / "out", "lora")
     assert "--against" in refused("verify", folder)
     assert "must be an export" in refused("verify", setting.model.parent / "absent", "--against", runs["melora"])

@@ -279,7 +279,15 @@ def _tell_mixture(table: Table, column: str, values: list[Any], kind: Kind) -> N
             f"{values[0]!r}), which are read as names of classes: write them unquoted, or give --kind regression",
             stacklevel=4,
         )
-    if 0 < len(words) < len(values) and (len(words) * _SLIPS <= len(values) or _has_fractions(values)):
+    if 0 < len(values) - len(words) < len(words) and _has_fractions(values):
+        slip = next(row for row, value in enumerate(values) if _is_number(str(value)))
+        warnings.warn(
+            f"{table.path} has {len(values) - len(words):,} of {len(values):,} labels that are numbers in column "
+            f"{column!r} (first {table.places[slip]}, {values[slip]!r}), which are read as names of classes too: "
+            "correct them",
+            stacklevel=4,
+        )
+    elif 0 < len(words) < len(values) and (len(words) * _SLIPS <= len(values) or _has_fractions(values)):
         warnings.warn(
             f"{table.path} has {len(values) - len(words):,} of {len(values):,} labels that are numbers in column "
             f"{column!r}, but {table.places[words[0]]} has {values[words[0]]!r}, so that all are read as names of "

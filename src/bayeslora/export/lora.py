@@ -240,7 +240,8 @@ def _check_served(config: LoraConfig, state: dict[str, Tensor]) -> None:
     """Raise `BayesLoraError` if the adapter has tensors that LoRA servers do not load."""
     others = [key for key in state if not key.endswith((".lora_A.weight", ".lora_B.weight"))]
     if config.modules_to_save or config.bias != "none" or others:
-        what = ", ".join(config.modules_to_save or ()) or (others[0] if others else f"bias={config.bias!r}")
+        whole = sorted({name for name in config.modules_to_save or () if any(f".{name}." in key for key in others)})
+        what = ", ".join(whole) or (others[0] if others else f"bias={config.bias!r}")
         raise BayesLoraError(
             f"the adapter also trains {what}, but LoRA servers load only the matrices A and B: export it without "
             "uniform, for PEFT"

@@ -40,6 +40,8 @@ def format_of(folder: Path) -> str:
             return "lora"
     elif (folder / "config.json").is_file():
         return "merged"
+    if several := sorted([*folder.glob("draw-*"), *folder.glob("member-*")]):
+        raise BayesLoraError(f"{folder} holds {len(several)} exports, but must be one: give such as {several[0]}")
     raise BayesLoraError(f"{folder} is not an export, but must be one: give a folder that bayeslora export wrote")
 
 
