@@ -230,9 +230,7 @@ def test_a_word_among_numbers_is_told(tmp_path: Path) -> None:
     assert task.labels == ["0.5", "1.5", "2.5", "x"]
     with pytest.warns(UserWarning, match="so that all are read as names of classes"):
         load(tmp_path, [*range(12), "twelve"], kind="csv")
-    with pytest.warns(
-        UserWarning, match=r"1 of 4 labels that are numbers .*\(first line 4, '2.5'\), .*: correct them"
-    ):
+    with pytest.warns(UserWarning, match="1 of 4 labels that are numbers .*first line 4, '2.5'"):
         load(tmp_path, ["x", "y", 2.5, "x"], kind="csv")
     with warnings.catch_warnings():
         warnings.simplefilter("error")

@@ -75,8 +75,7 @@ def export_torchao(
     codes = _codes(layers, name)
     folder, config = Path(path), cast(Any, whole.peft_config[name])
     base = cast(PreTrainedModel, whole.unload())
-    heads = tuple(config.modules_to_save or ())  # the adapter's files replace them
-    count = _save(base, codes, folder, heads, round_others=unadapted == "int8")
+    count = _save(base, codes, folder, config.modules_to_save or (), round_others=unadapted == "int8")
     if tokenizer is not None:
         tokenizer.save_pretrained(folder)
     source = base_name(config, base)
@@ -131,18 +130,21 @@ def _save(
     base: PreTrainedModel,
     codes: Mapping[str, tuple[Tensor, Tensor]],
     folder: Path,
-    heads: tuple[str, ...],
+    saved: Iterable[str],
     *,
     round_others: bool,
 ) -> int:
-    """Write the base, and return the number of matrices in torchao's layout; `heads` are ends of paths to leave."""
+    """Write the base, and return the number of matrices in torchao's layout.
+
+    Modules whose paths end in one of `saved` stay as they are, because the adapter's files replace them.
+    """
     kept, count, head = [], 0, cast(Any, base.get_output_embeddings())
     for path, module in base.named_modules():
         if not isinstance(module, nn.Linear):
             continue
         if path in codes:
             rows, steps = codes[path]
-        elif round_others and module is not head and not path.endswith(heads):
+        elif round_others and module is not head and not path.endswith(tuple(saved)):
             rounded, scales = rounded_rows(module.weight)
             rows, steps = torch.from_numpy(rounded), torch.from_numpy(scales)
         else:
