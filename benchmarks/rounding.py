@@ -4,7 +4,7 @@
     python benchmarks/rounding.py --data-dir DATA --adapters FOLDER --tasks sst2 mrpc --seeds 0
     python benchmarks/rounding.py --data-dir DATA --adapters FOLDER --only-cuts      # no roundings, in results/cut
     python benchmarks/rounding.py --data-dir DATA --adapters FOLDER --model MPNET --tasks rte --seeds 0 \\
-        --scopes attention --settings W4A8 W3A4 W2A4                                 # another encoder, some roundings
+        --scopes attention --settings W4A8 W3A4 W2A4 --without-cuts                  # another encoder, some roundings
     python benchmarks/rounding.py --data-dir DATA --adapters FOLDER --steps 3 --results DIR     # does it run?
 
 One file a task and seed, in results/rounding. The LoRA is the table's (`glue.py`, row `lora`): the adapter in
@@ -80,6 +80,7 @@ class Job:
     target_modules: list[str]
     steps: int | None = None
     only_cuts: bool = False
+    without_cuts: bool = False
     scopes: tuple[str, ...] = SCOPES
     widths: tuple[tuple[int, int], ...] = WIDTHS
 
@@ -122,8 +123,10 @@ def run(job: Job) -> Run:
         "metric": task.metric,
         "held_out": len(held_out),
         "lora": adapted(lora, bayeslora.describe(lora), scores),
-        "cut": list(cuts(lora, calibration(encoded["train"], tokenizer, job.seed, CUT_ROWS), scores)),
+        "cut": [],
     }
+    if not job.without_cuts:
+        found["cut"] = list(cuts(lora, calibration(encoded["train"], tokenizer, job.seed, CUT_ROWS), scores))
     if not job.only_cuts:
         rows = calibration(encoded["train"], tokenizer, job.seed)
         seen = bayeslora.ActivationCounts(lora, rows, moments=True)
@@ -234,6 +237,7 @@ def jobs(given: argparse.Namespace) -> dict[Path, Job]:
                 targets[task in ALL_LINEAR],
                 given.steps,
                 given.only_cuts,
+                given.without_cuts,
                 tuple(given.scopes),
                 tuple(NAMED[name] for name in given.settings),
             )
@@ -252,6 +256,9 @@ def main() -> None:
     parser.add_argument("--scopes", nargs="+", choices=SCOPES, default=list(SCOPES))
     parser.add_argument("--settings", nargs="+", choices=list(NAMED), default=list(NAMED))
     parser.add_argument("--only-cuts", action="store_true", help="without the roundings, which take most of the time")
+    parser.add_argument(
+        "--without-cuts", action="store_true", help="without the cuts, which are slow on a large model"
+    )
     parser.add_argument("--results", type=Path, default=RESULTS, help="the folder of all results")
     given = parser.parse_args()
     if given.threads:

@@ -29,7 +29,7 @@ def job(tmp_path: Path, tiny_bert_folder: Path) -> rounding.Job:
     (tmp_path / "rte" / "dev.jsonl").write_text(rows(16), encoding="utf-8")
     given = Namespace(
         data_dir=tmp_path, adapters=tmp_path / "adapters", tasks=["rte"], seeds=[1], model=str(tiny_bert_folder),
-        steps=2, results=tmp_path, only_cuts=False, scopes=rounding.SCOPES, settings=list(rounding.NAMED),
+        steps=2, results=tmp_path, only_cuts=False, without_cuts=False, scopes=rounding.SCOPES, settings=list(rounding.NAMED),
     )  # fmt: skip
     given.adapters.mkdir()
     ((path, found),) = rounding.jobs(given).items()
@@ -43,7 +43,8 @@ def test_cuts_alone_are_a_file_of_another_folder(job: rounding.Job) -> None:
 
 
 def test_some_roundings_may_be_asked_for(job: rounding.Job) -> None:
-    found = rounding.run(dataclasses.replace(job, scopes=("attention",), widths=((2, 4),)))
+    found = rounding.run(dataclasses.replace(job, scopes=("attention",), widths=((2, 4),), without_cuts=True))
+    assert found["cut"] == []
     assert {(each["setting"], each["scope"]) for each in found["rounded"]} == {("W2A4", "attention")}
     assert len(found["rounded"]) == 4
 
