@@ -45,7 +45,7 @@ the input, not at the answer |
 | a smaller model than that | [B-LoRA](blora.md) with `target_bops` and `quantize_input` (`train --goal small`); with \
 inputs at 32 bits no budget below about 5% can be reached | training keeps points that rounding inputs to 4 bits \
 loses: on MRPC and QNLI 4 to 13 below 5%, on SST-2 .5 to 1 down to 3%; at 4 bits LoRA under quantization-aware \
-training keeps them too |
+training keeps most of them, too |
 | small ranks | LoRA of r = 8, then [`truncate_rank`](export.md#rounding-and-cutting-without-training) with training \
 rows as its `data`, or `export --mean-rank 1` | one pass and no training; [see below](#ranks) |
 | ranks from 1 up to choose among later | [DyLoRA](dylora.md) | one training for all ranks |

@@ -29,7 +29,8 @@ def job(tmp_path: Path, tiny_bert_folder: Path) -> rounding.Job:
     (tmp_path / "rte" / "dev.jsonl").write_text(rows(16), encoding="utf-8")
     given = Namespace(
         data_dir=tmp_path, adapters=tmp_path / "adapters", tasks=["rte"], seeds=[1], model=str(tiny_bert_folder),
-        steps=2, results=tmp_path, only_cuts=False, without_cuts=False, scopes=rounding.SCOPES, settings=list(rounding.NAMED),
+        steps=2, results=tmp_path, only_cuts=False, without_cuts=False, scopes=rounding.SCOPES,
+        settings=list(rounding.NAMED),
     )  # fmt: skip
     given.adapters.mkdir()
     ((path, found),) = rounding.jobs(given).items()
