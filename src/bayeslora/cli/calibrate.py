@@ -42,9 +42,9 @@ def run(given: dict[str, Any]) -> int:
         check_one_label_a_row(info.kind, "calibrate")
     task, split = rows_to_score(given, info)
     source = source_of(given, task, part_scored(given, info, split))
-    check_not_training(info, source, task, split)
     file = folder / (RISK_FILE if generates else CALIBRATION_FILE)
     check_writable(file)
+    check_not_training(info, source, task, split)
     calibration = (_of_answers if generates else _of_labels)(given, task, split, source)
     found = calibration.summary()
     if given.get("json"):

@@ -263,7 +263,7 @@ def check_not_training(info: RunInfo, source: str, task: Task, split: str) -> No
     if count:
         warnings.warn(
             f"{count} of the {counted(len(rows), 'row')} of {source} are training rows too: their errors are too few",
-            stacklevel=3,
+            stacklevel=1,  # the command looks before it loads the model, and would else say it twice
         )
 
 
