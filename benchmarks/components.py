@@ -23,7 +23,7 @@ from typing import Any
 import numpy as np
 import torch
 from glue import TRAINING
-from harness import classifier, run_missing
+from harness import classifier, parsed, run_missing
 from peft import PeftModel
 from records import RESULTS, Run
 from rounding import Job
@@ -118,15 +118,19 @@ def main() -> None:
     parser.add_argument("--seeds", nargs="+", type=int, default=[0])
     parser.add_argument("--threads", type=int)
     parser.add_argument("--results", type=Path, default=RESULTS, help="the folder of all results")
-    given = parser.parse_args()
-    if given.threads:
-        torch.set_num_threads(given.threads)
+    given = parsed(parser)
     jobs = {}
     for task in given.tasks:
         for seed in given.seeds:
             adapter = given.adapters / f"{task}-lora-{seed}"
-            job = Job(task, seed, "minilm", given.data_dir, adapter, target_modules("minilm", all_linear=False))
-            jobs[given.results / "components" / f"{task}-{seed}.json"] = job
+            jobs[given.results / "components" / f"{task}-{seed}.json"] = Job(
+                task=task,
+                seed=seed,
+                model="minilm",
+                data_dir=given.data_dir,
+                target_modules=target_modules("minilm", all_linear=False),
+                adapter=adapter,
+            )
     run_missing(parser, jobs, run)
 
 

@@ -19,10 +19,8 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-import torch
 from glue import TRAINING, Job, run
-from harness import run_missing
-from records import RESULTS
+from harness import encoder_parser, parsed, run_missing
 from rows import target_modules
 
 BUDGETS = {"attention": (0.075, 0.039, 0.033, 0.018), "encoder": (0.066, 0.037, 0.023, 0.0154)}
@@ -49,20 +47,13 @@ def jobs(given: argparse.Namespace) -> dict[Path, Job]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--data-dir", type=Path, required=True)
+    parser = encoder_parser(__doc__)
     parser.add_argument("--tasks", nargs="+", choices=list(TRAINING), default=["sst2", "mrpc"])
-    parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
     parser.add_argument("--scopes", nargs="+", choices=list(BUDGETS), default=list(BUDGETS))
     parser.add_argument("--budgets", nargs="+", type=float, help="other shares than those of the roundings")
-    parser.add_argument("--model", default="minilm", metavar="minilm|FOLDER", help="the packaged encoder or a folder")
     parser.add_argument("--select", action="store_true", help="hold rows of train out, and score on them alone")
     parser.add_argument("--warm-ups", type=Path, metavar="FOLDER", help="train each warm-up once, and keep it here")
-    parser.add_argument("--threads", type=int)
-    parser.add_argument("--results", type=Path, default=RESULTS, help="the folder of all results")
-    given = parser.parse_args()
-    if given.threads:
-        torch.set_num_threads(given.threads)
+    given = parsed(parser)
     run_missing(parser, jobs(given), run)
 
 

@@ -28,11 +28,10 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-import torch
 from datasets import concatenate_datasets
-from harness import Training, classifier, fine_tune, run_missing
+from harness import Training, classifier, encoder_parser, fine_tune, parsed, run_missing
 from peft import PeftConfig
-from records import ABLATED, ABLATED_TASK, GLUE_TASKS, IMPORTANCES, RESULTS, Run
+from records import ABLATED, ABLATED_TASK, GLUE_TASKS, IMPORTANCES, Run
 from rows import ROWS, Row, adapter_options, describe, optimizer_of, target_modules, training_of
 from torch import nn
 from transformers import set_seed
@@ -102,6 +101,36 @@ class Job:
             "model": self.model,
             "training": vars(self.training),
             "optimizer": self.optimizer,
+            "target_modules": self.target_modules,
+            "adapter": adapter_options(self.config),
+        }
+
+
+@dataclass(frozen=True, kw_only=True)
+class LoraJob:
+    """The table's LoRA on one task and seed, for what is done to it: how it is trained, and where its data are."""
+
+    task: str
+    seed: int
+    model: str
+    data_dir: Path
+    target_modules: list[str]
+    steps: int | None = None
+
+    @property
+    def training(self) -> Training:
+        return training_of(ROWS["lora"], TRAINING[self.task], {} if self.steps is None else {"steps": self.steps})
+
+    @property
+    def config(self) -> Any:
+        return ROWS["lora"].build({"target_modules": self.target_modules, "task_type": "SEQ_CLS"}, self.training.steps)
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """What has to be the same in a file that is already there."""
+        return {
+            "model": self.model,
+            "training": vars(self.training),
             "target_modules": self.target_modules,
             "adapter": adapter_options(self.config),
         }
@@ -186,25 +215,18 @@ def jobs(given: argparse.Namespace) -> dict[Path, Job]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--data-dir", type=Path, required=True)
+    parser = encoder_parser(__doc__)
     parser.add_argument(
         "--tasks", nargs="+", choices=GLUE_TASKS, help=f"by default all; {ABLATED_TASK} for the ablation"
     )
     parser.add_argument("--methods", nargs="+", default=list(ROWS), choices=list(ROWS))
-    parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
-    parser.add_argument("--model", default="minilm", metavar="minilm|FOLDER", help="the packaged encoder or a folder")
-    parser.add_argument("--threads", type=int)
     parser.add_argument("--ablation", action="store_true", help="the importances instead of the methods")
     parser.add_argument(
         "--importances", nargs="+", default=list(IMPORTANCES), choices=IMPORTANCES, help="with --ablation (all)"
     )
     parser.add_argument("--select", action="store_true", help="hold rows of train out, and score on them alone")
     parser.add_argument("--set", nargs="+", default=[], metavar="FIELD=JSON", help="settings, with --select")
-    parser.add_argument("--results", type=Path, default=RESULTS, help="the folder of all results")
-    given = parser.parse_args()
-    if given.threads:
-        torch.set_num_threads(given.threads)
+    given = parsed(parser)
     if given.set and not given.select:
         parser.error("--set belongs to --select: the benchmark itself runs the defaults")
     if given.importances != list(IMPORTANCES) and not given.ablation:

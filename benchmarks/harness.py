@@ -27,7 +27,7 @@ import transformers
 from datasets import Dataset
 from measuring import processor
 from peft import PeftConfig, get_peft_model
-from records import check_settings
+from records import RESULTS, check_settings
 from torch import nn
 from transformers import (
     AutoConfig,
@@ -298,6 +298,25 @@ def once(path: Path, run: Callable[[], dict[str, Any]]) -> None:
             beside.rename(path)
         finally:
             lock.unlink(missing_ok=True)
+
+
+def encoder_parser(description: str | None) -> argparse.ArgumentParser:
+    """A parser with the options of every benchmark that trains an encoder."""
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data-dir", type=Path, required=True)
+    parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
+    parser.add_argument("--model", default="minilm", metavar="minilm|FOLDER", help="the packaged encoder or a folder")
+    parser.add_argument("--threads", type=int)
+    parser.add_argument("--results", type=Path, default=RESULTS, help="the folder of all results")
+    return parser
+
+
+def parsed(parser: argparse.ArgumentParser) -> argparse.Namespace:
+    """The command's options, with torch on as many threads as they say."""
+    given = parser.parse_args()
+    if given.threads:
+        torch.set_num_threads(given.threads)
+    return given
 
 
 def run_missing(

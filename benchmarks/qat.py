@@ -27,12 +27,11 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from datasets import concatenate_datasets
-from glue import TRAINING
-from harness import Training, classifier, fine_tune, run_missing
-from peft import PeftConfig
+from glue import LoraJob
+from harness import classifier, encoder_parser, fine_tune, parsed, run_missing
 from peft.tuners.lora import Linear as LoraLinear
-from records import RESULTS, Run
-from rows import ROWS, adapter_options, target_modules, training_of
+from records import Run
+from rows import target_modules
 from torch import Tensor, nn
 from torchao.quantization.qat import IntxFakeQuantizeConfig, IntxFakeQuantizer
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments, set_seed
@@ -51,39 +50,17 @@ BEGIN = 0.6
 _TYPES = {2: torch.int2, 4: torch.int4, 8: torch.int8}
 
 
-@dataclass(frozen=True)
-class Job:
-    """One run: its task, seed and widths, and when rounding begins."""
+@dataclass(frozen=True, kw_only=True)
+class Job(LoraJob):
+    """One LoRA, its widths, and when rounding begins."""
 
-    task: str
-    seed: int
     setting: str
     begin: float
-    model: str
-    data_dir: Path
-    target_modules: list[str]
     select: bool = False
-    steps: int | None = None
-
-    @property
-    def training(self) -> Training:
-        return training_of(ROWS["lora"], TRAINING[self.task], {} if self.steps is None else {"steps": self.steps})
-
-    @property
-    def config(self) -> PeftConfig | None:
-        return ROWS["lora"].build({"target_modules": self.target_modules, "task_type": "SEQ_CLS"}, self.training.steps)
 
     @property
     def settings(self) -> dict[str, Any]:
-        """What has to be the same in a file that is already there."""
-        return {
-            "model": self.model,
-            "training": vars(self.training),
-            "target_modules": self.target_modules,
-            "adapter": adapter_options(self.config),
-            "setting": self.setting,
-            "begin": self.begin,
-        }
+        return {**super().settings, "setting": self.setting, "begin": self.begin}
 
 
 class RoundedMerge(nn.Module):
@@ -169,26 +146,27 @@ def jobs(given: argparse.Namespace) -> dict[Path, Job]:
                 for begin in given.begin:
                     name = f"{task}-{setting.replace('/', '-')}" + ("" if begin == BEGIN else f"-{begin}")
                     found[folder / f"{name}-{seed}.json"] = Job(
-                        task, seed, setting, begin, given.model, given.data_dir, targets, given.select, given.steps
+                        task=task,
+                        seed=seed,
+                        model=given.model,
+                        data_dir=given.data_dir,
+                        target_modules=targets,
+                        steps=given.steps,
+                        setting=setting,
+                        begin=begin,
+                        select=given.select,
                     )
     return found
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--data-dir", type=Path, required=True)
+    parser = encoder_parser(__doc__)
     parser.add_argument("--tasks", nargs="+", choices=("sst2", "mrpc", "qnli"), default=["sst2", "mrpc"])
-    parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
     parser.add_argument("--settings", nargs="+", choices=list(SETTINGS), default=list(SETTINGS))
     parser.add_argument("--begin", nargs="+", type=float, default=[BEGIN], help="share of the steps before rounding")
     parser.add_argument("--select", action="store_true", help="hold rows of train out, and score on them alone")
-    parser.add_argument("--model", default="minilm", metavar="minilm|FOLDER", help="the packaged encoder or a folder")
-    parser.add_argument("--threads", type=int)
     parser.add_argument("--steps", type=int, help="instead of the table's, for a trial")
-    parser.add_argument("--results", type=Path, default=RESULTS, help="the folder of all results")
-    given = parser.parse_args()
-    if given.threads:
-        torch.set_num_threads(given.threads)
+    given = parsed(parser)
     run_missing(parser, jobs(given), run)
 
 

@@ -36,13 +36,12 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 from datasets import Dataset, concatenate_datasets
-from glue import ALL_LINEAR, TRAINING
-from harness import Training, classifier, fine_tune, run_missing
+from glue import ALL_LINEAR, LoraJob
+from harness import classifier, encoder_parser, fine_tune, parsed, run_missing
 from peft import PeftModel
-from records import GLUE_TASKS, RESULTS, Run
-from rows import ROWS, adapter_options, target_modules, training_of
+from records import GLUE_TASKS, Run
+from rows import target_modules
 from torch import Tensor, nn
 from transformers import PreTrainedModel, set_seed
 
@@ -68,40 +67,19 @@ CUT_ROWS = 1024
 SETTINGS_FILE = "training.json"
 
 
-@dataclass(frozen=True)
-class Job:
-    """One LoRA: its task and seed, how it is trained, and where it and its data are."""
+@dataclass(frozen=True, kw_only=True)
+class Job(LoraJob):
+    """One LoRA, where its adapter is, and what is done to it."""
 
-    task: str
-    seed: int
-    model: str
-    data_dir: Path
     adapter: Path
-    target_modules: list[str]
-    steps: int | None = None
     only_cuts: bool = False
     without_cuts: bool = False
     scopes: tuple[str, ...] = SCOPES
     widths: tuple[tuple[int, int], ...] = WIDTHS
 
     @property
-    def training(self) -> Training:
-        return training_of(ROWS["lora"], TRAINING[self.task], {} if self.steps is None else {"steps": self.steps})
-
-    @property
-    def config(self) -> Any:
-        return ROWS["lora"].build({"target_modules": self.target_modules, "task_type": "SEQ_CLS"}, self.training.steps)
-
-    @property
     def settings(self) -> dict[str, Any]:
-        """What has to be the same in a file that is already there."""
-        return {
-            "model": self.model,
-            "training": vars(self.training),
-            "target_modules": self.target_modules,
-            "adapter": adapter_options(self.config),
-            "calibration_rows": CALIBRATION_ROWS,
-        }
+        return {**super().settings, "calibration_rows": CALIBRATION_ROWS}
 
 
 def run(job: Job) -> Run:
@@ -229,29 +207,25 @@ def jobs(given: argparse.Namespace) -> dict[Path, Job]:
         for task in given.tasks:
             name = f"{task}-lora-{seed}"
             found[folder / f"{name}.json"] = Job(
-                task,
-                seed,
-                given.model,
-                given.data_dir,
-                given.adapters / name,
-                targets[task in ALL_LINEAR],
-                given.steps,
-                given.only_cuts,
-                given.without_cuts,
-                tuple(given.scopes),
-                tuple(NAMED[name] for name in given.settings),
+                task=task,
+                seed=seed,
+                model=given.model,
+                data_dir=given.data_dir,
+                target_modules=targets[task in ALL_LINEAR],
+                steps=given.steps,
+                adapter=given.adapters / name,
+                only_cuts=given.only_cuts,
+                without_cuts=given.without_cuts,
+                scopes=tuple(given.scopes),
+                widths=tuple(NAMED[name] for name in given.settings),
             )
     return found
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--data-dir", type=Path, required=True)
+    parser = encoder_parser(__doc__)
     parser.add_argument("--adapters", type=Path, required=True, help="folder of the trained adapters")
     parser.add_argument("--tasks", nargs="+", choices=GLUE_TASKS, default=list(GLUE_TASKS))
-    parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
-    parser.add_argument("--model", default="minilm", metavar="minilm|FOLDER", help="the packaged encoder or a folder")
-    parser.add_argument("--threads", type=int)
     parser.add_argument("--steps", type=int, help="instead of the table's, for a trial")
     parser.add_argument("--scopes", nargs="+", choices=SCOPES, default=list(SCOPES))
     parser.add_argument("--settings", nargs="+", choices=list(NAMED), default=list(NAMED))
@@ -259,10 +233,7 @@ def main() -> None:
     parser.add_argument(
         "--without-cuts", action="store_true", help="without the cuts, which are slow on a large model"
     )
-    parser.add_argument("--results", type=Path, default=RESULTS, help="the folder of all results")
-    given = parser.parse_args()
-    if given.threads:
-        torch.set_num_threads(given.threads)
+    given = parsed(parser)
     given.adapters.mkdir(parents=True, exist_ok=True)
     run_missing(parser, jobs(given), run)
 

@@ -1,4 +1,4 @@
-"""What the commands share: checks of options and files, a run from its folder, and JSON."""
+"""Check options and files, load a run from its folder and print JSON, for all commands."""
 
 from __future__ import annotations
 

@@ -275,7 +275,7 @@ def _build(
     several = has_label_sets(tables["train"], label_columns, kind)
     if len(label_columns) > 1 and not several:
         raise BayesLoraError(
-            f"the label columns are {', '.join(label_columns)}, but {kind} has one: name one column, or give --kind "
+            f"the label columns are {', '.join(label_columns)}, but {kind} has one: name one column, or give kind "
             "multi_label"
         )
     ids: dict[str, list[Any]]

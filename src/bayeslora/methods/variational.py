@@ -133,7 +133,7 @@ class VariationalLayer(BayesLayer):
 
     @property
     def pass_draws(self) -> list[PassDraws]:
-        """What the calls of one forward pass share, of every adapter that a run has trained."""
+        """Draws that the calls of one forward pass share, of every adapter that a run has trained."""
         return [noise.of_pass for noise in self._fresh.values() if noise.of_pass is not None]
 
     def noise_of(self, name: str, position: int = 0) -> Noise | None:
