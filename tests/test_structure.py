@@ -29,7 +29,7 @@ FLOORS = [
     {"optim"},
     {"posterior"},
     {"quantization"},
-    {"_peft", "errors", "files", "model_card", "vocabulary"},
+    {"_lazy", "_peft", "errors", "files", "model_card", "vocabulary"},
 ]
 TOP = {"", "__main__", "_peft_hook"}
 """The package itself, what runs its command, and what teaches PEFT its methods: above every floor."""

@@ -6,11 +6,11 @@ Importing this package registers its methods with PEFT; `get_peft_model`, `Train
 
 from __future__ import annotations
 
-import importlib
 import sys
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
+from bayeslora._lazy import importer
 from bayeslora._peft_hook import teach_peft
 from bayeslora.errors import BayesLoraError
 
@@ -145,17 +145,7 @@ _NAMES = {
     "runtime": ("compile_inference",),
     "training": ("SWAG", "BayesLoop", "attach", "parameter_groups"),
 }
-_HOMES = {name: package for package, names in _NAMES.items() for name in names}
-
-
-def __getattr__(name: str) -> Any:
-    """Import a public name or a subpackage when it is first used (PEP 562)."""
-    if name not in _HOMES and name not in _NAMES:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    module = importlib.import_module(f"{__name__}.{_HOMES.get(name, name)}")
-    value = getattr(module, name) if name in _HOMES else module
-    globals()[name] = value
-    return value
+__getattr__ = importer(__name__, _NAMES)
 
 
 def __dir__() -> list[str]:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import importlib.metadata
+import json
 import math
 import re
 from collections.abc import Iterable, Mapping
@@ -103,12 +105,30 @@ def front_matter(
 def public_name(*names: str) -> str:
     """Return the first name that is valid on other machines (a hub id or a package).
 
-    If all are local paths, which a card must not reveal, return the last part of the first. If that is `model`, as
-    in a package, return the part before it.
+    If all are local paths, which a card must not reveal, return the package that the first is in, or its last part; of
+    one that ends in `model`, the part before that.
     """
     path = Path(names[0])
     last = path.parent.name if path.name == "model" and path.parent.name else path.name
-    return next((name for name in names if not _is_path(name)), last)
+    return next((name for name in names if not _is_path(name)), None) or _package_around(path) or last
+
+
+def _package_around(path: Path) -> str | None:
+    """Return the name under which pip installed what `path` is in."""
+    for folder in path.parents:
+        if folder.name in ("site-packages", "dist-packages"):
+            top = path.relative_to(folder).parts[0]
+            return next(iter(importlib.metadata.packages_distributions().get(top, [])), None)
+    return None
+
+
+def source_of_base(name: str) -> str:
+    """Return Python for what `from_pretrained` takes: of an installed package, the folder that pip has put there."""
+    files = [file for found in importlib.metadata.distributions(name=name or "/") for file in found.files or []]
+    weights = next((file for file in files if file.name == "model.safetensors"), None)
+    if weights is None:
+        return json.dumps(name, ensure_ascii=False)
+    return f'distribution("{name}").locate_file("{weights.parent.as_posix()}")'
 
 
 def _is_path(name: str) -> bool:
@@ -176,10 +196,13 @@ model = PeftModel.from_pretrained(base, ".").eval()  # base: the {family} that w
     labels = getattr(getattr(base_model, "config", None), "num_labels", None)
     is_classifier = family.endswith(("ForSequenceClassification", "ForTokenClassification"))
     size = f", num_labels={labels}" if is_classifier and labels is not None else ""
-    return f"""{first}from peft import PeftModel
+    source = source_of_base(base)
+    lines = ("" if source.startswith('"') else "from importlib.metadata import distribution\n\n") + first
+    return f"""{lines}from peft import PeftModel
 from transformers import {family}
 
-base = {family}.from_pretrained("{base}"{size})
+name = {source}
+base = {family}.from_pretrained(name{size})
 model = PeftModel.from_pretrained(base, ".").eval()"""
 
 

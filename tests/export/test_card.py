@@ -10,9 +10,18 @@ from typing import Any
 import pytest
 import torch
 from peft import get_peft_model
-from transformers import AutoTokenizer, T5Config, T5ForConditionalGeneration, ViTConfig, ViTForImageClassification
+from transformers import (
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    T5Config,
+    T5ForConditionalGeneration,
+    ViTConfig,
+    ViTForImageClassification,
+)
 
 from bayeslora import BayesLoraError, BLoraConfig, MeLoraConfig, export
+from bayeslora.data import packaged_model
+from bayeslora.data.packaged import ENCODER_PACKAGE
 from bayeslora.model_card import check_license
 from tests.conftest import build_tiny_bert, build_tiny_tokenizer
 from tests.methods.reference import D_IN, FROZEN, Tiny, seeded, tiny_model
@@ -111,3 +120,18 @@ def test_a_tokenizer_lies_beside_a_model_exported_from_python(form: str, tmp_pat
         exec(code.replace('"."', repr(str(tmp_path / "one"))), names)
         ids = torch.tensor([[5, 6, 7]])
         torch.testing.assert_close(names["model"].eval()(ids).logits, model(input_ids=ids).logits, atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("form", ["lora", "packed"])
+def test_the_card_finds_a_base_that_pip_has_installed(form: str, tmp_path: Path) -> None:
+    base = AutoModelForSequenceClassification.from_pretrained(packaged_model("minilm"), num_labels=3)
+    model = get_peft_model(base, MeLoraConfig(r=2, target_modules=["query"], task_type="SEQ_CLS")).eval()
+    ids = torch.tensor([[5, 6, 7]])
+    expected = model(input_ids=ids).logits
+    export(model, tmp_path, format=form)
+    card = (tmp_path / "README.md").read_text(encoding="utf-8")
+    assert f"`{ENCODER_PACKAGE}`" in card
+    (code,) = re.findall(r"```python\n(.*?)```", card, re.DOTALL)
+    names: dict[str, Any] = {}
+    exec(code.replace('"."', repr(str(tmp_path))), names)
+    torch.testing.assert_close(names["model"](input_ids=ids).logits, expected, atol=1e-5, rtol=0)

@@ -5,12 +5,14 @@ from __future__ import annotations
 import ast
 import json
 import re
+from importlib.metadata import distribution
 from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
 
+from bayeslora.data import packaged_model
 from bayeslora.errors import BayesLoraError
 from bayeslora.report import write_model_card
 from tests.report.synthetic import make_metrics, write_run
@@ -105,7 +107,7 @@ def test_names_cannot_break_yaml_code_or_tables(tmp_path: Path) -> None:
 def test_a_damaged_adapter_config_is_one_sentence(tmp_path: Path) -> None:
     folder = write_run(tmp_path / "run", make_metrics(), [])
     (folder / "adapter_config.json").write_text("{")
-    with pytest.raises(BayesLoraError, match=r"adapter_config\.json cannot be read"):
+    with pytest.raises(BayesLoraError, match=r"adapter_config\.json is missing or damaged"):
         write_model_card(folder)
     assert not (folder / "README.md").exists()
 
@@ -123,3 +125,15 @@ def test_a_path_on_this_machine_is_not_told(tmp_path: Path, base: str, model: st
     front, body = card(tmp_path / "run", {"base_model_name_or_path": base}, model=model)
     assert front["base_model"] == told
     assert "/home" not in body and ".." not in body
+
+
+def test_a_base_that_pip_has_installed_is_found(tmp_path: Path) -> None:
+    folder = packaged_model("minilm")
+    _, body = card(
+        tmp_path / "run", {"base_model_name_or_path": str(folder), "task_type": "SEQ_CLS"}, model=str(folder)
+    )
+    lines = code(body).splitlines()
+    (line,) = [line for line in lines if line.startswith("name = ")]
+    assert lines.index("from importlib.metadata import distribution") < lines.index(line)
+    assert Path(str(eval(line.removeprefix("name = "), {"distribution": distribution}))) == folder
+    assert str(folder.parent) not in body

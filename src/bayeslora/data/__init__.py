@@ -5,10 +5,11 @@ Its names are imported when they are first used: tables and labels need neither 
 
 from __future__ import annotations
 
-import importlib
 import sys
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
+
+from bayeslora._lazy import importer
 
 if TYPE_CHECKING:
     from bayeslora.data.chat import encode_generation, labelled_tokens
@@ -61,16 +62,7 @@ _MODULES = {
     "split": ("HoldOut",),
     "tasks": ("TASKS", "Task", "hold_out", "load_files", "load_task", "load_texts"),
 }
-_HOMES = {name: module for module, names in _MODULES.items() for name in names}
-
-
-def __getattr__(name: str) -> Any:
-    """Import a public name when it is first used (PEP 562)."""
-    if name not in _HOMES:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    value = getattr(importlib.import_module(f"{__name__}.{_HOMES[name]}"), name)
-    globals()[name] = value
-    return value
+__getattr__ = importer(__name__, _MODULES)
 
 
 class _Package(ModuleType):

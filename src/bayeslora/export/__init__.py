@@ -5,8 +5,9 @@ A name is imported when it is first used, because who loads an integer model nee
 
 from __future__ import annotations
 
-from importlib import import_module
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
+
+from bayeslora._lazy import importer
 
 if TYPE_CHECKING:
     from bayeslora.export.formats import FORMATS, export, shrink
@@ -15,19 +16,9 @@ if TYPE_CHECKING:
 
 __all__ = ["FORMATS", "export", "load_integer", "load_packed", "shrink"]
 
-_HOMES = {
-    "FORMATS": "formats",
-    "export": "formats",
-    "load_integer": "integer.reader",
-    "load_packed": "packed.reader",
-    "shrink": "formats",
+_MODULES = {
+    "formats": ("FORMATS", "export", "shrink"),
+    "integer.reader": ("load_integer",),
+    "packed.reader": ("load_packed",),
 }
-
-
-def __getattr__(name: str) -> Any:
-    """Import a public name when it is first used (PEP 562)."""
-    if name not in _HOMES:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    value = getattr(import_module(f"{__name__}.{_HOMES[name]}"), name)
-    globals()[name] = value
-    return value
+__getattr__ = importer(__name__, _MODULES)

@@ -6,10 +6,10 @@ at any time without the model; `write_answers` takes answers instead. Matplotlib
 
 from __future__ import annotations
 
-import importlib
 from importlib.util import find_spec
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
+from bayeslora._lazy import importer
 from bayeslora.errors import BayesLoraError
 
 if TYPE_CHECKING:
@@ -19,18 +19,13 @@ if TYPE_CHECKING:
     from bayeslora.report.page import write_report
 
 __all__ = ["check_installed", "write_answers", "write_comparison", "write_model_card", "write_report"]
-_HOME = {
-    "write_answers": "answers",
-    "write_comparison": "comparison",
-    "write_model_card": "card",
-    "write_report": "page",
+_MODULES = {
+    "answers": ("write_answers",),
+    "card": ("write_model_card",),
+    "comparison": ("write_comparison",),
+    "page": ("write_report",),
 }
-
-
-def __getattr__(name: str) -> Any:
-    if name not in _HOME:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(importlib.import_module(f"{__name__}.{_HOME[name]}"), name)
+__getattr__ = importer(__name__, _MODULES)
 
 
 def check_installed() -> None:

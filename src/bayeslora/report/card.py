@@ -8,11 +8,11 @@ from collections import defaultdict
 from pathlib import Path
 from typing import Any
 
-from bayeslora.errors import BayesLoraError
 from bayeslora.methods.registry import package_of
-from bayeslora.model_card import CARD_FILE, front_matter, public_name
+from bayeslora.model_card import CARD_FILE, front_matter, public_name, source_of_base
 from bayeslora.report import text
 from bayeslora.report.page import environment, write_files
+from bayeslora.runs.digests import ADAPTER_CONFIG, adapter_config
 from bayeslora.runs.info import RUN_FILE, RunInfo
 from bayeslora.runs.names import order_matrices, shortest_labels
 from bayeslora.runs.record import RunRecord, read_run
@@ -40,7 +40,7 @@ def write_model_card(output_dir: Path) -> Path:
     """
     folder = Path(output_dir)
     run = read_run(folder)
-    config = _adapter_config(folder)
+    config = adapter_config(folder) if (folder / ADAPTER_CONFIG).exists() else {}
     info = RunInfo.load(folder) if (folder / RUN_FILE).is_file() else None
     generates = info is not None and info.kind == "generation"
     task_type = "CAUSAL_LM" if generates else _task_type(config, info)
@@ -62,6 +62,7 @@ def write_model_card(output_dir: Path) -> Path:
             scores=run.scores,
         ),
         "base": base,
+        "source": source_of_base(base),
         "adapter": adapter,
         "needs_import": package_of(run.method),
         "auto_class": auto_class,
@@ -76,16 +77,6 @@ def write_model_card(output_dir: Path) -> Path:
     }
     card = environment().get_template("card.md.j2").render(context)
     return write_files(folder, {CARD_FILE: card.encode()})[0]
-
-
-def _adapter_config(folder: Path) -> dict[str, Any]:
-    path = folder / "adapter_config.json"
-    if not path.exists():
-        return {}
-    try:
-        return dict(json.loads(path.read_text(encoding="utf-8")))
-    except (OSError, ValueError, TypeError) as error:
-        raise BayesLoraError(f"{path} cannot be read, but must be a JSON object ({error}): save it again") from error
 
 
 def _task_type(config: dict[str, Any], info: RunInfo | None) -> str:

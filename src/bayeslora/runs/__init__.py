@@ -5,7 +5,9 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
+
+from bayeslora._lazy import importer
 
 if TYPE_CHECKING:
     from bayeslora.runs.run import load
@@ -13,9 +15,4 @@ if TYPE_CHECKING:
 __all__ = ["load"]
 
 
-def __getattr__(name: str) -> Any:
-    if name != "load":
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    from bayeslora.runs.run import load
-
-    return load
+__getattr__ = importer(__name__, {"run": ("load",)})

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from pathlib import Path
+from typing import Any
 
 from bayeslora.errors import BayesLoraError
 from bayeslora.files import check_readable, save_json
@@ -22,6 +23,22 @@ _ANYWHERE = (
     "base_model_name_or_path", "_name_or_path", "name_or_path", "peft_version", "transformers_version", "revision",
 )  # fmt: skip
 _BLOCK, _BLOCKS = 2**20, 256
+
+
+def adapter_config(folder: Path) -> dict[str, Any]:
+    """Read `adapter_config.json`.
+
+    Raises:
+        BayesLoraError: the file is missing or damaged.
+    """
+    path = folder / ADAPTER_CONFIG
+    check_readable(path)
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+        content.get("base_model_name_or_path")
+    except (OSError, ValueError, AttributeError, RecursionError) as error:
+        raise BayesLoraError(f"{path} is missing or damaged: train again or restore it from a copy") from error
+    return dict(content)
 
 
 def save_digests(folder: Path) -> None:

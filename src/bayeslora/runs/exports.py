@@ -15,9 +15,9 @@ from bayeslora.export.formats import libraries_of
 from bayeslora.export.integer.reader import is_integer_model
 from bayeslora.model_card import public_name
 from bayeslora.runs.base import AUTO_CLASSES, base_of
+from bayeslora.runs.digests import ADAPTER_CONFIG, adapter_config
 from bayeslora.runs.info import RunInfo
-from bayeslora.runs.plain import ADAPTER_FILE, adapter_config
-from bayeslora.runs.plain import CONFIG_FILE as ADAPTER_CONFIG
+from bayeslora.runs.plain import ADAPTER_FILE
 from bayeslora.vocabulary import FORMATS_FOR_OTHERS
 
 

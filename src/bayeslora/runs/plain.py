@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -14,14 +13,13 @@ from safetensors import SafetensorError, safe_open
 from transformers import MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING, AutoConfig, PretrainedConfig
 
 from bayeslora.errors import BayesLoraError, counted
-from bayeslora.files import check_readable
 from bayeslora.methods.registry import find_method
 from bayeslora.prediction.predictor import MULTI_LABEL
 from bayeslora.runs.base import AUTO_CLASSES, CLASS_HEADS, WRITING_HEADS, load_errors, resolve_model, source
+from bayeslora.runs.digests import ADAPTER_CONFIG, adapter_config
 from bayeslora.runs.info import RUN_FILE, UNKNOWN, Head, RunInfo
 from bayeslora.vocabulary import WORDS
 
-CONFIG_FILE = "adapter_config.json"
 ADAPTER_FILE = "adapter_model.safetensors"
 _HEADS: dict[str, Head] = {"SEQ_CLS": "sequence", "TOKEN_CLS": "words", "CAUSAL_LM": "text", "SEQ_2_SEQ_LM": "seq2seq"}
 _SUFFIXES: dict[str, Head] = {
@@ -40,22 +38,6 @@ _NAMES = {
 """What `load` takes of what only `run.json` stores."""
 
 
-def adapter_config(folder: Path) -> dict[str, Any]:
-    """Read `adapter_config.json`.
-
-    Raises:
-        BayesLoraError: the file is missing or damaged.
-    """
-    path = folder / CONFIG_FILE
-    check_readable(path)
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-        content.get("base_model_name_or_path")
-    except (OSError, ValueError, AttributeError, RecursionError) as error:
-        raise BayesLoraError(f"{path} is missing or damaged: train again or restore it from a copy") from error
-    return dict(content)
-
-
 def plain_info(folder: Path, model: str | None) -> RunInfo:
     """Describe a folder that `save_pretrained` or `bayeslora.export` wrote.
 
@@ -66,11 +48,11 @@ def plain_info(folder: Path, model: str | None) -> RunInfo:
     Raises:
         BayesLoraError: the folder is neither an adapter nor a model, or its task is not supported.
     """
-    if (folder / CONFIG_FILE).is_file():
+    if (folder / ADAPTER_CONFIG).is_file():
         return _of_adapter(folder, adapter_config(folder), model)
     if not (folder / "config.json").is_file():
         raise BayesLoraError(
-            f"{folder} lacks run.json, {CONFIG_FILE} and config.json, but needs one of them: give a folder that "
+            f"{folder} lacks run.json, {ADAPTER_CONFIG} and config.json, but needs one of them: give a folder that "
             "`bayeslora train`, `bayeslora export` or save_pretrained wrote"
         )
     with load_errors(f"the configuration in {folder}"):
@@ -121,7 +103,7 @@ def _names(name: str, value: Any, info: RunInfo) -> Any:
 def _of_adapter(folder: Path, content: dict[str, Any], model: str | None) -> RunInfo:
     name = model or content.get("base_model_name_or_path")
     if not name:
-        raise BayesLoraError(f"{folder / CONFIG_FILE} does not name the base model: give it as load(…, model=…)")
+        raise BayesLoraError(f"{folder / ADAPTER_CONFIG} does not name the base model: give it as load(…, model=…)")
     named = str((content.get("auto_mapping") or {}).get("base_model_class", ""))
     kind = content.get("task_type")
     by_class = next((head for suffix, head in _SUFFIXES.items() if named.endswith(suffix)), None)

@@ -46,10 +46,10 @@ from bayeslora.runs.base import (
     tokenizer_digest,
 )
 from bayeslora.runs.decisions import Calibration, calibrated, calibration_for, model_digest
-from bayeslora.runs.digests import check_digests
+from bayeslora.runs.digests import ADAPTER_CONFIG, adapter_config, check_digests
 from bayeslora.runs.exports import format_for_others, load_for_others
 from bayeslora.runs.info import RUN_FILE, RunInfo, RunKind, check_one_label_a_row
-from bayeslora.runs.plain import ADAPTER_FILE, CONFIG_FILE, adapter_config, plain_info, with_names
+from bayeslora.runs.plain import ADAPTER_FILE, plain_info, with_names
 from bayeslora.runs.predictions import Predictions
 from bayeslora.runs.record import METRICS_FILE, RunRecord, read_run
 from bayeslora.runs.rows import EVALUATION, check_not_training, encode_for, labelled_rows, rows_to_predict
@@ -516,7 +516,7 @@ def _tokenizer(
         found, origin = read(resolve_model(str(given), tokenizer_only=True), str(given)), str(given)
     elif has_tokenizer(folder):
         found, origin = read(str(folder), str(folder)), f"the tokenizer in {folder}"
-    elif not (folder / RUN_FILE).is_file() and (folder / CONFIG_FILE).is_file():
+    elif not (folder / RUN_FILE).is_file() and (folder / ADAPTER_CONFIG).is_file():
         # An adapter alone: PEFT leaves the tokenizer with the base model.
         name = model or info.model
         found, origin = read(resolve_model(name), name), f"the tokenizer of {name}"

@@ -8,7 +8,7 @@ from typing import Any
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from bayeslora.model_card import CARD_FILE, error_of, front_matter, public_name
+from bayeslora.model_card import CARD_FILE, base_name, error_of, front_matter
 
 _FIELDS = {"input_ids": "ids", "attention_mask": "attention_mask", "token_type_ids": "type_ids"}
 _TEXTS = 'texts = ["The film is a joy.", "The film is a bore."]  # or pairs: [("A text.", "Another."), …]'
@@ -60,8 +60,7 @@ def write_page(
         program: that runs the graph.
         answers: what the model predicts at each position.
     """
-    path = config.base_model_name_or_path or getattr(model, "name_or_path", "")
-    base = public_name(str(path)) if path else type(model).__name__
+    base = base_name(config, model)
     method, is_learned = getattr(config, "method", "lora"), measured["widened"] is not None
     front = front_matter(
         f"{base} as ONNX",
