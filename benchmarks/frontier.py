@@ -39,9 +39,10 @@ def jobs(given: argparse.Namespace) -> dict[Path, Job]:
                 for budget in given.budgets or BUDGETS[scope]:
                     options = {"target_bops": budget, "bops_scope": scope, "rank_price": 0.0}
                     file = folder / f"{task}-{scope}-{budget}-{seed}.json"
+                    warm_up = given.warm_ups and given.warm_ups / folder.name / f"{task}-{scope}-{seed}"
                     found[file] = Job(
                         task, "evidence-q+ra", seed, given.model, given.data_dir, targets, given.select,
-                        options=options, warm_up=given.warm_ups and given.warm_ups / f"{task}-{scope}-{seed}",
+                        options=options, warm_up=warm_up,
                     )  # fmt: skip
     return found
 

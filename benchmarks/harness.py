@@ -191,11 +191,10 @@ def fine_tune(
         else:
             options = {"data_collator": DataCollatorWithPadding(tokenizer)}
         callbacks = [] if callback is None else [callback(model)]
-        begin, shared = 0, None
+        begin = 0
         if warm_up is not None:
             begin, _ = phases(config, training.steps)
-            shared = SharedWarmUp(begin, warm_up)
-            callbacks.append(shared)
+            callbacks.append(SharedWarmUp(begin, warm_up))
         resumed = warm_up is not None and warm_up.exists()
         trainer = kind(model=model, args=arguments, train_dataset=data, callbacks=callbacks, **options)
         terms = labelled_tokens(data) if LABELS in data.column_names else len(data)
@@ -205,8 +204,6 @@ def fine_tune(
         start, computed = time.perf_counter(), time.process_time()
         trainer.train(str(warm_up) if resumed else None)
         seconds, computed = time.perf_counter() - start, time.process_time() - computed
-        if shared is not None and not resumed:
-            shared.keep(Path(scratch) / f"checkpoint-{begin}")
     clocks = {"seconds": seconds, "processor_seconds": computed}
     found = {**clocks, "peak_memory_bytes": peak_memory(), "parameters": parameters, "machine": machine()}
     if resumed:
@@ -238,15 +235,18 @@ class SharedWarmUp(TrainerCallback):
         elif state.global_step < self.step:
             self.begun = torch.get_rng_state()
 
-    def keep(self, checkpoint: Path) -> None:
-        """Put the checkpoint of a finished run where the others look for it."""
-        shutil.copytree(checkpoint, self.folder)
-        torch.save(self.begun, self.file)
-
     def on_step_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         control.should_save = control.should_save or state.global_step == self.step
+
+    def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        """Put the checkpoint where the others look for it, at once: the run may be interrupted later."""
+        if state.global_step == self.step and not self.folder.exists():
+            partial = self.folder.with_name(f"{self.folder.name}.partial")
+            shutil.copytree(Path(str(args.output_dir)) / f"checkpoint-{self.step}", partial, dirs_exist_ok=True)
+            torch.save(self.begun, partial / self.file.name)
+            partial.rename(self.folder)
 
 
 def peak_memory() -> int:
