@@ -13,7 +13,7 @@ import torch
 from safetensors.torch import save_file
 
 from bayeslora.errors import BayesLoraError
-from bayeslora.files import finite, new_folder, save_json, write_atomically
+from bayeslora.files import dump_yaml, finite, new_folder, parse_yaml, save_json, write_atomically
 
 
 def test_a_file_replaces_the_old_one_only_when_it_is_finished(tmp_path: Path) -> None:
@@ -112,3 +112,10 @@ def test_others_can_read_weights_as_they_can_other_files(tmp_path: Path) -> None
         save_file({"a": torch.zeros(2)}, folder / "two.safetensors")
     for path in (tmp_path / "one.safetensors", tmp_path / "export" / "two.safetensors"):
         assert path.stat().st_mode == usual.stat().st_mode, path
+
+
+def test_yaml_is_read_as_it_was_written() -> None:
+    texts = ["1e3", "-2E+5", "1.e1", ".5e-2", "1e", "no", "null", "1", "x: y", "é"]
+    content = {"labels": texts, "1e3": [1e3, 1e-5, -2.5, 7, None, True], "none": {}}
+    assert parse_yaml(dump_yaml(content)) == content
+    assert dump_yaml({"a": "é", "b": "plain"}) == "a: é\nb: plain\n"

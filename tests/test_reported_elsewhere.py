@@ -6,6 +6,7 @@ import json
 import warnings
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -15,9 +16,13 @@ from datasets import ClassLabel, Dataset, Features, Value
 from datasets import List as Lists
 from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import (
+    AutoModelForCausalLM,
+    LlamaConfig,
+    LlamaForCausalLM,
     LlamaForSequenceClassification,
     LongformerConfig,
     LongformerForSequenceClassification,
+    MambaConfig,
     MPNetConfig,
     MPNetForSequenceClassification,
     PreTrainedModel,
@@ -30,6 +35,9 @@ import bayeslora
 from bayeslora.cli.main import main
 from bayeslora.data import load_files
 from bayeslora.errors import BayesLoraError
+from bayeslora.methods.blora.gated_quantizers import Phase
+from bayeslora.methods.melora.cores import Deal
+from bayeslora.methods.tuner import tuner_of
 from tests.cli.conftest import review_rows, write_jsonl
 from tests.conftest import build_tiny_bert, build_tiny_llama, build_tiny_tokenizer
 
@@ -494,9 +502,33 @@ def test_the_number_of_rows_is_that_of_the_run(tiny_bert: PreTrainedModel, tmp_p
     model.save_pretrained(tmp_path / "saved")
     loaded = PeftModel.from_pretrained(build_tiny_bert(), tmp_path / "saved", is_trainable=True)
     with pytest.warns(
-        UserWarning, match="num_examples is 12 in the adapter's config, but the training set has 4 rows"
+        UserWarning, match="num_examples is 12 in the adapter's config, but the training loss has 4 terms"
     ):
         bayeslora.attach(trainer(loaded, tmp_path)).train()
+
+
+def test_several_labels_a_row_are_as_many_terms(tmp_path: Path) -> None:
+    base = build_tiny_bert(num_labels=3, problem_type="multi_label_classification")
+    model = get_peft_model(base, config())
+    given = trainer(model, tmp_path)
+    columns = given.train_dataset[:]
+    columns["labels"] = [[1.0, 0.0, 1.0]] * len(given.train_dataset)
+    for problem in ("multi_label_classification", None):  # None: the first pass sets it
+        base.config.problem_type = problem
+        given = trainer(model, tmp_path)
+        given.train_dataset = Dataset.from_dict(columns)
+        bayeslora.attach(given).train()
+        assert model.peft_config["default"].num_examples == 3 * len(given.train_dataset)
+        model.peft_config["default"].num_examples = None
+
+
+def test_the_first_token_of_a_causal_model_is_no_term() -> None:
+    sizes = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
+    base = LlamaForCausalLM(LlamaConfig(**sizes, num_key_value_heads=2, vocab_size=40))
+    model = get_peft_model(base, bayeslora.MeLoraConfig(r=2, target_modules=["q_proj"], task_type="CAUSAL_LM"))
+    ids = torch.randint(3, 40, (2, 7), generator=torch.Generator().manual_seed(0))
+    assert model.base_model.terms_in({"labels": ids}, 2).tolist() == [6, 6]
+    assert model.base_model.terms_in({"labels": ids, "shift_labels": ids}, 2).tolist() == [7, 7]
 
 
 def test_a_run_that_goes_on_without_its_optimizer_is_told(tiny_bert: PreTrainedModel, tmp_path: Path) -> None:
@@ -578,3 +610,132 @@ def test_squared_gradients_of_pairs_are_those_of_one_pair_at_a_time(tmp_path: Pa
         found.append(torch.cat([layer.melora_precision["default"].flatten() for layer in layers]))
     assert float(found[1].max()) > 0
     torch.testing.assert_close(found[0], found[1], rtol=1e-3, atol=1e-4 * float(found[1].max()))
+
+
+class OwnHead(torch.nn.Module):
+    """An adapted encoder with a head that is not the encoder's."""
+
+    def __init__(self, encoder: Any) -> None:
+        super().__init__()
+        self.encoder, self.head = encoder, torch.nn.Linear(encoder.config.hidden_size, 2)
+
+    def forward(
+        self, input_ids: Any = None, attention_mask: Any = None, labels: Any = None
+    ) -> dict[str, torch.Tensor]:
+        states = self.encoder(input_ids=input_ids, attention_mask=attention_mask).last_hidden_state
+        logits = self.head(states[:, 0])
+        return {"loss": torch.nn.functional.cross_entropy(logits, labels), "logits": logits}
+
+
+@pytest.mark.parametrize("method", [bayeslora.BLoraConfig, bayeslora.MeLoraConfig, bayeslora.AdaLoraConfig])
+def test_an_adapted_model_inside_another_one_trains_and_is_logged(method: Callable[..., Any], tmp_path: Path) -> None:
+    rank = {"init_r": 4, "target_r": 2, "importance": "sensitivity"} if method is bayeslora.AdaLoraConfig else {"r": 4}
+    encoder = get_peft_model(build_tiny_bert().bert, method(**rank, target_modules=["query", "value"]))
+    model = OwnHead(encoder)
+    given = trainer(model, tmp_path, max_steps=40)
+    given.args.logging_steps, given.args.remove_unused_columns = 20, False
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of a short run
+        bayeslora.attach(given).train()
+    assert 0 < given.state.log_history[0]["relative_bops"] < 1
+    if method is bayeslora.BLoraConfig:
+        assert all(layer.evidence("default").is_decided for layer in tuner_of(encoder).adapted_layers())
+
+
+def test_a_model_without_logits_is_refused_before_the_warm_up(tmp_path: Path) -> None:
+    model = OwnHead(get_peft_model(build_tiny_bert().bert, bayeslora.BLoraConfig(r=4, target_modules=["query"])))
+    model.forward = lambda **inputs: {"pooled": model.encoder(**inputs).last_hidden_state}  # type: ignore[method-assign]
+    given = trainer(model, tmp_path, max_steps=40)
+    given.args.remove_unused_columns = False
+    with pytest.raises(BayesLoraError, match="the model returns neither logits nor a loss"), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        bayeslora.attach(given).train()
+    assert given.state.global_step == 0
+
+
+def test_passes_beside_the_adapted_model_are_told() -> None:
+    model = get_peft_model(build_tiny_bert(), config(variance="closed_form"))
+    loop = bayeslora.BayesLoop(model, torch.optim.SGD(bayeslora.parameter_groups(model, lr=1.0)), 4, num_examples=8)
+    loop.optimizer.param_groups[0]["lr"] = 1.0
+    ids = torch.tensor([[2, 5, 3], [2, 6, 3]])
+    with pytest.raises(BayesLoraError, match="went past the adapted model, but it counts their rows"):
+        for _ in range(3):
+            loop.step_begin()
+            model.get_base_model().forward(input_ids=ids, labels=torch.tensor([0, 1])).loss.backward()
+            loop.before_optimizer_step()
+            loop.optimizer.step()
+            loop.step_end()
+
+
+def test_a_number_that_the_trainer_logs_keeps_its_name(tmp_path: Path) -> None:
+    class Logging(Trainer):
+        def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
+            super().log({**logs, "kl": 7.0}, *args, **kwargs)
+
+    plain = trainer(get_peft_model(build_tiny_bert(), config()), tmp_path)
+    plain.args.logging_steps = 1
+    given = Logging(plain.model, plain.args, train_dataset=plain.train_dataset)
+    bayeslora.attach(given).train()
+    logged = given.state.log_history[0]
+    assert logged["kl"] == 7.0 and logged["bayeslora_kl"] >= 0 and logged["kl_warmup"] > 0
+
+
+def test_a_pass_without_gradients_between_two_passes_of_several_cores_takes_its_rows_in_turn() -> None:
+    deal = Deal(4)
+    deal.begin_step(0, 0)
+    for _ in range(2):
+        deal.begin_pass(2)
+        deal.end_pass()
+    with torch.no_grad():
+        assert deal.of_rows(6).tolist() == [0, 1, 2, 3, 0, 1]
+    with pytest.raises(BayesLoraError, match="under gradient checkpointing"):
+        deal.of_rows(6)
+
+
+def test_a_weight_that_quanto_stores_is_counted_and_not_merged() -> None:
+    model = get_peft_model(build_tiny_bert(), config())
+    layer = tuner_of(model).adapted_layers()[0]
+    layer.get_base_layer().weight_qtype = SimpleNamespace(bits=8)
+    assert layer.base_width == 8
+    with pytest.raises(BayesLoraError, match="quanto stores the base weight in 8 bits"):
+        model.merge_and_unload()
+
+
+@pytest.mark.parametrize("gates", ["evidence", "paper"])
+def test_an_adapter_that_is_loaded_in_inference_mode_predicts_the_same(gates: str, tmp_path: Path) -> None:
+    options = {"gates": gates, "target_modules": ["query"], "task_type": "SEQ_CLS", "r": 4}
+    model = get_peft_model(build_tiny_bert(), bayeslora.BLoraConfig(**options))
+    for layer in tuner_of(model).adapted_layers():
+        layer.start_learning("default")
+        for kind in layer.quantized_kinds("default"):
+            layer.quantizers("default").set_width(kind, 4, torch.tensor(1.0))
+        layer.progress("default").advance(Phase.FROZEN)
+    model.eval().save_pretrained(tmp_path)
+    ids = torch.tensor([[2, 5, 3]])
+    with torch.inference_mode():
+        expected = model(input_ids=ids).logits
+        loaded = PeftModel.from_pretrained(build_tiny_bert(), tmp_path).eval()
+        for _ in range(2):
+            torch.testing.assert_close(loaded(input_ids=ids).logits, expected, rtol=0, atol=1e-6)
+
+
+def test_a_quantizing_adapter_is_exported_as_a_program() -> None:
+    model = get_peft_model(
+        build_tiny_bert(), bayeslora.BLoraConfig(r=4, target_modules=["query"], task_type="SEQ_CLS")
+    )
+    for layer in tuner_of(model).adapted_layers():
+        layer.start_learning("default")
+        layer.quantizers("default").set_width("weight", 4, layer.weight_range("default", "weight", 4))
+        layer.progress("default").advance(Phase.FROZEN)
+    ids = torch.tensor([[2, 5, 3]])
+    with torch.no_grad():
+        expected = model.eval()(input_ids=ids).logits
+        program = torch.export.export(model, (), {"input_ids": ids})
+        torch.testing.assert_close(program.module()(input_ids=ids).logits, expected, rtol=0, atol=1e-5)
+
+
+def test_the_projection_that_mambas_kernel_reads_past_the_adapter_is_refused() -> None:
+    base = AutoModelForCausalLM.from_config(MambaConfig(hidden_size=16, num_hidden_layers=1, vocab_size=30))
+    with pytest.raises(BayesLoraError, match="out_proj' is inside a MambaMixer, but that reads its weight past"):
+        get_peft_model(base, bayeslora.MeLoraConfig(r=2, target_modules=["out_proj"]))
+    get_peft_model(base, bayeslora.MeLoraConfig(r=2, target_modules=["in_proj"]))

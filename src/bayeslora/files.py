@@ -30,6 +30,10 @@ _MARKS = (
     *((codecs.BOM_UTF32_LE, "utf-32"), (codecs.BOM_UTF32_BE, "utf-32"), (codecs.BOM_UTF8, "utf-8-sig")),
     *((codecs.BOM_UTF16_LE, "utf-16"), (codecs.BOM_UTF16_BE, "utf-16")),
 )
+_EXPONENT = re.compile(r"[-+]?(?:\d+\.?\d*|\.\d+)[eE][-+]?\d+$")
+"""Numbers that YAML 1.1, which wants a point before the exponent, takes for texts."""
+_TAG = re.compile(r"O|[BI]-[^\W\d_].*")
+"""A tag by which a CoNLL file is told from others."""
 SEPARATOR_LINE = re.compile(r"\Asep=(.)\r?\n")
 """First line of a CSV file by which Excel says the delimiter."""
 
@@ -144,14 +148,21 @@ def parse_yaml(text: str) -> Any:
     import yaml
 
     try:
-        return yaml.load(text, _yaml_loader())  # noqa: S506 - a SafeLoader
+        return yaml.load(text, _yaml_classes()[0])  # noqa: S506 - a SafeLoader
     except RecursionError:
         raise yaml.YAMLError("nested too deeply") from None
 
 
+def dump_yaml(content: Any) -> str:
+    """Return YAML that `parse_yaml` reads as the same content."""
+    import yaml
+
+    return str(yaml.dump(content, Dumper=_yaml_classes()[1], sort_keys=False, allow_unicode=True))
+
+
 @functools.cache
-def _yaml_loader() -> Any:
-    """Make the loader; yaml is imported only where it is needed."""
+def _yaml_classes() -> tuple[Any, Any]:
+    """Make the loader and the dumper; yaml is imported only where it is needed."""
     import yaml
 
     class Loader(yaml.SafeLoader):
@@ -164,10 +175,11 @@ def _yaml_loader() -> Any:
                     seen.add(key.value)
             return super().construct_mapping(node, deep)
 
-    # YAML 1.1 wants a point before the exponent and takes 1e-5 for a text.
-    exponent = re.compile(r"[-+]?(?:\d+\.?\d*|\.\d+)[eE][-+]?\d+$")
-    Loader.add_implicit_resolver("tag:yaml.org,2002:float", exponent, list("-+.0123456789"))
-    return Loader
+    class Dumper(yaml.SafeDumper): ...
+
+    for each in (Loader, Dumper):
+        each.add_implicit_resolver("tag:yaml.org,2002:float", _EXPONENT, list("-+.0123456789"))
+    return Loader, Dumper
 
 
 def first_columns(path: str | os.PathLike[str]) -> list[str]:
@@ -201,16 +213,19 @@ def conll_columns(start: str, extension: str) -> list[str]:
     """Return the columns of a CoNLL file from its beginning: `tokens`, `column_2`, …, `tags`; [] for other texts.
 
     Such a file has a word on each line, with one tag or several between blanks, and empty lines between sentences. It
-    needs an empty line or a tag that is `O` or begins with `B-`, and both if it is called `.csv` or `.tsv`.
+    needs an empty line or a tag such as `O` or `B-PER`, and both if it is called `.csv` or `.tsv`; there an empty line
+    at the end does not count after a first line without such a tag, the header of a table.
     """
     lines = [line.strip() for line in start.split("\n", _CONLL_LINES)[:_CONLL_LINES]]
     if len(start.encode()) >= _FIRST_ROW:
         lines.pop()  # it may be cut
     words = [conll_fields(line) for line in lines if line and not line.startswith(DOCUMENT_START)]
     widths = {len(fields) for fields in words}
-    has_gap = "" in lines[:-1]
-    has_tags = any(fields[-1] == "O" or fields[-1].startswith("B-") for fields in words)
-    is_one = has_gap and has_tags if extension in (".csv", ".tsv") else has_gap or has_tags
+    are_tags = [_TAG.fullmatch(fields[-1]) is not None for fields in words]
+    is_table = extension in (".csv", ".tsv")
+    has_header = is_table and not any(are_tags[:1])
+    has_gap = "" in ("\n".join(lines).rstrip().split("\n") if has_header else lines[:-1])
+    is_one = has_gap and any(are_tags) if is_table else has_gap or any(are_tags)
     if len(widths) != 1 or widths == {1} or not is_one:
         return []
     return [WORDS, *(f"column_{number}" for number in range(2, widths.pop())), "tags"]

@@ -17,6 +17,7 @@ from bayeslora.cli.commands import COMMANDS
 from bayeslora.cli.main import main
 from bayeslora.cli.registry import _METHODS, method_names
 from bayeslora.errors import BayesLoraError
+from bayeslora.files import dump_yaml
 from bayeslora.methods import METHODS
 from bayeslora.runs.plan import RunOptions, first_difference
 from tests.methods.registered import offer
@@ -296,3 +297,14 @@ def test_every_help_ends_with_an_example_whose_options_exist(command: str, capsy
     assert words[:2] == ["bayeslora", command]
     _, problems = parse(command, words[2:])
     assert not problems
+
+
+def test_the_texts_of_a_list_are_taken_as_they_are(tmp_path: Path) -> None:
+    """As labels may be called null; `--labels null` alone is none."""
+    names = ["no", "yes", "null", "~", "1e3"]
+    hint = list[str] | None
+    assert coerce("labels", "no, yes,null,~,1e3", hint) == coerce("labels", names, hint) == names
+    assert coerce("labels", "null", hint) is None
+    file = tmp_path / "config.yaml"
+    file.write_text(dump_yaml(build_plan({**BASE, "method": "lora", "labels": "no,yes,null,~,1e3"}).record()))
+    assert build_plan({"config": str(file), "output_dir": "elsewhere"}).options.labels == names

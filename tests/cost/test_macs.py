@@ -276,3 +276,37 @@ def test_modernbert_reads_its_classification_head_at_one_vector() -> None:
     ):
         found = {each.name: each.macs for each in operations(auto.from_config(config), 13)}
         assert found["head.dense.weight"] == rows * 32 * 32
+
+
+@pytest.mark.parametrize(
+    ("family", "kind", "auto"),
+    [
+        ("modernbert", "ModernBertConfig", transformers.AutoModelForQuestionAnswering),
+        ("modernbert-decoder", "ModernBertDecoderConfig", transformers.AutoModelForSequenceClassification),
+        ("eurobert", "EuroBertConfig", transformers.AutoModelForSequenceClassification),
+    ],
+)
+def test_heads_that_read_every_token_are_what_pytorch_counts(family: str, kind: str, auto: type) -> None:
+    sizes = {"hidden_size": 24, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 48}
+    ids = {f"{name}_token_id": 0 for name in ("pad", "eos", "bos", "cls", "sep")}
+    config = getattr(transformers, kind)(**sizes, **ids, vocab_size=50)
+    config._attn_implementation = "eager"
+    model = auto.from_config(config)
+    assert macs_by_scope(operations(model, 10))["model"] == counted_macs(model, 10)
+
+
+def test_modernbert_pools_before_its_head_for_choices() -> None:
+    sizes = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 64}
+    ids = {f"{name}_token_id": 0 for name in ("pad", "eos", "bos", "cls", "sep")}
+    model = transformers.AutoModelForMultipleChoice.from_config(
+        transformers.ModernBertConfig(**sizes, **ids, vocab_size=50)
+    )
+    assert {each.name: each.macs for each in operations(model, 13)}["head.dense.weight"] == 32 * 32
+
+
+def test_large_falcons_have_groups_of_heads() -> None:
+    sizes = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 4, "num_kv_heads": 2, "vocab_size": 50}
+    config = transformers.FalconConfig(**sizes, new_decoder_architecture=True, multi_query=True)
+    config._attn_implementation = "eager"
+    model = transformers.AutoModelForCausalLM.from_config(config)
+    assert macs_by_scope(operations(model, 7))["model"] == counted_macs(model, 7)

@@ -95,7 +95,7 @@ def test_rows_of_snli_without_a_gold_label_are_dropped(monkeypatch: pytest.Monke
     assert load_task("snli", tmp_path).train_split["label"][:] == [2, 0, 1]
     # Only SNLI is known to have such rows: elsewhere -1 is a mistake.
     (tmp_path / "snli").rename(tmp_path / "mnli")
-    with pytest.raises(BayesLoraError, match="train.jsonl, line 1 has the label -1, but the labels that were named"):
+    with pytest.raises(BayesLoraError, match="train.jsonl, line 1 has the label -1, but the labels that are known"):
         load_task("mnli", tmp_path)
     hub(monkeypatch, {"train": rows[:1], "validation": rows}, label=NLI)
     with pytest.raises(BayesLoraError, match="snli/train has 0 rows with a label"):

@@ -84,7 +84,7 @@ def test_what_is_no_set_of_labels_is_refused(tmp_path: Path) -> None:
     ):
         with pytest.raises(BayesLoraError, match=said):
             load(rows, column)
-    with pytest.raises(BayesLoraError, match="row 3 has the label 'art', but the labels that were named are"):
+    with pytest.raises(BayesLoraError, match="row 3 has the label 'art', but the labels that are known are"):
         load(ROWS, labels=["sport", "money"])
     with pytest.raises(BayesLoraError, match="label columns name them already"):
         load([{"text": "a", "x": 1, "y": 0}], "x,y", labels=["a", "b"])
@@ -118,3 +118,23 @@ def test_lists_of_0_and_1_are_not_read_as_the_labels_0_and_1(flags: list[list[in
 def test_lists_of_the_labels_0_and_1_are_sets() -> None:
     task = load([{"text": "a", "topics": each} for each in ([0], [1], [0, 1], [])])
     assert task.train_split["label"][:] == [[1, 0], [0, 1], [1, 1], [0, 0]]
+
+
+def test_a_cell_without_commas_as_numpy_writes_it_is_refused() -> None:
+    rows = [{"text": "a", "topics": "['art']"}, {"text": "b", "topics": "['art' 'sport']"}]
+    with pytest.raises(BayesLoraError, match="row 2 has .* in column 'topics', but a list with commas between its"):
+        load(rows, kind="multi_label")
+    mixed = load([{"text": "a", "topics": "[\"it's\", 'b c']"}, {"text": "b", "topics": "[1, 2]"}], kind="multi_label")
+    assert mixed.labels == ["1", "2", "b c", "it's"]
+
+
+def test_a_cell_that_is_one_of_the_known_names_is_not_divided() -> None:
+    names = ["billing", "login, sso", "[x]"]
+    rows = [{"text": str(n), "topics": cell} for n, cell in enumerate([" login, sso", "billing", "[x]", ""])]
+    task = load(rows, kind="multi_label", labels=names)
+    assert task.train_split["label"][:] == [[0, 1, 0], [1, 0, 0], [0, 0, 1], [0, 0, 0]]
+    several = load([*rows, {"text": "e", "topics": "billing|login, sso"}], kind="multi_label", labels=names)
+    assert several.train_split["label"][-1] == [1, 1, 0]
+    lists = [{"text": "a", "topics": ["login, sso", "billing"]}]
+    learned = load_files(lists, rows[:2], "text", "topics", kind="multi_label")
+    assert learned.eval_split["label"][:] == [[0, 1], [1, 0]]

@@ -280,3 +280,39 @@ def test_a_folder_is_told_as_one(tmp_path: Path) -> None:
     Dataset.from_list(rows_of([0, 1])).save_to_disk(tmp_path / "saved")
     with pytest.raises(BayesLoraError, match="saved is a folder, but a data file is needed: name one file in it"):
         load_files(tmp_path / "saved", tmp_path / "saved", "text", "label")
+
+
+def spelled(labels: list[int], names: list[str]) -> list[dict[str, Any]]:
+    return [{**row, "label_text": name} for row, name in zip(rows_of(labels), names, strict=True)]
+
+
+def test_numbers_of_named_labels_mean_the_same_in_a_file_without_their_names(tmp_path: Path) -> None:
+    first = write(tmp_path / "a.jsonl", spelled([3, 1, 2, 1], ["happy", "sad", "mid", "sad"]))
+    task = load_files(first, first, "text", "label")
+    assert task.labels == ["sad", "mid", "happy"] and task.label_numbers == {"sad": 1, "mid": 2, "happy": 3}
+    second = write(tmp_path / "b.jsonl", rows_of([2, 1, 2]))
+    again = load_files(second, second, "text", "label", labels=task.label_numbers)
+    assert again.labels == task.labels and again.eval_split["label"][:] == [1, 0, 1]
+    third = write(tmp_path / "c.jsonl", spelled([1, 2], ["Sad", "mid"]))
+    with pytest.raises(BayesLoraError, match="c.jsonl calls the label 1 'Sad', but the labels that are known are sad"):
+        load_files(third, third, "text", "label", labels=task.label_numbers)
+    plain = load(tmp_path, [0, 1, 1])
+    assert plain.label_numbers == {}
+
+
+def test_two_labels_of_one_name_are_refused(tmp_path: Path) -> None:
+    file = write(tmp_path / "a.jsonl", spelled([0, 1, 2], ["a", "a", "b"]))
+    with pytest.raises(BayesLoraError, match="line 2 calls the label 1 'a', but each label needs one name of its own"):
+        load_files(file, file, "text", "label")
+
+
+def test_numbers_are_not_ids_where_some_names_are_numbers(tmp_path: Path) -> None:
+    names = ["10", "2", "n/a"]
+    assert load(tmp_path, [2, 10], labels=names, kind="csv").eval_split["label"][:] == [1, 0]
+    with pytest.raises(BayesLoraError, match="line 3 has the label '0', but the labels that are known are 10, 2"):
+        load(tmp_path, [2, 0], labels=names, kind="csv")
+
+
+def test_fractions_that_are_classes_are_found_by_their_names(tmp_path: Path) -> None:
+    task = load(tmp_path, [0.5, 1.0, 1.5], kind="jsonl", labels=["0.5", "1.0", "1.5"])
+    assert task.eval_split["label"][:] == [0, 1, 2]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import json
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,7 @@ import pytest
 from bayeslora.data import HoldOut, load_files
 from bayeslora.data.inspection import inspect_file
 from bayeslora.data.tables import read_table
+from bayeslora.data.tagged import words_to_tag
 from bayeslora.data.tasks import Task
 from bayeslora.errors import BayesLoraError
 from bayeslora.files import first_columns
@@ -146,3 +148,71 @@ def test_inspect_says_what_would_be_read(tmp_path: Path) -> None:
     assert found.guessed == ["tokens", "tags"] and not found.problems
     wrong = inspect_file(write(tmp_path / "c.jsonl", [{"tokens": ["a"], "tags": []}]))
     assert "1 word but 0 tags" in str(wrong.problems)
+
+
+def cells(path: Path, *rows: tuple[str, str]) -> Path:
+    """Write a CSV file with a row of words and of tags for each pair."""
+    with path.open("w", encoding="utf-8", newline="") as file:
+        csv.writer(file).writerows([("tokens", "ner_tags"), *rows])
+    return path
+
+
+def test_cells_of_csv_are_lists_as_pandas_writes_them(tmp_path: Path) -> None:
+    rows = [(str(row["tokens"]), str(row["ner_tags"])) for row in ROWS]
+    task = load(cells(tmp_path / "a.csv", *rows))
+    assert task.labels == NAMES and task.train_split["tokens"][:] == [row["tokens"] for row in ROWS]
+    numbers = cells(tmp_path / "b.csv", ('["John", "lives"]', "[1, 0]"), ("['it\\'s', \"x\"]", "[0, 2]"))
+    assert load(numbers).labels == ["0", "1", "2"]
+    assert load(cells(tmp_path / "d.csv", ("a b", "10 9"), ("a b", "[9, 10]"))).labels == ["9", "10"]
+    named = load(numbers, labels=["O", "B-PER", "I-PER"])
+    assert named.train_split[:] == {"tokens": [["John", "lives"], ["it's", "x"]], "label": [[1, 0], [0, 2]]}
+    empty = cells(tmp_path / "c.csv", *rows, ("[]", "[]"))
+    with pytest.raises(BayesLoraError, match="line 4 has 0 words in column 'tokens'"):
+        load(empty)
+
+
+def test_a_sentence_between_brackets_has_words(tmp_path: Path) -> None:
+    texts = ["[sic]", "[ 1 ] is here", "[1]", "[1, 2]", "[1 2]", "[CLS] a [SEP]", '[so "no" "yes"]', "['tis so]"]
+    words = [text.split() for text in texts]
+    tagged = [(text, " ".join("O" * len(own))) for text, own in zip(texts, words, strict=True)]
+    file = cells(tmp_path / "a.csv", *tagged)
+    found = words_to_tag(read_table(file, ("tokens", "ner_tags")), "tokens")
+    assert found["tokens"] == words and load([*ROWS], file).eval_split["label"][2] == [3]
+    places = zip(texts, found["offsets"], strict=True)
+    assert [[text[start:end] for start, end in own] for text, own in places] == words
+    assert words_to_tag(read_table([{"text": "['sic']"}], ("text",)), "text") == {"text": [["sic"]], "offsets": [[]]}
+
+
+@pytest.mark.parametrize(
+    ("words", "tags", "said"),
+    [
+        ("['John' 'lives']", "['B-PER' 'O']", "line 3 has .* in column 'tokens'"),
+        ("['John'\n 'lives' \"it's\"]", "O O O", "line 4 has .* in column 'tokens'"),
+        ("['John' 'lives', 'here']", "O O O", "line 3 has .* in column 'tokens'"),
+        ("John lives", "[1 0]", r"line 3 has '\[1 0\]' in column 'ner_tags'"),
+        ("John lives", "[0. 1.]", "line 3 has .* in column 'ner_tags'"),
+    ],
+)
+def test_cells_that_numpy_wrote_are_refused(tmp_path: Path, words: str, tags: str, said: str) -> None:
+    file = cells(tmp_path / "a.csv", ("a b", "B-PER O"), (words, tags))
+    with pytest.raises(BayesLoraError, match=said + ", but a list with commas between its entries is needed: write"):
+        load(file)
+
+
+def test_a_table_that_ends_in_an_empty_line_is_no_conll_file(tmp_path: Path) -> None:
+    rows = "good\tA\nfair\tB-\nbad\tO\n"
+    for name, end in (("a.tsv", "\n"), ("b.tsv", "\n\n \n"), ("c.csv", "\n")):
+        file = tmp_path / name
+        file.write_text("text\tlabel\n" + rows + end, encoding="utf-8")
+        assert first_columns(file) == ["text", "label"], name
+    graded = tmp_path / "d.tsv"
+    graded.write_text("text\tlabel\ngood\tA\n\nfair\tB-\n", encoding="utf-8")
+    assert first_columns(graded) == ["text", "label"]
+    for name, text in (
+        ("e.tsv", "John\tB-PER\nlives\tO\n\n"),
+        ("f.tsv", "John\tI-PER\nlives\tI-X\n\n"),
+        ("g.tsv", "He\tX\n\nJohn\tB-PER\nlives\tO\n"),
+        ("h.conll", "John NNP\nlives VBZ\n\n"),
+    ):
+        (tmp_path / name).write_text(text, encoding="utf-8")
+        assert first_columns(tmp_path / name) == ["tokens", "tags"], name

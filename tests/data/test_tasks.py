@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,8 @@ import pytest
 from datasets import Dataset
 
 from bayeslora.data import TASKS, Task, hold_out, load_files, load_task, load_texts
+from bayeslora.data.inspection import inspect_file
+from bayeslora.data.tables import read_table
 from bayeslora.data.tasks import load_choices
 from bayeslora.errors import BayesLoraError
 
@@ -85,11 +88,11 @@ def test_named_labels_fix_the_order_and_allow_classes_without_examples(tmp_path:
     assert task.train_split["label"][:] == [2, 0]
     grades = load(tmp_path, rows_of([5, 3]), labels=["1", "2", "3", "4", "5"])
     assert grades.train_split["label"][:] == [4, 2]
-    with pytest.raises(BayesLoraError, match="line 2 has the label 0, but the labels that were named are"):
+    with pytest.raises(BayesLoraError, match="line 2 has the label 0, but the labels that are known are"):
         load(tmp_path, rows_of([5, 0]), labels=["1", "2", "3", "4", "5"])
     spelled = load(tmp_path, rows_of([7, 3], label_text=["b", "a"]), labels=["a", "b", "c"])
     assert spelled.train_split["label"][:] == [1, 0]
-    with pytest.raises(BayesLoraError, match="'d', but the labels that were named are"):
+    with pytest.raises(BayesLoraError, match="'d', but the labels that are known are"):
         load(tmp_path, rows_of(["d", "a"]), labels=["a", "b", "c"])
     with pytest.raises(BayesLoraError, match="at least 2 different names"):
         load(tmp_path, rows_of(["a", "a"]), labels=["a", "a"])
@@ -376,3 +379,23 @@ def test_holding_out_refuses_what_leaves_nothing() -> None:
         hold_out(task_with([0, 1]), 0.5)
     with pytest.raises(BayesLoraError, match="already has a selection split"):
         hold_out(hold_out(task_with([0, 1] * 10)))
+
+
+def test_a_column_of_texts_does_not_name_the_labels(tmp_path: Path) -> None:
+    rows = [{"mark_text": f"text {n}", "mark": n % 2} for n in range(8)]
+    file = jsonl(tmp_path / "a.jsonl", rows)
+    task = load_files(file, file, "mark_text", "mark")
+    assert task.labels == ["0", "1"] and task.train_split["label"][:] == [0, 1] * 4
+    found = inspect_file(file, ["mark_text"], "mark", eval_file=file)
+    assert not found.problems and found.training.labels == {"0": 4, "1": 4}
+
+
+def test_unnamed_columns_of_a_csv_file_that_are_not_read_are_told(tmp_path: Path) -> None:
+    file = tmp_path / "a.csv"
+    file.write_text(",text,\n0,a,x\n1,b,y\n")
+    with pytest.warns(UserWarning, match="has several columns named '', of which the first is read"):
+        assert read_table(file, ("text",), None).columns == {"": ["0", "1"], "text": ["a", "b"]}
+    file.write_text(",text,,\n0,a,, \n1,b,,\n")  # separators at the end of each line
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert read_table(file, ("text",), None).columns == {"": ["0", "1"], "text": ["a", "b"]}

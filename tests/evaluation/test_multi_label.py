@@ -61,3 +61,9 @@ def test_what_is_no_set_of_probabilities_is_refused() -> None:
     for p, y in ((P + 0.5, Y), (P, Y + 0.5), (P * math.nan, Y)):
         with pytest.raises(BayesLoraError, match="a probability is not between 0 and 1 or a label not 0 or 1"):
             multi_label_scores(p, y)
+
+
+def test_one_label_is_scored_as_one_of_several() -> None:
+    p, truth = np.array([[0.1], [0.2], [0.3], [0.9]]), np.array([[0.0], [0], [1], [0]])
+    found = multi_label_scores(p, truth)
+    assert found["f1_micro"] == found["f1_macro"] == label_scores(p, truth, ["a"])["a"]["f1"] == 0

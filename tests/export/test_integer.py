@@ -467,3 +467,9 @@ def test_an_export_whose_check_fails_leaves_no_folder(tmp_path: Path, monkeypatc
             export(model, folder, format="integer", batch={"input_ids": TOKENS})
     assert not (tmp_path / "new").exists()
     assert (mine / "notes.txt").read_text() == "keep"
+
+
+def test_a_product_over_one_input_is_exact() -> None:
+    generator = torch.Generator().manual_seed(0)
+    x, codes = (torch.randint(-127, 128, (n, 1), generator=generator, dtype=torch.int8) for n in (33, 51))
+    assert torch.equal(integer_kernels.integer_product(x, codes).long(), x.long() @ codes.long().T)

@@ -242,3 +242,14 @@ def test_a_single_run_has_the_interval_of_its_accuracy() -> None:
     assert bars(point) == (pytest.approx([0.7112, 0.8666], abs=1e-4), "bars of one run: 95 % interval over its rows")
     assert bars(replace(point, rows=0)) == ([], "")
     assert bars(point, replace(point, score=0.9))[1] == "bars: one standard deviation over seeds"
+
+
+def test_scores_on_other_files_of_the_same_name_have_no_difference(tmp_path: Path) -> None:
+    files = "train_file: {0}/train.csv\neval_file: {0}/test.csv\nseed: 0\n"
+    folders = [
+        run(tmp_path / name, files.format(data), seed=0, method=method)
+        for name, data, method in (("a", "A", "lora"), ("b", "B", "blora"), ("c", "A", "blora"))
+    ]
+    assert write_comparison(folders[:2], tmp_path / "out")["differences"] == []
+    (row,) = write_comparison(folders, tmp_path / "all")["differences"]
+    assert row["baseline"] == "LoRA"

@@ -115,10 +115,10 @@ def _number(name: str, value: Any, members: list[Any]) -> Iterator[float]:
 
 def _sequence(name: str, value: Any, members: list[Any]) -> Iterator[list[Any]]:
     for element in _elements(members)[:1]:
-        if isinstance(value, (list, tuple)):
-            yield [coerce(name, item, element) for item in value]
-        elif isinstance(value, str) and ("," in value or str not in members or _BARE_NAME.fullmatch(value)):
-            yield [coerce(name, part.strip(), element) for part in value.split(",") if part.strip()]
+        if isinstance(value, str) and ("," in value or str not in members or _BARE_NAME.fullmatch(value)):
+            value = [part for part in value.split(",") if part.strip()]
+        if isinstance(value, (list, tuple)):  # among texts, null is one too
+            yield [item.strip() if type(item) is element is str else coerce(name, item, element) for item in value]
 
 
 def _other(name: str, value: Any, members: list[Any]) -> Iterator[Any]:

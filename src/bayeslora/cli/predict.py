@@ -37,5 +37,5 @@ def run(given: dict[str, Any]) -> int:
     by = f", {calibration.scaling}" if calibration is not None and calibration.scaling else ""
     print(f"{target}: {counted(len(predictions), 'row')}{by}")
     if renamed:
-        print(f"  columns of the input renamed: {', '.join(f'{name} to input_{name}' for name in renamed)}")
+        print(f"  columns of the input renamed: {', '.join(f'{old} to {new}' for old, new in renamed.items())}")
     return 0

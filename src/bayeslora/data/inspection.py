@@ -244,7 +244,7 @@ class _Rows:
             learned = learn_label_sets(read, own, names)
         else:
             read = labelled(table, label, names or ())
-            learned = learn_labels(read, label, f"{label}_text", names, kind)
+            learned = learn_labels(read, label, None if f"{label}_text" in texts else f"{label}_text", names, kind)
         return cls(read, _texts(read, texts), learned, _values(learned, read, label), len(table) - len(read))
 
     @classmethod

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import ast
+import contextlib
 import json
 import math
+import re
 import warnings
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,6 +21,8 @@ _SEPARATORS = ("|", ";", ",")
 """Between the labels of a cell, the first that any cell of a file has."""
 _YES, _NO = {"1", "1.0", "true", "yes"}, {"0", "0.0", "false", "no"}
 """Spellings of whether a row has a label; lower case."""
+_ENTRY = re.compile(r"""('(?:[^'\\]|\\.)*'|"(?:[^"\\]|\\.)*"|[\w.+-]+)(\s+(?=['"\w.+-]))?""")
+"""An entry of a list, and the blanks between it and the next one where there is no comma."""
 
 
 @dataclass
@@ -50,7 +54,7 @@ class LabelSets:
             return [[float(_is_set(table, name, row)) for name in self.columns] for row in range(len(table))]
         known = {name: place for place, name in enumerate(self.names)}
         found = []
-        for row, labels in enumerate(_lists(table, self.columns[0])):
+        for row, labels in enumerate(_lists(table, self.columns[0], known)):
             if unknown := next((label for label in labels if label not in known), None):
                 raise unknown_label(table, row, unknown, self.names, self.named)
             found.append([float(name in labels) for name in self.names])
@@ -99,7 +103,7 @@ def learn_label_sets(table: Table, columns: Sequence[str], names: Sequence[str] 
             )
         return LabelSets(tuple(columns), list(columns))
     _check_not_flags(table, columns[0])
-    counts = Counter(label for labels in _lists(table, columns[0]) for label in labels)
+    counts = Counter(label for labels in _lists(table, columns[0], names or ()) for label in labels)
     found = list(names) if names is not None else sorted(counts, key=_by_value)
     if len(found) < 2:
         raise BayesLoraError(
@@ -127,9 +131,10 @@ def rarest(sets: Sequence[Sequence[float]]) -> list[int]:
     return [min((label for label, has in enumerate(row) if has), key=lambda n: counts[n], default=-1) for row in sets]
 
 
-def _lists(table: Table, column: str) -> list[list[str]]:
-    """Return the labels of each row as texts; a row's labels are different."""
-    values = table.columns[column]
+def _lists(table: Table, column: str, known: Collection[str]) -> list[list[str]]:
+    """Return the labels of each row as texts; a row's labels are different. A cell may be one of the `known` names."""
+    cells = table.columns[column]
+    values = [[cell.strip()] if isinstance(cell, str) and cell.strip() in known else cell for cell in cells]
     texts = [value for value in values if isinstance(value, str)]
     separator = next((mark for mark in _SEPARATORS if any(mark in text for text in texts)), _SEPARATORS[0])
     return [_labels(table, column, row, value, separator) for row, value in enumerate(values)]
@@ -138,13 +143,8 @@ def _lists(table: Table, column: str) -> list[list[str]]:
 def _labels(table: Table, column: str, row: int, value: Any, separator: str) -> list[str]:
     if isinstance(value, str):
         text = value.strip()
-        try:
-            parts = text.split(separator)
-            if text.startswith("["):  # as in JSON, or as Python and pandas write it, in single quotes
-                parts = json.loads(text) if '"' in text or "'" not in text else ast.literal_eval(text)
-        except (ValueError, SyntaxError, RecursionError, MemoryError):
-            parts = None
-        value = [item for item in parts if item != ""] if isinstance(parts, list) else None
+        parts = listed(table, column, row) if text.startswith("[") else text.split(separator)
+        value = [item for item in parts if item != ""] if parts is not None else None
         value = None if parts and text and not value else value  # separators alone are not the text of no labels
     is_list = isinstance(value, list) and all(isinstance(item, (str, int)) for item in value)
     names = [str(item).strip() for item in value] if is_list else []
@@ -154,6 +154,37 @@ def _labels(table: Table, column: str, row: int, value: Any, separator: str) -> 
             "labels is needed, each a text or a whole number: correct the row"
         )
     return list(dict.fromkeys(names))
+
+
+def listed(table: Table, column: str, row: int, kind: type = object) -> list[Any] | None:
+    """Return the list that a text spells as JSON, Python or pandas write it; None for others.
+
+    One without any entry of the `kind` is no list, unless it is empty.
+
+    Raises:
+        BayesLoraError: a comma is missing between two entries, as NumPy writes them.
+    """
+    text = table.columns[column][row].strip()
+    if not (text.startswith("[") and text.endswith("]")):
+        return None
+    separated = _ENTRY.sub(lambda entry: f"{entry[1]}," if entry[2] else entry[0], text)
+    found = _parsed(separated)
+    if found and not any(isinstance(entry, kind) for entry in found):
+        return None
+    if found and separated != text:
+        raise BayesLoraError(
+            f"{table.where(row)} has {text[:40]!r} in column {column!r}, but a list with commas between its entries "
+            "is needed: write NumPy arrays as lists (tolist)"
+        )
+    return found
+
+
+def _parsed(text: str) -> list[Any] | None:
+    for read in (json.loads, ast.literal_eval):
+        with contextlib.suppress(ValueError, SyntaxError, TypeError, RecursionError, MemoryError):
+            found = read(text)
+            return found if isinstance(found, list) else None
+    return None
 
 
 def _is_set(table: Table, column: str, row: int) -> bool:

@@ -8,7 +8,7 @@ import re
 import unicodedata
 import warnings
 from collections import Counter
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from decimal import Decimal
 from typing import Any, Literal
@@ -111,6 +111,13 @@ class LabelMap:
     ids: dict[Any, int]
     named: bool = False
 
+    @property
+    def numbers(self) -> dict[str, int]:
+        """The number that stands for each name in the files, where it is neither the class id nor the name."""
+        found = {self.names[index]: raw for raw, index in self.ids.items() if isinstance(raw, int)}
+        told = any(str(raw) != name and raw != self.names.index(name) for name, raw in found.items())
+        return found if told else {}
+
     def apply(self, table: Table, column: str) -> list[Any]:
         """Return the class id (int) or number (float) of each row of a `labelled` table.
 
@@ -136,7 +143,7 @@ class LabelMap:
 
 def unknown_label(table: Table, row: int, label: Any, known: list[Any], named: bool) -> BayesLoraError:
     """Return the error for a label that is not among the `known` ones, which are from the caller if `named`."""
-    source = "that were named" if named else "of the training data"
+    source = "that are known" if named else "of the training data"
     return BayesLoraError(
         f"{table.where(row)} has the label {label!r}, but the labels {source} are {', '.join(map(repr, known[:20]))}: "
         "correct the label or drop the row"
@@ -144,17 +151,17 @@ def unknown_label(table: Table, row: int, label: Any, known: list[Any], named: b
 
 
 def _spellings(value: Any, truths: dict[str, str]) -> list[Any]:
-    """Return a label as it may be a key of the training labels: itself, as a number, and as a string."""
+    """Return a label as it may be a key of the training labels: itself, as a number, and as strings."""
     if isinstance(value, str):
         number = _as_number(value) if _is_number(value) else value
         return [value, number, str(number), truths.get(value.lower(), value)]
     number = int(value) if isinstance(value, float) and value.is_integer() else value
-    return [number, str(number)]
+    return [number, str(number), str(value)]
 
 
 def learn_labels(
-    table: Table, column: str, names_column: str | None = None, names: Sequence[str] | None = None,
-    kind: Kind | None = None,
+    table: Table, column: str, names_column: str | None = None,
+    names: Sequence[str] | Mapping[str, int | None] | None = None, kind: Kind | None = None,
 ) -> LabelMap:  # fmt: skip
     """Learn the meaning of labels from the training data.
 
@@ -166,7 +173,8 @@ def learn_labels(
         column: the label's column in `table`.
         names_column: column of `table` with the name of each integer label.
         names: class names, if the caller knows them. String labels are looked up in them, and so are numbers if all
-            names are numbers. Otherwise integers index the names, unless `names_column` maps them differently.
+            any name is a number. Otherwise integers index the names, unless `names` or `names_column` map them
+            differently.
         kind: None lets the labels decide.
 
     Raises:
@@ -190,7 +198,7 @@ def learn_labels(
         )
     spelled = _spelled(table, values, names_column) if numbers else {}
     if names:
-        return LabelMap("classification", list(names), _named_ids(names, values, spelled), named=True)
+        return LabelMap("classification", list(names), _named_ids(table, names, values, spelled), named=True)
     by_value = numbers or all(map(_is_number, values))
     distinct = sorted(set(values), key=lambda value: (float(value) if by_value else 0.0, value))
     if len(distinct) < 2:
@@ -324,16 +332,27 @@ def _as_number(text: str) -> int | float:
     return int(number) if number.is_integer() else number
 
 
-def _named_ids(names: Sequence[str], values: list[Any], spelled: dict[Any, str]) -> dict[Any, int]:
+def _named_ids(
+    table: Table, names: Sequence[str] | Mapping[str, int | None], values: list[Any], spelled: dict[Any, str]
+) -> dict[Any, int]:
+    ids: dict[Any, int] = {name: index for index, name in enumerate(names)}
     # A file may lack the words among names such as 1, 2 and other, so that all its labels are numbers.
-    if all(isinstance(value, str) for value in values) or {str(value) for value in values} <= {*names}:
-        return {name: index for index, name in enumerate(names)}
-    # Numbers are ids, unless they are the names themselves (grades called "1" to "5") or the file spells them out.
-    if all(_is_number(name) for name in names):
-        return {_as_number(name): index for index, name in enumerate(names)}
-    ids = {index: index for index in range(len(names))}
-    stated = {value: names.index(name) for value, name in spelled.items() if name in names}
-    return ids if all(ids.get(value) == index for value, index in stated.items()) else stated
+    if all(isinstance(value, str) for value in values) or {str(value) for value in values} <= ids.keys():
+        return ids
+    # Numbers are ids, unless some are names themselves (grades called "1" to "5") or the file spells them out.
+    if any(_is_number(name) for name in names):
+        return {_as_number(name) if _is_number(name) else name: index for name, index in ids.items()}
+    stated = {value: ids[name] for value, name in spelled.items() if name in ids}
+    if isinstance(names, Mapping):
+        unknown = next(((value, name) for value, name in spelled.items() if name not in ids), None)
+        if unknown is not None:
+            raise BayesLoraError(
+                f"{table.path} calls the label {unknown[0]!r} {unknown[1]!r}, but the labels that are known are "
+                f"{', '.join([*names][:20])}: write the names as they are there"
+            )
+        return {**{number: ids[name] for name, number in names.items() if number is not None}, **stated}
+    by_index = {index: index for index in range(len(names))}
+    return by_index if all(by_index.get(value) == index for value, index in stated.items()) else stated
 
 
 def _number(value: Any, table: Table, row: int) -> float:
@@ -356,12 +375,14 @@ def _is_number(text: str) -> bool:
 
 def _spelled(table: Table, values: list[Any], names_column: str | None) -> dict[Any, str]:
     names: dict[Any, str] = {}
+    labels: dict[str, Any] = {}
     if names_column is None or names_column not in table.columns:
         return names
     for row, (value, name) in enumerate(zip(values, table.columns[names_column], strict=True)):
-        if not isinstance(name, str) or names.setdefault(value, name) != name:
+        alone = isinstance(name, str) and names.setdefault(value, name) == name
+        if not alone or labels.setdefault(name, value) != value:
             raise BayesLoraError(
-                f"{table.where(row)} calls the label {value!r} {name!r}, but each label needs one name "
+                f"{table.where(row)} calls the label {value!r} {name!r}, but each label needs one name of its own "
                 f"in column {names_column!r}: correct the row"
             )
     return names

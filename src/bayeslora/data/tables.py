@@ -270,7 +270,9 @@ def _csv(path: Path, text: str, wanted: Sequence[str], optional: Sequence[str] |
             f"{'is' if len(repeated) == 1 else 'are'} left out",
             stacklevel=3,
         )
-    kept = _kept_columns(path, header, wanted, optional)
+    # An unnamed column that is empty, as a delimiter at the end of each line makes, is not told.
+    told = [n for at, n in enumerate(header) if n or at == header.index(n) or any(row[at].strip() for row in rows)]
+    kept = _kept_columns(path, told, wanted, optional)
     columns = {name: [row[header.index(name)] for row in rows] for name in kept}
     return Table(path, columns, places, untyped=True, delimiter=delimiter)
 
@@ -380,7 +382,7 @@ def _kept_columns(
         kept = [name for name in dict.fromkeys((*wanted, *optional)) if name in names]
         _check_columns(path, names, kept)
         return kept
-    doubles = [name for name in dict.fromkeys(names) if name and list(names).count(name) > 1]
+    doubles = [name for name in dict.fromkeys(names) if list(names).count(name) > 1]
     if doubles:
         warnings.warn(
             f"{path} has several columns named {' and '.join(map(repr, doubles))}, of which the first is read",

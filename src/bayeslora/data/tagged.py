@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from bayeslora.data.label_sets import rarest
+from bayeslora.data.label_sets import listed, rarest
 from bayeslora.data.labels import Kind, LabelMap, learn_labels
 from bayeslora.data.tables import Source, Table, columns_of, read_table
 from bayeslora.errors import BayesLoraError, counted
@@ -107,14 +106,13 @@ def words_to_tag(table: Table, column: str) -> dict[str, list[Any]]:
         raise BayesLoraError(f"{table.path} has columns {found}, but needs {column} or {TEXT}: rename one of them")
     words = words_of(table, own)
     texts = table.columns[own]
-    return {column: words, OFFSETS: [_offsets(each) if isinstance(each, str) else [] for each in texts]}
+    return {column: words, OFFSETS: [_offsets(*each) for each in zip(texts, words, strict=True)]}
 
 
 def _words(table: Table, column: str, row: int) -> list[str]:
-    value = _listed(table.columns[column][row])
-    words = value.split() if isinstance(value, str) else value
+    words = _entries(table, column, row, str)  # [1] is a word between brackets
     if not isinstance(words, list):
-        seen = "an empty value" if value is None else f"{str(value)[:40]!r}"
+        seen = "an empty value" if words is None else f"{str(words)[:40]!r}"
         raise BayesLoraError(
             f"{table.where(row)} has {seen} in column {column!r}, but a list of words is needed: correct the row"
         )
@@ -128,18 +126,17 @@ def _words(table: Table, column: str, row: int) -> list[str]:
     return words
 
 
-def _listed(value: Any) -> Any:
-    """Return a list that a cell of a CSV file holds as JSON, or the value itself."""
-    if not isinstance(value, str) or not value.lstrip().startswith('["'):
+def _entries(table: Table, column: str, row: int, kind: type = object) -> Any:
+    """Return the list that a text spells, with an entry of the `kind`, or its parts between blanks; or the value."""
+    value = table.columns[column][row]
+    if not isinstance(value, str):
         return value
-    try:
-        return json.loads(value)
-    except ValueError:
-        return value
+    found = listed(table, column, row, kind)
+    return value.split() if found is None else found
 
 
-def _offsets(text: str) -> list[list[int]]:
-    if _listed(text) is not text:
+def _offsets(text: Any, words: list[str]) -> list[list[int]]:
+    if not isinstance(text, str) or text.split() != words:
         return []
     return [list(found.span()) for found in re.finditer(r"\S+", text)]  # as str.split() does
 
@@ -149,11 +146,10 @@ def _flat(table: Table, columns: tuple[str, str]) -> Table:
     tags: list[Any] = []
     places: list[str] = []
     for row, words in enumerate(words_of(table, columns[0])):
-        given = _listed(table.columns[columns[1]][row])
-        own = given.split() if isinstance(given, str) else given
+        own = _entries(table, columns[1], row)
         if not isinstance(own, list):
             raise BayesLoraError(
-                f"{table.where(row)} has {str(given)[:40]!r} in column {columns[1]!r}, but a list of tags is needed: "
+                f"{table.where(row)} has {str(own)[:40]!r} in column {columns[1]!r}, but a list of tags is needed: "
                 "correct the row"
             )
         if len(own) != len(words):
@@ -164,6 +160,7 @@ def _flat(table: Table, columns: tuple[str, str]) -> Table:
         here = [f"{table.places[row]}, word {number}" for number in range(1, len(words) + 1)]
         tags += [_tag(table.path, place, tag) for place, tag in zip(here, own, strict=True)]
         places += here
+    tags = list(map(str, tags)) if table.untyped else tags
     return Table(table.path, {_TAG: tags}, places, untyped=table.untyped)
 
 

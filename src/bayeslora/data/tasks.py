@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -51,6 +51,7 @@ class Task:
         scoring: how a language model answers multiple choice: `"letters"` or `"cloze"`.
         cloze: how choices are scored by their text, for `scoring="cloze"`.
         evaluation_rows: numbers (from 0) of the rows that became `validation`, for a task from one file.
+        label_numbers: numbers that stand for the labels in the files, if they are not the class ids.
     """
 
     name: str
@@ -65,6 +66,7 @@ class Task:
     scoring: Scoring = "letters"
     cloze: Cloze = Cloze()
     evaluation_rows: list[int] = dataclasses.field(default_factory=list)
+    label_numbers: dict[str, int] = dataclasses.field(default_factory=dict)
 
     @property
     def metrics(self) -> tuple[str, ...]:
@@ -149,7 +151,7 @@ def load_files(
     label_column: str,
     *,
     test_file: Source | None = None,
-    labels: Sequence[str] | None = None,
+    labels: Sequence[str] | Mapping[str, int | None] | None = None,
     kind: Kind | None = None,
     held_out: HoldOut | Sequence[int] | None = None,
 ) -> Task:
@@ -166,7 +168,8 @@ def load_files(
         label_column: name of the label column. A column of lists, or the names of several columns of 0 and 1
             (`"joy,anger"`), gives each row several labels.
         test_file: file or rows of the split `test`.
-        labels: class names in the order of their ids, to fix that order or to allow classes without training rows.
+        labels: class names in the order of their ids, to fix that order or to allow classes without training rows; or
+            with the number that stands for each in the files, which is otherwise its id.
         kind: `"classification"`, `"multi_label"`, `"regression"`, or `"token_classification"` for lists of words with
             lists of tags; None lets the training labels decide between the first three.
         held_out: rows of the training file to use as `validation`: a share, or their numbers (from 0).
@@ -184,7 +187,9 @@ def load_files(
     name = Path(train_file).name if isinstance(train_file, (str, Path)) else "rows"
     group = [held_out.group_column] if isinstance(held_out, HoldOut) and held_out.group_column else []
     if kind == "token_classification":
-        return _build_tagged(name, files, columns, label_column, labels, held_out, group)
+        return _build_tagged(
+            name, files, columns, label_column, None if labels is None else [*labels], held_out, group
+        )
     names_column = f"{label_column}_text"
     optional = [] if names_column in columns else [names_column]
     tables = {
@@ -195,7 +200,7 @@ def load_files(
     return _build(name, tables, columns, own, kind=kind, names=labels, held_out=held_out)
 
 
-def _check_labels(labels: Sequence[str] | None) -> None:
+def _check_labels(labels: Collection[str] | None) -> None:
     if labels is not None and (len(labels) < 2 or len(set(labels)) != len(labels)):
         raise BayesLoraError(
             f"the labels are {list(labels)}, but must be at least 2 different names: list every class once"
@@ -268,8 +273,8 @@ def _whole_groups(groups: np.ndarray, fraction: float, generator: np.random.Gene
 
 def _build(
     name: str, tables: dict[str, Table], text_columns: tuple[str, ...], label_columns: tuple[str, ...], *,
-    kind: Kind | None = None, names: Sequence[str] | None = None, metrics: Sequence[str] = (),
-    held_out: HoldOut | Sequence[int] | None = None,
+    kind: Kind | None = None, names: Sequence[str] | Mapping[str, int | None] | None = None,
+    metrics: Sequence[str] = (), held_out: HoldOut | Sequence[int] | None = None,
 ) -> Task:  # fmt: skip
     """Return a task of texts with one label each, or with several."""
     several = has_label_sets(tables["train"], label_columns, kind)
@@ -279,25 +284,28 @@ def _build(
             "multi_label"
         )
     ids: dict[str, list[Any]]
+    numbers: dict[str, int] = {}
     if several:
         read = {split: rows_with_sets(table, label_columns) for split, table in tables.items()}
-        sets = learn_label_sets(read["train"], label_columns, names)
+        sets = learn_label_sets(read["train"], label_columns, None if names is None else [*names])
         ids = {split: sets.apply(table) for split, table in read.items()}
         found, classes, metrics = sets.names, rarest(ids["train"]), ("f1_micro", "f1_macro", "exact_match")
         kind = "multi_label"
     else:
         (column,) = label_columns
         read = {split: labelled(table, column, names or ()) for split, table in tables.items()}
-        labels = learn_labels(read["train"], column, f"{column}_text", names, kind)
+        spelled = None if f"{column}_text" in text_columns else f"{column}_text"
+        labels = learn_labels(read["train"], column, spelled, names, kind)
         ids = {split: labels.apply(table, column) for split, table in read.items()}
         found, classes, kind = labels.names, ids["train"] if labels.names else [0] * len(read["train"]), labels.kind
+        numbers = labels.numbers
         metrics = metrics or (("pearson", "spearman") if kind == "regression" else ("accuracy",))
     for table in read.values():
         _tell_empty_texts(table, text_columns)
     splits = {
         split: Dataset.from_dict({**_texts(table, text_columns), LABEL: ids[split]}) for split, table in read.items()
     }
-    task = Task(name, kind, text_columns, LABEL, found, metrics[0], splits, extra_metrics=tuple(metrics[1:]))
+    task = Task(name, kind, text_columns, LABEL, found, metrics[0], splits, tuple(metrics[1:]), label_numbers=numbers)
     return _with_held_out(task, tables["train"], read["train"], classes, held_out)
 
 

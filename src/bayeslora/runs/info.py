@@ -57,6 +57,7 @@ class RunInfo:
             generation; empty if unknown (a folder without `run.json`, and none given to `load`).
         label_column: name of the label column in the user's files, or several names joined by commas (`a,b`).
         labels: class names by id, or names of tags; empty for regression and generation.
+        label_numbers: numbers that stand for the labels in the user's files, if they are not the class ids.
         max_length: maximum input length in tokens.
         dtype: dtype of the base model's weights.
         base_fingerprint: digest of the base model's weights; empty if unknown.
@@ -97,6 +98,7 @@ class RunInfo:
     evaluation_rows: list[int] = field(default_factory=list)
     train_digest: str | None = None
     tokenizer_digest: str | None = None
+    label_numbers: dict[str, int] = field(default_factory=dict)
 
     @property
     def scoring(self) -> Scoring | None:

@@ -12,11 +12,10 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import yaml
 from safetensors import SafetensorError, safe_open
 
 from bayeslora.errors import BayesLoraError, option
-from bayeslora.files import check_new, open_to_others, write_atomically
+from bayeslora.files import check_new, dump_yaml, open_to_others, write_atomically
 from bayeslora.runs import ranks
 from bayeslora.runs.plan import TrainPlan, first_difference, read_config
 
@@ -58,9 +57,8 @@ def claimed(plan: TrainPlan) -> Iterator[Path]:
                 f"{partial} holds an interrupted run, but must be new: continue it with --resume or delete it"
             )
         else:  # also of a run that was killed before it had written anything
-            record = yaml.safe_dump(plan.record(), sort_keys=False, allow_unicode=True)
             with write_atomically(partial / CONFIG_FILE) as path:
-                path.write_text(record, encoding="utf-8")
+                path.write_text(dump_yaml(plan.record()), encoding="utf-8")
         try:
             yield partial
         except BaseException:

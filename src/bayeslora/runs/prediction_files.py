@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
-from collections.abc import Container, Iterator, Mapping, Sequence
+from collections.abc import Collection, Container, Iterator, Mapping, Sequence
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
@@ -21,7 +21,7 @@ _KEPT = "input_"
 """Prefix of a column of the rows that has the name of one of the predictions."""
 
 
-def write_predictions(path: Path, table: Table, predictions: Predictions | Taggings) -> list[str]:
+def write_predictions(path: Path, table: Table, predictions: Predictions | Taggings) -> dict[str, str]:
     """Write a row for each prediction: the columns of the table, then those of the prediction.
 
     A path that ends in `.csv` or `.tsv` becomes a file with a header, in which each probability has a column
@@ -31,13 +31,13 @@ def write_predictions(path: Path, table: Table, predictions: Predictions | Taggi
     `probabilities` as an object by label. The file is written completely or not at all.
 
     Returns:
-        The columns of the table that were renamed to `input_<name>`, because a prediction has their name.
+        The columns of the table that have another name there, `input_<name>`, because a prediction has theirs.
     """
     separated = path.suffix.lower() in _SEPARATED
     found = [_flat(row) if separated else row for row in predictions.records()]
-    taken = [name for name in table.columns if name in found[0]]
+    names = _beside(table.columns, found[0])
     rows = (
-        {**{_beside(name, taken): values[number] for name, values in table.columns.items()}, **row}
+        {**{names[name]: values[number] for name, values in table.columns.items()}, **row}
         for number, row in enumerate(found)
     )
     with write_atomically(path) as partial:
@@ -47,7 +47,7 @@ def write_predictions(path: Path, table: Table, predictions: Predictions | Taggi
             with partial.open("w", encoding="utf-8") as file:
                 for row in rows:
                     file.write(json.dumps(finite(row), ensure_ascii=False, default=str) + "\n")
-    return taken
+    return {name: new for name, new in names.items() if new != name}
 
 
 def answer_lines(rows: Sequence[Mapping[str, Any]], answers: Sequence[Answer]) -> list[str]:
@@ -56,14 +56,21 @@ def answer_lines(rows: Sequence[Mapping[str, Any]], answers: Sequence[Answer]) -
     read = {MESSAGES, PROMPT, COMPLETION}
     lines = []
     for row, answer in zip(rows, answers, strict=True):
-        kept = {_beside(name, taken): value for name, value in row.items() if name not in read}
+        names = _beside(row, taken)
+        kept = {names[name]: value for name, value in row.items() if name not in read}
         lines.append(json.dumps(finite({**kept, **answer.to_dict()}), ensure_ascii=False, default=str) + "\n")
     return lines
 
 
-def _beside(name: str, taken: Container[str]) -> str:
-    """Return the name that a column of the rows has beside the results, whose names are `taken`."""
-    return _KEPT + name if name in taken else name
+def _beside(columns: Collection[str], taken: Container[str]) -> dict[str, str]:
+    """Return the names that columns of the rows have beside the results, whose names are `taken`."""
+    names = {name: name for name in columns if name not in taken}
+    for name in [name for name in columns if name in taken]:
+        new = _KEPT + name
+        while new in taken or new in names.values():
+            new = _KEPT + new
+        names[name] = new
+    return names
 
 
 def _flat(row: dict[str, Any]) -> dict[str, Any]:

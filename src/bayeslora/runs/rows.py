@@ -198,7 +198,8 @@ def labelled_rows(
         raise _unnamed(file, there, "the label", "label_column")
     kind = info.kind if info.kind in ("regression", "multi_label", "token_classification") else "classification"
     # `load_files` needs training data too; with the class names given, it learns nothing from them.
-    options: dict[str, Any] = {"labels": info.labels or None, "kind": kind, "held_out": held_out or None}
+    named = {name: info.label_numbers.get(name) for name in info.labels} if info.label_numbers else info.labels
+    options: dict[str, Any] = {"labels": named or None, "kind": kind, "held_out": held_out or None}
     try:
         return load_files(file, None if held_out else file, columns, label, **options)
     except BayesLoraError as error:

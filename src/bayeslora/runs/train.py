@@ -503,6 +503,7 @@ def _run_info(session: Session) -> RunInfo:
         text_columns=list(task.text_columns),
         label_column=plan.options.label_column or task.label_column,
         labels=list(task.labels),
+        label_numbers=task.label_numbers,
         max_length=session.length,
         dtype=plan.options.dtype,
         base_fingerprint=session.base.fingerprint,
