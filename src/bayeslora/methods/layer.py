@@ -23,6 +23,7 @@ from bayeslora._peft import (
     quantization_extra_repr,
     resolve_quantization_backend,
 )
+from bayeslora.errors import BayesLoraError
 from bayeslora.methods.description import LayerDescription
 from bayeslora.quantization import Float32Module
 from bayeslora.vocabulary import BASE_WEIGHT, KINDS, UNQUANTIZED
@@ -114,6 +115,11 @@ class BayesLayer(nn.Module, BaseTunerLayer):
 
     def check_merge(self, *adapter_names: str) -> None:
         """Raise `BayesLoraError` if no weight can have the adapters' effect."""
+        if self.quantization_backend is None and self.base_width < UNQUANTIZED:
+            raise BayesLoraError(
+                f"quanto stores the base weight in {self.base_width} bits, which a merge would leave as they are: "
+                "load the base without quantization to merge"
+            )
 
     def needs_backup(self, adapter_name: str) -> bool:
         """Return True if subtraction cannot undo a merge, so that a copy of the base weight must be kept."""
@@ -177,9 +183,9 @@ class BayesLayer(nn.Module, BaseTunerLayer):
     @property
     def base_width(self) -> int:
         """Bits of the stored base weight: 4 or 8 if it was loaded quantized, otherwise 32."""
-        if self.quantization_backend is None:
-            return UNQUANTIZED
         layer = self.get_base_layer()
+        if self.quantization_backend is None:  # or quanto's, which says its type
+            return int(getattr(getattr(layer, "weight_qtype", None), "bits", UNQUANTIZED))
         described = f"{type(layer).__name__} {type(getattr(layer, 'weight', None)).__name__}".lower()
         if "4bit" in described or "int4" in described or getattr(layer, "nbits", None) == 4:
             return 4

@@ -142,10 +142,11 @@ class BayesTuner(BaseTuner):
                 f"target module {current_key!r} is a {type(base).__name__}, but {type(peft_config).__name__} adapts "
                 "linear layers (torch.nn.Linear, transformers' Conv1D and their 4- and 8-bit forms): choose others"
             )
-        if isinstance(parent, nn.MultiheadAttention):
+        mamba = "mamba" in str(self.get_model_config(self.model).get("model_type")) and target_name == "out_proj"
+        if mamba or isinstance(parent, nn.MultiheadAttention):
             raise BayesLoraError(
-                f"target module {current_key!r} is inside a MultiheadAttention, but that reads its weight past the "
-                "adapter: name it in exclude_modules"
+                f"target module {current_key!r} is inside a {type(parent).__name__}, but that reads its weight past "
+                "the adapter: name it in exclude_modules"
             )
         new = self.linear_class(target, **get_quantization_kwargs(self.model))
         new.train(self.training)  # one added to a model in eval mode must not sample
@@ -246,7 +247,15 @@ class BayesTuner(BaseTuner):
         """Return the number of loss terms of each example in a batch of `rows` rows; a pair has one."""
         if self.rows_per_example > 1:
             return torch.ones(rows // self.rows_per_example)
-        return loss_terms(self.labels_in(kwargs), rows)
+        labels = kwargs.get("shift_labels", self.labels_in(kwargs))
+        if (
+            "shift_labels" not in kwargs
+            and isinstance(labels, Tensor)
+            and labels.ndim == 2
+            and predicts_next(self.model)
+        ):
+            labels = labels[:, 1:]  # nothing predicts the first token
+        return loss_terms(labels, rows)
 
     def rate_of(self, role: ParameterRole, step: int) -> float | None:
         """Return the learning rate of `role` in step `step` (from 0); None leaves it to the optimizer's schedule."""
@@ -436,6 +445,14 @@ def batch_rows(args: Sequence[Any], kwargs: dict[str, Any]) -> int:
     """Return the rows of the batch that a model is called with: those of its first tensor, or 1 without one."""
     batch = next((value for value in (*kwargs.values(), *args) if isinstance(value, Tensor) and value.ndim), None)
     return 1 if batch is None else len(batch)
+
+
+def predicts_next(model: Any) -> bool:
+    """Return True if the logits at a token are for the one after it, as those of transformers' causal models are."""
+    if getattr(getattr(model, "config", None), "is_encoder_decoder", False) or not hasattr(model, "loss_type"):
+        return False
+    # None means the default loss of transformers, which is causal.
+    return model.loss_type in (None, "ForCausalLM", "ForConditionalGeneration")
 
 
 def loss_terms(labels: Any, rows: int) -> Tensor:

@@ -29,11 +29,11 @@ _BINS = 2048  # 16 to a step of 8 bits; counts of them stand for a large tensor
 def optimal_range(x: Tensor, bits: int = 8, method: Calibration = "mse", dim: int | None = None) -> Tensor:
     r"""Return a positive float32 range for `x`: its largest magnitude (`absmax`) or that of least error (`mse`).
 
-    `mse` minimizes the squared error: it tries 80 multiples of the largest magnitude, up to 1.5 and spaced 5% apart,
-    and then steps of a quarter percent around the best. The error of a single range is measured on a histogram of all
-    magnitudes (2,048 bins), that of a row on at most 65,521 evenly spaced entries. For a Gaussian, the optimum is near
-    1.85, 2.65 and 3.9 standard deviations at 2, 4 and 8 bits; at the low widths, the largest magnitude has about twice
-    the error.
+    `mse` minimizes the squared error: it tries 80 multiples of the largest magnitude, from 1/40 to 1.5 and spaced 5%
+    apart, and then steps of a quarter percent around the best. The error of a single range is measured on a histogram
+    of all magnitudes (2,048 bins), that of a row on at most 65,521 evenly spaced entries. For a Gaussian, the optimum
+    is near 1.85, 2.65 and 3.9 standard deviations at 2, 4 and 8 bits; at the low widths, the largest magnitude has
+    about twice the error.
 
     Args:
         x: tensor of any shape; empty and all-zero tensors give `FLOOR`.

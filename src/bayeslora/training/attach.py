@@ -201,8 +201,8 @@ class BayesCallback(TrainerCallback):
         rows = training_examples(self.trainer)
         if stated is not None and rows not in (None, stated) and self.arguments[0] is None:
             warnings.warn(
-                f"num_examples is {stated} in the adapter's config, but the training set has {counted(rows, 'row')}: "
-                "set it to None there to count them, or give it to attach",
+                f"num_examples is {stated} in the adapter's config, but the training loss has {counted(rows, 'term')}"
+                ": set it to None there to count them, or give it to attach",
                 stacklevel=2,
             )
 
@@ -255,6 +255,8 @@ class BayesCallback(TrainerCallback):
             self._loop.check_finite()
             with torch.no_grad():
                 found = self._loop.statistics()
+            # A trainer may log a number of its own by the same name, such as TRL's divergence from a reference.
+            found = {name if name not in kwargs["logs"] else f"bayeslora_{name}": v for name, v in found.items()}
             kwargs["logs"].update(found)
             state.log_history[-1].update(found)
 

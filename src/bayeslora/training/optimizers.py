@@ -90,7 +90,7 @@ def compares_pairs(trainer: Trainer) -> bool:
 
 
 def training_examples(trainer: Trainer) -> int | None:
-    """Return the number of training examples if each is one term of the loss, and None otherwise."""
+    """Return the terms of the loss on the training set: an example is one, or its labels are; None if tokens are."""
     model, dataset = trainer.model, trainer.train_dataset
     assert model is not None
     root: Any = tuner_of(model) or getattr(model, "base_model", None)
@@ -104,4 +104,8 @@ def training_examples(trainer: Trainer) -> int | None:
     by_token = task in _LOSS_BY_TOKEN or type(inner).__name__.endswith(_NAMES_BY_TOKEN)
     if by_token or (generates is not None and generates()) or not isinstance(dataset, Sized):
         return None
-    return len(dataset)
+    config, features = getattr(inner, "config", None), getattr(dataset, "features", None) or {}
+    kind, labels = getattr(config, "problem_type", None), features.get("labels", features.get("label"))
+    is_vector = str(getattr(getattr(labels, "feature", None), "dtype", "")).startswith("float")
+    several = kind in ("multi_label_classification", "regression") or (kind is None and is_vector)
+    return len(dataset) * (getattr(config, "num_labels", 1) if several else 1)

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-from bayeslora.posterior.draws import whole, write
+from bayeslora.posterior.draws import version_of, whole, write
 from bayeslora.quantization import (
     FLOOR,
     SURE_LOGIT,
@@ -121,7 +121,9 @@ class FrozenWeight:
 
     @torch.no_grad()
     def of(self, quantizers: Quantizers, weight: Tensor, assignment: Assignment) -> Tensor:
-        key = (quantizers.version, weight._version, weight.data_ptr(), weight.dtype)
+        if torch.compiler.is_exporting():  # a traced tensor has no address
+            return quantizers.quantized(BASE_WEIGHT, weight, assignment)
+        key = (quantizers.version, version_of(weight), weight.data_ptr(), weight.dtype)
         if self.cached is None or self.cached[0] != key:
             self.cached = (key, quantizers.quantized(BASE_WEIGHT, weight, assignment).detach())
         return self.cached[1]
@@ -134,7 +136,7 @@ class FrozenWidths:
     """
 
     def __init__(self) -> None:
-        self._cached: tuple[tuple[int, ...], tuple[int, ...]] | None = None
+        self._cached: tuple[tuple[Any, ...], tuple[int, ...]] | None = None
 
     def of(self, quantizers: Quantizers) -> tuple[int, ...]:
         known = self._cached
@@ -147,12 +149,12 @@ class DrawnWidths:
     """Widths with a part in one draw of the gates, read from the device once for all passes of an optimizer step."""
 
     def __init__(self) -> None:
-        self._cached: tuple[Tensor | None, int, tuple[tuple[int, ...], ...]] | None = None
+        self._cached: tuple[Tensor | None, Any, tuple[tuple[int, ...], ...]] | None = None
 
     def of(self, quantizers: Quantizers, gates: Tensor) -> tuple[tuple[int, ...], ...]:
         if torch.compiler.is_compiling():  # no branch on values in a traced graph: every term takes part
             return (WIDTHS,) * len(quantizers.kinds)
-        noise, version = quantizers.noise, quantizers.gates._version
+        noise, version = quantizers.noise, version_of(quantizers.gates)
         known = self._cached
         if noise is None or known is None or known[0] is not noise or known[1] != version:
             known = (noise, version, tuple(active_widths(row) for row in gates.detach().tolist()))
@@ -168,15 +170,15 @@ class Progress(Float32Module):
     def __init__(self) -> None:
         super().__init__()
         self.register_buffer("phase", torch.tensor(int(Phase.WARM_UP)))
-        self._known: tuple[Tensor, int, Phase] | None = None
+        self._known: tuple[Tensor, Any, Phase] | None = None
 
     @property
     def current(self) -> Phase:
         """The phase, read from the device only when it has changed."""
         if torch.compiler.is_compiling():
             return self._known[2] if self._known is not None else Phase.WARM_UP
-        if self._known is None or self._known[0] is not self.phase or self._known[1] != self.phase._version:
-            self._known = (self.phase, self.phase._version, Phase(int(self.phase)))
+        if self._known is None or self._known[0] is not self.phase or self._known[1] != version_of(self.phase):
+            self._known = (self.phase, version_of(self.phase), Phase(int(self.phase)))
         return self._known[2]
 
     @torch.no_grad()
@@ -280,10 +282,10 @@ class Quantizers(Float32Module):
         self.set_range(kind, value)
 
     @property
-    def version(self) -> tuple[int, ...]:
+    def version(self) -> tuple[Any, ...]:
         """Changes with every write to the gates, or to the base weight's range, but an optimizer's."""
         learned = [self.gates, self.log_weight_range] if BASE_WEIGHT in self.kinds else [self.gates]
-        return (self.generation, *(p._version for p in learned), *(id(p) for p in learned))
+        return (self.generation, *map(version_of, learned), *(id(p) for p in learned))
 
     def draw(self, noise: Tensor) -> None:
         """Fix the gates' noise, uniform of shape (kinds, 4), until the next draw."""

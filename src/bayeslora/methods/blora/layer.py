@@ -30,6 +30,7 @@ from bayeslora.methods.blora.gated_quantizers import (
 from bayeslora.methods.blora.probe import Probe, probed_forward
 from bayeslora.methods.description import LayerDescription
 from bayeslora.methods.layer import BayesLayer, PackedTensors, add_update
+from bayeslora.posterior.draws import version_of
 from bayeslora.quantization import SURE_LOGIT, fixed_logits, linear, optimal_range
 from bayeslora.vocabulary import ACTIVATIONS, BASE_WEIGHT, KINDS, MATRICES, UNQUANTIZED
 
@@ -224,7 +225,7 @@ class BLoraLayer(BayesLayer):
         if kind != BASE_WEIGHT:
             return self._best_range(name, kind, bits)
         shape, weight = self.quantizers(name).shape_of(kind), self.weight
-        key = (bits, shape, self.configs[name].calibration, weight._version, id(weight))
+        key = (bits, shape, self.configs[name].calibration, version_of(weight), id(weight))
         if key not in self._weight_ranges:
             self._weight_ranges[key] = self._best_range(name, kind, bits)
         return self._weight_ranges[key]
@@ -309,6 +310,7 @@ class BLoraLayer(BayesLayer):
         return {kind: widths[kind] for kind in ACTIVATIONS if widths.get(kind, 32) < 32}
 
     def check_merge(self, *adapter_names: str) -> None:
+        super().check_merge(*adapter_names)
         self._check_quantized_once(list(dict.fromkeys([*self.merged_adapters, *adapter_names])))
         for name in adapter_names:
             narrow = self.quantized_activations(name)

@@ -31,7 +31,7 @@ from bayeslora.methods.blora.decisions import MEMORY, Schedule, apply, check_rea
 from bayeslora.methods.blora.gated_quantizers import Phase
 from bayeslora.methods.blora.layer import BLoraLayer, Linear
 from bayeslora.methods.blora.length import phases, shortfall
-from bayeslora.methods.blora.probe import Probe, logits_of, score_seed
+from bayeslora.methods.blora.probe import Probe, logits_of, loss_of, score_seed
 from bayeslora.methods.blora.rotation import rotate
 from bayeslora.methods.layer import evaluation_mode
 from bayeslora.methods.tuner import (
@@ -80,6 +80,7 @@ class BLoraRun(RunState):
         terms: terms of the current step's loss, on this rank, where it is watched.
         batches: micro-batches of the current step that a sharded model is still to be measured on.
         watched_step: the current step.
+        is_checked: whether a training pass has returned what evidence comes from.
         warning: what was said about the run's length.
     """
 
@@ -95,6 +96,7 @@ class BLoraRun(RunState):
     terms: float = 0.0
     batches: list[Batch] = field(default_factory=list)
     watched_step: int = 0
+    is_checked: bool = False
     warning: str | None = None
 
 
@@ -112,7 +114,7 @@ class BLoraModel(BayesTuner):
     _hooked = False
     _outer_call: tuple[tuple[Any, ...], dict[str, Any]] | None = None
     """Arguments of the call of a sharded model that is under way."""
-    _outer_hook: RemovableHandle | None = None
+    _outer_hooks: Sequence[RemovableHandle] = ()
 
     def config_of(self, name: str) -> BLoraConfig:
         return cast(BLoraConfig, self.peft_config[name])
@@ -228,10 +230,19 @@ class BLoraModel(BayesTuner):
             self.model.register_forward_pre_hook(self._before_forward, with_kwargs=True)
             self.model.register_forward_hook(self._after_forward, with_kwargs=True)
             self._hooked = True
-        if self._outer_hook is not None:
-            self._outer_hook.remove()
-        if setup.model is not None and is_sharded(setup.model):
-            self._outer_hook = setup.model.register_forward_pre_hook(self._before_outer_call, with_kwargs=True)
+        for hook in self._outer_hooks:
+            hook.remove()
+        self._outer_hooks = ()
+        if setup.model is not None and (is_sharded(setup.model) or self._is_part_of(setup.model)):
+            self._outer_hooks = [
+                setup.model.register_forward_pre_hook(self._before_outer_call, with_kwargs=True),
+                setup.model.register_forward_hook(self._check_output),
+            ]
+
+    def _is_part_of(self, model: nn.Module) -> bool:
+        """Return True if `model` has the adapted model as a part, beside others such as a head of its own."""
+        path = next((name for name, module in model.named_modules() if module is self), "")
+        return bool({*path.split(".")} - {"", "module", "_orig_mod", "base_model"})
 
     def _warn_if_short(self, rows: float | None) -> None:
         """Warn if the run is too short for good choices; of unknown rows nothing is said until they are counted."""
@@ -292,8 +303,19 @@ class BLoraModel(BayesTuner):
 
     def _after_forward(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
         if self.row_loss is None:  # otherwise its logits are still to come
+            if not self._outer_hooks:
+                self._check_output(model, args, output)
             problem = getattr(getattr(model, "config", None), "problem_type", None)
             self._scale_rows(logits_of(output), self.labels_in(kwargs), problem)
+
+    def _check_output(self, model: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+        """Raise in the first training pass, and not when evidence is due, if the model shows none."""
+        run = cast(BLoraRun, self._run)
+        if run is None or run.schedule is None or run.is_checked or not (self.training and torch.is_grad_enabled()):
+            return
+        run.is_checked = True
+        if logits_of(output) is None:
+            loss_of(output)
 
     def row_logits(self, model: nn.Module, loss: RowLoss) -> Tensor:
         logits = super().row_logits(model, loss)

@@ -24,6 +24,7 @@ from torch import Tensor
 
 from bayeslora.errors import BayesLoraError
 from bayeslora.methods.blora.evidence import MEASURED, RANGED
+from bayeslora.methods.tuner import predicts_next
 from bayeslora.quantization import Calibration, optimal_ranges, quantize
 
 _ODD = 0x5851F42D4C957F2D  # an odd factor with bits set throughout
@@ -222,8 +223,27 @@ def logits_of(output: Any) -> Tensor | None:
         return output
     if isinstance(output, tuple):
         return next((value for value in output if isinstance(value, Tensor) and value.ndim > 1), None)
-    found = getattr(output, "logits", None)
+    found = _part_of(output, "logits")
     return found if isinstance(found, Tensor) and found.numel() else None
+
+
+def loss_of(output: Any) -> Tensor:
+    """Return the loss that a model without logits returns.
+
+    Raises:
+        BayesLoraError: the model returns neither.
+    """
+    loss = _part_of(output, "loss")
+    if isinstance(loss, Tensor):
+        return loss
+    raise BayesLoraError(
+        "the model returns neither logits nor a loss, but the evidence of the gates needs one of them: train a model "
+        "with a head, or use gates='paper'"
+    )
+
+
+def _part_of(output: Any, name: str) -> Any:
+    return output.get(name) if isinstance(output, Mapping) else getattr(output, name, None)
 
 
 def _score_of_data(output: Any, inputs: Mapping[str, Any]) -> tuple[Tensor, Tensor, int]:
@@ -231,22 +251,9 @@ def _score_of_data(output: Any, inputs: Mapping[str, Any]) -> tuple[Tensor, Tens
 
     The loss is a mean over its terms, so the derivative of its sum is their number.
     """
-    loss, labels = getattr(output, "loss", None), inputs.get("labels")
-    if not isinstance(loss, Tensor):
-        raise BayesLoraError(
-            "the model returns neither logits nor a loss, but the evidence of the gates needs one of them: train a "
-            "model with a head, or use gates='paper'"
-        )
+    loss, labels = loss_of(output), inputs.get("labels")
     terms = int((labels != -100).sum()) if isinstance(labels, Tensor) and not labels.is_floating_point() else 1
     return loss, torch.tensor(float(max(terms, 1))).to(loss), max(terms, 1)
-
-
-def predicts_next(model: Any) -> bool:
-    """Return True if the logits at a token are for the one after it, as those of transformers' causal models are."""
-    if getattr(getattr(model, "config", None), "is_encoder_decoder", False) or not hasattr(model, "loss_type"):
-        return False
-    # None means the default loss of transformers, which is causal.
-    return model.loss_type in (None, "ForCausalLM", "ForConditionalGeneration")
 
 
 def _present(logits: Tensor, inputs: Mapping[str, Any], causal: bool) -> Tensor:

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from bayeslora.errors import BayesLoraError
 from bayeslora.methods.melora.config import MeLoraConfig
 from bayeslora.methods.melora.cores import Deal
 from bayeslora.methods.melora.layer import Linear, MeLoraLayer
@@ -106,8 +107,13 @@ class MeLoraModel(VariationalModel):
         # A rank's loss is the mean of its own terms: its gradients of single rows are 1 / terms of theirs.
         # One copy from and to an accelerator, and not one for each layer.
         device = squares[0].device if len({each.device for each in squares}) == 1 else torch.device("cpu")
-        joined = torch.cat([each.view(count, -1).to(device) for each in squares], dim=1)
-        flat, run.seen = _with_all_ranks(joined.cpu(), run.terms)
+        joined = torch.cat([each.view(count, -1).to(device) for each in squares], dim=1).cpu()
+        if not run.terms.any() and joined.any():
+            raise BayesLoraError(
+                f"the training passes of step {step + 1} went past the adapted model, but it counts their rows: call "
+                "the model itself, not its forward or its parts"
+            )
+        flat, run.seen = _with_all_ranks(joined, run.terms)
         if not bool(flat.isfinite().all()):  # of a step that the loss scale skips it is not
             return
         parts = flat.to(device).split([each.numel() // count for each in squares], dim=1)
