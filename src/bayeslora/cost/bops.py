@@ -51,8 +51,7 @@ def relative_bops(
         The share for each of "adapted", "attention", "encoder" and "model"; 1.0 is the baseline.
     """
     built = as_model(model)
-    if layers is None:
-        layers = described_layers(built)
+    layers = described_layers(built) if layers is None else layers
     structure = read_structure(built)
     actual = bops_by_scope(structure_operations(structure, tokens, layers))
     baseline = bops_by_scope(baseline_operations(structure, tokens, layers, baseline_rank))

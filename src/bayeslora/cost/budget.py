@@ -32,12 +32,7 @@ def bops_cost(
     For the layers' own widths and ranks, its `share` is `relative_bops(...)[scope]`. Tensors and layers that are not
     passed to `share` count at the width and rank in their description.
 
-    Args:
-        model: a model or a configuration, as in `bayeslora.cost.operations`.
-        scope: "adapted", "attention", "encoder" or "model", as in `relative_bops`.
-        tokens: length of the sequence in tokens.
-        baseline_rank: rank of the baseline.
-        layers: the adapted layers, by default `bayeslora.describe(model)`.
+    The arguments are those of `relative_bops`, and the scope: "adapted", "attention", "encoder" or "model".
 
     Raises:
         BayesLoraError: the scope is unknown.
@@ -93,12 +88,7 @@ def bytes_cost(
 
 
 def rank_cost(model: ModelOrConfig, layers: Sequence[LayerCost] | None = None) -> CostModel:
-    """Return the mean rank of the adapted layers as a cost model, whose `share` is the mean rank itself.
-
-    Args:
-        model: a model or a configuration.
-        layers: the adapted layers, by default `bayeslora.describe(model)`.
-    """
+    """Return a cost model whose `share` is the mean rank; `model` and `layers` are as for `relative_bops`."""
     layers = described_layers(model) if layers is None else layers
     products = tuple(Product(1, 1, rank_of=layer.name) for layer in layers)
     return CostModel(products, len(layers), default_ranks=_ranks(layers))

@@ -127,8 +127,7 @@ def operations(
         BayesLoraError: `tokens` is not a positive whole number, or a layer is not part of the model.
     """
     model = as_model(model_or_config)
-    if layers is None:
-        layers = described_layers(model)
+    layers = described_layers(model) if layers is None else layers
     return structure_operations(read_structure(model), tokens, layers)
 
 
@@ -147,9 +146,7 @@ def structure_operations(
     by_name = {layer.name: layer for layer in layers}
     for layer in by_name.values():
         _check(structure, layer)
-    marked = set(by_name) if adapted is None else set(adapted)
-    if not marked:
-        marked = set(structure.projections)
+    marked = set(by_name if adapted is None else adapted) or set(structure.projections)
     found = [
         operation
         for matrix in structure.matrices.values()

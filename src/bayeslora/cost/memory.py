@@ -74,18 +74,15 @@ def _to_fake(model: nn.Module) -> None:
 
     On the meta device autocast and the choice between kernels do not work.
     """
-    made: dict[int, Tensor] = {}
+    made: dict[int, Any] = {}
+    originals = [*model.parameters(), *model.buffers()]  # held, so that no other tensor gets the id of one
+    for tensor in originals:
+        fake = torch.empty_strided(tensor.size(), tensor.stride(), dtype=tensor.dtype)
+        is_parameter = isinstance(tensor, nn.Parameter)
+        made[id(tensor)] = nn.Parameter(fake, tensor.requires_grad) if is_parameter else fake
     for module in model.modules():
         for tensors in (module._parameters, module._buffers):
-            for name, tensor in tensors.items():
-                if tensor is None:
-                    continue
-                if id(tensor) not in made:
-                    fake = torch.empty_strided(tensor.size(), tensor.stride(), dtype=tensor.dtype)
-                    made[id(tensor)] = (
-                        nn.Parameter(fake, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else fake
-                    )
-                tensors[name] = cast(Any, made[id(tensor)])
+            tensors.update({name: made[id(tensor)] for name, tensor in tensors.items() if tensor is not None})
 
 
 def training_batch(model: nn.Module, batch_size: int, tokens: int) -> dict[str, Tensor]:

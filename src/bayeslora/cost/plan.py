@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import copy
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal, TypeAlias, cast, get_args
@@ -47,7 +47,6 @@ _TASKS: dict[str, tuple[tuple[str, ...], Mapping[str, Any]]] = {
     "FEATURE_EXTRACTION": (("Model",), MODEL_MAPPING_NAMES),
 }
 TASK_TYPES = tuple(_TASKS)
-_NEW_HEADS = ("SEQ_CLS", "TOKEN_CLS", "QUESTION_ANS")
 
 
 @dataclass(frozen=True)
@@ -164,7 +163,7 @@ def build_for_task(config: PretrainedConfig, task_type: str | None = None) -> tu
             config.pad_token_id = 0  # a classifier on a decoder finds the last token by it
     model = build_on_meta(config)
     heads: list[str] = []
-    if task_type in _NEW_HEADS and config.architectures != [own]:
+    if task_type in ("SEQ_CLS", "TOKEN_CLS", "QUESTION_ANS") and config.architectures != [own]:
         prefix = getattr(model, "base_model_prefix", "")
         heads = [name for name, child in model.named_children() if name != prefix and list(child.parameters())]
     return model, task_type, heads
@@ -227,20 +226,19 @@ def _layers(model: PeftModel) -> list[LayerDescription]:
 def _sizes(model: nn.Module) -> dict[str, int | None]:
     parameters = list(model.parameters())  # shared ones once
     gradients = sum(p.numel() * p.element_size() for p in parameters if p.requires_grad)
-    file, narrow = (sum(_file_bytes(model, half)) for half in (False, True))
     return {
         "weights": sum(p.numel() * p.element_size() for p in parameters),
         "gradients": gradients,
         "optimizer": 2 * gradients,
         "activations": None,
         "training": None,
-        "file": file,
-        "file_16bit": narrow,
+        "file": _file_bytes(model, half=False),
+        "file_16bit": _file_bytes(model, half=True),
     }
 
 
-def _file_bytes(model: nn.Module, half: bool) -> Iterator[int]:
-    """Yield the parts of the safetensors file: length of the header, the header padded to 8 bytes, the tensors."""
+def _file_bytes(model: nn.Module, half: bool) -> int:
+    """Return the bytes of the safetensors file: length of the header, the header padded to 8 bytes, the tensors."""
     tensors = _saved_tensors(model)
     width = {name: 2 if half and t.is_floating_point() else t.element_size() for name, t in tensors.items()}
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
@@ -249,9 +247,8 @@ def _file_bytes(model: nn.Module, half: bool) -> Iterator[int]:
         start, end = end, end + tensors[name].numel() * width[name]
         dtype = f"{'F' if tensors[name].is_floating_point() else 'I'}{8 * width[name]}"
         header[name] = {"dtype": dtype, "shape": list(tensors[name].shape), "data_offsets": [start, end]}
-    yield 8
-    yield -(-len(json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()) // 8) * 8
-    yield end
+    header_bytes = len(json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode())
+    return 8 + -(-header_bytes // 8) * 8 + end
 
 
 def _saved_tensors(model: nn.Module) -> dict[str, Tensor]:

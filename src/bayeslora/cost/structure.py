@@ -28,6 +28,8 @@ ModelOrConfig: TypeAlias = nn.Module | PretrainedConfig
 Region = Literal["attention", "encoder", "model"]
 
 # Layers outside the transformer blocks that see one vector per sequence, not one per token.
+_HEADS_BY_TOKEN = ("TokenClassification", "QuestionAnswering", "ModernBertDecoder", "EuroBert")
+"""In names of classes whose head reads every token, before the pooling if there is any."""
 _POOLED_NAMES = frozenset({
     "pooler", "pre_classifier", "seq_relationship", "classification_head", "summary", "sequence_summary",
     "multiple_choice_head",
@@ -192,21 +194,21 @@ class ModelStructure:
         """Return the number of positions of `tokens` tokens that a matrix is applied to, over all its calls."""
         if self.region(name) == "model" and self.attentions:
             parts = name.split(".")
-            per_token_head = "TokenClassification" in self.class_name
-            is_pooled = "head" in parts and "SequenceClassification" in self.class_name  # ModernBERT's
-            if is_pooled or _POOLED_NAMES.intersection(parts) or ("classifier" in parts and not per_token_head):
+            per_token = any(kind in self.class_name for kind in _HEADS_BY_TOKEN)
+            pooled = _POOLED_NAMES if per_token else _POOLED_NAMES | {"classifier"}
+            if not per_token and self.class_name.endswith(("SequenceClassification", "MultipleChoice")):
+                pooled = pooled | {"head"}  # ModernBERT's
+            if pooled.intersection(parts):
                 return 1
         return tokens * self.calls(name)
 
 
 def unwrapped(module: nn.Module) -> nn.Module:
     """Return the module under PEFT's layer and `modules_to_save` wrappers."""
-    while True:  # wrappers forward unknown attributes, so only their registered children count
-        inner = module._modules.get("base_layer")
-        inner = module._modules.get("original_module") if inner is None else inner
-        if inner is None:
-            return module
+    # Wrappers forward unknown attributes, so only their registered children count.
+    while (inner := module._modules.get("base_layer", module._modules.get("original_module"))) is not None:
         module = inner
+    return module
 
 
 def under_wrappers(model: nn.Module) -> nn.Module:
@@ -221,9 +223,9 @@ def under_wrappers(model: nn.Module) -> nn.Module:
 
 
 def base_model(model: nn.Module) -> nn.Module:
-    """Return the model under data-parallel, compiled and PEFT wrappers."""
-    model = under_wrappers(model)
-    return under_wrappers(model.get_base_model()) if isinstance(model, PeftModel) else model
+    """Return the model under data-parallel, compiled and PEFT wrappers, or that of the PEFT model in a larger one."""
+    inner = next((module for module in model.modules() if isinstance(module, PeftModel)), None)
+    return under_wrappers(model if inner is None else inner.get_base_model())
 
 
 def walk(module: nn.Module, name: str = "", seen: set[int] | None = None) -> Iterator[tuple[str, nn.Module]]:
@@ -281,7 +283,7 @@ def _heads(config: Any) -> tuple[int, int]:
     """Return the query heads and key-value heads of the text part of a configuration."""
     config = config.get_text_config() if hasattr(config, "get_text_config") else config
     heads = int(getattr(config, "num_attention_heads", 1) or 1)
-    if getattr(config, "multi_query", False):
+    if getattr(config, "multi_query", False) and not getattr(config, "new_decoder_architecture", False):  # Falcon's
         return heads, 1
     groups = getattr(config, "num_key_value_heads", None) or getattr(config, "num_kv_heads", None)
     return heads, int(groups or heads)

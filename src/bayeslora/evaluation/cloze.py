@@ -7,11 +7,7 @@ $$ z = \frac{1}{L} \sum_i \log p(t_i \mid c, t_1, \dots, t_{i-1}), $$
 with $L$ = 1, the number of tokens, or the number of UTF-8 bytes of the text (`Cloze.normalization`). A softmax over an
 item's choices gives class probabilities, so everything for classifiers works on them. Small language models know an
 answer by its text long before they can name its letter.
-
-    task = load_task("arc_easy", "data")
-    data = encode_cloze(task.splits["validation"], tokenizer, classes=len(task.labels), cloze=task.cloze)
-    scoring = choice_scoring(data, tokenizer)
-    prediction = bayeslora.predict(model, DataLoader(data, 16, collate_fn=scoring.collate), logits=scoring.logits)
+The calls are those in `evaluation.multiple_choice`, with `encode_cloze` instead of `encode_prompts`.
 
 **Tokens.** Context and choice are tokenized as one text, so that special tokens and the boundary are those of running
 text. A choice begins at the first token that differs from those of the context alone; a token across the boundary
@@ -32,6 +28,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import chain, islice
 from typing import Any, NamedTuple
 
 import torch
@@ -67,7 +64,6 @@ LENGTH = "choice_length"
 """Column and batch key of the numbers (C,) that the log-likelihoods are divided by."""
 OWNER, IS_SCORED = "token_choice", "token_is_scored"
 _PADDING = -1
-_SUBJECT = "The following are questions about {subject}."
 _FULL_ATTENTION = {"full_attention", "sliding_attention", "chunked_attention"}
 
 
@@ -91,16 +87,13 @@ def encode_cloze(
 ) -> Dataset:
     """Encode contexts and choices for a language model, so that `choice_scoring` can score them by likelihood.
 
+    The arguments are those of `encode_prompts`, except for these:
+
     Args:
         split: rows with `question` and `choices`, and maybe `label`, `subject` and `ending`.
-        tokenizer: the model's tokenizer.
-        classes: C, at least the number of choices of any row.
         cloze: text before a choice, and normalization; by default "Question: …", "Answer:" and the sum.
         max_length: maximum length in tokens of a context with its longest choice. Longer items lose their first
             few-shot examples, with a single warning.
-        few_shot: number of solved examples before each item, chosen as for `encode_prompts`.
-        pool: rows to take examples from; required if `few_shot` is above 0.
-        seed: seed of the order of the examples; None keeps the pool's order.
 
     Returns:
         A data set with `input_ids` of the context; for each choice `choice_ids`, `choice_scored` (the number of its
@@ -131,23 +124,21 @@ def encode_cloze(
 
 
 def _encoded(pairs: Sequence[tuple[Row, list[Row]]], tokenizer: Any, form: Cloze) -> list[_Item]:
-    parts = [part for row, shown in pairs for part in _texts(row, shown, form)]
+    texts = [_texts(row, shown, form) for row, shown in pairs]
+    parts = list(chain.from_iterable(texts))
     contexts = list(dict.fromkeys(context for context, _ in parts))
     # Of an empty text, `tokenize` takes the tokens that open it for those that end it.
     alone = dict(zip(contexts, tokenize(contexts, tokenizer), strict=True)) | {"": opening(tokenizer)}
-    whole = tokenize([context + text for context, text in parts], tokenizer)
-    items, start = [], 0
-    for row, _ in pairs:
-        stop = start + len(row[CHOICES])
-        texts = parts[start:stop]
-        items.append(_item(row, texts, [alone[context] for context, _ in texts], whole[start:stop], tokenizer, form))
-        start = stop
-    return items
+    whole = iter(tokenize([context + text for context, text in parts], tokenizer))
+    return [
+        _item(row, own, alone, list(islice(whole, len(own))), tokenizer, form)
+        for (row, _), own in zip(pairs, texts, strict=True)
+    ]
 
 
 def _texts(row: Row, shown: Sequence[Row], form: Cloze) -> list[tuple[str, str]]:
     """Return for each choice the text before what is scored, and the scored text."""
-    parts = [_SUBJECT.format(subject=row[SUBJECT].replace("_", " "))] if row.get(SUBJECT) else []
+    parts = [f"The following are questions about {row[SUBJECT].replace('_', ' ')}."] if row.get(SUBJECT) else []
     parts += [_joined(_context(each, form), each[CHOICES][each[LABEL]]) for each in shown]
     before = "\n\n".join([*parts, _context(row, form)])
     ending = row.get(ENDING) or ""
@@ -170,12 +161,12 @@ def _joined(before: str, choice: str) -> str:
 def _item(
     row: Row,
     texts: Sequence[tuple[str, str]],
-    alone: Sequence[list[int]],
+    alone: Mapping[str, list[int]],
     whole: Sequence[list[int]],
     tokenizer: Any,
     form: Cloze,
 ) -> _Item:
-    ends = [common_start(context, ids) for context, ids in zip(alone, whole, strict=True)]
+    ends = [common_start(alone[context], ids) for (context, _), ids in zip(texts, whole, strict=True)]
     if len({context for context, _ in texts}) == 1:
         ends = [min(ends)] * len(ends)
     scored = [len(ids) - end for ids, end in zip(whole, ends, strict=True)]
@@ -223,10 +214,9 @@ class ClozeCollator:
         context, 1, 2, … for the choices and -1 for padding; `token_is_scored` (B, T); `choice_length` and
         `choice_mask` (B, C).
         """
-        pad = pad_id(self.tokenizer)
         before = max(len(row["input_ids"]) for row in rows)
         after = max(sum(map(len, row[CHOICE_IDS])) for row in rows)
-        empty = {"input_ids": pad, "position_ids": 0, OWNER: _PADDING, IS_SCORED: 0}
+        empty = {"input_ids": pad_id(self.tokenizer), "position_ids": 0, OWNER: _PADDING, IS_SCORED: 0}
         columns: dict[str, list[list[int]]] = {name: [] for name in empty}
         for row in rows:
             laid = _laid_out(row)
@@ -306,8 +296,7 @@ def _of_trees(model: nn.Module, batch: Batch) -> Tensor:
     columns = torch.arange(tokens.shape[1], device=ids.device)
     # Counted from the context's last column: a choice's first token comes after it, the others after one another.
     source = torch.where(own == before, columns, 0)
-    dtype = innermost(model).dtype
-    mask = _tree_mask(owner, dtype)
+    mask = _tree_mask(owner, innermost(model).dtype)
     logits = _last_logits(model, ids, mask, batch["position_ids"], tokens.shape[1] + 1)
     found = _log_likelihoods(logits, tokens, source) * batch[IS_SCORED][:, start:].to(logits.device)
     sums = found.new_zeros(len(ids), batch[PRESENT].shape[1] + 1)

@@ -23,7 +23,6 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -45,16 +44,10 @@ NEIGHBORS = 10
 _LEAST_SHRINKAGE = 1e-6
 
 
-@dataclass(frozen=True)
-class _Metric:
-    """Squared Mahalanobis distances; `factor` is the lower Cholesky factor of the covariance."""
-
-    factor: Array
-
-    def distances(self, features: Array, means: Array) -> Array:
-        """Return (n, C) squared distances of (n, d) features to (C, d) means."""
-        points, centers = (solve_triangular(self.factor, x.T, lower=True).T for x in (features, means))
-        return np.stack([((points - center) ** 2).sum(axis=1) for center in centers], axis=1)
+def _distances(features: Array, means: Array, factor: Array) -> Array:
+    """Return (n, C) squared Mahalanobis distances to (C, d) means, by the lower Cholesky factor of the covariance."""
+    points, centers = (solve_triangular(factor, x.T, lower=True).T for x in (features, means))
+    return np.stack([((points - center) ** 2).sum(axis=1) for center in centers], axis=1)
 
 
 def _shrunk(deviations: Array, shrinkage: float | None) -> Array:
@@ -116,7 +109,7 @@ class FeatureSpace:
         self._center = self.features.mean(axis=0, keepdims=True)
         within = _shrunk(self.features - self._means[classes], shrinkage)
         shares, apart = np.bincount(classes) / len(classes), self._means - self._center
-        self._within, self._total = _Metric(_factor(within)), _Metric(_factor(within + (apart.T * shares) @ apart))
+        self._within, self._total = _factor(within), _factor(within + (apart.T * shares) @ apart)
         self._nearest = NearestNeighbors(n_neighbors=self.neighbors).fit(_normalized(self.features))
 
     def scores(self, features: ArrayLike, logits: ArrayLike) -> dict[str, Array]:
@@ -128,11 +121,11 @@ class FeatureSpace:
                 "take them from the model that the training features are from"
             )
         _check_finite(points)
-        nearest = self._within.distances(points, self._means).min(axis=1)
+        nearest = _distances(points, self._means, self._within).min(axis=1)
         return {
             "energy": -np.asarray(logsumexp(np.asarray(logits, dtype=np.float64), axis=1)),
             "mahalanobis": nearest,
-            "relative_mahalanobis": nearest - self._total.distances(points, self._center)[:, 0],
+            "relative_mahalanobis": nearest - _distances(points, self._center, self._total)[:, 0],
             "nearest_neighbors": self._nearest.kneighbors(_normalized(points))[0][:, -1],
         }
 
@@ -149,8 +142,7 @@ class FeatureDetector:
 
     Args:
         model: a sequence classifier of two or more classes, with or without an adapter.
-        neighbors: number k of neighbors, see `FeatureSpace`.
-        shrinkage: shrinkage of the covariance, see `FeatureSpace`.
+        neighbors, shrinkage: see `FeatureSpace`.
     """
 
     def __init__(self, model: Predictable, neighbors: int | None = None, shrinkage: float | None = None) -> None:

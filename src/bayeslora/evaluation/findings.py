@@ -87,10 +87,9 @@ def thresholds(probabilities: ArrayLike, labels: ArrayLike) -> list[dict[str, fl
         above it, `coverage`, and the error rate among those, `errors`.
     """
     control = RiskControl().fit(probabilities, labels)
-    found = [(risk, control.threshold(risk)) for risk in RISKS]
     return [
         {"risk": risk, "confidence": chosen.confidence, "coverage": chosen.coverage, "errors": chosen.risk}
-        for risk, chosen in found
+        for risk, chosen in zip(RISKS, map(control.threshold, RISKS), strict=True)
     ]
 
 

@@ -42,8 +42,7 @@ def fitted(
     """
     found = encode(list(zip(rows, examples, strict=True)))
     shortened = 0
-    for index, row in enumerate(rows):
-        shown = examples[index]
+    for index, (row, shown) in enumerate(zip(rows, examples, strict=True)):
         shortened += length(found[index]) > max_length
         while (tokens := length(found[index])) > max_length:
             if not shown:
@@ -77,9 +76,7 @@ def tokenize(texts: list[str], tokenizer: Any) -> list[list[int]]:
     encoded = tokenizer(texts, return_special_tokens_mask=True)
     result = []
     for ids, special in zip(encoded["input_ids"], encoded["special_tokens_mask"], strict=True):
-        end = len(ids)
-        while end and special[end - 1]:
-            end -= 1
+        end = max((place for place, is_special in enumerate(special, start=1) if not is_special), default=0)
         result.append(list(ids[:end]))
     return result
 

@@ -277,10 +277,9 @@ class PairLogits:
         return trained_logits(model, self._logits, batch)
 
     def _logits(self, model: nn.Module, batch: Batch) -> Tensor:
-        present = batch[PRESENT].bool()
         inputs = {name: value for name, value in batch.items() if name not in (PRESENT, LABEL, "labels")}
         logits = model(**inputs).logits.float()
-        return logits.masked_fill(~present.to(logits.device), -torch.inf)
+        return logits.masked_fill(~batch[PRESENT].bool().to(logits.device), -torch.inf)
 
 
 @dataclass(frozen=True)

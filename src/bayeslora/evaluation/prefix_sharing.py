@@ -22,10 +22,8 @@ LEAST_ROWS = 8
 
 def common_start(one: Sequence[int], other: Sequence[int]) -> int:
     """Return the number of tokens that two rows share at their beginning."""
-    for index, (left, right) in enumerate(zip(one, other, strict=False)):
-        if left != right:
-            return index
-    return min(len(one), len(other))
+    pairs = enumerate(zip(one, other, strict=False))
+    return next((index for index, (left, right) in pairs if left != right), min(len(one), len(other)))
 
 
 def rows_that_begin_alike(rows: Sequence[Sequence[int]]) -> list[list[int]]:
@@ -38,15 +36,14 @@ def rows_that_begin_alike(rows: Sequence[Sequence[int]]) -> list[list[int]]:
     shared = longest = 0
     for index in order:
         row = rows[index]
-        if groups:
-            start = min(shared, common_start(rows[groups[-1][0]], row))
-            most = max(longest, len(row))
-            if start >= LEAST_SHARED * most:
-                groups[-1].append(index)
-                shared, longest = start, most
-                continue
-        groups.append([index])
-        shared = longest = len(row)
+        start = min(shared, common_start(rows[groups[-1][0]], row)) if groups else 0
+        most = max(longest, len(row))
+        if groups and start >= LEAST_SHARED * most:
+            groups[-1].append(index)
+            shared, longest = start, most
+        else:
+            groups.append([index])
+            shared = longest = len(row)
     large = [group for group in groups if len(group) >= LEAST_ROWS]
     return [*large, [index for group in groups if len(group) < LEAST_ROWS for index in group]]
 

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import dataclasses
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -38,7 +37,7 @@ class Evaluation:
     entropy: NDArray[np.float64]
     mutual_information: NDArray[np.float64]
     samples: int = 0
-    baseline: dict[str, float] = dataclasses.field(default_factory=dict)
+    baseline: dict[str, float] = field(default_factory=dict)
 
     @property
     def rows(self) -> int:

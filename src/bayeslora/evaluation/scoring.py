@@ -229,7 +229,6 @@ def _scored(
             f"the model has {outputs} outputs, but the task {task.name!r} needs {expected}: "
             f"load the model with num_labels={expected}"
         )
-    predicted = prediction.labels[:, None].double() if task.kind == "regression" else prediction.probabilities
     found: dict[str, Any] = {
         "labels": labels,
         "seconds": seconds,
@@ -238,21 +237,21 @@ def _scored(
         "samples": samples,
     }
     if task.kind == "multi_label":
-        p = predicted.numpy()
+        p = prediction.probabilities.numpy()
         by_label = label_scores(p, labels, task.labels)
         found["baseline"] = baseline_of_labels(labels)
         return MultiLabelEvaluation(multi_label_scores(p, labels), p, label_scores=by_label, **found)
     metrics = task.metrics if rows is None else ("accuracy",)
     found["baseline"] = baseline_scores(labels, 0 if task.kind == "regression" else len(task.labels), metrics)
     if task.kind == "regression":
-        values = predicted[:, 0].numpy()
+        values = prediction.labels.double().numpy()
         return Evaluation(regression_scores(values, labels), values, reliability=[], **found)
-    probabilities = predicted.numpy()
+    probabilities = prediction.probabilities.numpy()
+    bins = reliability_bins(probabilities, labels)
     if rows is not None:
         found["baseline"] = {**constant_spans(labels, rows, task.labels), **found["baseline"]}
         by_span = span_scores(labels, probabilities.argmax(axis=1), rows, task.labels)[1]
         scores = tagging_scores(probabilities, labels, rows, task.labels)
-        bins = reliability_bins(probabilities, labels)
         return TaggingEvaluation(scores, probabilities, reliability=bins, row=rows, label_scores=by_span, **found)
     scores = classification_scores(probabilities, labels, task.metrics)
-    return Evaluation(scores, probabilities, reliability=reliability_bins(probabilities, labels), **found)
+    return Evaluation(scores, probabilities, reliability=bins, **found)

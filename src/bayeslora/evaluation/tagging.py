@@ -20,9 +20,6 @@ from bayeslora.evaluation import findings
 from bayeslora.evaluation.metrics import classification_scores
 from bayeslora.evaluation.result import Evaluation
 
-_SEQEVAL = "seqeval"
-_ALL = "micro avg"
-
 
 @dataclass(frozen=True)
 class TaggingEvaluation(Evaluation):
@@ -59,8 +56,8 @@ class TaggingEvaluation(Evaluation):
 
 def check_span_metrics(names: Sequence[str]) -> None:
     """Raise `BayesLoraError` if these tags mark spans but seqeval, which scores them, is missing."""
-    if marks_spans(names) and find_spec(_SEQEVAL) is None:
-        raise BayesLoraError(f"{_SEQEVAL} is not installed, but the score span_f1 needs it: pip install {_SEQEVAL}")
+    if marks_spans(names) and find_spec("seqeval") is None:
+        raise BayesLoraError("seqeval is not installed, but the score span_f1 needs it: pip install seqeval")
 
 
 def tagging_scores(
@@ -93,11 +90,7 @@ def span_scores(
 ) -> tuple[dict[str, float], dict[str, dict[str, float]]]:
     """Return `span_f1`, `span_precision` and `span_recall`, and by kind of span its scores; {} without spans.
 
-    Args:
-        labels: (n,) ids of the right tags.
-        predicted: (n,) ids of others.
-        rows: (n,) number of the sentence of each word, which are in order.
-        names: of the tags, by id.
+    The arguments are those of `tagging_scores`, but `predicted` are (n,) ids; the sentences are in order.
 
     Raises:
         BayesLoraError: seqeval is missing.
@@ -113,7 +106,7 @@ def span_scores(
     report = classification_report(truth, answers, output_dict=True, zero_division=0)
     kinds = sorted({name[2:] for name in names if name[1:2] == "-"})
     found = {kind: _scores(report[kind]) for kind in kinds if kind in report}
-    whole = _scores(report[_ALL])
+    whole = _scores(report["micro avg"])
     return {f"span_{name}": whole[name] for name in ("f1", "precision", "recall")}, found
 
 

@@ -161,9 +161,8 @@ def _scored(weights: Weights, batch: dict[str, Tensor]) -> Tensor:
     labels = batch[LABELS][:, 1:]
     places = (labels != IGNORED).nonzero(as_tuple=True)
     targets = labels[places]
-    draws: list[range | None] = [range(d, d + 1) for d in range(weights.samples)]
+    passes: list[range | None] = [range(d, d + 1) for d in range(weights.samples)] or [None]
     mean, expected = torch.zeros((), device=labels.device), torch.zeros((), device=labels.device)
-    passes = draws or [None]
     chosen = []
     for draw in passes:
         with weights.at(draw):
@@ -174,7 +173,7 @@ def _scored(weights: Weights, batch: dict[str, Tensor]) -> Tensor:
     log_probability = torch.stack(chosen).logsumexp(dim=0) - math.log(len(passes))
     entropy = torch.special.entr(mean).sum(dim=-1)
     confidence, best = mean.max(dim=-1)
-    information = (entropy - expected).clamp_min(0) if draws else torch.zeros_like(entropy)
+    information = (entropy - expected).clamp_min(0) if weights.samples else torch.zeros_like(entropy)
     return torch.stack([log_probability, entropy, information, confidence, (best == targets).float()])
 
 

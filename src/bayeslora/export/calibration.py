@@ -26,8 +26,6 @@ from bayeslora.quantization import FLOOR
 
 CODES = 255
 """Steps between the ends of a grid of 8 bits."""
-_MOST_ROWS = 256
-"""Of each batch."""
 _SHARES = (1.0, 0.9, 0.8, 0.7, 0.6, 0.5, 0.4, 0.3)
 """Of the lowest and of the highest value: ends that are tried."""
 
@@ -55,7 +53,7 @@ class LayerInputs:
         """Note rows (n, d_in)."""
         self.lowest = min(self.lowest, float(rows.min()))
         self.highest = max(self.highest, float(rows.max()))
-        self.rows.append(rows[:: -(-len(rows) // _MOST_ROWS)].float())
+        self.rows.append(rows[:: -(-len(rows) // 256)].float())  # at most 256 of each batch
 
     def best_ends(self) -> tuple[float, float]:
         """Return the lowest and the highest value of the best grid, whose codes need not be symmetric around 0."""

@@ -215,19 +215,14 @@ def sharing_base(model: PeftModel, tuner: BayesTuner) -> PeftModel:
     shared: dict[int, Any] = {id(buffer): buffer for buffer in model.buffers() if id(buffer) not in own}
     for parameter in model.parameters():
         if id(parameter) not in own:
-            shared[id(parameter)] = _second(parameter)
+            # A second parameter over the same memory, whose `.data` can be replaced; subclasses stay shared.
+            second = nn.Parameter(parameter.data, requires_grad=parameter.requires_grad)
+            shared[id(parameter)] = second if type(parameter) is nn.Parameter else parameter
     for layer in tuner.adapted_layers():
         cached = getattr(getattr(layer, "frozen_weight", None), "cached", None)
         if cached is not None:
             shared[id(cached)] = cached
     return copy.deepcopy(model, shared)
-
-
-def _second(parameter: nn.Parameter) -> nn.Parameter:
-    """Return a second parameter over the same memory, whose `.data` can be replaced; subclasses stay shared."""
-    if type(parameter) is not nn.Parameter:
-        return parameter
-    return nn.Parameter(parameter.data, requires_grad=parameter.requires_grad)
 
 
 def only_active(model: PeftModel) -> str:

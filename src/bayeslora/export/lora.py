@@ -225,15 +225,11 @@ def _uniform(
     config.r = config.lora_alpha = rank
     config.rank_pattern, config.alpha_pattern = {}, {}
     if isinstance(config.target_modules, str):
-        config.target_modules = _target_names(tuner, layers)
+        # The last names of the adapted layers, or their full paths if other layers share these names.
+        last = {path.rpartition(".")[2] for path in layers}
+        matched = {path for path, _ in tuner.model.named_modules() if path.rpartition(".")[2] in last}
+        config.target_modules = sorted(last if matched == set(layers) else layers)
     return padded, config
-
-
-def _target_names(tuner: BayesTuner, layers: dict[str, BayesLayer]) -> list[str]:
-    """Return the last names of the adapted layers, or their full paths if other layers share these names."""
-    last = {path.rpartition(".")[2] for path in layers}
-    matched = {path for path, _ in tuner.model.named_modules() if path.rpartition(".")[2] in last}
-    return sorted(last if matched == set(layers) else layers)
 
 
 def _check_served(config: LoraConfig, state: dict[str, Tensor]) -> None:

@@ -22,7 +22,6 @@ from bayeslora.vocabulary import ACTIVATIONS, UNQUANTIZED
 
 NOISE = 1e-6
 """Standard deviation of the noise, relative to each entry of the embedded tokens."""
-_ROWS = 32
 
 
 def moved_by_noise(model: nn.Module, batches: Iterable[Mapping[str, Tensor] | None]) -> dict[str, float]:
@@ -39,16 +38,16 @@ def moved_by_noise(model: nn.Module, batches: Iterable[Mapping[str, Tensor] | No
     """
     config: Any = getattr(model, "config", None)
     widths = [layer.bits.get(kind, UNQUANTIZED) for layer in describe(model) for kind in ACTIVATIONS]
-    if min(widths, default=UNQUANTIZED) == UNQUANTIZED or getattr(config, "is_encoder_decoder", False):
+    is_multi_label = getattr(config, "problem_type", None) == "multi_label_classification"
+    is_other = is_multi_label or getattr(config, "is_encoder_decoder", False)
+    if is_other or min(widths, default=UNQUANTIZED) == UNQUANTIZED:
         return {}
     batch = next((each for given in batches if (each := inputs_for(model, given)) is not None), None)
     if batch is None or "input_ids" not in batch:
         return {}
-    if getattr(config, "problem_type", None) == "multi_label_classification":
-        return {}
     embedding, agreement = cast(nn.Module, cast(Any, model).get_input_embeddings()), Agreement()
     with evaluation_mode(model), torch.no_grad():
-        for number in range(min(_ROWS, len(batch["input_ids"]))):
+        for number in range(min(32, len(batch["input_ids"]))):
             row = {name: values[number : number + 1] for name, values in batch.items()}
             before = model(**row)
             if "logits" not in before or before["logits"].shape[-1] == 1:
@@ -77,6 +76,5 @@ def _answers(logits: Tensor, row: Mapping[str, Tensor]) -> Tensor:
 
 
 def _with_noise(module: nn.Module, inputs: Any, output: Tensor) -> Tensor:
-    generator = torch.Generator().manual_seed(0)
-    noise = torch.randn(output.shape, generator=generator).to(output)
-    return output * (1 + NOISE * noise)
+    noise = torch.randn(output.shape, generator=torch.Generator().manual_seed(0))
+    return output * (1 + NOISE * noise.to(output))

@@ -25,13 +25,12 @@ from bayeslora.export.agreement import check_divergence, difference
 from bayeslora.export.formats import adapted_parts, save_model, to_take_apart
 from bayeslora.export.lora import export_lora
 from bayeslora.export.merged import left_out_activations
-from bayeslora.export.onnx.products import learned, rounded_rows
+from bayeslora.export.onnx.products import BYTE, learned, rounded_rows
 from bayeslora.methods.layer import BayesLayer
 from bayeslora.model_card import CARD_FILE, base_name, error_of, front_matter
 from bayeslora.vocabulary import BASE_WEIGHT, UNQUANTIZED
 
 ADAPTER_FOLDER = "adapter"
-_BYTE = 8
 
 
 def export_torchao(
@@ -100,7 +99,7 @@ def _codes(layers: Mapping[str, BayesLayer], name: str) -> dict[str, tuple[Tenso
     """Return codes (d_out, d_in), int8, and steps (d_out,) of the base weights with a learned width, by path."""
     found = {}
     for path, layer in layers.items():
-        if layer.packed_tensors(name) is None or layer.widths(name).get(BASE_WEIGHT, UNQUANTIZED) > _BYTE:
+        if layer.packed_tensors(name) is None or layer.widths(name).get(BASE_WEIGHT, UNQUANTIZED) > BYTE:
             continue
         product = learned(layer, name)
         if layer.is_transposed or product.is_grouped:
@@ -173,9 +172,9 @@ def _renamed(file: Path, base: str) -> int:
 def _not_kept(layers: Mapping[str, BayesLayer], name: str) -> dict[str, str | None]:
     """Return the learned widths that the files hold in more bits, and those of activations, which they leave out."""
     widths = [layer.widths(name) for layer in layers.values()]
-    narrow = sorted({each[BASE_WEIGHT] for each in widths if each.get(BASE_WEIGHT, UNQUANTIZED) < _BYTE})
+    narrow = sorted({each[BASE_WEIGHT] for each in widths if each.get(BASE_WEIGHT, UNQUANTIZED) < BYTE})
     return {
-        "widened": f"{BASE_WEIGHT} {' and '.join(map(str, narrow))} as {_BYTE}" if narrow else None,
+        "widened": f"{BASE_WEIGHT} {' and '.join(map(str, narrow))} as {BYTE}" if narrow else None,
         "left_out": left_out_activations(layers.values(), name),
     }
 

@@ -20,7 +20,6 @@ from bayeslora.posterior.draws import aligned, local, local_like
 
 _PIECE = 65536
 """Elements that a CPU processes at a time: few enough to stay in its cache over several operations."""
-_LOW = (torch.bfloat16, torch.float16)
 
 
 class FlatGroup:
@@ -37,7 +36,7 @@ class FlatGroup:
         first = self.parameters[0]
         self.device = first.device
         self.dtype = torch.float64 if first.dtype == torch.float64 else torch.float32
-        self.low_precision = first.dtype in _LOW
+        self.low_precision = first.dtype in (torch.bfloat16, torch.float16)
         self.sizes = [local(p).numel() for p in self.parameters]
         self.starts, self.length = aligned(self.sizes)
         self.hessian = self._buffer("hessian", state, float(group["hess_init"]))
@@ -48,11 +47,10 @@ class FlatGroup:
                 self.steps[index] = float(state[parameter]["step"])
             state[parameter]["step"] = self.steps[index]
         # A low-precision weight keeps its mean in full precision as state; any other weight is its own mean.
-        fresh = {index for index, p in enumerate(self.parameters) if "mean" not in state[p]}
+        fresh = [index for index, p in enumerate(self.parameters) if self.low_precision and "mean" not in state[p]]
         self.mean = self._buffer("mean", state, 0.0) if self.low_precision else self._zeros()
-        for index, parameter in enumerate(self.parameters):
-            if self.low_precision and index in fresh:
-                self._view(self.mean, index).copy_(local(parameter.detach()))
+        for index in fresh:
+            self._view(self.mean, index).copy_(local(self.parameters[index].detach()))
         self.perturbation, self.gradient, self.scratch = self._zeros(), self._zeros(), self._zeros()
         lasting, every = (self.mean, self.gradient, self.scratch), range(len(self.parameters))
         self._kept_views = {id(flat): [self._view(flat, index) for index in every] for flat in lasting}
@@ -202,7 +200,8 @@ class FlatGroup:
         options, active = self.group, self.active
         (beta1, beta2), decay, clip = options["betas"], options["weight_decay"], options["clip_radius"]
         rate = float(options["lr"]) * (options["hess_init"] + decay if options["rescale_lr"] else 1.0)
-        counts = self._count(active)
+        self.steps[active] += 1
+        counts = self.steps[active].tolist()
         pieces = self._pieces(active, together=len(set(counts)) == 1)
         corrections = [1 - beta1**count for count in counts]
         if len(set(counts)) == 1:
@@ -232,15 +231,6 @@ class FlatGroup:
     def forget(self) -> None:
         """Drop the paired gradients."""
         self.active, self.paired = [], None
-
-    def _count(self, active: Sequence[int]) -> list[float]:
-        """Add this step to the active parameters' step counts, and return these."""
-        if len(active) == len(self.parameters):
-            self.steps.add_(1)
-        else:
-            self.steps[torch.tensor(active)] += 1
-        counts = self.steps.tolist()
-        return [counts[index] for index in active]
 
 
 def _like(parameter: Tensor, part: Tensor) -> Tensor:

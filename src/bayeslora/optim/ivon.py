@@ -271,12 +271,9 @@ class IVON(Optimizer):
 
     def gaussians(self) -> list[GaussianParameter]:
         """Return the Gaussian of every parameter, in the optimizer's order."""
-        known = self._places()
         found = []
         for parameter in self._parameters():
-            flat, index = known[id(parameter)]
-            mean, deviation = flat.posterior(index, self._is_drawn)
-            gaussian = (parameter, mean, deviation) if parameter.requires_grad else ()
+            gaussian = (parameter, *self.posterior(parameter)) if parameter.requires_grad else ()
             found.append(GaussianParameter(parameter.numel(), *gaussian))
         return found
 

@@ -46,11 +46,6 @@ class PosteriorSource(Protocol):
         """Return a context manager that sets the weights to draw number `draw`, and restores them at the end."""
 
 
-def version_of(tensor: Tensor) -> Any:
-    """Return a value that changes with every write to `tensor`: of one made in inference mode, with every call."""
-    return object() if tensor.is_inference() else tensor._version
-
-
 def unwrapped(optimizer: Any) -> Any:
     """Return the torch optimizer inside accelerate's wrapper, or `optimizer` itself."""
     return getattr(optimizer, "optimizer", optimizer)

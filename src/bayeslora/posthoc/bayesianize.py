@@ -29,8 +29,6 @@ from bayeslora.prediction import Logits, ModelPredictor, NotFiniteError, labels_
 
 _log = logging.getLogger(__name__)
 
-_SMALLEST_SHARE = 1e-6
-"""Singular values are at least this share of the largest, so that noise is not divided by zero."""
 _FIRST_SCALE = 1e-3
 _STEPS_OUT, _STRIDE = 6, 16  # two bisections of a stride make a factor of two
 
@@ -89,16 +87,23 @@ def bayesianize(
 
 
 def _as_blob(model: Any, name: str, config: Any) -> tuple[PeftModel, dict[str, Tensor]]:
-    """Return a BLoB model with the same mean and without noise, and the singular values (k,) of B by layer."""
+    """Return a BLoB model with the same mean and without noise, and the singular values (k,) of B by layer.
+
+    Every layer keeps its rank and its scaling.
+    """
     layers = lora_layers(model, name)
     factors = {path: _decomposed(layer, name) for path, layer in layers.items()}
-    scalings = {path: float(layers[path].scaling[name]) for path in factors}
     matrices: dict[str, Tensor] = {}
     for path, (a, b, _) in factors.items():
-        parts = {"M": a, "B": b, "G": torch.zeros_like(a)}
-        matrices |= {f"{path}.blob_{part}": value for part, value in parts.items()}
-    new = with_adapter(model, name, _blob_config(config, factors, scalings), matrices)
-    return new, {path: d for path, (_, _, d) in factors.items()}
+        matrices |= {f"{path}.blob_M": a, f"{path}.blob_B": b, f"{path}.blob_G": torch.zeros_like(a)}
+    divisor, given = config.r**0.5 if config.use_rslora else config.r, config.lora_alpha
+    alphas: dict[str, Any] = {path: float(layer.scaling[name]) * divisor for path, layer in layers.items()}
+    blob = BlobConfig(
+        **{field: getattr(config, field) for field in (*KEPT_FIELDS, "r", "lora_alpha", "use_rslora")},
+        rank_pattern={path: len(d) for path, (_, _, d) in factors.items() if len(d) != config.r},
+        alpha_pattern={path: alpha for path, alpha in alphas.items() if abs(alpha - given) > 1e-9 * abs(given)},
+    )
+    return with_adapter(model, name, blob, matrices), {path: d for path, (_, _, d) in factors.items()}
 
 
 def largest_allowed(allowed: Callable[[float], bool], steps: int) -> float:
@@ -140,29 +145,13 @@ def _decomposed(layer: Any, name: str) -> tuple[Tensor, Tensor, Tensor]:
     return (vh @ a).float().contiguous(), (u * d).float().contiguous(), d.float()
 
 
-def _blob_config(config: Any, factors: dict[str, Any], scalings: dict[str, float]) -> BlobConfig:
-    """Return the BLoB configuration with which every layer keeps its rank and its scaling."""
-    shared = {field: getattr(config, field) for field in (*KEPT_FIELDS, "r", "lora_alpha", "use_rslora")}
-    divisor = config.r**0.5 if config.use_rslora else config.r
-    ranks = {path: len(d) for path, (_, _, d) in factors.items()}
-    return BlobConfig(
-        **shared,
-        rank_pattern={path: rank for path, rank in ranks.items() if rank != config.r},
-        alpha_pattern={
-            path: scaling * divisor  # type: ignore[misc]  # a float scales just as well
-            for path, scaling in scalings.items()
-            if abs(scaling * divisor - config.lora_alpha) > 1e-9 * abs(config.lora_alpha)
-        },
-    )
-
-
 @torch.no_grad()
 def _set_scale(model: nn.Module, name: str, widths: dict[str, Tensor], scale: float) -> None:
     """Set the standard deviations to `scale` over the singular values; BLoB stores their square roots."""
     for path, layer in stochastic_layers(model).items():
         d = widths[path]
         largest = float(d.max())
-        # Without any update (B = 0) the scale does not matter, because noise does not reach the output.
-        d = d.clamp_min(_SMALLEST_SHARE * largest) if largest else torch.ones_like(d)
+        # Noise is not divided by zero. Without any update (B = 0) its scale does not matter: none reaches the output.
+        d = d.clamp_min(1e-6 * largest) if largest else torch.ones_like(d)
         roots: Any = layer.blob_G
         roots[name].copy_((scale / d).sqrt().unsqueeze(1))

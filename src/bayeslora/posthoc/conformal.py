@@ -66,7 +66,8 @@ class ConformalSets:
 
     A set holds the labels whose score is at most the quantile of the calibration scores. For `aps`, u is uniform in
     (0, 1) for each row if `randomized`, and otherwise 1. With u = 1, rows with equal probabilities have the same set,
-    but with few classes many scores are 1, and the sets are larger.
+    but with few classes many scores are 1, and the sets are larger. Of equal probabilities those of lower ids count as
+    larger.
 
     Args:
         score: `lac` or `aps`.
@@ -124,15 +125,12 @@ class ConformalSets:
         wanted = self.coverage if coverage is None else check_share("coverage", coverage)
         if not self.scores:
             raise BayesLoraError("the sets lack calibration scores, but need them: call fit first")
-        if self.by_class:
-            found = np.array([conformal_quantile(scores, wanted) for scores in self.scores])
-        else:
-            found = np.full(len(self.scores), conformal_quantile(np.concatenate(self.scores), wanted))
+        groups = self.scores if self.by_class else [np.concatenate(self.scores)]
+        found = np.array([conformal_quantile(scores, wanted) for scores in groups])
         if np.isinf(found).any():
-            counts = [len(scores) for scores in self.scores] if self.by_class else [self.rows]
             what = f"{int(np.isinf(found).sum())} of {len(found)} labels are" if self.by_class else "all labels are"
-            warnings.warn(_too_few(min(counts), wanted, f"{what} in every set"), UserWarning, stacklevel=3)
-        return found
+            warnings.warn(_too_few(min(map(len, groups)), wanted, f"{what} in every set"), UserWarning, stacklevel=3)
+        return found if self.by_class else np.full(len(self.scores), found)
 
     def sets(self, prediction: Prediction | ArrayLike, coverage: float | None = None) -> Tensor:
         """Return (n, C) booleans: True where the class is in the set of the row.

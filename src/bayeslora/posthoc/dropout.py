@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 
 import torch
 from torch import Tensor, nn
 
 from bayeslora.errors import BayesLoraError
+from bayeslora.methods.layer import evaluation_mode
 from bayeslora.methods.variational import posterior_mean
 from bayeslora.posterior.saved import check_unmerged
 from bayeslora.prediction import Logits, Sampler
@@ -53,18 +53,9 @@ class MCDropout:
                 if samples == 0:
                     return torch.stack([read(self.model, batch)])
                 device = next(iter(batch.values())).device
-                with self._dropping(), seeded(seed, device):
+                with evaluation_mode(self.model), seeded(seed, device):
+                    for module in self._dropouts:
+                        module.train()
                     return torch.stack([read(self.model, batch) for _ in range(samples)])
 
         return passes
-
-    @contextmanager
-    def _dropping(self) -> Iterator[None]:
-        modes = [(module, module.training) for module in self._dropouts]
-        for module in self._dropouts:
-            module.train()
-        try:
-            yield
-        finally:
-            for module, training in modes:
-                module.training = training

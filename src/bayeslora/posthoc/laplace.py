@@ -20,8 +20,8 @@ The features come from one pass over the data, with any adapter, which stays as 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Iterable, Mapping
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -33,7 +33,7 @@ from torch import Tensor, nn
 from bayeslora.errors import BayesLoraError, counted
 from bayeslora.methods.variational import posterior_mean
 from bayeslora.prediction import Logits, ModelPredictor, Sampler, labels_of, sampled_logits
-from bayeslora.prediction.batched_sampling import restore_forward
+from bayeslora.prediction.batched_sampling import replaced_forward
 from bayeslora.prediction.features import last_layer
 from bayeslora.prediction.predict import values_of
 
@@ -41,8 +41,6 @@ Structure = Literal["full", "kron", "diag"]
 _TOLERANCES = {torch.bfloat16: 3e-2, torch.float16: 5e-3}
 _TOLERANCE = 1e-3
 """Largest difference between the logits and the head's output, relative to the largest logit, by type."""
-_LARGEST_FULL = 2048
-"""Weights of the head up to which the full matrix is the default: its decomposition takes seconds."""
 _LOG_RANGE = (math.log(1e-8), math.log(1e8))
 """Range in which the prior precision and the noise variance are sought."""
 
@@ -182,7 +180,8 @@ class LaplacePredictor:
         weights = _weights(head)
         logits = features @ weights.T
         is_regression = len(weights) == 1
-        structure = self.structure or ("full" if weights.numel() <= _LARGEST_FULL else "kron")
+        # The decomposition of a full matrix of 2,048 rows takes seconds.
+        structure = self.structure or ("full" if weights.numel() <= 2048 else "kron")
         if is_regression:
             curvatures, fixed = torch.ones(len(features), 1, 1, dtype=torch.float64), 0.0
             residual = float((logits[:, 0] - labels).square().sum())
@@ -318,12 +317,6 @@ def _find_head(model: nn.Module, batch: Mapping[str, Any]) -> nn.Linear:
     )
 
 
-@contextmanager
-def _identity(head: nn.Module) -> Iterator[None]:
+def _identity(head: nn.Module) -> AbstractContextManager[None]:
     """Make the head return its input, so that the model's logits are its features."""
-    own = head.__dict__.get("forward")
-    head.forward = lambda x: x
-    try:
-        yield
-    finally:
-        restore_forward(head, own)
+    return replaced_forward(head, lambda x: x)

@@ -28,9 +28,6 @@ from bayeslora.errors import BayesLoraError
 from bayeslora.posthoc.conformal import check_share
 from bayeslora.posthoc.risk import SHARES, tested
 
-_HALVINGS = 30
-"""Of the interval in which `lowest` looks for a level: to 1e-9."""
-
 
 @dataclass(frozen=True)
 class LossThreshold:
@@ -98,7 +95,7 @@ class LossControl:
 
     def _lowest(self, losses: NDArray[np.float64]) -> float:
         low, high = float(losses.mean()), 1.0
-        for _ in range(_HALVINGS):
+        for _ in range(30):  # halvings of the interval: to 1e-9
             middle = (low + high) / 2
             passes = 0 < middle < 1 and loss_p_value(losses, middle) <= self.delta / SHARES
             low, high = (low, middle) if passes else (middle, high)

@@ -5,9 +5,9 @@ A chosen linear layer computes
 $$ y = Q_{out}(Q_w(W)\, Q_{in}(x) + b) $$
 
 with the grids of B-LoRA: symmetric, $2^b - 1$ levels at b bits. W has one range for each output channel, an activation
-one static range. Every range is the one with the least squared error, an activation's over all calibration rows. Codes
-of W are the nearest, or those that change the layer's output least on these rows (`quantization/gptq.py`).
-Quantization is simulated in floating point.
+one static range. Every range is the one with the least squared error (`optimal_range`), an activation's over all
+calibration rows. Codes of W are the nearest, or those that change the layer's output least on these rows
+(`quantization/gptq.py`). Quantization is simulated in floating point.
 """
 
 from __future__ import annotations

@@ -92,14 +92,13 @@ def truncate_rank(
     if data is not None and mean_rank is None:
         raise BayesLoraError("data is given with rank, but chooses components for a mean rank: give mean_rank instead")
     updates = {path: _decomposed(layer, name) for path, layer in lora_layers(cast(PeftModel, model), name).items()}
-    if mean_rank is None:
-        cut = _first(updates, _by_layer(updates, rank))
-    elif data is None:
-        cut = _first(updates, _by_values(updates, _total(updates, mean_rank)))
-    else:
-        total = _total(updates, mean_rank)
+    total = None if mean_rank is None else _total(updates, mean_rank)
+    if total is not None and data is not None:
         columns = component_sketch(_rebuilt(model, name, config, updates), name, list(updates), data, seed)
         cut = _by_evidence(updates, total, columns)
+    else:
+        ranks = _by_layer(updates, rank) if total is None else _by_values(updates, total)
+        cut = {path: update.part(slice(ranks[path])) for path, update in updates.items()}
     if not any(len(update.values) for update in cut.values()):
         raise BayesLoraError("every rank is 0, but at least 1 must be left: use the base model alone")
     return _rebuilt(model, name, config, cut)
@@ -151,10 +150,6 @@ def _by_values(updates: Mapping[str, _Update], total: int) -> dict[str, int]:
     values = [(float(v) * abs(u.scaling), path) for path, u in updates.items() for v in u.values]
     kept = [path for _, path in sorted(values, key=lambda each: -each[0])[:total]]
     return {path: kept.count(path) for path in updates}
-
-
-def _first(updates: Mapping[str, _Update], ranks: Mapping[str, int]) -> dict[str, _Update]:
-    return {path: update.part(slice(ranks[path])) for path, update in updates.items()}
 
 
 def _by_evidence(updates: Mapping[str, _Update], total: int, columns: Tensor) -> dict[str, _Update]:

@@ -141,11 +141,10 @@ def _is_repeated(x: Tensor, times: int) -> bool:
 
     A model of one's own may have the tokens first and the rows second, and their number may be divisible too.
     """
-    if len(x) % times:
+    if len(x) % times or not x.numel():
         return True  # which the check of the rows tells
-    first, *others = x.detach().chunk(times)
-    scale = float(first.abs().max())
-    return all(bool(((other - first).abs() <= 1e-3 * scale).all()) for other in others[-1:])
+    draws = x.detach().chunk(times)
+    return bool(((draws[-1] - draws[0]).abs() <= 1e-3 * float(draws[0].abs().max())).all())
 
 
 class _Reached(Exception):
@@ -216,12 +215,10 @@ class Prefix:
             queues.setdefault(module, deque()).append(output)
         with ExitStack() as restored:
             for module, outputs in queues.items():
-                restored.callback(restore_forward, module, module.__dict__.get("forward"))
-                module.forward = self._replay(module.forward, outputs, times)  # type: ignore[method-assign]
+                restored.enter_context(replaced_forward(module, self._replay(module.forward, outputs, times)))
             for layer in self.layers:
                 base: Any = layer.base_layer
-                restored.callback(restore_forward, base, base.__dict__.get("forward"))
-                base.forward = self._multiply_once(base, base.forward, times)
+                restored.enter_context(replaced_forward(base, self._multiply_once(base, base.forward, times)))
             yield
 
     def _replay(self, forward: Callable[..., Any], outputs: deque[Any], times: int) -> Callable[..., Any]:
@@ -246,11 +243,17 @@ class Prefix:
         return product
 
 
-def restore_forward(module: nn.Module, forward: Callable[..., Any] | None) -> None:
-    """Restore the instance's own `forward`; None restores that of its class."""
-    del module.__dict__["forward"]
-    if forward is not None:
-        module.forward = forward  # type: ignore[method-assign]
+@contextmanager
+def replaced_forward(module: nn.Module, forward: Callable[..., Any]) -> Iterator[None]:
+    """Let `module` compute `forward` inside the context, and afterwards what it or its class did before."""
+    own = module.__dict__.get("forward")
+    module.forward = forward  # type: ignore[method-assign]
+    try:
+        yield
+    finally:
+        del module.__dict__["forward"]
+        if own is not None:
+            module.forward = own
 
 
 def row_count(batch: Mapping[str, Tensor]) -> int:

@@ -15,7 +15,6 @@ from bayeslora.errors import BayesLoraError
 from bayeslora.prediction.predict import NO_BATCH, sampled_logits
 from bayeslora.prediction.predictor import ModelPredictor, Predictable, as_predictor
 
-_PROBE_ROWS = 2
 _TOLERANCE = 1e-3
 
 
@@ -57,7 +56,7 @@ def _with_features(head: nn.Module, model: ModelPredictor, batches: Iterable[Map
 
 def _find_head(model: ModelPredictor, batch: Mapping[str, Any]) -> tuple[nn.Module, int]:
     """Return the layer that the logits come from, and their number."""
-    probe = {name: value[:_PROBE_ROWS] if isinstance(value, Tensor) else value for name, value in batch.items()}
+    probe = {name: value[:2] if isinstance(value, Tensor) else value for name, value in batch.items()}
     last, expected, _ = last_layer(model, probe)
     classes = expected.shape[1]
     if last is not None and classes > 1 and last.out_features == classes:

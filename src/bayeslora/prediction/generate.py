@@ -45,9 +45,6 @@ _SAMPLING = {
 }  # fmt: skip
 """Options under which a prompt can be read before `generate` is called."""
 
-_GROWING = (DynamicLayer, DynamicSlidingWindowLayer)
-"""Layers of a cache that can be repeated."""
-
 
 @dataclass(frozen=True)
 class Generation:
@@ -250,8 +247,8 @@ class _Run:
             input_ids=ids[:, :-1], attention_mask=mask, **self._positions(mask), **self._keeping(1), use_cache=True
         )
         cache = getattr(read, "past_key_values", None)
-        layers = getattr(cache, "layers", [])
-        if type(cache) is not DynamicCache or any(type(layer) not in _GROWING for layer in layers):
+        repeatable = {DynamicLayer, DynamicSlidingWindowLayer}
+        if type(cache) is not DynamicCache or not repeatable.issuperset(map(type, cache.layers)):
             return None
         cache.batch_repeat_interleave(count)
         return cache

@@ -196,12 +196,11 @@ def labels_of(batches: Iterable[Mapping[str, Any]]) -> Tensor:
     Raises:
         BayesLoraError: there are no batches, a batch lacks labels, or labels are not class ids.
     """
-    found = []
-    for labels in _labels(batches):
+    found = _labels(batches)
+    for labels in found:
         if labels.is_floating_point():
             raise BayesLoraError(f"the labels are {labels.dtype}, but must be class ids: give a classifier's data")
-        found.append(labels.to("cpu", torch.int64))
-    return torch.cat(found)
+    return torch.cat([labels.to("cpu", torch.int64) for labels in found])
 
 
 def values_of(batches: Iterable[Mapping[str, Any]]) -> Tensor:

@@ -88,15 +88,13 @@ def _top(values: Sequence[float], least: float) -> float:
 def _shaded(answer: Answer, top_entropy: float, top_information: float) -> list[ShadedToken]:
     """Return the tokens to show; one inside a character adds to the next, which shows the larger measures."""
     found = []
-    waiting = (0.0, 0.0)
+    entropy = information = 0.0
     last = len(answer.tokens) - 1
     for place, text in enumerate(answer.tokens):
-        entropy = max(waiting[0], answer.entropy[place])
-        information = max(waiting[1], answer.mutual_information[place])
-        if not text and place < last:
-            waiting = entropy, information
-            continue
-        waiting = (0.0, 0.0)
-        shades = min(1.0, entropy / top_entropy), min(1.0, information / top_information)
-        found.append(ShadedToken(text, entropy, information, *shades, ends=answer.is_finished and place == last))
+        entropy = max(entropy, answer.entropy[place])
+        information = max(information, answer.mutual_information[place])
+        if text or place == last:
+            shades = min(1.0, entropy / top_entropy), min(1.0, information / top_information)
+            found.append(ShadedToken(text, entropy, information, *shades, ends=answer.is_finished and place == last))
+            entropy = information = 0.0
     return found

@@ -33,6 +33,9 @@ _NOT_OPTIONS = frozenset(
 # Results of training, not options, in adapter_config.json, which is read if config.yaml is missing.
 _LEARNED = frozenset({"rank_pattern", "alpha_pattern", "inference_mode", "peft_version"})
 
+# Options that decide which rows a run without a file for them is scored on.
+_SPLIT = ("data_dir", "train_file", "eval_fraction", "split_seed", "group_column")
+
 
 @dataclass(frozen=True)
 class Group:
@@ -166,26 +169,23 @@ def group_row(group: Group) -> dict[str, Any]:
 
 
 def differences(groups: Sequence[Group]) -> list[dict[str, Any]]:
-    """Return each group's scores minus those of the first group of its task and split, over the seeds of both."""
+    """Return each group's scores minus those of the first group scored on the same rows, over the seeds of both."""
     found = []
-    first: dict[str, Group] = {}
+    first: dict[tuple[Any, ...], Group] = {}
     for group in groups:
-        baseline = first.setdefault(group.where, group)
+        rows = [group.options.get(name) for name in (("eval_file",) if "eval_file" in group.options else _SPLIT)]
+        baseline = first.setdefault((group.where, *group.runs[0].labels, *rows), group)
         pairs = [(a, b) for a in group.runs for b in baseline.runs if a.seed == b.seed and a.seed is not None]
         if baseline is group or not pairs:
             continue
         row: dict[str, Any] = {"setting": group.label, "baseline": baseline.label, "seeds": [a.seed for a, _ in pairs]}
         row |= {name: getattr(group.runs[0], name) for name in ("where", "metric")}
+        numbers = [(run_numbers(a), run_numbers(b)) for a, b in pairs]
         for name in ("score", *group.runs[0].scores):
-            both = [(_score(a, name), _score(b, name)) for a, b in pairs]
-            each = [a - b for a, b in both if a is not None and b is not None]
-            row[name] = mean_and_interval(each)
+            both = [(a.get(name), b.get(name)) for a, b in numbers]
+            row[name] = mean_and_interval([a - b for a, b in both if a is not None and b is not None])
         found.append(row)
     return found
-
-
-def _score(run: RunRecord, name: str) -> float | None:
-    return run.score if name == "score" else run.scores.get(name)
 
 
 def mean_and_interval(values: Sequence[float]) -> dict[str, float | None] | None:

@@ -36,8 +36,6 @@ _COSTS: list[Column] = [
 ]
 # Costs that are equal for all seeds are shown without "± 0"; scores always with their deviation.
 _ALWAYS_SPREAD = frozenset(name for name, _, _ in _SCORES)
-
-
 _BOPS = "BOPs: bit operations, as a share of the same scope of the same model under LoRA r = 16 at 32 bits."
 _LATEX = {
     "\\": r"\textbackslash{}", "~": r"\textasciitilde{}", "^": r"\textasciicircum{}", "±": r"$\pm$", "−": "$-$",
@@ -68,7 +66,8 @@ def markdown(table: dict[str, Any]) -> str:
     """Return `table.md`."""
     lines = []
     for part in parts(table):
-        lines += [f"## {part.title}", "", *_markdown_head(part), *map(_markdown_row, part.rows), ""]
+        rule = "|---" * part.left + "|---:" * (len(part.head) - part.left) + "|"
+        lines += [f"## {part.title}", "", _markdown_row(part.head), rule, *map(_markdown_row, part.rows), ""]
     return "\n".join([*lines, _BOPS, ""])
 
 
@@ -148,11 +147,6 @@ def _spread(name: str, number: dict[str, Any] | None, shown: Callable[[float | N
     if number["sd"] is None or (not number["sd"] and name not in _ALWAYS_SPREAD):
         return mean
     return f"{mean.removesuffix(' %')} ± {shown(number['sd'])}"
-
-
-def _markdown_head(part: Part) -> list[str]:
-    rule = ("---" if i < part.left else "---:" for i in range(len(part.head)))
-    return [_markdown_row(part.head), "|" + "|".join(rule) + "|"]
 
 
 def _markdown_row(cells: Sequence[str]) -> str:

@@ -16,7 +16,6 @@ from bayeslora.vocabulary import ACTIVATIONS, ALL_KINDS
 
 _WIDTH = 4.6  # inches: type stays readable on a narrow screen
 _DECADES = 5  # drawn below the least threshold
-_RANK = "rank"
 
 
 @dataclass(frozen=True)
@@ -77,7 +76,7 @@ def evidence_figure(run: RunRecord) -> Figure | None:
 
 def _split(run: RunRecord) -> tuple[list[GateRecord], list[GateRecord]]:
     widths = [gate for gate in run.gates if gate.kind in ALL_KINDS]
-    return widths, [gate for gate in run.gates if gate.kind == _RANK]
+    return widths, [gate for gate in run.gates if gate.kind == "rank"]
 
 
 def _draw_widths(axes: Axes, gates: Sequence[GateRecord]) -> None:

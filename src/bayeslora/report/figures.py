@@ -19,7 +19,6 @@ from bayeslora.report import style
 from bayeslora.runs.names import order_matrices, shortest_labels, stack_labels
 from bayeslora.runs.record import LayerRecord, RunRecord
 
-_ATTENTION_INPUTS = ("q", "k", "v", "qkv")
 _SCOPE_TEXT = {
     "adapted": "adapted matrices",
     "attention": "attention\n(with scores and values)",
@@ -37,7 +36,7 @@ class LayerGrid:
         order = list(stacks)
         # Modules outside all blocks (a head) come last, at the top of the figure.
         self.rows: list[tuple[str, int | None]] = sorted(
-            {(x.address.stack if x.address.index is not None else "", x.address.index) for x in layers},
+            set(map(_row_of, layers)),
             key=lambda row: (len(order), 0) if row[1] is None else (order.index(row[0]), row[1]),
         )
         self.columns = order_matrices(layer.address.matrix for layer in layers)
@@ -47,11 +46,9 @@ class LayerGrid:
             "no block" if index is None else f"{stacks[stack]} {index}".strip() for stack, index in self.rows
         ]
         self._cells: dict[tuple[int, int], list[LayerRecord]] = defaultdict(list)
-        row_of = {row: i for i, row in enumerate(self.rows)}
-        column_of = {column: j for j, column in enumerate(self.columns)}
         for layer in layers:
-            stack = layer.address.stack if layer.address.index is not None else ""
-            self._cells[row_of[(stack, layer.address.index)], column_of[layer.address.matrix]].append(layer)
+            row = self.rows.index(_row_of(layer))
+            self._cells[row, self.columns.index(layer.address.matrix)].append(layer)
 
     def values(self, of: Callable[[LayerRecord], float | None]) -> np.ndarray:
         """Return an array [rows, columns]: the mean of matrices that share a cell (experts), NaN for empty cells."""
@@ -63,15 +60,20 @@ class LayerGrid:
         return grid
 
 
+def _row_of(layer: LayerRecord) -> tuple[str, int | None]:
+    return ("" if layer.address.index is None else layer.address.stack), layer.address.index
+
+
 def rank_figure(run: RunRecord) -> Figure | None:
     """Draw the effective rank of each adapted matrix, block × matrix, with the first block at the bottom."""
     if not run.layers or not (run.ranks_differ or run.is_quantized):
         return None
     grid = LayerGrid(run.layers)
     ranks = grid.values(lambda layer: layer.rank)
-    highest = max(layer.initial_rank for layer in run.layers)
+    started = [layer.initial_rank for layer in run.layers]
+    lowest, highest = min(started), max(started)
     rows, columns = ranks.shape
-    cell_height = _cell_height(rows, 0.24)
+    cell_height = _cell_height(rows)
     longest = max(len(label) for label in grid.column_labels)
     rotate = longest * 0.075 > 0.78
     cell_width = min(0.78, (style.page_width() - 1.6) / columns)
@@ -86,8 +88,9 @@ def rank_figure(run: RunRecord) -> Figure | None:
         label_grid(axes, grid, rotate)
         axes.set_title("Effective rank", pad=6)
         bar = figure.colorbar(mesh, ax=axes, pad=0.03, aspect=max(10, rows * 1.6))
-        bar.set_label(f"rank (started at {_range_text([x.initial_rank for x in run.layers])})")
-        bar.set_ticks(_whole_ticks(highest))
+        bar.set_label(f"rank (started at {lowest if lowest == highest else f'{lowest} to {highest}'})")
+        step = next(s for s in (1, 2, 4, 8, 16, 32, 64, 128, 1024) if highest / s <= 8)
+        bar.set_ticks(list(range(0, highest + 1, step)))
         bar.outline.set_visible(False)  # type: ignore[operator]
         if np.isnan(ranks).any():
             figure.text(0.995, 0.995, "· not adapted", ha="right", va="top", fontsize=7, color=style.GREY)
@@ -106,7 +109,7 @@ def bits_figure(run: RunRecord) -> Figure | None:
     across = style.most_across(math.ceil(len(panels) / lines))
     lines = math.ceil(len(panels) / across)
     rows = len(grid.rows)
-    cell_height = _cell_height(rows * lines, 0.24)
+    cell_height = _cell_height(rows * lines)
     width = style.page_width() if across > 1 else style.COLUMN_WIDTH + 0.3
     height = 0.75 + lines * (0.62 + cell_height * rows)
     colors, norm = style.width_colormap()
@@ -139,26 +142,23 @@ def cost_figure(run: RunRecord) -> Figure | None:
     cost c and an unchanged rest, its relative cost is s = c·f + (1 − f), hence that part's share of the baseline is
     f = (1 − s)/(1 − c). The rest, 1 − f, is hatched.
     """
-    shares = {scope: run.relative_bops[scope] for scope in _SCOPE_TEXT if scope in run.relative_bops}
-    shares = {scope: share for scope, share in shares.items() if math.isfinite(share)}
+    known = {scope: run.relative_bops.get(scope, math.nan) for scope in _SCOPE_TEXT}
+    shares = {scope: share for scope, share in known.items() if math.isfinite(share)}
     if not shares:
         return None
     with style.paper_style():
         figure = style.new_figure(style.page_width(), 0.95 + 0.48 * len(shares))
         axes = figure.add_subplot()
-        any_rest = False
         for position, (scope, share) in enumerate(shares.items()):
             rest = 100 * unadapted_share(run, scope)
             changed = 100 * share - rest
             axes.barh(position, 100, height=0.56, color="none", edgecolor=style.GREY, linewidth=0.6, linestyle=":")
             axes.barh(position, changed, height=0.56, color=style.BLUE)
             if rest > 0:
-                any_rest = True
                 axes.barh(position, rest, left=changed, height=0.56, linewidth=0, **_UNCHANGED)
-            label = f"{100 * share:.1f} %"
             inside = 100 * share > 84
             axes.text(
-                100 * share + (-1.2 if inside else 1.2), position, label,
+                100 * share + (-1.2 if inside else 1.2), position, f"{100 * share:.1f} %",
                 va="center", ha="right" if inside else "left", fontweight="bold",
                 color=style.INK if rest > 0 or not inside else "white",
                 bbox={"facecolor": style.PAPER, "edgecolor": "none", "pad": 1.2} if inside and rest > 0 else None,
@@ -173,7 +173,7 @@ def cost_figure(run: RunRecord) -> Figure | None:
         axes.set_xlabel(f"bit operations, {unit} (same scope)" if figure.get_figwidth() > 5 else unit)
         axes.set_title("Cost by scope")
         handles = [Patch(facecolor=style.BLUE, label="with the adapter" if run.layers else "no adapter")]
-        if any_rest:
+        if any(unadapted_share(run, scope) > 0 for scope in shares):
             handles.append(Patch(**_UNCHANGED, label="not adapted: unchanged"))
         figure.legend(handles=handles, loc="outside lower center", ncols=2, handlelength=1.6)
     return figure
@@ -201,7 +201,7 @@ def _core_scope(run: RunRecord) -> str | None:
     """Return the narrowest scope with all adapters, if known; attention's products change with Q, K and V."""
     if not run.layers:
         return None
-    if all(layer.address.role in _ATTENTION_INPUTS for layer in run.layers):
+    if all(layer.address.role in ("q", "k", "v", "qkv") for layer in run.layers):
         core = "attention"
     elif all(layer.address.index is not None for layer in run.layers):
         core = "encoder"
@@ -229,11 +229,8 @@ def draw_cells(
 def label_grid(axes: Axes, grid: LayerGrid, rotate: bool, columns: Sequence[str] | None = None) -> None:
     """Label the rows of a grid by block and its columns by matrix (or `columns`)."""
     labels = list(columns) if columns is not None else grid.column_labels
-    axes.set_xticks(np.arange(len(labels)) + 0.5, labels)
-    if rotate:
-        axes.tick_params(axis="x", labelrotation=40)
-        for tick in axes.get_xticklabels():
-            tick.set(rotation_mode="anchor", horizontalalignment="right")
+    slanted: dict[str, Any] = {"rotation": 40, "rotation_mode": "anchor", "ha": "right"} if rotate else {}
+    axes.set_xticks(np.arange(len(labels)) + 0.5, labels, **slanted)
     axes.set_yticks(np.arange(len(grid.rows)) + 0.5, grid.row_labels)
     axes.set_ylabel("layer")
     axes.tick_params(length=0, pad=3)
@@ -241,9 +238,9 @@ def label_grid(axes: Axes, grid: LayerGrid, rotate: bool, columns: Sequence[str]
         spine.set_visible(False)
 
 
-def _cell_height(rows: int, wanted: float) -> float:
-    """Return the row height in inches: `wanted`, or less to fit the figure on one page."""
-    return max(0.085, min(wanted, 7.6 / max(rows, 1)))
+def _cell_height(rows: int) -> float:
+    """Return the row height in inches: 0.24, or less to fit the figure on one page."""
+    return max(0.085, min(0.24, 7.6 / max(rows, 1)))
 
 
 def _font(cell_height: float) -> float:
@@ -253,13 +250,3 @@ def _font(cell_height: float) -> float:
 def _digits(values: np.ndarray) -> int:
     finite = values[np.isfinite(values)]
     return 0 if np.allclose(finite, np.round(finite)) else 1
-
-
-def _whole_ticks(highest: int) -> list[int]:
-    step = next(s for s in (1, 2, 4, 8, 16, 32, 64, 128, 1024) if highest / s <= 8)
-    return list(range(0, highest + 1, step))
-
-
-def _range_text(values: Sequence[int]) -> str:
-    low, high = min(values), max(values)
-    return str(low) if low == high else f"{low} to {high}"

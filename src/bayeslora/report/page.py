@@ -21,7 +21,6 @@ from bayeslora.runs.record import History, RunRecord, read_history, read_run
 REPORT_NAME = "report.html"
 _MOST_CLASSES = 12
 """A confusion matrix of more classes is a list of the most frequent confusions."""
-_MOST_CONFUSIONS = 12
 Drawings = Mapping[str, Callable[[], Figure | None]]
 
 
@@ -140,11 +139,11 @@ def _context(run: RunRecord) -> dict[str, Any]:
 
 
 def _confusions(run: RunRecord) -> list[tuple[str, str, int]]:
-    """Return the most frequent pairs of a true and another predicted class, with their number of rows."""
+    """Return the 12 most frequent pairs of a true and another predicted class, with their number of rows."""
     pairs = [
         (run.labels[truth], run.labels[predicted], rows)
         for truth, row in enumerate(run.confusion)
         for predicted, rows in enumerate(row)
         if rows and truth != predicted
     ]
-    return sorted(pairs, key=lambda pair: -pair[2])[:_MOST_CONFUSIONS]
+    return sorted(pairs, key=lambda pair: -pair[2])[:12]

@@ -19,8 +19,7 @@ _MOST_CLASSES = 8
 
 def reply_html(reply: Reply) -> str:
     """Return a label with its confidence, bars of the classes and of the draws, and what is uncertain about it."""
-    shown = list(reply.probabilities.items())[:_MOST_CLASSES]
-    return _rendered(reply=reply, shown=shown)
+    return _rendered(reply=reply, shown=list(reply.probabilities.items())[:_MOST_CLASSES])
 
 
 def tags_html(tagging: Tagging) -> str:

@@ -19,8 +19,6 @@ _MEASURE_NAMES = {
     "max_probability": "1 − max probability", "mahalanobis": "Mahalanobis distance",
     "relative_mahalanobis": "relative Mahalanobis distance", "nearest_neighbors": "distance to nearest neighbors",
 }  # fmt: skip
-
-
 _SCORE_WORDS = {
     "accuracy": "share of rows, or of tagged words, that are right",
     "span_f1": "harmonic mean of precision and recall of the spans; 1 is best",
@@ -61,9 +59,7 @@ def measure_name(measure: str) -> str:
 
 def number(value: float | None, digits: int = 3) -> str:
     """Format `value` with `digits` decimals; a dash for None and NaN."""
-    if value is None or math.isnan(value):
-        return "–"
-    return f"{value:.{digits}f}"
+    return "–" if value is None or math.isnan(value) else f"{value:.{digits}f}"
 
 
 def significant(value: float) -> str:

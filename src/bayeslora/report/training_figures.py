@@ -6,6 +6,7 @@ import math
 import statistics
 from collections.abc import Callable, Sequence
 from functools import partial
+from itertools import groupby
 
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
@@ -28,12 +29,9 @@ def phase_spans(history: History) -> list[tuple[int, float, float]]:
     """Return (phase, first step, last step) in order; a span ends where the next begins."""
     steps, phases = series(history, "phase")
     spans: list[tuple[int, float, float]] = []
-    for step, phase in zip(steps, phases, strict=True):
-        if spans and spans[-1][0] == int(phase):
-            spans[-1] = (int(phase), spans[-1][1], step)
-        else:
-            begin = spans[-1][2] if spans else 0.0
-            spans.append((int(phase), begin, step))
+    for phase, logged in groupby(zip(steps, phases, strict=True), key=lambda entry: int(entry[1])):
+        *_, (last, _) = logged
+        spans.append((phase, spans[-1][2] if spans else 0.0, last))
     return spans
 
 

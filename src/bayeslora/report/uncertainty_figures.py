@@ -20,7 +20,7 @@ from matplotlib.ticker import MaxNLocator, PercentFormatter
 
 from bayeslora.report import style
 from bayeslora.report.text import measure_name, score_name
-from bayeslora.report.verdict import MAIN_RISK
+from bayeslora.report.verdict import MAIN_RISK, threshold
 from bayeslora.runs.record import DOMAIN, NO_SHIFT, Histogram, RunRecord
 
 Curve = Sequence[tuple[float, float]]
@@ -70,7 +70,7 @@ def selective_figure(run: RunRecord) -> Figure | None:
         _curve(axes, curve, style.BLUE, "-", "most confident first")
         final = curve[-1][1]
         axes.axhline(final, color=style.INK, linewidth=0.9, linestyle="--", label="in any order")
-        chosen = next((t for t in run.verdict.thresholds if t.risk == MAIN_RISK), None)
+        chosen = threshold(run)
         if chosen is not None and chosen.coverage:
             axes.plot(chosen.coverage, chosen.errors, "o", color=style.ORANGE, clip_on=False, zorder=3,
                       label=f"threshold for {100 * MAIN_RISK:g} %")  # fmt: skip
@@ -334,6 +334,4 @@ def _marks(axes: Axes, values: Sequence[float], height: float, measure: str) -> 
 
 
 def _with_auroc(title: str, auroc: float | None) -> str:
-    words = [title] if title else []
-    words += [] if auroc is None else [f"AUROC {auroc:.3f}"]
-    return ", ".join(words)
+    return ", ".join(filter(None, (title, "" if auroc is None else f"AUROC {auroc:.3f}")))

@@ -17,6 +17,7 @@ ENOUGH_STEPS = 300
 FAR_ABOVE = 1.5
 """Multiple of a constant's NLL from which on a run has more likely diverged than stopped early."""
 _FEW_ROWS = 200
+_USABLE = "Use its numbers where errors of this width are acceptable; `bayeslora calibrate OUT` keeps intervals."
 _NOT_YET = "Do not use it yet: check the labels, train longer, or give it more rows."
 _ALL, _NONE = 0.0, 2.0  # thresholds that every confidence is above, and that none is above
 Tone = Literal["good", "bad", "plain"]
@@ -33,11 +34,13 @@ class Statement:
 
 def verdict(run: RunRecord) -> list[Statement]:
     """Return the statements of a run, the most important first; [] if it lacks the numbers, as of an older version."""
-    if run.verdict.gain is None:
+    gain = run.verdict.gain
+    if gain is None:
         return _of_tokens(run)
     if run.verdict.overconfidence is None:
-        return [_gain_in_error(run, run.verdict.gain), *_spread(run), _meaning_of_numbers(run.verdict.gain)]
-    found = [_gain_in_accuracy(run, run.verdict.gain), _confidence(run, run.verdict.overconfidence)]
+        use = _USABLE if gain.low > 0 else _NOT_YET
+        return [_gain_in_error(run, gain), *_spread(run), Statement("What this means", use)]
+    found = [_gain_in_accuracy(run, gain), _confidence(run, run.verdict.overconfidence)]
     chosen = threshold(run)
     return [*found, *([] if chosen is None else [_hand_over(run, chosen)]), _meaning(run, chosen)]
 
@@ -180,11 +183,6 @@ def _spread(run: RunRecord) -> list[Statement]:
     if spread.observed is not None:
         text += f" Measured, with one half of these rows setting the width for the other: {percent(spread.observed)}."
     return [Statement(f"Within ± {number(spread.half_width)} in {share} of the rows", text)]
-
-
-def _meaning_of_numbers(gain: Interval) -> Statement:
-    use = "Use its numbers where errors of this width are acceptable; `bayeslora calibrate OUT` keeps intervals."
-    return Statement("What this means", use if gain.low > 0 else _NOT_YET)
 
 
 def _of_tokens(run: RunRecord) -> list[Statement]:

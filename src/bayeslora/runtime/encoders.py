@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, cast
+from functools import partial
 
 
 @dataclass(frozen=True)
@@ -31,23 +31,18 @@ class Family:
     counts_padding: bool = True
 
 
-_BERT_BLOCK = {
-    "blocks": "encoder.layer",
-    "attention": ("attention.self.query", "attention.self.key", "attention.self.value", "attention.output.dense"),
-    "feed_forward": ("intermediate.dense", "output.dense"),
-    "norms": ("attention.output.LayerNorm", "output.LayerNorm"),
-    "activation": "intermediate.intermediate_act_fn",
-}
-_ROBERTA = Family(
-    "roberta",
-    **cast(Any, _BERT_BLOCK),
-    head=(("classifier.dense", "Tanh"), ("classifier.out_proj", None)),
-    counts_padding=False,
+_like_bert = partial(
+    Family,
+    blocks="encoder.layer",
+    attention=("attention.self.query", "attention.self.key", "attention.self.value", "attention.output.dense"),
+    feed_forward=("intermediate.dense", "output.dense"),
+    norms=("attention.output.LayerNorm", "output.LayerNorm"),
+    activation="intermediate.intermediate_act_fn",
 )
+_ROBERTA_HEAD = (("classifier.dense", "Tanh"), ("classifier.out_proj", None))
+_ROBERTA = _like_bert("roberta", head=_ROBERTA_HEAD, counts_padding=False)
 FAMILIES = {
-    "BertForSequenceClassification": Family(
-        "bert", **cast(Any, _BERT_BLOCK), head=(("bert.pooler.dense", "Tanh"), ("classifier", None))
-    ),
+    "BertForSequenceClassification": _like_bert("bert", head=(("bert.pooler.dense", "Tanh"), ("classifier", None))),
     "DistilBertForSequenceClassification": Family(
         "distilbert",
         "transformer.layer",

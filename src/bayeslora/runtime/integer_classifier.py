@@ -246,10 +246,8 @@ class JointLinear:
     def __call__(self, rows: Tensor) -> Tensor:
         """Return the layers' outputs side by side, (n, sum of d_out), float32, for rows (n, d_in)."""
         rows = rows.float()
-        if rows.device.type != "cpu":
-            return self._product(rows)
         block = max(1, CACHE_BLOCK // (len(self.layers) * rows.shape[1]))
-        if rows.shape[0] <= block:
+        if rows.device.type != "cpu" or rows.shape[0] <= block:
             return self._product(rows)
         return torch.cat([self._product(part) for part in rows.split(block)])
 
@@ -257,22 +255,16 @@ class JointLinear:
         if are_few(rows):
             found = [layer.few_rows_sums(rows) for layer in self.layers]
         else:
-            found = [layer.sums_of_codes(part) for layer, part in zip(self.layers, self._codes(rows), strict=True)]
+            steps = rounded(self.input_bounds, torch.div(rows, self.input_steps))
+            codes = as_codes(steps, zero_point_for(rows))  # on each layer's grid, (layers, n, d_in)
+            found = [layer.sums_of_codes(part) for layer, part in zip(self.layers, codes, strict=True)]
         joint = torch.cat([part[:, : layer.out_features] for layer, part in zip(self.layers, found, strict=True)], 1)
         if self.rank:
-            joint = joint.addmm_(self._low(found), self.up)
+            parts = zip(self.layers, found, strict=True)
+            hidden = torch.cat([part[:, layer.out_features :] for layer, part in parts if layer.rank], 1)
+            low = rounded(self.after_e, rounded(self.after_a, hidden).mul_(self.diagonal))
+            joint = joint.addmm_(low, self.up)
         return rounded(self.output_bounds, joint).mul_(self.output_steps)
-
-    def _codes(self, rows: Tensor) -> Tensor:
-        """Return the codes of the rows on each layer's grid, (layers, n, d_in)."""
-        steps = rounded(self.input_bounds, torch.div(rows, self.input_steps))
-        return as_codes(steps, zero_point_for(rows))
-
-    def _low(self, found: Sequence[Tensor]) -> Tensor:
-        """Return what the layers' B multiply, (n, sum of ranks)."""
-        parts = zip(self.layers, found, strict=True)
-        hidden = torch.cat([part[:, layer.out_features :] for layer, part in parts if layer.rank], 1)
-        return rounded(self.after_e, rounded(self.after_a, hidden).mul_(self.diagonal))
 
 
 def _bounds(

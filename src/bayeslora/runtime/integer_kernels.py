@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import time
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from functools import cache
 
 import torch
@@ -59,14 +59,13 @@ def scaled_product(x: Tensor, codes: Tensor, scale: float, bias: Tensor | None) 
     """Return the plain product with scale and bias, rounded once at the end."""
     if bias is None:
         return dequantized_product(x, codes).mul_(scale)
-    found, parts = [], _in_blocks(codes)
-    for part, added in zip(parts, bias.to(x.dtype).split(len(parts[0])), strict=True):
-        found.append(torch.addmm(added, x, part.to(x.dtype).T, alpha=scale))
-    return _joined(found)
+    parts = _in_blocks(codes)
+    pairs = zip(parts, bias.to(x.dtype).split(len(parts[0])), strict=True)
+    return _joined([torch.addmm(added, x, part.to(x.dtype).T, alpha=scale) for part, added in pairs])
 
 
-def _joined(columns: Sequence[Tensor]) -> Tensor:
-    return columns[0] if len(columns) == 1 else torch.cat(tuple(columns), dim=1)
+def _joined(columns: list[Tensor]) -> Tensor:
+    return columns[0] if len(columns) == 1 else torch.cat(columns, dim=1)
 
 
 def _in_blocks(codes: Tensor) -> tuple[Tensor, ...]:
@@ -74,8 +73,9 @@ def _in_blocks(codes: Tensor) -> tuple[Tensor, ...]:
 
 
 def integer_product(x: Tensor, codes: Tensor) -> Tensor:
-    """Return `torch._int_mm` of int8 `x`, with exact sums in int32."""
-    return torch._int_mm(x, codes.T) if x.device.type == "cpu" else padded_integer_product(x, codes)
+    """Return `torch._int_mm` of int8 `x`, with exact sums in int32; on the CPU it is wrong for an inner width of 1."""
+    is_right = x.device.type == "cpu" and x.shape[1] > 1
+    return torch._int_mm(x, codes.T) if is_right else padded_integer_product(x, codes)
 
 
 def padded_integer_product(x: Tensor, codes: Tensor) -> Tensor:

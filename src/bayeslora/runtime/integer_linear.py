@@ -39,12 +39,10 @@ from bayeslora.runtime.integer_kernels import (
 )
 
 _BYTE = 8
-_INT16 = 16
 _UNQUANTIZED = WIDTHS[-1]
 _GELU_MINIMUM = -0.17
 CACHE_BLOCK = 1 << 18
 """Numbers that stay in a processor's cache during several passes: a megabyte of float32."""
-
 
 Bounds = tuple[Tensor, Tensor] | tuple[float, float]
 """The lowest and the highest code."""
@@ -299,7 +297,7 @@ class IntegerLinear(Float32Module):
             bias = torch.cat([bias.float() / step, torch.zeros(len(sum_scales) - len(bias))])
         self.register_buffer("codes", weight.contiguous())
         self.takes_codes = weight.dtype == torch.int8 and self.input.bits <= _BYTE
-        self.takes_int16 = weight.dtype == torch.int8 and self.input.bits == _INT16
+        self.takes_int16 = weight.dtype == torch.int8 and self.input.bits == 16
         self.register_buffer("row_sums", self.codes.sum(1).float() if self.takes_int16 else None)
         self.register_buffer("scales", scales.contiguous().float())
         self.scale = float(steps) / step if steps.numel() == 1 else None

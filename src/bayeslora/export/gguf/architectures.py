@@ -19,7 +19,6 @@ from bayeslora.errors import BayesLoraError
 from bayeslora.export.gguf.blocks import Array
 
 ROPE_FACTORS = "rope_freqs.weight"
-_ROTATED = (".attn_q", ".attn_k")
 
 
 @dataclass(frozen=True)
@@ -112,7 +111,7 @@ class Names:
         self._map = gguf.get_tensor_name_map(architecture.kind, config.num_hidden_layers)
         self._heads = {}
         if architecture.interleaves:
-            self._heads = dict(zip(_ROTATED, (config.num_attention_heads, config.num_key_value_heads), strict=True))
+            self._heads = {".attn_q": config.num_attention_heads, ".attn_k": config.num_key_value_heads}
 
     def of(self, path: str) -> str:
         """Return the name of the tensor at `path`, such as `model.layers.0.self_attn.q_proj.weight`."""

@@ -25,8 +25,6 @@ Array = NDArray[Any]
 BLOCKS = {Type.TQ2_0: (2, 256), Type.Q4_0: (4, 32), Type.Q8_0: (8, 32)}
 """Bits and entries of the blocks of each type with codes, the narrowest first."""
 
-_HALF = 2.0**-11
-
 
 def block_type(bits: int, columns: int) -> Type | None:
     """Return the narrowest type that holds codes of `bits` bits in rows of `columns` entries; None without one."""
@@ -36,7 +34,7 @@ def block_type(bits: int, columns: int) -> Type | None:
 def are_steps_exact(steps: Array) -> bool:
     """Return whether half precision holds the steps to one part in 2,048, as it does for those from 6e-5 to 65504."""
     with np.errstate(over="ignore"):
-        return bool((np.abs(steps.astype(np.float16).astype(np.float32) - steps) <= _HALF * steps).all())
+        return bool((np.abs(steps.astype(np.float16).astype(np.float32) - steps) <= 2.0**-11 * steps).all())
 
 
 def repeated(steps: Array, columns: int) -> Array:

@@ -15,12 +15,11 @@ from torch import nn
 from bayeslora.errors import BayesLoraError
 from bayeslora.export.formats import upright
 from bayeslora.export.gguf.blocks import Array, are_steps_exact, block_type, packed, repeated, rounded
-from bayeslora.export.onnx.products import array
+from bayeslora.export.onnx.products import BYTE, array
 from bayeslora.methods.layer import BayesLayer
 from bayeslora.quantization import codes, grid_step, quantize
 from bayeslora.vocabulary import BASE_WEIGHT, UNQUANTIZED
 
-_BYTE = 8
 UNADAPTED = {"int8": Type.Q8_0, "float16": Type.F16, "float32": Type.F32}
 """Types of weights that have not learned a width, by the word for them."""
 
@@ -43,9 +42,9 @@ class Weight:
         """Return the type in a file where weights without a learned width are `plain`."""
         columns = self.values.shape[1]
         if self.bits is None:
-            return plain if plain != Type.Q8_0 or block_type(_BYTE, columns) else Type.F16
+            return plain if plain != Type.Q8_0 or block_type(BYTE, columns) else Type.F16
         wide = Type.F32 if plain == Type.F32 else Type.F16
-        if self.bits > _BYTE:
+        if self.bits > BYTE:
             return wide
         if self.steps is not None and not are_steps_exact(self.steps):
             return Type.F32
@@ -68,7 +67,7 @@ def learned_weight(layer: nn.Module, name: str) -> Weight | None:
     assert isinstance(layer, BayesLayer)
     weight = upright(layer.get_base_layer()).float()
     bits, bound = found.widths[BASE_WEIGHT], found.ranges[BASE_WEIGHT]
-    if bits > _BYTE:
+    if bits > BYTE:
         return Weight(array(quantize(weight, bound, bits)), None, bits)
     whole = codes(weight, bound, bits).to(torch.int8).cpu().numpy()
     steps = array(grid_step(bound, bits).reshape(1 if not bound.ndim else len(bound), -1))

@@ -72,7 +72,8 @@ def taken_apart(model: nn.Module, adapter_name: str | None, form: str | None, un
     form = form or ("beside" if learned else "merged")
     unadapted = unadapted or ("int8" if learned else "float16")
     _check(base, layers, form, unadapted)
-    left_out = _left_out(layers, learned, name, form)
+    without = [left_out_activations(layers.values(), name), "base weights" if form == "only" and learned else None]
+    left_out = ", ".join(filter(None, without)) or None
     config: Any = whole.peft_config[name]
     updates = {}
     if form == "merged":
@@ -128,9 +129,3 @@ def _copied(model: nn.Module, adapter_name: str | None) -> tuple[PeftModel, dict
     original, tuner, name = adapted_parts(model, adapter_name)
     whole, own = to_take_apart(original, tuner, name)
     return whole, dict(own), name
-
-
-def _left_out(layers: Mapping[str, nn.Module], learned: Mapping[str, Weight], name: str, form: str) -> str | None:
-    """Return which quantizers the files leave out, such as `activations (out 8 and 16 bits)`, or None."""
-    found = [left_out_activations(layers.values(), name), "base weights" if form == "only" and learned else None]
-    return ", ".join(filter(None, found)) or None

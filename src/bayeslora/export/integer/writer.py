@@ -172,10 +172,7 @@ def _add_the_rest(
     base: PreTrainedModel, index: IntegerIndex, tensors: dict[str, Tensor], unadapted: str, trained: list[str]
 ) -> None:
     """Add every parameter and buffer outside the layers of `index`; shared ones are stored once."""
-    coded = {*index.linear, *index.embeddings}
-    narrow = {id(_input_embedding(base))} if unadapted == "bfloat16" else set()
-    if unadapted == "bfloat16":
-        narrow |= {id(module) for module in base.modules() if type(module) in (nn.Linear, Conv1D)}
+    coded, embedding = {*index.linear, *index.embeddings}, _input_embedding(base)
     first: dict[int, str] = {}
     for owner, module, leaf, tensor in own_tensors(base):
         path = f"{owner}.{leaf}" if owner else leaf
@@ -186,7 +183,8 @@ def _add_the_rest(
             continue
         first[id(tensor)] = path
         stored = tensor.detach().cpu().contiguous()
-        is_narrow = id(module) in narrow and leaf == "weight" and not _is_within(owner, trained)
+        is_weight = leaf == "weight" and (module is embedding or type(module) in (nn.Linear, Conv1D))
+        is_narrow = unadapted == "bfloat16" and is_weight and not _is_within(owner, trained)
         # safetensors refuses two tensors that share memory, so copy.
         tensors[path] = stored.to(torch.bfloat16) if is_narrow else stored.clone()
 
@@ -253,15 +251,10 @@ def _rounded(path: str, module: nn.Module, input_range: float | None) -> tuple[I
     """Return the entry and bytes of a layer without an adapter, at 8 bits with a range per row."""
     weight = upright(module)
     bias = cast("Tensor | None", getattr(module, "bias", None))
-    layer = IntegerLayer(
-        path,
-        weight.shape[0],
-        weight.shape[1],
-        {BASE_WEIGHT: _BYTE} if input_range is None else {BASE_WEIGHT: _BYTE, "in": _BYTE},
-        {} if input_range is None else {"in": input_range},
-        (BASE_WEIGHT,),
-        bias=bias is not None,
-    )
+    d_out, d_in = weight.shape
+    ranges = {} if input_range is None else {"in": input_range}
+    bits = dict.fromkeys((BASE_WEIGHT, *ranges), _BYTE)
+    layer = IntegerLayer(path, d_out, d_in, bits, ranges, (BASE_WEIGHT,), bias=bias is not None)
     bound = weight.float().abs().amax(1, keepdim=True).clamp_min(FLOOR)
     return layer, _packed(layer, {BASE_WEIGHT: weight}, {BASE_WEIGHT: bound}, bias)
 

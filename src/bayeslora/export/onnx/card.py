@@ -11,7 +11,6 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from bayeslora.model_card import CARD_FILE, base_name, error_of, front_matter
 
 _FIELDS = {"input_ids": "ids", "attention_mask": "attention_mask", "token_type_ids": "type_ids"}
-_TEXTS = 'texts = ["The film is a joy.", "The film is a bore."]  # or pairs: [("A text.", "Another."), …]'
 _UNLIMITED = 1 << 20
 
 
@@ -145,7 +144,7 @@ def logits(texts):
     return session.run(["logits"], {{name: np.array(values) for name, values in feeds.items()}})[0]
 
 
-{_TEXTS}
+texts = ["The film is a joy.", "The film is a bore."]  # or pairs: [("A text.", "Another."), …]
 for text, row in zip(texts, logits(texts)):
     print(text, {answer})"""
 

@@ -154,7 +154,7 @@ def tokens_apart(graph: Graph, rows: str, name: str) -> None:
     graph("Reshape", rows, sizes, name=name)
 
 
-def by_head(graph: Graph, x: str, sizes: str, path: str) -> str:
+def by_head(graph: Graph, x: str, path: str, sizes: str) -> str:
     """Add the move of rows to (batch, heads, length, size); `sizes` is (batch, length, -1, size)."""
     split = graph("Reshape", x, sizes, name=f"{path}.heads")
     return graph("Transpose", split, name=f"{path}.by_head", perm=[0, 2, 1, 3])
@@ -183,6 +183,7 @@ class Decoder:
         self.heads = int(self.config.num_attention_heads)
         self.count, self.groups, self.size = cache_sizes(self.config)
         self.graph = Graph()
+        self._norm = partial(normalized, self.graph, model)
 
     @property
     def inputs(self) -> list[Value]:
@@ -206,7 +207,8 @@ class Decoder:
         """Return the graph."""
         graph, family = self.graph, self.family
         shape = graph("Shape", IDS, name="shape")
-        self._sizes = graph("Concat", shape, graph.integers(-1, self.size), name="sizes", axis=0)
+        sizes = graph("Concat", shape, graph.integers(-1, self.size), name="sizes", axis=0)
+        self._by_head = partial(by_head, graph, sizes=sizes)
         self._bias = self._attention_bias()
         if family.positions is None:
             self._find_rotations()
@@ -257,9 +259,6 @@ class Decoder:
             values = graph(operator, angles, name=f"rotary.{operator.lower()}")
             found.append(values if scale == 1 else graph("Mul", values, graph.number(scale), name=f"{values}.scaled"))
         self._cos, self._sin = found
-
-    def _norm(self, path: str, x: str) -> str:
-        return normalized(self.graph, self.model, path, x)
 
     def _block(self, path: str, number: int, x: str) -> str:
         graph, family = self.graph, self.family
@@ -318,9 +317,6 @@ class Decoder:
         names = [f"{path}.{kind}" for kind in ("query", "key", "value")]
         q, k, v = graph.several("Split", found, graph.integers(*shares), outputs=names, axis=1)
         return [graph("Mul", q, graph.number(factor), name=f"{path}.query.scaled"), k, v]
-
-    def _by_head(self, x: str, path: str) -> str:
-        return by_head(self.graph, x, self._sizes, path)
 
     def _rotated(self, path: str, x: str) -> str:
         """Return x cos + (-x2, x1) sin of the halves x1 and x2 of every head."""

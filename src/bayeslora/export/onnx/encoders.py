@@ -107,6 +107,7 @@ class Encoder:
         self.width = int(self.config.hidden_size)
         self.heads = int(self.config.num_attention_heads)
         self.graph = Graph()
+        self._norm = partial(normalized, self.graph, model)
 
     @property
     def inputs(self) -> list[Value]:
@@ -133,9 +134,6 @@ class Encoder:
             x = graph(activation, x, name=f"{path}.{activation.lower()}") if activation else x
         graph("Identity", x, name=LOGITS)
         return graph
-
-    def _norm(self, path: str, x: str) -> str:
-        return normalized(self.graph, self.model, path, x)
 
     def _embeddings(self) -> str:
         """Return the embedded tokens as rows."""

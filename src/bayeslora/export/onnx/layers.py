@@ -23,14 +23,12 @@ from ml_dtypes import int4
 from onnx import TensorProto
 
 from bayeslora.export.onnx.graph import RUNTIME_DOMAIN, Graph
-from bayeslora.export.onnx.products import BLOCK, BYTE, Array, Grid, Product
+from bayeslora.export.onnx.products import BLOCK, BYTE, CENTER, Array, Grid, Product
 from bayeslora.vocabulary import ACTIVATIONS, BASE_WEIGHT, MATRICES
 
 _FITS_INT4 = 7
 _HALF_BYTE = 4
 _ROUNDS_INPUTS = 4  # accuracy level of `MatMulNBits` at which inputs are rounded, the only fast one for 8 bits
-_CENTER = 128
-"""Zero point of the grids that are symmetric around 0, as all learned ones are."""
 
 Move = Callable[[str], str]
 """Adds nodes that put values, or codes, in another order, and returns the result's name."""
@@ -106,7 +104,7 @@ class ProductLayers:
         if columns % BLOCK:
             limits = (graph.integers(each) for each in (0, columns, 2))
             rows = graph("Slice", rows, *limits, name=f"{path}.columns")
-        zero = graph.constant(f"uint8_{_CENTER}", np.array(_CENTER, dtype=np.uint8))
+        zero = graph.constant(f"uint8_{CENTER}", np.array(CENTER, dtype=np.uint8))
         values = graph("DequantizeLinear", rows, graph.number(1.0), zero, name=f"{path}.values")
         steps = graph.constant(f"{path}.steps", product.steps.reshape(-1, 1).astype(np.float32))
         return graph("Mul", values, graph("Gather", steps, ids, name=f"{path}.scales"), name=path)
@@ -323,7 +321,7 @@ class _Joint:
         known, width = list(dict.fromkeys(grids)), weights[0].shape[1]
         paths = {grid: path for (path, _), grid in reversed(list(zip(adapted, grids, strict=True)))}
         codes = self._side_by_side([source.forms(grid, paths[grid])[0] for grid in known], "codes")
-        x = _from_bytes(self.graph, codes, 1.0, _CENTER, f"{self.name}.inputs")
+        x = _from_bytes(self.graph, codes, 1.0, CENTER, f"{self.name}.inputs")
         wide = [
             np.pad(weight, ((0, 0), (width * before, width * (len(known) - 1 - before))))
             for weight, before in zip(weights, map(known.index, grids), strict=True)

@@ -25,7 +25,8 @@ from bayeslora.vocabulary import ACTIVATIONS, BASE_WEIGHT, MATRICES, UNQUANTIZED
 BYTE = 8
 BLOCK = 32
 """Inputs that `MatMulNBits` multiplies, and rounds, at once: more of them lose more where they have outliers."""
-_ZERO_POINT = 128
+CENTER = 128
+"""Zero point of the grids that are symmetric around 0, as all learned ones are."""
 
 Array = NDArray[Any]
 
@@ -42,7 +43,7 @@ class Grid:
 
     bits: int
     step: float
-    zero_point: int = _ZERO_POINT
+    zero_point: int = CENTER
 
     @classmethod
     def of_range(cls, bound: float, bits: int) -> Grid:

@@ -24,13 +24,11 @@ ENCODER_FILE, DECODER_FILE = "encoder_model.onnx", "decoder_model.onnx"
 CACHES = "past_key_values"
 """Beginning of the names of a decoder's inputs for keys and values."""
 
-_ERROR = 3  # onnxruntime's level, above the warnings about the processor
-
 
 def _opened(folder: Path, file: str) -> tuple[onnxruntime.InferenceSession, Any]:
     """Load a graph and the configuration beside it."""
     options = onnxruntime.SessionOptions()
-    options.log_severity_level = _ERROR
+    options.log_severity_level = 3  # errors, above the warnings about the processor
     try:
         session = onnxruntime.InferenceSession(folder / file, options, providers=["CPUExecutionProvider"])
         return session, AutoConfig.from_pretrained(folder)
@@ -176,12 +174,8 @@ class _Encoder(nn.Module):
 
     def forward(self, input_ids: Tensor, attention_mask: Tensor, **_: Any) -> dict[str, Tensor]:
         feeds = {"input_ids": _integers(input_ids), "attention_mask": _integers(attention_mask)}
-        read = dict(zip(self.names, self.session.run(None, feeds), strict=True))
-        return {
-            name.replace("present", CACHES): torch.from_numpy(each)
-            for name, each in read.items()
-            if ".encoder." in name
-        }
+        read = zip(self.names, self.session.run(None, feeds), strict=True)
+        return {name.replace("present", CACHES): torch.from_numpy(each) for name, each in read if ".encoder." in name}
 
 
 class OnnxEncoderDecoder(_Writer):

@@ -47,6 +47,7 @@ class Stack(ABC):
         self.count, self.heads, self.size = self.sizes(model.config, root)
         self.shape = self.graph("Shape", IDS, name="shape")
         self._sizes: dict[int, str] = {}
+        self.norm = partial(normalized, self.graph, model)
 
     @staticmethod
     @abstractmethod
@@ -94,10 +95,6 @@ class Stack(ABC):
         is_padding = graph("Equal", mask, graph.integer(0), name=f"{mask}.is_padding")
         is_padding = graph("Unsqueeze", is_padding, graph.integers(1, 2), name=f"{mask}.padding")
         return graph("Where", is_padding, graph.number(HIDDEN), graph.number(0.0), name=f"{mask}.bias")
-
-    def norm(self, path: str, x: str) -> str:
-        """Return the normalized rows."""
-        return normalized(self.graph, self.model, path, x)
 
     def read(self, number: int, x: str) -> list[str]:
         """Return the keys and values of the text, whose encoded rows are `x`, for a block of the decoder."""
@@ -162,4 +159,4 @@ class Stack(ABC):
         if size not in self._sizes:
             ends = self.graph.integers(-1, size)
             self._sizes[size] = self.graph("Concat", self.shape, ends, name=f"sizes.{size}", axis=0)
-        return by_head(self.graph, x, self._sizes[size], path)
+        return by_head(self.graph, x, path, self._sizes[size])

@@ -119,7 +119,9 @@ def _layer_state(
     index: PackedIndex, layer: PackedLayer, codes: dict[str, Tensor], logarithms: dict[str, Tensor]
 ) -> dict[str, Tensor]:
     """Return the tensors of one layer; `logarithms` are the ranges of the kinds below 32 bits."""
-    ranges = {kind: _filled(index, layer, kind, logarithms.get(kind)) for kind in layer.widths}
+    # At 32 bits a range does not matter.
+    zeros = {kind: torch.zeros(layer.channels(kind) if kind in index.per_channel else 1) for kind in layer.widths}
+    ranges = {kind: logarithms.get(kind, zero).reshape(-1) for kind, zero in zeros.items()}
     packed = PackedTensors(
         matrices={kind: _values(codes[kind], layer.widths[kind], ranges[kind]) for kind in MATRICES},
         widths=layer.widths,
@@ -131,13 +133,6 @@ def _layer_state(
         return layer_class(index.method).unpacked_state(packed)
     except NotImplementedError:
         PACKED.damaged(f"its method {index.method} does not use codes")
-
-
-def _filled(index: PackedIndex, layer: PackedLayer, kind: str, logarithm: Tensor | None) -> Tensor:
-    """Return the logarithms of a range; 0 at 32 bits, where the range does not matter."""
-    if logarithm is not None:
-        return logarithm.reshape(-1)
-    return torch.zeros(layer.channels(kind) if kind in index.per_channel else 1)
 
 
 def _values(codes: Tensor, bits: int, logarithms: Tensor) -> Tensor:

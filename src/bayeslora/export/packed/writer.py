@@ -36,6 +36,7 @@ import os
 import zlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, cast
 
@@ -213,10 +214,8 @@ def _packed_layers(tuner: BayesTuner, name: str) -> tuple[PackedIndex, Tensor]:
         rank, sizes = len(tensors.matrices["E"]), (layer.in_features, layer.out_features)
         entry = PackedLayer(path, rank, *sizes, tensors.widths, index.group_size)
         for part in entry.parts(index.per_channel):
-            if part.is_range:
-                stretches.append(pack(tensors.log_ranges[part.kind], part.bits))
-            else:
-                stretches.append(pack(_codes(tensors, part.kind), part.bits))
+            values = tensors.log_ranges[part.kind] if part.is_range else _codes(tensors, part.kind)
+            stretches.append(pack(values, part.bits))
         ranges += [tensors.log_ranges[kind].cpu().reshape(1) for kind in entry.scalar_ranges(index.per_channel)]
         index.layers.append(entry)
     index.ranges = torch.cat(ranges) if ranges else index.ranges
@@ -228,12 +227,8 @@ def _digits(widths: dict[str, int]) -> str:
 
 
 def _front_coded(names: list[str]) -> list[str]:
-    coded, before = [], ""
-    for name in names:
-        shared = len(os.path.commonprefix([before, name]))
-        coded.append(f"{shared}:{name[shared:]}")
-        before = name
-    return coded
+    shared = [len(os.path.commonprefix(pair)) for pair in pairwise(["", *names])]
+    return [f"{count}:{name[count:]}" for count, name in zip(shared, names, strict=True)]
 
 
 def _codes(tensors: PackedTensors, kind: str) -> Tensor:

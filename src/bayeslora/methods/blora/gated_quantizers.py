@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-from bayeslora.posterior.draws import version_of, whole, write
+from bayeslora.posterior.draws import whole, write
 from bayeslora.quantization import (
     FLOOR,
     SURE_LOGIT,
@@ -404,6 +404,11 @@ def _hold(module: nn.Module, name: str, value: Tensor, learned: bool) -> None:
 def gathered(tensor: Tensor) -> Tensor:
     """Return `whole(tensor)`, and leave a forward pass in this file where nothing is sharded."""
     return whole(tensor) if isinstance(tensor, DTensor) else tensor
+
+
+def version_of(tensor: Tensor) -> Any:
+    """Return a value that changes with every write to `tensor`: of one made in inference mode, with every call."""
+    return object() if tensor.is_inference() else tensor._version
 
 
 def _exp(logarithm: Tensor) -> Tensor:

@@ -26,11 +26,11 @@ from bayeslora.methods.blora.gated_quantizers import (
     Unquantized,
     calibration_bits,
     gathered,
+    version_of,
 )
 from bayeslora.methods.blora.probe import Probe, probed_forward
 from bayeslora.methods.description import LayerDescription
 from bayeslora.methods.layer import BayesLayer, PackedTensors, add_update
-from bayeslora.posterior.draws import version_of
 from bayeslora.quantization import SURE_LOGIT, fixed_logits, linear, optimal_range
 from bayeslora.vocabulary import ACTIVATIONS, BASE_WEIGHT, KINDS, MATRICES, UNQUANTIZED
 
