@@ -33,6 +33,7 @@ from transformers import (
 
 import bayeslora
 from bayeslora.cli.main import main
+from bayeslora.cost import relative_bops
 from bayeslora.data import load_files
 from bayeslora.errors import BayesLoraError
 from bayeslora.methods.blora.gated_quantizers import Phase
@@ -640,6 +641,12 @@ def test_an_adapted_model_inside_another_one_trains_and_is_logged(method: Callab
     assert 0 < given.state.log_history[0]["relative_bops"] < 1
     if method is bayeslora.BLoraConfig:
         assert all(layer.evidence("default").is_decided for layer in tuner_of(encoder).adapted_layers())
+
+
+def test_a_plain_lora_inside_another_model_has_the_same_cost() -> None:
+    lora = LoraConfig(r=4, target_modules=["query", "value"])
+    encoder = get_peft_model(build_tiny_bert().bert, lora)
+    assert relative_bops(OwnHead(encoder)) == relative_bops(encoder)
 
 
 def test_a_model_without_logits_is_refused_before_the_warm_up(tmp_path: Path) -> None:

@@ -114,9 +114,9 @@ class LabelMap:
     @property
     def numbers(self) -> dict[str, int]:
         """The number that stands for each name in the files, where it is neither the class id nor the name."""
-        found = {self.names[index]: raw for raw, index in self.ids.items() if isinstance(raw, int)}
-        told = any(str(raw) != name and raw != self.names.index(name) for name, raw in found.items())
-        return found if told else {}
+        found = [(self.names[index], raw, index) for raw, index in self.ids.items() if isinstance(raw, int)]
+        told = any(str(raw) != name and raw != index for name, raw, index in found)
+        return {name: raw for name, raw, _ in found} if told else {}
 
     def apply(self, table: Table, column: str) -> list[Any]:
         """Return the class id (int) or number (float) of each row of a `labelled` table.
@@ -351,8 +351,9 @@ def _named_ids(
                 f"{', '.join([*names][:20])}: write the names as they are there"
             )
         return {**{number: ids[name] for name, number in names.items() if number is not None}, **stated}
-    by_index = {index: index for index in range(len(names))}
-    return by_index if all(by_index.get(value) == index for value, index in stated.items()) else stated
+    return (
+        stated if any(value != index for value, index in stated.items()) else {index: index for index in ids.values()}
+    )
 
 
 def _number(value: Any, table: Table, row: int) -> float:

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any, ClassVar, cast
 
 import torch
+from peft import PeftModel
 from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 from torch.optim import Optimizer
@@ -415,9 +416,9 @@ def describe(model: nn.Module, adapter_name: str | None = None) -> list[LayerDes
     if tuner is not None:
         found = tuner.describe(adapter_name)
     else:
-        root = getattr(getattr(model, "base_model", model), "model", model)
-        layers = [(path, m) for path, m in root.named_modules() if isinstance(m, LoraLayer)]
-        found = [_describe_lora(path, layer, adapter_name) for path, layer in layers]
+        whole: Any = next((module for module in model.modules() if isinstance(module, PeftModel)), model)
+        root = getattr(getattr(whole, "base_model", whole), "model", whole)
+        found = [_describe_lora(path, m, adapter_name) for path, m in root.named_modules() if isinstance(m, LoraLayer)]
         found = [layer for layer in found if layer.initial_rank or adapter_name is None]
     if adapter_name is not None and not found:
         raise BayesLoraError(f"the model has no adapter {adapter_name!r}: name one of its adapters")
