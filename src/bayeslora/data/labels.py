@@ -351,9 +351,8 @@ def _named_ids(
                 f"{', '.join([*names][:20])}: write the names as they are there"
             )
         return {**{number: ids[name] for name, number in names.items() if number is not None}, **stated}
-    return (
-        stated if any(value != index for value, index in stated.items()) else {index: index for index in ids.values()}
-    )
+    is_index = all(value == index for value, index in stated.items())
+    return {index: index for index in ids.values()} if is_index else stated
 
 
 def _number(value: Any, table: Table, row: int) -> float:

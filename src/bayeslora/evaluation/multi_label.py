@@ -95,11 +95,10 @@ def multi_label_scores(probabilities: ArrayLike, labels: ArrayLike) -> dict[str,
     chosen, truth = _checked(probabilities, labels)
     predicted = chosen > 0.5
     confidence, correct = _decided(chosen, truth)
+    macro = [f1_score(*both, zero_division=0) for both in zip(truth.T, predicted.T, strict=True)]
     return {
         "f1_micro": float(f1_score(truth.ravel(), predicted.ravel(), zero_division=0)),
-        "f1_macro": float(
-            np.mean([f1_score(*both, zero_division=0) for both in zip(truth.T, predicted.T, strict=True)])
-        ),
+        "f1_macro": float(np.mean(macro)),
         "exact_match": float((predicted == truth).all(axis=1).mean()),
         "label_accuracy": float(correct.mean()),
         "nll": float(_losses(chosen, truth).mean()),
