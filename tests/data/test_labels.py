@@ -316,3 +316,9 @@ def test_numbers_are_not_ids_where_some_names_are_numbers(tmp_path: Path) -> Non
 def test_fractions_that_are_classes_are_found_by_their_names(tmp_path: Path) -> None:
     task = load(tmp_path, [0.5, 1.0, 1.5], kind="jsonl", labels=["0.5", "1.0", "1.5"])
     assert task.eval_split["label"][:] == [0, 1, 2]
+
+
+def test_an_empty_name_tells_nothing(tmp_path: Path) -> None:
+    file = write(tmp_path / "a.jsonl", spelled([0, 1, 1], ["", "", ""]))
+    assert load_files(file, file, "text", "label").labels == ["0", "1"]
+    assert load_files(file, file, "text", "label", labels=["no", "yes"]).train_split["label"][:] == [0, 1, 1]

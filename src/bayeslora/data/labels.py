@@ -380,9 +380,9 @@ def _spelled(table: Table, values: list[Any], names_column: str | None) -> dict[
         return names
     for row, (value, name) in enumerate(zip(values, table.columns[names_column], strict=True)):
         alone = isinstance(name, str) and names.setdefault(value, name) == name
-        if not alone or labels.setdefault(name, value) != value:
+        if not alone or (name and labels.setdefault(name, value) != value):
             raise BayesLoraError(
                 f"{table.where(row)} calls the label {value!r} {name!r}, but each label needs one name of its own "
                 f"in column {names_column!r}: correct the row"
             )
-    return names
+    return {value: name for value, name in names.items() if name}
