@@ -34,7 +34,7 @@ FLOORS = [
 TOP = {"", "__main__", "_peft_hook"}
 """The package itself, what runs its command, and what teaches PEFT its methods: above every floor."""
 LONGEST_FUNCTION = 60
-MOST_LINES = 43986
+MOST_LINES = 43983
 MOST_LINES_OF_COMMANDS = 2841
 
 

@@ -248,14 +248,11 @@ class BayesTuner(BaseTuner):
         """Return the number of loss terms of each example in a batch of `rows` rows; a pair has one."""
         if self.rows_per_example > 1:
             return torch.ones(rows // self.rows_per_example)
-        labels = kwargs.get("shift_labels", self.labels_in(kwargs))
-        if (
-            "shift_labels" not in kwargs
-            and isinstance(labels, Tensor)
-            and labels.ndim == 2
-            and predicts_next(self.model)
-        ):
-            labels = labels[:, 1:]  # nothing predicts the first token
+        labels = kwargs.get("shift_labels")
+        if labels is None:
+            labels = self.labels_in(kwargs)
+            if isinstance(labels, Tensor) and labels.ndim == 2 and predicts_next(self.model):
+                labels = labels[:, 1:]  # nothing predicts the first token
         return loss_terms(labels, rows)
 
     def rate_of(self, role: ParameterRole, step: int) -> float | None:
