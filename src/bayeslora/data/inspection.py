@@ -23,7 +23,7 @@ from bayeslora.data.label_sets import (
     rarest,
     rows_with_sets,
 )
-from bayeslora.data.labels import Kind, LabelMap, labelled, learn_labels
+from bayeslora.data.labels import Kind, LabelMap, labelled, learn_labels, names_column
 from bayeslora.data.split import HoldOut, is_blank
 from bayeslora.data.tables import Table, read_table
 from bayeslora.data.tagged import Tags, learn_tags, rarest_tags, read_tagged
@@ -244,7 +244,7 @@ class _Rows:
             learned = learn_label_sets(read, own, names)
         else:
             read = labelled(table, label, names or ())
-            learned = learn_labels(read, label, None if f"{label}_text" in texts else f"{label}_text", names, kind)
+            learned = learn_labels(read, label, names_column(label, texts), names, kind)
         return cls(read, _texts(read, texts), learned, _values(learned, read, label), len(table) - len(read))
 
     @classmethod

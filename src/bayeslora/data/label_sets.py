@@ -13,7 +13,7 @@ from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from bayeslora.data.labels import Kind, unknown_label
+from bayeslora.data.labels import Kind, Names, unknown_label
 from bayeslora.data.tables import Table
 from bayeslora.errors import BayesLoraError
 
@@ -90,7 +90,7 @@ def rows_with_sets(table: Table, columns: Sequence[str]) -> Table:
     return table
 
 
-def learn_label_sets(table: Table, columns: Sequence[str], names: Sequence[str] | None = None) -> LabelSets:
+def learn_label_sets(table: Table, columns: Sequence[str], names: Names | None = None) -> LabelSets:
     """Learn the labels from the training data: those in the lists, sorted, or the names of the columns.
 
     Raises:
@@ -133,8 +133,7 @@ def rarest(sets: Sequence[Sequence[float]]) -> list[int]:
 
 def _lists(table: Table, column: str, known: Collection[str]) -> list[list[str]]:
     """Return the labels of each row as texts; a row's labels are different. A cell may be one of the `known` names."""
-    cells = table.columns[column]
-    values = [[cell.strip()] if isinstance(cell, str) and cell.strip() in known else cell for cell in cells]
+    values = [[v.strip()] if isinstance(v, str) and v.strip() in known else v for v in table.columns[column]]
     texts = [value for value in values if isinstance(value, str)]
     separator = next((mark for mark in _SEPARATORS if any(mark in text for text in texts)), _SEPARATORS[0])
     return [_labels(table, column, row, value, separator) for row, value in enumerate(values)]

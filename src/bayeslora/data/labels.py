@@ -17,6 +17,8 @@ from bayeslora.data.tables import Table
 from bayeslora.errors import BayesLoraError, counted
 
 Kind = Literal["classification", "regression", "multi_label", "token_classification"]
+Names = Sequence[str] | Mapping[str, int | None]
+"""Class names by id, perhaps with the number that stands for each in the files."""
 TaskKind = Kind | Literal["multiple_choice", "generation"]
 _INTEGER = re.compile(r"[+-]?\d{1,300}")
 _CODE = re.compile(r"0\d+")
@@ -159,9 +161,14 @@ def _spellings(value: Any, truths: dict[str, str]) -> list[Any]:
     return [number, str(number), str(value)]
 
 
+def names_column(label_column: str, text_columns: Collection[str]) -> str | None:
+    """Return the column that may have the name of each integer label, unless it is one of the texts."""
+    name = f"{label_column}_text"
+    return None if name in text_columns else name
+
+
 def learn_labels(
-    table: Table, column: str, names_column: str | None = None,
-    names: Sequence[str] | Mapping[str, int | None] | None = None, kind: Kind | None = None,
+    table: Table, column: str, names_column: str | None = None, names: Names | None = None, kind: Kind | None = None,
 ) -> LabelMap:  # fmt: skip
     """Learn the meaning of labels from the training data.
 
@@ -332,9 +339,7 @@ def _as_number(text: str) -> int | float:
     return int(number) if number.is_integer() else number
 
 
-def _named_ids(
-    table: Table, names: Sequence[str] | Mapping[str, int | None], values: list[Any], spelled: dict[Any, str]
-) -> dict[Any, int]:
+def _named_ids(table: Table, names: Names, values: list[Any], spelled: dict[Any, str]) -> dict[Any, int]:
     ids: dict[Any, int] = {name: index for index, name in enumerate(names)}
     # A file may lack the words among names such as 1, 2 and other, so that all its labels are numbers.
     if all(isinstance(value, str) for value in values) or {str(value) for value in values} <= ids.keys():
@@ -344,12 +349,12 @@ def _named_ids(
         return {_as_number(name) if _is_number(name) else name: index for name, index in ids.items()}
     stated = {value: ids[name] for value, name in spelled.items() if name in ids}
     if isinstance(names, Mapping):
-        unknown = next(((value, name) for value, name in spelled.items() if name not in ids), None)
-        if unknown is not None:
-            raise BayesLoraError(
-                f"{table.path} calls the label {unknown[0]!r} {unknown[1]!r}, but the labels that are known are "
-                f"{', '.join([*names][:20])}: write the names as they are there"
-            )
+        for value, name in spelled.items():
+            if name not in ids:
+                raise BayesLoraError(
+                    f"{table.path} calls the label {value!r} {name!r}, but the labels that are known are "
+                    f"{', '.join([*names][:20])}: write the names as they are there"
+                )
         return {**{number: ids[name] for name, number in names.items() if number is not None}, **stated}
     is_index = all(value == index for value, index in stated.items())
     return {index: index for index in ids.values()} if is_index else stated

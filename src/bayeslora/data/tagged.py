@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from bayeslora.data.label_sets import listed, rarest
-from bayeslora.data.labels import Kind, LabelMap, learn_labels
+from bayeslora.data.labels import Kind, LabelMap, Names, learn_labels
 from bayeslora.data.tables import Source, Table, columns_of, read_table
 from bayeslora.errors import BayesLoraError, counted
 from bayeslora.vocabulary import TAGS, tagged_form
@@ -53,7 +53,7 @@ class Tags:
         return [[next(ids) for _ in words] for words in words_of(table, self.columns[0])]
 
 
-def learn_tags(table: Table, columns: tuple[str, str], names: Sequence[str] | None = None) -> Tags:
+def learn_tags(table: Table, columns: tuple[str, str], names: Names | None = None) -> Tags:
     """Learn the tags of the training rows: sorted, or in the order of the `names`, which ids may also index.
 
     Raises:

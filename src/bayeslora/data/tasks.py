@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,7 +15,7 @@ from bayeslora.data import packaged
 from bayeslora.data.choices import ANSWER, CHOICES, GROUP, LETTERS, QUESTION, SUBJECT, Cloze, choice_columns
 from bayeslora.data.known import KNOWN, Known, known_tables
 from bayeslora.data.label_sets import has_label_sets, label_columns, learn_label_sets, rarest, rows_with_sets
-from bayeslora.data.labels import Kind, TaskKind, labelled, learn_labels
+from bayeslora.data.labels import Kind, Names, TaskKind, labelled, learn_labels, names_column
 from bayeslora.data.spans import marks_spans
 from bayeslora.data.split import HoldOut
 from bayeslora.data.tables import Source, Table, columns_of, read_table, tell_empty
@@ -151,7 +151,7 @@ def load_files(
     label_column: str,
     *,
     test_file: Source | None = None,
-    labels: Sequence[str] | Mapping[str, int | None] | None = None,
+    labels: Names | None = None,
     kind: Kind | None = None,
     held_out: HoldOut | Sequence[int] | None = None,
 ) -> Task:
@@ -187,20 +187,17 @@ def load_files(
     name = Path(train_file).name if isinstance(train_file, (str, Path)) else "rows"
     group = [held_out.group_column] if isinstance(held_out, HoldOut) and held_out.group_column else []
     if kind == "token_classification":
-        return _build_tagged(
-            name, files, columns, label_column, None if labels is None else [*labels], held_out, group
-        )
-    names_column = f"{label_column}_text"
-    optional = [] if names_column in columns else [names_column]
+        return _build_tagged(name, files, columns, label_column, labels, held_out, group)
+    names = names_column(label_column, columns)
     tables = {
-        split: read_table(file, (*columns, *own, *(group if split == "train" else ())), optional)
+        split: read_table(file, (*columns, *own, *(group if split == "train" else ())), [names] if names else [])
         for split, file in files.items()
         if file is not None
     }
     return _build(name, tables, columns, own, kind=kind, names=labels, held_out=held_out)
 
 
-def _check_labels(labels: Collection[str] | None) -> None:
+def _check_labels(labels: Names | None) -> None:
     if labels is not None and (len(labels) < 2 or len(set(labels)) != len(labels)):
         raise BayesLoraError(
             f"the labels are {list(labels)}, but must be at least 2 different names: list every class once"
@@ -273,7 +270,7 @@ def _whole_groups(groups: np.ndarray, fraction: float, generator: np.random.Gene
 
 def _build(
     name: str, tables: dict[str, Table], text_columns: tuple[str, ...], label_columns: tuple[str, ...], *,
-    kind: Kind | None = None, names: Sequence[str] | Mapping[str, int | None] | None = None,
+    kind: Kind | None = None, names: Names | None = None,
     metrics: Sequence[str] = (), held_out: HoldOut | Sequence[int] | None = None,
 ) -> Task:  # fmt: skip
     """Return a task of texts with one label each, or with several."""
@@ -287,15 +284,14 @@ def _build(
     numbers: dict[str, int] = {}
     if several:
         read = {split: rows_with_sets(table, label_columns) for split, table in tables.items()}
-        sets = learn_label_sets(read["train"], label_columns, None if names is None else [*names])
+        sets = learn_label_sets(read["train"], label_columns, names)
         ids = {split: sets.apply(table) for split, table in read.items()}
         found, classes, metrics = sets.names, rarest(ids["train"]), ("f1_micro", "f1_macro", "exact_match")
         kind = "multi_label"
     else:
         (column,) = label_columns
         read = {split: labelled(table, column, names or ()) for split, table in tables.items()}
-        spelled = None if f"{column}_text" in text_columns else f"{column}_text"
-        labels = learn_labels(read["train"], column, spelled, names, kind)
+        labels = learn_labels(read["train"], column, names_column(column, text_columns), names, kind)
         ids = {split: labels.apply(table, column) for split, table in read.items()}
         found, classes, kind = labels.names, ids["train"] if labels.names else [0] * len(read["train"]), labels.kind
         numbers = labels.numbers
@@ -311,7 +307,7 @@ def _build(
 
 def _build_tagged(
     name: str, files: dict[str, Source | None], text_columns: tuple[str, ...], tag_column: str,
-    names: Sequence[str] | None, held_out: HoldOut | Sequence[int] | None, group: Sequence[str],
+    names: Names | None, held_out: HoldOut | Sequence[int] | None, group: Sequence[str],
 ) -> Task:  # fmt: skip
     """Return a task of words with a tag each."""
     if len(text_columns) > 1:

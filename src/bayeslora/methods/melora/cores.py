@@ -105,14 +105,14 @@ class Deal:
         Raises:
             BayesLoraError: gradient checkpointing recomputes one of several passes, and it is unknown which.
         """
-        if not self._is_inside and not torch.is_grad_enabled():  # such as text that a trainer has written in between
-            return in_turn(count, self.cores)
-        if not self._is_inside and self._passes > 1:
-            raise BayesLoraError(
-                f"{self._passes} forward passes came before one backward pass under gradient checkpointing, but "
-                "several cores allow one: call backward after each pass, or turn checkpointing off"
-            )
         if not self._is_inside:
+            if not torch.is_grad_enabled():  # such as text that a trainer has written in between
+                return in_turn(count, self.cores)
+            if self._passes > 1:
+                raise BayesLoraError(
+                    f"{self._passes} forward passes came before one backward pass under gradient checkpointing, but "
+                    "several cores allow one: call backward after each pass, or turn checkpointing off"
+                )
             self._passes = 0
         rows = len(self.members)
         if rows and count % rows == 0:
